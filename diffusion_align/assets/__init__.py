@@ -1,0 +1,31 @@
+"""The embedded models, their prompt lists and the preference data; sources and licences in ``NOTICE``."""
+
+from importlib.resources import files
+from pathlib import Path
+
+EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip"}
+"""Model name -> folder below this package."""
+
+ASSETS = {
+    **EMBEDDED_MODELS,
+    "emoji-concepts": "emoji-concepts.tsv",
+    "emoji-prompts": "prompts/emoji_concepts.txt",
+    "preferences": "preferences.safetensors",
+    "preferences-table": "preferences.tsv",
+    "aesthetic-head": "aesthetic_head.safetensors",
+    "notice": "NOTICE",
+}
+"""Asset name -> file or folder below this package."""
+
+
+def asset_path(name: str) -> Path:
+    """Path of an embedded asset, by its name in ``ASSETS`` (a model's path is a folder).
+
+    The package must be installed as files on disk, as pip does; diffusers loads folders, not zip members.
+
+    Raises:
+        ValueError: ``name`` is not an asset; the sentence lists those there are.
+    """
+    if name not in ASSETS:
+        raise ValueError(f"there is no embedded asset {name!r}: choose one of {', '.join(sorted(ASSETS))}")
+    return Path(str(files(__name__).joinpath(*ASSETS[name].split("/"))))
