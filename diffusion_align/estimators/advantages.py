@@ -1,0 +1,162 @@
+"""Advantages from rewards: groups, leave-one-out, per-prompt history, GAE. Nothing here carries a gradient, except
+``reward_to_go``.
+
+Computed in float64 on the CPU, once a batch: the numbers are few, and sums over groups are then the same on every run.
+Results come back on the rewards' device, in float32 or wider. There is no hidden epsilon: a spread of exactly zero
+yields an advantage of exactly zero. [002] "Rethinking KL Divergence in RLHF", 2025, §4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusion_align.estimators._checks import check_choice, check_mask, check_shapes, widen
+
+
+def _float64(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", torch.float64)
+
+
+def _like(result: Tensor, x: Tensor) -> Tensor:
+    return result.to(x.device, torch.promote_types(x.dtype, torch.float32))
+
+
+def _checked_rewards(rewards: Tensor) -> Tensor:
+    values = _float64(rewards)
+    if not bool(values.isfinite().all()):
+        bad = int((~values.isfinite()).sum())
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} hold {bad} value(s) that are not finite; drop or replace them."
+        )
+    return values
+
+
+def _group_centred(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(r - mean of its group, index of its group, sizes of the groups); exactly 0 in a group of equal rewards."""
+    check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)
+    if group_ids.is_floating_point():
+        raise ValueError(f"group_ids must be integers, got {group_ids.dtype}.")
+    values = _checked_rewards(rewards)
+    _, index, counts = torch.unique(group_ids.cpu(), return_inverse=True, return_counts=True)
+    # Measured from the group's smallest reward, equal rewards are exact zeros; a mean rounded by one ulp would
+    # otherwise be blown up to ±1 by the division.
+    zeros = values.new_zeros(counts.numel())
+    shifted = values - zeros.scatter_reduce(0, index, values, "amin", include_self=False)[index]
+    return shifted - (zeros.index_add(0, index, shifted) / counts)[index], index, counts
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    scale: Literal["group", "batch", "none"] = "group",
+    clip_std: tuple[float, float] = (0.0, math.inf),
+    ddof: int = 1,
+) -> Tensor:
+    """``(r - mean) / clip(std, min, max)`` with the mean of the reward's group, no unit ([002] eq. 40–41; GRPO).
+
+    Equal rewards and one-element groups give exactly 0.
+
+    Args:
+        rewards: (B,) finite; no gradient flows.
+        group_ids: (B,) integers; equal ids form a group, in any order.
+        scale: the std of the "group", of all rewards of the "batch", or "none" (Dr. GRPO: the unit of the reward).
+        clip_std: (min, max) for the std; min keeps noise from being blown up to ±1.
+        ddof: 1 divides the squares by n - 1, 0 by n.
+
+    Returns:
+        (B,), float32 or wider.
+
+    Raises:
+        ValueError: on different shapes, ids that are not integers, rewards that are not finite, or a setting out of its
+            range.
+    """
+    check_choice("scale", scale, ("group", "batch", "none"))
+    low, high = clip_std
+    if not 0 <= low <= high or ddof not in (0, 1):
+        raise ValueError(f"clip_std={clip_std}, ddof={ddof} is not allowed: 0 <= min <= max, ddof 0 or 1.")
+    centred, index, counts = _group_centred(rewards, group_ids)
+    if scale == "none" or centred.numel() == 0:
+        return _like(centred, rewards)
+    if scale == "batch":
+        deviation, index = _group_centred(rewards, torch.zeros_like(group_ids))[:2]
+        counts = torch.tensor([deviation.numel()])
+    else:
+        deviation = centred
+    squares = deviation.new_zeros(counts.numel()).index_add(0, index, deviation.square())
+    std = (squares / (counts - ddof).clamp(min=1)).sqrt().clamp(low, high)[index]
+    return _like(torch.where(std == 0, 0.0, centred / std), rewards)
+
+
+def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """``r`` minus the mean of the *other* rewards of its group, in the unit of the reward (RLOO, arXiv:2402.14740).
+
+    Args, errors as ``group_advantages``. Returns (B,); a one-element group gives 0.
+    """
+    centred, index, counts = _group_centred(rewards, group_ids)
+    factor = counts / (counts - 1).clamp(min=1)
+    return _like(centred * factor[index], rewards)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns they imply, in the unit of the reward.
+
+    ``A_t = sum_k (gamma lam)^k delta_{t+k}``, ``delta_t = r_t + gamma V_{t+1} - V_t``, ``R = A + V``. Schulman et al.
+    2015 (arXiv:1506.02438), eq. 16. The value after the last decision is 0. Entries that do not count are skipped: the
+    decision before them is followed by the next one that counts.
+
+    Args:
+        rewards: (B, T); no gradient flows.
+        values: (B, T); no gradient flows.
+        mask: (B, T) bool.
+        gamma: discount, in [0, 1].
+        lam: 0 is the one-step error, 1 the return minus the value, in [0, 1].
+
+    Returns:
+        advantages (B, T) and returns (B, T), float32 or wider, 0 where masked.
+
+    Raises:
+        ValueError: on different shapes, a mask that is not bool, or gamma or lam out of [0, 1].
+    """
+    check_shapes(ndim=2, rewards=rewards, values=values, mask=mask)
+    check_mask(mask)
+    if not 0 <= gamma <= 1 or not 0 <= lam <= 1:
+        raise ValueError(f"gamma={gamma}, lam={lam} is not allowed: both must lie in [0, 1].")
+    counts = mask.cpu()
+    reward, value = (torch.where(counts, _float64(x), 0.0) for x in (rewards, values))
+    advantages = torch.zeros_like(reward)
+    running = next_value = reward.new_zeros(reward.shape[0])
+    for t in reversed(range(reward.shape[1])):
+        here = counts[:, t]
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        running = torch.where(here, delta + gamma * lam * running, running)
+        next_value = torch.where(here, value[:, t], next_value)
+        advantages[:, t] = torch.where(here, running, 0.0)
+    return _like(advantages, rewards), _like(advantages + value, rewards)
+
+
+def reward_to_go(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of ``x`` from each decision to the end, in its unit: ``y_t = sum_{k >= t} x_k``.
+
+    Args:
+        x: (B, T); a gradient flows.
+        mask: (B, T) bool, or None if all entries count.
+
+    Returns:
+        (B, T), float32 or wider, 0 where masked.
+
+    Raises:
+        ValueError: on different shapes or a mask that is not bool.
+    """
+    check_shapes(ndim=2, x=x, mask=mask)
+    check_mask(mask)
+    x = widen(x)
+    if mask is None:
+        return x.flip(1).cumsum(1).flip(1)
+    return torch.where(mask, torch.where(mask, x, 0.0).flip(1).cumsum(1).flip(1), 0.0)

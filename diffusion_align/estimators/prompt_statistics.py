@@ -1,0 +1,89 @@
+"""Advantages against each prompt's own recent rewards (DDPO, arXiv:2305.13301, §5.2)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.estimators.advantages import _checked_rewards, _like
+
+
+def _standardised(rewards: Tensor, history: Tensor) -> Tensor:
+    """``(rewards - mean) / std`` with the population mean and std of ``history``; 0 where that std is 0."""
+    lowest = history.min()  # as in group advantages: equal rewards must leave a spread of exactly 0
+    shifted = history - lowest
+    std = shifted.std(correction=0)
+    return torch.zeros_like(rewards) if std == 0 else (rewards - lowest - shifted.mean()) / std
+
+
+class PromptStatistics:
+    """Each prompt's last rewards, and advantages measured against them.
+
+    Args:
+        buffer_size: how many rewards a prompt keeps.
+        min_count: below this many kept rewards (the new ones included) the whole batch's mean and std are used.
+
+    Raises:
+        ValueError: unless 1 <= min_count <= buffer_size.
+    """
+
+    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+        if not 1 <= min_count <= buffer_size:
+            raise ValueError(
+                f"min_count={min_count}, buffer_size={buffer_size} is not allowed: 1 <= min_count <= buffer_size, "
+                "or no prompt would ever use its own history."
+            )
+        self.buffer_size = buffer_size
+        self.min_count = min_count
+        self._history: dict[str, deque[float]] = {}
+
+    def update(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
+        """Append ``rewards`` to their prompts' histories, then return ``(r - mean) / std``, no unit.
+
+        The std is the population's. Departure from the common implementation, which adds 1e-6 to it: nothing is added,
+        and a std of zero yields 0.
+
+        Args:
+            prompts: B strings.
+            rewards: (B,) finite; no gradient flows.
+
+        Returns:
+            (B,), float32 or wider, on the rewards' device.
+
+        Raises:
+            ValueError: on different lengths or rewards that are not finite; the histories are then unchanged.
+        """
+        if isinstance(prompts, str) or rewards.ndim != 1 or len(prompts) != rewards.shape[0]:
+            raise ValueError(f"expected B prompts and rewards (B,), got {len(prompts)} and {tuple(rewards.shape)}.")
+        values = _checked_rewards(rewards)
+        rows: dict[str, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            rows.setdefault(prompt, []).append(row)
+        advantages = torch.zeros_like(values)
+        for prompt, index in rows.items():
+            history = self._history.setdefault(prompt, deque(maxlen=self.buffer_size))
+            history.extend(values[index].tolist())
+            enough = len(history) >= self.min_count
+            baseline = torch.tensor(list(history), dtype=torch.float64) if enough else values
+            advantages[index] = _standardised(values[index], baseline)
+        return _like(advantages, rewards)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The histories as JSON types; floats survive a JSON round trip exactly. The two settings are not in it."""
+        return {"history": {prompt: list(rewards) for prompt, rewards in self._history.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the histories by those of ``state_dict``; each keeps its newest ``buffer_size`` rewards.
+
+        Raises:
+            ValueError: if ``state`` is not what ``state_dict`` returns.
+        """
+        if not isinstance(state.get("history"), dict):
+            raise ValueError(f"expected the result of PromptStatistics.state_dict(), got keys {sorted(state)}.")
+        self._history = {
+            prompt: deque(map(float, rewards), maxlen=self.buffer_size) for prompt, rewards in state["history"].items()
+        }
