@@ -1,0 +1,225 @@
+"""A denoising policy: the UNet of a diffusers pipeline with guidance, LoRA (or full) training and a reference.
+
+Nothing here knows an algorithm. A pipeline family differs from another only in how it encodes prompts
+(``_encode_sd``, ``_encode_sdxl``); everything else is shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+Conditioning = dict[str, Tensor]
+"""UNet keyword -> (B, ...): ``encoder_hidden_states`` and, for SDXL, ``text_embeds`` and ``time_ids``."""
+
+ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTION_LAYERS = ["conv1", "conv2"]
+_CACHED_PROMPTS = 2048
+
+
+class LoRAConfig(BaseModel):
+    """Low-rank adapters on the UNet."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(8, ge=1, description="rank of every adapter")
+    alpha: float | None = Field(None, gt=0, description="scale is alpha / rank; the rank itself when not given")
+    layers: Literal["attention", "attention+convolutions"] = Field(
+        "attention", description="small models need the convolutions of the residual blocks as well"
+    )
+
+
+class DenoisingPolicy:
+    """pi(x_s | x_t, c) of a Stable Diffusion pipeline; log-probs come from ``rollout`` and ``replay``.
+
+    Args:
+        pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``. Text encoders and VAE
+            are frozen; on a CPU the UNet gets eager attention, whose backward pass is faster there.
+        lora: adapters to train; None trains the whole UNet and keeps a frozen copy as the reference.
+        guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
+        autocast: context in which the network runs; decisions stay float32.
+
+    Raises:
+        ValueError: a pipeline class that is not supported.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        lora: LoRAConfig | None,
+        guidance_scale: float = 1.0,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        family = type(pipeline).__name__
+        if family not in _ENCODERS:
+            raise ValueError(f"{family} is not supported: use one of {', '.join(_ENCODERS)}")
+        if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
+            raise ValueError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
+        self.pipeline = pipeline.to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.device = torch.device(device)
+        self.guidance_scale = guidance_scale
+        self.autocast = autocast
+        self.lora = lora
+        self._encode = _ENCODERS[family]
+        self._prompt_cache: dict[str, Conditioning] = {}
+        for part in _networks(pipeline):
+            part.requires_grad_(False).eval()
+        if self.device.type == "cpu":
+            from diffusers.models.attention_processor import AttnProcessor
+
+            pipeline.unet.set_attn_processor(AttnProcessor())
+        self._frozen_unet: nn.Module | None = None
+        if lora is None:
+            self._frozen_unet = copy.deepcopy(pipeline.unet)
+            pipeline.unet.requires_grad_(True)
+        elif not getattr(pipeline.unet, "peft_config", None):
+            pipeline.unet.add_adapter(_peft_config(lora))
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+
+    @property
+    def unet(self) -> nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is trained: the adapters, or the whole UNet."""
+        named = self.pipeline.unet.named_parameters()
+        return {name: p for name, p in named if self.lora is None or ".lora_" in name}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the model's own resolution."""
+        config = self.pipeline.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what ``decode`` returns."""
+        return tuple(side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:])  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """What the UNet is conditioned on, (B, ...); each different prompt goes through the text encoders once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._prompt_cache]
+        if len(self._prompt_cache) + len(missing) > _CACHED_PROMPTS:
+            self._prompt_cache.clear()
+            missing = list(dict.fromkeys(prompts))
+        for prompt in missing:
+            self._prompt_cache[prompt] = self._encode(self, prompt)
+        rows = [self._prompt_cache[p] for p in prompts]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def predict(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The guided network output (B, C, H, W) in float32: uncond + guidance_scale * (cond - uncond).
+
+        Args:
+            x_t: (B, C, H, W).
+            timestep: (B,) int64, the model's own time.
+            conditioning: of the same B samples, from ``encode``.
+        """
+        if self.guidance_scale == 1:
+            return self._run_unet(x_t, timestep, conditioning)
+        unconditional = self.encode([""])
+        both = {k: torch.cat([unconditional[k].expand(len(x_t), *v.shape[1:]), v]) for k, v in conditioning.items()}
+        output = self._run_unet(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
+        without, with_prompt = output.chunk(2)
+        return without + self.guidance_scale * (with_prompt - without)
+
+    def _run_unet(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        unet = self.pipeline.unet
+        added = {k: v for k, v in conditioning.items() if k != "encoder_hidden_states"}
+        with self.autocast():
+            output = unet(
+                x_t.to(unet.dtype),
+                timestep,
+                encoder_hidden_states=conditioning["encoder_hidden_states"].to(unet.dtype),
+                added_cond_kwargs=added or None,
+                return_dict=False,
+            )[0]
+        return output.float()
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, ``predict`` is the reference policy: the adapter switched off, or the frozen copy."""
+        trained = self.pipeline.unet
+        if self._frozen_unet is None:
+            trained.disable_adapters()
+        else:
+            self.pipeline.unet = self._frozen_unet
+        try:
+            yield
+        finally:
+            if self._frozen_unet is None:
+                trained.enable_adapters()
+            else:
+                self.pipeline.unet = trained
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W)."""
+        vae = self.pipeline.vae
+        config = vae.config
+        scaled = latents / config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            scaled = scaled * std + mean
+        if getattr(config, "shift_factor", None):
+            scaled = scaled + config.shift_factor
+        images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def save_lora(self, folder: Path) -> None:
+        """Write ``pytorch_lora_weights.safetensors``, which plain diffusers' ``load_lora_weights`` reads."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.pipeline.unet))
+        metadata = {"unet_lora_adapter_metadata": self.pipeline.unet.peft_config["default"].to_dict()}
+        self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, **metadata)
+
+
+def _networks(pipeline: Any) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _peft_config(lora: LoRAConfig) -> Any:
+    from peft import LoraConfig
+
+    layers = ATTENTION_LAYERS + (CONVOLUTION_LAYERS if lora.layers == "attention+convolutions" else [])
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=layers)
+
+
+def _encode_sd(policy: DenoisingPolicy, prompt: str) -> Conditioning:
+    embeds, _ = policy.pipeline.encode_prompt(prompt, policy.device, 1, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds}
+
+
+def _encode_sdxl(policy: DenoisingPolicy, prompt: str) -> Conditioning:
+    pipeline = policy.pipeline
+    if prompt == "" and pipeline.config.get("force_zeros_for_empty_prompt"):
+        some = policy.encode(["-"])  # SDXL's unconditional embedding is zeros of the usual shape
+        return {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in some.items()}
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompt, device=policy.device, do_classifier_free_guidance=False)
+    height, width = policy.image_size
+    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=policy.device)
+    return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size}
+
+
+_ENCODERS: dict[str, Callable[[DenoisingPolicy, str], Conditioning]] = {
+    "StableDiffusionPipeline": _encode_sd,
+    "StableDiffusionXLPipeline": _encode_sdxl,
+}

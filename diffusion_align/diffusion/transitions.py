@@ -1,0 +1,82 @@
+"""The Gaussian decision of a denoising policy: the only place where a mean and a std are made.
+
+The sampler draws from a ``GaussianTransition``, the ratio scores with it and the KL compares two of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_align.diffusion.schedule import DiffusionSchedule, Step
+from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
+
+
+@dataclass(frozen=True)
+class GaussianTransition:
+    """p(x_s | x_t) = N(mean, std^2 I); ``mean`` (B, C, H, W), ``std`` (B,), float32 or wider."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """x_s (B, C, H, W) for standard normal ``noise`` of that shape; where std = 0 it is the mean."""
+        return self.mean + self.std.view(-1, 1, 1, 1) * noise
+
+    def log_prob(self, x_s: Tensor, *, reduction: str = "sum") -> Tensor:
+        """Log-density of ``x_s`` (B,) in nats ("sum") or nats per dimension ("mean"); needs std > 0."""
+        return gaussian_log_prob(x_s, self.mean, self.std, reduction=reduction)
+
+    def kl(self, other: GaussianTransition, *, reduction: str = "sum") -> Tensor:
+        """KL(self || other) (B,), closed form, in nats ("sum") or nats per dimension ("mean"); needs std > 0."""
+        return gaussian_kl(self.mean, other.mean, self.std, other.std, reduction=reduction)
+
+    def detach(self) -> GaussianTransition:
+        return GaussianTransition(self.mean.detach(), self.std)
+
+
+def predicted_x_0_and_eps(x_t: Tensor, prediction: Tensor, step: Step, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """The clean latent and the noise that ``prediction`` stands for, from ``x_t = alpha_t x_0 + sigma_t eps``.
+
+    Args:
+        x_t: (B, C, H, W).
+        prediction: (B, C, H, W), the (guided) network output; the only input with a gradient.
+        step: coefficients of each sample's step.
+        prediction_type: "epsilon", "v_prediction" (v = alpha_t eps - sigma_t x_0) or "sample".
+    """
+    if prediction_type == "epsilon":
+        return (x_t - step.sigma_t * prediction) / step.alpha_t, prediction
+    if prediction_type == "v_prediction":
+        return step.alpha_t * x_t - step.sigma_t * prediction, step.alpha_t * prediction + step.sigma_t * x_t
+    return prediction, (x_t - step.alpha_t * prediction) / step.sigma_t
+
+
+def denoise(x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionSchedule) -> GaussianTransition:
+    """p(x_s | x_t) of the sampler that ``schedule`` describes; a pure function, used by sampling and by replay.
+
+    DDIM (arXiv:2010.02502, eq. 12) weighs x_0 and eps, DDPM (arXiv:2006.11239, eq. 7) x_0 and x_t; a clipped x_0
+    leaves eps as predicted, as diffusers does.
+
+    Args:
+        x_t: (B, C, H, W).
+        prediction: (B, C, H, W), the (guided) network output.
+        index: (B,) int64, the step of each sample.
+        schedule: on the device of ``x_t``.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    if x_t.shape != prediction.shape or index.shape != x_t.shape[:1]:
+        raise ValueError(
+            f"x_t {tuple(x_t.shape)} and prediction {tuple(prediction.shape)} must have one shape (B, C, H, W) and "
+            f"index {tuple(index.shape)} must be (B,)"
+        )
+    step = schedule.at(index)
+    x_t, prediction = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x_t, prediction))
+    x_0, eps = predicted_x_0_and_eps(x_t, prediction, step, schedule.prediction_type)
+    if schedule.clip_range is not None:
+        x_0 = x_0.clamp(-schedule.clip_range, schedule.clip_range)
+    other = step.eps_weight * eps if schedule.sampler == "ddim" else step.x_t_weight * x_t
+    return GaussianTransition(step.x_0_weight * x_0 + other, step.std.flatten())

@@ -1,0 +1,122 @@
+"""Checkpoints: written aside and renamed, so that a kill leaves the old one or the new one and never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion_align.training.errors import CheckpointError
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d+)")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def save_checkpoint(
+    folder: Path, step: int, *, weights: Mapping[str, Mapping[str, Tensor]], tensors: Any, state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write ``folder/step_N`` and delete all but the newest ``keep``.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        step: optimizer steps so far.
+        weights: file stem -> name -> tensor, written as safetensors.
+        tensors: nested dicts and lists of tensors and plain values (optimizer, RNG), read back with weights_only.
+        state: JSON values (counters, configuration, statistics).
+        keep: how many checkpoints to leave.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step_{step:08d}"
+    aside = folder / f".{target.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for stem, named in weights.items():
+        save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, aside / f"{stem}.safetensors")
+    torch.save(tensors, aside / "tensors.pt")
+    (aside / "state.json").write_text(json.dumps(state, indent=1))
+    manifest = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in aside.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if target.exists():  # the same step again, after a resume: the content is the same
+        shutil.rmtree(target)
+    os.replace(aside, target)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / _MANIFEST).exists()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict[str, Any]]:
+    """(weights, tensors, state) of a checkpoint whose every byte has been verified.
+
+    Raises:
+        CheckpointError: a file is missing or differs from its recorded hash.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        damaged = [name for name, digest in manifest.items() if _sha256(path / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged ({error}): delete it to resume from the one before") from None
+    if damaged:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({', '.join(damaged)} differs from its hash): delete it to resume from the one before"
+        )
+    weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
+    return weights, tensors, json.loads((path / "state.json").read_text())
+
+
+def rng_state() -> dict[str, Any]:
+    """Every global random state, as tensors and plain values."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - user code may draw from it
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put back what ``rng_state`` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()

@@ -1,0 +1,29 @@
+"""Errors a user can act on. The CLI prints their one sentence (each, if several) and exits with status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """One sentence: the setting, its value, what is allowed, what to do."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, all at once."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is foreign, damaged or missing."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a ratio off 1 on the first pass, a loss that is not finite."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """Ctrl-C or SIGTERM; the state of the last finished epoch has been saved."""

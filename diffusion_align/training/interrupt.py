@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM as a flag that the loop reads where it can stop without losing anything."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class InterruptFlag:
+    """Within ``with``, the first SIGINT or SIGTERM sets ``raised``; a second one acts as if nothing were here."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> InterruptFlag:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}

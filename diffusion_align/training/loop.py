@@ -1,0 +1,391 @@
+"""The loop every trainer shares: collect -> score -> estimate -> update.
+
+A trainer supplies what it samples, what it estimates from the scores and its loss per decision; order, gradient
+accumulation, processes, logging, checkpoints, resume and interruption are here.
+
+Randomness is drawn from streams named by (seed, purpose, epoch, sample), and every process knows the global plan, so a
+run does not depend on how its work is divided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from diffusion_align import __version__
+from diffusion_align.training import checkpoint
+from diffusion_align.training.config import TrainingConfig, dump_config
+from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from diffusion_align.training.interrupt import InterruptFlag
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.tracking import MetricsLog
+
+Batch = TypeVar("Batch")
+# Settings that may change on resume: where and how long, never what.
+_FREE_ON_RESUME = {"output_dir", "resume", "epochs", "checkpoint_every", "keep_checkpoints", "trackers", "num_threads", "grid_every"}
+
+
+class Trainer(ABC, Generic[Batch]):
+    """One run of one method in one folder.
+
+    Args:
+        config: checked settings.
+        accelerator: devices, precision, processes and trackers.
+
+    Subclasses give ``trainable`` and the abstract methods; ``train`` does the rest.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = config.output_dir
+        self.epoch = 0  # finished epochs
+        self.step = 0  # optimizer steps, skipped ones counted
+        if config.samples_per_epoch % (accelerator.num_processes * config.sample_batch_size):
+            raise ConfigError(
+                [
+                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of {accelerator.num_processes} "
+                    f"processes x sample_batch_size={config.sample_batch_size}"
+                ]
+            )
+        share = config.samples_per_epoch // accelerator.num_processes
+        first = share * accelerator.process_index
+        self.local_samples = range(first, first + share)  # this process's part of the global samples
+
+    @property
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is trained."""
+
+    @abstractmethod
+    def collect(self) -> tuple[Batch, dict[str, float]]:
+        """Sample and score ``local_samples`` of epoch ``self.epoch``; metrics of the whole epoch."""
+
+    @abstractmethod
+    def estimate(self, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
+        """Advantages, references and so on, stored in ``batch``.
+
+        Returns:
+            (K,) int64 global indices of the samples worth training on, decisions per sample, metrics.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (n,) and detached statistics (n,) of n decisions, given local sample and decision indices (n,).
+
+        A statistic is averaged over decisions; one whose name ends in ``/min`` or ``/max`` keeps its extreme.
+        """
+
+    def check_first_pass(self, statistics: Mapping[str, float]) -> None:  # noqa: B027 - optional hook
+        """Raise TrainingError when an epoch's first update, whose weights equal the sampler's, shows otherwise."""
+
+    def show(self, name: str) -> None:  # noqa: B027 - optional hook
+        """Write pictures (or texts) of the fixed prompts; called by every process, written by the main one."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write ``final/`` and the report; called on the main process."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """JSON values a trainer needs back on resume."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional hook
+        """Take back what ``extra_state`` returned."""
+
+    def train(self) -> Path:
+        """Run until ``config.epochs`` epochs are finished and return the run folder.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+            TrainingError, CheckpointError, RewardError: with one sentence; the last checkpoint stands.
+        """
+        config = self.config
+        with InterruptFlag() as self._flag, self._progress() as self._bars:
+            self._prepare()
+            while self.epoch < config.epochs:
+                self._rng_at_start = checkpoint.rng_state()
+                started = time.perf_counter()
+                with self._saved_if_broken_off():
+                    batch, collected = self.collect()
+                sampled = time.perf_counter()
+                keep, decisions, estimated = self.estimate(batch)
+                self._update(batch, keep, decisions)
+                updated = time.perf_counter()
+                self.epoch += 1
+                if config.grid_every and self.epoch % config.grid_every == 0:
+                    with self.averaged_weights():
+                        self.show(f"epoch_{self.epoch:04d}")
+                row = {"step": self.step, "epoch": self.epoch, **collected, **estimated, "samples_used": len(keep)}
+                row["time/sample"] = sampled - started - collected.get("time/score", 0.0)
+                row["time/update"] = updated - sampled
+                row["time/grid"] = time.perf_counter() - updated
+                row["time/epoch"] = time.perf_counter() - started
+                self._log.write(row)
+                self._bars.update(self._epochs_bar, completed=self.epoch, description=_headline(row))
+                self._rng_at_start = checkpoint.rng_state()
+                if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
+                    self.save()
+                if self.epoch < config.epochs and self.interrupted():
+                    self._stop()
+            self._bars.update(self._epochs_bar, description="writing final/ and the report")
+            if self.accelerator.is_main_process:
+                with self.averaged_weights():
+                    self.finish()
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+        return self.folder
+
+    def interrupted(self) -> bool:
+        """Whether any process was asked to stop; every process must call this at the same place."""
+        flag = torch.tensor(float(self._flag.raised), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def stop_if_interrupted(self) -> None:
+        """For ``collect``, between batches: leave the epoch, whose beginning is what gets saved."""
+        if self.interrupted():
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the trained parameters are their EMA, if one is kept."""
+        if self._ema is None:
+            yield
+            return
+        parameters = list(self.trainable.values())
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int) -> Iterator[TaskID]:
+        """A bar below the epochs' one; advance it with ``self.advance``."""
+        bar = self._bars.add_task(description, total=total)
+        try:
+            yield bar
+        finally:
+            self._bars.remove_task(bar)
+
+    def advance(self, bar: TaskID) -> None:
+        self._bars.advance(bar)
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        from transformers import get_scheduler
+
+        config = self.config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._parameters = list(self.trainable.values())
+        optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            weight_decay=config.weight_decay,
+            fused=self.accelerator.device.type == "cuda",
+        )
+        steps = config.epochs * self._steps_per_epoch
+        self._schedule = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, steps)
+        self._optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self._ema = None
+        if config.ema_decay is not None:
+            from diffusers.training_utils import EMAModel
+
+            self._ema = EMAModel(self._parameters, decay=config.ema_decay)
+        self._log = MetricsLog(self.folder / "metrics.jsonl", self.accelerator)
+        if config.trackers:
+            self.accelerator.init_trackers("diffusion-align", config={"config": dump_config(config)})
+        newest = checkpoint.list_checkpoints(self.folder / "checkpoints")[-1:] if config.resume else []
+        if newest:
+            self._load(newest[0])
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_aside(self.folder / "config.yaml", dump_config(config))
+        self.accelerator.wait_for_everyone()
+        self._log.rewind(self.step if newest else -1)
+        self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
+        if config.grid_every and not newest:
+            self.show("epoch_0000")
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return self.config.updates_per_epoch * self.config.inner_epochs
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        return Progress(*columns, disable=not self.accelerator.is_main_process)
+
+    # -- update ----------------------------------------------------------------------------------------------------
+
+    def _update(self, batch: Batch, keep: Tensor, decisions: int) -> None:
+        """All optimizer steps of one epoch over the global samples ``keep``, each with ``decisions`` decisions."""
+        config = self.config
+        own = torch.tensor([self.local_samples.start, self.local_samples.stop])
+        with self.progress("  training", config.inner_epochs * len(keep) * decisions // self.accelerator.num_processes) as bar:
+            for inner in range(config.inner_epochs):
+                order = keep[torch.randperm(len(keep), generator=generator(config.seed, "order", self.epoch, inner))]
+                for update, chunk in enumerate(order.tensor_split(config.updates_per_epoch)):
+                    self.step += 1
+                    if len(chunk) == 0:
+                        continue
+                    local = chunk[(chunk >= own[0]) & (chunk < own[1])] - own[0]
+                    pairs = torch.cartesian_prod(local, torch.arange(decisions)) if len(local) else torch.empty(0, 2, dtype=torch.int64)
+                    statistics = self._accumulate(batch, pairs, len(chunk) * decisions, bar)
+                    if inner == 0 and update == 0:
+                        self.check_first_pass(statistics)
+                    statistics["grad_norm"] = self._optimizer_step()
+                    row = {"step": self.step, "epoch": self.epoch + 1, **statistics, "learning_rate": self._schedule.get_last_lr()[0]}
+                    self._schedule.step()
+                    self._log.write(row)
+
+    def _accumulate(self, batch: Batch, pairs: Tensor, total: int, bar: TaskID) -> dict[str, float]:
+        """Gradient of the mean loss over ``total`` decisions of all processes, of which ``pairs`` (n, 2) are ours."""
+        sums: dict[str, Tensor] = {}
+        device = self.accelerator.device
+        for micro_batch in pairs.split(self.config.micro_batch_size):
+            if len(micro_batch) == 0:
+                continue
+            samples, steps = micro_batch.to(device).unbind(1)
+            losses, statistics = self.loss(batch, samples, steps)
+            self.accelerator.backward(losses.sum() / total)
+            for name, values in {"loss": losses.detach(), **statistics}.items():
+                sums[name] = _fold(name, sums.get(name), values)
+            self._bars.advance(bar, len(micro_batch))
+        return self._reduce(sums, total)
+
+    def _reduce(self, sums: dict[str, Tensor], total: int) -> dict[str, float]:
+        """Statistics over all processes; one transfer to the host."""
+        parts: list[dict[str, float]] = [{name: float(value) for name, value in sums.items()}]
+        if self.accelerator.num_processes > 1:
+            parts = gather_object(parts)
+        result = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values = [part[name] for part in parts if name in part]
+            result[name] = min(values) if name.endswith("/min") else max(values) if name.endswith("/max") else sum(values) / total
+        if not torch.isfinite(torch.tensor(result["loss"])):
+            raise TrainingError(
+                f"the loss became {result['loss']} at step {self.step}: lower learning_rate"
+                + ("" if self.config.mixed_precision == "no" else f" or set mixed_precision=no instead of {self.config.mixed_precision}")
+            )
+        return result
+
+    def _optimizer_step(self) -> float:
+        """Sum the gradients of all processes, clip, step; returns the norm before clipping."""
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.accelerator.num_processes > 1:
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
+            for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+        norm = self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self._ema is not None:
+            self._ema.step(self._parameters)
+        return float(norm)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _saved_if_broken_off(self) -> Iterator[None]:
+        """Collecting changes no weights, so whatever breaks it off, the epoch's beginning can still be saved."""
+        try:
+            yield
+        except Interrupted:
+            self._stop()
+        except Exception:
+            if self.accelerator.num_processes == 1 and self.epoch > 0:
+                self.save()
+            raise
+
+    def _stop(self) -> None:
+        self.save()
+        self.accelerator.end_training()
+        raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; go on with resume=true output_dir={self.folder}")
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished epoch."""
+        rng = [self._rng_at_start]
+        if self.accelerator.num_processes > 1:
+            rng = gather_object(rng)
+        if self.accelerator.is_main_process:
+            weights = {"trained": self.trainable}
+            if self._ema is not None:
+                weights["ema"] = dict(zip(self.trainable, self._ema.shadow_params, strict=True))
+            scaler = self.accelerator.scaler
+            checkpoint.save_checkpoint(
+                self.folder / "checkpoints",
+                self.step,
+                weights=weights,
+                tensors={
+                    "optimizer": self._optimizer.state_dict(),
+                    "schedule": self._schedule.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else {},
+                    "rng": rng,
+                },
+                state={
+                    "version": __version__,
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "ema_steps": self._ema.optimization_step if self._ema else 0,
+                    "config": self.config.model_dump(mode="json"),
+                    "extra": self.extra_state(),
+                },
+                keep=self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, path: Path) -> None:
+        weights, tensors, state = checkpoint.load_checkpoint(path)
+        mine = self.config.model_dump(mode="json")
+        theirs = state["config"]
+        changed = [k for k in mine if k not in _FREE_ON_RESUME and mine[k] != theirs.get(k)]
+        if changed:
+            what = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)
+            raise CheckpointError(f"checkpoint {path} belongs to another run: {what}; put it back or choose a new output_dir")
+        trainable = self.trainable
+        if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in trainable.items()}:
+            raise CheckpointError(f"checkpoint {path} holds other weights than this model trains: was the model's folder changed?")
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(weights["trained"][name])
+            if self._ema is not None:
+                for name, shadow in zip(trainable, self._ema.shadow_params, strict=True):
+                    shadow.copy_(weights["ema"][name])
+                self._ema.optimization_step = state["ema_steps"]
+        self._optimizer.load_state_dict(tensors["optimizer"])
+        self._schedule.load_state_dict(tensors["schedule"])
+        if tensors["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.load_extra_state(state["extra"])
+        own = tensors["rng"]
+        checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
+
+
+def _fold(name: str, so_far: Tensor | None, values: Tensor) -> Tensor:
+    if name.endswith("/min"):
+        return values.min() if so_far is None else torch.minimum(so_far, values.min())
+    if name.endswith("/max"):
+        return values.max() if so_far is None else torch.maximum(so_far, values.max())
+    return values.sum() if so_far is None else so_far + values.sum()
+
+
+def _headline(row: Mapping[str, float]) -> str:
+    return f"reward {row['reward']:.4g}" if "reward" in row else f"step {row['step']}"
