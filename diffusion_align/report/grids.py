@@ -1,0 +1,243 @@
+"""Pictures of pictures: labelled grids, before/after, and an atomic PNG writer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+Images = torch.Tensor | Sequence[Image.Image]
+
+MARGIN = 8
+FONT_SIZE = 12
+LINE_HEIGHT = 15
+CAPTION_LINES = 2
+VISIBLE_WIDTH = 128  # smaller pictures are enlarged to about this width
+PAIRS_PER_ROW = 8
+BACKGROUND = (255, 255, 255)
+INK = (34, 34, 34)
+MUTED = (110, 110, 110)
+FRAME = (221, 221, 221)
+
+
+def to_pil(images: Images) -> list[Image.Image]:
+    """RGB pictures from a float tensor (B, 3, H, W) in [0, 1] or from PIL images; NaN becomes black.
+
+    Values outside [0, 1] are clamped, transparent pixels are put on white.
+    """
+    if isinstance(images, torch.Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be a float tensor (B, 3, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}"
+            )
+        pixels = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pixels]
+    pictures = []
+    for image in images:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba)
+        pictures.append(image.convert("RGB"))
+    return pictures
+
+
+def image_grid(
+    images: Images,
+    *,
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    scale: float | None = None,
+) -> Image.Image:
+    """One picture holding all of them, row by row, each with its caption beneath.
+
+    Args:
+        images: float tensor (B, 3, H, W) in [0, 1], or B PIL images.
+        captions: B strings; wrapped to two lines, the rest an ellipsis.
+        columns: pictures a row; by default the near-square number that leaves the fewest holes.
+        scale: enlargement; by default the whole number that makes small pictures (64 px) about 128 px wide, else 1.
+
+    Raises:
+        ValueError: no images, another shape, or not as many captions as images.
+    """
+    pictures = _resized(to_pil(images), scale)
+    _check_count("captions", captions, len(pictures))
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns={columns} must be at least 1")
+    columns = min(columns or _balanced_columns(len(pictures)), len(pictures))
+    width, height = _cell(pictures)
+    blocks = [_wrap(caption, width) for caption in captions] if captions is not None else []
+    text_height = LINE_HEIGHT * max((len(block) for block in blocks), default=0)
+    text_height += MARGIN // 2 if text_height else 0
+    n_rows = -(-len(pictures) // columns)
+    canvas = Image.new(
+        "RGB",
+        (MARGIN + columns * (width + MARGIN), MARGIN + n_rows * (height + text_height + MARGIN)),
+        BACKGROUND,
+    )
+    draw = ImageDraw.Draw(canvas)
+    for i, picture in enumerate(pictures):
+        left = MARGIN + (i % columns) * (width + MARGIN)
+        top = MARGIN + (i // columns) * (height + text_height + MARGIN)
+        _paste(canvas, picture, left, top, width, height)
+        if blocks:
+            _centred(draw, blocks[i], left, top + height + MARGIN // 2, width, INK)
+    return canvas
+
+
+def before_after(
+    before: Images,
+    after: Images,
+    *,
+    captions: Sequence[str] | None = None,
+    rewards_before: Sequence[float] | torch.Tensor | None = None,
+    rewards_after: Sequence[float] | torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Image.Image:
+    """One column a prompt: the picture before training on top, the one after beneath it, rows labelled at the left.
+
+    Rewards stand under their pictures, the prompt under the pair. More than eight prompts continue in a further block.
+
+    Args:
+        before, after: the same prompts and seeds in the same order; (B, 3, H, W) floats in [0, 1] or B PIL images.
+        captions: B prompts.
+        rewards_before, rewards_after: B rewards each.
+        scale: as for ``image_grid``.
+
+    Raises:
+        ValueError: no images, or lengths that differ.
+    """
+    top_row, bottom_row = _resized(to_pil(before), scale), _resized(to_pil(after), scale)
+    count = len(top_row)
+    if len(bottom_row) != count:
+        raise ValueError(f"before holds {count} images and after {len(bottom_row)}: they must show the same prompts")
+    _check_count("captions", captions, count)
+    _check_count("rewards_before", rewards_before, count)
+    _check_count("rewards_after", rewards_after, count)
+
+    width, height = _cell([*top_row, *bottom_row])
+    blocks = [_wrap(caption, width) for caption in captions] if captions is not None else []
+    caption_height = LINE_HEIGHT * max((len(block) for block in blocks), default=0)
+    gutter = int(max(_font().getlength(word) for word in ("before", "after"))) + MARGIN
+    rows = (("before", top_row, rewards_before), ("after", bottom_row, rewards_after))
+    row_heights = [height + (LINE_HEIGHT + 2 if rewards is not None else 0) for _, _, rewards in rows]
+    block_height = sum(row_heights) + MARGIN + caption_height + 2 * MARGIN
+    per_row = min(count, PAIRS_PER_ROW)
+    n_blocks = -(-count // per_row)
+    canvas = Image.new("RGB", (MARGIN + gutter + per_row * (width + MARGIN), MARGIN + n_blocks * block_height))
+    canvas.paste(BACKGROUND, (0, 0, *canvas.size))
+    draw = ImageDraw.Draw(canvas)
+    for first in range(0, count, per_row):
+        top = MARGIN + (first // per_row) * block_height
+        for (word, pictures, rewards), row_height in zip(rows, row_heights):
+            draw.text((MARGIN, top + height // 2 - LINE_HEIGHT // 2), word, fill=INK, font=_font())
+            for i in range(first, min(first + per_row, count)):
+                left = MARGIN + gutter + (i - first) * (width + MARGIN)
+                _paste(canvas, pictures[i], left, top, width, height)
+                if rewards is not None:
+                    _centred(draw, [f"{float(rewards[i]):.4g}"], left, top + height + 2, width, MUTED)
+            top += row_height + MARGIN
+        for i in range(first, min(first + per_row, count)) if blocks else ():
+            left = MARGIN + gutter + (i - first) * (width + MARGIN)
+            _centred(draw, blocks[i], left, top - MARGIN // 2, width, INK)
+    return canvas
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write a PNG aside and rename it, so that a kill leaves the old file or the new one; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(aside, format="PNG")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _check_count(name: str, values: Sequence | torch.Tensor | None, count: int) -> None:
+    if values is not None and len(values) != count:
+        raise ValueError(f"{name} holds {len(values)} entries for {count} images: give one for each image")
+
+
+def _resized(pictures: list[Image.Image], scale: float | None) -> list[Image.Image]:
+    if not pictures:
+        raise ValueError("there are no images to draw: give at least one")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale} must be greater than 0")
+    factor = max(1, round(VISIBLE_WIDTH / _cell(pictures)[0])) if scale is None else scale
+    if factor == 1:
+        return pictures
+    return [
+        picture.resize(
+            (max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), Image.Resampling.BICUBIC
+        )
+        for picture in pictures
+    ]
+
+
+def _cell(pictures: Sequence[Image.Image]) -> tuple[int, int]:
+    return max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+
+
+def _balanced_columns(count: int) -> int:
+    side = 1
+    while side * side < count:
+        side += 1
+    return min(range(side, 2 * side + 1), key=lambda columns: (-count % columns, columns))
+
+
+def _paste(canvas: Image.Image, picture: Image.Image, left: int, top: int, width: int, height: int) -> None:
+    """Centre the picture in its cell, with a hairline around it: many pictures are as white as the page."""
+    left += (width - picture.width) // 2
+    top += (height - picture.height) // 2
+    frame = (left - 1, top - 1, left + picture.width, top + picture.height)
+    ImageDraw.Draw(canvas).rectangle(frame, outline=FRAME)
+    canvas.paste(picture, (left, top))
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """At most ``CAPTION_LINES`` lines no wider than ``width`` pixels; what does not fit becomes an ellipsis."""
+    font = _font()
+    if not isinstance(font, ImageFont.FreeTypeFont):  # the bitmap font of a Pillow without FreeType is Latin-1 only
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    lines: list[str] = []
+    rest = " ".join(text.split())
+    while rest and len(lines) < CAPTION_LINES:
+        if font.getlength(rest) <= width:
+            return [*lines, rest]
+        if len(lines) == CAPTION_LINES - 1:
+            end = _fitting(rest + " ", width - font.getlength("..."))
+            return [*lines, rest[:end].rstrip(" ,;.") + "..."]
+        end = _fitting(rest, width)
+        space = rest.rfind(" ", 0, end + 1)
+        cut = space if space > 0 else max(end, 1)
+        lines.append(rest[:cut])
+        rest = rest[cut:].lstrip()
+    return lines
+
+
+def _fitting(text: str, width: float) -> int:
+    """How many leading characters are at most ``width`` pixels wide."""
+    font = _font()
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+    return low
+
+
+def _centred(
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, width: int, fill: tuple[int, int, int]
+) -> None:
+    font = _font()
+    for n, line in enumerate(lines):
+        offset = max(0.0, (width - font.getlength(line)) / 2)
+        draw.text((left + offset, top + n * LINE_HEIGHT), line, fill=fill, font=font)

@@ -1,0 +1,286 @@
+"""The run report: one HTML file that holds everything it shows, readable years later and without the run folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from PIL import Image
+
+from diffusion_align.report import plots
+from diffusion_align.report.metrics import Row, numeric_keys, read_metrics, series
+
+MAX_GRIDS = 6
+MAX_OTHER_METRICS = 24
+MAX_IMAGE_WIDTH = 1600  # wider pictures are shrunk inside the report; the files keep their size
+
+# What each plot is called, the metrics it shows (any one is enough), and how it is read.
+_PLOTS = (
+    (
+        plots.plot_reward,
+        ("reward",),
+        "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
+        "are a real difference.",
+    ),
+    (
+        plots.plot_kl,
+        ("kl", "kl_path"),
+        "How far the policy has moved from the reference, in nats: for one decision, and summed over a whole path.",
+    ),
+    (
+        plots.plot_clip_fraction,
+        ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
+        "Decisions the clip range held back. Near 0 the clip does nothing; near 1 most of the gradient is lost.",
+    ),
+    (
+        plots.plot_ratio,
+        ("ratio/mean", "ratio/min", "ratio/max", "ratio/first_pass_deviation"),
+        "Probability of a sampled decision now over when it was sampled. On the first pass nothing has been updated "
+        "yet, so any deviation from 1 is numerical.",
+    ),
+    (
+        plots.plot_grad_norm,
+        ("grad_norm",),
+        "The norm of each update's gradient, before any clipping of it.",
+    ),
+    (
+        plots.plot_time_split,
+        ("time/sample", "time/score", "time/update", "time/grid", "time/epoch"),
+        "Where the seconds of each epoch went.",
+    ),
+)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write ``report.html`` into a run folder and return its path.
+
+    The file needs nothing beside it and nothing from the network. It is written aside and renamed. Whatever the run
+    does not hold (no metrics yet, no samples) is left out and said so.
+
+    Raises:
+        ValueError: the folder holds nothing of a run, or its ``metrics.jsonl`` is damaged.
+    """
+    run_dir = Path(run_dir)
+    if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "samples")):
+        raise ValueError(
+            f"{run_dir} is not a run folder, it holds neither config.yaml nor metrics.jsonl nor samples: "
+            "give the output_dir of a run"
+        )
+    metrics = run_dir / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    config_path = run_dir / "config.yaml"
+    config_text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
+    config = _load_config(config_text)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("report.html.j2").render(
+        title=_title(run_dir, config),
+        folder=run_dir.resolve().name,
+        summary=summary(rows),
+        finished=(run_dir / "final").exists(),
+        before_after=_inline(run_dir / "samples" / "before_after.png"),
+        figures=list(_figures(rows)),
+        other=_other_metrics(rows),
+        grids=list(_grids(run_dir / "samples")),
+        config=list(_flatten(config)) if isinstance(config, dict) else [],
+        config_text=config_text,
+    )
+    path = run_dir / "report.html"
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(html, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """The run in one paragraph: reward from start to end, its cost, KL in nats, largest first-pass deviation."""
+    if not rows:
+        return "No metrics have been written yet."
+    return " ".join([_reward_sentence(rows), _kl_sentence(rows), _ratio_sentence(rows)])
+
+
+def _reward_sentence(rows: Sequence[Row]) -> str:
+    epochs, reward = series(rows, "reward", x="epoch")
+    cost = _cost(rows)
+    if not len(epochs):
+        return f"No reward was logged; the run took {cost}." if cost else "No reward was logged."
+    errors = dict(zip(*series(rows, "reward_stderr", x="epoch")))
+    first, last = (_plus_minus(reward[i], 2 * errors.get(epochs[i], math.nan)) for i in (0, -1))
+    note = " (± 2 standard errors)" if "±" in first + last else ""
+    if len(epochs) == 1:
+        return f"The mean reward of the only epoch so far is {first}{note}" + (f", after {cost}." if cost else ".")
+    change = reward[-1] - reward[0]
+    verb = "rose" if change > 0 else "fell" if change < 0 else "went"
+    sentence = f"The mean reward {verb} from {first} to {last}{note}"
+    error = math.hypot(errors.get(epochs[0], math.nan), errors.get(epochs[-1], math.nan))
+    if error > 0:
+        sentence += f", a change of {abs(change) / error:.1f} standard errors"
+    return f"{sentence}, over {cost}."
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    """Epochs, samples and minutes, as far as they were logged."""
+    parts = []
+    n_epochs = len({row["epoch"] for row in rows if "epoch" in row and not _is_update(row)})
+    if n_epochs:
+        parts.append(_count(n_epochs, "epoch"))
+    _, used = series(rows, "samples_used", x="epoch")
+    if len(used):
+        parts.append(f"{int(used.sum())} samples trained on")
+    _, seconds = series(rows, "time/epoch", x="epoch")
+    if len(seconds):
+        parts.append(f"{seconds.sum() / 60:.1f} minutes")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _is_update(row: Row) -> bool:
+    return "loss" in row or "grad_norm" in row
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _kl_sentence(rows: Sequence[Row]) -> str:
+    found = []
+    for key, what in (("kl", "a step"), ("kl_path", "a whole path")):
+        with_key = [row for row in rows if key in row]
+        last_epoch = [row for row in with_key if row.get("epoch") == with_key[-1].get("epoch")]
+        _, values = series(last_epoch, key)
+        if len(values):
+            found.append(f"{values.mean():.3g} nats {what}")
+    if not found:
+        return "KL to the reference was not logged."
+    return (
+        f"In the last epoch the policy was {' and '.join(found)} away from the reference (KL, mean over its updates)."
+    )
+
+
+def _ratio_sentence(rows: Sequence[Row]) -> str:
+    _, deviations = series(rows, "ratio/first_pass_deviation")
+    if not len(deviations):
+        return "The importance ratio on the first pass was not logged."
+    largest = deviations.max()
+    if largest == 0:
+        return "On the first pass over its samples the importance ratio was exactly 1 everywhere."
+    return f"On the first pass over its samples the importance ratio strayed from 1 by at most {largest:.2g}."
+
+
+def _plus_minus(value: float, error: float) -> str:
+    """``value ± error`` to two digits of the error; the value alone where no error is known."""
+    if not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.4g}"
+    decimals = 3 if error <= 0 else min(12, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def _title(run_dir: Path, config: object) -> str:
+    parts = []
+    if isinstance(config, dict):
+        for key in ("method", "reward", "model"):
+            value = config.get(key)
+            if isinstance(value, dict):
+                value = value.get("name") or " + ".join(map(str, value))
+            elif isinstance(value, list):
+                value = " + ".join(str(item.get("name", "")) if isinstance(item, dict) else str(item) for item in value)
+            if value:
+                parts.append(str(value).upper() if key == "method" else Path(str(value)).name)
+    return " · ".join(parts) or run_dir.resolve().name
+
+
+def _load_config(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+
+
+def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys, as the command line takes them, with their values as YAML."""
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+            yield f"{prefix}{key}", text.removesuffix("\n").removesuffix("\n...")
+
+
+def _figures(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    logged = set(numeric_keys(rows))
+    for draw, keys, reading in _PLOTS:
+        if logged.intersection(keys):
+            yield _figure(draw(rows), reading)
+        if draw is plots.plot_reward and len(components := plots.reward_component_keys(rows)) > 1:
+            yield _figure(plots.plot_metrics(rows, components, x="epoch"), "The rewards that were logged, one by one.")
+
+
+def _other_metrics(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """Every metric that no plot above shows, so that a text run or a new algorithm is reported as well."""
+    shown = {key for _, keys, _ in _PLOTS for key in keys} | {"reward_stderr"}
+    components = plots.reward_component_keys(rows)
+    keys = [key for key in numeric_keys(rows) if key not in shown and key not in components]
+    keys = [key for key in keys if len(series(rows, key)[0]) or len(series(rows, key, x="epoch")[0])]
+    if not keys:
+        return None
+    left_out = keys[MAX_OTHER_METRICS:]
+    reading = f"Not drawn, see metrics.jsonl: {', '.join(left_out)}." if left_out else ""
+    return _figure(plots.plot_metrics(rows, keys[:MAX_OTHER_METRICS], columns=3), reading)
+
+
+def _figure(figure: plots.Figure, reading: str) -> dict[str, Any]:
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    return {
+        "source": _data_uri(plots.figure_png(figure)),
+        "alt": "Plot: " + "; ".join(titles),
+        "wide": len(titles) > 1,
+        "reading": reading,
+    }
+
+
+def _grids(samples: Path) -> Iterator[dict[str, Any]]:
+    """At most ``MAX_GRIDS`` of the epochs' grids, evenly spread, the first and the last among them."""
+    numbered = sorted(
+        (int(match[1]), path)
+        for path in samples.glob("epoch_*.png")
+        if (match := re.fullmatch(r"epoch_(\d+)\.png", path.name))
+    )
+    count = min(MAX_GRIDS, len(numbered))
+    for i in range(count):
+        epoch, path = numbered[round(i * (len(numbered) - 1) / max(count - 1, 1))]
+        if source := _inline(path):
+            yield {"source": source, "label": f"After epoch {epoch}" if epoch else "Before training"}
+
+
+def _inline(path: Path) -> str | None:
+    """The PNG as a data URI, shrunk if very wide; None if it is missing or cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.width <= MAX_IMAGE_WIDTH:
+                return _data_uri(path.read_bytes())
+            height = max(1, round(image.height * MAX_IMAGE_WIDTH / image.width))
+            small = image.convert("RGB").resize((MAX_IMAGE_WIDTH, height), Image.Resampling.LANCZOS)
+    except OSError:
+        return None
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG")
+    return _data_uri(buffer.getvalue())
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

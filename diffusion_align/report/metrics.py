@@ -1,0 +1,72 @@
+"""Reading ``metrics.jsonl``: one JSON object a row, of two kinds, one per optimizer update and one per epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+
+
+def read_metrics(path: str | Path) -> list[Row]:
+    """The rows of a ``metrics.jsonl``, in file order.
+
+    A last line without its newline that does not parse was cut off by a kill and is ignored; blank lines are skipped.
+
+    Raises:
+        ValueError: the file does not exist, or a line other than a cut last one is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give the metrics.jsonl of a run folder")
+    lines = path.read_bytes().split(b"\n")  # bytes, because a cut may fall inside a character
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines) and line.lstrip().startswith(b"{"):
+                break
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is not a JSON object: remove that line or restore the file")
+        rows.append(row)
+    return rows
+
+
+def is_number(value: object) -> bool:
+    """True for ints and floats, NaN included; False for bools, strings, lists and None."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def series(rows: Iterable[Row], key: str, *, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """``(xs, values)`` of one key, float64 and sorted by x; rows that lack the key or ``x`` are left out.
+
+    Where several rows share an x the last one counts: a resumed run may have written a row twice.
+    """
+    found = {row[x]: row[key] for row in rows if is_number(row.get(key)) and is_number(row.get(x))}
+    xs = sorted(found)
+    return np.array(xs, dtype=np.float64), np.array([found[value] for value in xs], dtype=np.float64)
+
+
+def numeric_keys(rows: Iterable[Row]) -> list[str]:
+    """Keys that hold a finite number in at least one row, sorted; the counters ``step`` and ``epoch`` are left out."""
+    keys = {key for row in rows for key, value in row.items() if is_number(value) and math.isfinite(value)}
+    return sorted(keys - {"step", "epoch"})
+
+
+def natural_x(runs: Sequence[Sequence[Row]], key: str) -> str:
+    """``"epoch"`` when the key comes at most once an epoch in every run, otherwise ``"step"``."""
+    for rows in runs:
+        steps, _ = series(rows, key, x="step")
+        epochs, _ = series(rows, key, x="epoch")
+        if len(epochs) < len(steps):
+            return "step"
+    return "epoch"

@@ -1,0 +1,348 @@
+"""Plots of a run's metrics, as matplotlib ``Figure`` objects drawn by Agg: no pyplot, so nothing global to close."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
+
+# Okabe and Ito's colours, told apart with every common form of colour blindness.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
+INK, GRID = "#333333", "#dddddd"
+PANEL_WIDTH, PANEL_HEIGHT = 4.6, 2.9
+DPI = 150
+MARKED_POINTS = 30  # lines of at most this many points show them
+
+RunDirs = str | Path | Sequence[str | Path]
+
+_NAMES = {
+    "reward": ("Reward", "mean reward"),
+    "reward_std": ("Spread of the reward", "standard deviation"),
+    "reward_stderr": ("Uncertainty of the mean reward", "standard error"),
+    "frac_reward_zero_std": ("Groups with equal rewards", "fraction of groups"),
+    "kl": ("KL to the reference, per step", "nats"),
+    "kl_path": ("KL to the reference, whole path", "nats"),
+    "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
+    "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
+    "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),
+    "clip_nats": ("Clip range", "nats"),
+    "ratio/mean": ("Importance ratio, mean", "ratio"),
+    "ratio/min": ("Importance ratio, smallest", "ratio"),
+    "ratio/max": ("Importance ratio, largest", "ratio"),
+    "ratio/first_pass_deviation": ("Ratio on the first pass", "max |ratio − 1|"),
+    "grad_norm": ("Gradient norm", "L2 norm"),
+    "learning_rate": ("Learning rate", "learning rate"),
+    "loss": ("Loss", "loss"),
+    "entropy": ("Entropy", "nats"),
+    "samples_used": ("Samples trained on", "samples"),
+}
+_X_NAMES = {"step": "optimizer update", "epoch": "epoch"}
+_TIME_PARTS = ("sample", "score", "update", "grid")
+
+
+def describe(key: str) -> tuple[str, str]:
+    """``(title, unit)`` of a metric, for an axis; a key that is not known stands for itself."""
+    if key in _NAMES:
+        return _NAMES[key]
+    if key.startswith("rewards/") and key.endswith("/mean"):
+        return f"Reward: {key.removeprefix('rewards/').removesuffix('/mean')}", "mean reward"
+    if key.startswith("time/"):
+        return f"Time: {key.removeprefix('time/')}", "seconds"
+    return key, ""
+
+
+def plot_metrics(
+    rows: Sequence[Row], keys: Sequence[str], *, x: str | None = None, columns: int = 2, title: str | None = None
+) -> Figure:
+    """One panel a key, a line each; ``x`` is "step" or "epoch", by default whichever the key is logged by.
+
+    Raises:
+        ValueError: a key that no row holds as a number.
+    """
+    if not keys:
+        raise ValueError("keys is empty: name at least one metric")
+    figure, panels = _figure(len(keys), columns=columns)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
+    for axes, key in zip(panels, keys):
+        axis = x or natural_x([rows], key)
+        xs, values = _require(rows, key, axis)
+        _line(axes, xs, values, PALETTE[0])
+        _finish(axes, key, axis)
+    return figure
+
+
+def plot_reward(rows: Sequence[Row]) -> Figure:
+    """The mean reward of each epoch's samples with a band of ± 2 standard errors."""
+    figure, (axes,) = _figure(1)
+    epochs, reward = _require(rows, "reward", "epoch")
+    _line(axes, epochs, reward, PALETTE[0], label="mean over the epoch's samples")
+    error_epochs, error = series(rows, "reward_stderr", x="epoch")
+    both = np.isin(epochs, error_epochs)
+    if both.any():
+        half = 2 * error[np.isin(error_epochs, epochs)]
+        _band(axes, epochs[both], reward[both] - half, reward[both] + half, PALETTE[0], "± 2 standard errors")
+    _legend(axes)
+    _finish(axes, "reward", "epoch")
+    return figure
+
+
+def plot_reward_components(rows: Sequence[Row]) -> Figure:
+    """Each ``rewards/<name>/mean`` in a panel of its own, because rewards differ in scale."""
+    return plot_metrics(rows, reward_component_keys(rows) or ["rewards/<name>/mean"], x="epoch")
+
+
+def reward_component_keys(rows: Iterable[Row]) -> list[str]:
+    """The keys ``rewards/<name>/mean`` found in the rows, sorted."""
+    return [key for key in numeric_keys(rows) if key.startswith("rewards/") and key.endswith("/mean")]
+
+
+def plot_kl(rows: Sequence[Row]) -> Figure:
+    """KL to the reference in nats: a panel per denoising step (``kl``) and one for the whole path (``kl_path``)."""
+    figure = plot_metrics(rows, _present(rows, ("kl", "kl_path")), x="step")
+    for axes in figure.axes:
+        _from_zero(axes)
+    return figure
+
+
+def plot_clip_fraction(rows: Sequence[Row]) -> Figure:
+    """The fraction of decisions whose ratio left the clip range: in all, below it and above it."""
+    keys = _present(rows, ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"))
+    labels = {"clip_ratio/region_mean": "either side", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
+    figure, (axes,) = _figure(1)
+    for key, color in zip(keys, _colors(len(keys))):
+        _line(axes, *series(rows, key), color, label=labels[key])
+    _finish(axes, "clip_ratio/region_mean", "step", unit="fraction of decisions")
+    _from_zero(axes)
+    _legend(axes)
+    return figure
+
+
+def plot_ratio(rows: Sequence[Row]) -> Figure:
+    """The importance ratio minus 1 (mean, smallest, largest) and, beside it, how far the first pass strayed from 1."""
+    labels = {"ratio/max": "largest", "ratio/mean": "mean", "ratio/min": "smallest"}
+    lines = [key for key in labels if len(series(rows, key)[0])]
+    deviation = "ratio/first_pass_deviation"
+    has_deviation = len(series(rows, deviation)[0]) > 0
+    if not lines and not has_deviation:
+        _present(rows, (*labels, deviation))
+    figure, panels = _figure(bool(lines) + has_deviation)
+    if lines:
+        axes = panels[0]
+        axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
+        for key, color in zip(labels, (PALETTE[1], PALETTE[0], PALETTE[2])):
+            steps, values = series(rows, key)
+            if key in lines:
+                _line(axes, steps, values - 1, color, label=labels[key])
+        _finish(axes, "ratio/mean", "step", title="Importance ratio", unit="ratio − 1")
+        _legend(axes)
+    if has_deviation:
+        _line(panels[-1], *series(rows, deviation), PALETTE[3])
+        _finish(panels[-1], deviation, "step")
+        _from_zero(panels[-1])
+    return figure
+
+
+def plot_grad_norm(rows: Sequence[Row]) -> Figure:
+    """The norm of the gradient at each update."""
+    figure = plot_metrics(rows, ["grad_norm"], x="step")
+    _from_zero(figure.axes[0])
+    return figure
+
+
+def plot_time_split(rows: Sequence[Row]) -> Figure:
+    """Seconds of each epoch as stacked bars: sampling, scoring, updating, grids, and what remains of the epoch.
+
+    Scoring runs beside sampling, so the parts may add up to more than the epoch took; nothing then remains.
+    """
+    columns = {part: dict(zip(*series(rows, f"time/{part}", x="epoch"))) for part in (*_TIME_PARTS, "epoch")}
+    epochs = np.array(sorted(set().union(*columns.values())))
+    if not len(epochs):
+        _present(rows, [f"time/{part}" for part in (*_TIME_PARTS, "epoch")])
+    heights = {part: np.array([columns[part].get(epoch, 0.0) for epoch in epochs]) for part in _TIME_PARTS}
+    whole = np.array([columns["epoch"].get(epoch, 0.0) for epoch in epochs])
+    heights["other"] = np.maximum(whole - sum(heights.values()), 0)
+    figure, (axes,) = _figure(1)
+    base = np.zeros(len(epochs))
+    for part, color in zip(heights, (*PALETTE[:3], PALETTE[4], "#bbbbbb")):
+        if heights[part].any():
+            width = 0.8 if len(epochs) <= 60 else 1.0
+            axes.bar(epochs, heights[part], width, bottom=base, color=color, label=part, linewidth=0)
+            base = base + heights[part]
+    _finish(axes, "time/epoch", "epoch", title="Time of an epoch")
+    axes.grid(False, axis="x")
+    axes.set_ylim(0, max(1.02 * base.max(), 1e-9))
+    axes.legend(
+        *(list(reversed(part)) for part in axes.get_legend_handles_labels()),
+        frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5),
+    )  # fmt: skip
+    return figure
+
+
+def compare_runs(
+    runs: Mapping[str, RunDirs],
+    keys: Sequence[str],
+    path: str | Path | None = None,
+    *,
+    columns: int = 2,
+    title: str | None = None,
+) -> Figure:
+    """One panel a key and one line a label: the mean over the label's runs (seeds) with a band from least to greatest.
+
+    Only points that every run of a label reached are averaged, so that a run cut short cannot bend the mean.
+
+    Args:
+        runs: label → a run folder, or several that differ in the seed.
+        keys: metrics; each is drawn over epochs or over updates, as it was logged. A label without the key has no line.
+        path: where to write the PNG, if anywhere.
+
+    Raises:
+        ValueError: a folder without ``metrics.jsonl``, or a key that no run holds.
+    """
+    if not runs or not keys:
+        raise ValueError("compare_runs needs at least one run and one key")
+    rows = {
+        label: [read_metrics(Path(folder) / "metrics.jsonl") for folder in _as_list(folders)]
+        for label, folders in runs.items()
+    }
+    figure, panels = _figure(len(keys), columns=columns)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
+    for axes, key in zip(panels, keys):
+        axis = natural_x([seed for seeds in rows.values() for seed in seeds], key)
+        for (label, seeds), color in zip(rows.items(), _colors(len(rows))):
+            curves = [series(seed, key, x=axis) for seed in seeds]
+            curves = [curve for curve in curves if len(curve[0])]
+            if not curves:
+                continue
+            xs = curves[0][0]
+            for other, _ in curves[1:]:
+                xs = np.intersect1d(xs, other)
+            values = np.stack([ys[np.isin(x, xs)] for x, ys in curves])
+            if not len(xs):
+                raise ValueError(
+                    f"the runs of {label!r} have no {axis} of {key!r} in common: compare them under two labels"
+                )
+            _line(axes, xs, values.mean(0), color, label=label)
+            if len(curves) > 1:
+                _band(axes, xs, values.min(0), values.max(0), color)
+        if not axes.lines:
+            _present([row for seeds in rows.values() for seed in seeds for row in seed], [key])
+        _finish(axes, key, axis)
+    lines = {line.get_label(): line for axes in panels for line in axes.lines}
+    figure.legend(
+        [lines[label] for label in rows if label in lines], [label for label in rows if label in lines],
+        frameon=False, fontsize=8.5, labelcolor=INK, ncols=min(len(lines), 2 * columns), loc="outside lower center",
+    )  # fmt: skip
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure as PNG bytes on white."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure as a PNG, aside and renamed; returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_bytes(figure_png(figure))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _as_list(folders: RunDirs) -> list[str | Path]:
+    return [folders] if isinstance(folders, str | Path) else list(folders)
+
+
+def _present(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+    known = set(numeric_keys(rows))
+    found = [key for key in keys if key in known]
+    if not found:
+        names = ", ".join(keys)
+        raise ValueError(f"no row holds {names}: the metrics are {', '.join(sorted(known)) or 'empty'}")
+    return found
+
+
+def _require(rows: Sequence[Row], key: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    xs, values = series(rows, key, x=x)
+    if not len(xs):
+        _present(rows, [key])
+        raise ValueError(f"no row holds both {key} and {x}: draw {key} over {'step' if x == 'epoch' else 'epoch'}")
+    return xs, values
+
+
+def _figure(count: int, *, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    n_rows = math.ceil(count / columns)
+    figure = Figure(
+        figsize=(PANEL_WIDTH * columns, PANEL_HEIGHT * n_rows), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    )
+    return figure, [figure.add_subplot(n_rows, columns, n + 1) for n in range(count)]
+
+
+def _colors(count: int) -> list[str]:
+    return [PALETTE[n % len(PALETTE)] for n in range(count)]
+
+
+def _line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: str | None = None) -> None:
+    marker = "o" if len(xs) <= MARKED_POINTS else None
+    width = 1.6 if len(xs) <= 200 else 0.9
+    axes.plot(xs, values, color=color, linewidth=width, marker=marker, markersize=3, label=label, zorder=3)
+
+
+def _band(axes: Axes, xs: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, label: str = "") -> None:
+    if len(xs) == 1:  # a band over one point has no area
+        axes.vlines(xs, low, high, color=color, linewidth=1.2, alpha=0.6, label=label, zorder=2)
+    else:
+        axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0, label=label, zorder=2)
+
+
+def _finish(axes: Axes, key: str, x: str, *, title: str | None = None, unit: str | None = None) -> None:
+    name, default_unit = describe(key)
+    axes.set_title(title or name, fontsize=10, loc="left", color=INK)
+    axes.set_xlabel(_X_NAMES.get(x, x), fontsize=8.5, color=INK)
+    axes.set_ylabel(default_unit if unit is None else unit, fontsize=8.5, color=INK)
+    axes.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#aaaaaa")
+    axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
+    axes.yaxis.get_offset_text().set_fontsize(8)
+
+
+def _from_zero(axes: Axes) -> None:
+    """Start the axis of a quantity that cannot be negative at 0, unless an estimate of it is."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() >= 0:
+        axes.set_ylim(0, 1.06 * values.max() or None)
+
+
+def _legend(axes: Axes) -> None:
+    """Beneath the panel, where it hides no line."""
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.19),
+        columnspacing=1.4, handlelength=1.6,
+    )  # fmt: skip
