@@ -24,9 +24,7 @@ def _std_column(std: float | Tensor, like: Tensor, name: str) -> Tensor:
             return widen(std).reshape(-1, 1)
         raise ValueError(f"{name} must be a float, a 0-d tensor or ({like.shape[0]},), got shape {tuple(std.shape)}.")
     if not isinstance(std, (int, float)) or not std > 0:
-        raise ValueError(
-            f"{name}={std!r} is not allowed: it must be a number > 0; leave a deterministic step out, it has no density."
-        )
+        raise ValueError(f"{name}={std!r} is not a number > 0; leave deterministic steps out, they have no density.")
     return torch.full((1, 1), std, dtype=like.dtype, device=like.device)
 
 

@@ -88,7 +88,7 @@ def aggregate(
     """One scalar from a (B, T) loss, in its unit.
 
     - "token": the mean over all entries that count (DAPO, arXiv:2503.14476, eq. 8).
-    - "sequence": the mean over rows of each row's mean (GRPO, arXiv:2402.03300, eq. 3); a row where nothing counts is 0.
+    - "sequence": the mean over rows of each row's mean (GRPO, arXiv:2402.03300, eq. 3); an empty row is 0.
     - "fixed_length": the sum divided by B·``length`` (Dr. GRPO, arXiv:2503.20783), so long rows are not discounted.
 
     Args:

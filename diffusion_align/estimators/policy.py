@@ -119,7 +119,9 @@ def clipped_surrogate(
     advantages = widen(advantages).detach()
     if mask is not None:
         advantages = torch.where(mask, advantages, 0.0)
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    free, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
+    # Not torch.minimum: it halves the gradient at a tie, which is every first pass if clip is 0.
+    loss = -torch.where(clipped < free, clipped, free)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss
@@ -180,8 +182,8 @@ def score_function_loss(logp: Tensor, advantages: Tensor) -> Tensor:
 def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:
     """Squared error of the value per decision, halved, unreduced: ``(V - R)²/2``.
 
-    With ``clip`` it is ``max((V - R)², (V_c - R)²)/2`` with ``V_c = V_old + clamp(V - V_old, -clip, clip)``, as in PPO's
-    reference implementation (described by Engstrom et al. 2020, arXiv:2005.12729).
+    With ``clip`` it is ``max((V - R)², (V_c - R)²)/2`` with ``V_c = V_old + clamp(V - V_old, -clip, clip)``, as in
+    PPO's reference implementation (described by Engstrom et al. 2020, arXiv:2005.12729).
 
     Args:
         values: (B, T), in the unit of the return; the only input with a gradient.

@@ -1,0 +1,185 @@
+"""Group, leave-one-out and GAE advantages: worked numbers, identities, degenerate groups."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_align.estimators import gae, group_advantages, leave_one_out_advantages, reward_to_go
+
+F64 = torch.float64
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+IDS = torch.tensor([7, 3, 7, 3, 7, 9])
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("floor", "size"), [(0.0, 0.8660254038), (0.1, 1e-4), (0.01, 1e-3), (0.001, 1e-2)])
+def test_noise_is_blown_up_without_a_floor_and_not_with_one(floor, size):
+    rewards = torch.tensor([0.99999, 1.00001, 0.99999, 1.00001], dtype=F64)
+    advantages = group_advantages(rewards, torch.zeros(4, dtype=torch.long), clip_std=(floor, math.inf))
+    torch.testing.assert_close(advantages, size * torch.tensor([-1.0, 1, -1, 1], dtype=F64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_each_scale_equals_its_formula_in_any_order_of_groups(ddof):
+    rewards = _random(6)
+    mean, std = torch.zeros(6, dtype=F64), torch.zeros(6, dtype=F64)
+    for i in IDS.unique():
+        rows = i == IDS
+        mean[rows] = rewards[rows].mean()
+        std[rows] = rewards[rows].std(correction=ddof) if rows.sum() > 1 else math.inf
+    for scale, divisor in (("group", std), ("batch", rewards.std(correction=ddof)), ("none", 1.0)):
+        result = group_advantages(rewards, IDS, scale=scale, ddof=ddof)
+        torch.testing.assert_close(result, (rewards - mean) / divisor, **EXACT)
+        assert result[5] == 0
+    high = group_advantages(rewards, IDS, clip_std=(0.0, 1e-3))
+    torch.testing.assert_close(high, (rewards - mean) / 1e-3, **EXACT)
+
+
+def test_a_group_of_two_is_plus_and_minus_one_over_root_two():
+    result = group_advantages(torch.tensor([0.3, 4.0], dtype=F64), torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(result, torch.tensor([-1.0, 1.0], dtype=F64) / math.sqrt(2), **EXACT)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 + 0.1, -1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_equal_rewards_and_single_ones_give_exactly_zero(scale, ddof, value, dtype):
+    ids = torch.tensor([0] * 7 + [1])
+    rewards = torch.tensor([value] * 7 + [5.0], dtype=dtype)
+    assert (group_advantages(rewards, ids, scale=scale, ddof=ddof) == 0).all()
+    assert (leave_one_out_advantages(rewards, ids) == 0).all()
+    assert (group_advantages(rewards[:1], ids[:1], scale=scale, ddof=ddof) == 0).all()
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others():
+    rewards = _random(6)
+    expected = torch.zeros(6, dtype=F64)
+    for i in range(5):
+        others = (IDS[i] == IDS) & (torch.arange(6) != i)
+        expected[i] = rewards[i] - rewards[others].mean()
+    torch.testing.assert_close(leave_one_out_advantages(rewards, IDS), expected, **EXACT)
+
+
+def test_results_carry_no_gradient_and_the_dtype_of_the_rewards():
+    rewards = _random(6).requires_grad_()
+    assert not group_advantages(rewards, IDS).requires_grad
+    assert not leave_one_out_advantages(rewards, IDS).requires_grad
+    assert not gae(rewards[None], rewards[None], torch.ones(1, 6).bool())[0].requires_grad
+    for dtype, expected in ((torch.int64, torch.float32), (torch.float16, torch.float32), (F64, F64)):
+        assert group_advantages(rewards.to(dtype), IDS).dtype == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("call", [group_advantages, leave_one_out_advantages])
+def test_bad_rewards_and_shapes_are_named(call, bad):
+    with pytest.raises(ValueError, match=r"\(6,\) hold 1 value"):
+        call(torch.tensor([1.0, 2, 3, 4, 5, bad]), IDS)
+    with pytest.raises(ValueError, match=r"\(5,\).*\(6,\)"):
+        call(torch.zeros(5), IDS)
+    with pytest.raises(ValueError, match=r"1 dimension.*\(1, 6\)"):
+        call(torch.zeros(1, 6), IDS[None])
+    with pytest.raises(ValueError, match="must be integers"):
+        call(torch.zeros(6), IDS.float())
+
+
+def test_bad_settings_are_named():
+    for settings_ in ({"clip_std": (1.0, 0.5)}, {"clip_std": (-1.0, 1.0)}, {"clip_std": (math.nan, 1.0)}, {"ddof": 2}):
+        with pytest.raises(ValueError, match="clip_std="):
+            group_advantages(torch.zeros(6), IDS, **settings_)
+    with pytest.raises(ValueError, match="scale='std'"):
+        group_advantages(torch.zeros(6), IDS, scale="std")
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for settings_ in ({"gamma": 1.1}, {"lam": -0.1}, {"gamma": math.nan}):
+        with pytest.raises(ValueError, match="gamma="):
+            gae(x, x, mask, **settings_)
+    for call in (lambda m: gae(x, x, m), lambda m: reward_to_go(x, m)):
+        with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
+            call(mask[:, :1])
+        with pytest.raises(ValueError, match="mask must be a bool"):
+            call(mask.float())
+    with pytest.raises(ValueError, match=r"rewards \(2, 3\), values \(2, 2\)"):
+        gae(x, x[:, :2], mask)
+    with pytest.raises(ValueError, match="2 dimension"):
+        reward_to_go(x[0])
+
+
+def test_gae_worked_numbers():
+    rewards, values = torch.tensor([[[0, 0, 1.0]], [[0.5, 0.6, 0.8]]], dtype=F64)
+    advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.99, lam=0.95)
+    expected = torch.tensor([[0.45148405, 0.3801, 0.2]], dtype=F64)
+    torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(returns, expected + values, rtol=1e-12, atol=1e-12)
+
+
+def test_gae_limits_are_return_minus_value_and_the_one_step_error():
+    rewards, values, mask = _random(4, 6), _random(4, 6, seed=1), torch.ones(4, 6, dtype=torch.bool)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(advantages, reward_to_go(rewards) - values, **EXACT)
+    torch.testing.assert_close(returns, reward_to_go(rewards), **EXACT)
+    discounted = sum(0.9**k * rewards[:, k] for k in range(6))
+    torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=1.0)[1][:, 0], discounted, **EXACT)
+    following = torch.cat([values[:, 1:], torch.zeros(4, 1, dtype=F64)], 1)
+    one_step = rewards + 0.9 * following - values
+    torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=0.0)[0], one_step, **EXACT)
+
+
+@pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, math.nan])
+def test_masked_entries_are_skipped_wherever_they_stand(fill):
+    rewards, values = _random(1, 3), _random(1, 3, seed=1)
+    dense = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.9, lam=0.8)
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0]]).bool()
+    wide = torch.full((2, 1, 7), fill, dtype=F64)
+    wide[:, mask] = torch.stack([rewards, values])[:, 0]
+    for result, expected in zip(gae(*wide, mask, gamma=0.9, lam=0.8), dense):
+        torch.testing.assert_close(result[mask], expected[0], **EXACT)
+        assert (result[~mask] == 0).all()
+    x = wide[0].clone().requires_grad_()
+    to_go = reward_to_go(x, mask)
+    torch.testing.assert_close(to_go[mask], reward_to_go(rewards)[0], **EXACT)
+    to_go.sum().backward()
+    assert to_go[~mask].tolist() == [0.0] * 4
+    assert x.grad.tolist() == [[0, 1, 0, 0, 2, 3, 0]]  # the k-th that counts is in k sums
+
+
+def test_reward_to_go_by_hand_with_its_gradient():
+    x = torch.tensor([[1.0, 10, 100]], requires_grad=True)
+    result = reward_to_go(x)
+    assert result.tolist() == [[111, 110, 100]]
+    result.sum().backward()
+    assert x.grad.tolist() == [[1, 2, 3]]
+
+
+def test_empty_batches_are_empty():
+    none, ids = torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    for scale in ("group", "batch", "none"):
+        assert group_advantages(none, ids, scale=scale).shape == (0,)
+    assert leave_one_out_advantages(none, ids).shape == (0,)
+    for shape in ((0, 3), (2, 0)):
+        x = torch.zeros(shape)
+        assert gae(x, x, x.bool())[0].shape == gae(x, x, x.bool())[1].shape == reward_to_go(x).shape == shape
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.lists(st.tuples(st.floats(-1e30, 1e30), st.integers(0, 2)), max_size=8),
+    st.sampled_from(["group", "batch", "none"]),
+    st.sampled_from([0, 1]),
+)
+def test_extreme_rewards_stay_finite_and_centred(pairs, scale, ddof):
+    rewards = torch.tensor([p[0] for p in pairs], dtype=F64)
+    ids = torch.tensor([p[1] for p in pairs], dtype=torch.long)
+    result = group_advantages(rewards, ids, scale=scale, ddof=ddof)
+    assert result.isfinite().all()
+    assert leave_one_out_advantages(rewards, ids).isfinite().all()
+    for i in ids.unique():
+        group = result[ids == i]
+        assert abs(group.sum()) <= 1e-9 * (1 + group.abs().max())
+        if len(group) == 1 or rewards[ids == i].unique().numel() == 1:
+            assert (group == 0).all()

@@ -1,0 +1,125 @@
+"""Gaussian log-prob and KL: torch.distributions, closed forms, gradients, and the worked numbers of the design."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Normal, kl_divergence
+
+from diffusion_align.estimators import gaussian_kl, gaussian_log_prob, score_function_loss
+
+F64 = torch.float64
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 3), (2, 4, 3, 3), (0, 3)])
+@pytest.mark.parametrize("kind", ["float", "0-d", "(B,)"])
+def test_log_prob_and_kl_equal_torch_distributions(shape, kind):
+    x, mean, mean_ref = (_random(*shape, seed=s) for s in range(3))
+    batch, d = shape[0], math.prod(shape[1:])
+    std = {"float": 0.7, "0-d": torch.tensor(0.7, dtype=F64), "(B,)": torch.linspace(0.3, 2.0, batch, dtype=F64)}[kind]
+    std_ref = std + 0.4
+    p = Normal(mean.reshape(batch, d), torch.as_tensor(std, dtype=F64).reshape(-1, 1).expand(batch, d))
+    q = Normal(mean_ref.reshape(batch, d), torch.as_tensor(std_ref, dtype=F64).reshape(-1, 1).expand(batch, d))
+    log_prob, kl = p.log_prob(x.reshape(batch, d)), kl_divergence(p, q)
+    torch.testing.assert_close(gaussian_log_prob(x, mean, std), log_prob.sum(1), **EXACT)
+    torch.testing.assert_close(gaussian_log_prob(x, mean, std, reduction="mean"), log_prob.mean(1), **EXACT)
+    torch.testing.assert_close(gaussian_kl(mean, mean_ref, std, std_ref), kl.sum(1), **EXACT)
+    torch.testing.assert_close(gaussian_kl(mean, mean_ref, std, std_ref, reduction="mean"), kl.mean(1), **EXACT)
+
+
+def test_worked_numbers():
+    log_prob = gaussian_log_prob(torch.tensor([[0.1, -0.2]], dtype=F64), torch.zeros(1, 2, dtype=F64), 0.5)
+    assert log_prob.item() == pytest.approx(-0.551583, abs=5e-7)
+    kl = gaussian_kl(torch.tensor([[0.3, 0.0, 0.0]], dtype=F64), torch.zeros(1, 3, dtype=F64), 0.5, 0.8)
+    assert kl.item() == pytest.approx(0.5662609, abs=5e-8)
+
+
+def test_ddpo_example_eq_30_and_the_reward_form_eq_31():
+    """r = 1.5, x - mu = (.1, -.2), mu - ref = (.05, 0), std = .5, beta = .1."""
+    x, mean, mean_ref = torch.tensor([[[0.15, -0.2]], [[0.05, 0.0]], [[0.0, 0.0]]], dtype=F64)
+    logp, logp_ref = gaussian_log_prob(x, mean, 0.5), gaussian_log_prob(x, mean_ref, 0.5)
+    constant = -2 * math.log(0.5) - math.log(2 * math.pi)
+    kl = gaussian_kl(mean, mean_ref, 0.5)
+    loss_30 = score_function_loss(logp - constant, torch.full((1,), 1.5)) + 0.1 * kl
+    assert loss_30.item() == pytest.approx(0.1505, abs=1e-12)
+    log_ratio = logp - logp_ref
+    assert log_ratio.item() == pytest.approx(0.025, abs=1e-12)
+    assert score_function_loss(logp - constant, 1.5 - 0.1 * log_ratio).item() == pytest.approx(0.14975, abs=1e-12)
+
+
+def test_gradients_equal_the_closed_forms():
+    x, mean, mean_ref = (_random(4, 3, seed=s).requires_grad_() for s in range(3))
+    std = torch.tensor([0.3, 0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
+    col = std.detach()[:, None]
+    gaussian_log_prob(x, mean, std).sum().backward()
+    residual = (x - mean).detach()
+    torch.testing.assert_close(mean.grad, residual / col**2, **EXACT)
+    torch.testing.assert_close(x.grad, -residual / col**2, **EXACT)
+    torch.testing.assert_close(std.grad, (residual**2 / col**3 - 1 / col).sum(1), **EXACT)
+    mean.grad = std.grad = None
+    gaussian_kl(mean, mean_ref, std).sum().backward()
+    torch.testing.assert_close(mean.grad, (mean - mean_ref).detach() / col**2, **EXACT)
+    std_ref = (1.5 * std).detach().requires_grad_()
+    assert torch.autograd.gradcheck(gaussian_kl, (mean, mean_ref, std, std_ref))
+
+
+def test_equal_std_given_twice_is_the_short_form_and_close_stds_stay_accurate():
+    mean, mean_ref = _random(3, 4), _random(3, 4, seed=1)
+    torch.testing.assert_close(gaussian_kl(mean, mean_ref, 0.5, 0.5), gaussian_kl(mean, mean_ref, 0.5), **EXACT)
+    assert gaussian_kl(mean, mean, 0.5, 0.5).tolist() == [0.0] * 3
+    # Σ over d of u²: the next term of the series is of order u³.
+    u = 1e-4
+    kl = gaussian_kl(torch.zeros(1, 10, dtype=F64), torch.zeros(1, 10, dtype=F64), math.exp(u), 1.0)
+    assert kl.item() == pytest.approx(10 * u * u, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_is_computed_in_float32(dtype):
+    x, mean = _random(2, 1000).to(dtype), _random(2, 1000, seed=1).to(dtype)
+    for result, exact in (
+        (gaussian_log_prob(x, mean, 0.1), gaussian_log_prob(x.double(), mean.double(), 0.1)),
+        (gaussian_kl(x, mean, 0.1, 0.2), gaussian_kl(x.double(), mean.double(), 0.1, 0.2)),
+    ):
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=0)
+    assert gaussian_kl(x.double(), mean.double(), 0.1).dtype == F64
+
+
+def test_wrong_shapes_and_settings_are_named():
+    x = torch.zeros(2, 3)
+    for call in (gaussian_log_prob, gaussian_kl):
+        with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 1\)"):
+            call(x, torch.zeros(2, 1), 1.0)
+        with pytest.raises(ValueError, match=r"std.*\(2,\).*\(2, 3\)"):
+            call(x, x, torch.ones(2, 3))
+        with pytest.raises(ValueError, match=r"std.*\(1,\)"):
+            call(x, x, torch.ones(1))
+        with pytest.raises(ValueError, match=r"reduction='max'.*'sum'"):
+            call(x, x, 1.0, reduction="max")
+        for bad in (0.0, -1.0, float("nan"), "1", None):
+            with pytest.raises(ValueError, match="std="):
+                call(x, x, bad)
+        with pytest.raises(ValueError, match="at least one entry"):
+            call(torch.zeros(2, 0), torch.zeros(2, 0), 1.0)
+    with pytest.raises(ValueError, match="std_ref="):
+        gaussian_kl(x, x, 1.0, 0.0)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.floats(-1e4, 1e4), st.floats(-1e4, 1e4), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.sampled_from((1, 3, 50))
+)
+def test_extreme_inputs_stay_finite(a, b, std, std_ref, d):
+    mean, other = torch.full((2, d), a, requires_grad=True), torch.full((2, d), b)
+    total = gaussian_log_prob(other, mean, std) + gaussian_kl(mean, other, std, std_ref)
+    total.sum().backward()
+    assert total.isfinite().all()
+    assert mean.grad.isfinite().all()
+    assert (gaussian_kl(mean, other, std, std_ref) >= 0).all()

@@ -1,0 +1,147 @@
+"""Masked reductions: values, gradients, and the emptiness of what does not count."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_align.estimators import aggregate, masked_mean, masked_sum, masked_whiten
+
+F64 = torch.float64
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+LONG = {"mode": "fixed_length", "length": 10}
+CALLS = {
+    "sum": lambda x, m: masked_sum(x, m, 1),
+    "mean": lambda x, m: masked_mean(x, m, 1),
+    "mean of all": lambda x, m: masked_mean(x, m, (0, 1)),
+    "whiten": lambda x, m: masked_whiten(x, m, 1),
+    "whiten all": lambda x, m: masked_whiten(x, m, (0, 1)),
+    "token": lambda x, m: aggregate(x, m),
+    "sequence": lambda x, m: aggregate(x, m, "sequence"),
+    "fixed_length": lambda x, m: aggregate(x, m, "fixed_length"),
+    "fixed_length 10": lambda x, m: aggregate(x, m, **LONG),
+}
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_values_and_gradients_by_hand():
+    x = torch.tensor([[1.0, 2.0, 9.0, 6.0], [9.0, 4.0, 9.0, 9.0], [9.0] * 4], dtype=F64)
+    third = [[1 / 3, 1 / 3, 0, 1 / 3], [0, 1, 0, 0], [0] * 4]
+    expected = {
+        "sum": ([9.0, 4.0, 0.0], MASK.double().tolist()),
+        "mean": ([3.0, 4.0, 0.0], third),
+        "mean of all": (13 / 4, (MASK / 4).tolist()),
+        "token": (13 / 4, (MASK / 4).tolist()),
+        "sequence": (7 / 3, (torch.tensor(third, dtype=F64) / 3).tolist()),
+        "fixed_length": (13 / 12, (MASK / 12).tolist()),
+        "fixed_length 10": (13 / 30, (MASK / 30).tolist()),
+    }
+    for name, (value, gradient) in expected.items():
+        leaf = x.clone().requires_grad_()
+        result = CALLS[name](leaf, MASK)
+        result.sum().backward()
+        torch.testing.assert_close(result.detach(), torch.tensor(value, dtype=F64), **EXACT)
+        torch.testing.assert_close(leaf.grad, torch.tensor(gradient, dtype=F64), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, math.nan])
+def test_masked_entries_change_neither_value_nor_gradient(name, fill):
+    results = []
+    for filler in (0.0, fill):
+        x = torch.where(MASK, _random(3, 4), filler).requires_grad_()
+        result = CALLS[name](x, MASK)
+        (result * torch.arange(1.0, result.numel() + 1).reshape(result.shape)).sum().backward()
+        results.append((result.detach(), x.grad))
+        assert (x.grad[~MASK] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_that_counts_gives_zero_and_zero_gradient(name):
+    for shape in ((2, 3), (0, 3), (2, 0)):
+        x = torch.full(shape, 1e9, requires_grad=True)
+        result = CALLS[name](x, torch.zeros(shape, dtype=torch.bool))
+        result.sum().backward()
+        assert (result == 0).all()
+        assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "fixed_length"])
+def test_padding_changes_nothing(name):
+    x = _random(3, 4)
+    padded, mask = torch.cat([x, _random(3, 2, seed=1)], 1), torch.cat([MASK, torch.zeros(3, 2).bool()], 1)
+    result, wide = CALLS[name](x, MASK), CALLS[name](padded, mask)
+    torch.testing.assert_close(wide[:, :4] if "whiten" in name else wide, result, **EXACT)
+
+
+def test_whitened_entries_have_mean_zero_and_unit_population_std():
+    x, mask = _random(4, 50, seed=3) * 7 + 3, _random(4, 50, seed=4) > 0
+    for dim in (1, (0, 1)):
+        white = masked_whiten(x, mask, dim)
+        torch.testing.assert_close(masked_mean(white, mask, dim), torch.zeros_like(white).sum(dim), **EXACT)
+        torch.testing.assert_close(masked_mean(white**2, mask, dim), 1 + torch.zeros_like(white).sum(dim), **EXACT)
+        assert (white[~mask] == 0).all()
+    kept = x[0][mask[0]]
+    expected = (kept - kept.mean()) / kept.std(correction=0)
+    torch.testing.assert_close(masked_whiten(x, mask, 1)[0][mask[0]], expected, **EXACT)
+
+
+def test_whiten_has_the_gradient_of_its_formula():
+    x = _random(3, 5).requires_grad_()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    assert torch.autograd.gradcheck(lambda v: masked_whiten(v, mask, 1), (x,))
+    assert torch.autograd.gradcheck(lambda v: masked_whiten(v, mask, (0, 1)), (x,))
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -1e9, 1e30])
+def test_equal_entries_whiten_to_exactly_zero_with_a_finite_gradient(value):
+    x = torch.full((2, 7), value, requires_grad=True)
+    white = masked_whiten(x, torch.ones(2, 7, dtype=torch.bool), (0, 1))
+    white.sum().backward()
+    assert (white == 0).all()
+    assert x.grad.isfinite().all()
+
+
+def test_half_precision_becomes_float32():
+    for name in CALLS:
+        assert CALLS[name](torch.ones(3, 4, dtype=torch.float16), MASK).dtype == torch.float32
+
+
+def test_wrong_shapes_and_settings_are_named():
+    x = torch.zeros(2, 3)
+    for call in CALLS.values():
+        with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 1\)"):
+            call(x, torch.ones(2, 1, dtype=torch.bool))
+        with pytest.raises(ValueError, match="mask must be a bool"):
+            call(x, torch.ones(2, 3))
+    for call in (masked_sum, masked_mean, masked_whiten):
+        for dim in (None, ()):
+            with pytest.raises(ValueError, match="dim="):
+                call(x, x.bool(), dim)
+    with pytest.raises(ValueError, match="mode='mean'"):
+        aggregate(x, x.bool(), "mean")
+    with pytest.raises(ValueError, match="length=0"):
+        aggregate(x, x.bool(), "fixed_length", length=0)
+    with pytest.raises(ValueError, match="2 dimension"):
+        aggregate(x[0], x[0].bool())
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(-1e9, 1e9), st.booleans()), max_size=8),
+    st.sampled_from(sorted(CALLS)),
+)
+def test_extreme_inputs_stay_finite(pairs, name):
+    x = torch.tensor([p[0] for p in pairs], dtype=torch.float32).reshape(1, -1).requires_grad_()
+    mask = torch.tensor([p[1] for p in pairs], dtype=torch.bool).reshape(1, -1)
+    result = CALLS[name](x, mask)
+    result.sum().backward()
+    assert result.isfinite().all()
+    assert x.grad.isfinite().all()

@@ -1,0 +1,149 @@
+"""Ratio, score-function and value losses: values, gradients, clamps, masks, bad input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_align.estimators import importance_ratio, score_function_loss, value_loss
+
+F64 = torch.float64
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4), (0, 4), (0,)])
+def test_ratio_is_exp_of_the_difference_and_its_own_gradient(shape):
+    logp, logp_old = _random(*shape).requires_grad_(), _random(*shape, seed=1).requires_grad_()
+    ratio = importance_ratio(logp, logp_old)
+    torch.testing.assert_close(ratio, torch.exp(logp - logp_old), **EXACT)
+    ratio.sum().backward()
+    torch.testing.assert_close(logp.grad, ratio.detach(), **EXACT)
+    assert logp_old.grad is None
+
+
+def test_ratio_of_equal_policies_is_exactly_one():
+    assert (importance_ratio(_random(3, 4), _random(3, 4)) == 1).all()
+    assert (importance_ratio(_random(3, 4), _random(3, 4), level="sequence") == 1).all()
+
+
+@pytest.mark.parametrize("log_ratio", [-1e9, -100.0, 100.0, 1e9, math.inf, -math.inf])
+def test_clamp_bounds_the_value_and_keeps_the_gradient(log_ratio):
+    logp = torch.tensor([log_ratio], requires_grad=True)
+    ratio = importance_ratio(logp, torch.zeros(1), log_clamp=3.0)
+    bound = math.exp(math.copysign(3.0, log_ratio))
+    assert ratio.item() == pytest.approx(bound, rel=1e-6)
+    ratio.sum().backward()
+    assert logp.grad.item() == pytest.approx(bound, rel=1e-6)
+
+
+def test_default_clamp_is_twenty_nats():
+    ratio = importance_ratio(torch.tensor([19.0, 21.0], dtype=F64), torch.zeros(2, dtype=F64))
+    torch.testing.assert_close(ratio.log(), torch.tensor([19.0, 20.0], dtype=F64), **EXACT)
+
+
+def test_sequence_ratio_is_the_geometric_mean_over_what_counts():
+    logp, logp_old = _random(3, 4).requires_grad_(), _random(3, 4, seed=1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    ratio = importance_ratio(logp, logp_old, mask=mask, level="sequence")
+    difference = (logp - logp_old).detach()
+    rows = torch.stack([difference[0].mean(), difference[1, [0, 2]].mean(), torch.tensor(0.0, dtype=F64)]).exp()
+    torch.testing.assert_close(ratio, rows[:, None].expand(3, 4), **EXACT)
+    ratio[:, 0].sum().backward()
+    share = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(logp.grad, rows[:, None] * share, **EXACT)
+    no_mask = importance_ratio(logp, logp_old, level="sequence")
+    torch.testing.assert_close(no_mask[:, 0], difference.mean(1).exp(), **EXACT)
+
+
+@pytest.mark.parametrize("level", ["decision", "sequence"])
+@pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, math.nan])
+def test_masked_entries_change_neither_value_nor_gradient(level, fill):
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    results = []
+    for filler in (0.0, fill):
+        logp = torch.where(mask, _random(2, 3), filler).requires_grad_()
+        ratio = importance_ratio(logp, _random(2, 3, seed=1), mask=mask, level=level)
+        ratio[mask].sum().backward()
+        results.append((ratio.detach(), logp.grad))
+        assert (logp.grad[~mask] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    if level == "decision":
+        assert (results[0][0][~mask] == 1).all()
+
+
+def test_score_function_loss_and_its_gradient():
+    logp, advantages = _random(2, 3).requires_grad_(), _random(2, 3, seed=1).requires_grad_()
+    loss = score_function_loss(logp, advantages)
+    torch.testing.assert_close(loss, -advantages * logp, **EXACT)
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, -advantages.detach(), **EXACT)
+    assert advantages.grad is None
+
+
+def test_value_loss_by_hand():
+    values, old = torch.tensor([1.0, 1.0, 0.2, 2.0]).requires_grad_(), torch.zeros(4).requires_grad_()
+    returns = torch.tensor([2.0, 0.0, 1.0, 0.4]).requires_grad_()
+    loss = value_loss(values, old, returns)
+    torch.testing.assert_close(loss, torch.tensor([0.5, 0.5, 0.32, 1.28]))
+    # Clipped to ±0.5: 0.5, 0.5, 0.2, 0.5; the larger error counts, and a clipped one has no gradient.
+    clipped = value_loss(values, old, returns, clip=0.5)
+    torch.testing.assert_close(clipped, torch.tensor([1.125, 0.5, 0.32, 1.28]))
+    clipped.sum().backward()
+    torch.testing.assert_close(values.grad, torch.tensor([0.0, 1.0, -0.8, 1.6]))
+    assert old.grad is None
+    assert returns.grad is None
+
+
+def test_half_precision_becomes_float32():
+    half = torch.ones(2, 3, dtype=torch.bfloat16)
+    for result in (
+        importance_ratio(half, half),
+        score_function_loss(half, half),
+        value_loss(half, half, half, clip=0.1),
+    ):
+        assert result.dtype == torch.float32
+
+
+def test_wrong_shapes_and_settings_are_named():
+    x, column = torch.zeros(2, 3), torch.zeros(2, 1)
+    for call in (
+        importance_ratio,
+        score_function_loss,
+        lambda a, b: value_loss(a, a, b),
+        lambda a, b: value_loss(a, b, a),
+    ):
+        with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 1\)"):
+            call(x, column)
+    with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
+        importance_ratio(x, x, mask=column.bool())
+    with pytest.raises(ValueError, match="mask must be a bool"):
+        importance_ratio(x, x, mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="level='token'"):
+        importance_ratio(x, x, level="token")
+    with pytest.raises(ValueError, match=r"2 dimension.*\(3,\)"):
+        importance_ratio(x[0], x[0], level="sequence")
+    with pytest.raises(ValueError, match="log_clamp=0"):
+        importance_ratio(x, x, log_clamp=0)
+    with pytest.raises(ValueError, match="clip=-1"):
+        value_loss(x, x, x, clip=-1)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), max_size=6),
+    st.sampled_from(["decision", "sequence"]),
+)
+def test_extreme_log_ratios_stay_finite(pairs, level):
+    logp, logp_old = torch.tensor(pairs, dtype=torch.float32).reshape(-1, 1, 2).unbind(-1)
+    logp = logp.clone().requires_grad_()
+    ratio = importance_ratio(logp, logp_old, level=level)
+    ratio.sum().backward()
+    assert ratio.isfinite().all()
+    assert logp.grad.isfinite().all()
+    assert (logp.grad > 0).all()
