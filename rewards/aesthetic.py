@@ -1,0 +1,177 @@
+"""How pleasing a picture is, by a small head on a CLIP image embedding: LAION's predictors and an embedded one.
+
+- ``v2``: LAION V2, the one that DDPO trained on: ``sac+logos+ava1-l14-linearMSE.pth``, five linear layers without
+  activations on CLIP ViT-L/14 (christophschuhmann/improved-aesthetic-predictor, Apache-2.0). Downloaded from the Hub
+  repository ``camenduru/improved-aesthetic-predictor``, a copy made by a third party; its SHA-256 is compared with the
+  authors' file.
+- ``v1``: LAION V1, one linear layer on CLIP ViT-L/14 (LAION-AI/aesthetic-predictor, MIT). We know of no Hub repository
+  that holds this 4 kB file by itself, so it comes from the authors' GitHub repository, checked in the same way.
+- ``embedded``: one linear layer on emoji-clip, fitted to pairs of emoji drawings (Bradley-Terry); embedded.
+
+``head`` takes a local file instead (.pth or .safetensors), and its own shape decides what is built from it.
+"""
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, ClipEncoder, clip_problem, is_emoji_sd, load_clip
+
+ABOUT = {
+    "aesthetic": {
+        "range": "about 1 to 10 (v1, v2); unbounded, 0 is average (embedded)",
+        "extra": None,
+        "licence": "Apache-2.0 (v2, embedded), MIT (v1, CLIP ViT-L/14)",
+        "differentiable": True,
+    },
+}
+VARIANTS = {"v2": VIT_L_14, "v1": VIT_L_14, "embedded": EMOJI_CLIP}
+V2_REPOSITORY, V2_FILE = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
+V1_URL = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
+SHA256 = {
+    "v2": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    "v1": "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
+}
+
+
+class Aesthetic:
+    """The head's score as a reward. Build it with `aesthetic`."""
+
+    name = "aesthetic"
+    differentiable = True
+
+    def __init__(self, encoder: ClipEncoder, head: nn.Module, *, batch_size: int = 64):
+        self.encoder, self.batch_size = encoder, batch_size
+        self.head = head.eval().requires_grad_(False).to(encoder.device)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        embeddings = self.encoder.embed_images(images, batch_size=self.batch_size)
+        return self.head.to(embeddings.device)(embeddings).squeeze(-1)
+
+    def to(self, device: str | torch.device) -> "Aesthetic":
+        self.encoder.to(device)
+        return self
+
+
+def aesthetic(
+    *,
+    variant: str | None = None,
+    clip: str | None = None,
+    head: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    model: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Aesthetic:
+    """Aesthetic score from a head on the unit-length CLIP image embedding.
+
+    Args:
+        variant: "v2", "v1" or "embedded"; default: "embedded" when ``model`` is emoji-sd, else "v2".
+        clip: another CLIP (see `diffusion_align.rewards.clip`); it must be the one that the head was trained on.
+        head: a local file in place of the download; a missing network then does not matter.
+        dtype: of the CLIP; "float16" and "bfloat16" only on a GPU. The head is always float32.
+        batch_size: pictures a forward pass.
+        model: the diffusion model being trained.
+    """
+    problem = aesthetic_problem(variant=variant, clip=clip, head=head, dtype=dtype, batch_size=batch_size)
+    if problem:
+        raise RewardError(problem)
+    variant = variant or ("embedded" if is_emoji_sd(model) else "v2")
+    scorer = load_head(Path(head).expanduser() if head else head_file(variant))  # before CLIP: smaller, fails sooner
+    encoder = load_clip(clip or VARIANTS[variant], device=device, dtype=dtype)
+    if scorer[0].in_features != encoder.dim:
+        raise RewardError(
+            f"the aesthetic head '{head or variant}' takes {scorer[0].in_features} numbers but CLIP '{encoder.name}' "
+            f"gives {encoder.dim}: choose the CLIP that the head was trained on"
+        )
+    return Aesthetic(encoder, scorer, batch_size=batch_size)
+
+
+def aesthetic_problem(
+    *,
+    variant: Any = None,
+    clip: Any = None,
+    head: Any = None,
+    dtype: Any = "float32",
+    batch_size: Any = 64,
+    device: Any = None,
+) -> str | None:
+    """What is wrong with these options, in one sentence, or None. Loads nothing."""
+    if variant is not None and variant not in VARIANTS:
+        return f"variant={variant!r} is unknown: choose one of {', '.join(VARIANTS)}"
+    if head is not None and (not isinstance(head, str | Path) or not Path(head).expanduser().is_file()):
+        return f"head={str(head)!r} is not a file: give a local .pth or .safetensors file, or leave it out"
+    return clip_problem(VIT_L_14 if clip is None else clip, dtype=dtype, batch_size=batch_size)
+
+
+def load_head(path: Path) -> nn.Sequential:
+    """The head in ``path``, float32 on the CPU: ``weight, bias``, or ``layers.N.weight, layers.N.bias``.
+
+    The numbering tells the authors' two networks apart: Linear-Dropout-...-Linear-Linear (0, 2, 4, 6, 7) and
+    Linear-ReLU-Dropout-...-Linear-ReLU-Linear (0, 3, 6, 9, 11). Dropout is for training and left out.
+
+    Raises:
+        RewardError: not a file of tensors, or not a head.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        if "weight" in state:
+            state = {f"layers.0.{key}": value for key, value in state.items()}
+        names = [key.split(".") for key in state]
+        numbers = sorted(int(name[1]) for name in names if name[0] == "layers" and name[-1] == "weight")
+        relu = len(numbers) > 1 and numbers[-1] - numbers[-2] > 1
+        layers: list[nn.Module] = []
+        for number in numbers:
+            weight, bias = state[f"layers.{number}.weight"].float(), state[f"layers.{number}.bias"].float()
+            layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])  # leaves the global RNG alone
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            layers += [layer, nn.ReLU()] if relu and number != numbers[-1] else [layer]
+        sizes = [layer.weight.shape for layer in layers if isinstance(layer, nn.Linear)]
+        if not sizes or sizes[-1][0] != 1 or any(low[0] != high[1] for low, high in pairwise(sizes)):
+            raise ValueError(f"layers {[tuple(size) for size in sizes]} do not end in one score")
+    except Exception as error:
+        raise RewardError(f"'{path}' does not hold an aesthetic head ({describe_exception(error)})") from error
+    return nn.Sequential(*layers)
+
+
+def head_file(variant: str) -> Path:
+    """The file of a published head, downloaded once and compared with the authors' SHA-256; or the embedded one.
+
+    Raises:
+        RewardError: it cannot be downloaded, or is not the published file.
+    """
+    if variant == "embedded":
+        from diffusion_align.assets import asset_path
+
+        return Path(asset_path("aesthetic-head"))
+    try:
+        if variant == "v2":
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(V2_REPOSITORY, V2_FILE))
+        else:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / V1_URL.rsplit("/", 1)[1]
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(V1_URL, str(path), progress=False)
+    except Exception as error:
+        source = f"{V2_REPOSITORY}, {V2_FILE}" if variant == "v2" else V1_URL
+        raise RewardError(
+            f"the aesthetic head '{variant}' could not be downloaded ({source}; {describe_exception(error)}): "
+            "connect once, or give a local file as head"
+        ) from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[variant]:
+        raise RewardError(
+            f"'{path}' is not the published aesthetic head '{variant}': delete it, or give a file as head"
+        )
+    return path

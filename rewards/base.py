@@ -1,0 +1,160 @@
+"""The reward protocol, and the two functions through which every reward is called.
+
+A reward scores finished pictures. Any callable will do::
+
+    def redness(images, prompts, metadata):
+        return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
+
+Nothing a reward answers is trusted: `call_reward` checks it at every call, `check_reward` once before training starts.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RewardError(ValueError):
+    """A reward that cannot be built, raised, or answered something other than one finite score a picture."""
+
+
+class Reward(Protocol):
+    """What a reward looks like. Plain functions are rewards; the attributes below are optional.
+
+    ``name: str`` is what logs and errors call it; ``differentiable: bool`` (False when absent) promises that the
+    scores carry a gradient with respect to ``images``; ``to(device)`` moves whatever model it holds.
+    """
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor | Sequence[float] | np.ndarray:
+        """One score a picture, shape (B,); more is better. ``images`` is float (B, 3, H, W) in [0, 1]."""
+        ...
+
+
+def reward_name(reward: Any) -> str:
+    """The name of a reward: its ``name`` attribute, else the function's or the class's name."""
+    if isinstance(getattr(reward, "name", None), str):
+        return reward.name
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def call_reward(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    *,
+    differentiable: bool = False,
+) -> Tensor:
+    """Scores of one batch, float32 (B,) on the CPU, checked: exactly B of them and every one finite.
+
+    Gradients are off (in this thread, so it may run in a worker) unless ``differentiable=True``, which only a reward
+    with ``differentiable = True`` accepts; the scores then keep their graph.
+
+    Raises:
+        RewardError: the reward raised, or answered a wrong type, shape or length, or a value that is not finite.
+        ValueError: images, prompts and metadata do not belong together.
+    """
+    name, batch = reward_name(reward), len(images)
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if not len(prompts) == len(metadata) == batch:
+        raise ValueError(f"{batch} images, {len(prompts)} prompts and {len(metadata)} metadata entries do not match")
+    if differentiable and not getattr(reward, "differentiable", False):
+        raise RewardError(f"reward '{name}' is not differentiable: choose one that is, or train it with DDPO")
+
+    with torch.set_grad_enabled(differentiable):
+        try:
+            answer = reward(images, list(prompts), list(metadata))
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward '{name}' raised {describe_exception(error)}") from error
+        scores = as_scores(answer, batch, name)
+
+    finite = torch.isfinite(scores)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        raise RewardError(
+            f"reward '{name}' returned {scores[first].item()} for image {first} (prompt {str(prompts[first])[:80]!r}): "
+            "every score must be finite"
+        )
+    if differentiable and images.requires_grad and not scores.requires_grad:
+        raise RewardError(f"reward '{name}' says it is differentiable but its scores carry no gradient")
+    return scores if differentiable else scores.detach()
+
+
+def as_scores(answer: Any, batch: int, name: str) -> Tensor:
+    """``answer`` of a reward as float32 (B,) on the CPU; its graph is kept, nothing is broadcast.
+
+    Raises:
+        RewardError: not numbers, or not of shape (B,).
+    """
+    wanted = f"return a tensor, a list of floats or a numpy array of shape ({batch},)"
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
+        raise RewardError(f"reward '{name}' returned a pair (scores, info): return the scores alone")
+    if isinstance(answer, list | tuple):
+        if any(value is None for value in answer):
+            raise RewardError(f"reward '{name}' returned None at index {list(answer).index(None)}: {wanted}")
+        if answer and all(isinstance(value, Tensor) and value.ndim == 0 for value in answer):
+            answer = torch.stack(list(answer))  # keeps the graph, which a conversion through numpy would cut
+    if not isinstance(answer, Tensor):
+        if not isinstance(answer, list | tuple | np.ndarray):
+            raise RewardError(f"reward '{name}' returned {type(answer).__name__}: {wanted}")
+        try:
+            array = np.asarray(answer)
+        except Exception as error:
+            raise RewardError(
+                f"reward '{name}' returned a {type(answer).__name__} of unequal parts: {wanted}"
+            ) from error
+        if array.dtype.kind not in "biuf":
+            raise RewardError(f"reward '{name}' returned a {type(answer).__name__} that is not all numbers: {wanted}")
+        answer = torch.from_numpy(array.astype(np.float32))
+    if answer.is_complex():
+        raise RewardError(f"reward '{name}' returned complex numbers: {wanted}")
+    if answer.ndim != 1:
+        raise RewardError(f"reward '{name}' returned shape {tuple(answer.shape)} for {batch} images: {wanted}")
+    if len(answer) != batch:
+        hint = "; a single value is not broadcast" if len(answer) == 1 else ""
+        raise RewardError(f"reward '{name}' returned {len(answer)} scores for {batch} images: {wanted}{hint}")
+    return answer.to("cpu", torch.float32, copy=True)  # a copy: the reward may reuse its buffer at the next call
+
+
+def check_reward(
+    reward: Reward,
+    *,
+    image_size: int | tuple[int, int],
+    device: str | torch.device = "cpu",
+    prompts: Sequence[str] | None = None,
+    metadata: Sequence[dict[str, Any]] | None = None,
+) -> Tensor:
+    """Scores (3,) of a dummy batch (a flat grey picture, a ramp, noise): run once before training starts.
+
+    Args:
+        image_size: side in pixels, or (height, width), of the pictures to come.
+        prompts, metadata: real ones, for a reward that reads them; recycled to three. The global RNG is not touched.
+
+    Raises:
+        RewardError: see `call_reward`.
+    """
+    if not callable(reward):
+        raise RewardError(f"a reward must be callable, got {type(reward).__name__}")
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    ramp = torch.linspace(0, 1, width).expand(3, height, width)
+    images = torch.stack([torch.full_like(noise, 0.5), ramp, noise]).to(device)
+    texts = [(prompts or ["a red apple", "a blue car", ""])[i % len(prompts or "abc")] for i in range(3)]
+    notes = [dict((metadata or [{}])[i % len(metadata or [{}])]) for i in range(3)]
+    return call_reward(reward, images, texts, notes)
+
+
+def describe_exception(error: BaseException) -> str:
+    """``TypeError: the first line of its message``, for one-sentence errors."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,115 @@
+"""From what a config or a caller says to a reward: names, references to your own code, options, scale."""
+
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.rewards.base import Reward, RewardError, as_scores, describe_exception, reward_name
+from diffusion_align.rewards.resolve import CONTEXT, REWARDS, check_options, find, is_builder
+
+
+class ScaledReward:
+    """``scale`` times another reward; -1 turns its sign."""
+
+    def __init__(self, reward: Any, scale: float):
+        self.reward, self.scale = reward, scale
+        self.name = f"{scale:g}*{reward_name(reward)}"
+        self.differentiable = bool(getattr(reward, "differentiable", False))
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        answer = self.reward(images, prompts, metadata)
+        return self.scale * as_scores(answer, len(images), reward_name(self.reward))
+
+    def to(self, device: str | torch.device) -> "ScaledReward":
+        if hasattr(self.reward, "to"):
+            self.reward.to(device)
+        return self
+
+
+def build_reward(spec: Any, *, model: str | None = None, device: str | torch.device = "cpu") -> Reward:
+    """The reward that ``spec`` describes, ready on ``device``.
+
+    Args:
+        spec: one of
+
+            - a name from `REWARDS`, such as ``"jpeg_compressibility"``;
+            - a reference to your own: ``"package.module:function"`` or ``"path/to/file.py:function"``. A function or
+              a callable object is the reward itself; a class is built first, given ``model`` and ``device`` if it names
+              them;
+            - a callable;
+            - a mapping ``{"name": any of these, **options}``. Options go to the builder or class, or, for a function,
+              into every call. ``scale`` is for all: it multiplies the scores, so ``scale: -1.0`` turns the sign.
+        model: name or path of the diffusion model being trained; the default CLIP depends on it.
+
+    Raises:
+        RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
+    """
+    label, target, options, scale = _prepare(spec)
+    try:
+        if is_builder(target):
+            named = inspect.signature(target).parameters
+            context = {"model": model, "device": device}
+            reward = target(**{key: context[key] for key in CONTEXT if key in named} | options)
+        else:
+            reward = target
+            if hasattr(reward, "to"):
+                reward.to(device)
+            if options:
+                reward = functools.partial(target, **options)
+                reward.name = label  # type: ignore[attr-defined]
+                reward.differentiable = getattr(target, "differentiable", False)  # type: ignore[attr-defined]
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward '{label}' could not be built: {describe_exception(error)}") from error
+    if not callable(reward):
+        raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
+    return reward if scale == 1.0 else ScaledReward(reward, scale)
+
+
+def reward_problem(spec: Any) -> str | None:
+    """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model."""
+    try:
+        _prepare(spec)
+    except RewardError as error:
+        return str(error)
+    return None
+
+
+def describe_rewards() -> list[dict[str, Any]]:
+    """One dict a built-in reward: name, description, range, extra, licence, differentiable."""
+    rows = []
+    for name, (module_name, function) in REWARDS.items():
+        module = importlib.import_module(module_name)
+        first_line = (inspect.getdoc(getattr(module, function)) or "").splitlines()[0]
+        rows.append({"name": name, "description": first_line, **module.ABOUT[function]})
+    return rows
+
+
+def _prepare(spec: Any) -> tuple[str, Any, dict[str, Any], float]:
+    """Label, builder or callable, checked options, scale. Every check that needs no model is made here."""
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    if "name" not in options:
+        raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
+    source, scale = options.pop("name"), options.pop("scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
+        raise RewardError(f"scale={scale!r} of a reward must be a finite number other than 0")
+    if isinstance(source, str):
+        label, target, find_problem = find(source.strip())
+    elif callable(source):
+        label, target, find_problem = reward_name(source), source, None
+    else:
+        raise RewardError(
+            f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
+        )
+    check_options(label, target, options)
+    problem = find_problem(**options) if find_problem else None
+    if problem:
+        raise RewardError(f"reward '{label}': {problem}")
+    return label, target, options, float(scale)

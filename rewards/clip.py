@@ -1,0 +1,160 @@
+"""CLIP embeddings for rewards: one preprocessing, one encoder class, three places to load it from.
+
+A CLIP is named by a string:
+
+- ``emoji-clip``: the embedded one, the default for ``emoji-sd``;
+- a folder or Hub id of a transformers CLIPModel, such as ``openai/clip-vit-large-patch14`` (the default otherwise);
+- ``open_clip:ARCHITECTURE/WEIGHTS``, such as ``open_clip:ViT-B-32/laion2b_s34b_b79k``; WEIGHTS is a tag that open_clip
+  knows or a checkpoint file. Needs ``pip install 'diffusion-align[open-clip]'``.
+"""
+
+import importlib.util
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion_align.rewards.base import RewardError, describe_exception
+
+VIT_L_14 = "openai/clip-vit-large-patch14"
+EMOJI_CLIP = "emoji-clip"
+OPEN_CLIP = "open_clip:"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def default_clip(model: str | None) -> str:
+    """The CLIP that judges ``model``: the embedded one for ``emoji-sd``, ViT-L/14 for everything else."""
+    return EMOJI_CLIP if is_emoji_sd(model) else VIT_L_14
+
+
+def is_emoji_sd(model: str | None) -> bool:
+    """Whether ``model`` names the embedded diffusion model."""
+    return model is not None and Path(str(model)).name == "emoji-sd"
+
+
+def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """CLIP's input, float32 (B, 3, size, size), from float pictures (B, 3, H, W) in [0, 1]; a gradient flows.
+
+    Bicubic antialiased resize of the shorter side to ``size``, centre crop, ``(x - mean) / std``: CLIP's own recipe
+    except that pixels are not rounded to 8 bits after the resize.
+    """
+    images = images.float()
+    height, width = images.shape[-2:]
+    if min(height, width) != size:
+        short = min(height, width)
+        target = [size * height // short, size * width // short]
+        images = functional.interpolate(images, size=target, mode="bicubic", antialias=True, align_corners=False)
+        images = images.clamp(0, 1)
+        height, width = target
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    images = images[..., top : top + size, left : left + size]
+    return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
+
+
+class ClipEncoder:
+    """Unit-length image and text embeddings of one frozen CLIP. Load it with `load_clip`."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        image_features: Callable[[Tensor], Tensor],
+        text_features: Callable[[list[str]], Tensor],
+        dim: int,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.name, self.module, self.dim = name, module.eval().requires_grad_(False), dim
+        self._image_features, self._text_features = image_features, text_features
+        self._size, self._mean, self._std = size, mean, std
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def to(self, device: str | torch.device) -> "ClipEncoder":
+        self.module.to(device)
+        return self
+
+    def embed_images(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Unit embeddings, float32 (B, D) on the encoder's device; a gradient flows to ``images`` where it is on."""
+        parameter = next(self.module.parameters())
+        features = [
+            self._image_features(
+                preprocess(part.to(parameter.device), self._size, self._mean, self._std).to(parameter.dtype)
+            )
+            for part in images.split(batch_size)
+        ]
+        return functional.normalize(torch.cat(features).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Tensor:
+        """Unit embeddings, float32 (B, D), no gradient. Equal prompts are encoded once; long ones lose their end."""
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        unique = list(rows)
+        parts = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
+        features = torch.cat([self._text_features(part) for part in parts]).float()
+        return functional.normalize(features, dim=-1)[[rows[prompt] for prompt in prompts]]
+
+
+_loaded: "weakref.WeakValueDictionary[tuple[str, str, str], ClipEncoder]" = weakref.WeakValueDictionary()
+
+
+def load_clip(name: str, *, device: str | torch.device = "cpu", dtype: str = "float32") -> ClipEncoder:
+    """The CLIP called ``name`` (see the module), frozen; rewards that ask for the same one share it.
+
+    Raises:
+        RewardError: unknown, not found, damaged, or not a CLIP; an extra is missing.
+    """
+    problem = clip_problem(name, dtype=dtype)
+    if problem:
+        raise RewardError(problem)
+    device = torch.device(device)
+    if device.type == "cpu" and dtype != "float32":
+        raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU a CLIP runs in float32")
+    key = (name, str(device), dtype)
+    encoder = _loaded.get(key)
+    if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
+        from diffusion_align.rewards.clip_backends import load_open_clip, load_transformers
+
+        load = load_open_clip if name.startswith(OPEN_CLIP) else load_transformers
+        try:
+            encoder = load(name, device, DTYPES[dtype])
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"CLIP '{name}' could not be loaded ({describe_exception(error)}): "
+                "give a folder that holds one, or check the name and the connection"
+            ) from error
+        _loaded[key] = encoder
+    return encoder
+
+
+def clip_problem(name: Any, *, dtype: Any = "float32", batch_size: Any = 64) -> str | None:
+    """What is wrong with the name of a CLIP or its options, in one sentence, or None. Loads nothing."""
+    if dtype not in DTYPES:
+        return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        return f"batch_size={batch_size!r} must be a whole number of at least 1"
+    if not isinstance(name, str) or not name:
+        return f"clip={name!r} must be '{EMOJI_CLIP}', a folder, a Hub id or '{OPEN_CLIP}ARCHITECTURE/WEIGHTS'"
+    if name.startswith(OPEN_CLIP):
+        architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+        if not architecture or not weights:
+            return (
+                f"clip='{name}' must read '{OPEN_CLIP}ARCHITECTURE/WEIGHTS', e.g. {OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k"
+            )
+        if importlib.util.find_spec("open_clip") is None:
+            return f"clip='{name}' needs open_clip: pip install 'diffusion-align[open-clip]'"
+        return None
+    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_like_a_path and not Path(name).expanduser().is_dir():
+        return f"clip='{name}' is not a folder: give one that holds a transformers CLIPModel"
+    return None

@@ -1,0 +1,92 @@
+"""Where a CLIP comes from: a transformers folder or Hub id (the embedded emoji-clip is one), or open_clip."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def load_transformers(name: str, device: torch.device, dtype: torch.dtype) -> ClipEncoder:
+    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+    if name == EMOJI_CLIP:
+        from diffusion_align.assets import asset_path
+
+        source = str(asset_path(EMOJI_CLIP))
+    else:
+        source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type != "clip":
+        raise RewardError(f"clip='{name}' holds a model of type '{config.model_type}': a CLIPModel ('clip') is needed")
+    loaded: Any = CLIPModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    model, loading = loaded
+    if loading["missing_keys"]:
+        raise RewardError(f"clip='{name}' lacks weights ({sorted(loading['missing_keys'])[0]}, ...): download it again")
+    model.to(device)
+    nested = Path(source) / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(str(nested) if nested.is_dir() else source)
+    length = config.text_config.max_position_embeddings
+    mean, std = _normalisation(source)
+
+    def text_features(prompts: list[str]) -> Tensor:
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(model.device), tokens.attention_mask.to(model.device)
+        return _pooled(model.get_text_features(input_ids=ids, attention_mask=mask))
+
+    return ClipEncoder(
+        name,
+        model,
+        image_features=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
+        text_features=text_features,
+        dim=config.projection_dim,
+        size=config.vision_config.image_size,
+        mean=mean,
+        std=std,
+    )
+
+
+def _pooled(features: Any) -> Tensor:
+    """The projected embedding: transformers up to 4 returns it, 5 wraps it in an output object."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def _normalisation(source: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of the folder's own ``preprocessor_config.json``, else CLIP's; emoji-clip sees [-1, 1]."""
+    from transformers.utils import cached_file
+
+    if Path(source).name == EMOJI_CLIP:
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    try:
+        settings = json.loads(Path(str(cached_file(source, "preprocessor_config.json"))).read_text())
+    except OSError:
+        return CLIP_MEAN, CLIP_STD
+    return settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+
+
+def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipEncoder:
+    import open_clip
+
+    architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+    model = open_clip.create_model(architecture, pretrained=weights, precision="fp32").to(device, dtype)
+    tokenizer = open_clip.get_tokenizer(architecture)
+    visual: Any = model.visual
+    size = visual.image_size
+    return ClipEncoder(
+        name,
+        model,
+        image_features=model.encode_image,
+        text_features=lambda prompts: model.encode_text(tokenizer(prompts).to(next(model.parameters()).device)),
+        dim=visual.output_dim,
+        size=size if isinstance(size, int) else size[0],
+        mean=getattr(visual, "image_mean", None) or CLIP_MEAN,
+        std=getattr(visual, "image_std", None) or CLIP_STD,
+    )
