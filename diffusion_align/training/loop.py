@@ -86,11 +86,12 @@ class Trainer(ABC, Generic[Batch]):
         A statistic is averaged over decisions; one whose name ends in ``/min`` or ``/max`` keeps its extreme.
         """
 
-    def check_first_pass(self, statistics: Mapping[str, float]) -> None:  # noqa: B027 - optional hook
-        """Raise TrainingError when an epoch's first update, whose weights equal the sampler's, shows otherwise."""
+    def check_first_pass(self, statistics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of an epoch's first update, whose weights equal the sampler's; TrainingError if they seem not to."""
+        return {}
 
     def show(self, name: str) -> None:  # noqa: B027 - optional hook
-        """Write pictures (or texts) of the fixed prompts; called by every process, written by the main one."""
+        """Write pictures (or texts) of the fixed prompts; called on the main process."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -123,9 +124,7 @@ class Trainer(ABC, Generic[Batch]):
                 self._update(batch, keep, decisions)
                 updated = time.perf_counter()
                 self.epoch += 1
-                if config.grid_every and self.epoch % config.grid_every == 0:
-                    with self.averaged_weights():
-                        self.show(f"epoch_{self.epoch:04d}")
+                self._show_if_due()
                 row = {"step": self.step, "epoch": self.epoch, **collected, **estimated, "samples_used": len(keep)}
                 row["time/sample"] = sampled - started - collected.get("time/score", 0.0)
                 row["time/update"] = updated - sampled
@@ -218,8 +217,14 @@ class Trainer(ABC, Generic[Batch]):
         self.accelerator.wait_for_everyone()
         self._log.rewind(self.step if newest else -1)
         self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
-        if config.grid_every and not newest:
-            self.show("epoch_0000")
+        if not newest:
+            self._show_if_due()
+
+    def _show_if_due(self) -> None:
+        every = self.config.grid_every
+        if every and self.epoch % every == 0 and self.accelerator.is_main_process:
+            with self.averaged_weights():
+                self.show(f"epoch_{self.epoch:04d}")
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -246,7 +251,7 @@ class Trainer(ABC, Generic[Batch]):
                     pairs = torch.cartesian_prod(local, torch.arange(decisions)) if len(local) else torch.empty(0, 2, dtype=torch.int64)
                     statistics = self._accumulate(batch, pairs, len(chunk) * decisions, bar)
                     if inner == 0 and update == 0:
-                        self.check_first_pass(statistics)
+                        statistics |= self.check_first_pass(statistics)
                     statistics["grad_norm"] = self._optimizer_step()
                     row = {"step": self.step, "epoch": self.epoch + 1, **statistics, "learning_rate": self._schedule.get_last_lr()[0]}
                     self._schedule.step()
@@ -254,7 +259,7 @@ class Trainer(ABC, Generic[Batch]):
 
     def _accumulate(self, batch: Batch, pairs: Tensor, total: int, bar: TaskID) -> dict[str, float]:
         """Gradient of the mean loss over ``total`` decisions of all processes, of which ``pairs`` (n, 2) are ours."""
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, tuple[Tensor, int]] = {}
         device = self.accelerator.device
         for micro_batch in pairs.split(self.config.micro_batch_size):
             if len(micro_batch) == 0:
@@ -265,17 +270,21 @@ class Trainer(ABC, Generic[Batch]):
             for name, values in {"loss": losses.detach(), **statistics}.items():
                 sums[name] = _fold(name, sums.get(name), values)
             self._bars.advance(bar, len(micro_batch))
-        return self._reduce(sums, total)
+        return self._reduce(sums)
 
-    def _reduce(self, sums: dict[str, Tensor], total: int) -> dict[str, float]:
-        """Statistics over all processes; one transfer to the host."""
-        parts: list[dict[str, float]] = [{name: float(value) for name, value in sums.items()}]
+    def _reduce(self, sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
+        """Statistics over all processes."""
+        names = list(sums)
+        values = torch.stack([value.float() for value, _ in sums.values()]).tolist() if sums else []
+        parts = [dict(zip(names, zip(values, [count for _, count in sums.values()], strict=True), strict=True))]
         if self.accelerator.num_processes > 1:
             parts = gather_object(parts)
         result = {}
         for name in dict.fromkeys(name for part in parts for name in part):
-            values = [part[name] for part in parts if name in part]
-            result[name] = min(values) if name.endswith("/min") else max(values) if name.endswith("/max") else sum(values) / total
+            found, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+            result[name] = (
+                min(found) if name.endswith("/min") else max(found) if name.endswith("/max") else sum(found) / sum(counts)
+            )
         if not torch.isfinite(torch.tensor(result["loss"])):
             raise TrainingError(
                 f"the loss became {result['loss']} at step {self.step}: lower learning_rate"
@@ -379,12 +388,15 @@ class Trainer(ABC, Generic[Batch]):
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
 
 
-def _fold(name: str, so_far: Tensor | None, values: Tensor) -> Tensor:
+def _fold(name: str, so_far: tuple[Tensor, int] | None, values: Tensor) -> tuple[Tensor, int]:
+    """(sum or extreme, number of decisions); a statistic may cover only some micro-batches."""
     if name.endswith("/min"):
-        return values.min() if so_far is None else torch.minimum(so_far, values.min())
-    if name.endswith("/max"):
-        return values.max() if so_far is None else torch.maximum(so_far, values.max())
-    return values.sum() if so_far is None else so_far + values.sum()
+        value = values.min() if so_far is None else torch.minimum(so_far[0], values.min())
+    elif name.endswith("/max"):
+        value = values.max() if so_far is None else torch.maximum(so_far[0], values.max())
+    else:
+        value = values.sum() if so_far is None else so_far[0] + values.sum()
+    return value, len(values) + (0 if so_far is None else so_far[1])
 
 
 def _headline(row: Mapping[str, float]) -> str:

@@ -1,0 +1,353 @@
+"""DDPO: policy-gradient training of a denoising policy towards a reward (Black et al. 2023, arXiv:2305.13301).
+
+The decisions are the Gaussian steps of the sampler. Loss of one decision, with the advantage A of its picture
+([000] eq. 22-31, "Rethinking the Reference model in RLHF", 2025):
+
+    ratio:            -min(rho A, clip(rho) A)     eq. 26 with PPO-2's clip
+    score_function:   -A log p(x_s | x_t)          eq. 22-24
+    + kl_coef * KL(p_theta || p_ref)               eq. 30, closed form; or k1 in the reward, eq. 31
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.rollout import replay, rollout, transition
+from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule
+from diffusion_align.diffusion.showing import ImageShow
+from diffusion_align.diffusion.transitions import GaussianTransition
+from diffusion_align.estimators import (
+    PromptStatistics,
+    clip_fractions,
+    clipped_surrogate,
+    group_advantages,
+    importance_ratio,
+    kl_reward,
+    reward_to_go,
+    score_function_loss,
+)
+from diffusion_align.rewards.base import call_reward
+from diffusion_align.training.config import Section, TrainingConfig
+from diffusion_align.training.errors import ConfigError, TrainingError
+from diffusion_align.training.loop import Trainer
+from diffusion_align.training.prompts import Prompt, prompts_of_epoch
+from diffusion_align.training.randomness import generator
+
+
+class SamplerConfig(Section):
+    """How pictures are sampled, in training and for the grids."""
+
+    name: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = Field(50, ge=1)
+    eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
+    guidance_scale: float = Field(5.0, ge=1, description="1 switches guidance off")
+
+
+class DDPOConfig(TrainingConfig):
+    """Settings of DDPOTrainer; see ``TrainingConfig`` for those of every trainer."""
+
+    method: Literal["ddpo"] = "ddpo"
+    prompts: Any = Field(description="list, .txt or .jsonl file, or a shipped list")
+    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first of `prompts` if not given")
+    reward: Any = Field(description="name, 'module:function', {name: ..., options} or a function")
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
+
+    objective: Literal["ratio", "score_function"] = "ratio"
+    logp_reduction: Literal["mean", "sum"] = Field("mean", description="over latent dimensions: log-prob, ratio and KL alike")
+    clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
+    clip_range_nats: float | None = Field(None, gt=0, description="bound on the joint log-ratio; replaces clip_range")
+    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of the stochastic steps trained on, drawn per picture")
+
+    group_size: int = Field(1, ge=1, description="pictures a prompt in an epoch")
+    advantages: Literal["prompt_history", "group"] = "prompt_history"
+    history_size: int = Field(32, ge=1)
+    history_min_count: int = Field(16, ge=1)
+    clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std a group is divided by")
+    advantage_clip: float = Field(5.0, gt=0)
+
+    kl_coef: float = Field(0.0, ge=0)
+    kl: Literal["closed_form", "k1_reward"] = "closed_form"
+    credit: Literal["step", "to_go"] = Field("step", description="to_go charges a step with the KL of the later ones too")
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks()
+        if self.sampler.name == "ddim" and self.sampler.eta == 0:
+            problems.append(
+                "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a smaller "
+                "positive value), and eta=0 only for sampling"
+            )
+        if self.samples_per_epoch % self.group_size:
+            problems.append(
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: change one of them"
+            )
+        if self.advantages == "group" and self.group_size < 2:
+            problems.append("advantages=group compares pictures of one prompt: set group_size to 2 or more")
+        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
+            problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
+        if self.credit == "to_go" and self.timestep_fraction < 1:
+            problems.append("credit=to_go needs the KL of every later step: set timestep_fraction=1")
+        if self.show_prompts is not None and not self.show_prompts:
+            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
+        return problems
+
+
+@dataclass
+class DDPOBatch:
+    """An epoch's pictures of one process: B samples with K recorded decisions each, on the device."""
+
+    prompts: list[str]
+    x_t: Tensor
+    x_s: Tensor
+    steps: Tensor
+    logp_old: Tensor
+    conditioning: Conditioning
+    all_prompts: list[str]
+    all_rewards: Tensor
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    reference_mean: Tensor | None = None
+
+
+class DDPOTrainer(Trainer[DDPOBatch]):
+    """Fine-tune a Stable Diffusion pipeline towards a reward.
+
+    Args:
+        config: checked settings.
+        policy: the model with its adapter, on ``accelerator.device``.
+        reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
+        prompts: texts with the metadata that the reward receives.
+        accelerator: devices, precision and processes; a plain one when not given.
+
+    Raises:
+        ConfigError: the sampler setting has no stochastic step.
+    """
+
+    config: DDPOConfig
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        policy: DenoisingPolicy,
+        reward: Callable[..., Any],
+        prompts: list[Prompt],
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(config, accelerator or Accelerator())
+        self.policy, self.reward, self.prompts = policy, reward, prompts
+        sampler = config.sampler
+        schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
+        if len(schedule.stochastic_steps) == 0:
+            raise ConfigError([f"sampler.steps={sampler.steps} leaves no stochastic step to train on: use more steps"])
+        self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
+        self.statistics = PromptStatistics(config.history_size, config.history_min_count)
+        self.dimensions = math.prod(policy.latent_shape)
+        self.clip, self.clip_high = self._clip_bounds()
+        self._kl_seen_at = -1
+        self._show = ImageShow(policy, self.schedule, config.show_prompts or [p for p, _ in prompts[:16]], config.seed)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.policy.trainable
+
+    def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
+        """Sample this process's pictures; their rewards are computed in a thread while the next ones are sampled."""
+        config = self.config
+        chosen = prompts_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
+        samples = [prompt for prompt in chosen for _ in range(config.group_size)]
+        stochastic = self.schedule.stochastic_steps
+        kept = max(1, round(config.timestep_fraction * len(stochastic)))
+        trajectories, scores = [], []
+        batches = list(_batches(self.local_samples, config.sample_batch_size))
+        with (
+            ThreadPoolExecutor(1, initializer=_reward_thread, initargs=(torch.get_num_threads(),)) as thread,
+            self.progress("  sampling", len(batches) * len(self.schedule)) as bar,
+        ):
+            for batch in batches:
+                self.stop_if_interrupted()
+                streams = [generator(config.seed, "noise", self.epoch, i) for i in batch]
+                record = torch.stack([_some_steps(stochastic, kept, config.seed, self.epoch, i) for i in batch])
+                texts = [samples[i][0] for i in batch]
+                trajectory = rollout(
+                    self.policy,
+                    self.schedule,
+                    self.policy.encode(texts),
+                    streams,
+                    record=record,
+                    reduction=config.logp_reduction,
+                    on_step=lambda: self.advance(bar),
+                )
+                trajectories.append(trajectory)
+                images = self.policy.decode(trajectory.latents)
+                scores.append(thread.submit(call_reward, self.reward, images, texts, [samples[i][1] for i in batch]))
+            waiting = time.perf_counter()
+            rewards = torch.cat([score.result() for score in scores])
+            waited = time.perf_counter() - waiting
+        everybody = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
+        local = [samples[i][0] for i in self.local_samples]
+        columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in ("x_t", "x_s", "steps", "logp_old")}
+        return DDPOBatch(
+            prompts=local, conditioning=self.policy.encode(local), all_prompts=[p for p, _ in samples], all_rewards=everybody, **columns
+        ), {
+            "reward": everybody.mean().item(),
+            "reward_std": everybody.std(unbiased=False).item(),
+            "reward_stderr": everybody.std(unbiased=len(everybody) > 1).item() / math.sqrt(len(everybody)),
+            "reward_min": everybody.min().item(),
+            "reward_max": everybody.max().item(),
+            "time/score": waited,
+        }
+
+    def estimate(self, batch: DDPOBatch) -> tuple[Tensor, int, dict[str, float]]:
+        """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
+        config = self.config
+        groups = torch.arange(len(batch.all_rewards)) // config.group_size
+        if config.advantages == "group":
+            advantages = group_advantages(batch.all_rewards, groups, clip_std=config.clip_std)
+        else:
+            advantages = self.statistics.update(batch.all_prompts, batch.all_rewards)
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        spread = batch.all_rewards.view(-1, config.group_size)
+        metrics = {"frac_reward_zero_std": (spread == spread[:, :1]).all(dim=1).float().mean().item()}
+
+        decisions = batch.steps.shape[1]
+        local = advantages[self.local_samples.start : self.local_samples.stop].to(batch.logp_old)
+        batch.advantages = local[:, None].expand(-1, decisions)
+        uses_reference = config.kl_coef > 0
+        in_reward = uses_reference and (config.kl == "k1_reward" or config.credit == "to_go")
+        if uses_reference and (in_reward or config.inner_epochs > 1):
+            batch.reference_mean = self._reference_means(batch)
+        if in_reward:
+            batch.advantages = batch.advantages - config.kl_coef * self._kl_in_reward(batch)
+        # A picture without advantage has no policy gradient; with a KL term it still has that one.
+        keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
+        return keep, decisions, metrics
+
+    def loss(self, batch: DDPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring; both terms in the unit of ``logp_reduction``."""
+        config = self.config
+        x_t, steps = batch.x_t[samples, decisions], batch.steps[samples, decisions]
+        conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
+        logp, now = replay(
+            self.policy, self.schedule, x_t, batch.x_s[samples, decisions], steps, conditioning, reduction=config.logp_reduction
+        )
+        logp_old, advantages = batch.logp_old[samples, decisions], batch.advantages[samples, decisions]
+        clip = {"clip": self.clip, "clip_high": self.clip_high}
+        if config.objective == "ratio":
+            losses = clipped_surrogate(logp, logp_old, advantages, **clip)
+        else:
+            losses = score_function_loss(logp, advantages)
+        ratio = importance_ratio(logp.detach(), logp_old)
+        low, high = clip_fractions(logp.detach(), logp_old, **clip, advantages=advantages)
+        statistics = {
+            "loss/policy": losses.detach(),
+            "ratio/mean": ratio,
+            "ratio/min": ratio,
+            "ratio/max": ratio,
+            "clip_ratio/low_mean": low.float(),
+            "clip_ratio/high_mean": high.float(),
+            "clip_ratio/region_mean": (low | high).float(),
+        }
+        # Without a KL term the reference is asked about one micro-batch an update, to see how far the policy has gone.
+        if config.kl_coef > 0 or self._kl_seen_at != self.step:
+            self._kl_seen_at = self.step
+            reference = self._reference(batch, x_t, steps, conditioning, samples, decisions)
+            if config.kl_coef > 0 and config.kl == "closed_form":
+                penalty = now.kl(reference, reduction=config.logp_reduction)
+                losses = losses + config.kl_coef * penalty
+            statistics["kl"] = now.detach().kl(reference)
+            statistics["kl_path"] = statistics["kl"] * len(self.schedule.stochastic_steps)
+        return losses, statistics
+
+    def check_first_pass(self, statistics: Mapping[str, float]) -> dict[str, float]:
+        """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed."""
+        low, high = statistics["ratio/min"], statistics["ratio/max"]
+        if self.config.objective == "ratio" and (low < 1 - self.clip or high > 1 + self.clip_high):
+            raise TrainingError(
+                f"the replayed ratio lies in [{low:.7f}, {high:.7f}] before any update, outside the clip range "
+                f"[{1 - self.clip:.7f}, {1 + self.clip_high:.7f}]: use mixed_precision=no, a wider clip_range or "
+                f"micro_batch_size={self.config.sample_batch_size} (that of sampling)"
+            )
+        return {"ratio/first_pass_deviation": max(high - 1, 1 - low), "clip_nats": self.clip_nats}
+
+    def show(self, name: str) -> None:
+        self._show.write(self.folder / "samples" / f"{name}.png")
+
+    def finish(self) -> None:
+        self._show.finish(self.folder, self.reward)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"statistics": self.statistics.state_dict()}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.statistics.load_state_dict(state["statistics"])
+
+    @property
+    def clip_nats(self) -> float:
+        """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
+        return math.log1p(self.clip_high) * (self.dimensions if self.config.logp_reduction == "mean" else 1)
+
+    def _clip_bounds(self) -> tuple[float, float]:
+        config = self.config
+        if config.clip_range_nats is None:
+            return config.clip_range, config.clip_range
+        bound = config.clip_range_nats / (self.dimensions if config.logp_reduction == "mean" else 1)
+        return -math.expm1(-bound), math.expm1(bound)
+
+    def _reference(
+        self, batch: DDPOBatch, x_t: Tensor, steps: Tensor, conditioning: Conditioning, samples: Tensor, decisions: Tensor
+    ) -> GaussianTransition:
+        if batch.reference_mean is not None:
+            return GaussianTransition(batch.reference_mean[samples, decisions], self.schedule.at(steps).std.flatten())
+        with torch.no_grad(), self.policy.reference():
+            return transition(self.policy, self.schedule, x_t, steps, conditioning)
+
+    @torch.no_grad()
+    def _reference_means(self, batch: DDPOBatch) -> Tensor:
+        """(B, K, C, H, W): the reference's mean of every recorded decision."""
+        means = torch.empty_like(batch.x_t)
+        pairs = torch.cartesian_prod(*(torch.arange(n, device=means.device) for n in batch.steps.shape))
+        with self.policy.reference():
+            for samples, decisions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
+                conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
+                steps = batch.steps[samples, decisions]
+                means[samples, decisions] = transition(
+                    self.policy, self.schedule, batch.x_t[samples, decisions], steps, conditioning
+                ).mean
+        return means
+
+    def _kl_in_reward(self, batch: DDPOBatch) -> Tensor:
+        """(B, K): k1 of each recorded decision, or of the later ones where the closed form covers this one."""
+        assert batch.reference_mean is not None
+        shape = batch.steps.shape
+        std = self.schedule.at(batch.steps.flatten()).std.flatten()
+        reference = GaussianTransition(batch.reference_mean.flatten(0, 1), std)
+        logp_ref = reference.log_prob(batch.x_s.flatten(0, 1), reduction=self.config.logp_reduction).view(shape)
+        k1 = kl_reward(batch.logp_old, logp_ref, "k1")
+        if self.config.credit == "step":
+            return k1
+        # reward_to_go sums along dim 1 in the order of the steps; recorded steps are sorted.
+        to_go = reward_to_go(k1)
+        return to_go if self.config.kl == "k1_reward" else to_go - k1
+
+
+def _some_steps(stochastic: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
+    chosen = torch.randperm(len(stochastic), generator=generator(seed, "steps", epoch, sample))[:count]
+    return stochastic[chosen.sort().values]
+
+
+def _batches(samples: range, size: int) -> list[range]:
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
+
+
+def _reward_thread(threads: int) -> None:
+    torch.set_num_threads(threads)

@@ -1,0 +1,69 @@
+"""From a name, folder or hub id to a diffusers pipeline. Weights are read from safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_align.assets import EMBEDDED_MODELS, asset_path
+from diffusion_align.training.config import nearest
+from diffusion_align.training.errors import UserError
+
+EMBEDDED_PIPELINES = ["emoji-sd"]
+_PIPELINES = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+
+
+def model_problem(model: str) -> str | None:
+    """One sentence about why ``model`` cannot be a text-to-image pipeline, found without loading or downloading."""
+    if model in EMBEDDED_PIPELINES:
+        return None
+    if model in EMBEDDED_MODELS:
+        return f"model={model!r} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return None if (path / "model_index.json").is_file() else f"model={model!r}: the folder has no model_index.json"
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_like_path:
+        hint = nearest(model, EMBEDDED_PIPELINES)
+        return f"model={model!r} is neither an embedded model, nor a folder, nor a hub id 'owner/name': {hint}"
+    return None
+
+
+def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
+    """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
+
+    Args:
+        model: "emoji-sd", a folder written by ``save_pretrained``, or a hub id.
+        dtype: of the weights; those of a VAE that needs float32 are widened.
+        variant: weight files to choose, e.g. "fp16".
+
+    Raises:
+        UserError: the model is not there, cannot be read, or is of a class that is not supported.
+    """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    problem = model_problem(model)
+    if problem:
+        raise UserError(problem)
+    source = str(asset_path(model)) if model in EMBEDDED_PIPELINES else str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    try:
+        index = DiffusionPipeline.load_config(source)
+        family = index.get("_class_name")
+        if family not in _PIPELINES:
+            raise UserError(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}")
+        if family == "StableDiffusionPipeline":
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, variant=variant, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            )
+        else:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                source, torch_dtype=dtype, variant=variant, use_safetensors=True, add_watermarker=False
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model={model!r} could not be loaded: {reason}") from error
+    if pipeline.vae.config.force_upcast:
+        pipeline.vae.to(torch.float32)
+    return pipeline
