@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, as_scores, describe_exception, reward_name
-from diffusion_align.rewards.resolve import CONTEXT, REWARDS, check_options, find, is_builder
+from diffusion_align.rewards.resolve import REWARDS, check_options, find, is_builder
 
 
 class ScaledReward:
@@ -51,19 +51,17 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
         RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
     """
     label, target, options, scale = _prepare(spec)
+    reward: Any = target
+    context: dict[str, Any] = {"model": model, "device": device}
     try:
         if is_builder(target):
-            named = inspect.signature(target).parameters
-            context = {"model": model, "device": device}
-            reward = target(**{key: context[key] for key in CONTEXT if key in named} | options)
-        else:
-            reward = target
-            if hasattr(reward, "to"):
-                reward.to(device)
-            if options:
-                reward = functools.partial(target, **options)
-                reward.name = label  # type: ignore[attr-defined]
-                reward.differentiable = getattr(target, "differentiable", False)  # type: ignore[attr-defined]
+            context = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
+            reward = target(**context | options)
+        if hasattr(reward, "to") and not (is_builder(target) and "device" in context):
+            reward.to(device)
+        if options and not is_builder(target):
+            reward = functools.partial(target, **options)
+            reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
     except RewardError:
         raise
     except Exception as error:

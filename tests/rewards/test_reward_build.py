@@ -1,0 +1,250 @@
+"""build_reward and reward_problem: names, references, options, scale; every refusal is one sentence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffusion_align.rewards import (
+    REWARDS,
+    RewardError,
+    build_reward,
+    call_reward,
+    check_reward,
+    describe_rewards,
+    reward_problem,
+)
+
+CODE = """
+calls = 0
+
+def redness(images, prompts, metadata, gain=1.0):
+    return (gain * images[:, 0].mean(dim=(1, 2))).tolist()
+
+def two(images, prompts):
+    return [0.0] * len(images)
+
+def needy(images, prompts, metadata, *, target):
+    return [target] * len(images)
+
+class Judge:
+    def __init__(self, *, model, device="nowhere", weight=1.0):
+        self.model, self.device, self.weight = model, device, weight
+
+    def __call__(self, images, prompts, metadata):
+        return [self.weight] * len(images)
+
+class Mute:
+    pass
+
+class Broken:
+    def __init__(self):
+        raise OSError("no such weights")
+
+table = {}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CODE)
+    return path
+
+
+def images():
+    return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def scores(reward):
+    return call_reward(reward, images(), ["a", "b", "c"], [{}] * 3)
+
+
+def test_a_file_a_function_and_its_options(file):
+    expected = images()[:, 0].mean(dim=(1, 2))
+    torch.testing.assert_close(scores(build_reward(f"{file}:redness")), expected)
+    doubled = build_reward({"name": f"{file}:redness", "gain": 2.0})
+    torch.testing.assert_close(scores(doubled), 2 * expected)
+    assert doubled.name == "redness"
+
+
+def test_scale_turns_the_sign_of_any_reward(file):
+    flipped = build_reward({"name": f"{file}:redness", "scale": -1.0})
+    torch.testing.assert_close(scores(flipped), -images()[:, 0].mean(dim=(1, 2)))
+    assert flipped.name == "-1*redness"
+    compress, bloat = build_reward("jpeg_compressibility"), build_reward("jpeg_incompressibility")
+    assert torch.equal(scores(build_reward({"name": "jpeg_compressibility", "scale": -1})), scores(bloat))
+    assert torch.equal(scores(compress), -scores(bloat))
+
+
+def test_scale_does_not_hide_a_wrong_answer():
+    single = build_reward({"name": lambda images, prompts, metadata: [1.0], "scale": -1.0})
+    with pytest.raises(RewardError, match="not broadcast"):
+        scores(single)
+
+
+def test_a_class_is_built_with_its_options_and_the_context(file):
+    judge = build_reward({"name": f"{file}:Judge", "weight": 3.0}, model="emoji-sd", device="cpu")
+    assert (judge.model, judge.device, judge.weight) == ("emoji-sd", "cpu", 3.0)
+    assert build_reward({"name": f"{file}:Judge", "device": "meta"}).device == "meta"
+    assert scores(judge).tolist() == [3.0] * 3
+
+
+def test_a_module_reference_and_a_callable():
+    from diffusion_align.rewards.base import as_scores
+
+    assert build_reward("diffusion_align.rewards.base:as_scores") is as_scores
+    reward = build_reward(lambda images, prompts, metadata: [0.5] * len(images))
+    assert scores(reward).tolist() == [0.5] * 3
+
+
+def test_our_own_builder_as_a_callable_is_built():
+    from diffusion_align.rewards.jpeg import jpeg_compressibility
+
+    assert torch.equal(scores(build_reward(jpeg_compressibility)), scores(build_reward("jpeg_compressibility")))
+
+
+def test_a_file_runs_once_for_check_and_build_and_again_when_it_changed(file, tmp_path):
+    file.write_text(CODE + f"\nwith open({str(tmp_path / 'log')!r}, 'a') as log: log.write('x')\n")
+    assert reward_problem(f"{file}:redness") is None
+    build_reward(f"{file}:redness")
+    assert (tmp_path / "log").read_text() == "x"
+    file.write_text("def redness(images, prompts, metadata):\n    return [7.0] * len(images)\n")
+    os.utime(file, ns=(1, 1))  # another time than before, however coarse the clock is
+    assert scores(build_reward(f"{file}:redness")).tolist() == [7.0] * 3
+
+
+def test_a_model_held_by_a_callable_is_moved():
+    class Holder(torch.nn.Module):
+        def forward(self, images, prompts, metadata):
+            return images.mean((1, 2, 3))
+
+        def to(self, device):
+            self.moved = device
+            return self
+
+    holder = Holder()
+    assert build_reward(holder, device="cpu") is holder
+    assert holder.moved == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("jpeg_compresibility", "unknown reward 'jpeg_compresibility': did you mean 'jpeg_compressibility'"),
+        ("clipscore", "did you mean 'clip_score'"),
+        ("zzz", "unknown reward 'zzz': there are aesthetic, clip_score"),
+        ("", "unknown reward ''"),
+        (":f", "must read 'package.module:function'"),
+        ("module:", "must read 'package.module:function'"),
+        ("no_such_module_here:f", "cannot be imported .ModuleNotFoundError: No module named 'no_such_module_here'"),
+        ("os.path:joim", "has no 'joim': did you mean 'join'"),
+        ("os:environ", "name a function or a class"),
+        ("nowhere/x.py:f", "reward file 'nowhere/x.py' does not exist"),
+        ("{file}:rednes", "has no 'rednes': did you mean 'redness'"),
+        ("{file}:two", "must take three arguments .images, prompts, metadata., it takes 2"),
+        ("{file}:needy", "needs the option 'target'"),
+        ({"name": "{file}:redness", "gian": 2.0}, "has no option 'gian': did you mean 'gain'. It takes gain, scale"),
+        ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),
+        ({"name": "{file}:redness", "sclae": -1.0}, "did you mean 'scale'"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ({"quality": 3}, "needs the key 'name', got .'quality'."),
+        ({"name": 3}, "got int"),
+        ({"name": "jpeg_compressibility", "qualty": 3}, "has no option 'qualty': did you mean 'quality'"),
+        ({"name": "jpeg_compressibility", "quality": 0}, "quality=0 is not a JPEG quality"),
+        ({"name": "jpeg_compressibility", "quality": "95"}, "quality='95' is not a JPEG quality"),
+        ({"name": "jpeg_compressibility", "quality": True}, "quality=True"),
+        ({"name": "jpeg_compressibility", "scale": 0}, "scale=0 of a reward"),
+        ({"name": "jpeg_compressibility", "scale": float("nan")}, "scale=nan"),
+        ({"name": "jpeg_compressibility", "scale": "-1"}, "scale='-1'"),
+        ({"name": "clip_score", "clop": "x"}, "did you mean 'clip'"),
+        ({"name": "clip_score", "model": "emoji-sd"}, "has no option 'model'"),
+        ({"name": "clip_score", "clip": "open_clip:ViT-B-32"}, "must read 'open_clip:ARCHITECTURE/WEIGHTS'"),
+        ({"name": "clip_score", "clip": "/no/such/folder"}, "is not a folder"),
+        ({"name": "clip_score", "clip": ""}, "must be 'emoji-clip'"),
+        ({"name": "clip_score", "batch_size": 0}, "batch_size=0"),
+        ({"name": "clip_score", "dtype": "half"}, "dtype='half' is unknown: choose one of float32"),
+        ({"name": "aesthetic", "variant": "v3"}, "variant='v3' is unknown: choose one of v2, v1, embedded"),
+        ({"name": "aesthetic", "head": "/no/such/head.pth"}, "head='/no/such/head.pth' is not a file"),
+    ],
+)
+def test_a_bad_spec_is_one_sentence_before_any_model_is_loaded(spec, sentence, file, monkeypatch):
+    monkeypatch.setattr("diffusion_align.rewards.clip_backends.load_transformers", None)
+    if isinstance(spec, str):
+        spec = spec.replace("{file}", str(file))
+    elif isinstance(spec, dict) and isinstance(spec.get("name"), str):
+        spec = {**spec, "name": spec["name"].replace("{file}", str(file))}
+    with pytest.raises(RewardError, match=sentence) as caught:
+        build_reward(spec)
+    assert reward_problem(spec) == str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_fails_is_one_sentence_and_is_forgotten(tmp_path):
+    path = tmp_path / "failing.py"
+    path.write_text("import no_such_module_here\n")
+    for _ in range(2):
+        assert "ModuleNotFoundError" in reward_problem(f"{path}:f")
+    path.write_text("def f(:\n")
+    assert "SyntaxError" in reward_problem(f"{path}:f")
+
+
+def test_a_module_name_for_a_file_here_gets_the_hint(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    assert "for a file in this folder write 'mine.py:redness'" in reward_problem("mine:redness")
+    assert reward_problem("mine.py:redness") is None
+
+
+def test_what_fails_while_building_names_the_reward(file):
+    with pytest.raises(RewardError, match="reward 'Broken' could not be built: OSError: no such weights"):
+        build_reward(f"{file}:Broken")
+    with pytest.raises(RewardError, match="'Mute' gives a Mute, which is not callable"):
+        build_reward(f"{file}:Mute")
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    problem = reward_problem({"name": "clip_score", "clip": "open_clip:ViT-B-32/laion2b_s34b_b79k"})
+    assert "pip install 'diffusion-align[open-clip]'" in problem
+
+
+def test_every_built_in_reward_describes_itself():
+    rows = describe_rewards()
+    assert [row["name"] for row in rows] == list(REWARDS)
+    for row in rows:
+        assert set(row) == {"name", "description", "range", "extra", "licence", "differentiable"}
+        assert row["description"].endswith(".")
+        assert reward_problem(row["name"]) is None
+
+
+def test_jpeg_rewards_pass_the_dummy_batch():
+    for name in ("jpeg_compressibility", "jpeg_incompressibility"):
+        values = check_reward(build_reward(name), image_size=64)
+        assert abs(values[0]) < abs(values[1]) < abs(values[2])
+
+
+def test_importing_is_light_and_reaches_no_trainer():
+    heavy = [
+        "transformers",
+        "open_clip",
+        "diffusers",
+        *(f"diffusion_align.{x}" for x in ("diffusion", "llm", "training")),
+    ]
+    code = (
+        "import sys, diffusion_align.rewards as r; r.reward_problem('clip_score'); r.describe_rewards();"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_the_bare_name_is_refused():
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    answer = subprocess.run([sys.executable, "-c", "import rewards"], cwd=root, capture_output=True, text=True)
+    assert answer.returncode != 0
+    assert "import diffusion_align.rewards, not rewards" in answer.stderr
