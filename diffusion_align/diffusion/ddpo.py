@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import Field, field_serializer
 from torch import Tensor, nn
 
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
@@ -37,7 +37,7 @@ from diffusion_align.estimators import (
     reward_to_go,
     score_function_loss,
 )
-from diffusion_align.rewards.base import call_reward
+from diffusion_align.rewards.base import call_reward, reward_name
 from diffusion_align.training.config import Section, TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer
@@ -77,9 +77,13 @@ class DDPOConfig(TrainingConfig):
     clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std a group is divided by")
     advantage_clip: float = Field(5.0, gt=0)
 
-    kl_coef: float = Field(0.0, ge=0)
+    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference, in the unit of logp_reduction")
     kl: Literal["closed_form", "k1_reward"] = "closed_form"
     credit: Literal["step", "to_go"] = Field("step", description="to_go charges a step with the KL of the later ones too")
+
+    @field_serializer("reward")
+    def _reward_by_name(self, reward: Any) -> Any:
+        return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
 
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks()

@@ -55,15 +55,15 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
             raise UserError(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}")
         if family == "StableDiffusionPipeline":
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source, torch_dtype=dtype, variant=variant, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+                source, dtype=dtype, variant=variant, use_safetensors=True, safety_checker=None, requires_safety_checker=False
             )
         else:
             pipeline = StableDiffusionXLPipeline.from_pretrained(
-                source, torch_dtype=dtype, variant=variant, use_safetensors=True, add_watermarker=False
+                source, dtype=dtype, variant=variant, use_safetensors=True, add_watermarker=False
             )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model={model!r} could not be loaded: {reason}") from error
-    if pipeline.vae.config.force_upcast:
+    if pipeline.vae.config.force_upcast and pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
     return pipeline

@@ -1,0 +1,228 @@
+"""The command line. Every command is a few lines over the Python entry points; errors are one sentence and exit 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Align diffusion models with rewards and preferences.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
+PromptFile = Annotated[str | None, typer.Option("--prompts", help=".txt or .jsonl file, or a shipped list")]
+Seed = Annotated[int, typer.Option(min=0)]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted keys, values as YAML")] = None,
+) -> None:
+    """Train as CONFIG says; `resume=true` goes on with the run in output_dir."""
+    from diffusion_align.pipelines.configuration import read_config
+    from diffusion_align.pipelines.image import run
+
+    settings: Any = read_config(config, overrides or [])
+    trainer = run(settings)
+    if trainer.accelerator.is_main_process:
+        _console.print(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")] = Path("samples"),
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0)] = None,
+    eta: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+) -> None:
+    """Draw one picture a prompt, and a grid of them all."""
+    from diffusion_align.pipelines import ImageAlignmentPipeline
+    from diffusion_align.report import image_grid, save_png
+
+    texts = _texts(prompt, prompts)
+    pipeline = ImageAlignmentPipeline.from_pretrained(model)
+    images = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta).images
+    _make_folder(output)
+    for i, image in enumerate(images):
+        save_png(image, output / f"{i:04d}.png")
+    save_png(image_grid(images, captions=texts), output / "grid.png")
+    _console.print(f"wrote {len(images)} pictures and grid.png to {output}")
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    images: Annotated[list[Path], typer.Argument(help="picture files")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+) -> None:
+    """Score pictures with a reward; give one prompt for all or one for each."""
+    from diffusion_align.pipelines.image import score_images
+    from diffusion_align.rewards import build_reward
+
+    texts = _texts(prompt, prompts) if prompt or prompts else [""]
+    if len(texts) == 1:
+        texts = texts * len(images)
+    if len(texts) != len(images):
+        raise _user_error(f"{len(texts)} prompts for {len(images)} pictures: give one prompt, or one for each")
+    scores = score_images(build_reward(reward, model=model), [_open(path) for path in images], texts)
+    for path, value in zip(images, scores.tolist(), strict=True):
+        _console.print(f"{value:10.4f}  {path}", highlight=False)
+    _console.print(f"{scores.mean().item():10.4f}  mean of {len(images)}", highlight=False)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="model or run folder A")],
+    second: Annotated[str, typer.Argument(help="model or run folder B")],
+    judge: Annotated[str, typer.Option(help="reward that decides")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("compare.png"),
+    seed: Seed = 0,
+) -> None:
+    """Draw the same prompts with the same seeds by two models and let a reward judge."""
+    from diffusion_align.pipelines.compare import compare_models
+
+    texts = _texts(prompt, prompts)
+    result = compare_models(first, second, texts, judge, seed=seed, output=output)
+    _console.print(
+        f"A {result.mean_first:.4f}, B {result.mean_second:.4f}; B wins {result.win_rate:.1%} of {result.pairs} pairs "
+        f"(95 % interval {result.low:.1%} to {result.high:.1%}); pictures in {output}",
+        highlight=False,
+    )
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Write report.html of a run anew, also while it is running."""
+    from diffusion_align.report import write_report
+
+    try:
+        _console.print(f"wrote {write_report(folder)}")
+    except (OSError, ValueError) as error:
+        raise _user_error(str(error)) from None
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="configs, models, prompts or rewards; all when not given")] = "",
+) -> None:
+    """What can be named in a configuration."""
+    from diffusion_align.pipelines.listing import LISTINGS
+
+    if what and what not in LISTINGS:
+        raise _user_error(f"there is no list {what!r}: choose one of {', '.join(LISTINGS)}")
+    for name in [what] if what else LISTINGS:
+        columns, rows = LISTINGS[name]()
+        table = Table(title=name, title_justify="left", show_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        _console.print(table, "")
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="recipe to check; nothing is downloaded")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+) -> None:
+    """Say what this machine has and, with CONFIG, whether and how that recipe would run."""
+    from diffusion_align.pipelines.listing import describe_config, describe_machine
+
+    lines = describe_machine()
+    if config is not None:
+        lines += describe_config(config, overrides or [])
+    for name, value in lines:
+        _console.print(f"{name:<24}{value}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run a command; the exit status is 0, 2 (a user's error) or 130 (interrupted)."""
+    import click
+
+    from diffusion_align.training.errors import Interrupted, UserError
+
+    try:
+        status = app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = 2
+    except Interrupted as stop:
+        _errors.print(str(stop), markup=False)
+        status = 130
+    except (KeyboardInterrupt, click.Abort):
+        _errors.print("stopped")
+        status = 130
+    except UserError as error:
+        status = _say(str(error))
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        status = _say(str(error))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _say(sentences: str) -> int:
+    for sentence in sentences.splitlines():
+        _errors.print(f"error: {sentence}", markup=False)
+    return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Rewards' own error class, and a GPU out of memory, without importing torch for `--help`."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"RewardError", "OutOfMemoryError"})
+
+
+def _user_error(sentence: str) -> Exception:
+    from diffusion_align.training.errors import UserError
+
+    return UserError(sentence)
+
+
+def _texts(prompt: list[str] | None, prompts: str | None) -> list[str]:
+    from diffusion_align.pipelines.configuration import shipped_prompts
+    from diffusion_align.training.prompts import load_prompts
+
+    texts = list(prompt or [])
+    if prompts is not None:
+        texts += [text for text, _ in load_prompts(prompts, shipped=shipped_prompts())]
+    if not texts:
+        raise _user_error("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
+    return texts
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise _user_error(f"there is no picture {path}") from None
+    except (OSError, UnidentifiedImageError):
+        raise _user_error(f"{path} is not a picture that can be read") from None
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _user_error(f"--output {path} cannot be made: {error.strerror}") from None

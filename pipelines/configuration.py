@@ -1,0 +1,116 @@
+"""From a configuration file to checked settings: methods, shipped recipes, and every check that needs no model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_align.assets import asset_path
+from diffusion_align.diffusion.ddpo import DDPOConfig
+from diffusion_align.diffusion.loading import model_problem
+from diffusion_align.rewards import reward_problem
+from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
+from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.prompts import load_prompts
+
+METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig}
+_CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted(_CONFIGS.glob("*.yaml"))}
+
+
+def shipped_prompts() -> dict[str, Path]:
+    """Name -> file of the prompt lists that come with the package."""
+    return {path.stem: path for path in sorted(asset_path("emoji-prompts").parent.glob("*.txt"))}
+
+
+def read_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """The settings of a shipped recipe or a YAML file, with ``key=value`` overrides.
+
+    Raises:
+        ConfigError: with every problem that can be found without loading a model.
+    """
+    path = shipped_configs().get(source) or Path(source).expanduser()
+    if not path.is_file():
+        hint = nearest(source, list(shipped_configs()))
+        raise ConfigError([f"config {source!r} is neither a file nor a shipped recipe: {hint}"])
+    return check_config(apply_overrides(load_yaml(path), overrides))
+
+
+def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
+    """Settings from a nested mapping; ``method`` picks their model.
+
+    Raises:
+        ConfigError: with every problem that can be found without loading a model.
+    """
+    method = raw.get("method", "ddpo")
+    if method not in METHODS:
+        raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
+    checks = [_check_model, _check_reward, _check_prompts, _check_output_dir]
+    return parse_config(METHODS[method], raw, checks=checks)
+
+
+def _check_model(raw: Mapping[str, Any]) -> list[str]:
+    model = raw.get("model")
+    problem = model_problem(model) if isinstance(model, str) else None
+    return [problem] if problem else []
+
+
+def _check_reward(raw: Mapping[str, Any]) -> list[str]:
+    if raw.get("reward") is None:
+        return []
+    problem = reward_problem(raw["reward"])
+    return [problem] if problem else []
+
+
+def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
+    source = raw.get("prompts")
+    if source is None:
+        return []
+    if not isinstance(source, str | Path | list | tuple):
+        return [f"prompts={source!r} must be a list, a .txt or .jsonl file, or one of {', '.join(shipped_prompts())}"]
+    try:
+        load_prompts(source, shipped=shipped_prompts())
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
+    if not isinstance(raw.get("output_dir"), str | Path):
+        return []
+    folder = Path(raw["output_dir"]).expanduser()
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return [f"output_dir={str(folder)!r} cannot be made: {existing} is a file"]
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".diffusion-align-"):
+            pass
+    except OSError as error:
+        return [f"output_dir={str(folder)!r} is not writable: {error.strerror}"]
+    if folder.exists() and any(folder.iterdir()):
+        if raw.get("resume") is True:
+            if not (folder / "config.yaml").is_file():
+                return [f"resume=true, but output_dir={str(folder)!r} is not a run folder: it has no config.yaml"]
+            return _resume_problems(folder, raw)
+        return [f"output_dir={str(folder)!r} is already used: choose another, or set resume=true to go on with that run"]
+    return []
+
+
+def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
+    try:
+        method = yaml.safe_load((folder / "config.yaml").read_text())["method"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
+    if method != raw.get("method", "ddpo"):
+        return [f"resume=true, but {folder} is a run of method={method!r}: choose a new output_dir"]
+    return []

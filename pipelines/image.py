@@ -1,0 +1,230 @@
+"""ImageAlignmentPipeline: load a text-to-image model, align it, draw with it, save it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch import Tensor
+
+from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer, SamplerConfig
+from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.pipelines.configuration import check_config, shipped_prompts
+from diffusion_align.rewards import build_reward, check_reward
+from diffusion_align.training.config import load_yaml
+from diffusion_align.training.errors import UserError
+from diffusion_align.training.prompts import load_prompts
+
+
+class ImageAlignmentPipeline:
+    """A diffusers text-to-image pipeline that can be aligned with a reward.
+
+    Example:
+        >>> pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd")
+        >>> pipe.align(reward="aesthetic", prompts=["a red apple"], output_dir="runs/a", epochs=20)
+        >>> pipe(["a red apple"], seed=0).images[0].save("apple.png")
+
+    Attributes:
+        pipeline: the diffusers pipeline; after ``align`` its UNet holds the trained weights.
+        sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
+    """
+
+    def __init__(self, pipeline: Any, *, model: str, sampler: SamplerConfig | None = None) -> None:
+        self.pipeline = pipeline
+        self.model = model
+        self.sampler = sampler or SamplerConfig(eta=0.0)
+        self._policy: DenoisingPolicy | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        lora: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        variant: str | None = None,
+    ) -> ImageAlignmentPipeline:
+        """Load an embedded model ("emoji-sd"), a folder or a hub id.
+
+        Args:
+            model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights and sampler are used.
+            lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
+            dtype: of the weights.
+            device: where to put it; a GPU if there is one.
+            variant: weight files to choose, e.g. "fp16".
+
+        Raises:
+            UserError: the model or the LoRA cannot be loaded.
+        """
+        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if str(model) == "emoji-sd" else None
+        run_folder = Path(model).expanduser()
+        if (run_folder / "config.yaml").is_file() and (run_folder / "final").is_dir():
+            settings = load_yaml(run_folder / "config.yaml")
+            sampler = SamplerConfig(**settings["sampler"])
+            model, lora = (settings["model"], run_folder / "final") if settings["lora"] else (run_folder / "final", lora)
+        pipeline = load_pipeline(str(model), dtype=dtype, variant=variant)
+        if lora is not None:
+            if not Path(lora).expanduser().exists():
+                raise UserError(f"lora={str(lora)!r}: there is no such file or folder")
+            try:
+                pipeline.load_lora_weights(str(Path(lora).expanduser()), adapter_name="default")
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {reason}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(pipeline, model=str(model), sampler=sampler)
+
+    def align(
+        self, method: str = "ddpo", *, reward: Any, prompts: Any, output_dir: str | Path, **settings: Any
+    ) -> ImageAlignmentPipeline:
+        """Train towards ``reward``; afterwards this pipeline draws with the trained weights.
+
+        Args:
+            method: "ddpo".
+            reward: a name, "module:function", a mapping with options, or a function
+                ``reward(images, prompts, metadata) -> (B,)``.
+            prompts: list of texts, file, or shipped list.
+            output_dir: the run folder (see README for what it holds).
+            **settings: any other field of ``DDPOConfig``; the same names as in YAML.
+
+        Returns:
+            This pipeline.
+
+        Raises:
+            ConfigError: everything that is wrong with the settings, before anything is trained.
+            RewardError, TrainingError, Interrupted: see ``Trainer.train``.
+        """
+        raw = {"method": method, "model": self.model, "reward": reward, "prompts": prompts, "output_dir": output_dir}
+        config = cast(DDPOConfig, check_config(raw | settings))
+        self._policy = run(config, pipeline=self.pipeline).policy
+        self.sampler = config.sampler
+        return self
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
+    ) -> Any:
+        """Draw one picture a prompt with diffusers' own sampler (DDIM).
+
+        Args:
+            prompts: texts.
+            seed: picture i uses ``seed + i``, whatever else is drawn.
+            steps, guidance_scale, eta: instead of ``self.sampler``'s.
+
+        Returns:
+            diffusers' output object; ``.images`` is a list of PIL images.
+        """
+        from diffusers import DDIMScheduler
+
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        original = self.pipeline.scheduler
+        self.pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **original.config})
+        try:
+            return self.pipeline(
+                texts,
+                num_inference_steps=steps or self.sampler.steps,
+                guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
+                eta=self.sampler.eta if eta is None else eta,
+                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(texts))],
+            )
+        finally:
+            self.pipeline.scheduler = original
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], reward: Any) -> Tensor:
+        """Scores (B,) of pictures by a reward."""
+        function = build_reward(reward, model=self.model, device=self.pipeline.device)
+        return score_images(function, images, prompts)
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Write the adapter alone, for diffusers' ``load_lora_weights``."""
+        if self._policy is None or self._policy.lora is None:
+            raise UserError("there is no trained adapter to save: call align() with lora first")
+        self._policy.save_lora(Path(folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole pipeline with the adapter merged in, for diffusers' ``from_pretrained``."""
+        adapted = bool(getattr(self.pipeline.unet, "peft_config", None))
+        if not adapted:
+            self.pipeline.save_pretrained(str(folder))
+            return
+        merged = _without_adapter(self.pipeline.unet)
+        trained, self.pipeline.unet = self.pipeline.unet, merged
+        try:
+            self.pipeline.save_pretrained(str(folder))
+        finally:
+            self.pipeline.unet = trained
+
+
+def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
+    """Train as ``config`` says and return the finished trainer.
+
+    Args:
+        config: checked settings, from ``read_config`` or ``check_config``.
+        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers, project_dir=config.output_dir)
+    set_seed(config.seed)
+    if pipeline is None:
+        pipeline = load_pipeline(config.model, dtype=_weights_dtype(config, accelerator))
+    policy = DenoisingPolicy(
+        pipeline,
+        lora=config.lora,
+        guidance_scale=config.sampler.guidance_scale,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+    reward = build_reward(config.reward, model=config.model, device=accelerator.device)
+    check_reward(reward, image_size=policy.image_size)
+    trainer = DDPOTrainer(config, policy, reward, load_prompts(config.prompts, shipped=shipped_prompts()), accelerator)
+    trainer.train()
+    return trainer
+
+
+def _weights_dtype(config: DDPOConfig, accelerator: Accelerator) -> torch.dtype:
+    """Frozen weights may be as narrow as the network's arithmetic; on a CPU autocast narrows them as it goes."""
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    return narrow if narrow and config.lora is not None and accelerator.device.type == "cuda" else torch.float32
+
+
+def score_images(reward: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """Scores (B,) of PIL pictures, which may differ in size."""
+    from diffusion_align.rewards import call_reward
+
+    scores = []
+    for image, prompt in zip(images, prompts, strict=True):
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        tensor = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
+        scores.append(call_reward(reward, tensor, [prompt], [{}]))
+    return torch.cat(scores)
+
+
+def _without_adapter(unet: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a UNet with its LoRA merged into the weights and no adapter layers left."""
+    import copy
+
+    from diffusers import UNet2DConditionModel
+    from peft.tuners.lora import LoraLayer
+
+    copied = copy.deepcopy(unet)
+    for module in copied.modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+    plain = UNet2DConditionModel.from_config(unet.config).to(unet.dtype)
+    merged = {name.replace(".base_layer.", "."): p for name, p in copied.state_dict().items() if ".lora_" not in name}
+    plain.load_state_dict(merged)
+    return plain.to(unet.device)
