@@ -123,6 +123,8 @@ def test_gae_limits_are_return_minus_value_and_the_one_step_error():
     advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
     torch.testing.assert_close(advantages, reward_to_go(rewards) - values, **EXACT)
     torch.testing.assert_close(returns, reward_to_go(rewards), **EXACT)
+    for default, stated in zip(gae(rewards, values, mask), gae(rewards, values, mask, gamma=1.0, lam=0.95)):
+        assert torch.equal(default, stated)
     discounted = sum(0.9**k * rewards[:, k] for k in range(6))
     torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=1.0)[1][:, 0], discounted, **EXACT)
     following = torch.cat([values[:, 1:], torch.zeros(4, 1, dtype=F64)], 1)
