@@ -16,43 +16,49 @@ import yaml
 from PIL import Image
 
 from diffusion_align.report import plots
-from diffusion_align.report.metrics import Row, numeric_keys, read_metrics, series
+from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
 
 MAX_GRIDS = 6
 MAX_OTHER_METRICS = 24
 MAX_IMAGE_WIDTH = 1600  # wider pictures are shrunk inside the report; the files keep their size
 
-# What each plot is called, the metrics it shows (any one is enough), and how it is read.
+# Each plot, its axis, the metrics it shows (any one is enough), and how it is read.
 _PLOTS = (
     (
         plots.plot_reward,
+        "epoch",
         ("reward",),
         "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
         "are a real difference.",
     ),
     (
         plots.plot_kl,
+        "step",
         ("kl", "kl_path"),
         "How far the policy has moved from the reference, in nats: for one decision, and summed over a whole path.",
     ),
     (
         plots.plot_clip_fraction,
+        "step",
         ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
         "Decisions the clip range held back. Near 0 the clip does nothing; near 1 most of the gradient is lost.",
     ),
     (
         plots.plot_ratio,
+        "step",
         ("ratio/mean", "ratio/min", "ratio/max", "ratio/first_pass_deviation"),
         "Probability of a sampled decision now over when it was sampled. On the first pass nothing has been updated "
         "yet, so any deviation from 1 is numerical.",
     ),
     (
         plots.plot_grad_norm,
+        "step",
         ("grad_norm",),
-        "The norm of each update's gradient, before any clipping of it.",
+        "The norm of each update's gradient.",
     ),
     (
         plots.plot_time_split,
+        "epoch",
         ("time/sample", "time/score", "time/update", "time/grid", "time/epoch"),
         "Where the seconds of each epoch went.",
     ),
@@ -219,9 +225,8 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _figures(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    logged = set(numeric_keys(rows))
-    for draw, keys, reading in _PLOTS:
-        if logged.intersection(keys):
+    for draw, x, keys, reading in _PLOTS:
+        if set(numeric_keys(rows, x=x)).intersection(keys):
             yield _figure(draw(rows), reading)
         if draw is plots.plot_reward and len(components := plots.reward_component_keys(rows)) > 1:
             yield _figure(plots.plot_metrics(rows, components, x="epoch"), "The rewards that were logged, one by one.")
@@ -229,10 +234,10 @@ def _figures(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 
 def _other_metrics(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Every metric that no plot above shows, so that a text run or a new algorithm is reported as well."""
-    shown = {key for _, keys, _ in _PLOTS for key in keys} | {"reward_stderr"}
+    shown = {key for _, _, keys, _ in _PLOTS for key in keys} | {"reward_stderr"}
     components = plots.reward_component_keys(rows)
     keys = [key for key in numeric_keys(rows) if key not in shown and key not in components]
-    keys = [key for key in keys if len(series(rows, key)[0]) or len(series(rows, key, x="epoch")[0])]
+    keys = [key for key in keys if len(series(rows, key, x=natural_x([rows], key))[0])]
     if not keys:
         return None
     left_out = keys[MAX_OTHER_METRICS:]

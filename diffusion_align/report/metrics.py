@@ -56,9 +56,13 @@ def series(rows: Iterable[Row], key: str, *, x: str = "step") -> tuple[np.ndarra
     return np.array(xs, dtype=np.float64), np.array([found[value] for value in xs], dtype=np.float64)
 
 
-def numeric_keys(rows: Iterable[Row]) -> list[str]:
-    """Keys that hold a finite number in at least one row, sorted; the counters ``step`` and ``epoch`` are left out."""
-    keys = {key for row in rows for key, value in row.items() if is_number(value) and math.isfinite(value)}
+def numeric_keys(rows: Iterable[Row], *, x: str | None = None) -> list[str]:
+    """Keys that hold a finite number in at least one row, sorted; the counters ``step`` and ``epoch`` are left out.
+
+    With ``x`` only the rows that hold that counter are looked at: the keys that can be drawn over it.
+    """
+    counted = (row for row in rows if x is None or is_number(row.get(x)))
+    keys = {key for row in counted for key, value in row.items() if is_number(value) and math.isfinite(value)}
     return sorted(keys - {"step", "epoch"})
 
 

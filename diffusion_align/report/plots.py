@@ -105,12 +105,12 @@ def plot_reward_components(rows: Sequence[Row]) -> Figure:
 
 def reward_component_keys(rows: Iterable[Row]) -> list[str]:
     """The keys ``rewards/<name>/mean`` found in the rows, sorted."""
-    return [key for key in numeric_keys(rows) if key.startswith("rewards/") and key.endswith("/mean")]
+    return [key for key in numeric_keys(rows, x="epoch") if key.startswith("rewards/") and key.endswith("/mean")]
 
 
 def plot_kl(rows: Sequence[Row]) -> Figure:
     """KL to the reference in nats: a panel per denoising step (``kl``) and one for the whole path (``kl_path``)."""
-    figure = plot_metrics(rows, _present(rows, ("kl", "kl_path")), x="step")
+    figure = plot_metrics(rows, _present(rows, ("kl", "kl_path"), x="step"), x="step")
     for axes in figure.axes:
         _from_zero(axes)
     return figure
@@ -118,7 +118,7 @@ def plot_kl(rows: Sequence[Row]) -> Figure:
 
 def plot_clip_fraction(rows: Sequence[Row]) -> Figure:
     """The fraction of decisions whose ratio left the clip range: in all, below it and above it."""
-    keys = _present(rows, ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"))
+    keys = _present(rows, ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"), x="step")
     labels = {"clip_ratio/region_mean": "either side", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
     figure, (axes,) = _figure(1)
     for key, color in zip(keys, _colors(len(keys))):
@@ -136,7 +136,7 @@ def plot_ratio(rows: Sequence[Row]) -> Figure:
     deviation = "ratio/first_pass_deviation"
     has_deviation = len(series(rows, deviation)[0]) > 0
     if not lines and not has_deviation:
-        _present(rows, (*labels, deviation))
+        _present(rows, (*labels, deviation), x="step")
     figure, panels = _figure(bool(lines) + has_deviation)
     if lines:
         axes = panels[0]
@@ -169,7 +169,7 @@ def plot_time_split(rows: Sequence[Row]) -> Figure:
     columns = {part: dict(zip(*series(rows, f"time/{part}", x="epoch"))) for part in (*_TIME_PARTS, "epoch")}
     epochs = np.array(sorted(set().union(*columns.values())))
     if not len(epochs):
-        _present(rows, [f"time/{part}" for part in (*_TIME_PARTS, "epoch")])
+        _present(rows, [f"time/{part}" for part in (*_TIME_PARTS, "epoch")], x="epoch")
     heights = {part: np.array([columns[part].get(epoch, 0.0) for epoch in epochs]) for part in _TIME_PARTS}
     whole = np.array([columns["epoch"].get(epoch, 0.0) for epoch in epochs])
     heights["other"] = np.maximum(whole - sum(heights.values()), 0)
@@ -253,6 +253,8 @@ def compare_runs(
 def figure_png(figure: Figure) -> bytes:
     """The figure as PNG bytes on white."""
     buffer = io.BytesIO()
+    figure.set_dpi(DPI)
+    figure.draw_without_rendering()  # the layout needs the tick labels of a first drawing to find its margins
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
 
@@ -274,20 +276,20 @@ def _as_list(folders: RunDirs) -> list[str | Path]:
     return [folders] if isinstance(folders, str | Path) else list(folders)
 
 
-def _present(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
-    known = set(numeric_keys(rows))
+def _present(rows: Iterable[Row], keys: Sequence[str], *, x: str | None = None) -> list[str]:
+    known = set(numeric_keys(rows, x=x))
     found = [key for key in keys if key in known]
     if not found:
         names = ", ".join(keys)
-        raise ValueError(f"no row holds {names}: the metrics are {', '.join(sorted(known)) or 'empty'}")
+        over = f" over {x}" if x else ""
+        raise ValueError(f"no row holds {names}: the metrics{over} are {', '.join(sorted(known)) or 'empty'}")
     return found
 
 
 def _require(rows: Sequence[Row], key: str, x: str) -> tuple[np.ndarray, np.ndarray]:
     xs, values = series(rows, key, x=x)
     if not len(xs):
-        _present(rows, [key])
-        raise ValueError(f"no row holds both {key} and {x}: draw {key} over {'step' if x == 'epoch' else 'epoch'}")
+        _present(rows, [key], x=x)
     return xs, values
 
 

@@ -1,0 +1,227 @@
+import ast
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import diffusion_align.report as report
+from diffusion_align.report.html import summary
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+EVIL = "<script>alert('x')</script> & \"quotes\""
+
+UPDATES = [
+    {"step": 1, "epoch": 1, "loss": 0.0, "kl": 0.001, "kl_path": 0.02, "grad_norm": 1.0}
+    | {"ratio/first_pass_deviation": 2.4e-6, "ratio/mean": 1.0, "clip_ratio/region_mean": 0.1},
+    {"step": 2, "epoch": 2, "loss": 0.1, "kl": 0.010, "kl_path": 0.2, "ratio/first_pass_deviation": 1e-7},
+    {"step": 3, "epoch": 2, "loss": 0.1, "kl": 0.030, "kl_path": 0.6},
+]
+EPOCHS = [
+    {"step": 1, "epoch": 1, "reward": 4.0, "reward_stderr": 0.06, "samples_used": 60, "time/epoch": 90.0},
+    {"step": 3, "epoch": 2, "reward": 5.0, "reward_stderr": 0.08, "samples_used": 64, "time/epoch": 60.0},
+]
+ROWS = [UPDATES[0], EPOCHS[0], *UPDATES[1:], EPOCHS[1]]
+
+
+class Page(HTMLParser):
+    """Collects what the page shows, and checks that its tags close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.text, self.links, self.tags = [], [], "", [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            assert attrs["alt"]
+            self.images.append(attrs["src"])
+        self.links += [attrs[name] for name in ("href", "src", "srcset") if name in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def make_run(folder, *, rows=(), epochs=(0, 1, 2), config="method: ddpo\nmodel: emoji-sd\nreward: aesthetic\n"):
+    (folder / "samples").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "lo')
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    for epoch in epochs:
+        shade = torch.full((1, 3, 8, 8), epoch / 100)
+        report.save_png(report.image_grid(shade), folder / "samples" / f"epoch_{epoch:04d}.png")
+    both = report.before_after(torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8), captions=["a", EVIL])
+    report.save_png(both, folder / "samples" / "before_after.png")
+    return folder
+
+
+def page_of(folder):
+    path = report.write_report(folder)
+    assert path == folder / "report.html"
+    assert not list(folder.glob(".*"))
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def decode(uri):
+    head, data = uri.split(",", 1)
+    assert head == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+
+
+def test_the_report_holds_everything_it_shows(tmp_path):
+    run = make_run(tmp_path / "run", rows=ROWS)
+    page = page_of(run)
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    assert page.links == page.images
+    for image in page.images:
+        decode(image).load()
+    outside = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
+    assert not re.search(r"https?:|file:|url\(|@import|<script|<link", outside)
+    assert str(tmp_path) not in text
+    for heading in (
+        "DDPO · aesthetic · emoji-sd",
+        "Before and after",
+        "Training",
+        "Samples over time",
+        "Configuration",
+    ):
+        assert heading in page.text
+    # before/after; reward, KL, clip, ratio, norm, time; other metrics; three grids
+    assert len(page.images) == 1 + 6 + 1 + 3
+
+
+def test_the_summary_states_the_figures_of_the_rows(tmp_path):
+    page = page_of(make_run(tmp_path / "run", rows=ROWS))
+    assert summary(ROWS) in page.text
+    for figure in (
+        "rose from 4.00 ± 0.12 to 5.00 ± 0.16 (± 2 standard errors)",
+        "a change of 10.0 standard errors",
+        "over 2 epochs, 124 samples trained on and 2.5 minutes",
+        "0.02 nats a step and 0.4 nats a whole path",
+        "strayed from 1 by at most 2.4e-06",
+    ):
+        assert figure in page.text
+
+
+def test_the_summary_of_a_falling_reward_and_of_rows_that_lack_keys():
+    fallen = [EPOCHS[0], EPOCHS[1] | {"reward": 3.0}]
+    assert "fell from 4.00 ± 0.12 to 3.00 ± 0.16" in summary(fallen)
+    assert "KL to the reference was not logged." in summary(fallen)
+    assert "first pass was not logged" in summary(fallen)
+    assert "rose from 1 to 2, over 2 epochs." in summary([{"epoch": 1, "reward": 1}, {"epoch": 2, "reward": 2}])
+    assert "only epoch so far is 4.00 ± 0.12" in summary(ROWS[:2])
+    assert "No reward was logged" in summary(UPDATES)
+    assert "exactly 1 everywhere" in summary([{"step": 1, "ratio/first_pass_deviation": 0.0}])
+    assert "at most nan" in summary([{"step": 1, "ratio/first_pass_deviation": float("nan")}])
+    assert summary([]) == "No metrics have been written yet."
+
+
+def test_markup_in_the_configuration_is_shown_not_run(tmp_path):
+    config = f"method: ddpo\nreward: '<b>bold</b>'\nprompts:\n- {json.dumps(EVIL)}\nsampler:\n  eta: 1.0\n"
+    run = make_run(tmp_path / "<i>run", config=config)
+    page = page_of(run)
+    assert EVIL in page.text.replace("''", "'")
+    assert not {"script", "b", "i"} & set(page.tags)
+    assert "sampler.eta" in page.text
+
+
+def test_a_configuration_that_is_no_yaml_is_shown_as_it_is(tmp_path):
+    page = page_of(make_run(tmp_path / "run", config="method: [ddpo\n<b>"))
+    assert "method: [ddpo\n<b>" in page.text
+    assert "run" in page.text
+
+
+def test_at_most_six_grids_with_the_first_and_the_last(tmp_path):
+    page = page_of(make_run(tmp_path / "run", epochs=range(0, 41)))
+    labels = re.findall(r"Before training|After epoch \d+", page.text)
+    assert labels == ["Before training", *(f"After epoch {n}" for n in (8, 16, 24, 32, 40))]
+    shades = [decode(image).getpixel((70, 70))[0] for image in page.images[-6:]]
+    assert shades == [round(n / 100 * 255) for n in (0, 8, 16, 24, 32, 40)]
+
+
+def test_before_training_comes_before_after(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    image = decode(page.images[0]).convert("RGB")
+    assert image.getpixel((image.width - 60, 60)) == (0, 0, 0)
+    assert image.getpixel((image.width - 60, 200)) == (255, 255, 255)
+
+
+def test_wide_grids_are_shrunk_in_the_report_only(tmp_path):
+    run = make_run(tmp_path / "run", epochs=())
+    wide = run / "samples" / "epoch_0000.png"
+    Image.new("RGB", (3200, 400)).save(wide)
+    page = page_of(run)
+    assert decode(page.images[-1]).size == (1600, 200)
+    assert Image.open(wide).size == (3200, 400)
+
+
+def test_a_damaged_picture_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "samples" / "epoch_0002.png").write_bytes(b"\x89PNG\r\n")
+    assert "After epoch 2" not in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    "rows", [[], [{}], [{"step": 1}], ROWS[:1], ROWS[:2], [{"reward": 1.0}], [{"kl": 1, "loss": 2}]]
+)
+def test_few_rows_still_give_a_report(tmp_path, rows):
+    page = page_of(make_run(tmp_path / "run", rows=rows))
+    assert "Before and after" in page.text
+
+
+def test_a_run_that_only_has_its_configuration(tmp_path):
+    (tmp_path / "config.yaml").write_text("method: ddpo\n")
+    page = page_of(tmp_path)
+    assert page.images == []
+    assert "No metrics have been written yet." in page.text
+    assert "not finished" in page.text
+    (tmp_path / "final").mkdir()
+    assert "not finished" not in page_of(tmp_path).text
+
+
+def test_metrics_of_another_method_are_drawn_under_other_metrics(tmp_path):
+    rows = [{"step": n, "epoch": 1, "loss": 0.69, "rewards/margins": 0.1 * n, "logps/chosen": -5.0} for n in (1, 2, 3)]
+    page = page_of(make_run(tmp_path / "run", rows=rows))
+    assert "Other metrics" in page.text
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "logps/chosen; Loss; rewards/margins" in text
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match="is not a run folder"):
+            report.write_report(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_metrics_leave_the_old_report(tmp_path):
+    run = make_run(tmp_path / "run")
+    old = report.write_report(run).read_bytes()
+    (run / "metrics.jsonl").write_text('garbage\n{"step": 1}\n')
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+        report.write_report(run)
+    assert (run / "report.html").read_bytes() == old
+
+
+def test_the_report_package_imports_nothing_else_of_the_project():
+    for file in Path(report.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert not name.startswith("diffusion_align") or name.startswith("diffusion_align.report"), file

@@ -1,0 +1,203 @@
+import json
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from diffusion_align import report
+from diffusion_align.report.plots import PALETTE
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def fake_rows(epochs=4, shift=0.0, updates=2):
+    rows, step = [], 0
+    for epoch in range(1, epochs + 1):
+        for update in range(updates):
+            step += 1
+            rows.append(
+                {"step": step, "epoch": epoch, "loss": 0.1, "kl": 0.01 * step, "kl_path": 0.2 * step}
+                | {"clip_ratio/region_mean": 0.3, "clip_ratio/low_mean": 0.1, "clip_ratio/high_mean": 0.2}
+                | {"ratio/mean": 1.0, "ratio/min": 0.9, "ratio/max": 1.2, "grad_norm": 0.5 + shift}
+                | ({"ratio/first_pass_deviation": 1e-6} if update == 0 else {})
+            )
+        rows.append(
+            {"step": step, "epoch": epoch, "reward": epoch + shift, "reward_stderr": 0.25, "rewards/gold/mean": 1.0}
+            | {"time/sample": 3.0, "time/score": 1.0, "time/update": 4.0, "time/grid": 0.5, "time/epoch": 10.0}
+        )
+    return rows
+
+
+def write_run(folder, rows):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def legend_texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def line_data(axes, n=0):
+    return [list(values) for values in axes.lines[n].get_data()]
+
+
+def test_every_plot_is_a_png_and_leaves_pyplot_alone(tmp_path):
+    for draw, n_axes in [
+        (report.plot_reward, 1),
+        (report.plot_kl, 2),
+        (report.plot_clip_fraction, 1),
+        (report.plot_ratio, 2),
+        (report.plot_grad_norm, 1),
+        (report.plot_time_split, 1),
+        (report.plot_reward_components, 1),
+    ]:
+        figure = draw(fake_rows())
+        assert len(figure.axes) == n_axes
+        assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+        path = report.save_figure(figure, tmp_path / f"{draw.__name__}.png")
+        assert path.read_bytes().startswith(PNG)
+    assert len(list(tmp_path.iterdir())) == 7
+
+    import matplotlib.pyplot as plt
+
+    assert plt.get_fignums() == []
+
+
+def test_the_reward_band_is_two_standard_errors():
+    (axes,) = report.plot_reward(fake_rows()).axes
+    assert line_data(axes) == [[1, 2, 3, 4], [1, 2, 3, 4]]
+    band = axes.collections[0].get_paths()[0].vertices
+    at_two = band[band[:, 0] == 2][:, 1]
+    assert (at_two.min(), at_two.max()) == (1.5, 2.5)
+    assert legend_texts(axes.get_legend()) == ["mean over the epoch's samples", "± 2 standard errors"]
+
+
+def test_the_band_keeps_to_the_epochs_that_have_an_error():
+    rows = [{"epoch": 1, "reward": 1.0}, {"epoch": 2, "reward": 2.0, "reward_stderr": 0.5}]
+    rows += [{"epoch": 3, "reward_stderr": 9.0}]
+    (axes,) = report.plot_reward(rows).axes
+    assert axes.collections[0].get_segments()[0].tolist() == [[2, 1], [2, 3]]
+    (axes,) = report.plot_reward(rows[:1]).axes
+    assert not axes.collections
+
+
+def test_kl_is_in_nats_over_updates():
+    per_step, path = report.plot_kl(fake_rows()).axes
+    assert "nats" in per_step.get_ylabel()
+    assert "nats" in path.get_ylabel()
+    assert line_data(per_step)[0] == list(range(1, 9))
+    np.testing.assert_allclose(line_data(path)[1], 0.2 * np.arange(1, 9))
+    assert len(report.plot_kl([{"step": 1, "kl": 0.0}]).axes) == 1
+
+
+def test_a_negative_kl_estimate_stays_visible():
+    (axes,) = report.plot_kl([{"step": 1, "kl": -0.5}, {"step": 2, "kl": 0.5}]).axes
+    assert axes.get_ylim()[0] < -0.5
+
+
+def test_clip_fraction_lines_are_not_swapped():
+    (axes,) = report.plot_clip_fraction(fake_rows()).axes
+    assert {line.get_label(): line.get_ydata()[0] for line in axes.lines} == {
+        "either side": 0.3,
+        "below": 0.1,
+        "above": 0.2,
+    }
+
+
+def test_ratio_is_drawn_minus_one():
+    ratio, first_pass = report.plot_ratio(fake_rows()).axes
+    lines = {line.get_label(): line.get_ydata()[0] for line in ratio.lines[1:]}
+    assert lines == pytest.approx({"largest": 0.2, "mean": 0.0, "smallest": -0.1})
+    assert line_data(first_pass) == [[1, 3, 5, 7], [1e-6] * 4]
+
+
+def test_time_bars_stack_up_to_the_epoch():
+    (axes,) = report.plot_time_split(fake_rows()).axes
+    assert legend_texts(axes.get_legend()) == ["other", "grid", "update", "score", "sample"]
+    assert axes.get_ylabel() == "seconds"
+    tops = [bar.get_y() + bar.get_height() for bar in axes.patches if bar.get_x() < 1]
+    assert max(tops) == 10.0
+    assert [container[0].get_height() for container in axes.containers] == [3.0, 1.0, 4.0, 0.5, 1.5]
+
+
+def test_parts_longer_than_the_epoch_leave_no_remainder():
+    (axes,) = report.plot_time_split([{"epoch": 1, "time/sample": 8, "time/score": 4, "time/epoch": 10}]).axes
+    assert legend_texts(axes.get_legend()) == ["score", "sample"]
+
+
+def test_plot_metrics_picks_the_axis_and_a_panel_a_key():
+    figure = report.plot_metrics(fake_rows(), ["loss", "reward", "rewards/gold/mean"], title="A run")
+    assert [axes.get_xlabel() for axes in figure.axes] == ["optimizer update", "epoch", "epoch"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Reward", "Reward: gold"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        report.plot_reward,
+        report.plot_kl,
+        report.plot_clip_fraction,
+        report.plot_ratio,
+        report.plot_grad_norm,
+        report.plot_time_split,
+        report.plot_reward_components,
+        lambda rows: report.plot_metrics(rows, ["nonsense"]),
+    ],
+)
+def test_absent_metrics_are_one_sentence(draw):
+    with pytest.raises(ValueError, match=r"no row holds .*: the metrics"):
+        draw([{"step": 1, "loss": 1.0}])
+
+
+def test_one_row_and_nan_draw():
+    row = {"step": 1, "epoch": 1, "kl": float("nan"), "grad_norm": 0.0, "reward": 1.0, "reward_stderr": 0.1}
+    for draw in (report.plot_reward, report.plot_grad_norm):
+        assert report.figure_png(draw([row])).startswith(PNG)
+    assert report.figure_png(report.plot_metrics([row], ["kl"])).startswith(PNG)
+
+
+def test_compare_runs_averages_seeds_and_bands_their_range(tmp_path):
+    seeds = [write_run(tmp_path / f"s{n}", fake_rows(shift=shift)) for n, shift in enumerate((0.0, 1.0, 5.0))]
+    other = write_run(tmp_path / "other", fake_rows(shift=-1.0))
+    path = tmp_path / "figures" / "compare.png"
+    figure = report.compare_runs({"ours": seeds, "flipped": str(other)}, ["reward", "grad_norm"], path)
+    assert path.read_bytes().startswith(PNG)
+    reward, norm = figure.axes
+    assert [line.get_label() for line in reward.lines] == ["ours", "flipped"]
+    assert legend_texts(figure.legends[0]) == ["ours", "flipped"]
+    assert [to_rgb(line.get_color()) for line in reward.lines] == [to_rgb(color) for color in PALETTE[:2]]
+    assert line_data(reward) == [[1, 2, 3, 4], [3, 4, 5, 6]]
+    assert line_data(reward, 1)[1] == [0, 1, 2, 3]
+    assert len(reward.collections) == 1
+    band = reward.collections[0].get_paths()[0].vertices
+    at_one = band[band[:, 0] == 1][:, 1]
+    assert (at_one.min(), at_one.max()) == (1, 6)
+    assert norm.get_xlabel() == "optimizer update"
+
+
+def test_compare_runs_averages_only_where_every_seed_arrived(tmp_path):
+    long, short = write_run(tmp_path / "a", fake_rows(4)), write_run(tmp_path / "b", fake_rows(2, shift=1.0))
+    figure = report.compare_runs({"x": [long, short]}, ["reward"])
+    assert line_data(figure.axes[0]) == [[1, 2], [1.5, 2.5]]
+
+
+def test_compare_runs_leaves_out_a_label_without_the_key(tmp_path):
+    a, b = write_run(tmp_path / "a", fake_rows()), write_run(tmp_path / "b", [{"step": 1, "epoch": 1, "loss": 1.0}])
+    figure = report.compare_runs({"a": a, "b": b}, ["reward", "loss"])
+    assert [[line.get_label() for line in axes.lines] for axes in figure.axes] == [["a"], ["a", "b"]]
+    assert figure.axes[0].lines[0].get_color() == figure.axes[1].lines[0].get_color()
+    assert legend_texts(figure.legends[0]) == ["a", "b"]
+
+
+def test_compare_runs_bad_input(tmp_path):
+    run = write_run(tmp_path / "a", fake_rows())
+    with pytest.raises(ValueError, match="does not exist"):
+        report.compare_runs({"a": tmp_path / "absent"}, ["reward"])
+    with pytest.raises(ValueError, match="no row holds nonsense"):
+        report.compare_runs({"a": run}, ["nonsense"])
+    with pytest.raises(ValueError, match="at least one run"):
+        report.compare_runs({}, ["reward"])
+    apart = write_run(tmp_path / "b", [{"step": 99, "epoch": 99, "reward": 1.0}])
+    with pytest.raises(ValueError, match="have no epoch of 'reward' in common"):
+        report.compare_runs({"a": [run, apart]}, ["reward"])
