@@ -164,7 +164,7 @@ def plot_grad_norm(rows: Sequence[Row]) -> Figure:
 def plot_time_split(rows: Sequence[Row]) -> Figure:
     """Seconds of each epoch as stacked bars: sampling, scoring, updating, grids, and what remains of the epoch.
 
-    Scoring runs beside sampling, so the parts may add up to more than the epoch took; nothing then remains.
+    Parts that ran side by side may add up to more than the epoch took; nothing then remains.
     """
     columns = {part: dict(zip(*series(rows, f"time/{part}", x="epoch"))) for part in (*_TIME_PARTS, "epoch")}
     epochs = np.array(sorted(set().union(*columns.values())))
