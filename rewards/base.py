@@ -122,7 +122,8 @@ def as_scores(answer: Any, batch: int, name: str) -> Tensor:
         raise RewardError(f"reward '{name}' returned shape {tuple(answer.shape)} for {batch} images: {wanted}")
     if len(answer) != batch:
         hint = "; a single value is not broadcast" if len(answer) == 1 else ""
-        raise RewardError(f"reward '{name}' returned {len(answer)} scores for {batch} images: {wanted}{hint}")
+        scores = "1 score" if len(answer) == 1 else f"{len(answer)} scores"
+        raise RewardError(f"reward '{name}' returned {scores} for {batch} images: {wanted}{hint}")
     return answer.to("cpu", torch.float32, copy=True)  # a copy: the reward may reuse its buffer at the next call
 
 

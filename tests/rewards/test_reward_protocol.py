@@ -49,7 +49,7 @@ def test_every_documented_answer_becomes_float32_on_the_cpu(answer):
     ("answer", "sentence"),
     [
         ([1.0, 2.0, 3.0], "returned 3 scores for 4 images"),
-        ([1.0], "returned 1 scores for 4 images.*not broadcast"),
+        ([1.0], "returned 1 score for 4 images.*not broadcast"),
         (torch.ones(1), "not broadcast"),
         (torch.tensor(1.0), r"returned shape \(\) for 4 images"),
         (torch.ones(4, 1), r"returned shape \(4, 1\) for 4 images.*shape \(4,\)"),
@@ -176,7 +176,7 @@ def test_check_reward_shows_a_flat_picture_a_ramp_and_noise(size):
 def test_check_reward_refuses_what_call_reward_refuses():
     with pytest.raises(RewardError, match="raised KeyError: 'label'"):
         check_reward(lambda images, prompts, metadata: [m["label"] for m in metadata], image_size=8)
-    with pytest.raises(RewardError, match="returned 1 scores for 3 images"):
+    with pytest.raises(RewardError, match="returned 1 score for 3 images"):
         check_reward(lambda images, prompts, metadata: [0.0], image_size=8)
     with pytest.raises(RewardError, match="nan for image 0"):  # correlation with a flat picture
         check_reward(lambda images, prompts, metadata: images.std((1, 2, 3)) / images.std((1, 2, 3)), image_size=8)
