@@ -80,6 +80,19 @@ def test_emoji_clip_knows_the_background_of_a_hand_made_drawing(emoji):
         assert (score(emoji, faces(), "a smiling face") > score(emoji, faces(), wrong)).all()
 
 
+@pytest.mark.skipif(not asset_path("preferences").is_file(), reason="no preference pairs in this build")
+def test_real_drawings_fit_their_own_caption_better_than_anothers(emoji):
+    from diffusion_align.assets.preferences import composite, load_drawing_pairs
+
+    pairs = load_drawing_pairs("heldout")
+    captions = [f"a {label}" for label, *_ in pairs]
+    for side in (2, 3):
+        drawings = torch.stack([composite(pair[side], (255, 255, 255)) for pair in pairs])
+        right, wrong = score(emoji, drawings, captions), score(emoji, drawings, captions[1:] + captions[:1])
+        assert (right > wrong).float().mean() > 0.95
+        assert right.mean() > wrong.mean() + 0.4
+
+
 def test_emoji_clip_equals_the_model_called_directly(emoji):
     from transformers import CLIPModel, CLIPTokenizer
 
