@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 app = typer.Typer(
     help="Align diffusion models with rewards and preferences.",
@@ -130,13 +131,11 @@ def list_(
     if what and what not in LISTINGS:
         raise _user_error(f"there is no list {what!r}: choose one of {', '.join(LISTINGS)}")
     for name in [what] if what else LISTINGS:
-        columns, rows = LISTINGS[name]()
-        table = Table(title=name, title_justify="left", show_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        _console.print(table, "")
+        _console.print(f"[bold]{name}[/bold]")
+        for entry, lines in LISTINGS[name]():
+            _console.print(f"  {entry}", highlight=False, markup=False)
+            for line in lines:
+                _console.print(Padding(Text(line), (0, 0, 0, 6)))
 
 
 @app.command()
@@ -151,7 +150,7 @@ def doctor(
     if config is not None:
         lines += describe_config(config, overrides or [])
     for name, value in lines:
-        _console.print(f"{name:<24}{value}", highlight=False, soft_wrap=True)
+        _console.print(f"{name:<26}{value}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from diffusion_align.assets import asset_path
@@ -53,7 +54,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     method = raw.get("method", "ddpo")
     if method not in METHODS:
         raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
-    checks = [_check_model, _check_reward, _check_prompts, _check_output_dir]
+    checks = [_check_model, _check_reward, _check_prompts, _check_precision, _check_output_dir]
     return parse_config(METHODS[method], raw, checks=checks)
 
 
@@ -80,6 +81,12 @@ def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
         load_prompts(source, shipped=shipped_prompts())
     except ConfigError as error:
         return error.problems
+    return []
+
+
+def _check_precision(raw: Mapping[str, Any]) -> list[str]:
+    if raw.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
+        return ["mixed_precision='fp16' needs a GPU: use no, bf16 or auto"]
     return []
 
 

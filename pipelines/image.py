@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -177,10 +178,15 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if pipeline is None:
+        pipeline = load_pipeline(config.model)
+    if config.mixed_precision == "auto":
+        config = config.model_copy(update={"mixed_precision": _faster_precision(config, pipeline)})
     accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers, project_dir=config.output_dir)
     set_seed(config.seed)
-    if pipeline is None:
-        pipeline = load_pipeline(config.model, dtype=_weights_dtype(config, accelerator))
+    if config.lora is not None and accelerator.device.type == "cuda":
+        # Frozen weights may be as narrow as the network's arithmetic; on a CPU autocast narrows them as it goes.
+        pipeline.unet.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32))
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
@@ -195,10 +201,31 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
     return trainer
 
 
-def _weights_dtype(config: DDPOConfig, accelerator: Accelerator) -> torch.dtype:
-    """Frozen weights may be as narrow as the network's arithmetic; on a CPU autocast narrows them as it goes."""
-    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-    return narrow if narrow and config.lora is not None and accelerator.device.type == "cuda" else torch.float32
+def _faster_precision(config: DDPOConfig, pipeline: Any) -> str:
+    """What ``mixed_precision="auto"`` means here: a resumed run's own choice, a GPU's bf16, or the faster on this CPU."""
+    if config.resume and (config.output_dir / "config.yaml").is_file():
+        return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    seconds = {name: _seconds_a_pass(pipeline.unet, enabled) for name, enabled in (("no", False), ("bf16", True))}
+    return "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
+
+
+def _seconds_a_pass(unet: Any, narrow: bool) -> float:
+    """The best of two forward passes of two samples, after one to warm up."""
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    latents, timestep = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2, dtype=torch.int64)
+    added = None
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            unet(latents, timestep, encoder_hidden_states=torch.zeros(2, 8, width), added_cond_kwargs=added)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
 
 
 def score_images(reward: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -20,31 +20,34 @@ from diffusion_align.pipelines.configuration import read_config, shipped_configs
 from diffusion_align.rewards import describe_rewards
 from diffusion_align.training.prompts import load_prompts
 
-Rows = tuple[list[str], list[list[str]]]
+Entries = list[tuple[str, list[str]]]
+"""(name, lines about it)."""
+
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _EXTRAS = {"open-clip": "open_clip", "tensorboard": "tensorboard", "wandb": "wandb"}
 
 
-def _configs() -> Rows:
-    return ["name", "what it is"], [[name, _first_comment(path)] for name, path in shipped_configs().items()]
+def _configs() -> Entries:
+    return [(name, [_first_comment(path)]) for name, path in shipped_configs().items()]
 
 
-def _models() -> Rows:
-    about = "64x64 emoji-like pictures of 294 concepts, CPU-sized; any diffusers SD1.x, SD2 or SDXL folder or hub id works too"
-    return ["name", "what it is"], [[name, about] for name in EMBEDDED_PIPELINES]
+def _models() -> Entries:
+    about = ["draws 64x64 emoji-like pictures of 294 concepts, small enough for a CPU"]
+    return [*((name, about) for name in EMBEDDED_PIPELINES), ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id"])]
 
 
-def _prompts() -> Rows:
-    return ["name", "prompts"], [[name, str(len(load_prompts(path)))] for name, path in shipped_prompts().items()]
+def _prompts() -> Entries:
+    return [(name, [f"{len(load_prompts(path))} prompts"]) for name, path in shipped_prompts().items()]
 
 
-def _rewards() -> Rows:
-    rows = describe_rewards()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return columns, [[str(row.get(column, "")) for column in columns] for row in rows]
+def _rewards() -> Entries:
+    return [
+        (row["name"], [row["description"], *(f"{key}: {value}" for key, value in row.items() if key not in ("name", "description"))])
+        for row in describe_rewards()
+    ]
 
 
-LISTINGS: dict[str, Callable[[], Rows]] = {"configs": _configs, "models": _models, "prompts": _prompts, "rewards": _rewards}
+LISTINGS: dict[str, Callable[[], Entries]] = {"configs": _configs, "models": _models, "prompts": _prompts, "rewards": _rewards}
 
 
 def describe_machine() -> list[tuple[str, str]]:

@@ -48,7 +48,9 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average the trained weights; used for grids and final/")
 
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="of the network only; decisions stay float32")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "no", description="of the network only, decisions stay float32; auto measures what is faster on this machine"
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; its own default when not given")
     checkpoint_every: int = Field(10, ge=1, description="epochs")
     keep_checkpoints: int = Field(2, ge=1)
