@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffusion_align.training.errors import ConfigError
 
@@ -56,6 +56,11 @@ class TrainingConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     grid_every: int = Field(1, ge=0, description="epochs between pictures of the fixed prompts; 0 for none")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
     def cross_checks(self) -> list[str]:
         """Sentences about settings that do not fit each other; subclasses add theirs."""
