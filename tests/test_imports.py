@@ -1,0 +1,146 @@
+"""Imports point left only: estimators <- training <- diffusion <- pipelines <- cli; rewards and report stand aside."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {
+    "estimators": ROOT / "diffusion_align" / "estimators",
+    "training": ROOT / "diffusion_align" / "training",
+    "diffusion": ROOT / "diffusion_align" / "diffusion",
+    "llm": ROOT / "diffusion_align" / "llm",
+    "report": ROOT / "diffusion_align" / "report",
+    "assets": ROOT / "diffusion_align" / "assets",
+    "rewards": ROOT / "rewards",
+    "pipelines": ROOT / "pipelines",
+    "cli": ROOT / "diffusion_align" / "cli.py",
+}
+# What each part may import of the project; a part always may import itself and the bare package (its version).
+ALLOWED = {
+    "estimators": set(),
+    "report": set(),
+    "assets": set(),
+    "training": {"estimators"},
+    "rewards": {"assets"},
+    "diffusion": {"estimators", "training", "assets", "report", "rewards"},
+    "llm": {"estimators", "training", "assets", "report", "rewards"},
+    "pipelines": {"estimators", "training", "diffusion", "llm", "assets", "report", "rewards"},
+    "cli": {"training", "assets", "report", "rewards", "pipelines"},
+}
+# The reward protocol is all that a policy needs to know about rewards.
+REWARDS_SEEN_FROM_BELOW = {"diffusion_align.rewards.base"}
+
+
+def files(part):
+    place = FOLDERS[part]
+    return [place] if place.is_file() else sorted(place.rglob("*.py")) if place.is_dir() else []
+
+
+def imported(path):
+    """(module, line) of every import in a file, those inside functions and TYPE_CHECKING blocks too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            if node.module == "diffusion_align":
+                yield from ((f"diffusion_align.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield node.module, node.lineno
+
+
+def part_of(module):
+    names = module.split(".")
+    if names[0] in ("rewards", "pipelines"):
+        return names[0]
+    return names[1] if names[0] == "diffusion_align" and len(names) > 1 and names[1] in FOLDERS else None
+
+
+def violations(part, allowed):
+    for path in files(part):
+        for module, line in imported(path):
+            other = part_of(module)
+            if other is not None and other != part and other not in allowed:
+                yield f"{path.relative_to(ROOT)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("part", [p for p in FOLDERS if files(p)])
+def test_imports_point_left(part):
+    assert files(part)
+    assert not list(violations(part, ALLOWED[part]))
+
+
+def test_the_check_finds_an_import_to_the_right():
+    assert list(violations("training", set(FOLDERS) - {"estimators"})) == []
+    assert any(
+        "diffusion_align.training" in text for text in violations("diffusion", ALLOWED["diffusion"] - {"training"})
+    )
+
+
+def test_estimators_import_torch_and_nothing_else():
+    allowed = {"torch", "diffusion_align", *sys.stdlib_module_names}
+    for path in files("estimators"):
+        for module, line in imported(path):
+            assert module.split(".")[0] in allowed, f"{path.name}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("part", ["diffusion", "llm"])
+def test_policies_know_the_reward_protocol_only(part):
+    seen = {module for path in files(part) for module, _ in imported(path) if part_of(module) == "rewards"}
+    assert seen <= REWARDS_SEEN_FROM_BELOW
+
+
+@pytest.mark.parametrize("part", ["rewards", "pipelines"])
+def test_the_project_never_uses_bare_names(part):
+    paths = [path for name in FOLDERS for path in files(name)]
+    assert not [f"{p}:{line}" for p in paths for module, line in imported(p) if module.split(".")[0] == part]
+
+
+def python(code, cwd=ROOT):
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("part", ["rewards", "pipelines"])
+def test_bare_names_refuse_to_be_imported(part):
+    result = python(f"import {part}")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        f"ImportError: import diffusion_align.{part}, not {part}: the bare name is left to your own folders"
+    )
+
+
+@pytest.mark.parametrize("part", ["rewards", "pipelines"])
+def test_a_users_own_folder_of_that_name_is_not_in_the_way(part, tmp_path):
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "__init__.py").write_text("mine = True\n")
+    result = python(
+        f"import diffusion_align.{part} as ours, {part}; assert {part}.mine and not hasattr(ours, 'mine')", tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_the_package_stays_light():
+    heavy = "{'torch', 'diffusers', 'transformers', 'accelerate', 'matplotlib', 'numpy', 'pydantic'}"
+    result = python(f"import sys, diffusion_align; print(sorted(set(sys.modules) & {heavy}))")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_estimators_need_no_diffusers():
+    result = python("import sys; from diffusion_align import estimators; print('diffusers' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stdout + result.stderr
+
+
+def test_the_public_names_are_there():
+    result = python(
+        "from diffusion_align import DDPOConfig, DDPOTrainer, estimators, pipelines, rewards; print(DDPOConfig.__name__)"
+    )
+    assert result.stdout.strip() == "DDPOConfig", result.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    result = python("import diffusion_align; diffusion_align.nothing")
+    assert "AttributeError: module 'diffusion_align' has no attribute 'nothing'" in result.stderr
