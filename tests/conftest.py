@@ -1,0 +1,203 @@
+"""Tiny pipelines of the real classes, random weights, written to disk once a session; and helpers on top of them."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 for the tests marked network
+
+import pytest
+import torch
+
+LATENT = 8  # side of the tiny models' latents
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Sums in one order: results do not depend on the machine's core count."""
+    torch.set_num_threads(1)
+
+
+def _unet(**overrides):
+    from diffusers import UNet2DConditionModel
+
+    settings = {
+        "sample_size": LATENT,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(settings | overrides))
+
+
+def _vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=2 * LATENT,
+        scaling_factor=0.5,
+    )
+
+
+def _text_encoder(tokenizer, *, projection=None):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        projection_dim=projection or 512,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def _tokenizer():
+    from transformers import CLIPTokenizer
+
+    from diffusion_align.assets import asset_path
+
+    return CLIPTokenizer.from_pretrained(asset_path("emoji-sd") / "tokenizer")
+
+
+# The scheduler_config.json of the published models; SD 1.5's and SDXL's carry settings of more than one class.
+_SD15 = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+_SD2 = {k: v for k, v in _SD15.items() if k != "skip_prk_steps"} | {"prediction_type": "v_prediction"}
+_SDXL = _SD15 | {
+    "interpolation_type": "linear",
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
+
+
+def _stable_diffusion(scheduler, **unet):
+    from diffusers import StableDiffusionPipeline
+
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=_unet(**unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion 1.5: epsilon, PNDM with the published settings."""
+    from diffusers import PNDMScheduler
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd"
+    _stable_diffusion(PNDMScheduler.from_config(_SD15)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion 2: v-prediction, DDIM, linear projections in its attention."""
+    from diffusers import DDIMScheduler
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd2"
+    scheduler = DDIMScheduler.from_config(_SD2)
+    _stable_diffusion(scheduler, use_linear_projection=True, attention_head_dim=(2, 4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inpainting(tmp_path_factory):
+    """Folder of a StableDiffusionPipeline whose UNet takes nine channels."""
+    from diffusers import PNDMScheduler
+
+    folder = tmp_path_factory.mktemp("tiny") / "inpainting"
+    _stable_diffusion(PNDMScheduler.from_config(_SD15), in_channels=9).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion XL: two text encoders, size conditioning, zeros for the empty prompt."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "sdxl"
+    torch.manual_seed(0)
+    tokenizer, projection, time = _tokenizer(), 8, 8
+    pipeline = StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=_text_encoder(tokenizer),
+        text_encoder_2=_text_encoder(tokenizer, projection=projection),
+        tokenizer=tokenizer,
+        tokenizer_2=_tokenizer(),
+        unet=_unet(
+            cross_attention_dim=32,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=time,
+            projection_class_embeddings_input_dim=projection + 6 * time,
+        ),
+        scheduler=EulerDiscreteScheduler.from_config(_SDXL),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_path(request):
+    """``model_path(name)``: what to load for "tiny_sd", "tiny_sd2", "tiny_sdxl", "tiny_inpainting" or "emoji-sd"."""
+    return lambda name: name if name == "emoji-sd" else str(request.getfixturevalue(name))
+
+
+@pytest.fixture(scope="session")
+def make_policy(model_path):
+    """``make_policy(name, noise=0, **settings)``: a new DenoisingPolicy; ``noise`` moves its adapters off zero."""
+    from diffusion_align.diffusion.loading import load_pipeline
+    from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+
+    def make(name, *, noise=0.0, seed=0, **settings):
+        torch.manual_seed(seed)
+        policy = DenoisingPolicy(load_pipeline(model_path(name)), **({"lora": LoRAConfig(rank=4)} | settings))
+        with torch.no_grad():
+            for parameter in policy.trainable.values() if noise else ():
+                parameter.add_(noise * torch.randn_like(parameter))
+        return policy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def streams():
+    """``streams(n, seed=0)``: one CPU generator for each of n samples."""
+    return lambda n, seed=0: [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
