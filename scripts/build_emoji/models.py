@@ -1,0 +1,74 @@
+"""Reading and applying the models of a build: those of its output folder, or the shipped ones."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .common import Build, BuildError
+
+
+def existing(path: Path, stage: str) -> Path:
+    """``path``, or a sentence that names the stage which writes it."""
+    if not path.exists():
+        raise BuildError(f"{path} is missing: run the stage {stage} first (--stages {stage})")
+    return path
+
+
+def load_clip(build: Build):
+    """The (CLIPModel, tokenizer) in ``<out>/emoji-clip``, float32, in evaluation mode."""
+    from transformers import CLIPModel, CLIPTokenizerFast
+
+    folder = existing(build.out / "emoji-clip", "clip")
+    clip = CLIPModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return clip.to(build.device).eval(), CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+
+
+def tokenize(tokenizer, captions: list[str]) -> Tensor:
+    """(B, 24) token ids, padded and cut to the model's length."""
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=24, return_tensors="pt").input_ids
+
+
+def features(output) -> Tensor:
+    """The feature tensor of ``get_image_features`` or ``get_text_features``: transformers 5 wraps it."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+@torch.no_grad()
+def embed_images(clip, images: Tensor, batch_size: int = 256) -> Tensor:
+    """(B, 128) unit-length image embeddings of pictures (B, 3, 64, 64) in [0, 1]."""
+    device = next(clip.parameters()).device
+    chunks = [features(clip.get_image_features(chunk.to(device) * 2 - 1)) for chunk in images.split(batch_size)]
+    return F.normalize(torch.cat(chunks), dim=-1).cpu()
+
+
+@torch.no_grad()
+def embed_captions(clip, tokenizer, captions: list[str]) -> Tensor:
+    """(B, 128) unit-length text embeddings."""
+    device = next(clip.parameters()).device
+    return F.normalize(features(clip.get_text_features(tokenize(tokenizer, captions).to(device))), dim=-1).cpu()
+
+
+def load_pipeline(build: Build):
+    """The StableDiffusionPipeline in ``<out>/emoji-sd``, float32, without a progress bar."""
+    from diffusers import StableDiffusionPipeline
+
+    folder = existing(build.out / "emoji-sd" / "model_index.json", "unet").parent
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(build.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def draw(
+    pipe, prompts: list[str], *, steps: int, guidance: float, eta: float, seed: int, batch_size: int = 16
+) -> Tensor:
+    """(B, 3, 64, 64) pictures in [0, 1], on the CPU; picture i has seed ``seed + i``, whatever the batch size."""
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta, "generator": generators}
+        images.append(pipe(chunk, height=64, width=64, output_type="pt", **settings).images.float().cpu())
+    return torch.cat(images)

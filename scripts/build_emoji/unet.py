@@ -1,0 +1,152 @@
+"""Stage ``unet``: a text-conditioned UNet on cached latents, v-prediction with zero terminal SNR."""
+
+import json
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_align.assets.preferences import BACKGROUNDS, composite
+
+from .captions import COLOURS, Look, random_caption
+from .common import Build, chance, choose, mean_of_last, train, written_aside
+from .data import STYLE_WORD, Drawings, load_drawings
+from .models import existing, tokenize
+
+SOURCES = ("noto", "flat", "3d")
+BATCH, HELDOUT_COLOURS, DROPPED = 32, 0.1, 0.1
+CONFIG = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (64, 96, 128),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 128,
+    "norm_num_groups": 16,
+}
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+}
+
+
+def heldout_pairs(drawings: Drawings, seed: int) -> set[tuple[int, int]]:
+    """(concept, colour) index pairs that no training picture shows: a tenth of them; white is never held out."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand((len(drawings.concepts), len(COLOURS)), generator=generator) < HELDOUT_COLOURS
+    drawn[:, COLOURS.index("white")] = False
+    return {(concept, colour) for concept, colour in drawn.nonzero().tolist() if drawings.concepts[concept].trained}
+
+
+@torch.no_grad()
+def cache_latents(build: Build, vae, drawings: Drawings, rows: list[int]) -> Tensor:
+    """(len(rows), 12, 2, 4, 16, 16) scaled latents (modes) of drawings on all backgrounds, as they are and mirrored.
+
+    Kept in ``<work>/latents.safetensors``.
+    """
+    kept = build.work / "latents.safetensors"
+    if kept.exists():
+        return load_file(kept)["latents"]
+    latents = []
+    for part in tqdm(torch.tensor(rows).split(16), desc="latents", unit="batch"):
+        images = torch.stack([composite(drawings.rgba[part], colour) for colour in BACKGROUNDS.values()], 1)
+        images = torch.stack([images, images.flip(-1)], 2).flatten(0, 2).to(build.device)
+        modes = [vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(64)]
+        latents.append(torch.cat(modes).cpu().half().view(len(part), len(BACKGROUNDS), 2, 4, 16, 16))
+    scaled = torch.cat(latents) * vae.config.scaling_factor
+    with written_aside(kept) as aside:
+        save_file({"latents": scaled}, aside)
+    return scaled
+
+
+def build_unet(build: Build) -> None:
+    """Writes the whole ``emoji-sd`` pipeline (fp16) and ``unet.json``."""
+    if (build.work / "unet.json").exists() and (build.out / "emoji-sd" / "model_index.json").exists():
+        return
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+    from transformers import CLIPTextModel, CLIPTokenizerFast
+
+    folder = build.out / "emoji-sd"
+    vae = AutoencoderKL.from_pretrained(existing(folder / "vae", "vae"), torch_dtype=torch.float32).to(build.device)
+    text_encoder = CLIPTextModel.from_pretrained(existing(folder / "text_encoder", "clip"), dtype=torch.float32)
+    text_encoder = text_encoder.to(build.device).eval()
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    scheduler = DDIMScheduler(**SCHEDULER)
+    torch.manual_seed(build.seed)
+    unet = UNet2DConditionModel(**CONFIG).to(build.device, memory_format=torch.channels_last)
+    if build.device.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # the backward pass of fused attention is slow on a CPU
+
+    drawings = load_drawings(build)
+    table = drawings.table(SOURCES, trained_only=True)
+    examples = [(concept, source, row) for concept, of in table.items() for source, row in of.items()]
+    latents = cache_latents(build, vae, drawings, [row for _, _, row in examples])
+    heldout = heldout_pairs(drawings, build.seed)
+    alphas_cumprod = scheduler.alphas_cumprod
+
+    def loss_at(generator: torch.Generator) -> Tensor:
+        chosen, texts = [], []
+        while len(chosen) < BATCH:
+            example, colour = choose(generator, examples, 1)[0], choose(generator, COLOURS, 1)[0]
+            colour = COLOURS.index("white") if chance(generator, 0.3) else colour
+            concept, source, _ = examples[example]
+            if (concept, colour) in heldout:
+                continue
+            look = Look(concept, COLOURS[colour], STYLE_WORD[source])
+            text, _ = random_caption(
+                generator, [drawings.concepts[concept].label], look, colour_probability=1.0, style_probability=0.5
+            )
+            chosen.append((example, colour, int(chance(generator, 0.5))))
+            texts.append("" if chance(generator, DROPPED) else text)
+        x0 = latents[tuple(torch.tensor(chosen).T)].float()
+        # Stratified timesteps: one in each of 32 equal strips, for a steadier loss.
+        t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * 1000 / BATCH).long().clamp(max=999)
+        noise = torch.randn(x0.shape, generator=generator)
+        alpha = alphas_cumprod[t].sqrt().view(-1, 1, 1, 1)
+        sigma = (1 - alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+        with build.autocast():
+            with torch.no_grad():
+                states = text_encoder(tokenize(tokenizer, texts).to(build.device)).last_hidden_state
+            prediction = unet(x_t.to(build.device), t.to(build.device), states).sample
+        return F.mse_loss(prediction.float(), v.to(build.device))
+
+    full = build.steps(9400)
+    losses = train(build, "unet", unet, loss_at, steps=full, lr=1e-3, warmup=150, ema_decay=0.998)
+    longer = train(build, "more", unet, loss_at, steps=build.steps(5100), lr=5e-4, warmup=150, ema_decay=0.998)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    _save_fp16(pipe, folder)
+    with written_aside(build.work / "unet.json") as aside:
+        aside.write_text(
+            json.dumps({"loss": mean_of_last(losses), "final_loss": mean_of_last(longer)}, indent=2) + "\n"
+        )
+
+
+def _save_fp16(pipe, folder) -> None:
+    """The pipeline in fp16; the tokenizer and the text encoder are already there, in their portable form."""
+    pipe.unet.half().save_pretrained(folder / "unet")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.save_config(folder)
