@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusion_align.training.prompts import load_prompts
 
 METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig}
 _CONFIGS = Path(__file__).parent.parent / "configs"
+_PROBE = ".diffusion-align-"
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -52,7 +54,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
         ConfigError: with every problem that can be found without loading a model.
     """
     method = raw.get("method", "ddpo")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
     checks = [_check_model, _check_reward, _check_prompts, _check_precision, _check_output_dir]
     return parse_config(METHODS[method], raw, checks=checks)
@@ -65,16 +67,18 @@ def _check_model(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _check_reward(raw: Mapping[str, Any]) -> list[str]:
-    if raw.get("reward") is None:
+    if raw.get("reward", "") is None:
+        return ["reward is empty: give a name, 'module:function' or a mapping"]
+    if "reward" not in raw:
         return []
     problem = reward_problem(raw["reward"])
     return [problem] if problem else []
 
 
 def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
-    source = raw.get("prompts")
-    if source is None:
+    if "prompts" not in raw:
         return []
+    source = raw["prompts"]
     if not isinstance(source, str | Path | list | tuple):
         return [f"prompts={source!r} must be a list, a .txt or .jsonl file, or one of {', '.join(shipped_prompts())}"]
     try:
@@ -93,18 +97,20 @@ def _check_precision(raw: Mapping[str, Any]) -> list[str]:
 def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
     if not isinstance(raw.get("output_dir"), str | Path):
         return []
-    folder = Path(raw["output_dir"]).expanduser()
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        return [f"output_dir={str(folder)!r} cannot be made: {existing} is a file"]
+    folder = Path(os.path.expanduser(raw["output_dir"]))
     try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".diffusion-align-"):
+        existing = folder
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            return [f"output_dir={str(folder)!r} cannot be made: {existing} is a file"]
+        with tempfile.TemporaryDirectory(dir=existing, prefix=_PROBE):
             pass
+        # Another process of this run may be probing the same folder.
+        used = folder.exists() and any(not path.name.startswith(_PROBE) for path in folder.iterdir())
     except OSError as error:
         return [f"output_dir={str(folder)!r} is not writable: {error.strerror}"]
-    if folder.exists() and any(folder.iterdir()):
+    if used:
         if raw.get("resume") is True:
             if not (folder / "config.yaml").is_file():
                 return [f"resume=true, but output_dir={str(folder)!r} is not a run folder: it has no config.yaml"]

@@ -51,7 +51,7 @@ class SamplerConfig(Section):
     name: Literal["ddim", "ddpm"] = "ddim"
     steps: int = Field(50, ge=1)
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
-    guidance_scale: float = Field(5.0, ge=1, description="1 switches guidance off")
+    guidance_scale: float = Field(5.0, ge=1, allow_inf_nan=False, description="1 switches guidance off")
 
 
 class DDPOConfig(TrainingConfig):
@@ -77,7 +77,9 @@ class DDPOConfig(TrainingConfig):
     clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std a group is divided by")
     advantage_clip: float = Field(5.0, gt=0)
 
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL to the reference, in the unit of logp_reduction")
+    kl_coef: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the reference, in the unit of logp_reduction"
+    )
     kl: Literal["closed_form", "k1_reward"] = "closed_form"
     credit: Literal["step", "to_go"] = Field("step", description="to_go charges a step with the KL of the later ones too")
 
@@ -98,6 +100,11 @@ class DDPOConfig(TrainingConfig):
             )
         if self.advantages == "group" and self.group_size < 2:
             problems.append("advantages=group compares pictures of one prompt: set group_size to 2 or more")
+        if self.history_min_count > self.history_size:
+            problems.append(
+                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt would "
+                "ever use its own history"
+            )
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
             problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
         if self.credit == "to_go" and self.timestep_fraction < 1:

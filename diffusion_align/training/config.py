@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from diffusion_align.training.errors import ConfigError
 
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 
 
 class Section(BaseModel):
@@ -29,7 +32,7 @@ class TrainingConfig(Section):
     """What every trainer shares. Counts are global: with P processes each does a P-th of them."""
 
     model: str = Field(description="embedded name, folder or hub id of the model to align")
-    output_dir: Path = Field(description="the run folder; must be new or empty unless `resume` is set")
+    output_dir: Folder = Field(description="the run folder; must be new or empty unless `resume` is set")
     resume: bool = Field(False, description="continue the run in output_dir from its newest checkpoint, bit for bit")
     seed: int = Field(0, ge=0)
     epochs: int = Field(100, ge=1, description="rounds of collect, score, estimate, update")
@@ -40,11 +43,11 @@ class TrainingConfig(Section):
     updates_per_epoch: int = Field(2, ge=1, description="optimizer steps in one pass over an epoch's samples")
     inner_epochs: int = Field(1, ge=1, description="passes over an epoch's samples")
 
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(1e-4, ge=0)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1, description="average the trained weights; used for grids and final/")
 
@@ -89,7 +92,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError([f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}"]) from None
+        raise ConfigError([f"{path} is not valid YAML{where}: {_problem(error)}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"{path} must hold a mapping of settings, not {type(raw).__name__}"])
     return raw
@@ -191,6 +194,10 @@ def _flatten(annotation: Any) -> list[Any]:
 
 def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
 def _copy(value: Any) -> Any:
