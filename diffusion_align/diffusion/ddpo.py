@@ -68,7 +68,10 @@ class DDPOConfig(TrainingConfig):
     logp_reduction: Literal["mean", "sum"] = Field("mean", description="over latent dimensions: log-prob, ratio and KL alike")
     clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
     clip_range_nats: float | None = Field(None, gt=0, description="bound on the joint log-ratio; replaces clip_range")
-    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of the stochastic steps trained on, drawn per picture")
+    timestep_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to picture (1), that is trained on"
+    )
+    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, drawn per picture")
 
     group_size: int = Field(1, ge=1, description="pictures a prompt in an epoch")
     advantages: Literal["prompt_history", "group"] = "prompt_history"
@@ -107,8 +110,10 @@ class DDPOConfig(TrainingConfig):
             )
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
             problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
-        if self.credit == "to_go" and self.timestep_fraction < 1:
-            problems.append("credit=to_go needs the KL of every later step: set timestep_fraction=1")
+        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
+            problems.append(f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1")
+        if self.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
+            problems.append("credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1")
         if self.show_prompts is not None and not self.show_prompts:
             problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
         return problems
@@ -158,8 +163,16 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         self.policy, self.reward, self.prompts = policy, reward, prompts
         sampler = config.sampler
         schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
-        if len(schedule.stochastic_steps) == 0:
-            raise ConfigError([f"sampler.steps={sampler.steps} leaves no stochastic step to train on: use more steps"])
+        stochastic = schedule.stochastic_steps
+        first, last = (round(share * len(stochastic)) for share in config.timestep_range)
+        self.trained_steps = stochastic[first:last]
+        if len(self.trained_steps) == 0:
+            raise ConfigError(
+                [
+                    f"sampler.steps={sampler.steps} with timestep_range={list(config.timestep_range)} leaves no stochastic "
+                    "step to train on: use more steps or a wider range"
+                ]
+            )
         self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
         self.statistics = PromptStatistics(config.history_size, config.history_min_count)
         self.dimensions = math.prod(policy.latent_shape)
@@ -176,8 +189,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         config = self.config
         chosen = prompts_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
         samples = [prompt for prompt in chosen for _ in range(config.group_size)]
-        stochastic = self.schedule.stochastic_steps
-        kept = max(1, round(config.timestep_fraction * len(stochastic)))
+        kept = max(1, round(config.timestep_fraction * len(self.trained_steps)))
         trajectories, scores = [], []
         batches = list(_batches(self.local_samples, config.sample_batch_size))
         with (
@@ -187,7 +199,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             for batch in batches:
                 self.stop_if_interrupted()
                 streams = [generator(config.seed, "noise", self.epoch, i) for i in batch]
-                record = torch.stack([_some_steps(stochastic, kept, config.seed, self.epoch, i) for i in batch])
+                record = torch.stack([_some_steps(self.trained_steps, kept, config.seed, self.epoch, i) for i in batch])
                 texts = [samples[i][0] for i in batch]
                 trajectory = rollout(
                     self.policy,
@@ -276,7 +288,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
                 penalty = now.kl(reference, reduction=config.logp_reduction)
                 losses = losses + config.kl_coef * penalty
             statistics["kl"] = now.detach().kl(reference)
-            statistics["kl_path"] = statistics["kl"] * len(self.schedule.stochastic_steps)
+            statistics["kl_path"] = statistics["kl"] * len(self.trained_steps)
         return losses, statistics
 
     def check_first_pass(self, statistics: Mapping[str, float]) -> dict[str, float]:
@@ -351,9 +363,9 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         return to_go if self.config.kl == "k1_reward" else to_go - k1
 
 
-def _some_steps(stochastic: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
-    chosen = torch.randperm(len(stochastic), generator=generator(seed, "steps", epoch, sample))[:count]
-    return stochastic[chosen.sort().values]
+def _some_steps(steps: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
+    chosen = torch.randperm(len(steps), generator=generator(seed, "steps", epoch, sample))[:count]
+    return steps[chosen.sort().values]
 
 
 def _batches(samples: range, size: int) -> list[range]:

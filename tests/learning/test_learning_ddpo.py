@@ -1,0 +1,37 @@
+"""Reinforcement learning improves what it is told to, and worsens it when the sign is turned. Minutes; run with -m slow."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_align.pipelines.compare import compare_models
+from diffusion_align.pipelines.configuration import read_config
+from diffusion_align.pipelines.image import run
+from diffusion_align.report import read_metrics
+
+PROMPTS = ["a lion", "a panda", "a red apple", "a pizza", "a rocket", "a guitar", "a crab", "an umbrella"]
+
+
+def train(folder: Path, *overrides: str) -> list[dict]:
+    settings = [f"output_dir={folder}", "epochs=12", "grid_every=0", f"prompts={PROMPTS}", "mixed_precision=no"]
+    run(read_config("ddpo_emoji_jpeg", [*settings, *overrides]))
+    return read_metrics(folder / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "sign"), [(1.0, 1), (-1.0, -1)])
+def test_jpeg_size_follows_the_reward_and_its_sign(tmp_path: Path, scale: float, sign: int) -> None:
+    train(tmp_path / "run", f"reward={{name: jpeg_compressibility, scale: {scale}}}")
+    judged = compare_models("emoji-sd", str(tmp_path / "run"), PROMPTS * 4, "jpeg_compressibility")
+    # The base is drawn by another sampler setting; measured against itself the difference is what training did.
+    same = compare_models(str(tmp_path / "run"), str(tmp_path / "run"), PROMPTS, "jpeg_compressibility")
+    assert same.mean_first == same.mean_second
+    assert sign * (judged.mean_second - judged.mean_first) > 0
+
+
+@pytest.mark.slow
+def test_a_large_kl_coefficient_holds_the_policy_at_the_reference(tmp_path: Path) -> None:
+    free = train(tmp_path / "free", "epochs=6")
+    held = train(tmp_path / "held", "epochs=6", "kl_coef=1000")
+    last = [[row["kl"] for row in rows if row["epoch"] == 6 and "kl" in row] for rows in (free, held)]
+    assert sum(last[1]) / len(last[1]) < 0.1 * sum(last[0]) / len(last[0])

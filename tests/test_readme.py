@@ -1,0 +1,78 @@
+"""Every command and every Python block of the README runs as it is printed, only with fewer and shorter epochs."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SHORT = ["samples_per_epoch=8", "sampler.steps=2", "group_size=4", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
+ELSEWHERE = ("bash scripts/test.sh", "pip install")  # what runs this test, and what installed it
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(ELSEWHERE)]
+
+
+def shortened(words: list[str]) -> list[str]:
+    if words[:2] == ["diffusion-align", "train"]:
+        epochs = "epochs=2" if "resume=true" in words else "epochs=1"
+        return [word for word in words if not word.startswith("epochs=")] + [epochs, *SHORT]
+    return words + ["epochs=1", *SHORT] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def test_every_command_runs(workplace: Path) -> None:
+    found = commands()
+    assert any(c.startswith("bash scripts/quickstart.sh") for c in found)
+    assert sum(c.startswith("diffusion-align") for c in found) >= 7
+    environment = Path(sys.prefix)
+    stamp = environment / ".diffusion-align-"  # the environment is this one: nothing to install
+    fresh = not stamp.exists()
+    stamp.touch()
+    try:
+        for command in found:
+            words = shortened(shlex.split(command))
+            env = {"VIRTUAL_ENV": str(environment), "PATH": f"{environment / 'bin'}:/usr/bin:/bin", "HOME": str(workplace)}
+            done = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    finally:
+        if fresh:
+            stamp.unlink()
+    assert (workplace / "runs/quickstart/report.html").is_file()
+    assert (workplace / "runs/quickstart/final/pytorch_lora_weights.safetensors").is_file()
+    assert (workplace / "pictures/grid.png").is_file()
+
+
+def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    assert len(blocks("python")) >= 1
+    for block in blocks("python"):
+        short = block.replace('"steps": 10', '"steps": 2').replace("epochs=2", "epochs=1")
+        exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
+    assert (workplace / "lion.png").is_file()
+    assert (workplace / "runs/blue/merged/model_index.json").is_file()
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing, f"README links to {missing}"
