@@ -118,7 +118,7 @@ def load_preferences(
 def encode_drawing(rgba: Tensor) -> bytes:
     """Lossless WebP of a (64, 64, 4) uint8 premultiplied RGBA drawing."""
     buffer = io.BytesIO()
-    Image.fromarray(rgba.numpy(), "RGBA").save(buffer, "WEBP", lossless=True, quality=100, method=6, exact=True)
+    Image.fromarray(rgba.numpy(), "RGBA").save(buffer, "WEBP", lossless=True, quality=80, method=6, exact=True)
     return buffer.getvalue()
 
 
