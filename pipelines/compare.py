@@ -55,7 +55,11 @@ def compare_models(
         shown = min(len(prompts), 24)
         values = [s[:shown].tolist() for s in scores]
         picture = before_after(
-            images[0][:shown], images[1][:shown], captions=list(prompts[:shown]), rewards_before=values[0], rewards_after=values[1]
+            images[0][:shown],
+            images[1][:shown],
+            captions=list(prompts[:shown]),
+            rewards_before=values[0],
+            rewards_after=values[1],
         )
         save_png(picture, output)
     return Comparison(scores[0].mean().item(), scores[1].mean().item(), wins.mean().item(), low, high, len(prompts))

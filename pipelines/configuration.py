@@ -115,7 +115,9 @@ def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
             if not (folder / "config.yaml").is_file():
                 return [f"resume=true, but output_dir={str(folder)!r} is not a run folder: it has no config.yaml"]
             return _resume_problems(folder, raw)
-        return [f"output_dir={str(folder)!r} is already used: choose another, or set resume=true to go on with that run"]
+        return [
+            f"output_dir={str(folder)!r} is already used: choose another, or set resume=true to go on with that run"
+        ]
     return []
 
 

@@ -69,7 +69,9 @@ class ImageAlignmentPipeline:
         if (run_folder / "config.yaml").is_file() and (run_folder / "final").is_dir():
             settings = load_yaml(run_folder / "config.yaml")
             sampler = SamplerConfig(**settings["sampler"])
-            model, lora = (settings["model"], run_folder / "final") if settings["lora"] else (run_folder / "final", lora)
+            model, lora = (
+                (settings["model"], run_folder / "final") if settings["lora"] else (run_folder / "final", lora)
+            )
         pipeline = load_pipeline(str(model), dtype=dtype, variant=variant)
         if lora is not None:
             if not Path(lora).expanduser().exists():
@@ -182,7 +184,9 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
         pipeline = load_pipeline(config.model)
     if config.mixed_precision == "auto":
         config = config.model_copy(update={"mixed_precision": _faster_precision(config, pipeline)})
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, log_with=config.trackers, project_dir=config.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=config.trackers, project_dir=config.output_dir
+    )
     set_seed(config.seed)
     if config.lora is not None and accelerator.device.type == "cuda":
         # Frozen weights may be as narrow as the network's arithmetic; on a CPU autocast narrows them as it goes.

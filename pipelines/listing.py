@@ -33,7 +33,10 @@ def _configs() -> Entries:
 
 def _models() -> Entries:
     about = ["draws 64x64 emoji-like pictures of 294 concepts, small enough for a CPU"]
-    return [*((name, about) for name in EMBEDDED_PIPELINES), ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id"])]
+    return [
+        *((name, about) for name in EMBEDDED_PIPELINES),
+        ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id"]),
+    ]
 
 
 def _prompts() -> Entries:
@@ -42,17 +45,30 @@ def _prompts() -> Entries:
 
 def _rewards() -> Entries:
     return [
-        (row["name"], [row["description"], *(f"{key}: {value}" for key, value in row.items() if key not in ("name", "description"))])
+        (
+            row["name"],
+            [
+                row["description"],
+                *(f"{key}: {value}" for key, value in row.items() if key not in ("name", "description")),
+            ],
+        )
         for row in describe_rewards()
     ]
 
 
-LISTINGS: dict[str, Callable[[], Entries]] = {"configs": _configs, "models": _models, "prompts": _prompts, "rewards": _rewards}
+LISTINGS: dict[str, Callable[[], Entries]] = {
+    "configs": _configs,
+    "models": _models,
+    "prompts": _prompts,
+    "rewards": _rewards,
+}
 
 
 def describe_machine() -> list[tuple[str, str]]:
     """(name, value) lines about versions, devices and extras."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     lines = [("diffusion-align", __version__), ("python", platform.python_version())]
     lines += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
     lines += [("device", ", ".join(gpus) or f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
@@ -74,7 +90,10 @@ def describe_config(source: str, overrides: Sequence[str]) -> list[tuple[str, st
         ("epochs", str(config.epochs)),
         ("pictures an epoch", f"{config.samples_per_epoch}, each {config.sampler.steps} steps"),
         ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
-        ("decisions an update", f"{math.ceil(pairs / config.updates_per_epoch)} in micro-batches of {config.micro_batch_size}"),
+        (
+            "decisions an update",
+            f"{math.ceil(pairs / config.updates_per_epoch)} in micro-batches of {config.micro_batch_size}",
+        ),
         (
             "UNet passes an epoch",
             f"{guided * config.samples_per_epoch * config.sampler.steps} forward while sampling, "

@@ -37,7 +37,9 @@ def ddpo(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe")] = None,
     recipe: str = "quickstart",
     epochs: int = 5,
-    growth: Annotated[bool, typer.Option(help="also other numbers of pictures and steps, each in its own process")] = False,
+    growth: Annotated[
+        bool, typer.Option(help="also other numbers of pictures and steps, each in its own process")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """DDPO's epoch time over the time of its UNet passes, and the peak memory."""
@@ -87,7 +89,13 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
 
     DenoisingPolicy._run_unet, DDPOTrainer.collect = counted, marked  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"output_dir={folder}/run", f"epochs={epochs + 2}", "grid_every=0", "checkpoint_every=1000", *overrides]
+        settings = [
+            f"output_dir={folder}/run",
+            f"epochs={epochs + 2}",
+            "grid_every=0",
+            "checkpoint_every=1000",
+            *overrides,
+        ]
         config: Any = read_config(recipe, settings)
         run(config)
     measured = results[1:]  # the first epoch warms up

@@ -11,7 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHORT = ["samples_per_epoch=8", "sampler.steps=2", "group_size=4", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
+SHORT = [
+    "samples_per_epoch=8",
+    "sampler.steps=2",
+    "group_size=4",
+    "updates_per_epoch=1",
+    "mixed_precision=no",
+    "grid_every=0",
+]
 ELSEWHERE = ("bash scripts/test.sh", "pip install")  # what runs this test, and what installed it
 
 
@@ -50,7 +57,11 @@ def test_every_command_runs(workplace: Path) -> None:
     try:
         for command in found:
             words = shortened(shlex.split(command))
-            env = {"VIRTUAL_ENV": str(environment), "PATH": f"{environment / 'bin'}:/usr/bin:/bin", "HOME": str(workplace)}
+            env = {
+                "VIRTUAL_ENV": str(environment),
+                "PATH": f"{environment / 'bin'}:/usr/bin:/bin",
+                "HOME": str(workplace),
+            }
             done = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     finally:

@@ -59,13 +59,17 @@ class DDPOConfig(TrainingConfig):
 
     method: Literal["ddpo"] = "ddpo"
     prompts: Any = Field(description="list, .txt or .jsonl file, or a shipped list")
-    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first of `prompts` if not given")
+    show_prompts: list[str] | None = Field(
+        None, description="prompts of the grids; the first of `prompts` if not given"
+    )
     reward: Any = Field(description="name, 'module:function', {name: ..., options} or a function")
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
 
     objective: Literal["ratio", "score_function"] = "ratio"
-    logp_reduction: Literal["mean", "sum"] = Field("mean", description="over latent dimensions: log-prob, ratio and KL alike")
+    logp_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="over latent dimensions: log-prob, ratio and KL alike"
+    )
     clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
     clip_range_nats: float | None = Field(None, gt=0, description="bound on the joint log-ratio; replaces clip_range")
     timestep_range: tuple[float, float] = Field(
@@ -84,7 +88,9 @@ class DDPOConfig(TrainingConfig):
         0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the reference, in the unit of logp_reduction"
     )
     kl: Literal["closed_form", "k1_reward"] = "closed_form"
-    credit: Literal["step", "to_go"] = Field("step", description="to_go charges a step with the KL of the later ones too")
+    credit: Literal["step", "to_go"] = Field(
+        "step", description="to_go charges a step with the KL of the later ones too"
+    )
 
     @field_serializer("reward")
     def _reward_by_name(self, reward: Any) -> Any:
@@ -113,7 +119,9 @@ class DDPOConfig(TrainingConfig):
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
             problems.append(f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1")
         if self.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
-            problems.append("credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1")
+            problems.append(
+                "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
+            )
         if self.show_prompts is not None and not self.show_prompts:
             problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
         return problems
@@ -218,9 +226,15 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             waited = time.perf_counter() - waiting
         everybody = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
         local = [samples[i][0] for i in self.local_samples]
-        columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in ("x_t", "x_s", "steps", "logp_old")}
+        columns = {
+            name: torch.cat([getattr(t, name) for t in trajectories]) for name in ("x_t", "x_s", "steps", "logp_old")
+        }
         return DDPOBatch(
-            prompts=local, conditioning=self.policy.encode(local), all_prompts=[p for p, _ in samples], all_rewards=everybody, **columns
+            prompts=local,
+            conditioning=self.policy.encode(local),
+            all_prompts=[p for p, _ in samples],
+            all_rewards=everybody,
+            **columns,
         ), {
             "reward": everybody.mean().item(),
             "reward_std": everybody.std(unbiased=False).item(),
@@ -261,16 +275,23 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         x_t, steps = batch.x_t[samples, decisions], batch.steps[samples, decisions]
         conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
         logp, now = replay(
-            self.policy, self.schedule, x_t, batch.x_s[samples, decisions], steps, conditioning, reduction=config.logp_reduction
+            self.policy,
+            self.schedule,
+            x_t,
+            batch.x_s[samples, decisions],
+            steps,
+            conditioning,
+            reduction=config.logp_reduction,
         )
         logp_old, advantages = batch.logp_old[samples, decisions], batch.advantages[samples, decisions]
-        clip = {"clip": self.clip, "clip_high": self.clip_high}
         if config.objective == "ratio":
-            losses = clipped_surrogate(logp, logp_old, advantages, **clip)
+            losses = clipped_surrogate(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         else:
             losses = score_function_loss(logp, advantages)
         ratio = importance_ratio(logp.detach(), logp_old)
-        low, high = clip_fractions(logp.detach(), logp_old, **clip, advantages=advantages)
+        low, high = clip_fractions(
+            logp.detach(), logp_old, clip=self.clip, clip_high=self.clip_high, advantages=advantages
+        )
         statistics = {
             "loss/policy": losses.detach(),
             "ratio/mean": ratio,
@@ -327,7 +348,13 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         return -math.expm1(-bound), math.expm1(bound)
 
     def _reference(
-        self, batch: DDPOBatch, x_t: Tensor, steps: Tensor, conditioning: Conditioning, samples: Tensor, decisions: Tensor
+        self,
+        batch: DDPOBatch,
+        x_t: Tensor,
+        steps: Tensor,
+        conditioning: Conditioning,
+        samples: Tensor,
+        decisions: Tensor,
     ) -> GaussianTransition:
         if batch.reference_mean is not None:
             return GaussianTransition(batch.reference_mean[samples, decisions], self.schedule.at(steps).std.flatten())

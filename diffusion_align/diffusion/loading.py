@@ -47,15 +47,28 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
     problem = model_problem(model)
     if problem:
         raise UserError(problem)
-    source = str(asset_path(model)) if model in EMBEDDED_PIPELINES else str(Path(model).expanduser()) if Path(model).expanduser().is_dir() else model
+    source = (
+        str(asset_path(model))
+        if model in EMBEDDED_PIPELINES
+        else str(Path(model).expanduser())
+        if Path(model).expanduser().is_dir()
+        else model
+    )
     try:
         index = DiffusionPipeline.load_config(source)
         family = index.get("_class_name")
         if family not in _PIPELINES:
-            raise UserError(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}")
+            raise UserError(
+                f"model={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}"
+            )
         if family == "StableDiffusionPipeline":
             pipeline = StableDiffusionPipeline.from_pretrained(
-                source, dtype=dtype, variant=variant, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+                source,
+                dtype=dtype,
+                variant=variant,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
             )
         else:
             pipeline = StableDiffusionXLPipeline.from_pretrained(

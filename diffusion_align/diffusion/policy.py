@@ -30,7 +30,7 @@ class LoRAConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     rank: int = Field(8, ge=1, description="rank of every adapter")
-    alpha: float | None = Field(None, gt=0, description="scale is alpha / rank; the rank itself when not given")
+    alpha: int | None = Field(None, ge=1, description="scale is alpha / rank; the rank itself when not given")
     layers: Literal["attention", "attention+convolutions"] = Field(
         "attention", description="small models need the convolutions of the residual blocks as well"
     )
@@ -175,7 +175,10 @@ class DenoisingPolicy:
         config = vae.config
         scaled = latents / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (torch.tensor(v, device=latents.device).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            mean, std = (
+                torch.tensor(v, device=latents.device).view(1, -1, 1, 1)
+                for v in (config.latents_mean, config.latents_std)
+            )
             scaled = scaled * std + mean
         if getattr(config, "shift_factor", None):
             scaled = scaled + config.shift_factor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.diffusion.transitions import GaussianTransition, denoise
+from diffusion_align.diffusion.transitions import GaussianTransition, Reduction, denoise
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def replay(
     steps: Tensor,
     conditioning: Conditioning,
     *,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> tuple[Tensor, GaussianTransition]:
     """Log-prob (B,) of the recorded ``x_s`` and its transition, with gradients to the policy.
 
@@ -65,7 +65,7 @@ def rollout(
     generators: Sequence[torch.Generator],
     *,
     record: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     on_step: Callable[[], None] = lambda: None,
 ) -> Trajectory:
     """Sample B pictures' latents and record the decisions ``record``.

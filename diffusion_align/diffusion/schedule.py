@@ -110,7 +110,9 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
     source.set_timesteps(steps)
     timesteps = source.timesteps.to(torch.int64).cpu()
     if int(timesteps.max()) >= config["num_train_timesteps"]:
-        raise ValueError(f"steps={steps} with the scheduler's steps_offset={config['steps_offset']} is one too many: use fewer")
+        raise ValueError(
+            f"steps={steps} with the scheduler's steps_offset={config['steps_offset']} is one too many: use fewer"
+        )
     ab_t = source.alphas_cumprod.double()[timesteps]
     ab_s = _next_alphas_cumprod(source, sampler, timesteps)
     if source.config.prediction_type == "epsilon" and bool((ab_t <= 0).any()):

@@ -6,12 +6,15 @@ The sampler draws from a ``GaussianTransition``, the ratio scores with it and th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion_align.diffusion.schedule import DiffusionSchedule, Step
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
+
+Reduction = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,11 @@ class GaussianTransition:
         """x_s (B, C, H, W) for standard normal ``noise`` of that shape; where std = 0 it is the mean."""
         return self.mean + self.std.view(-1, 1, 1, 1) * noise
 
-    def log_prob(self, x_s: Tensor, *, reduction: str = "sum") -> Tensor:
+    def log_prob(self, x_s: Tensor, *, reduction: Reduction = "sum") -> Tensor:
         """Log-density of ``x_s`` (B,) in nats ("sum") or nats per dimension ("mean"); needs std > 0."""
         return gaussian_log_prob(x_s, self.mean, self.std, reduction=reduction)
 
-    def kl(self, other: GaussianTransition, *, reduction: str = "sum") -> Tensor:
+    def kl(self, other: GaussianTransition, *, reduction: Reduction = "sum") -> Tensor:
         """KL(self || other) (B,), closed form, in nats ("sum") or nats per dimension ("mean"); needs std > 0."""
         return gaussian_kl(self.mean, other.mean, self.std, other.std, reduction=reduction)
 

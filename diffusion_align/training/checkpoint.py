@@ -34,7 +34,13 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, *, weights: Mapping[str, Mapping[str, Tensor]], tensors: Any, state: Mapping[str, Any], keep: int
+    folder: Path,
+    step: int,
+    *,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    tensors: Any,
+    state: Mapping[str, Any],
+    keep: int,
 ) -> Path:
     """Write ``folder/step_N`` and delete all but the newest ``keep``.
 
@@ -60,9 +66,11 @@ def save_checkpoint(
     for file in aside.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if target.exists():  # the same step again, after a resume: the content is the same
-        shutil.rmtree(target)
-    os.replace(aside, target)
+    if (target / _MANIFEST).exists():  # the same step again: what is there is as good, and is never without a copy
+        shutil.rmtree(aside)
+    else:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -84,7 +92,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict
         manifest = json.loads((path / _MANIFEST).read_text())
         damaged = [name for name, digest in manifest.items() if _sha256(path / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged ({error}): delete it to resume from the one before") from None
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({error}): delete it to resume from the one before"
+        ) from None
     if damaged:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({', '.join(damaged)} differs from its hash): delete it to resume from the one before"
@@ -119,4 +129,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )

@@ -49,7 +49,9 @@ class TrainingConfig(Section):
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="average the trained weights; used for grids and final/")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
+    )
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "no", description="of the network only, decisions stay float32; auto measures what is faster on this machine"
@@ -127,7 +129,10 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def parse_config(
-    model: type[TrainingConfig], raw: Mapping[str, Any], *, checks: Sequence[Callable[[Mapping[str, Any]], list[str]]] = ()
+    model: type[TrainingConfig],
+    raw: Mapping[str, Any],
+    *,
+    checks: Sequence[Callable[[Mapping[str, Any]], list[str]]] = (),
 ) -> TrainingConfig:
     """``model`` filled from ``raw``; every problem is reported at once.
 
@@ -161,7 +166,7 @@ def dump_config(config: BaseModel) -> str:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """", did you mean 'x'?" or the list of what is known."""
+    """ ", did you mean 'x'?" or the list of what is known."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 

@@ -19,7 +19,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from diffusion_align import __version__
@@ -32,7 +40,16 @@ from diffusion_align.training.tracking import MetricsLog
 
 Batch = TypeVar("Batch")
 # Settings that may change on resume: where and how long, never what.
-_FREE_ON_RESUME = {"output_dir", "resume", "epochs", "checkpoint_every", "keep_checkpoints", "trackers", "num_threads", "grid_every"}
+_FREE_ON_RESUME = {
+    "output_dir",
+    "resume",
+    "epochs",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+    "num_threads",
+    "grid_every",
+}
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -231,7 +248,13 @@ class Trainer(ABC, Generic[Batch]):
         return self.config.updates_per_epoch * self.config.inner_epochs
 
     def _progress(self) -> Progress:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         return Progress(*columns, disable=not self.accelerator.is_main_process)
 
     # -- update ----------------------------------------------------------------------------------------------------
@@ -240,7 +263,9 @@ class Trainer(ABC, Generic[Batch]):
         """All optimizer steps of one epoch over the global samples ``keep``, each with ``decisions`` decisions."""
         config = self.config
         own = torch.tensor([self.local_samples.start, self.local_samples.stop])
-        with self.progress("  training", config.inner_epochs * len(keep) * decisions // self.accelerator.num_processes) as bar:
+        with self.progress(
+            "  training", config.inner_epochs * len(keep) * decisions // self.accelerator.num_processes
+        ) as bar:
             for inner in range(config.inner_epochs):
                 order = keep[torch.randperm(len(keep), generator=generator(config.seed, "order", self.epoch, inner))]
                 for update, chunk in enumerate(order.tensor_split(config.updates_per_epoch)):
@@ -248,12 +273,21 @@ class Trainer(ABC, Generic[Batch]):
                     if len(chunk) == 0:
                         continue
                     local = chunk[(chunk >= own[0]) & (chunk < own[1])] - own[0]
-                    pairs = torch.cartesian_prod(local, torch.arange(decisions)) if len(local) else torch.empty(0, 2, dtype=torch.int64)
+                    pairs = (
+                        torch.cartesian_prod(local, torch.arange(decisions))
+                        if len(local)
+                        else torch.empty(0, 2, dtype=torch.int64)
+                    )
                     statistics = self._accumulate(batch, pairs, len(chunk) * decisions, bar)
                     if inner == 0 and update == 0:
                         statistics |= self.check_first_pass(statistics)
                     statistics["grad_norm"] = self._optimizer_step()
-                    row = {"step": self.step, "epoch": self.epoch + 1, **statistics, "learning_rate": self._schedule.get_last_lr()[0]}
+                    row = {
+                        "step": self.step,
+                        "epoch": self.epoch + 1,
+                        **statistics,
+                        "learning_rate": self._schedule.get_last_lr()[0],
+                    }
                     self._schedule.step()
                     self._log.write(row)
 
@@ -283,12 +317,20 @@ class Trainer(ABC, Generic[Batch]):
         for name in dict.fromkeys(name for part in parts for name in part):
             found, counts = zip(*(part[name] for part in parts if name in part), strict=True)
             result[name] = (
-                min(found) if name.endswith("/min") else max(found) if name.endswith("/max") else sum(found) / sum(counts)
+                min(found)
+                if name.endswith("/min")
+                else max(found)
+                if name.endswith("/max")
+                else sum(found) / sum(counts)
             )
         if not torch.isfinite(torch.tensor(result["loss"])):
             raise TrainingError(
                 f"the loss became {result['loss']} at step {self.step}: lower learning_rate"
-                + ("" if self.config.mixed_precision == "no" else f" or set mixed_precision=no instead of {self.config.mixed_precision}")
+                + (
+                    ""
+                    if self.config.mixed_precision == "no"
+                    else f" or set mixed_precision=no instead of {self.config.mixed_precision}"
+                )
             )
         return result
 
@@ -326,7 +368,9 @@ class Trainer(ABC, Generic[Batch]):
     def _stop(self) -> None:
         self.save()
         self.accelerator.end_training()
-        raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; go on with resume=true output_dir={self.folder}")
+        raise Interrupted(
+            f"stopped after epoch {self.epoch} of {self.config.epochs}; go on with resume=true output_dir={self.folder}"
+        )
 
     def save(self) -> None:
         """Write a checkpoint of the last finished epoch."""
@@ -334,7 +378,7 @@ class Trainer(ABC, Generic[Batch]):
         if self.accelerator.num_processes > 1:
             rng = gather_object(rng)
         if self.accelerator.is_main_process:
-            weights = {"trained": self.trainable}
+            weights: dict[str, dict[str, Tensor]] = {"trained": dict(self.trainable)}
             if self._ema is not None:
                 weights["ema"] = dict(zip(self.trainable, self._ema.shadow_params, strict=True))
             scaler = self.accelerator.scaler
@@ -367,10 +411,14 @@ class Trainer(ABC, Generic[Batch]):
         changed = [k for k in mine if k not in _FREE_ON_RESUME and mine[k] != theirs.get(k)]
         if changed:
             what = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)
-            raise CheckpointError(f"checkpoint {path} belongs to another run: {what}; put it back or choose a new output_dir")
+            raise CheckpointError(
+                f"checkpoint {path} belongs to another run: {what}; put it back or choose a new output_dir"
+            )
         trainable = self.trainable
         if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in trainable.items()}:
-            raise CheckpointError(f"checkpoint {path} holds other weights than this model trains: was the model's folder changed?")
+            raise CheckpointError(
+                f"checkpoint {path} holds other weights than this model trains: was the model's folder changed?"
+            )
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(weights["trained"][name])

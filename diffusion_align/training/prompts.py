@@ -74,7 +74,9 @@ def _entry(entry: Any, index: int, source: Any) -> Prompt:
         return entry, {}
     if isinstance(entry, dict) and isinstance(entry.get("prompt"), str) and entry["prompt"].strip():
         return entry["prompt"], {k: v for k, v in entry.items() if k != "prompt"}
-    raise ConfigError([f"prompts={_short(source)}: entry {index} is {_short(entry)}, not a text or a mapping with a 'prompt'"])
+    raise ConfigError(
+        [f"prompts={_short(source)}: entry {index} is {_short(entry)}, not a text or a mapping with a 'prompt'"]
+    )
 
 
 def _short(value: Any) -> str:
