@@ -84,6 +84,7 @@ class DenoisingPolicy:
             pipeline.unet.requires_grad_(True)
         elif not getattr(pipeline.unet, "peft_config", None):
             pipeline.unet.add_adapter(_peft_config(lora))
+            pipeline.unet.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
@@ -114,13 +115,13 @@ class DenoisingPolicy:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the UNet is conditioned on, (B, ...); each different prompt goes through the text encoders once."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._prompt_cache]
+        cached = {p: self._prompt_cache[p] for p in prompts if p in self._prompt_cache}
+        missing = [p for p in dict.fromkeys(prompts) if p not in cached]
         if len(self._prompt_cache) + len(missing) > _CACHED_PROMPTS:
             self._prompt_cache.clear()
-            missing = list(dict.fromkeys(prompts))
-        for prompt in missing:
-            self._prompt_cache[prompt] = self._encode(self, prompt)
-        rows = [self._prompt_cache[p] for p in prompts]
+        cached |= {p: self._encode(self, p) for p in missing}  # SDXL's empty prompt comes back to this method
+        self._prompt_cache |= cached
+        rows = [cached[p] for p in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def predict(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -187,10 +188,11 @@ class DenoisingPolicy:
 
     def save_lora(self, folder: Path) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which plain diffusers' ``load_lora_weights`` reads."""
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.pipeline.unet))
+        # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with
+        # names of both kinds load_lora_weights drops the attention layers.
+        layers = get_peft_model_state_dict(self.pipeline.unet)
         metadata = {"unet_lora_adapter_metadata": self.pipeline.unet.peft_config["default"].to_dict()}
         self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, **metadata)
 

@@ -1,0 +1,203 @@
+"""Guidance, conditioning and decoding against diffusers' own pipelines, which are run as they come."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.rollout import rollout
+from diffusion_align.diffusion.schedule import build_schedule
+from diffusion_align.training.errors import UserError
+
+MODELS = ["tiny_sd", "tiny_sd2", "tiny_sdxl", "emoji-sd"]
+PROMPTS = ["red apple", "a cat"]
+
+
+def plain_pipeline(path):
+    """diffusers' pipeline under DDIM, which without eta adds no noise."""
+    pipeline = load_pipeline(path)
+    pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **pipeline.scheduler.config})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def captured(pipeline, prompts, latents, **options):
+    """Pictures, final latents, and what the UNet was given at every call."""
+    calls = []
+    hook = pipeline.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    final = pipeline(prompts, latents=latents.clone(), output_type="latent", **options).images
+    hook.remove()
+    images = pipeline(prompts, latents=latents.clone(), output_type="pt", **options).images
+    return images, final, calls
+
+
+def initial(streams, shape, n=2):
+    return torch.stack([torch.randn(shape, generator=g) for g in streams(n)])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("model", MODELS)
+def test_sampling_and_decoding_equal_diffusers(model, scale, model_path, make_policy, streams):
+    policy = make_policy(model, guidance_scale=scale)
+    schedule = build_schedule(policy.pipeline.scheduler, 4, eta=0.0).to("cpu")
+    path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    x_T = initial(streams, policy.latent_shape)
+    options = {"num_inference_steps": 4, "guidance_scale": scale}
+    images, latents, calls = captured(plain_pipeline(model_path(model)), PROMPTS, x_T, **options)
+    assert len(calls) == 4
+    torch.testing.assert_close(path.latents, latents, atol=1e-4, rtol=1e-5)
+    ours = policy.decode(path.latents)
+    assert ours.shape == (2, 3, *policy.image_size)
+    torch.testing.assert_close(ours, images, atol=1e-4, rtol=0)
+    assert (ours[0] - ours[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_stochastic_sampling_equals_diffusers_with_the_same_noise(model, model_path, make_policy, streams):
+    """eta 1: diffusers draws from the same generators in the same order, so even the noisy picture is the same."""
+    policy = make_policy(model, guidance_scale=3.0)
+    schedule = build_schedule(policy.pipeline.scheduler, 5, eta=1.0).to("cpu")
+    path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    pipeline = plain_pipeline(model_path(model))
+    result = pipeline(
+        PROMPTS, num_inference_steps=5, guidance_scale=3.0, eta=1.0, generator=streams(2), output_type="latent"
+    ).images
+    torch.testing.assert_close(path.latents, result, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_guided_prediction_is_uncond_plus_scale_times_difference(model, make_policy):
+    policy = make_policy(model, noise=0.05)
+    conditioning, empty = policy.encode(PROMPTS), policy.encode(["", ""])
+    x_t, timestep = torch.randn(2, *policy.latent_shape), torch.tensor([900, 20])
+    with torch.no_grad():
+        cond, uncond = (policy.predict(x_t, timestep, c) for c in (conditioning, empty))
+        for scale in (1.5, 7.5):
+            policy.guidance_scale = scale
+            guided = policy.predict(x_t, timestep, conditioning)
+            torch.testing.assert_close(guided, uncond + scale * (cond - uncond), atol=1e-5 * scale, rtol=0)
+    assert (cond - uncond).abs().max() > 1e-4
+
+
+def test_no_guidance_runs_the_unet_on_the_prompts_only(make_policy):
+    policy = make_policy("tiny_sd")
+    sizes = []
+    policy.pipeline.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    x_t, timestep, conditioning = torch.randn(2, 4, 8, 8), torch.tensor([900, 20]), policy.encode(PROMPTS)
+    policy.predict(x_t, timestep, conditioning)
+    policy.guidance_scale = 2.0
+    policy.predict(x_t, timestep, conditioning)
+    assert sizes == [2, 4]
+
+
+def test_sdxl_conditioning_is_what_diffusers_gives_its_unet(tiny_sdxl, make_policy, streams):
+    policy = make_policy("tiny_sdxl")
+    x_T = initial(streams, policy.latent_shape)
+    pipeline = plain_pipeline(str(tiny_sdxl))
+    _, _, calls = captured(pipeline, PROMPTS, x_T, num_inference_steps=1, guidance_scale=5.0)
+    given = calls[0][1]
+    conditioning, empty = policy.encode(PROMPTS), policy.encode(["", ""])
+    for name, theirs in [
+        ("encoder_hidden_states", given["encoder_hidden_states"]),
+        ("text_embeds", given["added_cond_kwargs"]["text_embeds"]),
+        ("time_ids", given["added_cond_kwargs"]["time_ids"]),
+    ]:
+        torch.testing.assert_close(torch.cat([empty[name], conditioning[name]]), theirs, atol=1e-6, rtol=0)
+    assert conditioning["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    assert not empty["encoder_hidden_states"].any()
+    assert not empty["text_embeds"].any()
+    assert conditioning["text_embeds"].any()
+
+
+def test_sdxl_without_forced_zeros_encodes_the_empty_prompt(tiny_sdxl, make_policy, streams):
+    policy = make_policy("tiny_sdxl", guidance_scale=5.0)
+    policy.pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    assert policy.encode([""])["text_embeds"].any()
+    pipeline = plain_pipeline(str(tiny_sdxl))
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    schedule = build_schedule(policy.pipeline.scheduler, 3, eta=0.0).to("cpu")
+    path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    _, latents, _ = captured(
+        pipeline, PROMPTS, initial(streams, policy.latent_shape), num_inference_steps=3, guidance_scale=5.0
+    )
+    torch.testing.assert_close(path.latents, latents, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_conditioning_is_independent_of_company(model, make_policy):
+    policy, other = make_policy(model), make_policy(model)
+    together = policy.encode(["a cat", "", "red apple", "a cat"])
+    for i, prompt in enumerate(["a cat", "", "red apple", "a cat"]):
+        for name, value in other.encode([prompt]).items():
+            torch.testing.assert_close(together[name][[i]], value, atol=1e-6, rtol=0)
+
+
+def test_a_prompt_is_encoded_once(make_policy, monkeypatch):
+    policy = make_policy("tiny_sd")
+    seen = []
+    encode = policy._encode
+    monkeypatch.setattr(policy, "_encode", lambda p, prompt: (seen.append(prompt), encode(p, prompt))[1])
+    for _ in range(2):
+        policy.encode(["a cat", "red apple", "a cat"])
+    policy.encode(["red apple", "a dog"])
+    assert seen == ["a cat", "red apple", "a dog"]
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_a_full_prompt_cache_starts_again(model, make_policy, monkeypatch):
+    monkeypatch.setattr("diffusion_align.diffusion.policy._CACHED_PROMPTS", 3)
+    policy, other = make_policy(model), make_policy(model)
+    for prompts in (["a", "b"], ["c", "d"], ["a", "b", "c", "", "d"], ["", "e"], ["f", "g", ""]):
+        found = policy.encode(prompts)
+        for i, prompt in enumerate(prompts):
+            expected = other._encode(other, prompt)
+            assert all(torch.allclose(found[k][[i]], expected[k], atol=1e-6) for k in found)
+
+
+def test_text_encoders_get_no_gradient_and_the_network_is_in_evaluation_mode(make_policy):
+    policy = make_policy("tiny_sd", guidance_scale=2.0)
+    conditioning = policy.encode(PROMPTS)
+    assert not conditioning["encoder_hidden_states"].requires_grad
+    assert not any(m.training for m in policy.pipeline.unet.modules())
+    assert policy.predict(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), conditioning).requires_grad
+    assert not policy.decode(torch.randn(2, 4, 8, 8)).requires_grad
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scaling_factor": 0.18}, {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 1.0, 2.0]}],
+    ids=["scale", "mean-and-std"],
+)
+def test_vae_settings_are_followed_as_sdxl_does(changes, tiny_sdxl, make_policy, streams):
+    policy = make_policy("tiny_sdxl", guidance_scale=1.0)
+    policy.pipeline.vae.register_to_config(**changes)
+    pipeline = plain_pipeline(str(tiny_sdxl))
+    pipeline.vae.register_to_config(**changes)
+    images, latents, _ = captured(
+        pipeline, PROMPTS, initial(streams, policy.latent_shape), num_inference_steps=2, guidance_scale=1.0
+    )
+    torch.testing.assert_close(policy.decode(latents), images, atol=1e-5, rtol=0)
+
+
+def test_half_precision_weights_leave_adapters_and_decisions_float32(model_path, streams):
+    pipeline = load_pipeline(model_path("tiny_sd"), dtype=torch.bfloat16)
+    policy = DenoisingPolicy(pipeline, lora=LoRAConfig(rank=2), guidance_scale=2.0)
+    assert pipeline.vae.dtype == torch.float32  # its config says that it needs it
+    assert pipeline.unet.conv_in.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in policy.trainable.values()} == {torch.float32}
+    path = rollout(policy, build_schedule(pipeline.scheduler, 2).to("cpu"), policy.encode(PROMPTS), streams(2))
+    assert path.latents.dtype == path.logp_old.dtype == torch.float32
+    assert policy.decode(path.latents).dtype == torch.float32
+
+
+def test_other_pipelines_and_inpainting_networks_are_refused(tiny_sd, tiny_inpainting):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    other = StableDiffusionImg2ImgPipeline(**load_pipeline(str(tiny_sd)).components, requires_safety_checker=False)
+    with pytest.raises((ValueError, UserError), match="StableDiffusionImg2ImgPipeline is not supported"):
+        DenoisingPolicy(other, lora=None)
+    with pytest.raises((ValueError, UserError), match="inpainting"):
+        DenoisingPolicy(load_pipeline(str(tiny_inpainting)), lora=None)
