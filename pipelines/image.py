@@ -13,9 +13,10 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 
-from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer, SamplerConfig
+from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines.configuration import check_config, shipped_prompts
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.training.config import load_yaml
@@ -206,7 +207,7 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
 
 
 def _faster_precision(config: DDPOConfig, pipeline: Any) -> str:
-    """What ``mixed_precision="auto"`` means here: a resumed run's own choice, a GPU's bf16, or the faster on this CPU."""
+    """What ``mixed_precision="auto"`` means: a resumed run's own choice, a GPU's bf16, or the faster on this CPU."""
     if config.resume and (config.output_dir / "config.yaml").is_file():
         return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
     if torch.cuda.is_available():

@@ -11,9 +11,7 @@ The decisions are the Gaussian steps of the sampler. Loss of one decision, with 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,9 +20,10 @@ from accelerate import Accelerator
 from pydantic import Field, field_serializer
 from torch import Tensor, nn
 
+from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
-from diffusion_align.diffusion.rollout import replay, rollout, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule
+from diffusion_align.diffusion.rollout import replay, transition
+from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig, build_schedule
 from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.estimators import (
@@ -37,21 +36,12 @@ from diffusion_align.estimators import (
     reward_to_go,
     score_function_loss,
 )
-from diffusion_align.rewards.base import call_reward, reward_name
-from diffusion_align.training.config import Section, TrainingConfig
+from diffusion_align.rewards.base import reward_name
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt, prompts_of_epoch
 from diffusion_align.training.randomness import generator
-
-
-class SamplerConfig(Section):
-    """How pictures are sampled, in training and for the grids."""
-
-    name: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = Field(50, ge=1)
-    eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
-    guidance_scale: float = Field(5.0, ge=1, allow_inf_nan=False, description="1 switches guidance off")
 
 
 class DDPOConfig(TrainingConfig):
@@ -100,19 +90,20 @@ class DDPOConfig(TrainingConfig):
         problems = super().cross_checks()
         if self.sampler.name == "ddim" and self.sampler.eta == 0:
             problems.append(
-                "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a smaller "
-                "positive value), and eta=0 only for sampling"
+                "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
+                "smaller positive value), and eta=0 only for sampling"
             )
         if self.samples_per_epoch % self.group_size:
             problems.append(
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: change one of them"
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
+                "change one of them"
             )
         if self.advantages == "group" and self.group_size < 2:
             problems.append("advantages=group compares pictures of one prompt: set group_size to 2 or more")
         if self.history_min_count > self.history_size:
             problems.append(
-                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt would "
-                "ever use its own history"
+                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
+                "would ever use its own history"
             )
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
             problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
@@ -131,7 +122,6 @@ class DDPOConfig(TrainingConfig):
 class DDPOBatch:
     """An epoch's pictures of one process: B samples with K recorded decisions each, on the device."""
 
-    prompts: list[str]
     x_t: Tensor
     x_s: Tensor
     steps: Tensor
@@ -177,8 +167,8 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         if len(self.trained_steps) == 0:
             raise ConfigError(
                 [
-                    f"sampler.steps={sampler.steps} with timestep_range={list(config.timestep_range)} leaves no stochastic "
-                    "step to train on: use more steps or a wider range"
+                    f"sampler.steps={sampler.steps} with timestep_range={list(config.timestep_range)} leaves no "
+                    "stochastic step to train on: use more steps or a wider range"
                 ]
             )
         self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
@@ -193,56 +183,30 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         return self.policy.trainable
 
     def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
-        """Sample this process's pictures; their rewards are computed in a thread while the next ones are sampled."""
+        """Sample and score this process's pictures, recording the steps that will be trained on."""
         config = self.config
         chosen = prompts_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
         samples = [prompt for prompt in chosen for _ in range(config.group_size)]
         kept = max(1, round(config.timestep_fraction * len(self.trained_steps)))
-        trajectories, scores = [], []
-        batches = list(_batches(self.local_samples, config.sample_batch_size))
-        with (
-            ThreadPoolExecutor(1, initializer=_reward_thread, initargs=(torch.get_num_threads(),)) as thread,
-            self.progress("  sampling", len(batches) * len(self.schedule)) as bar,
-        ):
-            for batch in batches:
-                self.stop_if_interrupted()
-                streams = [generator(config.seed, "noise", self.epoch, i) for i in batch]
-                record = torch.stack([_some_steps(self.trained_steps, kept, config.seed, self.epoch, i) for i in batch])
-                texts = [samples[i][0] for i in batch]
-                trajectory = rollout(
-                    self.policy,
-                    self.schedule,
-                    self.policy.encode(texts),
-                    streams,
-                    record=record,
-                    reduction=config.logp_reduction,
-                    on_step=lambda: self.advance(bar),
-                )
-                trajectories.append(trajectory)
-                images = self.policy.decode(trajectory.latents)
-                scores.append(thread.submit(call_reward, self.reward, images, texts, [samples[i][1] for i in batch]))
-            waiting = time.perf_counter()
-            rewards = torch.cat([score.result() for score in scores])
-            waited = time.perf_counter() - waiting
-        everybody = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()
-        local = [samples[i][0] for i in self.local_samples]
-        columns = {
-            name: torch.cat([getattr(t, name) for t in trajectories]) for name in ("x_t", "x_s", "steps", "logp_old")
-        }
+        collected = collect_scored(
+            self,
+            self.policy,
+            self.schedule,
+            self.reward,
+            samples,
+            record=lambda i: _some_steps(self.trained_steps, kept, config.seed, self.epoch, i),
+            reduction=config.logp_reduction,
+        )
+        path = collected.trajectory
         return DDPOBatch(
-            prompts=local,
-            conditioning=self.policy.encode(local),
-            all_prompts=[p for p, _ in samples],
-            all_rewards=everybody,
-            **columns,
-        ), {
-            "reward": everybody.mean().item(),
-            "reward_std": everybody.std(unbiased=False).item(),
-            "reward_stderr": everybody.std(unbiased=len(everybody) > 1).item() / math.sqrt(len(everybody)),
-            "reward_min": everybody.min().item(),
-            "reward_max": everybody.max().item(),
-            "time/score": waited,
-        }
+            x_t=path.x_t,
+            x_s=path.x_s,
+            steps=path.steps,
+            logp_old=path.logp_old,
+            conditioning=self.policy.encode([samples[i][0] for i in self.local_samples]),
+            all_prompts=[text for text, _ in samples],
+            all_rewards=collected.rewards,
+        ), collected.metrics
 
     def estimate(self, batch: DDPOBatch) -> tuple[Tensor, int, dict[str, float]]:
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
@@ -393,11 +357,3 @@ class DDPOTrainer(Trainer[DDPOBatch]):
 def _some_steps(steps: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
     chosen = torch.randperm(len(steps), generator=generator(seed, "steps", epoch, sample))[:count]
     return steps[chosen.sort().values]
-
-
-def _batches(samples: range, size: int) -> list[range]:
-    return [samples[i : i + size] for i in range(0, len(samples), size)]
-
-
-def _reward_thread(threads: int) -> None:
-    torch.set_num_threads(threads)

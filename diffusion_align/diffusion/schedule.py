@@ -11,16 +11,28 @@ Symbols: ``x_t`` is the noisier latent, ``x_s`` the next one; ``ab`` is ``alphas
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from diffusion_align.training.config import Section
 
 SAMPLERS = ("ddim", "ddpm")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 # diffusers clamps a vanishing DDPM variance to 1e-20; such a step is deterministic in every sense that matters.
 _SMALLEST_STD = 1e-8
+
+
+class SamplerConfig(Section):
+    """How pictures are sampled, in training and for the grids."""
+
+    name: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = Field(50, ge=1)
+    eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
+    guidance_scale: float = Field(5.0, ge=1, description="1 switches guidance off")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict
         ) from None
     if damaged:
         raise CheckpointError(
-            f"checkpoint {path} is damaged ({', '.join(damaged)} differs from its hash): delete it to resume from the one before"
+            f"checkpoint {path} is damaged ({', '.join(damaged)} differs from its hash): delete it to resume from the "
+            "one before"
         )
     weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)

@@ -16,7 +16,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from diffusion_align.training.errors import ConfigError
 
-
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]

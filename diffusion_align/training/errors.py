@@ -25,5 +25,5 @@ class TrainingError(UserError):
     """Training cannot go on: a ratio off 1 on the first pass, a loss that is not finite."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the state of the last finished epoch has been saved."""

@@ -68,6 +68,7 @@ class Trainer(ABC, Generic[Batch]):
         self.folder = config.output_dir
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps, skipped ones counted
+        self._failed_together = False
         if config.samples_per_epoch % (accelerator.num_processes * config.sample_batch_size):
             raise ConfigError(
                 [
@@ -107,7 +108,7 @@ class Trainer(ABC, Generic[Batch]):
         """Metrics of an epoch's first update, whose weights equal the sampler's; TrainingError if they seem not to."""
         return {}
 
-    def show(self, name: str) -> None:  # noqa: B027 - optional hook
+    def show(self, name: str) -> None:
         """Write pictures (or texts) of the fixed prompts; called on the main process."""
 
     @abstractmethod
@@ -118,7 +119,7 @@ class Trainer(ABC, Generic[Batch]):
         """JSON values a trainer needs back on resume."""
         return {}
 
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional hook
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take back what ``extra_state`` returned."""
 
     def train(self) -> Path:
@@ -152,8 +153,9 @@ class Trainer(ABC, Generic[Batch]):
                 self._rng_at_start = checkpoint.rng_state()
                 if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
                     self.save()
-                if self.epoch < config.epochs and self.interrupted():
-                    self._stop()
+                if self.epoch < config.epochs:
+                    with self._saved_if_broken_off():
+                        self.stop_if_interrupted()
             self._bars.update(self._epochs_bar, description="writing final/ and the report")
             if self.accelerator.is_main_process:
                 with self.averaged_weights():
@@ -162,15 +164,25 @@ class Trainer(ABC, Generic[Batch]):
             self.accelerator.end_training()
         return self.folder
 
-    def interrupted(self) -> bool:
-        """Whether any process was asked to stop; every process must call this at the same place."""
-        flag = torch.tensor(float(self._flag.raised), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+    def stop_if_interrupted(self, *, failed: bool = False) -> bool:
+        """Between batches of ``collect``: leave the epoch if any process was asked to stop.
 
-    def stop_if_interrupted(self) -> None:
-        """For ``collect``, between batches: leave the epoch, whose beginning is what gets saved."""
-        if self.interrupted():
+        Every process must call this at the same place. Returns whether anything ``failed`` on any process.
+        """
+        flags = torch.tensor([float(self._flag.raised), float(failed)], device=self.accelerator.device)
+        interrupted, any_failed = self.accelerator.reduce(flags, reduction="sum").tolist()
+        if interrupted and not any_failed:
             raise Interrupted
+        return any_failed > 0
+
+    def raise_together(self, failure: BaseException | None, kind: type[Exception]) -> None:
+        """Raise on every process if any has a ``failure``; the others would wait for it forever."""
+        if self.accelerator.num_processes > 1:
+            messages = [m for m in gather_object([None if failure is None else str(failure)]) if m is not None]
+            failure = failure or (kind(messages[0]) if messages else None)
+            self._failed_together = bool(messages)
+        if failure is not None:
+            raise failure
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -361,7 +373,7 @@ class Trainer(ABC, Generic[Batch]):
         except Interrupted:
             self._stop()
         except Exception:
-            if self.accelerator.num_processes == 1 and self.epoch > 0:
+            if self.accelerator.num_processes == 1 or self._failed_together:  # saving needs every process
                 self.save()
             raise
 
