@@ -1,0 +1,55 @@
+"""Two real processes over gloo, with what torchrun would give them, and a run small enough for a test."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+SETTINGS = {
+    "method": "ddpo",
+    "reward": "jpeg_compressibility",
+    "prompts": ["a red apple", "a cat", "a dog", "a blue car"],
+    "epochs": 1,
+    "samples_per_epoch": 8,
+    "sample_batch_size": 2,
+    "micro_batch_size": 4,
+    "updates_per_epoch": 1,
+    "learning_rate": 1e-3,
+    "sampler": {"steps": 3, "guidance_scale": 2.0},
+    "lora": {"rank": 2},
+    "grid_every": 0,
+    "num_threads": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    with runpy.run_path(str(Path(__file__).parent.parent / "forked_cli.py"))["ForkedCli"](
+        tmp_path_factory.mktemp("forked")
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_sd):
+    """Write ``SETTINGS`` with changes to tiny.yaml in the scratch folder."""
+
+    def write(**changes):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({"model": str(tiny_sd)} | SETTINGS | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def read_rows():
+    """A function: rows of a run's metrics.jsonl without what a clock says."""
+
+    def read(folder):
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+    return read

@@ -1,0 +1,248 @@
+"""Two processes with half the batch each do what one does with all of it; neither ever waits for the other in vain."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_align.training.prompts import prompts_of_epoch
+
+PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
+# Writes the summed gradients of every optimizer step, before clipping, and skips the report.
+GRADIENTS = """
+import os, torch
+from accelerate import Accelerator
+import diffusion_align.diffusion.showing as showing
+showing.write_report = lambda folder: None
+clip, steps = Accelerator.clip_grad_norm_, []
+def record(self, parameters, *arguments):
+    steps.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+    torch.save(steps, f"{SCRATCH}/gradients_{self.num_processes}_{self.process_index}.pt")
+    return clip(self, parameters, *arguments)
+Accelerator.clip_grad_norm_ = record
+"""
+REWARD = """
+import torch
+from diffusion_align.rewards.jpeg import jpeg_sizes
+
+def sometimes(images, prompts, metadata):
+    flat = torch.tensor([bool(m.get("flat")) for m in metadata])
+    return torch.where(flat, torch.ones(len(images)), images.mean(dim=(1, 2, 3)))  # no two pictures tie
+
+def only_one_fails(images, prompts, metadata):
+    import os
+    if os.environ.get("RANK") == "1" and not metadata == [{}, {}, {}]:  # the dummy batch passes
+        raise RuntimeError("no answer")
+    return -jpeg_sizes(images)
+
+def noisy(images, prompts, metadata):
+    return torch.rand(len(images)) - jpeg_sizes(images)
+"""
+
+
+def run_both(forked, config, tmp_path, *overrides, fault=""):
+    """Folders of the same run in one process and in two, and the gradients of each process."""
+    prelude = f"SCRATCH = {str(tmp_path)!r}\n" + GRADIENTS + fault
+    folders = []
+    for processes in (1, 2):
+        folders.append(tmp_path / f"in_{processes}")
+        run = forked("train", config, f"output_dir={folders[-1]}", *overrides, processes=processes, prelude=prelude)
+        assert not run.timed_out, run.errors
+        assert set(run.statuses) == {0}, run.errors
+    names = ("1_0", "2_0", "2_1")
+    found = [tmp_path / f"gradients_{name}.pt" for name in names]
+    return folders, [torch.load(path) if path.exists() else [] for path in found]
+
+
+def assert_same_gradients(gradients):
+    one, first, second = gradients
+    assert len(one) == len(first) == len(second) > 0
+    for a, b, c in zip(one, first, second):
+        assert torch.equal(b, c), "the processes hold different sums"
+        assert a.abs().max() > 1e-4, "nothing to compare"
+        assert (a - b).abs().max() <= 1e-6 * max(1.0, a.abs().max().item())
+
+
+def assert_same_rows(read_rows, folders, tolerance):
+    one, two = (read_rows(folder) for folder in folders)
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    for a, b in zip(one, two):
+        # The KL without a KL term is measured on one micro-batch of each process.
+        assert {k: v for k, v in a.items() if k not in ("kl", "kl_path")} == pytest.approx(
+            {k: v for k, v in b.items() if k not in ("kl", "kl_path")}, rel=tolerance, abs=tolerance
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": "emoji-sd", "samples_per_epoch": 4, "sampler": {"steps": 2, "guidance_scale": 1.0}},
+        {"advantages": "group", "group_size": 2, "kl_coef": 0.1, "timestep_fraction": 0.7, "micro_batch_size": 3},
+    ],
+    ids=["history", "emoji-sd", "groups, kl, some steps"],
+)
+def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path, read_rows, changes):
+    folders, gradients = run_both(forked, settings(**changes), tmp_path)
+    assert_same_gradients(gradients)
+    assert_same_rows(read_rows, folders, 1e-5)
+    one, two = (load_file(folder / "final" / "pytorch_lora_weights.safetensors") for folder in folders)
+    # After one step of Adam a gradient of exactly 0 stays where it was; others move by the rate, whatever their size.
+    moved = gradients[0][0].abs() > 1e-4
+    a, b = (torch.cat([v.flatten() for v in weights.values()]) for weights in (one, two))
+    assert moved.any()
+    assert ((a - b).abs() <= 1e-6).float().mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "Accelerator.reduce = lambda self, tensor, reduction: tensor",
+        "reduce = Accelerator.reduce\nAccelerator.reduce = lambda self, tensor, reduction: reduce(self, tensor)",
+        "Accelerator.gather = lambda self, tensor: torch.cat([tensor] * self.num_processes)",
+    ],
+    ids=["gradients not summed", "gradients averaged", "rewards not gathered"],
+)
+def test_the_comparison_notices(forked, settings, tmp_path, fault):
+    _, gradients = run_both(forked, settings(), tmp_path, fault=fault)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(gradients)
+
+
+@pytest.mark.parametrize("case", ["one flat on rank 1", "rank 1 flat", "rank 0 flat", "all flat"])
+def test_processes_with_unequal_work_do_not_wait_for_each_other(forked, settings, tmp_path, read_rows, case):
+    """Pictures without advantage are dropped: 8, 6, 4 or none are left, on one process perhaps none."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    order = [text for text, _ in prompts_of_epoch([(p, {}) for p in PROMPTS], 0, 0, 4)]
+    flat = {"one flat on rank 1": order[3:], "rank 1 flat": order[2:], "rank 0 flat": order[:2], "all flat": order}[
+        case
+    ]
+    prompts = [{"prompt": p, "flat": p in flat} for p in PROMPTS]
+    config = settings(
+        prompts=prompts, reward=f"{tmp_path}/mine.py:sometimes", advantages="group", group_size=2, updates_per_epoch=2
+    )
+    folders, gradients = run_both(forked, config, tmp_path)
+    for folder in folders:
+        assert read_rows(folder)[-1]["samples_used"] == 8 - 2 * len(flat)
+        assert read_rows(folder)[-1]["frac_reward_zero_std"] == len(flat) / 4
+    if case == "all flat":
+        assert gradients == [[], [], []]
+    else:
+        assert_same_gradients([g[:1] for g in gradients])
+        assert [len(g) for g in gradients] == [2, 2, 2]
+
+
+def test_a_killed_run_of_two_processes_resumes_bit_for_bit(forked, settings, tmp_path, read_rows):
+    (tmp_path / "mine.py").write_text(REWARD)
+    config = settings(
+        reward=f"{tmp_path}/mine.py:noisy",
+        epochs=3,
+        checkpoint_every=1,
+        ema_decay=0.9,
+        lr_schedule="cosine",
+        history_size=4,
+        history_min_count=2,
+    )
+    calm, harried = tmp_path / "calm", tmp_path / "harried"
+    quick = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
+    die = """
+import os, signal
+from diffusion_align.training.loop import Trainer
+step, calls = Trainer._optimizer_step, [0]
+def die_at_the_second(self):
+    calls[0] += 1
+    if calls[0] == 2 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+Trainer._optimizer_step = die_at_the_second
+"""
+    assert forked("train", config, f"output_dir={calm}", processes=2, prelude=quick).statuses == [0, 0]
+    killed = forked("train", config, f"output_dir={harried}", processes=2, prelude=die, timeout=60)
+    assert not killed.timed_out, "a process went on waiting for one that is gone"
+    assert killed.statuses[1] == -signal.SIGKILL
+    assert killed.statuses[0] != 0
+    resumed = forked("train", config, f"output_dir={harried}", "resume=true", processes=2, prelude=quick)
+    assert resumed.statuses == [0, 0], resumed.errors
+    assert read_rows(harried) == read_rows(calm)
+    for name in ("trained", "ema"):
+        a, b = (load_file(f / "checkpoints" / "step_00000003" / f"{name}.safetensors") for f in (calm, harried))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_each_process_gets_its_own_random_state_back(forked, settings, tmp_path):
+    config = settings()
+    assert forked("train", config, f"output_dir={tmp_path}/run", processes=2).statuses == [0, 0]
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert len(torch.load(newest / "tensors.pt", weights_only=True)["rng"]) == 2
+
+
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint(forked, settings, tmp_path):
+    folder = tmp_path / "run"
+    pids = forked.start("train", settings(epochs=100, checkpoint_every=100), f"output_dir={folder}", processes=2)
+    log, deadline = folder / "metrics.jsonl", time.monotonic() + 60
+    while not (log.exists() and '"reward"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(pids[1], signal.SIGTERM)
+    run = forked.wait(pids, timeout=60)
+    assert run.statuses == [130, 130], run.errors
+    epochs = sum("reward" in json.loads(line) for line in log.read_text().splitlines())
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{epochs:08d}"]
+
+
+def test_a_reward_that_fails_on_one_process_ends_both(forked, settings, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD)
+    config = settings(reward=f"{tmp_path}/mine.py:only_one_fails")
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60)
+    assert not run.timed_out, "a process went on waiting for one that is gone"
+    assert run.statuses[1] == 2
+    assert run.statuses[0] != 0
+    assert "error: reward 'only_one_fails' raised RuntimeError: no answer" in run.errors[1]
+    assert "Traceback" not in run.errors[1]
+
+
+def test_batches_that_do_not_fit_the_processes_are_refused(forked, settings, tmp_path):
+    config = settings(samples_per_epoch=6)
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60)
+    assert run.statuses == [2, 2]
+    for error in run.errors:
+        assert "error: samples_per_epoch=6 must be a multiple of 2 processes x sample_batch_size=2" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_output_folder_is_free_for_both_processes(forked, settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    run = forked("train", settings(), f"output_dir={tmp_path}/run", processes=2)
+    assert run.statuses == [0, 0], run.errors
+
+
+def test_accelerate_launch(settings, tmp_path, read_rows):
+    """The documented launch line."""
+    launch = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "diffusion_align", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [*command, settings(), f"output_dir={tmp_path}/run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    assert [row["epoch"] for row in read_rows(tmp_path / "run")] == [1, 1]
+    assert result.stdout.count("finished: ") == 1
