@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.training.config import nearest
@@ -21,10 +23,12 @@ def model_problem(model: str) -> str | None:
         return None
     if model in EMBEDDED_MODELS:
         return f"model={model!r} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}"
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return None if (path / "model_index.json").is_file() else f"model={model!r}: the folder has no model_index.json"
-    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
+        return (
+            None if (folder / "model_index.json").is_file() else f"model={model!r}: the folder has no model_index.json"
+        )
+    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if looks_like_path:
         hint = nearest(model, EMBEDDED_PIPELINES)
         return f"model={model!r} is neither an embedded model, nor a folder, nor a hub id 'owner/name': {hint}"
@@ -47,20 +51,22 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
     problem = model_problem(model)
     if problem:
         raise UserError(problem)
-    source = (
-        str(asset_path(model))
-        if model in EMBEDDED_PIPELINES
-        else str(Path(model).expanduser())
-        if Path(model).expanduser().is_dir()
-        else model
-    )
+    folder = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
+    source = str(folder) if os.path.isdir(folder) else model
     try:
         index = DiffusionPipeline.load_config(source)
-        family = index.get("_class_name")
+        family = index.get("_class_name") if isinstance(index, dict) else None
         if family not in _PIPELINES:
             raise UserError(
                 f"model={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}"
             )
+        # transformers makes up an empty tokenizer where there is none.
+        parts = [
+            name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"
+        ]
+        absent = [name for name in parts if not (folder / name).is_dir()] if os.path.isdir(folder) else []
+        if absent:
+            raise UserError(f"model={model!r} is incomplete: the folder has no {absent[0]}/")
         if family == "StableDiffusionPipeline":
             pipeline = StableDiffusionPipeline.from_pretrained(
                 source,
@@ -74,8 +80,8 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
             pipeline = StableDiffusionXLPipeline.from_pretrained(
                 source, dtype=dtype, variant=variant, use_safetensors=True, add_watermarker=False
             )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model={model!r} could not be loaded: {reason}") from error
     if pipeline.vae.config.force_upcast and pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
