@@ -16,6 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from diffusion_align.training.errors import UserError
+
 Conditioning = dict[str, Tensor]
 """UNet keyword -> (B, ...): ``encoder_hidden_states`` and, for SDXL, ``text_embeds`` and ``time_ids``."""
 
@@ -47,7 +49,7 @@ class DenoisingPolicy:
         autocast: context in which the network runs; decisions stay float32.
 
     Raises:
-        ValueError: a pipeline class that is not supported.
+        UserError: a pipeline class that is not supported, or a network that is not text-to-image.
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class DenoisingPolicy:
     ) -> None:
         family = type(pipeline).__name__
         if family not in _ENCODERS:
-            raise ValueError(f"{family} is not supported: use one of {', '.join(_ENCODERS)}")
+            raise UserError(f"{family} is not supported: use one of {', '.join(_ENCODERS)}")
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-            raise ValueError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
+            raise UserError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)

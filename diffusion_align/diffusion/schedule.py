@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.training.config import Section
+from diffusion_align.training.errors import UserError
 
 SAMPLERS = ("ddim", "ddpm")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -99,8 +100,9 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
         Columns in float64 on the CPU.
 
     Raises:
-        ValueError: an unknown sampler, prediction type or variance, dynamic thresholding, too many steps, or a step
-            without signal (zero terminal SNR) for an epsilon-predicting model.
+        ValueError: an unknown sampler, or eta out of range.
+        UserError: what this model cannot do: its prediction type or variance, dynamic thresholding, too many steps, or
+            a step without signal (zero terminal SNR) while it predicts epsilon.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -110,11 +112,11 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
         raise ValueError(f"eta={eta} is out of range: DDIM needs 0 <= eta <= 1")
     config = dict(scheduler.config)
     if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(PREDICTION_TYPES)}")
+        raise UserError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(PREDICTION_TYPES)}")
     if config.get("thresholding"):
-        raise ValueError("the scheduler uses dynamic thresholding, which has no replay here: set thresholding=False")
+        raise UserError("the scheduler uses dynamic thresholding, which has no replay here: set thresholding=False")
     if not 1 <= steps <= config["num_train_timesteps"]:
-        raise ValueError(f"steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}")
+        raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}")
 
     # Other samplers' configurations carry no clip_sample; diffusers would then fill in DDIM's default, which is True.
     config.setdefault("clip_sample", False)
@@ -122,13 +124,13 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
     source.set_timesteps(steps)
     timesteps = source.timesteps.to(torch.int64).cpu()
     if int(timesteps.max()) >= config["num_train_timesteps"]:
-        raise ValueError(
+        raise UserError(
             f"steps={steps} with the scheduler's steps_offset={config['steps_offset']} is one too many: use fewer"
         )
     ab_t = source.alphas_cumprod.double()[timesteps]
     ab_s = _next_alphas_cumprod(source, sampler, timesteps)
     if source.config.prediction_type == "epsilon" and bool((ab_t <= 0).any()):
-        raise ValueError(
+        raise UserError(
             "the scheduler starts without signal (rescale_betas_zero_snr) but the model predicts epsilon, from which "
             "x_0 cannot be recovered there: use timestep_spacing='leading' or rescale_betas_zero_snr=False"
         )
@@ -167,7 +169,7 @@ def _ddpm_weights(source: Any, timesteps: Tensor, ab_t: Tensor, ab_s: Tensor) ->
     """DDPM: mean = sqrt(ab_s) beta / (1 - ab_t) x_0 + sqrt(alpha) (1 - ab_s) / (1 - ab_t) x_t."""
     kind = source.config.variance_type
     if kind not in _DDPM_VARIANCES:
-        raise ValueError(f"variance_type={kind!r} is not supported: use one of {', '.join(_DDPM_VARIANCES)}")
+        raise UserError(f"variance_type={kind!r} is not supported: use one of {', '.join(_DDPM_VARIANCES)}")
     alpha = ab_t / ab_s
     beta = 1 - alpha
     variance = beta if kind == "fixed_large" else (1 - ab_s) / (1 - ab_t) * beta

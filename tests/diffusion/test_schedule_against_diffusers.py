@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDM
 
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.transitions import denoise
+from diffusion_align.training.errors import UserError
 
 SPACINGS = ["leading", "linspace", "trailing"]
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
@@ -63,7 +64,7 @@ def in_float64(scheduler):
 def test_ddim_steps_equal_diffusers(setting, eta, steps):
     scheduler = DDIMScheduler(**BETAS, **setting)
     if setting["prediction_type"] == "epsilon" and has_no_signal(scheduler, steps):
-        with pytest.raises(ValueError, match="predicts epsilon"):
+        with pytest.raises(UserError, match="predicts epsilon"):
             build_schedule(scheduler, steps, eta=eta)
         return
     scheduler.set_timesteps(steps)
@@ -101,7 +102,7 @@ def test_ddim_steps_equal_diffusers(setting, eta, steps):
 def test_ddpm_steps_equal_diffusers(setting, steps):
     scheduler = DDPMScheduler(**BETAS, **setting)
     if setting["prediction_type"] == "epsilon" and has_no_signal(scheduler, steps):
-        with pytest.raises(ValueError, match="predicts epsilon"):
+        with pytest.raises(UserError, match="predicts epsilon"):
             build_schedule(scheduler, steps, sampler="ddpm")
         return
     scheduler.set_timesteps(steps)
@@ -250,11 +251,11 @@ def test_every_coefficient_is_finite(change):
     ],
 )
 def test_settings_without_a_schedule_are_refused(config, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((UserError, ValueError), match=message):
         build_schedule(DDIMScheduler(**BETAS, **config), **({"steps": 5} | arguments))
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range", "fixed_large_log"])
 def test_variances_without_a_schedule_are_refused(variance):
-    with pytest.raises(ValueError, match=f"variance_type='{variance}'"):
+    with pytest.raises(UserError, match=f"variance_type='{variance}'"):
         build_schedule(DDPMScheduler(**BETAS, variance_type=variance), 5, sampler="ddpm")
