@@ -82,7 +82,8 @@ def score(
         texts = texts * len(images)
     if len(texts) != len(images):
         raise _user_error(f"{len(texts)} prompts for {len(images)} pictures: give one prompt, or one for each")
-    scores = score_images(build_reward(reward, model=model), [_open(path) for path in images], texts)
+    pictures = [_open(path) for path in images]
+    scores = score_images(build_reward(reward, model=model), pictures, texts)
     for path, value in zip(images, scores.tolist(), strict=True):
         _console.print(f"{value:10.4f}  {path}", highlight=False)
     _console.print(f"{scores.mean().item():10.4f}  mean of {len(images)}", highlight=False)
@@ -102,6 +103,9 @@ def compare(
     from diffusion_align.pipelines.compare import compare_models
 
     texts = _texts(prompt, prompts)
+    if output.is_dir():
+        raise _user_error(f"--output {output} is a folder: name the picture to write")
+    _make_folder(output.parent)
     result = compare_models(first, second, texts, judge, seed=seed, output=output)
     _console.print(
         f"A {result.mean_first:.4f}, B {result.mean_second:.4f}; B wins {result.win_rate:.1%} of {result.pairs} pairs "
@@ -155,27 +159,25 @@ def doctor(
 
 def main() -> None:
     """Run a command; the exit status is 0, 2 (a user's error) or 130 (interrupted)."""
-    import click
-
     from diffusion_align.training.errors import Interrupted, UserError
 
     try:
-        status = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        status = 2
+        status = app(standalone_mode=False, prog_name="diffusion-align")
     except Interrupted as stop:
         _errors.print(str(stop), markup=False)
         status = 130
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _errors.print("stopped")
         status = 130
     except UserError as error:
         status = _say(str(error))
     except Exception as error:
-        if not _is_users(error):
+        if _is_a(error, "ClickException"):
+            status = _usage(error)
+        elif _is_a(error, "RewardError", "OutOfMemoryError"):
+            status = _say(str(error))
+        else:
             raise
-        status = _say(str(error))
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -185,10 +187,18 @@ def _say(sentences: str) -> int:
     return 2
 
 
-def _is_users(error: Exception) -> bool:
-    """Rewards' own error class, and a GPU out of memory, without importing torch for `--help`."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"RewardError", "OutOfMemoryError"})
+def _usage(error: Any) -> int:
+    """A wrong command line; without any arguments the help."""
+    if _is_a(error, "NoArgsIsHelpError"):
+        error.show()
+        return 2
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "diffusion-align"
+    return _say(f"{error.format_message().rstrip('.')}: see {command} --help")
+
+
+def _is_a(error: Exception, *names: str) -> bool:
+    """By name: neither torch for `--help`, nor the click that typer has in this version (its own or the package)."""
+    return any(cls.__name__ in names for cls in type(error).__mro__)
 
 
 def _user_error(sentence: str) -> Exception:
@@ -224,4 +234,4 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _user_error(f"--output {path} cannot be made: {error.strerror}") from None
+        raise _user_error(f"--output: the folder {path} cannot be made: {error.strerror}") from None

@@ -135,6 +135,9 @@ class ImageAlignmentPipeline:
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         original = self.pipeline.scheduler
+        most = original.config.num_train_timesteps
+        if steps is not None and not 1 <= steps <= most:
+            raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={most}")
         self.pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **original.config})
         try:
             return self.pipeline(
@@ -186,7 +189,7 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
     if config.mixed_precision == "auto":
         config = config.model_copy(update={"mixed_precision": _faster_precision(config, pipeline)})
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.trackers, project_dir=config.output_dir
+        mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
     )
     set_seed(config.seed)
     if config.lora is not None and accelerator.device.type == "cuda":

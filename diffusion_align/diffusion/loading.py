@@ -47,12 +47,15 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
     """
     from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers.utils import logging
 
     problem = model_problem(model)
     if problem:
         raise UserError(problem)
     folder = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
     source = str(folder) if os.path.isdir(folder) else model
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # diffusers logs a traceback of its own before it raises
     try:
         index = DiffusionPipeline.load_config(source)
         family = index.get("_class_name") if isinstance(index, dict) else None
@@ -83,6 +86,8 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"model={model!r} could not be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if pipeline.vae.config.force_upcast and pipeline.vae.dtype != torch.float32:
         pipeline.vae.to(torch.float32)
     return pipeline

@@ -100,6 +100,10 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict
             f"checkpoint {path} is damaged ({', '.join(damaged)} differs from its hash): delete it to resume from the "
             "one before"
         )
+    if not manifest.keys() >= {"tensors.pt", "state.json", "trained.safetensors"}:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged (its manifest is incomplete): delete it to resume from the one before"
+        )
     weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
     return weights, tensors, json.loads((path / "state.json").read_text())

@@ -1,0 +1,317 @@
+"""What is found only with the model, the reward or a run folder at hand: one sentence each, exit 2, no half."""
+
+import json
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+SETTINGS = runpy.run_path(str(Path(__file__).parent / "conftest.py"))["SETTINGS"]
+REWARDS = """
+import torch
+
+def too_short(images, prompts, metadata):
+    return [1.0] * (len(images) - 1)
+
+def single(images, prompts, metadata):
+    return torch.ones(1)
+
+def nan(images, prompts, metadata):
+    return torch.full((len(images),), float("nan"))
+
+def infinite(images, prompts, metadata):
+    return [float("-inf")] * len(images)
+
+def nothing(images, prompts, metadata):
+    pass
+
+def some_none(images, prompts, metadata):
+    return [None] * len(images)
+
+def words(images, prompts, metadata):
+    return ["good"] * len(images)
+
+def column(images, prompts, metadata):
+    return torch.ones(len(images), 1)
+
+def scalar(images, prompts, metadata):
+    return images.mean()
+
+def pair(images, prompts, metadata):
+    return torch.ones(len(images)), {}
+
+def raises(images, prompts, metadata):
+    raise KeyError("label")
+
+def needs_option(images, prompts, metadata, weight):
+    return torch.ones(len(images))
+
+class NoCall:
+    pass
+
+class BadInit:
+    def __init__(self):
+        raise RuntimeError("no weights")
+
+def later(images, prompts, metadata):
+    # The dummy batch before training is of three.
+    return torch.ones(len(images)) if len(images) == 3 else torch.full((len(images),), float("nan"))
+"""
+
+
+def refused(cli, tree, *arguments, wanted):
+    """The command exits 2 with these sentences and no traceback, and has written nothing."""
+    before = tree()
+    outcome = cli(*arguments)
+    assert outcome.status == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    assert len(outcome.sentences) == len(wanted), outcome.err
+    for pattern, sentence in zip(wanted, outcome.sentences):
+        assert re.search(pattern, sentence), (pattern, sentence)
+        assert "<" not in sentence.replace("<=", ""), "a repr is not a sentence"
+    assert tree() == before
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        ("too_short", "reward 'too_short' returned 2 scores for 3 images: return a tensor"),
+        ("single", "reward 'single' returned 1 score for 3 images: .*not broadcast"),
+        ("nan", "reward 'nan' returned nan for image 0"),
+        ("infinite", "reward 'infinite' returned -inf for image 0"),
+        ("nothing", "reward 'nothing' returned NoneType"),
+        ("some_none", "reward 'some_none' returned None at index 0"),
+        ("words", "reward 'words' returned a list that is not all numbers"),
+        ("column", r"reward 'column' returned shape \(3, 1\) for 3 images"),
+        ("scalar", r"reward 'scalar' returned shape \(\) for 3 images"),
+        ("pair", r"reward 'pair' returned a pair \(scores, info\)"),
+        ("raises", "reward 'raises' raised KeyError: 'label'"),
+        ("needs_option", "reward 'needs_option' needs the option 'weight'"),
+        ("NoCall", "reward 'NoCall' gives a NoCall, which is not callable"),
+        ("BadInit", "reward 'BadInit' could not be built: RuntimeError: no weights"),
+        ("absent", "'mine.py' has no 'absent'"),
+        ("torch", "reward 'mine.py:torch' is a module: name a function or a class"),
+    ],
+)
+def test_a_reward_that_answers_nonsense(cli, write_settings, tree, tmp_path, function, wanted):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    refused(cli, tree, "train", write_settings(reward=f"mine.py:{function}"), wanted=wanted)
+
+
+@pytest.mark.parametrize("text", ["import no_such_package\n", "def f(images\n", "1 / 0\n"])
+def test_a_reward_file_that_cannot_be_imported(cli, write_settings, tree, tmp_path, text):
+    (tmp_path / "mine.py").write_text(text)
+    refused(cli, tree, "train", write_settings(reward="mine.py:f"), wanted="reward 'mine.py:f' cannot be imported")
+
+
+def test_a_reward_that_breaks_during_training_leaves_a_run_that_can_go_on(cli, write_settings, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    outcome = cli("train", write_settings(reward="mine.py:later"))
+    assert outcome.status == 2
+    assert outcome.sentences == [
+        f"reward 'later' returned nan for image 0 (prompt {prompt_of(outcome)}): every score must be finite"
+    ]
+    assert "Traceback" not in outcome.err
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def prompt_of(outcome):
+    return re.search(r"\(prompt ('.*')\)", outcome.err).group(1)
+
+
+@pytest.fixture
+def model(tmp_path, tiny_sd):
+    """A copy of a tiny pipeline that a test may damage."""
+    return Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+
+
+def empty_folder(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def cut_weights(path):
+    file = next((path / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def wrong_class(path):
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+
+
+def edit_scheduler(**changes):
+    def edit(path):
+        file = path / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "wanted"),
+    [
+        (empty_folder, "model='model': the folder has no model_index.json"),
+        (wrong_class, "model='model' is a FluxPipeline, which is not supported: use one of StableDiffusionPipeline"),
+        (cut_weights, "model='model' could not be loaded: "),
+        (lambda p: next((p / "unet").glob("*.safetensors")).unlink(), "model='model' could not be loaded: "),
+        (lambda p: shutil.rmtree(p / "vae"), "model='model' is incomplete: the folder has no vae/"),
+        (lambda p: shutil.rmtree(p / "tokenizer"), "model='model' is incomplete: .* no tokenizer/"),
+        (lambda p: (p / "unet" / "config.json").write_text("{"), "model='model' could not be loaded: "),
+        (lambda p: (p / "model_index.json").write_text("{"), "model='model' could not be loaded: "),
+        (lambda p: (p / "model_index.json").write_text("[]"), "model='model' "),
+        (edit_scheduler(prediction_type="flow"), "prediction_type='flow' is not one of"),
+        (edit_scheduler(thresholding=True), "dynamic thresholding"),
+        (edit_scheduler(num_train_timesteps=1), "steps=2 must lie between 1 and num_train_timesteps=1"),
+    ],
+    ids=[
+        "no index",
+        "another class",
+        "weights cut off",
+        "weights missing",
+        "vae missing",
+        "tokenizer missing",
+        "config broken",
+        "index broken",
+        "index a list",
+        "prediction type",
+        "thresholding",
+        "too few timesteps",
+    ],
+)
+def test_a_model_folder_that_cannot_be_used(cli, write_settings, tree, model, damage, wanted):
+    damage(model)
+    refused(cli, tree, "train", write_settings(model="model"), wanted=wanted)
+
+
+def test_more_steps_than_the_model_was_trained_with(cli, write_settings, tree):
+    wanted = "steps=1001 must lie between 1 and num_train_timesteps=1000"
+    refused(cli, tree, "train", write_settings(), "sampler.steps=1001", wanted=wanted)
+
+
+def test_an_inpainting_model(cli, write_settings, tree, tiny_inpainting):
+    refused(cli, tree, "train", write_settings(model=str(tiny_inpainting)), wanted="inpainting")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_fp16_on_a_cpu(cli, write_settings, tree):
+    refused(cli, tree, "train", write_settings(), "mixed_precision=fp16", wanted="mixed_precision='fp16' needs a GPU")
+
+
+# -- run folders -------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_folder_that_is_used(cli, write_settings, tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    config = write_settings()
+    refused(cli, tree, "train", config, wanted="output_dir='run' is already used: choose another, or set resume=true")
+    refused(cli, tree, "train", config, "resume=true", wanted="resume=true, but output_dir='run' is not a run folder")
+
+
+@pytest.mark.parametrize(
+    ("folder", "wanted"),
+    [
+        ("tiny.yaml", "output_dir='tiny.yaml' cannot be made: tiny.yaml is a file"),
+        ("tiny.yaml/run", "output_dir='tiny.yaml/run' cannot be made: tiny.yaml is a file"),
+        ("/proc/nowhere/run", "output_dir='/proc/nowhere/run' is not writable: "),
+        ("x" * 300, "is not writable: File name too long"),
+    ],
+    ids=["a file", "below a file", "read-only", "name too long"],
+)
+def test_an_output_folder_that_cannot_be_made(cli, write_settings, tree, folder, wanted):
+    refused(cli, tree, "train", write_settings(output_dir=folder), wanted=wanted)
+
+
+def test_a_home_relative_output_folder_is_not_made_here(cli, write_settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    outcome = cli("train", write_settings(output_dir="~/run"))
+    assert outcome.status == 0, outcome.err
+    assert (tmp_path / "home" / "run" / "final").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_sd, tmp_path_factory):
+    """A run of two epochs with a checkpoint after each, and its settings."""
+    from accelerate.state import AcceleratorState
+
+    from diffusion_align.pipelines.configuration import check_config
+    from diffusion_align.pipelines.image import run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    settings = SETTINGS | {"model": str(tiny_sd), "epochs": 2, "checkpoint_every": 1}
+    run(check_config(settings | {"output_dir": str(folder)}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder, settings
+
+
+@pytest.fixture
+def finished(finished_run, write_settings, tmp_path):
+    """The configuration of a finished run of which run/ is a copy."""
+    folder, settings = finished_run
+    shutil.copytree(folder, tmp_path / "run")
+    return write_settings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("learning_rate=0.1", "belongs to another run: learning_rate was 0.0003 and is 0.1; put it back or choose"),
+        ("lora.rank=4", "belongs to another run: lora was .*'rank': 2.* and is .*'rank': 4"),
+        ("seed=1", "belongs to another run: seed was 0 and is 1"),
+        ("model=emoji-sd", "belongs to another run: model was .* and is 'emoji-sd'"),
+        ("lora=null", "belongs to another run: lora was .* and is None"),
+        ("reward=jpeg_incompressibility", "belongs to another run: reward was 'jpeg_compressibility'"),
+        ("prompts=[a dog]", "belongs to another run: prompts was .* and is .'a dog'"),
+        ("sampler.steps=3", "belongs to another run: sampler was"),
+        ("ema_decay=0.9", "belongs to another run: ema_decay was None and is 0.9"),
+    ],
+)
+def test_resume_from_another_run(cli, tree, finished, override, wanted):
+    refused(cli, tree, "train", finished, "resume=true", "epochs=3", override, wanted=wanted)
+
+
+def newest(tmp_path):
+    return sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+
+
+@pytest.mark.parametrize("name", ["trained.safetensors", "tensors.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint(cli, tree, finished, tmp_path, name, how):
+    file = newest(tmp_path) / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if how == "flipped" else content[: len(content) // 2])
+    if (name, how) == ("manifest.json", "gone"):  # not a finished checkpoint: the one before serves
+        outcome = cli("train", finished, "resume=true", "epochs=3")
+        assert outcome.status == 0, outcome.err
+        return
+    wanted = "is damaged .*delete it to resume from the one before"
+    refused(cli, tree, "train", finished, "resume=true", "epochs=3", wanted=wanted)
+
+
+def test_an_emptied_manifest(cli, tree, finished, tmp_path):
+    (newest(tmp_path) / "manifest.json").write_text("{}")
+    (newest(tmp_path) / "tensors.pt").unlink()
+    refused(cli, tree, "train", finished, "resume=true", "epochs=3", wanted="is damaged")
+
+
+def test_a_run_folder_whose_config_is_gone_or_broken(cli, tree, finished, tmp_path):
+    (tmp_path / "run" / "config.yaml").write_text("a: [")
+    refused(cli, tree, "train", finished, "resume=true", wanted="config.yaml cannot be read: choose a new output_dir")
+    (tmp_path / "run" / "config.yaml").unlink()
+    refused(cli, tree, "train", finished, "resume=true", wanted="is not a run folder: it has no config.yaml")
+
+
+def test_resume_with_nothing_to_resume_starts(cli, write_settings, tiny_sd):
+    outcome = cli("train", write_settings(model=str(tiny_sd)), "resume=true")
+    assert outcome.status == 0, outcome.err
