@@ -37,7 +37,8 @@ def train(
     settings: Any = read_config(config, overrides or [])
     trainer = run(settings)
     if trainer.accelerator.is_main_process:
-        _console.print(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
+        done = f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}"
+        _console.print(done, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -227,7 +227,8 @@ class Trainer(ABC, Generic[Batch]):
             fused=self.accelerator.device.type == "cuda",
         )
         steps = config.epochs * self._steps_per_epoch
-        self._schedule = get_scheduler(config.lr_schedule, optimizer, config.warmup_steps, steps)
+        schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+        self._schedule = get_scheduler(schedule, optimizer, config.warmup_steps, steps)
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
         self._ema = None
         if config.ema_decay is not None:

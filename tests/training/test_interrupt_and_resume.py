@@ -154,7 +154,8 @@ def whole_lines(path):
 
 
 FAULTS = {
-    "prompt statistics": "from diffusion_align.diffusion.ddpo import DDPOTrainer\nDDPOTrainer.load_extra_state = lambda *a: None",
+    "prompt statistics": "from diffusion_align.diffusion.ddpo import DDPOTrainer\n"
+    "DDPOTrainer.load_extra_state = lambda *a: None",
     "optimizer": "import accelerate.optimizer as o\no.AcceleratedOptimizer.load_state_dict = lambda *a: None",
     "learning rate": "import torch\ntorch.optim.lr_scheduler.LambdaLR.load_state_dict = lambda *a: None",
     "random state": "from diffusion_align.training import checkpoint\ncheckpoint.set_rng_state = lambda s: None",

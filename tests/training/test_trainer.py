@@ -1,0 +1,153 @@
+"""The loop on a tiny model in this process: what it logs, averages, skips and refuses."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from diffusion_align.pipelines import image
+from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.training.errors import TrainingError
+
+SETTINGS = {
+    "reward": "jpeg_compressibility",
+    "prompts": ["a red apple", "a cat"],
+    "epochs": 2,
+    "samples_per_epoch": 4,
+    "sample_batch_size": 2,
+    "micro_batch_size": 5,
+    "updates_per_epoch": 2,
+    "learning_rate": 1e-3,
+    "sampler": {"steps": 3, "guidance_scale": 1.0},
+    "lora": {"rank": 2},
+    "grid_every": 0,
+    "num_threads": 1,
+}
+
+
+def brightness(images, prompts, metadata):
+    return images.mean(dim=(1, 2, 3))
+
+
+def flat(images, prompts, metadata):
+    return torch.ones(len(images))
+
+
+@pytest.fixture
+def train(tiny_sd, tmp_path, monkeypatch):
+    """``train(**changes)``: the finished trainer and its rows."""
+    from diffusion_align.diffusion import showing
+
+    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+
+    def run(name="run", **changes):
+        settings = (
+            SETTINGS | {"model": str(tiny_sd), "output_dir": str(tmp_path / name), "reward": brightness} | changes
+        )
+        try:
+            trainer = image.run(check_config(settings))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return trainer, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("objective", ["ratio", "score_function"])
+@pytest.mark.parametrize(
+    "kl", [{}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl": "k1_reward"}, {"kl_coef": 0.1, "credit": "to_go"}]
+)
+def test_every_objective_trains(train, objective, kl):
+    trainer, rows = train(objective=objective, inner_epochs=2, **kl)
+    assert (trainer.epoch, trainer.step) == (2, 8)
+    steps = [row for row in rows if "reward" not in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all(torch.isfinite(torch.tensor(list(row.values()), dtype=torch.float64)).all() for row in rows)
+    assert all(row["grad_norm"] > 0 for row in steps)
+    assert steps[0]["ratio/first_pass_deviation"] < 1e-5
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-8)
+    assert steps[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, 0.8535533905932737, 0.5, 0.14644660940672627]),
+    ],
+)
+def test_the_rate_warms_up_and_follows_its_schedule(train, schedule, expected):
+    _, rows = train(lr_schedule=schedule, warmup_steps=2, epochs=3)
+    rates = [row["learning_rate"] / 1e-3 for row in rows if "reward" not in row]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_average_follows_the_weights(train):
+    trainer, _ = train(ema_decay=0.5)
+    parameters = list(trainer.trainable.values())
+    trained = [p.detach().clone() for p in parameters]
+    with trainer.averaged_weights():
+        averaged = [p.detach().clone() for p in parameters]
+    assert all(torch.equal(a, p.detach()) for a, p in zip(trained, parameters)), "the weights did not come back"
+    assert any(not torch.equal(a, b) for a, b in zip(trained, averaged))
+    # Adapters' B start at 0 and the average lags behind.
+    norm = [sum(v.square().sum() for v in values if v.shape[1] == 2) for values in (averaged, trained)]
+    assert 0 < norm[0] < norm[1]
+
+
+def test_equal_rewards_change_nothing(train):
+    trainer, rows = train(reward=flat)
+    epochs = [row for row in rows if "reward" in row]
+    assert [row["samples_used"] for row in epochs] == [0, 0]
+    assert [row["frac_reward_zero_std"] for row in epochs] == [1, 1]
+    assert trainer.step == 4
+    assert all(p.abs().max() == 0 for name, p in trainer.trainable.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 12, 100])
+def test_the_gradient_does_not_depend_on_the_micro_batch(train, micro_batch_size):
+    _, rows = train("whole", epochs=1, updates_per_epoch=1, micro_batch_size=12)
+    _, other = train("parts", epochs=1, updates_per_epoch=1, micro_batch_size=micro_batch_size)
+    assert other[0]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-5)
+    assert other[0]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4, abs=1e-5)
+
+
+def test_the_pictures_do_not_depend_on_the_sampling_batch(train):
+    _, rows = train("pairs", epochs=1)
+    _, other = train("all", epochs=1, sample_batch_size=4)
+    for key in ("reward", "reward_min", "reward_max"):
+        assert other[-1][key] == pytest.approx(rows[-1][key], rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(train, monkeypatch):
+    from diffusion_align.diffusion.ddpo import DDPOTrainer
+
+    loss = DDPOTrainer.loss
+
+    def broken(self, *arguments):
+        losses, statistics = loss(self, *arguments)
+        return losses * float("nan"), statistics
+
+    monkeypatch.setattr(DDPOTrainer, "loss", broken)
+    with pytest.raises(TrainingError, match="the loss became nan at step 1: lower learning_rate") as caught:
+        train()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_off_one_before_any_update_is_refused(train, monkeypatch):
+    from diffusion_align.diffusion import ddpo
+
+    replay = ddpo.replay
+
+    def shifted(*arguments, **options):
+        logp, now = replay(*arguments, **options)
+        return logp + 0.01, now
+
+    monkeypatch.setattr(ddpo, "replay", shifted)
+    with pytest.raises(TrainingError, match="before any update, outside the clip range") as caught:
+        train()
+    assert "\n" not in str(caught.value)
+    _, rows = train("score", objective="score_function")
+    assert rows[0]["ratio/first_pass_deviation"] == pytest.approx(0.01, rel=0.01)
