@@ -75,7 +75,7 @@ class DDPOConfig(TrainingConfig):
     advantage_clip: float = Field(5.0, gt=0)
 
     kl_coef: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the reference, in the unit of logp_reduction"
+        0.0, ge=0, allow_inf_nan=False, description="price of one nat of KL to the reference, in units of the advantage"
     )
     kl: Literal["closed_form", "k1_reward"] = "closed_form"
     credit: Literal["step", "to_go"] = Field(

@@ -1,0 +1,85 @@
+"""The reference experiments behind docs/ddpo.md: train the recipes over seeds, draw the figures, print the table.
+
+    python scripts/experiments.py --runs runs/experiments
+
+Runs that are finished are not repeated; interrupted ones are resumed. One thread a run, as many runs at once as
+``--at-once``, so wall times are not those of a recipe run alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusion_align.report import compare_runs, read_metrics
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = {
+    "quickstart": ("quickstart", []),
+    "jpeg": ("ddpo_emoji_jpeg", []),
+    "clip": ("ddpo_emoji_clip", []),
+    "jpeg, sign flipped": ("ddpo_emoji_jpeg", ["reward={name: jpeg_compressibility, scale: -1.0}"]),
+    "jpeg, kl_coef 30": ("ddpo_emoji_jpeg", ["kl_coef=30"]),
+    "jpeg, recipe with KL": ("ddpo_emoji_kl", []),
+}
+
+
+def main(
+    runs: Annotated[Path, typer.Option(help="where the run folders go")] = ROOT / "runs" / "experiments",
+    seeds: int = 3,
+    at_once: int = 2,
+    only: Annotated[list[str] | None, typer.Option(help="names of experiments; all when not given")] = None,
+) -> None:
+    """Train, then draw and print."""
+    names = [name for name in EXPERIMENTS if not only or name in only]
+    jobs = [(name, seed) for seed in range(seeds) for name in names]
+    with ThreadPoolExecutor(at_once) as pool:
+        folders = dict(zip(jobs, pool.map(lambda job: _train(runs, *job), jobs), strict=True))
+    grouped = {name: [folders[name, seed] for seed in range(seeds)] for name in names}
+    print(
+        "experiment               reward: first epoch -> last   difference (std. error over seeds)   "
+        "KL nats a step at the end"
+    )
+    for name, group in grouped.items():
+        print(_line(name, group))
+    images = ROOT / "docs" / "images"
+    if not only:
+        signs = {
+            f"reward {sign}": grouped[name] for sign, name in (("as it is", "jpeg"), ("flipped", "jpeg, sign flipped"))
+        }
+        compare_runs(signs, ["reward"], images / "sign.png", title="Minus the JPEG size, rewarded and punished")
+        penalties = {"kl_coef 0": grouped["jpeg"], "kl_coef 30": grouped["jpeg, kl_coef 30"]}
+        compare_runs(penalties, ["kl", "reward"], images / "kl.png", title="The KL to the reference, free and priced")
+        compare_runs({"quickstart": grouped["quickstart"]}, ["reward", "kl"], images / "quickstart.png")
+        compare_runs({"clip": grouped["clip"]}, ["reward", "kl"], images / "clip.png")
+
+
+def _train(runs: Path, name: str, seed: int) -> Path:
+    recipe, overrides = EXPERIMENTS[name]
+    folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
+    if not (folder / "report.html").is_file():
+        settings = [*overrides, f"seed={seed}", f"output_dir={folder}", "num_threads=1", "resume=true"]
+        command = [sys.executable, "-m", "diffusion_align", "train", recipe, *settings]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def _line(name: str, group: list[Path]) -> str:
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in group]
+    rewards = [[row["reward"] for row in run if "reward" in row] for run in rows]
+    gains = [run[-1] - run[0] for run in rewards]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+    ends = [[row["kl"] for row in run if "kl" in row and row["epoch"] > run[-1]["epoch"] - 5] for run in rows]
+    kl = statistics.mean(statistics.mean(end) for end in ends)
+    first, last = (statistics.mean(run[i] for run in rewards) for i in (0, -1))
+    return f"{name:24s} {first:8.3f} -> {last:8.3f}         {statistics.mean(gains):+8.3f} ({error:.3f}){kl:26.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
