@@ -10,6 +10,7 @@ run does not depend on how its work is divided.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ from diffusion_align.training.config import TrainingConfig, dump_config
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.interrupt import InterruptFlag
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.training.tracking import MetricsLog
 
 Batch = TypeVar("Batch")
@@ -306,45 +308,21 @@ class Trainer(ABC, Generic[Batch]):
 
     def _accumulate(self, batch: Batch, pairs: Tensor, total: int, bar: TaskID) -> dict[str, float]:
         """Gradient of the mean loss over ``total`` decisions of all processes, of which ``pairs`` (n, 2) are ours."""
-        sums: dict[str, tuple[Tensor, int]] = {}
+        statistics = UpdateStatistics()
         device = self.accelerator.device
         for micro_batch in pairs.split(self.config.micro_batch_size):
             if len(micro_batch) == 0:
                 continue
             samples, steps = micro_batch.to(device).unbind(1)
-            losses, statistics = self.loss(batch, samples, steps)
+            losses, observed = self.loss(batch, samples, steps)
             self.accelerator.backward(losses.sum() / total)
-            for name, values in {"loss": losses.detach(), **statistics}.items():
-                sums[name] = _fold(name, sums.get(name), values)
+            statistics.add({"loss": losses.detach(), **observed})
             self._bars.advance(bar, len(micro_batch))
-        return self._reduce(sums)
-
-    def _reduce(self, sums: dict[str, tuple[Tensor, int]]) -> dict[str, float]:
-        """Statistics over all processes."""
-        names = list(sums)
-        values = torch.stack([value.float() for value, _ in sums.values()]).tolist() if sums else []
-        parts = [dict(zip(names, zip(values, [count for _, count in sums.values()], strict=True), strict=True))]
-        if self.accelerator.num_processes > 1:
-            parts = gather_object(parts)
-        result = {}
-        for name in dict.fromkeys(name for part in parts for name in part):
-            found, counts = zip(*(part[name] for part in parts if name in part), strict=True)
-            result[name] = (
-                min(found)
-                if name.endswith("/min")
-                else max(found)
-                if name.endswith("/max")
-                else sum(found) / sum(counts)
-            )
-        if not torch.isfinite(torch.tensor(result["loss"])):
-            raise TrainingError(
-                f"the loss became {result['loss']} at step {self.step}: lower learning_rate"
-                + (
-                    ""
-                    if self.config.mixed_precision == "no"
-                    else f" or set mixed_precision=no instead of {self.config.mixed_precision}"
-                )
-            )
+        result = statistics.over_processes(self.accelerator)
+        if not math.isfinite(result["loss"]):
+            precision = self.config.mixed_precision
+            remedy = "" if precision == "no" else f" or set mixed_precision=no instead of {precision}"
+            raise TrainingError(f"the loss became {result['loss']} at step {self.step}: lower learning_rate{remedy}")
         return result
 
     def _optimizer_step(self) -> float:
@@ -447,17 +425,6 @@ class Trainer(ABC, Generic[Batch]):
         self.load_extra_state(state["extra"])
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
-
-
-def _fold(name: str, so_far: tuple[Tensor, int] | None, values: Tensor) -> tuple[Tensor, int]:
-    """(sum or extreme, number of decisions); a statistic may cover only some micro-batches."""
-    if name.endswith("/min"):
-        value = values.min() if so_far is None else torch.minimum(so_far[0], values.min())
-    elif name.endswith("/max"):
-        value = values.max() if so_far is None else torch.maximum(so_far[0], values.max())
-    else:
-        value = values.sum() if so_far is None else so_far[0] + values.sum()
-    return value, len(values) + (0 if so_far is None else so_far[1])
 
 
 def _headline(row: Mapping[str, float]) -> str:
