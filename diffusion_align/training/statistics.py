@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-
 _EXTREMES = {"min": torch.amin, "max": torch.amax}
 
 
