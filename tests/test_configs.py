@@ -1,0 +1,59 @@
+"""Every shipped recipe loads, says how it is launched, and takes its first steps on a small model."""
+
+import re
+
+import pytest
+
+from diffusion_align.pipelines.configuration import read_config, shipped_configs
+from diffusion_align.pipelines.image import run
+from diffusion_align.report import read_metrics
+
+SHORT = [
+    "epochs=1",
+    "samples_per_epoch=8",
+    "sample_batch_size=4",
+    "sampler.steps=3",
+    "mixed_precision=no",
+    "grid_every=0",
+]
+NAMES = {
+    "quickstart",
+    "ddpo_emoji_jpeg",
+    "ddpo_emoji_clip",
+    "ddpo_emoji_kl",
+    "ddpo_sd15_aesthetic",
+    "ddpo_sdxl_aesthetic",
+}
+
+
+def test_the_documented_recipes_are_shipped():
+    assert set(shipped_configs()) >= NAMES
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_the_header_says_what_it_is_needs_and_how_it_is_launched(name):
+    header = re.match(r"(#.*\n)+", shipped_configs()[name].read_text()).group()
+    assert "# Needs" in header
+    assert f"train {name}" in header
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_it_is_valid_and_writes_to_a_folder_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_config(name).output_dir.name == name
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_its_first_epoch_runs(name, tmp_path, request):
+    overrides = [f"output_dir={tmp_path / 'run'}", *SHORT]
+    real = {"ddpo_sd15_aesthetic": "tiny_sd", "ddpo_sdxl_aesthetic": "tiny_sdxl"}.get(name)
+    if real:
+        overrides += [f"model={request.getfixturevalue(real)}", "reward=jpeg_compressibility"]
+    run(read_config(name, overrides))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    updates = [row for row in rows if "loss" in row]
+    assert updates
+    assert all(row["grad_norm"] > 0 for row in updates)
+    assert updates[0]["ratio/first_pass_deviation"] < 1e-5
+    assert (tmp_path / "run" / "final" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
