@@ -35,6 +35,7 @@ def train(
     from diffusion_align.pipelines.image import run
 
     settings: Any = read_config(config, overrides or [])
+    _hide_loading_bars()
     trainer = run(settings)
     if trainer.accelerator.is_main_process:
         done = f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}"
@@ -57,6 +58,7 @@ def sample(
     from diffusion_align.report import image_grid, save_png
 
     texts = _texts(prompt, prompts)
+    _hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
     images = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta).images
     _make_folder(output)
@@ -84,6 +86,7 @@ def score(
     if len(texts) != len(images):
         raise _user_error(f"{len(texts)} prompts for {len(images)} pictures: give one prompt, or one for each")
     pictures = [_open(path) for path in images]
+    _hide_loading_bars()
     scores = score_images(build_reward(reward, model=model), pictures, texts)
     for path, value in zip(images, scores.tolist(), strict=True):
         _console.print(f"{value:10.4f}  {path}", highlight=False)
@@ -107,6 +110,7 @@ def compare(
     if output.is_dir():
         raise _user_error(f"--output {output} is a folder: name the picture to write")
     _make_folder(output.parent)
+    _hide_loading_bars()
     result = compare_models(first, second, texts, judge, seed=seed, output=output)
     _console.print(
         f"A {result.mean_first:.4f}, B {result.mean_second:.4f}; B wins {result.win_rate:.1%} of {result.pairs} pairs "
@@ -180,6 +184,15 @@ def main() -> None:
         else:
             raise
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _hide_loading_bars() -> None:
+    """The libraries show one for every model part; training and sampling have their own."""
+    from diffusers.utils.logging import disable_progress_bar as hide_diffusers
+    from transformers.utils.logging import disable_progress_bar as hide_transformers
+
+    hide_diffusers()
+    hide_transformers()
 
 
 def _say(sentences: str) -> int:
