@@ -33,7 +33,7 @@ class SamplerConfig(Section):
     name: Literal["ddim", "ddpm"] = "ddim"
     steps: int = Field(50, ge=1)
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
-    guidance_scale: float = Field(5.0, ge=1, description="1 switches guidance off")
+    guidance_scale: float = Field(5.0, ge=1, allow_inf_nan=False, description="1 switches guidance off")
 
 
 @dataclass(frozen=True)

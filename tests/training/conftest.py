@@ -17,7 +17,7 @@ SETTINGS = {
     "reward": "jpeg_compressibility",
     "prompts": ["a red apple", "a cat", "a dog"],
     "output_dir": "run",
-    "epochs": 6,
+    "epochs": 5,
     "samples_per_epoch": 4,
     "sample_batch_size": 2,
     "micro_batch_size": 4,
