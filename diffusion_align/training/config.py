@@ -32,7 +32,9 @@ class TrainingConfig(Section):
 
     model: str = Field(description="embedded name, folder or hub id of the model to align")
     output_dir: Folder = Field(description="the run folder; must be new or empty unless `resume` is set")
-    resume: bool = Field(False, description="continue the run in output_dir from its newest checkpoint, bit for bit")
+    resume: bool = Field(
+        False, strict=True, description="continue the run in output_dir from its newest checkpoint, bit for bit"
+    )
     seed: int = Field(0, ge=0)
     epochs: int = Field(100, ge=1, description="rounds of collect, score, estimate, update")
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from diffusion_align import __version__
 from diffusion_align.training import checkpoint
-from diffusion_align.training.config import TrainingConfig, dump_config
+from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.interrupt import InterruptFlag
 from diffusion_align.training.randomness import generator
@@ -238,11 +238,14 @@ class Trainer(ABC, Generic[Batch]):
 
             self._ema = EMAModel(self._parameters, decay=config.ema_decay)
         self._log = MetricsLog(self.folder / "metrics.jsonl", self.accelerator)
-        if config.trackers:
-            self.accelerator.init_trackers("diffusion-align", config={"config": dump_config(config)})
         newest = checkpoint.list_checkpoints(self.folder / "checkpoints")[-1:] if config.resume else []
         if newest:
             self._load(newest[0])
+        elif (self.folder / "config.yaml").is_file():
+            self._check_same_run(load_yaml(self.folder / "config.yaml"), self.folder)
+        self.accelerator.wait_for_everyone()  # all have read the folder before the main process writes to it
+        if config.trackers:
+            self.accelerator.init_trackers("diffusion-align", config={"config": dump_config(config)})
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_aside(self.folder / "config.yaml", dump_config(config))
@@ -395,16 +398,18 @@ class Trainer(ABC, Generic[Batch]):
             )
         self.accelerator.wait_for_everyone()
 
-    def _load(self, path: Path) -> None:
-        weights, tensors, state = checkpoint.load_checkpoint(path)
+    def _check_same_run(self, theirs: Mapping[str, Any], path: Path) -> None:
+        """Settings that decide what is trained must be those the run was started with."""
         mine = self.config.model_dump(mode="json")
-        theirs = state["config"]
-        changed = [k for k in mine if k not in _FREE_ON_RESUME and mine[k] != theirs.get(k)]
+        free = _FREE_ON_RESUME if self.config.lr_schedule == "constant" else _FREE_ON_RESUME - {"epochs"}
+        changed = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
         if changed:
             what = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)
-            raise CheckpointError(
-                f"checkpoint {path} belongs to another run: {what}; put it back or choose a new output_dir"
-            )
+            raise CheckpointError(f"{path} belongs to another run: {what}; put it back or choose a new output_dir")
+
+    def _load(self, path: Path) -> None:
+        weights, tensors, state = checkpoint.load_checkpoint(path)
+        self._check_same_run(state["config"], path)
         trainable = self.trainable
         if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in trainable.items()}:
             raise CheckpointError(
