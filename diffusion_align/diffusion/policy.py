@@ -66,6 +66,7 @@ class DenoisingPolicy:
             raise UserError(f"{family} is not supported: use one of {', '.join(_ENCODERS)}")
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise UserError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
+        adapted = _check_adapter(pipeline.unet, lora)
         self.pipeline = pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)
@@ -84,7 +85,7 @@ class DenoisingPolicy:
         if lora is None:
             self._frozen_unet = copy.deepcopy(pipeline.unet)
             pipeline.unet.requires_grad_(True)
-        elif not getattr(pipeline.unet, "peft_config", None):
+        elif not adapted:
             pipeline.unet.add_adapter(_peft_config(lora))
             pipeline.unet.eval()  # the new layers as well
         for parameter in self.trainable.values():
@@ -197,6 +198,18 @@ class DenoisingPolicy:
         layers = get_peft_model_state_dict(self.pipeline.unet)
         metadata = {"unet_lora_adapter_metadata": self.pipeline.unet.peft_config["default"].to_dict()}
         self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, **metadata)
+
+
+def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
+    """Whether ``unet`` already carries the adapter that ``lora`` describes, which is then trained on."""
+    adapters = getattr(unet, "peft_config", None) or {}
+    if not adapters:
+        return False
+    if set(adapters) != {"default"} or lora is None:
+        raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
+    if adapters["default"].r != lora.rank:
+        raise UserError(f"the model already carries an adapter of rank {adapters['default'].r}: set lora.rank to that")
+    return True
 
 
 def _networks(pipeline: Any) -> list[nn.Module]:

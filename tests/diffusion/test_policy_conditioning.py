@@ -201,3 +201,14 @@ def test_other_pipelines_and_inpainting_networks_are_refused(tiny_sd, tiny_inpai
         DenoisingPolicy(other, lora=None)
     with pytest.raises(UserError, match="inpainting"):
         DenoisingPolicy(load_pipeline(str(tiny_inpainting)), lora=None)
+
+
+def test_an_adapter_that_is_there_is_trained_on_and_another_one_refused(make_policy, model_path):
+    pipeline = make_policy("tiny_sd", lora=LoRAConfig(rank=2)).pipeline
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    again = DenoisingPolicy(pipeline, lora=LoRAConfig(rank=2))
+    assert all(torch.equal(value, before[name]) for name, value in again.unet.state_dict().items())
+    with pytest.raises(UserError, match="rank 2"):
+        DenoisingPolicy(pipeline, lora=LoRAConfig(rank=4))
+    with pytest.raises(UserError, match="merge or unload"):
+        DenoisingPolicy(pipeline, lora=None)
