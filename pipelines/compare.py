@@ -12,8 +12,6 @@ from diffusion_align.pipelines.image import ImageAlignmentPipeline, score_images
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward
 
-_BATCH = 16
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -30,7 +28,7 @@ class Comparison:
 def compare_models(
     first: str, second: str, prompts: Sequence[str], judge: Any, *, seed: int = 0, output: Path | None = None
 ) -> Comparison:
-    """Draw every prompt once by each model, from the same noise, and judge the pairs.
+    """Draw every prompt once by each model, from the same noise and with B's sampler, and judge the pairs.
 
     Args:
         first, second: what ``ImageAlignmentPipeline.from_pretrained`` takes.
@@ -39,16 +37,11 @@ def compare_models(
         seed: of the first picture.
         output: where to write the pictures side by side.
     """
-    images, scores = [], []
-    reward = None
-    for model in (first, second):
-        pipeline = ImageAlignmentPipeline.from_pretrained(model)
-        reward = reward or build_reward(judge, model=pipeline.model, device=pipeline.pipeline.device)
-        drawn: list[Any] = []
-        for start in range(0, len(prompts), _BATCH):
-            drawn += pipeline(prompts[start : start + _BATCH], seed=seed + start).images
-        images.append(drawn)
-        scores.append(score_images(reward, drawn, prompts))
+    pipelines = [ImageAlignmentPipeline.from_pretrained(model) for model in (first, second)]
+    pipelines[0].sampler = pipelines[1].sampler
+    reward = build_reward(judge, model=pipelines[1].model, device=pipelines[1].pipeline.device)
+    images = [pipeline(prompts, seed=seed).images for pipeline in pipelines]
+    scores = [score_images(reward, drawn, prompts) for drawn in images]
     wins = (scores[1] > scores[0]).float() + 0.5 * (scores[1] == scores[0]).float()
     low, high = wilson_interval(wins.mean().item(), len(prompts))
     if output is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     method = raw.get("method", "ddpo")
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
-    checks = [_check_model, _check_reward, _check_prompts, _check_precision, _check_output_dir]
+    checks = [_check_model, _check_reward, _check_prompts, _check_precision, _check_trackers, _check_output_dir]
     return parse_config(METHODS[method], raw, checks=checks)
 
 
@@ -86,6 +87,13 @@ def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
+
+
+def _check_trackers(raw: Mapping[str, Any]) -> list[str]:
+    trackers = raw.get("trackers")
+    names = [t for t in trackers if t in ("tensorboard", "wandb")] if isinstance(trackers, list) else []
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return [f"trackers: {name} is not installed: pip install 'diffusion-align[{name}]'" for name in missing]
 
 
 def _check_precision(raw: Mapping[str, Any]) -> list[str]:

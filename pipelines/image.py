@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list, set_seed
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +24,13 @@ from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.prompts import load_prompts
+
+
+@dataclass(frozen=True)
+class DrawnImages:
+    """What a call returns, as diffusers' pipelines do."""
+
+    images: list[Image.Image]
 
 
 class ImageAlignmentPipeline:
@@ -120,35 +129,42 @@ class ImageAlignmentPipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
-    ) -> Any:
-        """Draw one picture a prompt with diffusers' own sampler (DDIM).
+        batch_size: int = 8,
+    ) -> DrawnImages:
+        """Draw one picture a prompt with diffusers' own sampler.
 
         Args:
             prompts: texts.
             seed: picture i uses ``seed + i``, whatever else is drawn.
             steps, guidance_scale, eta: instead of ``self.sampler``'s.
+            batch_size: pictures drawn at once.
 
         Returns:
-            diffusers' output object; ``.images`` is a list of PIL images.
+            An object whose ``.images`` is a list of PIL images.
         """
-        from diffusers import DDIMScheduler
+        from diffusers import DDIMScheduler, DDPMScheduler
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         original = self.pipeline.scheduler
         most = original.config.num_train_timesteps
         if steps is not None and not 1 <= steps <= most:
             raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={most}")
-        self.pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **original.config})
+        kind = DDPMScheduler if self.sampler.name == "ddpm" else DDIMScheduler
+        self.pipeline.scheduler = kind.from_config({"clip_sample": False, **original.config})
+        images: list[Image.Image] = []
         try:
-            return self.pipeline(
-                texts,
-                num_inference_steps=steps or self.sampler.steps,
-                guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
-                eta=self.sampler.eta if eta is None else eta,
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(texts))],
-            )
+            for start in range(0, len(texts), batch_size):
+                some = texts[start : start + batch_size]
+                images += self.pipeline(
+                    some,
+                    num_inference_steps=steps or self.sampler.steps,
+                    guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
+                    eta=self.sampler.eta if eta is None else eta,
+                    generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
+                ).images
         finally:
             self.pipeline.scheduler = original
+        return DrawnImages(images)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], reward: Any) -> Tensor:
         """Scores (B,) of pictures by a reward."""
@@ -187,14 +203,15 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
     if pipeline is None:
         pipeline = load_pipeline(config.model)
     if config.mixed_precision == "auto":
-        config = config.model_copy(update={"mixed_precision": _faster_precision(config, pipeline)})
+        choice = [_faster_precision(config, pipeline)]
+        PartialState()
+        broadcast_object_list(choice)  # every process must use the same
+        config = config.model_copy(update={"mixed_precision": choice[0]})
+    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
     )
     set_seed(config.seed)
-    if config.lora is not None and accelerator.device.type == "cuda":
-        # Frozen weights may be as narrow as the network's arithmetic; on a CPU autocast narrows them as it goes.
-        pipeline.unet.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32))
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
@@ -203,9 +220,12 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
         autocast=accelerator.autocast,
     )
     reward = build_reward(config.reward, model=config.model, device=accelerator.device)
-    check_reward(reward, image_size=policy.image_size)
-    trainer = DDPOTrainer(config, policy, reward, load_prompts(config.prompts, shipped=shipped_prompts()), accelerator)
+    prompts = load_prompts(config.prompts, shipped=shipped_prompts())
+    texts, metadata = zip(*prompts, strict=True)
+    check_reward(reward, image_size=policy.image_size, device=accelerator.device, prompts=texts, metadata=metadata)
+    trainer = DDPOTrainer(config, policy, reward, prompts, accelerator)
     trainer.train()
+    trainer.keep_average()
     return trainer
 
 

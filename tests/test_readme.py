@@ -35,7 +35,7 @@ def shortened(words: list[str]) -> list[str]:
     if words[:2] == ["diffusion-align", "train"]:
         epochs = "epochs=2" if "resume=true" in words else "epochs=1"
         return [word for word in words if not word.startswith("epochs=")] + [epochs, *SHORT]
-    return words + ["epochs=1", *SHORT] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
+    return [*words, "epochs=1", *SHORT] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
 
 
 @pytest.fixture(scope="module")

@@ -84,6 +84,9 @@ class DDPOConfig(TrainingConfig):
 
     @field_serializer("reward")
     def _reward_by_name(self, reward: Any) -> Any:
+        """A function cannot be written to YAML; its name can."""
+        if isinstance(reward, dict) and callable(reward.get("name")):
+            return reward | {"name": self._reward_by_name(reward["name"])}
         return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
 
     def cross_checks(self) -> list[str]:
@@ -176,7 +179,8 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high = self._clip_bounds()
         self._kl_seen_at = -1
-        self._show = ImageShow(policy, self.schedule, config.show_prompts or [p for p, _ in prompts[:16]], config.seed)
+        shown = [(p, dict(prompts).get(p, {})) for p in config.show_prompts] if config.show_prompts else prompts[:16]
+        self._show = ImageShow(policy, self.schedule, shown, config.seed, config.sample_batch_size)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -302,13 +306,18 @@ class DDPOTrainer(Trainer[DDPOBatch]):
     @property
     def clip_nats(self) -> float:
         """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
-        return math.log1p(self.clip_high) * (self.dimensions if self.config.logp_reduction == "mean" else 1)
+        return math.log1p(self.clip_high) * self._dimensions_in_mean
+
+    @property
+    def _dimensions_in_mean(self) -> int:
+        """What turns a log-prob in the chosen reduction into nats."""
+        return self.dimensions if self.config.logp_reduction == "mean" else 1
 
     def _clip_bounds(self) -> tuple[float, float]:
         config = self.config
         if config.clip_range_nats is None:
             return config.clip_range, config.clip_range
-        bound = config.clip_range_nats / (self.dimensions if config.logp_reduction == "mean" else 1)
+        bound = config.clip_range_nats / self._dimensions_in_mean
         return -math.expm1(-bound), math.expm1(bound)
 
     def _reference(
@@ -340,13 +349,17 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         return means
 
     def _kl_in_reward(self, batch: DDPOBatch) -> Tensor:
-        """(B, K): k1 of each recorded decision, or of the later ones where the closed form covers this one."""
+        """(B, K) nats: k1 of each recorded decision, or of the later ones where the closed form covers this one.
+
+        In nats whatever ``logp_reduction`` is: the loss it is multiplied into already carries that factor, as the
+        closed form does, so both have one expected gradient.
+        """
         assert batch.reference_mean is not None
         shape = batch.steps.shape
         std = self.schedule.at(batch.steps.flatten()).std.flatten()
         reference = GaussianTransition(batch.reference_mean.flatten(0, 1), std)
         logp_ref = reference.log_prob(batch.x_s.flatten(0, 1), reduction=self.config.logp_reduction).view(shape)
-        k1 = kl_reward(batch.logp_old, logp_ref, "k1")
+        k1 = kl_reward(batch.logp_old, logp_ref, "k1") * self._dimensions_in_mean
         if self.config.credit == "step":
             return k1
         # reward_to_go sums along dim 1 in the order of the steps; recorded steps are sorted.

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.training.config import Section
 from diffusion_align.training.errors import UserError
 
 Conditioning = dict[str, Tensor]
@@ -26,10 +27,8 @@ CONVOLUTION_LAYERS = ["conv1", "conv2"]
 _CACHED_PROMPTS = 2048
 
 
-class LoRAConfig(BaseModel):
+class LoRAConfig(Section):
     """Low-rank adapters on the UNet."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rank: int = Field(8, ge=1, description="rank of every adapter")
     alpha: int | None = Field(None, ge=1, description="scale is alpha / rank; the rank itself when not given")

@@ -116,7 +116,9 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
     if config.get("thresholding"):
         raise UserError("the scheduler uses dynamic thresholding, which has no replay here: set thresholding=False")
     if not 1 <= steps <= config["num_train_timesteps"]:
-        raise UserError(f"sampler.steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}")
+        raise UserError(
+            f"sampler.steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}"
+        )
 
     # Other samplers' configurations carry no clip_sample; diffusers would then fill in DDIM's default, which is True.
     config.setdefault("clip_sample", False)
@@ -125,7 +127,8 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
     timesteps = source.timesteps.to(torch.int64).cpu()
     if int(timesteps.max()) >= config["num_train_timesteps"]:
         raise UserError(
-            f"sampler.steps={steps} with the scheduler's steps_offset={config['steps_offset']} is one too many: use fewer"
+            f"sampler.steps={steps} with the scheduler's steps_offset={config['steps_offset']} is one too many: "
+            "use fewer"
         )
     ab_t = source.alphas_cumprod.double()[timesteps]
     ab_s = _next_alphas_cumprod(source, sampler, timesteps)

@@ -13,17 +13,18 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.report import before_after, image_grid, save_png, write_report
-from diffusion_align.rewards.base import call_reward
+from diffusion_align.rewards.base import RewardError, call_reward
+from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
 
-_BATCH = 8
 
-
-def sample_images(policy: DenoisingPolicy, schedule: DiffusionSchedule, prompts: Sequence[str], seed: int) -> Tensor:
+def sample_images(
+    policy: DenoisingPolicy, schedule: DiffusionSchedule, prompts: Sequence[str], seed: int, *, batch_size: int = 8
+) -> Tensor:
     """Pictures (B, 3, H, W) in [0, 1] on the CPU; picture i depends on its prompt, ``seed`` and i only."""
     images = []
-    for start in range(0, len(prompts), _BATCH):
-        texts = list(prompts[start : start + _BATCH])
+    for start in range(0, len(prompts), batch_size):
+        texts = list(prompts[start : start + batch_size])
         streams = [generator(seed, "show", start + i) for i in range(len(texts))]
         nothing = torch.empty(len(texts), 0, dtype=torch.int64)
         trajectory = rollout(policy, schedule, policy.encode(texts), streams, record=nothing)
@@ -34,11 +35,27 @@ def sample_images(policy: DenoisingPolicy, schedule: DiffusionSchedule, prompts:
 class ImageShow:
     """The fixed prompts of a run, drawn as the policy is now."""
 
-    def __init__(self, policy: DenoisingPolicy, schedule: DiffusionSchedule, prompts: Sequence[str], seed: int) -> None:
-        self.policy, self.schedule, self.prompts, self.seed = policy, schedule, list(prompts), seed
+    def __init__(
+        self,
+        policy: DenoisingPolicy,
+        schedule: DiffusionSchedule,
+        prompts: Sequence[Prompt],
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        self.policy, self.schedule, self.seed, self.batch_size = policy, schedule, seed, batch_size
+        self.prompts = [text for text, _ in prompts]
+        self.metadata = [metadata for _, metadata in prompts]
 
     def draw(self) -> Tensor:
-        return sample_images(self.policy, self.schedule, self.prompts, self.seed)
+        return sample_images(self.policy, self.schedule, self.prompts, self.seed, batch_size=self.batch_size)
+
+    def score(self, images: Tensor, reward: Callable[..., Any]) -> list[float] | None:
+        """The reward of each picture; None if it cannot say (a shown prompt may lack the metadata it needs)."""
+        try:
+            return call_reward(reward, images.to(self.policy.device), self.prompts, self.metadata).tolist()
+        except RewardError:
+            return None
 
     def write(self, path: Path) -> None:
         """Write a grid of the fixed prompts."""
@@ -56,9 +73,13 @@ class ImageShow:
         after = self.draw()
         with self.policy.reference():
             before = self.draw()
-        metadata: list[dict[str, Any]] = [{} for _ in self.prompts]
-        scores = [call_reward(reward, images, self.prompts, metadata).tolist() for images in (before, after)]
-        picture = before_after(before, after, captions=self.prompts, rewards_before=scores[0], rewards_after=scores[1])
+        picture = before_after(
+            before,
+            after,
+            captions=self.prompts,
+            rewards_before=self.score(before, reward),
+            rewards_after=self.score(after, reward),
+        )
         (folder / "samples").mkdir(exist_ok=True)
         save_png(picture, folder / "samples" / "before_after.png")
         write_report(folder)

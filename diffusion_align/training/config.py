@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from diffusion_align.training.errors import ConfigError
 
@@ -22,9 +22,17 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(pat
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are errors and values are never coerced from another type."""
+    """A group of settings; unknown keys are errors, and neither text nor true/false is taken for a number."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _only_numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = _flatten(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool | str) and {int, float} & set(wanted) and type(value) not in wanted:
+            raise ValueError("it must be a number")
+        return value
 
 
 class TrainingConfig(Section):

@@ -186,6 +186,11 @@ class Trainer(ABC, Generic[Batch]):
         if failure is not None:
             raise failure
 
+    def keep_average(self) -> None:
+        """After training: make the weights in memory what ``final/`` holds, their EMA if one is kept."""
+        if self._ema is not None:
+            self._ema.copy_to(self._parameters)
+
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Inside, the trained parameters are their EMA, if one is kept."""
@@ -296,6 +301,8 @@ class Trainer(ABC, Generic[Batch]):
                         if len(local)
                         else torch.empty(0, 2, dtype=torch.int64)
                     )
+                    mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.accelerator.process_index)
+                    pairs = pairs[torch.randperm(len(pairs), generator=mixing)]
                     statistics = self._accumulate(batch, pairs, len(chunk) * decisions, bar)
                     if inner == 0 and update == 0:
                         statistics |= self.check_first_pass(statistics)
@@ -341,7 +348,7 @@ class Trainer(ABC, Generic[Batch]):
         norm = self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._ema is not None:
+        if self._ema is not None and not self._optimizer.step_was_skipped:
             self._ema.step(self._parameters)
         return float(norm)
 

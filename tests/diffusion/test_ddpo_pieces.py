@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
-from diffusion_align.diffusion.rollout import rollout
+from diffusion_align.diffusion.rollout import rollout, transition
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
 
@@ -192,7 +192,7 @@ def test_kl_in_the_reward_by_hand(kl, credit, reduction, make_trainer, streams):
     trainer.estimate(batch)
     now, reference, std = means(trainer, batch)
     x_s = batch.x_s.double()
-    k1 = reduced(Normal(now, std).log_prob(x_s) - Normal(reference, std).log_prob(x_s), reduction)
+    k1 = reduced(Normal(now, std).log_prob(x_s) - Normal(reference, std).log_prob(x_s), "sum")  # always nats
     plain = torch.tensor([-math.sqrt(0.5), math.sqrt(0.5), 0, 0], dtype=torch.float64)
     for b in range(4):
         for k in range(4):
@@ -276,3 +276,41 @@ def test_full_fine_tuning_trains_and_samples(tiny_sd2, tmp_path):
     before = ImageAlignmentPipeline.from_pretrained(tiny_sd2, device="cpu").pipeline.unet.state_dict()
     assert set(trained) == set(before)
     assert any(not torch.equal(trained[n], before[n]) for n in trained)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_k1_in_the_reward_and_the_closed_form_have_one_expected_gradient(reduction, make_trainer, streams):
+    """[000] eq. 30 and 31, the action noise integrated exactly: +-sqrt(d) e_i is a degree-3 rule for N(0, I)."""
+    gradients = {}
+    for kl in ("closed_form", "k1_reward"):
+        trainer = make_trainer(kl_coef=0.2, kl=kl, logp_reduction=reduction, objective="score_function")
+        batch = recorded(trainer, streams)
+        d = trainer.dimensions
+        rule = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).view(-1, *trainer.policy.latent_shape)
+        index = batch.steps[:1, 1].expand(len(rule))
+        conditioning = {
+            name: value[:1].expand(len(rule), *value.shape[1:]) for name, value in batch.conditioning.items()
+        }
+        x_t = batch.x_t[:1, 1].expand(len(rule), *trainer.policy.latent_shape)
+        with torch.no_grad():
+            decision = transition(trainer.policy, trainer.schedule, x_t, index, conditioning)
+            x_s = decision.sample(rule)
+            logp_old = decision.log_prob(x_s, reduction=reduction)
+        batch = DDPOBatch(
+            x_t=x_t[:, None],
+            x_s=x_s[:, None],
+            steps=index[:, None],
+            logp_old=logp_old[:, None],
+            conditioning=conditioning,
+            all_prompts=["-"] * len(rule),
+            all_rewards=torch.zeros(len(rule)),
+        )
+        batch.advantages = torch.zeros(len(rule), 1)
+        if kl == "k1_reward":
+            batch.reference_mean = trainer._reference_means(batch)
+            batch.advantages = -0.2 * trainer._kl_in_reward(batch)
+        losses, _ = trainer.loss(batch, torch.arange(len(rule)), torch.zeros(len(rule), dtype=torch.int64))
+        gradients[kl] = torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), trainer.trainable.values())])
+    assert gradients["closed_form"].norm() > 0
+    difference = gradients["k1_reward"] - gradients["closed_form"]
+    assert difference.norm() < 1e-3 * gradients["closed_form"].norm()

@@ -1,4 +1,4 @@
-"""Reinforcement learning improves what it is told to, and worsens it when the sign is turned. Minutes; run with -m slow."""
+"""Reinforcement learning improves what it is told to, and worsens it when the sign is turned. Run with -m slow."""
 
 from pathlib import Path
 
@@ -23,10 +23,7 @@ def train(folder: Path, *overrides: str) -> list[dict]:
 def test_jpeg_size_follows_the_reward_and_its_sign(tmp_path: Path, scale: float, sign: int) -> None:
     train(tmp_path / "run", f"reward={{name: jpeg_compressibility, scale: {scale}}}")
     judged = compare_models("emoji-sd", str(tmp_path / "run"), PROMPTS * 4, "jpeg_compressibility")
-    # The base is drawn by another sampler setting; measured against itself the difference is what training did.
-    same = compare_models(str(tmp_path / "run"), str(tmp_path / "run"), PROMPTS, "jpeg_compressibility")
-    assert same.mean_first == same.mean_second
-    assert sign * (judged.mean_second - judged.mean_first) > 0
+    assert sign * (judged.mean_second - judged.mean_first) > 0.2  # kB, of about 2.7
 
 
 @pytest.mark.slow
