@@ -117,7 +117,9 @@ class ImageAlignmentPipeline:
         """
         raw = {"method": method, "model": self.model, "reward": reward, "prompts": prompts, "output_dir": output_dir}
         config = cast(DDPOConfig, check_config(raw | settings))
-        self._policy = run(config, pipeline=self.pipeline).policy
+        trainer = run(config, pipeline=self.pipeline)
+        trainer.keep_average()
+        self._policy = trainer.policy
         self.sampler = config.sampler
         return self
 
@@ -225,7 +227,6 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
     check_reward(reward, image_size=policy.image_size, device=accelerator.device, prompts=texts, metadata=metadata)
     trainer = DDPOTrainer(config, policy, reward, prompts, accelerator)
     trainer.train()
-    trainer.keep_average()
     return trainer
 
 
