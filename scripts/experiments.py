@@ -8,6 +8,7 @@ Runs that are finished are not repeated; interrupted ones are resumed. One threa
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,52 +17,71 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 
-from diffusion_align.report import compare_runs, read_metrics
+from diffusion_align.report import compare_runs, read_metrics, save_figure
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = {
-    "quickstart": ("quickstart", []),
-    "jpeg": ("ddpo_emoji_jpeg", []),
-    "clip": ("ddpo_emoji_clip", []),
-    "jpeg, sign flipped": ("ddpo_emoji_jpeg", ["reward={name: jpeg_compressibility, scale: -1.0}"]),
-    "jpeg, kl_coef 30": ("ddpo_emoji_jpeg", ["kl_coef=30"]),
-    "jpeg, recipe with KL": ("ddpo_emoji_kl", []),
+# name -> recipe, overrides, seeds
+EXPERIMENTS: dict[str, tuple[str, list[str], int]] = {
+    "quickstart": ("quickstart", [], 3),
+    "jpeg": ("ddpo_emoji_jpeg", [], 3),
+    "clip": ("ddpo_emoji_clip", [], 3),
+    "jpeg, sign flipped": ("ddpo_emoji_jpeg", ["reward={name: jpeg_compressibility, scale: -1.0}"], 1),
+    "jpeg, kl_coef 30": ("ddpo_emoji_jpeg", ["kl_coef=30"], 1),
+    "jpeg, recipe with KL": ("ddpo_emoji_kl", [], 1),
 }
 
 
 def main(
     runs: Annotated[Path, typer.Option(help="where the run folders go")] = ROOT / "runs" / "experiments",
-    seeds: int = 3,
     at_once: int = 2,
     only: Annotated[list[str] | None, typer.Option(help="names of experiments; all when not given")] = None,
 ) -> None:
     """Train, then draw and print."""
     names = [name for name in EXPERIMENTS if not only or name in only]
-    jobs = [(name, seed) for seed in range(seeds) for name in names]
+    jobs = [(name, seed) for name in names for seed in range(EXPERIMENTS[name][2])]
     with ThreadPoolExecutor(at_once) as pool:
         folders = dict(zip(jobs, pool.map(lambda job: _train(runs, *job), jobs), strict=True))
-    grouped = {name: [folders[name, seed] for seed in range(seeds)] for name in names}
+    grouped = {name: [folders[job] for job in jobs if job[0] == name] for name in names}
     print(
         "experiment               reward: first epoch -> last   difference (std. error over seeds)   "
         "KL nats a step at the end"
     )
     for name, group in grouped.items():
         print(_line(name, group))
+    if only:
+        return
     images = ROOT / "docs" / "images"
-    if not only:
-        signs = {
-            f"reward {sign}": grouped[name] for sign, name in (("as it is", "jpeg"), ("flipped", "jpeg, sign flipped"))
-        }
-        compare_runs(signs, ["reward"], images / "sign.png", title="Minus the JPEG size, rewarded and punished")
-        penalties = {"kl_coef 0": grouped["jpeg"], "kl_coef 30": grouped["jpeg, kl_coef 30"]}
-        compare_runs(penalties, ["kl", "reward"], images / "kl.png", title="The KL to the reference, free and priced")
-        compare_runs({"quickstart": grouped["quickstart"]}, ["reward", "kl"], images / "quickstart.png")
-        compare_runs({"clip": grouped["clip"]}, ["reward", "kl"], images / "clip.png")
+    save_figure(_sign_figure(grouped["jpeg"][0], grouped["jpeg, sign flipped"][0]), images / "sign.png")
+    penalties = {"kl_coef 0": grouped["jpeg"][:1], "kl_coef 30": grouped["jpeg, kl_coef 30"]}
+    compare_runs(
+        penalties, ["kl", "reward"], images / "kl.png", title="JPEG size: the KL to the reference, free and priced"
+    )
+    for name in ("quickstart", "jpeg", "clip"):
+        compare_runs({f"{name}, mean and range of 3 seeds": grouped[name]}, ["reward", "kl"], images / f"{name}.png")
+    for name, folder in (
+        ("quickstart", grouped["quickstart"][0]),
+        ("jpeg", grouped["jpeg"][0]),
+        ("jpeg_kl", grouped["jpeg, recipe with KL"][0]),
+    ):
+        shutil.copy(folder / "samples" / "before_after.png", images / f"{name}_before_after.png")
+
+
+def _sign_figure(rewarded: Path, punished: Path) -> Figure:
+    """JPEG size over epochs, whatever the sign of the reward was."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for label, folder, sign in (("small files rewarded", rewarded, -1), ("large files rewarded", punished, 1)):
+        rows = [row for row in read_metrics(folder / "metrics.jsonl") if "reward" in row]
+        axes.plot([row["epoch"] for row in rows], [sign * row["reward"] for row in rows], marker=".", label=label)
+    axes.set(xlabel="epoch", ylabel="JPEG size, kB", title="The same run with the reward's sign flipped")
+    axes.legend(frameon=False)
+    return figure
 
 
 def _train(runs: Path, name: str, seed: int) -> Path:
-    recipe, overrides = EXPERIMENTS[name]
+    recipe, overrides, _ = EXPERIMENTS[name]
     folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
     if not (folder / "report.html").is_file():
         settings = [*overrides, f"seed={seed}", f"output_dir={folder}", "num_threads=1", "resume=true"]
