@@ -187,12 +187,13 @@ def main() -> None:
 
 
 def _hide_loading_bars() -> None:
-    """The libraries show one for every model part; training and sampling have their own."""
-    from diffusers.utils.logging import disable_progress_bar as hide_diffusers
-    from transformers.utils.logging import disable_progress_bar as hide_transformers
+    """The libraries show one for every model part, and remarks about packages nobody needs here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    hide_diffusers()
-    hide_transformers()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _say(sentences: str) -> int:
