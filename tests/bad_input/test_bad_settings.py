@@ -22,7 +22,9 @@ CASES = {
     "unknown tracker": (["trackers=[mlflow]"], ["trackers.0='mlflow' is not allowed: .*tensorboard"]),
     "unknown lora layers": (["lora.layers=all"], ["lora.layers='all' is not allowed: .*attention"]),
     # types
-    "text for a number": (["epochs=many"], ["epochs='many' is not allowed: .*integer"]),
+    "text for a number": (["epochs=many"], ["epochs='many' is not allowed: it must be a number"]),
+    "a number in quotes": (["epochs='20'"], ["epochs='20' is not allowed: it must be a number"]),
+    "true for a number": (["lora.rank=true"], ["lora.rank=True is not allowed: it must be a number"]),
     "fraction for a count": (["epochs=2.5"], ["epochs=2.5 is not allowed: .*integer"]),
     "list for a number": (["seed=[1]"], [r"seed=\[1\] is not allowed"]),
     "null for a number": (["learning_rate=null"], ["learning_rate=None is not allowed"]),
