@@ -66,8 +66,9 @@ def collect_scored(
     batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
     trajectories: list[Trajectory] = []
     scores: list[Future[Tensor]] = []
+    threads = torch.get_num_threads()  # asked for, it is fixed for this thread, whatever the worker sets for itself
     with (
-        ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as thread,
+        ThreadPoolExecutor(1, initializer=_one_thread) as thread,
         trainer.progress("  sampling", len(batches) * len(schedule)) as bar,
     ):
         for batch in batches:
@@ -91,8 +92,15 @@ def collect_scored(
         trainer.raise_together(failure, RewardError)
         rewards = trainer.accelerator.gather(torch.cat([s.result() for s in scores]).to(policy.device)).cpu()
         waited = time.perf_counter() - waiting
+    torch.set_num_threads(threads)
     columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in Trajectory.__dataclass_fields__}
     return Collected(Trajectory(**columns), rewards, {**_spread(rewards), "time/score": waited})
+
+
+def _one_thread() -> None:
+    """For the rewards' thread: a second team of OpenMP threads would halve the sampler's speed on a small CPU."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()
 
 
 def _spread(rewards: Tensor) -> dict[str, float]:
