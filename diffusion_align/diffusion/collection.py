@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +67,8 @@ def collect_scored(
     batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
     trajectories: list[Trajectory] = []
     scores: list[Future[Tensor]] = []
-    threads = torch.get_num_threads()  # asked for, it is fixed for this thread, whatever the worker sets for itself
     with (
+        _thread_count_kept(),
         ThreadPoolExecutor(1, initializer=_one_thread) as thread,
         trainer.progress("  sampling", len(batches) * len(schedule)) as bar,
     ):
@@ -92,9 +93,18 @@ def collect_scored(
         trainer.raise_together(failure, RewardError)
         rewards = trainer.accelerator.gather(torch.cat([s.result() for s in scores]).to(policy.device)).cpu()
         waited = time.perf_counter() - waiting
-    torch.set_num_threads(threads)
     columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in Trajectory.__dataclass_fields__}
     return Collected(Trajectory(**columns), rewards, {**_spread(rewards), "time/score": waited})
+
+
+@contextlib.contextmanager
+def _thread_count_kept() -> Iterator[None]:
+    """Around a worker that sets its own: torch keeps one default for all threads beside each thread's value."""
+    threads = torch.get_num_threads()  # asking for it also fixes it for this thread
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _one_thread() -> None:

@@ -35,7 +35,7 @@ _PLOTS = (
         plots.plot_kl,
         "step",
         ("kl", "kl_path"),
-        "How far the policy has moved from the reference, in nats: for one decision, and summed over a whole path.",
+        "How far the policy is from the reference, in nats: for one decision, and summed over the trained steps.",
     ),
     (
         plots.plot_clip_fraction,
@@ -162,7 +162,7 @@ def _count(number: int, noun: str) -> str:
 
 def _kl_sentence(rows: Sequence[Row]) -> str:
     found = []
-    for key, what in (("kl", "a step"), ("kl_path", "a whole path")):
+    for key, what in (("kl", "a step"), ("kl_path", "over all trained steps")):
         with_key = [row for row in rows if key in row]
         last_epoch = [row for row in with_key if row.get("epoch") == with_key[-1].get("epoch")]
         _, values = series(last_epoch, key)

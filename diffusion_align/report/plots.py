@@ -32,7 +32,7 @@ _NAMES = {
     "reward_stderr": ("Uncertainty of the mean reward", "standard error"),
     "frac_reward_zero_std": ("Groups with equal rewards", "fraction of groups"),
     "kl": ("KL to the reference, per step", "nats"),
-    "kl_path": ("KL to the reference, whole path", "nats"),
+    "kl_path": ("KL to the reference, all trained steps", "nats"),
     "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
     "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
     "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),
@@ -109,7 +109,7 @@ def reward_component_keys(rows: Iterable[Row]) -> list[str]:
 
 
 def plot_kl(rows: Sequence[Row]) -> Figure:
-    """KL to the reference in nats: a panel per denoising step (``kl``) and one for the whole path (``kl_path``)."""
+    """KL to the reference in nats: a panel per denoising step (``kl``) and one for all trained steps (``kl_path``)."""
     figure = plot_metrics(rows, _present(rows, ("kl", "kl_path"), x="step"), x="step")
     for axes in figure.axes:
         _from_zero(axes)

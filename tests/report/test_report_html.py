@@ -112,7 +112,7 @@ def test_the_summary_states_the_figures_of_the_rows(tmp_path):
         "rose from 4.00 ± 0.12 to 5.00 ± 0.16 (± 2 standard errors)",
         "a change of 10.0 standard errors",
         "over 2 epochs, 124 samples trained on and 2.5 minutes",
-        "0.02 nats a step and 0.4 nats a whole path",
+        "0.02 nats a step and 0.4 nats over all trained steps",
         "strayed from 1 by at most 2.4e-06",
     ):
         assert figure in page.text

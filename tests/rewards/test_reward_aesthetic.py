@@ -16,7 +16,6 @@ from diffusion_align.rewards.aesthetic import Aesthetic, load_head
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"
 V2, V1 = HEADS / "sac+logos+ava1-l14-linearMSE.pth", HEADS / "sa_0_4_vit_l_14_linear.pth"
 published = pytest.mark.skipif(not HEADS.is_dir(), reason="the published heads are not in ../shared/data/aesthetic")
-embedded = pytest.mark.skipif(not asset_path("aesthetic-head").is_file(), reason="no embedded head in this build")
 
 
 def ratings(tower):
@@ -204,7 +203,6 @@ def test_the_head_is_applied_to_the_unit_embedding():
     torch.testing.assert_close(score(reward, images(size=64)).double(), expected.detach(), rtol=0, atol=1e-5)
 
 
-@embedded
 def test_the_embedded_head_is_the_default_for_emoji_sd():
     reward = build_reward("aesthetic", model="emoji-sd")
     state = load_file(asset_path("aesthetic-head"))
@@ -213,8 +211,6 @@ def test_the_embedded_head_is_the_default_for_emoji_sd():
     torch.testing.assert_close(score(reward, images(size=64)), expected, rtol=0, atol=1e-4)
 
 
-@embedded
-@pytest.mark.skipif(not asset_path("preferences").is_file(), reason="no preference pairs in this build")
 def test_the_embedded_head_prefers_the_chosen_drawings_of_unseen_concepts():
     from diffusion_align.assets.preferences import composite, load_drawing_pairs
 

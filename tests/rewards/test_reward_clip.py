@@ -80,7 +80,6 @@ def test_emoji_clip_knows_the_background_of_a_hand_made_drawing(emoji):
         assert (score(emoji, faces(), "a smiling face") > score(emoji, faces(), wrong)).all()
 
 
-@pytest.mark.skipif(not asset_path("preferences").is_file(), reason="no preference pairs in this build")
 def test_real_drawings_fit_their_own_caption_better_than_anothers(emoji):
     from diffusion_align.assets.preferences import composite, load_drawing_pairs
 
