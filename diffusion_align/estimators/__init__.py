@@ -1,8 +1,35 @@
-"""Pure tensor functions shared by denoising and language policies: log-probs, KL, policy losses, advantages."""
+"""Pure tensor functions shared by denoising and language policies: log-probs, KL, advantages, policy and preference
+losses. Results are float32 or wider; wrong shapes and settings out of their range are a ``ValueError``.
+"""
 
-from diffusion_align.estimators.advantages import gae, group_advantages, leave_one_out_advantages, reward_to_go
+# ruff: noqa: F401
+from diffusion_align.estimators.advantages import (
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    reward_to_go,
+    several_rewards_advantages,
+)
+from diffusion_align.estimators.categorical import (
+    categorical_entropy,
+    categorical_kl,
+    linear_token_log_probs,
+    token_log_probs,
+)
+from diffusion_align.estimators.diffusion_preference import (
+    beta_in_nats,
+    corrected_diffusion_dpo_loss,
+    diffusion_dpo_loss,
+)
+from diffusion_align.estimators.dynamic_beta import (
+    BetaNetwork,
+    beta_entropy_penalty,
+    beta_factor,
+    beta_range_penalty,
+    beta_smoothness_penalty,
+)
 from diffusion_align.estimators.gaussian import gaussian_kl, gaussian_log_prob
-from diffusion_align.estimators.kl import kl_reward
+from diffusion_align.estimators.kl import kl_gradient_coefficient, kl_loss, kl_reward, kl_value
 from diffusion_align.estimators.masked import aggregate, masked_mean, masked_sum, masked_whiten
 from diffusion_align.estimators.policy import (
     clip_fractions,
@@ -11,26 +38,16 @@ from diffusion_align.estimators.policy import (
     score_function_loss,
     value_loss,
 )
-from diffusion_align.estimators.preference import bradley_terry_loss
+from diffusion_align.estimators.preference import (
+    bradley_terry_loss,
+    dpo_loss,
+    fit_bradley_terry,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
+    rso_accept,
+    simpo_loss,
+    trajectory_dpo_loss,
+)
 from diffusion_align.estimators.prompt_statistics import PromptStatistics
-
-__all__ = [
-    "PromptStatistics",
-    "aggregate",
-    "bradley_terry_loss",
-    "clip_fractions",
-    "clipped_surrogate",
-    "gae",
-    "gaussian_kl",
-    "gaussian_log_prob",
-    "group_advantages",
-    "importance_ratio",
-    "kl_reward",
-    "leave_one_out_advantages",
-    "masked_mean",
-    "masked_sum",
-    "masked_whiten",
-    "reward_to_go",
-    "score_function_loss",
-    "value_loss",
-]

@@ -30,6 +30,12 @@ def check_mask(mask: Tensor | None) -> None:
         raise ValueError(f"mask must be a bool tensor (True = counts), got {mask.dtype}; use mask.bool().")
 
 
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` in float32 or wider, and 0, without a gradient, where ``mask`` says that an entry does not count."""
+    check_mask(mask)
+    return widen(x) if mask is None else torch.where(mask, widen(x), 0.0)
+
+
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
     """Raise a ``ValueError`` unless ``value`` is one of ``allowed``."""
     if value not in allowed:

@@ -9,12 +9,12 @@ yields an advantage of exactly zero. [002] "Rethinking KL Divergence in RLHF", 2
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_choice, check_mask, check_shapes, widen
+from diffusion_align.estimators._checks import check_choice, check_mask, check_shapes, counted
 
 
 def _float64(x: Tensor) -> Tensor:
@@ -68,12 +68,8 @@ def group_advantages(
         clip_std: (min, max) for the std; min keeps noise from being blown up to ±1.
         ddof: 1 divides the squares by n - 1, 0 by n.
 
-    Returns:
-        (B,), float32 or wider.
-
-    Raises:
-        ValueError: on different shapes, ids that are not integers, rewards that are not finite, or a setting out of its
-            range.
+    Returns (B,), float32 or wider. Raises ValueError on different shapes, ids that are not integers, rewards that are
+    not finite, or a setting out of its range.
     """
     check_choice("scale", scale, ("group", "batch", "none"))
     low, high = clip_std
@@ -90,6 +86,27 @@ def group_advantages(
     squares = deviation.new_zeros(counts.numel()).index_add(0, index, deviation.square())
     std = (squares / (counts - ddof).clamp(min=1)).sqrt().clamp(low, high)[index]
     return _like(torch.where(std == 0, 0.0, centred / std), rewards)
+
+
+def several_rewards_advantages(
+    rewards: Tensor, group_ids: Tensor, weights: Tensor | None = None, **settings: Any
+) -> Tensor:
+    """Sum over K rewards of ``weight_k * group_advantages(rewards[:, k], group_ids, **settings)``.
+
+    Each is normalised by itself; normalising their sum lets the one that varies most decide alone (GDPO,
+    arXiv:2601.05242, whose second whitening over the batch is not done here).
+
+    Args:
+        rewards: (B, K) finite; no gradient flows.
+        weights: (K,), or None for ones.
+
+    Returns (B,), float32 or wider. Raises ValueError as ``group_advantages``, or on weights that are not (K,).
+    """
+    if rewards.ndim != 2 or rewards.shape[1] == 0 or (weights is not None and weights.shape != rewards.shape[1:]):
+        found = (tuple(rewards.shape), None if weights is None else tuple(weights.shape))
+        raise ValueError(f"expected rewards (B, K) with K > 0 and weights (K,) or None, got {found}.")
+    advantages = torch.stack([group_advantages(column, group_ids, **settings) for column in rewards.unbind(1)], 1)
+    return advantages.sum(1) if weights is None else (advantages * weights.detach()).sum(1)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -118,11 +135,8 @@ def gae(
         gamma: discount, in [0, 1].
         lam: 0 is the one-step error, 1 the return minus the value, in [0, 1].
 
-    Returns:
-        advantages (B, T) and returns (B, T), float32 or wider, 0 where masked.
-
-    Raises:
-        ValueError: on different shapes, a mask that is not bool, or gamma or lam out of [0, 1].
+    Returns advantages (B, T) and returns (B, T), float32 or wider, 0 where masked. Raises ValueError on different
+    shapes, a mask that is not bool, or gamma or lam out of [0, 1].
     """
     check_shapes(ndim=2, rewards=rewards, values=values, mask=mask)
     check_mask(mask)
@@ -148,15 +162,7 @@ def reward_to_go(x: Tensor, mask: Tensor | None = None) -> Tensor:
         x: (B, T); a gradient flows.
         mask: (B, T) bool, or None if all entries count.
 
-    Returns:
-        (B, T), float32 or wider, 0 where masked.
-
-    Raises:
-        ValueError: on different shapes or a mask that is not bool.
+    Returns (B, T), float32 or wider, 0 where masked. Raises ValueError on different shapes or a mask that is not bool.
     """
     check_shapes(ndim=2, x=x, mask=mask)
-    check_mask(mask)
-    x = widen(x)
-    if mask is None:
-        return x.flip(1).cumsum(1).flip(1)
-    return torch.where(mask, torch.where(mask, x, 0.0).flip(1).cumsum(1).flip(1), 0.0)
+    return counted(counted(x, mask).flip(1).cumsum(1).flip(1), mask)

@@ -52,11 +52,8 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: float | Tensor, *, reduction
             density and callers leave it out. Only a Python number is checked; a tensor is not read.
         reduction: "sum" or "mean" over all dimensions but the first.
 
-    Returns:
-        (B,) nats (per dimension with "mean"), float32 or wider.
-
-    Raises:
-        ValueError: on different shapes, on a ``std`` that is none of the above, or on an unknown reduction.
+    Returns (B,) nats (per dimension with "mean"), float32 or wider. Raises ValueError on different shapes, on a ``std``
+    that is none of the above, or on an unknown reduction.
     """
     check_choice("reduction", reduction, ("sum", "mean"))
     check_shapes(x=x, mean=mean)
@@ -86,11 +83,8 @@ def gaussian_kl(
         std_ref: the same for the reference; None means ``std``.
         reduction: "sum" or "mean" over all dimensions but the first.
 
-    Returns:
-        (B,) nats (per dimension with "mean"), float32 or wider, never negative but for rounding.
-
-    Raises:
-        ValueError: on different shapes, on a std that is none of the above, or on an unknown reduction.
+    Returns (B,) nats (per dimension with "mean"), float32 or wider, never negative but for rounding. Raises ValueError
+    on different shapes, on a std that is none of the above, or on an unknown reduction.
     """
     check_choice("reduction", reduction, ("sum", "mean"))
     check_shapes(mean=mean, mean_ref=mean_ref)

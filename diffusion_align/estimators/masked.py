@@ -12,17 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_choice, check_mask, check_shapes, widen
+from diffusion_align.estimators._checks import check_choice, check_shapes, counted
 
 Dim = int | tuple[int, ...]
 
 
 def _check(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
     check_shapes(x=x, mask=mask)
-    check_mask(mask)
     if dim is None or dim == ():
         raise ValueError(f"dim={dim!r} is not allowed for x {tuple(x.shape)}: name every dimension to reduce.")
-    return torch.where(mask, widen(x), 0.0)
+    return counted(x, mask)
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
@@ -33,11 +32,8 @@ def masked_sum(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
         mask: bool, the shape of ``x``.
         dim: one dimension or several.
 
-    Returns:
-        ``x`` without ``dim``, float32 or wider; 0 where nothing counts.
-
-    Raises:
-        ValueError: on different shapes, a mask that is not bool, or no ``dim``.
+    Returns ``x`` without ``dim``, float32 or wider; 0 where nothing counts. Raises ValueError on different shapes, a
+    mask that is not bool, or no ``dim``.
     """
     return _check(x, mask, dim).sum(dim)
 
@@ -57,11 +53,7 @@ def masked_whiten(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
         mask: bool, the shape of ``x``.
         dim: the dimension or dimensions that share a mean and a std.
 
-    Returns:
-        The shape of ``x``, float32 or wider; 0 where masked.
-
-    Raises:
-        ValueError: as ``masked_sum``.
+    Returns The shape of ``x``, float32 or wider; 0 where masked. Raises ValueError as ``masked_sum``.
     """
     x = _check(x, mask, dim)
     if x.numel() == 0:
@@ -97,11 +89,8 @@ def aggregate(
         mode: see above.
         length: the constant of "fixed_length"; None means T, which then depends on the padding.
 
-    Returns:
-        0-d, float32 or wider; 0 for an empty batch.
-
-    Raises:
-        ValueError: on different shapes, a mask that is not bool, an unknown mode or a length below 1.
+    Returns 0-d, float32 or wider; 0 for an empty batch. Raises ValueError on different shapes, a mask that is not bool,
+    an unknown mode or a length below 1.
     """
     check_choice("mode", mode, ("token", "sequence", "fixed_length"))
     check_shapes(ndim=2, x=x, mask=mask)

@@ -1,7 +1,9 @@
 """Policy-gradient losses per decision, unreduced, for Gaussian and categorical decisions alike.
 
 Shapes are written (B, T); every function here takes any one common shape, such as flattened pairs (N,), except
-``level="sequence"``, which needs (B, T).
+``level="sequence"``, which needs (B, T). ``mask`` is bool of that shape; an entry that does not count has loss 0 and no
+gradient, whatever it holds. Results are (B, T), float32 or wider. Different shapes, a mask that is not bool and a
+setting out of its range are a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_choice, check_mask, check_shapes, widen
+from diffusion_align.estimators._checks import check_choice, check_shapes, counted, widen
 from diffusion_align.estimators.masked import masked_mean
 
 Level = Literal["decision", "sequence"]
@@ -55,24 +57,16 @@ def importance_ratio(
     Args:
         logp: (B, T) nats; the only input with a gradient.
         logp_old: (B, T) nats, the behaviour policy; detached.
-        mask: (B, T) bool; an entry that does not count has log-ratio 0 and no gradient, whatever it holds.
         level: "decision" or "sequence".
         log_clamp: bound on the log-ratio in nats, > 0.
 
-    Returns:
-        (B, T), float32 or wider. Masked entries are 1 ("decision") or their row's ratio ("sequence").
-
-    Raises:
-        ValueError: on different shapes, a mask that is not bool, an unknown level or a bound that is not > 0.
+    Masked entries are 1 ("decision") or their row's ratio ("sequence").
     """
     check_choice("level", level, ("decision", "sequence"))
     check_shapes(ndim=2 if level == "sequence" else None, logp=logp, logp_old=logp_old, mask=mask)
-    check_mask(mask)
     if not log_clamp > 0:
         raise ValueError(f"log_clamp={log_clamp} is not allowed: it must be > 0.")
-    log_ratio = widen(logp) - widen(logp_old).detach()
-    if mask is not None:
-        log_ratio = torch.where(mask, log_ratio, 0.0)
+    log_ratio = counted(widen(logp) - widen(logp_old).detach(), mask)
     if level == "sequence":
         counts = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
         log_ratio = masked_mean(log_ratio, counts, 1).unsqueeze(1).expand(logp.shape)
@@ -102,23 +96,14 @@ def clipped_surrogate(
         clip: width of the trust region below 1, at least 0.
         clip_high: width above 1; None means ``clip``.
         dual_clip: None, or a bound > 1 on the ratio where the advantage is negative.
-        mask: (B, T) bool; an entry that does not count has loss 0 and no gradient, whatever it holds.
         level: "decision" or "sequence", see ``importance_ratio``.
-
-    Returns:
-        (B, T), float32 or wider.
-
-    Raises:
-        ValueError: on different shapes or a setting out of its range.
     """
     check_shapes(logp=logp, logp_old=logp_old, advantages=advantages, mask=mask)
     low, high = _check_clip(clip, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip} is not allowed: it must be > 1, or None to switch it off.")
     ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
-    advantages = widen(advantages).detach()
-    if mask is not None:
-        advantages = torch.where(mask, advantages, 0.0)
+    advantages = counted(advantages.detach(), mask)
     free, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
     # Not torch.minimum: it halves the gradient at a tie, which is every first pass if clip is 0.
     loss = -torch.where(clipped < free, clipped, free)
@@ -145,11 +130,7 @@ def clip_fractions(
     Args:
         logp, logp_old, advantages, clip, clip_high, mask, level: as in ``clipped_surrogate``; no gradient flows.
 
-    Returns:
-        Two bool tensors (B, T); False where masked.
-
-    Raises:
-        ValueError: as ``clipped_surrogate``.
+    Returns two bool tensors (B, T); False where masked.
     """
     check_shapes(logp=logp, logp_old=logp_old, advantages=advantages, mask=mask)
     bound_low, bound_high = _check_clip(clip, clip_high)
@@ -160,7 +141,7 @@ def clip_fractions(
     return (low, high) if mask is None else (low & mask, high & mask)
 
 
-def score_function_loss(logp: Tensor, advantages: Tensor) -> Tensor:
+def score_function_loss(logp: Tensor, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """REINFORCE loss per decision, unreduced: ``-A * logp``; its gradient is the estimate, its value means nothing.
 
     [000] eq. 22–24, where the terms of ``logp`` without a gradient are dropped.
@@ -168,18 +149,14 @@ def score_function_loss(logp: Tensor, advantages: Tensor) -> Tensor:
     Args:
         logp: (B, T) nats; the only input with a gradient.
         advantages: (B, T); detached.
-
-    Returns:
-        (B, T), float32 or wider.
-
-    Raises:
-        ValueError: on different shapes.
     """
-    check_shapes(logp=logp, advantages=advantages)
-    return -widen(advantages).detach() * widen(logp)
+    check_shapes(logp=logp, advantages=advantages, mask=mask)
+    return -counted(advantages.detach(), mask) * counted(logp, mask)
 
 
-def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, *, clip: float | None = None) -> Tensor:
+def value_loss(
+    values: Tensor, values_old: Tensor, returns: Tensor, *, clip: float | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Squared error of the value per decision, halved, unreduced: ``(V - R)²/2``.
 
     With ``clip`` it is ``max((V - R)², (V_c - R)²)/2`` with ``V_c = V_old + clamp(V - V_old, -clip, clip)``, as in
@@ -190,17 +167,11 @@ def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, *, clip: flo
         values_old: (B, T), the values at sampling time; detached, unused without ``clip``.
         returns: (B, T); detached.
         clip: None, or the allowed change in the unit of the return, at least 0.
-
-    Returns:
-        (B, T), float32 or wider.
-
-    Raises:
-        ValueError: on different shapes or a negative clip.
     """
-    check_shapes(values=values, values_old=values_old, returns=returns)
+    check_shapes(values=values, values_old=values_old, returns=returns, mask=mask)
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip={clip} is not allowed: it must be at least 0, or None to switch it off.")
-    values, values_old, returns = widen(values), widen(values_old).detach(), widen(returns).detach()
+    values, values_old, returns = (counted(x, mask) for x in (values, values_old.detach(), returns.detach()))
     error = (values - returns).square()
     if clip is not None:
         clipped = values_old + (values - values_old).clamp(-clip, clip)

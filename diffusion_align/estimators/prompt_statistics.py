@@ -27,8 +27,7 @@ class PromptStatistics:
         buffer_size: how many rewards a prompt keeps.
         min_count: below this many kept rewards (the new ones included) the whole batch's mean and std are used.
 
-    Raises:
-        ValueError: unless 1 <= min_count <= buffer_size.
+    Raises ValueError unless 1 <= min_count <= buffer_size.
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
@@ -51,11 +50,8 @@ class PromptStatistics:
             prompts: B strings.
             rewards: (B,) finite; no gradient flows.
 
-        Returns:
-            (B,), float32 or wider, on the rewards' device.
-
-        Raises:
-            ValueError: on different lengths or rewards that are not finite; the histories are then unchanged.
+        Returns (B,), float32 or wider, on the rewards' device. Raises ValueError on different lengths or rewards that
+        are not finite; the histories are then unchanged.
         """
         if isinstance(prompts, str) or rewards.ndim != 1 or len(prompts) != rewards.shape[0]:
             raise ValueError(f"expected B prompts and rewards (B,), got {len(prompts)} and {tuple(rewards.shape)}.")
@@ -73,14 +69,13 @@ class PromptStatistics:
         return _like(advantages, rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """The histories as JSON types; floats survive a JSON round trip exactly. The two settings are not in it."""
+        """The histories as JSON types, exact after a JSON round trip. The two settings are not in it."""
         return {"history": {prompt: list(rewards) for prompt, rewards in self._history.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replace the histories by those of ``state_dict``; each keeps its newest ``buffer_size`` rewards.
 
-        Raises:
-            ValueError: if ``state`` is not what ``state_dict`` returns.
+        Raises ValueError if ``state`` is not what ``state_dict`` returns.
         """
         if not isinstance(state.get("history"), dict):
             raise ValueError(f"expected the result of PromptStatistics.state_dict(), got keys {sorted(state)}.")

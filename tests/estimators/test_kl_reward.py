@@ -89,8 +89,8 @@ def test_k3_warns_once_naming_the_bias(monkeypatch):
 def test_wrong_shapes_and_kinds_are_named():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 1\)"):
         kl_reward(torch.zeros(2, 3), torch.zeros(2, 1))
-    with pytest.raises(ValueError, match=r"kind='k2'.*'k1', 'k3'"):
-        kl_reward(torch.zeros(2), torch.zeros(2), "k2")
+    with pytest.raises(ValueError, match=r"kind='k5'.*'k1', 'k2', 'k3'"):
+        kl_reward(torch.zeros(2), torch.zeros(2), "k5")
 
 
 @settings(deadline=None, max_examples=50)
