@@ -16,7 +16,7 @@ where(k1 < 0, k3, min(k1, k3)) equals k3, because k3 < k1 wherever k1 > 0. [002]
 2025, §2–3, table 1, appendices D and F; Schulman, "Approximating KL divergence", 2020.
 
 Common arguments: ``kind``, above; ``clip`` > 0, the bound on r in k3_clip; ``mask``, bool like ``logp``: an entry that
-does not count is 0 and has no gradient, whatever it holds. r is bounded by e^20 in float32 and e^300 in float64, so
+does not count is 0 and has no gradient, whatever it holds. r is bounded by e^20 in float32 and e^600 in float64, so
 that all stays finite; no gradient is zeroed by that. Different shapes, a mask that is not bool, an unknown choice or a
 clip that is not > 0 are a ``ValueError``. Results are float32 or wider.
 """
@@ -66,7 +66,7 @@ def _log_ratio(logp: Tensor, logp_ref: Tensor, kind: str, clip: float, mask: Ten
 
 
 def _bound(x: Tensor) -> float:
-    return 300.0 if x.dtype == torch.float64 else 20.0
+    return 600.0 if x.dtype == torch.float64 else 20.0
 
 
 def _ratio_minus_one(log_ratio: Tensor, kind: str, clip: float) -> Tensor:

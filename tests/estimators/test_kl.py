@@ -1,0 +1,465 @@
+"""KL estimators: values, and the expected gradient of every form in every placement, enumerated exactly."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion_align.estimators import (
+    categorical_kl,
+    clipped_surrogate,
+    gaussian_kl,
+    gaussian_log_prob,
+    importance_ratio,
+    kl,
+    kl_gradient_coefficient,
+    kl_loss,
+    kl_reward,
+    kl_value,
+    reward_to_go,
+    score_function_loss,
+)
+
+F64 = torch.float64
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+KINDS = kl.KINDS
+FORMS = [(kind, gradient) for kind in KINDS for gradient in ("unbiased", "direct")]
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+class Softmax:
+    """Four actions; ``old`` is the policy itself, or a third one. The reference is far: clipping at 2 has an effect."""
+
+    def __init__(self, seed, off_policy):
+        self.theta = _random(4, seed=seed).requires_grad_()
+        self.logits_ref = 1.5 * _random(4, seed=seed + 100)
+        self.logp, self.ref = self.theta.log_softmax(0), self.logits_ref.log_softmax(0)
+        self.old = _random(4, seed=seed + 200).log_softmax(0) if off_policy else self.logp.detach()
+
+    def gradient(self, scalar):
+        return torch.autograd.grad(scalar, self.theta, retain_graph=True)[0]
+
+    def expected(self, losses):
+        """Gradient of the expected loss over actions drawn from ``old``; the losses are (4,), one an action."""
+        return self.gradient((self.old.exp() * losses).sum())
+
+    def divergence(self, first, second):
+        return self.gradient((first.exp() * (first - second)).sum())
+
+    @property
+    def exact(self):
+        return self.divergence(self.logp, self.ref)
+
+    @property
+    def reverse(self):
+        return self.divergence(self.ref, self.logp)
+
+    def pushed(self, penalty):
+        """Gradient of the penalty in the reward, weighed by pi/pi_old as PPO does without its clip."""
+        return self.expected(clipped_surrogate(self.logp, self.old, -penalty, clip=math.inf))
+
+
+@pytest.fixture(params=[0, 1, 2])
+def on(request):
+    return Softmax(request.param, off_policy=False)
+
+
+@pytest.fixture(params=[0, 1, 2])
+def off(request):
+    return Softmax(request.param, off_policy=True)
+
+
+def _same(a, b):
+    torch.testing.assert_close(a, b, **EXACT)
+
+
+def _differ(a, b):
+    assert (a - b).norm() > 0.01 * b.norm()
+
+
+def test_on_policy_the_exact_forms_are_exact(on):
+    _same(on.gradient(categorical_kl(on.theta, on.logits_ref)), on.exact)
+    _same(on.pushed(kl_reward(on.old, on.ref)), on.exact)
+    _same(on.expected(score_function_loss(on.logp, -kl_reward(on.old, on.ref))), on.exact)
+    _same(on.expected(kl_loss(on.logp, on.ref)), on.exact)
+    _same(on.expected(kl_loss(on.logp, on.ref, gradient="direct")), on.exact)
+    for kind in ("k1", "k2", "k3", "k4"):
+        _same(on.expected(kl_loss(on.logp, on.ref, kind=kind)), on.exact)
+    assert on.exact.norm() > 0.1
+
+
+def test_k1_in_the_reward_k2_and_weighted_k3_as_losses_agree_sample_by_sample(on):
+    for action in range(4):
+        one = torch.zeros(4, dtype=F64)
+        one[action] = 1.0
+        k1 = on.gradient((one * score_function_loss(on.logp, -kl_reward(on.old, on.ref))).sum())
+        for kind in ("k2", "k3"):
+            _same(on.gradient((one * kl_loss(on.logp, on.ref, kind=kind)).sum()), k1)
+
+
+def test_on_policy_k1_as_a_loss_is_no_constraint(on):
+    loss = kl_loss(on.logp, on.ref, kind="k1", gradient="direct", allow_biased=True)
+    torch.testing.assert_close(on.expected(loss), torch.zeros(4, dtype=F64), rtol=0, atol=1e-15)
+
+
+def test_on_policy_k3_as_a_loss_is_the_other_kl(on):
+    for kind in ("k3", "k4"):
+        _same(on.expected(kl_loss(on.logp, on.ref, kind=kind, gradient="direct", allow_biased=True)), on.reverse)
+    _same(on.pushed(kl_gradient_coefficient(on.old, on.ref, "k3")), on.reverse)  # [002] eq. 35
+    _differ(on.reverse, on.exact)
+
+
+def test_on_policy_k2_and_k3_in_the_reward_have_their_documented_biases(on):
+    k2 = 0.5 * (on.old - on.ref).square()
+    _same(on.pushed(kl_reward(on.old, on.ref, "k2", allow_biased=True)), on.gradient((on.logp.exp() * k2).sum()))
+    _differ(on.gradient((on.logp.exp() * k2).sum()), on.exact)
+    for kind in ("k3", "k4"):
+        _same(on.pushed(kl_reward(on.old, on.ref, kind, allow_biased=True)), on.exact - on.reverse)
+    clipped = (on.ref - on.old).exp().clamp(max=2.0) - 1 + on.old - on.ref
+    penalty = kl_reward(on.old, on.ref, "k3_clip", clip=2.0, allow_biased=True)
+    _same(on.pushed(penalty), on.gradient((on.logp.exp() * clipped).sum()))
+
+
+def test_on_policy_the_minimax_coefficient_is_the_squared_distance(on):
+    loss = score_function_loss(on.logp, -kl_gradient_coefficient(on.logp, on.ref, "minimax"))
+    _same(on.expected(loss), on.gradient(0.5 * (on.logp.exp() - on.ref.exp()).square().sum()))
+
+
+def test_k3_clip_by_autograd_changes_sign_where_clipped(on):
+    ratio = (on.ref - on.logp).exp()
+    literal = on.expected(ratio.clamp(max=2.0) - 1 + on.logp - on.ref)
+    direct = kl_loss(on.logp, on.ref, kind="k3_clip", gradient="direct", clip=2.0, allow_biased=True)
+    _same(on.expected(direct), literal)
+    weighed = kl_loss(on.logp, on.ref, kind="k3_clip", clip=2.0, allow_biased=True)
+    _same(on.expected(weighed), on.expected((1 - ratio.clamp(max=2.0)).detach() * on.logp))
+    coefficient = kl_gradient_coefficient(on.logp, on.ref, "k3_clip", clip=2.0)
+    _same(coefficient, (1 - ratio.clamp(max=2.0)).detach())
+    clipped = ratio > 2
+    assert (torch.autograd.grad(direct.sum(), on.logp, retain_graph=True)[0][clipped] == 1).all()
+    assert (coefficient[clipped] == -1).all()
+
+
+def test_off_policy_the_weighed_losses_are_exact(off):
+    for kind in ("k1", "k2", "k3", "k4"):
+        _same(off.expected(kl_loss(off.logp, off.ref, logp_old=off.old, kind=kind)), off.exact)
+    weight = importance_ratio(off.logp, off.old)
+    _same(off.expected(weight.detach() * 0.5 * (off.logp - off.ref).square()), off.exact)
+    _same(off.expected(weight * (off.logp - off.ref)), off.exact)
+    k3 = (off.ref - off.logp).exp() - 1 + off.logp - off.ref
+    _same(off.expected(weight * k3), off.exact)
+
+
+def test_the_weighed_losses_are_what_autograd_makes_of_the_literal_formulas(off):
+    weight, log_ratio = importance_ratio(off.logp, off.old), off.logp - off.ref
+    literal = {
+        "k1": weight * log_ratio,
+        "k2": weight.detach() * 0.5 * log_ratio.square(),
+        "k3": weight * ((-log_ratio).exp() - 1 + log_ratio),
+    }
+    for kind, loss in literal.items():
+        ours = kl_loss(off.logp, off.ref, logp_old=off.old, kind=kind)
+        _same(ours, loss)
+        for action in range(4):
+            _same(off.gradient(ours[action]), off.gradient(loss[action]))
+
+
+def test_off_policy_biased_forms_have_their_documented_biases(off):
+    weight, k2 = importance_ratio(off.logp, off.old), 0.5 * (off.logp - off.ref).square()
+    unweighed = off.expected(kl_loss(off.logp, off.ref, logp_old=off.old, gradient="direct", allow_biased=True))
+    _same(unweighed, off.expected(k2))
+    _differ(unweighed, off.exact)
+    _same(off.expected(weight * k2), off.gradient((off.logp.exp() * k2).sum()))
+    _differ(off.expected(weight * k2), off.exact)
+    k1 = kl_loss(off.logp, off.ref, kind="k1", gradient="direct", allow_biased=True)
+    _same(off.expected(k1), -off.divergence(off.old, off.logp))  # descending it leaves pi_old
+    k3 = kl_loss(off.logp, off.ref, kind="k3", gradient="direct", allow_biased=True)
+    _same(off.expected(k3), off.expected((off.ref - off.logp).exp() - 1 + off.logp - off.ref))
+    _differ(off.expected(k3), off.exact)
+
+
+def test_off_policy_ppo_constrains_to_the_reference_less_the_sampling_policy(off):
+    frozen = off.pushed(kl_reward(off.old, off.ref))
+    _same(frozen, off.exact - off.divergence(off.logp, off.old))
+    _differ(frozen, off.exact)
+    moving = off.pushed(kl_reward(off.logp, off.ref))  # pi_theta inside R-hat, [002] eq. 39 as printed
+    _same(moving, off.exact)
+    eq35 = (off.logp.exp() * (1 - (off.ref - off.old).exp())).sum()
+    _same(off.pushed(kl_gradient_coefficient(off.old, off.ref, "k3")), off.gradient(eq35))
+
+
+def test_a_step_is_charged_with_later_steps_only_by_reward_to_go():
+    """Two steps of two actions; the first decides which of two policies takes the second."""
+    first, second = _random(2).requires_grad_(), _random(2, 2, seed=1).requires_grad_()
+    ref_first, ref_second = _random(2, seed=2).log_softmax(0), 2 * _random(2, 2, seed=3).log_softmax(1)
+    paths = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    logp = torch.stack([first.log_softmax(0)[paths[:, 0]], second.log_softmax(1)[paths[:, 0], paths[:, 1]]], 1)
+    logp_ref = torch.stack([ref_first[paths[:, 0]], ref_second.log_softmax(1)[paths[:, 0], paths[:, 1]]], 1)
+
+    def gradient(losses, chances):
+        expected = (chances * losses.sum(1)).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(expected, (first, second), retain_graph=True)])
+
+    exact = gradient(logp - logp_ref, logp.sum(1).exp())
+    chances = logp.sum(1).exp().detach()
+    to_go = gradient(score_function_loss(logp, -reward_to_go(kl_reward(logp, logp_ref))), chances)
+    _same(to_go, exact)
+    per_step = gradient(kl_loss(logp, logp_ref), chances)
+    _same(per_step[2:], exact[2:])
+    _differ(per_step[:2], exact[:2])
+
+
+@pytest.mark.parametrize("std", [0.3, 1.0])
+@pytest.mark.parametrize("gap", [-0.7, 0.05, 2.0])
+def test_gaussian_k1_reward_has_the_gradient_of_the_closed_form_but_more_variance(std, gap):
+    """Gauss-Hermite quadrature, exact for the polynomials at hand; relative variance d (1 + D²/4) + 1 at d = 1."""
+    nodes, weights = (torch.tensor(a, dtype=F64) for a in np.polynomial.hermite.hermgauss(16))
+    weights = weights / math.sqrt(math.pi)
+    mean = torch.full((16, 1), 0.4, dtype=F64, requires_grad=True)
+    mean_ref = mean.detach() - gap
+    x = mean.detach() + math.sqrt(2) * std * nodes[:, None]
+    logp, logp_ref = gaussian_log_prob(x, mean, std), gaussian_log_prob(x, mean_ref, std)
+    (exact,) = torch.autograd.grad(gaussian_kl(mean, mean_ref, std).sum(), mean)
+    for loss in (score_function_loss(logp, -kl_reward(logp, logp_ref)), kl_loss(logp, logp_ref)):
+        (samples,) = torch.autograd.grad(loss.sum(), mean, retain_graph=True)
+        expectation = (weights * samples[:, 0]).sum()
+        torch.testing.assert_close(expectation, exact[0, 0], rtol=1e-11, atol=1e-11)
+        assert expectation.item() == pytest.approx(gap / std**2, rel=1e-11)
+        variance = (weights * (samples[:, 0] - expectation) ** 2).sum()
+        assert (variance / expectation**2).item() == pytest.approx(2 + (gap / std) ** 2 / 4, rel=1e-9)
+
+
+def test_appendix_d_by_quadrature():
+    """[002] appendix D: q = N(.1, .2) sampled, p = N(0, 1); bias and standard deviation over the true KL."""
+    x = torch.linspace(-20, 20, 400_001, dtype=F64)[:, None]
+    logq = gaussian_log_prob(x, torch.full_like(x, 0.1), 0.2)
+    logp = gaussian_log_prob(x, torch.zeros_like(x), 1.0)
+    weights = logq.exp() * 1e-4
+    true = gaussian_kl(torch.tensor([[0.1]], dtype=F64), torch.zeros(1, 1, dtype=F64), 0.2, 1.0).item()
+    assert true == pytest.approx(1.134438, abs=5e-7)
+    expected = {"k1": (0.0, 0.5986), "k2": (-0.2295, 0.5087), "k3_clip": (-0.4645, 0.4489)}
+    for kind, (bias, std) in expected.items():
+        value = kl_value(logq, logp, kind)
+        mean = (weights * value).sum()
+        assert (mean.item() - true) / true == pytest.approx(bias, abs=5e-5)
+        assert ((weights * (value - mean) ** 2).sum().sqrt() / true).item() == pytest.approx(std, abs=5e-5)
+    k3 = kl_value(logq, logp, "k3")
+    assert (weights * k3).sum().item() == pytest.approx(true, rel=1e-9)
+    moments = [(weights * k3.square())[(x[:, 0] - 0.1).abs() < width].sum().item() for width in (1, 2, 4)]
+    assert moments[1] > 1e5 * moments[0] > 0  # the second moment diverges
+    assert moments[2] > 1e5 * moments[1]
+
+
+def test_expected_values(on):
+    chances, log_ratio = on.logp.exp().detach(), (on.logp - on.ref).detach()
+    true = (chances * log_ratio).sum()
+    for kind in ("k1", "k3", "k4"):
+        _same((chances * kl_value(on.logp, on.ref, kind)).sum(), true)
+    _same((chances * kl_value(on.logp, on.ref, "k2")).sum(), (chances * 0.5 * log_ratio**2).sum())
+    missing = (chances * ((-log_ratio).exp() - 2).clamp(min=0)).sum()
+    assert missing > 0
+    _same((chances * kl_value(on.logp, on.ref, "k3_clip", clip=2.0)).sum(), true - missing)
+
+
+def test_values_by_hand():
+    logp = torch.tensor([-1.0, -1.0, -4.0], dtype=F64)
+    logp_ref = torch.tensor([-1.0, -2.0, -1.0], dtype=F64)
+    expected = {
+        "k1": [0.0, 1.0, -3.0],
+        "k2": [0.0, 0.5, 4.5],
+        "k3": [0.0, math.exp(-1), math.exp(3) - 4],
+        "k4": [0.0, math.exp(-1), math.exp(3) - 4],
+        "k3_clip": [0.0, math.exp(-1), 10 - 1 - 3.0],
+    }
+    for kind, values in expected.items():
+        _same(kl_value(logp, logp_ref, kind), torch.tensor(values, dtype=F64))
+        _same(kl_reward(logp, logp_ref, kind, allow_biased=True), torch.tensor(values, dtype=F64))
+        loss = kl_loss(logp, logp_ref, logp_old=logp - math.log(2), kind=kind, allow_biased=True)
+        _same(loss, 2 * torch.tensor(values, dtype=F64))
+        loss = kl_loss(logp, logp_ref, logp_old=logp - 1, kind=kind, gradient="direct", allow_biased=True)
+        _same(loss, torch.tensor(values, dtype=F64))
+    coefficients = {
+        "k1": [0.0, 1.0, -3.0],
+        "k2": [0.0, 1.0, -3.0],
+        "k3": [0.0, 1 - math.exp(-1), 1 - math.exp(3)],
+        "k4": [0.0, 1 - math.exp(-1), 1 - math.exp(3)],
+        "k3_clip": [0.0, 1 - math.exp(-1), -9.0],
+        "minimax": [0.0, math.exp(-1) - math.exp(-2), math.exp(-4) - math.exp(-1)],
+    }
+    for kind, values in coefficients.items():
+        _same(kl_gradient_coefficient(logp, logp_ref, kind), torch.tensor(values, dtype=F64))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.floats(-30, 30), min_size=1, max_size=6))
+def test_k4_is_k3(log_ratios):
+    logp = torch.tensor(log_ratios, dtype=F64)
+    k1, k3 = (kl_value(logp, torch.zeros_like(logp), kind) for kind in ("k1", "k3"))
+    seed = torch.where(k1 < 0, k3, torch.minimum(k1, k3))
+    assert torch.equal(kl_value(logp, torch.zeros_like(logp), "k4"), seed)
+    assert (k3 >= 0).all()
+
+
+def _calls():
+    for kind in KINDS:
+        yield lambda a, b, c, kind=kind, **kw: kl_value(a, b, kind, **kw)
+        yield lambda a, b, c, kind=kind, **kw: kl_reward(a, b, kind, allow_biased=True, **kw)
+        yield lambda a, b, c, kind=kind, **kw: kl_gradient_coefficient(a, b, kind, **kw)
+    yield lambda a, b, c, **kw: kl_gradient_coefficient(a, b, "minimax", **kw)
+
+
+def _losses():
+    for kind, gradient in FORMS:
+        yield lambda a, b, c, kind=kind, gradient=gradient, **kw: kl_loss(
+            a, b, logp_old=c, kind=kind, gradient=gradient, allow_biased=True, **kw
+        )
+        yield lambda a, b, c, kind=kind, gradient=gradient, **kw: kl_loss(
+            a, b, kind=kind, gradient=gradient, allow_biased=True, **kw
+        )
+
+
+def test_only_the_trained_policy_has_a_gradient():
+    tensors = [_random(2, 3, seed=s).requires_grad_() for s in range(3)]
+    for call in _losses():
+        gradients = torch.autograd.grad(call(*tensors).sum(), tensors, allow_unused=True)
+        assert gradients[0].abs().max() > 0
+        assert gradients[1] is None
+        assert gradients[2] is None
+    for call in _calls():
+        assert not call(*tensors).requires_grad
+
+
+@pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, math.nan])
+def test_masked_entries_change_neither_value_nor_gradient(fill):
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    for call in [*_losses(), *_calls()]:
+        results = []
+        for filler in (0.0, fill):
+            logp, ref, old = (torch.where(mask, _random(3, 3, seed=s), filler) for s in range(3))
+            logp.requires_grad_()
+            value = call(logp, ref, old, mask=mask)
+            assert (value[~mask] == 0).all()
+            if value.requires_grad:
+                value.sum().backward()
+                assert (logp.grad[~mask] == 0).all()
+            results.append((value.detach(), torch.zeros(()) if logp.grad is None else logp.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+        bare = call(*(_random(3, 3, seed=s).requires_grad_() for s in range(3)))
+        assert torch.equal(bare[mask], results[0][0][mask])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(*[st.floats(-100, 100)] * 3), max_size=5), st.sampled_from([torch.float32, F64]))
+def test_extreme_log_probs_stay_finite_and_keep_their_gradient(rows, dtype):
+    tensors = torch.tensor(rows, dtype=dtype).reshape(-1, 3).unbind(1)
+    for call in [*_losses(), *_calls()]:
+        logp = tensors[0].clone().requires_grad_()
+        value = call(logp, *tensors[1:])
+        assert value.isfinite().all()
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), logp)
+            assert gradient.isfinite().all()
+    ours = kl_loss(logp, tensors[1], kind="k3", gradient="direct", allow_biased=True)
+    (gradient,) = torch.autograd.grad(ours.sum(), logp)
+    assert torch.equal(gradient == 0, logp == tensors[1])  # the bound on r zeroes nothing
+
+
+def test_half_precision_is_widened():
+    logp, ref = _random(3).bfloat16(), _random(3, seed=1).bfloat16()
+    for call in [*_losses(), *_calls()]:
+        value = call(logp, ref, logp)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, call(logp.float(), ref.float(), logp.float()))
+
+
+def test_wrong_shapes_kinds_and_settings_are_named():
+    x, column = torch.zeros(2, 3), torch.zeros(2, 1)
+    for call in [*_losses(), *_calls()]:
+        with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 1\)"):
+            call(x, column, x)
+        with pytest.raises(ValueError, match="mask"):
+            call(x, x, x, mask=column.bool())
+        with pytest.raises(ValueError, match="bool"):
+            call(x, x, x, mask=x)
+        for clip in (0.0, -1.0, math.nan):
+            with pytest.raises(ValueError, match="clip="):
+                call(x, x, x, clip=clip)
+    with pytest.raises(ValueError, match="logp_old"):
+        kl_loss(x, x, logp_old=column)
+    for call in (kl_value, kl_gradient_coefficient, kl_reward, lambda a, b, kind: kl_loss(a, b, kind=kind)):
+        with pytest.raises(ValueError, match=r"kind='k5'.*'k1', 'k2', 'k3'"):
+            call(x, x, "k5")
+    for call in (kl_value, kl_reward, lambda a, b, kind: kl_loss(a, b, kind=kind)):
+        with pytest.raises(ValueError, match="kind='minimax'"):
+            call(x, x, "minimax")
+    with pytest.raises(ValueError, match="gradient='exact'"):
+        kl_loss(x, x, gradient="exact")
+
+
+BIASED = {
+    "k1 direct": (lambda x: kl_loss(x, x, kind="k1", gradient="direct"), "expected gradient is 0"),
+    "k2 direct": (lambda x: kl_loss(x, x, logp_old=x, gradient="direct"), "not weighed by pi/pi_old"),
+    "k3 direct": (lambda x: kl_loss(x, x, kind="k3", gradient="direct"), r"grad KL\(ref\|\|pi\)"),
+    "k4 direct": (lambda x: kl_loss(x, x, kind="k4", gradient="direct"), r"grad KL\(ref\|\|pi\)"),
+    "k3_clip direct": (lambda x: kl_loss(x, x, kind="k3_clip", gradient="direct"), "changes sign"),
+    "k3_clip unbiased": (lambda x: kl_loss(x, x, kind="k3_clip"), "clipped grad KL"),
+    "k2 reward": (lambda x: kl_reward(x, x, "k2"), "pushes down every action"),
+    "k3 reward": (lambda x: kl_reward(x, x, "k3"), r"grad KL\(pi\|\|ref\) - grad KL\(ref\|\|pi\)"),
+    "k4 reward": (lambda x: kl_reward(x, x, "k4"), r"grad KL\(pi\|\|ref\) - grad KL\(ref\|\|pi\)"),
+    "k3_clip reward": (lambda x: kl_reward(x, x, "k3_clip"), "clipped"),
+}
+UNBIASED = [
+    lambda x: kl_loss(x, x),
+    lambda x: kl_loss(x, x, logp_old=x),
+    lambda x: kl_loss(x, x, gradient="direct"),
+    lambda x: kl_loss(x, x, logp_old=x, kind="k1"),
+    lambda x: kl_loss(x, x, logp_old=x, kind="k3"),
+    lambda x: kl_loss(x, x, logp_old=x, kind="k4"),
+    lambda x: kl_loss(x, x, kind="k1", gradient="direct", allow_biased=True),
+    lambda x: kl_reward(x, x),
+    lambda x: kl_reward(x, x, "k3", allow_biased=True),
+    lambda x: kl_value(x, x, "k2"),
+]
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biased_forms_warn_once_naming_the_bias(name, monkeypatch):
+    monkeypatch.setattr(kl, "_warned", set())
+    call, bias = BIASED[name]
+    with pytest.warns(UserWarning, match=bias) as caught:
+        call(torch.zeros(2))
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert "allow_biased=True" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(torch.zeros(2))
+
+
+def test_exact_and_silenced_forms_do_not_warn(monkeypatch):
+    monkeypatch.setattr(kl, "_warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in UNBIASED:
+            call(torch.zeros(2))
+
+
+@pytest.mark.parametrize(("kind", "gradient"), FORMS)
+def test_kl_loss_compiles_without_a_graph_break(kind, gradient):
+    logp, ref, old = (12 * _random(3, 4, seed=s) for s in range(3))
+    mask = _random(3, 4, seed=3) > -1
+    results = []
+    torch._dynamo.reset()  # each form is a graph of its own, and their number is limited
+    for call in (kl_loss, torch.compile(kl_loss, backend="aot_eager", fullgraph=True)):
+        leaf = logp.clone().requires_grad_()
+        loss = call(leaf, ref, logp_old=old, kind=kind, gradient=gradient, allow_biased=True, mask=mask)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, **EXACT)
