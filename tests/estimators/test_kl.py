@@ -216,23 +216,48 @@ def test_a_step_is_charged_with_later_steps_only_by_reward_to_go():
 
 
 @pytest.mark.parametrize("std", [0.3, 1.0])
-@pytest.mark.parametrize("gap", [-0.7, 0.05, 2.0])
-def test_gaussian_k1_reward_has_the_gradient_of_the_closed_form_but_more_variance(std, gap):
-    """Gauss-Hermite quadrature, exact for the polynomials at hand; relative variance d (1 + D²/4) + 1 at d = 1."""
-    nodes, weights = (torch.tensor(a, dtype=F64) for a in np.polynomial.hermite.hermgauss(16))
-    weights = weights / math.sqrt(math.pi)
-    mean = torch.full((16, 1), 0.4, dtype=F64, requires_grad=True)
+@pytest.mark.parametrize("gap", [(-0.7,), (2.0,), (0.05, -1.0), (0.5, 0.2, -0.4)])
+def test_gaussian_k1_has_the_gradient_of_the_closed_form_and_the_documented_noise(std, gap):
+    """Gauss-Hermite quadrature over the action noise, exact for the polynomials at hand; [000] eq. 31 and 76.
+
+    The relative noise of one sample, tr Cov / |mean|², is d (1 + D²/4) + 1, and d + 1 with the KL as the baseline.
+    """
+    d = len(gap)
+    nodes, weights = (torch.tensor(a, dtype=F64) for a in np.polynomial.hermite.hermgauss(4))
+    noise = math.sqrt(2) * torch.cartesian_prod(*[nodes] * d).reshape(-1, d)
+    chances = torch.cartesian_prod(*[weights / math.sqrt(math.pi)] * d).reshape(-1, d).prod(1)
+    gap = torch.tensor(gap, dtype=F64)
+    mean = torch.full((len(noise), d), 0.4, dtype=F64, requires_grad=True)
     mean_ref = mean.detach() - gap
-    x = mean.detach() + math.sqrt(2) * std * nodes[:, None]
+    x = mean.detach() + std * noise
     logp, logp_ref = gaussian_log_prob(x, mean, std), gaussian_log_prob(x, mean_ref, std)
-    (exact,) = torch.autograd.grad(gaussian_kl(mean, mean_ref, std).sum(), mean)
-    for loss in (score_function_loss(logp, -kl_reward(logp, logp_ref)), kl_loss(logp, logp_ref)):
+    closed_form = gaussian_kl(mean, mean_ref, std)
+    (exact,) = torch.autograd.grad(closed_form.sum(), mean, retain_graph=True)
+    _same(exact[0], gap / std**2)
+    k1 = kl_reward(logp, logp_ref)
+    squared_distance = (gap / std).square().sum().item()
+    noisy = d * (1 + squared_distance / 4) + 1
+    for loss, relative in (
+        (score_function_loss(logp, -k1), noisy),
+        (kl_loss(logp, logp_ref), noisy),
+        (score_function_loss(logp, closed_form - k1), d + 1),
+    ):
         (samples,) = torch.autograd.grad(loss.sum(), mean, retain_graph=True)
-        expectation = (weights * samples[:, 0]).sum()
-        torch.testing.assert_close(expectation, exact[0, 0], rtol=1e-11, atol=1e-11)
-        assert expectation.item() == pytest.approx(gap / std**2, rel=1e-11)
-        variance = (weights * (samples[:, 0] - expectation) ** 2).sum()
-        assert (variance / expectation**2).item() == pytest.approx(2 + (gap / std) ** 2 / 4, rel=1e-9)
+        expectation = (chances[:, None] * samples).sum(0)
+        torch.testing.assert_close(expectation, exact[0], rtol=1e-11, atol=1e-11)
+        variance = (chances * (samples - expectation).square().sum(1)).sum()
+        assert (variance / expectation.square().sum()).item() == pytest.approx(relative, rel=1e-9)
+
+
+@pytest.mark.parametrize("d", [1, 7])
+def test_how_often_the_counterexample_of_eq_33_occurs(d):
+    """mu < x < mu_ref and x nearer to mu, along the line between them: Phi(D/2) - 1/2, whatever d."""
+    delta = _random(d, seed=5)
+    distance = delta.norm()
+    along = (_random(100_000, d, seed=6) @ delta) / distance
+    chance = 0.5 * math.erf(distance.item() / 2 / math.sqrt(2))
+    found = ((along > 0) & (along < distance - along)).double().mean().item()
+    assert found == pytest.approx(chance, abs=4 * math.sqrt(chance * (1 - chance) / 100_000))
 
 
 def test_appendix_d_by_quadrature():
