@@ -1,10 +1,16 @@
-"""How much a training epoch costs on top of the bare network passes it needs. Not a test: run it on a quiet machine.
+"""What a training epoch, and what the log-probs of tokens cost. Not tests: run them on a quiet machine.
 
     python scripts/benchmark.py ddpo                # the embedded model, as the quickstart trains it
     python scripts/benchmark.py ddpo --growth       # and how time and memory grow with pictures and steps
+    python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
 
-Every epoch is followed by exactly the UNet passes it made (same batch sizes, same adapter, with or without a backward
-pass), so that both see the same machine; the median of the ratios is what counts.
+``ddpo``: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by exactly the
+UNet passes it made (same batch sizes, same adapter, with or without a backward pass), so that both see the same
+machine; the median of the ratios is what counts.
+
+``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
+the peak of the resident memory over what is resident once the inputs are there, so the result and the gradients
+count: where logits are given, their gradient alone is as large as they are. "forward" is without a graph.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.callback()
 def benchmarks() -> None:
-    """Benchmarks, one command a trainer."""
+    """Benchmarks, one command each."""
 
 
 @app.command()
@@ -45,7 +51,10 @@ def ddpo(
     """DDPO's epoch time over the time of its UNet passes, and the peak memory."""
     if growth:
         rows = [
-            _in_own_process(recipe, [*(overrides or []), f"samples_per_epoch={samples}", f"sampler.steps={steps}"])
+            _in_own_process(
+                *("ddpo", "--epochs", "3", "--recipe", recipe, *(overrides or [])),
+                *(f"samples_per_epoch={samples}", f"sampler.steps={steps}"),
+            )
             for samples, steps in ((16, 10), (32, 10), (64, 10), (32, 5), (32, 20))
         ]
     else:
@@ -155,9 +164,112 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _in_own_process(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__)), "ddpo", "--json", "--epochs", "3", "--recipe", recipe, *overrides]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+CASES = {  # what is given, and whether there is a backward pass
+    "float32-logits-forward": (torch.float32, False),
+    "float32-logits-backward": (torch.float32, True),
+    "bfloat16-logits-forward": (torch.bfloat16, False),
+    "bfloat16-logits-backward": (torch.bfloat16, True),
+    "hidden-states-backward": (None, True),
+}
+
+
+@app.command()
+def token_log_probs(
+    batch: int = 4,
+    length: int = 1024,
+    vocabulary: int = 50_000,
+    width: Annotated[int, typer.Option(help="of the hidden states")] = 576,
+    chunk_size: int = 1024,
+    repeats: Annotated[int, typer.Option(help="the median time of so many")] = 3,
+    only: Annotated[
+        str | None, typer.Option(help="this form and case, in this process: naive:hidden-states-backward")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Memory and time of token log-probs, in chunks of the vocabulary against log_softmax and gather."""
+    if only is not None:
+        form, case = only.split(":")
+        print(json.dumps(measure_log_probs(form, case, (batch, length, vocabulary, width), chunk_size, repeats)))
+        return
+    sizes = {"batch": batch, "length": length, "vocabulary": vocabulary, "width": width}
+    options = [f"--{name}={value}" for name, value in sizes.items()]
+    options += [f"--chunk-size={chunk_size}", f"--repeats={repeats}"]
+    rows = {
+        case: [_in_own_process("token-log-probs", f"--only={form}:{case}", *options) for form in ("naive", "chunked")]
+        for case in CASES
+    }
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(f"{batch} x {length} tokens, {vocabulary} in the vocabulary, width {width}, chunks of {chunk_size}, ", end="")
+    print(f"{torch.get_num_threads()} thread(s); the differences are the largest between the two forms")
+    print("                             peak MiB above the inputs          seconds                 difference of")
+    print("given, pass                 naive  chunked   ratio    naive  chunked   ratio      value   gradient")
+    for case, (naive, chunked) in rows.items():
+        print(
+            f"{case:25s} {naive['mib']:7.0f}  {chunked['mib']:7.0f}  {naive['mib'] / chunked['mib']:6.2f}  "
+            f"{naive['seconds']:7.2f}  {chunked['seconds']:7.2f}  {naive['seconds'] / chunked['seconds']:6.2f}  "
+            f"{chunked['value']:9.1e}  " + (f"{chunked['gradient']:9.1e}" if CASES[case][1] else "        -")
+        )
+
+
+def measure_log_probs(
+    form: str, case: str, sizes: tuple[int, int, int, int], chunk_size: int, repeats: int
+) -> dict[str, float]:
+    """Peak memory and median time of one form; of the chunked one also how far it is from the naive one."""
+    from diffusion_align import estimators
+
+    batch, length, vocabulary, width = sizes
+    dtype, backward = CASES[case]
+    torch.manual_seed(0)
+    labels = torch.randint(0, vocabulary, (batch, length))
+    if dtype is None:
+        inputs = [torch.randn(batch, length, width), torch.randn(vocabulary, width).mul_(2 * width**-0.5)]
+    else:
+        inputs = [torch.randn(batch, length, vocabulary, dtype=dtype).mul_(2)]
+
+    def naive(labels: torch.Tensor, first: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+        logits = first @ weight[0].T if weight else first.float()
+        return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    def chunked(labels: torch.Tensor, first: torch.Tensor, *weight: torch.Tensor) -> torch.Tensor:
+        if weight:
+            return estimators.linear_token_log_probs(first, *weight, labels, chunk_size=chunk_size)
+        return estimators.token_log_probs(first, labels, chunk_size=chunk_size)
+
+    def run(call: Callable[..., torch.Tensor], labels: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """The value and the gradients of its sum."""
+        leaves = [x.detach().requires_grad_(backward) for x in inputs]
+        with torch.set_grad_enabled(backward):
+            value = call(labels, *leaves)
+            return [value.detach(), *(torch.autograd.grad(value.sum(), leaves) if backward else [])]
+
+    call = {"naive": naive, "chunked": chunked}[form]
+    run(call, labels[:1, :1], inputs[0][:1, :1], *inputs[1:])  # what is loaded at the first call is not to count
+    seconds = []
+    before = _resident_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    for _ in range(repeats):
+        result = None
+        start = time.perf_counter()
+        result = run(call, labels, *inputs)
+        seconds.append(time.perf_counter() - start)
+    measured = {"mib": max(_resident_mib("VmHWM") - before, 2**-10), "seconds": statistics.median(seconds)}
+    if form == "chunked":
+        differences = [(a - b).abs().max().item() for a, b in zip(result, run(naive, labels, *inputs))]
+        measured |= {"value": differences[0], "gradient": max(differences[1:], default=0.0)}
+    return measured
+
+
+def _resident_mib(field: str) -> float:
+    """VmRSS, resident now, or VmHWM, the peak of it."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) / 1024
+
+
+def _in_own_process(command: str, *arguments: str) -> Any:
+    line = [sys.executable, str(Path(__file__)), command, "--json", *arguments]
+    finished = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(finished.stdout.splitlines()[-1])
 
 

@@ -26,9 +26,8 @@ class _TokenLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor | None, labels: Tensor, scale: float, size: int) -> Tensor:
         ctx.scale, ctx.size = scale, size
-        normaliser = picked = torch.full(
-            labels.shape, -torch.inf, dtype=widen(features[:0]).dtype, device=labels.device
-        )
+        dtype = widen(features[:0]).dtype
+        normaliser = picked = torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device)
         for start, logits in _slices(ctx, features, weight):
             normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
             here, index = _position(labels, start, logits)
@@ -38,25 +37,28 @@ class _TokenLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("token log-probs have no second derivative: do not ask for create_graph.")
         features, weight, labels, normaliser = ctx.saved_tensors
         scored = labels != IGNORED
-        outer = torch.where(scored, grads[0], 0.0) * ctx.scale
+        outer = torch.where(scored, grads[0] * ctx.scale, 0.0).unsqueeze(-1)
         exact = features.dtype if weight is None else normaliser.dtype  # of the sum over slices
         d_features = torch.zeros_like(features, dtype=exact) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start, logits in _slices(ctx, features, weight):
-            part = slice(start, start + logits.shape[-1])
-            d_logits = torch.exp(logits - normaliser.unsqueeze(-1)) * -outer.unsqueeze(-1)
-            d_logits = torch.where(scored.unsqueeze(-1), d_logits, 0.0)
-            here, index = _position(labels, start, logits)
-            d_logits.scatter_add_(-1, index, torch.where(here, outer, 0.0).unsqueeze(-1))
-            if d_features is not None and weight is None:
-                d_features[..., part] = d_logits
-            elif d_features is not None and weight is not None:
-                d_features += d_logits.to(weight.dtype) @ weight[part]
-            if d_weight is not None:
-                clean = torch.where(scored.unsqueeze(-1), features, 0.0).flatten(0, -2)
-                d_weight[part] = d_logits.flatten(0, -2).to(weight.dtype).mT @ clean
+        clean = features if weight is None else torch.where(scored.unsqueeze(-1), features, 0.0).flatten(0, -2)
+        with torch.autocast(features.device.type, enabled=False):  # as in the forward pass
+            for start, logits in _slices(ctx, features, weight):
+                part = slice(start, start + logits.shape[-1])
+                d_logits = logits.sub_(normaliser.unsqueeze(-1)).exp_().mul_(-outer)
+                d_logits.masked_fill_(~scored.unsqueeze(-1), 0.0)
+                here, index = _position(labels, start, logits)
+                d_logits.scatter_add_(-1, index, torch.where(here.unsqueeze(-1), outer, 0.0))
+                if d_features is not None and weight is None:
+                    d_features[..., part] = d_logits
+                elif d_features is not None and weight is not None:
+                    d_features += d_logits.to(weight.dtype) @ weight[part]
+                if d_weight is not None:
+                    d_weight[part] = d_logits.flatten(0, -2).to(weight.dtype).mT @ clean
         return None if d_features is None else d_features.to(features.dtype), d_weight, None, None, None
 
 
@@ -74,21 +76,23 @@ def _position(labels: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tenso
     return here, torch.where(here, index, 0).unsqueeze(-1)
 
 
-def _check(labels: Tensor, vocabulary: int, temperature: float, chunk_size: int | None) -> None:
+def _checked(labels: Tensor, vocabulary: int, temperature: float, chunk_size: int | None) -> Tensor:
     _check_temperature(temperature)
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is not allowed: it must be at least 1, or None for no chunks.")
+    labels = labels.long()
     outside = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
     if labels.device.type == "cpu" and bool(outside.any()):  # elsewhere the test would make the device wait
         bad = int(labels[outside][0])
         raise ValueError(f"labels hold {bad}: only 0 to {vocabulary - 1}, or {IGNORED} for positions not scored.")
+    return labels
 
 
 def _check_temperature(temperature: float) -> None:
     if not 0 < temperature < torch.inf:
-        raise ValueError(f"temperature={temperature} is not allowed: it must be > 0.")
+        raise ValueError(f"temperature={temperature} is not allowed: it must be > 0 and finite.")
 
 
 def token_log_probs(
@@ -107,13 +111,12 @@ def token_log_probs(
     """
     if logits.ndim != 3 or logits.shape[:2] != labels.shape or logits.shape[2] == 0:
         raise ValueError(f"expected logits (B, T, V) and labels (B, T), got {_shapes(logits, labels)}.")
-    _check(labels, logits.shape[2], temperature, chunk_size)
-    size = logits.shape[2] if chunk_size is None else chunk_size
-    return _TokenLogProb.apply(logits, None, labels, 1.0 / temperature, size)
+    labels = _checked(labels, logits.shape[2], temperature, chunk_size)
+    return _TokenLogProb.apply(logits, None, labels, 1.0 / temperature, chunk_size or logits.shape[2])
 
 
 def linear_token_log_probs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, chunk_size: int = 4096
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, chunk_size: int | None = 1024
 ) -> Tensor:
     """``token_log_probs(hidden @ weight.T, labels)`` without the logits ever being there as a whole.
 
@@ -124,7 +127,7 @@ def linear_token_log_probs(
         hidden: (B, T, D), what the output layer is given; a gradient flows.
         weight: (V, D) of the output layer, which has no bias; a gradient flows.
         labels, temperature: as in ``token_log_probs``.
-        chunk_size: how many entries of the vocabulary there are at a time.
+        chunk_size: how many entries of the vocabulary there are at a time; None means all of them.
 
     Returns (B, T), float32 or wider. Raises ValueError as ``token_log_probs``.
     """
@@ -132,12 +135,12 @@ def linear_token_log_probs(
     if not fits or hidden.shape[:2] != labels.shape:
         shapes = _shapes(hidden, weight, labels)
         raise ValueError(f"expected hidden (B, T, D), weight (V, D) and labels (B, T), got {shapes}.")
-    _check(labels, weight.shape[0], temperature, chunk_size)
+    labels = _checked(labels, weight.shape[0], temperature, chunk_size)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
     with torch.autocast(device, enabled=False):
-        return _TokenLogProb.apply(hidden, weight, labels, 1.0 / temperature, chunk_size)
+        return _TokenLogProb.apply(hidden, weight, labels, 1.0 / temperature, chunk_size or weight.shape[0])
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -162,12 +165,12 @@ def categorical_kl(logits: Tensor, logits_ref: Tensor, *, temperature: float = 1
         logits_ref: the same shape, of the reference; a gradient flows (detach it, or compute it without one).
         temperature: > 0, of both.
 
-    Returns (B, T), float32 or wider; infinite where the policy does what the reference never does. Raises ValueError on
-    different shapes, no vocabulary or a temperature that is not > 0.
+    Returns (B, T), float32 or wider; infinite where the policy does what the reference never does, with a probability
+    that is not rounded to 0. Raises ValueError on different shapes, no vocabulary or a temperature that is not > 0.
     """
     check_shapes(logits=logits, logits_ref=logits_ref)
     logp, logp_ref = _log_softmax(logits, temperature), _log_softmax(logits_ref, temperature)
-    possible = logp != -torch.inf
+    possible = logp.exp() > 0
     log_ratio = torch.where(possible, logp, 0.0) - torch.where(possible, logp_ref, 0.0)
     return (logp.exp() * log_ratio).sum(-1)
 

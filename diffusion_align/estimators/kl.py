@@ -62,7 +62,7 @@ def _log_ratio(logp: Tensor, logp_ref: Tensor, kind: str, clip: float, mask: Ten
     check_shapes(logp=logp, logp_ref=logp_ref, mask=mask)
     if not clip > 0:
         raise ValueError(f"clip={clip} is not allowed: the bound on pi_ref/pi must be > 0.")
-    return counted(widen(logp).detach() - widen(logp_ref).detach(), mask)
+    return counted(widen(logp.detach()) - logp_ref.detach(), mask)
 
 
 def _bound(x: Tensor) -> float:
@@ -157,7 +157,7 @@ def kl_loss(
     """
     check_choice("kind", kind, KINDS)
     check_choice("gradient", gradient, ("unbiased", "direct"))
-    check_shapes(logp=logp, logp_ref=logp_ref, logp_old=logp_old)
+    check_shapes(logp=logp, logp_old=logp_old)
     log_ratio = _log_ratio(logp, logp_ref, kind, clip, mask)
     if not allow_biased and not (kind == "k2" and logp_old is None):
         _warn_of_bias(f"{kind} {gradient}", 'use kind="k2", gradient="unbiased"')

@@ -395,6 +395,27 @@ def test_extreme_log_probs_stay_finite_and_keep_their_gradient(rows, dtype):
     assert torch.equal(gradient == 0, logp == tensors[1])  # the bound on r zeroes nothing
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 20.0), (F64, 600.0)])
+def test_the_ratio_is_bounded_and_k3_stays_positive(dtype, bound):
+    for log_ratio in (-bound - 1, -1e9):
+        logp = torch.tensor([log_ratio], dtype=dtype)
+        k3 = kl_value(logp, torch.zeros_like(logp), "k3")
+        torch.testing.assert_close(k3, torch.tensor([math.expm1(bound) - bound], dtype=dtype))
+        coefficient = kl_gradient_coefficient(logp, torch.zeros_like(logp), "k3")
+        torch.testing.assert_close(coefficient, torch.tensor([-math.expm1(bound)], dtype=dtype))
+        minimax = kl_gradient_coefficient(-logp, torch.zeros_like(logp), "minimax")
+        torch.testing.assert_close(minimax, torch.tensor([math.expm1(bound)], dtype=dtype))
+
+
+def test_the_bound_of_k3_clip_may_be_below_one_and_is_reached_at_equality():
+    log_ratio = torch.tensor([-math.log(10.0), 1.0], dtype=F64)
+    zeros = torch.zeros_like(log_ratio)
+    assert kl_value(log_ratio, zeros, "k3_clip", clip=0.3)[1].item() == pytest.approx(0.3, abs=1e-12)
+    log_ratio.requires_grad_()
+    kl_loss(log_ratio, zeros, kind="k3_clip", gradient="direct", allow_biased=True).sum().backward()
+    torch.testing.assert_close(log_ratio.grad, torch.tensor([-9.0, 1 - math.exp(-1)], dtype=F64), **EXACT)
+
+
 def test_half_precision_is_widened():
     logp, ref = _random(3).bfloat16(), _random(3, seed=1).bfloat16()
     for call in [*_losses(), *_calls()]:
@@ -415,8 +436,9 @@ def test_wrong_shapes_kinds_and_settings_are_named():
         for clip in (0.0, -1.0, math.nan):
             with pytest.raises(ValueError, match="clip="):
                 call(x, x, x, clip=clip)
-    with pytest.raises(ValueError, match="logp_old"):
-        kl_loss(x, x, logp_old=column)
+    for gradient in ("unbiased", "direct"):
+        with pytest.raises(ValueError, match=r"logp_old \(2, 1\)"):
+            kl_loss(x, x, logp_old=column, gradient=gradient, allow_biased=True)
     for call in (kl_value, kl_gradient_coefficient, kl_reward, lambda a, b, kind: kl_loss(a, b, kind=kind)):
         with pytest.raises(ValueError, match=r"kind='k5'.*'k1', 'k2', 'k3'"):
             call(x, x, "k5")

@@ -1,0 +1,60 @@
+"""The pages on the mathematics: their code runs, their commands run, and what they point to is there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffusion_align.estimators as estimators
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs/mathematics"
+PAGES = sorted(FOLDER.glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_there_is_a_page_for_each_subject() -> None:
+    names = {"README", "kl", "gaussian_decisions", "diffusion_dpo", "text_policies", "dynamic_beta"}
+    assert {page.stem for page in PAGES} == names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_blocks_run_in_order(page: Path) -> None:
+    found = blocks(page, "python")
+    assert found or page.stem == "README"
+    exec(compile("\n".join(found), page.name, "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    for command in [line for block in blocks(page, "bash") for line in block.splitlines() if line]:
+        words = shlex.split(command)
+        assert words[0] == "diffusion-align"
+        call = [sys.executable, "-m", "diffusion_align", *words[1:]]
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_files_and_functions_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).is_file(), target
+    for path in re.findall(r"`(?:diffusion_align/)?((?:tests|diffusion|estimators|training)/[\w/]+\.py)`", text):
+        assert (ROOT / path).is_file() or (ROOT / "diffusion_align" / path).is_file(), path
+    for name in re.findall(r"`(?:estimators\.)?([a-z_]+_(?:loss|kl|reward|value|advantages|penalty|probs|factor))`", text):
+        assert hasattr(estimators, name), name
+
+
+def test_every_public_estimator_is_on_a_page() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    public = [name for name, value in vars(estimators).items() if callable(value) and not name.startswith("_")]
+    assert len(public) > 30
+    missing = [name for name in public if not re.search(rf"`{name}\b", text)]
+    assert missing == []
