@@ -48,7 +48,8 @@ def test_links_files_and_functions_exist(page: Path) -> None:
         assert (page.parent / target).is_file(), target
     for path in re.findall(r"`(?:diffusion_align/)?((?:tests|diffusion|estimators|training)/[\w/]+\.py)`", text):
         assert (ROOT / path).is_file() or (ROOT / "diffusion_align" / path).is_file(), path
-    for name in re.findall(r"`(?:estimators\.)?([a-z_]+_(?:loss|kl|reward|value|advantages|penalty|probs|factor))`", text):
+    kinds = "loss|kl|reward|value|advantages|penalty|probs|factor"
+    for name in re.findall(rf"`(?:estimators\.)?([a-z_]+_(?:{kinds}))`", text):
         assert hasattr(estimators, name), name
 
 

@@ -129,11 +129,9 @@ def gae(
     decision before them is followed by the next one that counts.
 
     Args:
-        rewards: (B, T); no gradient flows.
-        values: (B, T); no gradient flows.
+        rewards, values: (B, T); no gradient flows.
         mask: (B, T) bool.
-        gamma: discount, in [0, 1].
-        lam: 0 is the one-step error, 1 the return minus the value, in [0, 1].
+        gamma, lam: in [0, 1]; lam 0 is the one-step error, 1 the return minus the value.
 
     Returns advantages (B, T) and returns (B, T), float32 or wider, 0 where masked. Raises ValueError on different
     shapes, a mask that is not bool, or gamma or lam out of [0, 1].
@@ -158,11 +156,8 @@ def gae(
 def reward_to_go(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Sum of ``x`` from each decision to the end, in its unit: ``y_t = sum_{k >= t} x_k``.
 
-    Args:
-        x: (B, T); a gradient flows.
-        mask: (B, T) bool, or None if all entries count.
-
-    Returns (B, T), float32 or wider, 0 where masked. Raises ValueError on different shapes or a mask that is not bool.
+    ``x`` (B, T), a gradient flows; ``mask`` (B, T) bool, or None if all entries count. Returns (B, T), float32 or
+    wider, 0 where masked. Raises ValueError on different shapes or a mask that is not bool.
     """
     check_shapes(ndim=2, x=x, mask=mask)
     return counted(counted(x, mask).flip(1).cumsum(1).flip(1), mask)

@@ -23,7 +23,7 @@ def diffusion_dpo_loss(
     34, whose T omega(lambda) turns squared errors of the noise into these nats.
 
     Args:
-        err_w, err_l: (B,), the only inputs with a gradient.
+        err_w, err_l: (B,); a gradient flows, and through a ``beta`` that has one.
         err_w_ref, err_l_ref: (B,); detached.
         beta: float or (B,), > 0, per nat.
         label_smoothing: see ``dpo_loss``.
@@ -42,11 +42,11 @@ def corrected_diffusion_dpo_loss(
 
     kl_old = |mu_old - mu_ref|²/(2 std²). At the reference the gradient is that of ``diffusion_dpo_loss``. Afterwards
     the weight cannot tell a change that favours the winner from one that does not, and the loss has no minimum: it
-    needs ``lam (KL_w + KL_l)/2`` with lam >= 2 beta added. With ``err_ref - err_old`` in place of ``kl_old`` the
-    gradient is that of ``diffusion_dpo_loss`` where old is the policy itself.
+    needs ``lam (KL_w + KL_l)/2`` added, lam > 2 beta if old follows the policy. With ``err_ref - err_old`` in place of
+    ``kl_old`` the gradient is that of ``diffusion_dpo_loss`` where old is the policy itself.
 
     Args:
-        err_w, err_l: (B,), the only inputs with a gradient.
+        err_w, err_l: (B,); a gradient flows, and through a ``beta`` that has one.
         kl_old_w, kl_old_l: (B,) nats; detached.
         beta: float or (B,), > 0.
 

@@ -18,7 +18,7 @@ from diffusion_align.estimators._checks import check_choice, check_shapes, widen
 
 
 class BetaNetwork(nn.Module):
-    """beta(x) > 0, (B,), from prompt embeddings (B, D); exactly ``beta`` for every prompt before training.
+    """beta(x) > 0, (B,), from prompt embeddings (B, D); before training it is ``beta`` for every prompt.
 
     LayerNorm and not the BatchNorm of [003] §6: with that a prompt's beta, and its slope in the smoothness penalty,
     would depend on the other prompts of its batch.
@@ -31,9 +31,12 @@ class BetaNetwork(nn.Module):
         last = nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, beta + math.log(-math.expm1(-beta)))  # the inverse of softplus
+        self.dimensions = dimensions
         self.layers = nn.Sequential(nn.LayerNorm(dimensions), nn.Linear(dimensions, hidden), nn.SiLU(), last)
 
     def forward(self, embeddings: Tensor) -> Tensor:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.dimensions:
+            raise ValueError(f"expected embeddings (B, {self.dimensions}), got {tuple(embeddings.shape)}.")
         return softplus(self.layers(embeddings).squeeze(-1))
 
 

@@ -53,7 +53,7 @@ def masked_whiten(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
         mask: bool, the shape of ``x``.
         dim: the dimension or dimensions that share a mean and a std.
 
-    Returns The shape of ``x``, float32 or wider; 0 where masked. Raises ValueError as ``masked_sum``.
+    Returns the shape of ``x``, float32 or wider; 0 where masked. Raises ValueError as ``masked_sum``.
     """
     x = _check(x, mask, dim)
     if x.numel() == 0:

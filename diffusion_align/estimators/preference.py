@@ -25,7 +25,7 @@ def _beta(beta: Beta, like: Tensor) -> Beta:
     if isinstance(beta, Tensor):
         if beta.ndim == 0 or beta.shape == like.shape[:1]:
             return widen(beta)
-        raise ValueError(f"beta must be a float or ({like.shape[0]},), got shape {tuple(beta.shape)}.")
+        raise ValueError(f"beta must be a float or {tuple(like.shape[:1])}, got shape {tuple(beta.shape)}.")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta} is not allowed: it must be > 0.")
     return beta
@@ -112,6 +112,8 @@ def kto_loss(
     if desirable.dtype != torch.bool or reference_point.shape not in ((), logratio.shape):
         found = f"{desirable.dtype} and {tuple(reference_point.shape)}"
         raise ValueError(f"expected a bool desirable and a reference_point 0-d or like logratio, got {found}.")
+    if not (desirable_weight >= 0 and undesirable_weight >= 0):
+        raise ValueError(f"{desirable_weight=}, {undesirable_weight=} is not allowed: both must be at least 0.")
     reward = _beta(beta, logratio) * (widen(logratio) - widen(reference_point).detach().clamp(min=0))
     return torch.where(desirable, desirable_weight * torch.sigmoid(-reward), undesirable_weight * torch.sigmoid(reward))
 
@@ -175,15 +177,15 @@ def trajectory_dpo_loss(
 def rso_accept(rewards: Tensor, beta: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Which of N candidates a prompt to keep, (..., N) bool: each with probability ``exp((r - max r)/beta)``.
 
-    Samples of pi_ref, thinned like this, are samples of pi_ref exp(r/beta)/Z, the optimum; the best is always kept.
-    Pairs of them go into any pair loss. Liu et al. 2023 (arXiv:2309.06657), §3.3.
+    The best is always kept. For many candidates from pi_ref those kept are samples of pi_ref exp(r/beta)/Z, the
+    optimum; for few they fall short of it. Pairs of them go into any pair loss. Liu et al. 2023 (arXiv:2309.06657).
 
     Args:
         rewards: (..., N), finite; the maximum is taken over the last dimension.
         generator: on the rewards' device; None means torch's own.
     """
-    if rewards.ndim == 0 or not bool(rewards.isfinite().all()):
-        raise ValueError(f"rewards {tuple(rewards.shape)} must be (..., N) and finite.")
+    if rewards.ndim == 0 or not bool(rewards.isfinite().all()) or isinstance(beta, Tensor):
+        raise ValueError(f"rewards {tuple(rewards.shape)} must be (..., N) and finite, and beta a float.")
     _beta(beta, rewards)
     rewards = widen(rewards).detach()
     if rewards.numel() == 0:
@@ -195,8 +197,9 @@ def rso_accept(rewards: Tensor, beta: float, *, generator: torch.Generator | Non
 def fit_bradley_terry(wins: Tensor) -> Tensor:
     """Log-strengths (n,), float64, mean 0, that make a table of wins most likely: P(i beats j) = sigmoid(s_i - s_j).
 
-    Newton's method with halved steps on the concave log-likelihood ``sum_ij wins_ij log sigmoid(s_i - s_j)``. A finite
-    maximum exists only if every split of the players in two has wins in both directions (Ford 1957).
+    Newton's method on the concave log-likelihood ``sum_ij wins_ij log sigmoid(s_i - s_j)``; a step that changes a pair
+    by r is shortened to log(1 + r), so that it rises (it is self-concordant). A finite maximum exists only if every
+    split of the players in two has wins in both directions (Ford 1957).
 
     Args:
         wins: (n, n), how often the row's player beat the column's, >= 0; a tie is half a win for both.
@@ -207,7 +210,6 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not bool((table.isfinite() & (table >= 0)).all()):
         raise ValueError(f"wins must be a square table of finite counts >= 0, got {tuple(wins.shape)}.")
     n = len(table)
-    table = table - table.diag().diag()
     reach = ((table > 0) | torch.eye(n, dtype=torch.bool)).double()
     for _ in range(n):
         reach = ((reach @ reach) > 0).double()
@@ -216,20 +218,16 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
             "wins has no finite maximum: some players never lost to, or never won against, all the others."
         )
 
-    def likelihood(s: Tensor) -> Tensor:
-        return (table * logsigmoid(s.unsqueeze(1) - s)).sum()
-
-    strengths = table.new_zeros(n)
-    for _ in range(100):
+    games = table + table.T
+    strengths, step = table.new_zeros(n), table.new_zeros(n)
+    for _ in range(300):
         chance = torch.sigmoid(strengths.unsqueeze(1) - strengths)
-        games = table + table.T
-        slope = (table - games * chance).sum(1)
+        slope = (table * chance.T - table.T * chance).sum(1)
         weights = games * chance * chance.T
-        curvature = weights.sum(1).diag() - weights + 1.0 / n  # + 1/n: the mean, which is free, stays where it is
-        step = torch.linalg.solve(curvature, slope)
-        while step.abs().max() > 1e-15 and likelihood(strengths + step) < likelihood(strengths):
-            step = step / 2
-        strengths = strengths + step
-        if step.abs().max() < 1e-13:
+        curvature = weights.sum(1).diag() - weights
+        step[1:] = torch.linalg.solve(curvature[1:, 1:], slope[1:])  # the first stays where it is: the mean is free
+        longest = float(torch.where(games > 0, step.unsqueeze(1) - step, 0.0).max())
+        strengths = strengths + step * (math.log1p(longest) / longest if longest > 0 else 1.0)
+        if longest < 1e-12:
             break
     return strengths - strengths.mean()

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_align.estimators import gae, group_advantages, leave_one_out_advantages, reward_to_go
+from diffusion_align.estimators import (
+    gae,
+    group_advantages,
+    leave_one_out_advantages,
+    reward_to_go,
+    several_rewards_advantages,
+)
 
 F64 = torch.float64
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -65,6 +71,58 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
         others = (IDS[i] == IDS) & (torch.arange(6) != i)
         expected[i] = rewards[i] - rewards[others].mean()
     torch.testing.assert_close(leave_one_out_advantages(rewards, IDS), expected, **EXACT)
+
+
+@pytest.mark.parametrize("settings_", [{}, {"scale": "batch"}, {"scale": "none", "ddof": 0}, {"clip_std": (0.5, 2.0)}])
+def test_several_rewards_are_normalised_one_by_one_and_then_weighed(settings_):
+    rewards, weights = _random(6, 3), torch.tensor([1.0, -0.5, 2.0], dtype=F64)
+    columns = [group_advantages(rewards[:, k], IDS, **settings_) for k in range(3)]
+    result = several_rewards_advantages(rewards, IDS, weights, **settings_)
+    torch.testing.assert_close(result, columns[0] - 0.5 * columns[1] + 2 * columns[2], **EXACT)
+    ones = several_rewards_advantages(rewards, IDS, **settings_)
+    torch.testing.assert_close(ones, columns[0] + columns[1] + columns[2], **EXACT)
+    assert torch.equal(ones, several_rewards_advantages(rewards, IDS, torch.ones(3, dtype=F64), **settings_))
+    assert torch.equal(several_rewards_advantages(rewards[:, :1], IDS, **settings_), columns[0])
+
+
+def test_several_rewards_by_hand_and_whatever_their_units():
+    ids, root = torch.zeros(2, dtype=torch.long), math.sqrt(0.5)
+    rewards = torch.tensor([[0.0, 500.0, 3.0], [1.0, 100.0, 3.0]], dtype=F64)
+    assert several_rewards_advantages(rewards, ids).tolist() == pytest.approx([0, 0], abs=1e-15)
+    weights = torch.tensor([3.0, 1.0, 9.0], dtype=F64)  # the third never differs and has no say
+    assert several_rewards_advantages(rewards, ids, weights).tolist() == pytest.approx([-2 * root, 2 * root])
+    rewards = _random(6, 2)
+    units = torch.tensor([1e-3, 1e4], dtype=F64)
+    other = several_rewards_advantages(units * rewards + 7, IDS)
+    torch.testing.assert_close(other, several_rewards_advantages(rewards, IDS), rtol=1e-9, atol=1e-9)
+    together = group_advantages((units * rewards).sum(1), IDS)
+    assert (other - together).abs().max() > 0.1
+
+
+def test_several_rewards_errors_types_and_empty_batches():
+    rewards, weights = _random(6, 2).requires_grad_(), _random(2, seed=1).requires_grad_()
+    assert not several_rewards_advantages(rewards, IDS, weights).requires_grad
+    for dtype, expected in ((torch.int64, torch.float32), (torch.float16, torch.float32), (F64, F64)):
+        assert several_rewards_advantages(rewards.to(dtype), IDS).dtype == expected
+    for bad, bad_weights in (
+        (rewards[:, 0], None),
+        (rewards[:, :0], None),
+        (rewards[None], None),
+        (rewards, torch.ones(1)),
+        (rewards, torch.ones(2, 1)),
+        (rewards, torch.ones(6)),
+        (rewards, torch.tensor(1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"expected rewards \(B, K\) with K > 0 and weights \(K,\) or None"):
+            several_rewards_advantages(bad, IDS, bad_weights)
+    with pytest.raises(ValueError, match=r"\(6,\).*\(5,\)"):
+        several_rewards_advantages(rewards, IDS[:5])
+    with pytest.raises(ValueError, match=r"\(6,\) hold 6 value"):
+        several_rewards_advantages(torch.tensor([0.0, math.nan]).expand(6, 2), IDS)
+    with pytest.raises(ValueError, match="scale='std'"):
+        several_rewards_advantages(rewards, IDS, scale="std")
+    assert several_rewards_advantages(torch.zeros(0, 2), IDS[:0], torch.ones(2)).shape == (0,)
+    assert several_rewards_advantages(rewards[:1], IDS[:1]).tolist() == [0.0]
 
 
 def test_results_carry_no_gradient_and_the_dtype_of_the_rewards():
