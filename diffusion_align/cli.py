@@ -130,6 +130,38 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
         raise _user_error(str(error)) from None
 
 
+@app.command()
+def estimators(
+    q: Annotated[tuple[float, float], typer.Option(help="mean and std of the Gaussian that is sampled")] = (0.1, 0.2),
+    p: Annotated[tuple[float, float], typer.Option(help="mean and std of the reference")] = (0.0, 1.0),
+    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="drawn from q")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the samples")] = 0,
+    actions: Annotated[int, typer.Option(min=2, max=1000, help="of the softmax policy; 4 is a fixed example")] = 4,
+    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="draw its logits")] = None,
+    plot: Annotated[Path | None, typer.Option(help="folder for two figures")] = None,
+) -> None:
+    """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
+    from diffusion_align.report.estimator_gradients import EXAMPLE, random_softmax
+    from diffusion_align.report.estimator_plots import write_estimator_plots
+    from diffusion_align.report.estimator_tables import gradient_report, value_report
+    from diffusion_align.report.estimator_values import Normal
+
+    fixed = softmax_seed is None and actions == len(EXAMPLE.policy)
+    example = EXAMPLE if fixed else random_softmax(actions, softmax_seed or 0)
+    try:
+        parts = [*value_report(Normal(*q), Normal(*p), samples=samples, seed=seed), "", *gradient_report(example)]
+    except ValueError as error:
+        raise _user_error(str(error)) from None
+    if plot is not None:
+        _make_folder(plot, "--plot")
+        try:
+            parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
+        except OSError as error:
+            raise _user_error(f"--plot: the figures cannot be written to {plot}: {error.strerror}") from None
+    for part in parts:
+        _console.print(part, highlight=False, markup=False)
+
+
 @app.command("list")
 def list_(
     what: Annotated[str, typer.Argument(help="configs, models, prompts or rewards; all when not given")] = "",
@@ -245,8 +277,8 @@ def _open(path: Path) -> Any:
         raise _user_error(f"{path} is not a picture that can be read") from None
 
 
-def _make_folder(path: Path) -> None:
+def _make_folder(path: Path, option: str = "--output") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _user_error(f"--output: the folder {path} cannot be made: {error.strerror}") from None
+        raise _user_error(f"{option}: the folder {path} cannot be made: {error.strerror}") from None

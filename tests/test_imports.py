@@ -22,7 +22,7 @@ FOLDERS = {
 # What each part may import of the project; a part always may import itself and the bare package (its version).
 ALLOWED = {
     "estimators": set(),
-    "report": set(),
+    "report": {"estimators"},
     "assets": set(),
     "training": {"estimators"},
     "rewards": {"assets"},
