@@ -25,6 +25,11 @@ def test_there_is_a_page_for_each_subject() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_nothing_is_left_to_fill_in(page: Path) -> None:
+    assert not re.search(r"^[A-Z]+$|TODO|XXX", page.read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_blocks_run_in_order(page: Path) -> None:
     found = blocks(page, "python")
     assert found or page.stem == "README"

@@ -36,6 +36,7 @@ from diffusion_align.estimators import (
     reward_to_go,
     score_function_loss,
 )
+from diffusion_align.estimators.policy import LOG_CLAMP
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
@@ -265,6 +266,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             "ratio/mean": ratio,
             "ratio/min": ratio,
             "ratio/max": ratio,
+            "ratio/clamped": ((logp.detach() - logp_old).abs() > LOG_CLAMP).float(),
             "clip_ratio/low_mean": low.float(),
             "clip_ratio/high_mean": high.float(),
             "clip_ratio/region_mean": (low | high).float(),

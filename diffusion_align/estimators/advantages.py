@@ -27,8 +27,8 @@ def _like(result: Tensor, x: Tensor) -> Tensor:
 
 def _checked_rewards(rewards: Tensor) -> Tensor:
     values = _float64(rewards)
-    if not bool(values.isfinite().all()):
-        bad = int((~values.isfinite()).sum())
+    bad = int((~(values.abs() <= 1e150)).sum())  # their squares have to be finite, too
+    if bad:
         raise ValueError(
             f"rewards {tuple(rewards.shape)} hold {bad} value(s) that are not finite; drop or replace them."
         )
@@ -106,7 +106,7 @@ def several_rewards_advantages(
         found = (tuple(rewards.shape), None if weights is None else tuple(weights.shape))
         raise ValueError(f"expected rewards (B, K) with K > 0 and weights (K,) or None, got {found}.")
     advantages = torch.stack([group_advantages(column, group_ids, **settings) for column in rewards.unbind(1)], 1)
-    return advantages.sum(1) if weights is None else (advantages * weights.detach()).sum(1)
+    return advantages.sum(1) if weights is None else (advantages * weights.detach().to(advantages)).sum(1)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Log-probs, entropy and exact KL of categorical decisions: tokens out of a vocabulary of V. Nats.
 
-Everything is computed in float32 or wider, whatever the logits are in. A logit of -inf is an action that cannot happen.
+Everything from the logits on is computed in float32 or wider. A logit of -inf is an action that cannot happen.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ IGNORED = -100  # the label of a position that is not scored
 
 
 class _TokenLogProb(torch.autograd.Function):
-    """``logits[label] - logsumexp(logits)``, a slice of the vocabulary at a time, in the backward pass too.
-
-    What is kept is the input and one number a token. ``features`` are the logits, or with ``weight`` what the output
-    layer makes them of.
-    """
+    """``logits[label] - logsumexp(logits)``, a slice of the vocabulary at a time; kept are the input and one number a
+    token. ``features`` are the logits, or with ``weight`` what the output layer makes them of."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor | None, labels: Tensor, scale: float, size: int) -> Tensor:

@@ -26,8 +26,8 @@ class BetaNetwork(nn.Module):
 
     def __init__(self, dimensions: int, *, beta: float = 0.1, hidden: int = 64) -> None:
         super().__init__()
-        if not 0 < beta < math.inf or dimensions < 1 or hidden < 1:
-            raise ValueError(f"{dimensions=}, {beta=}, {hidden=} is not allowed: all must be > 0.")
+        if not 0 < beta < math.inf or dimensions < 2 or hidden < 1:
+            raise ValueError(f"{dimensions=}, {beta=}, {hidden=} is not allowed: all must be > 0, dimensions > 1.")
         last = nn.Linear(hidden, 1)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, beta + math.log(-math.expm1(-beta)))  # the inverse of softplus
@@ -37,7 +37,7 @@ class BetaNetwork(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dimensions:
             raise ValueError(f"expected embeddings (B, {self.dimensions}), got {tuple(embeddings.shape)}.")
-        return softplus(self.layers(embeddings).squeeze(-1))
+        return softplus(widen(self.layers(embeddings)).squeeze(-1))
 
 
 def beta_factor(beta: Tensor, *, convention: Literal["product", "inverse"] = "product", detach: bool = True) -> Tensor:
@@ -54,6 +54,7 @@ def beta_factor(beta: Tensor, *, convention: Literal["product", "inverse"] = "pr
 
 def beta_range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor:
     """``max(0, beta - beta_max) + max(0, beta_min - beta)``, in the unit of beta; a gradient flows."""
+    check_shapes(ndim=1, beta=beta)
     if not 0 <= beta_min <= beta_max:
         raise ValueError(f"{beta_min=}, {beta_max=} is not allowed: 0 <= beta_min <= beta_max.")
     return (widen(beta) - beta_max).relu() + (beta_min - widen(beta)).relu()
@@ -72,11 +73,15 @@ def beta_smoothness_penalty(beta: Tensor, embeddings: Tensor) -> Tensor:
         )
     if not embeddings.requires_grad or not beta.requires_grad:
         raise ValueError("beta must be computed from embeddings that require a gradient: use x.requires_grad_() first.")
-    (slope,) = torch.autograd.grad(beta.sum(), embeddings, create_graph=True)
+    (slope,) = torch.autograd.grad(beta.sum(), embeddings, create_graph=True, allow_unused=True)
+    if slope is None:
+        raise ValueError("beta was not computed from these embeddings.")
     return widen(slope).square().sum(1)
 
 
 def beta_entropy_penalty(beta: Tensor, entropy: Tensor, alpha: float) -> Tensor:
     """``(beta - alpha H)²``, H (B,) the reference's entropy at the prompt, nats, detached; beta has a gradient."""
-    check_shapes(beta=beta, entropy=entropy)
+    check_shapes(ndim=1, beta=beta, entropy=entropy)
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"{alpha=} is not allowed: it must be at least 0.")
     return (widen(beta) - alpha * widen(entropy).detach()).square()

@@ -21,7 +21,7 @@ def _std_column(std: float | Tensor, like: Tensor, name: str) -> Tensor:
     """``std`` as a tensor that broadcasts against the (B, d) tensor ``like``: (1, 1) or (B, 1)."""
     if isinstance(std, Tensor):
         if std.ndim == 0 or tuple(std.shape) == (like.shape[0],):
-            return widen(std).reshape(-1, 1)
+            return std.to(like.dtype) if std.ndim == 0 else std.to(like.dtype).unsqueeze(1)
         raise ValueError(f"{name} must be a float, a 0-d tensor or ({like.shape[0]},), got shape {tuple(std.shape)}.")
     if not isinstance(std, (int, float)) or not std > 0:
         raise ValueError(f"{name}={std!r} is not a number > 0; leave deterministic steps out, they have no density.")

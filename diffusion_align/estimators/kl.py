@@ -16,9 +16,9 @@ where(k1 < 0, k3, min(k1, k3)) equals k3, because k3 < k1 wherever k1 > 0. [002]
 2025, §2–3, table 1, appendices D and F; Schulman, "Approximating KL divergence", 2020.
 
 Common arguments: ``kind``, above; ``clip`` > 0, the bound on r in k3_clip; ``mask``, bool like ``logp``: an entry that
-does not count is 0 and has no gradient, whatever it holds. r is bounded by e^20 in float32 and e^600 in float64, so
-that all stays finite; no gradient is zeroed by that. Different shapes, a mask that is not bool, an unknown choice or a
-clip that is not > 0 are a ``ValueError``. Results are float32 or wider.
+does not count is 0 and has no gradient, whatever it holds. r is bounded by e^20 in float32 and e^600 in float64, w by
+e^20: all stays finite for log-ratios up to 1e18 in size, and no gradient is zeroed. Different shapes, a mask that is
+not bool, an unknown choice or a clip that is not > 0 are a ``ValueError``. Results are float32 or wider.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diffusion_align.estimators._checks import check_choice, check_shapes, count
 from diffusion_align.estimators.policy import importance_ratio
 
 Kind = Literal["k1", "k2", "k3", "k3_clip", "k4"]
-KINDS = ("k1", "k2", "k3", "k3_clip", "k4")
+KINDS: tuple[Kind, ...] = ("k1", "k2", "k3", "k3_clip", "k4")
 
 _BIASES = {
     "k1 direct": "its expected gradient is 0, no constraint at all, and off-policy it pushes away from the sampler",
@@ -42,7 +42,7 @@ _BIASES = {
     "k3 direct": "its expected gradient is grad KL(ref||pi), not grad KL(pi||ref)",
     "k3_clip direct": "its gradient changes sign where r > clip, just where the policy is furthest from the reference",
     "k3_clip unbiased": "clipping biases it whatever the weight: on-policy it is a clipped grad KL(ref||pi)",
-    "k2 in the reward": "its expected gradient pushes down every action, more the further it is from the reference",
+    "k2 in the reward": "its expected gradient is the sum over actions of pi l²/2 s, not grad KL(pi||ref)",
     "k3 in the reward": "its expected gradient is grad KL(pi||ref) - grad KL(ref||pi), not grad KL(pi||ref)",
     "k3_clip in the reward": "its expected gradient is that of k3, grad KL(pi||ref) - grad KL(ref||pi), clipped",
 }
@@ -51,7 +51,7 @@ _warned: set[str] = set()
 
 def _warn_of_bias(form: str, remedy: str) -> None:
     form = form.replace("k4", "k3")
-    if form in _BIASES and form not in _warned:
+    if form in _BIASES and form not in _warned and not torch.compiler.is_compiling():
         _warned.add(form)
         sentence = f"KL as {form} is biased: {_BIASES[form]}; {remedy}, or pass allow_biased=True to keep it."
         warnings.warn(sentence, UserWarning, stacklevel=3)
@@ -149,7 +149,7 @@ def kl_loss(
     Args:
         logp: (B, T) nats, the policy being trained; the only input with a gradient.
         logp_ref: (B, T) nats, the reference.
-        logp_old: (B, T) nats, the policy that sampled; None if that is ``logp`` itself (on-policy).
+        logp_old: (B, T) nats, the policy that sampled; None only if that is ``logp`` itself (on-policy).
         gradient: "unbiased" or "direct".
         allow_biased: True silences the warning that names a form's bias, once a form.
 
@@ -188,8 +188,7 @@ def kl_reward(
     """Penalty per decision in nats, detached, to *subtract* from the reward (times beta): ``reward - beta * penalty``.
 
     k1, ``logp_old - logp_ref`` ([002] eq. 20), has the policy gradient grad KL(pi||ref) exactly; over several updates
-    on one batch, weighed by pi/pi_old, it is grad KL(pi||ref) - grad KL(pi||old) ([002] eq. 39). The other kinds are
-    biased: their values are never negative and push down every action.
+    on one batch, weighed by pi/pi_old, it is grad KL(pi||ref) - grad KL(pi||old) ([002] eq. 39). The others are biased.
 
     Args:
         logp_old: (B, T) nats, the policy that sampled, not the one being trained ([002] eq. 39); detached.

@@ -19,7 +19,7 @@ Dim = int | tuple[int, ...]
 
 def _check(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
     check_shapes(x=x, mask=mask)
-    if dim is None or dim == ():
+    if dim is None or (not isinstance(dim, int) and len(dim) == 0):
         raise ValueError(f"dim={dim!r} is not allowed for x {tuple(x.shape)}: name every dimension to reduce.")
     return counted(x, mask)
 

@@ -17,6 +17,7 @@ from diffusion_align.estimators._checks import check_choice, check_shapes, count
 from diffusion_align.estimators.masked import masked_mean
 
 Level = Literal["decision", "sequence"]
+LOG_CLAMP = 20.0  # nats; how many log-ratios are beyond it is for the caller to log
 
 
 class _StraightThroughClamp(torch.autograd.Function):
@@ -44,7 +45,7 @@ def importance_ratio(
     *,
     mask: Tensor | None = None,
     level: Level = "decision",
-    log_clamp: float = 20.0,
+    log_clamp: float = LOG_CLAMP,
 ) -> Tensor:
     """Ratio ``rho = exp(logp - logp_old)`` of the trained to the sampling policy, no unit.
 
@@ -58,14 +59,14 @@ def importance_ratio(
         logp: (B, T) nats; the only input with a gradient.
         logp_old: (B, T) nats, the behaviour policy; detached.
         level: "decision" or "sequence".
-        log_clamp: bound on the log-ratio in nats, > 0.
+        log_clamp: bound on the log-ratio in nats, > 0 and at most 80.
 
     Masked entries are 1 ("decision") or their row's ratio ("sequence").
     """
     check_choice("level", level, ("decision", "sequence"))
     check_shapes(ndim=2 if level == "sequence" else None, logp=logp, logp_old=logp_old, mask=mask)
-    if not log_clamp > 0:
-        raise ValueError(f"log_clamp={log_clamp} is not allowed: it must be > 0.")
+    if not 0 < log_clamp <= 80:
+        raise ValueError(f"log_clamp={log_clamp} is not allowed: it must be > 0 and at most 80.")
     log_ratio = counted(widen(logp) - widen(logp_old).detach(), mask)
     if level == "sequence":
         counts = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
@@ -125,12 +126,10 @@ def clip_fractions(
     """Which decisions the clip takes out, for logging: ``(low, high)``, average them for the fractions.
 
     ``low``: rho < 1 - clip and A < 0; ``high``: rho > 1 + clip_high and A > 0. These are the entries that the surrogate
-    gives no gradient. Without ``advantages`` the sign is not asked for. ``low | high`` is the whole clipped region.
+    gives no gradient, but for those that only ``dual_clip`` takes out. Without ``advantages`` the sign is not asked
+    for. ``low | high`` is the whole clipped region.
 
-    Args:
-        logp, logp_old, advantages, clip, clip_high, mask, level: as in ``clipped_surrogate``; no gradient flows.
-
-    Returns two bool tensors (B, T); False where masked.
+    Args as in ``clipped_surrogate``; no gradient flows. Returns two bool tensors (B, T); False where masked.
     """
     check_shapes(logp=logp, logp_old=logp_old, advantages=advantages, mask=mask)
     bound_low, bound_high = _check_clip(clip, clip_high)

@@ -13,7 +13,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import logsigmoid
 
 from diffusion_align.estimators._checks import check_shapes, counted, widen
 from diffusion_align.estimators.masked import masked_mean
@@ -71,12 +71,12 @@ def dpo_loss(
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing={label_smoothing} is not allowed: it must lie in [0, 0.5].")
     counts = torch.ones_like(rejected, dtype=torch.bool) if mask is None else mask.reshape(rejected.shape)
-    logratios = torch.cat([widen(chosen_logratio).unsqueeze(1), counted(rejected, counts)], 1)
     beta = _beta(beta, chosen_logratio)
-    rewards = (beta.reshape(-1, 1) if isinstance(beta, Tensor) else beta) * logratios
-    logp = rewards.masked_fill(pad(~counts, (1, 0)), -math.inf).log_softmax(1)
-    loss = -(1 - label_smoothing) * logp[:, 0]
-    return loss - label_smoothing * masked_mean(logp[:, 1:], counts, 1) if label_smoothing else loss
+    beta = beta.unsqueeze(1) if isinstance(beta, Tensor) and beta.ndim else beta
+    margins = beta * (counted(rejected, counts) - widen(chosen_logratio).unsqueeze(1))
+    # Not log_softmax: its float32 result loses the gradient of a chosen one that is well ahead.
+    loss = -logsigmoid(-margins.masked_fill(~counts, -math.inf).logsumexp(1))
+    return loss - label_smoothing * masked_mean(margins, counts, 1) if label_smoothing else loss
 
 
 def ipo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: Beta) -> Tensor:
@@ -136,8 +136,8 @@ def orpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float = 0.1) -
         raise ValueError(f"weight={weight} is not allowed: it must be at least 0.")
     odds = []
     for logp in (widen(chosen_logp), widen(rejected_logp)):
-        below_one = logp + (logp.clamp(max=-1e-6) - logp).detach()
-        odds.append(logp - torch.log(-torch.expm1(below_one)))
+        below_zero = torch.where(logp < -1e-6, logp, logp - logp.detach() - 1e-6)
+        odds.append(logp - torch.log(-torch.expm1(below_zero)))
     return -widen(chosen_logp) - weight * logsigmoid(_gap(*odds))
 
 
@@ -161,7 +161,8 @@ def trajectory_dpo_loss(
         gamma: discount in [0, 1]; t counts the decisions that count.
         first_mask, second_mask: bool like the log-ratios; what the others hold does not matter.
     """
-    if not 0 <= gamma <= 1 or not bool(((labels >= 0) & (labels <= 1)).all()):
+    seen = labels.device.type == "cpu"  # elsewhere the test would make the device wait
+    if not 0 <= gamma <= 1 or (seen and not bool(((labels >= 0) & (labels <= 1)).all())):
         raise ValueError(f"gamma={gamma} and all labels must lie in [0, 1].")
     scores = []
     for logratio, mask in ((first_logratio, first_mask), (second_logratio, second_mask)):
@@ -169,8 +170,8 @@ def trajectory_dpo_loss(
         counts = torch.ones_like(logratio, dtype=torch.bool) if mask is None else mask
         time = (counts.cumsum(1) - 1).clamp(min=0)  # of the decisions that count
         scores.append((counted(logratio, counts) * gamma ** time.to(widen(logratio).dtype)).sum(1))
-    reward = _beta(beta, labels) * _gap(*scores)
-    check_shapes(labels=labels, reward=reward)
+    check_shapes(ndim=1, labels=labels, first=scores[0], second=scores[1])
+    reward = _beta(beta, labels) * (scores[0] - scores[1])
     return -widen(labels) * logsigmoid(reward) - (1 - widen(labels)) * logsigmoid(-reward)
 
 
@@ -210,8 +211,9 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not bool((table.isfinite() & (table >= 0)).all()):
         raise ValueError(f"wins must be a square table of finite counts >= 0, got {tuple(wins.shape)}.")
     n = len(table)
+    table = table / table.max().clamp(min=1e-300) if n else table
     reach = ((table > 0) | torch.eye(n, dtype=torch.bool)).double()
-    for _ in range(n):
+    for _ in range(n.bit_length()):
         reach = ((reach @ reach) > 0).double()
     if n == 0 or not bool((reach > 0).all()):
         raise ValueError(
@@ -229,5 +231,5 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
         longest = float(torch.where(games > 0, step.unsqueeze(1) - step, 0.0).max())
         strengths = strengths + step * (math.log1p(longest) / longest if longest > 0 else 1.0)
         if longest < 1e-12:
-            break
-    return strengths - strengths.mean()
+            return strengths - strengths.mean()
+    raise ValueError("wins spans too many orders of magnitude for its maximum to be found.")

@@ -43,8 +43,7 @@ class PromptStatistics:
     def update(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
         """Append ``rewards`` to their prompts' histories, then return ``(r - mean) / std``, no unit.
 
-        The std is the population's. Departure from the common implementation, which adds 1e-6 to it: nothing is added,
-        and a std of zero yields 0.
+        The std is the population's; the common implementation adds 1e-6 to it, here nothing is, and 0 yields 0.
 
         Args:
             prompts: B strings.
@@ -77,8 +76,8 @@ class PromptStatistics:
 
         Raises ValueError if ``state`` is not what ``state_dict`` returns.
         """
-        if not isinstance(state.get("history"), dict):
-            raise ValueError(f"expected the result of PromptStatistics.state_dict(), got keys {sorted(state)}.")
+        if not isinstance(state, dict) or not isinstance(state.get("history"), dict):
+            raise ValueError(f"expected the result of PromptStatistics.state_dict(), got {state!r:.80}.")
         self._history = {
             prompt: deque(map(float, rewards), maxlen=self.buffer_size) for prompt, rewards in state["history"].items()
         }

@@ -109,7 +109,9 @@ def plot_gradient_variance(noise: Sequence[Sequence[GradientNoise]]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}".replace(",", "\u2009")))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(0, 2 * max(point.k1_reward_theory for row in noise for point in row))
-    _finish(axes, "Noise of one sample's gradient", "dimensions d of the decision", "tr Cov / |E g|²  (no unit)")
+    _finish(
+        axes, "Noise of one sample's gradient", "dimensions d of the decision", "tr Cov / |E g|², g with respect to μ"
+    )
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper left", handlelength=1.2, borderaxespad=0.1)
     return figure
 

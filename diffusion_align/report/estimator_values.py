@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_align.estimators.gaussian import gaussian_kl, gaussian_log_prob
-from diffusion_align.estimators.kl import Kind, kl_value
+from diffusion_align.estimators.kl import KINDS, Kind, kl_value
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
 CLIP = 10.0
 LARGEST_KL = 1e12
 _REACH, _PANEL = 14.0, 0.5  # standard deviations to either side of a peak, and between two edges there

@@ -40,6 +40,7 @@ _NAMES = {
     "ratio/mean": ("Importance ratio, mean", "ratio"),
     "ratio/min": ("Importance ratio, smallest", "ratio"),
     "ratio/max": ("Importance ratio, largest", "ratio"),
+    "ratio/clamped": ("Log-ratios beyond the clamp", "fraction"),
     "ratio/first_pass_deviation": ("Ratio on the first pass", "max |ratio − 1|"),
     "grad_norm": ("Gradient norm", "L2 norm"),
     "learning_rate": ("Learning rate", "learning rate"),

@@ -37,7 +37,7 @@ def _trained(dimensions=4, hidden=6, beta=0.3):
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 1.0, 5.0, 20.0, 50.0, 1e4])
-@pytest.mark.parametrize("dimensions", [1, 7])
+@pytest.mark.parametrize("dimensions", [2, 7])
 def test_every_prompt_starts_at_beta(beta, dimensions):
     embeddings = torch.cat([torch.randn(5, dimensions), torch.zeros(1, dimensions), torch.full((1, dimensions), 1e6)])
     result = BetaNetwork(dimensions, beta=beta)(embeddings)
@@ -257,3 +257,18 @@ def test_smoothness_needs_betas_of_its_embeddings():
             beta_smoothness_penalty(*bad)
     none = torch.zeros(0, 4, requires_grad=True)
     assert beta_smoothness_penalty(none.sum(1), none).shape == (0,)
+
+
+def test_penalties_refuse_other_shapes_settings_and_unrelated_embeddings():
+    with pytest.raises(ValueError, match="1 dimension"):
+        beta_range_penalty(torch.ones(2, 3), 0.0, 0.5)
+    with pytest.raises(ValueError, match="1 dimension"):
+        beta_entropy_penalty(torch.ones(2, 3), torch.ones(2, 3), 1.0)
+    for alpha in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="alpha="):
+            beta_entropy_penalty(torch.ones(2), torch.ones(2), alpha)
+    with pytest.raises(ValueError, match="not computed from these"):
+        beta_smoothness_penalty(torch.ones(2, requires_grad=True) * 1.0, torch.ones(2, 3, requires_grad=True))
+    with pytest.raises(ValueError, match="dimensions"):
+        BetaNetwork(1)  # LayerNorm makes a single number 0
+    assert BetaNetwork(4).bfloat16()(torch.zeros(1, 4).bfloat16()).dtype == torch.float32

@@ -456,7 +456,7 @@ BIASED = {
     "k4 direct": (lambda x: kl_loss(x, x, kind="k4", gradient="direct"), r"grad KL\(ref\|\|pi\)"),
     "k3_clip direct": (lambda x: kl_loss(x, x, kind="k3_clip", gradient="direct"), "changes sign"),
     "k3_clip unbiased": (lambda x: kl_loss(x, x, kind="k3_clip"), "clipped grad KL"),
-    "k2 reward": (lambda x: kl_reward(x, x, "k2"), "pushes down every action"),
+    "k2 reward": (lambda x: kl_reward(x, x, "k2"), "sum over actions of pi l²/2 s"),
     "k3 reward": (lambda x: kl_reward(x, x, "k3"), r"grad KL\(pi\|\|ref\) - grad KL\(ref\|\|pi\)"),
     "k4 reward": (lambda x: kl_reward(x, x, "k4"), r"grad KL\(pi\|\|ref\) - grad KL\(ref\|\|pi\)"),
     "k3_clip reward": (lambda x: kl_reward(x, x, "k3_clip"), "clipped"),
@@ -510,3 +510,14 @@ def test_kl_loss_compiles_without_a_graph_break(kind, gradient):
         results.append((loss.detach(), leaf.grad))
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, **EXACT)
+
+
+def test_a_biased_form_that_would_warn_compiles_too(monkeypatch):
+    monkeypatch.setattr(kl, "_warned", set())
+    torch._dynamo.reset()
+    x = _random(4)
+    compiled = torch.compile(kl_loss, backend="aot_eager", fullgraph=True)
+    _same(
+        compiled(x, x + 1, kind="k3", gradient="direct"),
+        kl_loss(x, x + 1, kind="k3", gradient="direct", allow_biased=True),
+    )

@@ -755,3 +755,29 @@ def test_what_is_no_table_of_wins_is_refused():
     ):
         with pytest.raises(ValueError, match="square table of finite counts"):
             fit_bradley_terry(bad)
+
+
+@pytest.mark.parametrize("rejected", [1, 3])
+def test_float32_keeps_the_gradient_of_a_pair_that_is_well_apart(rejected):
+    for gap in (10.0, 15.0, 17.0, 20.0, 50.0):
+        gradients = []
+        for dtype in (torch.float64, torch.float32):
+            chosen = torch.tensor([gap], dtype=dtype, requires_grad=True)
+            others = torch.zeros(1, rejected, dtype=dtype, requires_grad=True)
+            loss = dpo_loss(chosen, others, 1.0)
+            gradients.append([loss.detach(), *torch.autograd.grad(loss.sum(), (chosen, others))])
+            assert gradients[-1][1].item() == pytest.approx(-gradients[-1][2].sum().item(), rel=1e-6)
+        for narrow, wide in zip(*gradients[::-1]):
+            torch.testing.assert_close(narrow.double(), wide, rtol=1e-5, atol=0)
+
+
+def test_a_table_beyond_what_can_be_fitted_is_refused_and_tiny_counts_are_not():
+    with pytest.raises(ValueError, match="wins"):
+        fit_bradley_terry(torch.tensor([[0, 1e300], [1e-300, 0]], dtype=torch.float64))
+    strengths = fit_bradley_terry(torch.tensor([[0, 1e-320], [3e-320, 0]], dtype=torch.float64))
+    assert (strengths[1] - strengths[0]).item() == pytest.approx(math.log(3), rel=1e-3)  # so small they are rounded
+
+
+def test_trajectory_labels_of_another_shape_are_named():
+    with pytest.raises(ValueError, match=r"labels \(3,\), first \(2,\)"):
+        trajectory_dpo_loss(torch.zeros(2, 4), torch.zeros(2, 5), torch.zeros(3), 1.0)
