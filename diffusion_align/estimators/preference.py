@@ -228,7 +228,7 @@ def fit_bradley_terry(wins: Tensor) -> Tensor:
         weights = games * chance * chance.T
         curvature = weights.sum(1).diag() - weights
         step[1:] = torch.linalg.solve(curvature[1:, 1:], slope[1:])  # the first stays where it is: the mean is free
-        longest = float(torch.where(games > 0, step.unsqueeze(1) - step, 0.0).max())
+        longest = float(step.max() - step.min())
         strengths = strengths + step * (math.log1p(longest) / longest if longest > 0 else 1.0)
         if longest < 1e-12:
             return strengths - strengths.mean()

@@ -243,3 +243,12 @@ def test_extreme_rewards_stay_finite_and_centred(pairs, scale, ddof):
         assert abs(group.sum()) <= 1e-9 * (1 + group.abs().max())
         if len(group) == 1 or rewards[ids == i].unique().numel() == 1:
             assert (group == 0).all()
+
+
+def test_the_bounds_of_gamma_and_lam_are_allowed_and_no_more():
+    x, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    for gamma, lam in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)):
+        assert gae(x, x, mask, gamma=gamma, lam=lam)[0].isfinite().all()
+    for gamma, lam in ((-0.1, 1.0), (1.1, 1.0), (1.0, -0.1), (1.0, 1.1), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="gamma="):
+            gae(x, x, mask, gamma=gamma, lam=lam)

@@ -288,3 +288,15 @@ def test_extreme_errors_stay_finite(call, rows, beta):
 def test_half_precision_becomes_single_and_double_stays(call):
     for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (F64, F64)):
         assert call(*[torch.ones(2, dtype=dtype)] * 4, 0.1).dtype == expected
+
+
+def test_half_precision_errors_are_widened_before_they_are_subtracted():
+    errors = [_random(6, seed=s).abs().bfloat16() + 3 for s in range(4)]
+    for loss in (diffusion_dpo_loss, corrected_diffusion_dpo_loss):
+        found = loss(*errors, 2.0)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, loss(*(e.float() for e in errors), 2.0), rtol=1e-6, atol=1e-6)
+
+
+def test_the_fields_beta_may_be_small():
+    assert beta_in_nats(0.5, dimensions=1, weight_sum=0.5) == pytest.approx(0.5)

@@ -272,3 +272,16 @@ def test_penalties_refuse_other_shapes_settings_and_unrelated_embeddings():
     with pytest.raises(ValueError, match="dimensions"):
         BetaNetwork(1)  # LayerNorm makes a single number 0
     assert BetaNetwork(4).bfloat16()(torch.zeros(1, 4).bfloat16()).dtype == torch.float32
+
+
+def test_half_precision_betas_are_widened_and_one_hidden_unit_is_enough():
+    beta = torch.tensor([0.1013, 0.7]).bfloat16()
+    wide = beta.float()
+    for narrow, exact in (
+        (beta_range_penalty(beta, 0.2003, 0.6003), beta_range_penalty(wide, 0.2003, 0.6003)),
+        (beta_entropy_penalty(beta, beta, 0.3), beta_entropy_penalty(wide, wide, 0.3)),
+        (beta_factor(beta, convention="inverse"), beta_factor(wide, convention="inverse")),
+    ):
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow, exact, rtol=1e-6, atol=1e-7)
+    assert BetaNetwork(3, hidden=1)(torch.zeros(2, 3)).shape == (2,)

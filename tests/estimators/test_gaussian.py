@@ -92,6 +92,17 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert gaussian_kl(x.double(), mean.double(), 0.1).dtype == F64
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_half_precision_std_is_computed_with_in_float32(shape):
+    x, mean = _random(2, 1000).half(), _random(2, 1000, seed=1).half()
+    std, std_ref = torch.full(shape, 0.3).half(), torch.full(shape, 0.7).half()
+    wide = [t.double() for t in (x, mean, std, std_ref)]
+    torch.testing.assert_close(
+        gaussian_log_prob(x, mean, std).double(), gaussian_log_prob(*wide[:3]), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(gaussian_kl(x, mean, std, std_ref).double(), gaussian_kl(*wide), rtol=1e-5, atol=0)
+
+
 def test_wrong_shapes_and_settings_are_named():
     x = torch.zeros(2, 3)
     for call in (gaussian_log_prob, gaussian_kl):
@@ -108,6 +119,8 @@ def test_wrong_shapes_and_settings_are_named():
                 call(x, x, bad)
         with pytest.raises(ValueError, match="at least one entry"):
             call(torch.zeros(2, 0), torch.zeros(2, 0), 1.0)
+        with pytest.raises(ValueError, match=r"\(B, \.\.\.\).*got \(\)"):
+            call(torch.tensor(1.0), torch.tensor(1.0), 1.0)
     with pytest.raises(ValueError, match="std_ref="):
         gaussian_kl(x, x, 1.0, 0.0)
 

@@ -109,6 +109,33 @@ def test_equal_entries_whiten_to_exactly_zero_with_a_finite_gradient(value):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -1e9, 1e30])
+def test_equal_entries_whiten_to_exactly_zero_among_masked_ones(value):
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]]).bool()
+    x = torch.where(mask, value, 0.0).requires_grad_()
+    white = masked_whiten(x, mask, 1)
+    (white * torch.arange(8.0)).sum().backward()
+    assert (white == 0).all()
+    assert (x.grad == 0).all()
+
+
+def test_a_spread_that_vanishes_in_the_dtype_is_a_std_of_zero_and_a_std_of_one_is_not():
+    both = torch.ones(1, 2, dtype=torch.bool)
+    x = torch.tensor([[0.0, 1e-30]], requires_grad=True)  # its square is 0 in float32
+    white = masked_whiten(x, both, 1)
+    white[0, 1].backward()
+    assert white.tolist() == [[0.0, 0.0]]
+    assert x.grad.tolist() == [[0.0, 0.0]]
+    assert masked_whiten(torch.tensor([[1.0, 3.0]]), both, 1).tolist() == [[-1.0, 1.0]]
+
+
+def test_aggregates_of_a_single_row_and_of_length_one():
+    x, mask = torch.tensor([[2.0, 4.0, 9.0]]), torch.tensor([[True, True, False]])
+    assert aggregate(x, mask, "token").item() == aggregate(x, mask, "sequence").item() == 3.0
+    assert aggregate(x, mask, "fixed_length").item() == 2.0
+    assert aggregate(x, mask, "fixed_length", length=1).item() == 6.0
+
+
 def test_half_precision_becomes_float32():
     for name in CALLS:
         assert CALLS[name](torch.ones(3, 4, dtype=torch.float16), MASK).dtype == torch.float32
@@ -129,7 +156,7 @@ def test_wrong_shapes_and_settings_are_named():
         aggregate(x, x.bool(), "mean")
     with pytest.raises(ValueError, match="length=0"):
         aggregate(x, x.bool(), "fixed_length", length=0)
-    with pytest.raises(ValueError, match="2 dimension"):
+    with pytest.raises(ValueError, match=r"2 dimension.*x \(3,\), mask \(3,\)"):
         aggregate(x[0], x[0].bool())
 
 

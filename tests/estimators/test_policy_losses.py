@@ -32,11 +32,12 @@ def test_ratio_of_equal_policies_is_exactly_one():
     assert (importance_ratio(_random(3, 4), _random(3, 4), level="sequence") == 1).all()
 
 
+@pytest.mark.parametrize("log_clamp", [0.5, 3.0])
 @pytest.mark.parametrize("log_ratio", [-1e9, -100.0, 100.0, 1e9, math.inf, -math.inf])
-def test_clamp_bounds_the_value_and_keeps_the_gradient(log_ratio):
+def test_clamp_bounds_the_value_and_keeps_the_gradient(log_ratio, log_clamp):
     logp = torch.tensor([log_ratio], requires_grad=True)
-    ratio = importance_ratio(logp, torch.zeros(1), log_clamp=3.0)
-    bound = math.exp(math.copysign(3.0, log_ratio))
+    ratio = importance_ratio(logp, torch.zeros(1), log_clamp=log_clamp)
+    bound = math.exp(math.copysign(log_clamp, log_ratio))
     assert ratio.item() == pytest.approx(bound, rel=1e-6)
     ratio.sum().backward()
     assert logp.grad.item() == pytest.approx(bound, rel=1e-6)
@@ -100,6 +101,66 @@ def test_value_loss_by_hand():
     assert returns.grad is None
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.3, math.inf])
+def test_clipped_value_loss_equals_its_formula_and_has_its_gradient(clip):
+    values, old, returns = (_random(200, seed=s) for s in range(3))
+    values.requires_grad_()
+    moved = [min(max(v - o, -clip), clip) for v, o in zip(values.tolist(), old.tolist())]
+    free = (values.detach() - returns) ** 2 / 2
+    bound = (old + torch.tensor(moved, dtype=F64) - returns) ** 2 / 2
+    loss = value_loss(values, old, returns, clip=clip)
+    torch.testing.assert_close(loss.detach(), torch.maximum(free, bound), **EXACT)
+    loss.sum().backward()
+    # A clipped value is old ± clip: where that error is the larger, nothing can be done about it here.
+    within = (values.detach() - old).abs() <= clip
+    slope = torch.where(within | (free > bound), values.detach() - returns, 0.0)
+    torch.testing.assert_close(values.grad, slope, **EXACT)
+
+
+LOSSES = {
+    "score function": (score_function_loss, 2),
+    "value": (value_loss, 3),
+    "clipped value": (lambda *args, **mask: value_loss(*args, clip=0.3, **mask), 3),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, -math.inf, math.nan])
+def test_masked_losses_are_zero_and_change_neither_value_nor_gradient(name, fill):
+    call, count = LOSSES[name]
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0]]).bool()
+    clean = [_random(3, 3, seed=s) for s in range(count)]
+    for filled in (*([i] for i in range(count)), range(count)):  # each input alone, then all
+        results = []
+        for filler in (0.0, fill):
+            inputs = [torch.where(mask, x, filler) if i in filled else x.clone() for i, x in enumerate(clean)]
+            inputs[0].requires_grad_()
+            loss = call(*inputs, mask=mask)
+            loss.sum().backward()
+            results.append((loss.detach(), inputs[0].grad))
+            assert (loss[~mask] == 0).all()
+            assert (inputs[0].grad[~mask] == 0).all()
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+        inputs = [x.clone() for x in clean]
+        inputs[0].requires_grad_()
+        dense = call(*inputs)
+        dense[mask].sum().backward()
+        assert torch.equal(results[0][0][mask], dense.detach()[mask])
+        assert torch.equal(results[0][1], inputs[0].grad)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_masks_that_are_not_bool_or_of_another_shape_are_named(name):
+    call, count = LOSSES[name]
+    inputs = [torch.zeros(2, 3)] * count
+    for dtype in (torch.float32, torch.int64, torch.uint8):
+        with pytest.raises(ValueError, match="mask must be a bool"):
+            call(*inputs, mask=torch.ones(2, 3, dtype=dtype))
+    for shape in ((2, 1), (3,), (1, 3), (), (2, 3, 1)):
+        with pytest.raises(ValueError, match=r"\(2, 3\), mask \("):
+            call(*inputs, mask=torch.ones(shape, dtype=torch.bool))
+
+
 def test_half_precision_becomes_float32():
     half = torch.ones(2, 3, dtype=torch.bfloat16)
     for result in (
@@ -108,6 +169,13 @@ def test_half_precision_becomes_float32():
         value_loss(half, half, half, clip=0.1),
     ):
         assert result.dtype == torch.float32
+
+
+@pytest.mark.parametrize("level", ["decision", "sequence"])
+def test_half_precision_log_probs_are_subtracted_in_float32(level):
+    logp, logp_old = ((40 * _random(2, 50, seed=s) - 100).to(torch.bfloat16) for s in range(2))
+    wide = importance_ratio(logp.float(), logp_old.float(), level=level)
+    assert torch.equal(importance_ratio(logp, logp_old, level=level), wide)
 
 
 def test_wrong_shapes_and_settings_are_named():

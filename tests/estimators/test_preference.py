@@ -781,3 +781,20 @@ def test_a_table_beyond_what_can_be_fitted_is_refused_and_tiny_counts_are_not():
 def test_trajectory_labels_of_another_shape_are_named():
     with pytest.raises(ValueError, match=r"labels \(3,\), first \(2,\)"):
         trajectory_dpo_loss(torch.zeros(2, 4), torch.zeros(2, 5), torch.zeros(3), 1.0)
+
+
+def test_a_table_on_which_newtons_full_steps_diverge_is_fitted():
+    table = torch.tensor(
+        [
+            [0, 1e-5, 0, 1e-3, 1e7],
+            [1e2, 0, 1e5, 0, 1e1],
+            [0, 0, 0, 1, 0],
+            [0, 1e6, 1e-5, 0, 1e2],
+            [1e-4, 1e-1, 1e6, 0, 0],
+        ],
+        dtype=torch.float64,
+    )
+    strengths = fit_bradley_terry(table)
+    chance = torch.sigmoid(strengths[:, None] - strengths)
+    surprising, expected = (table * chance.T).sum(1), (table.T * chance).sum(1)
+    torch.testing.assert_close(surprising, expected, rtol=1e-6, atol=0)

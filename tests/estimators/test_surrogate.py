@@ -17,6 +17,8 @@ def _random(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
+NAMES = ("logp", "logp_old", "advantages")
+
 # ratio, advantage, dual_clip, loss, gradient with respect to logp; clip 0.2, clip_high 0.3
 TABLE = [
     (1.25, 1.0, None, -1.25, -1.25),  # inside
@@ -28,6 +30,8 @@ TABLE = [
     (5.00, -2.0, 3.0, 6.00, 0.0),  # dual clip binds
     (5.00, 2.0, 3.0, -2.60, 0.0),  # dual clip is for negative advantages only
     (5.00, 0.0, 3.0, 0.0, 0.0),
+    (5.00, -2.0, math.inf, 10.0, 10.0),  # an infinite bound is none
+    (5.00, 0.0, math.inf, 0.0, 0.0),
 ]
 
 
@@ -107,6 +111,24 @@ def test_clip_fractions_mark_exactly_the_entries_without_gradient():
     assert torch.equal(high, ratio > 1.2)
 
 
+def test_clip_fractions_leave_the_bounds_and_advantages_of_zero_out():
+    logp, zeros = torch.tensor([0.0, 3.0, -3.0]), torch.zeros(3)
+    low, high = clip_fractions(logp, zeros, clip=0.0)
+    assert (low.tolist(), high.tolist()) == ([False, False, True], [False, True, False])
+    low, high = clip_fractions(logp, zeros, clip=0.2, advantages=zeros)
+    assert not (low | high).any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_clip_fractions_of_a_sequence_ask_only_the_entries_that_count(sign):
+    """Rows of mean log-ratio ±3 and 0, but for the masked entries."""
+    logp = sign * torch.tensor([[4.0, 2.0, -99.0], [1.0, -1.0, 99.0]])
+    mask = torch.tensor([[True, True, False]] * 2)
+    low, high = clip_fractions(logp, torch.zeros(2, 3), clip=0.2, mask=mask, level="sequence")
+    outside, inside = [[True, True, False], [False] * 3], [[False] * 3] * 2
+    assert (low.tolist(), high.tolist()) == ((inside, outside) if sign > 0 else (outside, inside))
+
+
 def test_clip_fractions_leave_masked_entries_out():
     logp, zeros = torch.tensor([[9.0, 9.0, -9.0, math.nan]]), torch.zeros(1, 4)
     mask = torch.tensor([[True, False, False, False]])
@@ -120,11 +142,13 @@ def test_wrong_shapes_and_settings_are_named():
     x, column = torch.zeros(2, 3), torch.zeros(2, 1)
     for call in (clipped_surrogate, lambda a, b, c, **kw: clip_fractions(a, b, advantages=c, **kw)):
         for bad in ((column, x, x), (x, column, x), (x, x, column)):
-            with pytest.raises(ValueError, match=r"(\(2, 3\).*\(2, 1\))|(\(2, 1\).*\(2, 3\))"):
+            shapes = [rf"{name} \({x.shape[0]}, {x.shape[1]}\)" for name, x in zip(NAMES, bad)]
+            with pytest.raises(ValueError, match=", ".join(shapes)):
                 call(*bad, clip=0.2)
-        with pytest.raises(ValueError, match="mask"):
+        with pytest.raises(ValueError, match=r"logp \(2, 3\), .*advantages \(2, 3\), mask \(2, 1\)"):
             call(x, x, x, clip=0.2, mask=column.bool())
-        for settings_ in ({"clip": -0.1}, {"clip": 0.1, "clip_high": -0.1}, {"clip": math.nan}):
+        bad_settings = ({"clip": -0.1}, {"clip": 0.1, "clip_high": -0.1}, {"clip": -0.1, "clip_high": 0.1})
+        for settings_ in (*bad_settings, {"clip": math.nan}):
             with pytest.raises(ValueError, match="clip="):
                 call(x, x, x, **settings_)
     with pytest.raises(ValueError, match="dual_clip=1"):
