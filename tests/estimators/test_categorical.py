@@ -554,3 +554,8 @@ def test_entropy_and_kl_name_what_is_wrong():
             categorical_entropy(empty)
         with pytest.raises(ValueError, match=r"V > 0, got \("):
             categorical_kl(empty, empty)
+
+
+def test_only_a_cpu_is_asked_for_the_range_of_the_labels():
+    logits, labels = torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, dtype=torch.long, device="meta")
+    assert token_log_probs(logits, labels, chunk_size=2).shape == (1, 2)

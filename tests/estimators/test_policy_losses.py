@@ -196,8 +196,10 @@ def test_wrong_shapes_and_settings_are_named():
         importance_ratio(x, x, level="token")
     with pytest.raises(ValueError, match=r"2 dimension.*\(3,\)"):
         importance_ratio(x[0], x[0], level="sequence")
-    with pytest.raises(ValueError, match="log_clamp=0"):
-        importance_ratio(x, x, log_clamp=0)
+    assert importance_ratio(x, x, log_clamp=80).tolist() == [[1.0] * 3] * 2
+    for bad in (0, -1, 80.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"log_clamp={bad}"):
+            importance_ratio(x, x, log_clamp=bad)
     with pytest.raises(ValueError, match="clip=-1"):
         value_loss(x, x, x, clip=-1)
 

@@ -798,3 +798,8 @@ def test_a_table_on_which_newtons_full_steps_diverge_is_fitted():
     chance = torch.sigmoid(strengths[:, None] - strengths)
     surprising, expected = (table * chance.T).sum(1), (table.T * chance).sum(1)
     torch.testing.assert_close(surprising, expected, rtol=1e-6, atol=0)
+
+
+def test_only_a_cpu_is_asked_for_the_range_of_the_labels():
+    logratio, labels = torch.zeros(2, 3, device="meta"), torch.zeros(2, device="meta")
+    assert trajectory_dpo_loss(logratio, logratio, labels, 1.0).shape == (2,)

@@ -95,6 +95,10 @@ def test_bad_input_is_named_and_leaves_the_history_alone():
     assert statistics.state_dict() == before
     with pytest.raises(ValueError, match=r"got \{.stats.: \{\}\}"):
         statistics.load_state_dict({"stats": {}})
+    for bad in (None, [], {"history": [1.0]}):
+        with pytest.raises(ValueError, match="expected the result of"):
+            statistics.load_state_dict(bad)
+    assert statistics.state_dict() == before
     for buffer_size, min_count in ((4, 5), (4, 0), (0, 0)):
         with pytest.raises(ValueError, match="min_count="):
             PromptStatistics(buffer_size, min_count)
