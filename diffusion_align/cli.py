@@ -270,7 +270,8 @@ def _open(path: Path) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except FileNotFoundError:
         raise _user_error(f"there is no picture {path}") from None
     except (OSError, UnidentifiedImageError):

@@ -1,10 +1,8 @@
-import ast
 import base64
 import io
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -216,12 +214,3 @@ def test_damaged_metrics_leave_the_old_report(tmp_path):
     with pytest.raises(ValueError, match="line 1 is not a JSON object"):
         report.write_report(run)
     assert (run / "report.html").read_bytes() == old
-
-
-def test_the_report_package_imports_nothing_else_of_the_project():
-    for file in Path(report.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                assert not name.startswith("diffusion_align") or name.startswith("diffusion_align.report"), file
