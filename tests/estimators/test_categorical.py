@@ -92,7 +92,7 @@ def test_gradcheck():
 def test_a_second_derivative_is_refused_not_wrong():
     logits = _random(B, T, V).requires_grad_()
     loss = token_log_probs(logits, _labels(), chunk_size=7).sum()
-    with pytest.raises(RuntimeError):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="no second derivative"):  # noqa: PT012
         (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
         (logits.sum() + gradient.square().sum()).backward()
 
@@ -559,3 +559,9 @@ def test_entropy_and_kl_name_what_is_wrong():
 def test_only_a_cpu_is_asked_for_the_range_of_the_labels():
     logits, labels = torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, dtype=torch.long, device="meta")
     assert token_log_probs(logits, labels, chunk_size=2).shape == (1, 2)
+
+
+@pytest.mark.parametrize(("hidden", "weight"), [((4, 3), (5, 3)), ((2, 2, 3), (5, 1, 3)), ((2, 2, 3), (3,))])
+def test_linear_form_names_shapes_of_other_dimensions(hidden, weight):
+    with pytest.raises(ValueError, match="expected hidden"):
+        linear_token_log_probs(torch.zeros(hidden), torch.zeros(weight), torch.zeros(2, 2, dtype=torch.long))

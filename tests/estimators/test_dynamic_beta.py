@@ -285,3 +285,8 @@ def test_half_precision_betas_are_widened_and_one_hidden_unit_is_enough():
         assert narrow.dtype == torch.float32
         torch.testing.assert_close(narrow, exact, rtol=1e-6, atol=1e-7)
     assert BetaNetwork(3, hidden=1)(torch.zeros(2, 3)).shape == (2,)
+
+
+def test_alpha_may_be_zero():
+    beta = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(beta_entropy_penalty(beta, torch.ones(2), 0.0), beta.square())

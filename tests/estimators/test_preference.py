@@ -803,3 +803,37 @@ def test_a_table_on_which_newtons_full_steps_diverge_is_fitted():
 def test_only_a_cpu_is_asked_for_the_range_of_the_labels():
     logratio, labels = torch.zeros(2, 3, device="meta"), torch.zeros(2, device="meta")
     assert trajectory_dpo_loss(logratio, logratio, labels, 1.0).shape == (2,)
+
+
+def test_half_precision_is_widened_before_any_arithmetic():
+    first, second = (-1.0 - torch.rand(5, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    first, second, beta = first.bfloat16(), second.bfloat16(), torch.full((5,), 0.3).bfloat16()
+    desirable, point = torch.tensor([True, False, True, False, True]), torch.tensor(0.11).bfloat16()
+    calls = [
+        bradley_terry_loss,
+        lambda a, b: dpo_loss(a, b, beta.to(a.dtype)),
+        lambda a, b: dpo_loss(a, torch.stack([b, a], 1), 0.3, label_smoothing=0.1),
+        lambda a, b: ipo_loss(a, b, beta.to(a.dtype)),
+        lambda a, b: hinge_loss(a, b, 0.3),
+        lambda a, b: kto_loss(a, desirable, point.to(a.dtype), 0.3),
+        lambda a, b: simpo_loss(a, b, 0.3, margin=0.1),
+        lambda a, b: orpo_loss(a, b),
+        lambda a, b: trajectory_dpo_loss(a[:, None], b[:, None], a + 2, 0.3, gamma=0.9),
+    ]
+    for call in calls:
+        narrow = call(first, second)
+        assert narrow.dtype == torch.float32
+        torch.testing.assert_close(narrow, call(first.float(), second.float()), rtol=1e-5, atol=1e-6)
+
+
+def test_more_shapes_and_the_limits_of_settings():
+    zeros = torch.zeros(2)
+    with pytest.raises(ValueError, match="expected chosen_logratio"):
+        dpo_loss(zeros, torch.zeros(2, 3, 1), 1.0)
+    with pytest.raises(ValueError, match=r"first \(3,\), second \(2,\)"):
+        trajectory_dpo_loss(torch.zeros(3, 4), torch.zeros(2, 4), zeros, 1.0)
+    desirable = torch.tensor([True, False])
+    plain = kto_loss(zeros, desirable, torch.zeros(()), 1.0)
+    torch.testing.assert_close(plain, torch.full((2,), 0.5))
+    none = kto_loss(zeros, desirable, torch.zeros(()), 1.0, desirable_weight=0.0, undesirable_weight=0.0)
+    assert none.tolist() == [0.0, 0.0]
