@@ -252,3 +252,12 @@ def test_the_bounds_of_gamma_and_lam_are_allowed_and_no_more():
     for gamma, lam in ((-0.1, 1.0), (1.1, 1.0), (1.0, -0.1), (1.0, 1.1), (float("nan"), 1.0)):
         with pytest.raises(ValueError, match="gamma="):
             gae(x, x, mask, gamma=gamma, lam=lam)
+
+
+def test_one_fixed_std_and_the_largest_rewards_are_allowed():
+    rewards, group = torch.tensor([1.0, 3.0], dtype=F64), torch.zeros(2, dtype=torch.long)
+    assert group_advantages(rewards, group, clip_std=(4.0, 4.0)).tolist() == [-0.25, 0.25]
+    assert group_advantages(rewards * 1e149, group).isfinite().all()
+    for large in (1.5e150, -1.5e150):
+        with pytest.raises(ValueError, match="not finite"):
+            group_advantages(torch.tensor([large, 0.0], dtype=F64), group)

@@ -818,7 +818,7 @@ def test_half_precision_is_widened_before_any_arithmetic():
         lambda a, b: kto_loss(a, desirable, point.to(a.dtype), 0.3),
         lambda a, b: simpo_loss(a, b, 0.3, margin=0.1),
         lambda a, b: orpo_loss(a, b),
-        lambda a, b: trajectory_dpo_loss(a[:, None], b[:, None], a + 2, 0.3, gamma=0.9),
+        lambda a, b: trajectory_dpo_loss(torch.stack([a, b], 1), torch.stack([b, a], 1), a + 2, 0.3, gamma=0.9),
     ]
     for call in calls:
         narrow = call(first, second)
@@ -837,3 +837,9 @@ def test_more_shapes_and_the_limits_of_settings():
     torch.testing.assert_close(plain, torch.full((2,), 0.5))
     none = kto_loss(zeros, desirable, torch.zeros(()), 1.0, desirable_weight=0.0, undesirable_weight=0.0)
     assert none.tolist() == [0.0, 0.0]
+
+
+def test_no_discount_left_and_a_masked_first_decision():
+    logratio, mask = torch.tensor([[9.0, 1.0, 5.0]]), torch.tensor([[False, True, True]])
+    loss = trajectory_dpo_loss(logratio, torch.zeros(1, 1), torch.ones(1), 1.0, gamma=0.0, first_mask=mask)
+    torch.testing.assert_close(loss, bradley_terry_loss(torch.ones(1), torch.zeros(1)))
