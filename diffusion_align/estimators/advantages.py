@@ -30,7 +30,7 @@ def _checked_rewards(rewards: Tensor) -> Tensor:
     bad = int((~(values.abs() <= 1e150)).sum())  # their squares have to be finite, too
     if bad:
         raise ValueError(
-            f"rewards {tuple(rewards.shape)} hold {bad} value(s) that are not finite or beyond 1e150; drop or replace them."
+            f"rewards {tuple(rewards.shape)} hold {bad} value(s) that are not finite or beyond 1e150: drop or replace."
         )
     return values
 
