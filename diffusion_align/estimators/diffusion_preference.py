@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.estimators._checks import check_shapes, widen
-from diffusion_align.estimators.preference import Beta, _beta, dpo_loss
+from diffusion_align.estimators.preference import Beta, checked_beta, dpo_loss
 
 
 def diffusion_dpo_loss(
@@ -53,7 +53,7 @@ def corrected_diffusion_dpo_loss(
     Raises ValueError on different shapes or a beta that is not > 0.
     """
     check_shapes(ndim=1, err_w=err_w, err_l=err_l, kl_old_w=kl_old_w, kl_old_l=kl_old_l)
-    beta = _beta(beta, err_w)
+    beta = checked_beta(beta, err_w)
     weight = torch.sigmoid(beta * (widen(kl_old_l) - widen(kl_old_w))).detach()
     return beta * weight * (widen(err_w) - widen(err_l))
 

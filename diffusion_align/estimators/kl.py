@@ -85,6 +85,10 @@ def _value(log_ratio: Tensor, kind: str, clip: float) -> Tensor:
     return _ratio_minus_one(log_ratio, kind, clip) + log_ratio
 
 
+def _coefficient(log_ratio: Tensor, kind: str, clip: float) -> Tensor:
+    return log_ratio if kind in ("k1", "k2") else -_ratio_minus_one(log_ratio, kind, clip)
+
+
 def kl_value(
     logp: Tensor, logp_ref: Tensor, kind: Kind = "k1", *, clip: float = 10.0, mask: Tensor | None = None
 ) -> Tensor:
@@ -120,10 +124,8 @@ def kl_gradient_coefficient(
     Args as ``kl_value``. Returns (B, T), no unit.
     """
     log_ratio = _log_ratio(logp, logp_ref, kind, clip, mask)
-    if kind in ("k1", "k2"):
-        return log_ratio
     if kind != "minimax":
-        return -_ratio_minus_one(log_ratio, kind, clip)
+        return _coefficient(log_ratio, kind, clip)
     bounded, bounded_ref = (widen(x).detach().clamp(max=_bound(log_ratio)) for x in (logp, logp_ref))
     return counted(bounded.exp() - bounded_ref.exp(), mask)
 
@@ -162,7 +164,7 @@ def kl_loss(
     if not allow_biased and not (kind == "k2" and logp_old is None):
         _warn_of_bias(f"{kind} {gradient}", 'use kind="k2", gradient="unbiased"')
     value = _value(log_ratio, kind, clip)
-    coefficient = kl_gradient_coefficient(logp, logp_ref, kind, clip=clip, mask=mask)
+    coefficient = _coefficient(log_ratio, kind, clip)
     if gradient == "unbiased":
         weight = torch.ones_like(value) if logp_old is None else importance_ratio(logp, logp_old, mask=mask).detach()
         if kind != "k3_clip":  # k3 + dk3/dl = l as well

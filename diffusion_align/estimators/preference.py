@@ -21,7 +21,7 @@ from diffusion_align.estimators.masked import masked_mean
 Beta = float | Tensor
 
 
-def _beta(beta: Beta, like: Tensor) -> Beta:
+def checked_beta(beta: Beta, like: Tensor) -> Beta:
     if isinstance(beta, Tensor):
         if beta.ndim == 0 or beta.shape == like.shape[:1]:
             return widen(beta)
@@ -71,7 +71,7 @@ def dpo_loss(
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"label_smoothing={label_smoothing} is not allowed: it must lie in [0, 0.5].")
     counts = torch.ones_like(rejected, dtype=torch.bool) if mask is None else mask.reshape(rejected.shape)
-    beta = _beta(beta, chosen_logratio)
+    beta = checked_beta(beta, chosen_logratio)
     beta = beta.unsqueeze(1) if isinstance(beta, Tensor) and beta.ndim else beta
     margins = beta * (counted(rejected, counts) - widen(chosen_logratio).unsqueeze(1))
     # Not log_softmax: its float32 result loses the gradient of a chosen one that is well ahead.
@@ -81,12 +81,12 @@ def dpo_loss(
 
 def ipo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: Beta) -> Tensor:
     """IPO: ``(h - 1/(2 beta))²``. Azar et al. 2023 (arXiv:2310.12036), eq. 17; [001] eq. 50."""
-    return (_gap(chosen_logratio, rejected_logratio) - 0.5 / _beta(beta, chosen_logratio)).square()
+    return (_gap(chosen_logratio, rejected_logratio) - 0.5 / checked_beta(beta, chosen_logratio)).square()
 
 
 def hinge_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: Beta) -> Tensor:
     """Hinge: ``max(0, 1 - beta h)``. SLiC with a reference, as in Liu et al. 2023 (arXiv:2309.06657), eq. 8."""
-    return (1.0 - _beta(beta, chosen_logratio) * _gap(chosen_logratio, rejected_logratio)).relu()
+    return (1.0 - checked_beta(beta, chosen_logratio) * _gap(chosen_logratio, rejected_logratio)).relu()
 
 
 def kto_loss(
@@ -114,7 +114,7 @@ def kto_loss(
         raise ValueError(f"expected a bool desirable and a reference_point 0-d or like logratio, got {found}.")
     if not (desirable_weight >= 0 and undesirable_weight >= 0):
         raise ValueError(f"{desirable_weight=}, {undesirable_weight=} is not allowed: both must be at least 0.")
-    reward = _beta(beta, logratio) * (widen(logratio) - widen(reference_point).detach().clamp(min=0))
+    reward = checked_beta(beta, logratio) * (widen(logratio) - widen(reference_point).detach().clamp(min=0))
     return torch.where(desirable, desirable_weight * torch.sigmoid(-reward), undesirable_weight * torch.sigmoid(reward))
 
 
@@ -123,7 +123,7 @@ def simpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, beta: Beta, *, margin
 
     The log-probs are *means* over tokens. Meng et al. 2024 (arXiv:2405.14734), eq. 6; [001] eq. 52.
     """
-    return -logsigmoid(_beta(beta, chosen_logp) * _gap(chosen_logp, rejected_logp) - margin)
+    return -logsigmoid(checked_beta(beta, chosen_logp) * _gap(chosen_logp, rejected_logp) - margin)
 
 
 def orpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float = 0.1) -> Tensor:
@@ -171,7 +171,7 @@ def trajectory_dpo_loss(
         time = (counts.cumsum(1) - 1).clamp(min=0)  # of the decisions that count
         scores.append((counted(logratio, counts) * gamma ** time.to(widen(logratio).dtype)).sum(1))
     check_shapes(ndim=1, labels=labels, first=scores[0], second=scores[1])
-    reward = _beta(beta, labels) * (scores[0] - scores[1])
+    reward = checked_beta(beta, labels) * (scores[0] - scores[1])
     return -widen(labels) * logsigmoid(reward) - (1 - widen(labels)) * logsigmoid(-reward)
 
 
@@ -187,7 +187,7 @@ def rso_accept(rewards: Tensor, beta: float, *, generator: torch.Generator | Non
     """
     if rewards.ndim == 0 or not bool(rewards.isfinite().all()) or isinstance(beta, Tensor):
         raise ValueError(f"rewards {tuple(rewards.shape)} must be (..., N) and finite, and beta a float.")
-    _beta(beta, rewards)
+    checked_beta(beta, rewards)
     rewards = widen(rewards).detach()
     if rewards.numel() == 0:
         return torch.zeros_like(rewards, dtype=torch.bool)
