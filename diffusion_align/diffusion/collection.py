@@ -8,19 +8,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainSerializer
 from torch import Tensor
 
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import Reduction
-from diffusion_align.rewards.base import RewardError, call_reward
+from diffusion_align.rewards.base import RewardError, call_reward, reward_name
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
+
+
+def _by_name(reward: Any) -> Any:
+    """A function cannot be written to YAML; its name can."""
+    if isinstance(reward, dict) and callable(reward.get("name")):
+        return reward | {"name": _by_name(reward["name"])}
+    return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
+
+
+RewardSetting = Annotated[Any, PlainSerializer(_by_name)]
+"""What ``build_reward`` takes, as a field of a configuration."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, field_serializer
+from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.diffusion.collection import collect_scored
+from diffusion_align.diffusion.collection import RewardSetting, collect_scored
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig, build_schedule
@@ -37,11 +37,10 @@ from diffusion_align.estimators import (
     score_function_loss,
 )
 from diffusion_align.estimators.policy import LOG_CLAMP
-from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer
-from diffusion_align.training.prompts import Prompt, prompts_of_epoch
+from diffusion_align.training.prompts import Prompt, items_of_epoch
 from diffusion_align.training.randomness import generator
 
 
@@ -53,7 +52,7 @@ class DDPOConfig(TrainingConfig):
     show_prompts: list[str] | None = Field(
         None, description="prompts of the grids; the first of `prompts` if not given"
     )
-    reward: Any = Field(description="name, 'module:function', {name: ..., options} or a function")
+    reward: RewardSetting = Field(description="name, 'module:function', {name: ..., options} or a function")
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
 
@@ -82,13 +81,6 @@ class DDPOConfig(TrainingConfig):
     credit: Literal["step", "to_go"] = Field(
         "step", description="to_go charges a step with the KL of the later ones too"
     )
-
-    @field_serializer("reward")
-    def _reward_by_name(self, reward: Any) -> Any:
-        """A function cannot be written to YAML; its name can."""
-        if isinstance(reward, dict) and callable(reward.get("name")):
-            return reward | {"name": self._reward_by_name(reward["name"])}
-        return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
 
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks()
@@ -190,7 +182,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
     def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
         """Sample and score this process's pictures, recording the steps that will be trained on."""
         config = self.config
-        chosen = prompts_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
+        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
         samples = [prompt for prompt in chosen for _ in range(config.group_size)]
         kept = max(1, round(config.timestep_fraction * len(self.trained_steps)))
         collected = collect_scored(
@@ -282,8 +274,10 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             statistics["kl_path"] = statistics["kl"] * len(self.trained_steps)
         return losses, statistics
 
-    def check_first_pass(self, statistics: Mapping[str, float]) -> dict[str, float]:
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
         """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed."""
+        if not first:
+            return {}
         low, high = statistics["ratio/min"], statistics["ratio/max"]
         if self.config.objective == "ratio" and (low < 1 - self.clip or high > 1 + self.clip_high):
             raise TrainingError(

@@ -126,21 +126,25 @@ class DenoisingPolicy:
         rows = [cached[p] for p in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def predict(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning, *, guidance_scale: float | None = None
+    ) -> Tensor:
         """The guided network output (B, C, H, W) in float32: uncond + guidance_scale * (cond - uncond).
 
         Args:
             x_t: (B, C, H, W).
             timestep: (B,) int64, the model's own time.
             conditioning: of the same B samples, from ``encode``.
+            guidance_scale: the policy's own when not given.
         """
-        if self.guidance_scale == 1:
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if scale == 1:
             return self._run_unet(x_t, timestep, conditioning)
         unconditional = self.encode([""])
         both = {k: torch.cat([unconditional[k].expand(len(x_t), *v.shape[1:]), v]) for k, v in conditioning.items()}
         output = self._run_unet(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
         without, with_prompt = output.chunk(2)
-        return without + self.guidance_scale * (with_prompt - without)
+        return without + scale * (with_prompt - without)
 
     def _run_unet(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         unet = self.pipeline.unet
@@ -175,18 +179,26 @@ class DenoisingPolicy:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W)."""
         vae = self.pipeline.vae
-        config = vae.config
-        scaled = latents / config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            mean, std = (
-                torch.tensor(v, device=latents.device).view(1, -1, 1, 1)
-                for v in (config.latents_mean, config.latents_std)
-            )
-            scaled = scaled * std + mean
-        if getattr(config, "shift_factor", None):
-            scaled = scaled + config.shift_factor
-        images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+        shift, scale = self._vae_shift_and_scale(latents)
+        images = vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """x_0 latents (B, C, H, W), float32, of pictures (B, 3, H, W) in [0, 1]: the mode of the VAE's posterior."""
+        vae = self.pipeline.vae
+        raw = vae.encode((images * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode().float()
+        shift, scale = self._vae_shift_and_scale(raw)
+        return (raw - shift) / scale
+
+    def _vae_shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What turns the UNet's latents into the VAE's: ``latents * scale + shift``."""
+        config = self.pipeline.vae.config
+        shift, scale = like.new_zeros(()), like.new_tensor(1 / config.scaling_factor)
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            shift, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            scale = scale * std
+        return shift + (getattr(config, "shift_factor", None) or 0.0), scale
 
     def save_lora(self, folder: Path) -> None:
         """Write ``pytorch_lora_weights.safetensors``, which plain diffusers' ``load_lora_weights`` reads."""

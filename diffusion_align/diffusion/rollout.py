@@ -32,10 +32,16 @@ class Trajectory:
 
 
 def transition(
-    policy: DenoisingPolicy, schedule: DiffusionSchedule, x_t: Tensor, steps: Tensor, conditioning: Conditioning
+    policy: DenoisingPolicy,
+    schedule: DiffusionSchedule,
+    x_t: Tensor,
+    steps: Tensor,
+    conditioning: Conditioning,
+    *,
+    guidance_scale: float | None = None,
 ) -> GaussianTransition:
     """p(x_s | x_t, c) under the policy as it is now; ``x_t`` (B, C, H, W), ``steps`` (B,)."""
-    prediction = policy.predict(x_t, schedule.table.timestep[steps], conditioning)
+    prediction = policy.predict(x_t, schedule.table.timestep[steps], conditioning, guidance_scale=guidance_scale)
     return denoise(x_t, prediction, steps, schedule)
 
 

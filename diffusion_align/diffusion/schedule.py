@@ -11,6 +11,7 @@ Symbols: ``x_t`` is the noisier latent, ``x_s`` the next one; ``ab`` is ``alphas
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,10 @@ class DiffusionSchedule:
         columns = {f.name: getattr(self.table, f.name)[index] for f in fields(Step)}
         return Step(**{name: c if name == "timestep" else c.view(-1, 1, 1, 1) for name, c in columns.items()})
 
+    def without_clip(self) -> DiffusionSchedule:
+        """The same schedule with x_0 as predicted."""
+        return replace(self, clip_range=None)
+
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> DiffusionSchedule:
         """The same schedule with its columns on ``device``; coefficients in ``dtype`` (float32 or float64)."""
         columns = {f.name: getattr(self.table, f.name) for f in fields(Step)}
@@ -113,6 +118,10 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
     config = dict(scheduler.config)
     if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         raise UserError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    if "beta_schedule" not in config:
+        raise UserError(
+            "the model's scheduler has no beta schedule (flow matching?): use a Stable Diffusion 1.x, 2 or XL model"
+        )
     if config.get("thresholding"):
         raise UserError("the scheduler uses dynamic thresholding, which has no replay here: set thresholding=False")
     if not 1 <= steps <= config["num_train_timesteps"]:
@@ -146,6 +155,17 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
         clip_range=float(source.config.clip_sample_range) if source.config.clip_sample else None,
         table=Step(timesteps, ab_t.sqrt(), (1 - ab_t).sqrt(), x_0_weight, eps_weight, x_t_weight, std),
     )
+
+
+def training_schedule(scheduler: Any) -> DiffusionSchedule:
+    """Every step of the noising process that the model was trained on, undone by DDPM with the posterior's variance.
+
+    The last one, to the data, is deterministic. Raises as ``build_schedule`` does.
+    """
+    config = dict(scheduler.config)
+    whole = {"steps_offset": 0, "timestep_spacing": "leading", "clip_sample": False, "variance_type": "fixed_small"}
+    plain = SimpleNamespace(config=config | whole)
+    return build_schedule(plain, config.get("num_train_timesteps", 1), sampler="ddpm")
 
 
 def _next_alphas_cumprod(source: Any, sampler: str, timesteps: Tensor) -> Tensor:

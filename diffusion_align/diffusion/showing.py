@@ -50,8 +50,10 @@ class ImageShow:
     def draw(self) -> Tensor:
         return sample_images(self.policy, self.schedule, self.prompts, self.seed, batch_size=self.batch_size)
 
-    def score(self, images: Tensor, reward: Callable[..., Any]) -> list[float] | None:
+    def score(self, images: Tensor, reward: Callable[..., Any] | None) -> list[float] | None:
         """The reward of each picture; None if it cannot say (a shown prompt may lack the metadata it needs)."""
+        if reward is None:
+            return None
         try:
             return call_reward(reward, images.to(self.policy.device), self.prompts, self.metadata).tolist()
         except RewardError:
@@ -62,7 +64,7 @@ class ImageShow:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(image_grid(self.draw(), captions=self.prompts), path)
 
-    def finish(self, folder: Path, reward: Callable[..., Any]) -> None:
+    def finish(self, folder: Path, reward: Callable[..., Any] | None) -> None:
         """Write ``final/`` (what diffusers loads), ``samples/before_after.png`` and ``report.html``."""
         final = folder / "final"
         final.mkdir(parents=True, exist_ok=True)

@@ -81,5 +81,20 @@ def denoise(x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionS
     x_0, eps = predicted_x_0_and_eps(x_t, prediction, step, schedule.prediction_type)
     if schedule.clip_range is not None:
         x_0 = x_0.clamp(-schedule.clip_range, schedule.clip_range)
+    return posterior(x_t, x_0, eps, index, schedule)
+
+
+def posterior(x_t: Tensor, x_0: Tensor, eps: Tensor, index: Tensor, schedule: DiffusionSchedule) -> GaussianTransition:
+    """q(x_s | x_t, x_0), the decision of a sampler that knows the clean latent and the noise of ``x_t``.
+
+    DDPM's is the exact posterior of the noising process (arXiv:2006.11239, eq. 7); all (B, C, H, W), ``index`` (B,).
+    """
+    step = schedule.at(index)
     other = step.eps_weight * eps if schedule.sampler == "ddim" else step.x_t_weight * x_t
     return GaussianTransition(step.x_0_weight * x_0 + other, step.std.flatten())
+
+
+def add_noise(x_0: Tensor, eps: Tensor, index: Tensor, schedule: DiffusionSchedule) -> Tensor:
+    """``x_t = alpha_t x_0 + sigma_t eps``, (B, C, H, W), at the beginning of step ``index`` (B,)."""
+    step = schedule.at(index)
+    return step.alpha_t * x_0 + step.sigma_t * eps

@@ -64,6 +64,8 @@ class Trainer(ABC, Generic[Batch]):
     Subclasses give ``trainable`` and the abstract methods; ``train`` does the rest.
     """
 
+    headline = "reward"  # the metric that the progress bar shows
+
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -106,8 +108,11 @@ class Trainer(ABC, Generic[Batch]):
         A statistic is averaged over decisions; one whose name ends in ``/min`` or ``/max`` keeps its extreme.
         """
 
-    def check_first_pass(self, statistics: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of an epoch's first update, whose weights equal the sampler's; TrainingError if they seem not to."""
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        """Metrics to add to an update's, before its step; TrainingError where training should not go on.
+
+        ``first``: of the epoch, so the weights still equal the sampler's.
+        """
         return {}
 
     def show(self, name: str) -> None:
@@ -141,7 +146,7 @@ class Trainer(ABC, Generic[Batch]):
                     batch, collected = self.collect()
                 sampled = time.perf_counter()
                 keep, decisions, estimated = self.estimate(batch)
-                self._update(batch, keep, decisions)
+                last = self._update(batch, keep, decisions)
                 updated = time.perf_counter()
                 self.epoch += 1
                 self._show_if_due()
@@ -151,7 +156,8 @@ class Trainer(ABC, Generic[Batch]):
                 row["time/grid"] = time.perf_counter() - updated
                 row["time/epoch"] = time.perf_counter() - started
                 self._log.write(row)
-                self._bars.update(self._epochs_bar, completed=self.epoch, description=_headline(row))
+                headline = _headline(last | row, self.headline)
+                self._bars.update(self._epochs_bar, completed=self.epoch, description=headline)
                 self._rng_at_start = checkpoint.rng_state()
                 if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
                     self.save()
@@ -214,8 +220,8 @@ class Trainer(ABC, Generic[Batch]):
         finally:
             self._bars.remove_task(bar)
 
-    def advance(self, bar: TaskID) -> None:
-        self._bars.advance(bar)
+    def advance(self, bar: TaskID, count: int = 1) -> None:
+        self._bars.advance(bar, count)
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
@@ -282,9 +288,14 @@ class Trainer(ABC, Generic[Batch]):
 
     # -- update ----------------------------------------------------------------------------------------------------
 
-    def _update(self, batch: Batch, keep: Tensor, decisions: int) -> None:
-        """All optimizer steps of one epoch over the global samples ``keep``, each with ``decisions`` decisions."""
+    def _update(self, batch: Batch, keep: Tensor, decisions: int) -> dict[str, float]:
+        """All optimizer steps of one epoch over the global samples ``keep``, each with ``decisions`` decisions.
+
+        Returns:
+            The metrics of the last one.
+        """
         config = self.config
+        row: dict[str, float] = {}
         own = torch.tensor([self.local_samples.start, self.local_samples.stop])
         with self.progress(
             "  training", config.inner_epochs * len(keep) * decisions // self.accelerator.num_processes
@@ -304,8 +315,7 @@ class Trainer(ABC, Generic[Batch]):
                     mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.accelerator.process_index)
                     pairs = pairs[torch.randperm(len(pairs), generator=mixing)]
                     statistics = self._accumulate(batch, pairs, len(chunk) * decisions, bar)
-                    if inner == 0 and update == 0:
-                        statistics |= self.check_first_pass(statistics)
+                    statistics |= self.check_update(statistics, first=inner == 0 and update == 0)
                     statistics["grad_norm"] = self._optimizer_step()
                     row = {
                         "step": self.step,
@@ -315,6 +325,7 @@ class Trainer(ABC, Generic[Batch]):
                     }
                     self._schedule.step()
                     self._log.write(row)
+        return row
 
     def _accumulate(self, batch: Batch, pairs: Tensor, total: int, bar: TaskID) -> dict[str, float]:
         """Gradient of the mean loss over ``total`` decisions of all processes, of which ``pairs`` (n, 2) are ours."""
@@ -439,5 +450,5 @@ class Trainer(ABC, Generic[Batch]):
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
 
 
-def _headline(row: Mapping[str, float]) -> str:
-    return f"reward {row['reward']:.4g}" if "reward" in row else f"step {row['step']}"
+def _headline(row: Mapping[str, float], key: str) -> str:
+    return f"{key} {row[key]:.4g}" if key in row else f"step {row['step']}"

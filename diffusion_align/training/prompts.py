@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from diffusion_align.training.randomness import generator
 
 Prompt = tuple[str, dict[str, Any]]
 """Text and the metadata a reward receives with it."""
+Item = TypeVar("Item")
 
 
 def load_prompts(source: str | Path | Sequence[Any], *, shipped: dict[str, Path] | None = None) -> list[Prompt]:
@@ -41,13 +42,13 @@ def load_prompts(source: str | Path | Sequence[Any], *, shipped: dict[str, Path]
     return prompts
 
 
-def prompts_of_epoch(prompts: Sequence[Prompt], seed: int, epoch: int, count: int) -> list[Prompt]:
-    """``count`` prompts for ``epoch``: the whole list in a new random order each pass, without gaps between epochs."""
+def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> list[Item]:
+    """``count`` prompts (or pairs) of ``epoch``: all in a new random order each pass, without gaps between epochs."""
     chosen = []
     for position in range(epoch * count, (epoch + 1) * count):
-        turn, place = divmod(position, len(prompts))
-        order = torch.randperm(len(prompts), generator=generator(seed, "prompts", turn))
-        chosen.append(prompts[int(order[place])])
+        turn, place = divmod(position, len(items))
+        order = torch.randperm(len(items), generator=generator(seed, "prompts", turn))
+        chosen.append(items[int(order[place])])
     return chosen
 
 

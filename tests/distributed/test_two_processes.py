@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_align.training.prompts import prompts_of_epoch
+from diffusion_align.training.prompts import items_of_epoch
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 # Writes the summed gradients of every optimizer step, before clipping, and skips the report.
@@ -119,7 +119,7 @@ def test_the_comparison_notices(forked, settings, tmp_path, fault):
 def test_processes_with_unequal_work_do_not_wait_for_each_other(forked, settings, tmp_path, read_rows, case):
     """Pictures without advantage are dropped: 8, 6, 4 or none are left, on one process perhaps none."""
     (tmp_path / "mine.py").write_text(REWARD)
-    order = [text for text, _ in prompts_of_epoch([(p, {}) for p in PROMPTS], 0, 0, 4)]
+    order = [text for text, _ in items_of_epoch([(p, {}) for p in PROMPTS], 0, 0, 4)]
     flat = {"one flat on rank 1": order[3:], "rank 1 flat": order[2:], "rank 0 flat": order[:2], "all flat": order}[
         case
     ]

@@ -11,7 +11,7 @@ import torch
 
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.interrupt import InterruptFlag
-from diffusion_align.training.prompts import load_prompts, prompts_of_epoch
+from diffusion_align.training.prompts import load_prompts, items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.tracking import MetricsLog
 
@@ -20,7 +20,7 @@ SEVEN = [(f"prompt {i}", {"i": i}) for i in range(7)]
 
 @pytest.mark.parametrize("count", [1, 3, 7, 10])
 def test_each_pass_covers_the_whole_list_whatever_an_epoch_takes(count):
-    stream = [p for epoch in range(21) for p in prompts_of_epoch(SEVEN, 0, epoch, count)]
+    stream = [p for epoch in range(21) for p in items_of_epoch(SEVEN, 0, epoch, count)]
     passes = [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)]
     assert len(passes) >= 3
     assert all(Counter(text for text, _ in part) == Counter(text for text, _ in SEVEN) for part in passes)
@@ -29,13 +29,13 @@ def test_each_pass_covers_the_whole_list_whatever_an_epoch_takes(count):
 
 def test_passes_differ_in_order_and_so_do_seeds():
     orders = {
-        tuple(text for text, _ in prompts_of_epoch(SEVEN, seed, epoch, 7)) for seed in (0, 1) for epoch in range(5)
+        tuple(text for text, _ in items_of_epoch(SEVEN, seed, epoch, 7)) for seed in (0, 1) for epoch in range(5)
     }
     assert len(orders) == 10
 
 
 def test_an_epochs_prompts_depend_on_nothing_before_it():
-    assert prompts_of_epoch(SEVEN, 0, 5, 3) == prompts_of_epoch(SEVEN, 0, 5, 3)
+    assert items_of_epoch(SEVEN, 0, 5, 3) == items_of_epoch(SEVEN, 0, 5, 3)
 
 
 def test_streams_are_named():
