@@ -5,11 +5,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusion_align import estimators, pipelines, rewards
     from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
+    from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["DDPOConfig", "DDPOTrainer", "estimators", "pipelines", "rewards"]
+__all__ = [
+    "DDPOConfig",
+    "DDPOTrainer",
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "estimators",
+    "pipelines",
+    "rewards",
+]
 
-_HOME = {"DDPOConfig": "diffusion_align.diffusion.ddpo", "DDPOTrainer": "diffusion_align.diffusion.ddpo"}
+_HOME = {
+    "DDPOConfig": "diffusion_align.diffusion.ddpo",
+    "DDPOTrainer": "diffusion_align.diffusion.ddpo",
+    "DiffusionDPOConfig": "diffusion_align.diffusion.dpo",
+    "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +25,10 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
 PromptFile = Annotated[str | None, typer.Option("--prompts", help=".txt or .jsonl file, or a shipped list")]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
+Steps = Annotated[int | None, typer.Option(min=1)]
+GuidanceScale = Annotated[float | None, typer.Option(min=0)]
+Eta = Annotated[float | None, typer.Option(min=0, max=1)]
 
 
 @app.command()
@@ -49,9 +55,9 @@ def sample(
     prompts: PromptFile = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")] = Path("samples"),
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0)] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
 ) -> None:
     """Draw one picture a prompt, and a grid of them all."""
     from diffusion_align.pipelines import ImageAlignmentPipeline
@@ -100,6 +106,7 @@ def compare(
     judge: Annotated[str, typer.Option(help="reward that decides")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="pictures a prompt by each model")] = 1,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("compare.png"),
     seed: Seed = 0,
 ) -> None:
@@ -111,12 +118,58 @@ def compare(
         raise _user_error(f"--output {output} is a folder: name the picture to write")
     _make_folder(output.parent)
     _hide_loading_bars()
-    result = compare_models(first, second, texts, judge, seed=seed, output=output)
+    with _bar("pictures", 2 * per_prompt * len(texts)) as update:
+        result = compare_models(
+            first, second, texts, judge, seed=seed, output=output, per_prompt=per_prompt, on_pictures=update
+        )
+    worth = f" for {result.independent_pairs:.4g} independent pairs" if result.independent_pairs < result.pairs else ""
+    error = "" if math.isnan(result.standard_error) else f" (standard error {result.standard_error:.2g})"
     _console.print(
-        f"A {result.mean_first:.4f}, B {result.mean_second:.4f}; B wins {result.win_rate:.1%} of {result.pairs} pairs "
-        f"(95 % interval {result.low:.1%} to {result.high:.1%}); pictures in {output}",
+        f"A {result.mean_first:.4f}, B {result.mean_second:.4f}, B - A {result.mean_difference:.4f}{error}; "
+        f"B wins {result.win_rate:.1%} of {result.pairs} pairs "
+        f"(95 % interval {result.low:.1%} to {result.high:.1%}, Wilson{worth}); pictures in {output}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
+
+
+@app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
+    judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst picture")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the pairs")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    per_prompt: Annotated[int, typer.Option(min=2, help="pictures a prompt")] = 4,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the pairs in the folder")] = False,
+) -> None:
+    """Draw several pictures a prompt and keep the best and the worst as a preference pair."""
+    from diffusion_align.pipelines.pairs import PAIRS, make_pairs
+
+    wanted = _prompts(prompt, prompts)
+    _hide_loading_bars()
+    with _bar("prompts", len(wanted)) as update:
+        made = make_pairs(
+            model,
+            wanted,
+            judge,
+            output,
+            per_prompt=per_prompt,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            resume=resume,
+            on_prompt=update,
+        )
+    gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""
+    line = f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}"
+    _console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -254,16 +307,45 @@ def _user_error(sentence: str) -> Exception:
     return UserError(sentence)
 
 
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, gone when done, and the function that sets it; nothing where nobody looks."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
 def _texts(prompt: list[str] | None, prompts: str | None) -> list[str]:
+    return [text for text, _ in _prompts(prompt, prompts)]
+
+
+def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, dict[str, Any]]]:
     from diffusion_align.pipelines.configuration import shipped_prompts
     from diffusion_align.training.prompts import load_prompts
 
-    texts = list(prompt or [])
+    found: list[tuple[str, dict[str, Any]]] = [(text, {}) for text in prompt or []]
     if prompts is not None:
-        texts += [text for text, _ in load_prompts(prompts, shipped=shipped_prompts())]
-    if not texts:
+        found += load_prompts(prompts, shipped=shipped_prompts())
+    if not found:
         raise _user_error("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
-    return texts
+    return found
 
 
 def _open(path: Path) -> Any:

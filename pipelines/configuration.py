@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.ddpo import DDPOConfig
+from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.loading import model_problem
+from diffusion_align.diffusion.pairs import PairsConfig, pairs_problems
 from diffusion_align.rewards import reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import load_prompts
 
-METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig}
+METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
 _CONFIGS = Path(__file__).parent.parent / "configs"
 _PROBE = ".diffusion-align-"
 
@@ -57,7 +60,15 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     method = raw.get("method", "ddpo")
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
-    checks = [_check_model, _check_reward, _check_prompts, _check_precision, _check_trackers, _check_output_dir]
+    checks = [
+        _check_model,
+        _check_pairs,
+        _check_reward,
+        _check_prompts,
+        _check_precision,
+        _check_trackers,
+        _check_output_dir,
+    ]
     return parse_config(METHODS[method], raw, checks=checks)
 
 
@@ -67,17 +78,26 @@ def _check_model(raw: Mapping[str, Any]) -> list[str]:
     return [problem] if problem else []
 
 
-def _check_reward(raw: Mapping[str, Any]) -> list[str]:
-    if raw.get("reward", "") is None:
-        return ["reward is empty: give a name, 'module:function' or a mapping"]
-    if "reward" not in raw:
+def _check_pairs(raw: Mapping[str, Any]) -> list[str]:
+    given = raw.get("pairs")
+    if given is None:
         return []
+    try:
+        config = PairsConfig.model_validate({"source": given} if isinstance(given, str | Path) else given)
+    except ValidationError:
+        return []  # said where the whole configuration is read
+    return pairs_problems(config)
+
+
+def _check_reward(raw: Mapping[str, Any]) -> list[str]:
+    if raw.get("reward") is None:
+        return ["reward is empty: give a name, 'module:function' or a mapping"] if _is_empty(raw, "reward") else []
     problem = reward_problem(raw["reward"])
     return [problem] if problem else []
 
 
 def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
-    if "prompts" not in raw:
+    if "prompts" not in raw or (raw["prompts"] is None and not _is_empty(raw, "prompts")):
         return []
     source = raw["prompts"]
     if not isinstance(source, str | Path | list | tuple):
@@ -87,6 +107,11 @@ def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
+
+
+def _is_empty(raw: Mapping[str, Any], name: str) -> bool:
+    """Whether a setting is there without a value although the method cannot do without it."""
+    return name in raw and METHODS[raw.get("method", "ddpo")].model_fields[name].is_required()
 
 
 def _check_trackers(raw: Mapping[str, Any]) -> list[str]:

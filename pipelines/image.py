@@ -13,10 +13,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from PIL import Image
+from rich.progress import Progress
 from torch import Tensor
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
+from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines.configuration import check_config, shipped_prompts
@@ -95,18 +98,19 @@ class ImageAlignmentPipeline:
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(pipeline, model=str(model), sampler=sampler)
 
-    def align(
-        self, method: str = "ddpo", *, reward: Any, prompts: Any, output_dir: str | Path, **settings: Any
-    ) -> ImageAlignmentPipeline:
-        """Train towards ``reward``; afterwards this pipeline draws with the trained weights.
+    def align(self, method: str = "ddpo", *, output_dir: str | Path, **settings: Any) -> ImageAlignmentPipeline:
+        """Train towards a reward or preferences; afterwards this pipeline draws with the trained weights.
 
         Args:
-            method: "ddpo".
-            reward: a name, "module:function", a mapping with options, or a function
-                ``reward(images, prompts, metadata) -> (B,)``.
-            prompts: list of texts, file, or shipped list.
+            method: "ddpo", which needs a ``reward`` and ``prompts``, or "diffusion_dpo", which needs ``pairs`` or, to
+                draw and judge its own, a ``reward`` and ``prompts``.
             output_dir: the run folder (see README for what it holds).
-            **settings: any other field of ``DDPOConfig``; the same names as in YAML.
+            **settings: fields of ``DDPOConfig`` or ``DiffusionDPOConfig``; the same names as in YAML. Among them
+
+                - reward: a name, "module:function", a mapping with options, or a function
+                  ``reward(images, prompts, metadata) -> (B,)``;
+                - prompts: list of texts, file, or shipped list;
+                - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub.
 
         Returns:
             This pipeline.
@@ -115,8 +119,8 @@ class ImageAlignmentPipeline:
             ConfigError: everything that is wrong with the settings, before anything is trained.
             RewardError, TrainingError, Interrupted: see ``Trainer.train``.
         """
-        raw = {"method": method, "model": self.model, "reward": reward, "prompts": prompts, "output_dir": output_dir}
-        config = cast(DDPOConfig, check_config(raw | settings))
+        raw = {"method": method, "model": self.model, "output_dir": output_dir}
+        config = cast(ImageConfig, check_config(raw | settings))
         trainer = run(config, pipeline=self.pipeline)
         trainer.keep_average()
         self._policy = trainer.policy
@@ -193,7 +197,11 @@ class ImageAlignmentPipeline:
             self.pipeline.unet = trained
 
 
-def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
+ImageConfig = DDPOConfig | DiffusionDPOConfig
+ImageTrainer = DDPOTrainer | DiffusionDPOTrainer
+
+
+def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     """Train as ``config`` says and return the finished trainer.
 
     Args:
@@ -202,6 +210,7 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    pairs = _usable_pairs(config.pairs) if isinstance(config, DiffusionDPOConfig) and config.pairs else None
     if pipeline is None:
         pipeline = load_pipeline(config.model)
     if config.mixed_precision == "auto":
@@ -221,16 +230,42 @@ def run(config: DDPOConfig, *, pipeline: Any = None) -> DDPOTrainer:
         device=accelerator.device,
         autocast=accelerator.autocast,
     )
-    reward = build_reward(config.reward, model=config.model, device=accelerator.device)
-    prompts = load_prompts(config.prompts, shipped=shipped_prompts())
-    texts, metadata = zip(*prompts, strict=True)
-    check_reward(reward, image_size=policy.image_size, device=accelerator.device, prompts=texts, metadata=metadata)
-    trainer = DDPOTrainer(config, policy, reward, prompts, accelerator)
+    prompts = load_prompts(config.prompts, shipped=shipped_prompts()) if config.prompts is not None else []
+    reward = None
+    if config.reward is not None:
+        reward = build_reward(config.reward, model=config.model, device=accelerator.device)
+        known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
+        texts, metadata = zip(*known, strict=True)
+        check_reward(reward, image_size=policy.image_size, device=accelerator.device, prompts=texts, metadata=metadata)
+    trainer: ImageTrainer
+    if isinstance(config, DDPOConfig):
+        assert reward is not None
+        trainer = DDPOTrainer(config, policy, reward, prompts, accelerator)
+    else:
+        trainer = DiffusionDPOTrainer(
+            config, policy, pairs=pairs, reward=reward, prompts=prompts, accelerator=accelerator
+        )
     trainer.train()
     return trainer
 
 
-def _faster_precision(config: DDPOConfig, pipeline: Any) -> str:
+def _usable_pairs(settings: PairsConfig) -> PairSet:
+    """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
+    pairs = open_pairs(settings)
+    with Progress(transient=True, disable=not PartialState().is_main_process) as progress:
+        bar = progress.add_task("reading pictures", total=len(pairs))
+        pairs = pairs.check_pictures(lambda: progress.advance(bar))
+        if pairs.ties or pairs.skipped:
+            rows = ", ".join(map(str, list(pairs.skipped)[:10])) + (" ..." if len(pairs.skipped) > 10 else "")
+            progress.console.print(
+                f"{len(pairs)} pairs; left out: {pairs.ties} ties, {len(pairs.skipped)} bad rows"
+                + (f" ({rows})" if rows else ""),
+                highlight=False,
+            )
+    return pairs
+
+
+def _faster_precision(config: ImageConfig, pipeline: Any) -> str:
     """What ``mixed_precision="auto"`` means: a resumed run's own choice, a GPU's bf16, or the faster on this CPU."""
     if config.resume and (config.output_dir / "config.yaml").is_file():
         return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")

@@ -129,7 +129,7 @@ class DenoisingPolicy:
     def predict(
         self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning, *, guidance_scale: float | None = None
     ) -> Tensor:
-        """The guided network output (B, C, H, W) in float32: uncond + guidance_scale * (cond - uncond).
+        """The guided network output (B, C, H, W), float32 or wider: uncond + guidance_scale * (cond - uncond).
 
         Args:
             x_t: (B, C, H, W).
@@ -157,7 +157,7 @@ class DenoisingPolicy:
                 added_cond_kwargs=added or None,
                 return_dict=False,
             )[0]
-        return output.float()
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -94,6 +94,7 @@ def before_after(
     captions: Sequence[str] | None = None,
     rewards_before: Sequence[float] | torch.Tensor | None = None,
     rewards_after: Sequence[float] | torch.Tensor | None = None,
+    labels: tuple[str, str] = ("before", "after"),
     scale: float | None = None,
 ) -> Image.Image:
     """One column a prompt: the picture before training on top, the one after beneath it, rows labelled at the left.
@@ -104,6 +105,7 @@ def before_after(
         before, after: the same prompts and seeds in the same order; (B, 3, H, W) floats in [0, 1] or B PIL images.
         captions: B prompts.
         rewards_before, rewards_after: B rewards each.
+        labels: what is written beside the upper and the lower row.
         scale: as for ``image_grid``.
 
     Raises:
@@ -120,8 +122,8 @@ def before_after(
     width, height = _cell([*top_row, *bottom_row])
     blocks = [_wrap(caption, width) for caption in captions] if captions is not None else []
     caption_height = LINE_HEIGHT * max((len(block) for block in blocks), default=0)
-    gutter = int(max(_font().getlength(word) for word in ("before", "after"))) + MARGIN
-    rows = (("before", top_row, rewards_before), ("after", bottom_row, rewards_after))
+    gutter = int(max(_font().getlength(word) for word in labels)) + MARGIN
+    rows = ((labels[0], top_row, rewards_before), (labels[1], bottom_row, rewards_after))
     row_heights = [height + (LINE_HEIGHT + 2 if rewards is not None else 0) for _, _, rewards in rows]
     block_height = sum(row_heights) + MARGIN + caption_height + 2 * MARGIN
     per_row = min(count, PAIRS_PER_ROW)

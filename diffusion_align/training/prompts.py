@@ -44,12 +44,10 @@ def load_prompts(source: str | Path | Sequence[Any], *, shipped: dict[str, Path]
 
 def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> list[Item]:
     """``count`` prompts (or pairs) of ``epoch``: all in a new random order each pass, without gaps between epochs."""
-    chosen = []
-    for position in range(epoch * count, (epoch + 1) * count):
-        turn, place = divmod(position, len(items))
-        order = torch.randperm(len(items), generator=generator(seed, "prompts", turn))
-        chosen.append(items[int(order[place])])
-    return chosen
+    places = range(epoch * count, (epoch + 1) * count)
+    turns = {place // len(items) for place in places}
+    orders = {turn: torch.randperm(len(items), generator=generator(seed, "prompts", turn)).tolist() for turn in turns}
+    return [items[orders[place // len(items)][place % len(items)]] for place in places]
 
 
 def _read(path: Path) -> list[Any]:

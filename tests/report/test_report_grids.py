@@ -110,10 +110,12 @@ def test_before_is_above_after():
     assert [at(image, i, 1, left=left) for i in range(2)] == [BLUE, GREY]
 
 
-def test_before_and_after_are_labelled_beside_their_rows():
-    image = np.asarray(before_after(flat(RED), flat(BLUE)).convert("L"))
+@pytest.mark.parametrize("words", [("before", "after"), ("chosen", "rejected"), ("A", "B")])
+def test_the_rows_are_labelled_beside_them(words):
+    labels = {} if words[0] == "before" else {"labels": words}
+    image = np.asarray(before_after(flat(RED), flat(BLUE), **labels).convert("L"))
     gutter = image[:, : image.shape[1] - 128 - 2 * MARGIN]
-    for row, word in enumerate(("before", "after")):
+    for row, word in enumerate(words):
         strip = gutter[MARGIN + row * (128 + MARGIN) :][:128]
         written = Image.new("L", (80, 40), 255)
         ImageDraw.Draw(written).text((10, 10), word, fill=34, font=_font())

@@ -28,9 +28,7 @@ def test_each_pass_covers_the_whole_list_whatever_an_epoch_takes(count):
 
 
 def test_passes_differ_in_order_and_so_do_seeds():
-    orders = {
-        tuple(text for text, _ in items_of_epoch(SEVEN, seed, epoch, 7)) for seed in (0, 1) for epoch in range(5)
-    }
+    orders = {tuple(text for text, _ in items_of_epoch(SEVEN, seed, epoch, 7)) for seed in (0, 1) for epoch in range(5)}
     assert len(orders) == 10
 
 

@@ -1,0 +1,470 @@
+"""Diffusion-DPO: a denoising policy learns from pairs of pictures, chosen (w) over rejected (l).
+
+Both pictures of a pair are noised to one step t with one noise; what the step should give and what the policy's mean
+misses of it is an error in nats, ``err = |x_s - mu|²/(2 std²)``, weighed by step (``step_weights``):
+
+    original:   -log sigmoid(beta [(err_w_ref - err_w) - (err_l_ref - err_l)])      Wallace et al. 2023, [000] eq. 34
+    corrected:  beta sg(sigmoid(r_l - r_w)) (err_w - err_l)                         [000] eq. 36
+    + kl_coef * (KL_w + KL_l) / 2                                                   closed form, at both pictures
+
+The corrected loss has no minimum of its own; its ``kl_coef`` is 2 beta unless given, and 0 is the letter of eq. 36.
+Pairs come from a data set, or are drawn by the policy and judged by a reward in every epoch (online).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from diffusion_align.diffusion.collection import RewardSetting, collect_scored
+from diffusion_align.diffusion.latent_cache import LatentCache
+from diffusion_align.diffusion.pairs import PairsConfig, PairSet
+from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.rollout import transition
+from diffusion_align.diffusion.schedule import SamplerConfig, build_schedule, training_schedule
+from diffusion_align.diffusion.showing import ImageShow
+from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
+from diffusion_align.diffusion.transitions import GaussianTransition, add_noise, posterior
+from diffusion_align.estimators import (
+    beta_in_nats,
+    corrected_diffusion_dpo_loss,
+    diffusion_dpo_loss,
+    hinge_loss,
+    ipo_loss,
+)
+from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.errors import ConfigError, TrainingError
+from diffusion_align.training.loop import Trainer
+from diffusion_align.training.prompts import Prompt, items_of_epoch
+from diffusion_align.training.randomness import generator
+
+
+class DiffusionDPOConfig(TrainingConfig):
+    """Settings of DiffusionDPOTrainer; see ``TrainingConfig`` for those of every trainer.
+
+    ``samples_per_epoch`` counts pairs, or with online judging pictures.
+    """
+
+    method: Literal["diffusion_dpo"] = "diffusion_dpo"
+    pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
+    prompts: Any = Field(None, description="for judging online: list, .txt or .jsonl file, or a shipped list")
+    reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown pictures")
+    group_size: int = Field(4, ge=2, description="online: pictures a prompt; the best and the worst are a pair")
+    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
+
+    variant: Literal["original", "corrected"] = "original"
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
+    beta: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="price of one nat, as weighed by `weighting`"
+    )
+    beta_dpo: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="the field's beta (2000 to 5000), for mean squared errors"
+    )
+    weighting: Weighting = Field("uniform", description="of the steps: exact, uniform (the field's) or share")
+    timestep_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to picture (1), that is trained on"
+    )
+    decisions_per_pair: int = Field(1, ge=1, description="steps drawn for a pair in an epoch, each with its own noise")
+    target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
+        "posterior_mean", description="x_s: given x_0, drawn given x_0, or online as the sampler drew it"
+    )
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
+
+    kl_coef: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="price of one nat of KL; 2 beta (corrected) or 0 when not given"
+    )
+    reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
+        "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
+    )
+    old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
+    loser_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the rejected picture's error")
+    loser_clip: float | None = Field(
+        None, gt=0, description="the rejected picture's error counts up to the reference's and so many nats"
+    )
+    max_winner_error: float = Field(
+        2.0, gt=1, description="stop when the chosen pictures' error is so many times the reference's"
+    )
+
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return {"source": str(value)} if isinstance(value, str | Path) else value
+
+    @property
+    def online(self) -> bool:
+        return self.pairs is None
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks()
+        if (self.beta is None) == (self.beta_dpo is None):
+            problems.append("give either beta (a nat) or beta_dpo (the field's, for mean squared errors)")
+        if self.online and (self.prompts is None or self.reward is None):
+            problems.append("give pairs, or prompts and a reward to draw and judge pairs online")
+        if not self.online and self.prompts is not None:
+            problems.append("prompts are drawn and judged online, pairs bring their own: leave one of the two out")
+        if self.online and self.samples_per_epoch % self.group_size:
+            problems.append(
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
+                "change one of them"
+            )
+        if self.target == "logged" and (not self.online or (self.sampler.name == "ddim" and self.sampler.eta == 0)):
+            problems.append("target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0")
+        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
+            problems.append(f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1")
+        if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
+            problems.append("variant=corrected has a loss of its own: leave loss_type and label_smoothing out")
+        if self.loss_type != "sigmoid" and self.label_smoothing:
+            problems.append(f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out")
+        if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
+            problems.append("reward_mode and old_refresh belong to variant=corrected: leave them out or set that")
+        if self.show_prompts is not None and not self.show_prompts:
+            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
+        return problems
+
+
+@dataclass
+class PairBatch:
+    """An epoch's pairs of one process: B samples, K steps each, R pictures; on the device.
+
+    Of sample i, picture ``chosen[i]`` was preferred to ``rejected[i]``. ``noise`` (n, B, K, C, H, W) makes x_t of x_0
+    and, for a drawn target, x_s; ``x_t`` and ``x_s`` (R, K, C, H, W) are the sampler's own where those are the target.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    steps: Tensor
+    conditioning: Conditioning
+    keep: Tensor
+    x_0: Tensor
+    noise: Tensor | None = None
+    x_t: Tensor | None = None
+    x_s: Tensor | None = None
+    reference_mean: Tensor | None = None
+    implicit_reward: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """n steps of the chosen pictures and then n of the rejected ones, (2n, ...), with the gradient in ``now``."""
+
+    now: GaussianTransition
+    reference: GaussianTransition
+    target: GaussianTransition
+    scale: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """(2n,) nats, times the step's scale."""
+        return self.scale * self.target.kl(self.now)
+
+    @property
+    def reference_error(self) -> Tensor:
+        return self.scale * self.target.kl(self.reference)
+
+    @property
+    def kl(self) -> Tensor:
+        """(2n,) plain nats, of the policy to the reference."""
+        return self.now.kl(self.reference)
+
+
+class DiffusionDPOTrainer(Trainer[PairBatch]):
+    """Fine-tune a Stable Diffusion pipeline towards the preferred of two pictures.
+
+    Args:
+        config: checked settings.
+        policy: the model with its adapter, on ``accelerator.device``.
+        pairs: checked pairs, unless they are drawn and judged online.
+        reward: online the judge, ``reward(images, prompts, metadata) -> (B,)``; with ``pairs`` optional.
+        prompts: online, texts with the metadata that the reward receives.
+        accelerator: devices, precision and processes; a plain one when not given.
+
+    Raises:
+        ConfigError: the settings leave no step to train on, or do not fit the number of processes.
+    """
+
+    config: DiffusionDPOConfig
+    headline = "rewards/accuracies"
+
+    def __init__(
+        self,
+        config: DiffusionDPOConfig,
+        policy: DenoisingPolicy,
+        *,
+        pairs: PairSet | None = None,
+        reward: Callable[..., Any] | None = None,
+        prompts: list[Prompt] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(config, accelerator or Accelerator())
+        self.policy, self.pairs, self.reward, self.prompts = policy, pairs, reward, prompts or []
+        if config.online and len(self.local_samples) % config.group_size:
+            raise ConfigError(
+                [
+                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of group_size="
+                    f"{config.group_size} x {self.accelerator.num_processes} processes"
+                ]
+            )
+        scheduler, sampler, device = policy.pipeline.scheduler, config.sampler, self.accelerator.device
+        drawing = build_schedule(scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
+        schedule = drawing if config.target == "logged" else training_schedule(scheduler)
+        first, last = (round(share * len(schedule.stochastic_steps)) for share in config.timestep_range)
+        self.trained_steps = schedule.stochastic_steps[first:last]
+        if len(self.trained_steps) < config.decisions_per_pair:
+            raise ConfigError(
+                [
+                    f"timestep_range={list(config.timestep_range)} leaves {len(self.trained_steps)} steps to train on, "
+                    f"fewer than decisions_per_pair={config.decisions_per_pair}: use a wider range"
+                ]
+            )
+        self.drawing, self.schedule = drawing.to(device), schedule.to(device)
+        self.scales = step_scales(schedule, self.trained_steps, config.weighting).to(device, torch.float32)
+        self.beta = config.beta or beta_in_nats(
+            config.beta_dpo or 0.0,
+            dimensions=math.prod(policy.latent_shape),
+            weight_sum=float(nats_per_squared_error(schedule)[self.trained_steps].sum()),
+        )
+        default_kl_coef = 2 * self.beta if config.variant == "corrected" else 0.0
+        self.kl_coef = default_kl_coef if config.kl_coef is None else config.kl_coef
+        # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
+        self.guidance_scale = sampler.guidance_scale if config.target == "logged" else 1.0
+        self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
+        known = dict(self.prompts)
+        shown = config.show_prompts or list(dict.fromkeys(known or (pairs.prompts if pairs else [])))[:16]
+        self._show = ImageShow(
+            policy, self.drawing, [(p, known.get(p, {})) for p in shown], config.seed, config.sample_batch_size
+        )
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.policy.trainable
+
+    def collect(self) -> tuple[PairBatch, dict[str, float]]:
+        """This process's pairs of the epoch: read, or drawn and judged; then a step and a noise for each decision."""
+        batch, metrics = self._judged_pairs() if self.latents is None else self._given_pairs(self.latents)
+        if batch.x_t is None:
+            batch.noise = self._noise(batch)
+        return batch, metrics
+
+    def estimate(self, batch: PairBatch) -> tuple[Tensor, int, dict[str, float]]:
+        """The reference's means where they are used more than once, and the reward of the policy as it is now."""
+        if self.config.inner_epochs > 1 or self.config.old_refresh == "epoch":
+            self._look_back(batch)
+        return batch.keep, batch.steps.shape[1], {"beta_nats": self.beta}
+
+    def loss(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring."""
+        config, beta = self.config, self.beta
+        seen = self._decisions(batch, samples, decisions)
+        (err_w, err_l), (ref_w, ref_l), kl = seen.error.chunk(2), seen.reference_error.chunk(2), seen.kl
+        gain_w, gain_l = (ref_w - err_w).detach(), (ref_l - err_l).detach()
+        if config.loser_clip is not None:
+            err_l = err_l.minimum(ref_l + config.loser_clip)
+        err_l, loser_ref = config.loser_weight * err_l, config.loser_weight * ref_l
+        statistics = {}
+        if config.variant == "corrected":
+            if batch.implicit_reward is not None:
+                r_w, r_l = batch.implicit_reward[:, samples, decisions]
+            else:
+                r_w, r_l = self._implicit_reward(seen).chunk(2)
+            losses = corrected_diffusion_dpo_loss(err_w, err_l, r_w, r_l, beta)
+            statistics["weight"] = torch.sigmoid(beta * (r_l - r_w))
+        elif config.loss_type == "sigmoid":
+            losses = diffusion_dpo_loss(err_w, ref_w, err_l, loser_ref, beta, label_smoothing=config.label_smoothing)
+            statistics["weight"] = torch.sigmoid(beta * (gain_l - gain_w))
+        else:
+            loss = {"ipo": ipo_loss, "hinge": hinge_loss}[config.loss_type]
+            losses = loss(ref_w - err_w, loser_ref - err_l, beta)
+        margin = beta * (gain_w - gain_l)
+        kl_w, kl_l = kl.detach().chunk(2)
+        statistics |= {
+            "loss/preference": losses.detach(),
+            "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "rewards/margins": margin,
+            "rewards/chosen": beta * gain_w,
+            "rewards/rejected": beta * gain_l,
+            "error/winner": -gain_w,
+            "error/loser": -gain_l,
+            "error/reference": ref_w,
+            "kl/winner": kl_w,
+            "kl/loser": kl_l,
+            "kl": (kl_w + kl_l) / 2,
+            "kl_path": (kl_w + kl_l) / 2 * len(self.trained_steps),
+        }
+        if self.kl_coef > 0:
+            losses = losses + self.kl_coef * (seen.scale * kl).view(2, -1).mean(0)
+        return losses, statistics
+
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        """The divergence guard: the chosen pictures must not become much less likely than they were."""
+        ratio = 1 + statistics["error/winner"] / statistics["error/reference"]
+        if ratio > self.config.max_winner_error:
+            remedy = "raise kl_coef (2 beta or more)" if self.config.variant == "corrected" else "lower learning_rate"
+            raise TrainingError(
+                f"the policy diverges: its error on the chosen pictures is {ratio:.3g} times the reference's, beyond "
+                f"max_winner_error={self.config.max_winner_error:g}, so it unlearns what is preferred: {remedy}"
+            )
+        return {"error/winner_ratio": ratio}
+
+    def show(self, name: str) -> None:
+        self._show.write(self.folder / "samples" / f"{name}.png")
+
+    def finish(self) -> None:
+        self._show.finish(self.folder, self.reward)
+
+    # -- pairs -----------------------------------------------------------------------------------------------------
+
+    def _given_pairs(self, latents: LatentCache) -> tuple[PairBatch, dict[str, float]]:
+        config = self.config
+        latents.fill(self)
+        count = len(latents.pairs)
+        epoch = items_of_epoch(range(count), config.seed, self.epoch, config.samples_per_epoch)
+        own = [epoch[i] for i in self.local_samples]
+        rows = torch.arange(2 * len(own), device=self.accelerator.device)
+        return PairBatch(
+            chosen=rows[: len(own)],
+            rejected=rows[len(own) :],
+            steps=torch.stack([self._steps(i) for i in self.local_samples]).to(rows.device),
+            conditioning=self._conditioning([latents.pairs.prompts[i] for i in own]),
+            keep=torch.arange(config.samples_per_epoch),
+            x_0=torch.cat(latents.read(own)),
+        ), {
+            "data_epochs": (self.epoch + 1) * config.samples_per_epoch / count,
+            "pairs": count,
+            "pairs_tied": latents.pairs.ties,
+            "pairs_skipped": len(latents.pairs.skipped),
+        }
+
+    def _judged_pairs(self) -> tuple[PairBatch, dict[str, float]]:
+        """Of every prompt's pictures the best and the worst; prompts whose pictures tie are left out."""
+        assert self.reward is not None
+        config = self.config
+        groups = config.samples_per_epoch // config.group_size
+        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
+        samples = [prompt for prompt in chosen for _ in range(config.group_size)]
+        logged = config.target == "logged"
+        nothing = torch.empty(0, dtype=torch.int64)
+        collected = collect_scored(
+            self,
+            self.policy,
+            self.drawing,
+            self.reward,
+            samples,
+            record=lambda i: self._steps(i // config.group_size) if logged else nothing,
+            reduction="sum",
+        )
+        scores = collected.rewards.view(groups, config.group_size)
+        best, worst = scores.argmax(1), scores.argmin(1)
+        first = torch.arange(groups) * config.group_size
+        rejected_of = torch.zeros(config.samples_per_epoch, dtype=torch.int64)
+        rejected_of[first + best] = first + worst
+        decided = scores.gather(1, best[:, None]) > scores.gather(1, worst[:, None])
+        own, device = self.local_samples, self.accelerator.device
+        path = collected.trajectory
+        gaps = scores.max(1).values - scores.min(1).values
+        return PairBatch(
+            chosen=torch.arange(len(own), device=device),
+            rejected=(rejected_of[own.start : own.stop] - own.start).to(device),
+            steps=torch.stack([self._steps(i // config.group_size) for i in own]).to(device),
+            conditioning=self._conditioning([samples[i][0] for i in own]),
+            keep=(first + best)[decided.squeeze(1)],
+            x_0=path.latents,
+            x_t=path.x_t if logged else None,
+            x_s=path.x_s if logged else None,
+        ), collected.metrics | {
+            "frac_reward_zero_std": 1 - decided.float().mean().item(),
+            "reward_gap": gaps.mean().item(),
+        }
+
+    def _steps(self, sample: int) -> Tensor:
+        """(K,) one step at random from each of K equal parts of the trained ones."""
+        count = self.config.decisions_per_pair
+        places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))
+        return self.trained_steps[((torch.arange(count) + places) * len(self.trained_steps) / count).long()]
+
+    def _noise(self, batch: PairBatch) -> Tensor:
+        """(n, B, K, C, H, W), shared by the two pictures of a pair."""
+        config = self.config
+        count = 2 if config.target == "posterior_sample" else 1
+        shape = (count, batch.steps.shape[1], *self.policy.latent_shape)
+        streams = [generator(config.seed, "pair noise", self.epoch, i) for i in self.local_samples]
+        return torch.stack([torch.randn(shape, generator=s) for s in streams], dim=1).to(self.accelerator.device)
+
+    def _conditioning(self, texts: list[str]) -> Conditioning:
+        """One for both pictures of a pair, so that captions are dropped from both."""
+        config = self.config
+        for place, i in enumerate(self.local_samples if config.caption_dropout else ()):
+            drawn = torch.rand((), generator=generator(config.seed, "caption dropout", self.epoch, i))
+            texts[place] = "" if drawn < config.caption_dropout else texts[place]
+        return self.policy.encode(texts)
+
+    # -- decisions -------------------------------------------------------------------------------------------------
+
+    def _decisions(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> Decisions:
+        """One forward pass of 2n pictures for the policy and, unless it is known, one for the reference."""
+        pictures = torch.cat([batch.chosen[samples], batch.rejected[samples]])
+        side = torch.arange(2, device=samples.device).repeat_interleave(len(samples))
+        samples, decisions = samples.repeat(2), decisions.repeat(2)
+        steps = batch.steps[samples, decisions]
+        x_t, target = self._states(batch, pictures, samples, decisions)
+        conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
+
+        def decide() -> GaussianTransition:
+            return transition(self.policy, self.schedule, x_t, steps, conditioning, guidance_scale=self.guidance_scale)
+
+        if batch.reference_mean is None:
+            with torch.no_grad(), self.policy.reference():
+                reference = decide()
+        else:
+            reference = GaussianTransition(batch.reference_mean[side, samples, decisions], target.std)
+        return Decisions(decide(), reference, target, self.scales[steps])
+
+    def _states(
+        self, batch: PairBatch, pictures: Tensor, samples: Tensor, decisions: Tensor
+    ) -> tuple[Tensor, GaussianTransition]:
+        """x_t, and the step from there that the policy is measured against."""
+        steps = batch.steps[samples, decisions]
+        std = self.schedule.at(steps).std.flatten()
+        if batch.x_t is not None and batch.x_s is not None:
+            return batch.x_t[pictures, decisions], GaussianTransition(batch.x_s[pictures, decisions], std)
+        assert batch.noise is not None
+        x_0, eps = batch.x_0[pictures], batch.noise[0, samples, decisions]
+        x_t = add_noise(x_0, eps, steps, self.schedule)
+        target = posterior(x_t, x_0, eps, steps, self.schedule)
+        if self.config.target == "posterior_sample":
+            target = GaussianTransition(target.sample(batch.noise[1, samples, decisions]), std)
+        return x_t, target
+
+    def _implicit_reward(self, decisions: Decisions) -> Tensor:
+        """r of the corrected loss, (2n,) nats times the step's scale, without beta."""
+        if self.config.reward_mode == "kl":
+            return decisions.scale * decisions.kl.detach()
+        gain = (decisions.reference_error - decisions.error).detach()
+        return gain if self.config.reward_mode == "logratio" else decisions.scale * decisions.kl.detach() * gain.sign()
+
+    @torch.no_grad()
+    def _look_back(self, batch: PairBatch) -> None:
+        """Keep the reference's means, and r of the policy at the epoch's beginning, of every decision trained on."""
+        own = self.local_samples
+        kept = batch.keep[(batch.keep >= own.start) & (batch.keep < own.stop)] - own.start
+        shape = (2, *batch.steps.shape)
+        means = batch.x_0.new_zeros(*shape, *self.policy.latent_shape)
+        rewards = batch.x_0.new_zeros(shape)
+        pairs = torch.cartesian_prod(kept, torch.arange(shape[2])).to(means.device)
+        for samples, decisions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
+            seen = self._decisions(batch, samples, decisions)
+            means[:, samples, decisions] = seen.reference.mean.unflatten(0, (2, -1))
+            rewards[:, samples, decisions] = self._implicit_reward(seen).view(2, -1)
+        batch.reference_mean = means
+        if self.config.old_refresh == "epoch":
+            batch.implicit_reward = rewards

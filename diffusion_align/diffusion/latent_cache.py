@@ -1,0 +1,76 @@
+"""The latents of a run's preference pairs: encoded once, kept in the run folder, read pair by pair."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion_align.diffusion.pairs import PairSet
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.training.loop import Trainer
+
+_SHARD = 256  # pairs in a file
+
+
+class LatentCache:
+    """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs a file.
+
+    A file that is there is not made again, so an interrupted encoding goes on where it stopped. The folder belongs to
+    one run, whose settings (model, pairs) cannot change on resume.
+    """
+
+    def __init__(self, folder: Path, pairs: PairSet, policy: DenoisingPolicy) -> None:
+        self.folder, self.pairs, self.policy = folder, pairs, policy
+
+    def fill(self, trainer: Trainer[Any]) -> None:
+        """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped."""
+        accelerator, size = trainer.accelerator, trainer.config.sample_batch_size
+        numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._path(n).is_file()]
+        accelerator.wait_for_everyone()  # all have looked before the first file is written
+        own = numbers[accelerator.process_index :: accelerator.num_processes]
+        rounds = -(-len(numbers) // accelerator.num_processes)
+        with trainer.progress("  encoding pictures", len(own) * _SHARD) as bar:
+            for turn in range(rounds):
+                trainer.stop_if_interrupted()
+                if turn < len(own):
+                    first = own[turn] * _SHARD
+                    pairs = range(first, min(first + _SHARD, len(self.pairs)))
+                    parts = []
+                    for start in range(pairs.start, pairs.stop, size):
+                        batch = range(start, min(start + size, pairs.stop))
+                        parts.append(self._encode(batch))
+                        trainer.advance(bar, len(batch))
+                    chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
+                    self._write(own[turn], {"chosen": chosen, "rejected": rejected})
+        accelerator.wait_for_everyone()
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected latents (B, C, H, W) of pairs ``indices``, on the policy's device."""
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for index in indices:
+            with safe_open(self._path(index // _SHARD), "pt") as file:
+                for side, name in zip(sides, ("chosen", "rejected"), strict=True):
+                    side.append(file.get_slice(name)[index % _SHARD])
+        chosen, rejected = (torch.stack(side).to(self.policy.device) for side in sides)
+        return chosen, rejected
+
+    def _encode(self, batch: range) -> tuple[Tensor, Tensor]:
+        chosen, rejected = zip(*(self.pairs.pictures(i, self.policy.image_size) for i in batch), strict=True)
+        latents = self.policy.encode_images(torch.stack(chosen + rejected)).cpu()
+        return latents[: len(batch)], latents[len(batch) :]
+
+    def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self._path(number).with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+        os.replace(aside, self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"

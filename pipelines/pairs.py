@@ -1,0 +1,247 @@
+"""Preference pairs from a model's own pictures: draw several a prompt, and a judge chooses the best and the worst.
+
+A folder of pairs holds ``pairs.jsonl`` (one pair a line, paths relative to the folder), ``ties.jsonl`` (the prompts
+whose pictures all scored alike), ``pictures/``, ``pairs_settings.yaml`` and, when all is done, the grid ``pairs.png``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from diffusion_align.diffusion.loading import model_problem
+from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.report import before_after, save_png
+from diffusion_align.rewards import build_reward, call_reward, reward_problem
+from diffusion_align.rewards.base import reward_name
+from diffusion_align.training.checkpoint import write_aside
+from diffusion_align.training.config import load_yaml
+from diffusion_align.training.errors import ConfigError, Interrupted, UserError
+from diffusion_align.training.prompts import Prompt
+
+PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"
+_SHOWN = 24
+_KEYS = {
+    PAIRS: {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "seed_chosen", "seed_rejected"},
+    TIES: {"prompt", "score", "seed"},
+}
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairsWritten:
+    """What a folder holds: pairs, prompts without one as all scores were equal, mean score gap (nan without pairs)."""
+
+    pairs: int
+    ties: int
+    mean_gap: float
+
+
+def make_pairs(
+    model: str,
+    prompts: Sequence[Prompt],
+    judge: Any,
+    output: str | Path,
+    *,
+    per_prompt: int = 4,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float | None = None,
+    resume: bool = False,
+    on_prompt: Callable[[int], object] | None = None,
+) -> PairsWritten:
+    """Draw ``per_prompt`` pictures a prompt and write the best and the worst of each as a pair.
+
+    Picture i of prompt p is drawn with the seed ``seed + p * per_prompt + i``, and a pair is written as soon as its
+    prompt is judged: a run that was stopped and resumed leaves the same files as one that was not.
+
+    Args:
+        model: what ``ImageAlignmentPipeline.from_pretrained`` takes.
+        prompts: texts with the metadata the judge receives, from ``load_prompts``.
+        judge: what ``build_reward`` takes; the first of several best or worst pictures counts.
+        output: the folder; new or empty unless ``resume`` is set.
+        per_prompt: at least 2.
+        seed: of the first picture.
+        steps, guidance_scale, eta: instead of the model's own sampler settings.
+        resume: go on with the pairs in ``output``, which must have been begun with the same settings.
+        on_prompt: called with the number of prompts done, also before the first.
+
+    Raises:
+        UserError: wrong settings, a folder that cannot be used, a model that cannot be loaded.
+        RewardError: a judge that cannot be built, raises, or gives anything but one finite score a picture.
+        Interrupted: Ctrl-C.
+    """
+    output = Path(output).expanduser()
+    sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+    drawing = {"model": str(model), "per_prompt": per_prompt, "seed": seed, **sampling}
+    settings = drawing | {"judge": _plain(judge), "prompts": _digest(prompts)}
+    _check(prompts, judge, drawing)
+    _check_folder(output, settings, resume)
+    pairs, ties = _read_rows(output / PAIRS), _read_rows(output / TIES)
+    seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
+    done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
+
+    pipeline = ImageAlignmentPipeline.from_pretrained(model)
+    reward = build_reward(judge, model=pipeline.model, device=pipeline.pipeline.device)
+    try:
+        for index in range(done, len(prompts)):
+            if on_prompt is not None:
+                on_prompt(index)
+            text, metadata = prompts[index]
+            first = seed + index * per_prompt
+            images = pipeline([text] * per_prompt, seed=first, **sampling).images
+            scores = _scores(reward, images, text, metadata)
+            best, worst = scores.index(max(scores)), scores.index(min(scores))
+            _begin(output, settings)
+            if scores[best] == scores[worst]:
+                ties.append({"prompt": text, "score": scores[best], "seed": first})
+                _append(output / TIES, ties[-1])
+                continue
+            row: Row = {
+                "prompt": text,
+                "chosen": f"pictures/{index:05d}_chosen.png",
+                "rejected": f"pictures/{index:05d}_rejected.png",
+                "score_chosen": scores[best],
+                "score_rejected": scores[worst],
+                "seed_chosen": first + best,
+                "seed_rejected": first + worst,
+            }
+            save_png(images[best], output / row["chosen"])
+            save_png(images[worst], output / row["rejected"])
+            _append(output / PAIRS, row)
+            pairs.append(row)
+        if on_prompt is not None:
+            on_prompt(len(prompts))
+        if pairs:
+            save_png(_grid(output, pairs[:_SHOWN]), output / "pairs.png")
+    except KeyboardInterrupt:
+        kept = f"{len(pairs)} pairs are in {output}: resume (--resume) to go on" if pairs or ties else "nothing written"
+        raise Interrupted(f"stopped; {kept}") from None
+    except OSError as error:
+        raise UserError(f"output={str(output)!r}: {error.filename or 'a file'}: {error.strerror or error}") from error
+    gaps = [row["score_chosen"] - row["score_rejected"] for row in pairs]
+    return PairsWritten(len(pairs), len(ties), sum(gaps) / len(gaps) if gaps else math.nan)
+
+
+def _check(prompts: Sequence[Prompt], judge: Any, drawing: Mapping[str, Any]) -> None:
+    """Raise everything that is wrong with the settings, before anything is loaded."""
+    model, per_prompt, seed, steps, guidance, eta = drawing.values()
+    blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
+    wrong = {
+        "prompts is empty: give at least one": not prompts,
+        f"prompts: entry {blank} is blank: give it a text or drop it": blank is not None,
+        f"per_prompt={per_prompt} must be at least 2: a pair needs two pictures": per_prompt < 2,
+        f"seed={seed} must lie between 0 and 2**63 - 1": not 0 <= seed < 2**63,
+        f"steps={steps} must be at least 1": steps is not None and steps < 1,
+        f"guidance_scale={guidance} must be a number from 0": guidance is not None and not 0 <= guidance < math.inf,
+        f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
+    }
+    is_run = os.path.isfile(os.path.join(os.path.expanduser(model), "config.yaml"))
+    problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
+    problems += [problem for problem in (None if is_run else model_problem(model), reward_problem(judge)) if problem]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    existing = output
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"output={str(output)!r} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output={str(output)!r}: {existing} is not writable: choose another folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not resume:
+        raise UserError(f"output={str(output)!r} is already used: choose another folder, or resume (--resume) to go on")
+    if not (output / SETTINGS).is_file():
+        raise UserError(f"output={str(output)!r} cannot be resumed: it has no {SETTINGS}, choose another folder")
+    begun = load_yaml(output / SETTINGS)
+    differing = [key for key in settings if begun.get(key) != settings[key]]
+    if differing:
+        was, now = (", ".join(f"{key}={values.get(key)!r}" for key in differing) for values in (begun, settings))
+        raise UserError(f"output={str(output)!r} was begun with {was}, not {now}: use those, or choose another folder")
+    for left in output.glob("pictures/.*.tmp"):  # by a kill
+        left.unlink()
+
+
+def _begin(output: Path, settings: Mapping[str, Any]) -> None:
+    """Settings are kept with the first result: a judge that fails at once leaves no used folder behind."""
+    if not (output / SETTINGS).exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_aside(output / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def _scores(reward: Any, images: Sequence[Image.Image], prompt: str, metadata: Mapping[str, Any]) -> list[float]:
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    batch = pixels.permute(0, 3, 1, 2).float() / 255
+    return call_reward(reward, batch, [prompt] * len(images), [dict(metadata) for _ in images]).tolist()
+
+
+def _append(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Rows of the whole lines; one that a kill cut off is removed from the file."""
+    if not path.exists():
+        return []
+    try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if whole != text:
+            write_aside(path, whole)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend it, or choose another output folder") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not _KEYS[path.name] <= row.keys():
+            raise UserError(f"{path}: line {number} is none of ours: mend it, or choose another output folder")
+    return rows
+
+
+def _grid(output: Path, rows: Sequence[Row]) -> Image.Image:
+    sides = [[_open(output / row[side]) for row in rows] for side in ("chosen", "rejected")]
+    return before_after(
+        *sides,
+        captions=[row["prompt"] for row in rows],
+        rewards_before=[row["score_chosen"] for row in rows],
+        rewards_after=[row["score_rejected"] for row in rows],
+        labels=("chosen", "rejected"),
+    )
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    """What tells one list of prompts from another in the settings."""
+    text = json.dumps([[text, metadata] for text, metadata in prompts], default=str, sort_keys=True)
+    return f"{len(prompts)} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+
+def _plain(judge: Any) -> Any:
+    """A judge as YAML can hold it."""
+    if isinstance(judge, Mapping):
+        return {str(key): _plain(value) for key, value in judge.items()}
+    if callable(judge):
+        return reward_name(judge)
+    return judge if isinstance(judge, bool | int | float | None) else str(judge)
