@@ -58,7 +58,7 @@ def compare_models(
 
     The pairs of one prompt are alike, so more of them are worth less than more prompts. The interval of the win rate is
     Wilson's; where a prompt occurs more than once, as with ``per_prompt`` above 1, for the number of independent pairs
-    that would give the win rate the variance it has between prompts. In simulations it holds the rate in 92 to 98 % of
+    that would give the win rate the variance it has between prompts. In simulations it holds the rate in 91 to 98 % of
     cases from eight prompts on or with four pictures a prompt; with 16 of five prompts in 88 %.
 
     Args:

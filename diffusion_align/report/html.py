@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import yaml
 from PIL import Image
 
@@ -20,6 +21,7 @@ from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_me
 
 MAX_GRIDS = 6
 MAX_OTHER_METRICS = 24
+MIN_FOR_ERROR = 5  # fewer updates tell too little about their spread for a standard error
 MAX_IMAGE_WIDTH = 1600  # wider pictures are shrunk inside the report; the files keep their size
 
 # Each plot, its axis, the metrics it shows (any one is enough), and how it is read.
@@ -30,6 +32,15 @@ _PLOTS = (
         ("reward",),
         "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
         "are a real difference.",
+    ),
+    (
+        plots.plot_preference,
+        "step",
+        plots.PREFERENCE_KEYS,
+        "How often, and by how much, the policy prefers the chosen sample more than the reference does. The loss only "
+        "asks for the gap between chosen and rejected: both errors below 0, or both rewards above 0, mean that both "
+        "samples became likelier, and the reverse that both became less likely. A winner's error that keeps rising is "
+        "divergence.",
     ),
     (
         plots.plot_kl,
@@ -112,10 +123,20 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The run in one paragraph: reward from start to end, its cost, KL in nats, largest first-pass deviation."""
+    """The run in one paragraph: reward or implicit accuracy from start to end, cost, KL, largest ratio deviation."""
     if not rows:
         return "No metrics have been written yet."
-    return " ".join([_reward_sentence(rows), _kl_sentence(rows), _ratio_sentence(rows)])
+    preference = _preference_sentences(rows)
+    has_reward = len(series(rows, "reward", x="epoch")[0]) > 0
+    has_ratio = len(series(rows, "ratio/first_pass_deviation")[0]) > 0
+    sentences = [_reward_sentence(rows)] if has_reward or not preference else []
+    sentences += preference
+    if preference and not has_reward and (cost := _cost(rows)):
+        sentences.append(f"The run took {cost}.")
+    sentences.append(_kl_sentence(rows))
+    if has_ratio or not preference:
+        sentences.append(_ratio_sentence(rows))
+    return " ".join(sentences)
 
 
 def _reward_sentence(rows: Sequence[Row]) -> str:
@@ -129,27 +150,73 @@ def _reward_sentence(rows: Sequence[Row]) -> str:
     if len(epochs) == 1:
         return f"The mean reward of the only epoch so far is {first}{note}" + (f", after {cost}." if cost else ".")
     change = reward[-1] - reward[0]
-    verb = "rose" if change > 0 else "fell" if change < 0 else "went"
-    sentence = f"The mean reward {verb} from {first} to {last}{note}"
+    sentence = f"The mean reward {_verb(change)} from {first} to {last}{note}"
     error = math.hypot(errors.get(epochs[0], math.nan), errors.get(epochs[-1], math.nan))
     if error > 0:
         sentence += f", a change of {abs(change) / error:.1f} standard errors"
     return f"{sentence}, over {cost}."
 
 
+def _verb(change: float) -> str:
+    return "rose" if change > 0 else "fell" if change < 0 else "went"
+
+
+def _preference_sentences(rows: Sequence[Row]) -> list[str]:
+    """Implicit accuracy from the first to the last tenth of the updates; margin and errors in the last tenth."""
+    _, accuracy = series(rows, "rewards/accuracies")
+    count = len(accuracy)
+    if not count:
+        return []
+    (start, first), (end, last) = _tenth(accuracy, first=True), _tenth(accuracy, first=False)
+    if count == 1:
+        sentence = f"The implicit accuracy of the only update so far is {last}"
+    else:
+        part = "first tenth" if count >= 20 else "first"
+        sentence = (
+            f"The implicit accuracy {_verb(end - start)} from {first} in the {part} of {count} updates to {last} in "
+            "the last"
+        )
+    note = "; ± 2 standard errors" if "±" in first + last else ""
+    sentences = [f"{sentence} (chance is 0.5{note})."]
+    phrases = {
+        "rewards/margins": "the implicit reward margin was {}",
+        "error/winner": "the winner's error minus the reference's was {} nats",
+        "error/loser": "the loser's error minus the reference's was {} nats",
+    }
+    ends = {key: series(rows, key)[1] for key in phrases}
+    found = [phrases[key].format(_tenth(values, first=False)[1]) for key, values in ends.items() if len(values)]
+    if found:
+        sentences.append(f"There {_listed(found)}.")
+    return sentences
+
+
+def _tenth(values: np.ndarray, *, first: bool) -> tuple[float, str]:
+    """The mean of the first or last tenth, and as text with 2 standard errors if it has ``MIN_FOR_ERROR`` values."""
+    size = max(1, len(values) // 10)
+    part = values[:size] if first else values[-size:]
+    error = part.std(ddof=1) / math.sqrt(size) if size >= MIN_FOR_ERROR else math.nan
+    return float(part.mean()), _plus_minus(part.mean(), 2 * error)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def _cost(rows: Sequence[Row]) -> str:
-    """Epochs, samples and minutes, as far as they were logged."""
+    """Epochs, pairs or else samples, and minutes, as far as they were logged."""
     parts = []
     n_epochs = len({row["epoch"] for row in rows if "epoch" in row and not _is_update(row)})
     if n_epochs:
         parts.append(_count(n_epochs, "epoch"))
-    _, used = series(rows, "samples_used", x="epoch")
-    if len(used):
-        parts.append(f"{int(used.sum())} samples trained on")
+    for noun in ("pair", "sample"):
+        _, used = series(rows, f"{noun}s_used", x="epoch")
+        if len(used):
+            parts.append(f"{_count(int(used.sum()), noun)} trained on")
+            break
     _, seconds = series(rows, "time/epoch", x="epoch")
     if len(seconds):
         parts.append(f"{seconds.sum() / 60:.1f} minutes")
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return _listed(parts)
 
 
 def _is_update(row: Row) -> bool:
@@ -198,12 +265,14 @@ def _title(run_dir: Path, config: object) -> str:
     if isinstance(config, dict):
         for key in ("method", "reward", "model"):
             value = config.get(key)
+            if key == "reward" and not value and isinstance(pairs := config.get("pairs"), dict):
+                value = pairs.get("source")
             if isinstance(value, dict):
                 value = value.get("name") or " + ".join(map(str, value))
             elif isinstance(value, list):
                 value = " + ".join(str(item.get("name", "")) if isinstance(item, dict) else str(item) for item in value)
             if value:
-                parts.append(str(value).upper() if key == "method" else Path(str(value)).name)
+                parts.append(str(value).upper().replace("_", "-") if key == "method" else Path(str(value)).name)
     return " · ".join(parts) or run_dir.resolve().name
 
 

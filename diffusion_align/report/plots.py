@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ INK, GRID = "#333333", "#dddddd"
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 2.9
 DPI = 150
 MARKED_POINTS = 30  # lines of at most this many points show them
+SMOOTHING = 20  # the running mean of a noisy line is over one in this many of its points
 
 RunDirs = str | Path | Sequence[str | Path]
 
@@ -47,7 +49,46 @@ _NAMES = {
     "loss": ("Loss", "loss"),
     "entropy": ("Entropy", "nats"),
     "samples_used": ("Samples trained on", "samples"),
+    "pairs_used": ("Pairs trained on", "pairs"),
+    "loss/preference": ("Preference loss", "loss"),
+    "rewards/accuracies": ("Implicit accuracy", "fraction of pairs"),
+    "rewards/margins": ("Implicit reward, chosen − rejected", "beta × nats"),
+    "rewards/chosen": ("Implicit reward, chosen", "beta × nats"),
+    "rewards/rejected": ("Implicit reward, rejected", "beta × nats"),
+    "error/winner": ("Winner's error − the reference's", "nats"),
+    "error/loser": ("Loser's error − the reference's", "nats"),
+    "error/winner_ratio": ("Winner's error / the reference's", "ratio"),
+    "kl/winner": ("KL to the reference at the winner, per step", "nats"),
+    "kl/loser": ("KL to the reference at the loser, per step", "nats"),
+    "weight": ("Weight of the corrected loss", "mean weight"),
+    "beta_nats": ("Beta", "per nat"),
 }
+# Of each panel: the metric that names its unit, its title, its lines, and the level of the reference or of chance.
+_PREFERENCE_PANELS: tuple[tuple[str, str, dict[str, str], tuple[float, str] | None], ...] = (
+    ("rewards/accuracies", "Implicit accuracy", {"rewards/accuracies": "accuracy"}, (0.5, "chance")),
+    ("rewards/margins", "Implicit reward, chosen − rejected", {"rewards/margins": "margin"}, (0.0, "reference")),
+    (
+        "rewards/chosen",
+        "Implicit reward",
+        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        (0.0, "reference"),
+    ),
+    (
+        "error/winner",
+        "Error − the reference's",
+        {"error/winner": "winner", "error/loser": "loser"},
+        (0.0, "reference"),
+    ),
+    ("kl/winner", "KL to the reference, per step", {"kl/winner": "winner", "kl/loser": "loser"}, None),
+    (
+        "error/winner_ratio",
+        "Winner's error / the reference's",
+        {"error/winner_ratio": "winner"},
+        (1.0, "reference"),
+    ),
+)
+PREFERENCE_KEYS = tuple(key for _, _, lines, _ in _PREFERENCE_PANELS for key in lines)
+_REWARD_COMPONENT = re.compile(r"rewards/(.+)/mean")
 _X_NAMES = {"step": "optimizer update", "epoch": "epoch"}
 _TIME_PARTS = ("sample", "score", "update", "grid")
 
@@ -56,8 +97,8 @@ def describe(key: str) -> tuple[str, str]:
     """``(title, unit)`` of a metric, for an axis; a key that is not known stands for itself."""
     if key in _NAMES:
         return _NAMES[key]
-    if key.startswith("rewards/") and key.endswith("/mean"):
-        return f"Reward: {key.removeprefix('rewards/').removesuffix('/mean')}", "mean reward"
+    if match := _REWARD_COMPONENT.fullmatch(key):
+        return f"Reward: {match[1]}", "mean reward"
     if key.startswith("time/"):
         return f"Time: {key.removeprefix('time/')}", "seconds"
     return key, ""
@@ -105,8 +146,34 @@ def plot_reward_components(rows: Sequence[Row]) -> Figure:
 
 
 def reward_component_keys(rows: Iterable[Row]) -> list[str]:
-    """The keys ``rewards/<name>/mean`` found in the rows, sorted."""
-    return [key for key in numeric_keys(rows, x="epoch") if key.startswith("rewards/") and key.endswith("/mean")]
+    """The keys ``rewards/<name>/mean`` found in the rows, sorted; ``rewards/accuracies`` and the like are none."""
+    return [key for key in numeric_keys(rows, x="epoch") if _REWARD_COMPONENT.fullmatch(key)]
+
+
+def plot_preference(rows: Sequence[Row]) -> Figure:
+    """A preference run over its updates: implicit accuracy and rewards, errors and KL at winner and loser.
+
+    Where a panel has many updates its values are pale and their running mean, whose length the axis names, is bold. A
+    panel without metrics is left out.
+    """
+    known = _present(rows, PREFERENCE_KEYS, x="step")
+    shown = [panel for panel in _PREFERENCE_PANELS if not panel[2].keys().isdisjoint(known)]
+    figure, panels = _figure(len(shown))
+    for axes, (key, title, lines, level) in zip(panels, shown):
+        curves = {label: series(rows, name) for name, label in lines.items() if name in known}
+        window = max(1, min(len(steps) for steps, _ in curves.values()) // SMOOTHING)
+        for color, label in zip(PALETTE, lines.values()):
+            if label in curves:
+                _smooth_line(axes, *curves[label], color, label=label, window=window)
+        if level:
+            axes.axhline(level[0], color="#777777", linewidth=1.0, linestyle="--", label=level[1], zorder=2)
+        _finish(axes, key, "step", title=title)
+        if window > 1:
+            axes.set_xlabel(f"{_X_NAMES['step']} (bold: mean over {window})", fontsize=8.5, color=INK)
+        if level is None:
+            _from_zero(axes)
+        _legend(axes)
+    return figure
 
 
 def plot_kl(rows: Sequence[Row]) -> Figure:
@@ -311,6 +378,21 @@ def _line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: 
     marker = "o" if len(xs) <= MARKED_POINTS else None
     width = 1.6 if len(xs) <= 200 else 0.9
     axes.plot(xs, values, color=color, linewidth=width, marker=marker, markersize=3, label=label, zorder=3)
+
+
+def _smooth_line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: str, window: int) -> None:
+    """The values pale and their running mean bold; the values alone where the window holds one."""
+    if window == 1:
+        _line(axes, xs, values, color, label=label)
+    else:
+        axes.plot(xs, values, color=color, linewidth=0.7, alpha=0.3, zorder=2.5)
+        axes.plot(xs, _running_mean(values, window), color=color, linewidth=1.8, label=label, zorder=3)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean over ``window`` neighbours, centred, and over those there are at the ends; window <= len(values)."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
 
 
 def _band(axes: Axes, xs: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, label: str = "") -> None:

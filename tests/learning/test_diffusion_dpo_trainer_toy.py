@@ -13,7 +13,6 @@ import torch
 import diffusion_align.diffusion.dpo as dpo
 from diffusion_align.diffusion.schedule import DiffusionSchedule, Step
 from diffusion_align.report import read_metrics
-from diffusion_align.training.errors import TrainingError
 
 pytestmark = pytest.mark.slow
 F64 = torch.float64

@@ -24,6 +24,16 @@ EPOCHS = [
     {"step": 1, "epoch": 1, "reward": 4.0, "reward_stderr": 0.06, "samples_used": 60, "time/epoch": 90.0},
     {"step": 3, "epoch": 2, "reward": 5.0, "reward_stderr": 0.08, "samples_used": 64, "time/epoch": 60.0},
 ]
+PREFERENCES = [
+    {"step": n + 1, "epoch": n // 50 + 1, "loss": 0.6, "kl": 0.2, "rewards/accuracies": 0.5 + n / 500 + n % 2 / 10}
+    | {"rewards/margins": n / 10 + n % 2, "rewards/chosen": n / 20, "rewards/rejected": -n / 20}
+    | {"error/winner": -n / 50, "error/loser": 1.0, "weight": 0.5, "beta_nats": 0.1}
+    for n in range(100)
+]
+PAIR_EPOCHS = [
+    {"step": step, "epoch": epoch, "pairs_used": 400, "samples_used": 800, "time/epoch": 90.0}
+    for epoch, step in ((1, 50), (2, 100))
+]
 ROWS = [UPDATES[0], EPOCHS[0], *UPDATES[1:], EPOCHS[1]]
 
 
@@ -129,6 +139,55 @@ def test_the_summary_of_a_falling_reward_and_of_rows_that_lack_keys():
     assert summary([]) == "No metrics have been written yet."
 
 
+def test_the_summary_of_a_preference_run():
+    text = summary([*PREFERENCES[:50], PAIR_EPOCHS[0], *PREFERENCES[50:], PAIR_EPOCHS[1]])
+    # standard deviations of ten updates: 0.0541 (accuracy), 0.652 (margin), 0.0606 (winner); 2 / sqrt(10) of each
+    assert text == (
+        "The implicit accuracy rose from 0.559 ± 0.034 in the first tenth of 100 updates to 0.739 ± 0.034 in the last "
+        "(chance is 0.5; ± 2 standard errors). There the implicit reward margin was 9.95 ± 0.41, the winner's error "
+        "minus the reference's was -1.890 ± 0.038 nats and the loser's error minus the reference's was "
+        "1.000 ± 0.000 nats. The run took 2 epochs, 800 pairs trained on and 3.0 minutes. In the last epoch the policy "
+        "was 0.2 nats a step away from the reference (KL, mean over its updates)."
+    )
+
+
+def test_the_summary_of_a_preference_run_with_a_reward_or_with_few_updates():
+    judged = summary([*PREFERENCES, *(row | {"reward": row["epoch"]} for row in PAIR_EPOCHS)])
+    assert judged.startswith("The mean reward rose from 1 to 2, over 2 epochs, 800 pairs trained on and 3.0 minutes.")
+    assert "The implicit accuracy rose from 0.559 ± 0.034" in judged
+    assert "The run took" not in judged
+    assert "first pass" not in judged
+    assert "first pass over its samples" in summary([*PREFERENCES, {"step": 101, "ratio/first_pass_deviation": 0.1}])
+    fallen = [{"step": n, "rewards/accuracies": accuracy} for n, accuracy in ((1, 0.75), (2, 0.5), (3, 0.25))]
+    assert summary(fallen).startswith(
+        "The implicit accuracy fell from 0.75 in the first of 3 updates to 0.25 in the last (chance is 0.5). KL"
+    )
+    assert "went from 0.75 in the first of 2 updates to 0.75 in the last" in summary(
+        [fallen[0], fallen[0] | {"step": 2}]
+    )
+    assert "of the only update so far is 0.75 (chance is 0.5)." in summary(fallen[:1])
+    assert "1 epoch and 1 pair trained on" in summary([*fallen, {"epoch": 1, "pairs_used": 1}])
+
+
+def test_the_report_of_a_preference_run(tmp_path):
+    config = "method: diffusion_dpo\nreward: null\nmodel: emoji-sd\npairs:\n  source: emoji_style\n"
+    run = make_run(tmp_path / "run", rows=[*PREFERENCES, *PAIR_EPOCHS], config=config, epochs=())
+    page = page_of(run)
+    assert "DIFFUSION-DPO · emoji_style · emoji-sd" in page.text
+    assert "The loss only asks for the gap between chosen and rejected" in page.text
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert 'alt="Plot: Implicit accuracy; Implicit reward, chosen − rejected; Implicit reward; Error' in text
+    assert "Beta; Loss; Pairs trained on; Samples trained on; Weight of the corrected loss" in text
+    assert text.count("Implicit accuracy") == 1
+
+
+def test_the_title_names_the_reward_before_the_pairs(tmp_path):
+    pairs = "pairs:\n  source: team/some_pairs\n"
+    for n, (reward, title) in enumerate([("reward: jpeg\n", "DPO · jpeg"), ("", "DPO · some_pairs")]):
+        assert title in page_of(make_run(tmp_path / str(n), config=f"method: dpo\n{reward}{pairs}")).text
+    assert "DPO · m" in page_of(make_run(tmp_path / "odd", config="method: dpo\nmodel: m\npairs: here\n")).text
+
+
 def test_markup_in_the_configuration_is_shown_not_run(tmp_path):
     config = f"method: ddpo\nreward: '<b>bold</b>'\nprompts:\n- {json.dumps(EVIL)}\nsampler:\n  eta: 1.0\n"
     run = make_run(tmp_path / "<i>run", config=config)
@@ -193,11 +252,11 @@ def test_a_run_that_only_has_its_configuration(tmp_path):
 
 
 def test_metrics_of_another_method_are_drawn_under_other_metrics(tmp_path):
-    rows = [{"step": n, "epoch": 1, "loss": 0.69, "rewards/margins": 0.1 * n, "logps/chosen": -5.0} for n in (1, 2, 3)]
+    rows = [{"step": n, "epoch": 1, "loss": 0.69, "logps/margins": 0.1 * n, "logps/chosen": -5.0} for n in (1, 2, 3)]
     page = page_of(make_run(tmp_path / "run", rows=rows))
     assert "Other metrics" in page.text
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "logps/chosen; Loss; rewards/margins" in text
+    assert "logps/chosen; logps/margins; Loss" in text
 
 
 def test_a_folder_that_is_no_run_is_one_sentence(tmp_path):

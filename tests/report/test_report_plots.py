@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from diffusion_align import report
-from diffusion_align.report.plots import PALETTE
+from diffusion_align.report.plots import PALETTE, describe, plot_preference, reward_component_keys
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -25,6 +25,16 @@ def fake_rows(epochs=4, shift=0.0, updates=2):
             {"step": step, "epoch": epoch, "reward": epoch + shift, "reward_stderr": 0.25, "rewards/gold/mean": 1.0}
             | {"time/sample": 3.0, "time/score": 1.0, "time/update": 4.0, "time/grid": 0.5, "time/epoch": 10.0}
         )
+    return rows
+
+
+def preference_rows(updates, *, text=False):
+    rows = []
+    for n in range(1, updates + 1):
+        row = {"step": n, "epoch": 1, "loss": 0.6, "kl": 0.1, "rewards/accuracies": 0.5 + n % 2 / 4}
+        row |= {"rewards/chosen": 2.0 * n, "rewards/rejected": -1.0 * n, "rewards/margins": 3.0 * n}
+        errors = {"error/winner": -4.0 * n, "error/loser": -5.0 * n, "error/winner_ratio": 1 - 0.01 * n}
+        rows.append(row | ({} if text else errors | {"kl/winner": 0.1 * n, "kl/loser": 0.2 * n}))
     return rows
 
 
@@ -112,6 +122,110 @@ def test_ratio_is_drawn_minus_one():
     assert line_data(first_pass) == [[1, 3, 5, 7], [1e-6] * 4]
 
 
+def test_preference_lines_are_not_swapped():
+    figure = plot_preference(preference_rows(10))
+    drawn = {
+        (axes.get_title(loc="left"), line.get_label()): float(line.get_ydata()[-1])
+        for axes in figure.axes
+        for line in axes.lines
+    }
+    assert drawn == pytest.approx(
+        {
+            ("Implicit accuracy", "accuracy"): 0.5,
+            ("Implicit accuracy", "chance"): 0.5,
+            ("Implicit reward, chosen − rejected", "margin"): 30,
+            ("Implicit reward, chosen − rejected", "reference"): 0,
+            ("Implicit reward", "chosen"): 20,
+            ("Implicit reward", "rejected"): -10,
+            ("Implicit reward", "reference"): 0,
+            ("Error − the reference's", "winner"): -40,
+            ("Error − the reference's", "loser"): -50,
+            ("Error − the reference's", "reference"): 0,
+            ("KL to the reference, per step", "winner"): 1,
+            ("KL to the reference, per step", "loser"): 2,
+            ("Winner's error / the reference's", "winner"): 0.9,
+            ("Winner's error / the reference's", "reference"): 1,
+        }
+    )
+    units = ["fraction of pairs", "beta × nats", "beta × nats", "nats", "nats", "ratio"]
+    assert [axes.get_ylabel() for axes in figure.axes] == units
+    assert legend_texts(figure.axes[3].get_legend()) == ["winner", "loser", "reference"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"optimizer update"}
+    assert report.figure_png(figure).startswith(PNG)
+
+
+def test_preference_panels_without_metrics_are_left_out():
+    figure = plot_preference(preference_rows(3, text=True))
+    titles = ["Implicit accuracy", "Implicit reward, chosen − rejected", "Implicit reward"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == titles
+    (axes,) = plot_preference([{"step": 1, "error/loser": 0.5, "error/winner": float("nan")}]).axes
+    assert legend_texts(axes.get_legend()) == ["loser", "reference"]
+    assert to_rgb(axes.lines[0].get_color()) == to_rgb(PALETTE[1])
+    with pytest.raises(ValueError, match="no row holds"):
+        plot_preference([{"epoch": 1, "rewards/accuracies": 0.5}])
+
+
+def test_many_preference_updates_are_pale_under_a_centred_running_mean():
+    axes = plot_preference(preference_rows(60)).axes[1]  # 60 // 20 = 3
+    raw, mean, level = axes.lines
+    assert list(raw.get_ydata()) == [3.0 * n for n in range(1, 61)]
+    np.testing.assert_allclose(mean.get_ydata(), [4.5, *(3.0 * n for n in range(2, 60)), 178.5], rtol=1e-12)
+    assert list(mean.get_xdata()) == list(raw.get_xdata()) == list(range(1, 61))
+    assert raw.get_alpha() < 0.5
+    assert raw.get_linewidth() < mean.get_linewidth()
+    assert axes.get_xlabel() == "optimizer update (bold: mean over 3)"
+    assert legend_texts(axes.get_legend()) == ["margin", "reference"]
+    assert list(level.get_ydata()) == [0, 0]
+
+
+def test_an_even_window_flattens_alternating_accuracies_up_to_the_ends():
+    axes = plot_preference(preference_rows(80)).axes[0]
+    np.testing.assert_allclose(axes.lines[1].get_ydata()[2:-1], 0.625, rtol=1e-12)
+    assert "mean over 4" in axes.get_xlabel()
+
+
+def test_a_line_logged_seldom_sets_the_window_of_its_panel():
+    rows = preference_rows(100)
+    for row in rows:
+        if row["step"] % 50:
+            del row["error/loser"]
+    axes = plot_preference(rows).axes[3]
+    assert [len(line.get_xdata()) for line in axes.lines[:2]] == [100, 2]
+    assert axes.get_xlabel() == "optimizer update"
+
+
+def test_preference_metrics_are_no_reward_components():
+    row = {"step": 1, "epoch": 1, "rewards/accuracies": 0.5, "rewards/margins": 0.1, "rewards/chosen": 0.1}
+    row |= {"rewards/mean": 1.0, "rewards/gold/std": 1.0, "rewards/gold/mean": 1.0, "rewards/a/b/mean": 1.0}
+    assert reward_component_keys([row]) == ["rewards/a/b/mean", "rewards/gold/mean"]
+    assert describe("rewards/gold/mean") == ("Reward: gold", "mean reward")
+    assert describe("rewards/mean") == ("rewards/mean", "")
+
+
+@pytest.mark.parametrize(
+    ("key", "unit"),
+    [
+        ("loss/preference", "loss"),
+        ("rewards/accuracies", "fraction of pairs"),
+        ("rewards/margins", "beta × nats"),
+        ("rewards/chosen", "beta × nats"),
+        ("rewards/rejected", "beta × nats"),
+        ("error/winner", "nats"),
+        ("error/loser", "nats"),
+        ("error/winner_ratio", "ratio"),
+        ("kl/winner", "nats"),
+        ("kl/loser", "nats"),
+        ("weight", "mean weight"),
+        ("beta_nats", "per nat"),
+        ("pairs_used", "pairs"),
+    ],
+)
+def test_preference_metrics_have_a_name_and_a_unit(key, unit):
+    name, found = describe(key)
+    assert name != key
+    assert found == unit
+
+
 def test_time_bars_stack_up_to_the_epoch():
     (axes,) = report.plot_time_split(fake_rows()).axes
     assert legend_texts(axes.get_legend()) == ["other", "grid", "update", "score", "sample"]
@@ -142,6 +256,7 @@ def test_plot_metrics_picks_the_axis_and_a_panel_a_key():
         report.plot_grad_norm,
         report.plot_time_split,
         report.plot_reward_components,
+        plot_preference,
         lambda rows: report.plot_metrics(rows, ["nonsense"]),
     ],
 )
