@@ -9,13 +9,15 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 
 from diffusion_align import __version__
 from diffusion_align.diffusion.ddpo import DDPOConfig
+from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
+from diffusion_align.diffusion.pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.pipelines.configuration import read_config, shipped_configs, shipped_prompts
 from diffusion_align.rewards import describe_rewards
 from diffusion_align.training.prompts import load_prompts
@@ -24,7 +26,7 @@ Entries = list[tuple[str, list[str]]]
 """(name, lines about it)."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-_EXTRAS = {"open-clip": "open_clip", "tensorboard": "tensorboard", "wandb": "wandb"}
+_EXTRAS = {"open-clip": "open_clip", "datasets": "datasets", "tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def _configs() -> Entries:
@@ -41,6 +43,14 @@ def _models() -> Entries:
 
 def _prompts() -> Entries:
     return [(name, [f"{len(load_prompts(path))} prompts"]) for name, path in shipped_prompts().items()]
+
+
+def _pairs() -> Entries:
+    counts = " and ".join(f"{len(open_pairs(PairsConfig(source=EMBEDDED, split=s)))} {s}" for s in ("train", "heldout"))
+    return [
+        (EMBEDDED, [f"{counts} pairs of drawings of one concept: shaded 3-D, chosen, and flat"]),
+        ("any other", ["a .jsonl, .csv or .parquet file, a folder, or the hub id of a data set"]),
+    ]
 
 
 def _rewards() -> Entries:
@@ -60,6 +70,7 @@ LISTINGS: dict[str, Callable[[], Entries]] = {
     "configs": _configs,
     "models": _models,
     "prompts": _prompts,
+    "pairs": _pairs,
     "rewards": _rewards,
 }
 
@@ -80,27 +91,60 @@ def describe_machine() -> list[tuple[str, str]]:
 
 def describe_config(source: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """(name, value) lines about what a recipe would do; a ConfigError lists what is wrong with it."""
-    config = cast(DDPOConfig, read_config(source, overrides))
-    decisions = max(1, round(config.timestep_fraction * config.sampler.steps))
-    pairs = config.samples_per_epoch * decisions
-    guided = 2 if config.sampler.guidance_scale > 1 else 1
+    config: Any = read_config(source, overrides)
     local = config.model in EMBEDDED_PIPELINES or Path(config.model).expanduser().is_dir()
+    describe = _describe_ddpo if isinstance(config, DDPOConfig) else _describe_dpo
     return [
         ("model", f"{config.model} ({'here' if local else 'from the hub, downloaded or cached when training starts'})"),
         ("epochs", str(config.epochs)),
-        ("pictures an epoch", f"{config.samples_per_epoch}, each {config.sampler.steps} steps"),
         ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
-        (
-            "decisions an update",
-            f"{math.ceil(pairs / config.updates_per_epoch)} in micro-batches of {config.micro_batch_size}",
-        ),
+        *describe(config),
+        ("settings", "no problem found"),
+    ]
+
+
+def _describe_ddpo(config: DDPOConfig) -> list[tuple[str, str]]:
+    decisions = config.samples_per_epoch * max(1, round(config.timestep_fraction * config.sampler.steps))
+    guided = 2 if config.sampler.guidance_scale > 1 else 1
+    return [
+        ("pictures an epoch", f"{config.samples_per_epoch}, each {config.sampler.steps} steps"),
+        _decisions_an_update(config, decisions),
         (
             "UNet passes an epoch",
             f"{guided * config.samples_per_epoch * config.sampler.steps} forward while sampling, "
-            f"{guided * pairs * config.inner_epochs} forward and backward while training",
+            f"{guided * decisions * config.inner_epochs} forward and backward while training",
         ),
-        ("settings", "no problem found"),
     ]
+
+
+def _describe_dpo(config: DiffusionDPOConfig) -> list[tuple[str, str]]:
+    guided = 2 if config.sampler.guidance_scale > 1 else 1
+    pairs = config.samples_per_epoch // (config.group_size if config.online else 1)
+    decisions = pairs * config.decisions_per_pair
+    drawing = guided * config.samples_per_epoch * config.sampler.steps
+    passes = 2 * decisions * (guided if config.target == "logged" else 1)
+    # Where the reference is asked once for all inner epochs, so is the policy as it is at the epoch's beginning.
+    looks = 2 if config.inner_epochs > 1 or config.old_refresh == "epoch" else 1
+    source = (
+        f"{pairs}, the best and the worst of {config.group_size} pictures each"
+        if config.pairs is None
+        else f"{pairs} from {config.pairs.source}"
+    )
+    return [
+        ("pairs an epoch", source),
+        _decisions_an_update(config, decisions),
+        (
+            "UNet passes an epoch",
+            (f"{drawing} forward while sampling, " if config.online else "")
+            + f"{passes * looks} forward for the reference, "
+            f"{passes * config.inner_epochs} forward and backward while training",
+        ),
+    ]
+
+
+def _decisions_an_update(config: DDPOConfig | DiffusionDPOConfig, decisions: int) -> tuple[str, str]:
+    each = math.ceil(decisions / config.updates_per_epoch)
+    return "decisions an update", f"{each} in micro-batches of {config.micro_batch_size}"
 
 
 def _first_comment(path: Path) -> str:

@@ -1,12 +1,13 @@
 """What a training epoch, and what the log-probs of tokens cost. Not tests: run them on a quiet machine.
 
     python scripts/benchmark.py ddpo                # the embedded model, as the quickstart trains it
+    python scripts/benchmark.py diffusion-dpo       # the embedded model, as dpo_emoji_style trains it
     python scripts/benchmark.py ddpo --growth       # and how time and memory grow with pictures and steps
     python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
 
-``ddpo``: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by exactly the
-UNet passes it made (same batch sizes, same adapter, with or without a backward pass), so that both see the same
-machine; the median of the ratios is what counts.
+``ddpo``, ``diffusion-dpo``: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed
+by exactly the UNet passes it made (same batch sizes, same adapter, with or without a backward pass), so that both see
+the same machine; the median of the ratios is what counts.
 
 ``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
 the peak of the resident memory over what is resident once the inputs are there, so the result and the gradients
@@ -59,10 +60,25 @@ def ddpo(
         ]
     else:
         rows = [measure(recipe, overrides or [], epochs)]
+    _print_epochs(rows, as_json)
+
+
+@app.command()
+def diffusion_dpo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe")] = None,
+    recipe: str = "dpo_emoji_style",
+    epochs: int = 9,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Diffusion-DPO's epoch time over the time of its UNet passes, and the peak memory; latents are there already."""
+    _print_epochs([measure(recipe, overrides or [], epochs)], as_json)
+
+
+def _print_epochs(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows[0]))
         return
-    print("pictures  steps  epoch s  bare s  ratio (median, min-max)  peak MiB")
+    print(" samples  steps  epoch s  bare s  ratio (median, min-max)  peak MiB")
     for row in rows:
         print(
             f"{row['samples']:8d}  {row['steps']:5d}  {row['epoch']:7.2f}  {row['bare']:6.2f}  "
@@ -73,13 +89,15 @@ def ddpo(
 def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
     """Run ``epochs`` epochs after one to warm up; seconds, ratios and peak memory."""
     from diffusion_align.diffusion.ddpo import DDPOTrainer
+    from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
     from diffusion_align.diffusion.policy import DenoisingPolicy
     from diffusion_align.pipelines.configuration import read_config
     from diffusion_align.pipelines.image import run
 
     passes: Counter[tuple[int, bool, bool]] = Counter()
     run_unet = DenoisingPolicy._run_unet
-    collect = DDPOTrainer.collect
+    trainers: tuple[Any, ...] = (DDPOTrainer, DiffusionDPOTrainer)
+    collects = {trainer: trainer.collect for trainer in trainers}
     marks: list[float] = []
     results: list[tuple[float, float]] = []
 
@@ -94,9 +112,11 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
             results.append((now - marks[-1], _bare(trainer.policy, passes, run_unet)))
         passes.clear()
         marks.append(time.perf_counter())
-        return collect(trainer)
+        return collects[type(trainer)](trainer)
 
-    DenoisingPolicy._run_unet, DDPOTrainer.collect = counted, marked  # type: ignore[method-assign]
+    DenoisingPolicy._run_unet = counted  # type: ignore[method-assign]
+    for trainer in trainers:
+        trainer.collect = marked
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"output_dir={folder}/run",
@@ -111,7 +131,7 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
     ratios = [epoch / bare for epoch, bare in measured]
     return {
         "samples": config.samples_per_epoch,
-        "steps": config.sampler.steps,
+        "steps": config.decisions_per_pair if config.method == "diffusion_dpo" else config.sampler.steps,
         "epoch": statistics.median(epoch for epoch, _ in measured),
         "bare": statistics.median(bare for _, bare in measured),
         "ratio": statistics.median(ratios),

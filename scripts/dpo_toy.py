@@ -195,7 +195,8 @@ def main() -> None:
                 axes.plot(len(values) - 1, values[-1], "x", color=line.get_color(), markersize=9, markeredgewidth=2)
     for axes, optimum, label in zip(panels, (1.0, 0.5), ("E r", "KL to the reference, nats")):
         axes.axhline(optimum, color="0.5", linestyle="--", linewidth=1)
-        axes.set(xlabel="update", ylabel=label, ylim=(-0.1 * optimum, 2.2 * optimum))
+        axes.set(xlabel="update", ylabel=label)
+    panels[1].set(yscale="log", ylim=(1e-3, 10))
     panels[0].legend(frameon=False, fontsize=8)
     save_figure(figure, Path(__file__).parent.parent / "docs" / "images" / "dpo_toy.png")
 
