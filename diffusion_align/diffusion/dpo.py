@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffusion_align.diffusion.collection import RewardSetting, collect_scored
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet
-from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.policy import CACHED_PROMPTS, Conditioning, DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import transition
 from diffusion_align.diffusion.schedule import SamplerConfig, build_schedule, training_schedule
 from diffusion_align.diffusion.showing import ImageShow
@@ -239,6 +239,7 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
         self.guidance_scale = sampler.guidance_scale if config.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
+        self._prompts_to_encode = list(dict.fromkeys(pairs.prompts)) if pairs is not None else []
         known = dict(self.prompts)
         shown = config.show_prompts or list(dict.fromkeys(known or (pairs.prompts if pairs else [])))[:16]
         self._show = ImageShow(
@@ -326,6 +327,8 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
 
     def _given_pairs(self, latents: LatentCache) -> tuple[PairBatch, dict[str, float]]:
         config = self.config
+        if self._prompts_to_encode:
+            self._encode_prompts()
         latents.fill(self)
         count = len(latents.pairs)
         epoch = items_of_epoch(range(count), config.seed, self.epoch, config.samples_per_epoch)
@@ -385,6 +388,15 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
             "frac_reward_zero_std": 1 - decided.float().mean().item(),
             "reward_gap": gaps.mean().item(),
         }
+
+    def _encode_prompts(self) -> None:
+        """Every caption once, with a progress bar; more than can be kept are encoded as they come."""
+        if len(self._prompts_to_encode) <= CACHED_PROMPTS:
+            with self.progress("  encoding prompts", len(self._prompts_to_encode)) as bar:
+                for prompt in self._prompts_to_encode:
+                    self.policy.encode([prompt])
+                    self.advance(bar)
+        self._prompts_to_encode = []
 
     def _steps(self, sample: int) -> Tensor:
         """(K,) one step at random from each of K equal parts of the trained ones."""

@@ -28,9 +28,12 @@ class LatentCache:
 
     def __init__(self, folder: Path, pairs: PairSet, policy: DenoisingPolicy) -> None:
         self.folder, self.pairs, self.policy = folder, pairs, policy
+        self._full = False
 
     def fill(self, trainer: Trainer[Any]) -> None:
         """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped."""
+        if self._full:
+            return
         accelerator, size = trainer.accelerator, trainer.config.sample_batch_size
         numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._path(n).is_file()]
         accelerator.wait_for_everyone()  # all have looked before the first file is written
@@ -50,6 +53,7 @@ class LatentCache:
                     chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
                     self._write(own[turn], {"chosen": chosen, "rejected": rejected})
         accelerator.wait_for_everyone()
+        self._full = True
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected latents (B, C, H, W) of pairs ``indices``, on the policy's device."""

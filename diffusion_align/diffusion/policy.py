@@ -24,7 +24,8 @@ Conditioning = dict[str, Tensor]
 
 ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTION_LAYERS = ["conv1", "conv2"]
-_CACHED_PROMPTS = 2048
+CACHED_PROMPTS = 2048
+"""Embeddings of so many prompts are kept; beyond that they are made again."""
 
 
 class LoRAConfig(Section):
@@ -119,7 +120,7 @@ class DenoisingPolicy:
         """What the UNet is conditioned on, (B, ...); each different prompt goes through the text encoders once."""
         cached = {p: self._prompt_cache[p] for p in prompts if p in self._prompt_cache}
         missing = [p for p in dict.fromkeys(prompts) if p not in cached]
-        if len(self._prompt_cache) + len(missing) > _CACHED_PROMPTS:
+        if len(self._prompt_cache) + len(missing) > CACHED_PROMPTS:
             self._prompt_cache.clear()
         cached |= {p: self._encode(self, p) for p in missing}  # SDXL's empty prompt comes back to this method
         self._prompt_cache |= cached
