@@ -187,8 +187,9 @@ def make_policy(model_path):
     from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 
     def make(name, *, noise=0.0, seed=0, **settings):
+        pipeline = load_pipeline(model_path(name))  # the first time it is made, which draws random numbers
         torch.manual_seed(seed)
-        policy = DenoisingPolicy(load_pipeline(model_path(name)), **({"lora": LoRAConfig(rank=4)} | settings))
+        policy = DenoisingPolicy(pipeline, **({"lora": LoRAConfig(rank=4)} | settings))
         with torch.no_grad():
             for parameter in policy.trainable.values() if noise else ():
                 parameter.add_(noise * torch.randn_like(parameter))

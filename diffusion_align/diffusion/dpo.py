@@ -24,10 +24,11 @@ from accelerate import Accelerator
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from diffusion_align.diffusion.collection import RewardSetting, collect_scored
+from diffusion_align.diffusion.collection import RewardSetting
 from diffusion_align.diffusion.latent_cache import LatentCache
+from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet
-from diffusion_align.diffusion.policy import CACHED_PROMPTS, Conditioning, DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import transition
 from diffusion_align.diffusion.schedule import SamplerConfig, build_schedule, training_schedule
 from diffusion_align.diffusion.showing import ImageShow
@@ -43,8 +44,7 @@ from diffusion_align.estimators import (
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer
-from diffusion_align.training.prompts import Prompt, items_of_epoch
-from diffusion_align.training.randomness import generator
+from diffusion_align.training.prompts import Prompt
 
 
 class DiffusionDPOConfig(TrainingConfig):
@@ -120,6 +120,8 @@ class DiffusionDPOConfig(TrainingConfig):
             )
         if self.target == "logged" and (not self.online or (self.sampler.name == "ddim" and self.sampler.eta == 0)):
             problems.append("target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0")
+        if self.target == "logged" and self.caption_dropout:
+            problems.append("target=logged trains on steps drawn with the caption: leave caption_dropout out")
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
             problems.append(f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1")
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
@@ -131,27 +133,6 @@ class DiffusionDPOConfig(TrainingConfig):
         if self.show_prompts is not None and not self.show_prompts:
             problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
         return problems
-
-
-@dataclass
-class PairBatch:
-    """An epoch's pairs of one process: B samples, K steps each, R pictures; on the device.
-
-    Of sample i, picture ``chosen[i]`` was preferred to ``rejected[i]``. ``noise`` (n, B, K, C, H, W) makes x_t of x_0
-    and, for a drawn target, x_s; ``x_t`` and ``x_s`` (R, K, C, H, W) are the sampler's own where those are the target.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    steps: Tensor
-    conditioning: Conditioning
-    keep: Tensor
-    x_0: Tensor
-    noise: Tensor | None = None
-    x_t: Tensor | None = None
-    x_s: Tensor | None = None
-    reference_mean: Tensor | None = None
-    implicit_reward: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +220,6 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
         self.guidance_scale = sampler.guidance_scale if config.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
-        self._prompts_to_encode = list(dict.fromkeys(pairs.prompts)) if pairs is not None else []
         known = dict(self.prompts)
         shown = config.show_prompts or list(dict.fromkeys(known or (pairs.prompts if pairs else [])))[:16]
         self._show = ImageShow(
@@ -252,10 +232,7 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
 
     def collect(self) -> tuple[PairBatch, dict[str, float]]:
         """This process's pairs of the epoch: read, or drawn and judged; then a step and a noise for each decision."""
-        batch, metrics = self._judged_pairs() if self.latents is None else self._given_pairs(self.latents)
-        if batch.x_t is None:
-            batch.noise = self._noise(batch)
-        return batch, metrics
+        return judged_pairs(self) if self.latents is None else given_pairs(self, self.latents)
 
     def estimate(self, batch: PairBatch) -> tuple[Tensor, int, dict[str, float]]:
         """The reference's means where they are used more than once, and the reward of the policy as it is now."""
@@ -323,103 +300,6 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
     def finish(self) -> None:
         self._show.finish(self.folder, self.reward)
 
-    # -- pairs -----------------------------------------------------------------------------------------------------
-
-    def _given_pairs(self, latents: LatentCache) -> tuple[PairBatch, dict[str, float]]:
-        config = self.config
-        if self._prompts_to_encode:
-            self._encode_prompts()
-        latents.fill(self)
-        count = len(latents.pairs)
-        epoch = items_of_epoch(range(count), config.seed, self.epoch, config.samples_per_epoch)
-        own = [epoch[i] for i in self.local_samples]
-        rows = torch.arange(2 * len(own), device=self.accelerator.device)
-        return PairBatch(
-            chosen=rows[: len(own)],
-            rejected=rows[len(own) :],
-            steps=torch.stack([self._steps(i) for i in self.local_samples]).to(rows.device),
-            conditioning=self._conditioning([latents.pairs.prompts[i] for i in own]),
-            keep=torch.arange(config.samples_per_epoch),
-            x_0=torch.cat(latents.read(own)),
-        ), {
-            "data_epochs": (self.epoch + 1) * config.samples_per_epoch / count,
-            "pairs": count,
-            "pairs_tied": latents.pairs.ties,
-            "pairs_skipped": len(latents.pairs.skipped),
-        }
-
-    def _judged_pairs(self) -> tuple[PairBatch, dict[str, float]]:
-        """Of every prompt's pictures the best and the worst; prompts whose pictures tie are left out."""
-        assert self.reward is not None
-        config = self.config
-        groups = config.samples_per_epoch // config.group_size
-        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
-        samples = [prompt for prompt in chosen for _ in range(config.group_size)]
-        logged = config.target == "logged"
-        nothing = torch.empty(0, dtype=torch.int64)
-        collected = collect_scored(
-            self,
-            self.policy,
-            self.drawing,
-            self.reward,
-            samples,
-            record=lambda i: self._steps(i // config.group_size) if logged else nothing,
-            reduction="sum",
-        )
-        scores = collected.rewards.view(groups, config.group_size)
-        best, worst = scores.argmax(1), scores.argmin(1)
-        first = torch.arange(groups) * config.group_size
-        rejected_of = torch.zeros(config.samples_per_epoch, dtype=torch.int64)
-        rejected_of[first + best] = first + worst
-        decided = scores.gather(1, best[:, None]) > scores.gather(1, worst[:, None])
-        own, device = self.local_samples, self.accelerator.device
-        path = collected.trajectory
-        gaps = scores.max(1).values - scores.min(1).values
-        return PairBatch(
-            chosen=torch.arange(len(own), device=device),
-            rejected=(rejected_of[own.start : own.stop] - own.start).to(device),
-            steps=torch.stack([self._steps(i // config.group_size) for i in own]).to(device),
-            conditioning=self._conditioning([samples[i][0] for i in own]),
-            keep=(first + best)[decided.squeeze(1)],
-            x_0=path.latents,
-            x_t=path.x_t if logged else None,
-            x_s=path.x_s if logged else None,
-        ), collected.metrics | {
-            "frac_reward_zero_std": 1 - decided.float().mean().item(),
-            "reward_gap": gaps.mean().item(),
-        }
-
-    def _encode_prompts(self) -> None:
-        """Every caption once, with a progress bar; more than can be kept are encoded as they come."""
-        if len(self._prompts_to_encode) <= CACHED_PROMPTS:
-            with self.progress("  encoding prompts", len(self._prompts_to_encode)) as bar:
-                for prompt in self._prompts_to_encode:
-                    self.policy.encode([prompt])
-                    self.advance(bar)
-        self._prompts_to_encode = []
-
-    def _steps(self, sample: int) -> Tensor:
-        """(K,) one step at random from each of K equal parts of the trained ones."""
-        count = self.config.decisions_per_pair
-        places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))
-        return self.trained_steps[((torch.arange(count) + places) * len(self.trained_steps) / count).long()]
-
-    def _noise(self, batch: PairBatch) -> Tensor:
-        """(n, B, K, C, H, W), shared by the two pictures of a pair."""
-        config = self.config
-        count = 2 if config.target == "posterior_sample" else 1
-        shape = (count, batch.steps.shape[1], *self.policy.latent_shape)
-        streams = [generator(config.seed, "pair noise", self.epoch, i) for i in self.local_samples]
-        return torch.stack([torch.randn(shape, generator=s) for s in streams], dim=1).to(self.accelerator.device)
-
-    def _conditioning(self, texts: list[str]) -> Conditioning:
-        """One for both pictures of a pair, so that captions are dropped from both."""
-        config = self.config
-        for place, i in enumerate(self.local_samples if config.caption_dropout else ()):
-            drawn = torch.rand((), generator=generator(config.seed, "caption dropout", self.epoch, i))
-            texts[place] = "" if drawn < config.caption_dropout else texts[place]
-        return self.policy.encode(texts)
-
     # -- decisions -------------------------------------------------------------------------------------------------
 
     def _decisions(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> Decisions:
@@ -473,7 +353,8 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         means = batch.x_0.new_zeros(*shape, *self.policy.latent_shape)
         rewards = batch.x_0.new_zeros(shape)
         pairs = torch.cartesian_prod(kept, torch.arange(shape[2])).to(means.device)
-        for samples, decisions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
+        micro_batches = pairs.split(self.config.micro_batch_size) if len(pairs) else ()
+        for samples, decisions in (p.unbind(1) for p in micro_batches):
             seen = self._decisions(batch, samples, decisions)
             means[:, samples, decisions] = seen.reference.mean.unflatten(0, (2, -1))
             rewards[:, samples, decisions] = self._implicit_reward(seen).view(2, -1)

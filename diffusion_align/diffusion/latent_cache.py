@@ -1,4 +1,4 @@
-"""The latents of a run's preference pairs: encoded once, kept in the run folder, read pair by pair."""
+"""The latents and captions of a run's preference pairs: encoded once; latents are kept in the run folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.diffusion.pairs import PairSet
-from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
 from diffusion_align.training.loop import Trainer
 
 _SHARD = 256  # pairs in a file
@@ -31,21 +31,29 @@ class LatentCache:
         self._full = False
 
     def fill(self, trainer: Trainer[Any]) -> None:
-        """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped."""
+        """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped.
+
+        Captions are encoded too; more of them than the policy can keep are encoded as they come.
+        """
         if self._full:
             return
+        captions = list(dict.fromkeys(self.pairs.prompts))
+        if len(captions) <= CACHED_PROMPTS:
+            with trainer.progress("  encoding prompts", len(captions)) as bar:
+                for caption in captions:
+                    self.policy.encode([caption])
+                    trainer.advance(bar)
         accelerator, size = trainer.accelerator, trainer.config.sample_batch_size
         numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._path(n).is_file()]
         accelerator.wait_for_everyone()  # all have looked before the first file is written
         own = numbers[accelerator.process_index :: accelerator.num_processes]
         rounds = -(-len(numbers) // accelerator.num_processes)
-        with trainer.progress("  encoding pictures", len(own) * _SHARD) as bar:
+        parts_of = {n: range(n * _SHARD, min((n + 1) * _SHARD, len(self.pairs))) for n in own}
+        with trainer.progress("  encoding pictures", sum(map(len, parts_of.values()))) as bar:
             for turn in range(rounds):
                 trainer.stop_if_interrupted()
                 if turn < len(own):
-                    first = own[turn] * _SHARD
-                    pairs = range(first, min(first + _SHARD, len(self.pairs)))
-                    parts = []
+                    pairs, parts = parts_of[own[turn]], []
                     for start in range(pairs.start, pairs.stop, size):
                         batch = range(start, min(start + size, pairs.stop))
                         parts.append(self._encode(batch))

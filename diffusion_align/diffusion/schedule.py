@@ -164,6 +164,7 @@ def training_schedule(scheduler: Any) -> DiffusionSchedule:
     """
     config = dict(scheduler.config)
     whole = {"steps_offset": 0, "timestep_spacing": "leading", "clip_sample": False, "variance_type": "fixed_small"}
+    config.pop("_use_default_values", None)  # diffusers forgets what is set here if it was not set there
     plain = SimpleNamespace(config=config | whole)
     return build_schedule(plain, config.get("num_train_timesteps", 1), sampler="ddpm")
 
