@@ -70,7 +70,7 @@ def test_the_weight_is_what_autograd_says_of_the_mean(kind, sampler):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_in_nats_is_the_weight_times_the_squared_error(kind):
-    scheduler = DDIMScheduler(**BETAS, prediction_type=kind, num_train_timesteps=40, clip_sample=False)
+    scheduler = DDIMScheduler(**BETAS, prediction_type=kind, num_train_timesteps=40)
     schedule = training_schedule(scheduler)
     weights = nats_per_squared_error(schedule)
     index = torch.tensor([0, 17, 38])
@@ -201,7 +201,7 @@ def test_posterior_is_ddpms_closed_form():
 @pytest.mark.parametrize("kind", KINDS)
 def test_posterior_is_the_mean_of_diffusers_step(kind, monkeypatch):
     """DDPMScheduler.step fed the truth; its own draw is made 0, and 1 to see its std."""
-    scheduler = DDPMScheduler(**BETAS, prediction_type=kind)
+    scheduler = DDPMScheduler(**BETAS, clip_sample=False, prediction_type=kind)
     schedule = training_schedule(scheduler)
     x_0, eps = normal(*SHAPE), normal(*SHAPE, seed=1)
     draw = torch.zeros(SHAPE, dtype=F64)
