@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from diffusion_align.diffusion.pairs import PairSet
 from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
+from diffusion_align.training.errors import CheckpointError
 from diffusion_align.training.loop import Trainer
 
 _SHARD = 256  # pairs in a file
@@ -23,7 +26,7 @@ class LatentCache:
     """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs a file.
 
     A file that is there is not made again, so an interrupted encoding goes on where it stopped. The folder belongs to
-    one run, whose settings (model, pairs) cannot change on resume.
+    one run, whose settings (model, pairs) cannot change on resume; every file says which rows and captions it is of.
     """
 
     def __init__(self, folder: Path, pairs: PairSet, policy: DenoisingPolicy) -> None:
@@ -34,9 +37,13 @@ class LatentCache:
         """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped.
 
         Captions are encoded too; more of them than the policy can keep are encoded as they come.
+
+        Raises:
+            CheckpointError: the files are of other pairs.
         """
         if self._full:
             return
+        self._check_files()
         captions = list(dict.fromkeys(self.pairs.prompts))
         if len(captions) <= CACHED_PROMPTS:
             with trainer.progress("  encoding prompts", len(captions)) as bar:
@@ -78,10 +85,25 @@ class LatentCache:
         latents = self.policy.encode_images(torch.stack(chosen + rejected)).cpu()
         return latents[: len(batch)], latents[len(batch) :]
 
+    def _check_files(self) -> None:
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("pairs") != self._digest(int(path.stem)):
+                    raise CheckpointError(
+                        f"the pairs are not those that this run began with ({path} is of others): put them back or "
+                        "choose a new output_dir"
+                    )
+
+    def _digest(self, number: int) -> str:
+        places = slice(number * _SHARD, (number + 1) * _SHARD)
+        which = [self.pairs.rows[places], self.pairs.prompts[places]]
+        return hashlib.sha256(json.dumps(which).encode()).hexdigest()
+
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self._path(number).with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+        aside = self._path(number).with_suffix(".tmp")  # the one process that writes this file also did before a kill
+        metadata = {"pairs": self._digest(number)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
         os.replace(aside, self._path(number))
 
     def _path(self, number: int) -> Path:

@@ -46,6 +46,7 @@ class Pairs:
         stream = torch.Generator().manual_seed(3)
         self.images = torch.rand(2, count, 3, 16, 16, generator=stream)
         self.prompts = [prompts[i % len(prompts)] for i in range(count)]
+        self.rows = list(range(count))
         self.ties, self.skipped = ties, dict.fromkeys(range(skipped), "bad")
 
     def __len__(self):

@@ -1,0 +1,519 @@
+"""Whole runs of Diffusion-DPO: what they log and save, what survives a kill, and when they stop of their own accord."""
+
+import json
+import math
+import re
+import runpy
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusion_align.diffusion import pair_batches
+from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
+from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.pipelines import image
+from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.training.errors import TrainingError
+
+_here = Path(__file__).parent
+NOISY = runpy.run_path(str(_here / "conftest.py"))["NOISY"]
+_interrupted = runpy.run_path(str(_here / "test_interrupt_and_resume.py"))
+KILL, HOOK, QUICK = (_interrupted[name] for name in ("KILL", "HOOK", "QUICK"))
+PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
+# As in conftest.py, every part of the state matters: the rate changes each step and an average is kept.
+SETTINGS = {
+    "method": "diffusion_dpo",
+    "beta": 0.5,
+    "epochs": 4,
+    "samples_per_epoch": 4,
+    "sample_batch_size": 2,
+    "micro_batch_size": 3,
+    "updates_per_epoch": 2,
+    "learning_rate": 1e-3,
+    "lr_schedule": "cosine",
+    "warmup_steps": 2,
+    "ema_decay": 0.9,
+    "sampler": {"steps": 3, "guidance_scale": 1.0},
+    "lora": {"rank": 2},
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "grid_every": 0,
+    "num_threads": 1,
+}
+OFFLINE = {"pairs": {"source": "emoji_style", "max_pairs": 6}}
+ONLINE = {"prompts": PROMPTS, "group_size": 2}
+CORRECTED = {
+    "variant": "corrected",
+    "old_refresh": "epoch",
+    "inner_epochs": 2,
+    "caption_dropout": 0.3,
+    "decisions_per_pair": 2,
+    "target": "posterior_sample",
+}
+KINDS = {
+    "offline": OFFLINE,
+    "online": ONLINE,
+    "offline, corrected": OFFLINE | CORRECTED,
+}
+# Two pairs a file, so that six pairs take three.
+SMALL_FILES = "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
+
+
+def place(owner, name, n, *, after=False):
+    """Python that sets what HOOK reads: the ``n``-th pass through ``owner.name``."""
+    module, _, cls = owner.rpartition(".")
+    return f"from {module} import {cls} as owner\nname, n, after = {name!r}, {n}, {after}\n"
+
+
+REPLACE = """
+import {module} as module
+class owner: replace = staticmethod(os.replace)
+name, n, after = "replace", {n}, {after}
+stand_in = type("os", (), {{"replace": lambda *a: owner.replace(*a), "fsync": os.fsync, "getpid": os.getpid}})
+module.os = stand_in
+"""
+CACHE, CHECKPOINT = "diffusion_align.diffusion.latent_cache", "diffusion_align.training.checkpoint"
+ENCODING = {
+    "while encoding": place(f"{CACHE}.LatentCache", "_encode", 1),
+    "before latents are renamed": REPLACE.format(module=CACHE, n=1, after=False),
+    "after latents are renamed": REPLACE.format(module=CACHE, n=1, after=True),
+}
+TRAINING = {
+    "between two updates": place("diffusion_align.training.loop.Trainer", "_optimizer_step", 2),
+    "after the row, before the checkpoint": place("diffusion_align.training.loop.Trainer", "save", 1),
+    "before a checkpoint is renamed": REPLACE.format(module=CHECKPOINT, n=3, after=False),
+    "after a checkpoint is renamed": REPLACE.format(module=CHECKPOINT, n=3, after=True),
+}
+READING = {"while reading": place(f"{CACHE}.LatentCache", "read", 2)}
+DRAWING = {"while drawing": place("diffusion_align.diffusion.policy.DenoisingPolicy", "decode", 3)}
+OFFLINE_PLACES = {"after latents are renamed": ENCODING["after latents are renamed"]} | TRAINING | READING
+LOOKING_BACK = {
+    "between the two passes over an epoch": place("diffusion_align.training.loop.Trainer", "_optimizer_step", 7),
+    "while looking back": place("diffusion_align.diffusion.dpo.DiffusionDPOTrainer", "_look_back", 2),
+}
+STOP = """
+import os, signal
+def die():
+    os.kill(os.getpid(), signal.SIGINT)
+    globals()["die"] = lambda: None  # a second one would end the run at once
+"""
+
+
+@pytest.fixture(scope="module")
+def calm(forked, tiny_sd, tmp_path_factory):
+    """``calm(kind)``: configuration and folder of a run of that kind that was left alone; one for all tests."""
+    runs = {}
+
+    def make(kind):
+        if kind not in runs:
+            scratch = tmp_path_factory.mktemp("calm")
+            (scratch / "noisy.py").write_text(NOISY)
+            changes = KINDS[kind] | ({"reward": f"{scratch}/noisy.py:noisy"} if "online" in kind else {})
+            config = scratch / "tiny.yaml"
+            config.write_text(yaml.safe_dump(SETTINGS | {"model": str(tiny_sd), "output_dir": "run"} | changes))
+            run = forked("train", config, f"output_dir={scratch}/run", prelude=SMALL_FILES)
+            assert run.status == 0, run.error
+            runs[kind] = config, scratch / "run"
+        return runs[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_change_nothing(forked, calm, tmp_path, assert_same_run, read_rows, kind):
+    """One run, killed once at each of the places; whatever it had written by then is what the calm run wrote."""
+    (config, left_alone), harried = calm(kind), tmp_path / "harried"
+    expected = read_rows(left_alone)
+    places = {"offline": OFFLINE_PLACES, "online": TRAINING | DRAWING}.get(kind, LOOKING_BACK)
+    for moment, hook in places.items():
+        run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=SMALL_FILES + KILL + hook + HOOK)
+        assert run.status == -signal.SIGKILL, (moment, run)
+        written = read_rows(harried) if (harried / "metrics.jsonl").exists() else []
+        assert written == expected[: len(written)], moment
+    run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=SMALL_FILES + QUICK)
+    assert run.status == 0, run.error
+    assert_same_run(harried, left_alone)
+    assert_same_latents(harried, left_alone)
+    assert not list(harried.rglob(".*")), "something aside was left behind"
+
+
+def assert_same_latents(folder, other):
+    mine, theirs = (sorted((f / "latents").glob("*.safetensors")) for f in (folder, other))
+    assert [p.name for p in mine] == [p.name for p in theirs]
+    assert [p.read_bytes() for p in mine] == [p.read_bytes() for p in theirs]
+
+
+def test_a_kill_while_encoding_leaves_nothing_aside(forked, calm, tmp_path):
+    (config, _), folder = calm("offline"), tmp_path / "run"
+    hook = SMALL_FILES + KILL + ENCODING["before latents are renamed"] + HOOK
+    assert forked("train", config, f"output_dir={folder}", prelude=hook).status == -signal.SIGKILL
+    run = forked("train", config, f"output_dir={folder}", "resume=true", prelude=SMALL_FILES + QUICK)
+    assert run.status == 0, run.error
+    assert [p.suffix for p in (folder / "latents").iterdir()] == [".safetensors"] * 3
+
+
+@pytest.mark.parametrize("kind", ["offline", "online", "offline, corrected"])
+def test_signals_change_nothing(forked, calm, tmp_path, assert_same_run, kind):
+    """Ctrl-C at several places, with checkpoints far apart, so that only the signal can have written one."""
+    (config, left_alone), stopped = calm(kind), tmp_path / "stopped"
+    arguments = ["train", config, f"output_dir={stopped}", "resume=true", "checkpoint_every=100"]
+    collecting = {"encoding": ENCODING["while encoding"]} if "offline" in kind else DRAWING
+    updates = 4 if "corrected" in kind else 2
+    places = collecting | {"updating": TRAINING["between two updates"]}
+    for finished, (moment, hook) in zip(((0, 1) if "offline" in kind else (1, 2)), places.items()):
+        run = forked(*arguments, prelude=SMALL_FILES + STOP + hook + HOOK)
+        assert run.status == 130, (moment, run)
+        assert "Traceback" not in run.error
+        said = run.error.strip().splitlines()[-1]
+        assert said == f"stopped after epoch {finished} of 4; go on with resume=true output_dir={stopped}"
+        assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{updates * finished:08d}"]
+        if moment == "encoding":  # the file that was begun is finished, the others wait
+            assert [p.name for p in (stopped / "latents").iterdir()] == ["00000.safetensors"]
+    run = forked(*arguments, prelude=SMALL_FILES + QUICK)
+    assert run.status == 0, run.error
+    assert_same_run(stopped, left_alone)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("pairs.max_pairs=5", "pairs was .*'max_pairs': 6.* and is .*'max_pairs': 5.*"),
+        ("pairs.split=heldout", "pairs was .*'split': 'train'.* and is .*'split': 'heldout'.*"),
+        ("beta=0.6", "beta was 0.5 and is 0.6"),
+        ("variant=corrected", "variant was 'original' and is 'corrected'"),
+        ("caption_dropout=0.1", "caption_dropout was 0.0 and is 0.1"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(forked, calm, override, wanted):
+    config, folder = calm("offline")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    run = forked("train", config, f"output_dir={folder}", "resume=true", override)
+    assert run.status == 2
+    assert re.fullmatch(
+        rf"error: .* belongs to another run: {wanted}; put it back or choose a new output_dir\n", run.error
+    )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_holds_all_its_files(calm):
+    for kind in KINDS:
+        folder = calm(kind)[1]
+        assert (folder / "report.html").stat().st_size > 1000
+        with Image.open(folder / "samples" / "before_after.png") as picture:
+            assert picture.height > 2 * 16
+        assert (folder / "latents").is_dir() == ("offline" in kind)
+
+
+# -- in this process ---------------------------------------------------------------------------------------------------
+
+QUIET = {"epochs": 2, "lr_schedule": "constant", "warmup_steps": 0, "ema_decay": None, "checkpoint_every": 10}
+
+
+def brightness(images, prompts, metadata):
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def picture_pairs(tmp_path_factory):
+    """A folder with six pairs of noise pictures as files; the chosen ones are bright."""
+    folder = tmp_path_factory.mktemp("pairs")
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(6):
+        for side, low in (("chosen", 128), ("rejected", 0)):
+            pixels = draw.integers(low, low + 128, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{side}_{i}.png")
+        rows.append({"prompt": PROMPTS[i % 4], "chosen": f"chosen_{i}.png", "rejected": f"rejected_{i}.png"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def train(model_path, picture_pairs, tmp_path, monkeypatch):
+    """``train(model, **changes)``: the finished trainer and its rows."""
+    from diffusion_align.diffusion import showing
+
+    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+
+    def run(model="tiny_sd", name="run", **changes):
+        source = {} if "prompts" in changes else {"pairs": str(picture_pairs)}
+        settings = SETTINGS | QUIET | {"model": model_path(model), "output_dir": str(tmp_path / name)}
+        trainer = image.run(check_config(settings | source | changes))
+        return trainer, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def updates(rows):
+    return [row for row in rows if "loss" in row]
+
+
+EVERY_UPDATE = {
+    "loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "error/winner",
+    "error/loser",
+    "error/winner_ratio",
+    "kl/winner",
+    "kl/loser",
+    "weight",
+    "grad_norm",
+}
+
+
+@pytest.mark.parametrize("source", ["offline", "online"])
+@pytest.mark.parametrize("variant", ["original", "corrected"])
+def test_rows_hold_what_there_is_to_know(train, source, variant):
+    changes = {"prompts": PROMPTS, "group_size": 2, "reward": brightness} if source == "online" else {}
+    _, rows = train(variant=variant, **changes)
+    assert all(row.keys() >= EVERY_UPDATE for row in updates(rows))
+    epochs = [row for row in rows if "beta_nats" in row]
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert {row["beta_nats"] for row in epochs} == {0.5}
+    for row in epochs:
+        assert row.keys() >= ({"reward", "reward_gap"} if source == "online" else {"pairs", "data_epochs"})
+        assert row["samples_used"] == (2 if source == "online" else 4)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    first, last = updates(rows)[0], updates(rows)[-1]
+    assert first["rewards/accuracies"] == 0.5
+    assert first["weight"] == pytest.approx(0.5, abs=1e-7)
+    for zero in ("rewards/margins", "error/winner", "error/loser", "kl/winner", "kl/loser"):
+        assert first[zero] == 0, zero
+    if variant == "original":
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["grad_norm"] > 0
+    assert last["kl/winner"] > 0
+    assert last["rewards/margins"] != 0
+
+
+def test_the_chosen_pictures_are_learned_and_not_the_rejected_ones(train):
+    """All pairs in one update, many passes over one draw of steps: the margin must rise from 0."""
+    settings = {"samples_per_epoch": 6, "updates_per_epoch": 1, "inner_epochs": 10, "epochs": 1, "learning_rate": 3e-3}
+    _, rows = train(lora={"rank": 4}, decisions_per_pair=4, beta_dpo=5000, beta=None, **settings)
+    seen = updates(rows)
+    assert seen[-1]["rewards/accuracies"] > 0.7
+    assert seen[-1]["rewards/margins"] > 0.01
+    assert seen[-1]["error/winner"] < seen[-1]["error/loser"]
+    assert seen[-1]["loss"] < math.log(2)
+
+
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
+def test_an_adapter_loads_in_plain_diffusers(train, model_path, tmp_path, model):
+    """What is on disk predicts what the trained policy predicts; the base weights have not moved."""
+    from diffusers import DiffusionPipeline
+
+    trainer, rows = train(model, learning_rate=0.02)
+    assert (trainer.epoch, trainer.step) == (2, 4)
+    plain = DiffusionPipeline.from_pretrained(model_path(model))
+    named = dict(trainer.policy.unet.named_parameters())
+    for name, original in plain.unet.state_dict().items():
+        stem, _, end = name.rpartition(".")
+        assert torch.equal(named.get(name, named.get(f"{stem}.base_layer.{end}")), original), name
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        if getattr(plain, part, None) is not None:
+            mine = getattr(trainer.policy.pipeline, part).state_dict()
+            assert all(torch.equal(mine[k], v) for k, v in getattr(plain, part).state_dict().items()), part
+    moved = [p for name, p in trainer.trainable.items() if "lora_B" in name]
+    assert all(p.dtype == torch.float32 and p.abs().max() > 0 for p in moved)
+
+    before = predict_plainly(plain)
+    plain.load_lora_weights(tmp_path / "run" / "final")
+    after = predict_plainly(plain)
+    ours = predict(trainer.policy)
+    torch.testing.assert_close(ours, after, atol=1e-5, rtol=0)
+    assert (after - before).abs().max() > 1e-3
+    with trainer.policy.reference():
+        torch.testing.assert_close(predict(trainer.policy), before, atol=1e-5, rtol=0)
+    assert [row["grad_norm"] > 0 for row in updates(rows)] == [True] * 4
+
+
+def noised():
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([10, 700])
+
+
+@torch.no_grad()
+def predict(policy):
+    return policy.predict(*noised(), policy.encode(PROMPTS[:2]), guidance_scale=1.0)
+
+
+@torch.no_grad()
+def predict_plainly(pipeline):
+    """The network's output with the conditioning that diffusers makes of prompts and picture size."""
+    x_t, timestep = noised()
+    pooled = None
+    if hasattr(pipeline, "text_encoder_2"):
+        embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS[:2], device="cpu", do_classifier_free_guidance=False)
+        sizes = pipeline._get_add_time_ids((16, 16), (0, 0), (16, 16), embeds.dtype, pooled.shape[-1])
+        added = {"text_embeds": pooled, "time_ids": sizes.repeat(2, 1)}
+    else:
+        embeds, _ = pipeline.encode_prompt(PROMPTS[:2], "cpu", 1, do_classifier_free_guidance=False)
+        added = None
+    return pipeline.unet(x_t, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+
+
+@pytest.mark.parametrize("name", ["text_embeds", "time_ids"])
+def test_every_conditioning_of_sdxl_counts_in_training(train, monkeypatch, name):
+    """Without the second encoder's embedding, or with other sizes, the run is another."""
+    _, rows = train("tiny_sdxl", epochs=1)
+    encode = image.DenoisingPolicy.encode
+
+    def without(self, prompts):
+        conditioning = encode(self, prompts)
+        return conditioning | {name: conditioning[name] + 1}
+
+    monkeypatch.setattr(image.DenoisingPolicy, "encode", without)
+    _, other = train("tiny_sdxl", "other", epochs=1)
+    assert other[0]["error/reference"] != rows[0]["error/reference"]
+
+
+def test_the_whole_unet_is_trained_and_saved(train, model_path, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    trainer, _ = train(lora=None, learning_rate=1e-3)
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
+    torch.testing.assert_close(predict(trainer.policy), predict_plainly(plain), atol=1e-5, rtol=0)
+    original = load_pipeline(model_path("tiny_sd"))
+    assert (predict_plainly(original) - predict_plainly(plain)).abs().max() > 1e-3
+    with trainer.policy.reference():
+        torch.testing.assert_close(predict(trainer.policy), predict_plainly(original), atol=1e-5, rtol=0)
+    for mine, theirs in zip(trainer.trainable.values(), original.unet.parameters(), strict=True):
+        assert mine.dtype == torch.float32
+        assert not torch.equal(mine, theirs)
+
+
+def test_prediction_types_agree_where_the_latents_are_the_same(train, tmp_path):
+    """The latents of a run are the VAE's of its pictures, whatever the UNet predicts."""
+    for model in ("tiny_sd", "tiny_sd2"):
+        trainer, _ = train(model, model, epochs=1)
+        stored = load_file(tmp_path / model / "latents" / "00000.safetensors")
+        for place, side in enumerate(("chosen", "rejected")):
+            pictures = torch.stack([trainer.pairs.pictures(i, (16, 16))[place] for i in range(6)])
+            torch.testing.assert_close(stored[side], trainer.policy.encode_images(pictures), atol=1e-6, rtol=0)
+        assert not torch.equal(stored["chosen"], stored["rejected"])
+
+
+@pytest.mark.parametrize("reward", [None, brightness])
+def test_a_reward_is_optional_where_pairs_are_given(train, tmp_path, reward, monkeypatch):
+    from diffusion_align.diffusion import showing
+
+    shown = []
+    draw = showing.before_after
+    monkeypatch.setattr(showing, "before_after", lambda *a, **k: shown.append(k) or draw(*a, **k))
+    train(epochs=1, reward=reward)
+    assert (shown[0]["rewards_after"] is None) == (reward is None)
+    assert shown[0]["captions"] == PROMPTS
+    assert (tmp_path / "run" / "samples" / "before_after.png").is_file()
+
+
+def test_captions_are_dropped_from_their_share_of_pairs(train, monkeypatch):
+    seen = []
+    conditioning = pair_batches._conditioning
+
+    def record(trainer, texts):
+        result = conditioning(trainer, texts)
+        seen.extend(texts)
+        return result
+
+    monkeypatch.setattr(pair_batches, "_conditioning", record)
+    train(caption_dropout=0.4, samples_per_epoch=200, sample_batch_size=50, micro_batch_size=50, epochs=1)
+    assert 0.28 < seen.count("") / 200 < 0.52  # 3.5 standard errors
+    assert set(seen) - {""} == set(PROMPTS)
+
+
+def test_kept_reference_means_are_those_of_the_reference(train):
+    """Looking back at the epoch's beginning changes no number of the original loss."""
+    _, rows = train("tiny_sd", "once", epochs=2)
+    again, other = train("tiny_sd", "twice", epochs=2, inner_epochs=2, micro_batch_size=2)
+    first, second = updates(rows)[:2], updates(other)[:2]
+    for a, b in zip(first, second):
+        for key in EVERY_UPDATE - {"grad_norm"}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
+    assert again.step == 8
+
+
+def test_align_from_python_then_draws_other_pictures(tiny_sd, picture_pairs, tmp_path):
+    pipe = image.ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu")
+    drawing = {"seed": 0, "steps": 3, "guidance_scale": 1.0, "eta": 0.0}
+    before = pipe(PROMPTS[:2], **drawing).images
+    settings = {k: v for k, v in (SETTINGS | QUIET).items() if k != "method"} | {"learning_rate": 0.05}
+    try:
+        pipe.align(method="diffusion_dpo", pairs=picture_pairs, output_dir=tmp_path / "run", **settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    after = pipe(PROMPTS[:2], **drawing).images
+    assert all(a.tobytes() != b.tobytes() for a, b in zip(before, after))
+    again = image.ImageAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
+    for a, b in zip(after, again(PROMPTS[:2], **drawing).images):
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+# -- the guard ---------------------------------------------------------------------------------------------------------
+
+DIVERGES = {"variant": "corrected", "kl_coef": 0, "learning_rate": 1.0, "max_winner_error": 1.05, "lora": None}
+DIVERGED = (
+    r"the policy diverges: its error on the chosen pictures is \S+ times the reference's, beyond "
+    r"max_winner_error=1\.05, so it unlearns what is preferred: raise kl_coef \(2 beta or more\)"
+)
+
+
+@pytest.mark.parametrize("updates_per_epoch", [1, 2])
+def test_a_run_that_diverges_stops_with_a_sentence(forked, calm, tmp_path, read_rows, updates_per_epoch):
+    """With one update an epoch the first epoch is finished and its checkpoint stands; with two it is not."""
+    config = tmp_path / "tiny.yaml"
+    settings = yaml.safe_load(calm("offline")[0].read_text())
+    config.write_text(yaml.safe_dump(settings | QUIET | DIVERGES | {"checkpoint_every": 1}))
+    folder = tmp_path / "run"
+    for resume in ([], ["resume=true"]):
+        run = forked(
+            "train", config, f"output_dir={folder}", f"updates_per_epoch={updates_per_epoch}", *resume, prelude=QUICK
+        )
+        assert run.status == 2, run
+        assert re.fullmatch(f"error: {DIVERGED}", run.error.strip().splitlines()[-1])
+        assert "Traceback" not in run.error
+        checkpoints = [p.name for p in folder.glob("checkpoints/*")]
+        assert checkpoints == (["step_00000001"] if updates_per_epoch == 1 else [])
+        assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1]
+        assert not (folder / "final").exists()
+
+
+def test_the_guard_names_what_helps_each_variant(train):
+    with pytest.raises(TrainingError, match="lower learning_rate"):
+        train(**DIVERGES | {"variant": "original"}, updates_per_epoch=2, epochs=3)
+
+
+def test_the_weights_are_those_before_the_diverging_update(train, monkeypatch):
+    steps = []
+    step = DiffusionDPOTrainer._optimizer_step
+    monkeypatch.setattr(DiffusionDPOTrainer, "_optimizer_step", lambda self: steps.append(self.step) or step(self))
+    with pytest.raises(TrainingError, match="the policy diverges"):
+        train(**DIVERGES)
+    assert steps == [1]
+
+
+def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(forked, calm, picture_pairs, tmp_path):
+    """The latents in the run folder are of the pairs the run began with: other pairs must not be mixed with them."""
+    source = Path(shutil.copytree(picture_pairs, tmp_path / "pairs"))
+    lines = (source / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (source / "pairs.jsonl").write_text("".join(lines[:4]))
+    settings = yaml.safe_load(calm("offline")[0].read_text()) | QUIET | {"pairs": str(source), "epochs": 1}
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    assert forked("train", config, f"output_dir={tmp_path}/run", prelude=QUICK).status == 0
+    (source / "pairs.jsonl").write_text("".join(lines))
+    run = forked("train", config, f"output_dir={tmp_path}/run", "resume=true", "epochs=2", prelude=QUICK)
+    assert "Traceback" not in run.error
+    assert run.status == 2
+    assert len(run.error.splitlines()) == 1
