@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from PIL import Image
 from rich.progress import Progress
 from torch import Tensor
@@ -215,7 +215,7 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
         pipeline = load_pipeline(config.model)
     if config.mixed_precision == "auto":
         choice = [_faster_precision(config, pipeline)]
-        PartialState()
+        _processes()
         broadcast_object_list(choice)  # every process must use the same
         config = config.model_copy(update={"mixed_precision": choice[0]})
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
@@ -249,10 +249,15 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     return trainer
 
 
+def _processes() -> PartialState:
+    """What Accelerator will find; made before it, PartialState does not ask the environment for a CPU by itself."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
 def _usable_pairs(settings: PairsConfig) -> PairSet:
     """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
     pairs = open_pairs(settings)
-    with Progress(transient=True, disable=not PartialState().is_main_process) as progress:
+    with Progress(transient=True, disable=not _processes().is_main_process) as progress:
         bar = progress.add_task("reading pictures", total=len(pairs))
         pairs = pairs.check_pictures(lambda: progress.advance(bar))
         if pairs.ties or pairs.skipped:

@@ -1,0 +1,268 @@
+"""Diffusion-DPO in two processes: the same rows and weights as in one, every latent encoded once, nobody waits."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
+GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
+PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
+DPO = {
+    "method": "diffusion_dpo",
+    "reward": ...,
+    "prompts": ...,
+    "beta": 0.5,
+    "epochs": 2,
+    "updates_per_epoch": 2,
+    "show_prompts": ["a cat"],
+    "timestep_range": [0, 0.6],  # near the picture errors are thousands of nats, and so is what float32 rounds
+    "learning_rate": 0.01,
+}
+OFFLINE = DPO | {"pairs": {"source": "emoji_style", "max_pairs": 10}}
+ONLINE = DPO | {"prompts": PROMPTS, "reward": "jpeg_compressibility", "group_size": 4, "samples_per_epoch": 16}
+# Two pairs a file; a line for each file that is encoded and by whom.
+FILES = """
+import diffusion_align.diffusion.latent_cache as cache
+cache._SHARD = 2
+write = cache.LatentCache._write
+def noted(self, number, tensors):
+    with open(f"{SCRATCH}/written", "a") as file:
+        file.write(f"{os.environ.get('WORLD_SIZE', 1)} {os.environ.get('RANK', 0)} {number}\\n")
+    write(self, number, tensors)
+cache.LatentCache._write = noted
+"""
+# Adam divides by the gradient's own size: where it is 0 but for rounding, only its sign would be compared.
+PLAIN_STEPS = """
+import torch
+class Plain(torch.optim.SGD):
+    def __init__(self, parameters, lr, betas, weight_decay, fused):
+        super().__init__(parameters, lr=lr, momentum=0.9)
+torch.optim.AdamW = Plain
+"""
+REWARD = """
+def only_one_fails(images, prompts, metadata):
+    import os
+    if os.environ.get("RANK") == "1" and len(images) == 2:  # the dummy batch is of three
+        raise RuntimeError("no answer")
+    return images.mean(dim=(1, 2, 3))
+
+def by_place(images, prompts, metadata):
+    import torch
+    flat = torch.tensor([bool(m.get("flat")) for m in metadata])
+    return torch.where(flat, torch.ones(len(images)), images.mean(dim=(1, 2, 3)))
+"""
+
+
+@pytest.fixture
+def write(settings):
+    """``write(**changes)``: the path of a configuration; a value of ``...`` drops the key."""
+    import yaml
+
+    def make(**changes):
+        path = settings(**{k: None if v is ... else v for k, v in changes.items()})
+        raw = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({k: v for k, v in raw.items() if changes.get(k) is not ...}))
+        return path
+
+    return make
+
+
+def run_both(forked, config, tmp_path, fault=""):
+    """Folders of the same run in one process and in two, and the gradients of each process."""
+    prelude = f"SCRATCH = {str(tmp_path)!r}\n" + GRADIENTS + FILES + PLAIN_STEPS + fault
+    folders = []
+    for processes in (1, 2):
+        folders.append(tmp_path / f"in_{processes}")
+        run = forked("train", config, f"output_dir={folders[-1]}", processes=processes, prelude=prelude, timeout=90)
+        assert not run.timed_out, run.errors
+        assert set(run.statuses) == {0}, run.errors
+    return folders, [torch.load(tmp_path / f"gradients_{name}.pt") for name in ("1_0", "2_0", "2_1")]
+
+
+def assert_same(read_rows, folders, gradients):
+    """Rows and weights to 1e-6, and gradients that are there to compare."""
+    one, first, second = gradients
+    assert len(one) == len(first) == len(second) > 0
+    for a, b, c in zip(one, first, second):
+        assert torch.equal(b, c), "the processes hold different sums"
+        assert a.abs().max() > 1e-4, "nothing to compare"
+        assert (a - b).abs().max() <= 1e-5 + 1e-4 * a.abs().max()  # a small difference of large errors
+    a, b = (read_rows(folder) for folder in folders)
+    assert [row.keys() for row in a] == [row.keys() for row in b]
+    for mine, theirs in zip(a, b):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6 * max(1, mine.get("error/reference", 0)))
+    newest = [sorted((folder / "checkpoints").iterdir())[-1] / "trained.safetensors" for folder in folders]
+    a, b = map(load_file, newest)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-6, rtol=0)
+    assert any(value.abs().max() > 1e-5 for name, value in a.items() if "lora_B" in name), "the weights have not moved"
+
+
+CASES = {
+    "offline": OFFLINE,
+    "offline, corrected": OFFLINE
+    | {
+        "variant": "corrected",
+        "mixed_precision": "auto",  # measured before there is an Accelerator
+        "old_refresh": "epoch",
+        "inner_epochs": 2,
+        "updates_per_epoch": 1,
+        "caption_dropout": 0.4,
+        "decisions_per_pair": 2,
+        "target": "posterior_sample",
+        "micro_batch_size": 3,
+    },
+    "online": ONLINE,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_half_the_pairs_each_is_the_same_run(forked, write, tmp_path, read_rows, case):
+    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path)
+    assert_same(read_rows, folders, gradients)
+    if "online" in case:
+        return
+    lines = sorted((tmp_path / "written").read_text().splitlines())
+    # Files in turn: one process writes 0 to 4, of two the first 0, 2, 4 and the second 1, 3.
+    assert lines == [f"1 0 {n}" for n in range(5)] + ["2 0 0", "2 0 2", "2 0 4", "2 1 1", "2 1 3"]
+    one, two = (sorted((folder / "latents").iterdir()) for folder in folders)
+    assert [p.name for p in one] == [p.name for p in two] == [f"{n:05d}.safetensors" for n in range(5)]
+    for a, b in zip(one, two):
+        assert a.read_bytes() == b.read_bytes()
+
+
+FAULTS = {
+    "streams by place in the process": "import diffusion_align.diffusion.pair_batches as dpo\n"
+    "real = dpo.generator\n"
+    "dpo.generator = lambda seed, name, epoch, i: real(seed, name, epoch, i % 4 if os.environ.get('RANK') else i)\n",
+    "gradients not summed": "Accelerator.reduce = lambda self, tensor, reduction: tensor\n",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_comparison_notices(forked, write, tmp_path, read_rows, fault):
+    folders, gradients = run_both(forked, write(**OFFLINE | {"epochs": 1}), tmp_path, fault=FAULTS[fault])
+    with pytest.raises(AssertionError):
+        assert_same(read_rows, folders, gradients)
+
+
+def test_groups_stay_on_one_process(forked, write, tmp_path):
+    """Every pair is two pictures of one prompt, drawn where it is trained on."""
+    note = f"""
+import json, os
+import diffusion_align.diffusion.dpo as dpo
+judged = dpo.judged_pairs
+def noted(self):
+    batch, metrics = judged(self)
+    own, kept = self.local_samples, batch.keep.tolist()
+    pairs = [(i, own.start + int(batch.rejected[i - own.start])) for i in kept if i in own]
+    with open({str(tmp_path)!r} + f"/{{self.accelerator.process_index}}", "w") as file:
+        json.dump({{"own": [own.start, own.stop], "keep": kept, "pairs": pairs}}, file)
+    return batch, metrics
+dpo.judged_pairs = noted
+"""
+    config = write(**ONLINE | {"epochs": 1, "updates_per_epoch": 1})
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK + note, timeout=90)
+    assert run.statuses == [0, 0], run.errors
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert found[0]["keep"] == found[1]["keep"]
+    assert len(found[0]["keep"]) == 4
+    assert sorted(i for part in found for i, _ in part["pairs"]) == found[0]["keep"]
+    for part in found:
+        for chosen, rejected in part["pairs"]:
+            assert chosen // 4 == rejected // 4
+            assert chosen != rejected
+            assert part["own"][0] <= rejected < part["own"][1]
+
+
+@pytest.mark.parametrize("flat", [PROMPTS[:3], PROMPTS], ids=["three", "all"])
+def test_tied_groups_leave_processes_with_unequal_work(forked, write, tmp_path, read_rows, flat):
+    (tmp_path / "mine.py").write_text(REWARD)
+    prompts = [{"prompt": p, "flat": p in flat} for p in PROMPTS]
+    changes = {"prompts": prompts, "reward": f"{tmp_path}/mine.py:by_place", "epochs": 1, "ema_decay": 0.5}
+    config = write(**ONLINE | changes)
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK, timeout=90)
+    assert run.statuses == [0, 0], run.errors
+    last = read_rows(tmp_path / "run")[-1]
+    assert last["samples_used"] == 4 - len(flat)
+    assert last["frac_reward_zero_std"] == len(flat) / 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        (ONLINE | {"samples_per_epoch": 12}, "samples_per_epoch=12 must be a multiple of group_size=4 x 2 processes"),
+        (
+            OFFLINE | {"samples_per_epoch": 6},
+            "samples_per_epoch=6 must be a multiple of 2 processes x sample_batch_size=2",
+        ),
+    ],
+    ids=["groups", "pairs"],
+)
+def test_a_division_without_a_rest_is_asked_for(forked, write, tmp_path, changes, wanted):
+    run = forked("train", write(**changes), f"output_dir={tmp_path}/run", processes=2, timeout=60)
+    assert not run.timed_out
+    assert run.statuses == [2, 2], run.errors
+    for error in run.errors:
+        assert [line for line in error.splitlines() if line.startswith("error: ")] == [f"error: {wanted}"]
+        assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_fails_on_one_process_stops_both(forked, write, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD)
+    config = write(**ONLINE | {"reward": f"{tmp_path}/mine.py:only_one_fails"})
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60)
+    assert not run.timed_out, "a process went on waiting for one that is gone"
+    assert run.statuses == [2, 2], run.errors
+    for error in run.errors:
+        said = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert said == ["error: reward 'only_one_fails' raised RuntimeError: no answer"]
+        assert "Traceback" not in error
+
+
+def test_divergence_stops_both_processes(forked, write, tmp_path):
+    changes = {"variant": "corrected", "kl_coef": 0, "learning_rate": 1.0, "max_winner_error": 1.05}
+    config = write(**OFFLINE | changes | {"updates_per_epoch": 1, "checkpoint_every": 1})
+    run = forked("train", config, "lora=null", f"output_dir={tmp_path}/run", processes=2, prelude=QUICK, timeout=60)
+    assert not run.timed_out
+    assert run.statuses == [2, 2], run.errors
+    for error in run.errors:
+        assert re.fullmatch(r"error: the policy diverges: [^\n]*", error.strip().splitlines()[-1])
+        assert "Traceback" not in error
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_run_killed_while_encoding_goes_on_in_two_processes(forked, write, tmp_path, read_rows):
+    """One process encodes some files and is stopped; two finish; the run is as one that was left alone."""
+    config = write(**OFFLINE | {"checkpoint_every": 1})
+    stop = """
+import os, signal
+import diffusion_align.diffusion.latent_cache as cache
+cache._SHARD = 2
+write, calls = cache.LatentCache._write, [0]
+def stopped(self, number, tensors):
+    write(self, number, tensors)
+    calls[0] += 1
+    if calls[0] == 2 and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGINT)
+cache.LatentCache._write = stopped
+"""
+    small = QUICK + "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    assert forked("train", config, f"output_dir={calm}", processes=2, prelude=small).statuses == [0, 0]
+    run = forked("train", config, f"output_dir={stopped}", processes=2, prelude=stop, timeout=60)
+    assert run.statuses == [130, 130], run.errors
+    assert len(list((stopped / "latents").iterdir())) == 4
+    assert [p.name for p in (stopped / "checkpoints").iterdir()] == ["step_00000000"]
+    run = forked("train", config, f"output_dir={stopped}", "resume=true", processes=2, prelude=small)
+    assert run.statuses == [0, 0], run.errors
+    assert read_rows(stopped) == read_rows(calm)
+    a, b = (sorted((f / "checkpoints").iterdir())[-1] / "trained.safetensors" for f in (calm, stopped))
+    assert a.read_bytes() == b.read_bytes()
