@@ -1,4 +1,4 @@
-"""The pages on the mathematics: their code runs, their commands run, and what they point to is there."""
+"""The pages on the mathematics and the tutorials: their code and commands run, and what they point to is there."""
 
 import re
 import shlex
@@ -13,6 +13,8 @@ import diffusion_align.estimators as estimators
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
 PAGES = sorted(FOLDER.glob("*.md"))
+TUTORIALS = [ROOT / "docs/diffusion_dpo.md"]
+SHORT = ["epochs=1", "samples_per_epoch=8", "sampler.steps=2", "mixed_precision=no", "grid_every=0"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -24,7 +26,7 @@ def test_there_is_a_page_for_each_subject() -> None:
     assert {page.stem for page in PAGES} == names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES + TUTORIALS, ids=lambda page: page.stem)
 def test_nothing_is_left_to_fill_in(page: Path) -> None:
     assert not re.search(r"^[A-Z]+$|TODO|XXX", page.read_text(), flags=re.MULTILINE)
 
@@ -34,6 +36,25 @@ def test_python_blocks_run_in_order(page: Path) -> None:
     found = blocks(page, "python")
     assert found or page.stem == "README"
     exec(compile("\n".join(found), page.name, "exec"), {"__name__": page.stem})
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: Path) -> None:
+    """Commands and Python in their order, in one folder, as a reader would type them; only shorter."""
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in found} == {"bash", "python"}
+    for language, block in found:
+        commands = [shlex.split(line) for line in block.splitlines() if line] if language == "bash" else [[]]
+        for words in commands:
+            if language == "python":
+                short = block.replace("epochs=2", "epochs=1").replace("samples_per_epoch=16", "samples_per_epoch=8")
+                call = [sys.executable, "-c", short]
+            else:
+                assert words[0] == "diffusion-align"
+                call = [sys.executable, "-m", "diffusion_align", *words[1:]]
+                call += SHORT if words[1] == "train" else []
+            done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{words or block}\n{done.stderr[-2000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -46,7 +67,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES + TUTORIALS, ids=lambda page: page.stem)
 def test_links_files_and_functions_exist(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
