@@ -204,8 +204,8 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         if len(self.trained_steps) < config.decisions_per_pair:
             raise ConfigError(
                 [
-                    f"timestep_range={list(config.timestep_range)} leaves {len(self.trained_steps)} steps to train on, "
-                    f"fewer than decisions_per_pair={config.decisions_per_pair}: use a wider range"
+                    f"timestep_range={list(config.timestep_range)} leaves {len(self.trained_steps)} of the steps to "
+                    f"train on, fewer than decisions_per_pair={config.decisions_per_pair}: use a wider range"
                 ]
             )
         self.drawing, self.schedule = drawing.to(device), schedule.to(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion_align.diffusion.pairs import PairSet
 from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
-from diffusion_align.training.errors import CheckpointError
+from diffusion_align.training.errors import CheckpointError, UserError
 from diffusion_align.training.loop import Trainer
 
 _SHARD = 256  # pairs in a file
@@ -26,7 +26,7 @@ class LatentCache:
     """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs a file.
 
     A file that is there is not made again, so an interrupted encoding goes on where it stopped. The folder belongs to
-    one run, whose settings (model, pairs) cannot change on resume; every file says which rows and captions it is of.
+    one run, whose settings (model, pairs) cannot change on resume; every file says which pairs it is of.
     """
 
     def __init__(self, folder: Path, pairs: PairSet, policy: DenoisingPolicy) -> None:
@@ -59,14 +59,19 @@ class LatentCache:
         with trainer.progress("  encoding pictures", sum(map(len, parts_of.values()))) as bar:
             for turn in range(rounds):
                 trainer.stop_if_interrupted()
-                if turn < len(own):
-                    pairs, parts = parts_of[own[turn]], []
-                    for start in range(pairs.start, pairs.stop, size):
-                        batch = range(start, min(start + size, pairs.stop))
-                        parts.append(self._encode(batch))
-                        trainer.advance(bar, len(batch))
-                    chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
-                    self._write(own[turn], {"chosen": chosen, "rejected": rejected})
+                failure = None
+                try:
+                    if turn < len(own):
+                        pairs, parts = parts_of[own[turn]], []
+                        for start in range(pairs.start, pairs.stop, size):
+                            batch = range(start, min(start + size, pairs.stop))
+                            parts.append(self._encode(batch))
+                            trainer.advance(bar, len(batch))
+                        chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
+                        self._write(own[turn], {"chosen": chosen, "rejected": rejected})
+                except UserError as error:  # a picture that has vanished since it was looked at
+                    failure = error
+                trainer.raise_together(failure, UserError)
         accelerator.wait_for_everyone()
         self._full = True
 
@@ -95,9 +100,8 @@ class LatentCache:
                     )
 
     def _digest(self, number: int) -> str:
-        places = slice(number * _SHARD, (number + 1) * _SHARD)
-        which = [self.pairs.rows[places], self.pairs.prompts[places]]
-        return hashlib.sha256(json.dumps(which).encode()).hexdigest()
+        places = range(number * _SHARD, min((number + 1) * _SHARD, len(self.pairs)))
+        return hashlib.sha256(json.dumps([self.pairs.identity(i) for i in places]).encode()).hexdigest()
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

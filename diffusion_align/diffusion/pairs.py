@@ -6,6 +6,7 @@ whether picture 0 wins. Pictures are decoded when asked for and never kept.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
@@ -93,6 +94,16 @@ class PairSet:
         except _BadRow as bad:
             raise ConfigError([f"pairs: row {self.rows[i]}: {bad}"]) from None
         return chosen, rejected
+
+    def identity(self, i: int) -> list[Any]:
+        """What tells pair ``i`` from others: row, prompt and, of both pictures, the path or a digest of the content."""
+        found: list[Any] = [self.rows[i], self.prompts[i]]
+        for _, value in self._cells(i):
+            content = (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
+            if isinstance(content, bytes):
+                content = [len(content), hashlib.sha256(content[:4096]).hexdigest()]
+            found.append(None if isinstance(content, Tensor) else content)
+        return found
 
     def check_pictures(self, advance: Callable[[], None] = lambda: None) -> PairSet:
         """The pairs whose pictures can all be used; decodes each once and calls ``advance`` after each pair.

@@ -290,7 +290,7 @@ def test_no_signal_at_the_start_and_epsilon(refused, config, model, online):
 
 def test_a_range_that_leaves_too_few_steps(refused, config):
     changes = {"timestep_range": [0.5, 0.503], "decisions_per_pair": 3}
-    wanted = r"timestep_range=\[0\.5, 0\.503\] leaves 2 steps to train on, fewer than decisions_per_pair=3: use a wider"
+    wanted = r"timestep_range=\[0\.5, 0\.503\] leaves 2 of the steps to train on, fewer than decisions_per_pair=3"
     refused("train", config(**changes), wanted=wanted)
 
 

@@ -52,6 +52,9 @@ class Pairs:
     def __len__(self):
         return len(self.prompts)
 
+    def identity(self, i):
+        return [self.rows[i], self.prompts[i]]
+
     def pictures(self, i, size):
         assert size == (16, 16)
         return self.images[0, i], self.images[1, i]
@@ -479,7 +482,8 @@ def test_too_narrow_a_range_is_refused(make_trainer, make_policy):
     with pytest.raises(ConfigError) as caught:
         make_trainer(policy=policy, timestep_range=(0.5, 0.502), decisions_per_pair=2)
     assert caught.value.problems == [
-        "timestep_range=[0.5, 0.502] leaves 1 steps to train on, fewer than decisions_per_pair=2: use a wider range"
+        "timestep_range=[0.5, 0.502] leaves 1 of the steps to train on, fewer than decisions_per_pair=2: "
+        "use a wider range"
     ]
 
 

@@ -523,17 +523,23 @@ def test_the_weights_are_those_before_the_diverging_update(train, monkeypatch):
     assert steps == [1]
 
 
-def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(forked, calm, picture_pairs, tmp_path):
+def swapped(line):
+    row = json.loads(line)
+    return json.dumps(row | {"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n"
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines[:3], lambda lines: [swapped(lines[0]), *lines[1:]]])
+def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(change, forked, calm, picture_pairs, tmp_path):
     """The latents in the run folder are of the pairs the run began with: other pairs must not be mixed with them."""
     source = Path(shutil.copytree(picture_pairs, tmp_path / "pairs"))
     lines = (source / "pairs.jsonl").read_text().splitlines(keepends=True)
-    (source / "pairs.jsonl").write_text("".join(lines[:4]))
     settings = yaml.safe_load(calm("offline")[0].read_text()) | QUIET | {"pairs": str(source), "epochs": 1}
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(settings))
     assert forked("train", config, f"output_dir={tmp_path}/run", prelude=QUICK).status == 0
-    (source / "pairs.jsonl").write_text("".join(lines))
+    (source / "pairs.jsonl").write_text("".join(change(lines)))
     run = forked("train", config, f"output_dir={tmp_path}/run", "resume=true", "epochs=2", prelude=QUICK)
     assert "Traceback" not in run.error
     assert run.status == 2
     assert len(run.error.splitlines()) == 1
+    assert "the pairs are not those that this run began with" in run.error
