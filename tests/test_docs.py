@@ -52,7 +52,7 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
             else:
                 assert words[0] == "diffusion-align"
                 call = [sys.executable, "-m", "diffusion_align", *words[1:]]
-                call += SHORT if words[1] == "train" else []
+                call += {"train": SHORT, "pairs": ["--steps=2", "--guidance-scale=1"]}.get(words[1], [])
             done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{words or block}\n{done.stderr[-2000:]}"
 

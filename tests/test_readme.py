@@ -35,6 +35,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[:2] == ["diffusion-align", "train"]:
         epochs = "epochs=2" if "resume=true" in words else "epochs=1"
         return [word for word in words if not word.startswith("epochs=")] + [epochs, *SHORT]
+    if words[:2] == ["diffusion-align", "pairs"]:
+        return [*words, "--steps=2", "--guidance-scale=1"]
     return [*words, "epochs=1", *SHORT] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
 
 
