@@ -48,10 +48,12 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
         for words in commands:
             if language == "python":
                 short = block.replace("epochs=2", "epochs=1").replace("samples_per_epoch=16", "samples_per_epoch=8")
+                short = short.replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
                 call = [sys.executable, "-c", short]
             else:
                 assert words[0] == "diffusion-align"
                 call = [sys.executable, "-m", "diffusion_align", *words[1:]]
+                call += ["pairs.max_pairs=16"] if words[1:] == ["train", "dpo_emoji_style"] else []
                 call += {"train": SHORT, "pairs": ["--steps=2", "--guidance-scale=1"]}.get(words[1], [])
             done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{words or block}\n{done.stderr[-2000:]}"

@@ -34,7 +34,8 @@ def commands() -> list[str]:
 def shortened(words: list[str]) -> list[str]:
     if words[:2] == ["diffusion-align", "train"]:
         epochs = "epochs=2" if "resume=true" in words else "epochs=1"
-        return [word for word in words if not word.startswith("epochs=")] + [epochs, *SHORT]
+        few = ["pairs.max_pairs=16"] if words[2:] == ["dpo_emoji_style"] else []
+        return [word for word in words if not word.startswith("epochs=")] + [epochs, *few, *SHORT]
     if words[:2] == ["diffusion-align", "pairs"]:
         return [*words, "--steps=2", "--guidance-scale=1"]
     return [*words, "epochs=1", *SHORT] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
