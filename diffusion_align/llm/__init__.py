@@ -1,0 +1,1 @@
+"""Language policies: the same estimators and the same loop as for pictures."""

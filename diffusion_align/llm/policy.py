@@ -1,0 +1,233 @@
+"""A language policy: a causal language model with LoRA (or full) training, a temperature and a reference.
+
+Nothing here knows an algorithm. ``Sequences`` are prompts with completions, right-padded for scoring; only positions
+from the first completion on go through the model's head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffusion_align.estimators import token_log_probs
+from diffusion_align.training.config import Section
+from diffusion_align.training.errors import UserError
+
+IGNORED = -100
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters on the language model."""
+
+    rank: int = Field(16, ge=1, description="rank of every adapter")
+    alpha: int | None = Field(None, ge=1, description="scale is alpha / rank; twice the rank when not given")
+    layers: Literal["all-linear", "attention"] = "all-linear"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """B prompts with completions of at most T tokens, right-padded to L; int64, on one device.
+
+    Attributes:
+        ids: (B, L), prompt, completion, padding.
+        starts: (B,), the length of each prompt, at least 1.
+        mask: (B, T) bool, True for completion tokens that count: up to and with the first end of sequence.
+    """
+
+    ids: Tensor
+    starts: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, L) int64: 1 for the tokens of prompt and completion."""
+        ends = self.starts + self.mask.sum(1)
+        return (torch.arange(self.ids.shape[1], device=self.ids.device) < ends[:, None]).long()
+
+    @property
+    def completions(self) -> Tensor:
+        """(B, T) int64, padding where ``mask`` is False."""
+        return self.ids.gather(1, self.places.clamp(max=self.ids.shape[1] - 1))
+
+    @property
+    def places(self) -> Tensor:
+        """(B, T) int64, where in ``ids`` each completion token stands; beyond its end where the row is shorter."""
+        return self.starts[:, None] + torch.arange(self.mask.shape[1], device=self.ids.device)
+
+    def __getitem__(self, rows: Tensor) -> Sequences:
+        """Some of them, cut to the longest that is left."""
+        ids, starts, mask = self.ids[rows], self.starts[rows], self.mask[rows]
+        longest = int(mask.sum(1).max()) if len(mask) else 0
+        length = int((starts + mask.sum(1)).max()) if len(mask) else 0
+        return Sequences(ids[:, :length], starts, mask[:, : max(longest, 1)])
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    device: torch.device | str = "cpu",
+) -> Sequences:
+    """``Sequences`` of token lists; every token of a completion counts.
+
+    Raises:
+        ValueError: an empty prompt, or numbers of prompts and completions that differ.
+    """
+    if len(prompts) != len(completions) or not all(len(p) for p in prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one for each, no prompt empty")
+    rows = [torch.tensor([*p, *c], dtype=torch.int64) for p, c in zip(prompts, completions, strict=True)]
+    lengths = torch.tensor([len(c) for c in completions])
+    mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    return Sequences(ids.to(device), torch.tensor([len(p) for p in prompts], device=device), mask.to(device))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one forward pass says about the completions of ``Sequences``.
+
+    Attributes:
+        logits: (B, K, V) at temperature 1, of the K positions before which the first completion has begun.
+        labels: (B, K), the token that followed, -100 where none counts.
+        places: (B, T), the position of every completion token among the K.
+        mask: (B, T) bool, which of them count.
+        hidden: (B, K, D), the last hidden states, if asked for.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    places: Tensor
+    mask: Tensor
+    hidden: Tensor | None = None
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """(B, T) of values (B, K), 0 where the mask is False."""
+        return torch.where(self.mask, values.gather(1, self.places), 0.0)
+
+
+class LanguagePolicy:
+    """pi(token | prompt, tokens before it) of a Hugging Face causal language model.
+
+    Args:
+        model: an ``AutoModelForCausalLM``; dropout is off in training as well, so that the ratio starts at 1.
+        tokenizer: its tokenizer; where it has no padding token the end of sequence pads, and masks tell them apart.
+        lora: adapters to train; None trains the whole model and, for the reference, keeps a frozen copy.
+        temperature: of sampling and of every log-prob alike.
+        needs_reference: False saves the copy where no reference is used.
+        autocast: context in which the network runs; log-probs stay float32.
+
+    Raises:
+        UserError: a tokenizer without an end of sequence, or an adapter that is already there.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        lora: LoRAConfig | None,
+        temperature: float = 1.0,
+        needs_reference: bool = True,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
+        if getattr(model, "peft_config", None):
+            raise UserError("the model carries adapters already: merge or unload them before training")
+        self.model, self.tokenizer, self.lora = model.to(device), tokenizer, lora
+        self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
+        self.eos = int(tokenizer.eos_token_id)
+        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        model.requires_grad_(False).eval()
+        model.config.use_cache = False
+        self._frozen: nn.Module | None = None
+        if lora is None:
+            self._frozen = copy.deepcopy(model) if needs_reference else None
+            model.requires_grad_(True)
+        else:
+            model.add_adapter(_peft_config(lora))
+            model.eval()  # the new layers as well
+        for parameter in self.trainable.values():
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is trained: the adapters, or the whole model."""
+        return {n: p for n, p in self.model.named_parameters() if self.lora is None or ".lora_" in n}
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of prompt and completion together, where the model's configuration says."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def score(self, sequences: Sequences, *, with_hidden: bool = False) -> Scored:
+        """One forward pass over prompts and completions; the head sees no position before the first completion."""
+        first = int(sequences.starts.min()) - 1
+        positions = torch.arange(first, sequences.ids.shape[1] - 1, device=self.device)
+        with self.autocast():
+            output = self.model(
+                input_ids=sequences.ids,
+                attention_mask=sequences.attention_mask,
+                use_cache=False,
+                logits_to_keep=positions,
+                output_hidden_states=with_hidden,
+            )
+        last = len(positions) - 1
+        places = sequences.places - 1 - first
+        labels = torch.full(output.logits.shape[:2], IGNORED, device=self.device)
+        rows = torch.arange(len(sequences), device=self.device)[:, None].expand_as(places)
+        counted = sequences.mask
+        labels[rows[counted], places[counted]] = sequences.completions[counted]
+        hidden = output.hidden_states[-1][:, positions] if with_hidden else None
+        return Scored(output.logits, labels, places.clamp(max=last), sequences.mask, hidden)
+
+    def log_probs(self, scored: Scored) -> Tensor:
+        """Log-probs (B, T) in nats at the policy's temperature, float32, 0 where the mask is False."""
+        return scored.of_tokens(token_log_probs(scored.logits, scored.labels, temperature=self.temperature))
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, ``score`` is the reference policy: the adapter switched off, or the frozen copy."""
+        trained = self.model
+        if self.lora is not None:
+            trained.disable_adapters()
+        elif self._frozen is None:
+            raise ValueError("this policy was made without a reference: needs_reference=True keeps one")
+        else:
+            self.model = self._frozen
+        try:
+            yield
+        finally:
+            self.model = trained
+            if self.lora is not None:
+                trained.enable_adapters()
+
+    def save(self, folder: Path) -> None:
+        """Write adapter or model, and the tokenizer, for plain transformers (with peft)."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def _peft_config(lora: LoRAConfig) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        target_modules="all-linear" if lora.layers == "all-linear" else None,
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,120 @@
+"""Sampling completions with the log-prob of every token, under the very distribution that is sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_align.llm.policy import LanguagePolicy, Sequences
+
+
+@dataclass(frozen=True)
+class Completions:
+    """B sampled completions.
+
+    Attributes:
+        sequences: prompts and completions; the first end of sequence is the last token that counts.
+        logp_old: (B, T) nats at the policy's temperature, 0 where the mask is False.
+        finished: (B,) bool, False where the length limit cut the completion off.
+    """
+
+    sequences: Sequences
+    logp_old: Tensor
+    finished: Tensor
+
+
+@torch.no_grad()
+def rollout(
+    policy: LanguagePolicy,
+    prompts: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator],
+    *,
+    max_new_tokens: int,
+    on_token: Callable[[], None] = lambda: None,
+) -> Completions:
+    """Sample one completion a prompt, all at once, with a key-value cache.
+
+    Every completion draws from its own CPU generator, so up to rounding it does not depend on the batch, the device or
+    the number of processes.
+
+    Args:
+        policy: the behaviour policy.
+        prompts: B token lists, none empty.
+        generators: B of them; each is advanced by ``max_new_tokens`` numbers.
+        max_new_tokens: the most tokens of a completion, at least 1.
+        on_token: called after each token (progress, interruption).
+
+    Raises:
+        ValueError: an empty prompt, or numbers of prompts and generators that differ.
+    """
+    if len(prompts) != len(generators) or not all(len(p) for p in prompts) or max_new_tokens < 1:
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(generators)} generators, {max_new_tokens=}: one generator a prompt, no "
+            "prompt empty, at least one token"
+        )
+    device, batch = policy.device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    longest = int(lengths.max())
+    # Left-padded: the next token of every row is at the same place.
+    ids = torch.full((batch, longest), policy.pad, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+    attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    chances = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]).to(device)
+
+    tokens, logps = [], []
+    alive = torch.ones(batch, dtype=torch.bool, device=device)
+    mask = []
+    cache, current = None, ids
+    for turn in range(max_new_tokens):
+        with policy.autocast():
+            output = policy.model(
+                input_ids=current,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache = output.past_key_values
+        logp = (output.logits[:, -1].float() / policy.temperature).log_softmax(-1)
+        token = _draw(logp, chances[:, turn])
+        tokens.append(torch.where(alive, token, policy.pad))
+        logps.append(torch.where(alive, logp.gather(1, token[:, None]).squeeze(1), 0.0))
+        mask.append(alive)
+        alive = alive & (token != policy.eos)
+        on_token()
+        if not alive.any():
+            break
+        current, positions = tokens[-1][:, None], positions[:, -1:] + 1
+        attention = torch.cat([attention, attention.new_ones(batch, 1)], dim=1)
+    return Completions(
+        _right_padded(prompts, torch.stack(tokens, 1), torch.stack(mask, 1), lengths, policy.pad),
+        torch.stack(logps, 1),
+        ~alive,
+    )
+
+
+def _draw(logp: Tensor, chances: Tensor) -> Tensor:
+    """(B,) tokens by inversion of the distribution function, in float64."""
+    cumulated = logp.double().exp().cumsum(-1)
+    found = torch.searchsorted(cumulated, (chances * cumulated[:, -1])[:, None], right=True).squeeze(1)
+    # Rounding must not choose a token of probability 0 at the end of the vocabulary.
+    last = (logp > -torch.inf).int().cumsum(-1).argmax(-1)
+    return found.minimum(last)
+
+
+def _right_padded(
+    prompts: Sequence[Sequence[int]], completions: Tensor, mask: Tensor, starts: Tensor, pad: int
+) -> Sequences:
+    batch, width = completions.shape
+    ids = torch.full((batch, int(starts.max()) + width), pad, device=completions.device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=ids.device)
+        ids[row, len(prompt) : len(prompt) + width] = completions[row]
+    length = int((starts + mask.sum(1)).max())
+    return Sequences(ids[:, :length], starts, mask)

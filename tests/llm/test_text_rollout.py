@@ -1,0 +1,97 @@
+"""Sampling: the log-probs are those of the distribution drawn from, and no row depends on another."""
+
+import itertools
+
+import pytest
+import torch
+
+from diffusion_align.estimators import importance_ratio
+from diffusion_align.llm.policy import LoRAConfig
+from diffusion_align.llm.rollout import _draw, rollout
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
+
+
+def streams(n, seed=0):
+    return [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_the_ratio_is_1_on_the_first_pass(make_language_policy, family, lora, temperature):
+    policy = make_language_policy(family, noise=0.1, lora=lora, temperature=temperature)
+    sampled = rollout(policy, PROMPTS, streams(3), max_new_tokens=12)
+    logp = policy.log_probs(policy.score(sampled.sequences))
+    ratio = importance_ratio(logp, sampled.logp_old, mask=sampled.sequences.mask)
+    assert (ratio - 1).abs().max() < 1e-5
+    assert (sampled.logp_old[sampled.sequences.mask] < 0).all()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_a_completion_depends_on_its_own_stream_only(make_language_policy, family):
+    policy = make_language_policy(family, noise=0.1)
+    together = rollout(policy, PROMPTS, streams(3), max_new_tokens=12).sequences
+    for row, prompt in enumerate(PROMPTS):
+        alone = rollout(policy, [prompt], streams(3)[row : row + 1], max_new_tokens=12).sequences
+        count = int(alone.mask.sum())
+        assert int(together.mask[row].sum()) == count
+        assert torch.equal(alone.completions[0, :count], together.completions[row, :count])
+    other = rollout(policy, PROMPTS, streams(3, seed=1), max_new_tokens=12).sequences
+    assert other.ids.shape != together.ids.shape or not torch.equal(other.ids, together.ids)
+
+
+def test_the_first_end_of_sequence_counts_and_ends(make_language_policy):
+    policy = make_language_policy("llama")
+    assert policy.pad == policy.eos
+    with torch.no_grad():
+        policy.model.lm_head.weight[policy.eos] *= 3  # so that some rows end early
+    sampled = rollout(policy, [[5, 6]] * 40, streams(40), max_new_tokens=10)
+    counts, tokens = sampled.sequences.mask.sum(1), sampled.sequences.completions
+    assert 0 < sampled.finished.sum() < 40
+    for row in range(40):
+        own = tokens[row, : counts[row]].tolist()
+        assert (own[-1] == policy.eos) == bool(sampled.finished[row])
+        assert policy.eos not in own[:-1]
+        assert sampled.finished[row] or counts[row] == 10
+        assert (sampled.logp_old[row, counts[row] :] == 0).all()
+
+
+def test_sampling_stops_when_all_have_ended(make_language_policy):
+    policy = make_language_policy("llama")
+    policy.model.lm_head.bias = torch.nn.Parameter(torch.zeros(40))
+    with torch.no_grad():
+        policy.model.lm_head.bias[policy.eos] = 1e4
+    turns = []
+    sampled = rollout(policy, PROMPTS, streams(3), max_new_tokens=10, on_token=lambda: turns.append(1))
+    assert len(turns) == 1
+    assert sampled.sequences.mask.tolist() == [[True]] * 3
+    assert sampled.finished.all()
+
+
+def test_frequencies_are_the_probabilities(make_language_policy):
+    """Two tokens of a vocabulary of 40: the five likeliest pairs within 4.5 standard errors; a swap would be seen."""
+    policy = make_language_policy("llama", noise=0.1, temperature=0.5)
+    n = 4000
+    sampled = rollout(policy, [[5, 6]] * n, streams(n), max_new_tokens=2)
+    seen = [tuple(row[mask].tolist()) for row, mask in zip(sampled.sequences.completions, sampled.sequences.mask)]
+    logp = sampled.logp_old.sum(1).double().exp()
+    probabilities = {pair: float(p) for pair, p in zip(seen, logp)}
+    likeliest = sorted(probabilities, key=probabilities.get)[-5:]
+    for pair, p in ((pair, probabilities[pair]) for pair in likeliest):
+        error = (p * (1 - p) / n) ** 0.5
+        assert abs(seen.count(pair) / n - p) < 4.5 * error
+
+
+def test_inversion_of_the_distribution_function():
+    logp = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0]).log().expand(6, -1)
+    chances = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 1e-16], dtype=torch.float64)
+    assert _draw(logp, chances).tolist() == [0, 0, 2, 2, 3, 3]
+
+
+def test_wrong_calls_are_refused(make_language_policy):
+    policy = make_language_policy()
+    calls = itertools.chain([([[]], 1, 4), ([[1]], 2, 4), ([[1]], 1, 0)])
+    for prompts, count, tokens in calls:
+        with pytest.raises(ValueError, match="one generator a prompt"):
+            rollout(policy, prompts, streams(count), max_new_tokens=tokens)
