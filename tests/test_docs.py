@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import diffusion_align.estimators as estimators
+from diffusion_align.pipelines.configuration import shipped_prompts
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
@@ -48,10 +49,15 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
         for words in commands:
             if language == "python":
                 short = block.replace("epochs=2", "epochs=1").replace("samples_per_epoch=16", "samples_per_epoch=8")
-                short = short.replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
+                short = short.replace('"steps": 10', '"steps": 2').replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
                 call = [sys.executable, "-c", short]
             else:
                 assert words[0] == "diffusion-align"
+                if "--prompts" in words:  # the first few of that list
+                    place = words.index("--prompts") + 1
+                    few = shipped_prompts()[words[place]].read_text().splitlines()[:6]
+                    words[place] = str(tmp_path / f"{words[place]}.txt")
+                    Path(words[place]).write_text("\n".join(few))
                 call = [sys.executable, "-m", "diffusion_align", *words[1:]]
                 call += ["pairs.max_pairs=16"] if words[1:] == ["train", "dpo_emoji_style"] else []
                 call += {"train": SHORT, "pairs": ["--steps=2", "--guidance-scale=1"]}.get(words[1], [])
