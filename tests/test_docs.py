@@ -49,7 +49,8 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
         for words in commands:
             if language == "python":
                 short = block.replace("epochs=2", "epochs=1").replace("samples_per_epoch=16", "samples_per_epoch=8")
-                short = short.replace('"steps": 10', '"steps": 2').replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
+                short = short.replace('"steps": 10', '"steps": 2')
+                short = short.replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
                 call = [sys.executable, "-c", short]
             else:
                 assert words[0] == "diffusion-align"
