@@ -83,7 +83,7 @@ def _check_pairs(raw: Mapping[str, Any]) -> list[str]:
     if given is None:
         return []
     try:
-        config = PairsConfig.model_validate({"source": given} if isinstance(given, str | Path) else given)
+        config = PairsConfig.model_validate(given)
     except ValidationError:
         return []  # said where the whole configuration is read
     return pairs_problems(config)

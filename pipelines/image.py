@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from PIL import Image
-from rich.progress import Progress
 from torch import Tensor
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
@@ -26,6 +26,7 @@ from diffusion_align.pipelines.configuration import check_config, shipped_prompt
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.prompts import load_prompts
 
 
@@ -257,7 +258,7 @@ def _processes() -> PartialState:
 def _usable_pairs(settings: PairsConfig) -> PairSet:
     """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
     pairs = open_pairs(settings)
-    with Progress(transient=True, disable=not _processes().is_main_process) as progress:
+    with progress_bars(transient=True, disable=not _processes().is_main_process) as progress:
         bar = progress.add_task("reading pictures", total=len(pairs))
         pairs = pairs.check_pictures(lambda: progress.advance(bar))
         if pairs.ties or pairs.skipped:
@@ -303,10 +304,14 @@ def score_images(reward: Any, images: Sequence[Image.Image], prompts: Sequence[s
 
     scores = []
     for image, prompt in zip(images, prompts, strict=True):
-        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-        tensor = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2).float() / 255
-        scores.append(call_reward(reward, tensor, [prompt], [{}]))
+        scores.append(call_reward(reward, as_batch([image]), [prompt], [{}]))
     return torch.cat(scores)
+
+
+def as_batch(images: Sequence[Image.Image]) -> Tensor:
+    """Float (B, 3, H, W) in [0, 1] of PIL pictures of one size, as rewards take them."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
 def _without_adapter(unet: torch.nn.Module) -> torch.nn.Module:

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
 from PIL import Image
 
 from diffusion_align.diffusion.loading import model_problem
-from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, call_reward, reward_problem
 from diffusion_align.rewards.base import reward_name
@@ -186,9 +184,7 @@ def _begin(output: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _scores(reward: Any, images: Sequence[Image.Image], prompt: str, metadata: Mapping[str, Any]) -> list[float]:
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    batch = pixels.permute(0, 3, 1, 2).float() / 255
-    return call_reward(reward, batch, [prompt] * len(images), [dict(metadata) for _ in images]).tolist()
+    return call_reward(reward, as_batch(images), [prompt] * len(images), [dict(metadata) for _ in images]).tolist()
 
 
 def _append(path: Path, row: Row) -> None:

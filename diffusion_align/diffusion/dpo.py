@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.diffusion.collection import RewardSetting
@@ -96,11 +96,6 @@ class DiffusionDPOConfig(TrainingConfig):
         2.0, gt=1, description="stop when the chosen pictures' error is so many times the reference's"
     )
 
-    @field_validator("pairs", mode="before")
-    @classmethod
-    def _source_alone(cls, value: Any) -> Any:
-        return {"source": str(value)} if isinstance(value, str | Path) else value
-
     @property
     def online(self) -> bool:
         return self.pairs is None
@@ -144,16 +139,16 @@ class Decisions:
     target: GaussianTransition
     scale: Tensor
 
-    @property
+    @cached_property
     def error(self) -> Tensor:
         """(2n,) nats, times the step's scale."""
         return self.scale * self.target.kl(self.now)
 
-    @property
+    @cached_property
     def reference_error(self) -> Tensor:
         return self.scale * self.target.kl(self.reference)
 
-    @property
+    @cached_property
     def kl(self) -> Tensor:
         """(2n,) plain nats, of the policy to the reference."""
         return self.now.kl(self.reference)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffusion_align.diffusion.pair_sources import (
@@ -57,6 +57,11 @@ class PairsConfig(Section):
     max_pairs: int | None = Field(
         None, ge=1, description="use the first so many pairs only; of a Hub dataset no more than these are downloaded"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        return {"source": str(value)} if isinstance(value, str | Path) else value
 
 
 class _BadRow(Exception):

@@ -152,7 +152,6 @@ class LanguagePolicy:
         self.eos = int(tokenizer.eos_token_id)
         self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         model.requires_grad_(False).eval()
-        model.config.use_cache = False
         self._frozen: nn.Module | None = None
         if lora is None:
             self._frozen = copy.deepcopy(model) if needs_reference else None

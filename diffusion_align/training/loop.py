@@ -20,15 +20,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from diffusion_align import __version__
@@ -36,6 +28,7 @@ from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.interrupt import InterruptFlag
+from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.training.tracking import MetricsLog
@@ -277,14 +270,7 @@ class Trainer(ABC, Generic[Batch]):
         return self.config.updates_per_epoch * self.config.inner_epochs
 
     def _progress(self) -> Progress:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        return Progress(*columns, disable=not self.accelerator.is_main_process)
+        return progress_bars(disable=not self.accelerator.is_main_process)
 
     # -- update ----------------------------------------------------------------------------------------------------
 

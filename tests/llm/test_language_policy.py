@@ -125,6 +125,7 @@ def test_a_trained_model_loads_in_plain_transformers(make_language_policy, tmp_p
     policy.tokenizer.save_pretrained = lambda folder: None
     policy.save(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.use_cache, "training must not slow down the saved model's generation"
     ids = torch.tensor([PROMPTS[1]])
     torch.testing.assert_close(loaded(ids).logits, policy.model(ids).logits, atol=1e-6, rtol=0)
 
