@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import PlainSerializer
 from torch import Tensor
 
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import Reduction
-from diffusion_align.rewards.base import RewardError, call_reward, reward_name
+from diffusion_align.rewards.base import RewardError, call_reward
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
-
-
-def _by_name(reward: Any) -> Any:
-    """A function cannot be written to YAML; its name can."""
-    if isinstance(reward, dict) and callable(reward.get("name")):
-        return reward | {"name": _by_name(reward["name"])}
-    return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
-
-
-RewardSetting = Annotated[Any, PlainSerializer(_by_name)]
-"""What ``build_reward`` takes, as a field of a configuration."""
+from diffusion_align.training.scoring import BackgroundScores, reward_metrics
 
 
 @dataclass(frozen=True)
@@ -78,14 +63,12 @@ def collect_scored(
     own = trainer.local_samples
     batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
     trajectories: list[Trajectory] = []
-    scores: list[Future[Tensor]] = []
     with (
-        _thread_count_kept(),
-        ThreadPoolExecutor(1, initializer=_one_thread) as thread,
+        BackgroundScores(trainer, RewardError) as scores,
         trainer.progress("  sampling", len(batches) * len(schedule)) as bar,
     ):
         for batch in batches:
-            if trainer.stop_if_interrupted(failed=any(s.done() and s.exception() for s in scores)):
+            if not scores.go_on():
                 break
             texts = [samples[i][0] for i in batch]
             trajectory = rollout(
@@ -99,38 +82,7 @@ def collect_scored(
             )
             trajectories.append(trajectory)
             images = policy.decode(trajectory.latents)
-            scores.append(thread.submit(call_reward, reward, images, texts, [samples[i][1] for i in batch]))
-        waiting = time.perf_counter()
-        failure = next((s.exception() for s in scores if s.exception()), None)
-        trainer.raise_together(failure, RewardError)
-        rewards = trainer.accelerator.gather(torch.cat([s.result() for s in scores]).to(policy.device)).cpu()
-        waited = time.perf_counter() - waiting
+            scores.submit(call_reward, reward, images, texts, [samples[i][1] for i in batch])
+        rewards = scores.gather()
     columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in Trajectory.__dataclass_fields__}
-    return Collected(Trajectory(**columns), rewards, {**_spread(rewards), "time/score": waited})
-
-
-@contextlib.contextmanager
-def _thread_count_kept() -> Iterator[None]:
-    """Around a worker that sets its own: torch keeps one default for all threads beside each thread's value."""
-    threads = torch.get_num_threads()  # asking for it also fixes it for this thread
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _one_thread() -> None:
-    """For the rewards' thread: a second team of OpenMP threads would halve the sampler's speed on a small CPU."""
-    torch.set_num_threads(1)
-    torch.get_num_threads()
-
-
-def _spread(rewards: Tensor) -> dict[str, float]:
-    std = rewards.std(unbiased=len(rewards) > 1).item()
-    return {
-        "reward": rewards.mean().item(),
-        "reward_std": std,
-        "reward_stderr": std / math.sqrt(len(rewards)),
-        "reward_min": rewards.min().item(),
-        "reward_max": rewards.max().item(),
-    }
+    return Collected(Trajectory(**columns), rewards, {**reward_metrics(rewards), "time/score": scores.waited})

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.diffusion.collection import RewardSetting, collect_scored
+from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig, build_schedule
@@ -28,20 +28,19 @@ from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.estimators import (
     PromptStatistics,
-    clip_fractions,
     clipped_surrogate,
     group_advantages,
-    importance_ratio,
     kl_reward,
     reward_to_go,
     score_function_loss,
 )
-from diffusion_align.estimators.policy import LOG_CLAMP
+from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt, items_of_epoch
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.ratios import ratio_statistics
 
 
 class DDPOConfig(TrainingConfig):
@@ -249,20 +248,8 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             losses = clipped_surrogate(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         else:
             losses = score_function_loss(logp, advantages)
-        ratio = importance_ratio(logp.detach(), logp_old)
-        low, high = clip_fractions(
-            logp.detach(), logp_old, clip=self.clip, clip_high=self.clip_high, advantages=advantages
-        )
-        statistics = {
-            "loss/policy": losses.detach(),
-            "ratio/mean": ratio,
-            "ratio/min": ratio,
-            "ratio/max": ratio,
-            "ratio/clamped": ((logp.detach() - logp_old).abs() > LOG_CLAMP).float(),
-            "clip_ratio/low_mean": low.float(),
-            "clip_ratio/high_mean": high.float(),
-            "clip_ratio/region_mean": (low | high).float(),
-        }
+        statistics = {"loss/policy": losses.detach()}
+        statistics |= ratio_statistics(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         # Without a KL term the reference is asked about one micro-batch an update, to see how far the policy has gone.
         if config.kl_coef > 0 or self._kl_seen_at != self.step:
             self._kl_seen_at = self.step

@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.diffusion.collection import RewardSetting
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet
@@ -41,6 +40,7 @@ from diffusion_align.estimators import (
     hinge_loss,
     ipo_loss,
 )
+from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer
