@@ -23,22 +23,21 @@ from PIL import Image, ImageOps
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from diffusion_align.diffusion.pair_sources import (
-    EMBEDDED,
+from diffusion_align.diffusion.pair_sources import EMBEDDED, LAYOUTS, open_table, table_source
+from diffusion_align.training.config import Section
+from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.tables import (
+    FILES,
     SHOWN,
-    ArrowRows,
-    Rows,
-    StreamedRows,
+    StreamedTable,
+    Table,
     check_hub,
     is_hub,
     listed,
     mapping,
     mapping_problems,
-    open_table,
     short,
 )
-from diffusion_align.training.config import Section
-from diffusion_align.training.errors import ConfigError
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would run Ghostscript on an EPS
 
@@ -46,9 +45,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would run Ghosts
 class PairsConfig(Section):
     """Where the pairs come from."""
 
-    source: str = Field(
-        min_length=1, description=f"{EMBEDDED}, a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
-    )
+    source: str = Field(min_length=1, description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
@@ -77,7 +74,7 @@ class PairSet:
     ties: int
     skipped: dict[int, str]
     _config: PairsConfig = field(repr=False)
-    _table: Rows | ArrowRows = field(repr=False)
+    _table: Table = field(repr=False)
     _columns: list[str] = field(repr=False)
     _first_wins: list[bool] = field(repr=False)
 
@@ -160,8 +157,8 @@ def pairs_problems(config: PairsConfig) -> list[str]:
         if not is_hub(config.source):
             open_pairs(config)
             return []
-        problems = mapping_problems(config.columns)
-        check_hub(config)
+        problems = mapping_problems("pairs", LAYOUTS, config.columns)
+        check_hub(table_source(config))
     except ConfigError as error:
         return problems + error.problems
     return problems
@@ -173,7 +170,7 @@ def open_pairs(config: PairsConfig) -> PairSet:
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    problems = mapping_problems(config.columns)
+    problems = mapping_problems("pairs", LAYOUTS, config.columns)
     try:
         table = open_table(config)
     except ConfigError as error:
@@ -182,12 +179,12 @@ def open_pairs(config: PairsConfig) -> PairSet:
         raise ConfigError(problems)
     if not table.names and not len(table):
         return _usable(PairSet([], [], 0, {}, config, table, [], []), {})
-    names = mapping(config.columns, table.names)
+    names = mapping("pairs", LAYOUTS, config.columns, table.names)
     sides = [names[side] for side in (("chosen", "rejected") if "chosen" in names else ("first", "second"))]
     others = [names[name] for name in ("prompt", "first_wins") if name in names]
     result = PairSet([], [], 0, {}, config, table, sides, [])
     ties = 0
-    with closing(table.scan(sides, others)) as scan:
+    with closing(table.scan([*sides, *others], sides)) as scan:
         for row, (first, second, prompt, *label) in enumerate(scan):
             win = _label(label[0]) if label else 1
             if win == 0.5:
@@ -200,7 +197,7 @@ def open_pairs(config: PairsConfig) -> PairSet:
                 _check_sources((first, second) if win else (second, first), table.folder)
             except _BadRow as bad:
                 result.skipped[row] = f"pairs: row {row}: {bad}"
-                if isinstance(table, StreamedRows) and not config.skip_bad_rows and len(result.skipped) == SHOWN:
+                if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(result.skipped) == SHOWN:
                     break  # nothing is downloaded for a list that would not be shown
                 continue
             result.prompts.append(prompt)
@@ -216,7 +213,7 @@ def _usable(pairs: PairSet, bad: Mapping[int, str]) -> PairSet:
     config = pairs._config
     if pairs.rows and (config.skip_bad_rows or not bad):
         return pairs
-    problems = listed(list(bad.values()))
+    problems = listed(list(bad.values()), "pairs")
     if pairs.rows:
         problems.append("pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out")
     else:

@@ -1,0 +1,367 @@
+"""Tables of rows: a list in Python, a .jsonl, .csv or .parquet file, a folder or a Hugging Face dataset.
+
+A parquet file or folder, and a Hub dataset without ``max_rows``, becomes a table mapped from disk. With ``max_rows``
+the rows of a Hub dataset are streamed, no more of them than are asked for.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from diffusion_align.training.config import nearest
+from diffusion_align.training.errors import ConfigError
+
+FILES = "a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
+Cells = Generator[Sequence[Any], None, None]
+_SUFFIXES = (".jsonl", ".parquet", ".csv")
+SHOWN = 10
+_BLOCK = 1000
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Where a table is and what its settings are called in messages.
+
+    Attributes:
+        name: of the section: the sentences are about ``name.source``, ``name.split`` and ``name.columns``.
+        source: path, Hub dataset or rows.
+        split: of a dataset in the format of ``datasets``; a file or a list has one, train.
+        max_rows: set if no more than the first rows are wanted; a Hub dataset is then streamed.
+        limit: what the setting behind ``max_rows`` is called.
+        stem: a folder with a file of this name (and a known suffix) stands for the file.
+        allowed: the sources to choose from, for a message.
+    """
+
+    name: str
+    source: str | Sequence[Any]
+    split: str = "train"
+    max_rows: int | None = None
+    limit: str = "max_rows"
+    stem: str | None = None
+    allowed: str = FILES
+
+    def __str__(self) -> str:
+        """The setting and its value."""
+        shown = repr(self.source) if isinstance(self.source, str) else short(self.source)
+        return f"{self.name}.source={shown}"
+
+
+class ListTable:
+    """Rows in memory; paths in them are relative to ``folder``."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
+        self.rows, self.folder = rows, folder
+        self.names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def scan(self, names: Sequence[str], outlined: Sequence[str] = ()) -> Cells:
+        """The cells of each row, in the order asked for; in ``outlined`` a single byte may stand for all bytes."""
+        for row in range(len(self)):
+            yield self.cells(row, names)
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        return [self.rows[row].get(name) for name in names]
+
+
+class ArrowTable:
+    """Rows of an Arrow table mapped from disk; pictures are bytes, paths or structs of both."""
+
+    def __init__(self, table: Any, folder: Path | None = None) -> None:
+        self.table, self.folder, self.names = table, folder, table.column_names
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def scan(self, names: Sequence[str], outlined: Sequence[str] = ()) -> Cells:
+        for start in range(0, len(self), _BLOCK):
+            yield from _scan(self.table.slice(start, _BLOCK), names, outlined)
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        return [self.table.column(name)[row].as_py() for name in names]
+
+
+class StreamedTable(ArrowTable):
+    """Rows of a Hub dataset: ``scan`` downloads as many as it is asked for, which are the table from then on."""
+
+    def __init__(self, source: TableSource) -> None:
+        import pyarrow as pa
+
+        self._source = source
+        dataset = _loaded(source, source.source, split=source.split, streaming=True)
+        self._rest = dataset.with_format("arrow").iter(batch_size=1)  # a larger one would begin the next file
+        with _loading(source):
+            self._first = next(self._rest, None)
+        super().__init__(pa.table({}) if self._first is None else self._first.schema.empty_table())
+
+    def scan(self, names: Sequence[str], outlined: Sequence[str] = ()) -> Cells:
+        """Once only. What was downloaded is kept in a file without a name in the cache folder of ``datasets``."""
+        import datasets
+        import pyarrow as pa
+
+        first, rest = self._first, self._rest
+        self._first = self._rest = None  # each would hold on to a block of pictures
+        if first is None:
+            return
+        console = Console(stderr=True)
+        bar = Progress(
+            "{task.completed} rows downloaded", console=console, transient=True, disable=not console.is_terminal
+        )
+        with _loading(self._source):
+            os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=datasets.config.HF_DATASETS_CACHE, ignore_cleanup_errors=True)
+        with folder, closing(rest):
+            path = os.path.join(folder.name, "rows.arrow")
+            schema = self.table.select(names).schema
+            with suppress(GeneratorExit), _loading(self._source), bar, pa.ipc.new_file(path, schema) as file:
+                task = bar.add_task("", total=None)
+                for row in chain([first], rest):
+                    file.write_table(row.select(names))
+                    bar.advance(task)
+                    yield from _scan(row, names, outlined)
+            self.table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+
+
+Table = ListTable | ArrowTable
+
+
+def _scan(table: Any, names: Sequence[str], outlined: Sequence[str]) -> Cells:
+    yield from zip(
+        *(_outline(table.column(name)) if name in outlined else table.column(name).to_pylist() for name in names)
+    )
+
+
+def _outline(column: Any) -> list[Any]:
+    """A column of pictures with one byte in place of each picture's bytes, which are not read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(column.type, pa.StructType):
+        bytes_, paths = (
+            _outline(pc.struct_field(column, part)) if column.type.get_field_index(part) >= 0 else [None] * len(column)
+            for part in ("bytes", "path")
+        )
+        return [data or path for data, path in zip(bytes_, paths)]
+    if not pa.types.is_binary(column.type) and not pa.types.is_large_binary(column.type):
+        return column.to_pylist()
+    return [b"." if length else None for length in pc.binary_length(column).to_pylist()]
+
+
+def is_hub(source: str | Sequence[Any]) -> bool:
+    """Whether ``source`` is the name of a Hub dataset: owner/name, and nothing here is called so."""
+    if not isinstance(source, str) or os.path.exists(os.path.expanduser(source)) or source.endswith(_SUFFIXES):
+        return False
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+
+
+def check_hub(source: TableSource) -> None:
+    """What can be seen of a Hub dataset without the network.
+
+    Raises:
+        ConfigError: the package datasets is missing, or a part of a split is to be streamed.
+    """
+    _datasets(source)
+    if source.max_rows is not None and "[" in source.split:
+        setting, limit = f"{source.name}.split={source.split!r}", f"{source.name}.{source.limit}"
+        raise ConfigError([f"{setting} cannot be used with {limit}: name the split without [...]"])
+
+
+def open_table(source: TableSource) -> Table:
+    """The rows of ``source``, cells neither looked at nor decoded.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or does not fit the other settings.
+    """
+    if not isinstance(source.source, str):
+        _one_split(source, "list")
+        return ListTable(_mappings(source, source.source), None)
+    if is_hub(source.source):
+        check_hub(source)
+        return StreamedTable(source) if source.max_rows is not None else _mapped(source, source.source, None)
+    path = Path(os.path.expanduser(source.source))
+    if os.path.isdir(path):
+        stems = [f"{source.stem}{suffix}" for suffix in _SUFFIXES] if source.stem else []
+        files = [path / name for name in stems if os.path.isfile(path / name)]
+        if not files:
+            return _mapped(source, str(path.resolve()), path)
+        if len(files) > 1:
+            names = " and ".join(file.name for file in files)
+            raise ConfigError([f"{source} holds {names}: give the file that is meant"])
+        path = files[0]
+    if not os.path.isfile(path):
+        start = f"{source.name}.source={short(source.source)}"
+        raise ConfigError([f"{start}: there is no such file or folder: give {source.allowed}"])
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError([f"{source}: use a .jsonl, .csv or .parquet file"])
+    _one_split(source, "file")
+    if path.suffix == ".parquet":
+        return _mapped(source, "parquet", path.parent, data_files=glob.escape(str(path.resolve())))
+    return ListTable(_read(source, path), path.parent)
+
+
+def first_rows(table: Table, count: int | None) -> Iterator[dict[str, Any]]:
+    """The first ``count`` rows with all their columns, or all rows; no more are downloaded."""
+    with closing(table.scan(table.names)) as scan:
+        for cells in islice(scan, count):
+            yield dict(zip(table.names, cells))
+
+
+def _one_split(source: TableSource, what: str) -> None:
+    if source.split != "train":
+        start = f"{source.name}.split={source.split!r} is not known"
+        raise ConfigError([f"{start}: a {what} holds one split, train; leave it out"])
+
+
+def _mappings(source: TableSource, rows: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+    problems = [
+        f"{source.name}.source: row {i} is {short(row)}, not a mapping of column to value: mend or remove it"
+        for i, row in enumerate(rows)
+        if not isinstance(row, Mapping)
+    ]
+    if problems:
+        raise ConfigError(listed(problems, source.name))
+    return rows
+
+
+def _mapped(source: TableSource, name: str, folder: Path | None, **options: Any) -> ArrowTable:
+    return ArrowTable(_loaded(source, name, split=source.split, **options).with_format("arrow")[:], folder)
+
+
+def _datasets(source: TableSource) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        needs = f"{source} needs the package datasets"
+        raise ConfigError([f"{needs}: pip install 'diffusion-align[datasets]'"]) from None
+    return datasets
+
+
+def _loaded(source: TableSource, name: Any, **options: Any) -> Any:
+    datasets = _datasets(source)
+    with _loading(source):
+        return datasets.load_dataset(name, **options)
+
+
+@contextmanager
+def _loading(source: TableSource) -> Iterator[None]:
+    """Whatever fails is one sentence; nothing else is printed, but on a terminal the bars of a whole download."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bars = is_hub(source.source) and source.max_rows is None and sys.stderr.isatty()
+    silence = not bars and not datasets.are_progress_bars_disabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        if silence:
+            datasets.disable_progress_bars()
+        yield
+    except Exception as error:  # builders, pyarrow, the Hub and the network each raise their own
+        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        remedy = "check the name, the network and your access to it" if is_hub(source.source) else "mend it"
+        raise ConfigError([f"{source}, split {source.split!r}, cannot be loaded ({reason}): {remedy}"]) from None
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _read(source: TableSource, path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{source} cannot be read: {error}"]) from None
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            return list(reader)
+        except csv.Error as error:
+            line = f"line {reader.reader.line_num} is not valid CSV ({error})"
+            raise ConfigError([f"{source}: {line}: mend it"]) from None
+    rows, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                rows.append(None)
+            if not isinstance(rows[-1], dict):
+                problems.append(f"{source}: line {number} is not a JSON object: mend or remove it")
+    if problems:
+        raise ConfigError(listed(problems, source.name, "line"))
+    return rows
+
+
+Layouts = Sequence[Mapping[str, str]]
+
+
+def mapping_problems(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> list[str]:
+    """Sentences about what is wrong with the setting ``name.columns`` whatever the source holds.
+
+    Args:
+        name: the section.
+        layouts: our name -> the name that is looked for by default; a source has the columns of one of them.
+        columns: our name -> the source's, as the user has set it.
+    """
+    columns, start = columns or {}, f"{name}.columns"
+    known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
+    problems = [f"{start}: unknown name {ours!r}: {nearest(ours, known)}" for ours in columns if ours not in known]
+    if not problems and not any(columns.keys() <= layout.keys() for layout in layouts):
+        problems.append(f"{start}: give {' or '.join(', '.join(layout) for layout in layouts)}, not both")
+    if len(set(columns.values())) < len(columns):
+        problems.append(f"{start}: two names stand for one column: give each its own")
+    return problems
+
+
+def mapping(name: str, layouts: Layouts, columns: Mapping[str, str] | None, found: Sequence[str]) -> dict[str, str]:
+    """Our name -> the source's, of the first layout whose columns are all among ``found``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    columns = columns or {}
+    fitting = [{**layout, **columns} for layout in layouts if columns.keys() <= layout.keys()]
+    for layout in fitting:
+        if set(layout.values()) <= set(found):
+            return layout
+    have = f"the columns found are {', '.join(map(short, found))}"
+    missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
+    wanted = [tuple(layout.values()) for layout in fitting]
+    least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
+    needed = " or ".join(", ".join(these) for these in least)
+    many = "columns" if "," in needed else "column"
+    what = " and ".join(missing) if missing else f"the {many} {needed} {'are' if many == 'columns' else 'is'} needed"
+    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these"])
+
+
+def listed(sentences: list[str], name: str, what: str = "row") -> list[str]:
+    """The first ten of ``sentences``, and how many more there are of ``what`` in the setting ``name``."""
+    more = len(sentences) - SHOWN
+    rest = [f"{name}: {more} more {what}{'s are' if more > 1 else ' is'} bad"] if more > 0 else []
+    return sentences[:SHOWN] + rest
+
+
+def short(value: Any) -> str:
+    """``repr(value)`` in at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,572 @@
+"""Rows of text to tokens with a real tokenizer: every layout, special tokens, cuts and every bad row."""
+
+import json
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from diffusion_align.llm.data import (
+    LabelledRow,
+    PreferenceRow,
+    PromptRow,
+    TextDataConfig,
+    columns_problems,
+    completion_of,
+    labelled_rows,
+    preference_rows,
+    prompt_rows,
+)
+from diffusion_align.llm.policy import pack
+from diffusion_align.training.errors import ConfigError
+
+BOS, EOS = 0, 1
+MESSAGES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>\n{% endfor %}"
+CHATML = MESSAGES + "{% if add_generation_prompt %}<a>{% endif %}"
+HINT = "data: mend the rows above, or set data.skip_bad_rows=true to leave them out"
+
+
+def make_tokenizer(*, bos="", template=None, unknown=True, also_eos=False):
+    """A character a token; ``bos``: put before a text by default, a token that exists but is not put, or none."""
+    specials = ["<s>", "</s>", "<unk>"]
+    characters = [*(chr(i) for i in range(32, 127)), "\n", "\t", "é"]
+    vocabulary = {token: i for i, token in enumerate([*specials, *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>" if unknown else "none"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    if bos == "put":
+        single = "<s> $A </s>" if also_eos else "<s> $A"
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    names = {"bos_token": "<s>"} if bos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", **names)
+    tokenizer.chat_template = template
+    assert tokenizer.pad_token_id is None  # as GPT-2's
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return make_tokenizer(template=CHATML)
+
+
+def rows(load, source, tokenizer, *, max_completion_length=50, limits=None, **settings):
+    config = TextDataConfig(source=source, **settings)
+    return load(config, tokenizer, max_completion_length=max_completion_length, **(limits or {}))
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids)
+
+
+def problems(load, source, tokenizer, **settings):
+    with pytest.raises(ConfigError) as caught:
+        rows(load, source, tokenizer, **settings)
+    return caught.value.problems
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+# Prompts
+
+
+def test_prompts_with_their_other_columns(plain):
+    source = [{"prompt": "2+2=", "answer": 4, "tags": ["a"]}, {"prompt": "hi"}]
+    [first, second], truncation = rows(prompt_rows, source, plain)
+    assert first == PromptRow("2+2=", plain("2+2=").input_ids, {"answer": 4, "tags": ["a"]})
+    assert text(plain, first.ids) == "2+2="
+    assert second == PromptRow("hi", plain("hi").input_ids, {"answer": None, "tags": None})
+    assert (truncation.rows, truncation.prompts, truncation.completions, truncation.left_out) == (2, 0, 0, 0)
+
+
+def test_bare_texts_and_sources_alone(plain, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "hi"}\n{"prompt": "ho"}\n')
+    for config in (["hi", "ho"], str(path), path, {"source": str(path)}):
+        config = TextDataConfig.model_validate(config)
+        found = prompt_rows(config, plain, max_completion_length=1).rows
+        assert [row.prompt for row in found] == ["hi", "ho"]
+
+
+def test_the_first_rows_only(plain, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt\na\nb\nc\n")
+    assert [row.prompt for row in rows(prompt_rows, str(path), plain, max_rows=2).rows] == ["a", "b"]
+    assert [row.prompt for row in rows(prompt_rows, ["a", "b", ""], plain, max_rows=2).rows] == ["a", "b"]
+
+
+def test_a_table_mapped_from_disk(chat, tmp_path):
+    import datasets
+
+    path = tmp_path / "a.parquet"
+    source = [
+        {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")], "score": 0.5},
+        {"prompt": [user("ho")], "chosen": [assistant("yes")], "rejected": [assistant("no")], "score": None},
+    ]
+    before = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(source).to_parquet(path)
+    if not before:
+        datasets.enable_progress_bars()
+    assert rows(preference_rows, str(path), chat) == rows(preference_rows, source, chat)
+    assert rows(preference_rows, str(path), chat).rows[1].columns == {"score": None}
+
+
+@pytest.mark.parametrize(
+    ("bos", "also_eos", "wanted"),
+    [("put", False, [BOS]), ("put", True, [BOS]), ("there", False, []), ("", False, [])],
+)
+def test_bos_is_put_before_a_text_if_the_tokenizer_puts_it(bos, also_eos, wanted):
+    tokenizer = make_tokenizer(bos=bos, also_eos=also_eos)
+    bare = tokenizer("ab", add_special_tokens=False).input_ids
+    assert rows(prompt_rows, ["ab"], tokenizer).rows[0].ids == wanted + bare
+    given = rows(prompt_rows, ["<s>ab"], make_tokenizer(bos="put")).rows[0].ids
+    assert given == [BOS, *bare]  # not twice
+    [row] = rows(preference_rows, [{"prompt": "ab", "chosen": "c", "rejected": "d"}], tokenizer).rows
+    assert row.ids == wanted + bare
+    assert [row.chosen, *row.rejected] == [[*tokenizer(x, add_special_tokens=False).input_ids, EOS] for x in "cd"]
+
+
+def test_before_a_conversation_only_the_template_puts_bos():
+    for start, wanted in (("{{ bos_token }}", [BOS]), ("", [])):
+        tokenizer = make_tokenizer(bos="put", template=start + CHATML)
+        source = [{"prompt": [user("hi")], "completion": [assistant("yes")], "label": True}]
+        [row] = rows(labelled_rows, source, tokenizer).rows
+        assert row.ids == wanted + tokenizer("<u>hi</s>\n<a>", add_special_tokens=False).input_ids
+        assert BOS not in row.completion
+        whole = tokenizer.apply_chat_template([user("hi"), assistant("yes")], tokenize=True, return_dict=False)
+        assert [*row.ids, *row.completion] == whole[:-1]  # but for the line end behind the last </s>
+
+
+def test_a_conversation_that_asks_and_one_that_goes_on(chat):
+    asked, going_on = rows(
+        prompt_rows, [{"prompt": [user("hi")]}, {"prompt": [user("hi"), assistant("so ")]}], chat
+    ).rows
+    assert text(chat, asked.ids) == "<u>hi</s>\n<a>"
+    assert text(chat, going_on.ids) == "<u>hi</s>\n<a>so "
+    assert asked.prompt == [user("hi")]
+    kept = rows(prompt_rows, [{"prompt": [user("hi") | {"name": None, "x": 1}]}], chat).rows[0]
+    assert kept.prompt == [user("hi") | {"x": 1}]
+
+
+# Preferences
+
+
+def test_preferences_of_texts(plain):
+    source = [
+        {"prompt": "q:", "chosen": " yes", "rejected": " no", "label": 0.75, "score": 3},
+        {"prompt": "r:", "chosen": " a</s>", "rejected": [" b", " c"], "label": 1},
+    ]
+    [first, second], truncation = rows(preference_rows, source, plain)
+    ids = {key: plain(key).input_ids for key in ("q:", " yes", " no", "r:", " a", " b", " c")}
+    assert first == PreferenceRow("q:", ids["q:"], [*ids[" yes"], EOS], [[*ids[" no"], EOS]], 0.75, {"score": 3})
+    assert second.chosen == [*ids[" a"], EOS]
+    assert second.rejected == [[*ids[" b"], EOS], [*ids[" c"], EOS]]
+    assert second.label == 1.0
+    assert str(truncation) == "of 2 rows, 0 had the prompt cut on the left and 0 a completion cut on the right"
+    [unlabelled] = rows(preference_rows, [{"prompt": "q", "chosen": "a", "rejected": "b"}], plain).rows
+    assert unlabelled.label == 1.0
+    batch = pack([first.ids, second.ids], [first.chosen, second.chosen], pad=EOS)
+    assert batch.mask.sum(1).tolist() == [5, 3]
+
+
+def test_preferences_of_conversations_end_with_one_eos(chat):
+    source = [{"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}]
+    [row] = rows(preference_rows, source, chat).rows
+    assert text(chat, row.ids) == "<u>hi</s>\n<a>"
+    assert text(chat, row.chosen) == "yes</s>"
+    assert text(chat, row.rejected[0]) == "no</s>"
+    assert row.chosen.count(EOS) == 1
+    without = make_tokenizer(template=CHATML.replace("</s>", "|"))
+    [row] = rows(preference_rows, source, without).rows
+    assert text(without, row.chosen) == "yes|\n</s>"
+
+
+WHOLE = {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}
+SAME = {
+    "implicit": WHOLE,
+    "text beside conversations": WHOLE | {"prompt": "hi"},
+    "prompt repeated": WHOLE | {"prompt": [user("hi")]},
+    "answers as texts": {"prompt": [user("hi")], "chosen": "yes", "rejected": "no"},
+    "answers in two forms": {"prompt": [user("hi")], "chosen": "yes", "rejected": [assistant("no")]},
+    "several": {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [[assistant("no")]]},
+    "several implicit": WHOLE | {"rejected": [WHOLE["rejected"]]},
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_all_forms_of_one_preference(chat, case):
+    plainly = {"prompt": [user("hi")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    assert rows(preference_rows, [SAME[case]], chat) == rows(preference_rows, [plainly], chat)
+
+
+def test_longer_conversations_share_all_but_what_differs(chat):
+    start = [user("1"), assistant("2"), user("3")]
+    source = [
+        {"chosen": [*start, assistant("a")], "rejected": [[*start, assistant("b")], [*start, assistant("c")]]},
+        {"chosen": [user("1"), assistant("2")], "rejected": [user("1"), assistant("2"), user("3"), assistant("4")]},
+    ]
+    first, second = rows(preference_rows, source, chat).rows
+    assert first.prompt == start
+    assert [text(chat, ids) for ids in (first.ids, first.chosen, *first.rejected)] == [
+        "<u>1</s>\n<a>2</s>\n<u>3</s>\n<a>",
+        "a</s>",
+        "b</s>",
+        "c</s>",
+    ]
+    assert second.prompt == [user("1")]  # as in TRL, never all of a side
+    assert text(chat, second.rejected[0]) == "2</s>\n<u>3</s>\n<a>4</s>"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: sky? A: blue", "Q: sky? A: green", "Q: sky? A:"),  # the space belongs to the answer, as in TRL
+        ("Q: sky? A: it is blue", "Q: sky? A: it is black", "Q: sky? A: it is"),  # not inside a word
+        ("Q\nyes", "Q\nno", "Q\n"),
+        ("Q\tno way", "Q\tnot", "Q\t"),
+        ("Q:yes", "Q:no", "Q:"),
+        ("ab cd", "ab cd ef", "ab"),
+        ("abc", ["abd", "aef"], "a"),
+    ],
+)
+def test_texts_with_the_prompt_inside(plain, chosen, rejected, prompt):
+    [row] = rows(preference_rows, [{"chosen": chosen, "rejected": rejected}], plain).rows
+    assert row.prompt == text(plain, row.ids) == prompt
+    assert prompt + text(plain, row.chosen) == chosen + "</s>"
+    several = rejected if isinstance(rejected, list) else [rejected]
+    assert [prompt + text(plain, ids) for ids in row.rejected] == [side + "</s>" for side in several]
+
+
+def test_a_template_that_opens_an_answer_with_more_than_it_writes():
+    """DeepSeek-R1 opens with a thought; TRL's remedy is the common beginning."""
+    tokenizer = make_tokenizer(template=CHATML.replace("<a>{% endif %}", "<a><t>{% endif %}"))
+    [row] = rows(preference_rows, [SAME["implicit"]], tokenizer).rows
+    assert text(tokenizer, row.ids) == "<u>hi</s>\n<a>"
+    assert text(tokenizer, row.chosen) == "yes</s>"
+    [asked] = rows(prompt_rows, [{"prompt": [user("hi")]}], tokenizer).rows
+    assert text(tokenizer, asked.ids) == "<u>hi</s>\n<a><t>"
+
+
+# Labelled completions
+
+
+@pytest.mark.parametrize(("label", "wanted"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)])
+def test_labelled_completions(plain, label, wanted):
+    [row], _ = rows(labelled_rows, [{"prompt": "q", "completion": "a", "label": label, "x": 1}], plain)
+    assert row == LabelledRow("q", plain("q").input_ids, [*plain("a").input_ids, EOS], wanted, {"x": 1})
+    assert type(row.desirable) is bool
+
+
+def test_labels_of_a_csv_file(plain, tmp_path):
+    (tmp_path / "a.csv").write_text(
+        "prompt,completion,label\n" + "".join(f"q,a,{x}\n" for x in ("1", "0", "True", "false"))
+    )
+    found = rows(labelled_rows, str(tmp_path / "a.csv"), plain).rows
+    assert [row.desirable for row in found] == [True, False, True, False]
+
+
+def test_completion_of():
+    assert completion_of("yes", "hi") == "yes"
+    assert completion_of("yes", [user("hi")]) == [assistant("yes")]
+
+
+# Lengths
+
+
+def test_prompts_keep_their_end_and_bos():
+    for bos in ("put", "there"):
+        tokenizer = make_tokenizer(bos=bos)
+        found, truncation = rows(prompt_rows, ["abcdefgh", "abc"], tokenizer, limits={"max_prompt_length": 4})
+        long, short = (text(tokenizer, row.ids) for row in found)
+        assert (long, short) == (("<s>fgh", "<s>abc") if bos == "put" else ("efgh", "abc"))
+        assert (truncation.prompts, truncation.completions) == (1, 0)
+        assert found[0].prompt == "abcdefgh"  # the reward sees all of it
+    [row] = rows(prompt_rows, ["abc"], make_tokenizer(), limits={"max_prompt_length": 1}).rows
+    assert row.ids == make_tokenizer()("c").input_ids
+
+
+def test_completions_keep_their_start_and_eos(plain):
+    source = [
+        {"prompt": "q", "chosen": "abcdefgh", "rejected": ["abc", "xyzuvw"]},
+        {"prompt": "q", "chosen": "abc", "rejected": "abd"},
+    ]
+    found, truncation = rows(preference_rows, source, plain, max_completion_length=4)
+    assert [text(plain, ids) for ids in (found[0].chosen, *found[0].rejected)] == ["abc</s>", "abc</s>", "xyz</s>"]
+    assert (truncation.rows, truncation.prompts, truncation.completions) == (2, 0, 1)
+    [only_end] = rows(preference_rows, source[1:], plain, max_completion_length=1).rows
+    assert only_end.chosen == [EOS]
+
+
+def test_what_truncation_says(plain):
+    source = [{"prompt": "abcd", "completion": "abcd", "label": 1}, {"prompt": "", "completion": "a", "label": 1}]
+    limits = {"max_prompt_length": 2}
+    truncation = rows(
+        labelled_rows, source, plain, max_completion_length=3, limits=limits, skip_bad_rows=True
+    ).truncation
+    assert str(truncation) == (
+        "of 1 rows, 1 had the prompt cut on the left and 1 a completion cut on the right; left out: 1 bad rows"
+    )
+
+
+def test_a_prompt_without_room_for_a_completion(plain):
+    limits = {"context_length": 10}
+    sentence = (
+        "data: row 1: a prompt of 7 tokens leaves no room for a completion of 4 in the model's context of 10: set "
+    )
+    wanted = [sentence + "max_prompt_length=6 or less", HINT]
+    found = problems(prompt_rows, ["abcdef", "abcdefg"], plain, max_completion_length=4, limits=limits)
+    assert found == wanted
+    cut = rows(
+        prompt_rows, ["abcdef", "abcdefg"], plain, max_completion_length=4, limits=limits | {"max_prompt_length": 6}
+    )
+    assert [len(row.ids) for row in cut.rows] == [6, 6]
+    # What is known of a completion counts, not how long it might have been.
+    pairs = [
+        {"prompt": "abcdefg", "chosen": "ab", "rejected": "c"},
+        {"prompt": "abcdefg", "chosen": "a", "rejected": "xyz"},
+    ]
+    assert problems(preference_rows, pairs, plain, max_completion_length=4, limits=limits) == wanted
+    assert len(rows(preference_rows, pairs[:1], plain, max_completion_length=4, limits=limits).rows) == 1
+
+
+def test_limits_that_cannot_be(plain):
+    found = problems(prompt_rows, "no.jsonl", plain, limits={"max_prompt_length": 0}, max_completion_length=0)
+    assert found[:2] == [
+        "max_prompt_length=0 is not allowed: give at least 1",
+        "max_completion_length=0 is not allowed: give at least 1",
+    ]
+    assert found[2].startswith("data.source='no.jsonl': there is no such file or folder: give a list of rows, a .jsonl")
+    assert problems(prompt_rows, ["a"], plain, limits={"context_length": 8}, max_completion_length=8) == [
+        "max_completion_length=8 leaves no room for a prompt in the model's context of 8 tokens: set it lower"
+    ]
+    bare = make_tokenizer()
+    bare.eos_token = None
+    [problem] = problems(prompt_rows, ["a"], bare)
+    assert problem.startswith("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
+
+
+# Bad rows and columns
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+BAD_PAIRS: dict[str, tuple[dict, str]] = {
+    "empty prompt": ({"prompt": " "}, "the prompt is empty"),
+    "no prompt": ({"prompt": None}, "the prompt is empty"),
+    "no messages": ({"prompt": []}, "the prompt is empty"),
+    "blank messages": ({"prompt": [user("")]}, "the prompt is empty"),
+    "number": ({"prompt": 3}, "the prompt is 3, neither a text nor messages with a role and a text as content"),
+    "empty chosen": ({"chosen": ""}, "chosen is empty"),
+    "empty rejected": ({"rejected": None}, "rejected is empty"),
+    "none rejected": ({"rejected": []}, "rejected is empty"),
+    "one of several empty": ({"rejected": ["b", ""]}, "rejected is empty"),
+    "several chosen": (
+        {"chosen": ["a", "c"]},
+        "chosen is ['a', 'c'], neither a text nor messages with a role and a text as content",
+    ),
+    "no content": (
+        {"chosen": [{"role": "user"}]},
+        "chosen is [{'role': 'user'}], neither a text nor messages with a role and a text as content",
+    ),
+    "same": ({"rejected": "a"}, "chosen and rejected are the same"),
+    "same among several": ({"rejected": ["b", "a"]}, "chosen and rejected are the same"),
+    "two forms": (
+        {"rejected": [assistant("b")]},
+        "some of chosen and rejected are texts and some conversations: give all in one form",
+    ),
+    "nothing alike": (
+        {"chosen": [assistant("a")], "rejected": [assistant("b")]},
+        "chosen and rejected do not begin alike and there is no prompt: give a column prompt",
+    ),
+    "nothing added": (
+        {"prompt": [user("q")], "chosen": [user("q"), assistant("")], "rejected": [user("q"), assistant("b")]},
+        "a completion adds nothing to the prompt",
+    ),
+    "the prompt again": (
+        {"prompt": [user("q")], "chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
+        "a completion adds nothing to the prompt",
+    ),
+    "label high": ({"label": 1.5}, "label is 1.5, not a number from 0 to 1"),
+    "label nan": ({"label": float("nan")}, "label is nan, not a number from 0 to 1"),
+    "label text": ({"label": "good"}, "label is 'good', not a number from 0 to 1"),
+    "label none": ({"label": None}, "label is None, not a number from 0 to 1"),
+    "half a character": ({"chosen": "\ud800"}, r"chosen '\ud800' is not valid Unicode"),
+    "system last": (
+        {"prompt": [{"role": "system", "content": "s"}]},
+        "the prompt ends with a message of role 'system': end it with the user's",
+    ),
+    "nothing but an end": ({"chosen": "</s>"}, "a completion holds nothing that the tokenizer knows before its end"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_a_bad_pair_is_named_and_can_be_left_out(chat, case):
+    change, sentence = BAD_PAIRS[case]
+    good = {**PAIR, "label": 1.0}
+    source = [good, good, {**good, **change}, {**good, "label": 0.5}]
+    assert problems(preference_rows, source, chat) == [f"data: row 2: {sentence}", HINT]
+    found, truncation = rows(preference_rows, source, chat, skip_bad_rows=True)
+    assert [row.label for row in found] == [1.0, 1.0, 0.5]
+    assert (truncation.rows, truncation.left_out) == (3, 1)
+
+
+@pytest.mark.parametrize("label", ["yes", 2, 0.5, None, [1], float("nan"), ""])
+def test_labels_that_are_neither_true_nor_false(plain, label):
+    source = [{"prompt": "q", "completion": "a", "label": x} for x in (True, label)]
+    assert problems(labelled_rows, source, plain) == [
+        f"data: row 1: label is {label!r}, not true, false, 1 or 0",
+        HINT,
+    ]
+
+
+def test_a_text_with_a_conversation_behind(chat):
+    [problem, _] = problems(
+        labelled_rows, [PAIR | {"completion": x, "label": 1} for x in ("a", [assistant("a")])], chat
+    )
+    assert problem == "data: row 1: the prompt is a text and the completion a conversation: give both in one form"
+
+
+def test_all_bad_rows_at_once_and_ten_of_them_shown(plain):
+    assert problems(prompt_rows, ["a", "", 3 * " "], plain) == [
+        "data: row 1: the prompt is empty",
+        "data: row 2: the prompt is empty",
+        HINT,
+    ]
+    found = problems(prompt_rows, [""] * 13, plain)
+    assert found[9:] == [
+        "data: row 9: the prompt is empty",
+        "data: 3 more rows are bad",
+        found[-1],
+    ]
+    assert found[-1].endswith("holds no usable row (13 bad rows): give at least one")
+    assert len(found) == 12
+
+
+def test_no_rows(plain, tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    assert problems(prompt_rows, str(tmp_path / "a.jsonl"), plain) == [
+        f"data.source='{tmp_path / 'a.jsonl'}' holds no usable row (0 bad rows): give at least one"
+    ]
+
+
+def test_conversations_without_a_template(plain):
+    sentence = (
+        "data: the rows hold conversations but the tokenizer has no chat template: give plain texts, or set "
+        "tokenizer.chat_template"
+    )
+    for load in (prompt_rows, preference_rows):
+        assert problems(load, [WHOLE | {"prompt": [user("hi")]}] * 3, plain) == [sentence]
+
+
+def test_a_template_that_refuses(chat):
+    strict = make_tokenizer(template="{{ raise_exception('roles must alternate.') }}")
+    [problem, _] = problems(prompt_rows, [{"prompt": [user("a")]}], strict)
+    assert problem == (
+        "data: row 0: the tokenizer's chat template does not take the conversation (roles must alternate)"
+    )
+
+
+def test_a_prompt_without_a_known_token():
+    class Deaf(PreTrainedTokenizerFast):
+        def __call__(self, text, **options):
+            return super().__call__(text.replace("é", ""), **options)
+
+    tokenizer = Deaf(tokenizer_object=make_tokenizer().backend_tokenizer, eos_token="</s>")
+    [problem, _] = problems(prompt_rows, ["é", "a"], tokenizer)
+    assert problem == "data: row 0: the prompt holds nothing that the tokenizer knows"
+
+
+def test_columns(plain):
+    source = [{"question": "q", "prompt": "other", "answer": "a"}]
+    [row] = rows(prompt_rows, source, plain, columns={"prompt": "question"}).rows
+    assert (row.prompt, row.columns) == ("q", {"prompt": "other", "answer": "a"})
+    pairs = [{"q": "q", "good": "a", "bad": "b", "p": 0.25, "label": "x"}]
+    names = {"prompt": "q", "chosen": "good", "rejected": "bad", "label": "p"}
+    [row] = rows(preference_rows, pairs, plain, columns=names).rows
+    assert (row.prompt, row.label, row.columns) == ("q", 0.25, {"label": "x"})
+
+
+def test_wrong_columns(plain):
+    found = "; the columns found are 'question', 'answer': map our names to these"
+    source = [{"question": "q", "answer": "a"}]
+    assert problems(prompt_rows, source, plain) == ["data.columns: the column prompt is needed" + found]
+    assert problems(preference_rows, source, plain) == ["data.columns: the columns chosen, rejected are needed" + found]
+    assert problems(labelled_rows, source, plain) == [
+        "data.columns: the columns prompt, completion, label are needed" + found
+    ]
+    assert problems(preference_rows, source, plain, columns={"label": "p"}) == [
+        "data.columns: there is no column 'p'" + found
+    ]
+    assert problems(prompt_rows, source, plain, columns={"promt": "question"}) == [
+        "data.columns: unknown name 'promt': did you mean 'prompt'?"
+    ]
+    with pytest.raises(ConfigError, match=r"^prompts\.columns: the column prompt is needed"):
+        prompt_rows(TextDataConfig(source=source), plain, max_completion_length=1, name="prompts")
+
+
+def test_columns_are_checked_without_a_tokenizer(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", None)  # a download would fail
+    pairs = TextDataConfig(source=[{"prompt": "q", "chosen": "a", "rejected": ""}])
+    assert columns_problems(pairs, "preferences") == columns_problems(pairs, "prompts") == []
+    assert columns_problems(pairs, "labels", name="dataset") == [
+        "dataset.columns: the columns prompt, completion, label are needed; the columns found are 'prompt', 'chosen', "
+        "'rejected': map our names to these"
+    ]
+    assert len(columns_problems(TextDataConfig(source="no.csv", columns={"promt": "x"}), "prompts")) == 2
+    assert columns_problems(TextDataConfig(source="some/rows"), "prompts") == []
+    assert columns_problems(TextDataConfig(source="some/rows", columns={"promt": "x"}), "prompts") == [
+        "data.columns: unknown name 'promt': did you mean 'prompt'?"
+    ]
+    assert "without [...]" in columns_problems(TextDataConfig(source="a/b", split="a[1:]", max_rows=1), "prompts")[0]
+
+
+@pytest.mark.parametrize("value", ["", [], 3, None, {"source": True}, {"source": {"a": 1}}, {"split": "train"}])
+def test_sources_that_are_none(value):
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError) as caught:
+        TextDataConfig.model_validate(value)
+    assert len(caught.value.errors()) == 1
+
+
+def test_settings_are_said_with_their_place():
+    from diffusion_align.training.config import TrainingConfig, parse_config
+
+    class Config(TrainingConfig):
+        data: TextDataConfig
+
+    def said(data):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(Config, {"model": "m", "output_dir": "o", "data": data})
+        return str(caught.value)
+
+    assert said("") == (
+        "data.source='' is not allowed: give a list of rows, a .jsonl, .csv or .parquet file, a folder, or a Hub "
+        "dataset owner/name"
+    )
+    assert said({"source": "a", "max_rows": 0}).startswith("data.max_rows=0 is not allowed")
+    assert said({"source": "a", "colums": {}}).startswith("unknown setting 'data.colums'")
+    config = parse_config(Config, {"model": "m", "output_dir": "o", "data": ["hi", {"prompt": "ho"}]})
+    assert json.loads(config.model_dump_json())["data"]["source"] == ["hi", {"prompt": "ho"}]
+
+
+def test_long_texts_are_tokenized_in_silence(capfd, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 5
+    rows(preference_rows, [{"prompt": "a" * 50, "chosen": "b" * 40, "rejected": "c"}], tokenizer)
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
