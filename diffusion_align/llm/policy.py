@@ -94,6 +94,21 @@ def pack(
     return Sequences(ids.to(device), torch.tensor([len(p) for p in prompts], device=device), mask.to(device))
 
 
+def concatenate(parts: Sequence[Sequences], *, pad: int) -> Sequences:
+    """All rows of ``parts``, padded to the longest."""
+    length, width = (max(getattr(part, name).shape[1] for part in parts) for name in ("ids", "mask"))
+    return Sequences(
+        torch.cat([widened(part.ids, length, pad) for part in parts]),
+        torch.cat([part.starts for part in parts]),
+        torch.cat([widened(part.mask, width, False) for part in parts]),
+    )
+
+
+def widened(x: Tensor, width: int, value: float) -> Tensor:
+    """``x`` (B, T) with columns of ``value`` up to ``width``."""
+    return nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+
+
 @dataclass(frozen=True)
 class Scored:
     """What one forward pass says about the completions of ``Sequences``.
@@ -126,10 +141,11 @@ class LanguagePolicy:
         lora: adapters to train; None trains the whole model and, for the reference, keeps a frozen copy.
         temperature: of sampling and of every log-prob alike.
         needs_reference: False saves the copy where no reference is used.
+        reference: another model with the same tokens to be the reference, instead of ``model`` as it is now.
         autocast: context in which the network runs; log-probs stay float32.
 
     Raises:
-        UserError: a tokenizer without an end of sequence, or an adapter that is already there.
+        UserError: a tokenizer without an end of sequence, adapters that are there already, or other vocabularies.
     """
 
     def __init__(
@@ -140,6 +156,7 @@ class LanguagePolicy:
         lora: LoRAConfig | None,
         temperature: float = 1.0,
         needs_reference: bool = True,
+        reference: Any = None,
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
@@ -147,26 +164,51 @@ class LanguagePolicy:
             raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
         if getattr(model, "peft_config", None):
             raise UserError("the model carries adapters already: merge or unload them before training")
+        if reference is not None and _vocabulary(reference) != _vocabulary(model):
+            raise UserError(
+                f"the reference has a vocabulary of {_vocabulary(reference)} tokens and the model one of "
+                f"{_vocabulary(model)}: use a reference with the model's own tokens"
+            )
         self.model, self.tokenizer, self.lora = model.to(device), tokenizer, lora
         self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
         self.eos = int(tokenizer.eos_token_id)
         self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         model.requires_grad_(False).eval()
         self._frozen: nn.Module | None = None
+        if reference is not None:
+            self._frozen = reference.to(device).requires_grad_(False).eval()
+        elif lora is None and needs_reference:
+            self._frozen = copy.deepcopy(model)
         if lora is None:
-            self._frozen = copy.deepcopy(model) if needs_reference else None
             model.requires_grad_(True)
         else:
             model.add_adapter(_peft_config(lora))
             model.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    @classmethod
+    def for_sampling(cls, model: Any, tokenizer: Any, *, temperature: float) -> LanguagePolicy:
+        """A policy of ``model`` where it is, without a reference; only to be sampled from."""
+        policy = cls(model, tokenizer, lora=None, temperature=temperature, needs_reference=False, device=model.device)
+        model.requires_grad_(False)
+        return policy
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that is trained: the adapters, or the whole model."""
         return {n: p for n, p in self.model.named_parameters() if self.lora is None or ".lora_" in n}
+
+    @property
+    def hidden_size(self) -> int:
+        """D of ``Scored.hidden``."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether ``reference`` can be entered."""
+        return self.lora is not None or self._frozen is not None
 
     @property
     def context_length(self) -> int | None:
@@ -198,27 +240,50 @@ class LanguagePolicy:
         """Log-probs (B, T) in nats at the policy's temperature, float32, 0 where the mask is False."""
         return scored.of_tokens(token_log_probs(scored.logits, scored.labels, temperature=self.temperature))
 
+    def decode(self, sequences: Sequences) -> list[str]:
+        """The text of each completion, without special tokens."""
+        rows = zip(sequences.completions.tolist(), sequences.mask.sum(1).tolist(), strict=True)
+        return [self.tokenizer.decode(ids[:length], skip_special_tokens=True) for ids, length in rows]
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, ``score`` is the reference policy: the adapter switched off, or the frozen copy."""
+        """Inside, ``score`` is the reference policy: the other model, the frozen copy, or the adapter switched off."""
         trained = self.model
-        if self.lora is not None:
-            trained.disable_adapters()
-        elif self._frozen is None:
-            raise ValueError("this policy was made without a reference: needs_reference=True keeps one")
-        else:
+        if self._frozen is not None:
             self.model = self._frozen
+        elif self.lora is not None:
+            trained.disable_adapters()
+        else:
+            raise ValueError("this policy was made without a reference: needs_reference=True keeps one")
         try:
             yield
         finally:
-            self.model = trained
-            if self.lora is not None:
+            if self.model is trained:
                 trained.enable_adapters()
+            self.model = trained
 
     def save(self, folder: Path) -> None:
         """Write adapter or model, and the tokenizer, for plain transformers (with peft)."""
         self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
+
+
+def merged(model: Any) -> Any:
+    """``model`` with its LoRA adapters added to the weights and no adapter layers left."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in [pair for pair in model.named_modules() if isinstance(pair[1], LoraLayer)]:
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if getattr(model, "peft_config", None):
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+    return model
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _peft_config(lora: LoRAConfig) -> Any:

@@ -65,8 +65,12 @@ def tiny_lm():
 
 @pytest.fixture
 def tokenizer():
-    """As GPT-2's and SmolLM2's: no padding token of its own."""
-    return SimpleNamespace(eos_token_id=EOS, pad_token_id=None)
+    """As GPT-2's and SmolLM2's: no padding token of its own. The text of a token is its number."""
+
+    def decode(ids, skip_special_tokens=True):
+        return " ".join(str(i) for i in ids if i != EOS or not skip_special_tokens)
+
+    return SimpleNamespace(eos_token_id=EOS, pad_token_id=None, decode=decode, save_pretrained=lambda folder: None)
 
 
 @pytest.fixture

@@ -148,3 +148,29 @@ def test_an_empty_completion_counts_nothing(make_language_policy):
     sequences = pack([[5, 6], [7]], [[], [8, 9]], pad=policy.pad)
     assert isinstance(sequences, Sequences)
     assert policy.log_probs(policy.score(sequences))[0].tolist() == [0, 0]
+
+
+def test_another_model_can_be_the_reference(make_language_policy, tiny_lm):
+    other = tiny_lm()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    sequences = pack(PROMPTS, COMPLETIONS, pad=EOS)
+    expected = other(sequences.ids, attention_mask=sequences.attention_mask, use_cache=False).logits
+    for lora in (None, LoRAConfig(rank=2)):
+        policy = make_language_policy(lora=lora, reference=other, noise=0.1)
+        trained = policy.model
+        with policy.reference():
+            scored = policy.score(sequences)
+        first = int(sequences.starts.min()) - 1
+        torch.testing.assert_close(scored.logits, expected[:, first:-1], atol=1e-5, rtol=1e-5)
+        assert policy.model is trained
+        assert not any(p.requires_grad for p in other.parameters())
+        assert (policy.log_probs(policy.score(sequences)) - policy.log_probs(scored)).abs().max() > 1e-3
+
+
+def test_a_reference_with_other_tokens_is_refused(make_language_policy, tiny_lm):
+    other = tiny_lm()
+    other.resize_token_embeddings(44)
+    with pytest.raises(UserError, match="the reference has a vocabulary of 44 tokens and the model one of 40: use a"):
+        make_language_policy(reference=other)

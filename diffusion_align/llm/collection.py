@@ -1,0 +1,156 @@
+"""One epoch's completions, sampled and scored: what every online text method starts from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.llm.data import PromptRow, completion_of
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, widened
+from diffusion_align.llm.rollout import Completions, rollout
+from diffusion_align.rewards.base import RewardError, reward_name
+from diffusion_align.rewards.text.base import call_text_reward, weighted_sum
+from diffusion_align.training.loop import Trainer
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.scoring import BackgroundScores, reward_metrics
+
+
+@dataclass(frozen=True)
+class WeightedRewards:
+    """K text rewards and the weight of each."""
+
+    functions: Sequence[Callable[..., Any]]
+    weights: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rewards; a second one of a name is told from the first by a number."""
+        names = [reward_name(function) for function in self.functions]
+        return [name + (f"_{names[:i].count(name) + 1}" if name in names[:i] else "") for i, name in enumerate(names)]
+
+    def scores(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> Tensor:
+        """(B, K) float32 on the CPU, nan where a reward has nothing to say."""
+        prompts = [row.prompt for row in rows]
+        answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
+        names = dict.fromkeys(name for row in rows for name in row.columns)
+        columns = {name: [row.columns.get(name) for row in rows] for name in names}
+        return torch.stack([call_text_reward(f, prompts, answers, columns) for f in self.functions], dim=1)
+
+    def total(self, rows: Sequence[PromptRow], scores: Tensor) -> Tensor:
+        """(B,) the weighted sum of scores (B, K) of completions of ``rows``."""
+        return weighted_sum(scores, self.weights, prompts=[row.prompt for row in rows])
+
+
+@dataclass(frozen=True)
+class Collected:
+    """This process's B completions, and the scores of all N of the epoch.
+
+    Attributes:
+        completions: of this process, on the device.
+        finished: (N,) bool on the CPU, False where the length limit cut the completion off.
+        scores: (N, K) float32 on the CPU, nan where a reward has nothing to say.
+        rewards: (N,) their weighted sum.
+        metrics: rewards, lengths and ``time/score``, the seconds spent waiting for rewards.
+    """
+
+    completions: Completions
+    finished: Tensor
+    scores: Tensor
+    rewards: Tensor
+    metrics: dict[str, float]
+
+
+def collect_scored(
+    trainer: Trainer[Any],
+    policy: LanguagePolicy,
+    rewards: WeightedRewards,
+    rows: Sequence[PromptRow],
+    *,
+    max_completion_length: int,
+) -> Collected:
+    """Sample this process's part of the epoch; a thread scores each batch while the next one is sampled.
+
+    Args:
+        trainer: gives the epoch, this process's part, progress and interruption.
+        policy: what samples; under ``policy.reference()`` the reference does.
+        rewards: what scores.
+        rows: the prompts of all N samples of the epoch.
+
+    Raises:
+        RewardError: on every process, if a reward failed on any.
+        Interrupted: the run was asked to stop.
+    """
+    config, own = trainer.config, trainer.local_samples
+    batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
+    parts: list[Completions] = []
+    with (
+        BackgroundScores(trainer, RewardError) as scores,
+        trainer.progress("  sampling", len(batches) * max_completion_length) as bar,
+    ):
+        for batch in batches:
+            if not scores.go_on():
+                break
+            some = [rows[i] for i in batch]
+            sampled = rollout(
+                policy,
+                [row.ids for row in some],
+                [generator(config.seed, "tokens", trainer.epoch, i) for i in batch],
+                max_new_tokens=max_completion_length,
+                on_token=lambda: trainer.advance(bar),
+            )
+            trainer.advance(bar, max_completion_length - sampled.logp_old.shape[1])
+            parts.append(sampled)
+            scores.submit(rewards.scores, some, policy.decode(sampled.sequences))
+        found = scores.gather()
+    own_lengths = torch.cat([part.sequences.mask.sum(1) for part in parts])
+    own_finished = torch.cat([part.finished for part in parts])
+    lengths, finished = (trainer.accelerator.gather(x).cpu() for x in (own_lengths, own_finished))
+    total = rewards.total(rows, found)
+    metrics = reward_metrics(total) | {
+        "completions/mean_length": lengths.double().mean().item(),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": (~finished).double().mean().item(),
+        "completions/tokens": float(lengths.sum()),
+        "time/score": scores.waited,
+    }
+    for name, column in zip(rewards.names, found.unbind(1), strict=True):
+        metrics[f"rewards/{name}/mean"] = column.nanmean().item()
+    return Collected(_joined(parts, policy.pad), finished, found, total, _finite(metrics))
+
+
+@torch.no_grad()
+def reference_log_probs(trainer: Trainer[Any], policy: LanguagePolicy, sequences: Sequences) -> Tensor:
+    """Log-probs (B, T) of the reference for completions of this process, in batches as they are sampled."""
+    with policy.reference():
+        return in_batches(trainer, "  reference", sequences, lambda some: policy.log_probs(policy.score(some)))
+
+
+def in_batches(
+    trainer: Trainer[Any], what: str, sequences: Sequences, compute: Callable[[Sequences], Tensor]
+) -> Tensor:
+    """(B, T) of ``compute``'s values for batches of ``sequences``, with a progress bar; 0 beyond their ends."""
+    parts = []
+    with trainer.progress(what, len(sequences)) as bar:
+        for rows in torch.arange(len(sequences), device=sequences.ids.device).split(trainer.config.sample_batch_size):
+            parts.append(widened(compute(sequences[rows]), sequences.mask.shape[1], 0.0))
+            trainer.advance(bar, len(rows))
+    return torch.cat(parts)
+
+
+def _joined(parts: Sequence[Completions], pad: int) -> Completions:
+    width = max(part.logp_old.shape[1] for part in parts)
+    return Completions(
+        concatenate([part.sequences for part in parts], pad=pad),
+        torch.cat([widened(part.logp_old, width, 0.0) for part in parts]),
+        torch.cat([part.finished for part in parts]),
+    )
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

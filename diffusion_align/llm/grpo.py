@@ -1,0 +1,278 @@
+"""GRPO: group-relative policy optimisation of a language model (Shao et al. 2024, arXiv:2402.03300).
+
+The decisions are tokens. Loss of token t of a completion with group advantage A ([002] "Rethinking KL Divergence in
+RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of a nat:
+
+    -min(rho R, clip(rho) R)
+    k1_reward:           R = A - beta log(1/r)              eq. 39, the default
+    k2_, k3_reward:      R = A - beta (k2 or k3 of r)       biased, for comparison
+    k3_gradient_reward:  R = A - beta (1 - r)               eq. 35, k3's gradient moved into the reward; biased
+    k1_, k2_, k3_loss:   R = A, + beta kl_loss              k2 "unbiased" is exact, also off-policy
+    full_vocabulary:     R = A, + beta sum_a pi log(pi/pi_ref)    eq. 22
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import AliasChoices, Field
+from torch import Tensor
+
+from diffusion_align.estimators import (
+    categorical_entropy,
+    categorical_kl,
+    clipped_surrogate,
+    group_advantages,
+    kl_gradient_coefficient,
+    kl_loss,
+    kl_reward,
+    reward_to_go,
+    several_rewards_advantages,
+)
+from diffusion_align.llm.collection import WeightedRewards, collect_scored, reference_log_probs
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
+from diffusion_align.llm.settings import OnlineSettings, TextConfig
+from diffusion_align.llm.trainer import LossType, TextTrainer, kl_metrics, per_sample
+from diffusion_align.training.prompts import items_of_epoch
+from diffusion_align.training.ratios import ratio_statistics
+
+KLForm = Literal[
+    "k1_reward",
+    "k2_reward",
+    "k3_reward",
+    "k3_gradient_reward",
+    "k1_loss",
+    "k2_loss",
+    "k3_loss",
+    "full_vocabulary",
+]
+
+
+class GRPOConfig(TextConfig, OnlineSettings):
+    """Settings of GRPOTrainer; see ``TextConfig`` and ``OnlineSettings`` for the others."""
+
+    method: Literal["grpo"] = "grpo"
+    inner_epochs: int = Field(
+        1,
+        ge=1,
+        validation_alias=AliasChoices("inner_epochs", "num_iterations"),
+        description="passes over an epoch's samples; `num_iterations` is the same",
+    )
+
+    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
+    epsilon_high: float | None = Field(None, gt=0, allow_inf_nan=False, description="clip of the ratio above 1")
+    ratio_level: Literal["decision", "sequence"] = Field("decision", description="sequence: one ratio a completion")
+    loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std that rewards are divided by")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
+
+    beta: float = Field(0.0, ge=0, allow_inf_nan=False, description="price of a nat of KL to the reference; 0 for none")
+    kl: KLForm = Field("k1_reward", description="where the KL stands and how it is estimated")
+    kl_gradient: Literal["unbiased", "direct"] = Field("unbiased", description="of the KL as a loss, see `kl_loss`")
+    credit: Literal["step", "to_go"] = Field("step", description="k1_reward: to_go charges a token with later ones' KL")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside what is trained."""
+        return self.beta > 0
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
+        if self.prompts is None or self.reward is None:
+            problems.append("prompts and reward must both be given")
+        if self.num_generations < 2:
+            problems.append("num_generations=1 leaves nothing to compare a completion with: use 2 or more")
+        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
+            problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
+        if self.credit == "to_go" and self.kl != "k1_reward":
+            problems.append(f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them")
+        if self.kl_gradient == "direct" and not self.kl.endswith("_loss"):
+            problems.append(f"kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them")
+        return problems
+
+
+@dataclass
+class GRPOBatch:
+    """An epoch's completions of one process: B of at most T tokens; on the device."""
+
+    sequences: Sequences
+    logp_old: Tensor
+    scores: Tensor
+    rewards: Tensor
+    finished: Tensor
+    advantages: Tensor
+    logp_ref: Tensor | None = None
+    mean_length: float = 1.0
+
+
+class GRPOTrainer(TextTrainer[GRPOBatch]):
+    """Train a language model towards rewards, each completion compared with the others of its prompt.
+
+    Args:
+        config: checked settings.
+        policy: the language model, on ``accelerator.device``; with a reference if ``beta`` is above 0.
+        prompts: what to complete, with the columns that the rewards receive.
+        rewards: what scores completions, already checked.
+        shown: prompts to show; the first of ``prompts`` when not given.
+        accelerator: devices, precision and processes; a plain one when not given.
+    """
+
+    config: GRPOConfig
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        policy: LanguagePolicy,
+        prompts: Sequence[PromptRow],
+        rewards: WeightedRewards,
+        *,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(
+            config, policy, rewards=rewards, shown=prompts if shown is None else shown, accelerator=accelerator
+        )
+        self.prompts = prompts
+        self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+
+    def collect(self) -> tuple[GRPOBatch, dict[str, float]]:
+        """Sample and score this process's completions."""
+        config = self.config
+        assert self.rewards is not None
+        groups = config.samples_per_epoch // config.num_generations
+        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
+        collected = collect_scored(
+            self,
+            self.policy,
+            self.rewards,
+            [row for row in chosen for _ in range(config.num_generations)],
+            max_completion_length=config.max_completion_length,
+        )
+        completions = collected.completions
+        return GRPOBatch(
+            sequences=completions.sequences,
+            logp_old=completions.logp_old,
+            scores=collected.scores,
+            rewards=collected.rewards,
+            finished=collected.finished,
+            advantages=torch.empty(0),
+        ), collected.metrics
+
+    def estimate(self, batch: GRPOBatch) -> tuple[Tensor, int, dict[str, float]]:
+        """Group advantages over all processes, less the KL where it stands in the reward."""
+        config, mask = self.config, batch.sequences.mask
+        groups = torch.arange(len(batch.rewards)) // config.num_generations
+        how: dict[str, Any] = {"scale": config.scale_rewards, "clip_std": config.clip_std}
+        if config.multi_objective_aggregation == "sum_then_normalize":
+            advantages = group_advantages(batch.rewards, groups, **how)
+        else:
+            assert self.rewards is not None
+            advantages = several_rewards_advantages(batch.scores, groups, self.rewards.weights, **how)
+        spread = batch.rewards.view(-1, config.num_generations)
+        metrics = {"frac_reward_zero_std": (spread == spread[:, :1]).all(dim=1).float().mean().item()}
+
+        own = slice(self.local_samples.start, self.local_samples.stop)
+        batch.advantages = advantages[own].to(batch.logp_old)[:, None].expand(mask.shape)
+        metrics |= self._look_at_reference(batch)
+        if batch.logp_ref is not None and config.kl.endswith("_reward"):
+            batch.advantages = batch.advantages - config.beta * self._kl_in_reward(batch, batch.logp_ref)
+        # Without an advantage there is no policy gradient; with a KL term there still is that one.
+        used = (advantages != 0) | torch.tensor(config.beta > 0)
+        if config.mask_truncated_completions:
+            used &= batch.finished
+        tokens = mask[used[own].to(mask.device)].sum()
+        batch.mean_length = max(self.global_sum(tokens) / max(int(used.sum()), 1), 1.0)
+        return used.nonzero().squeeze(1), 1, metrics
+
+    def loss(self, batch: GRPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring."""
+        config, policy = self.config, self.policy
+        sequences = batch.sequences[samples]
+        mask = sequences.mask
+        logp_old, advantages = (x[samples, : mask.shape[1]] for x in (batch.logp_old, batch.advantages))
+        scored = policy.score(sequences)
+        logp = policy.log_probs(scored)
+        clip: dict[str, Any] = {
+            "clip": config.epsilon,
+            "clip_high": self.clip_high,
+            "mask": mask,
+            "level": config.ratio_level,
+        }
+        losses = clipped_surrogate(logp, logp_old, advantages, **clip)
+        statistics = {"loss/policy": losses.detach()[mask]}
+        statistics |= ratio_statistics(logp, logp_old, advantages, **clip)
+        with torch.no_grad():
+            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=policy.temperature))
+        statistics["entropy"] = entropy[mask]
+        if config.beta > 0 and not config.kl.endswith("_reward"):
+            penalty = self._kl_as_loss(batch, samples, sequences, scored, logp, logp_old)
+            statistics["loss/kl"] = penalty.detach()[mask]
+            losses = losses + config.beta * penalty
+        return per_sample(
+            losses,
+            mask,
+            config.loss_type,
+            mean_length=batch.mean_length,
+            max_length=config.max_completion_length,
+        ), statistics
+
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        if not first:
+            return {}
+        return {"ratio/first_pass_deviation": max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])}
+
+    def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
+        """Its log-probs; without a KL term of one micro-batch only, to see how far the policy has gone."""
+        if not self.policy.has_reference:
+            return {}
+        size = len(batch.sequences) if self.config.beta > 0 else self.config.micro_batch_size
+        some = batch.sequences[torch.arange(min(size, len(batch.sequences)), device=self.policy.device)]
+        logp_ref = reference_log_probs(self, self.policy, some)
+        if self.config.beta > 0:
+            batch.logp_ref = widened(logp_ref, batch.logp_old.shape[1], 0.0)
+        logp_old = batch.logp_old[: len(some), : some.mask.shape[1]]
+        return kl_metrics(self, logp_old, logp_ref, some.mask)
+
+    def _kl_in_reward(self, batch: GRPOBatch, logp_ref: Tensor) -> Tensor:
+        """(B, T) what is subtracted from the advantage, times beta."""
+        kind, mask = self.config.kl.removesuffix("_reward"), batch.sequences.mask
+        if kind == "k3_gradient":
+            return kl_gradient_coefficient(batch.logp_old, logp_ref, "k3", mask=mask)
+        penalty = kl_reward(batch.logp_old, logp_ref, kind, mask=mask, allow_biased=True)  # type: ignore[arg-type]
+        return reward_to_go(penalty, mask) if self.config.credit == "to_go" else penalty
+
+    def _kl_as_loss(
+        self,
+        batch: GRPOBatch,
+        samples: Tensor,
+        sequences: Sequences,
+        scored: Scored,
+        logp: Tensor,
+        logp_old: Tensor,
+    ) -> Tensor:
+        """(B, T) nats, with a gradient."""
+        config, mask = self.config, sequences.mask
+        if config.kl == "full_vocabulary":
+            with torch.no_grad(), self.policy.reference():
+                reference = self.policy.score(sequences)
+            exact = categorical_kl(scored.logits, reference.logits, temperature=self.policy.temperature)
+            return scored.of_tokens(exact)
+        assert batch.logp_ref is not None
+        return kl_loss(
+            logp,
+            batch.logp_ref[samples, : mask.shape[1]],
+            logp_old=logp_old if config.kl_gradient == "unbiased" else None,
+            kind=config.kl.removesuffix("_loss"),  # type: ignore[arg-type]
+            gradient=config.kl_gradient,
+            mask=mask,
+            allow_biased=True,  # the recipe names the form; math and docs say what is wrong with it
+        )

@@ -1,0 +1,254 @@
+"""PPO: a language model with a value head (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al., arXiv:2203.02155).
+
+The decisions are tokens. With the reward r of a completion, the reward of token t is ([002] eq. 20)
+
+    r 1[t = last] - kl_coef log(pi_old/pi_ref)
+
+whose generalised advantages A and returns R give the loss, a mean over all tokens,
+
+    -min(rho A, clip(rho) A) + value_coef value_loss(V, R)
+
+V is linear in the policy's last hidden state. ``kl_target`` moves kl_coef so that the KL of a completion comes to be
+that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pydantic import AliasChoices, Field
+from torch import Tensor, nn
+
+from diffusion_align.estimators import (
+    categorical_entropy,
+    clipped_surrogate,
+    gae,
+    kl_reward,
+    masked_whiten,
+    value_loss,
+)
+from diffusion_align.llm.collection import WeightedRewards, collect_scored, in_batches, reference_log_probs
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
+from diffusion_align.llm.settings import OnlineSettings, TextConfig
+from diffusion_align.llm.trainer import TextTrainer, kl_metrics, per_sample
+from diffusion_align.training.prompts import items_of_epoch
+from diffusion_align.training.ratios import ratio_statistics
+
+
+class PPOConfig(TextConfig, OnlineSettings):
+    """Settings of PPOTrainer; see ``TextConfig`` and ``OnlineSettings`` for the others."""
+
+    method: Literal["ppo"] = "ppo"
+    num_generations: int = Field(1, ge=1, description="completions a prompt in an epoch")
+    inner_epochs: int = Field(
+        1,
+        ge=1,
+        validation_alias=AliasChoices("inner_epochs", "num_ppo_epochs"),
+        description="passes over an epoch's samples; `num_ppo_epochs` is the same",
+    )
+
+    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
+    epsilon_high: float | None = Field(None, gt=0, allow_inf_nan=False, description="clip of the ratio above 1")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
+    lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
+    whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
+    value_coef: float = Field(0.1, ge=0, allow_inf_nan=False, description="weight of the value loss")
+    value_clip: float | None = Field(0.2, ge=0, description="how far a value may go from that of sampling; null: free")
+
+    kl_coef: float = Field(0.05, ge=0, allow_inf_nan=False, description="price of a nat of KL to the reference")
+    kl_target: float | None = Field(None, gt=0, allow_inf_nan=False, description="nats a completion; moves kl_coef")
+    kl_horizon: int = Field(10_000, ge=1, description="completions in which kl_coef changes by a fifth at most")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="taken from the reward of a completion without an end"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside what is trained."""
+        return self.kl_coef > 0
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
+        if self.prompts is None or self.reward is None:
+            problems.append("prompts and reward must both be given")
+        if self.kl_target is not None and self.kl_coef == 0:
+            problems.append("kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from")
+        return problems
+
+
+@dataclass
+class PPOBatch:
+    """An epoch's completions of one process: B of at most T tokens, (B, T) each; on the device."""
+
+    sequences: Sequences
+    logp_old: Tensor
+    rewards: Tensor
+    values_old: Tensor
+    advantages: Tensor
+    returns: Tensor
+    mean_length: float = 1.0
+
+
+class PPOTrainer(TextTrainer[PPOBatch]):
+    """Train a language model towards rewards, with a value for every token.
+
+    Args:
+        config: checked settings.
+        policy: the language model, on ``accelerator.device``; with a reference if ``kl_coef`` is above 0.
+        prompts: what to complete, with the columns that the rewards receive.
+        rewards: what scores completions, already checked.
+        shown: prompts to show; the first of ``prompts`` when not given.
+        accelerator: devices, precision and processes; a plain one when not given.
+    """
+
+    config: PPOConfig
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: LanguagePolicy,
+        prompts: Sequence[PromptRow],
+        rewards: WeightedRewards,
+        *,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(
+            config, policy, rewards=rewards, shown=prompts if shown is None else shown, accelerator=accelerator
+        )
+        self.prompts = prompts
+        self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        self.kl_coef = config.kl_coef
+        self.value_head = nn.Linear(policy.hidden_size, 1, device=policy.device)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        head = {f"value_head.{name}": parameter for name, parameter in self.value_head.named_parameters()}
+        return self.policy.trainable | head
+
+    def collect(self) -> tuple[PPOBatch, dict[str, float]]:
+        """Sample and score this process's completions."""
+        config = self.config
+        assert self.rewards is not None
+        groups = config.samples_per_epoch // config.num_generations
+        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
+        collected = collect_scored(
+            self,
+            self.policy,
+            self.rewards,
+            [row for row in chosen for _ in range(config.num_generations)],
+            max_completion_length=config.max_completion_length,
+        )
+        completions, nothing = collected.completions, torch.empty(0)
+        own = slice(self.local_samples.start, self.local_samples.stop)
+        penalty = config.missing_eos_penalty * (~completions.finished).float()
+        return PPOBatch(
+            sequences=completions.sequences,
+            logp_old=completions.logp_old,
+            rewards=collected.rewards[own].to(completions.logp_old) - penalty,
+            values_old=nothing,
+            advantages=nothing,
+            returns=nothing,
+        ), collected.metrics
+
+    @torch.no_grad()
+    def estimate(self, batch: PPOBatch) -> tuple[Tensor, int, dict[str, float]]:
+        """Values, rewards of tokens, advantages and returns; and the next epoch's ``kl_coef``."""
+        config, sequences, mask = self.config, batch.sequences, batch.sequences.mask
+        last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+        rewards = torch.where(last, batch.rewards[:, None], 0.0)
+        metrics: dict[str, float] = {}
+        if config.kl_coef > 0:
+            logp_ref = reference_log_probs(self, self.policy, sequences)
+            rewards = rewards - self.kl_coef * kl_reward(batch.logp_old, logp_ref, "k1", mask=mask)
+            metrics = {"kl_coef": self.kl_coef, **kl_metrics(self, batch.logp_old, logp_ref, mask)}
+        batch.values_old = in_batches(
+            self, "  values", sequences, lambda some: self._values(self.policy.score(some, with_hidden=True))
+        )
+        batch.advantages, batch.returns = gae(rewards, batch.values_old, mask, gamma=config.gamma, lam=config.lam)
+        metrics["value/mean"] = self._mean(batch.values_old, mask)
+        metrics["returns/mean"] = self._mean(batch.returns, mask)
+        if config.whiten_advantages:
+            batch.advantages = self._whitened(batch.advantages, mask)
+        batch.mean_length = max(self.global_sum(mask.sum()) / config.samples_per_epoch, 1.0)
+        if config.kl_target is not None:
+            self.kl_coef = adapted(
+                self.kl_coef, metrics["kl_path"], config.kl_target, config.samples_per_epoch / config.kl_horizon
+            )
+        return torch.arange(config.samples_per_epoch), 1, metrics
+
+    def loss(self, batch: PPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring."""
+        config, policy = self.config, self.policy
+        sequences = batch.sequences[samples]
+        mask = sequences.mask
+        logp_old, advantages, values_old, returns = (
+            x[samples, : mask.shape[1]] for x in (batch.logp_old, batch.advantages, batch.values_old, batch.returns)
+        )
+        scored = policy.score(sequences, with_hidden=True)
+        logp, values = policy.log_probs(scored), self._values(scored)
+        clip: dict[str, Any] = {"clip": config.epsilon, "clip_high": self.clip_high, "mask": mask}
+        policy_losses = clipped_surrogate(logp, logp_old, advantages, **clip)
+        value_losses = value_loss(values, values_old, returns, clip=config.value_clip, mask=mask)
+        with torch.no_grad():
+            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=policy.temperature))
+        statistics = {
+            "loss/policy": policy_losses.detach()[mask],
+            "loss/value": value_losses.detach()[mask],
+            "entropy": entropy[mask],
+        }
+        statistics |= ratio_statistics(logp, logp_old, advantages, **clip)
+        losses = per_sample(
+            policy_losses + config.value_coef * value_losses,
+            mask,
+            "dapo",
+            mean_length=batch.mean_length,
+            max_length=config.max_completion_length,
+        )
+        return losses, statistics
+
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        if not first:
+            return {}
+        return {"ratio/first_pass_deviation": max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]
+
+    def _values(self, scored: Scored) -> Tensor:
+        """V (B, T) of the state in which each token was chosen, 0 where the mask is False."""
+        assert scored.hidden is not None
+        return scored.of_tokens(self.value_head(scored.hidden.to(self.value_head.weight.dtype)).squeeze(-1))
+
+    def _mean(self, x: Tensor, mask: Tensor) -> float:
+        return self.global_sum(x[mask].sum()) / max(self.global_sum(mask.sum()), 1)
+
+    def _whitened(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Over the tokens of all processes."""
+        if self.accelerator.num_processes == 1:
+            return masked_whiten(x, mask, (0, 1))
+        parts = gather_object([(x.cpu(), mask.cpu())])
+        width = max(part.shape[1] for part, _ in parts)
+        all_x = torch.cat([widened(part, width, 0.0) for part, _ in parts])
+        all_mask = torch.cat([widened(counts, width, False) for _, counts in parts])
+        own = slice(self.local_samples.start, self.local_samples.stop)
+        return masked_whiten(all_x, all_mask, (0, 1))[own, : x.shape[1]].to(x)
+
+
+def adapted(kl_coef: float, kl: float, target: float, share: float) -> float:
+    """The coefficient after ``share`` of a horizon in which the KL was ``kl`` nats instead of ``target``.
+
+    ``kl_coef (1 + share clip(kl/target - 1, -0.2, 0.2))``; Ziegler et al. 2019, §2.2.
+    """
+    return kl_coef * (1 + share * min(max(kl / target - 1, -0.2), 0.2))

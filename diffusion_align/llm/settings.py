@@ -1,0 +1,67 @@
+"""Settings that text methods share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import Field
+
+from diffusion_align.llm.data import TextDataConfig
+from diffusion_align.llm.policy import LoRAConfig
+from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.training.config import Section, TrainingConfig
+
+
+class TextConfig(TrainingConfig):
+    """What every method that trains a language model has."""
+
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    reference_model: str | None = Field(
+        None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
+    )
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of sampling and of every log-prob alike")
+    max_prompt_length: int | None = Field(None, ge=1, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, description="tokens; longer completions are cut")
+    show_prompts: list[Any] | None = Field(
+        None, description="prompts of the samples; the first of the data when not given"
+    )
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks()
+        if self.show_prompts is not None and not self.show_prompts:
+            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no samples")
+        return problems
+
+
+class OnlineSettings(Section):
+    """Of methods that sample completions and ask rewards about them."""
+
+    prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or hub id")
+    reward: RewardSetting = Field(
+        None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
+    )
+    reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    num_generations: int = Field(8, ge=1, description="completions a prompt in an epoch")
+
+    def online_problems(self, samples_per_epoch: int) -> list[str]:
+        """Sentences about settings that do not fit each other."""
+        problems = []
+        rewards = self.reward if isinstance(self.reward, list | tuple) else [self.reward]
+        if not rewards:
+            problems.append("reward is an empty list: give at least one")
+        if self.reward_weights is not None:
+            if len(self.reward_weights) != len(rewards):
+                problems.append(
+                    f"reward_weights={self.reward_weights} are {len(self.reward_weights)} numbers for {len(rewards)} "
+                    "rewards: give one for each"
+                )
+            if not all(map(math.isfinite, self.reward_weights)):
+                problems.append(f"reward_weights={self.reward_weights} must be finite")
+        if samples_per_epoch % self.num_generations:
+            problems.append(
+                f"samples_per_epoch={samples_per_epoch} is not a multiple of num_generations={self.num_generations}: "
+                "change one of them"
+            )
+        return problems

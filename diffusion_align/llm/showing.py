@@ -1,0 +1,86 @@
+"""What people read: completions of fixed prompts with fixed seeds, before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.policy import LanguagePolicy
+from diffusion_align.llm.rollout import rollout
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.training.checkpoint import write_aside
+from diffusion_align.training.randomness import generator
+
+SHOWN = 16
+
+
+class TextShow:
+    """The fixed prompts of a run, continued as the policy is now.
+
+    Args:
+        rows: the prompts; completion i depends on its prompt, ``seed`` and i only.
+        rewards: they score what is shown where they can.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        rows: Sequence[PromptRow],
+        rewards: WeightedRewards | None,
+        *,
+        seed: int,
+        batch_size: int,
+        max_completion_length: int,
+    ) -> None:
+        self.policy, self.rows, self.rewards = policy, list(rows), rewards
+        self.seed, self.batch_size, self.length = seed, batch_size, max_completion_length
+
+    def write(self, path: Path) -> None:
+        """Write a JSON line for each prompt: ``prompt``, ``completion`` and, if there is one, its ``reward``."""
+        texts = self._sample()
+        self._lines(path, [{"completion": text, **score} for text, score in zip(texts, self._scores(texts))])
+
+    def write_before_after(self, path: Path) -> None:
+        """The same with ``before`` and ``after``, by the reference and by the policy."""
+        after = self._sample()
+        with self.policy.reference():
+            before = self._sample()
+        self._lines(
+            path,
+            [
+                {"before": old, "after": new, **_named(was, "before"), **_named(now, "after")}
+                for old, new, was, now in zip(before, after, self._scores(before), self._scores(after))
+            ],
+        )
+
+    def _sample(self) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(self.rows), self.batch_size):
+            some = self.rows[start : start + self.batch_size]
+            streams = [generator(self.seed, "show", start + i) for i in range(len(some))]
+            sampled = rollout(self.policy, [row.ids for row in some], streams, max_new_tokens=self.length)
+            texts += self.policy.decode(sampled.sequences)
+        return texts
+
+    def _scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
+        """Nothing where a reward cannot say (a shown prompt may lack the columns it needs)."""
+        if self.rewards is None:
+            return [{} for _ in texts]
+        try:
+            total = self.rewards.total(self.rows, self.rewards.scores(self.rows, texts))
+            return [{"reward": score} for score in total.tolist()]
+        except RewardError:
+            return [{} for _ in texts]
+
+    def _lines(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": row.prompt, **line} for row, line in zip(self.rows, lines, strict=True)]
+        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _named(score: dict[str, float], when: str) -> dict[str, float]:
+    return {f"{name}_{when}": value for name, value in score.items()}

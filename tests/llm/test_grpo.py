@@ -1,0 +1,371 @@
+"""GRPO: its expected gradient is the enumerated gradient of its objective; what is skipped, counted and invariant."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_align.estimators import aggregate
+from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
+from diffusion_align.llm.trainer import per_sample
+
+sys.path.insert(0, str(Path(__file__).parent))
+from enumerable import (
+    PROMPT,
+    enumerable_policy,
+    gradient,
+    log_tables,
+    per_state_kl,
+    reference_tables,
+    sequences_of,
+    token_log_probs,
+)
+
+REWARDS = torch.tensor([0.3, 1.0, -0.5, 0.2, 0.9, 0.0, 0.4, -1.0, 0.1, 0.6, -0.2, 0.8, -0.7, 0.5, 1.2, -0.1]).double()
+PAIRS = list(itertools.product(range(16), repeat=2))  # all groups of two
+BETA = 0.4
+
+
+def nothing(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+def trainer_of(policy, tmp_path, **settings):
+    config = GRPOConfig(
+        **{
+            "model": "x",
+            "output_dir": tmp_path,
+            "prompts": ["x"],
+            "reward": nothing,
+            "samples_per_epoch": 2 * len(PAIRS),
+            "sample_batch_size": 2 * len(PAIRS),
+            "num_generations": 2,
+            "max_completion_length": 2,
+            "scale_rewards": "none",
+            "loss_type": "dr_grpo",
+            "grid_every": 0,
+        }
+        | settings
+    )
+    rewards = WeightedRewards([nothing], torch.ones(1))
+    trainer = GRPOTrainer(config, policy, [PromptRow("x", PROMPT, {})], rewards)
+    trainer.progress = _no_progress
+    trainer.advance = lambda bar, count=1: None
+    return trainer
+
+
+class _no_progress:
+    def __init__(self, what, total): ...
+    def __enter__(self): ...
+    def __exit__(self, *error): ...
+
+
+def expected_gradient(trainer, policy, behaviour):
+    """Of the trainer's loss, over all groups of two that ``behaviour`` (its log tables) can sample."""
+    indices = [i for pair in PAIRS for i in pair]
+    logp_old = token_log_probs(behaviour).detach()
+    chances = logp_old.sum(1).exp()
+    batch = GRPOBatch(
+        sequences=sequences_of(indices),
+        logp_old=logp_old[indices],
+        scores=REWARDS[indices, None],
+        rewards=REWARDS[indices],
+        finished=torch.ones(len(indices), dtype=torch.bool),
+        advantages=torch.empty(0),
+    )
+    keep, decisions, metrics = trainer.estimate(batch)
+    assert decisions == 1
+    losses = torch.zeros(len(indices), dtype=torch.float64)
+    computed, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    losses = losses.index_put((keep,), computed)
+    weights = torch.tensor([chances[a] * chances[b] for a, b in PAIRS]).repeat_interleave(2) / 2
+    return gradient((weights * losses).sum(), policy), metrics
+
+
+def expected_reward(tables):
+    return (token_log_probs(tables).sum(1).exp() * REWARDS).sum()
+
+
+def stepwise_kl(tables, reference):
+    """Every state's KL, the states' own distribution not differentiated."""
+    first, second = per_state_kl(tables, reference)
+    return first + (tables[0].exp().detach() * second).sum()
+
+
+def path_kl(tables, reference):
+    first, second = per_state_kl(tables, reference)
+    return first + (tables[0].exp() * second).sum()
+
+
+ON_POLICY = {
+    "no KL": ({"beta": 0.0}, lambda now, ref: 0.0 * now[0].sum()),
+    "k1 in the reward": ({"beta": BETA}, stepwise_kl),
+    "k1 in the reward, to go": ({"beta": BETA, "credit": "to_go"}, path_kl),
+    "k1 as a loss": ({"beta": BETA, "kl": "k1_loss"}, stepwise_kl),
+    "k2 as a loss": ({"beta": BETA, "kl": "k2_loss"}, stepwise_kl),
+    "k2 as a loss, direct": ({"beta": BETA, "kl": "k2_loss", "kl_gradient": "direct"}, stepwise_kl),
+    "k3 as a loss": ({"beta": BETA, "kl": "k3_loss"}, stepwise_kl),
+    "the whole vocabulary": ({"beta": BETA, "kl": "full_vocabulary"}, stepwise_kl),
+}
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_expected_gradient_on_policy(name, tmp_path):
+    """Groups of two without normalisation: half of grad E r (the other half is its own baseline), less beta grad KL."""
+    settings, kl = ON_POLICY[name]
+    policy = enumerable_policy()
+    trainer = trainer_of(policy, tmp_path, **settings)
+    tables, reference = log_tables(policy), reference_tables(policy)
+    found, metrics = expected_gradient(trainer, policy, tables)
+    objective = 0.5 * expected_reward(tables) - BETA * kl(tables, reference)
+    torch.testing.assert_close(found, -gradient(objective, policy) / 2, atol=1e-12, rtol=1e-9)  # 2 tokens at most
+    assert found.norm() > 1e-2
+    assert metrics["frac_reward_zero_std"] == pytest.approx(16 / 256)
+
+
+BIASED = {  # the coefficient of grad log pi, of each token
+    "k2_reward": ({}, lambda x: x.square() / 2),
+    "k3_reward": ({}, lambda x: (-x).expm1() + x),
+    "k3_gradient_reward": ({}, lambda x: -(-x).expm1()),
+    "k1_loss": ({"kl_gradient": "direct"}, torch.ones_like),
+    "k3_loss": ({"kl_gradient": "direct"}, lambda x: -(-x).expm1()),
+}
+
+
+@pytest.mark.parametrize("kl", BIASED)
+def test_the_biased_forms_are_what_they_are_called(kl, tmp_path):
+    settings, coefficient = BIASED[kl]
+    policy = enumerable_policy()
+    trainer = trainer_of(policy, tmp_path, beta=BETA, kl=kl, **settings)
+    tables = log_tables(policy)
+    logp, logp_ref = token_log_probs(tables), token_log_probs(reference_tables(policy))
+    chances = logp.detach().sum(1, keepdim=True).exp()
+    penalty = (chances * coefficient((logp - logp_ref).detach()) * logp).sum()
+    found, _ = expected_gradient(trainer, policy, tables)
+    objective = 0.5 * expected_reward(tables) - BETA * penalty
+    torch.testing.assert_close(found, -gradient(objective, policy) / 2, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.9])
+def test_expected_gradient_off_policy_with_clipping(epsilon, tmp_path):
+    """[002] eq. 39: the KL of the sampler stands in the advantage, the ratio and its clip outside."""
+    policy = enumerable_policy()
+    behaviour = tuple(t.detach() for t in log_tables(enumerable_policy(noise=0.2)))
+    trainer = trainer_of(policy, tmp_path, beta=BETA, epsilon=epsilon, epsilon_high=2 * epsilon, loss_type="grpo")
+    now, old = token_log_probs(log_tables(policy)), token_log_probs(behaviour)
+    penalty = BETA * (old - token_log_probs(reference_tables(policy)))
+    objective, chances = 0.0, old.sum(1).exp()
+    for a, b in PAIRS:
+        for i, advantage in ((a, (REWARDS[a] - REWARDS[b]) / 2), (b, (REWARDS[b] - REWARDS[a]) / 2)):
+            total = advantage - penalty[i]
+            ratio = (now[i] - old[i]).exp()
+            clipped = torch.minimum(ratio * total, ratio.clamp(1 - epsilon, 1 + 2 * epsilon) * total)
+            objective = objective + chances[a] * chances[b] * clipped.mean() / 2
+    found, _ = expected_gradient(trainer, policy, behaviour)
+    torch.testing.assert_close(found, -gradient(objective, policy), atol=1e-12, rtol=1e-9)
+
+
+def test_exact_k2_weighs_samples_of_the_old_policy(tmp_path):
+    policy = enumerable_policy()
+    behaviour = tuple(t.detach() for t in log_tables(enumerable_policy(noise=0.2)))
+    trainer = trainer_of(policy, tmp_path, beta=BETA, kl="k2_loss", epsilon=0.999, epsilon_high=1e6)
+    without = trainer_of(policy, tmp_path, beta=0.0, epsilon=0.999, epsilon_high=1e6)
+    found = expected_gradient(trainer, policy, behaviour)[0] - expected_gradient(without, policy, behaviour)[0]
+    tables, reference = log_tables(policy), reference_tables(policy)
+    first, second = per_state_kl(tables, reference)
+    # Tokens are weighed one by one: the states are those that the old policy visits.
+    exact = first + (behaviour[0].exp() * second).sum()
+    torch.testing.assert_close(found, BETA * gradient(exact, policy) / 2, atol=1e-12, rtol=1e-9)
+
+
+def test_sequence_level_ratio(tmp_path):
+    policy = enumerable_policy()
+    behaviour = tuple(t.detach() for t in log_tables(enumerable_policy(noise=0.2)))
+    trainer = trainer_of(policy, tmp_path, ratio_level="sequence", epsilon=0.999, epsilon_high=1e6, loss_type="grpo")
+    now, old = token_log_probs(log_tables(policy)), token_log_probs(behaviour)
+    ratio, chances = (now - old).mean(1).exp(), old.sum(1).exp()
+    objective = sum(chances[a] * chances[b] * (ratio[a] - ratio[b]) * (REWARDS[a] - REWARDS[b]) / 4 for a, b in PAIRS)
+    found, _ = expected_gradient(trainer, policy, behaviour)
+    torch.testing.assert_close(found, -gradient(objective, policy), atol=1e-12, rtol=1e-9)
+
+
+def test_per_sample_losses_average_to_the_aggregates():
+    torch.manual_seed(0)
+    losses, lengths = torch.randn(6, 5).double(), torch.tensor([5, 1, 3, 4, 2, 5])
+    mask = torch.arange(5) < lengths[:, None]
+    length = {"mean_length": lengths.double().mean().item(), "max_length": 7}
+    for loss_type, mode in (("grpo", "sequence"), ("dapo", "token"), ("dr_grpo", "fixed_length")):
+        found = per_sample(losses, mask, loss_type, **length).mean()
+        expected = aggregate(losses, mask, mode, length=7 if mode == "fixed_length" else None)
+        torch.testing.assert_close(found, expected, atol=1e-15, rtol=1e-12)
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def short(prompts, completions, **columns):
+    return [-float(len(text.split())) for text in completions]
+
+
+def even(prompts, completions, **columns):
+    return [None if not text else float(sum(int(t) % 2 == 0 for t in text.split())) for text in completions]
+
+
+@pytest.fixture
+def make_run(make_language_policy, tmp_path):
+    def make(family="llama", *, rewards=((short, 1.0),), policy=None, **settings):
+        config = GRPOConfig(
+            **{
+                "model": "x",
+                "output_dir": tmp_path / "run",
+                "prompts": ["x"],
+                "reward": "x",
+                "epochs": 2,
+                "samples_per_epoch": 16,
+                "sample_batch_size": 8,
+                "micro_batch_size": 5,
+                "num_generations": 4,
+                "max_completion_length": 6,
+                "learning_rate": 1e-2,
+                "grid_every": 0,
+                "beta": 0.05,
+            }
+            | settings
+        )
+        rows = [PromptRow(str(ids), ids, {}) for ids in ([4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])]
+        functions, weights = zip(*rewards)
+        return GRPOTrainer(
+            config,
+            policy or make_language_policy(family),
+            rows,
+            WeightedRewards(list(functions), torch.tensor(weights)),
+        )
+
+    return make
+
+
+def rows_of(trainer):
+    import json
+
+    return [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_the_first_pass_has_ratio_one(family, make_run):
+    trainer = make_run(family)
+    trainer.train()
+    rows = rows_of(trainer)
+    first = [row["ratio/first_pass_deviation"] for row in rows if "ratio/first_pass_deviation" in row]
+    assert len(first) == 2
+    assert max(first) < 1e-5
+    assert any(row["ratio/max"] > 1.001 for row in rows if "ratio/max" in row)  # and later passes move it
+    assert {"kl", "kl_path", "entropy", "completions/mean_length", "rewards/short/mean"} <= {k for r in rows for k in r}
+
+
+def collected(trainer):
+    trainer.progress, trainer.advance = _no_progress, lambda bar, count=1: None
+    trainer.stop_if_interrupted = lambda failed=False: failed
+    batch, metrics = trainer.collect()
+    keep, _, estimated = trainer.estimate(batch)
+    return batch, keep, metrics | estimated
+
+
+def test_loss_and_gradient_do_not_depend_on_micro_batches_and_padding(make_run, make_language_policy):
+    policy = make_language_policy(noise=0.05, dtype=torch.float64)
+    trainer = make_run(policy=policy, kl="k2_loss", loss_type="grpo", max_completion_length=20)
+    batch, keep, _ = collected(trainer)
+    assert batch.sequences.mask.sum(1).unique().numel() > 1
+
+    def total(parts):
+        losses = [trainer.loss(batch, part, torch.zeros_like(part))[0] for part in parts]
+        value = torch.cat(losses).sum()
+        return value.detach(), gradient(value, trainer.policy)
+
+    whole = total([keep])
+    for parts in (keep.split(1), keep.split(3), [keep.flip(0)]):
+        value, slope = total(parts)
+        assert (value - whole[0]).abs() < 1e-9
+        assert (slope - whole[1]).abs().max() < 1e-8
+
+
+def test_groups_without_spread_are_counted_and_skipped(make_run):
+    def by_prompt(prompts, completions, **columns):
+        return [0.0 if prompt == "[9]" else float(len(text)) for prompt, text in zip(prompts, completions)]
+
+    trainer = make_run(rewards=((by_prompt, 1.0),), beta=0.0)
+    batch, keep, metrics = collected(trainer)
+    assert metrics["frac_reward_zero_std"] == 0.25
+    assert len(keep) <= 12
+    assert (batch.advantages[keep] != 0).any(1).all()
+    assert "kl" in metrics  # of a micro-batch, although nothing prices it
+
+
+def test_truncated_completions_are_left_out(make_run):
+    trainer = make_run(mask_truncated_completions=True, max_completion_length=20)
+    batch, keep, metrics = collected(trainer)
+    assert 0 < metrics["completions/clipped_ratio"] < 1
+    assert keep.tolist() == batch.finished.nonzero().squeeze(1).tolist()
+    lengths = batch.sequences.mask[keep].sum(1)
+    assert batch.mean_length == pytest.approx(lengths.double().mean().item())
+
+
+def test_two_rewards_with_weights(make_run):
+    trainer = make_run(rewards=((short, 0.5), (even, 2.0)), temperature=2.0)
+    batch, _, metrics = collected(trainer)
+    expected = 0.5 * batch.scores[:, 0] + 2.0 * batch.scores[:, 1].nan_to_num(0.0)
+    torch.testing.assert_close(batch.rewards, expected)
+    assert metrics["rewards/short/mean"] == pytest.approx(batch.scores[:, 0].mean().item())
+
+    each = make_run(
+        rewards=((short, 0.5), (short, 2.0)), temperature=2.0, multi_objective_aggregation="normalize_then_sum", beta=0
+    )
+    batch, _, _ = collected(each)
+    one = make_run(rewards=((short, 1.0),), temperature=2.0, beta=0)
+    alone, _, _ = collected(one)
+    torch.testing.assert_close(batch.advantages[:, 0], 2.5 * alone.advantages[:, 0])
+    assert each.rewards.names == ["short", "short_2"]
+
+
+def test_extreme_log_probs_under_padding_leave_gradients_finite(make_run, make_language_policy):
+    policy = make_language_policy(noise=0.05)
+    trainer = make_run(policy=policy, kl="k3_loss", kl_gradient="direct", max_completion_length=20)
+    batch, keep, _ = collected(trainer)
+    outside = ~batch.sequences.mask
+    assert outside.any()
+    batch.logp_old[outside], batch.logp_ref[outside] = -math.inf, 1e30
+    losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    assert losses.isfinite().all()
+    assert gradient(losses.sum(), trainer.policy).isfinite().all()
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_sentence(make_run):
+    from diffusion_align.rewards.base import RewardError
+
+    def too_few(prompts, completions, **columns):
+        return [1.0]
+
+    trainer = make_run(rewards=((too_few, 1.0),))
+    with pytest.raises(RewardError, match="'too_few' returned 1 score for 8 completions"):
+        trainer.train()
+
+    def silent(prompts, completions, **columns):
+        return [None] * len(prompts)
+
+    with pytest.raises(RewardError, match="no reward has anything to say about sample 0"):
+        make_run(rewards=((silent, 1.0),), output_dir=trainer.folder.parent / "silent").train()
+
+
+def test_it_learns_to_stop(make_run):
+    trainer = make_run(
+        epochs=12, learning_rate=0.02, samples_per_epoch=32, micro_batch_size=32, beta=0.0, temperature=1.5
+    )
+    trainer.train()
+    rewards = [row["reward"] for row in rows_of(trainer) if "reward" in row]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
+    assert (trainer.folder / "final" / "adapter_model.safetensors").is_file()
+    assert (trainer.folder / "samples" / "before_after.jsonl").is_file()

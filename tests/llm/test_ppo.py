@@ -1,0 +1,265 @@
+"""PPO: rewards of tokens, values, whitening, the adaptive coefficient; its expected gradient by enumeration."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_align.estimators import gae, masked_whiten
+from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.ppo import PPOBatch, PPOConfig, PPOTrainer, adapted
+
+sys.path.insert(0, str(Path(__file__).parent))
+from enumerable import (
+    PROMPT,
+    enumerable_policy,
+    gradient,
+    log_tables,
+    per_state_kl,
+    reference_tables,
+    sequences_of,
+    token_log_probs,
+)
+
+REWARDS = torch.tensor([0.3, 1.0, -0.5, 0.2, 0.9, 0.0, 0.4, -1.0, 0.1, 0.6, -0.2, 0.8, -0.7, 0.5, 1.2, -0.1]).double()
+BETA = 0.4
+
+
+class _no_progress:
+    def __init__(self, what, total): ...
+    def __enter__(self): ...
+    def __exit__(self, *error): ...
+
+
+def nothing(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+def quiet(trainer):
+    trainer.progress, trainer.advance = _no_progress, lambda bar, count=1: None
+    trainer.stop_if_interrupted = lambda failed=False: failed
+    return trainer
+
+
+def exact_trainer(policy, tmp_path, **settings):
+    settings = {
+        "model": "x",
+        "output_dir": tmp_path,
+        "prompts": ["x"],
+        "reward": nothing,
+        "samples_per_epoch": 16,
+        "sample_batch_size": 16,
+        "max_completion_length": 2,
+        "whiten_advantages": False,
+        "gamma": 1.0,
+        "lam": 1.0,
+        "kl_coef": BETA,
+        "grid_every": 0,
+    } | settings
+    trainer = quiet(
+        PPOTrainer(
+            PPOConfig(**settings), policy, [PromptRow("x", PROMPT, {})], WeightedRewards([nothing], torch.ones(1))
+        )
+    )
+    trainer.value_head.double()
+    return trainer
+
+
+def all_completions(behaviour):
+    return PPOBatch(
+        sequences=sequences_of(list(range(16))),
+        logp_old=token_log_probs(behaviour).detach(),
+        rewards=REWARDS,
+        values_old=torch.empty(0),
+        advantages=torch.empty(0),
+        returns=torch.empty(0),
+    )
+
+
+def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
+    """With gamma = lambda = 1 a token is charged with the KL of all later ones too, and the value is a baseline."""
+    policy = enumerable_policy()
+    trainer = exact_trainer(policy, tmp_path, value_coef=0.0)
+    with torch.no_grad():
+        trainer.value_head.weight.normal_()
+    tables, reference = log_tables(policy), reference_tables(policy)
+    batch = all_completions(tables)
+    keep, decisions, metrics = trainer.estimate(batch)
+    assert (keep.tolist(), decisions) == (list(range(16)), 1)
+    assert batch.values_old.abs().min() > 0
+    losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    chances = token_log_probs(tables).sum(1).exp()
+    first, second = per_state_kl(tables, reference)
+    kl = first + (tables[0].exp() * second).sum()
+    objective = (chances * REWARDS).sum() - BETA * kl
+    found = gradient((chances.detach() * losses).sum(), policy)
+    torch.testing.assert_close(found, -gradient(objective, policy) / 2, atol=1e-12, rtol=1e-9)  # a mean over 2 tokens
+    assert metrics["kl_coef"] == BETA
+
+
+def test_the_value_loss_draws_to_the_returns(tmp_path):
+    policy = enumerable_policy()
+    trainer = exact_trainer(policy, tmp_path, value_coef=0.7, value_clip=None, kl_coef=0.0)
+    batch = all_completions(log_tables(policy))
+    keep, _, _ = trainer.estimate(batch)
+    torch.testing.assert_close(batch.returns, REWARDS[:, None].expand(16, 2))  # no KL, gamma = 1, values 0
+    batch.advantages = torch.zeros_like(batch.advantages)
+    losses, statistics = trainer.loss(batch, keep, torch.zeros_like(keep))
+    torch.testing.assert_close(losses, 0.7 * REWARDS.square() / 2)
+    slope = torch.autograd.grad(losses.sum(), trainer.value_head.bias)[0]
+    torch.testing.assert_close(slope, (-0.7 * REWARDS.sum()).reshape(1))
+    torch.testing.assert_close(statistics["loss/value"].mean(), REWARDS.square().mean() / 2)
+
+
+def test_the_last_token_that_counts_gets_the_reward(tmp_path, make_language_policy):
+    from diffusion_align.llm.policy import pack
+
+    policy = make_language_policy(noise=0.05, dtype=torch.float64)
+    trainer = exact_trainer(
+        policy, tmp_path, samples_per_epoch=3, sample_batch_size=3, max_completion_length=4, lam=0.9
+    )
+    sequences = pack([[5], [6, 7], [8]], [[9, 10, 3], [11], [12, 13, 14, 15]], pad=3)
+    logp_old = torch.where(sequences.mask, -1.5, 0.0).double()
+    rewards = torch.tensor([1.0, -2.0, 0.5]).double()
+    batch = PPOBatch(sequences, logp_old, rewards, *[torch.empty(0)] * 3)
+    trainer.estimate(batch)
+    with torch.no_grad(), policy.reference():
+        logp_ref = policy.log_probs(policy.score(sequences))
+    token_rewards = -BETA * torch.where(sequences.mask, logp_old - logp_ref, 0.0)
+    for row, last in enumerate((2, 0, 3)):
+        token_rewards[row, last] += rewards[row]
+    expected, returns = gae(token_rewards, torch.zeros_like(token_rewards), sequences.mask, gamma=1.0, lam=0.9)
+    torch.testing.assert_close(batch.advantages, expected)
+    torch.testing.assert_close(batch.returns, returns)
+    assert (batch.advantages[~sequences.mask] == 0).all()
+
+
+def test_values_are_of_the_state_before_the_token(tmp_path, make_language_policy):
+    from diffusion_align.llm.policy import pack
+
+    policy = make_language_policy(dtype=torch.float64)
+    trainer = exact_trainer(policy, tmp_path)
+    with torch.no_grad():
+        trainer.value_head.weight.normal_()
+    prompts, completions = [[5, 6], [7]], [[9, 10, 11], [12]]
+    found = trainer._values(policy.score(pack(prompts, completions, pad=3), with_hidden=True))
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        output = policy.model(torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False)
+        values = trainer.value_head(output.hidden_states[-1][0]).squeeze(-1)
+        expected = values[len(prompt) - 1 : len(prompt) + len(completion) - 1]
+        torch.testing.assert_close(found[row, : len(completion)], expected)
+    assert (found[1, 1:] == 0).all()
+
+
+@pytest.fixture
+def make_run(make_language_policy, tmp_path):
+    def short(prompts, completions, **columns):
+        return [-float(len(text.split())) for text in completions]
+
+    def make(family="llama", *, policy=None, **settings):
+        config = PPOConfig(
+            **{
+                "model": "x",
+                "output_dir": tmp_path / "run",
+                "prompts": ["x"],
+                "reward": "x",
+                "epochs": 2,
+                "samples_per_epoch": 16,
+                "sample_batch_size": 8,
+                "micro_batch_size": 5,
+                "max_completion_length": 6,
+                "learning_rate": 1e-2,
+                "grid_every": 0,
+            }
+            | settings
+        )
+        rows = [PromptRow(str(ids), ids, {}) for ids in ([4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])]
+        return PPOTrainer(config, policy or make_language_policy(family), rows, WeightedRewards([short], torch.ones(1)))
+
+    return make
+
+
+def rows_of(trainer):
+    import json
+
+    return [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_the_first_pass_has_ratio_one(family, make_run):
+    trainer = make_run(family, kl_target=0.5, kl_horizon=100)
+    trainer.train()
+    rows = rows_of(trainer)
+    assert max(row["ratio/first_pass_deviation"] for row in rows if "ratio/first_pass_deviation" in row) < 1e-5
+    found = {key for row in rows for key in row}
+    assert {"kl", "kl_path", "kl_coef", "entropy", "loss/value", "value/mean", "returns/mean"} <= found
+
+
+def test_advantages_are_whitened_over_the_epoch(make_run):
+    trainer, plain = (quiet(make_run(whiten_advantages=white, temperature=2.0)) for white in (True, False))
+    batches = []
+    for one in (trainer, plain):
+        batch, _ = one.collect()
+        one.estimate(batch)
+        batches.append(batch)
+    whitened, raw = batches
+    mask = raw.sequences.mask
+    torch.testing.assert_close(whitened.advantages, masked_whiten(raw.advantages, mask, (0, 1)))
+    assert whitened.advantages[mask].mean().abs() < 1e-5
+    assert whitened.advantages[mask].std() == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(whitened.returns, raw.returns)
+
+
+def test_a_completion_without_an_end_is_penalised(make_run):
+    settings = {"max_completion_length": 3, "temperature": 3.0}
+    plain, _ = quiet(make_run(**settings)).collect()
+    fined, metrics = quiet(make_run(missing_eos_penalty=2.5, **settings)).collect()
+    difference = plain.rewards - fined.rewards
+    assert set(difference.tolist()) == {0.0, 2.5}
+    assert metrics["completions/clipped_ratio"] == pytest.approx((difference > 0).double().mean().item())
+
+
+def test_the_coefficient_follows_the_target():
+    assert adapted(0.1, 8.0, 4.0, 0.5) == pytest.approx(0.1 * 1.1)  # far above: by a fifth, half a horizon
+    assert adapted(0.1, 0.0, 4.0, 0.5) == pytest.approx(0.1 * 0.9)
+    assert adapted(0.1, 4.4, 4.0, 0.5) == pytest.approx(0.1 * 1.05)
+    assert adapted(0.1, 4.0, 4.0, 1.0) == 0.1
+
+
+def test_the_coefficient_is_adapted_and_resumed(make_run):
+    trainer = make_run(kl_target=1e-9, kl_horizon=32, kl_coef=0.1, epochs=3)
+    trainer.train()
+    coefficients = [row["kl_coef"] for row in rows_of(trainer) if "kl_coef" in row]
+    assert coefficients[0] == 0.1
+    assert coefficients[2] == pytest.approx(coefficients[1] * 1.1)  # 16 of 32 completions, far above the target
+    other = make_run(kl_target=1e-9, kl_horizon=32, kl_coef=0.1, epochs=3)
+    other.load_extra_state(trainer.extra_state())
+    assert other.kl_coef == trainer.kl_coef != 0.1
+
+
+def test_loss_and_gradient_do_not_depend_on_micro_batches(make_run, make_language_policy):
+    trainer = quiet(make_run(policy=make_language_policy(noise=0.05, dtype=torch.float64)))
+    trainer.value_head.double()
+    batch, _ = trainer.collect()
+    keep, _, _ = trainer.estimate(batch)
+
+    def total(parts):
+        value = torch.cat([trainer.loss(batch, part, torch.zeros_like(part))[0] for part in parts]).sum()
+        return value.detach(), gradient(value, trainer.policy)
+
+    whole = total([keep])
+    for parts in (keep.split(1), keep.split(3), [keep.flip(0)]):
+        value, slope = total(parts)
+        assert (value - whole[0]).abs() < 1e-9
+        assert (slope - whole[1]).abs().max() < 1e-8
+
+
+def test_it_learns_to_stop(make_run):
+    size = {"samples_per_epoch": 32, "micro_batch_size": 32}
+    trainer = make_run(epochs=15, learning_rate=0.02, temperature=1.5, kl_coef=0.0, **size)
+    trainer.train()
+    rewards = [row["reward"] for row in rows_of(trainer) if "reward" in row]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
+    assert trainer.value_head.weight.abs().max() > 0
