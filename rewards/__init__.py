@@ -1,22 +1,44 @@
-"""Rewards for pictures. Import this package as ``diffusion_align.rewards``; the bare name belongs to your own code.
+"""Rewards for pictures and text. Import it as ``diffusion_align.rewards``; the bare name belongs to your own code.
 
-A reward is any callable ``reward(images, prompts, metadata)`` that returns one score a picture (see `base`).
+A reward for pictures is any callable ``reward(images, prompts, metadata)`` that returns one score a picture (see
+`base`). One for text is any callable ``reward(prompts, completions, **columns)`` that returns one score a completion,
+or None (see `text.base`).
 """
 
 from diffusion_align.rewards.base import Reward, RewardError, call_reward, check_reward, reward_name
-from diffusion_align.rewards.build import REWARDS, build_reward, describe_rewards, reward_problem
+from diffusion_align.rewards.build import build_reward, describe_rewards, reward_problem
+from diffusion_align.rewards.resolve import REWARDS, TEXT_REWARDS
+from diffusion_align.rewards.text import (
+    TextReward,
+    build_text_reward,
+    call_text_reward,
+    check_text_reward,
+    describe_text_rewards,
+    text_of,
+    text_reward_problem,
+    weighted_sum,
+)
 
 if __name__ == "rewards":
     raise ImportError("import diffusion_align.rewards, not rewards: the bare name is left to your own folders")
 
 __all__ = [
     "REWARDS",
+    "TEXT_REWARDS",
     "Reward",
     "RewardError",
+    "TextReward",
     "build_reward",
+    "build_text_reward",
     "call_reward",
+    "call_text_reward",
     "check_reward",
+    "check_text_reward",
     "describe_rewards",
+    "describe_text_rewards",
     "reward_name",
     "reward_problem",
+    "text_of",
+    "text_reward_problem",
+    "weighted_sum",
 ]

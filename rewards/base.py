@@ -9,12 +9,13 @@ Nothing a reward answers is trusted: `call_reward` checks it at every call, `che
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RewardError(ValueError):
@@ -90,8 +91,10 @@ def call_reward(
     return scores if differentiable else scores.detach()
 
 
-def as_scores(answer: Any, batch: int, name: str) -> Tensor:
+def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Tensor:
     """``answer`` of a reward as float32 (B,) on the CPU; its graph is kept, nothing is broadcast.
+
+    ``subject`` says in sentences what the B things are.
 
     Raises:
         RewardError: not numbers, or not of shape (B,).
@@ -119,11 +122,11 @@ def as_scores(answer: Any, batch: int, name: str) -> Tensor:
     if answer.is_complex():
         raise RewardError(f"reward '{name}' returned complex numbers: {wanted}")
     if answer.ndim != 1:
-        raise RewardError(f"reward '{name}' returned shape {tuple(answer.shape)} for {batch} images: {wanted}")
+        raise RewardError(f"reward '{name}' returned shape {tuple(answer.shape)} for {batch} {subject}: {wanted}")
     if len(answer) != batch:
         hint = "; a single value is not broadcast" if len(answer) == 1 else ""
         scores = "1 score" if len(answer) == 1 else f"{len(answer)} scores"
-        raise RewardError(f"reward '{name}' returned {scores} for {batch} images: {wanted}{hint}")
+        raise RewardError(f"reward '{name}' returned {scores} for {batch} {subject}: {wanted}{hint}")
     return answer.to("cpu", torch.float32, copy=True)  # a copy: the reward may reuse its buffer at the next call
 
 
@@ -153,6 +156,15 @@ def check_reward(
     texts = [(prompts or ["a red apple", "a blue car", ""])[i % len(prompts or "abc")] for i in range(3)]
     notes = [dict((metadata or [{}])[i % len(metadata or [{}])]) for i in range(3)]
     return call_reward(reward, images, texts, notes)
+
+
+def parameters_of(reward: Any) -> list[inspect.Parameter] | None:
+    """What a reward, or what builds one, can be called with; None for a builtin that does not say."""
+    target = reward.forward if isinstance(reward, nn.Module) else reward  # whose __call__ takes anything
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 def describe_exception(error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, as_scores, describe_exception, reward_name
-from diffusion_align.rewards.resolve import REWARDS, check_options, find, is_builder
+from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find, is_builder
 
 
 class ScaledReward:
@@ -50,15 +50,34 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
     Raises:
         RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
     """
-    label, target, options, scale = _prepare(spec)
+    reward, scale = build(IMAGES, spec, {"model": model, "device": device})
+    return reward if scale == 1.0 else ScaledReward(reward, scale)
+
+
+def reward_problem(spec: Any) -> str | None:
+    """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model."""
+    return problem(IMAGES, spec)
+
+
+def describe_rewards() -> list[dict[str, Any]]:
+    """One dict a built-in reward: name, description, range, extra, licence, differentiable."""
+    return describe(IMAGES)
+
+
+def build(kind: Kind, spec: Any, context: Mapping[str, Any]) -> tuple[Any, float]:
+    """The reward of ``kind`` that ``spec`` describes, and the scale to multiply its scores with.
+
+    ``context``, with the key ``device``: for builders and classes that name its keys.
+    """
+    label, target, options, scale = _prepare(kind, spec)
     reward: Any = target
-    context: dict[str, Any] = {"model": model, "device": device}
+    given: dict[str, Any] = {}
     try:
         if is_builder(target):
-            context = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
-            reward = target(**context | options)
-        if hasattr(reward, "to") and not (is_builder(target) and "device" in context):
-            reward.to(device)
+            given = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
+            reward = target(**given | options)
+        if hasattr(reward, "to") and "device" not in given:
+            reward.to(context["device"])
         if options and not is_builder(target):
             reward = functools.partial(target, **options)
             reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
@@ -68,29 +87,29 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
         raise RewardError(f"reward '{label}' could not be built: {describe_exception(error)}") from error
     if not callable(reward):
         raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
-    return reward if scale == 1.0 else ScaledReward(reward, scale)
+    return reward, scale
 
 
-def reward_problem(spec: Any) -> str | None:
-    """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model."""
+def problem(kind: Kind, spec: Any) -> str | None:
+    """What is wrong with ``spec`` as a reward of ``kind``, in one sentence, or None."""
     try:
-        _prepare(spec)
+        _prepare(kind, spec)
     except RewardError as error:
         return str(error)
     return None
 
 
-def describe_rewards() -> list[dict[str, Any]]:
-    """One dict a built-in reward: name, description, range, extra, licence, differentiable."""
+def describe(kind: Kind) -> list[dict[str, Any]]:
+    """One dict a built-in reward of ``kind``: name, description and what its module says ABOUT it."""
     rows = []
-    for name, (module_name, function) in REWARDS.items():
+    for name, (module_name, function) in kind.table.items():
         module = importlib.import_module(module_name)
         first_line = (inspect.getdoc(getattr(module, function)) or "").splitlines()[0]
         rows.append({"name": name, "description": first_line, **module.ABOUT[function]})
     return rows
 
 
-def _prepare(spec: Any) -> tuple[str, Any, dict[str, Any], float]:
+def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
     """Label, builder or callable, checked options, scale. Every check that needs no model is made here."""
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     if "name" not in options:
@@ -99,15 +118,15 @@ def _prepare(spec: Any) -> tuple[str, Any, dict[str, Any], float]:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
         raise RewardError(f"scale={scale!r} of a reward must be a finite number other than 0")
     if isinstance(source, str):
-        label, target, find_problem = find(source.strip())
+        label, target, find_problem = find(source.strip(), kind)
     elif callable(source):
         label, target, find_problem = reward_name(source), source, None
     else:
         raise RewardError(
             f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
         )
-    check_options(label, target, options)
-    problem = find_problem(**options) if find_problem else None
-    if problem:
-        raise RewardError(f"reward '{label}': {problem}")
+    check_options(label, target, options, kind)
+    wrong = find_problem(**options) if find_problem else None
+    if wrong:
+        raise RewardError(f"reward '{label}': {wrong}")
     return label, target, options, float(scale)

@@ -1,15 +1,19 @@
-"""What a reward's name or reference stands for, and which options it takes. Nothing here loads a model."""
+"""What a reward's name or reference stands for, and which options it takes. Nothing here loads a model.
+
+Rewards for images and for text differ by their table of names and by how they are called; both are a `Kind`.
+"""
 
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.base import RewardError, describe_exception, parameters_of
 
 # name: (module, function that builds it). The module says the rest in ABOUT[function].
 REWARDS: dict[str, tuple[str, str]] = {
@@ -18,23 +22,56 @@ REWARDS: dict[str, tuple[str, str]] = {
     "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "jpeg_incompressibility"),
 }
-CONTEXT = ("model", "device")  # given by build_reward to builders and classes that name them
+TEXT_REWARDS: dict[str, tuple[str, str]] = {
+    "classifier": ("diffusion_align.rewards.text.classifier", "classifier"),
+    "exact_match": ("diffusion_align.rewards.text.exact_match", "exact_match"),
+    "length": ("diffusion_align.rewards.text.length", "length"),
+    "numeric_match": ("diffusion_align.rewards.text.numeric_match", "numeric_match"),
+    "regex": ("diffusion_align.rewards.text.regex", "regex"),
+    "sentiment": ("diffusion_align.rewards.text.sentiment", "sentiment"),
+    "similarity": ("diffusion_align.rewards.text.similarity", "similarity"),
+}
 
 
-def find(source: str) -> tuple[str, Any, Callable[..., str | None] | None]:
+@dataclass(frozen=True)
+class Kind:
+    """What tells rewards for images from rewards for text where they are looked up and checked.
+
+    Attributes:
+        subject: what is scored, for sentences.
+        table: the built-in ones.
+        arguments: what every call passes; ``key`` is the one that the other kind has not.
+        by_name: whether arguments are passed by name, the columns of the data among them (text), or by position.
+        context: given at building to builders and classes that name them.
+    """
+
+    subject: str
+    table: Mapping[str, tuple[str, str]]
+    arguments: tuple[str, ...]
+    key: str
+    by_name: bool
+    context: tuple[str, ...]
+
+
+IMAGES = Kind("images", REWARDS, ("images", "prompts", "metadata"), "images", False, ("model", "device"))
+TEXT = Kind("text", TEXT_REWARDS, ("prompts", "completions"), "completions", True, ("device",))
+
+
+def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] | None]:
     """What a string names: label, object, and the function that checks its options (built-in rewards only)."""
-    if source in REWARDS:
-        module_name, function = REWARDS[source]
+    if source in kind.table:
+        module_name, function = kind.table[source]
         module = importlib.import_module(module_name)
         return source, getattr(module, function), getattr(module, f"{function}_problem", None)
     place, colon, attribute = source.rpartition(":")
     if not colon:
-        near = get_close_matches(source, REWARDS, n=1, cutoff=0.5)
+        ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
+        other = _other(kind)
+        if source in other.table:
+            raise RewardError(f"reward '{source}' scores {other.subject}, not {kind.subject}: there are {ours}")
+        near = get_close_matches(source, kind.table, n=1, cutoff=0.5)
         meant = f"did you mean '{near[0]}'? There are" if near else "there are"
-        raise RewardError(
-            f"unknown reward '{source}': {meant} {', '.join(REWARDS)}, "
-            "or your own as 'module:function' or 'file.py:function'"
-        )
+        raise RewardError(f"unknown reward '{source}': {meant} {ours}")
     if not place or not attribute:
         raise RewardError(f"reward '{source}' must read 'package.module:function' or 'path/to/file.py:function'")
     try:
@@ -75,25 +112,23 @@ def _import_file(path: Path) -> Any:
 
 def is_builder(target: Any) -> bool:
     """Whether ``target`` makes a reward (a class, or one of our builders) rather than being one."""
-    builders = {(module, function) for module, function in REWARDS.values()}
-    return inspect.isclass(target) or (getattr(target, "__module__", ""), getattr(target, "__name__", "")) in builders
+    return inspect.isclass(target) or _is_built_in(target, IMAGES) or _is_built_in(target, TEXT)
 
 
-def check_options(label: str, target: Any, options: Mapping[str, Any]) -> None:
+def check_options(label: str, target: Any, options: Mapping[str, Any], kind: Kind) -> None:
     """Refuse options that ``target`` does not take, naming the nearest one that it does, and required ones left out."""
-    try:
-        parameters = list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):  # a builtin without a signature
+    other = _other(kind)
+    if _is_built_in(target, other):
+        raise RewardError(f"reward '{label}' scores {other.subject}, not {kind.subject}: choose another one")
+    parameters = parameters_of(target)
+    if parameters is None:
         return
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if not is_builder(target):
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        if len(positional) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-            raise RewardError(
-                f"reward '{label}' must take three arguments (images, prompts, metadata), it takes {len(positional)}"
-            )
-        named = [p for p in named if p not in positional[:3]]
-    allowed = [p.name for p in named if p.name != "model" or inspect.isclass(target)]
+        given = _check_call(label, parameters, kind)
+        named = [p for p in named if p not in given]
+    set_by_us = set() if inspect.isclass(target) else set(kind.context) - {"device"}
+    allowed = [p.name for p in named if p.name not in set_by_us]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in options:
             if key not in allowed:
@@ -102,6 +137,35 @@ def check_options(label: str, target: Any, options: Mapping[str, Any]) -> None:
                 raise RewardError(
                     f"reward '{label}' has no option '{key}': {meant} {', '.join(sorted([*allowed, 'scale']))}"
                 )
-    missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in CONTEXT]
+    if kind.by_name and not is_builder(target):
+        return  # what is missing may be a column of the data
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]
     if missing:
         raise RewardError(f"reward '{label}' needs the option '{missing[0]}'")
+
+
+def _check_call(label: str, parameters: list[inspect.Parameter], kind: Kind) -> list[inspect.Parameter]:
+    """The parameters that a call fills with ``kind.arguments``; RewardError where every call would fail."""
+    names, other = {p.name for p in parameters}, _other(kind)
+    if other.key in names and kind.key not in names:
+        raise RewardError(f"reward '{label}' takes '{other.key}', so it scores {other.subject}, not {kind.subject}")
+    if kind.by_name:
+        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        given = [p for p in by_name if p.name in kind.arguments]
+        if kind.key not in {p.name for p in given} and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise RewardError(f"reward '{label}' must take the argument '{kind.key}' by name")
+        return given
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < len(kind.arguments) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        raise RewardError(
+            f"reward '{label}' must take three arguments ({', '.join(kind.arguments)}), it takes {len(positional)}"
+        )
+    return positional[: len(kind.arguments)]
+
+
+def _is_built_in(target: Any, kind: Kind) -> bool:
+    return (getattr(target, "__module__", ""), getattr(target, "__name__", "")) in kind.table.values()
+
+
+def _other(kind: Kind) -> Kind:
+    return TEXT if kind is IMAGES else IMAGES

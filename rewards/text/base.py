@@ -1,0 +1,206 @@
+"""The protocol of text rewards, TRL's, and the functions through which every one of them is called.
+
+A reward scores finished completions; it is called by name and gets what it names::
+
+    def brief(completions, **columns):
+        return [-float(len(text_of(completion))) for completion in completions]
+
+    def correct(prompts, completions, answer):   # `answer` is a column of the data
+        return [None if a is None else float(a in text_of(c)) for c, a in zip(completions, answer)]
+
+Nothing a reward answers is trusted: `call_text_reward` checks it at every call, `check_text_reward` once before
+training starts.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_align.rewards.base import RewardError, as_scores, describe_exception, parameters_of, reward_name
+
+Text = str | list[dict[str, Any]]
+"""A prompt or a completion: plain text, or messages ``[{"role": ..., "content": ...}, ...]``."""
+
+_DUMMIES = ("Yes.", "", "The answer is 42: six times seven.\nSurely.")  # an empty completion will come up in training
+
+
+class TextReward(Protocol):
+    """What a text reward looks like. Plain functions are rewards; the attributes below are optional.
+
+    ``name: str`` is what logs and errors call it; ``to(device)`` moves whatever model it holds.
+    """
+
+    def __call__(
+        self, prompts: list[Text], completions: list[Text], **columns: list[Any]
+    ) -> Sequence[float | None] | Tensor | np.ndarray:
+        """One score a completion, more is better; None where this reward has nothing to say about a sample.
+
+        Prompts and completions have the same form. ``columns`` are the other columns of the data, B values each.
+        """
+        ...
+
+
+def text_of(text: Text) -> str:
+    """The words of a prompt or completion: itself, or what its messages say, a line break between them.
+
+    Raises:
+        RewardError: neither text nor messages.
+    """
+    if isinstance(text, str):
+        return text
+    if not isinstance(text, list) or not all(isinstance(m, Mapping) and "content" in m for m in text):
+        raise RewardError(
+            f"a prompt or completion must be text or a list of messages with 'role' and 'content', got {text!r:.80}"
+        )
+    return "\n".join(_content(message["content"]) for message in text)
+
+
+def call_text_reward(
+    reward: TextReward,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]],
+) -> Tensor:
+    """Scores of one batch, float32 (B,) on the CPU, nan where the reward answered None; all others finite.
+
+    The reward gets the columns that it names, or all of them if it takes ``**columns``. Gradients are off.
+
+    Raises:
+        RewardError: the reward raised, needs a column that is not there, or answered a wrong type, shape or length, or
+            a value that is not finite.
+        ValueError: prompts, completions and columns do not belong together.
+    """
+    name, batch = reward_name(reward), len(completions)
+    lengths = {"prompts": len(prompts)} | {key: len(values) for key, values in columns.items()}
+    if any(length != batch for length in lengths.values()):
+        raise ValueError(f"{batch} completions do not match the lengths of the rest, {lengths}")
+    if clash := {"prompts", "completions"} & set(columns):
+        raise RewardError(f"the data has a column '{min(clash)}', a name that rewards need: rename it")
+
+    arguments = _arguments(reward, prompts, completions, columns)
+    try:
+        with torch.no_grad():
+            answer: Any = reward(**arguments)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward '{name}' raised {describe_exception(error)}") from error
+
+    silent = torch.zeros(batch, dtype=torch.bool)
+    if isinstance(answer, list | tuple) and len(answer) == batch:
+        silent = torch.tensor([value is None for value in answer], dtype=torch.bool)
+        answer = [0.0 if value is None else value for value in map(_number, answer)]
+    scores = as_scores(answer, batch, name, "completions").detach()
+    if not torch.isfinite(scores).all():
+        first = int((~torch.isfinite(scores)).nonzero()[0])
+        raise RewardError(
+            f"reward '{name}' returned {scores[first].item()} for completion {first} {_after(prompts[first])}: "
+            "every score must be finite, or None where the reward has nothing to say"
+        )
+    return scores.masked_fill(silent, torch.nan)
+
+
+def check_text_reward(
+    reward: TextReward,
+    prompts: Sequence[Text],
+    completions: Sequence[Text] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> Tensor:
+    """Scores (B,) of a dummy batch: run once before training starts.
+
+    Args:
+        prompts: real ones.
+        completions: in the form of the prompts; default: a word, nothing, a sentence, and so on.
+        columns: the other columns of the data, for these prompts.
+
+    Raises:
+        RewardError: see `call_text_reward`.
+    """
+    if not callable(reward):
+        raise RewardError(f"a reward must be callable, got {type(reward).__name__}")
+    if completions is None:
+        texts = [_DUMMIES[i % len(_DUMMIES)] for i in range(len(prompts))]
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+    return call_text_reward(reward, prompts, completions, columns or {})
+
+
+def weighted_sum(scores: Tensor, weights: Tensor, *, prompts: Sequence[Text] | None = None) -> Tensor:
+    """``sum_k weights[k] * scores[:, k]`` over the rewards that had something to say, (B,) in the dtype of ``scores``.
+
+    Args:
+        scores: (B, K), nan where reward k had nothing to say.
+        weights: (K,).
+        prompts: B of them, for the sentence of the error.
+
+    Raises:
+        RewardError: a sample about which no reward had anything to say.
+        ValueError: shapes that do not belong together.
+    """
+    if scores.ndim != 2 or weights.shape != scores.shape[1:]:
+        raise ValueError(f"scores {tuple(scores.shape)} must be (B, K) and weights {tuple(weights.shape)} (K,)")
+    silent = scores.isnan()
+    if (nothing := silent.all(dim=1)).any():
+        first = int(nothing.nonzero()[0])
+        where = f" {_after(prompts[first])}" if prompts is not None else ""
+        raise RewardError(
+            f"no reward has anything to say about sample {first}{where}: at least one must return a number for it"
+        )
+    return (scores.masked_fill(silent, 0.0) * weights.to(scores)).sum(dim=1)
+
+
+def column_of(columns: Mapping[str, list[Any]], column: str, reward: str) -> list[Any]:
+    """The values of a column that a reward cannot do without; RewardError naming those that are there."""
+    if column not in columns:
+        raise RewardError(
+            f"reward '{reward}' needs the column '{column}', which the data has not: {_there_are(columns)}"
+        )
+    return columns[column]
+
+
+def _arguments(
+    reward: Any, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Sequence[Any]]
+) -> dict[str, list[Any]]:
+    """What of the batch ``reward`` takes. An option that is set already is not replaced by a column of its name."""
+    given: dict[str, Sequence[Any]] = {"prompts": prompts, "completions": completions, **columns}
+    bound = reward.keywords if isinstance(reward, functools.partial) else {}
+    batch = {key: list(values) for key, values in given.items() if key not in bound}
+    parameters = parameters_of(reward)
+    if parameters is None:
+        return batch
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for parameter in named:
+        if parameter.default is parameter.empty and parameter.name not in batch:
+            raise RewardError(
+                f"reward '{reward_name(reward)}' needs '{parameter.name}', "
+                f"which is neither an option nor a column of the data: {_there_are(columns)}"
+            )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return batch
+    return {p.name: batch[p.name] for p in named if p.name in batch}
+
+
+def _content(content: Any) -> str:
+    """A message's content: text, nothing (a call of a tool), or parts, of which those of type text count."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
+    return "" if content is None else str(content)
+
+
+def _number(value: Any) -> Any:
+    """A scalar tensor, on whatever device, as a number; all else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+
+
+def _after(prompt: Text) -> str:
+    return f"(prompt {text_of(prompt)[:80]!r})"
+
+
+def _there_are(columns: Mapping[str, Any]) -> str:
+    return f"it has {', '.join(map(repr, sorted(columns)))}" if columns else "it has none but the prompts"

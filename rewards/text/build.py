@@ -1,0 +1,57 @@
+"""From what a config or a caller says to a text reward. The forms of a spec are those of image rewards."""
+
+import math
+from typing import Any
+
+import torch
+
+from diffusion_align.rewards.base import reward_name
+from diffusion_align.rewards.build import build, describe, problem
+from diffusion_align.rewards.resolve import TEXT
+from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward
+
+
+class ScaledTextReward:
+    """``scale`` times another text reward; -1 turns its sign. None stays None."""
+
+    def __init__(self, reward: Any, scale: float):
+        self.reward, self.scale = reward, scale
+        self.name = f"{scale:g}*{reward_name(reward)}"
+
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+        scores = call_text_reward(self.reward, prompts, completions, columns)
+        return [None if math.isnan(score) else self.scale * score for score in scores.tolist()]
+
+    def to(self, device: str | torch.device) -> "ScaledTextReward":
+        if hasattr(self.reward, "to"):
+            self.reward.to(device)
+        return self
+
+
+def build_text_reward(spec: Any, *, device: str | torch.device = "cpu") -> TextReward:
+    """The text reward that ``spec`` describes, ready on ``device``.
+
+    Args:
+        spec: as for `build_reward`: a name from `TEXT_REWARDS`, ``"package.module:function"``,
+            ``"path/to/file.py:function"``, a callable, or a mapping ``{"name": any of these, **options}``; ``scale``
+            may be among the options. A function is the reward itself and must take ``completions`` by name; a class is
+            built first, given ``device`` if it names it.
+
+    Raises:
+        RewardError: whatever `text_reward_problem` reports, or the reward's model cannot be loaded.
+    """
+    reward, scale = build(TEXT, spec, {"device": device})
+    return reward if scale == 1.0 else ScaledTextReward(reward, scale)
+
+
+def text_reward_problem(spec: Any) -> str | None:
+    """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model.
+
+    Whether the data has the columns that the reward needs is for `check_text_reward` to say.
+    """
+    return problem(TEXT, spec)
+
+
+def describe_text_rewards() -> list[dict[str, Any]]:
+    """One dict a built-in text reward: name, description, range, extra, licence."""
+    return describe(TEXT)

@@ -1,0 +1,240 @@
+"""A sequence classifier as judge: a reward model, a sentiment or toxicity network, or one that you trained."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.text.base import Text, text_of
+from diffusion_align.rewards.text.loading import (
+    load_network,
+    load_tokenizer,
+    network_problem,
+    token_limit,
+    tokens_of,
+)
+
+ABOUT = {
+    "classifier": {
+        "range": "unbounded (logit), 0 to 1 (probability)",
+        "extra": None,
+        "licence": "that of the model given",
+    },
+}
+READS = ("joined", "pair", "completion")
+OUTPUTS = ("logit", "probability")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Classifier:
+    """One logit or probability as a reward. Build it with `classifier`."""
+
+    name = "classifier"
+
+    def __init__(
+        self, network: Any, tokenizer: Any, *, label: int, output: str, reads: str, limit: int | None, batch_size: int
+    ):
+        self.network, self.tokenizer = network, tokenizer
+        self.label, self.output, self.reads, self.limit, self.batch_size = label, output, reads, limit, batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> Tensor:
+        texts, special = layout(self.tokenizer, prompts, completions, self.reads)
+        parts = []
+        for start in range(0, len(texts), self.batch_size):
+            part = texts[start : start + self.batch_size]
+            device = self.network.device
+            tokens = tokens_of(self.tokenizer, part, limit=self.limit, device=device, add_special_tokens=special)
+            parts.append(self._scores(self.network(**tokens).logits.float()))
+        return torch.cat(parts)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """(n,) of logits (n, number of labels)."""
+        if self.output == "logit":
+            return logits[:, self.label]
+        several = logits.shape[1] > 1 and self.network.config.problem_type != "multi_label_classification"
+        return (logits.softmax(-1) if several else logits.sigmoid())[:, self.label]
+
+    def to(self, device: str | torch.device) -> "Classifier":
+        self.network.to(device)
+        return self
+
+
+def layout(tokenizer: Any, prompts: list[Text], completions: list[Text], reads: str) -> tuple[list[Any], bool]:
+    """What the tokenizer is given for each sample, and whether it has to add special tokens.
+
+    ``joined`` messages go through the chat template, which writes the special tokens itself, if the tokenizer has one;
+    without one a line break stands between prompt and completion. ``joined`` text is the completion behind the prompt.
+    """
+    if reads == "completion":
+        return [text_of(completion) for completion in completions], True
+    rows = list(zip(prompts, completions, strict=True))
+    if reads == "pair":
+        return [(text_of(prompt), text_of(completion)) for prompt, completion in rows], True
+    if all(isinstance(text, str) for row in rows for text in row):
+        return [f"{prompt}{completion}" for prompt, completion in rows], True
+    if tokenizer.chat_template is None:
+        return [f"{text_of(prompt)}\n{text_of(completion)}" for prompt, completion in rows], True
+    chats: Any = [[*_messages(prompt, "user"), *_messages(completion, "assistant")] for prompt, completion in rows]
+    return tokenizer.apply_chat_template(chats, tokenize=False), False
+
+
+def classifier(
+    *,
+    model: str,
+    base: str | None = None,
+    label: int | str | None = None,
+    output: str = "logit",
+    reads: str = "joined",
+    dtype: str = "float32",
+    batch_size: int = 16,
+    max_length: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Classifier:
+    """The logit or probability that a sequence classifier, such as a reward model, gives to a label.
+
+    Args:
+        model: folder or hub id for transformers' ``AutoModelForSequenceClassification``, or a folder that PEFT saved
+            over one. Only safetensors are read.
+        base: where an adapter's base is, if not where the adapter says.
+        label: number or name of the label; may be left out where there is but one.
+        output: "logit", or "probability": the sigmoid of the only logit (and of each, in a model of several labels
+            at once), else the softmax.
+        reads: "joined", the conversation: messages by the tokenizer's chat template, text one behind the other;
+            "pair", prompt and completion as the two segments that encoders know; "completion" alone.
+        dtype: of the network; "float16" and "bfloat16" only on a GPU.
+        batch_size: samples a forward pass.
+        max_length: tokens that count; default: as many as the model can take. Longer input loses its beginning.
+    """
+    problem = classifier_problem(
+        model=model,
+        base=base,
+        label=label,
+        output=output,
+        reads=reads,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    if problem:
+        raise RewardError(problem)
+    network, tokenizer = _load(model, base, dtype, device)
+    return Classifier(
+        network,
+        tokenizer,
+        label=_label_index(network.config, label, model),
+        output=output,
+        reads=reads,
+        limit=token_limit(tokenizer, network.config, max_length),
+        batch_size=batch_size,
+    )
+
+
+def classifier_problem(
+    *,
+    model: Any,
+    base: Any = None,
+    label: Any = None,
+    output: Any = "logit",
+    reads: Any = "joined",
+    dtype: Any = "float32",
+    batch_size: Any = 16,
+    max_length: Any = None,
+    device: Any = None,
+) -> str | None:
+    """What is wrong with these options, in one sentence, or None. Loads nothing."""
+    if output not in OUTPUTS:
+        return f"output={output!r} is unknown: choose one of {', '.join(OUTPUTS)}"
+    if reads not in READS:
+        return f"reads={reads!r} is unknown: choose one of {', '.join(READS)}"
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+        return f"label={label!r} must be the number or the name of a label"
+    for option, name in {"model": model, "base": model if base is None else base}.items():
+        problem = network_problem(option, name, dtype=dtype, batch_size=batch_size, max_length=max_length)
+        if problem:
+            return problem
+    folder = Path(model).expanduser()
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    if base is not None and not adapter:
+        return f"base='{base}' is for adapters, but model='{model}' is no folder with an {ADAPTER_CONFIG}: leave it out"
+    if adapter and not (folder / ADAPTER_WEIGHTS).is_file():
+        return f"model='{model}' has no {ADAPTER_WEIGHTS}: save the adapter as safetensors"
+    return None
+
+
+def _load(model: str, base: str | None, dtype: str, device: str | torch.device) -> tuple[Any, Any]:
+    """Network and tokenizer, one padding token between them."""
+    folder = Path(model).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file():
+        network, base = _load_adapter(folder, base, dtype, device)
+        tokenizer = load_tokenizer(model if (folder / "tokenizer_config.json").is_file() else base)
+    else:
+        network = load_network("AutoModelForSequenceClassification", model, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(model)
+    config = network.config.get_text_config()
+    if tokenizer.pad_token_id is None:
+        padding = tokenizer.eos_token_id if config.pad_token_id is None else config.pad_token_id
+        if padding is None:
+            raise RewardError(f"the tokenizer of '{model}' has no padding token: set tokenizer.pad_token and save it")
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    # Decoders are read at their last token that is no padding, which they tell by this number.
+    config.pad_token_id = tokenizer.pad_token_id
+    # Padding on the right, because positions are counted from the left; what is too long loses its oldest part.
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    return network, tokenizer
+
+
+def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torch.device) -> tuple[Any, str]:
+    """An adapter over its base, and the name of the base. The head is the adapter's, or the base's if it has none."""
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, not a dict
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RewardError(f"'{folder}' does not hold an adapter ({describe_exception(error)})") from error
+    base = base or settings.get("base_model_name_or_path")
+    if not base:
+        raise RewardError(f"the adapter in '{folder}' does not say what it was trained over: give its base")
+    heads = {key: shape for key, shape in shapes.items() if ".lora_" not in key}
+    # A head of several layers ends in the one with the fewest rows, one a label.
+    labels = min((shape[0] for key, shape in heads.items() if key.endswith(".weight")), default=None)
+    network = load_network(
+        "AutoModelForSequenceClassification",
+        base,
+        dtype=dtype,
+        device=device,
+        may_lack=lambda key: any(name.endswith(f".{key}") for name in heads),
+        **({} if labels is None else {"num_labels": labels}),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(network, str(folder), torch_device=str(network.device))
+    except Exception as error:
+        raise RewardError(f"the adapter in '{folder}' does not fit '{base}' ({describe_exception(error)})") from error
+    return adapted.eval().requires_grad_(False), base
+
+
+def _label_index(config: Any, label: int | str | None, model: str) -> int:
+    """The column of the logits that ``label`` names."""
+    names = {int(number): str(name) for number, name in config.id2label.items()}
+    if label is None and len(names) == 1:
+        return 0
+    if label in names:
+        return int(label)
+    by_name = [number for number, name in names.items() if name == label]
+    if len(by_name) != 1:
+        there_are = ", ".join(f"{number} ({name})" for number, name in names.items())
+        raise RewardError(f"label={label!r} is no label of '{model}': choose one of {there_are}")
+    return by_name[0]
+
+
+def _messages(text: Text, role: str) -> list[Any]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)

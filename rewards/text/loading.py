@@ -1,0 +1,107 @@
+"""Networks that judge text: from a folder or the hub, safetensors only, frozen; and their tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.clip import DTYPES
+
+
+def load_network(
+    auto: str,
+    name: str,
+    *,
+    dtype: str,
+    device: str | torch.device,
+    may_lack: Callable[[str], bool] = lambda key: False,
+    **settings: Any,
+) -> Any:
+    """The network in a folder or hub repository, in evaluation mode, without gradients, on ``device``.
+
+    Args:
+        auto: the transformers class that loads it, e.g. "AutoModel".
+        name: folder or hub id; only its safetensors files are read, and no code of it is run.
+        dtype: a key of `DTYPES`.
+        may_lack: which weights may be missing, because something else supplies them or nothing uses them.
+        settings: for ``from_pretrained``.
+
+    Raises:
+        RewardError: not found, not safetensors, weights missing.
+    """
+    import transformers
+
+    if torch.device(device).type == "cpu" and dtype != "float32":
+        raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU rewards run in float32")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # of missing weights it warns even where an adapter brings them
+    try:
+        network, loading = getattr(transformers, auto).from_pretrained(
+            place(name), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **settings
+        )
+    except Exception as error:
+        raise RewardError(
+            f"'{name}' could not be loaded ({describe_exception(error)}): give a folder or hub id that holds the "
+            "network as safetensors, and check the connection for a hub id"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = sorted(key for key in loading["missing_keys"] if not may_lack(key))
+    if missing:
+        raise RewardError(f"'{name}' lacks weights ({missing[0]}, ...): give a network trained for this, whole")
+    return network.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a folder or hub repository; RewardError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place(name))
+    except Exception as error:
+        raise RewardError(
+            f"'{name}' has no tokenizer that loads ({describe_exception(error)}): save one there"
+        ) from error
+
+
+def tokens_of(
+    tokenizer: Any, texts: list[Any], *, limit: int | None, device: torch.device, **settings: Any
+) -> dict[str, Tensor]:
+    """Padded input of the network, (n, L) on ``device``; a text of no token at all becomes one end of sequence."""
+    if not tokenizer("").input_ids:
+        texts = [text or tokenizer.eos_token or tokenizer.pad_token for text in texts]
+    encoded = tokenizer(
+        texts, padding=True, truncation=limit is not None, max_length=limit, return_tensors="pt", **settings
+    )
+    return {key: value.to(device) for key, value in encoded.items()}
+
+
+def token_limit(tokenizer: Any, config: Any, max_length: int | None) -> int | None:
+    """The most tokens of one text that the option, the tokenizer and the network all allow; None for no end."""
+    limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    known = [limit for limit in limits if limit is not None and limit < 10**9]  # a tokenizer writes 10**30 for no limit
+    return min(known, default=None)
+
+
+def place(name: str) -> str:
+    """A folder where there is one of this name, else the hub id."""
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def network_problem(option: str, name: Any, *, dtype: Any, batch_size: Any, max_length: Any) -> str | None:
+    """What is wrong with the name of a network or how to run it, in one sentence, or None. Loads nothing."""
+    if not isinstance(name, str) or not name:
+        return f"{option}={name!r} must be a folder or a hub id"
+    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_like_a_path and not Path(name).expanduser().is_dir():
+        return f"{option}='{name}' is not a folder: give one that holds a transformers model"
+    if dtype not in tuple(DTYPES):
+        return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
+    for key, value in {"batch_size": batch_size, "max_length": 1 if max_length is None else max_length}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return f"{key}={value!r} must be a whole number of at least 1"
+    return None

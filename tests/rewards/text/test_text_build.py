@@ -1,0 +1,164 @@
+"""build_text_reward and text_reward_problem: the forms of a spec, and one sentence for every wrong one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffusion_align.rewards import (
+    REWARDS,
+    TEXT_REWARDS,
+    RewardError,
+    build_reward,
+    build_text_reward,
+    call_text_reward,
+    describe_rewards,
+    describe_text_rewards,
+    reward_problem,
+    text_reward_problem,
+)
+
+CODE = """
+def shout(completions, gain=1.0, **kwargs):
+    return [gain * sum(c.isupper() for c in completion) for completion in completions]
+
+def correct(prompts, completions, answer):
+    return [None if a is None else float(a in c) for c, a in zip(completions, answer)]
+
+def mute(prompts):
+    return [0.0] * len(prompts)
+
+def by_place(completions, /):
+    return [0.0] * len(completions)
+
+def picture(images, prompts, metadata):
+    return [0.0] * len(images)
+
+def graded(prompts, completions, answer):
+    return [0.0] * len(completions)
+
+class Judge:
+    def __init__(self, *, device="nowhere", weight=1.0, model="none"):
+        self.device, self.weight, self.model = device, weight, model
+
+    def __call__(self, completions, level):
+        return [self.weight * value for value in level]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CODE)
+    return path
+
+
+def scores(reward, **columns):
+    return call_text_reward(reward, ["p"] * 3, ["Ab", "CDe", ""], columns).tolist()
+
+
+def test_functions_classes_and_options(file):
+    assert scores(build_text_reward(f"{file}:shout")) == [1, 2, 0]
+    louder = build_text_reward({"name": f"{file}:shout", "gain": 3.0})
+    assert louder.name == "shout"
+    assert scores(louder, gain=[0, 0, 0], other=[1, 2, 3]) == [3, 6, 0]
+    fixed = build_text_reward({"name": f"{file}:correct", "answer": ["b", "x", None]})
+    assert scores(fixed)[:2] == [1, 0]
+    judge = build_text_reward({"name": f"{file}:Judge", "weight": 2.0, "model": "m"}, device="meta")
+    assert (judge.device, judge.weight, judge.model) == ("meta", 2.0, "m")
+    assert scores(judge, level=[1, 2, 3]) == [2, 4, 6]
+    assert scores(build_text_reward(lambda completions: [1.0] * len(completions))) == [1, 1, 1]
+
+
+def test_scale_turns_the_sign_keeps_none_and_passes_columns(file):
+    reward = build_text_reward({"name": f"{file}:correct", "scale": -2})
+    assert reward.name == "-2*correct"
+    found = scores(reward, answer=["b", "x", None], unused=[1, 2, 3])
+    assert found[:2] == [-2, 0]
+    assert found[2] != found[2]
+    with pytest.raises(RewardError, match=r"reward 'correct' needs 'answer', .* it has 'level'"):
+        scores(reward, level=[1, 2, 3])
+
+
+def test_scale_and_device_reach_a_wrapped_model():
+    class Holder(torch.nn.Module):
+        def forward(self, completions):
+            return torch.ones(len(completions))
+
+        def to(self, device):
+            self.moved = device
+            return self
+
+    reward = build_text_reward({"name": Holder(), "scale": 3.0}, device="cpu")
+    assert reward.reward.moved == "cpu"
+    reward.to("meta")
+    assert reward.reward.moved == "meta"
+    assert scores(reward) == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("lenght", "unknown reward 'lenght': did you mean 'length'. There are classifier, exact_match"),
+        ("zzz", "unknown reward 'zzz': there are classifier, .* or your own as 'module:function'"),
+        ("aesthetic", "reward 'aesthetic' scores images, not text: there are classifier"),
+        ("{file}:mute", "'mute' must take the argument 'completions' by name"),
+        ("{file}:by_place", "'by_place' must take the argument 'completions' by name"),
+        ("{file}:picture", "'picture' takes 'images', so it scores images, not text"),
+        ("{file}:shuot", "has no 'shuot': did you mean 'shout'"),
+        (
+            {"name": "{file}:correct", "anwser": 1},
+            "has no option 'anwser': did you mean 'answer'. It takes answer, scale",
+        ),
+        ({"name": "{file}:Judge", "wieght": 1}, "did you mean 'weight'"),
+        ({"name": "length", "traget": 3}, "has no option 'traget': did you mean 'target'"),
+        ({"name": "length", "completions": ["x"]}, "has no option 'completions'"),
+        ({"name": "length", "scale": 0}, "scale=0 of a reward"),
+        ("regex", "needs the option 'pattern'"),
+        ("classifier", "needs the option 'model'"),
+        (3, "got int"),
+    ],
+)
+def test_a_bad_spec_is_one_sentence(spec, sentence, file):
+    if isinstance(spec, str):
+        spec = spec.replace("{file}", str(file))
+    elif isinstance(spec, dict):
+        spec = {**spec, "name": spec["name"].replace("{file}", str(file))}
+    with pytest.raises(RewardError, match=sentence) as caught:
+        build_text_reward(spec)
+    assert text_reward_problem(spec) == str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_text_reward_where_one_for_images_is_wanted(file):
+    from diffusion_align.rewards.jpeg import jpeg_compressibility
+    from diffusion_align.rewards.text.length import length
+
+    there_are = ", ".join(REWARDS)
+    assert reward_problem("length").startswith(f"reward 'length' scores text, not images: there are {there_are}")
+    assert "takes 'completions', so it scores text, not images" in reward_problem(f"{file}:graded")
+    assert "takes 'completions', so it scores text, not images" in reward_problem(build_text_reward("length"))
+    assert "takes 'images', so it scores images" in text_reward_problem(build_reward("jpeg_compressibility"))
+    assert "scores text, not images: choose another" in reward_problem(length)
+    assert "scores images, not text: choose another" in text_reward_problem(jpeg_compressibility)
+
+
+def test_every_built_in_text_reward_describes_itself():
+    rows = describe_text_rewards()
+    assert [row["name"] for row in rows] == list(TEXT_REWARDS)
+    for row in rows:
+        assert set(row) == {"name", "description", "range", "extra", "licence"}
+        assert row["description"].endswith(".")
+    assert [row["name"] for row in describe_rewards()] == list(REWARDS)
+    assert not set(REWARDS) & set(TEXT_REWARDS)
+
+
+def test_importing_and_describing_is_light():
+    heavy = ["transformers", "peft", "vaderSentiment", "sentence_transformers"]
+    code = (
+        "import sys, diffusion_align.rewards as r; r.text_reward_problem('sentiment'); r.describe_text_rewards();"
+        f"r.build_text_reward('numeric_match'); print([name for name in {heavy} if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

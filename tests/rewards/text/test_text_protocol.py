@@ -1,0 +1,224 @@
+"""call_text_reward, check_text_reward, weighted_sum and text_of: what they let through, and what they refuse."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_align.rewards import RewardError, call_text_reward, check_text_reward, text_of, weighted_sum
+
+PROMPTS = ["add one and one", "name a fruit", "say hello"]
+COMPLETIONS = ["2", "a pear", ""]
+NAN = math.nan
+
+
+def call(answer, **columns):
+    def probe(prompts, completions, **columns):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return call_text_reward(probe, PROMPTS, COMPLETIONS, columns)
+
+
+@pytest.mark.parametrize(
+    ("answer", "scores"),
+    [
+        ([1.0, 2.0, 3.0], [1, 2, 3]),
+        ([1.0, None, 3], [1, NAN, 3]),
+        ((None, None, None), [NAN, NAN, NAN]),
+        ([True, False, None], [1, 0, NAN]),
+        ([torch.tensor(1.5), None, np.float32(2.5)], [1.5, NAN, 2.5]),
+        (torch.arange(3, dtype=torch.bfloat16), [0, 1, 2]),
+        (np.arange(3), [0, 1, 2]),
+    ],
+)
+def test_documented_answers_become_float32_on_the_cpu_with_nan_for_none(answer, scores):
+    found = call(answer)
+    assert found.dtype == torch.float32
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, torch.tensor(scores, dtype=torch.float32), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ([1.0, 2.0], "returned 2 scores for 3 completions"),
+        ([None, 2.0], "returned None at index 0"),
+        ([1.0], "not broadcast"),
+        (torch.ones(3, 1), r"returned shape \(3, 1\) for 3 completions"),
+        (1.0, "returned float"),
+        (None, "returned NoneType"),
+        (["good", None, "bad"], "not all numbers"),
+        ([[1.0], None, [2.0]], "unequal parts"),
+        ([0.0, NAN, 1.0], r"returned nan for completion 1 \(prompt 'name a fruit'\): .* or None where"),
+        ([None, 1.0, -math.inf], r"returned -inf for completion 2 \(prompt 'say hello'\)"),
+        (KeyError("label"), "raised KeyError: 'label'"),
+        (RuntimeError("first line\nsecond line"), "raised RuntimeError: first line$"),
+    ],
+)
+def test_every_other_answer_is_refused_in_one_sentence_naming_the_reward(answer, sentence):
+    with pytest.raises(RewardError, match=sentence) as caught:
+        call(answer)
+    assert "reward 'probe'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reward_gets_the_columns_that_it_names_by_name():
+    columns = {"answer": ["2", "pear", "hi"], "level": [1, 2, 3]}
+
+    def one(completions, answer):
+        return [float(a in c) for c, a in zip(completions, answer, strict=True)]
+
+    def all_of_them(completions, **columns):
+        assert sorted(columns) == ["answer", "level", "prompts"]
+        return [0.0] * len(completions)
+
+    def optional(*, completions, prompts, level=None, other="nothing"):
+        assert (prompts, level, other) == (PROMPTS, [1, 2, 3], "nothing")
+        return level
+
+    class Callable:
+        def __call__(self, level, completions):
+            return level
+
+    class Network(torch.nn.Module):
+        def forward(self, completions, level):
+            assert not torch.is_grad_enabled()
+            return torch.tensor(level).float()
+
+    assert call_text_reward(one, PROMPTS, COMPLETIONS, columns).tolist() == [1, 1, 0]
+    assert call_text_reward(all_of_them, PROMPTS, COMPLETIONS, columns).tolist() == [0, 0, 0]
+    for reward in (optional, Callable(), Network()):
+        assert call_text_reward(reward, PROMPTS, COMPLETIONS, columns).tolist() == [1, 2, 3]
+
+
+def test_an_option_is_not_replaced_by_a_column_of_its_name():
+    def gain(completions, level=1, **columns):
+        assert "level" not in columns
+        return [float(level)] * len(completions)
+
+    bound = functools.partial(gain, level=7)
+    assert call_text_reward(bound, PROMPTS, COMPLETIONS, {"level": [1, 2, 3]}).tolist() == [7, 7, 7]
+
+
+def test_a_missing_column_is_named_with_those_that_are_there():
+    def needy(completions, answer):
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"reward 'needy' needs 'answer', .*: it has 'Answer', 'level'$"):
+        call_text_reward(needy, PROMPTS, COMPLETIONS, {"level": [1, 2, 3], "Answer": ["", "", ""]})
+    with pytest.raises(RewardError, match="it has none but the prompts"):
+        call_text_reward(needy, PROMPTS, COMPLETIONS, {})
+
+
+def test_what_does_not_belong_together_is_refused():
+    def zero(completions):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"3 completions do not match .*'prompts': 2"):
+        call_text_reward(zero, PROMPTS[:2], COMPLETIONS, {})
+    with pytest.raises(ValueError, match=r"3 completions do not match .*'answer': 1"):
+        call_text_reward(zero, PROMPTS, COMPLETIONS, {"answer": ["x"]})
+    with pytest.raises(RewardError, match="column 'completions', a name that rewards need: rename it"):
+        call_text_reward(zero, PROMPTS, COMPLETIONS, {"completions": COMPLETIONS})
+
+
+def test_the_original_exception_is_kept_and_interrupts_pass():
+    with pytest.raises(RewardError) as caught:
+        call(KeyError("label"))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+    def interrupted(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_text_reward(interrupted, PROMPTS, COMPLETIONS, {})
+
+
+def test_a_reward_may_spoil_its_lists():
+    prompts, column = list(PROMPTS), [1, 2, 3]
+
+    def rude(prompts, completions, level):
+        prompts.clear()
+        level.clear()
+        return [0.0] * len(completions)
+
+    call_text_reward(rude, prompts, COMPLETIONS, {"level": column})
+    assert (prompts, column) == (PROMPTS, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("plain", "plain"),
+        ([{"role": "assistant", "content": "said"}], "said"),
+        ([{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}], "be kind\nhi"),
+        ([{"role": "assistant", "content": None}], ""),
+        ([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}], "what is it?"),
+        ([], ""),
+    ],
+)
+def test_the_words_of_text_and_messages(text, words):
+    assert text_of(text) == words
+
+
+@pytest.mark.parametrize("wrong", [3, None, ["text"], [{"role": "user"}], {"role": "user", "content": "x"}])
+def test_neither_text_nor_messages_is_one_sentence(wrong):
+    with pytest.raises(RewardError, match="must be text or a list of messages"):
+        text_of(wrong)
+
+
+def test_a_prompt_of_messages_is_shown_as_words():
+    def bad(completions):
+        return [NAN]
+
+    messages = [{"role": "user", "content": "name a fruit"}]
+    with pytest.raises(RewardError, match=r"prompt 'name a fruit'"):
+        call_text_reward(bad, [messages], [[{"role": "assistant", "content": "x"}]], {})
+
+
+def test_weighted_sum_ignores_nan():
+    scores = torch.tensor([[1.0, 2.0, NAN], [NAN, NAN, -4.0], [0.5, 0.25, 0.125]], dtype=torch.float64)
+    weights = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    expected = torch.tensor([0.0, -8.0, 0.5 - 0.125 + 0.25], dtype=torch.float64)
+    torch.testing.assert_close(weighted_sum(scores, weights), expected, rtol=0, atol=1e-15)
+    assert weighted_sum(scores.float(), weights).dtype == torch.float32
+
+
+def test_weighted_sum_refuses_a_sample_that_no_reward_speaks_about():
+    scores = torch.tensor([[1.0, NAN], [NAN, NAN]])
+    with pytest.raises(RewardError, match=r"about sample 1 \(prompt 'name a fruit'\): at least one"):
+        weighted_sum(scores, torch.ones(2), prompts=PROMPTS[:2])
+    with pytest.raises(RewardError, match="about sample 1: at least one"):
+        weighted_sum(scores, torch.ones(2))
+    for weights in (torch.ones(3), torch.ones(()), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=r"must be \(B, K\)"):
+            weighted_sum(scores, weights)
+
+
+def test_check_text_reward_shows_empty_and_other_completions_in_the_form_of_the_prompts():
+    seen = []
+
+    def spy(prompts, completions, answer):
+        seen.append(completions)
+        return [float(len(text_of(c))) for c in completions]
+
+    scores = check_text_reward(spy, PROMPTS, columns={"answer": [1, 2, 3]})
+    assert 0 in scores
+    assert scores.max() > 0
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    assert torch.equal(check_text_reward(spy, chats, columns={"answer": [1, 2, 3]}), scores)
+    assert seen[1][0] == [{"role": "assistant", "content": seen[0][0]}]
+    assert check_text_reward(spy, PROMPTS, COMPLETIONS, {"answer": [1, 2, 3]}).tolist() == [1, 6, 0]
+
+
+def test_check_text_reward_refuses_what_call_text_reward_refuses():
+    with pytest.raises(RewardError, match="needs 'answer'"):
+        check_text_reward(lambda completions, answer: answer, PROMPTS)
+    with pytest.raises(RewardError, match="raised IndexError"):  # an empty completion
+        check_text_reward(lambda completions: [float(ord(c[0])) for c in completions], PROMPTS)
+    with pytest.raises(RewardError, match="must be callable, got int"):
+        check_text_reward(3, PROMPTS)
