@@ -94,10 +94,11 @@ def several_rewards_advantages(
     """Sum over K rewards of ``weight_k * group_advantages(rewards[:, k], group_ids, **settings)``.
 
     Each is normalised by itself; normalising their sum lets the one that varies most decide alone (GDPO,
-    arXiv:2601.05242, whose second whitening over the batch is not done here).
+    arXiv:2601.05242, whose second whitening over the batch is not done here). nan means that a reward has nothing to
+    say about a sample: it then is left out of the mean and std of its group (or batch) and adds 0 to the sum.
 
     Args:
-        rewards: (B, K) finite; no gradient flows.
+        rewards: (B, K) finite or nan; no gradient flows.
         weights: (K,), or None for ones.
 
     Returns (B,), float32 or wider. Raises ValueError as ``group_advantages``, or on weights that are not (K,).
@@ -105,8 +106,17 @@ def several_rewards_advantages(
     if rewards.ndim != 2 or rewards.shape[1] == 0 or (weights is not None and weights.shape != rewards.shape[1:]):
         found = (tuple(rewards.shape), None if weights is None else tuple(weights.shape))
         raise ValueError(f"expected rewards (B, K) with K > 0 and weights (K,) or None, got {found}.")
-    advantages = torch.stack([group_advantages(column, group_ids, **settings) for column in rewards.unbind(1)], 1)
+    columns = rewards.unbind(1)
+    advantages = torch.stack([_advantages_where_said(column, group_ids, settings) for column in columns], 1)
     return advantages.sum(1) if weights is None else (advantages * weights.detach().to(advantages)).sum(1)
+
+
+def _advantages_where_said(rewards: Tensor, group_ids: Tensor, settings: dict[str, Any]) -> Tensor:
+    """``group_advantages`` of the rewards (B,) that are not nan, and 0 for the others."""
+    check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)
+    said = ~rewards.isnan()
+    found = group_advantages(rewards[said], group_ids[said.to(group_ids.device)], **settings)
+    return found.new_zeros(len(rewards)).masked_scatter(said, found)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -108,6 +108,10 @@ class Trainer(ABC, Generic[Batch]):
         """
         return {}
 
+    def measure(self) -> dict[str, float]:
+        """Metrics at the end of an epoch, such as those of held-out data; called on every process."""
+        return {}
+
     def show(self, name: str) -> None:
         """Write pictures (or texts) of the fixed prompts; called on the main process."""
 
@@ -141,9 +145,11 @@ class Trainer(ABC, Generic[Batch]):
                 keep, decisions, estimated = self.estimate(batch)
                 last = self._update(batch, keep, decisions)
                 updated = time.perf_counter()
+                measured = self.measure()
                 self.epoch += 1
                 self._show_if_due()
                 row = {"step": self.step, "epoch": self.epoch, **collected, **estimated, "samples_used": len(keep)}
+                row |= measured
                 row["time/sample"] = sampled - started - collected.get("time/score", 0.0)
                 row["time/update"] = updated - sampled
                 row["time/grid"] = time.perf_counter() - updated

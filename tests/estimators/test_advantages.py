@@ -99,6 +99,29 @@ def test_several_rewards_by_hand_and_whatever_their_units():
     assert (other - together).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("settings_", [{}, {"scale": "batch"}, {"scale": "none"}, {"ddof": 0, "clip_std": (0.7, 2.0)}])
+def test_a_reward_with_nothing_to_say_is_left_out_of_its_group(settings_):
+    rewards, weights = _random(6, 2), torch.tensor([1.5, -2.0], dtype=F64)
+    rewards[[0, 1, 3, 5], [1, 1, 1, 1]] = math.nan
+    ddof, (low, high) = settings_.get("ddof", 1), settings_.get("clip_std", (0.0, math.inf))
+    second = torch.zeros(6, dtype=F64)
+    said = rewards[[2, 4], 1]  # group 7 has these two left, group 3 and group 9 have none
+    std = 1.0 if settings_.get("scale") == "none" else said.std(correction=ddof).clamp(low, high)
+    second[[2, 4]] = (said - said.mean()) / std
+    first = group_advantages(rewards[:, 0], IDS, **settings_)
+    result = several_rewards_advantages(rewards, IDS, weights, **settings_)
+    torch.testing.assert_close(result, 1.5 * first - 2 * second, **EXACT)
+    assert several_rewards_advantages(torch.full((6, 2), math.nan), IDS, **settings_).tolist() == [0.0] * 6
+
+
+def test_a_batch_is_scaled_by_the_rewards_that_were_given():
+    ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    rewards = torch.tensor([1.0, 3.0, math.nan, 10.0, math.nan, 14.0], dtype=F64)
+    std = torch.tensor([1.0, 3.0, 10.0, 14.0], dtype=F64).std()
+    expected = torch.tensor([-1.0, 1.0, 0.0, -2.0, 0.0, 2.0], dtype=F64) / std
+    torch.testing.assert_close(several_rewards_advantages(rewards[:, None], ids, scale="batch"), expected, **EXACT)
+
+
 def test_several_rewards_errors_types_and_empty_batches():
     rewards, weights = _random(6, 2).requires_grad_(), _random(2, seed=1).requires_grad_()
     assert not several_rewards_advantages(rewards, IDS, weights).requires_grad
@@ -117,8 +140,10 @@ def test_several_rewards_errors_types_and_empty_batches():
             several_rewards_advantages(bad, IDS, bad_weights)
     with pytest.raises(ValueError, match=r"\(6,\).*\(5,\)"):
         several_rewards_advantages(rewards, IDS[:5])
-    with pytest.raises(ValueError, match=r"\(6,\) hold 6 value"):
-        several_rewards_advantages(torch.tensor([0.0, math.nan]).expand(6, 2), IDS)
+    for bad in (math.inf, -math.inf, 1e200):
+        values = torch.tensor([[0.0, math.nan]] * 5 + [[0.0, bad]], dtype=F64)
+        with pytest.raises(ValueError, match=r"hold 1 value\(s\) that are not finite"):
+            several_rewards_advantages(values, IDS)
     with pytest.raises(ValueError, match="scale='std'"):
         several_rewards_advantages(rewards, IDS, scale="std")
     assert several_rewards_advantages(torch.zeros(0, 2), IDS[:0], torch.ones(2)).shape == (0,)

@@ -1,0 +1,263 @@
+"""Reward models: a transformer with one number as its head, trained to score the preferred completion higher.
+
+Loss of a pair with scores r_w, r_l and probability p that the first is preferred (the row's ``label``, mostly 1):
+
+    -p log sigmoid(r_w - r_l) - (1 - p) log sigmoid(r_l - r_w)      Bradley & Terry 1952; arXiv:2203.02155, eq. 1
+    + center_coef (r_w + r_l)²                                      Eisenstein et al. 2023 (arXiv:2312.09244), eq. 2
+
+[004] prints -sigmoid(r_l - r_w), which trains towards the loser. The scores are fixed up to a constant only;
+``center_coef`` draws them to mean 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffusion_align.estimators import bradley_terry_loss
+from diffusion_align.llm.data import PreferenceRow, TextDataConfig
+from diffusion_align.llm.policy import LoRAConfig, Sequences, pack
+from diffusion_align.report import write_report
+from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.errors import UserError
+from diffusion_align.training.loop import Trainer
+from diffusion_align.training.prompts import items_of_epoch
+
+
+class RewardModelConfig(TrainingConfig):
+    """Settings of RewardModelTrainer; see ``TrainingConfig`` for those of every trainer.
+
+    ``samples_per_epoch`` counts pairs; a row with several rejected completions is as many pairs.
+    """
+
+    method: Literal["reward_model"] = "reward_model"
+    dataset: TextDataConfig = Field(description="preferences: list, file or hub id")
+    eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    max_prompt_length: int | None = Field(None, ge=1, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, description="tokens; longer completions are cut")
+    center_coef: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of (r_w + r_l)², draws them to 0")
+
+
+class RewardModel:
+    """r(prompt, completion) of a Hugging Face sequence classifier with one label: the logit at the last token.
+
+    Which token is the last is for the model's own forward to say: the last that differs from its configuration's
+    padding. So scores equal those of plain transformers; where the end of sequence pads, the last is the one before it.
+
+    Args:
+        model: an ``AutoModelForSequenceClassification`` with one label; dropout is off in training as well.
+        tokenizer: its tokenizer; where it has no padding token the end of sequence pads.
+        lora: adapters to train beside the head; None trains the whole model.
+        autocast: context in which the network runs; scores stay float32.
+
+    Raises:
+        UserError: several labels, a tokenizer without an end of sequence, or an adapter that is already there.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        lora: LoRAConfig | None,
+        device: torch.device | str = "cpu",
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
+        if model.config.num_labels != 1:
+            raise UserError(f"the model has num_labels={model.config.num_labels}: a reward model has 1")
+        if getattr(model, "peft_config", None):
+            raise UserError("the model carries adapters already: merge or unload them before training")
+        self.model, self.tokenizer, self.device, self.autocast = model.to(device), tokenizer, device, autocast
+        self.pad = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        model.config.pad_token_id = model.config.get_text_config().pad_token_id = self.pad
+        model.requires_grad_(lora is None)
+        if lora is not None:
+            model.add_adapter(_peft_config(lora))
+        model.eval()
+        for parameter in self.trainable.values():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is trained: head and adapters, or the whole model."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def pack(self, rows: Sequence[PreferenceRow], completions: Sequence[Sequence[int]]) -> Sequences:
+        """Completions, each behind the prompt of its row, as the reward ``classifier`` will be shown them.
+
+        That is a text as the tokenizer ends it, mostly without an end of sequence, and a conversation as the chat
+        template ends it, which may write a line break behind it.
+        """
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        ended = []
+        for row, completion in zip(rows, completions, strict=True):
+            tail = self._tails[not isinstance(row.prompt, str)]
+            finished = list(completion[-1:]) == [self.tokenizer.eos_token_id]
+            kept = [*(completion[:-1] if finished and tail is None else completion), *(tail or [])]
+            ended.append(kept if longest is None else kept[: longest - len(row.ids)])
+        return pack([row.ids for row in rows], ended, pad=self.pad, device=self.device)
+
+    def score(self, sequences: Sequences) -> Tensor:
+        """(B,) scores, float32 or wider."""
+        with self.autocast():
+            output = self.model(input_ids=sequences.ids, attention_mask=sequences.attention_mask, use_cache=False)
+        logits = output.logits[:, 0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def save(self, folder: Path) -> None:
+        """Write the model, or head and adapters, and the tokenizer, for plain transformers (with peft)."""
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # as in training; batches cannot be scored without one
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    @cached_property
+    def _tails(self) -> dict[bool, list[int] | None]:
+        """Whether it is a conversation -> the tokens behind its end of sequence, None if it does not end in one."""
+        tokenizer = self.tokenizer
+        tails: dict[bool, list[int] | None] = {False: None, True: None}
+        if tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]:
+            tails[False] = []
+        if getattr(tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            if text.rstrip().endswith(tokenizer.eos_token):
+                tails[True] = tokenizer(text[len(text.rstrip()) :], add_special_tokens=False).input_ids
+        return tails
+
+
+@dataclass
+class ScoredPairs:
+    """B pairs of one process, on the device.
+
+    Attributes:
+        sequences: 2B of them, the B chosen ones and then the B rejected ones.
+        labels: (B,) P(chosen is preferred).
+    """
+
+    sequences: Sequences
+    labels: Tensor
+
+
+Pair = tuple[PreferenceRow, list[int]]
+"""A row and one of its rejected completions."""
+
+
+class RewardModelTrainer(Trainer[ScoredPairs]):
+    """Train a reward model on preferences.
+
+    Args:
+        config: checked settings.
+        model: what is trained, on ``accelerator.device``.
+        rows: preferences; every rejected completion is one pair.
+        eval_rows: preferences to score after every epoch, without training on them.
+        accelerator: devices, precision and processes; a plain one when not given.
+    """
+
+    config: RewardModelConfig
+    headline = "accuracy"
+
+    def __init__(
+        self,
+        config: RewardModelConfig,
+        model: RewardModel,
+        rows: Sequence[PreferenceRow],
+        *,
+        eval_rows: Sequence[PreferenceRow] = (),
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(config, accelerator or Accelerator())
+        self.model = model
+        self.pairs, self.eval_pairs = (
+            [(row, rejected) for row in some for rejected in row.rejected] for some in (rows, eval_rows)
+        )
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.model.trainable
+
+    def collect(self) -> tuple[ScoredPairs, dict[str, float]]:
+        """This process's pairs of the epoch."""
+        count = self.config.samples_per_epoch
+        chosen = items_of_epoch(self.pairs, self.config.seed, self.epoch, count)
+        return self._packed([chosen[i] for i in self.local_samples]), {"pairs_used": float(count)}
+
+    def estimate(self, batch: ScoredPairs) -> tuple[Tensor, int, dict[str, float]]:
+        """Nothing is estimated: all pairs count."""
+        return torch.arange(self.config.samples_per_epoch), 1, {}
+
+    def loss(self, batch: ScoredPairs, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring; chosen and rejected go through the model together."""
+        both = batch.sequences[torch.cat([samples, samples + len(batch.labels)])]
+        chosen, rejected = self.model.score(both).chunk(2)
+        label = batch.labels[samples]
+        losses = label * bradley_terry_loss(chosen, rejected) + (1 - label) * bradley_terry_loss(rejected, chosen)
+        margin = (chosen - rejected).detach()
+        right = (margin > 0).float() + 0.5 * (margin == 0).float()
+        statistics = {
+            "loss/preference": losses.detach(),
+            "accuracy": label * right + (1 - label) * (1 - right),
+            "margin": margin,
+            "scores/chosen": chosen.detach(),
+            "scores/rejected": rejected.detach(),
+        }
+        if self.config.center_coef > 0:
+            offset = (chosen + rejected).square()
+            statistics["loss/center"] = offset.detach()
+            losses = losses + self.config.center_coef * offset
+        return losses, statistics
+
+    def finish(self) -> None:
+        """Write ``final/`` (what transformers and peft load, and the reward ``classifier``) and the report."""
+        self.model.save(self.folder / "final")
+        write_report(self.folder)
+
+    def measure(self) -> dict[str, float]:
+        return self._evaluate() if self.eval_pairs else {}
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Means over ``eval_pairs`` of all processes, with the weights that ``final/`` would hold."""
+        own = self.eval_pairs[self.accelerator.process_index :: self.accelerator.num_processes]
+        size = self.config.sample_batch_size
+        names = ("loss/preference", "accuracy", "margin")
+        sums = torch.zeros(len(names), device=self.accelerator.device)
+        with self.averaged_weights(), self.progress("  evaluating", len(own)) as bar:
+            for start in range(0, len(own), size):
+                some = self._packed(own[start : start + size])
+                every = torch.arange(len(some.labels), device=sums.device)
+                _, statistics = self.loss(some, every, torch.zeros_like(every))
+                sums += torch.stack([statistics[name].sum() for name in names])
+                self.advance(bar, len(every))
+        means = self.accelerator.reduce(sums, reduction="sum") / len(self.eval_pairs)
+        return {f"eval/{name.rpartition('/')[2]}": value for name, value in zip(names, means.tolist(), strict=True)}
+
+    def _packed(self, pairs: Sequence[Pair]) -> ScoredPairs:
+        rows = [row for row, _ in pairs]
+        sequences = self.model.pack([*rows, *rows], [*(row.chosen for row in rows), *(lost for _, lost in pairs)])
+        return ScoredPairs(sequences, torch.tensor([row.label for row in rows], device=self.model.device))
+
+
+def _peft_config(lora: LoRAConfig) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        target_modules="all-linear" if lora.layers == "all-linear" else None,
+        task_type="SEQ_CLS",
+        modules_to_save=["score", "classifier"],  # the head, by either name: trained whole and saved with the adapters
+    )
