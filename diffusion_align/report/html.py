@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from diffusion_align.report import plots
+from diffusion_align.report import plots, texts
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
 
 MAX_GRIDS = 6
@@ -25,29 +26,14 @@ MIN_FOR_ERROR = 5  # fewer updates tell too little about their spread for a stan
 MAX_IMAGE_WIDTH = 1600  # wider pictures are shrunk inside the report; the files keep their size
 
 # Each plot, its axis, the metrics it shows (any one is enough), and how it is read.
-_PLOTS = (
-    (
-        plots.plot_reward,
-        "epoch",
-        ("reward",),
-        "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
-        "are a real difference.",
-    ),
-    (
-        plots.plot_preference,
-        "step",
-        plots.PREFERENCE_KEYS,
-        "How often, and by how much, the policy prefers the chosen sample more than the reference does. The loss only "
-        "asks for the gap between chosen and rejected: both errors below 0, or both rewards above 0, mean that both "
-        "samples became likelier, and the reverse that both became less likely. A winner's error that keeps rising is "
-        "divergence.",
-    ),
-    (
-        plots.plot_kl,
-        "step",
-        ("kl", "kl_path"),
-        "How far the policy is from the reference, in nats: for one decision, and summed over the trained steps.",
-    ),
+_REWARD = (
+    plots.plot_reward,
+    "epoch",
+    ("reward",),
+    "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
+    "are a real difference.",
+)
+_COMMON = (
     (
         plots.plot_clip_fraction,
         "step",
@@ -74,6 +60,38 @@ _PLOTS = (
         "Where the seconds of each epoch went.",
     ),
 )
+_IMAGE_PLOTS = (
+    _REWARD,
+    (
+        plots.plot_preference,
+        "step",
+        plots.PREFERENCE_KEYS,
+        "How often, and by how much, the policy prefers the chosen sample more than the reference does. The loss only "
+        "asks for the gap between chosen and rejected: both errors below 0, or both rewards above 0, mean that both "
+        "samples became likelier, and the reverse that both became less likely. A winner's error that keeps rising is "
+        "divergence.",
+    ),
+    (
+        plots.plot_kl,
+        "step",
+        ("kl", "kl_path"),
+        "How far the policy is from the reference, in nats: for one decision, and summed over the trained steps.",
+    ),
+    *_COMMON,
+)
+_TEXT_PLOTS = (
+    _REWARD,
+    *(
+        (
+            functools.partial(plots.plot_panels, shown=panels),
+            "step",
+            tuple(key for _, _, lines, _ in panels for key in lines),
+            reading,
+        )
+        for panels, reading in texts.PLOTS
+    ),
+    *_COMMON,
+)
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -96,6 +114,8 @@ def write_report(run_dir: str | Path) -> Path:
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
     config = _load_config(config_text)
+    method = config.get("method") if isinstance(config, dict) else None
+    samples = run_dir / "samples"
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -103,12 +123,14 @@ def write_report(run_dir: str | Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=_title(run_dir, config),
         folder=run_dir.resolve().name,
-        summary=summary(rows),
+        summary=summary(rows, method),
         finished=(run_dir / "final").exists(),
-        before_after=_inline(run_dir / "samples" / "before_after.png"),
-        figures=list(_figures(rows)),
-        other=_other_metrics(rows),
-        grids=list(_grids(run_dir / "samples")),
+        before_after=_inline(samples / "before_after.png"),
+        before_after_texts=texts.before_after_table(samples),
+        figures=list(_figures(rows, method)),
+        other=_other_metrics(rows, method),
+        grids=list(_grids(samples)),
+        texts=[texts.samples_table(path, label) for path, label in _some_epochs(samples, "jsonl")],
         config=list(_flatten(config)) if isinstance(config, dict) else [],
         config_text=config_text,
     )
@@ -122,19 +144,25 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """The run in one paragraph: reward or implicit accuracy from start to end, cost, KL, largest ratio deviation."""
+def summary(rows: Sequence[Row], method: object = None) -> str:
+    """The run in one paragraph: reward or accuracy from start to end, cost, KL, largest ratio deviation.
+
+    A text run says how long its completions were; one from preferences says nothing of what it did not need to log.
+    """
     if not rows:
         return "No metrics have been written yet."
     preference = _preference_sentences(rows)
+    compares = bool(preference) or method in texts.PREFERENCE_METHODS
     has_reward = len(series(rows, "reward", x="epoch")[0]) > 0
     has_ratio = len(series(rows, "ratio/first_pass_deviation")[0]) > 0
-    sentences = [_reward_sentence(rows)] if has_reward or not preference else []
-    sentences += preference
-    if preference and not has_reward and (cost := _cost(rows)):
+    has_kl = len(series(rows, "kl")[0]) > 0
+    sentences = [_reward_sentence(rows)] if has_reward or not compares else []
+    sentences += preference + texts.completion_sentences(rows)
+    if compares and not has_reward and (cost := _cost(rows)):
         sentences.append(f"The run took {cost}.")
-    sentences.append(_kl_sentence(rows))
-    if has_ratio or not preference:
+    if has_kl or method not in texts.PREFERENCE_METHODS:
+        sentences.append(_kl_sentence(rows, method))
+    if has_ratio or not compares:
         sentences.append(_ratio_sentence(rows))
     return " ".join(sentences)
 
@@ -162,24 +190,27 @@ def _verb(change: float) -> str:
 
 
 def _preference_sentences(rows: Sequence[Row]) -> list[str]:
-    """Implicit accuracy from the first to the last tenth of the updates; margin and errors in the last tenth."""
-    _, accuracy = series(rows, "rewards/accuracies")
+    """Accuracy from the first to the last tenth of the updates; margin and errors in the last tenth."""
+    name, key = "implicit accuracy", "rewards/accuracies"
+    if not len(series(rows, key)[0]):
+        name, key = "accuracy", "accuracy"
+    _, accuracy = series(rows, key)
     count = len(accuracy)
     if not count:
         return []
     (start, first), (end, last) = _tenth(accuracy, first=True), _tenth(accuracy, first=False)
     if count == 1:
-        sentence = f"The implicit accuracy of the only update so far is {last}"
+        sentence = f"The {name} of the only update so far is {last}"
     else:
         part = "first tenth" if count >= 20 else "first"
         sentence = (
-            f"The implicit accuracy {_verb(end - start)} from {first} in the {part} of {count} updates to {last} in "
-            "the last"
+            f"The {name} {_verb(end - start)} from {first} in the {part} of {count} updates to {last} in the last"
         )
     note = "; ± 2 standard errors" if "±" in first + last else ""
     sentences = [f"{sentence} (chance is 0.5{note})."]
     phrases = {
         "rewards/margins": "the implicit reward margin was {}",
+        "margin": "the chosen one scored {} more",
         "error/winner": "the winner's error minus the reference's was {} nats",
         "error/loser": "the loser's error minus the reference's was {} nats",
     }
@@ -187,7 +218,7 @@ def _preference_sentences(rows: Sequence[Row]) -> list[str]:
     found = [phrases[key].format(_tenth(values, first=False)[1]) for key, values in ends.items() if len(values)]
     if found:
         sentences.append(f"There {_listed(found)}.")
-    return sentences
+    return sentences + texts.held_out_sentences(rows)
 
 
 def _tenth(values: np.ndarray, *, first: bool) -> tuple[float, str]:
@@ -227,19 +258,19 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _kl_sentence(rows: Sequence[Row]) -> str:
-    found = []
-    for key, what in (("kl", "a step"), ("kl_path", "over all trained steps")):
+def _kl_sentence(rows: Sequence[Row], method: object) -> str:
+    found, count = [], 0
+    for key, what in texts.kl_phrases(method).items():
         with_key = [row for row in rows if key in row]
         last_epoch = [row for row in with_key if row.get("epoch") == with_key[-1].get("epoch")]
         _, values = series(last_epoch, key)
         if len(values):
             found.append(f"{values.mean():.3g} nats {what}")
+            count = len(values)
     if not found:
         return "KL to the reference was not logged."
-    return (
-        f"In the last epoch the policy was {' and '.join(found)} away from the reference (KL, mean over its updates)."
-    )
+    mean = "over its samples" if method in texts.METHODS and count == 1 else "over its updates"
+    return f"In the last epoch the policy was {' and '.join(found)} away from the reference (KL, mean {mean})."
 
 
 def _ratio_sentence(rows: Sequence[Row]) -> str:
@@ -265,8 +296,8 @@ def _title(run_dir: Path, config: object) -> str:
     if isinstance(config, dict):
         for key in ("method", "reward", "model"):
             value = config.get(key)
-            if key == "reward" and not value and isinstance(pairs := config.get("pairs"), dict):
-                value = pairs.get("source")
+            if key == "reward" and not value:
+                value = _source(config)
             if isinstance(value, dict):
                 value = value.get("name") or " + ".join(map(str, value))
             elif isinstance(value, list):
@@ -274,6 +305,13 @@ def _title(run_dir: Path, config: object) -> str:
             if value:
                 parts.append(str(value).upper().replace("_", "-") if key == "method" else Path(str(value)).name)
     return " · ".join(parts) or run_dir.resolve().name
+
+
+def _source(config: dict) -> Any:
+    """Where the pairs come from, if that has a name."""
+    data = config.get("pairs") or config.get("dataset")
+    source = data.get("source") if isinstance(data, dict) else None
+    return source if isinstance(source, str) else None
 
 
 def _load_config(text: str) -> Any:
@@ -293,17 +331,21 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", text.removesuffix("\n").removesuffix("\n...")
 
 
-def _figures(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    for draw, x, keys, reading in _PLOTS:
+def _plots(method: object) -> Sequence[tuple[Any, str, Sequence[str], str]]:
+    return _TEXT_PLOTS if method in texts.METHODS else _IMAGE_PLOTS
+
+
+def _figures(rows: Sequence[Row], method: object) -> Iterator[dict[str, Any]]:
+    for draw, x, keys, reading in _plots(method):
         if set(numeric_keys(rows, x=x)).intersection(keys):
             yield _figure(draw(rows), reading)
         if draw is plots.plot_reward and len(components := plots.reward_component_keys(rows)) > 1:
             yield _figure(plots.plot_metrics(rows, components, x="epoch"), "The rewards that were logged, one by one.")
 
 
-def _other_metrics(rows: Sequence[Row]) -> dict[str, Any] | None:
+def _other_metrics(rows: Sequence[Row], method: object) -> dict[str, Any] | None:
     """Every metric that no plot above shows, so that a text run or a new algorithm is reported as well."""
-    shown = {key for _, _, keys, _ in _PLOTS for key in keys} | {"reward_stderr"}
+    shown = {key for _, _, keys, _ in _plots(method) for key in keys} | {"reward_stderr"}
     components = plots.reward_component_keys(rows)
     keys = [key for key in numeric_keys(rows) if key not in shown and key not in components]
     keys = [key for key in keys if len(series(rows, key, x=natural_x([rows], key))[0])]
@@ -325,17 +367,23 @@ def _figure(figure: plots.Figure, reading: str) -> dict[str, Any]:
 
 
 def _grids(samples: Path) -> Iterator[dict[str, Any]]:
-    """At most ``MAX_GRIDS`` of the epochs' grids, evenly spread, the first and the last among them."""
+    """The grids of some epochs."""
+    for path, label in _some_epochs(samples, "png"):
+        if source := _inline(path):
+            yield {"source": source, "label": label}
+
+
+def _some_epochs(samples: Path, suffix: str) -> Iterator[tuple[Path, str]]:
+    """At most ``MAX_GRIDS`` of the epochs' files, evenly spread, the first and the last among them."""
     numbered = sorted(
         (int(match[1]), path)
-        for path in samples.glob("epoch_*.png")
-        if (match := re.fullmatch(r"epoch_(\d+)\.png", path.name))
+        for path in samples.glob(f"epoch_*.{suffix}")
+        if (match := re.fullmatch(r"epoch_(\d+)", path.stem))
     )
     count = min(MAX_GRIDS, len(numbered))
     for i in range(count):
         epoch, path = numbered[round(i * (len(numbered) - 1) / max(count - 1, 1))]
-        if source := _inline(path):
-            yield {"source": source, "label": f"After epoch {epoch}" if epoch else "Before training"}
+        yield path, f"After epoch {epoch}" if epoch else "Before training"
 
 
 def _inline(path: Path) -> str | None:

@@ -62,9 +62,29 @@ _NAMES = {
     "kl/loser": ("KL to the reference at the loser, per step", "nats"),
     "weight": ("Weight of the corrected loss", "mean weight"),
     "beta_nats": ("Beta", "per nat"),
+    "completions/mean_length": ("Length of the completions", "tokens"),
+    "completions/min_length": ("Shortest completion", "tokens"),
+    "completions/max_length": ("Longest completion", "tokens"),
+    "completions/tokens": ("Tokens sampled", "tokens"),
+    "completions/clipped_ratio": ("Completions without an end", "fraction"),
+    "kl_coef": ("Price of the KL to the reference", "per nat"),
+    "drift": ("Distance from the reference on the data", "nats a token"),
+    "accuracy": ("Accuracy", "fraction of pairs"),
+    "margin": ("Score, chosen − rejected", "score"),
+    "scores/chosen": ("Score, chosen", "score"),
+    "scores/rejected": ("Score, rejected", "score"),
+    "eval/accuracy": ("Accuracy, held-out pairs", "fraction of pairs"),
+    "eval/margin": ("Score, chosen − rejected, held-out pairs", "score"),
+    "eval/preference": ("Preference loss, held-out pairs", "nats"),
+    "loss/policy": ("Policy loss", "loss"),
+    "loss/value": ("Value loss", "loss"),
+    "loss/center": ("Centring loss", "score²"),
+    "value/mean": ("Value, mean", "reward"),
+    "returns/mean": ("Return, mean", "reward"),
 }
-# Of each panel: the metric that names its unit, its title, its lines, and the level of the reference or of chance.
-_PREFERENCE_PANELS: tuple[tuple[str, str, dict[str, str], tuple[float, str] | None], ...] = (
+Panel = tuple[str, str, Mapping[str, str], tuple[float, str] | None]
+"""The metric that names its unit, its title, its lines, and the level of the reference or of chance."""
+_PREFERENCE_PANELS: tuple[Panel, ...] = (
     ("rewards/accuracies", "Implicit accuracy", {"rewards/accuracies": "accuracy"}, (0.5, "chance")),
     ("rewards/margins", "Implicit reward, chosen − rejected", {"rewards/margins": "margin"}, (0.0, "reference")),
     (
@@ -90,6 +110,7 @@ _PREFERENCE_PANELS: tuple[tuple[str, str, dict[str, str], tuple[float, str] | No
 PREFERENCE_KEYS = tuple(key for _, _, lines, _ in _PREFERENCE_PANELS for key in lines)
 _REWARD_COMPONENT = re.compile(r"rewards/(.+)/mean")
 _X_NAMES = {"step": "optimizer update", "epoch": "epoch"}
+_HELD_OUT = "eval/"
 _TIME_PARTS = ("sample", "score", "update", "grid")
 
 
@@ -151,20 +172,27 @@ def reward_component_keys(rows: Iterable[Row]) -> list[str]:
 
 
 def plot_preference(rows: Sequence[Row]) -> Figure:
-    """A preference run over its updates: implicit accuracy and rewards, errors and KL at winner and loser.
+    """A preference run over its updates: implicit accuracy and rewards, errors and KL at winner and loser."""
+    return plot_panels(rows, _PREFERENCE_PANELS)
 
-    Where a panel has many updates its values are pale and their running mean, whose length the axis names, is bold. A
-    panel without metrics is left out.
+
+def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
+    """Panels over the updates, each with several lines; a panel without metrics is left out.
+
+    Where a panel has many updates its values are pale and their running mean, whose length the axis names, is bold;
+    what is measured on held-out data, once an epoch, is drawn as it is.
     """
-    known = _present(rows, PREFERENCE_KEYS, x="step")
-    shown = [panel for panel in _PREFERENCE_PANELS if not panel[2].keys().isdisjoint(known)]
+    known = _present(rows, [key for _, _, lines, _ in shown for key in lines], x="step")
+    shown = [panel for panel in shown if not panel[2].keys().isdisjoint(known)]
     figure, panels = _figure(len(shown))
     for axes, (key, title, lines, level) in zip(panels, shown):
-        curves = {label: series(rows, name) for name, label in lines.items() if name in known}
-        window = max(1, min(len(steps) for steps, _ in curves.values()) // SMOOTHING)
-        for color, label in zip(PALETTE, lines.values()):
-            if label in curves:
-                _smooth_line(axes, *curves[label], color, label=label, window=window)
+        curves = {name: series(rows, name) for name in lines if name in known}
+        counts = [len(steps) for name, (steps, _) in curves.items() if not name.startswith(_HELD_OUT)]
+        window = max(1, min(counts, default=0) // SMOOTHING)
+        for color, (name, label) in zip(PALETTE, lines.items()):
+            if name in curves:
+                smoothed = 1 if name.startswith(_HELD_OUT) else window
+                _smooth_line(axes, *curves[name], color, label=label, window=smoothed)
         if level:
             axes.axhline(level[0], color="#777777", linewidth=1.0, linestyle="--", label=level[1], zorder=2)
         _finish(axes, key, "step", title=title)
@@ -172,7 +200,8 @@ def plot_preference(rows: Sequence[Row]) -> Figure:
             axes.set_xlabel(f"{_X_NAMES['step']} (bold: mean over {window})", fontsize=8.5, color=INK)
         if level is None:
             _from_zero(axes)
-        _legend(axes)
+        if level or len(curves) > 1:
+            _legend(axes)
     return figure
 
 
