@@ -2,12 +2,15 @@
 
     python scripts/benchmark.py ddpo                # the embedded model, as the quickstart trains it
     python scripts/benchmark.py diffusion-dpo       # the embedded model, as dpo_emoji_style trains it
+    python scripts/benchmark.py grpo                # the embedded language model, as grpo_tiny trains it
+    python scripts/benchmark.py dpo                 # and as dpo_multi_negative_tiny does
     python scripts/benchmark.py ddpo --growth       # and how time and memory grow with pictures and steps
     python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
 
-``ddpo``, ``diffusion-dpo``: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed
-by exactly the UNet passes it made (same batch sizes, same adapter, with or without a backward pass), so that both see
-the same machine; the median of the ratios is what counts.
+All but the last: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by exactly
+the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both see the
+same machine; the median of the ratios is what counts. Tokens a second are those of the backward passes, padding and
+prompts too, over the whole epoch.
 
 ``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
 the peak of the resident memory over what is resident once the inputs are there, so the result and the gradients
@@ -16,6 +19,7 @@ count: where logits are given, their gradient alone is as large as they are. "fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import statistics
@@ -23,8 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,6 +77,41 @@ def diffusion_dpo(
     _print_epochs([measure(recipe, overrides or [], epochs)], as_json)
 
 
+@app.command()
+def grpo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe")] = None,
+    recipe: str = "grpo_tiny",
+    epochs: int = 5,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """GRPO's epoch time over the time of its forward, backward and generating passes; tokens a second."""
+    _print_text([measure(recipe, overrides or [], epochs)], as_json)
+
+
+@app.command()
+def dpo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe")] = None,
+    recipe: str = "dpo_multi_negative_tiny",
+    epochs: int = 5,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Online DPO's epoch time over the time of its forward, backward and generating passes; tokens a second."""
+    _print_text([measure(recipe, overrides or [], epochs)], as_json)
+
+
+def _print_text(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows[0]))
+        return
+    print(" samples  epoch s  bare s  ratio (median, min-max)  trained tokens/s  peak MiB")
+    for row in rows:
+        print(
+            f"{row['samples']:8d}  {row['epoch']:7.2f}  {row['bare']:6.2f}  "
+            f"{row['ratio']:5.3f} ({row['low']:.3f}-{row['high']:.3f})  {row['tokens_per_second']:16.0f}  "
+            f"{row['peak_mib']:8.0f}"
+        )
+
+
 def _print_epochs(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows[0]))
@@ -87,36 +125,12 @@ def _print_epochs(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
-    """Run ``epochs`` epochs after one to warm up; seconds, ratios and peak memory."""
-    from diffusion_align.diffusion.ddpo import DDPOTrainer
-    from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
-    from diffusion_align.diffusion.policy import DenoisingPolicy
-    from diffusion_align.pipelines.configuration import read_config
-    from diffusion_align.pipelines.image import run
+    """Run ``epochs`` epochs after one to warm up; seconds, ratios, peak memory and, of text, tokens a second."""
+    from bare_passes import LanguagePasses, UNetPasses
 
-    passes: Counter[tuple[int, bool, bool]] = Counter()
-    run_unet = DenoisingPolicy._run_unet
-    trainers: tuple[Any, ...] = (DDPOTrainer, DiffusionDPOTrainer)
-    collects = {trainer: trainer.collect for trainer in trainers}
-    marks: list[float] = []
-    results: list[tuple[float, float]] = []
+    from diffusion_align.pipelines.configuration import IMAGE_METHODS, read_config
+    from diffusion_align.pipelines.run import run
 
-    def counted(policy: Any, x_t: torch.Tensor, *args: Any) -> torch.Tensor:
-        is_reference = policy.lora is not None and not _adapter_is_on(policy)
-        passes[(len(x_t), torch.is_grad_enabled(), is_reference)] += 1
-        return run_unet(policy, x_t, *args)
-
-    def marked(trainer: Any) -> Any:
-        now = time.perf_counter()
-        if marks:
-            results.append((now - marks[-1], _bare(trainer.policy, passes, run_unet)))
-        passes.clear()
-        marks.append(time.perf_counter())
-        return collects[type(trainer)](trainer)
-
-    DenoisingPolicy._run_unet = counted  # type: ignore[method-assign]
-    for trainer in trainers:
-        trainer.collect = marked
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"output_dir={folder}/run",
@@ -126,56 +140,61 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
             *overrides,
         ]
         config: Any = read_config(recipe, settings)
-        run(config)
+        passes: Any = UNetPasses() if config.method in IMAGE_METHODS else LanguagePasses()
+        began: list[float] = []
+        results: list[tuple[float, float, int]] = []
+
+        def before_collecting(trainer: Any) -> None:
+            now = time.perf_counter()
+            if began:
+                results.append((now - began.pop(), passes.seconds(trainer), passes.trained_tokens))
+            passes.clear()
+            began.append(time.perf_counter())
+
+        with _called_before_collecting(before_collecting):
+            run(config)
     measured = results[1:]  # the first epoch warms up
-    ratios = [epoch / bare for epoch, bare in measured]
-    return {
+    ratios = [epoch / bare for epoch, bare, _ in measured]
+    row = {
         "samples": config.samples_per_epoch,
-        "steps": config.decisions_per_pair if config.method == "diffusion_dpo" else config.sampler.steps,
-        "epoch": statistics.median(epoch for epoch, _ in measured),
-        "bare": statistics.median(bare for _, bare in measured),
+        "epoch": statistics.median(epoch for epoch, _, _ in measured),
+        "bare": statistics.median(bare for _, bare, _ in measured),
         "ratio": statistics.median(ratios),
         "low": min(ratios),
         "high": max(ratios),
         "peak_mib": _peak_mib(),
     }
+    if config.method in IMAGE_METHODS:
+        row["steps"] = config.decisions_per_pair if config.method == "diffusion_dpo" else config.sampler.steps
+    else:
+        row["tokens_per_second"] = statistics.median(tokens / epoch for epoch, _, tokens in measured)
+    return row
 
 
-def _bare(policy: Any, passes: Counter[tuple[int, bool, bool]], run_unet: Callable[..., torch.Tensor]) -> float:
-    """Seconds for the same passes and nothing else."""
-    inputs = {batch: _inputs(policy, batch) for batch, _, _ in passes}
-    _synchronize()
-    start = time.perf_counter()
-    for (batch, with_gradient, is_reference), count in passes.items():
-        if is_reference:
-            policy.unet.disable_adapters()
-        for _ in range(count):
-            with torch.set_grad_enabled(with_gradient):
-                output = run_unet(policy, *inputs[batch])
-            if with_gradient:
-                output.sum().backward()
-        if is_reference:
-            policy.unet.enable_adapters()
-    _synchronize()
-    seconds = time.perf_counter() - start
-    policy.unet.zero_grad()
-    return seconds
+@contextlib.contextmanager
+def _called_before_collecting(call: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, every trainer first tells ``call`` that an epoch begins."""
+    from diffusion_align.training.loop import Trainer
 
+    classes: list[Any] = [Trainer]
+    for parent in classes:  # grows while it is gone through
+        classes += parent.__subclasses__()
+    collects = {kind: kind.__dict__["collect"] for kind in classes[1:] if "collect" in kind.__dict__}
 
-def _inputs(policy: Any, batch: int) -> tuple[Any, ...]:
-    latents = torch.randn(batch, *policy.latent_shape, device=policy.device)
-    return latents, torch.full((batch,), 500, device=policy.device), policy.encode(["a lion"] * batch)
+    def wrapped(collect: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def collect_after_call(trainer: Any) -> Any:
+            call(trainer)
+            return collect(trainer)
 
+        return collect_after_call
 
-def _adapter_is_on(policy: Any) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return not next(m for m in policy.unet.modules() if isinstance(m, BaseTunerLayer)).disable_adapters
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    try:
+        for kind, collect in collects.items():
+            kind.collect = wrapped(collect)
+        yield
+    finally:
+        for kind, collect in collects.items():
+            kind.collect = collect
 
 
 def _peak_mib() -> float:

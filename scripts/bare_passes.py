@@ -1,0 +1,151 @@
+"""The network passes of an epoch, counted while it runs and then repeated alone: what an epoch costs at least."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+
+
+class UNetPasses:
+    """Of a denoising policy: batch, whether with a gradient, whether of the reference."""
+
+    def __init__(self) -> None:
+        from diffusion_align.diffusion.policy import DenoisingPolicy
+
+        self._passes: Counter[tuple[int, bool, bool]] = Counter()
+        self._run_unet = DenoisingPolicy._run_unet
+
+        def counted(policy: Any, x_t: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            self._passes[(len(x_t), torch.is_grad_enabled(), _is_reference(policy.unet))] += 1
+            return self._run_unet(policy, x_t, *arguments)
+
+        DenoisingPolicy._run_unet = counted  # type: ignore[method-assign]
+
+    trained_tokens = 0  # a denoising policy has none
+
+    def clear(self) -> None:
+        self._passes.clear()
+
+    def seconds(self, trainer: Any) -> float:
+        """For the same passes and nothing else."""
+        policy = trainer.policy
+        inputs = {batch: self._inputs(policy, batch) for batch, _, _ in self._passes}
+        with _Stopwatch() as watch:
+            for (batch, with_gradient, is_reference), count in self._passes.items():
+                if is_reference:
+                    policy.unet.disable_adapters()
+                for _ in range(count):
+                    with torch.set_grad_enabled(with_gradient):
+                        output = self._run_unet(policy, *inputs[batch])
+                    if with_gradient:
+                        output.sum().backward()
+                if is_reference:
+                    policy.unet.enable_adapters()
+        policy.unet.zero_grad()
+        return watch.seconds
+
+    @staticmethod
+    def _inputs(policy: Any, batch: int) -> tuple[Any, ...]:
+        latents = torch.randn(batch, *policy.latent_shape, device=policy.device)
+        return latents, torch.full((batch,), 500, device=policy.device), policy.encode(["a lion"] * batch)
+
+
+class LanguagePasses:
+    """Of a language policy: sampled completions, and scored ones."""
+
+    def __init__(self) -> None:
+        import diffusion_align.llm.collection as collection
+        from diffusion_align.llm.policy import LanguagePolicy
+
+        self._sampled: list[tuple[int, int, int]] = []  # batch, prompt, steps
+        self._scored: list[tuple[int, int, int, bool, bool]] = []  # batch, length, first place, gradient, reference
+        rollout, score = collection.rollout, LanguagePolicy.score
+
+        def counted_rollout(policy: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
+            found = rollout(policy, prompts, *arguments, **options)
+            self._sampled.append((len(prompts), max(map(len, prompts)), found.logp_old.shape[1]))
+            return found
+
+        def counted_score(policy: Any, sequences: Any, **options: Any) -> Any:
+            first, gradient = int(sequences.starts.min()) - 1, torch.is_grad_enabled()
+            self._scored.append((*sequences.ids.shape, first, gradient, _is_reference(policy.model)))
+            return score(policy, sequences, **options)
+
+        collection.rollout = counted_rollout
+        LanguagePolicy.score = counted_score  # type: ignore[method-assign]
+
+    @property
+    def trained_tokens(self) -> int:
+        """That went through a backward pass, padding too."""
+        return sum(batch * length for batch, length, _, gradient, _ in self._scored if gradient)
+
+    def clear(self) -> None:
+        self._sampled.clear()
+        self._scored.clear()
+
+    def seconds(self, trainer: Any) -> float:
+        """For the same passes and nothing else: no draws, no log-probs, no losses."""
+        policy = trainer.policy
+        with _Stopwatch() as watch, policy.autocast():
+            for shape in self._sampled:
+                self._sample(policy, *shape)
+            for shape in self._scored:
+                self._score(policy, *shape)
+        policy.model.zero_grad()
+        return watch.seconds
+
+    @staticmethod
+    @torch.no_grad()
+    def _sample(policy: Any, batch: int, prompt: int, steps: int) -> None:
+        ids, cache = torch.full((batch, prompt), 5, device=policy.device), None
+        attention = torch.ones_like(ids)
+        for _ in range(steps):
+            output = policy.model(
+                input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache, ids = output.past_key_values, ids[:, -1:]
+            attention = torch.cat([attention, attention[:, :1]], 1)
+
+    @staticmethod
+    def _score(policy: Any, batch: int, length: int, first: int, gradient: bool, reference: bool) -> None:
+        ids = torch.full((batch, length), 5, device=policy.device)
+        places = torch.arange(first, length - 1, device=policy.device)
+        if reference:
+            policy.model.disable_adapters()
+        with torch.set_grad_enabled(gradient):
+            output = policy.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=places
+            )
+        if gradient:
+            output.logits.sum().backward()
+        if reference:
+            policy.model.enable_adapters()
+
+
+class _Stopwatch:
+    """Seconds between entering and leaving, on a GPU too."""
+
+    def __enter__(self) -> _Stopwatch:
+        _synchronize()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _synchronize()
+        self.seconds = time.perf_counter() - self._start
+
+
+def _is_reference(network: Any) -> bool:
+    """Whether the adapter layers, if there are any, are switched off."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((m for m in network.modules() if isinstance(m, BaseTunerLayer)), None)
+    return layer is not None and layer.disable_adapters
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
