@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Train as CONFIG says; `resume=true` goes on with the run in output_dir."""
     from diffusion_align.pipelines.configuration import read_config
-    from diffusion_align.pipelines.image import run
+    from diffusion_align.pipelines.run import run
 
     settings: Any = read_config(config, overrides or [])
     _hide_loading_bars()

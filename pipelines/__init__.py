@@ -7,5 +7,6 @@ if __name__ == "pipelines":
     raise ImportError("import diffusion_align.pipelines, not pipelines: the bare name is left to your own folders")
 
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.text import TextAlignmentPipeline
 
-__all__ = ["ImageAlignmentPipeline"]
+__all__ = ["ImageAlignmentPipeline", "TextAlignmentPipeline"]

@@ -18,12 +18,28 @@ from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.loading import model_problem
 from diffusion_align.diffusion.pairs import PairsConfig, pairs_problems
+from diffusion_align.llm.data import TextDataConfig, columns_problems
+from diffusion_align.llm.dpo import DPOConfig
+from diffusion_align.llm.grpo import GRPOConfig
+from diffusion_align.llm.kto import KTOConfig
+from diffusion_align.llm.loading import language_model_problem
+from diffusion_align.llm.ppo import PPOConfig
+from diffusion_align.llm.reward_model import RewardModelConfig
 from diffusion_align.rewards import reward_problem
+from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import load_prompts
 
-METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
+IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
+TEXT_METHODS: dict[str, type[TrainingConfig]] = {
+    "grpo": GRPOConfig,
+    "ppo": PPOConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "reward_model": RewardModelConfig,
+}
+METHODS = IMAGE_METHODS | TEXT_METHODS
 _CONFIGS = Path(__file__).parent.parent / "configs"
 _PROBE = ".diffusion-align-"
 
@@ -36,6 +52,11 @@ def shipped_configs() -> dict[str, Path]:
 def shipped_prompts() -> dict[str, Path]:
     """Name -> file of the prompt lists that come with the package."""
     return {path.stem: path for path in sorted(asset_path("emoji-prompts").parent.glob("*.txt"))}
+
+
+def shipped_text_prompts() -> dict[str, Path]:
+    """Name -> file of the prompt lists for language models that come with the package."""
+    return {path.stem: path for path in sorted(asset_path("verses").parent.iterdir())}
 
 
 def read_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
@@ -60,22 +81,56 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     method = raw.get("method", "ddpo")
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
-    checks = [
-        _check_model,
-        _check_pairs,
-        _check_reward,
-        _check_prompts,
-        _check_precision,
-        _check_trackers,
-        _check_output_dir,
-    ]
-    return parse_config(METHODS[method], raw, checks=checks)
+    own = (
+        [_check_model, _check_pairs, _check_reward, _check_prompts]
+        if method in IMAGE_METHODS
+        else [_check_language_model, _check_text_data, _check_text_rewards]
+    )
+    return parse_config(METHODS[method], raw, checks=[*own, _check_precision, _check_trackers, _check_output_dir])
 
 
 def _check_model(raw: Mapping[str, Any]) -> list[str]:
     model = raw.get("model")
     problem = model_problem(model) if isinstance(model, str) else None
     return [problem] if problem else []
+
+
+def _check_language_model(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in ("model", "reference_model"):
+        model = raw.get(name)
+        problem = language_model_problem(model) if isinstance(model, str) else None
+        if problem:
+            problems.append(problem.replace("model=", f"{name}=", 1))
+    return problems
+
+
+def _check_text_data(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name in ("prompts", "dataset", "eval_dataset"):
+        if raw.get(name) is None:
+            continue
+        try:
+            config = TextDataConfig.model_validate(raw[name])
+        except ValidationError:
+            continue  # said where the whole configuration is read
+        kind = "prompts" if name == "prompts" else "labels" if raw.get("method") == "kto" else "preferences"
+        problems += columns_problems(text_data(config), kind, name=name)
+    return problems
+
+
+def _check_text_rewards(raw: Mapping[str, Any]) -> list[str]:
+    given = raw.get("reward")
+    if given is None:
+        return []
+    problems = [text_reward_problem(spec) for spec in (given if isinstance(given, list | tuple) else [given])]
+    return [problem for problem in problems if problem]
+
+
+def text_data(data: TextDataConfig) -> TextDataConfig:
+    """``data`` with the file of a shipped list in place of its name."""
+    shipped = shipped_text_prompts().get(data.source) if isinstance(data.source, str) else None
+    return data if shipped is None else data.model_copy(update={"source": str(shipped)})
 
 
 def _check_pairs(raw: Mapping[str, Any]) -> list[str]:

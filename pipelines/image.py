@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +19,7 @@ from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines.configuration import check_config, shipped_prompts
+from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import UserError
@@ -214,16 +211,7 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     pairs = _usable_pairs(config.pairs) if isinstance(config, DiffusionDPOConfig) and config.pairs else None
     if pipeline is None:
         pipeline = load_pipeline(config.model)
-    if config.mixed_precision == "auto":
-        choice = [_faster_precision(config, pipeline)]
-        _processes()
-        broadcast_object_list(choice)  # every process must use the same
-        config = config.model_copy(update={"mixed_precision": choice[0]})
-    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
-    )
-    set_seed(config.seed)
+    config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline.unet, narrow))
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
@@ -250,15 +238,10 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     return trainer
 
 
-def _processes() -> PartialState:
-    """What Accelerator will find; made before it, PartialState does not ask the environment for a CPU by itself."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
 def _usable_pairs(settings: PairsConfig) -> PairSet:
     """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
     pairs = open_pairs(settings)
-    with progress_bars(transient=True, disable=not _processes().is_main_process) as progress:
+    with progress_bars(transient=True, disable=not processes().is_main_process) as progress:
         bar = progress.add_task("reading pictures", total=len(pairs))
         pairs = pairs.check_pictures(lambda: progress.advance(bar))
         if pairs.ties or pairs.skipped:
@@ -271,31 +254,16 @@ def _usable_pairs(settings: PairsConfig) -> PairSet:
     return pairs
 
 
-def _faster_precision(config: ImageConfig, pipeline: Any) -> str:
-    """What ``mixed_precision="auto"`` means: a resumed run's own choice, a GPU's bf16, or the faster on this CPU."""
-    if config.resume and (config.output_dir / "config.yaml").is_file():
-        return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    seconds = {name: _seconds_a_pass(pipeline.unet, enabled) for name, enabled in (("no", False), ("bf16", True))}
-    return "bf16" if seconds["bf16"] < 0.9 * seconds["no"] else "no"
-
-
 def _seconds_a_pass(unet: Any, narrow: bool) -> float:
-    """The best of two forward passes of two samples, after one to warm up."""
+    """Of a forward pass of two samples."""
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     latents, timestep = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2, dtype=torch.int64)
     added = None
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-            unet(latents, timestep, encoder_hidden_states=torch.zeros(2, 8, width), added_cond_kwargs=added)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    states = torch.zeros(2, 8, width)
+    return best_seconds(lambda: unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=added), narrow)
 
 
 def score_images(reward: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

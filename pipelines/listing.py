@@ -18,15 +18,29 @@ from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
 from diffusion_align.diffusion.pairs import EMBEDDED, PairsConfig, open_pairs
-from diffusion_align.pipelines.configuration import read_config, shipped_configs, shipped_prompts
-from diffusion_align.rewards import describe_rewards
+from diffusion_align.llm.data import TextDataConfig
+from diffusion_align.llm.loading import EMBEDDED_LANGUAGE_MODELS
+from diffusion_align.pipelines.configuration import (
+    read_config,
+    shipped_configs,
+    shipped_prompts,
+    shipped_text_prompts,
+)
+from diffusion_align.rewards import describe_rewards, describe_text_rewards
 from diffusion_align.training.prompts import load_prompts
+from diffusion_align.training.tables import TableSource, open_table
 
 Entries = list[tuple[str, list[str]]]
 """(name, lines about it)."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-_EXTRAS = {"open-clip": "open_clip", "datasets": "datasets", "tensorboard": "tensorboard", "wandb": "wandb"}
+_EXTRAS = {
+    "open-clip": "open_clip",
+    "datasets": "datasets",
+    "text-rewards": "vaderSentiment",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 
 
 def _configs() -> Entries:
@@ -34,15 +48,24 @@ def _configs() -> Entries:
 
 
 def _models() -> Entries:
-    about = ["draws 64x64 emoji-like pictures of 294 concepts, small enough for a CPU"]
+    about = {
+        "emoji-sd": "pictures: draws 64x64 emoji-like pictures of 294 concepts, small enough for a CPU",
+        "tiny-lm": "text: writes English sentences letter by letter, small enough for a CPU",
+        "smollm2": "text: SmolLM2-135M-Instruct, from a wheel; see the README",
+    }
     return [
-        *((name, about) for name in EMBEDDED_PIPELINES),
-        ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id"]),
+        *((name, [about[name]]) for name in (*EMBEDDED_PIPELINES, *EMBEDDED_LANGUAGE_MODELS)),
+        ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id, or a causal language model's"]),
     ]
 
 
 def _prompts() -> Entries:
-    return [(name, [f"{len(load_prompts(path))} prompts"]) for name, path in shipped_prompts().items()]
+    pictures = [(name, f"{len(load_prompts(path))} prompts for pictures") for name, path in shipped_prompts().items()]
+    texts = [
+        (name, f"{len(open_table(TableSource('prompts', str(path), lines='prompt')))} prompts for text")
+        for name, path in shipped_text_prompts().items()
+    ]
+    return [(name, [about]) for name, about in pictures + texts]
 
 
 def _pairs() -> Entries:
@@ -62,7 +85,7 @@ def _rewards() -> Entries:
                 *(f"{key}: {value}" for key, value in row.items() if key not in ("name", "description")),
             ],
         )
-        for row in describe_rewards()
+        for row in describe_rewards() + describe_text_rewards()
     ]
 
 
@@ -92,8 +115,11 @@ def describe_machine() -> list[tuple[str, str]]:
 def describe_config(source: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """(name, value) lines about what a recipe would do; a ConfigError lists what is wrong with it."""
     config: Any = read_config(source, overrides)
-    local = config.model in EMBEDDED_PIPELINES or Path(config.model).expanduser().is_dir()
-    describe = _describe_ddpo if isinstance(config, DDPOConfig) else _describe_dpo
+    embedded = (*EMBEDDED_PIPELINES, *EMBEDDED_LANGUAGE_MODELS)
+    local = config.model in embedded or Path(config.model).expanduser().is_dir()
+    describe: Callable[[Any], list[tuple[str, str]]] = _describe_text
+    if isinstance(config, DDPOConfig | DiffusionDPOConfig):
+        describe = _describe_ddpo if isinstance(config, DDPOConfig) else _describe_dpo
     return [
         ("model", f"{config.model} ({'here' if local else 'from the hub, downloaded or cached when training starts'})"),
         ("epochs", str(config.epochs)),
@@ -140,6 +166,24 @@ def _describe_dpo(config: DiffusionDPOConfig) -> list[tuple[str, str]]:
             f"{passes * config.inner_epochs} forward and backward while training",
         ),
     ]
+
+
+def _describe_text(config: Any) -> list[tuple[str, str]]:
+    samples, prompts = config.samples_per_epoch, getattr(config, "prompts", None)
+    if prompts is None:
+        what = f"{samples} rows of {_place(config.dataset)}"
+    else:
+        what = f"{samples} completions of at most {config.max_completion_length} tokens, of {_place(prompts)}"
+    each = math.ceil(samples / config.updates_per_epoch)
+    return [
+        ("text an epoch", what),
+        ("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"),
+        ("trained", "the whole model" if config.lora is None else f"LoRA of rank {config.lora.rank}"),
+    ]
+
+
+def _place(data: TextDataConfig) -> str:
+    return data.source if isinstance(data.source, str) else f"{len(data.source)} given rows"
 
 
 def _decisions_an_update(config: DDPOConfig | DiffusionDPOConfig, decisions: int) -> tuple[str, str]:

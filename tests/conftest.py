@@ -202,3 +202,58 @@ def make_policy(model_path):
 def streams():
     """``streams(n, seed=0)``: one CPU generator for each of n samples."""
     return lambda n, seed=0: [torch.Generator().manual_seed(1000 * seed + i) for i in range(n)]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def save_language_model(folder, *, template=None, seed=0, extra="", context=64):
+    """A Llama of two layers with random weights and a character tokenizer, which knows ``extra`` characters too."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    known = ["<unk>", "</s>", "\n", *" abcdefghijklmnopqrstuvwxyz<>?.+=0123456789", *extra]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(known)}, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    config = LlamaConfig(
+        vocab_size=len(known),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than usual, so that log-probs differ
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tmp_path_factory):
+    """Folder of a tiny causal language model without a chat template; 64 tokens of context, a character each."""
+    return save_language_model(tmp_path_factory.mktemp("tiny") / "lm")
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(tmp_path_factory):
+    """The same with a chat template."""
+    return save_language_model(tmp_path_factory.mktemp("tiny") / "chat", template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def make_language_model():
+    """``make_language_model(folder, template=None, seed=0, extra="", context=64)``: writes another one."""
+    return save_language_model

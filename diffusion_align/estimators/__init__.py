@@ -46,6 +46,7 @@ from diffusion_align.estimators.preference import (
     ipo_loss,
     kto_loss,
     orpo_loss,
+    robust_dpo_loss,
     rso_accept,
     simpo_loss,
     trajectory_dpo_loss,

@@ -79,6 +79,25 @@ def dpo_loss(
     return loss - label_smoothing * masked_mean(margins, counts, 1) if label_smoothing else loss
 
 
+def robust_dpo_loss(
+    chosen_logratio: Tensor, rejected_logratio: Tensor, beta: Beta, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """rDPO: ``((1 - eps) L(h) - eps L(-h)) / (1 - 2 eps)`` with L(h) = -log sigmoid(beta h), eps = ``label_smoothing``.
+
+    Where labels are swapped with probability eps, its expectation is the DPO loss of the true labels; that of
+    ``dpo_loss(label_smoothing=eps)`` is not. It has no lower bound: for h -> inf it falls like -eps beta h/(1 - 2 eps).
+    Chowdhury et al. 2024 (arXiv:2403.00409).
+
+    Args:
+        label_smoothing: probability that a label is wrong, in [0, 1/2).
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing} is not allowed: it must lie in [0, 0.5).")
+    margin = checked_beta(beta, chosen_logratio) * _gap(chosen_logratio, rejected_logratio)
+    loss = -(1 - label_smoothing) * logsigmoid(margin) + label_smoothing * logsigmoid(-margin)
+    return loss / (1 - 2 * label_smoothing)
+
+
 def ipo_loss(chosen_logratio: Tensor, rejected_logratio: Tensor, beta: Beta) -> Tensor:
     """IPO: ``(h - 1/(2 beta))²``. Azar et al. 2023 (arXiv:2310.12036), eq. 17; [001] eq. 50."""
     return (_gap(chosen_logratio, rejected_logratio) - 0.5 / checked_beta(beta, chosen_logratio)).square()

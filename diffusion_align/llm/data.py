@@ -49,7 +49,7 @@ LAYOUTS: dict[str, Layouts] = {
 class TextDataConfig(Section):
     """Where the rows come from."""
 
-    source: str | list[Any] = Field(description=f"a list of rows, {FILES}")
+    source: str | list[Any] = Field(description=f"a list of rows, a .txt file of prompts, {FILES}")
     split: str = Field("train", min_length=1, description="a dataset's own split")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
@@ -358,7 +358,8 @@ def _source(config: TextDataConfig, name: str) -> TableSource:
     rows = config.source
     if isinstance(rows, list):
         rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
-    return TableSource(name, rows, config.split, config.max_rows, allowed=f"a list of rows, {FILES}")
+    allowed = f"a list of rows, a .txt file of prompts, {FILES}"
+    return TableSource(name, rows, config.split, config.max_rows, allowed=allowed, lines="prompt")
 
 
 def _opened(

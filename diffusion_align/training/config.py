@@ -68,7 +68,7 @@ class TrainingConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; its own default when not given")
     checkpoint_every: int = Field(10, ge=1, description="epochs")
     keep_checkpoints: int = Field(2, ge=1)
-    grid_every: int = Field(1, ge=0, description="epochs between pictures of the fixed prompts; 0 for none")
+    grid_every: int = Field(1, ge=0, description="epochs between pictures (or texts) of the fixed prompts; 0 for none")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @field_validator("mixed_precision", mode="before")

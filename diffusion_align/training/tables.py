@@ -47,6 +47,7 @@ class TableSource:
         limit: what the setting behind ``max_rows`` is called.
         stem: a folder with a file of this name (and a known suffix) stands for the file.
         allowed: the sources to choose from, for a message.
+        lines: the column that the lines of a .txt file are; without it there is no such file.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TableSource:
     limit: str = "max_rows"
     stem: str | None = None
     allowed: str = FILES
+    lines: str | None = None
 
     def __str__(self) -> str:
         """The setting and its value."""
@@ -167,7 +169,9 @@ def _outline(column: Any) -> list[Any]:
 
 def is_hub(source: str | Sequence[Any]) -> bool:
     """Whether ``source`` is the name of a Hub dataset: owner/name, and nothing here is called so."""
-    if not isinstance(source, str) or os.path.exists(os.path.expanduser(source)) or source.endswith(_SUFFIXES):
+    if not isinstance(source, str) or source.endswith((*_SUFFIXES, ".txt")):
+        return False
+    if os.path.exists(os.path.expanduser(source)):
         return False
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
 
@@ -209,8 +213,9 @@ def open_table(source: TableSource) -> Table:
     if not os.path.isfile(path):
         start = f"{source.name}.source={short(source.source)}"
         raise ConfigError([f"{start}: there is no such file or folder: give {source.allowed}"])
-    if path.suffix not in _SUFFIXES:
-        raise ConfigError([f"{source}: use a .jsonl, .csv or .parquet file"])
+    text = (".txt",) if source.lines else ()
+    if path.suffix not in (*_SUFFIXES, *text):
+        raise ConfigError([f"{source}: use a {'.txt, ' if text else ''}.jsonl, .csv or .parquet file"])
     _one_split(source, "file")
     if path.suffix == ".parquet":
         return _mapped(source, "parquet", path.parent, data_files=glob.escape(str(path.resolve())))
@@ -291,6 +296,8 @@ def _read(source: TableSource, path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{source} cannot be read: {error}"]) from None
+    if path.suffix == ".txt":
+        return [{source.lines or "": line.strip()} for line in text.splitlines() if line.strip()]
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:

@@ -17,6 +17,7 @@ from diffusion_align.estimators import (
     ipo_loss,
     kto_loss,
     orpo_loss,
+    robust_dpo_loss,
     rso_accept,
     simpo_loss,
     trajectory_dpo_loss,
@@ -56,6 +57,10 @@ PAIRED = {
     "multi-negative dpo": (
         lambda w, r, b: dpo_loss(w, torch.stack([r, 3 - r], 1), b),
         lambda w, r, b: ((b * w).exp() + (b * r).exp() + (b * (3 - r)).exp()).log() - b * w,
+    ),
+    "robust dpo": (
+        lambda w, r, b: robust_dpo_loss(w, r, b, label_smoothing=0.2),
+        lambda w, r, b: (0.8 * softplus(b * (r - w)) - 0.2 * softplus(b * (w - r))) / 0.6,
     ),
     "ipo": (ipo_loss, lambda w, r, b: (w - r) ** 2 - (w - r) / b + 1 / (4 * b**2)),
     "hinge": (hinge_loss, lambda w, r, b: (1 - b * (w - r)) * (b * (w - r) < 1)),
@@ -119,7 +124,7 @@ def test_half_precision_becomes_single_and_double_stays(name):
         assert PAIRED[name][0](torch.ones(2, dtype=dtype), torch.zeros(2, dtype=dtype), 0.1).dtype == expected
 
 
-@pytest.mark.parametrize("call", [dpo_loss, ipo_loss, hinge_loss, simpo_loss])
+@pytest.mark.parametrize("call", [dpo_loss, robust_dpo_loss, ipo_loss, hinge_loss, simpo_loss])
 def test_wrong_shapes_and_betas_are_named(call):
     x = torch.zeros(3)
     for bad in ((x, torch.zeros(1)), (torch.zeros(1), x), (x[:, None], x[:, None]), (x, torch.zeros(1, 3)), (x[0], x)):
@@ -244,6 +249,30 @@ def test_dpo_refuses_a_bad_mask_and_label_smoothing():
     with pytest.raises(ValueError, match="bool"):
         dpo_loss(x, x, 0.1, mask=x)
     assert dpo_loss(x[:0], torch.zeros(0, 4), 0.1).shape == (0,)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.3, 0.49])
+def test_robust_dpo_of_swapped_labels_is_dpo_of_the_true_ones(smoothing):
+    chosen, rejected = 5 * _random(9), 5 * _random(9, seed=1)
+
+    def expected(w, r):
+        kept, swapped = (robust_dpo_loss(*pair, 0.7, label_smoothing=smoothing) for pair in ((w, r), (r, w)))
+        return (1 - smoothing) * kept + smoothing * swapped
+
+    true = _value_and_gradients(lambda w, r: dpo_loss(w, r, 0.7), chosen, rejected)
+    for ours, theirs in zip(_value_and_gradients(expected, chosen, rejected), true):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_robust_dpo_worked_number_and_its_limits():
+    loss, slope, _ = _value_and_gradients(
+        lambda w, r: robust_dpo_loss(w, r, 0.5, label_smoothing=0.25), _tensor(2.0), _tensor(-2.0)
+    )
+    torch.testing.assert_close(loss, _tensor(-0.8730719889570274), rtol=0, atol=1e-14)
+    assert slope.item() == pytest.approx(-0.30960146101105873)
+    for smoothing in (-0.01, 0.5, math.nan):
+        with pytest.raises(ValueError, match=rf"label_smoothing={smoothing} is not allowed: it must lie in \[0, 0.5\)"):
+            robust_dpo_loss(_tensor(1.0), _tensor(0.0), 0.1, label_smoothing=smoothing)
 
 
 def test_ipo_is_zero_at_its_target_gap():

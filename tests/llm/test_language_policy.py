@@ -155,7 +155,7 @@ def test_another_model_can_be_the_reference(make_language_policy, tiny_lm):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)
-    sequences = pack(PROMPTS, COMPLETIONS, pad=EOS)
+    sequences = pack(PROMPTS, COMPLETIONS, pad=3)
     expected = other(sequences.ids, attention_mask=sequences.attention_mask, use_cache=False).logits
     for lora in (None, LoRAConfig(rank=2)):
         policy = make_language_policy(lora=lora, reference=other, noise=0.1)

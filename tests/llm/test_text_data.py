@@ -570,3 +570,11 @@ def test_long_texts_are_tokenized_in_silence(capfd, caplog):
     rows(preference_rows, [{"prompt": "a" * 50, "chosen": "b" * 40, "rejected": "c"}], tokenizer)
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
+
+
+def test_a_text_file_holds_a_prompt_a_line(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one two\n\n three \n")
+    config = TextDataConfig(source=str(tmp_path / "prompts.txt"))
+    rows, _ = prompt_rows(config, make_tokenizer(), max_completion_length=4)
+    assert [row.prompt for row in rows] == ["one two", "three"]
+    assert columns_problems(config, "preferences") != []

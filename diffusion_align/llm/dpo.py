@@ -1,0 +1,307 @@
+"""DPO and its family: a language model learns from completions preferred to others (Rafailov et al. 2023,
+arXiv:2305.18290; [001] F. Sun, "Direct preference optimisation", 2025).
+
+With l = log pi - log pi_ref of a whole completion, or of a token (l_t), and h = l_chosen - l_rejected:
+
+    sigmoid      dpo_loss(l, l), any number of rejected; label_smoothing is conservative DPO
+    robust       robust_dpo_loss: unbiased where label_smoothing of the labels are swapped
+    ipo, hinge   ipo_loss, hinge_loss of h; sums over tokens, not means
+    trajectory   trajectory_dpo_loss of l_t with the discount gamma and the row's label
+    simpo, orpo  of the mean log-prob of a token; the reference is not asked
+
+    + sft_weight * -(mean log-prob of the chosen one's tokens)       [002] §5; RPO, arXiv:2404.19733
+    + the penalties of beta(x), with dynamic_beta                    [003] §5
+
+Preferences come from a data set, or are sampled and judged by rewards in every epoch (online).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffusion_align.estimators import (
+    dpo_loss,
+    hinge_loss,
+    ipo_loss,
+    kl_value,
+    masked_mean,
+    masked_sum,
+    orpo_loss,
+    robust_dpo_loss,
+    simpo_loss,
+    trajectory_dpo_loss,
+)
+from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.data import PreferenceRow, PromptRow
+from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
+from diffusion_align.llm.policy import LanguagePolicy
+from diffusion_align.llm.preference_batches import (
+    PreferenceBatch,
+    PreferenceConfig,
+    PreferenceTrainer,
+    ReferenceFile,
+    Selection,
+    given_preferences,
+    judged_preferences,
+)
+from diffusion_align.training.errors import ConfigError
+
+# What only some losses have: setting -> those losses.
+_BELONGS = {
+    "label_smoothing": ("sigmoid", "robust"),
+    "simpo_margin": ("simpo",),
+    "orpo_weight": ("orpo",),
+    "gamma": ("trajectory",),
+}
+_WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+class DPOConfig(PreferenceConfig):
+    """Settings of DPOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
+
+    method: Literal["dpo"] = "dpo"
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
+    simpo_margin: float = Field(0.0, allow_inf_nan=False, description="simpo: by how much beta h has to be above 0")
+    orpo_weight: float = Field(0.1, ge=0, allow_inf_nan=False, description="orpo: of the odds ratio")
+    gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount a token")
+    sft_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="of the chosen one's mean log-prob")
+    precompute_ref_log_probs: bool = Field(
+        False, strict=True, description="ask the reference once; a fully trained model then needs no frozen copy"
+    )
+    dynamic_beta: DynamicBetaConfig | None = Field(None, description="a beta for each prompt, which starts at `beta`")
+
+    sample_from: Literal["policy", "reference"] = Field("policy", description="online: whose completions are judged")
+    pair_selection: Selection = Field(
+        "best_worst",
+        description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
+    )
+    rso_beta: float = Field(0.5, gt=0, allow_inf_nan=False, description="rso: reward that is worth a factor e")
+
+    @property
+    def reference_free(self) -> bool:
+        return self.loss_type in _WITHOUT_REFERENCE
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside what is trained."""
+        return self.sample_from == "reference" or not (self.reference_free or self.precompute_ref_log_probs)
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks() + self.source_problems(fewest_generations=2)
+        for name, losses in _BELONGS.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.loss_type not in losses:
+                problems.append(f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out")
+        if self.loss_type == "orpo" and self.sft_weight:
+            problems.append("loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out")
+        of_reference = {
+            "precompute_ref_log_probs": self.precompute_ref_log_probs,
+            "dynamic_beta": self.dynamic_beta is not None,
+            "reference_model": self.reference_model is not None and self.sample_from == "policy",
+        }
+        if self.reference_free and any(of_reference.values()):
+            given = " and ".join(name for name, is_given in of_reference.items() if is_given)
+            problems.append(f"loss_type={self.loss_type} asks no reference: leave {given} out")
+        if self.online and self.precompute_ref_log_probs:
+            problems.append("precompute_ref_log_probs is for a dataset: online every epoch has new completions")
+        if not self.online and (self.sample_from != "policy" or self.pair_selection != "best_worst"):
+            problems.append("sample_from and pair_selection judge online, dataset has its pairs: leave them out")
+        if self.pair_selection == "best_rest" and self.loss_type != "sigmoid":
+            problems.append(
+                f"pair_selection=best_rest gives several rejected, which loss_type={self.loss_type} cannot use: "
+                "use sigmoid"
+            )
+        if self.pair_selection == "rso" and self.sample_from != "reference":
+            problems.append("pair_selection=rso accepts completions of the reference: set sample_from=reference")
+        return problems + (self.dynamic_beta.problems() if self.dynamic_beta is not None else [])
+
+
+class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
+    """Train a language model towards preferred completions; see ``PreferenceTrainer`` for the arguments.
+
+    Raises:
+        ConfigError: rows that the loss cannot use, or settings that do not fit the number of processes.
+    """
+
+    config: DPOConfig
+
+    def __init__(
+        self,
+        config: DPOConfig,
+        policy: LanguagePolicy,
+        *,
+        rows: Sequence[PreferenceRow] | None = None,
+        prompts: Sequence[PromptRow] | None = None,
+        rewards: WeightedRewards | None = None,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(
+            config, policy, rows=rows, prompts=prompts, rewards=rewards, shown=shown, accelerator=accelerator
+        )
+        self.rows = rows or ()
+        if problems := _unfit(self.rows, config.loss_type):
+            raise ConfigError(problems)
+        self.dynamic_beta = None
+        if config.dynamic_beta is not None:
+            with policy.reference() if policy.has_reference else contextlib.nullcontext():
+                size = policy.hidden_size  # of the model whose states are the embeddings
+            self.dynamic_beta = DynamicBeta(
+                config.dynamic_beta, dimensions=size, beta=config.beta, seed=config.seed, device=policy.device
+            )
+        self.reference_file = None
+        if config.precompute_ref_log_probs:
+            self.reference_file = ReferenceFile(
+                self.folder / "reference.safetensors", self.rows, policy, with_features=self.dynamic_beta is not None
+            )
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.policy.trainable | (self.dynamic_beta.trainable if self.dynamic_beta is not None else {})
+
+    def collect(self) -> tuple[PreferenceBatch, dict[str, float]]:
+        """This process's preferences of the epoch: given, or sampled and judged."""
+        config = self.config
+        if not config.online:
+            return given_preferences(self, self.rows, self.reference_file)
+        return judged_preferences(
+            self,
+            by_reference=config.sample_from == "reference",
+            selection=config.pair_selection,
+            rso_beta=config.rso_beta,
+        )
+
+    def estimate(self, batch: PreferenceBatch) -> tuple[Tensor, int, dict[str, float]]:
+        """What the reference says, where it is needed more than once or of the prompts."""
+        config, own = self.config, self.local(batch.keep)
+        if config.inner_epochs > 1 and batch.logp_ref is None and not config.reference_free:
+            places = torch.cat([batch.chosen[own], batch.rejected[own][batch.counts[own]]])
+            batch.logp_ref = self.look_at_reference(batch.sequences, places)
+        if self.dynamic_beta is not None and batch.embeddings is None and len(own):
+            self._look_at_prompts(batch, own)
+        return batch.keep, 1, {}
+
+    def loss(self, batch: PreferenceBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring; one forward pass over all completions of the samples.
+
+        ``rewards/`` are beta l (simpo: beta times the mean log-prob, orpo: that) without a discount, of several
+        rejected their mean; accuracy is the share of them that the chosen one beats, ties 1/2, and as likely as the
+        label says. ``drift`` is k3 of KL(pi_ref||pi) a token, as far as the completions are the reference's.
+        """
+        config, n = self.config, len(samples)
+        counts = batch.counts[samples]
+        places = torch.cat([batch.chosen[samples], batch.rejected[samples][counts]])
+        sequences = batch.sequences[places]
+        mask = sequences.mask
+        logp = self.policy.log_probs(self.policy.score(sequences))
+        beta: float | Tensor = config.beta
+        penalty: Tensor | None = None
+        statistics: dict[str, Tensor] = {}
+        if self.dynamic_beta is not None:
+            assert batch.embeddings is not None
+            assert batch.entropy is not None
+            beta, penalty, statistics = self.dynamic_beta(batch.embeddings[samples], batch.entropy[samples])
+
+        if config.reference_free:
+            compared = masked_mean(logp, mask, 1)
+        else:
+            logp_ref = self.reference_of(batch.logp_ref, places, sequences)
+            compared = masked_sum(logp - logp_ref, mask, 1)
+            statistics["drift"] = kl_value(logp_ref, logp, "k3", mask=mask)[mask]
+        chosen, rejected = _sides(compared, counts)
+        labels = batch.labels[samples].to(compared)
+        if config.loss_type == "trajectory":
+            tokens = logp - logp_ref
+            losses = trajectory_dpo_loss(
+                tokens[:n],
+                tokens[n:],
+                labels,
+                beta,
+                gamma=config.gamma,
+                first_mask=mask[:n],
+                second_mask=mask[n:],
+            )
+        else:
+            losses = self._paired(chosen, rejected, counts, beta)
+
+        scale = 1.0 if config.loss_type == "orpo" else beta.detach() if isinstance(beta, Tensor) else beta
+        reward_w, reward_l = scale * chosen.detach(), scale * masked_mean(rejected.detach(), counts, 1)
+        ahead = chosen.detach()[:, None] - rejected.detach()
+        beaten = masked_mean((ahead > 0).to(compared) + 0.5 * (ahead == 0), counts, 1)
+        logp_w, logp_l = _sides(masked_sum(logp.detach(), mask, 1), counts)
+        statistics |= {
+            "loss/preference": losses.detach(),
+            "rewards/chosen": reward_w,
+            "rewards/rejected": reward_l,
+            "rewards/margins": reward_w - reward_l,
+            "rewards/accuracies": labels * beaten + (1 - labels) * (1 - beaten),
+            "logps/chosen": logp_w,
+            "logps/rejected": masked_mean(logp_l, counts, 1),
+        }
+        if config.sft_weight > 0:
+            imitation = -masked_mean(logp[:n], mask[:n], 1)
+            statistics["loss/sft"] = imitation.detach()
+            losses = losses + config.sft_weight * imitation
+        return losses if penalty is None else losses + penalty, statistics
+
+    def _paired(self, chosen: Tensor, rejected: Tensor, counts: Tensor, beta: float | Tensor) -> Tensor:
+        """(n,) of what is compared of the chosen (n,) and the rejected (n, M); M is 1 but for sigmoid."""
+        config, first = self.config, rejected[:, 0]
+        match config.loss_type:
+            case "sigmoid":
+                return dpo_loss(chosen, rejected, beta, label_smoothing=config.label_smoothing, mask=counts)
+            case "robust":
+                return robust_dpo_loss(chosen, first, beta, label_smoothing=config.label_smoothing)
+            case "ipo":
+                return ipo_loss(chosen, first, beta)
+            case "hinge":
+                return hinge_loss(chosen, first, beta)
+            case "simpo":
+                return simpo_loss(chosen, first, beta, margin=config.simpo_margin)
+            case _:
+                return orpo_loss(chosen, first, config.orpo_weight)
+
+    def _look_at_prompts(self, batch: PreferenceBatch, samples: Tensor) -> None:
+        """Keep the reference's features of the prompts of ``samples``."""
+        with self.policy.reference():
+            parts = [
+                prompt_features(self.policy, batch.sequences[batch.chosen[some]])
+                for some in samples.split(self.config.sample_batch_size)
+            ]
+        embeddings, entropy = (torch.cat(found) for found in zip(*parts, strict=True))
+        batch.embeddings = embeddings.new_zeros(len(batch.chosen), embeddings.shape[1]).index_copy(
+            0, samples, embeddings
+        )
+        batch.entropy = entropy.new_zeros(len(batch.chosen)).index_copy(0, samples, entropy)
+
+
+def _sides(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (R,) of the chosen and then the rejected: (n,), and (n, M) with 0 where none counts."""
+    chosen, rejected = x[: len(counts)], x[len(counts) :]
+    return chosen, torch.zeros(counts.shape, dtype=x.dtype, device=x.device).masked_scatter(counts, rejected)
+
+
+def _unfit(rows: Sequence[PreferenceRow], loss_type: str) -> list[str]:
+    """Sentences about rows that a loss would read wrongly."""
+    problems = []
+    several = next((i for i, row in enumerate(rows) if len(row.rejected) > 1), None)
+    if several is not None and loss_type != "sigmoid":
+        problems.append(
+            f"dataset: row {several} has {len(rows[several].rejected)} rejected, and loss_type={loss_type} compares "
+            "with one: use loss_type=sigmoid"
+        )
+    unsure = next((i for i, row in enumerate(rows) if row.label != 1), None)
+    if unsure is not None and loss_type != "trajectory":
+        problems.append(
+            f"dataset: row {unsure} has the label {rows[unsure].label:g}, and loss_type={loss_type} takes every chosen "
+            "for preferred: use loss_type=trajectory, or leave the column out"
+        )
+    return problems

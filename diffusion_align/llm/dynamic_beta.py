@@ -1,0 +1,114 @@
+"""A beta for each prompt ([003] §5): the network, what it is given, and the penalties it learns from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffusion_align.estimators import (
+    BetaNetwork,
+    beta_entropy_penalty,
+    beta_factor,
+    beta_range_penalty,
+    beta_smoothness_penalty,
+    categorical_entropy,
+)
+from diffusion_align.llm.policy import LanguagePolicy, Sequences
+from diffusion_align.training.config import Section
+from diffusion_align.training.randomness import generator
+
+
+class DynamicBetaConfig(Section):
+    """beta(x), which is ``beta`` for every prompt before training; see ``estimators.dynamic_beta``."""
+
+    beta_min: float = Field(0.01, ge=0, allow_inf_nan=False)
+    beta_max: float = Field(1.0, gt=0, allow_inf_nan=False)
+    range_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of leaving [beta_min, beta_max]")
+    smoothness_weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="of the squared slope in the embedding"
+    )
+    entropy_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the distance to alpha x entropy")
+    alpha: float = Field(0.05, ge=0, allow_inf_nan=False, description="beta for a nat of the reference's entropy")
+    hidden: int = Field(64, ge=1, description="width of the network")
+    convention: Literal["product", "inverse"] = Field(
+        "product", description="the loss has beta(x) h, or h / beta(x) as [003] prints it"
+    )
+    detach: bool = Field(True, strict=True, description="false: the preference loss trains beta too (it runs away)")
+
+    def problems(self) -> list[str]:
+        """Sentences about settings that do not fit each other."""
+        problems = []
+        if self.beta_min > self.beta_max:
+            problems.append(
+                f"dynamic_beta.beta_min={self.beta_min:g} is more than beta_max={self.beta_max:g}: change one of them"
+            )
+        if self.detach and not (self.range_weight or self.smoothness_weight or self.entropy_weight):
+            problems.append("dynamic_beta has no penalty to learn from: give range_, smoothness_ or entropy_weight")
+        return problems
+
+
+class DynamicBeta:
+    """The network beta(x) in float32, and its part of a loss.
+
+    Args:
+        config: checked settings.
+        dimensions: of the prompts' embeddings.
+        beta: what beta(x) is before training.
+        seed: of the network's weights, so that every process has the same.
+        device: of the embeddings.
+    """
+
+    def __init__(
+        self, config: DynamicBetaConfig, *, dimensions: int, beta: float, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator(seed, "beta network").get_state())
+            network = BetaNetwork(dimensions, beta=beta, hidden=config.hidden)
+        self.network = network.to(device)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {f"beta_network.{name}": parameter for name, parameter in self.network.named_parameters()}
+
+    def __call__(self, embeddings: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """For prompts with embeddings (B, D) and the reference's entropy (B,), both detached.
+
+        Returns:
+            What multiplies h (B,), the weighted sum of the penalties (B,) with a gradient, and statistics (B,).
+        """
+        config = self.config
+        x = embeddings.detach().to(next(self.network.parameters()).dtype).requires_grad_()
+        beta = self.network(x)
+        penalty = (
+            config.range_weight * beta_range_penalty(beta, config.beta_min, config.beta_max)
+            + config.smoothness_weight * beta_smoothness_penalty(beta, x)
+            + config.entropy_weight * beta_entropy_penalty(beta, entropy.to(beta), config.alpha)
+        )
+        seen = beta.detach()
+        statistics = {
+            "beta/mean": seen,
+            "beta/min": seen,
+            "beta/max": seen,
+            "beta/entropy": entropy.detach(),
+            "loss/beta": penalty.detach(),
+        }
+        return beta_factor(beta, convention=config.convention, detach=config.detach), penalty, statistics
+
+
+@torch.no_grad()
+def prompt_features(policy: LanguagePolicy, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """(B, D) last hidden states at the last token of each prompt, and (B,) entropies of what follows it, nats.
+
+    Of the policy as it is: call it under ``policy.reference()`` for the reference's.
+    """
+    length = int(sequences.starts.max()) + 1
+    first = Sequences(sequences.ids[:, :length], sequences.starts, sequences.mask[:, :1])
+    scored = policy.score(first, with_hidden=True)
+    assert scored.hidden is not None
+    rows, last = torch.arange(len(first), device=first.ids.device), scored.places[:, 0]
+    entropy = categorical_entropy(scored.logits[rows, last], temperature=policy.temperature)
+    return scored.hidden[rows, last], entropy

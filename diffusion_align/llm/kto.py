@@ -1,0 +1,235 @@
+"""KTO: a language model learns from completions that are desirable or not, without pairs (Ethayarajh et al. 2024,
+arXiv:2402.01306).
+
+With l = log pi - log pi_ref of a completion, ``kto_loss``: w_D (1 - sigmoid(beta (l - z))) if it is desirable, else
+w_U (1 - sigmoid(beta (z - l))). The reference point z is the mean of l over *mismatched* pairs, at least 0: each
+completion with the next prompt of the epoch that is another one. It is estimated once, before an epoch's first update,
+over the samples of all processes, so that neither loss nor gradient depend on batches or on how the work is divided;
+the paper and TRL estimate it anew in every batch.
+
+Labels come from a data set, or from rewards of completions sampled in every epoch (online).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_align.estimators import kl_value, kto_loss, masked_sum
+from diffusion_align.llm.collection import WeightedRewards, in_batches
+from diffusion_align.llm.data import LabelledRow, PromptRow
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
+from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
+from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.prompts import items_of_epoch
+
+
+class KTOConfig(PreferenceConfig):
+    """Settings of KTOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
+
+    method: Literal["kto"] = "kto"
+    desirable_weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="times their number, 1 to 4/3 of the same of the undesirable"
+    )
+    undesirable_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    kl_samples: int = Field(64, ge=1, description="at most so many mismatched pairs an epoch for the reference point")
+    desirable_above: float | None = Field(
+        None, allow_inf_nan=False, description="online: reward; the mean of its prompt's completions when not given"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside what is trained."""
+        return True
+
+    def cross_checks(self) -> list[str]:
+        fewest = 2 if self.desirable_above is None else 1
+        problems = super().cross_checks() + self.source_problems(fewest_generations=fewest)
+        if self.desirable_weight == self.undesirable_weight == 0:
+            problems.append("desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one")
+        if not self.online and self.desirable_above is not None:
+            problems.append("desirable_above judges online, dataset has labels: leave one of the two out")
+        if self.samples_per_epoch < 2 * (self.num_generations if self.online else 1):
+            problems.append(
+                f"samples_per_epoch={self.samples_per_epoch} holds one prompt, and the reference point needs two: "
+                "raise it"
+            )
+        return problems
+
+
+@dataclass
+class KTOBatch:
+    """An epoch's completions of one process; on the device.
+
+    Attributes:
+        sequences: B completions.
+        desirable: (B,) bool.
+        keep: global indices of the samples to train on, on the CPU.
+        mismatched: this process's completions after other prompts, or None; all have ``pairs`` of them.
+        reference_point: 0-d, z before it is raised to 0.
+        logp_ref: (B, T) of the reference, where it is known beforehand.
+    """
+
+    sequences: Sequences
+    desirable: Tensor
+    keep: Tensor
+    mismatched: Sequences | None
+    pairs: int
+    reference_point: Tensor
+    logp_ref: Tensor | None = None
+
+
+class KTOTrainer(PreferenceTrainer[KTOBatch]):
+    """Train a language model towards desirable completions; see ``PreferenceTrainer`` for the arguments.
+
+    Raises:
+        ConfigError: data with one prompt only, or settings that do not fit the number of processes.
+    """
+
+    config: KTOConfig
+
+    def __init__(
+        self,
+        config: KTOConfig,
+        policy: LanguagePolicy,
+        *,
+        rows: Sequence[LabelledRow] | None = None,
+        prompts: Sequence[PromptRow] | None = None,
+        rewards: WeightedRewards | None = None,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(
+            config, policy, rows=rows, prompts=prompts, rewards=rewards, shown=shown, accelerator=accelerator
+        )
+        self.rows = rows or ()
+        if len({tuple(ids) for ids in ([row.ids for row in self.rows] + [row.ids for row in self.prompts])}) < 2:
+            source = "prompts" if config.online else "dataset"
+            raise ConfigError([f"{source} holds one prompt, and KTO's reference point needs two or more: add some"])
+
+    def collect(self) -> tuple[KTOBatch, dict[str, float]]:
+        """This process's completions of the epoch with their labels: given, or sampled and judged."""
+        return self._judged() if self.config.online else self._given()
+
+    def estimate(self, batch: KTOBatch) -> tuple[Tensor, int, dict[str, float]]:
+        """The reference point, and the reference's log-probs where they are needed more than once."""
+        total = torch.zeros((), dtype=torch.float64, device=self.policy.device)
+        if batch.mismatched is not None:
+            with torch.no_grad():
+                total += in_batches(self, "  reference point", batch.mismatched, self._log_ratios).double().sum()
+        mean = self.global_sum(total) / max(batch.pairs, 1)
+        batch.reference_point = total.new_tensor(mean)
+        if self.config.inner_epochs > 1:
+            batch.logp_ref = self.look_at_reference(batch.sequences, self.local(batch.keep))
+        return batch.keep, 1, {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
+
+    def loss(self, batch: KTOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the module docstring.
+
+        ``rewards/chosen`` is beta l of the desirable, ``rewards/rejected`` of the others; accuracy is the share of
+        those on their side of z, ties 1/2. ``drift`` as in DPO.
+        """
+        config = self.config
+        sequences, desirable = batch.sequences[samples], batch.desirable[samples]
+        mask = sequences.mask
+        logp = self.policy.log_probs(self.policy.score(sequences))
+        logp_ref = self.reference_of(batch.logp_ref, samples, sequences)
+        ratio = masked_sum(logp - logp_ref, mask, 1)
+        losses = kto_loss(
+            ratio,
+            desirable,
+            batch.reference_point.to(ratio),
+            config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        )
+        above = ratio.detach() - batch.reference_point.to(ratio).clamp(min=0)
+        right = torch.where(desirable, above, -above)
+        statistics = {
+            "rewards/accuracies": (right > 0).to(ratio) + 0.5 * (right == 0),
+            "drift": kl_value(logp_ref, logp, "k3", mask=mask)[mask],
+        }
+        for name, which in (("chosen", desirable), ("rejected", ~desirable)):
+            if which.any():
+                statistics[f"rewards/{name}"] = config.beta * ratio.detach()[which]
+                statistics[f"logps/{name}"] = masked_sum(logp.detach(), mask, 1)[which]
+        return losses, statistics
+
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        if not {"rewards/chosen", "rewards/rejected"} <= statistics.keys():
+            return {}
+        return {"rewards/margins": statistics["rewards/chosen"] - statistics["rewards/rejected"]}
+
+    def _given(self) -> tuple[KTOBatch, dict[str, float]]:
+        config, device = self.config, self.accelerator.device
+        epoch = items_of_epoch(self.rows, config.seed, self.epoch, config.samples_per_epoch)
+        own = [epoch[i] for i in self.local_samples]
+        sequences = pack([row.ids for row in own], [row.completion for row in own], pad=self.policy.pad, device=device)
+        desirable = torch.tensor([row.desirable for row in epoch])
+        keep = torch.arange(config.samples_per_epoch)
+        batch = self._batch([row.ids for row in epoch], sequences, desirable, keep)
+        return batch, {
+            "data_epochs": (self.epoch + 1) * config.samples_per_epoch / len(self.rows),
+            "rows": len(self.rows),
+            "desirable": desirable.double().mean().item(),
+        }
+
+    def _judged(self) -> tuple[KTOBatch, dict[str, float]]:
+        rows, collected = self.sample()
+        groups = collected.rewards.double().view(-1, self.config.num_generations)
+        limit = self.config.desirable_above
+        # Measured from the first, equal rewards are exactly at their mean.
+        spread = groups - groups[:, :1]
+        above = (spread - spread.mean(1, keepdim=True) if limit is None else groups - limit).flatten()
+        keep = above.nonzero().squeeze(1)
+        batch = self._batch([row.ids for row in rows], collected.completions.sequences, above > 0, keep)
+        return batch, collected.metrics | {
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
+            "desirable": (above > 0).double().mean().item(),
+        }
+
+    def _batch(self, prompts: Sequence[list[int]], sequences: Sequences, desirable: Tensor, keep: Tensor) -> KTOBatch:
+        """Of this process's ``sequences``; prompts and labels are of the whole epoch."""
+        device, own = self.accelerator.device, self.local_samples
+        pairs = mismatched_prompts(prompts, self.config.kl_samples)
+        here = [(i - own.start, prompt) for i, prompt in pairs if i in own]
+        mismatched = None
+        if here:
+            lengths = sequences.mask.sum(1).tolist()
+            completions = [sequences.completions[i, : lengths[i]].tolist() for i, _ in here]
+            most = self.policy.context_length
+            fitting = [
+                prompt if most is None else prompt[-max(most - len(completion), 1) :]
+                for (_, prompt), completion in zip(here, completions, strict=True)
+            ]
+            mismatched = pack(fitting, completions, pad=self.policy.pad, device=device)
+        return KTOBatch(
+            sequences=sequences,
+            desirable=desirable[own.start : own.stop].to(device),
+            keep=keep,
+            mismatched=mismatched,
+            pairs=len(pairs),
+            reference_point=torch.zeros((), device=device),
+        )
+
+    def _log_ratios(self, sequences: Sequences) -> Tensor:
+        logp = self.policy.log_probs(self.policy.score(sequences))
+        with self.policy.reference():
+            return logp - self.policy.log_probs(self.policy.score(sequences))
+
+
+def mismatched_prompts(prompts: Sequence[list[int]], most: int) -> list[tuple[int, list[int]]]:
+    """Of at most ``most`` samples, evenly spread: the place, and the next prompt (in a circle) that is another one."""
+    count, found = len(prompts), []
+    for i in (torch.arange(min(most, count)) * count // min(most, count)).tolist():
+        others = (prompts[(i + step) % count] for step in range(1, count))
+        other = next((prompt for prompt in others if prompt != prompts[i]), None)
+        if other is not None:
+            found.append((i, other))
+    return found

@@ -1,0 +1,372 @@
+"""What preference methods share: rows given or completions judged, which make a pair, and what the reference says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffusion_align.estimators import rso_accept
+from diffusion_align.llm.collection import Collected, WeightedRewards, collect_scored, reference_log_probs
+from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
+from diffusion_align.llm.dynamic_beta import prompt_features
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
+from diffusion_align.llm.settings import OnlineSettings, TextConfig
+from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.training.errors import CheckpointError, ConfigError
+from diffusion_align.training.loop import Trainer
+from diffusion_align.training.prompts import items_of_epoch
+from diffusion_align.training.randomness import generator
+
+Batch = TypeVar("Batch")
+Selection = Literal["best_worst", "best_rest", "rso"]
+_FEATURES = ("embeddings", "entropy")
+
+
+class PreferenceConfig(TextConfig, OnlineSettings):
+    """Rows of a data set, or prompts whose completions a reward judges in every epoch (online).
+
+    ``samples_per_epoch`` counts rows, or online completions.
+    """
+
+    dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or hub id")
+    num_generations: int = Field(4, ge=1, description="online: completions a prompt in an epoch")
+    beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="price of a nat of log-ratio to the reference")
+
+    @property
+    def online(self) -> bool:
+        return self.dataset is None
+
+    def source_problems(self, fewest_generations: int) -> list[str]:
+        """Sentences about where completions come from."""
+        problems = []
+        if self.online and (self.prompts is None or self.reward is None):
+            problems.append("give dataset, or prompts and a reward to sample and judge completions online")
+        if not self.online and self.prompts is not None:
+            problems.append("prompts are completed and judged online, dataset has completions: leave one of them out")
+        if self.online and self.num_generations < fewest_generations:
+            problems.append(
+                f"num_generations={self.num_generations} leaves nothing to compare a completion with: "
+                f"use {fewest_generations} or more"
+            )
+        # Of given rows a reward only scores what is shown, and no number of completions belongs to a prompt.
+        return problems + self.online_problems(self.samples_per_epoch if self.online else 0)
+
+
+class PreferenceTrainer(TextTrainer[Batch]):
+    """Rows, or prompts and rewards; the reference's log-probs where a loss needs them.
+
+    Args:
+        config: checked settings.
+        policy: the language model, on ``accelerator.device``.
+        rows: given completions, unless they are sampled and judged online.
+        prompts: online, what to complete, with the columns that the rewards receive.
+        rewards: online the judges; with ``rows`` they score only what is shown.
+        shown: prompts to show; the first of the data when not given.
+        accelerator: devices, precision and processes; a plain one when not given.
+
+    Raises:
+        ConfigError: a prompt's completions would be divided among processes.
+    """
+
+    config: PreferenceConfig
+    headline = "rewards/accuracies"
+
+    def __init__(
+        self,
+        config: PreferenceConfig,
+        policy: LanguagePolicy,
+        *,
+        rows: Sequence[PreferenceRow | LabelledRow] | None = None,
+        prompts: Sequence[PromptRow] | None = None,
+        rewards: WeightedRewards | None = None,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        if shown is None:
+            others = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(rows or ())}
+            shown = prompts or list(reversed(others.values()))
+        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
+        self.prompts = prompts or ()
+        if config.online and len(self.local_samples) % config.num_generations:
+            raise ConfigError(
+                [
+                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of num_generations="
+                    f"{config.num_generations} x {self.accelerator.num_processes} processes"
+                ]
+            )
+
+    def sample(self) -> tuple[list[PromptRow], Collected]:
+        """Online: the prompt of each of the epoch's N samples, and this process's completions with all scores."""
+        assert self.rewards is not None
+        config = self.config
+        groups = config.samples_per_epoch // config.num_generations
+        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
+        rows = [row for row in chosen for _ in range(config.num_generations)]
+        return rows, collect_scored(
+            self, self.policy, self.rewards, rows, max_completion_length=config.max_completion_length
+        )
+
+    def local(self, keep: Tensor) -> Tensor:
+        """Those of the global samples ``keep`` that are this process's, counted from its first, on the device."""
+        own = self.local_samples
+        return (keep[(keep >= own.start) & (keep < own.stop)] - own.start).to(self.accelerator.device)
+
+    def reference_of(self, known: Tensor | None, places: Tensor, sequences: Sequences) -> Tensor:
+        """The reference's log-probs (n, T) of completions ``places``: what is ``known``, or a forward pass."""
+        if known is not None:
+            return known[places, : sequences.mask.shape[1]]
+        with torch.no_grad(), self.policy.reference():
+            return self.policy.log_probs(self.policy.score(sequences))
+
+    def look_at_reference(self, sequences: Sequences, places: Tensor) -> Tensor:
+        """Log-probs (B, T) of the reference; 0 for all but ``places``."""
+        if not len(places):
+            return torch.zeros(sequences.mask.shape, device=sequences.ids.device)
+        found = reference_log_probs(self, self.policy, sequences[places])
+        known = found.new_zeros(sequences.mask.shape)
+        known[places, : found.shape[1]] = found
+        return known
+
+
+@dataclass
+class PreferenceBatch:
+    """An epoch's preferences of one process: B samples, at most M rejected each, R completions; on the device.
+
+    Attributes:
+        sequences: the R completions.
+        chosen: (B,), the place of each sample's chosen completion among the R.
+        rejected: (B, M), the places of the rejected ones.
+        counts: (B, M) bool, which of these there are.
+        labels: (B,), the probability that the chosen one is preferred.
+        keep: global indices of the samples to train on, on the CPU.
+        logp_ref: (R, T) of the reference, where it is known beforehand.
+        embeddings: (B, D) of the prompts and ``entropy`` (B,), by the reference, where beta depends on them.
+    """
+
+    sequences: Sequences
+    chosen: Tensor
+    rejected: Tensor
+    counts: Tensor
+    labels: Tensor
+    keep: Tensor
+    logp_ref: Tensor | None = None
+    embeddings: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def pack_rows(rows: Sequence[PreferenceRow], *, pad: int, device: torch.device) -> Sequences:
+    """All completions, row after row, of each the chosen one first."""
+    sides = [(row.ids, completion) for row in rows for completion in (row.chosen, *row.rejected)]
+    prompts, completions = zip(*sides, strict=True)
+    return pack(prompts, completions, pad=pad, device=device)
+
+
+def places_of(rows: Sequence[PreferenceRow]) -> tuple[Tensor, Tensor, Tensor]:
+    """Where ``pack_rows`` puts completions: chosen (B,), rejected (B, M), and which of these there are (B, M)."""
+    numbers = torch.tensor([len(row.rejected) for row in rows])
+    chosen = (1 + numbers).cumsum(0) - (1 + numbers)
+    others = torch.arange(int(numbers.max()))
+    counts = others < numbers[:, None]
+    return chosen, torch.where(counts, chosen[:, None] + 1 + others, 0), counts
+
+
+def given_preferences(
+    trainer: PreferenceTrainer[Any], rows: Sequence[PreferenceRow], known: ReferenceFile | None
+) -> tuple[PreferenceBatch, dict[str, float]]:
+    """This process's part of the epoch's rows, in a new random order each time all have been seen; metrics."""
+    config, device = trainer.config, trainer.accelerator.device
+    epoch = items_of_epoch(range(len(rows)), config.seed, trainer.epoch, config.samples_per_epoch)
+    own = [epoch[i] for i in trainer.local_samples]
+    some = [rows[i] for i in own]
+    chosen, rejected, counts = places_of(some)
+    batch = PreferenceBatch(
+        sequences=pack_rows(some, pad=trainer.policy.pad, device=device),
+        chosen=chosen.to(device),
+        rejected=rejected.to(device),
+        counts=counts.to(device),
+        labels=torch.tensor([row.label for row in some], device=device),
+        keep=torch.arange(config.samples_per_epoch),
+    )
+    if known is not None:
+        known.fill(trainer)
+        known.put_into(batch, own)
+    return batch, {
+        "data_epochs": (trainer.epoch + 1) * config.samples_per_epoch / len(rows),
+        "rows": len(rows),
+    }
+
+
+def judged_preferences(
+    trainer: PreferenceTrainer[Any], *, by_reference: bool, selection: Selection, rso_beta: float
+) -> tuple[PreferenceBatch, dict[str, float]]:
+    """Of every prompt's completions, sampled now, one chosen and others rejected; ties are left out."""
+    config, own, device = trainer.config, trainer.local_samples, trainer.accelerator.device
+    with trainer.policy.reference() if by_reference else contextlib.nullcontext():
+        _, collected = trainer.sample()
+    rewards = collected.rewards.view(-1, config.num_generations)
+    first = torch.arange(len(rewards)) * config.num_generations
+    metrics = {
+        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).double().mean().item(),
+        "reward_gap": (rewards.amax(1) - rewards.amin(1)).mean().item(),
+    }
+    if selection == "rso":
+        streams = [generator(config.seed, "rso", trainer.epoch, group) for group in range(len(rewards))]
+        accepted, chosen, rejected, counts = rso_pairs(rewards, rso_beta, streams)
+        metrics["rso/accepted"] = accepted.double().mean().item()
+    else:
+        chosen, rejected, counts = best_against(rewards, rest=selection == "best_rest")
+    metrics["frac_without_pair"] = (~counts.any(1)).double().mean().item()
+
+    size = (config.samples_per_epoch, counts.shape[1])
+    all_rejected = torch.zeros(size, dtype=torch.int64)
+    all_counts = torch.zeros(size, dtype=torch.bool)
+    all_rejected[first + chosen], all_counts[first + chosen] = first[:, None] + rejected, counts
+    mine = slice(own.start, own.stop)
+    batch = PreferenceBatch(
+        sequences=collected.completions.sequences,
+        chosen=torch.arange(len(own), device=device),
+        rejected=torch.where(all_counts, all_rejected - own.start, 0)[mine].to(device),
+        counts=all_counts[mine].to(device),
+        labels=torch.ones(len(own), device=device),
+        keep=(first + chosen)[counts.any(1)],
+    )
+    return batch, collected.metrics | metrics
+
+
+def best_against(rewards: Tensor, *, rest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rewards (G, n): the best of each group (G,), its worst or all (G, M), and which of these are worse (G, M)."""
+    best, worst = rewards.argmax(1), rewards.argmin(1)
+    rejected = torch.arange(rewards.shape[1]).expand(rewards.shape) if rest else worst[:, None]
+    return best, rejected, rewards.gather(1, rejected) < rewards.amax(1, keepdim=True)
+
+
+def rso_pairs(
+    rewards: Tensor, beta: float, streams: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rewards (G, n), the candidates that ``rso_accept`` keeps (G, n), and two of them at random.
+
+    Returns:
+        Accepted (G, n) bool, the better of the two (G,), the other (G, 1), and whether there is such a pair (G, 1).
+    """
+    accepted = torch.zeros(rewards.shape, dtype=torch.bool)
+    pairs = torch.zeros(len(rewards), 2, dtype=torch.int64)
+    for group, stream in enumerate(streams):
+        accepted[group] = rso_accept(rewards[group], beta, generator=stream)
+        found = accepted[group].nonzero().squeeze(1)
+        two = found[torch.randperm(len(found), generator=stream)[:2]]
+        pairs[group, : len(two)] = two
+        pairs[group, len(two) :] = two[0]  # without a second one: a tie with itself
+    scores = rewards.gather(1, pairs)
+    pairs = torch.where(scores[:, :1] >= scores[:, 1:], pairs, pairs.flip(1))
+    return accepted, pairs[:, 0], pairs[:, 1:], scores[:, :1] != scores[:, 1:]
+
+
+class ReferenceFile:
+    """What the reference says about all rows, computed once before the first update and kept in one file.
+
+    The file belongs to one run, whose settings (model, temperature) cannot change on resume, and says which rows it is
+    of. Before the first update a policy without a reference is its own.
+
+    Args:
+        path: of the file; its folder is the run's.
+        rows: all of them.
+        policy: the language model.
+        with_features: keep ``prompt_features`` too.
+    """
+
+    def __init__(
+        self, path: Path, rows: Sequence[PreferenceRow], policy: LanguagePolicy, *, with_features: bool
+    ) -> None:
+        self.path, self.rows, self.policy, self.with_features = path, rows, policy, with_features
+        tokens = [sum(map(len, (row.chosen, *row.rejected))) for row in rows]
+        self._ends = [0, *torch.tensor(tokens).cumsum(0).tolist()]  # row i's log-probs are those from end i to end i+1
+        self._full = False
+
+    def fill(self, trainer: Trainer[Any]) -> None:
+        """Write the file unless it is there, every process computing its part; between batches the run can be stopped.
+
+        Raises:
+            CheckpointError: the file is of other rows or damaged, or is gone and cannot be made again.
+            Interrupted: the run was asked to stop.
+        """
+        if self._full:
+            return
+        there = self.path.is_file()
+        trainer.accelerator.wait_for_everyone()  # all have looked before it is written
+        if not there:
+            tensors = self._compute(trainer)
+            if trainer.accelerator.is_main_process:
+                aside = self.path.with_suffix(".tmp")
+                save_file(tensors, aside, self._identity())
+                with aside.open("rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(aside, self.path)
+            trainer.accelerator.wait_for_everyone()
+        try:
+            with safe_open(self.path, "pt") as file:
+                identity = file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} is damaged ({error}): choose a new output_dir") from None
+        if identity != self._identity():
+            raise CheckpointError(
+                f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "
+                "a new output_dir"
+            )
+        self._full = True
+
+    def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> None:
+        """Fill in what is known of a batch of rows ``indices`` that ``pack_rows`` packed."""
+        device, mask = self.policy.device, batch.sequences.mask
+        with safe_open(self.path, "pt") as file:
+            logp = file.get_slice("logp")
+            flat = torch.cat([logp[self._ends[i] : self._ends[i + 1]] for i in indices]).to(device)
+            batch.logp_ref = torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)
+            if self.with_features:
+                embeddings, entropy = (file.get_tensor(name) for name in _FEATURES)
+                batch.embeddings, batch.entropy = embeddings[indices].to(device), entropy[indices].to(device)
+
+    @torch.no_grad()
+    def _compute(self, trainer: Trainer[Any]) -> dict[str, Tensor]:
+        policy, size, accelerator = self.policy, trainer.config.sample_batch_size, trainer.accelerator
+        if not policy.has_reference and trainer.step > 0:
+            raise CheckpointError(f"{self.path} is gone and the model has been trained since: choose a new output_dir")
+        share = -(-len(self.rows) // accelerator.num_processes)
+        own = self.rows[share * accelerator.process_index : share * (accelerator.process_index + 1)]
+        parts: dict[str, list[Tensor]] = {name: [] for name in (*_FEATURES, "logp")}
+        with (
+            policy.reference() if policy.has_reference else contextlib.nullcontext(),
+            trainer.progress("  reference", len(own)) as bar,
+        ):
+            for start in range(0, share, size):
+                trainer.stop_if_interrupted()
+                if some := own[start : start + size]:
+                    sequences = pack_rows(some, pad=policy.pad, device=policy.device)
+                    parts["logp"].append(policy.log_probs(policy.score(sequences))[sequences.mask].cpu())
+                    if self.with_features:
+                        chosen = sequences[places_of(some)[0].to(policy.device)]
+                        for name, feature in zip(_FEATURES, prompt_features(policy, chosen), strict=True):
+                            parts[name].append(feature.cpu())
+                    trainer.advance(bar, len(some))
+        everyones = gather_object([parts]) if accelerator.num_processes > 1 else [parts]
+        joined = {name: [x for part in everyones for x in part[name]] for name in parts}
+        return {name: torch.cat(found) for name, found in joined.items() if found}
+
+    def _identity(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.ids, row.chosen, row.rejected]).encode())
+        return {"rows": str(len(self.rows)), "sha256": digest.hexdigest(), "features": str(self.with_features)}

@@ -1,0 +1,355 @@
+"""TextAlignmentPipeline: load a language model, align it, write with it, save it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.data import (
+    LabelledRow,
+    Messages,
+    PreferenceRow,
+    PromptRow,
+    Rows,
+    Text,
+    TextDataConfig,
+    labelled_rows,
+    preference_rows,
+    prompt_rows,
+)
+from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
+from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
+from diffusion_align.llm.kto import KTOConfig, KTOTrainer
+from diffusion_align.llm.loading import load_language_model, load_sequence_classifier, load_tokenizer
+from diffusion_align.llm.policy import LanguagePolicy, merged
+from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
+from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
+from diffusion_align.llm.rollout import rollout
+from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, text_data
+from diffusion_align.pipelines.machine import best_seconds, processes, start
+from diffusion_align.rewards.text import build_text_reward, check_text_reward
+from diffusion_align.training.errors import ConfigError, UserError
+from diffusion_align.training.randomness import generator
+
+PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
+TextMethodConfig = PolicyConfig | RewardModelConfig
+TextMethodTrainer = GRPOTrainer | PPOTrainer | DPOTrainer | KTOTrainer | RewardModelTrainer
+
+
+@dataclass(frozen=True)
+class WrittenTexts:
+    """What a call returns: one completion a prompt."""
+
+    texts: list[str]
+
+
+class TextAlignmentPipeline:
+    """A causal language model that can be aligned with rewards or preferences.
+
+    Example:
+        >>> pipe = TextAlignmentPipeline.from_pretrained("tiny-lm")
+        >>> pipe.align(method="grpo", reward="length", prompts=["And he said"], output_dir="runs/a", epochs=20)
+        >>> pipe(["And he said"], seed=0).texts[0]
+
+    Attributes:
+        model: the transformers model; after ``align`` it holds the trained weights.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+    ) -> TextAlignmentPipeline:
+        """Load an embedded model ("tiny-lm", "smollm2"), a folder, a hub id, or a run folder with its final weights.
+
+        Args:
+            model: what to load; adapters are merged into the weights.
+            dtype: of the weights.
+            device: where to put it; a GPU if there is one.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        loaded, tokenizer = load_language_model(str(model), dtype=dtype)
+        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(loaded, tokenizer, name=str(model))
+
+    def align(self, method: str = "grpo", *, output_dir: str | Path, **settings: Any) -> TextAlignmentPipeline:
+        """Train towards rewards or preferences; afterwards this pipeline writes with the trained weights.
+
+        Args:
+            method: "grpo" or "ppo", which need ``prompts`` and a ``reward``; "dpo" or "kto", which need a ``dataset``
+                or, to sample and judge their own, ``prompts`` and a ``reward``.
+            output_dir: the run folder (see README for what it holds).
+            **settings: fields of the method's configuration; the same names as in YAML. Among them
+
+                - reward: a name, "module:function", a mapping with options, or a function
+                  ``reward(prompts, completions, **columns) -> list of floats (or None)``; or a list of these;
+                - prompts, dataset: a list, a file or the id of a data set on the hub, with TRL's columns.
+
+        Returns:
+            This pipeline, whose ``name`` is the run folder from now on.
+
+        Raises:
+            ConfigError: everything that is wrong with the settings, before anything is trained.
+            RewardError, TrainingError, Interrupted: see ``Trainer.train``; the model is then as it was before.
+        """
+        if method == "reward_model" or method not in TEXT_METHODS:
+            methods = ", ".join(name for name in TEXT_METHODS if name != "reward_model")
+            raise UserError(f"method={method!r} does not train this language model: use one of {methods}")
+        if "model" in settings:
+            raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
+        raw = {"method": method, "model": self.name, "output_dir": output_dir}
+        config = cast(PolicyConfig, check_config(raw | settings))
+        model = copy.deepcopy(self.model) if config.lora is None else self.model
+        try:
+            trainer = run(config, model=model, tokenizer=self.tokenizer)
+        except BaseException:
+            _drop_adapters(self.model)
+            raise
+        trainer.keep_average()
+        self.model, self.name = merged(model), str(config.output_dir)
+        # What is trained next is trained on this, and its adapter's configuration has to say so.
+        self.model.name_or_path = self.model.config.name_or_path = str(config.output_dir / "final")
+        return self
+
+    def __call__(
+        self,
+        prompts: Text | Sequence[Text],
+        *,
+        seed: int = 0,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        batch_size: int = 8,
+    ) -> WrittenTexts:
+        """Complete each prompt.
+
+        Args:
+            prompts: texts, or conversations (lists of messages) that go through the chat template; one or several.
+            seed: completion i depends on its prompt, ``seed`` and i, whatever else is written.
+            max_new_tokens: the most tokens of a completion.
+            temperature: above 0; small is nearly greedy.
+            batch_size: completions written at once.
+
+        Returns:
+            An object whose ``.texts`` is a list of strings.
+        """
+        if max_new_tokens < 1 or not temperature > 0 or batch_size < 1:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens}, temperature={temperature}, batch_size={batch_size}: the first and "
+                "the last must be at least 1, the temperature above 0"
+            )
+        rows = _bare_rows(_several(prompts), self.tokenizer, name="prompts", max_completion_length=max_new_tokens)
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max((len(row.ids) for row in rows), default=0)
+        if context is not None and longest + max_new_tokens > context:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} does not fit behind a prompt of {longest} tokens in the model's "
+                f"context of {context}: make one of them shorter"
+            )
+        policy = LanguagePolicy.for_sampling(self.model, self.tokenizer, temperature=temperature)
+        texts: list[str] = []
+        for begin in range(0, len(rows), batch_size):
+            some = rows[begin : begin + batch_size]
+            streams = [generator(seed, "write", begin + i) for i in range(len(some))]
+            written = rollout(policy, [row.ids for row in some], streams, max_new_tokens=max_new_tokens)
+            texts += policy.decode(written.sequences)
+        return WrittenTexts(texts)
+
+    def score(self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, **columns: Sequence[Any]) -> Tensor:
+        """Scores (B,) of completions by a reward, nan where it has nothing to say.
+
+        Args:
+            prompts, texts: B of each.
+            reward: as for ``align``.
+            **columns: what else the reward needs, B values each.
+        """
+        lengths = {"texts": len(texts)} | {name: len(values) for name, values in columns.items()}
+        wrong = [f"{length} {name}" for name, length in lengths.items() if length != len(prompts)]
+        if isinstance(prompts, str) or isinstance(texts, str) or wrong:
+            given = ", ".join(wrong) or "a single text"
+            raise UserError(f"{len(prompts)} prompts and {given}: give lists of one length")
+        rewards = WeightedRewards([build_text_reward(reward, device=self.model.device)], torch.ones(1))
+        rows = [
+            PromptRow(prompt, [], {name: values[i] for name, values in columns.items()})
+            for i, prompt in enumerate(prompts)
+        ]
+        return rewards.scores(rows, texts).squeeze(1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model, adapters merged, and its tokenizer, for plain transformers."""
+        self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def run(config: TextMethodConfig, *, model: Any = None, tokenizer: Any = None) -> TextMethodTrainer:
+    """Train as ``config`` says and return the finished trainer.
+
+    Args:
+        config: checked settings, from ``read_config`` or ``check_config``.
+        model, tokenizer: loaded ones; ``config.model`` is loaded when not given.
+
+    Raises:
+        ConfigError, UserError: data or models that do not fit, in one sentence each.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    return _run_reward_model(config) if isinstance(config, RewardModelConfig) else _run(config, model, tokenizer)
+
+
+def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
+    context = None if model is None else getattr(model.config, "max_position_embeddings", None)
+    if tokenizer is None:
+        tokenizer, context = load_tokenizer(config.model)
+    read = _Reader(config, tokenizer, context)  # before any weights are loaded
+    prompts = read(prompt_rows, "prompts")
+    dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
+    shown = read.shown(prompts)
+    rewards = _rewards(config, prompts or dataset, processes().device)
+    if config.reference_model is not None:
+        _check_same_tokens(config, tokenizer)
+    if model is None:
+        model, _ = load_language_model(config.model)
+    reference = load_language_model(config.reference_model)[0] if config.reference_model is not None else None
+    config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
+    policy = LanguagePolicy(
+        model,
+        tokenizer,
+        lora=config.lora,
+        temperature=config.temperature,
+        needs_reference=config.needs_reference,
+        reference=reference,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+    common: dict[str, Any] = {"rewards": rewards, "shown": shown, "accelerator": accelerator}
+    trainer: TextMethodTrainer
+    match config:
+        case GRPOConfig():
+            trainer = GRPOTrainer(config, policy, prompts, **common)
+        case PPOConfig():
+            trainer = PPOTrainer(config, policy, prompts, **common)
+        case DPOConfig():
+            trainer = DPOTrainer(config, policy, rows=dataset or None, prompts=prompts or None, **common)
+        case _:
+            trainer = KTOTrainer(config, policy, rows=dataset or None, prompts=prompts or None, **common)
+    trainer.train()
+    return trainer
+
+
+class _Reader:
+    """Reads the data of a run, and says on the main process what was shortened."""
+
+    def __init__(self, config: Any, tokenizer: Any, context_length: int | None) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.lengths = {
+            "max_prompt_length": config.max_prompt_length,
+            "max_completion_length": config.max_completion_length,
+            "context_length": context_length,
+        }
+
+    def __call__(self, kind: Callable[..., Rows[Any]], name: str) -> list[Any]:
+        """The rows of the setting ``name``; none where it is not given."""
+        data = getattr(self.config, name, None)
+        if data is None:
+            return []
+        found = kind(text_data(data), self.tokenizer, name=name, **self.lengths)
+        cut = found.truncation
+        if processes().is_main_process and (cut.prompts or cut.completions or cut.left_out):
+            Console(stderr=True).print(f"{name}: {cut}", highlight=False, markup=False, soft_wrap=True)
+        return found.rows
+
+    def shown(self, prompts: Sequence[PromptRow]) -> list[PromptRow] | None:
+        """The rows of ``show_prompts``, with the other columns of the same prompt in ``prompts``."""
+        if self.config.show_prompts is None:
+            return None
+        known = {str(row.prompt): row.columns for row in prompts}
+        rows = _bare_rows(self.config.show_prompts, self.tokenizer, name="show_prompts", **self.lengths)
+        return [PromptRow(row.prompt, row.ids, known.get(str(row.prompt), {})) for row in rows]
+
+
+def _bare_rows(prompts: Sequence[Any], tokenizer: Any, *, name: str, **lengths: int | None) -> list[PromptRow]:
+    """The rows of prompts that are given as they are, without the settings of a source."""
+    if not prompts:
+        return []
+    try:
+        data = TextDataConfig(source=[{"prompt": prompt} for prompt in prompts])
+        return prompt_rows(data, tokenizer, name=name, **lengths).rows  # type: ignore[arg-type]
+    except ConfigError as error:
+        # There is no source of which bad rows could be left out.
+        raise ConfigError([problem for problem in error.problems if "skip_bad_rows" not in problem]) from None
+
+
+def _check_same_tokens(config: PolicyConfig, tokenizer: Any) -> None:
+    other, _ = load_tokenizer(str(config.reference_model))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"reference_model={config.reference_model!r} has {len(other)} tokens, not the {len(tokenizer)} of "
+            f"model={config.model!r}: use a reference with the model's own tokens"
+        )
+
+
+def _rewards(
+    config: PolicyConfig, prompts: Sequence[PromptRow | PreferenceRow | LabelledRow], device: torch.device
+) -> WeightedRewards | None:
+    """The rewards of a run, each tried on real prompts."""
+    if config.reward is None:
+        return None
+    specs = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
+    weights = torch.tensor(config.reward_weights or [1.0] * len(specs))
+    rewards = WeightedRewards([build_text_reward(spec, device=device) for spec in specs], weights)
+    some = list(prompts[:4])
+    names = dict.fromkeys(name for row in some for name in row.columns)
+    for reward in rewards.functions:
+        check_text_reward(
+            reward,
+            [row.prompt for row in some],
+            columns={name: [row.columns.get(name) for row in some] for name in names},
+        )
+    return rewards
+
+
+def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
+    tokenizer, context = load_tokenizer(config.model)
+    read = _Reader(config, tokenizer, context)
+    rows, eval_rows = read(preference_rows, "dataset"), read(preference_rows, "eval_dataset")
+    torch.manual_seed(config.seed)  # a language model gets a new head
+    model, tokenizer = load_sequence_classifier(config.model)
+    config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
+    scorer = RewardModel(model, tokenizer, lora=config.lora, device=accelerator.device, autocast=accelerator.autocast)
+    trainer = RewardModelTrainer(config, scorer, rows, eval_rows=eval_rows, accelerator=accelerator)
+    trainer.train()
+    return trainer
+
+
+def _seconds_a_pass(model: Any, narrow: bool) -> float:
+    """Of a forward pass of two short texts."""
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    return best_seconds(lambda: model(input_ids=ids, use_cache=False), narrow)
+
+
+def _drop_adapters(model: Any) -> None:
+    """Leave ``model`` as it was before adapters were added to it."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.zeros_(parameter)  # so that merging changes nothing
+    merged(model)
+
+
+def _several(prompts: Text | Sequence[Text]) -> list[Text]:
+    """A list of prompts, also of one alone: a text, or a conversation, whose items are messages."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    return [cast(Messages, items)] if items and all(isinstance(item, Mapping) for item in items) else items

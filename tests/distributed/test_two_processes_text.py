@@ -1,0 +1,258 @@
+"""Language models in two processes: the same rows, gradients and weights as in one, and nobody waits in vain."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from diffusion_align.training.prompts import items_of_epoch
+
+GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
+PLAIN_STEPS = runpy.run_path(str(Path(__file__).parent / "test_two_processes_dpo.py"))["PLAIN_STEPS"]
+QUICK = """
+import diffusion_align.llm.reward_model as reward_model
+import diffusion_align.llm.trainer as trainer
+reward_model.write_report = trainer.write_report = lambda folder: None
+"""
+REWARDS = """
+import os
+from diffusion_align.rewards.text import text_of
+
+def letters(completions, **columns):
+    return [float(sum(map(ord, text)) % 17) for text in completions]
+
+def wanted(completions, letter):
+    return [None if one is None else float(text.count(one)) for text, one in zip(completions, letter)]
+
+def flat(completions, tied):
+    return [1.0 if t else float(sum(map(ord, text)) % 17) for text, t in zip(completions, tied)]
+
+def only_one_fails(completions, **columns):
+    if os.environ.get("RANK") == "1" and "" not in completions:  # the batch of the check holds an empty one
+        raise RuntimeError("no answer")
+    return [float(len(text)) for text in completions]
+
+def silent(completions, tied):
+    return [None if t else 1.0 for t in tied]
+"""
+TEXTS = ["the cat", "a dog is", "who?", "one and two"]
+# In the first epoch of two groups the first is of process 0 and the second of process 1.
+ORDER = items_of_epoch(TEXTS, 0, 0, 2)
+PROMPTS = [{"prompt": text, "letter": "a" if text == ORDER[0] else None, "tied": text == ORDER[1]} for text in TEXTS]
+PREFERENCES = [
+    {"prompt": "the cat", "chosen": " sat", "rejected": [" ran off", " is"]},
+    {"prompt": "a dog", "chosen": " is here.", "rejected": [" no"]},
+    {"prompt": "one", "chosen": " two", "rejected": [" 3", " 4 and more", "?"]},
+    {"prompt": "who", "chosen": "?", "rejected": [" is it"]},
+    {"prompt": "x + 1", "chosen": " = 2", "rejected": [" = 123"]},
+]
+LABELS = [
+    {"prompt": row["prompt"], "completion": text, "label": text == row["chosen"]}
+    for row in PREFERENCES
+    for text in (row["chosen"], row["rejected"][0])
+]
+SETTINGS = {
+    "epochs": 2,
+    "samples_per_epoch": 8,
+    "sample_batch_size": 2,
+    "micro_batch_size": 3,
+    "updates_per_epoch": 2,
+    "learning_rate": 0.02,
+    "max_grad_norm": 100.0,
+    "lora": {"rank": 2},
+    "max_completion_length": 12,
+    "grid_every": 0,
+    "num_threads": 1,
+}
+ONLINE = {"prompts": PROMPTS, "reward": ["letters"], "num_generations": 4}
+DPO = {"method": "dpo", "dataset": PREFERENCES, "beta": 0.5}
+CASES = {
+    "grpo, KL in the reward": ONLINE | {"method": "grpo", "beta": 0.1, "credit": "to_go", "loss_type": "grpo"},
+    "grpo, a reward with nothing to say on one process": ONLINE
+    | {
+        "method": "grpo",
+        "reward": ["letters", "wanted"],
+        "reward_weights": [1.0, 2.0],
+        "multi_objective_aggregation": "normalize_then_sum",
+        "inner_epochs": 2,
+        "ratio_level": "sequence",
+    },
+    "grpo, all weights": ONLINE | {"method": "grpo", "lora": None, "beta": 0.1, "kl": "full_vocabulary"},
+    "ppo": ONLINE | {"method": "ppo", "num_generations": 2, "kl_target": 0.05, "kl_horizon": 20, "inner_epochs": 2},
+    "dpo, several rejected": DPO | {"precompute_ref_log_probs": True, "sft_weight": 0.1},
+    "dpo, dynamic beta": DPO | {"dynamic_beta": {"hidden": 8}, "inner_epochs": 2},
+    "dpo, online": DPO | ONLINE | {"dataset": None, "pair_selection": "best_rest"},
+    "kto": {"method": "kto", "dataset": LABELS, "beta": 0.5, "kl_samples": 3},
+    "kto, online": ONLINE | {"method": "kto", "beta": 0.5},
+    "reward_model": {"method": "reward_model", "dataset": PREFERENCES, "eval_dataset": PREFERENCES[:3]},
+}
+
+
+@pytest.fixture
+def write(tmp_path, tiny_language_model):
+    """``write(**changes)``: the path of a configuration; rewards are called by their names in mine.py."""
+    (tmp_path / "mine.py").write_text(REWARDS)
+
+    def make(**changes):
+        settings = SETTINGS | {"model": str(tiny_language_model)} | changes
+        if settings.get("reward"):
+            settings["reward"] = [f"{tmp_path}/mine.py:{name}" for name in settings["reward"]]
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return make
+
+
+def run_both(forked, config, tmp_path, fault=""):
+    """Folders of the same run in one process and in two, and the gradients of each process."""
+    prelude = f"SCRATCH = {str(tmp_path)!r}\n" + GRADIENTS + PLAIN_STEPS + QUICK + fault
+    folders = []
+    for processes in (1, 2):
+        folders.append(tmp_path / f"in_{processes}")
+        run = forked("train", config, f"output_dir={folders[-1]}", processes=processes, prelude=prelude, timeout=90)
+        assert not run.timed_out, run.errors
+        assert set(run.statuses) == {0}, run.errors
+    found = [tmp_path / f"gradients_{name}.pt" for name in ("1_0", "2_0", "2_1")]
+    return folders, [torch.load(path) if path.exists() else [] for path in found]
+
+
+def assert_same(read_rows, folders, gradients, *, without=()):
+    """Rows but for the metrics ``without``, gradients and weights to rounding, and something that could differ."""
+    one, first, second = gradients
+    assert len(one) == len(first) == len(second) > 0
+    for a, b, c in zip(one, first, second):
+        assert torch.equal(b, c), "the processes hold different sums"
+        assert a.abs().max() > 1e-4, "nothing to compare"
+        assert (a - b).abs().max() <= 1e-5 * max(1.0, a.abs().max().item())
+    a, b = (read_rows(folder) for folder in folders)
+    assert [row.keys() for row in a] == [row.keys() for row in b]
+    without = {"ratio/first_pass_deviation", *without}  # the first is rounding and nothing else
+    for mine, theirs in zip(a, b):
+        # Before the first update rounding decides whether a completion is ahead of another.
+        unsure = without | {"rewards/accuracies"} if mine["step"] == 1 else without
+        mine, theirs = ({k: v for k, v in row.items() if k not in unsure} for row in (mine, theirs))
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+    a, b = (load_file(sorted((f / "checkpoints").iterdir())[-1] / "trained.safetensors") for f in folders)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=1e-6, rtol=0)
+
+
+def without_kl(changes):
+    """Without a KL term the KL is measured on one micro-batch of each process."""
+    return ("kl", "kl_path") if changes["method"] == "grpo" and not changes.get("beta") else ()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_do_what_one_does(forked, write, tmp_path, read_rows, case):
+    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path)
+    assert_same(read_rows, folders, gradients, without=without_kl(CASES[case]))
+
+
+# Half of the completions, those of process 1 or all, count as cut off by the limit of length.
+CUT_OFF = """
+import dataclasses
+import diffusion_align.llm.grpo as grpo
+collect = grpo.collect_scored
+def cut(*arguments, **options):
+    collected = collect(*arguments, **options)
+    finished = torch.arange(len(collected.finished)) < {first}
+    return dataclasses.replace(collected, finished=finished)
+grpo.collect_scored = cut
+"""
+IDLE = {
+    "grpo, tied on process 1": (ONLINE | {"method": "grpo", "reward": ["flat"]}, "", 4),
+    "grpo, cut off on process 1": (
+        ONLINE | {"method": "grpo", "mask_truncated_completions": True, "beta": 0.1},
+        CUT_OFF.format(first=4),
+        4,
+    ),
+    "grpo, all cut off": (
+        ONLINE | {"method": "grpo", "mask_truncated_completions": True, "beta": 0.1},
+        CUT_OFF.format(first=0),
+        0,
+    ),
+    "dpo, tied on process 1": (CASES["dpo, online"] | {"reward": ["flat"]}, "", 1),
+    "kto, tied on process 1": (CASES["kto, online"] | {"reward": ["flat"]}, "", None),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_a_process_without_work_is_not_waited_for(forked, write, tmp_path, read_rows, case):
+    changes, fault, used = IDLE[case]
+    folders, gradients = run_both(forked, write(**changes | {"epochs": 1, "updates_per_epoch": 1}), tmp_path, fault)
+    [row] = [row for row in read_rows(folders[1]) if "samples_used" in row]
+    if used is None:
+        assert 0 < row["samples_used"] <= 4
+    else:
+        assert row["samples_used"] == used
+    if used == 0:
+        assert gradients == [[], [], []]
+    else:
+        assert_same(read_rows, folders, gradients, without=without_kl(changes))
+
+
+WIDTHS = """
+from diffusion_align.llm.ppo import PPOTrainer
+whitened = PPOTrainer._whitened
+def noted(self, x, mask):
+    with open(f"{SCRATCH}/width_{self.accelerator.num_processes}_{self.accelerator.process_index}", "w") as file:
+        file.write(str(x.shape[1]))
+    return whitened(self, x, mask)
+PPOTrainer._whitened = noted
+"""
+
+
+def test_advantages_are_whitened_over_processes_whose_completions_differ_in_length(forked, write, tmp_path, read_rows):
+    changes = ONLINE | {"method": "ppo", "num_generations": 1, "samples_per_epoch": 4, "epochs": 1}
+    folders, gradients = run_both(forked, write(**changes, max_completion_length=24), tmp_path, WIDTHS)
+    widths = [int((tmp_path / f"width_{name}").read_text()) for name in ("1_0", "2_0", "2_1")]
+    assert widths[1] != widths[2], "nothing to pad"
+    assert max(widths[1:]) == widths[0]
+    assert_same(read_rows, folders, gradients)
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo", "dpo", "kto"])
+def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, method):
+    config = write(**ONLINE | {"method": method, "reward": ["only_one_fails"]})
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
+    assert not run.timed_out, "a process went on waiting for one that is gone"
+    assert run.statuses == [2, 2], run.errors
+    for error in run.errors:
+        assert error.strip().splitlines()[-1] == "error: reward 'only_one_fails' raised RuntimeError: no answer"
+        assert "Traceback" not in error
+
+
+def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tmp_path):
+    config = write(**ONLINE | {"method": "grpo", "reward": ["silent"]})
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
+    assert not run.timed_out
+    assert run.statuses == [2, 2], run.errors
+    said = f"error: no reward has anything to say about sample 4 (prompt {ORDER[1]!r}): at least one must return"
+    for error in run.errors:
+        assert said in error
+        assert "Traceback" not in error
+
+
+def test_a_prompts_completions_that_would_be_divided_are_refused(forked, write, tmp_path):
+    config = write(**ONLINE | {"method": "dpo", "samples_per_epoch": 12, "sample_batch_size": 3})
+    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60)
+    assert run.statuses == [2, 2], run.errors
+    for error in run.errors:
+        assert "error: samples_per_epoch=12 must be a multiple of num_generations=4 x 2 processes" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_writes_what_is_shown(forked, write, tmp_path):
+    """The main one, while the other goes on; and completions do not depend on how many there are."""
+    config = write(**CASES["grpo, KL in the reward"] | {"grid_every": 1, "epochs": 1, "learning_rate": 1e-6})
+    folders, _ = run_both(forked, config, tmp_path)
+    names = ["before_after.jsonl", "epoch_0000.jsonl", "epoch_0001.jsonl"]
+    one, two = ([(folder / "samples" / name).read_text() for name in names] for folder in folders)
+    assert one == two
+    assert len(json.loads(one[0].splitlines()[0])["before"]) > 0
