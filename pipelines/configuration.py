@@ -99,7 +99,8 @@ def _check_language_model(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in ("model", "reference_model"):
         model = raw.get(name)
-        problem = language_model_problem(model) if isinstance(model, str) else None
+        classifier = raw.get("method") == "reward_model"
+        problem = language_model_problem(model, or_classifier=classifier) if isinstance(model, str) else None
         if problem:
             problems.append(problem.replace("model=", f"{name}=", 1))
     return problems

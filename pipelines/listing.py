@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from diffusion_align import __version__
+from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
 from diffusion_align.diffusion.pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.llm.data import TextDataConfig
-from diffusion_align.llm.loading import EMBEDDED_LANGUAGE_MODELS
 from diffusion_align.pipelines.configuration import (
     read_config,
     shipped_configs,
@@ -54,7 +54,7 @@ def _models() -> Entries:
         "smollm2": "text: SmolLM2-135M-Instruct, from a wheel; see the README",
     }
     return [
-        *((name, [about[name]]) for name in (*EMBEDDED_PIPELINES, *EMBEDDED_LANGUAGE_MODELS)),
+        *((name, [about[name]]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)),
         ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id, or a causal language model's"]),
     ]
 
@@ -115,7 +115,7 @@ def describe_machine() -> list[tuple[str, str]]:
 def describe_config(source: str, overrides: Sequence[str]) -> list[tuple[str, str]]:
     """(name, value) lines about what a recipe would do; a ConfigError lists what is wrong with it."""
     config: Any = read_config(source, overrides)
-    embedded = (*EMBEDDED_PIPELINES, *EMBEDDED_LANGUAGE_MODELS)
+    embedded = (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)
     local = config.model in embedded or Path(config.model).expanduser().is_dir()
     describe: Callable[[Any], list[tuple[str, str]]] = _describe_text
     if isinstance(config, DDPOConfig | DiffusionDPOConfig):

@@ -31,9 +31,16 @@ INSIDE = [
     "assets/emoji-clip/model.safetensors",
     "assets/emoji-clip/tokenizer/vocab.json",
     "assets/aesthetic_head.safetensors",
+    "assets/tiny-lm/model.safetensors",
+    "assets/tiny-lm/tokenizer.json",
+    "assets/text-prompts/addition.jsonl",
+    "assets/text-prompts/verses.txt",
+    "llm/grpo.py",
     "rewards/base.py",
+    "rewards/text/length.py",
     "rewards/jpeg.py",
     "pipelines/image.py",
+    "pipelines/text.py",
     "configs/quickstart.yaml",
 ]
 TINY = {

@@ -6,6 +6,9 @@ from pathlib import Path
 EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip", "tiny-lm": "tiny-lm"}
 """Model name -> folder below this package."""
 
+LANGUAGE_MODELS = ("tiny-lm", "smollm2")
+"""Names of the language models; the second one comes from a wheel of its own."""
+
 ASSETS = {
     **EMBEDDED_MODELS,
     "emoji-concepts": "emoji-concepts.tsv",

