@@ -112,11 +112,13 @@ class TextAlignmentPipeline:
             raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
         raw = {"method": method, "model": self.name, "output_dir": output_dir}
         config = cast(PolicyConfig, check_config(raw | settings))
+        adapted = bool(getattr(self.model, "peft_config", None))
         model = copy.deepcopy(self.model) if config.lora is None else self.model
         try:
             trainer = run(config, model=model, tokenizer=self.tokenizer)
         except BaseException:
-            _drop_adapters(self.model)
+            if not adapted:
+                _drop_adapters(self.model)
             raise
         trainer.keep_average()
         self.model, self.name = merged(model), str(config.output_dir)

@@ -10,7 +10,7 @@ CASES = {
     "unknown lora key": (["lora.rnk=3"], ["unknown setting 'lora.rnk': did you mean 'rank'?"]),
     "unknown key near nothing": (["zzzz=3"], ["unknown setting 'zzzz': known are .*learning_rate"]),
     "unknown section": (["samplr.steps=3"], ["unknown setting 'samplr': did you mean 'sampler'?"]),
-    "unknown method": (["method=dpo"], ["method='dpo' is unknown: did you mean 'ddpo'?"]),
+    "unknown method": (["method=dppo"], ["method='dppo' is unknown: did you mean"]),
     "method not a name": (["method=3"], ["method=3 is unknown"]),
     "method a list": (["method=[ddpo]"], [r"method=\['ddpo'\] is unknown"]),
     "unknown sampler": (["sampler.name=euler"], ["sampler.name='euler' is not allowed: .*'ddim'.*'ddpm'"]),

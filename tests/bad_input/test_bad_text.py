@@ -1,7 +1,11 @@
 """Bad settings, data, models and rewards of text runs: one sentence each, exit 2, no traceback, nothing written, and
 no weights read before they have to be."""
 
+import json
+import re
 import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,16 @@ def later(completions, **columns):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_report():
+    """The few runs that are finished here need none."""
+    from diffusion_align.llm import trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_report", lambda folder: None)
+        yield
+
+
 @pytest.fixture
 def write(tmp_path, tiny_language_model):
     """``write(method, **changes)``: tiny.yaml in the scratch folder; a value of ``...`` drops the key."""
@@ -66,7 +80,7 @@ def write(tmp_path, tiny_language_model):
     def make(method="grpo", **changes):
         settings = SETTINGS | {"method": method, "model": str(tiny_language_model)} | METHODS[method] | changes
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not ...}))
+        path.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not ...}, sort_keys=False))
         return path
 
     return make
@@ -134,7 +148,7 @@ EARLY = {
     "no prompts": ("grpo", {"prompts": ...}, ["prompts and reward must both be given"]),
     "no reward": ("ppo", {"reward": ...}, ["prompts and reward must both be given"]),
     "neither dataset nor prompts": ("dpo", {"dataset": ...}, ["give dataset, or prompts and a reward"]),
-    "neither, kto": ("kto", {"dataset": ...}, ["give dataset, or prompts and a reward"]),
+    "neither, kto": ("kto", {"dataset": ..., "num_generations": 2}, ["give dataset, or prompts and a reward"]),
     "both dataset and prompts": (
         "dpo",
         ONLINE,
@@ -152,7 +166,8 @@ EARLY = {
         "dpo",
         {"dataset": [{"prompt": "a", "better": "b", "worse": "c"}]},
         [
-            "dataset.columns: the columns .* are needed; the columns found are 'prompt', 'better', 'worse': map our names"
+            "dataset.columns: the columns chosen, rejected are needed; the columns found are 'prompt', 'better', "
+            "'worse': map our names to these"
         ],
     ),
     "wrong columns, prompts": (
@@ -262,7 +277,8 @@ EARLY = {
         "grpo",
         {"reward": "mine.py:needs_answer", "prompts": [{"prompt": "a", "solution": "b"}]},
         [
-            "reward 'needs_answer' needs 'answer', which is neither an option nor a column of the data: it has 'solution'"
+            "reward 'needs_answer' needs 'answer', which is neither an option nor a column of the data: "
+            "it has 'solution'"
         ],
     ),
     "the reward of what is shown": (
@@ -282,9 +298,9 @@ EARLY = {
             "mixed_precision": "fp8",
         },
         [
-            "unknown setting 'num_generation'",
-            "beta=-1 is not allowed",
             "mixed_precision='fp8' is not allowed",
+            "beta=-1 is not allowed",
+            "unknown setting 'num_generation'",
             "model='tiny-ml' is neither",
             "prompts.source='absent.jsonl': there is no such",
             "unknown reward 'lenght'",
@@ -312,6 +328,212 @@ EARLY = {
 @pytest.mark.parametrize("case", EARLY)
 def test_refused_before_weights_are_read(cli, write, tree, no_weights, case):
     method, changes, wanted = EARLY[case]
-    if "lora" in changes:
-        changes = changes | {"lora": changes["lora"]}
     refused(cli, tree, "train", write(method, **changes), wanted=wanted)
+
+
+def test_a_reference_with_other_tokens(cli, write, tree, no_weights, tmp_path, make_language_model):
+    make_language_model(tmp_path / "other", extra="!")
+    wanted = (
+        r"reference_model='other' has 47 tokens, not the 46 of model='.*': use a reference with the model's own tokens"
+    )
+    refused(cli, tree, "train", write("dpo", reference_model="other"), wanted=wanted)
+
+
+def test_a_reference_with_a_larger_vocabulary(cli, write, tree, tmp_path, make_language_model, tiny_language_model):
+    """The tokens are the same, but its network has one more."""
+    make_language_model(tmp_path / "other", extra="!")
+    for file in tiny_language_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "other")
+    wanted = "the reference has a vocabulary of 47 tokens and the model one of 46: use a reference with the model's own"
+    refused(cli, tree, "train", write("dpo", reference_model="other"), wanted=wanted)
+
+
+@pytest.fixture
+def model(tmp_path, tiny_language_model):
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_language_model, tmp_path / "model"))
+
+
+def cut_weights(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def without_end(path):
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    (path / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+def encoder(path):
+    settings = json.loads((path / "config.json").read_text())
+    settings |= {"model_type": "bert", "architectures": ["BertModel"]}
+    (path / "config.json").write_text(json.dumps(settings))
+
+
+def image_pipeline(path):
+    (path / "model_index.json").write_text("{}")
+
+
+DAMAGES = {
+    "empty": (lambda path: [file.unlink() for file in path.iterdir()], "model='model': the folder has no config.json"),
+    "weights cut off": (cut_weights, "model='model' "),
+    "weights missing": (lambda path: (path / "model.safetensors").unlink(), "model='model' "),
+    "configuration broken": (lambda path: (path / "config.json").write_text("{"), "model='model'"),
+    "tokenizer missing": (lambda path: [f.unlink() for f in path.glob("*token*")], "model='model'.* tokenizer"),
+    "no end of sequence": (without_end, "the tokenizer has no end-of-sequence token: set tokenizer.eos_token"),
+    "an encoder": (encoder, "model='model' is a BertModel, not a causal language model"),
+    "an image pipeline": (image_pipeline, "model='model' is the folder of a text-to-image pipeline, not of a language"),
+}
+
+
+@pytest.mark.parametrize("method", ["grpo", "reward_model"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_model_folder_that_cannot_be_used(cli, write, tree, model, damage, method):
+    harm, wanted = DAMAGES[damage]
+    harm(model)
+    refused(cli, tree, "train", write(method, model="model"), wanted=wanted)
+
+
+DATA_THAT_DOES_NOT_FIT = {
+    "one prompt for kto": (
+        "kto",
+        {"dataset": [LABELS[0], LABELS[0]]},
+        "dataset holds one prompt, and KTO's reference point needs two or more: add some",
+    ),
+    "several rejected": (
+        "dpo",
+        {"loss_type": "ipo", "dataset": [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": ["c", "d"]}]},
+        "dataset: row 2 has 2 rejected, and loss_type=ipo compares with one: use loss_type=sigmoid",
+    ),
+    "a label": (
+        "dpo",
+        {"dataset": [{**PAIRS[0], "label": 0.3}, {**PAIRS[1], "label": 1}]},
+        "dataset: row 0 has the label 0.3, and loss_type=sigmoid takes every chosen for preferred: use loss_type=",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DATA_THAT_DOES_NOT_FIT)
+def test_data_that_a_method_cannot_use(cli, write, tree, case):
+    method, changes, wanted = DATA_THAT_DOES_NOT_FIT[case]
+    refused(cli, tree, "train", write(method, **changes), wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    ("reward", "wanted"),
+    [
+        ("later", "reward 'later' returned nan for completion 0 .prompt '.*'.: every score must be finite"),
+        ("silent", "no reward has anything to say about sample 0 .prompt '.*'.: at least one must return a number"),
+    ],
+)
+def test_a_reward_that_breaks_during_training_leaves_a_run_that_can_go_on(cli, write, tmp_path, reward, wanted):
+    outcome = cli("train", write(reward=f"mine.py:{reward}"))
+    assert outcome.status == 2
+    assert "Traceback" not in outcome.err
+    assert len(outcome.sentences) == 1
+    assert re.match(wanted, outcome.sentences[0])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000000"]
+    assert not (tmp_path / "run" / "final").exists()
+    mended = REWARDS.replace('else float("nan")', "else 2.0").replace("[None]", "[1.0]")
+    (tmp_path / "mine.py").write_text(mended)
+    sys.modules.pop("mine", None)
+    outcome = cli("train", tmp_path / "tiny.yaml", "resume=true")
+    assert outcome.status == 0, outcome.err
+
+
+# -- run folders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_language_model, tmp_path_factory):
+    """A run of dpo that asked its reference once, and its settings."""
+    from accelerate.state import AcceleratorState
+
+    from diffusion_align.pipelines.configuration import check_config
+    from diffusion_align.pipelines.text import run
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    settings = SETTINGS | METHODS["dpo"] | {"method": "dpo", "model": str(tiny_language_model)}
+    settings |= {"epochs": 2, "checkpoint_every": 1, "precompute_ref_log_probs": True}
+    run(check_config(settings | {"output_dir": str(folder)}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder, settings
+
+
+@pytest.fixture
+def finished(finished_run, write, tmp_path):
+    """The configuration of a finished run of which run/ is a copy."""
+    folder, settings = finished_run
+    shutil.copytree(folder, tmp_path / "run")
+    return write(**{"prompts": ..., "reward": ..., "num_generations": ...} | settings)
+
+
+def test_resume_of_another_methods_run(cli, write, tree, finished, no_weights):
+    for method in ("kto", "grpo"):
+        config = write(method)
+        wanted = "resume=true, but run is a run of method='dpo': choose a new output_dir"
+        refused(cli, tree, "train", config, "resume=true", wanted=wanted)
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("beta=0.2", "belongs to another run: beta was 0.1 and is 0.2; put it back or choose a new output_dir"),
+        ("lora=null", "belongs to another run: lora was .* and is None"),
+        ("temperature=0.5", "belongs to another run: temperature was 1.0 and is 0.5"),
+        ("max_prompt_length=3", "belongs to another run: max_prompt_length was None and is 3"),
+        ("dataset=[{prompt: a, chosen: b, rejected: c}]", "belongs to another run: dataset was .* and is .*'chosen': 'b'"),
+    ],
+)
+def test_resume_from_another_run(cli, tree, finished, override, wanted):
+    refused(cli, tree, "train", finished, "resume=true", "epochs=3", override, wanted=wanted)
+
+
+def test_rows_that_have_changed_since(cli, write, tmp_path):
+    """The settings are the same and the file is another: its reference log-probs are not those of the run."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    config = write("dpo", dataset="rows.jsonl", precompute_ref_log_probs=True)
+    assert cli("train", config).status == 0
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(PAIRS)))
+    outcome = cli("train", config, "resume=true", "epochs=2")
+    assert (outcome.status, len(outcome.sentences)) == (2, 1), outcome.err
+    assert outcome.sentences[0].startswith("the rows are not those that this run began with (run/reference.safetensors")
+
+
+def test_a_damaged_file_of_the_reference(cli, tree, finished, tmp_path):
+    file = tmp_path / "run" / "reference.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    outcome = cli("train", finished, "resume=true", "epochs=3")
+    assert (outcome.status, len(outcome.sentences)) == (2, 1), outcome.err
+    assert "reference.safetensors is damaged" in outcome.sentences[0]
+
+
+# -- pictures and text -------------------------------------------------------------------------------------------------
+
+IMAGES = {"method": "ddpo", "reward": "jpeg_compressibility", "prompts": ["a cat"], "lora": {"rank": 2}}
+
+
+@pytest.mark.parametrize("method", [{"method": "ddpo"}, {"method": "diffusion_dpo", "beta": 1.0}])
+def test_a_language_model_for_an_image_method(cli, tree, tmp_path, tiny_language_model, method):
+    for model, wanted in (
+        (
+            "tiny-lm",
+            "model='tiny-lm' is a language model, not a text-to-image pipeline: use a text method such as grpo",
+        ),
+        (str(tiny_language_model), "model='.*'.* the folder has no model_index.json"),
+    ):
+        settings = IMAGES | method | {"model": model, "output_dir": "run", "samples_per_epoch": 8}
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+        refused(cli, tree, "train", "tiny.yaml", wanted=wanted)
+
+
+def test_a_text_reward_for_an_image_method(cli, tree, tmp_path):
+    settings = IMAGES | {"model": "emoji-sd", "output_dir": "run", "reward": "length", "samples_per_epoch": 8}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    refused(cli, tree, "train", "tiny.yaml", wanted="'length' .*text")
+
+
+def test_a_method_that_is_near_another(cli, write, tree):
+    refused(cli, tree, "train", write(), "method=grop", wanted="method='grop' is unknown: did you mean 'grpo'")
