@@ -75,6 +75,38 @@ def sample(
 
 
 @app.command()
+def complete(
+    model: Annotated[str, typer.Argument(help="language model: embedded name, folder, hub id or run folder")],
+    prompt: Prompts = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=".jsonl file to write as well")] = None,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+) -> None:
+    """Let a language model go on with each prompt."""
+    import json
+
+    from diffusion_align.pipelines import TextAlignmentPipeline
+    from diffusion_align.pipelines.text import read_prompts
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise _user_error("no prompt: give -p TEXT or --prompts FILE")
+    if output is not None:
+        _make_folder(output.parent)
+    _hide_loading_bars()
+    pipeline = TextAlignmentPipeline.from_pretrained(model)
+    written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
+    for text, completion in zip(texts, written, strict=True):
+        shown = Text(text if isinstance(text, str) else text[-1]["content"], style="dim").append(completion, "not dim")
+        _console.print(shown, highlight=False, soft_wrap=True)
+    if output is not None:
+        rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
+        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@app.command()
 def score(
     reward: Annotated[str, typer.Argument(help="name or module:function")],
     images: Annotated[list[Path], typer.Argument(help="picture files")],

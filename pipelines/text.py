@@ -21,6 +21,7 @@ from diffusion_align.llm.data import (
     Rows,
     Text,
     TextDataConfig,
+    columns_problems,
     labelled_rows,
     preference_rows,
     prompt_rows,
@@ -38,6 +39,7 @@ from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.tables import TableSource, first_rows, open_table
 
 PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
 TextMethodConfig = PolicyConfig | RewardModelConfig
@@ -155,7 +157,7 @@ class TextAlignmentPipeline:
         rows = _bare_rows(_several(prompts), self.tokenizer, name="prompts", max_completion_length=max_new_tokens)
         context = getattr(self.model.config, "max_position_embeddings", None)
         longest = max((len(row.ids) for row in rows), default=0)
-        if context is not None and longest + max_new_tokens > context:
+        if rows and context is not None and longest + max_new_tokens > context:
             raise UserError(
                 f"max_new_tokens={max_new_tokens} does not fit behind a prompt of {longest} tokens in the model's "
                 f"context of {context}: make one of them shorter"
@@ -326,13 +328,26 @@ def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
     tokenizer, context = load_tokenizer(config.model)
     read = _Reader(config, tokenizer, context)
     rows, eval_rows = read(preference_rows, "dataset"), read(preference_rows, "eval_dataset")
-    torch.manual_seed(config.seed)  # a language model gets a new head
     model, tokenizer = load_sequence_classifier(config.model)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
     scorer = RewardModel(model, tokenizer, lora=config.lora, device=accelerator.device, autocast=accelerator.autocast)
     trainer = RewardModelTrainer(config, scorer, rows, eval_rows=eval_rows, accelerator=accelerator)
     trainer.train()
     return trainer
+
+
+def read_prompts(source: str) -> list[Text]:
+    """The prompts of a file, a shipped list or a data set.
+
+    Raises:
+        ConfigError: there is nothing of that name, or it holds no prompts.
+    """
+    data = text_data(TextDataConfig(source=source))
+    problems = columns_problems(data, "prompts", name="prompts")
+    if problems:
+        raise ConfigError(problems)
+    table = open_table(TableSource("prompts", data.source, lines="prompt"))
+    return [row["prompt"] for row in first_rows(table, None)]
 
 
 def _seconds_a_pass(model: Any, narrow: bool) -> float:

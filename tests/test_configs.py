@@ -42,7 +42,11 @@ REAL = {
 
 
 # The wheel with SmolLM2 is not installed where tests run, and no sum is among the letters of a smaller model.
-OTHER_MODEL = {name: ["model=tiny-lm", "reward=length"] for name in ("grpo_smollm2_arithmetic", "dpo_smollm2_sentiment")}
+OTHER_MODEL = {
+    name: ["model=tiny-lm", "reward=length"] for name in ("grpo_smollm2_arithmetic", "dpo_smollm2_sentiment")
+}
+    name: ["model=tiny-lm", "reward=length"] for name in ("grpo_smollm2_arithmetic", "dpo_smollm2_sentiment")
+}
 
 
 def test_the_documented_recipes_are_shipped():

@@ -483,7 +483,10 @@ def test_resume_of_another_methods_run(cli, write, tree, finished, no_weights):
         ("lora=null", "belongs to another run: lora was .* and is None"),
         ("temperature=0.5", "belongs to another run: temperature was 1.0 and is 0.5"),
         ("max_prompt_length=3", "belongs to another run: max_prompt_length was None and is 3"),
-        ("dataset=[{prompt: a, chosen: b, rejected: c}]", "belongs to another run: dataset was .* and is .*'chosen': 'b'"),
+        (
+            "dataset=[{prompt: a, chosen: b, rejected: c}]",
+            "belongs to another run: dataset was .* and is .*'chosen': 'b'",
+        ),
     ],
 )
 def test_resume_from_another_run(cli, tree, finished, override, wanted):
