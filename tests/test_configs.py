@@ -45,8 +45,6 @@ REAL = {
 OTHER_MODEL = {
     name: ["model=tiny-lm", "reward=length"] for name in ("grpo_smollm2_arithmetic", "dpo_smollm2_sentiment")
 }
-    name: ["model=tiny-lm", "reward=length"] for name in ("grpo_smollm2_arithmetic", "dpo_smollm2_sentiment")
-}
 
 
 def test_the_documented_recipes_are_shipped():
