@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 import diffusion_align.estimators as estimators
-from diffusion_align.pipelines.configuration import shipped_prompts
+from diffusion_align.pipelines.configuration import TEXT_METHODS, shipped_configs, shipped_prompts
+from diffusion_align.training.config import load_yaml
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
 PAGES = sorted(FOLDER.glob("*.md"))
-TUTORIALS = [ROOT / "docs/diffusion_dpo.md"]
-SHORT = ["epochs=1", "samples_per_epoch=8", "sampler.steps=2", "mixed_precision=no", "grid_every=0"]
+TUTORIALS = [ROOT / "docs/diffusion_dpo.md", ROOT / "docs/text.md"]
+SHORT = ["epochs=1", "samples_per_epoch=8", "mixed_precision=no", "grid_every=0"]
+SHORT_PICTURES = [*SHORT, "sampler.steps=2"]
+SHORT_TEXTS = [*SHORT, "sample_batch_size=8", "max_completion_length=12"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -61,7 +64,9 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
                     Path(words[place]).write_text("\n".join(few))
                 call = [sys.executable, "-m", "diffusion_align", *words[1:]]
                 call += ["pairs.max_pairs=16"] if words[1:] == ["train", "dpo_emoji_style"] else []
-                call += {"train": SHORT, "pairs": ["--steps=2", "--guidance-scale=1"]}.get(words[1], [])
+                text = words[1] == "train" and load_yaml(shipped_configs()[words[2]])["method"] in TEXT_METHODS
+                short = {"train": SHORT_TEXTS if text else SHORT_PICTURES}
+                call += (short | {"pairs": ["--steps=2", "--guidance-scale=1"]}).get(words[1], [])
             done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, f"{words or block}\n{done.stderr[-2000:]}"
 

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from diffusion_align.pipelines.configuration import TEXT_METHODS, shipped_configs
+from diffusion_align.training.config import load_yaml
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHORT = [
-    "samples_per_epoch=8",
-    "sampler.steps=2",
-    "group_size=4",
-    "updates_per_epoch=1",
-    "mixed_precision=no",
-    "grid_every=0",
-]
+SHORT = ["samples_per_epoch=8", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
+SHORT_PICTURES = [*SHORT, "sampler.steps=2", "group_size=4"]
+SHORT_TEXTS = [*SHORT, "sample_batch_size=8", "max_completion_length=12"]
 ELSEWHERE = ("bash scripts/test.sh", "pip install")  # what runs this test, and what installed it
 
 
@@ -35,10 +33,11 @@ def shortened(words: list[str]) -> list[str]:
     if words[:2] == ["diffusion-align", "train"]:
         epochs = "epochs=2" if "resume=true" in words else "epochs=1"
         few = ["pairs.max_pairs=16"] if words[2:] == ["dpo_emoji_style"] else []
-        return [word for word in words if not word.startswith("epochs=")] + [epochs, *few, *SHORT]
+        short = SHORT_TEXTS if load_yaml(shipped_configs()[words[2]])["method"] in TEXT_METHODS else SHORT_PICTURES
+        return [word for word in words if not word.startswith("epochs=")] + [epochs, *few, *short]
     if words[:2] == ["diffusion-align", "pairs"]:
         return [*words, "--steps=2", "--guidance-scale=1"]
-    return [*words, "epochs=1", *SHORT] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
+    return [*words, "epochs=1", *SHORT_PICTURES] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +82,7 @@ def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatc
         exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
     assert (workplace / "lion.png").is_file()
     assert (workplace / "runs/blue/merged/model_index.json").is_file()
+    assert (workplace / "runs/brief/merged/model.safetensors").is_file()
 
 
 def test_every_link_leads_somewhere() -> None:
