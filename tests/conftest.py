@@ -1,6 +1,8 @@
 """Tiny pipelines of the real classes, random weights, written to disk once a session; and helpers on top of them."""
 
 import os
+import runpy
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 for the tests marked network
 
@@ -14,6 +16,15 @@ LATENT = 8  # side of the tiny models' latents
 def _one_thread():
     """Sums in one order: results do not depend on the machine's core count."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """The command line in processes of its own; see ``forked_cli.py``."""
+    with runpy.run_path(str(Path(__file__).parent / "forked_cli.py"))["ForkedCli"](
+        tmp_path_factory.mktemp("forked")
+    ) as client:
+        yield client
 
 
 def _unet(**overrides):

@@ -21,6 +21,8 @@ from pathlib import Path
 PRELOADED = (
     "diffusion_align.cli",
     "diffusion_align.pipelines.image",
+    "diffusion_align.pipelines.text",
+    "transformers.models.llama.modeling_llama",
     "diffusion_align.diffusion.showing",
     "diffusion_align.report",
     "transformers.models.clip.modeling_clip",

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_python_blocks_run_in_order(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: Path) -> None:
+def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: Path, forked: Any) -> None:
     """Commands and Python in their order, in one folder, as a reader would type them; only shorter."""
     found = re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert {language for language, _ in found} == {"bash", "python"}
@@ -54,7 +55,7 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
                 short = block.replace("epochs=2", "epochs=1").replace("samples_per_epoch=16", "samples_per_epoch=8")
                 short = short.replace('"steps": 10', '"steps": 2')
                 short = short.replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
-                call = [sys.executable, "-c", short]
+                done = forked("--help", prelude=short, cwd=tmp_path, timeout=300)
             else:
                 assert words[0] == "diffusion-align"
                 if "--prompts" in words:  # the first few of that list
@@ -62,13 +63,13 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
                     few = shipped_prompts()[words[place]].read_text().splitlines()[:6]
                     words[place] = str(tmp_path / f"{words[place]}.txt")
                     Path(words[place]).write_text("\n".join(few))
-                call = [sys.executable, "-m", "diffusion_align", *words[1:]]
+                call = words[1:]
                 call += ["pairs.max_pairs=16"] if words[1:] == ["train", "dpo_emoji_style"] else []
                 text = words[1] == "train" and load_yaml(shipped_configs()[words[2]])["method"] in TEXT_METHODS
                 short = {"train": SHORT_TEXTS if text else SHORT_PICTURES}
                 call += (short | {"pairs": ["--steps=2", "--guidance-scale=1"]}).get(words[1], [])
-            done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, f"{words or block}\n{done.stderr[-2000:]}"
+                done = forked(*call, cwd=tmp_path, timeout=300)
+            assert done.status == 0, f"{words or block}\n{done.error[-2000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,7 +1,6 @@
 """Two real processes over gloo, with what torchrun would give them, and a run small enough for a test."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ SETTINGS = {
     "grid_every": 0,
     "num_threads": 1,
 }
-
-
-@pytest.fixture(scope="session")
-def forked(tmp_path_factory):
-    with runpy.run_path(str(Path(__file__).parent.parent / "forked_cli.py"))["ForkedCli"](
-        tmp_path_factory.mktemp("forked")
-    ) as client:
-        yield client
 
 
 @pytest.fixture

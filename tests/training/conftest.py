@@ -1,7 +1,6 @@
 """A very small run on the embedded model, the forking command line, and what of two runs must be equal."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -44,14 +43,6 @@ def noisy(images, prompts, metadata):
     noise = torch.rand(len(images)) + torch.from_numpy(numpy.random.rand(len(images))).float() + random.random()
     return noise - jpeg_sizes(images)
 """
-
-
-@pytest.fixture(scope="session")
-def forked(tmp_path_factory):
-    with runpy.run_path(str(Path(__file__).parent.parent / "forked_cli.py"))["ForkedCli"](
-        tmp_path_factory.mktemp("forked")
-    ) as client:
-        yield client
 
 
 @pytest.fixture

@@ -71,9 +71,13 @@ ONLINE = {"prompts": PROMPTS, "num_generations": 4}
 KINDS = {
     "grpo": ONLINE | {"method": "grpo", "beta": 0.1, "reward_weights": [1.0, 0.5], "inner_epochs": 2},
     "ppo": ONLINE | {"method": "ppo", "num_generations": 1, "kl_target": 0.1, "kl_horizon": 20, "inner_epochs": 2},
-    "dpo, reference asked once": {"method": "dpo", "dataset": PREFERENCES, "precompute_ref_log_probs": True},
     "dpo, all weights": {"method": "dpo", "dataset": PREFERENCES, "precompute_ref_log_probs": True, "lora": None},
-    "dpo, dynamic beta": {"method": "dpo", "dataset": PREFERENCES, "dynamic_beta": {"hidden": 8}},
+    "dpo, dynamic beta": {
+        "method": "dpo",
+        "dataset": PREFERENCES,
+        "dynamic_beta": {"hidden": 8},
+        "precompute_ref_log_probs": True,
+    },
     "dpo, online": ONLINE | {"method": "dpo", "inner_epochs": 2},
     "kto": {"method": "kto", "dataset": LABELS},
     "kto, online": ONLINE | {"method": "kto", "desirable_above": 6.0},
@@ -218,7 +222,6 @@ def grpo_epochs(calm, read_rows):
 
 FAULTS = {
     "kl coefficient": ("ppo", "from diffusion_align.llm.ppo import PPOTrainer as t\nt.load_extra_state = lambda *a: 0"),
-    "optimizer": ("kto", "import accelerate.optimizer as o\no.AcceleratedOptimizer.load_state_dict = lambda *a: None"),
     "random state": (
         "grpo",
         "from diffusion_align.training import checkpoint\ncheckpoint.set_rng_state = lambda state: None",
