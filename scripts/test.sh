@@ -5,4 +5,5 @@ set -euo pipefail
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Tests use one thread each; those of one file share what is costly to build.
+python -m pytest -n 2 --dist loadfile "$@"
