@@ -13,6 +13,7 @@ from diffusion_align.estimators.advantages import (
 from diffusion_align.estimators.categorical import (
     categorical_entropy,
     categorical_kl,
+    categorical_log_probs,
     linear_token_log_probs,
     token_log_probs,
 )

@@ -144,13 +144,24 @@ def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
+def categorical_log_probs(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probs in nats of all V tokens: ``log_softmax(logits / temperature)``, of the shape of ``logits`` (..., V).
+
+    A gradient flows. Float32 or wider. Raises ValueError on an empty vocabulary or a temperature that is not > 0.
+    """
+    _check_temperature(temperature)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"expected logits (..., V) with V > 0, got {_shapes(logits)}.")
+    return (widen(logits) / temperature).log_softmax(-1)
+
+
 def categorical_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): ``-sum_a p_a log p_a``, exact over the vocabulary.
 
     ``logits`` (B, T, V) or any (..., V); a gradient flows. Returns (B, T), float32 or wider. Raises ValueError on an
     empty vocabulary or a temperature that is not > 0.
     """
-    logp = _log_softmax(logits, temperature)
+    logp = categorical_log_probs(logits, temperature=temperature)
     return -(logp.exp() * torch.where(logp == -torch.inf, 0.0, logp)).sum(-1)
 
 
@@ -166,14 +177,7 @@ def categorical_kl(logits: Tensor, logits_ref: Tensor, *, temperature: float = 1
     that is not rounded to 0. Raises ValueError on different shapes, no vocabulary or a temperature that is not > 0.
     """
     check_shapes(logits=logits, logits_ref=logits_ref)
-    logp, logp_ref = _log_softmax(logits, temperature), _log_softmax(logits_ref, temperature)
+    logp, logp_ref = (categorical_log_probs(x, temperature=temperature) for x in (logits, logits_ref))
     possible = logp.exp() > 0
     log_ratio = torch.where(possible, logp, 0.0) - torch.where(possible, logp_ref, 0.0)
     return (logp.exp() * log_ratio).sum(-1)
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    _check_temperature(temperature)
-    if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"expected logits (..., V) with V > 0, got {_shapes(logits)}.")
-    return (widen(logits) / temperature).log_softmax(-1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_align.estimators import categorical_log_probs
 from diffusion_align.llm.policy import LanguagePolicy, Sequences
 
 
@@ -81,7 +82,7 @@ def rollout(
                 logits_to_keep=1,
             )
         cache = output.past_key_values
-        logp = (output.logits[:, -1].float() / policy.temperature).log_softmax(-1)
+        logp = categorical_log_probs(output.logits[:, -1], temperature=policy.temperature)
         token = _draw(logp, chances[:, turn])
         tokens.append(torch.where(alive, token, policy.pad))
         logps.append(torch.where(alive, logp.gather(1, token[:, None]).squeeze(1), 0.0))
