@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import diffusion_align.estimators as estimators
-from diffusion_align.pipelines.configuration import TEXT_METHODS, shipped_configs, shipped_prompts
+from diffusion_align.pipelines.configuration import METHODS, TEXT_METHODS, shipped_configs, shipped_prompts
 from diffusion_align.training.config import load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -89,9 +89,10 @@ def test_links_files_and_functions_exist(page: Path) -> None:
         assert (page.parent / target).is_file(), target
     for path in re.findall(r"`(?:diffusion_align/)?((?:tests|diffusion|estimators|training)/[\w/]+\.py)`", text):
         assert (ROOT / path).is_file() or (ROOT / "diffusion_align" / path).is_file(), path
+    settings = {name for config in METHODS.values() for name in config.model_fields}
     kinds = "loss|kl|reward|value|advantages|penalty|probs|factor"
     for name in re.findall(rf"`(?:estimators\.)?([a-z_]+_(?:{kinds}))`", text):
-        assert hasattr(estimators, name), name
+        assert hasattr(estimators, name) or name in settings, name
 
 
 def test_every_public_estimator_is_on_a_page() -> None:

@@ -16,6 +16,7 @@ from diffusion_align.llm.rollout import Completions, rollout
 from diffusion_align.rewards.base import RewardError, reward_name
 from diffusion_align.rewards.text.base import call_text_reward, weighted_sum
 from diffusion_align.training.loop import Trainer
+from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.scoring import BackgroundScores, reward_metrics
 
@@ -122,6 +123,16 @@ def collect_scored(
     for name, column in zip(rewards.names, found.unbind(1), strict=True):
         metrics[f"rewards/{name}/mean"] = column.nanmean().item()
     return Collected(_joined(parts, policy.pad), finished, found, total, _finite(metrics))
+
+
+def sample_groups(
+    trainer: Trainer[Any], policy: LanguagePolicy, prompts: Sequence[PromptRow], rewards: WeightedRewards
+) -> tuple[list[PromptRow], Collected]:
+    """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions as in ``collect_scored``."""
+    config: Any = trainer.config
+    chosen = items_of_epoch(prompts, config.seed, trainer.epoch, config.samples_per_epoch // config.num_generations)
+    rows = [row for row in chosen for _ in range(config.num_generations)]
+    return rows, collect_scored(trainer, policy, rewards, rows, max_completion_length=config.max_completion_length)
 
 
 @torch.no_grad()

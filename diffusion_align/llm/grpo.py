@@ -14,19 +14,15 @@ RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of a nat:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from diffusion_align.estimators import (
-    categorical_entropy,
     categorical_kl,
-    clipped_surrogate,
     group_advantages,
     kl_gradient_coefficient,
     kl_loss,
@@ -34,13 +30,10 @@ from diffusion_align.estimators import (
     reward_to_go,
     several_rewards_advantages,
 )
-from diffusion_align.llm.collection import WeightedRewards, collect_scored, reference_log_probs
-from diffusion_align.llm.data import PromptRow
-from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
-from diffusion_align.llm.settings import OnlineSettings, TextConfig
-from diffusion_align.llm.trainer import LossType, TextTrainer, kl_metrics, per_sample
-from diffusion_align.training.prompts import items_of_epoch
-from diffusion_align.training.ratios import ratio_statistics
+from diffusion_align.llm.collection import reference_log_probs
+from diffusion_align.llm.policy import Scored, Sequences, widened
+from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
+from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
 
 KLForm = Literal[
     "k1_reward",
@@ -54,8 +47,8 @@ KLForm = Literal[
 ]
 
 
-class GRPOConfig(TextConfig, OnlineSettings):
-    """Settings of GRPOTrainer; see ``TextConfig`` and ``OnlineSettings`` for the others."""
+class GRPOConfig(PolicyGradientConfig):
+    """Settings of GRPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
     method: Literal["grpo"] = "grpo"
     inner_epochs: int = Field(
@@ -65,8 +58,6 @@ class GRPOConfig(TextConfig, OnlineSettings):
         description="passes over an epoch's samples; `num_iterations` is the same",
     )
 
-    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
-    epsilon_high: float | None = Field(None, gt=0, allow_inf_nan=False, description="clip of the ratio above 1")
     ratio_level: Literal["decision", "sequence"] = Field("decision", description="sequence: one ratio a completion")
     loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
 
@@ -86,9 +77,7 @@ class GRPOConfig(TextConfig, OnlineSettings):
         return self.beta > 0
 
     def cross_checks(self) -> list[str]:
-        problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
-        if self.prompts is None or self.reward is None:
-            problems.append("prompts and reward must both be given")
+        problems = super().cross_checks()
         if self.num_generations < 2:
             problems.append("num_generations=1 leaves nothing to compare a completion with: use 2 or more")
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
@@ -114,49 +103,17 @@ class GRPOBatch:
     mean_length: float = 1.0
 
 
-class GRPOTrainer(TextTrainer[GRPOBatch]):
+class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
     """Train a language model towards rewards, each completion compared with the others of its prompt.
 
-    Args:
-        config: checked settings.
-        policy: the language model, on ``accelerator.device``; with a reference if ``beta`` is above 0.
-        prompts: what to complete, with the columns that the rewards receive.
-        rewards: what scores completions, already checked.
-        shown: prompts to show; the first of ``prompts`` when not given.
-        accelerator: devices, precision and processes; a plain one when not given.
+    See ``PolicyGradientTrainer`` for the arguments.
     """
 
     config: GRPOConfig
 
-    def __init__(
-        self,
-        config: GRPOConfig,
-        policy: LanguagePolicy,
-        prompts: Sequence[PromptRow],
-        rewards: WeightedRewards,
-        *,
-        shown: Sequence[PromptRow] | None = None,
-        accelerator: Accelerator | None = None,
-    ) -> None:
-        super().__init__(
-            config, policy, rewards=rewards, shown=prompts if shown is None else shown, accelerator=accelerator
-        )
-        self.prompts = prompts
-        self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-
     def collect(self) -> tuple[GRPOBatch, dict[str, float]]:
         """Sample and score this process's completions."""
-        config = self.config
-        assert self.rewards is not None
-        groups = config.samples_per_epoch // config.num_generations
-        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
-        collected = collect_scored(
-            self,
-            self.policy,
-            self.rewards,
-            [row for row in chosen for _ in range(config.num_generations)],
-            max_completion_length=config.max_completion_length,
-        )
+        collected = self.sample()
         completions = collected.completions
         return GRPOBatch(
             sequences=completions.sequences,
@@ -201,18 +158,7 @@ class GRPOTrainer(TextTrainer[GRPOBatch]):
         logp_old, advantages = (x[samples, : mask.shape[1]] for x in (batch.logp_old, batch.advantages))
         scored = policy.score(sequences)
         logp = policy.log_probs(scored)
-        clip: dict[str, Any] = {
-            "clip": config.epsilon,
-            "clip_high": self.clip_high,
-            "mask": mask,
-            "level": config.ratio_level,
-        }
-        losses = clipped_surrogate(logp, logp_old, advantages, **clip)
-        statistics = {"loss/policy": losses.detach()[mask]}
-        statistics |= ratio_statistics(logp, logp_old, advantages, **clip)
-        with torch.no_grad():
-            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=policy.temperature))
-        statistics["entropy"] = entropy[mask]
+        losses, statistics = self.surrogate(scored, logp, logp_old, advantages, level=config.ratio_level)
         if config.beta > 0 and not config.kl.endswith("_reward"):
             penalty = self._kl_as_loss(batch, samples, sequences, scored, logp, logp_old)
             statistics["loss/kl"] = penalty.detach()[mask]
@@ -224,11 +170,6 @@ class GRPOTrainer(TextTrainer[GRPOBatch]):
             mean_length=batch.mean_length,
             max_length=config.max_completion_length,
         ), statistics
-
-    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        if not first:
-            return {}
-        return {"ratio/first_pass_deviation": max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])}
 
     def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
         """Its log-probs; without a KL term of one micro-batch only, to see how far the policy has gone."""

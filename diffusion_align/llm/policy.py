@@ -182,7 +182,7 @@ class LanguagePolicy:
         if lora is None:
             model.requires_grad_(True)
         else:
-            model.add_adapter(_peft_config(lora))
+            model.add_adapter(peft_config(lora, model, task_type="CAUSAL_LM"))
             model.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
@@ -286,12 +286,16 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _peft_config(lora: LoRAConfig) -> Any:
+def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: Sequence[str] = ()) -> Any:
+    """peft's settings for adapters on ``model``; the modules ``also_trained`` are trained whole and saved with them."""
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         target_modules="all-linear" if lora.layers == "all-linear" else None,
-        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
+        task_type=task_type,
+        modules_to_save=list(also_trained) or None,
     )

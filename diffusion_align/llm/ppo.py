@@ -14,35 +14,29 @@ that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from diffusion_align.estimators import (
-    categorical_entropy,
-    clipped_surrogate,
     gae,
     kl_reward,
     masked_whiten,
     value_loss,
 )
-from diffusion_align.llm.collection import WeightedRewards, collect_scored, in_batches, reference_log_probs
-from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.collection import in_batches, reference_log_probs
 from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
-from diffusion_align.llm.settings import OnlineSettings, TextConfig
-from diffusion_align.llm.trainer import TextTrainer, kl_metrics, per_sample
-from diffusion_align.training.prompts import items_of_epoch
-from diffusion_align.training.ratios import ratio_statistics
+from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
+from diffusion_align.llm.trainer import kl_metrics, per_sample
 
 
-class PPOConfig(TextConfig, OnlineSettings):
-    """Settings of PPOTrainer; see ``TextConfig`` and ``OnlineSettings`` for the others."""
+class PPOConfig(PolicyGradientConfig):
+    """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
     method: Literal["ppo"] = "ppo"
     num_generations: int = Field(1, ge=1, description="completions a prompt in an epoch")
@@ -53,8 +47,6 @@ class PPOConfig(TextConfig, OnlineSettings):
         description="passes over an epoch's samples; `num_ppo_epochs` is the same",
     )
 
-    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
-    epsilon_high: float | None = Field(None, gt=0, allow_inf_nan=False, description="clip of the ratio above 1")
     gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
     lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
     whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
@@ -74,9 +66,7 @@ class PPOConfig(TextConfig, OnlineSettings):
         return self.kl_coef > 0
 
     def cross_checks(self) -> list[str]:
-        problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
-        if self.prompts is None or self.reward is None:
-            problems.append("prompts and reward must both be given")
+        problems = super().cross_checks()
         if self.kl_target is not None and self.kl_coef == 0:
             problems.append("kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from")
         return problems
@@ -95,35 +85,16 @@ class PPOBatch:
     mean_length: float = 1.0
 
 
-class PPOTrainer(TextTrainer[PPOBatch]):
+class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
     """Train a language model towards rewards, with a value for every token.
 
-    Args:
-        config: checked settings.
-        policy: the language model, on ``accelerator.device``; with a reference if ``kl_coef`` is above 0.
-        prompts: what to complete, with the columns that the rewards receive.
-        rewards: what scores completions, already checked.
-        shown: prompts to show; the first of ``prompts`` when not given.
-        accelerator: devices, precision and processes; a plain one when not given.
+    See ``PolicyGradientTrainer`` for the arguments.
     """
 
     config: PPOConfig
 
-    def __init__(
-        self,
-        config: PPOConfig,
-        policy: LanguagePolicy,
-        prompts: Sequence[PromptRow],
-        rewards: WeightedRewards,
-        *,
-        shown: Sequence[PromptRow] | None = None,
-        accelerator: Accelerator | None = None,
-    ) -> None:
-        super().__init__(
-            config, policy, rewards=rewards, shown=prompts if shown is None else shown, accelerator=accelerator
-        )
-        self.prompts = prompts
-        self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    def __init__(self, config: PPOConfig, policy: LanguagePolicy, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, policy, *arguments, **options)
         self.kl_coef = config.kl_coef
         self.value_head = nn.Linear(policy.hidden_size, 1, device=policy.device)
         for parameter in self.value_head.parameters():
@@ -136,17 +107,7 @@ class PPOTrainer(TextTrainer[PPOBatch]):
 
     def collect(self) -> tuple[PPOBatch, dict[str, float]]:
         """Sample and score this process's completions."""
-        config = self.config
-        assert self.rewards is not None
-        groups = config.samples_per_epoch // config.num_generations
-        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
-        collected = collect_scored(
-            self,
-            self.policy,
-            self.rewards,
-            [row for row in chosen for _ in range(config.num_generations)],
-            max_completion_length=config.max_completion_length,
-        )
+        config, collected = self.config, self.sample()
         completions, nothing = collected.completions, torch.empty(0)
         own = slice(self.local_samples.start, self.local_samples.stop)
         penalty = config.missing_eos_penalty * (~completions.finished).float()
@@ -195,17 +156,9 @@ class PPOTrainer(TextTrainer[PPOBatch]):
         )
         scored = policy.score(sequences, with_hidden=True)
         logp, values = policy.log_probs(scored), self._values(scored)
-        clip: dict[str, Any] = {"clip": config.epsilon, "clip_high": self.clip_high, "mask": mask}
-        policy_losses = clipped_surrogate(logp, logp_old, advantages, **clip)
+        policy_losses, statistics = self.surrogate(scored, logp, logp_old, advantages)
         value_losses = value_loss(values, values_old, returns, clip=config.value_clip, mask=mask)
-        with torch.no_grad():
-            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=policy.temperature))
-        statistics = {
-            "loss/policy": policy_losses.detach()[mask],
-            "loss/value": value_losses.detach()[mask],
-            "entropy": entropy[mask],
-        }
-        statistics |= ratio_statistics(logp, logp_old, advantages, **clip)
+        statistics["loss/value"] = value_losses.detach()[mask]
         losses = per_sample(
             policy_losses + config.value_coef * value_losses,
             mask,
@@ -214,11 +167,6 @@ class PPOTrainer(TextTrainer[PPOBatch]):
             max_length=config.max_completion_length,
         )
         return losses, statistics
-
-    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        if not first:
-            return {}
-        return {"ratio/first_pass_deviation": max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])}
 
     def extra_state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.estimators import rso_accept
-from diffusion_align.llm.collection import Collected, WeightedRewards, collect_scored, reference_log_probs
+from diffusion_align.llm.collection import Collected, WeightedRewards, reference_log_probs, sample_groups
 from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
 from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
@@ -112,13 +112,7 @@ class PreferenceTrainer(TextTrainer[Batch]):
     def sample(self) -> tuple[list[PromptRow], Collected]:
         """Online: the prompt of each of the epoch's N samples, and this process's completions with all scores."""
         assert self.rewards is not None
-        config = self.config
-        groups = config.samples_per_epoch // config.num_generations
-        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
-        rows = [row for row in chosen for _ in range(config.num_generations)]
-        return rows, collect_scored(
-            self, self.policy, self.rewards, rows, max_completion_length=config.max_completion_length
-        )
+        return sample_groups(self, self.policy, self.prompts, self.rewards)
 
     def local(self, keep: Tensor) -> Tensor:
         """Those of the global samples ``keep`` that are this process's, counted from its first, on the device."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.data import PreferenceRow, TextDataConfig
-from diffusion_align.llm.policy import LoRAConfig, Sequences, pack
+from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import UserError
@@ -85,7 +85,8 @@ class RewardModel:
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = self.pad
         model.requires_grad_(lora is None)
         if lora is not None:
-            model.add_adapter(_peft_config(lora))
+            # The head is called by either name.
+            model.add_adapter(peft_config(lora, model, task_type="SEQ_CLS", also_trained=["score", "classifier"]))
         model.eval()
         for parameter in self.trainable.values():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -249,15 +250,3 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         rows = [row for row, _ in pairs]
         sequences = self.model.pack([*rows, *rows], [*(row.chosen for row in rows), *(lost for _, lost in pairs)])
         return ScoredPairs(sequences, torch.tensor([row.label for row in rows], device=self.model.device))
-
-
-def _peft_config(lora: LoRAConfig) -> Any:
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,
-        target_modules="all-linear" if lora.layers == "all-linear" else None,
-        task_type="SEQ_CLS",
-        modules_to_save=["score", "classifier"],  # the head, by either name: trained whole and saved with the adapters
-    )

@@ -157,13 +157,13 @@ def test_two_processes_do_what_one_does(forked, write, tmp_path, read_rows, case
 # Half of the completions, those of process 1 or all, count as cut off by the limit of length.
 CUT_OFF = """
 import dataclasses
-import diffusion_align.llm.grpo as grpo
-collect = grpo.collect_scored
+import diffusion_align.llm.collection as collection
+collect = collection.collect_scored
 def cut(*arguments, **options):
     collected = collect(*arguments, **options)
     finished = torch.arange(len(collected.finished)) < {first}
     return dataclasses.replace(collected, finished=finished)
-grpo.collect_scored = cut
+collection.collect_scored = cut
 """
 IDLE = {
     "grpo, tied on process 1": (ONLINE | {"method": "grpo", "reward": ["flat"]}, "", 4),

@@ -330,12 +330,13 @@ def test_a_run_that_cannot_be_loaded_is_one_sentence_without_loading(tmp_path, s
 @torch.no_grad()
 def test_a_classifier_has_the_language_models_body_and_reads_the_last_token(saved, family):
     folder, model = saved(family=family)
-    torch.manual_seed(1)
     classifier, tokenizer = load_sequence_classifier(str(folder), dtype=torch.float64)
     body = classifier.base_model(input_ids=IDS).last_hidden_state
     expected = model.double()(input_ids=IDS, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(body, expected)
     assert classifier.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id == 3
+    assert (classifier.score.weight == 0).all()
+    torch.nn.init.normal_(classifier.score.weight)
     ids = IDS + 1  # no padding among them
     scores = classifier(input_ids=ids).logits
     assert scores.shape == (2, 1)
@@ -349,6 +350,7 @@ def test_a_saved_classifier_keeps_its_head_and_is_no_language_model(saved, tmp_p
     folder, _ = saved()
     classifier, tokenizer = load_sequence_classifier(str(folder), num_labels=3)
     target = tmp_path / "classifier"
+    torch.nn.init.normal_(classifier.score.weight)
     classifier.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
     again, _ = load_sequence_classifier(str(target), num_labels=3, dtype=torch.float64)

@@ -348,7 +348,7 @@ def test_limits_that_cannot_be(plain):
         "max_prompt_length=0 is not allowed: give at least 1",
         "max_completion_length=0 is not allowed: give at least 1",
     ]
-    assert found[2].startswith("data.source='no.jsonl': there is no such file or folder: give a list of rows, a .jsonl")
+    assert found[2].startswith("data.source='no.jsonl': there is no such file or folder: give a list of rows, a .txt")
     assert problems(prompt_rows, ["a"], plain, limits={"context_length": 8}, max_completion_length=8) == [
         "max_completion_length=8 leaves no room for a prompt in the model's context of 8 tokens: set it lower"
     ]

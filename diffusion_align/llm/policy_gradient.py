@@ -1,0 +1,95 @@
+"""What GRPO and PPO share: completions sampled and scored, and the clipped surrogate of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_align.estimators import categorical_entropy, clipped_surrogate
+from diffusion_align.estimators.policy import Level
+from diffusion_align.llm.collection import Collected, WeightedRewards, sample_groups
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.policy import LanguagePolicy, Scored
+from diffusion_align.llm.settings import OnlineSettings, TextConfig
+from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.training.ratios import ratio_statistics
+
+Batch = TypeVar("Batch")
+
+
+class PolicyGradientConfig(TextConfig, OnlineSettings):
+    """Prompts, rewards and the clip of the ratio."""
+
+    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
+    epsilon_high: float | None = Field(None, gt=0, allow_inf_nan=False, description="clip of the ratio above 1")
+
+    def cross_checks(self) -> list[str]:
+        problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
+        if self.prompts is None or self.reward is None:
+            problems.append("prompts and reward must both be given")
+        return problems
+
+
+class PolicyGradientTrainer(TextTrainer[Batch]):
+    """Trains a language model on completions that it samples itself.
+
+    Args:
+        config: checked settings.
+        policy: the language model, on ``accelerator.device``; with a reference if a nat of KL has a price.
+        prompts: what to complete, with the columns that the rewards receive.
+        rewards: what scores completions, already checked.
+        shown: prompts to show; the first of ``prompts`` when not given.
+        accelerator: devices, precision and processes; a plain one when not given.
+    """
+
+    config: PolicyGradientConfig
+
+    def __init__(
+        self,
+        config: PolicyGradientConfig,
+        policy: LanguagePolicy,
+        prompts: Sequence[PromptRow],
+        rewards: WeightedRewards,
+        *,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        shown = prompts if shown is None else shown
+        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
+        self.prompts = prompts
+        self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+
+    def sample(self) -> Collected:
+        """This process's completions of the epoch and the rewards of all."""
+        assert self.rewards is not None
+        return sample_groups(self, self.policy, self.prompts, self.rewards)[1]
+
+    def surrogate(
+        self,
+        scored: Scored,
+        logp: Tensor,
+        logp_old: Tensor,
+        advantages: Tensor,
+        *,
+        level: Level = "decision",
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
+        clip, clip_high, mask = self.config.epsilon, self.clip_high, scored.mask
+        losses = clipped_surrogate(logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level)
+        with torch.no_grad():
+            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=self.policy.temperature))
+        statistics = {"loss/policy": losses.detach()[mask], "entropy": entropy[mask]}
+        return losses, statistics | ratio_statistics(
+            logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level
+        )
+
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        """How far the ratio is from 1 where no weight has changed yet: only rounding should be left."""
+        if not first:
+            return {}
+        return {"ratio/first_pass_deviation": max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])}
