@@ -1,4 +1,7 @@
-"""The network passes of an epoch, counted while it runs and then repeated alone: what an epoch costs at least."""
+"""The network passes of an epoch, counted while it runs and then repeated alone: what an epoch costs at least.
+
+Passes are counted inside ``with UNetPasses() as passes:`` (or ``LanguagePasses``).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import torch
 class UNetPasses:
     """Of a denoising policy: batch, whether with a gradient, whether of the reference."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> UNetPasses:
         from diffusion_align.diffusion.policy import DenoisingPolicy
 
         self._passes: Counter[tuple[int, bool, bool]] = Counter()
@@ -23,6 +26,12 @@ class UNetPasses:
             return self._run_unet(policy, x_t, *arguments)
 
         DenoisingPolicy._run_unet = counted  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        from diffusion_align.diffusion.policy import DenoisingPolicy
+
+        DenoisingPolicy._run_unet = self._run_unet  # type: ignore[method-assign]
 
     trained_tokens = 0  # a denoising policy has none
 
@@ -56,13 +65,13 @@ class UNetPasses:
 class LanguagePasses:
     """Of a language policy: sampled completions, and scored ones."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> LanguagePasses:
         import diffusion_align.llm.collection as collection
         from diffusion_align.llm.policy import LanguagePolicy
 
         self._sampled: list[tuple[int, int, int]] = []  # batch, prompt, steps
         self._scored: list[tuple[int, int, int, bool, bool]] = []  # batch, length, first place, gradient, reference
-        rollout, score = collection.rollout, LanguagePolicy.score
+        self._rollout, self._score_method = rollout, score = collection.rollout, LanguagePolicy.score
 
         def counted_rollout(policy: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
             found = rollout(policy, prompts, *arguments, **options)
@@ -76,6 +85,14 @@ class LanguagePasses:
 
         collection.rollout = counted_rollout
         LanguagePolicy.score = counted_score  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import diffusion_align.llm.collection as collection
+        from diffusion_align.llm.policy import LanguagePolicy
+
+        collection.rollout = self._rollout
+        LanguagePolicy.score = self._score_method  # type: ignore[method-assign]
 
     @property
     def trained_tokens(self) -> int:

@@ -140,7 +140,6 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
             *overrides,
         ]
         config: Any = read_config(recipe, settings)
-        passes: Any = UNetPasses() if config.method in IMAGE_METHODS else LanguagePasses()
         began: list[float] = []
         results: list[tuple[float, float, int]] = []
 
@@ -151,7 +150,8 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
             passes.clear()
             began.append(time.perf_counter())
 
-        with _called_before_collecting(before_collecting):
+        counting: Any = UNetPasses() if config.method in IMAGE_METHODS else LanguagePasses()
+        with counting as passes, _called_before_collecting(before_collecting):
             run(config)
     measured = results[1:]  # the first epoch warms up
     ratios = [epoch / bare for epoch, bare, _ in measured]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_align.pipelines import ImageAlignmentPipeline
+from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
 
 
 @pytest.mark.gpu
@@ -32,3 +32,28 @@ def test_aligned_on_a_gpu_the_pipeline_draws_and_saves(precision, tmp_path):
         for i in (drawn, again(["a lion"], seed=1).images[0])
     ]
     assert (pixels[0] - pixels[1]).abs().mean() < 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("method", ["grpo", "ppo", "dpo", "kto"])
+def test_aligned_on_a_gpu_the_pipeline_writes_and_saves(method, precision, tmp_path):
+    pipe = TextAlignmentPipeline.from_pretrained("tiny-lm")
+    pipe.align(
+        method=method,
+        reward={"name": "length", "target": 5},
+        prompts=["And he said", "In the morning"],
+        output_dir=tmp_path / "run",
+        mixed_precision=precision,
+        epochs=2,
+        samples_per_epoch=16,
+        num_generations=4,
+        max_completion_length=24,
+    )
+    written = pipe(["And he said"], seed=1, temperature=0.01).texts
+    pipe.save_pretrained(tmp_path / "merged")
+    assert (
+        TextAlignmentPipeline.from_pretrained(tmp_path / "merged")(["And he said"], seed=1, temperature=0.01).texts
+        == written
+    )

@@ -37,3 +37,45 @@ def test_token_log_probs_prints_a_row_for_every_case(monkeypatch):
 def test_each_form_has_its_own_process():
     row = benchmark._in_own_process("token-log-probs", "--only=chunked:hidden-states-backward", *SMALL)
     assert row.keys() == {"mib", "seconds", "value", "gradient"}
+
+
+SHORT = ["samples_per_epoch=8", "sample_batch_size=8", "max_completion_length=6", "mixed_precision=no"]
+
+
+@pytest.mark.parametrize("command", ["grpo", "dpo"])
+def test_text_epochs_are_measured_beside_their_bare_passes(command):
+    printed = _in_this_process(command, "--epochs=1", "--json", *SHORT).splitlines()  # progress bars too
+    row = json.loads(next(line for line in printed if line.startswith("{")))
+    assert row["samples"] == 8
+    assert 0 < row["low"] == row["ratio"] == row["high"] == pytest.approx(row["epoch"] / row["bare"])
+    assert row["tokens_per_second"] > 0
+
+
+def test_text_epochs_are_printed_as_a_table(capsys):
+    row = {"samples": 8, "epoch": 2.0, "bare": 1.6, "ratio": 1.25, "low": 1.2, "high": 1.3}
+    benchmark._print_text([row | {"tokens_per_second": 1234.4, "peak_mib": 900}], as_json=False)
+    head, line = capsys.readouterr().out.splitlines()
+    assert "ratio (median, min-max)  trained tokens/s" in head
+    assert line.split() == ["8", "2.00", "1.60", "1.250", "(1.200-1.300)", "1234", "900"]
+
+
+def test_the_passes_of_a_language_policy_are_all_counted(tmp_path):
+    from bare_passes import LanguagePasses
+
+    from diffusion_align.pipelines.configuration import read_config
+    from diffusion_align.pipelines.run import run
+
+    seen = []
+    settings = ["epochs=2", f"output_dir={tmp_path / 'run'}", "grid_every=0", "micro_batch_size=4", "beta=0.1", *SHORT]
+    with (
+        LanguagePasses() as passes,
+        benchmark._called_before_collecting(
+            lambda trainer: (seen.append((list(passes._sampled), list(passes._scored))), passes.clear())
+        ),
+    ):
+        run(read_config("grpo_tiny", settings))
+    assert seen[0] == ([], [])
+    sampled, scored = seen[1]
+    assert [(batch, steps) for batch, _, steps in sampled] == [(8, 6)]
+    kinds = [(batch, gradient, reference) for batch, _, _, gradient, reference in scored]
+    assert kinds == [(8, False, True), (4, True, False), (4, True, False)]  # the reference once, two updates
