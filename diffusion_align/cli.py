@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 app = typer.Typer(
-    help="Align diffusion models with rewards and preferences.",
+    help="Align diffusion models and language models with rewards and preferences.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -77,7 +77,9 @@ def sample(
 @app.command()
 def complete(
     model: Annotated[str, typer.Argument(help="language model: embedded name, folder, hub id or run folder")],
-    prompt: Prompts = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="text to go on with; repeat for more")
+    ] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help=".jsonl file to write as well")] = None,
     seed: Seed = 0,

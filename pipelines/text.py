@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.data import (
+    LAYOUTS,
     LabelledRow,
     Messages,
     PreferenceRow,
@@ -39,7 +40,7 @@ from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.tables import TableSource, first_rows, open_table
+from diffusion_align.training.tables import TableSource, first_rows, mapping, open_table
 
 PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
 TextMethodConfig = PolicyConfig | RewardModelConfig
@@ -347,6 +348,7 @@ def read_prompts(source: str) -> list[Text]:
     if problems:
         raise ConfigError(problems)
     table = open_table(TableSource("prompts", data.source, lines="prompt"))
+    mapping("prompts", LAYOUTS["prompts"], None, table.names)
     return [row["prompt"] for row in first_rows(table, None)]
 
 

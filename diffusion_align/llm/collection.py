@@ -40,7 +40,9 @@ class WeightedRewards:
         answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row.columns)
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
-        return torch.stack([call_text_reward(f, prompts, answers, columns) for f in self.functions], dim=1)
+        scores = torch.stack([call_text_reward(f, prompts, answers, columns) for f in self.functions], dim=1)
+        self.total(rows, scores)  # raises if nothing is said about a row, here where all processes hear of it
+        return scores
 
     def total(self, rows: Sequence[PromptRow], scores: Tensor) -> Tensor:
         """(B,) the weighted sum of scores (B, K) of completions of ``rows``."""

@@ -100,6 +100,10 @@ class DPOConfig(PreferenceConfig):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and self.loss_type not in losses:
                 problems.append(f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out")
+        if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
+            problems.append(f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight")
+        if self.pair_selection != "rso" and self.rso_beta != type(self).model_fields["rso_beta"].default:
+            problems.append(f"rso_beta={self.rso_beta:g} belongs to pair_selection=rso: leave one of the two out")
         if self.loss_type == "orpo" and self.sft_weight:
             problems.append("loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out")
         of_reference = {

@@ -82,6 +82,11 @@ class GRPOConfig(PolicyGradientConfig):
             problems.append("num_generations=1 leaves nothing to compare a completion with: use 2 or more")
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
             problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
+        if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
+            setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={self.reference_model!r}"
+            problems.append(f"{setting} has no effect while beta=0: set beta above 0, or leave it out")
+        if self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
+            problems.append("clip_std bounds a std by which scale_rewards=none does not divide: leave one out")
         if self.credit == "to_go" and self.kl != "k1_reward":
             problems.append(f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them")
         if self.kl_gradient == "direct" and not self.kl.endswith("_loss"):
@@ -101,6 +106,7 @@ class GRPOBatch:
     advantages: Tensor
     logp_ref: Tensor | None = None
     mean_length: float = 1.0
+    used_share: float = 1.0
 
 
 class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
@@ -142,12 +148,13 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         metrics |= self._look_at_reference(batch)
         if batch.logp_ref is not None and config.kl.endswith("_reward"):
             batch.advantages = batch.advantages - config.beta * self._kl_in_reward(batch, batch.logp_ref)
-        # Without an advantage there is no policy gradient; with a KL term there still is that one.
-        used = (advantages != 0) | torch.tensor(config.beta > 0)
-        if config.mask_truncated_completions:
-            used &= batch.finished
-        tokens = mask[used[own].to(mask.device)].sum()
-        batch.mean_length = max(self.global_sum(tokens) / max(int(used.sum()), 1), 1.0)
+        counted = batch.finished if config.mask_truncated_completions else torch.ones_like(batch.finished)
+        # Without an advantage there is no policy gradient; with a KL term there still is that one. What is skipped
+        # counts in the mean all the same, so that skipping changes no gradient.
+        used = counted & ((advantages != 0) | torch.tensor(config.beta > 0))
+        tokens = mask[counted[own].to(mask.device)].sum()
+        batch.mean_length = max(self.global_sum(tokens) / max(int(counted.sum()), 1), 1.0)
+        batch.used_share = int(used.sum()) / max(int(counted.sum()), 1)
         return used.nonzero().squeeze(1), 1, metrics
 
     def loss(self, batch: GRPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -163,13 +170,14 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
             penalty = self._kl_as_loss(batch, samples, sequences, scored, logp, logp_old)
             statistics["loss/kl"] = penalty.detach()[mask]
             losses = losses + config.beta * penalty
-        return per_sample(
+        means = per_sample(
             losses,
             mask,
             config.loss_type,
             mean_length=batch.mean_length,
             max_length=config.max_completion_length,
-        ), statistics
+        )
+        return batch.used_share * means, statistics
 
     def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
         """Its log-probs; without a KL term of one micro-batch only, to see how far the policy has gone."""

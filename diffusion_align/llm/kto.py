@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.collection import WeightedRewards, in_batches
 from diffusion_align.llm.data import LabelledRow, PromptRow
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import items_of_epoch
@@ -119,10 +119,10 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
 
     def estimate(self, batch: KTOBatch) -> tuple[Tensor, int, dict[str, float]]:
         """The reference point, and the reference's log-probs where they are needed more than once."""
-        total = torch.zeros((), dtype=torch.float64, device=self.policy.device)
+        total = torch.zeros((), dtype=widest_float(self.policy.device), device=self.policy.device)
         if batch.mismatched is not None:
             with torch.no_grad():
-                total += in_batches(self, "  reference point", batch.mismatched, self._log_ratios).double().sum()
+                total += in_batches(self, "  reference point", batch.mismatched, self._log_ratios).to(total).sum()
         mean = self.global_sum(total) / max(batch.pairs, 1)
         batch.reference_point = total.new_tensor(mean)
         if self.config.inner_epochs > 1:

@@ -22,6 +22,7 @@ from diffusion_align.training.config import Section
 from diffusion_align.training.errors import UserError
 
 IGNORED = -100
+_CHUNK = 8192  # entries of the vocabulary that are float32 at a time
 
 
 class LoRAConfig(Section):
@@ -109,6 +110,11 @@ def widened(x: Tensor, width: int, value: float) -> Tensor:
     return nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64; Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Scored:
     """What one forward pass says about the completions of ``Sequences``.
@@ -172,13 +178,12 @@ class LanguagePolicy:
         self.model, self.tokenizer, self.lora = model.to(device), tokenizer, lora
         self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
         self.eos = int(tokenizer.eos_token_id)
+        # Some models end a turn with another token than their tokenizer's end of sequence.
+        others = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {self.eos, *(others if isinstance(others, list) else [] if others is None else [others])}
+        self.ends = torch.tensor(sorted(int(end) for end in ends), device=self.device)
         self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         model.requires_grad_(False).eval()
-        self._frozen: nn.Module | None = None
-        if reference is not None:
-            self._frozen = reference.to(device).requires_grad_(False).eval()
-        elif lora is None and needs_reference:
-            self._frozen = copy.deepcopy(model)
         if lora is None:
             model.requires_grad_(True)
         else:
@@ -187,6 +192,11 @@ class LanguagePolicy:
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        self._frozen: nn.Module | None = None
+        if reference is not None:
+            self._frozen = reference.to(device).requires_grad_(False).eval()
+        elif lora is None and needs_reference:
+            self._frozen = copy.deepcopy(model).requires_grad_(False)
 
     @classmethod
     def for_sampling(cls, model: Any, tokenizer: Any, *, temperature: float) -> LanguagePolicy:
@@ -217,7 +227,7 @@ class LanguagePolicy:
 
     def score(self, sequences: Sequences, *, with_hidden: bool = False) -> Scored:
         """One forward pass over prompts and completions; the head sees no position before the first completion."""
-        first = int(sequences.starts.min()) - 1
+        first, labels, places = self._positions(sequences)
         positions = torch.arange(first, sequences.ids.shape[1] - 1, device=self.device)
         with self.autocast():
             output = self.model(
@@ -227,18 +237,33 @@ class LanguagePolicy:
                 logits_to_keep=positions,
                 output_hidden_states=with_hidden,
             )
-        last = len(positions) - 1
+        hidden = output.hidden_states[-1][:, positions] if with_hidden else None
+        return Scored(output.logits, labels, places, sequences.mask, hidden)
+
+    def _positions(self, sequences: Sequences) -> tuple[int, Tensor, Tensor]:
+        """The first position to look at, and ``labels`` and ``places`` of ``Scored``."""
+        first = int(sequences.starts.min()) - 1
+        count = sequences.ids.shape[1] - 1 - first
         places = sequences.places - 1 - first
-        labels = torch.full(output.logits.shape[:2], IGNORED, device=self.device)
+        labels = torch.full((len(sequences), count), IGNORED, device=self.device)
         rows = torch.arange(len(sequences), device=self.device)[:, None].expand_as(places)
         counted = sequences.mask
         labels[rows[counted], places[counted]] = sequences.completions[counted]
-        hidden = output.hidden_states[-1][:, positions] if with_hidden else None
-        return Scored(output.logits, labels, places.clamp(max=last), sequences.mask, hidden)
+        return first, labels, places.clamp(max=count - 1)
 
     def log_probs(self, scored: Scored) -> Tensor:
         """Log-probs (B, T) in nats at the policy's temperature, float32, 0 where the mask is False."""
-        return scored.of_tokens(token_log_probs(scored.logits, scored.labels, temperature=self.temperature))
+        found = token_log_probs(scored.logits, scored.labels, temperature=self.temperature, chunk_size=_CHUNK)
+        return scored.of_tokens(found)
+
+    def hidden(self, sequences: Sequences) -> Scored:
+        """As ``score`` with ``with_hidden``, without logits: the head does not run."""
+        first, labels, places = self._positions(sequences)
+        with self.autocast():
+            states = self.model.base_model(
+                input_ids=sequences.ids, attention_mask=sequences.attention_mask, use_cache=False
+            ).last_hidden_state[:, first : sequences.ids.shape[1] - 1]
+        return Scored(states[..., :0], labels, places, sequences.mask, states)
 
     def decode(self, sequences: Sequences) -> list[str]:
         """The text of each completion, without special tokens."""

@@ -61,7 +61,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
     ) -> None:
         shown = prompts if shown is None else shown
         super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
-        self.prompts = prompts
+        self.prompts, self._entropy_seen_at = prompts, -1
         self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
 
     def sample(self) -> Collected:
@@ -81,9 +81,12 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
         clip, clip_high, mask = self.config.epsilon, self.clip_high, scored.mask
         losses = clipped_surrogate(logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level)
-        with torch.no_grad():
-            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=self.policy.temperature))
-        statistics = {"loss/policy": losses.detach()[mask], "entropy": entropy[mask]}
+        statistics = {"loss/policy": losses.detach()[mask]}
+        if self._entropy_seen_at != self.step:  # of one micro-batch an update: it goes through the whole vocabulary
+            self._entropy_seen_at = self.step
+            with torch.no_grad():
+                entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=self.policy.temperature))
+            statistics["entropy"] = entropy[mask]
         return losses, statistics | ratio_statistics(
             logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level
         )

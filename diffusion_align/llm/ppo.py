@@ -67,6 +67,8 @@ class PPOConfig(PolicyGradientConfig):
 
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks()
+        if self.kl_coef == 0 and self.reference_model is not None:
+            problems.append("reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out")
         if self.kl_target is not None and self.kl_coef == 0:
             problems.append("kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from")
         return problems
@@ -131,9 +133,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
             logp_ref = reference_log_probs(self, self.policy, sequences)
             rewards = rewards - self.kl_coef * kl_reward(batch.logp_old, logp_ref, "k1", mask=mask)
             metrics = {"kl_coef": self.kl_coef, **kl_metrics(self, batch.logp_old, logp_ref, mask)}
-        batch.values_old = in_batches(
-            self, "  values", sequences, lambda some: self._values(self.policy.score(some, with_hidden=True))
-        )
+        batch.values_old = in_batches(self, "  values", sequences, lambda some: self._values(self.policy.hidden(some)))
         batch.advantages, batch.returns = gae(rewards, batch.values_old, mask, gamma=config.gamma, lam=config.lam)
         metrics["value/mean"] = self._mean(batch.values_old, mask)
         metrics["returns/mean"] = self._mean(batch.returns, mask)
@@ -197,6 +197,6 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
 def adapted(kl_coef: float, kl: float, target: float, share: float) -> float:
     """The coefficient after ``share`` of a horizon in which the KL was ``kl`` nats instead of ``target``.
 
-    ``kl_coef (1 + share clip(kl/target - 1, -0.2, 0.2))``; Ziegler et al. 2019, §2.2.
+    ``kl_coef (1 + share clip(kl/target - 1, -0.2, 0.2))``, share at most 1; Ziegler et al. 2019, §2.2.
     """
-    return kl_coef * (1 + share * min(max(kl / target - 1, -0.2), 0.2))
+    return kl_coef * (1 + min(share, 1.0) * min(max(kl / target - 1, -0.2), 0.2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.estimators import categorical_log_probs
-from diffusion_align.llm.policy import LanguagePolicy, Sequences
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, widest_float
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def rollout(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
     attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    chances = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators]).to(device)
+    chances = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
+    chances = chances.to(device, widest_float(device))
 
     tokens, logps = [], []
     alive = torch.ones(batch, dtype=torch.bool, device=device)
@@ -87,7 +88,7 @@ def rollout(
         tokens.append(torch.where(alive, token, policy.pad))
         logps.append(torch.where(alive, logp.gather(1, token[:, None]).squeeze(1), 0.0))
         mask.append(alive)
-        alive = alive & (token != policy.eos)
+        alive = alive & ~torch.isin(token, policy.ends)
         on_token()
         if not alive.any():
             break
@@ -101,8 +102,8 @@ def rollout(
 
 
 def _draw(logp: Tensor, chances: Tensor) -> Tensor:
-    """(B,) tokens by inversion of the distribution function, in float64."""
-    cumulated = logp.double().exp().cumsum(-1)
+    """(B,) tokens by inversion of the distribution function, in float64 where the device has it."""
+    cumulated = logp.to(chances.dtype).exp().cumsum(-1)
     found = torch.searchsorted(cumulated, (chances * cumulated[:, -1])[:, None], right=True).squeeze(1)
     # Rounding must not choose a token of probability 0 at the end of the vocabulary.
     last = (logp > -torch.inf).int().cumsum(-1).argmax(-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.data import PromptRow
-from diffusion_align.llm.policy import LanguagePolicy
+from diffusion_align.llm.policy import LanguagePolicy, widest_float
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.llm.showing import SHOWN, TextShow
 from diffusion_align.report import write_report
@@ -70,7 +70,7 @@ class TextTrainer(Trainer[Batch]):
 
     def global_sum(self, value: Tensor) -> float:
         """Of a number of every process."""
-        return float(self.accelerator.reduce(value.double(), reduction="sum"))
+        return float(self.accelerator.reduce(value.to(widest_float(value.device)), reduction="sum"))
 
 
 def per_sample(losses: Tensor, mask: Tensor, loss_type: LossType, *, mean_length: float, max_length: int) -> Tensor:

@@ -82,7 +82,8 @@ def expected_gradient(trainer, policy, behaviour):
     assert decisions == 1
     losses = torch.zeros(len(indices), dtype=torch.float64)
     computed, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
-    losses = losses.index_put((keep,), computed)
+    # The loop averages over what is kept; the trainer makes up for what is not.
+    losses = losses.index_put((keep,), computed / batch.used_share)
     weights = torch.tensor([chances[a] * chances[b] for a, b in PAIRS]).repeat_interleave(2) / 2
     return gradient((weights * losses).sum(), policy), metrics
 
@@ -305,12 +306,30 @@ def test_groups_without_spread_are_counted_and_skipped(make_run):
     assert "kl" in metrics  # of a micro-batch, although nothing prices it
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, loss_type):
+    def by_prompt(prompts, completions, **columns):
+        return [0.0 if prompt == "[9]" else float(len(text)) for prompt, text in zip(prompts, completions)]
+
+    policy = make_language_policy(noise=0.05, dtype=torch.float64)
+    gradients = []
+    for beta in (0.0, 1e-14):  # with a price of KL nothing is skipped
+        settings = {"beta": beta, "loss_type": loss_type, "max_completion_length": 20, "temperature": 1.5}
+        trainer = make_run(policy=policy, rewards=((by_prompt, 1.0),), **settings)
+        batch, keep, _ = collected(trainer)
+        losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+        gradients.append(gradient(losses.mean(), policy))
+        assert (len(keep) == 16) == (beta > 0)
+    torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-6)
+    assert gradients[0].norm() > 1e-3
+
+
 def test_truncated_completions_are_left_out(make_run):
     trainer = make_run(mask_truncated_completions=True, max_completion_length=20)
     batch, keep, metrics = collected(trainer)
     assert 0 < metrics["completions/clipped_ratio"] < 1
     assert keep.tolist() == batch.finished.nonzero().squeeze(1).tolist()
-    lengths = batch.sequences.mask[keep].sum(1)
+    lengths = batch.sequences.mask[batch.finished].sum(1)
     assert batch.mean_length == pytest.approx(lengths.double().mean().item())
 
 

@@ -144,7 +144,9 @@ def test_values_are_of_the_state_before_the_token(tmp_path, make_language_policy
     with torch.no_grad():
         trainer.value_head.weight.normal_()
     prompts, completions = [[5, 6], [7]], [[9, 10, 11], [12]]
-    found = trainer._values(policy.score(pack(prompts, completions, pad=3), with_hidden=True))
+    sequences = pack(prompts, completions, pad=3)
+    found = trainer._values(policy.score(sequences, with_hidden=True))
+    torch.testing.assert_close(trainer._values(policy.hidden(sequences)), found, rtol=0, atol=1e-12)
     for row, (prompt, completion) in enumerate(zip(prompts, completions)):
         output = policy.model(torch.tensor([prompt + completion]), output_hidden_states=True, use_cache=False)
         values = trainer.value_head(output.hidden_states[-1][0]).squeeze(-1)
@@ -226,6 +228,7 @@ def test_the_coefficient_follows_the_target():
     assert adapted(0.1, 0.0, 4.0, 0.5) == pytest.approx(0.1 * 0.9)
     assert adapted(0.1, 4.4, 4.0, 0.5) == pytest.approx(0.1 * 1.05)
     assert adapted(0.1, 4.0, 4.0, 1.0) == 0.1
+    assert adapted(0.1, 0.0, 4.0, 8.0) == pytest.approx(0.08)  # an epoch longer than the horizon is one horizon
 
 
 def test_the_coefficient_is_adapted_and_resumed(make_run):

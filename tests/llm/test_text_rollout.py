@@ -92,3 +92,20 @@ def test_wrong_calls_are_refused(make_language_policy):
     for prompts, count, tokens in (([[]], 1, 4), ([[1]], 2, 4), ([[1]], 1, 0)):
         with pytest.raises(ValueError, match="one generator a prompt"):
             rollout(policy, prompts, streams(count), max_new_tokens=tokens)
+
+
+def test_every_end_that_the_model_knows_ends_a_completion(make_language_policy):
+    """Some models end a turn with a token that is not their tokenizer's end of sequence."""
+    policy = make_language_policy(temperature=3.0)
+    assert policy.ends.tolist() == [3]
+    plain = rollout(policy, [[5, 6]] * 8, streams(8), max_new_tokens=20)
+    policy.model.generation_config.eos_token_id = [7, 8, 9, 10, 11, 12]
+    several = type(policy).for_sampling(policy.model, policy.tokenizer, temperature=3.0)
+    assert several.ends.tolist() == [3, 7, 8, 9, 10, 11, 12]
+    found = rollout(several, [[5, 6]] * 8, streams(8), max_new_tokens=20)
+    assert found.finished.sum() > plain.finished.sum()
+    for row in range(8):
+        tokens = found.sequences.completions[row][found.sequences.mask[row]]
+        ends = torch.isin(tokens, several.ends)
+        assert not ends[:-1].any()
+        assert ends[-1] == found.finished[row]
