@@ -40,8 +40,12 @@ class WeightedRewards:
         answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row.columns)
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
-        scores = torch.stack([call_text_reward(f, prompts, answers, columns) for f in self.functions], dim=1)
-        self.total(rows, scores)  # raises if nothing is said about a row, here where all processes hear of it
+        return torch.stack([call_text_reward(f, prompts, answers, columns) for f in self.functions], dim=1)
+
+    def judged(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> Tensor:
+        """As ``scores``; RewardError if no reward has anything to say about a row."""
+        scores = self.scores(rows, completions)
+        self.total(rows, scores)
         return scores
 
     def total(self, rows: Sequence[PromptRow], scores: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ def collect_scored(
             )
             trainer.advance(bar, max_completion_length - sampled.logp_old.shape[1])
             parts.append(sampled)
-            scores.submit(rewards.scores, some, policy.decode(sampled.sequences))
+            scores.submit(rewards.judged, some, policy.decode(sampled.sequences))
         found = scores.gather()
     own_lengths = torch.cat([part.sequences.mask.sum(1) for part in parts])
     own_finished = torch.cat([part.finished for part in parts])

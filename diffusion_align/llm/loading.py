@@ -298,9 +298,10 @@ def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
 
     own = [str(folder) for folder in reversed(plan.adapters) if (folder / "tokenizer_config.json").is_file()]
     tokenizer = AutoTokenizer.from_pretrained([*own, plan.base][0], trust_remote_code=False)
-    ends = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
-    # transformers makes up an empty one where there is none; some list tokens of other inputs beyond the model's.
-    if not 0 < tokenizer.vocab_size <= rows or max(ends, default=0) >= rows:
+    # Some models have special tokens of their pictures beyond those of their text.
+    known = [i for i, token in tokenizer.added_tokens_decoder.items() if i < rows or not token.special]
+    tokens = max(tokenizer.vocab_size, *(i + 1 for i in known)) if known else tokenizer.vocab_size
+    if not 0 < tokens <= rows:  # transformers makes up an empty one where there is none
         raise UserError(
             f"model={name!r}: its tokenizer has {len(tokenizer)} tokens and the model {rows}: they must fit"
         )

@@ -61,7 +61,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
     ) -> None:
         shown = prompts if shown is None else shown
         super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
-        self.prompts, self._entropy_seen_at = prompts, -1
+        self.prompts = prompts
         self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
 
     def sample(self) -> Collected:
@@ -82,11 +82,9 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         clip, clip_high, mask = self.config.epsilon, self.clip_high, scored.mask
         losses = clipped_surrogate(logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level)
         statistics = {"loss/policy": losses.detach()[mask]}
-        if self._entropy_seen_at != self.step:  # of one micro-batch an update: it goes through the whole vocabulary
-            self._entropy_seen_at = self.step
-            with torch.no_grad():
-                entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=self.policy.temperature))
-            statistics["entropy"] = entropy[mask]
+        with torch.no_grad():
+            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=self.policy.temperature))
+        statistics["entropy"] = entropy[mask]
         return losses, statistics | ratio_statistics(
             logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level
         )

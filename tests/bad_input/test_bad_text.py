@@ -319,6 +319,7 @@ EARLY = {
             "reward_weights=.* are 2 numbers for 1 rewards",
             "samples_per_epoch=4 is not a multiple of num_generations=3",
             "clip_std=",
+            "kl=k2_loss has no effect while beta=0",
             "credit=to_go belongs to kl=k1_reward",
         ],
     ),

@@ -233,7 +233,7 @@ def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tm
     run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
     assert not run.timed_out
     assert run.statuses == [2, 2], run.errors
-    said = f"error: no reward has anything to say about sample 4 (prompt {ORDER[1]!r}): at least one must return"
+    said = f"error: no reward has anything to say about sample 0 (prompt {ORDER[1]!r}): at least one must return"
     for error in run.errors:
         assert said in error
         assert "Traceback" not in error

@@ -80,7 +80,7 @@ def make(make_language_policy, tmp_path):
             "sample_batch_size": len(rows),
             "micro_batch_size": 3,
             "updates_per_epoch": 1,
-            "beta": BETA,
+            **({} if settings.get("loss_type") == "orpo" else {"beta": BETA}),
             "grid_every": 0,
             "max_completion_length": 4,
         }

@@ -96,7 +96,7 @@ def test_wrong_calls_are_refused(make_language_policy):
 
 def test_every_end_that_the_model_knows_ends_a_completion(make_language_policy):
     """Some models end a turn with a token that is not their tokenizer's end of sequence."""
-    policy = make_language_policy(temperature=3.0)
+    policy = make_language_policy(temperature=3.0, lora=None)
     assert policy.ends.tolist() == [3]
     plain = rollout(policy, [[5, 6]] * 8, streams(8), max_new_tokens=20)
     policy.model.generation_config.eos_token_id = [7, 8, 9, 10, 11, 12]
