@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from matplotlib.figure import Figure
+from training_runs import folder_name, side_by_side, train
 
 from diffusion_align.report import compare_runs, read_metrics, save_figure
 
@@ -41,8 +39,7 @@ def main(
     """Train, then draw and print."""
     names = [name for name in EXPERIMENTS if not only or name in only]
     jobs = [(name, seed) for name in names for seed in range(EXPERIMENTS[name][2])]
-    with ThreadPoolExecutor(at_once) as pool:
-        folders = dict(zip(jobs, pool.map(lambda job: _train(runs, *job), jobs), strict=True))
+    folders = side_by_side(lambda job: _train(runs, *job), jobs, at_once)
     grouped = {name: [folders[job] for job in jobs if job[0] == name] for name in names}
     print(
         "experiment               reward: first epoch -> last   difference (std. error over seeds)   "
@@ -82,12 +79,7 @@ def _sign_figure(rewarded: Path, punished: Path) -> Figure:
 
 def _train(runs: Path, name: str, seed: int) -> Path:
     recipe, overrides, _ = EXPERIMENTS[name]
-    folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
-    if not (folder / "report.html").is_file():
-        settings = [*overrides, f"seed={seed}", f"output_dir={folder}", "num_threads=1", "resume=true"]
-        command = [sys.executable, "-m", "diffusion_align", "train", recipe, *settings]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder
+    return train(runs / folder_name(name, f"seed{seed}"), recipe, [*overrides, f"seed={seed}"])
 
 
 def _line(name: str, group: list[Path]) -> str:

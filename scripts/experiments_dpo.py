@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import shutil
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from training_runs import folder_name, side_by_side, train
 
 from diffusion_align.assets.preferences import load_preferences
 from diffusion_align.pipelines.compare import Comparison, compare_models
@@ -47,8 +45,7 @@ def main(
     (runs / "train_prompts.txt").write_text("".join(f"{pair.prompt}\n" for pair in load_preferences("train")))
     names = [name for name in EXPERIMENTS if not only or name in only]
     jobs = [(name, seed) for name in names for seed in range(EXPERIMENTS[name][2])]
-    with ThreadPoolExecutor(at_once) as pool:
-        folders = dict(zip(jobs, pool.map(lambda job: _train(runs, *job), jobs), strict=True))
+    folders = side_by_side(lambda job: _train(runs, *job), jobs, at_once)
     prompts = [text for text, _ in load_prompts("emoji_heldout", shipped=shipped_prompts())]
     torch.set_num_threads(at_once)
     print("experiment                  seed  seconds  wins (95 % interval)      score (s.e.)  KL, nats")
@@ -76,16 +73,15 @@ def main(
 
 def _train(runs: Path, name: str, seed: int) -> Path:
     recipe, overrides, _ = EXPERIMENTS[name]
-    folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}"
-    if not (folder / "report.html").is_file() and not (folder / "stopped.txt").is_file():
-        settings = [setting.format(runs=runs) for setting in overrides]
-        settings += [f"seed={seed}", f"output_dir={folder}", "num_threads=1", "mixed_precision=no", "grid_every=0"]
-        command = [sys.executable, "-m", "diffusion_align", "train", recipe, *settings, "resume=true"]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode and "the policy diverges" not in done.stderr:
-            raise RuntimeError(done.stderr)
-        if done.returncode:
-            (folder / "stopped.txt").write_text(done.stderr)
+    folder = runs / folder_name(name, f"seed{seed}")
+    settings = [setting.format(runs=runs) for setting in overrides]
+    if not (folder / "stopped.txt").is_file():
+        try:
+            train(folder, recipe, [*settings, f"seed={seed}", "mixed_precision=no", "grid_every=0"])
+        except RuntimeError as error:
+            if "the policy diverges" not in str(error):
+                raise
+            (folder / "stopped.txt").write_text(str(error))
     return folder
 
 

@@ -17,15 +17,13 @@ def train(folder: Path, recipe: str, overrides: Sequence[str]) -> Path:
     """Train in ``folder`` unless that run is finished; an interrupted one is resumed. One thread.
 
     Raises:
-        RuntimeError: with what the command printed; also written to ``stopped.txt``.
+        RuntimeError: with what the command printed.
     """
     if not (folder / "report.html").is_file():
         settings = [*overrides, f"output_dir={folder}", "num_threads=1", "resume=true"]
         command = [sys.executable, "-m", "diffusion_align", "train", recipe, *settings]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "stopped.txt").write_text(done.stderr)
             raise RuntimeError(done.stderr)
     return folder
 

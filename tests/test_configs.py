@@ -78,7 +78,9 @@ def test_its_first_epoch_runs(name, tmp_path, request):
     assert updates
     assert all(row["grad_norm"] > 0 for row in updates)
     if config.method in ("ddpo", "grpo", "ppo"):
-        assert updates[0]["ratio/first_pass_deviation"] < 1e-5
+        # Texts are sampled with a cache and padded on the left, scored without and on the right: logits of size 20
+        # then differ by a few float32 roundings, 1e-6 each. Pictures are replayed by the very same pass.
+        assert updates[0]["ratio/first_pass_deviation"] < (3e-5 if config.method in TEXT_METHODS else 1e-5)
     else:
         assert updates[0]["rewards/accuracies"] == 0.5
     written = "adapter_model" if config.method in TEXT_METHODS else "pytorch_lora_weights"

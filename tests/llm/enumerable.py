@@ -1,6 +1,7 @@
 """A language model with 4 tokens and completions of 2: all 16 can be listed, so expectations are sums."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import torch
@@ -9,6 +10,7 @@ from diffusion_align.llm.policy import LanguagePolicy, pack
 
 TOKENS, PROMPT = 4, [0, 3, 1]
 COMPLETIONS = [list(pair) for pair in itertools.product(range(TOKENS), repeat=2)]
+REWARDS = torch.tensor([0.3, 1.0, -0.5, 0.2, 0.9, 0.0, 0.4, -1.0, 0.1, 0.6, -0.2, 0.8, -0.7, 0.5, 1.2, -0.1]).double()
 
 
 def enumerable_policy(seed=0, noise=0.1):
@@ -63,3 +65,19 @@ def gradient(value, policy):
     parameters = list(policy.trainable.values())
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found)])
+
+
+class NoProgress:
+    """In place of ``Trainer.progress`` where no run has begun."""
+
+    def __init__(self, what, total): ...
+    def __enter__(self): ...
+    def __exit__(self, *error): ...
+
+
+def nothing(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+
+def rows_of(trainer):
+    return [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]

@@ -17,22 +17,21 @@ from diffusion_align.llm.trainer import per_sample
 sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
     PROMPT,
+    REWARDS,
+    NoProgress,
     enumerable_policy,
     gradient,
     log_tables,
+    nothing,
     per_state_kl,
     reference_tables,
+    rows_of,
     sequences_of,
     token_log_probs,
 )
 
-REWARDS = torch.tensor([0.3, 1.0, -0.5, 0.2, 0.9, 0.0, 0.4, -1.0, 0.1, 0.6, -0.2, 0.8, -0.7, 0.5, 1.2, -0.1]).double()
 PAIRS = list(itertools.product(range(16), repeat=2))  # all groups of two
 BETA = 0.4
-
-
-def nothing(prompts, completions, **columns):
-    return [0.0] * len(prompts)
 
 
 def trainer_of(policy, tmp_path, **settings):
@@ -54,15 +53,9 @@ def trainer_of(policy, tmp_path, **settings):
     )
     rewards = WeightedRewards([nothing], torch.ones(1))
     trainer = GRPOTrainer(config, policy, [PromptRow("x", PROMPT, {})], rewards)
-    trainer.progress = _no_progress
+    trainer.progress = NoProgress
     trainer.advance = lambda bar, count=1: None
     return trainer
-
-
-class _no_progress:
-    def __init__(self, what, total): ...
-    def __enter__(self): ...
-    def __exit__(self, *error): ...
 
 
 def expected_gradient(trainer, policy, behaviour):
@@ -250,12 +243,6 @@ def make_run(make_language_policy, tmp_path):
     return make
 
 
-def rows_of(trainer):
-    import json
-
-    return [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_the_first_pass_has_ratio_one(family, make_run):
     trainer = make_run(family)
@@ -269,7 +256,7 @@ def test_the_first_pass_has_ratio_one(family, make_run):
 
 
 def collected(trainer):
-    trainer.progress, trainer.advance = _no_progress, lambda bar, count=1: None
+    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
     trainer.stop_if_interrupted = lambda failed=False: failed
     batch, metrics = trainer.collect()
     keep, _, estimated = trainer.estimate(batch)

@@ -14,31 +14,24 @@ from diffusion_align.llm.ppo import PPOBatch, PPOConfig, PPOTrainer, adapted
 sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
     PROMPT,
+    REWARDS,
+    NoProgress,
     enumerable_policy,
     gradient,
     log_tables,
+    nothing,
     per_state_kl,
     reference_tables,
+    rows_of,
     sequences_of,
     token_log_probs,
 )
 
-REWARDS = torch.tensor([0.3, 1.0, -0.5, 0.2, 0.9, 0.0, 0.4, -1.0, 0.1, 0.6, -0.2, 0.8, -0.7, 0.5, 1.2, -0.1]).double()
 BETA = 0.4
 
 
-class _no_progress:
-    def __init__(self, what, total): ...
-    def __enter__(self): ...
-    def __exit__(self, *error): ...
-
-
-def nothing(prompts, completions, **columns):
-    return [0.0] * len(prompts)
-
-
 def quiet(trainer):
-    trainer.progress, trainer.advance = _no_progress, lambda bar, count=1: None
+    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
     trainer.stop_if_interrupted = lambda failed=False: failed
     return trainer
 
@@ -181,12 +174,6 @@ def make_run(make_language_policy, tmp_path):
         return PPOTrainer(config, policy or make_language_policy(family), rows, WeightedRewards([short], torch.ones(1)))
 
     return make
-
-
-def rows_of(trainer):
-    import json
-
-    return [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
