@@ -37,7 +37,7 @@ from diffusion_align.estimators import (
 from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.prompts import Prompt, items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import ratio_statistics
@@ -204,7 +204,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             all_rewards=collected.rewards,
         ), collected.metrics
 
-    def estimate(self, batch: DDPOBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: DDPOBatch) -> tuple[Work, dict[str, float]]:
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
         config = self.config
         groups = torch.arange(len(batch.all_rewards)) // config.group_size
@@ -227,7 +227,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             batch.advantages = batch.advantages - config.kl_coef * self._kl_in_reward(batch)
         # A picture without advantage has no policy gradient; with a KL term it still has that one.
         keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
-        return keep, decisions, metrics
+        return Work(keep, decisions, counted=len(advantages)), metrics
 
     def loss(self, batch: DDPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; both terms in the unit of ``logp_reduction``."""

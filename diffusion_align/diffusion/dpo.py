@@ -43,7 +43,7 @@ from diffusion_align.estimators import (
 from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.prompts import Prompt
 
 
@@ -229,11 +229,11 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         """This process's pairs of the epoch: read, or drawn and judged; then a step and a noise for each decision."""
         return judged_pairs(self) if self.latents is None else given_pairs(self, self.latents)
 
-    def estimate(self, batch: PairBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: PairBatch) -> tuple[Work, dict[str, float]]:
         """The reference's means where they are used more than once, and the reward of the policy as it is now."""
         if self.config.inner_epochs > 1 or self.config.old_refresh == "epoch":
             self._look_back(batch)
-        return batch.keep, batch.steps.shape[1], {"beta_nats": self.beta}
+        return Work(batch.keep, batch.steps.shape[1]), {"beta_nats": self.beta}
 
     def loss(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""

@@ -52,6 +52,7 @@ from diffusion_align.llm.preference_batches import (
     judged_preferences,
 )
 from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.loop import Work
 
 # What only some losses have: setting -> those losses.
 _BELONGS = {
@@ -183,7 +184,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             rso_beta=config.rso_beta,
         )
 
-    def estimate(self, batch: PreferenceBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: PreferenceBatch) -> tuple[Work, dict[str, float]]:
         """What the reference says, where it is needed more than once or of the prompts."""
         config, own = self.config, self.local(batch.keep)
         if config.inner_epochs > 1 and batch.logp_ref is None and not config.reference_free:
@@ -191,7 +192,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             batch.logp_ref = self.look_at_reference(batch.sequences, places)
         if self.dynamic_beta is not None and batch.embeddings is None and len(own):
             self._look_at_prompts(batch, own)
-        return batch.keep, 1, {}
+        return Work(batch.keep), {}
 
     def loss(self, batch: PreferenceBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; one forward pass over all completions of the samples.

@@ -34,6 +34,7 @@ from diffusion_align.llm.collection import reference_log_probs
 from diffusion_align.llm.policy import Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
+from diffusion_align.training.loop import Work
 
 KLForm = Literal[
     "k1_reward",
@@ -106,7 +107,6 @@ class GRPOBatch:
     advantages: Tensor
     logp_ref: Tensor | None = None
     mean_length: float = 1.0
-    used_share: float = 1.0
 
 
 class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
@@ -130,7 +130,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
             advantages=torch.empty(0),
         ), collected.metrics
 
-    def estimate(self, batch: GRPOBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: GRPOBatch) -> tuple[Work, dict[str, float]]:
         """Group advantages over all processes, less the KL where it stands in the reward."""
         config, mask = self.config, batch.sequences.mask
         groups = torch.arange(len(batch.rewards)) // config.num_generations
@@ -149,13 +149,11 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         if batch.logp_ref is not None and config.kl.endswith("_reward"):
             batch.advantages = batch.advantages - config.beta * self._kl_in_reward(batch, batch.logp_ref)
         counted = batch.finished if config.mask_truncated_completions else torch.ones_like(batch.finished)
-        # Without an advantage there is no policy gradient; with a KL term there still is that one. What is skipped
-        # counts in the mean all the same, so that skipping changes no gradient.
+        # Without an advantage there is no policy gradient; with a KL term there still is that one.
         used = counted & ((advantages != 0) | torch.tensor(config.beta > 0))
         tokens = mask[counted[own].to(mask.device)].sum()
         batch.mean_length = max(self.global_sum(tokens) / max(int(counted.sum()), 1), 1.0)
-        batch.used_share = int(used.sum()) / max(int(counted.sum()), 1)
-        return used.nonzero().squeeze(1), 1, metrics
+        return Work(used.nonzero().squeeze(1), counted=int(counted.sum())), metrics
 
     def loss(self, batch: GRPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""
@@ -177,7 +175,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
             mean_length=batch.mean_length,
             max_length=config.max_completion_length,
         )
-        return batch.used_share * means, statistics
+        return means, statistics
 
     def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
         """Its log-probs; without a KL term of one micro-batch only, to see how far the policy has gone."""

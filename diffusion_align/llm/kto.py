@@ -27,6 +27,7 @@ from diffusion_align.llm.data import LabelledRow, PromptRow
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import items_of_epoch
 
 
@@ -117,7 +118,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         """This process's completions of the epoch with their labels: given, or sampled and judged."""
         return self._judged() if self.config.online else self._given()
 
-    def estimate(self, batch: KTOBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: KTOBatch) -> tuple[Work, dict[str, float]]:
         """The reference point, and the reference's log-probs where they are needed more than once."""
         total = torch.zeros((), dtype=widest_float(self.policy.device), device=self.policy.device)
         if batch.mismatched is not None:
@@ -127,7 +128,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         batch.reference_point = total.new_tensor(mean)
         if self.config.inner_epochs > 1:
             batch.logp_ref = self.look_at_reference(batch.sequences, self.local(batch.keep))
-        return batch.keep, 1, {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
+        return Work(batch.keep), {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
 
     def loss(self, batch: KTOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring.

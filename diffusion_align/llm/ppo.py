@@ -33,6 +33,7 @@ from diffusion_align.llm.collection import in_batches, reference_log_probs
 from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
+from diffusion_align.training.loop import Work
 
 
 class PPOConfig(PolicyGradientConfig):
@@ -123,7 +124,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         ), collected.metrics
 
     @torch.no_grad()
-    def estimate(self, batch: PPOBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: PPOBatch) -> tuple[Work, dict[str, float]]:
         """Values, rewards of tokens, advantages and returns; and the next epoch's ``kl_coef``."""
         config, sequences, mask = self.config, batch.sequences, batch.sequences.mask
         last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
@@ -144,7 +145,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
             self.kl_coef = adapted(
                 self.kl_coef, metrics["kl_path"], config.kl_target, config.samples_per_epoch / config.kl_horizon
             )
-        return torch.arange(config.samples_per_epoch), 1, metrics
+        return Work(torch.arange(config.samples_per_epoch)), metrics
 
     def loss(self, batch: PPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""

@@ -29,7 +29,7 @@ from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import UserError
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.prompts import items_of_epoch
 
 
@@ -196,9 +196,9 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         chosen = items_of_epoch(self.pairs, self.config.seed, self.epoch, count)
         return self._packed([chosen[i] for i in self.local_samples]), {"pairs_used": float(count)}
 
-    def estimate(self, batch: ScoredPairs) -> tuple[Tensor, int, dict[str, float]]:
+    def estimate(self, batch: ScoredPairs) -> tuple[Work, dict[str, float]]:
         """Nothing is estimated: all pairs count."""
-        return torch.arange(self.config.samples_per_epoch), 1, {}
+        return Work(torch.arange(self.config.samples_per_epoch)), {}
 
     def loss(self, batch: ScoredPairs, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; chosen and rejected go through the model together."""

@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,21 @@ _FREE_ON_RESUME = {
     "num_threads",
     "grid_every",
 }
+
+
+class Work(NamedTuple):
+    """What an epoch trains on.
+
+    Attributes:
+        samples: (K,) int64 global indices of those worth training on.
+        decisions: of each sample.
+        counted: how many samples the loss is the mean of, K when not given; more than K where some have no gradient
+            and are skipped, which then changes none.
+    """
+
+    samples: Tensor
+    decisions: int = 1
+    counted: int | None = None
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -87,12 +102,8 @@ class Trainer(ABC, Generic[Batch]):
         """Sample and score ``local_samples`` of epoch ``self.epoch``; metrics of the whole epoch."""
 
     @abstractmethod
-    def estimate(self, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
-        """Advantages, references and so on, stored in ``batch``.
-
-        Returns:
-            (K,) int64 global indices of the samples worth training on, decisions per sample, metrics.
-        """
+    def estimate(self, batch: Batch) -> tuple[Work, dict[str, float]]:
+        """Advantages, references and so on, stored in ``batch``; what to train on, and metrics."""
 
     @abstractmethod
     def loss(self, batch: Batch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -142,13 +153,19 @@ class Trainer(ABC, Generic[Batch]):
                 with self._saved_if_broken_off():
                     batch, collected = self.collect()
                 sampled = time.perf_counter()
-                keep, decisions, estimated = self.estimate(batch)
-                last = self._update(batch, keep, decisions)
+                work, estimated = self.estimate(batch)
+                last = self._update(batch, work)
                 updated = time.perf_counter()
                 measured = self.measure()
                 self.epoch += 1
                 self._show_if_due()
-                row = {"step": self.step, "epoch": self.epoch, **collected, **estimated, "samples_used": len(keep)}
+                row = {
+                    "step": self.step,
+                    "epoch": self.epoch,
+                    **collected,
+                    **estimated,
+                    "samples_used": len(work.samples),
+                }
                 row |= measured
                 row["time/sample"] = sampled - started - collected.get("time/score", 0.0)
                 row["time/update"] = updated - sampled
@@ -280,13 +297,10 @@ class Trainer(ABC, Generic[Batch]):
 
     # -- update ----------------------------------------------------------------------------------------------------
 
-    def _update(self, batch: Batch, keep: Tensor, decisions: int) -> dict[str, float]:
-        """All optimizer steps of one epoch over the global samples ``keep``, each with ``decisions`` decisions.
-
-        Returns:
-            The metrics of the last one.
-        """
-        config = self.config
+    def _update(self, batch: Batch, work: Work) -> dict[str, float]:
+        """All optimizer steps of one epoch; the metrics of the last one."""
+        config, (keep, decisions, counted) = self.config, work
+        share = 1.0 if counted is None else len(keep) / max(counted, 1)
         row: dict[str, float] = {}
         own = torch.tensor([self.local_samples.start, self.local_samples.stop])
         with self.progress(
@@ -306,7 +320,7 @@ class Trainer(ABC, Generic[Batch]):
                     )
                     mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.accelerator.process_index)
                     pairs = pairs[torch.randperm(len(pairs), generator=mixing)]
-                    statistics = self._accumulate(batch, pairs, len(chunk) * decisions, bar)
+                    statistics = self._accumulate(batch, pairs, len(chunk) * decisions / share, bar)
                     statistics |= self.check_update(statistics, first=inner == 0 and update == 0)
                     statistics["grad_norm"] = self._optimizer_step()
                     row = {
@@ -319,7 +333,7 @@ class Trainer(ABC, Generic[Batch]):
                     self._log.write(row)
         return row
 
-    def _accumulate(self, batch: Batch, pairs: Tensor, total: int, bar: TaskID) -> dict[str, float]:
+    def _accumulate(self, batch: Batch, pairs: Tensor, total: float, bar: TaskID) -> dict[str, float]:
         """Gradient of the mean loss over ``total`` decisions of all processes, of which ``pairs`` (n, 2) are ours."""
         statistics = UpdateStatistics()
         device = self.accelerator.device

@@ -110,7 +110,7 @@ def test_clip_range_nats_bounds_the_joint_ratio_on_both_sides(reduction, power, 
 def test_pictures_without_advantage_are_left_out(make_trainer, streams):
     trainer = make_trainer()
     batch = recorded(trainer, streams)
-    keep, decisions, metrics = trainer.estimate(batch)
+    (keep, decisions, _), metrics = trainer.estimate(batch)
     assert keep.tolist() == [0, 1]
     assert decisions == 4
     assert metrics["frac_reward_zero_std"] == 0.5
@@ -122,7 +122,7 @@ def test_pictures_without_advantage_are_left_out(make_trainer, streams):
 
 def test_with_a_kl_every_picture_counts(make_trainer, streams):
     trainer = make_trainer(kl_coef=0.1)
-    keep, _, _ = trainer.estimate(recorded(trainer, streams))
+    (keep, _, _), _ = trainer.estimate(recorded(trainer, streams))
     assert keep.tolist() == [0, 1, 2, 3]
 
 

@@ -361,7 +361,7 @@ def test_beta_dpo_is_the_fields(timestep_range, model, make_trainer, make_policy
     assert trainer.trained_steps.tolist() == list(range(first, last))
     weights = nats_per_squared_error(trainer.schedule)[first:last]
     nats = beta_in_nats(2000, dimensions=DIMENSIONS, weight_sum=weights.sum().item())
-    assert trainer.estimate(batch)[2]["beta_nats"] == pytest.approx(nats, rel=1e-9)
+    assert trainer.estimate(batch)[1]["beta_nats"] == pytest.approx(nats, rel=1e-9)
     again = make_trainer(policy=policy, beta=nats, **common)
     batch = collected(again)
     others, _ = again.loss(batch, samples, decisions)
@@ -552,7 +552,7 @@ def test_epochs_go_through_all_pairs_and_their_pictures_are_read(make_trainer):
             "pairs_tied": 2,
             "pairs_skipped": 3,
         }
-        assert trainer.estimate(batch)[0].tolist() == [0, 1, 2, 3]
+        assert trainer.estimate(batch)[0].samples.tolist() == [0, 1, 2, 3]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 
@@ -566,7 +566,7 @@ def test_the_best_and_the_worst_are_the_pair(target, sign, make_trainer):
         reward=lambda *a: sign * redness(*a), samples_per_epoch=12, group_size=4, decisions_per_pair=2, target=target
     )
     batch, metrics = trainer.collect()
-    keep, decisions, _ = trainer.estimate(batch)
+    (keep, decisions, _), _ = trainer.estimate(batch)
     assert decisions == 2
     assert len(keep) == 3
     scores = redness(trainer.policy.decode(batch.x_0), None, None).view(3, 4)
@@ -696,7 +696,7 @@ SOURCES = {
 def test_the_kept_reference_gives_the_same_losses(source, make_trainer):
     trainer = make_trainer(inner_epochs=2, decisions_per_pair=2, variant="corrected", kl_coef=0.1, **source)
     batch, _ = trainer.collect()
-    keep, decisions, _ = trainer.estimate(batch)
+    (keep, decisions, _), _ = trainer.estimate(batch)
     assert batch.reference_mean is not None
     assert batch.implicit_reward is None
     samples, decisions = torch.cartesian_prod(keep, torch.arange(decisions)).unbind(1)

@@ -71,12 +71,11 @@ def expected_gradient(trainer, policy, behaviour):
         finished=torch.ones(len(indices), dtype=torch.bool),
         advantages=torch.empty(0),
     )
-    keep, decisions, metrics = trainer.estimate(batch)
+    (keep, decisions, _), metrics = trainer.estimate(batch)
     assert decisions == 1
     losses = torch.zeros(len(indices), dtype=torch.float64)
     computed, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
-    # The loop averages over what is kept; the trainer makes up for what is not.
-    losses = losses.index_put((keep,), computed / batch.used_share)
+    losses = losses.index_put((keep,), computed)  # what is skipped has no gradient
     weights = torch.tensor([chances[a] * chances[b] for a, b in PAIRS]).repeat_interleave(2) / 2
     return gradient((weights * losses).sum(), policy), metrics
 
@@ -259,7 +258,7 @@ def collected(trainer):
     trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
     trainer.stop_if_interrupted = lambda failed=False: failed
     batch, metrics = trainer.collect()
-    keep, _, estimated = trainer.estimate(batch)
+    (keep, _, _), estimated = trainer.estimate(batch)
     return batch, keep, metrics | estimated
 
 
@@ -305,7 +304,7 @@ def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, los
         trainer = make_run(policy=policy, rewards=((by_prompt, 1.0),), **settings)
         batch, keep, _ = collected(trainer)
         losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
-        gradients.append(gradient(losses.mean(), policy))
+        gradients.append(gradient(losses.sum() / 16, policy))
         assert (len(keep) == 16) == (beta > 0)
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-6)
     assert gradients[0].norm() > 1e-3
@@ -316,6 +315,7 @@ def test_truncated_completions_are_left_out(make_run):
     batch, keep, metrics = collected(trainer)
     assert 0 < metrics["completions/clipped_ratio"] < 1
     assert keep.tolist() == batch.finished.nonzero().squeeze(1).tolist()
+    assert trainer.estimate(batch)[0].counted == len(keep)
     lengths = batch.sequences.mask[batch.finished].sum(1)
     assert batch.mean_length == pytest.approx(lengths.double().mean().item())
 

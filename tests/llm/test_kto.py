@@ -93,7 +93,7 @@ def test_value_and_gradient_are_those_of_plain_forward_passes(make, inner_epochs
     trainer = make(desirable_weight=1.3, undesirable_weight=0.6, inner_epochs=inner_epochs)
     policy = trainer.policy
     batch, _ = trainer.collect()
-    keep, decisions, metrics = trainer.estimate(batch)
+    (keep, decisions, _), metrics = trainer.estimate(batch)
     assert (len(keep), decisions) == (6, 1)
     rows = rows_of(batch)
     z = reference_point(policy, rows)
@@ -129,7 +129,7 @@ def test_the_loss_is_the_estimators_with_the_epochs_reference_point(make, point)
 def test_at_the_reference_the_loss_is_one_half(make, make_language_policy):
     trainer = make(policy=make_language_policy(dtype=F64))
     batch, _ = trainer.collect()
-    _, _, metrics = trainer.estimate(batch)
+    _, metrics = trainer.estimate(batch)
     losses, statistics = trainer.loss(batch, torch.arange(6), torch.zeros(6))
     assert metrics["reference_point_raw"] == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(losses, torch.full((6,), 0.5, dtype=F64), atol=1e-12, rtol=0)

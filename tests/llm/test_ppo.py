@@ -79,7 +79,7 @@ def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
         trainer.value_head.weight.normal_()
     tables, reference = log_tables(policy), reference_tables(policy)
     batch = all_completions(tables)
-    keep, decisions, metrics = trainer.estimate(batch)
+    (keep, decisions, _), metrics = trainer.estimate(batch)
     assert (keep.tolist(), decisions) == (list(range(16)), 1)
     assert batch.values_old.abs().min() > 0
     losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
@@ -96,7 +96,7 @@ def test_the_value_loss_draws_to_the_returns(tmp_path):
     policy = enumerable_policy()
     trainer = exact_trainer(policy, tmp_path, value_coef=0.7, value_clip=None, kl_coef=0.0)
     batch = all_completions(log_tables(policy))
-    keep, _, _ = trainer.estimate(batch)
+    (keep, _, _), _ = trainer.estimate(batch)
     torch.testing.assert_close(batch.returns, REWARDS[:, None].expand(16, 2))  # no KL, gamma = 1, values 0
     batch.advantages = torch.zeros_like(batch.advantages)
     losses, statistics = trainer.loss(batch, keep, torch.zeros_like(keep))
@@ -233,7 +233,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(make_run, make_languag
     trainer = quiet(make_run(policy=make_language_policy(noise=0.05, dtype=torch.float64)))
     trainer.value_head.double()
     batch, _ = trainer.collect()
-    keep, _, _ = trainer.estimate(batch)
+    (keep, _, _), _ = trainer.estimate(batch)
 
     def total(parts):
         value = torch.cat([trainer.loss(batch, part, torch.zeros_like(part))[0] for part in parts]).sum()

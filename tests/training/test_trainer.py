@@ -106,6 +106,20 @@ def test_equal_rewards_change_nothing(train):
     assert all(p.abs().max() == 0 for name, p in trainer.trainable.items() if "lora_B" in name)
 
 
+def test_what_is_skipped_changes_no_gradient(train):
+    def of_apples(images, prompts, metadata):
+        return images.mean(dim=(1, 2, 3)) * torch.tensor(["apple" in prompt for prompt in prompts])
+
+    norms, used = [], []
+    for kl_coef in (0.0, 1e-14):  # with a price of KL nothing is skipped
+        changes = {"advantages": "group", "group_size": 2, "updates_per_epoch": 1, "epochs": 1, "kl_coef": kl_coef}
+        _, (update, epoch) = train(name=str(kl_coef), reward=of_apples, **changes)
+        norms.append(update["grad_norm"])
+        used.append(epoch["samples_used"])
+    assert used == [2, 4]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 12, 100])
 def test_the_gradient_does_not_depend_on_the_micro_batch(train, micro_batch_size):
     _, rows = train("whole", epochs=1, updates_per_epoch=1, micro_batch_size=12)
