@@ -18,11 +18,11 @@ Preferences come from a data set, or are sampled and judged by rewards in every 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,20 +38,17 @@ from diffusion_align.estimators import (
     simpo_loss,
     trajectory_dpo_loss,
 )
-from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import PreferenceRow, PromptRow
+from diffusion_align.llm.data import PreferenceRow
 from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
-from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import (
     PreferenceBatch,
     PreferenceConfig,
     PreferenceTrainer,
-    ReferenceFile,
     Selection,
     given_preferences,
     judged_preferences,
 )
-from diffusion_align.training.errors import ConfigError
+from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.loop import Work
 
 # What only some losses have: setting -> those losses.
@@ -137,36 +134,30 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     """
 
     config: DPOConfig
+    rows: Sequence[PreferenceRow]
 
-    def __init__(
-        self,
-        config: DPOConfig,
-        policy: LanguagePolicy,
-        *,
-        rows: Sequence[PreferenceRow] | None = None,
-        prompts: Sequence[PromptRow] | None = None,
-        rewards: WeightedRewards | None = None,
-        shown: Sequence[PromptRow] | None = None,
-        accelerator: Accelerator | None = None,
-    ) -> None:
-        super().__init__(
-            config, policy, rows=rows, prompts=prompts, rewards=rewards, shown=shown, accelerator=accelerator
+    def data_problems(self) -> list[str]:
+        return _unfit(self.rows, self.config.loss_type)
+
+    @functools.cached_property
+    def dynamic_beta(self) -> DynamicBeta | None:
+        """The beta of each prompt, if it is trained."""
+        config, policy = self.config, self.policy
+        if config.dynamic_beta is None:
+            return None
+        with policy.reference() if policy.has_reference else contextlib.nullcontext():
+            size = policy.hidden_size  # of the model whose states are the embeddings
+        return DynamicBeta(
+            config.dynamic_beta, dimensions=size, beta=config.beta, seed=config.seed, device=policy.device
         )
-        self.rows = rows or ()
-        if problems := _unfit(self.rows, config.loss_type):
-            raise ConfigError(problems)
-        self.dynamic_beta = None
-        if config.dynamic_beta is not None:
-            with policy.reference() if policy.has_reference else contextlib.nullcontext():
-                size = policy.hidden_size  # of the model whose states are the embeddings
-            self.dynamic_beta = DynamicBeta(
-                config.dynamic_beta, dimensions=size, beta=config.beta, seed=config.seed, device=policy.device
-            )
-        self.reference_file = None
-        if config.precompute_ref_log_probs:
-            self.reference_file = ReferenceFile(
-                self.folder / "reference.safetensors", self.rows, policy, with_features=self.dynamic_beta is not None
-            )
+
+    @functools.cached_property
+    def reference_file(self) -> ReferenceFile | None:
+        """What the reference says about all rows, if that is asked beforehand."""
+        if not self.config.precompute_ref_log_probs:
+            return None
+        path = self.folder / "reference.safetensors"
+        return ReferenceFile(path, self.rows, self.policy, with_features=self.config.dynamic_beta is not None)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -176,7 +167,11 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         """This process's preferences of the epoch: given, or sampled and judged."""
         config = self.config
         if not config.online:
-            return given_preferences(self, self.rows, self.reference_file)
+            batch, indices, metrics = given_preferences(self, self.rows)
+            if self.reference_file is not None:
+                self.reference_file.fill(self)
+                self.reference_file.put_into(batch, indices)
+            return batch, metrics
         return judged_preferences(
             self,
             by_reference=config.sample_from == "reference",

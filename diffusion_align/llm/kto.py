@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
-from diffusion_align.llm.collection import WeightedRewards, in_batches
-from diffusion_align.llm.data import LabelledRow, PromptRow
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack, widest_float
+from diffusion_align.llm.collection import in_batches
+from diffusion_align.llm.data import LabelledRow
+from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
-from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import items_of_epoch
 
@@ -94,25 +92,13 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     """
 
     config: KTOConfig
+    rows: Sequence[LabelledRow]
 
-    def __init__(
-        self,
-        config: KTOConfig,
-        policy: LanguagePolicy,
-        *,
-        rows: Sequence[LabelledRow] | None = None,
-        prompts: Sequence[PromptRow] | None = None,
-        rewards: WeightedRewards | None = None,
-        shown: Sequence[PromptRow] | None = None,
-        accelerator: Accelerator | None = None,
-    ) -> None:
-        super().__init__(
-            config, policy, rows=rows, prompts=prompts, rewards=rewards, shown=shown, accelerator=accelerator
-        )
-        self.rows = rows or ()
-        if len({tuple(ids) for ids in ([row.ids for row in self.rows] + [row.ids for row in self.prompts])}) < 2:
-            source = "prompts" if config.online else "dataset"
-            raise ConfigError([f"{source} holds one prompt, and KTO's reference point needs two or more: add some"])
+    def data_problems(self) -> list[str]:
+        if len({tuple(row.ids) for row in (*self.rows, *self.prompts)}) > 1:
+            return []
+        source = "prompts" if self.config.online else "dataset"
+        return [f"{source} holds one prompt, and KTO's reference point needs two or more: add some"]
 
     def collect(self) -> tuple[KTOBatch, dict[str, float]]:
         """This process's completions of the epoch with their labels: given, or sampled and judged."""

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.estimators import rso_accept
 from diffusion_align.llm.collection import Collected, WeightedRewards, reference_log_probs, sample_groups
 from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
-from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
 from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.errors import CheckpointError, ConfigError
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
 
 Batch = TypeVar("Batch")
 Selection = Literal["best_worst", "best_rest", "rso"]
-_FEATURES = ("embeddings", "entropy")
 
 
 class PreferenceConfig(TextConfig, OnlineSettings):
@@ -79,7 +69,7 @@ class PreferenceTrainer(TextTrainer[Batch]):
         accelerator: devices, precision and processes; a plain one when not given.
 
     Raises:
-        ConfigError: a prompt's completions would be divided among processes.
+        ConfigError: data that the method cannot use, or a prompt's completions would be divided among processes.
     """
 
     config: PreferenceConfig
@@ -100,7 +90,9 @@ class PreferenceTrainer(TextTrainer[Batch]):
             others = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(rows or ())}
             shown = prompts or list(reversed(others.values()))
         super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
-        self.prompts = prompts or ()
+        self.rows, self.prompts = rows or (), prompts or ()
+        if problems := self.data_problems():
+            raise ConfigError(problems)
         if config.online and len(self.local_samples) % config.num_generations:
             raise ConfigError(
                 [
@@ -108,6 +100,10 @@ class PreferenceTrainer(TextTrainer[Batch]):
                     f"{config.num_generations} x {self.accelerator.num_processes} processes"
                 ]
             )
+
+    def data_problems(self) -> list[str]:
+        """Sentences about rows or prompts that the method cannot use."""
+        return []
 
     def sample(self) -> tuple[list[PromptRow], Collected]:
         """Online: the prompt of each of the epoch's N samples, and this process's completions with all scores."""
@@ -179,9 +175,10 @@ def places_of(rows: Sequence[PreferenceRow]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def given_preferences(
-    trainer: PreferenceTrainer[Any], rows: Sequence[PreferenceRow], known: ReferenceFile | None
-) -> tuple[PreferenceBatch, dict[str, float]]:
-    """This process's part of the epoch's rows, in a new random order each time all have been seen; metrics."""
+    trainer: PreferenceTrainer[Any], rows: Sequence[PreferenceRow]
+) -> tuple[PreferenceBatch, list[int], dict[str, float]]:
+    """This process's part of the epoch's rows, in a new random order each time all have been seen; their indices;
+    metrics."""
     config, device = trainer.config, trainer.accelerator.device
     epoch = items_of_epoch(range(len(rows)), config.seed, trainer.epoch, config.samples_per_epoch)
     own = [epoch[i] for i in trainer.local_samples]
@@ -195,13 +192,14 @@ def given_preferences(
         labels=torch.tensor([row.label for row in some], device=device),
         keep=torch.arange(config.samples_per_epoch),
     )
-    if known is not None:
-        known.fill(trainer)
-        known.put_into(batch, own)
-    return batch, {
-        "data_epochs": (trainer.epoch + 1) * config.samples_per_epoch / len(rows),
-        "rows": len(rows),
-    }
+    return (
+        batch,
+        own,
+        {
+            "data_epochs": (trainer.epoch + 1) * config.samples_per_epoch / len(rows),
+            "rows": len(rows),
+        },
+    )
 
 
 def judged_preferences(
@@ -267,100 +265,3 @@ def rso_pairs(
     scores = rewards.gather(1, pairs)
     pairs = torch.where(scores[:, :1] >= scores[:, 1:], pairs, pairs.flip(1))
     return accepted, pairs[:, 0], pairs[:, 1:], scores[:, :1] != scores[:, 1:]
-
-
-class ReferenceFile:
-    """What the reference says about all rows, computed once before the first update and kept in one file.
-
-    The file belongs to one run, whose settings (model, temperature) cannot change on resume, and says which rows it is
-    of. Before the first update a policy without a reference is its own.
-
-    Args:
-        path: of the file; its folder is the run's.
-        rows: all of them.
-        policy: the language model.
-        with_features: keep ``prompt_features`` too.
-    """
-
-    def __init__(
-        self, path: Path, rows: Sequence[PreferenceRow], policy: LanguagePolicy, *, with_features: bool
-    ) -> None:
-        self.path, self.rows, self.policy, self.with_features = path, rows, policy, with_features
-        tokens = [sum(map(len, (row.chosen, *row.rejected))) for row in rows]
-        self._ends = [0, *torch.tensor(tokens).cumsum(0).tolist()]  # row i's log-probs are those from end i to end i+1
-        self._full = False
-
-    def fill(self, trainer: Trainer[Any]) -> None:
-        """Write the file unless it is there, every process computing its part; between batches the run can be stopped.
-
-        Raises:
-            CheckpointError: the file is of other rows or damaged, or is gone and cannot be made again.
-            Interrupted: the run was asked to stop.
-        """
-        if self._full:
-            return
-        there = self.path.is_file()
-        trainer.accelerator.wait_for_everyone()  # all have looked before it is written
-        if not there:
-            tensors = self._compute(trainer)
-            if trainer.accelerator.is_main_process:
-                aside = self.path.with_suffix(".tmp")
-                save_file(tensors, aside, self._identity())
-                with aside.open("rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(aside, self.path)
-            trainer.accelerator.wait_for_everyone()
-        try:
-            with safe_open(self.path, "pt") as file:
-                identity = file.metadata()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({error}): choose a new output_dir") from None
-        if identity != self._identity():
-            raise CheckpointError(
-                f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "
-                "a new output_dir"
-            )
-        self._full = True
-
-    def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> None:
-        """Fill in what is known of a batch of rows ``indices`` that ``pack_rows`` packed."""
-        device, mask = self.policy.device, batch.sequences.mask
-        with safe_open(self.path, "pt") as file:
-            logp = file.get_slice("logp")
-            flat = torch.cat([logp[self._ends[i] : self._ends[i + 1]] for i in indices]).to(device)
-            batch.logp_ref = torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)
-            if self.with_features:
-                embeddings, entropy = (file.get_tensor(name) for name in _FEATURES)
-                batch.embeddings, batch.entropy = embeddings[indices].to(device), entropy[indices].to(device)
-
-    @torch.no_grad()
-    def _compute(self, trainer: Trainer[Any]) -> dict[str, Tensor]:
-        policy, size, accelerator = self.policy, trainer.config.sample_batch_size, trainer.accelerator
-        if not policy.has_reference and trainer.step > 0:
-            raise CheckpointError(f"{self.path} is gone and the model has been trained since: choose a new output_dir")
-        share = -(-len(self.rows) // accelerator.num_processes)
-        own = self.rows[share * accelerator.process_index : share * (accelerator.process_index + 1)]
-        parts: dict[str, list[Tensor]] = {name: [] for name in (*_FEATURES, "logp")}
-        with (
-            policy.reference() if policy.has_reference else contextlib.nullcontext(),
-            trainer.progress("  reference", len(own)) as bar,
-        ):
-            for start in range(0, share, size):
-                trainer.stop_if_interrupted()
-                if some := own[start : start + size]:
-                    sequences = pack_rows(some, pad=policy.pad, device=policy.device)
-                    parts["logp"].append(policy.log_probs(policy.score(sequences))[sequences.mask].cpu())
-                    if self.with_features:
-                        chosen = sequences[places_of(some)[0].to(policy.device)]
-                        for name, feature in zip(_FEATURES, prompt_features(policy, chosen), strict=True):
-                            parts[name].append(feature.cpu())
-                    trainer.advance(bar, len(some))
-        everyones = gather_object([parts]) if accelerator.num_processes > 1 else [parts]
-        joined = {name: [x for part in everyones for x in part[name]] for name in parts}
-        return {name: torch.cat(found) for name, found in joined.items() if found}
-
-    def _identity(self) -> dict[str, str]:
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(json.dumps([row.ids, row.chosen, row.rejected]).encode())
-        return {"rows": str(len(self.rows)), "sha256": digest.hexdigest(), "features": str(self.with_features)}

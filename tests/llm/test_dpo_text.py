@@ -24,7 +24,8 @@ from diffusion_align.estimators import (
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.data import PreferenceRow, PromptRow
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.preference_batches import ReferenceFile, best_against, rso_pairs
+from diffusion_align.llm.preference_batches import best_against, rso_pairs
+from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import parse_config
 from diffusion_align.training.errors import CheckpointError, ConfigError
 from diffusion_align.training.randomness import generator
