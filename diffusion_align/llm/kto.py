@@ -95,7 +95,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     rows: Sequence[LabelledRow]
 
     def data_problems(self) -> list[str]:
-        if len({tuple(row.ids) for row in (*self.rows, *self.prompts)}) > 1:
+        if len({tuple(row.ids) for row in self.rows} | {tuple(row.ids) for row in self.prompts}) > 1:
             return []
         source = "prompts" if self.config.online else "dataset"
         return [f"{source} holds one prompt, and KTO's reference point needs two or more: add some"]
