@@ -113,6 +113,8 @@ class TextAlignmentPipeline:
             raise UserError(f"method={method!r} does not train this language model: use one of {methods}")
         if "model" in settings:
             raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
+        if "dtype" in settings:
+            raise UserError(f"dtype={settings['dtype']!r} is for loading a model: give it to from_pretrained")
         raw = {"method": method, "model": self.name, "output_dir": output_dir}
         config = cast(PolicyConfig, check_config(raw | settings))
         adapted = bool(getattr(self.model, "peft_config", None))
@@ -224,9 +226,12 @@ def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
     rewards = _rewards(config, prompts or dataset, processes().device)
     if config.reference_model is not None:
         _check_same_tokens(config, tokenizer)
+    dtype = getattr(torch, config.dtype)
     if model is None:
-        model, _ = load_language_model(config.model)
-    reference = load_language_model(config.reference_model)[0] if config.reference_model is not None else None
+        model, _ = load_language_model(config.model, dtype=dtype)
+    reference = None
+    if config.reference_model is not None:
+        reference, _ = load_language_model(config.reference_model, dtype=dtype)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
     policy = LanguagePolicy(
         model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,9 @@ class TextConfig(TrainingConfig):
     """What every method that trains a language model has."""
 
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
+    )
     reference_model: str | None = Field(
         None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
     )
@@ -32,6 +35,8 @@ class TextConfig(TrainingConfig):
         problems = super().cross_checks()
         if self.show_prompts is not None and not self.show_prompts:
             problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no samples")
+        if self.dtype != "float32" and self.lora is None:
+            problems.append(f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out")
         return problems
 
 

@@ -102,6 +102,11 @@ def no_weights(monkeypatch):
 EARLY = {
     # names
     "unknown setting": ("grpo", {"num_generation": 2}, ["unknown setting 'num_generation': did you mean 'num_gen"]),
+    "dtype of what is trained": (
+        "grpo",
+        {"dtype": "bfloat16", "lora": None},
+        ["dtype=bfloat16 is of frozen weights and lora=null trains them all: leave one out"],
+    ),
     "unknown setting of lora": ("ppo", {"lora": {"rnk": 2}}, ["unknown setting 'lora.rnk': did you mean 'rank'"]),
     "unknown setting of data": (
         "dpo",

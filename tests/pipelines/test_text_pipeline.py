@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.errors import ConfigError, UserError
@@ -195,6 +198,18 @@ def test_weights_of_half_width_are_trained_in_full(tiny_language_model, tmp_path
     assert pipe("the cat", max_new_tokens=3).texts
 
 
+def test_dtype_is_that_of_frozen_weights(tiny_language_model, tmp_path):
+    settings = {"method": "dpo", "dataset": PAIRS, "model": str(tiny_language_model), **SETTINGS, "lora": {"rank": 2}}
+    other = {"reference_model": str(tiny_language_model), "dtype": "bfloat16"}
+    policy = run(check_config(settings | other | {"output_dir": str(tmp_path / "run")})).policy
+    kinds = {name: p.dtype for name, p in policy.model.named_parameters()}
+    assert {kind for name, kind in kinds.items() if ".lora_" in name} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if ".lora_" not in name} == {torch.bfloat16}
+    assert {p.dtype for p in policy._frozen.parameters()} == {torch.bfloat16}
+    saved = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("second", [{"rank": 2}, None])
 @pytest.mark.parametrize("first", [{"rank": 2}, None])
 def test_aligning_twice_goes_on_from_the_first(load, tmp_path, first, second):
@@ -370,6 +385,7 @@ def test_what_cannot_be_scored(load, arguments, columns, wanted):
         ({"method": "ddpo"}, "method='ddpo' does not train this language model"),
         ({"method": "reward_model"}, "method='reward_model' does not train this language model"),
         ({"model": "tiny-lm"}, "model='tiny-lm' is not this pipeline's: load it with from_pretrained"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for loading a model: give it to from_pretrained"),
         ({"num_generation": 4}, "unknown setting 'num_generation': did you mean 'num_generations'"),
         ({"reward": lambda: 1}, "reward"),
         ({"reward": None}, "prompts and reward must both be given"),
