@@ -27,9 +27,11 @@ def model_problem(model: str) -> str | None:
         return f"model={model!r} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}"
     folder = Path(os.path.expanduser(model))
     if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
-        return (
-            None if (folder / "model_index.json").is_file() else f"model={model!r}: the folder has no model_index.json"
-        )
+        if (folder / "model_index.json").is_file():
+            return None
+        one_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+        hint = ": it holds one model, and a language model needs a text method such as grpo" if one_model else ""
+        return f"model={model!r}: the folder has no model_index.json{hint}"
     looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
     if looks_like_path:
         hint = nearest(model, EMBEDDED_PIPELINES)

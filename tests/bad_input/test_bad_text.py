@@ -531,7 +531,10 @@ def test_a_language_model_for_an_image_method(cli, tree, tmp_path, tiny_language
             "tiny-lm",
             "model='tiny-lm' is a language model, not a text-to-image pipeline: use a text method such as grpo",
         ),
-        (str(tiny_language_model), "model='.*'.* the folder has no model_index.json"),
+        (
+            str(tiny_language_model),
+            "model='.*'.* the folder has no model_index.json: it holds one model, and a language model needs a text method such as grpo",
+        ),
     ):
         settings = IMAGES | method | {"model": model, "output_dir": "run", "samples_per_epoch": 8}
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
