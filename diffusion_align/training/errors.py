@@ -27,3 +27,8 @@ class TrainingError(UserError):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the state of the last finished epoch has been saved."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, to stand in a sentence; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

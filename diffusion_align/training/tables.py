@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from diffusion_align.training.config import nearest
-from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.errors import ConfigError, first_line
 
 FILES = "a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
 Cells = Generator[Sequence[Any], None, None]
@@ -281,7 +281,7 @@ def _loading(source: TableSource) -> Iterator[None]:
             datasets.disable_progress_bars()
         yield
     except Exception as error:  # builders, pyarrow, the Hub and the network each raise their own
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error.__cause__ or error)
         remedy = "check the name, the network and your access to it" if is_hub(source.source) else "mend it"
         raise ConfigError([f"{source}, split {source.split!r}, cannot be loaded ({reason}): {remedy}"]) from None
     finally:

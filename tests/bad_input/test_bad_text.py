@@ -533,7 +533,7 @@ def test_a_language_model_for_an_image_method(cli, tree, tmp_path, tiny_language
         ),
         (
             str(tiny_language_model),
-            "model='.*'.* the folder has no model_index.json: it holds one model, and a language model needs a text method such as grpo",
+            "model='.*'.* the folder has no model_index.json: .* a language model needs a text method such as grpo",
         ),
     ):
         settings = IMAGES | method | {"model": model, "output_dir": "run", "samples_per_epoch": 8}

