@@ -82,9 +82,9 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         clip, clip_high, mask = self.config.epsilon, self.clip_high, scored.mask
         losses = clipped_surrogate(logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level)
         statistics = {"loss/policy": losses.detach()[mask]}
-        with torch.no_grad():
-            entropy = scored.of_tokens(categorical_entropy(scored.logits, temperature=self.policy.temperature))
-        statistics["entropy"] = entropy[mask]
+        with torch.no_grad():  # one sample at a time: there are four numbers for each entry of the vocabulary
+            entropy = [categorical_entropy(logits, temperature=self.policy.temperature) for logits in scored.logits]
+        statistics["entropy"] = scored.of_tokens(torch.stack(entropy))[mask]
         return losses, statistics | ratio_statistics(
             logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level
         )
