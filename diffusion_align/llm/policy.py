@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,8 +290,16 @@ class LanguagePolicy:
 
     def save(self, folder: Path) -> None:
         """Write adapter or model, and the tokenizer, for plain transformers (with peft)."""
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        save_model(self.model, self.tokenizer, folder)
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model, or what is trained of it, and its tokenizer, for plain transformers (with peft)."""
+    with warnings.catch_warnings():
+        # PEFT looks for a full model in the run that adapters go on; what it then assumes is right.
+        warnings.filterwarnings("ignore", "Could not find a config file")
+        model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
 
 
 def merged(model: Any) -> Any:

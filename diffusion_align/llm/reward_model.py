@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.data import PreferenceRow, TextDataConfig
-from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config
+from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import UserError
@@ -122,8 +122,7 @@ class RewardModel:
         """Write the model, or head and adapters, and the tokenizer, for plain transformers (with peft)."""
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # as in training; batches cannot be scored without one
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        save_model(self.model, self.tokenizer, folder)
 
     @cached_property
     def _tails(self) -> dict[bool, list[int] | None]:

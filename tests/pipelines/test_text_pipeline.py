@@ -225,6 +225,13 @@ def test_aligning_twice_goes_on_from_the_first(load, tmp_path, first, second):
     torch.testing.assert_close(logits(fresh.model), once, atol=1e-5, rtol=0)
 
 
+def test_training_on_a_run_warns_of_nothing(load, tmp_path, recwarn):
+    load().align("dpo", dataset=PAIRS, output_dir=tmp_path / "a", **SETTINGS)
+    settings = SETTINGS | {"method": "dpo", "dataset": PAIRS, "model": str(tmp_path / "a")}
+    run(check_config(settings | {"output_dir": str(tmp_path / "b")}))
+    assert [str(w.message) for w in recwarn if "peft" in w.filename] == []
+
+
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])
 def test_a_run_that_fails_leaves_the_model_as_it_was(load, tmp_path, lora):
     """So that it can be resumed, and then ends as if nothing had been."""
