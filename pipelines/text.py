@@ -12,15 +12,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.collection import WeightedRewards, trainer_state
 from diffusion_align.llm.data import (
     LAYOUTS,
     LabelledRow,
-    Messages,
     PreferenceRow,
     PromptRow,
     Rows,
-    Text,
     TextDataConfig,
     columns_problems,
     labelled_rows,
@@ -28,6 +26,7 @@ from diffusion_align.llm.data import (
     prompt_rows,
 )
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
+from diffusion_align.llm.encoding import Messages, Text, TextEncoder, ended_tokens_of
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer
 from diffusion_align.llm.loading import load_language_model, load_sequence_classifier, load_tokenizer
@@ -157,7 +156,8 @@ class TextAlignmentPipeline:
                 f"max_new_tokens={max_new_tokens}, temperature={temperature}, batch_size={batch_size}: the first and "
                 "the last must be at least 1, the temperature above 0"
             )
-        rows = _bare_rows(_several(prompts), self.tokenizer, name="prompts", max_completion_length=max_new_tokens)
+        encoder = TextEncoder(self.tokenizer, max_completion_length=max_new_tokens)
+        rows = _bare_rows(_several(prompts), encoder, name="prompts")
         context = getattr(self.model.config, "max_position_embeddings", None)
         longest = max((len(row.ids) for row in rows), default=0)
         if rows and context is not None and longest + max_new_tokens > context:
@@ -177,6 +177,9 @@ class TextAlignmentPipeline:
     def score(self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, **columns: Sequence[Any]) -> Tensor:
         """Scores (B,) of completions by a reward, nan where it has nothing to say.
 
+        A reward that names ``completion_ids`` gets the tokens of the texts, each with an end of sequence;
+        ``trainer_state`` is None.
+
         Args:
             prompts, texts: B of each.
             reward: as for ``align``.
@@ -192,7 +195,8 @@ class TextAlignmentPipeline:
             PromptRow(prompt, [], {name: values[i] for name, values in columns.items()})
             for i, prompt in enumerate(prompts)
         ]
-        return rewards.scores(rows, texts).squeeze(1)
+        ids = [ended_tokens_of(self.tokenizer, text) for text in texts] if rewards.want_ids else None
+        return rewards.scores(rows, texts, ids).squeeze(1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model, adapters merged, and its tokenizer, for plain transformers."""
@@ -223,7 +227,7 @@ def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
     prompts = read(prompt_rows, "prompts")
     dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
     shown = read.shown(prompts)
-    rewards = _rewards(config, prompts or dataset, processes().device)
+    rewards = _rewards(config, prompts or dataset, tokenizer, processes().device)
     if config.reference_model is not None:
         _check_same_tokens(config, tokenizer)
     dtype = getattr(torch, config.dtype)
@@ -262,19 +266,20 @@ class _Reader:
     """Reads the data of a run, and says on the main process what was shortened."""
 
     def __init__(self, config: Any, tokenizer: Any, context_length: int | None) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        self.lengths = {
-            "max_prompt_length": config.max_prompt_length,
-            "max_completion_length": config.max_completion_length,
-            "context_length": context_length,
-        }
+        self.config = config
+        self.encoder = TextEncoder(
+            tokenizer,
+            max_completion_length=config.max_completion_length,
+            max_prompt_length=config.max_prompt_length,
+            context_length=context_length,
+        )
 
     def __call__(self, kind: Callable[..., Rows[Any]], name: str) -> list[Any]:
         """The rows of the setting ``name``; none where it is not given."""
         data = getattr(self.config, name, None)
         if data is None:
             return []
-        found = kind(text_data(data), self.tokenizer, name=name, **self.lengths)
+        found = kind(text_data(data), self.encoder, name=name)
         cut = found.truncation
         if processes().is_main_process and (cut.prompts or cut.completions or cut.left_out):
             Console(stderr=True).print(f"{name}: {cut}", highlight=False, markup=False, soft_wrap=True)
@@ -285,17 +290,17 @@ class _Reader:
         if self.config.show_prompts is None:
             return None
         known = {str(row.prompt): row.columns for row in prompts}
-        rows = _bare_rows(self.config.show_prompts, self.tokenizer, name="show_prompts", **self.lengths)
+        rows = _bare_rows(self.config.show_prompts, self.encoder, name="show_prompts")
         return [PromptRow(row.prompt, row.ids, known.get(str(row.prompt), {})) for row in rows]
 
 
-def _bare_rows(prompts: Sequence[Any], tokenizer: Any, *, name: str, **lengths: int | None) -> list[PromptRow]:
+def _bare_rows(prompts: Sequence[Any], encoder: TextEncoder, *, name: str) -> list[PromptRow]:
     """The rows of prompts that are given as they are, without the settings of a source."""
     if not prompts:
         return []
     try:
         data = TextDataConfig(source=[{"prompt": prompt} for prompt in prompts])
-        return prompt_rows(data, tokenizer, name=name, **lengths).rows  # type: ignore[arg-type]
+        return prompt_rows(data, encoder, name=name).rows
     except ConfigError as error:
         # There is no source of which bad rows could be left out.
         raise ConfigError([problem for problem in error.problems if "skip_bad_rows" not in problem]) from None
@@ -311,7 +316,10 @@ def _check_same_tokens(config: PolicyConfig, tokenizer: Any) -> None:
 
 
 def _rewards(
-    config: PolicyConfig, prompts: Sequence[PromptRow | PreferenceRow | LabelledRow], device: torch.device
+    config: PolicyConfig,
+    prompts: Sequence[PromptRow | PreferenceRow | LabelledRow],
+    tokenizer: Any,
+    device: torch.device,
 ) -> WeightedRewards | None:
     """The rewards of a run, each tried on real prompts."""
     if config.reward is None:
@@ -326,6 +334,8 @@ def _rewards(
             reward,
             [row.prompt for row in some],
             columns={name: [row.columns.get(name) for row in some] for name in names},
+            tokenize=lambda text: ended_tokens_of(tokenizer, text),
+            trainer_state=trainer_state(config),
         )
     return rewards
 

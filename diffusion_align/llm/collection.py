@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.llm.data import PromptRow, completion_of
+from diffusion_align.llm.data import PromptRow
+from diffusion_align.llm.encoding import completion_of
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, widened
 from diffusion_align.llm.rollout import Completions, rollout
 from diffusion_align.rewards.base import RewardError, reward_name
-from diffusion_align.rewards.text.base import call_text_reward, weighted_sum
+from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
@@ -34,17 +36,44 @@ class WeightedRewards:
         names = [reward_name(function) for function in self.functions]
         return [name + (f"_{names[:i].count(name) + 1}" if name in names[:i] else "") for i, name in enumerate(names)]
 
-    def scores(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> Tensor:
-        """(B, K) float32 on the CPU, nan where a reward has nothing to say."""
+    @property
+    def want_ids(self) -> bool:
+        """Whether any of the rewards names ``completion_ids``."""
+        return any("completion_ids" in extras_of(function) for function in self.functions)
+
+    def scores(
+        self,
+        rows: Sequence[PromptRow],
+        completions: Sequence[str],
+        ids: Sequence[Sequence[int]] | None = None,
+        state: TrainerState | None = None,
+    ) -> Tensor:
+        """(B, K) float32 on the CPU, nan where a reward has nothing to say.
+
+        Args:
+            rows, completions: B prompts with their columns, and the texts that complete them.
+            ids: the tokens of the completions, if ``want_ids``.
+            state: of the run; None where nothing is trained.
+        """
         prompts = [row.prompt for row in rows]
         answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row.columns)
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
-        return torch.stack([call_text_reward(f, prompts, answers, columns) for f in self.functions], dim=1)
+        found = [
+            call_text_reward(f, prompts, answers, columns, completion_ids=ids, trainer_state=state)
+            for f in self.functions
+        ]
+        return torch.stack(found, dim=1)
 
-    def judged(self, rows: Sequence[PromptRow], completions: Sequence[str]) -> Tensor:
+    def judged(
+        self,
+        rows: Sequence[PromptRow],
+        completions: Sequence[str],
+        ids: Sequence[Sequence[int]] | None = None,
+        state: TrainerState | None = None,
+    ) -> Tensor:
         """As ``scores``; RewardError if no reward has anything to say about a row."""
-        scores = self.scores(rows, completions)
+        scores = self.scores(rows, completions, ids, state)
         self.total(rows, scores)
         return scores
 
@@ -95,6 +124,7 @@ def collect_scored(
     config, own = trainer.config, trainer.local_samples
     batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
     parts: list[Completions] = []
+    state = trainer_state(config, step=trainer.step, epoch=trainer.epoch)
     with (
         BackgroundScores(trainer, RewardError) as scores,
         trainer.progress("  sampling", len(batches) * max_completion_length) as bar,
@@ -112,7 +142,8 @@ def collect_scored(
             )
             trainer.advance(bar, max_completion_length - sampled.logp_old.shape[1])
             parts.append(sampled)
-            scores.submit(rewards.judged, some, policy.decode(sampled.sequences))
+            ids = completion_ids(sampled.sequences) if rewards.want_ids else None
+            scores.submit(rewards.judged, some, policy.decode(sampled.sequences), ids, state)
         found = scores.gather()
     own_lengths = torch.cat([part.sequences.mask.sum(1) for part in parts])
     own_finished = torch.cat([part.finished for part in parts])
@@ -129,6 +160,17 @@ def collect_scored(
     for name, column in zip(rewards.names, found.unbind(1), strict=True):
         metrics[f"rewards/{name}/mean"] = column.nanmean().item()
     return Collected(_joined(parts, policy.pad), finished, found, total, _finite(metrics))
+
+
+def trainer_state(config: TrainingConfig, *, step: int = 0, epoch: int = 0) -> TrainerState:
+    """What rewards may know of a run after so many optimizer steps and epochs."""
+    return TrainerState(step, float(epoch), config.epochs * config.updates_per_epoch * config.inner_epochs)
+
+
+def completion_ids(sequences: Sequences) -> list[list[int]]:
+    """The tokens of each completion as sampled, up to and with the first end."""
+    rows = zip(sequences.completions.tolist(), sequences.mask.sum(1).tolist(), strict=True)
+    return [ids[:length] for ids, length in rows]
 
 
 def sample_groups(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusion_align.llm.collection import WeightedRewards
+from diffusion_align.llm.collection import WeightedRewards, completion_ids
 from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
@@ -18,12 +18,19 @@ from diffusion_align.training.randomness import generator
 SHOWN = 16
 
 
+class _Shown(NamedTuple):
+    """Completions of the prompts, and their tokens."""
+
+    texts: list[str]
+    ids: list[list[int]]
+
+
 class TextShow:
     """The fixed prompts of a run, continued as the policy is now.
 
     Args:
         rows: the prompts; completion i depends on its prompt, ``seed`` and i only.
-        rewards: they score what is shown where they can.
+        rewards: they score what is shown where they can; ``trainer_state`` is None for them.
     """
 
     def __init__(
@@ -41,8 +48,8 @@ class TextShow:
 
     def write(self, path: Path) -> None:
         """Write a JSON line for each prompt: ``prompt``, ``completion`` and, if there is one, its ``reward``."""
-        texts = self._sample()
-        self._lines(path, [{"completion": text, **score} for text, score in zip(texts, self._scores(texts))])
+        shown = self._sample()
+        self._lines(path, [{"completion": text, **score} for text, score in zip(shown.texts, self._scores(shown))])
 
     def write_before_after(self, path: Path) -> None:
         """The same with ``before`` and ``after``, by the reference and by the policy."""
@@ -53,28 +60,29 @@ class TextShow:
             path,
             [
                 {"before": old, "after": new, **_named(was, "before"), **_named(now, "after")}
-                for old, new, was, now in zip(before, after, self._scores(before), self._scores(after))
+                for old, new, was, now in zip(before.texts, after.texts, self._scores(before), self._scores(after))
             ],
         )
 
-    def _sample(self) -> list[str]:
-        texts: list[str] = []
+    def _sample(self) -> _Shown:
+        shown = _Shown([], [])
         for start in range(0, len(self.rows), self.batch_size):
             some = self.rows[start : start + self.batch_size]
             streams = [generator(self.seed, "show", start + i) for i in range(len(some))]
             sampled = rollout(self.policy, [row.ids for row in some], streams, max_new_tokens=self.length)
-            texts += self.policy.decode(sampled.sequences)
-        return texts
+            shown.texts.extend(self.policy.decode(sampled.sequences))
+            shown.ids.extend(completion_ids(sampled.sequences))
+        return shown
 
-    def _scores(self, texts: Sequence[str]) -> list[dict[str, float]]:
+    def _scores(self, shown: _Shown) -> list[dict[str, float]]:
         """Nothing where a reward cannot say (a shown prompt may lack the columns it needs)."""
         if self.rewards is None:
-            return [{} for _ in texts]
+            return [{} for _ in shown.texts]
         try:
-            total = self.rewards.total(self.rows, self.rewards.scores(self.rows, texts))
+            total = self.rewards.total(self.rows, self.rewards.scores(self.rows, shown.texts, shown.ids))
             return [{"reward": score} for score in total.tolist()]
         except RewardError:
-            return [{} for _ in texts]
+            return [{} for _ in shown.texts]
 
     def _lines(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

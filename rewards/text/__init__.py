@@ -2,8 +2,10 @@
 
 from diffusion_align.rewards.text.base import (
     TextReward,
+    TrainerState,
     call_text_reward,
     check_text_reward,
+    extras_of,
     text_of,
     weighted_sum,
 )
@@ -11,10 +13,12 @@ from diffusion_align.rewards.text.build import build_text_reward, describe_text_
 
 __all__ = [
     "TextReward",
+    "TrainerState",
     "build_text_reward",
     "call_text_reward",
     "check_text_reward",
     "describe_text_rewards",
+    "extras_of",
     "text_of",
     "text_reward_problem",
     "weighted_sum",

@@ -8,12 +8,17 @@ A reward scores finished completions; it is called by name and gets what it name
     def correct(prompts, completions, answer):   # `answer` is a column of the data
         return [None if a is None else float(a in text_of(c)) for c, a in zip(completions, answer)]
 
+    def patient(completion_ids, completions, trainer_state):   # only for rewards that name them, see `EXTRAS`
+        return [float(len(ids)) * trainer_state.global_step / trainer_state.max_steps for ids in completion_ids]
+
 Nothing a reward answers is trusted: `call_text_reward` checks it at every call, `check_text_reward` once before
 training starts.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +30,28 @@ from diffusion_align.rewards.base import RewardError, as_scores, describe_except
 Text = str | list[dict[str, Any]]
 """A prompt or a completion: plain text, or messages ``[{"role": ..., "content": ...}, ...]``."""
 
+EXTRAS = ("completion_ids", "trainer_state")
+"""What TRL passes besides; here a reward gets it if it names it, ``**columns`` do not.
+
+``completion_ids``: B lists of token ids, up to and with the first end of sequence. ``trainer_state``: a
+``TrainerState``, None where nothing is trained.
+"""
 _DUMMIES = ("Yes.", "", "The answer is 42: six times seven.\nSurely.")  # an empty completion will come up in training
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where a run stands while its samples are scored; the names are those of ``transformers.TrainerState``.
+
+    Attributes:
+        global_step: optimizer steps so far.
+        epoch: finished epochs.
+        max_steps: optimizer steps of the whole run.
+    """
+
+    global_step: int
+    epoch: float
+    max_steps: int
 
 
 class TextReward(Protocol):
@@ -39,7 +65,8 @@ class TextReward(Protocol):
     ) -> Sequence[float | None] | Tensor | np.ndarray:
         """One score a completion, more is better; None where this reward has nothing to say about a sample.
 
-        Prompts and completions have the same form. ``columns`` are the other columns of the data, B values each.
+        Prompts and completions have the same form. ``columns`` are the other columns of the data, B values each. One
+        that names ``completion_ids`` or ``trainer_state`` gets those too (see `EXTRAS`).
         """
         ...
 
@@ -64,24 +91,40 @@ def call_text_reward(
     prompts: Sequence[Text],
     completions: Sequence[Text],
     columns: Mapping[str, Sequence[Any]],
+    *,
+    completion_ids: Sequence[Sequence[int]] | None = None,
+    trainer_state: TrainerState | None = None,
 ) -> Tensor:
     """Scores of one batch, float32 (B,) on the CPU, nan where the reward answered None; all others finite.
 
     The reward gets the columns that it names, or all of them if it takes ``**columns``. Gradients are off.
 
+    Args:
+        reward: what is called.
+        prompts, completions, columns: B of each.
+        completion_ids, trainer_state: see `EXTRAS`.
+
     Raises:
-        RewardError: the reward raised, needs a column that is not there, or answered a wrong type, shape or length, or
-            a value that is not finite.
-        ValueError: prompts, completions and columns do not belong together.
+        RewardError: the reward raised, needs a column or tokens that are not there, or answered a wrong type, shape or
+            length, or a value that is not finite.
+        ValueError: prompts, completions, their tokens and columns do not belong together.
     """
     name, batch = reward_name(reward), len(completions)
     lengths = {"prompts": len(prompts)} | {key: len(values) for key, values in columns.items()}
+    if completion_ids is not None:
+        lengths["completion_ids"] = len(completion_ids)
     if any(length != batch for length in lengths.values()):
         raise ValueError(f"{batch} completions do not match the lengths of the rest, {lengths}")
-    if clash := {"prompts", "completions"} & set(columns):
+    named = extras_of(reward)
+    if clash := {"prompts", "completions", *named} & set(columns):
         raise RewardError(f"the data has a column '{min(clash)}', a name that rewards need: rename it")
 
-    arguments = _arguments(reward, prompts, completions, columns)
+    extras: dict[str, Any] = {}
+    if "trainer_state" in named:
+        extras["trainer_state"] = trainer_state
+    if "completion_ids" in named and completion_ids is not None:
+        extras["completion_ids"] = [list(ids) for ids in completion_ids]
+    arguments = _arguments(reward, prompts, completions, columns, extras)
     try:
         with torch.no_grad():
             answer: Any = reward(**arguments)
@@ -109,6 +152,9 @@ def check_text_reward(
     prompts: Sequence[Text],
     completions: Sequence[Text] | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    tokenize: Callable[[str], list[int]] | None = None,
+    trainer_state: TrainerState | None = None,
 ) -> Tensor:
     """Scores (B,) of a dummy batch: run once before training starts.
 
@@ -116,6 +162,8 @@ def check_text_reward(
         prompts: real ones.
         completions: in the form of the prompts; default: a word, nothing, a sentence, and so on.
         columns: the other columns of the data, for these prompts.
+        tokenize: token ids of the words of a completion, for a reward that names ``completion_ids``.
+        trainer_state: at the start of the training.
 
     Raises:
         RewardError: see `call_text_reward`.
@@ -128,7 +176,12 @@ def check_text_reward(
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-    return call_text_reward(reward, prompts, completions, columns or {})
+    ids = None
+    if tokenize is not None and "completion_ids" in extras_of(reward):
+        ids = [tokenize(text_of(completion)) for completion in completions]
+    return call_text_reward(
+        reward, prompts, completions, columns or {}, completion_ids=ids, trainer_state=trainer_state
+    )
 
 
 def weighted_sum(scores: Tensor, weights: Tensor, *, prompts: Sequence[Text] | None = None) -> Tensor:
@@ -155,6 +208,13 @@ def weighted_sum(scores: Tensor, weights: Tensor, *, prompts: Sequence[Text] | N
     return (scores.masked_fill(silent, 0.0) * weights.to(scores)).sum(dim=1)
 
 
+def extras_of(reward: Any) -> list[str]:
+    """Those of `EXTRAS` that ``reward`` names and that are not set already, as an option."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = {p.name for p in parameters_of(reward) or () if p.kind in kinds} - set(_bound(reward))
+    return [name for name in EXTRAS if name in names]
+
+
 def column_of(columns: Mapping[str, list[Any]], column: str, reward: str) -> list[Any]:
     """The values of a column that a reward cannot do without; RewardError naming those that are there."""
     if column not in columns:
@@ -165,18 +225,28 @@ def column_of(columns: Mapping[str, list[Any]], column: str, reward: str) -> lis
 
 
 def _arguments(
-    reward: Any, prompts: Sequence[Text], completions: Sequence[Text], columns: Mapping[str, Sequence[Any]]
-) -> dict[str, list[Any]]:
+    reward: Any,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Sequence[Any]],
+    extras: Mapping[str, Any],
+) -> dict[str, Any]:
     """What of the batch ``reward`` takes. An option that is set already is not replaced by a column of its name."""
     given: dict[str, Sequence[Any]] = {"prompts": prompts, "completions": completions, **columns}
-    bound = reward.keywords if isinstance(reward, functools.partial) else {}
-    batch = {key: list(values) for key, values in given.items() if key not in bound}
+    bound = _bound(reward)
+    batch: dict[str, Any] = {key: list(values) for key, values in given.items() if key not in bound}
+    batch |= extras
     parameters = parameters_of(reward)
     if parameters is None:
         return batch
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for parameter in named:
         if parameter.default is parameter.empty and parameter.name not in batch:
+            if parameter.name == "completion_ids":
+                raise RewardError(
+                    f"reward '{reward_name(reward)}' needs 'completion_ids', but here are completions without their "
+                    "tokens: pass completion_ids with them, or score them by a pipeline"
+                )
             raise RewardError(
                 f"reward '{reward_name(reward)}' needs '{parameter.name}', "
                 f"which is neither an option nor a column of the data: {_there_are(columns)}"
@@ -184,6 +254,11 @@ def _arguments(
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return batch
     return {p.name: batch[p.name] for p in named if p.name in batch}
+
+
+def _bound(reward: Any) -> Mapping[str, Any]:
+    """Options that are set already."""
+    return reward.keywords if isinstance(reward, functools.partial) else {}
 
 
 def _content(content: Any) -> str:

@@ -1,14 +1,15 @@
 """From what a config or a caller says to a text reward. The forms of a spec are those of image rewards."""
 
+import inspect
 import math
 from typing import Any
 
 import torch
 
-from diffusion_align.rewards.base import reward_name
+from diffusion_align.rewards.base import parameters_of, reward_name
 from diffusion_align.rewards.build import build, describe, problem
 from diffusion_align.rewards.resolve import TEXT
-from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward
+from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward, extras_of
 
 
 class ScaledTextReward:
@@ -17,9 +18,15 @@ class ScaledTextReward:
     def __init__(self, reward: Any, scale: float):
         self.reward, self.scale = reward, scale
         self.name = f"{scale:g}*{reward_name(reward)}"
+        # Besides the columns it names what the reward inside does, and is given no more than that.
+        *own, columns = inspect.signature(self).parameters.values()
+        inside = [p for p in parameters_of(reward) or () if p.name in extras_of(reward)]
+        extras = [p.replace(kind=p.KEYWORD_ONLY) for p in inside]
+        self.__signature__ = inspect.Signature([*own, *extras, columns])
 
-    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
-        scores = call_text_reward(self.reward, prompts, completions, columns)
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
+        extras = {name: columns.pop(name) for name in extras_of(self.reward) if name in columns}
+        scores = call_text_reward(self.reward, prompts, completions, columns, **extras)
         return [None if math.isnan(score) else self.scale * score for score in scores.tolist()]
 
     def to(self, device: str | torch.device) -> "ScaledTextReward":

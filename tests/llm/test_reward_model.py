@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from diffusion_align.llm.data import PreferenceRow, TextDataConfig, preference_rows
+from diffusion_align.llm.encoding import TextEncoder
 from diffusion_align.llm.policy import LoRAConfig, Sequences
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.rewards.text.build import build_text_reward
@@ -204,7 +205,7 @@ def separable(count, start=0):
 
 
 def encoded(source, tokenizer):
-    return preference_rows(TextDataConfig(source=source), tokenizer, max_completion_length=20).rows
+    return preference_rows(TextDataConfig(source=source), TextEncoder(tokenizer, max_completion_length=20)).rows
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from diffusion_align.llm.data import (
     PromptRow,
     TextDataConfig,
     columns_problems,
-    completion_of,
     labelled_rows,
     preference_rows,
     prompt_rows,
 )
+from diffusion_align.llm.encoding import TextEncoder, completion_of
 from diffusion_align.llm.policy import pack
 from diffusion_align.training.errors import ConfigError
 
@@ -58,7 +58,7 @@ def chat():
 
 def rows(load, source, tokenizer, *, max_completion_length=50, limits=None, **settings):
     config = TextDataConfig(source=source, **settings)
-    return load(config, tokenizer, max_completion_length=max_completion_length, **(limits or {}))
+    return load(config, TextEncoder(tokenizer, max_completion_length=max_completion_length, **(limits or {})))
 
 
 def text(tokenizer, ids):
@@ -96,7 +96,7 @@ def test_bare_texts_and_sources_alone(plain, tmp_path):
     path.write_text('{"prompt": "hi"}\n{"prompt": "ho"}\n')
     for config in (["hi", "ho"], str(path), path, {"source": str(path)}):
         config = TextDataConfig.model_validate(config)
-        found = prompt_rows(config, plain, max_completion_length=1).rows
+        found = prompt_rows(config, TextEncoder(plain, max_completion_length=1)).rows
         assert [row.prompt for row in found] == ["hi", "ho"]
 
 
@@ -513,7 +513,7 @@ def test_wrong_columns(plain):
         "data.columns: unknown name 'promt': did you mean 'prompt'?"
     ]
     with pytest.raises(ConfigError, match=r"^prompts\.columns: the column prompt is needed"):
-        prompt_rows(TextDataConfig(source=source), plain, max_completion_length=1, name="prompts")
+        prompt_rows(TextDataConfig(source=source), TextEncoder(plain, max_completion_length=1), name="prompts")
 
 
 def test_columns_are_checked_without_a_tokenizer(tmp_path, monkeypatch):
@@ -575,6 +575,6 @@ def test_long_texts_are_tokenized_in_silence(capfd, caplog):
 def test_a_text_file_holds_a_prompt_a_line(tmp_path):
     (tmp_path / "prompts.txt").write_text("one two\n\n three \n")
     config = TextDataConfig(source=str(tmp_path / "prompts.txt"))
-    rows, _ = prompt_rows(config, make_tokenizer(), max_completion_length=4)
+    rows, _ = prompt_rows(config, TextEncoder(make_tokenizer(), max_completion_length=4))
     assert [row.prompt for row in rows] == ["one two", "three"]
     assert columns_problems(config, "preferences") != []

@@ -18,6 +18,7 @@ from diffusion_align.rewards import (
     reward_problem,
     text_reward_problem,
 )
+from diffusion_align.rewards.text import TrainerState, extras_of
 
 CODE = """
 def shout(completions, gain=1.0, **kwargs):
@@ -79,6 +80,34 @@ def test_scale_turns_the_sign_keeps_none_and_passes_columns(file):
     assert found[2] != found[2]
     with pytest.raises(RewardError, match=r"reward 'correct' needs 'answer', .* it has 'level'"):
         scores(reward, level=[1, 2, 3])
+
+
+def test_a_scaled_reward_gets_what_the_one_inside_names(file):
+    """And no more, so that nobody makes tokens for nothing."""
+
+    def tokens(completion_ids, completions, **columns):
+        assert columns == {"prompts": ["p"] * 3, "level": [1, 2, 3]}
+        return [float(len(ids)) for ids in completion_ids]
+
+    def steps(completions, trainer_state):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    def call(spec, columns):
+        reward = build_text_reward(spec)
+        extras = {"completion_ids": [[1], [2, 3], []], "trainer_state": TrainerState(5, 0.0, 9)}
+        return extras_of(reward), call_text_reward(reward, ["p"] * 3, ["a", "b", ""], columns, **extras).tolist()
+
+    assert call({"name": tokens, "scale": -2}, {"level": [1, 2, 3]}) == (["completion_ids"], [-2, -4, 0])
+    assert call({"name": steps, "scale": 2}, {"level": [1, 2, 3]}) == (["trainer_state"], [10, 10, 10])
+    column = {"completion_ids": ["b", "x", "y"], "answer": ["a", "x", "y"]}
+    assert call({"name": f"{file}:correct", "scale": 3}, column) == ([], [3, 0, 0])
+    with pytest.raises(RewardError, match="reward '2\\*tokens' needs 'completion_ids'"):
+        scores(build_text_reward({"name": tokens, "scale": 2}))
+
+    def either(completions, completion_ids=None):
+        return [float(len(c)) for c in completion_ids or completions]
+
+    assert scores(build_text_reward({"name": either, "scale": 2})) == [4, 6, 0]
 
 
 def test_scale_and_device_reach_a_wrapped_model():

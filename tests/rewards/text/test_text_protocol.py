@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from diffusion_align.rewards import RewardError, call_text_reward, check_text_reward, text_of, weighted_sum
+from diffusion_align.rewards.text import TrainerState, extras_of
 
 PROMPTS = ["add one and one", "name a fruit", "say hello"]
 COMPLETIONS = ["2", "a pear", ""]
+IDS = [[5, 1], [6, 7, 1], [1]]
+STATE = TrainerState(global_step=3, epoch=1.0, max_steps=12)
 NAN = math.nan
 
 
@@ -114,6 +117,67 @@ def test_a_missing_column_is_named_with_those_that_are_there():
         call_text_reward(needy, PROMPTS, COMPLETIONS, {})
 
 
+def lengths_and_steps(completion_ids, completions, trainer_state):
+    return [len(ids) + trainer_state.global_step / trainer_state.max_steps for ids in completion_ids]
+
+
+def call_with_extras(reward, columns=None):
+    return call_text_reward(
+        reward, PROMPTS, COMPLETIONS, columns or {}, completion_ids=IDS, trainer_state=STATE
+    ).tolist()
+
+
+def test_tokens_and_the_state_of_the_run_are_for_rewards_that_name_them():
+    class Callable:
+        def __call__(self, completions, *, trainer_state, completion_ids):
+            return lengths_and_steps(completion_ids, completions, trainer_state)
+
+    class Network(torch.nn.Module):
+        def forward(self, completions, completion_ids, trainer_state=None, **columns):
+            assert columns == {"prompts": PROMPTS}
+            return lengths_and_steps(completion_ids, completions, trainer_state)
+
+    def plain(completions):
+        return [1.0] * len(completions)
+
+    def all_columns(completions, **columns):
+        assert sorted(columns) == ["answer", "prompts"]
+        return [2.0] * len(completions)
+
+    for reward in (lengths_and_steps, Callable(), Network()):
+        assert extras_of(reward) == ["completion_ids", "trainer_state"]
+        assert call_with_extras(reward) == [2.25, 3.25, 1.25]
+    assert extras_of(plain) == extras_of(all_columns) == []
+    assert call_with_extras(plain) == [1, 1, 1]
+    assert call_with_extras(all_columns, {"answer": [1, 2, 3]}) == [2, 2, 2]
+
+
+def test_without_tokens_the_default_is_taken_or_the_reward_refused():
+    def optional(completions, completion_ids="none", trainer_state="none"):
+        assert (completion_ids, trainer_state) == ("none", None)
+        return [0.0] * len(completions)
+
+    assert call_text_reward(optional, PROMPTS, COMPLETIONS, {}).tolist() == [0, 0, 0]
+    with pytest.raises(RewardError, match=r"'lengths_and_steps' needs 'completion_ids', .* without their tokens: pass"):
+        call_text_reward(lengths_and_steps, PROMPTS, COMPLETIONS, {}, trainer_state=STATE)
+
+
+def test_an_option_is_not_replaced_by_tokens_or_the_state():
+    bound = functools.partial(lengths_and_steps, trainer_state=TrainerState(1, 0.0, 2))
+    assert extras_of(bound) == ["completion_ids"]
+    assert call_with_extras(bound) == [2.5, 3.5, 1.5]
+
+
+def test_a_column_of_the_same_name_is_refused_where_the_tokens_are_meant():
+    def any_column(completions, **columns):
+        return columns["completion_ids"]
+
+    column = {"completion_ids": [7, 8, 9]}
+    with pytest.raises(RewardError, match="column 'completion_ids', a name that rewards need: rename it"):
+        call_with_extras(lengths_and_steps, column)
+    assert call_with_extras(any_column, column) == [7, 8, 9]
+
+
 def test_what_does_not_belong_together_is_refused():
     def zero(completions):
         return [0.0] * len(completions)
@@ -122,6 +186,8 @@ def test_what_does_not_belong_together_is_refused():
         call_text_reward(zero, PROMPTS[:2], COMPLETIONS, {})
     with pytest.raises(ValueError, match=r"3 completions do not match .*'answer': 1"):
         call_text_reward(zero, PROMPTS, COMPLETIONS, {"answer": ["x"]})
+    with pytest.raises(ValueError, match=r"3 completions do not match .*'completion_ids': 2"):
+        call_text_reward(zero, PROMPTS, COMPLETIONS, {}, completion_ids=IDS[:2])
     with pytest.raises(RewardError, match="column 'completions', a name that rewards need: rename it"):
         call_text_reward(zero, PROMPTS, COMPLETIONS, {"completions": COMPLETIONS})
 
@@ -139,15 +205,16 @@ def test_the_original_exception_is_kept_and_interrupts_pass():
 
 
 def test_a_reward_may_spoil_its_lists():
-    prompts, column = list(PROMPTS), [1, 2, 3]
+    prompts, column, tokens = list(PROMPTS), [1, 2, 3], [list(ids) for ids in IDS]
 
-    def rude(prompts, completions, level):
+    def rude(prompts, completions, level, completion_ids):
         prompts.clear()
         level.clear()
+        completion_ids.pop().clear()
         return [0.0] * len(completions)
 
-    call_text_reward(rude, prompts, COMPLETIONS, {"level": column})
-    assert (prompts, column) == (PROMPTS, [1, 2, 3])
+    call_text_reward(rude, prompts, COMPLETIONS, {"level": column}, completion_ids=tokens)
+    assert (prompts, column, tokens) == (PROMPTS, [1, 2, 3], IDS)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +280,36 @@ def test_check_text_reward_shows_empty_and_other_completions_in_the_form_of_the_
     assert torch.equal(check_text_reward(spy, chats, columns={"answer": [1, 2, 3]}), scores)
     assert seen[1][0] == [{"role": "assistant", "content": seen[0][0]}]
     assert check_text_reward(spy, PROMPTS, COMPLETIONS, {"answer": [1, 2, 3]}).tolist() == [1, 6, 0]
+
+
+def test_check_text_reward_gives_the_tokens_of_its_completions():
+    seen = []
+
+    def spy(completions, completion_ids, trainer_state):
+        seen.append(([text_of(c) for c in completions], completion_ids, trainer_state))
+        return [0.0] * len(completions)
+
+    def codes(text):
+        return [*map(ord, text), 1]
+
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    for prompts in (PROMPTS, chats):
+        check_text_reward(spy, prompts, tokenize=codes, trainer_state=STATE)
+        [(words, ids, state)] = seen
+        assert ids == [codes(text) for text in words]
+        assert [1] in ids  # of the empty one
+        assert state is STATE
+        seen.clear()
+    with pytest.raises(RewardError, match="needs 'completion_ids'"):
+        check_text_reward(spy, PROMPTS)
+
+
+def test_check_text_reward_makes_no_tokens_for_nothing():
+    def never(text):
+        raise AssertionError
+
+    scores = check_text_reward(lambda completions, **columns: [0.0] * len(completions), PROMPTS, tokenize=never)
+    assert scores.tolist() == [0, 0, 0]
 
 
 def test_check_text_reward_refuses_what_call_text_reward_refuses():
