@@ -5,5 +5,5 @@ set -euo pipefail
 ruff check .
 ruff format --check .
 mypy
-# Tests use one thread each; those of one file share what is costly to build.
-python -m pytest -n 2 --dist loadfile "$@"
+# Tests use one thread each; those of one file share what is costly to build. Files start in the order of conftest.py.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,6 +10,25 @@ import pytest
 import torch
 
 LATENT = 8  # side of the tiny models' latents
+# Files of a minute or about it. They start first, so that no core idles while another ends one of them.
+LONG_FILES = (
+    "test_dpo_runs.py",
+    "test_configs.py",
+    "test_two_processes.py",
+    "test_readme.py",
+    "test_interrupt_and_resume.py",
+    "test_docs.py",
+    "test_two_processes_text.py",
+    "test_two_processes_dpo.py",
+    "test_text_runs.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Long files first; the others keep their order (pytest-xdist hands files out in it, if told not to reorder)."""
+    ranks = {name: rank for rank, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +71,12 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_commands_run(page: Path, tmp_path: Path) -> None:
+def test_commands_run(page: Path, tmp_path: Path, forked: Any) -> None:
     for command in [line for block in blocks(page, "bash") for line in block.splitlines() if line]:
         words = shlex.split(command)
         assert words[0] == "diffusion-align"
-        call = [sys.executable, "-m", "diffusion_align", *words[1:]]
-        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        done = forked(*words[1:], cwd=tmp_path, timeout=300, plots=True)
+        assert done.status == 0, f"{command}\n{done.error[-2000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES + TUTORIALS, ids=lambda page: page.stem)

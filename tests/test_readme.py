@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from diffusion_align.pipelines.configuration import TEXT_METHODS, shipped_configs
+from diffusion_align.pipelines.configuration import TEXT_METHODS, shipped_configs, shipped_prompts
+from diffusion_align.report import plots
 from diffusion_align.training.config import load_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +38,18 @@ def shortened(words: list[str]) -> list[str]:
         short = SHORT_TEXTS if load_yaml(shipped_configs()[words[2]])["method"] in TEXT_METHODS else SHORT_PICTURES
         return [word for word in words if not word.startswith("epochs=")] + [epochs, *few, *short]
     if words[:2] == ["diffusion-align", "pairs"]:
-        return [*words, "--steps=2", "--guidance-scale=1"]
+        words = [*words, "--steps=2", "--guidance-scale=1"]
     return [*words, "epochs=1", *SHORT_PICTURES] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
+
+
+def few_prompts(words: list[str], folder: Path) -> list[str]:
+    """The first few of the list after ``--prompts``."""
+    if "--prompts" not in words:
+        return words
+    place = words.index("--prompts") + 1
+    few = folder / f"{words[place]}.txt"
+    few.write_text("\n".join(shipped_prompts()[words[place]].read_text().splitlines()[:6]))
+    return [*words[:place], str(few), *words[place + 1 :]]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +70,14 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
     stamp.touch()
     try:
         for command in found:
-            words = shortened(shlex.split(command))
+            words = few_prompts(shortened(shlex.split(command)), workplace)
             env = {
                 "VIRTUAL_ENV": str(environment),
                 "PATH": f"{environment / 'bin'}:/usr/bin:/bin",
                 "HOME": str(workplace),
             }
             if words[0] == "diffusion-align":
-                run = forked(*words[1:], cwd=workplace, timeout=600)
+                run = forked(*words[1:], cwd=workplace, timeout=600, plots="--plot" in words)
                 assert run.status == 0, f"{command}\n{run.outputs[0][-2000:]}\n{run.error[-2000:]}"
                 continue
             done = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, timeout=600)
@@ -77,10 +88,12 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
     assert (workplace / "runs/quickstart/report.html").is_file()
     assert (workplace / "runs/quickstart/final/pytorch_lora_weights.safetensors").is_file()
     assert (workplace / "pictures/grid.png").is_file()
+    assert list((workplace / "figures").glob("*.png"))
 
 
 def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr(plots, "figure_png", lambda figure: b"")  # seconds a run; the quickstart draws its own
     assert len(blocks("python")) >= 1
     for block in blocks("python"):
         short = block.replace('"steps": 10', '"steps": 2').replace("epochs=2", "epochs=1")

@@ -351,8 +351,11 @@ def figure_png(figure: Figure) -> bytes:
     """The figure as PNG bytes on white."""
     buffer = io.BytesIO()
     figure.set_dpi(DPI)
-    figure.draw_without_rendering()  # the layout needs the tick labels of a first drawing to find its margins
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, facecolor="white")
+    figure.set_facecolor("white")
+    canvas = FigureCanvasAgg(figure)
+    if layout := figure.get_layout_engine():
+        layout.execute(figure)  # and again by drawing: the ticks change with the margins, and these with the ticks
+    canvas.print_png(buffer)  # print_figure would lay out and draw once more, with the same result
     return buffer.getvalue()
 
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 _shared = runpy.run_path(str(Path(__file__).parent / "conftest.py"))
 SETTINGS, NOISY = _shared["SETTINGS"], _shared["NOISY"]
-CLI = [sys.executable, "-m", "diffusion_align", "train"]
 
 
 def epochs_logged(folder):
@@ -28,19 +27,15 @@ def epochs_logged(folder):
     return 0
 
 
-def wait_for_epochs(folder, count, process, timeout=120):
-    deadline = time.monotonic() + timeout
-    while epochs_logged(folder) < count:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "no new epoch"
-        time.sleep(0.01)
+QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
 
 
 def test_three_kills_at_random_moments_change_nothing(forked, settings, tmp_path, assert_same_run):
+    """The last to resume is an interpreter of its own, which shares nothing with those before but the files."""
     config = settings()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     calm, harried = tmp_path / "calm", tmp_path / "harried"
-    left_alone = forked("train", config, f"output_dir={calm}", timeout=200)
+    resume = ["train", str(config), f"output_dir={harried}", "resume=true"]
+    left_alone = forked("train", config, f"output_dir={calm}", timeout=200, prelude=QUICK)
     assert left_alone.status == 0, left_alone.error
     epoch_seconds = [
         json.loads(line).get("time/epoch", 0) for line in (calm / "metrics.jsonl").read_text().splitlines()
@@ -49,17 +44,17 @@ def test_three_kills_at_random_moments_change_nothing(forked, settings, tmp_path
     draw = random.Random(seed)
     print(f"kill moments drawn from seed {seed}")
     for lived in (1, 2, 3):
-        command = [*CLI, config, f"output_dir={harried}", "resume=true"]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        wait_for_epochs(harried, lived, process)
+        pids, deadline = forked.start(*resume), time.monotonic() + 60
+        while epochs_logged(harried) < lived and time.monotonic() < deadline:
+            time.sleep(0.01)
         time.sleep(draw.uniform(0, max(epoch_seconds)))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
-    command = [*CLI, config, f"output_dir={harried}", "resume=true"]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+        os.kill(pids[0], signal.SIGKILL)
+        run = forked.wait(pids)
+        assert run.status == -signal.SIGKILL, f"the run ended before it was killed\n{run.error}"
+        assert epochs_logged(harried) >= lived, "no new epoch"
+    code = f"{QUICK}import sys\nsys.argv[1:] = {resume}\nfrom diffusion_align.cli import main\nmain()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=200)
     assert_same_run(harried, calm)
 
 
@@ -116,9 +111,6 @@ def hooked(*arguments, **options):
     return result
 setattr(owner, name, staticmethod(hooked) if isinstance(owner.__dict__[name], staticmethod) else hooked)
 """
-
-
-QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
 
 
 @pytest.fixture(scope="module")
