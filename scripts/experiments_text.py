@@ -76,7 +76,7 @@ def _held_out(name: str, model: Path | None, per_prompt: int) -> str:
     recipe = load_yaml(shipped_configs()[name])
     source = str(shipped_text_prompts()[EXPERIMENTS[name]])
     rows = list(first_rows(open_table(TableSource("prompts", source, lines="prompt")), None))
-    rows = [row for row in rows for _ in range(per_prompt)]
+    rows = [dict(row) for row in rows for _ in range(per_prompt)]
     pipe = TextAlignmentPipeline.from_pretrained(model or recipe["model"])
     prompts = [row.pop("prompt") for row in rows]
     texts = pipe(prompts, seed=1234, max_new_tokens=recipe["max_completion_length"], batch_size=64).texts
