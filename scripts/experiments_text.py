@@ -46,6 +46,8 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value for every run")] = None,
 ) -> None:
     """Train, judge, draw and print."""
+    if unknown := set(only or ()) - set(EXPERIMENTS):
+        raise typer.BadParameter(f"--only {' '.join(sorted(unknown))}: choose among {', '.join(EXPERIMENTS)}")
     names = [name for name in EXPERIMENTS if not only or name in only]
     jobs = [(name, seed) for name in names for seed in range(SEEDS)]
     folders = side_by_side(
@@ -54,21 +56,22 @@ def main(
         at_once,
     )
     print("recipe                    seed  seconds  reward, epochs: first 3 -> last 3   held-out: base -> aligned")
-    for (name, seed), folder in folders.items():
-        print(_line(name, seed, folder, per_prompt), flush=True)
     for name in names:
+        base = _held_out(name, None, per_prompt)
+        for seed in range(SEEDS):
+            folder = folders[name, seed]
+            print(f"{_line(name, seed, folder)} {base} -> {_held_out(name, folder, per_prompt)}", flush=True)
         keys = [key for key in ("reward", "kl_path", "completions/mean_length") if _logs(folders[name, 0], key)]
         group = {f"{name}, mean and range of {SEEDS} seeds": [folders[name, seed] for seed in range(SEEDS)]}
         compare_runs(group, keys, ROOT / "docs" / "images" / f"{name}.png", columns=3)
 
 
-def _line(name: str, seed: int, folder: Path, per_prompt: int) -> str:
+def _line(name: str, seed: int, folder: Path) -> str:
     rows = read_metrics(folder / "metrics.jsonl")
     rewards = [row["reward"] for row in rows if "reward" in row]
     seconds = sum(row.get("time/epoch", 0.0) for row in rows)
     first, last = (statistics.mean(part) for part in (rewards[:3], rewards[-3:]))
-    base, aligned = (_held_out(name, model, per_prompt) for model in (None, folder))
-    return f"{name:26s}{seed:4d}{seconds:9.0f}   {first:8.3f} -> {last:8.3f}               {base} -> {aligned}"
+    return f"{name:26s}{seed:4d}{seconds:9.0f}   {first:8.3f} -> {last:8.3f}              "
 
 
 def _held_out(name: str, model: Path | None, per_prompt: int) -> str:

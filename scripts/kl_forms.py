@@ -80,7 +80,7 @@ def main(
         panels[0, column].set(title=regime, yscale="symlog", ylabel="KL to the reference, nats a completion")
         panels[1, column].set(xlabel="epoch", ylabel="reward")
     panels[1, 1].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"GRPO on tiny-lm: the KL in nine forms, each at {beta} a nat")
+    figure.suptitle(f"GRPO on tiny-lm: eight forms of the KL, each at {beta} a nat, and none")
     if draw:
         save_figure(figure, ROOT / "docs" / "images" / "kl_forms.png")
 

@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from diffusion_align.pipelines.configuration import read_config
+from diffusion_align.training.config import load_yaml
+
 Job = TypeVar("Job")
 
 
@@ -17,10 +20,15 @@ def train(folder: Path, recipe: str, overrides: Sequence[str]) -> Path:
     """Train in ``folder`` unless that run is finished; an interrupted one is resumed. One thread.
 
     Raises:
-        RuntimeError: with what the command printed.
+        RuntimeError: with what the command printed, or the run in ``folder`` has other settings.
     """
-    if not (folder / "report.html").is_file():
-        settings = [*overrides, f"output_dir={folder}", "num_threads=1", "resume=true"]
+    settings = [*overrides, f"output_dir={folder}", "num_threads=1", "resume=true"]
+    if (folder / "report.html").is_file():
+        wanted, found = read_config(recipe, settings).model_dump(mode="json"), load_yaml(folder / "config.yaml")
+        other = [key for key in wanted if key != "mixed_precision" and wanted[key] != found.get(key)]  # auto is decided
+        if other:
+            raise RuntimeError(f"{folder} is of a run with other settings ({', '.join(other)}): choose another folder")
+    else:
         command = [sys.executable, "-m", "diffusion_align", "train", recipe, *settings]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:

@@ -86,7 +86,10 @@ def per_sample(losses: Tensor, mask: Tensor, loss_type: LossType, *, mean_length
 
 
 def kl_metrics(trainer: TextTrainer, logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, float]:
-    """``kl`` in nats a token and ``kl_path`` in nats a completion: k3 over samples of ``logp``, all processes."""
-    values = kl_value(logp, logp_ref, "k3", mask=mask)
+    """``kl`` in nats a token and ``kl_path`` in nats a completion, of all processes' samples of ``logp``.
+
+    k1: unbiased, and unlike k3 of finite variance however far the policy is; near 0 it may be a little negative.
+    """
+    values = kl_value(logp, logp_ref, "k1", mask=mask)
     total, tokens, samples = (trainer.global_sum(x) for x in (values.sum(), mask.sum(), mask.any(1).sum()))
     return {"kl": total / max(tokens, 1), "kl_path": total / max(samples, 1)}

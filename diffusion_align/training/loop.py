@@ -53,8 +53,9 @@ class Work(NamedTuple):
     Attributes:
         samples: (K,) int64 global indices of those worth training on.
         decisions: of each sample.
-        counted: how many samples the loss is the mean of, K when not given; more than K where some have no gradient
-            and are skipped, which then changes none.
+        counted: more than K where samples without a gradient are skipped, which then changes no gradient: the updates
+            of an epoch divide by equal shares of this number, without it by the samples they train on. What is logged
+            is always of the samples trained on.
     """
 
     samples: Tensor
@@ -300,7 +301,6 @@ class Trainer(ABC, Generic[Batch]):
     def _update(self, batch: Batch, work: Work) -> dict[str, float]:
         """All optimizer steps of one epoch; the metrics of the last one."""
         config, (keep, decisions, counted) = self.config, work
-        share = 1.0 if counted is None else len(keep) / max(counted, 1)
         row: dict[str, float] = {}
         own = torch.tensor([self.local_samples.start, self.local_samples.stop])
         with self.progress(
@@ -320,7 +320,8 @@ class Trainer(ABC, Generic[Batch]):
                     )
                     mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.accelerator.process_index)
                     pairs = pairs[torch.randperm(len(pairs), generator=mixing)]
-                    statistics = self._accumulate(batch, pairs, len(chunk) * decisions / share, bar)
+                    divisor = len(chunk) if counted is None else counted / config.updates_per_epoch
+                    statistics = self._accumulate(batch, pairs, divisor * decisions, bar)
                     statistics |= self.check_update(statistics, first=inner == 0 and update == 0)
                     statistics["grad_norm"] = self._optimizer_step()
                     row = {
@@ -334,7 +335,7 @@ class Trainer(ABC, Generic[Batch]):
         return row
 
     def _accumulate(self, batch: Batch, pairs: Tensor, total: float, bar: TaskID) -> dict[str, float]:
-        """Gradient of the mean loss over ``total`` decisions of all processes, of which ``pairs`` (n, 2) are ours."""
+        """Gradient of the losses of all processes over ``total``; ``pairs`` (n, 2) are ours."""
         statistics = UpdateStatistics()
         device = self.accelerator.device
         for micro_batch in pairs.split(self.config.micro_batch_size):

@@ -304,8 +304,10 @@ def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, los
         trainer = make_run(policy=policy, rewards=((by_prompt, 1.0),), **settings)
         batch, keep, _ = collected(trainer)
         losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
-        gradients.append(gradient(losses.sum() / 16, policy))
+        counted = trainer.estimate(batch)[0].counted
+        gradients.append(gradient(losses.sum() / counted, policy))
         assert (len(keep) == 16) == (beta > 0)
+        assert counted == 16
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-6)
     assert gradients[0].norm() > 1e-3
 

@@ -120,6 +120,30 @@ def test_what_is_skipped_changes_no_gradient(train):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kept", "counted", "divisors"), [(4, None, [6, 6]), (2, 4, [6, 6]), (3, 4, [6, 6]), (1, 4, [6])]
+)
+def test_updates_divide_by_equal_shares_of_what_counts(train, monkeypatch, kept, counted, divisors):
+    """Each of two updates by half of the samples that count, however few it trains on; three decisions each."""
+    from diffusion_align.diffusion.ddpo import DDPOTrainer
+    from diffusion_align.training.loop import Work
+
+    seen, accumulate, estimate = [], DDPOTrainer._accumulate, DDPOTrainer.estimate
+
+    def spied(self, batch, pairs, total, bar):
+        seen.append(total)
+        return accumulate(self, batch, pairs, total, bar)
+
+    def chosen(self, batch):
+        work, metrics = estimate(self, batch)
+        return Work(torch.arange(kept), work.decisions, counted), metrics
+
+    monkeypatch.setattr(DDPOTrainer, "_accumulate", spied)
+    monkeypatch.setattr(DDPOTrainer, "estimate", chosen)
+    train(epochs=1)
+    assert seen == divisors
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 12, 100])
 def test_the_gradient_does_not_depend_on_the_micro_batch(train, micro_batch_size):
     _, rows = train("whole", epochs=1, updates_per_epoch=1, micro_batch_size=12)
