@@ -22,7 +22,7 @@ from diffusion_align.pipelines.configuration import check_config, shipped_prompt
 from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import UserError, first_line
 from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.prompts import load_prompts
 
@@ -90,8 +90,7 @@ class ImageAlignmentPipeline:
             try:
                 pipeline.load_lora_weights(str(Path(lora).expanduser()), adapter_name="default")
             except (OSError, ValueError, KeyError, RuntimeError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {reason}") from error
+                raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(pipeline, model=str(model), sampler=sampler)

@@ -88,7 +88,9 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
     assert (workplace / "runs/quickstart/report.html").is_file()
     assert (workplace / "runs/quickstart/final/pytorch_lora_weights.safetensors").is_file()
     assert (workplace / "pictures/grid.png").is_file()
-    assert list((workplace / "figures").glob("*.png"))
+    figures = list((workplace / "figures").glob("*.png"))
+    assert figures
+    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
 
 
 def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,10 +167,17 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         """This process's preferences of the epoch: given, or sampled and judged."""
         config = self.config
         if not config.online:
-            batch, indices, metrics = given_preferences(self, self.rows)
+            indices, metrics = self.given()
+            own = [indices[i] for i in self.local_samples]
+            batch = given_preferences(
+                [self.rows[i] for i in own],
+                torch.arange(len(indices)),
+                pad=self.policy.pad,
+                device=self.accelerator.device,
+            )
             if self.reference_file is not None:
                 self.reference_file.fill(self)
-                self.reference_file.put_into(batch, indices)
+                self.reference_file.put_into(batch, own)
             return batch, metrics
         return judged_preferences(
             self,

@@ -26,7 +26,6 @@ from diffusion_align.llm.data import LabelledRow
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.loop import Work
-from diffusion_align.training.prompts import items_of_epoch
 
 
 class KTOConfig(PreferenceConfig):
@@ -154,18 +153,13 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         return {"rewards/margins": statistics["rewards/chosen"] - statistics["rewards/rejected"]}
 
     def _given(self) -> tuple[KTOBatch, dict[str, float]]:
-        config, device = self.config, self.accelerator.device
-        epoch = items_of_epoch(self.rows, config.seed, self.epoch, config.samples_per_epoch)
+        indices, metrics = self.given()
+        epoch, device = [self.rows[i] for i in indices], self.accelerator.device
         own = [epoch[i] for i in self.local_samples]
         sequences = pack([row.ids for row in own], [row.completion for row in own], pad=self.policy.pad, device=device)
         desirable = torch.tensor([row.desirable for row in epoch])
-        keep = torch.arange(config.samples_per_epoch)
-        batch = self._batch([row.ids for row in epoch], sequences, desirable, keep)
-        return batch, {
-            "data_epochs": (self.epoch + 1) * config.samples_per_epoch / len(self.rows),
-            "rows": len(self.rows),
-            "desirable": desirable.double().mean().item(),
-        }
+        batch = self._batch([row.ids for row in epoch], sequences, desirable, torch.arange(len(epoch)))
+        return batch, metrics | {"desirable": desirable.double().mean().item()}
 
     def _judged(self) -> tuple[KTOBatch, dict[str, float]]:
         rows, collected = self.sample()

@@ -91,15 +91,14 @@ class PreferenceTrainer(TextTrainer[Batch]):
             shown = prompts or list(reversed(others.values()))
         super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
         self.rows, self.prompts = rows or (), prompts or ()
-        if problems := self.data_problems():
-            raise ConfigError(problems)
+        problems = self.data_problems()
         if config.online and len(self.local_samples) % config.num_generations:
-            raise ConfigError(
-                [
-                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of num_generations="
-                    f"{config.num_generations} x {self.accelerator.num_processes} processes"
-                ]
+            problems.append(
+                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of num_generations="
+                f"{config.num_generations} x {self.accelerator.num_processes} processes"
             )
+        if problems:
+            raise ConfigError(problems)
 
     def data_problems(self) -> list[str]:
         """Sentences about rows or prompts that the method cannot use."""
@@ -109,6 +108,12 @@ class PreferenceTrainer(TextTrainer[Batch]):
         """Online: the prompt of each of the epoch's N samples, and this process's completions with all scores."""
         assert self.rewards is not None
         return sample_groups(self, self.policy, self.prompts, self.rewards)
+
+    def given(self) -> tuple[list[int], dict[str, float]]:
+        """Offline: which row each of the epoch's N samples is, in a new random order once all were seen; metrics."""
+        config, count = self.config, len(self.rows)
+        indices = items_of_epoch(range(count), config.seed, self.epoch, config.samples_per_epoch)
+        return indices, {"data_epochs": (self.epoch + 1) * config.samples_per_epoch / count, "rows": count}
 
     def local(self, keep: Tensor) -> Tensor:
         """Those of the global samples ``keep`` that are this process's, counted from its first, on the device."""
@@ -175,30 +180,17 @@ def places_of(rows: Sequence[PreferenceRow]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def given_preferences(
-    trainer: PreferenceTrainer[Any], rows: Sequence[PreferenceRow]
-) -> tuple[PreferenceBatch, list[int], dict[str, float]]:
-    """This process's part of the epoch's rows, in a new random order each time all have been seen; their indices;
-    metrics."""
-    config, device = trainer.config, trainer.accelerator.device
-    epoch = items_of_epoch(range(len(rows)), config.seed, trainer.epoch, config.samples_per_epoch)
-    own = [epoch[i] for i in trainer.local_samples]
-    some = [rows[i] for i in own]
-    chosen, rejected, counts = places_of(some)
-    batch = PreferenceBatch(
-        sequences=pack_rows(some, pad=trainer.policy.pad, device=device),
+    rows: Sequence[PreferenceRow], keep: Tensor, *, pad: int, device: torch.device
+) -> PreferenceBatch:
+    """A batch of the rows that are this process's part of the epoch; ``keep`` as in ``PreferenceBatch``."""
+    chosen, rejected, counts = places_of(rows)
+    return PreferenceBatch(
+        sequences=pack_rows(rows, pad=pad, device=device),
         chosen=chosen.to(device),
         rejected=rejected.to(device),
         counts=counts.to(device),
-        labels=torch.tensor([row.label for row in some], device=device),
-        keep=torch.arange(config.samples_per_epoch),
-    )
-    return (
-        batch,
-        own,
-        {
-            "data_epochs": (trainer.epoch + 1) * config.samples_per_epoch / len(rows),
-            "rows": len(rows),
-        },
+        labels=torch.tensor([row.label for row in rows], device=device),
+        keep=keep,
     )
 
 

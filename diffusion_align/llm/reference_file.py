@@ -20,7 +20,7 @@ from diffusion_align.llm.data import PreferenceRow
 from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
-from diffusion_align.training.errors import CheckpointError
+from diffusion_align.training.errors import CheckpointError, first_line
 from diffusion_align.training.loop import Trainer
 
 _FEATURES = ("embeddings", "entropy")
@@ -71,7 +71,7 @@ class ReferenceFile:
             with safe_open(self.path, "pt") as file:
                 identity = file.metadata()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({error}): choose a new output_dir") from None
+            raise CheckpointError(f"{self.path} is damaged ({first_line(error)}): choose a new output_dir") from None
         if identity != self._identity():
             raise CheckpointError(
                 f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "

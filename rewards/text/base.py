@@ -9,7 +9,8 @@ A reward scores finished completions; it is called by name and gets what it name
         return [None if a is None else float(a in text_of(c)) for c, a in zip(completions, answer)]
 
     def patient(completion_ids, completions, trainer_state):   # only for rewards that name them, see `EXTRAS`
-        return [float(len(ids)) * trainer_state.global_step / trainer_state.max_steps for ids in completion_ids]
+        done = trainer_state.global_step / trainer_state.max_steps if trainer_state else 1.0
+        return [-done * len(ids) for ids in completion_ids]
 
 Nothing a reward answers is trusted: `call_text_reward` checks it at every call, `check_text_reward` once before
 training starts.
@@ -33,8 +34,8 @@ Text = str | list[dict[str, Any]]
 EXTRAS = ("completion_ids", "trainer_state")
 """What TRL passes besides; here a reward gets it if it names it, ``**columns`` do not.
 
-``completion_ids``: B lists of token ids, up to and with the first end of sequence. ``trainer_state``: a
-``TrainerState``, None where nothing is trained.
+``completion_ids``: B lists of token ids, with the end of sequence of those that were not cut off. ``trainer_state``: a
+``TrainerState`` for what is trained on, None in ``score`` and for the texts that a run shows.
 """
 _DUMMIES = ("Yes.", "", "The answer is 42: six times seven.\nSurely.")  # an empty completion will come up in training
 
@@ -65,8 +66,8 @@ class TextReward(Protocol):
     ) -> Sequence[float | None] | Tensor | np.ndarray:
         """One score a completion, more is better; None where this reward has nothing to say about a sample.
 
-        Prompts and completions have the same form. ``columns`` are the other columns of the data, B values each. One
-        that names ``completion_ids`` or ``trainer_state`` gets those too (see `EXTRAS`).
+        Prompts and completions have the same form. ``columns`` are the other columns of the data, B values each. A
+        reward that names ``completion_ids`` or ``trainer_state`` gets those too (see `EXTRAS`).
         """
         ...
 
