@@ -34,7 +34,7 @@ _NAMES = {
     "reward_stderr": ("Uncertainty of the mean reward", "standard error"),
     "frac_reward_zero_std": ("Groups with equal rewards", "fraction of groups"),
     "kl": ("KL to the reference, per step", "nats"),
-    "kl_path": ("KL to the reference, all trained steps", "nats"),
+    "kl_path": ("KL to the reference, a whole path", "nats"),
     "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
     "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
     "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),
@@ -206,7 +206,7 @@ def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
 
 
 def plot_kl(rows: Sequence[Row]) -> Figure:
-    """KL to the reference in nats: a panel per denoising step (``kl``) and one for all trained steps (``kl_path``)."""
+    """KL to the reference in nats: a panel per denoising step (``kl``) and one for a whole path (``kl_path``)."""
     figure = plot_metrics(rows, _present(rows, ("kl", "kl_path"), x="step"), x="step")
     for axes in figure.axes:
         _from_zero(axes)

@@ -253,7 +253,7 @@ def test_the_plots_of_each_method(tmp_path, monkeypatch):
         "Accuracy; Score, chosen − rejected; Scores"
     )
     image = plots_of(make_run(tmp_path / "ddpo", method="ddpo", rows=ROWS))
-    assert "KL to the reference, per step; KL to the reference, all trained steps" in image
+    assert "KL to the reference, per step; KL to the reference, a whole path" in image
     assert not any("Length of the completions; " in plot for plot in image[:-1])
 
 
