@@ -101,8 +101,8 @@ BETWEEN_UPDATES = place(LOOP, "Trainer", "_optimizer_step", 2)
 BEFORE_THE_CHECKPOINT = place(LOOP, "Trainer", "save", 1)
 SAMPLING = place(COLLECTION, "", "rollout", 4)
 SCORING = place(COLLECTION, "WeightedRewards", "scores", 2)
-ASKING = place("diffusion_align.llm.preference_batches", "ReferenceFile", "put_into", 1)
-WRITING_REFERENCE = place("diffusion_align.llm.preference_batches", "ReferenceFile", "_identity", 1)
+ASKING = place("diffusion_align.llm.reference_file", "ReferenceFile", "put_into", 1)
+WRITING_REFERENCE = place("diffusion_align.llm.reference_file", "ReferenceFile", "_identity", 1)
 READING = place(LOOP, "Trainer", "_accumulate", 3)
 # Asks the run to stop instead, as a batch system does.
 TERMINATE = """
@@ -213,7 +213,7 @@ def test_the_runs_are_worth_comparing(calm, read_rows):
             assert any(row["completions/min_length"] < 8 for row in epochs), kind
     assert len({row["kl_coef"] for row in read_rows(calm("ppo")[1]) if "kl_coef" in row}) == 4
     assert all({"rewards/noisy/mean", "rewards/wanted/mean"} <= row.keys() for row in grpo_epochs(calm, read_rows))
-    assert all(row["kl"] > 0 for row in grpo_epochs(calm, read_rows)[1:])
+    assert all(row["kl"] != 0 for row in grpo_epochs(calm, read_rows)[1:])
 
 
 def grpo_epochs(calm, read_rows):
@@ -243,8 +243,8 @@ def test_the_comparison_notices_a_part_that_is_not_restored(forked, calm, tmp_pa
 
 def test_a_kill_while_the_reference_is_asked_or_written_changes_nothing(forked, calm, tmp_path, read_rows):
     (config, left_alone), harried = calm("dpo, all weights"), tmp_path / "harried"
-    module = "diffusion_align.llm.preference_batches"
-    for hook in (place(module, "", "pack_rows", 3), WRITING_REFERENCE):
+    module = "diffusion_align.llm.reference_file"
+    for hook in (place(module, "", "pack_rows", 2), WRITING_REFERENCE):
         run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK + KILL + hook + HOOK)
         assert run.status == -signal.SIGKILL, run
         assert not (harried / "reference.safetensors").exists()
