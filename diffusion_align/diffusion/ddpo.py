@@ -21,9 +21,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.diffusion.collection import collect_scored
-from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig, build_schedule
+from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.estimators import (
@@ -35,7 +36,6 @@ from diffusion_align.estimators import (
     score_function_loss,
 )
 from diffusion_align.rewards.setting import RewardSetting
-from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.prompts import Prompt, items_of_epoch
@@ -43,17 +43,12 @@ from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import ratio_statistics
 
 
-class DDPOConfig(TrainingConfig):
-    """Settings of DDPOTrainer; see ``TrainingConfig`` for those of every trainer."""
+class DDPOConfig(DenoisingConfig):
+    """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
 
     method: Literal["ddpo"] = "ddpo"
     prompts: Any = Field(description="list, .txt or .jsonl file, or a shipped list")
-    show_prompts: list[str] | None = Field(
-        None, description="prompts of the grids; the first of `prompts` if not given"
-    )
     reward: RewardSetting = Field(description="name, 'module:function', {name: ..., options} or a function")
-    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
 
     objective: Literal["ratio", "score_function"] = "ratio"
     logp_reduction: Literal["mean", "sum"] = Field(
@@ -108,8 +103,6 @@ class DDPOConfig(TrainingConfig):
             problems.append(
                 "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
             )
-        if self.show_prompts is not None and not self.show_prompts:
-            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
         return problems
 
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet
-from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
-from diffusion_align.diffusion.schedule import SamplerConfig, build_schedule, training_schedule
+from diffusion_align.diffusion.schedule import build_schedule, training_schedule
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
 from diffusion_align.diffusion.transitions import GaussianTransition, add_noise, posterior
@@ -41,14 +42,13 @@ from diffusion_align.estimators import (
     ipo_loss,
 )
 from diffusion_align.rewards.setting import RewardSetting
-from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.prompts import Prompt
 
 
-class DiffusionDPOConfig(TrainingConfig):
-    """Settings of DiffusionDPOTrainer; see ``TrainingConfig`` for those of every trainer.
+class DiffusionDPOConfig(DenoisingConfig):
+    """Settings of DiffusionDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
 
     ``samples_per_epoch`` counts pairs, or with online judging pictures.
     """
@@ -58,9 +58,6 @@ class DiffusionDPOConfig(TrainingConfig):
     prompts: Any = Field(None, description="for judging online: list, .txt or .jsonl file, or a shipped list")
     reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown pictures")
     group_size: int = Field(4, ge=2, description="online: pictures a prompt; the best and the worst are a pair")
-    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
-    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
 
     variant: Literal["original", "corrected"] = "original"
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
@@ -125,8 +122,6 @@ class DiffusionDPOConfig(TrainingConfig):
             problems.append(f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out")
         if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
             problems.append("reward_mode and old_refresh belong to variant=corrected: leave them out or set that")
-        if self.show_prompts is not None and not self.show_prompts:
-            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
         return problems
 
 
