@@ -32,7 +32,7 @@ class Reward(Protocol):
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> Tensor | Sequence[float] | np.ndarray:
-        """One score a picture, shape (B,); more is better. ``images`` is float (B, 3, H, W) in [0, 1]."""
+        """One score a picture, shape (B,); more is better. ``images`` is float (B, 3, H, W) in [0, 1], multiples of 1/255."""
         ...
 
 
@@ -55,6 +55,9 @@ def call_reward(
 ) -> Tensor:
     """Scores of one batch, float32 (B,) on the CPU, checked: exactly B of them and every one finite.
 
+    Without gradients the pictures are rounded to 8 bits, as their files hold them: training, a reward behind HTTP and
+    a later look at the saved files then give one and the same score.
+
     Gradients are off (in this thread, so it may run in a worker) unless ``differentiable=True``, which only a reward
     with ``differentiable = True`` accepts; the scores then keep their graph.
 
@@ -70,6 +73,8 @@ def call_reward(
     if differentiable and not getattr(reward, "differentiable", False):
         raise RewardError(f"reward '{name}' is not differentiable: choose one that is, or train it with DDPO")
 
+    if not differentiable:
+        images = (images.detach() * 255).round().clamp(0, 255) / 255
     with torch.set_grad_enabled(differentiable):
         try:
             answer = reward(images, list(prompts), list(metadata))

@@ -40,7 +40,7 @@ def tiny(tmp_path_factory):
 
 
 def images(count=3, size=32):
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)) / 255  # 8-bit levels
 
 
 def score(reward, pictures, **options):
@@ -100,8 +100,8 @@ def test_gradients_flow_to_the_pixels(tiny):
     score(reward, pictures, differentiable=True).sum().backward()
     assert all(parameter.grad is None for parameter in reward.head.parameters())
     direction, step = pictures.grad / pictures.grad.norm(), 0.05
-    up = score(reward, pictures.detach() + step * direction).double().sum()
-    down = score(reward, pictures.detach() - step * direction).double().sum()
+    up = score(reward, pictures.detach() + step * direction, differentiable=True).double().sum()
+    down = score(reward, pictures.detach() - step * direction, differentiable=True).double().sum()
     torch.testing.assert_close((up - down) / (2 * step), pictures.grad.norm().double(), rtol=0.05, atol=0)
 
 

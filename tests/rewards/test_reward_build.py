@@ -55,7 +55,7 @@ def file(tmp_path):
 
 
 def images():
-    return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255  # 8-bit levels
 
 
 def scores(reward):

@@ -43,9 +43,9 @@ def faces():
     return as_tensor([smiling_face(colour) for colour in COLOURS.values()])
 
 
-def score(reward, images, prompt):
+def score(reward, images, prompt, **options):
     prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-    return call_reward(reward, images, prompts, [{}] * len(images))
+    return call_reward(reward, images, prompts, [{}] * len(images), **options)
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +202,8 @@ def test_gradients_flow_to_the_pixels_and_to_nothing_else(emoji):
     assert all(parameter.grad is None for parameter in emoji.encoder.module.parameters())
     direction = images.grad / images.grad.norm()
     step = 0.01
-    up = score(emoji, images.detach() + step * direction, prompts).sum()
-    down = score(emoji, images.detach() - step * direction, prompts).sum()
+    up = score(emoji, images.detach() + step * direction, prompts, differentiable=True).sum()
+    down = score(emoji, images.detach() - step * direction, prompts, differentiable=True).sum()
     torch.testing.assert_close((up - down) / (2 * step), images.grad.norm(), rtol=0.02, atol=0)
     assert not score(emoji, images, prompts).requires_grad
 

@@ -193,3 +193,21 @@ def test_names():
     assert reward_name(functools.partial(mine, metadata=[])) == "mine"
     assert reward_name(Brightness()) == "brightness"
     assert reward_name(object()) == "object"
+
+
+def test_without_gradients_a_reward_sees_what_a_file_holds():
+    """So training, a served reward and a score of the saved files are one number."""
+    seen = []
+
+    def look(pictures, prompts, metadata):
+        seen.append(pictures)
+        return [0.0] * len(pictures)
+
+    look.differentiable = True
+    exact = images() * 1.2 - 0.1
+    call_reward(look, exact, [""] * 4, [{}] * 4)
+    levels = (exact.clamp(0, 1) * 255).round().to(torch.uint8)
+    assert torch.equal(seen[0], levels.float() / 255)
+    assert (seen[0] - exact.clamp(0, 1)).abs().max() > 1e-4
+    call_reward(look, exact, [""] * 4, [{}] * 4, differentiable=True)
+    assert torch.equal(seen[1], exact)
