@@ -44,6 +44,8 @@ def train(
     _hide_loading_bars()
     trainer = run(settings)
     if trainer.accelerator.is_main_process:
+        if trainer.stopped:
+            _console.print(f"stopped after epoch {trainer.epoch}: {trainer.stopped}", highlight=False, soft_wrap=True)
         done = f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}"
         _console.print(done, highlight=False, markup=False, soft_wrap=True)
 

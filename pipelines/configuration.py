@@ -26,6 +26,7 @@ from diffusion_align.llm.loading import language_model_problem
 from diffusion_align.llm.ppo import PPOConfig
 from diffusion_align.llm.reward_model import RewardModelConfig
 from diffusion_align.rewards import reward_problem
+from diffusion_align.rewards.clip import clip_problem
 from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
@@ -82,7 +83,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
     own = (
-        [_check_model, _check_pairs, _check_reward, _check_prompts]
+        [_check_model, _check_pairs, _check_reward, _check_prompts, _check_evaluation]
         if method in IMAGE_METHODS
         else [_check_language_model, _check_text_data, _check_text_rewards]
     )
@@ -163,6 +164,21 @@ def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
+
+
+def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
+    given = raw.get("evaluation")
+    if not isinstance(given, Mapping):
+        return []  # said where the whole configuration is read
+    problems = []
+    if given.get("reward") is not None and (problem := reward_problem(given["reward"])):
+        problems.append(f"evaluation.{problem}")
+    if given.get("prompts") is not None:
+        problems += [f"evaluation.{problem}" for problem in _check_prompts(given)]
+    clip = given.get("diversity", "clip")
+    if clip not in ("clip", "pixels") and (problem := clip_problem(clip)):
+        problems.append(f"evaluation.diversity: {problem}")
+    return problems
 
 
 def _is_empty(raw: Mapping[str, Any], name: str) -> bool:

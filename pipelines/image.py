@@ -14,17 +14,20 @@ from torch import Tensor
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.diffusion.settings import EvaluationConfig
 from diffusion_align.pipelines.configuration import check_config, shipped_prompts
 from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards import build_reward, check_reward
+from diffusion_align.rewards.clip import default_clip, load_clip
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import UserError, first_line
 from diffusion_align.training.progress import progress_bars
-from diffusion_align.training.prompts import load_prompts
+from diffusion_align.training.prompts import Prompt, load_prompts
 
 
 @dataclass(frozen=True)
@@ -219,22 +222,50 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
         autocast=accelerator.autocast,
     )
     prompts = load_prompts(config.prompts, shipped=shipped_prompts()) if config.prompts is not None else []
-    reward = None
-    if config.reward is not None:
-        reward = build_reward(config.reward, model=config.model, device=accelerator.device)
-        known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
-        texts, metadata = zip(*known, strict=True)
-        check_reward(reward, image_size=policy.image_size, device=accelerator.device, prompts=texts, metadata=metadata)
+    known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
+    reward = _checked_reward(config.reward, config.model, policy, known, weights=config.reward_weights)
+    evaluation = None if config.evaluation is None else _evaluation(config.evaluation, config.model, policy, known)
     trainer: ImageTrainer
     if isinstance(config, DDPOConfig):
         assert reward is not None
-        trainer = DDPOTrainer(config, policy, reward, prompts, accelerator)
+        trainer = DDPOTrainer(config, policy, reward, prompts, accelerator, evaluation=evaluation)
     else:
         trainer = DiffusionDPOTrainer(
-            config, policy, pairs=pairs, reward=reward, prompts=prompts, accelerator=accelerator
+            config,
+            policy,
+            pairs=pairs,
+            reward=reward,
+            prompts=prompts,
+            evaluation=evaluation,
+            accelerator=accelerator,
         )
     trainer.train()
     return trainer
+
+
+def _checked_reward(
+    spec: Any, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt], *, weights: Sequence[float] | None = None
+) -> Any:
+    """The reward, or the weighted sum of several, asked once about a dummy batch; None if there is none."""
+    if spec is None:
+        return None
+    if isinstance(spec, list | tuple):
+        spec = {"name": "combine", "rewards": list(spec), "weights": weights}
+    reward = build_reward(spec, model=model, device=policy.device)
+    texts, metadata = zip(*prompts, strict=True)
+    check_reward(reward, image_size=policy.image_size, device=policy.device, prompts=texts, metadata=metadata)
+    return reward
+
+
+def _evaluation(settings: EvaluationConfig, model: str, policy: DenoisingPolicy, known: Sequence[Prompt]) -> Evaluation:
+    """The gold reward and the distance of pictures, ready. ``known``: prompts where the settings name none."""
+    prompts = known if settings.prompts is None else load_prompts(settings.prompts, shipped=shipped_prompts())
+    embed = None
+    if settings.diversity != "pixels":
+        clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
+        embed = load_clip(clip, device=policy.device).embed_images
+    gold = _checked_reward(settings.reward, model, policy, prompts)
+    return Evaluation(prompts, settings.pictures, settings.every, gold, embed)
 
 
 def _usable_pairs(settings: PairsConfig) -> PairSet:

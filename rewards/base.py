@@ -32,7 +32,7 @@ class Reward(Protocol):
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> Tensor | Sequence[float] | np.ndarray:
-        """One score a picture, shape (B,); more is better. ``images`` is float (B, 3, H, W) in [0, 1], multiples of 1/255."""
+        """One score a picture, (B,); more is better. ``images`` is float (B, 3, H, W), multiples of 1/255 in [0, 1]."""
         ...
 
 
@@ -94,6 +94,29 @@ def call_reward(
     if differentiable and images.requires_grad and not scores.requires_grad:
         raise RewardError(f"reward '{name}' says it is differentiable but its scores carry no gradient")
     return scores if differentiable else scores.detach()
+
+
+def reward_parts(reward: Reward) -> dict[str, Reward]:
+    """Name -> each of the K rewards that ``reward`` sums (see `combine`), or itself alone; equal names get numbers."""
+    parts = list(getattr(reward, "parts", None) or [reward])
+    names = [reward_name(part) for part in parts]
+    return {
+        name + (f"_{names[:i].count(name) + 1}" if name in names[:i] else ""): part
+        for i, (name, part) in enumerate(zip(names, parts, strict=True))
+    }
+
+
+def part_weights(reward: Reward) -> Tensor:
+    """(K,) float32: what the scores of ``reward_parts`` are multiplied with before they are summed."""
+    return torch.tensor(list(getattr(reward, "weights", None) or [1.0]))
+
+
+def call_reward_parts(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
+) -> Tensor:
+    """Scores (B, K) of ``reward_parts``, each checked as ``call_reward`` does; without gradients."""
+    parts = reward_parts(reward).values()
+    return torch.stack([call_reward(part, images, prompts, metadata) for part in parts], dim=1)
 
 
 def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Tensor:

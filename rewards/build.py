@@ -32,6 +32,27 @@ class ScaledReward:
         return self
 
 
+class OffloadedReward:
+    """A reward whose model is on ``device`` only while it scores, and in main memory otherwise: without gradients."""
+
+    differentiable = False
+
+    def __init__(self, reward: Any, device: str | torch.device):
+        self.reward, self.device, self.name = reward, device, reward_name(reward)
+        reward.to("cpu")
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        self.reward.to(self.device)
+        try:
+            return self.reward(images, prompts, metadata)
+        finally:
+            self.reward.to("cpu")
+
+    def to(self, device: str | torch.device) -> "OffloadedReward":
+        self.device = device
+        return self
+
+
 def build_reward(spec: Any, *, model: str | None = None, device: str | torch.device = "cpu") -> Reward:
     """The reward that ``spec`` describes, ready on ``device``.
 
@@ -44,19 +65,44 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
               them;
             - a callable;
             - a mapping ``{"name": any of these, **options}``. Options go to the builder or class, or, for a function,
-              into every call. ``scale`` is for all: it multiplies the scores, so ``scale: -1.0`` turns the sign.
+              into every call. Two are for all: ``scale`` multiplies the scores, so ``scale: -1.0`` turns the sign;
+              ``offload: true`` keeps the reward's model in main memory and on ``device`` only while it scores;
+            - a list of these: their sum, see `combine`.
         model: name or path of the diffusion model being trained; the default CLIP depends on it.
 
     Raises:
         RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
     """
+    spec, offload = _offload(_combined(spec))
     reward, scale = build(IMAGES, spec, {"model": model, "device": device})
+    if offload:
+        if not hasattr(reward, "to"):
+            raise RewardError(f"reward '{reward_name(reward)}' has no to(device), so offload=true cannot move it")
+        reward = OffloadedReward(reward, spec.get("device", device))
     return reward if scale == 1.0 else ScaledReward(reward, scale)
 
 
 def reward_problem(spec: Any) -> str | None:
     """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model."""
+    try:
+        spec, _ = _offload(_combined(spec))
+    except RewardError as error:
+        return str(error)
     return problem(IMAGES, spec)
+
+
+def _combined(spec: Any) -> Any:
+    """A list of rewards as the mapping that it stands for."""
+    return {"name": "combine", "rewards": list(spec)} if isinstance(spec, list | tuple) else spec
+
+
+def _offload(spec: Any) -> tuple[Any, bool]:
+    """``spec`` without the option that is for every reward with a model, and its value."""
+    if not isinstance(spec, Mapping) or "offload" not in spec:
+        return spec, False
+    if not isinstance(spec["offload"], bool):
+        raise RewardError(f"offload={spec['offload']!r} of a reward must be true or false")
+    return {key: value for key, value in spec.items() if key != "offload"}, spec["offload"]
 
 
 def describe_rewards() -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from diffusion_align.rewards.base import RewardError, describe_exception, parame
 REWARDS: dict[str, tuple[str, str]] = {
     "aesthetic": ("diffusion_align.rewards.aesthetic", "aesthetic"),
     "clip_score": ("diffusion_align.rewards.clip_score", "clip_score"),
+    "combine": ("diffusion_align.rewards.combine", "combine"),
     "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "jpeg_incompressibility"),
 }

@@ -1,5 +1,7 @@
 """A reward as a field of a configuration."""
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer
@@ -18,3 +20,16 @@ def _by_name(reward: Any) -> Any:
 
 RewardSetting = Annotated[Any, PlainSerializer(_by_name)]
 """What ``build_reward`` takes: a name, 'module:function', a mapping with options or a function."""
+
+
+def several_rewards_problems(reward: Any, weights: Sequence[float] | None) -> list[str]:
+    """Sentences about a reward, or a list of them, and ``reward_weights`` that do not fit each other."""
+    rewards = reward if isinstance(reward, list | tuple) else [reward]
+    problems = [] if rewards else ["reward is an empty list: give at least one"]
+    if weights is not None and len(weights) != len(rewards):
+        problems.append(
+            f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"
+        )
+    if weights is not None and not all(map(math.isfinite, weights)):
+        problems.append(f"reward_weights={weights} must be finite")
+    return problems

@@ -13,7 +13,7 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import Reduction
-from diffusion_align.rewards.base import RewardError, call_reward
+from diffusion_align.rewards.base import RewardError, call_reward_parts, part_weights, reward_parts
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
@@ -26,11 +26,14 @@ class Collected:
 
     Attributes:
         trajectory: B samples of this process, K decisions each.
-        rewards: (N,) float32 on the CPU, of all N samples in their global order.
-        metrics: ``reward``, its spread, and ``time/score``, the seconds spent waiting for rewards.
+        scores: (N, K) float32 on the CPU, of all N samples in their global order by each of K rewards.
+        rewards: (N,) their weighted sum.
+        metrics: ``reward``, its spread, ``rewards/<name>/mean`` of several, and ``time/score``, the seconds spent
+            waiting for rewards.
     """
 
     trajectory: Trajectory
+    scores: Tensor
     rewards: Tensor
     metrics: dict[str, float]
 
@@ -50,7 +53,7 @@ def collect_scored(
     Args:
         trainer: gives the epoch, this process's part, progress and interruption.
         policy, schedule: what samples.
-        reward: ``reward(images, prompts, metadata) -> (B,)``.
+        reward: ``reward(images, prompts, metadata) -> (B,)``; the parts of a combined one are asked one by one.
         samples: prompt and metadata of all N samples of the epoch.
         record: global sample index -> (K,) steps to keep.
         reduction: of the recorded log-probs.
@@ -64,11 +67,11 @@ def collect_scored(
     batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
     trajectories: list[Trajectory] = []
     with (
-        BackgroundScores(trainer, RewardError) as scores,
+        BackgroundScores(trainer, RewardError) as scoring,
         trainer.progress("  sampling", len(batches) * len(schedule)) as bar,
     ):
         for batch in batches:
-            if not scores.go_on():
+            if not scoring.go_on():
                 break
             texts = [samples[i][0] for i in batch]
             trajectory = rollout(
@@ -82,7 +85,11 @@ def collect_scored(
             )
             trajectories.append(trajectory)
             images = policy.decode(trajectory.latents)
-            scores.submit(call_reward, reward, images, texts, [samples[i][1] for i in batch])
-        rewards = scores.gather()
+            scoring.submit(call_reward_parts, reward, images, texts, [samples[i][1] for i in batch])
+        scores = scoring.gather()
     columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in Trajectory.__dataclass_fields__}
-    return Collected(Trajectory(**columns), rewards, {**reward_metrics(rewards), "time/score": scores.waited})
+    rewards = (scores * part_weights(reward)).sum(dim=1)
+    metrics = {**reward_metrics(rewards), "time/score": scoring.waited}
+    if scores.shape[1] > 1:
+        metrics |= {f"rewards/{name}/mean": c.mean().item() for name, c in zip(reward_parts(reward), scores.unbind(1))}
+    return Collected(Trajectory(**columns), scores, rewards, metrics)

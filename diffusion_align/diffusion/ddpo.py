@@ -18,26 +18,28 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_align.diffusion.collection import collect_scored
+from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule
 from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.showing import ImageShow
+from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.estimators import (
     PromptStatistics,
     clipped_surrogate,
-    group_advantages,
     kl_reward,
     reward_to_go,
     score_function_loss,
+    several_rewards_advantages,
 )
-from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.rewards.base import part_weights
+from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.errors import ConfigError, TrainingError
-from diffusion_align.training.loop import Trainer, Work
+from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import Prompt, items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import ratio_statistics
@@ -48,7 +50,10 @@ class DDPOConfig(DenoisingConfig):
 
     method: Literal["ddpo"] = "ddpo"
     prompts: Any = Field(description="list, .txt or .jsonl file, or a shipped list")
-    reward: RewardSetting = Field(description="name, 'module:function', {name: ..., options} or a function")
+    reward: RewardSetting = Field(
+        description="name, 'module:function', {name: ..., options}, a function, or a list of these"
+    )
+    reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
 
     objective: Literal["ratio", "score_function"] = "ratio"
     logp_reduction: Literal["mean", "sum"] = Field(
@@ -66,6 +71,10 @@ class DDPOConfig(DenoisingConfig):
     history_size: int = Field(32, ge=1)
     history_min_count: int = Field(16, ge=1)
     clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std a group is divided by")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize",
+        description="of several rewards: the advantage of their sum, or the sum of each one's",
+    )
     advantage_clip: float = Field(5.0, gt=0)
 
     kl_coef: float = Field(
@@ -77,7 +86,7 @@ class DDPOConfig(DenoisingConfig):
     )
 
     def cross_checks(self) -> list[str]:
-        problems = super().cross_checks()
+        problems = super().cross_checks() + several_rewards_problems(self.reward, self.reward_weights)
         if self.sampler.name == "ddim" and self.sampler.eta == 0:
             problems.append(
                 "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
@@ -116,12 +125,13 @@ class DDPOBatch:
     logp_old: Tensor
     conditioning: Conditioning
     all_prompts: list[str]
+    all_scores: Tensor
     all_rewards: Tensor
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     reference_mean: Tensor | None = None
 
 
-class DDPOTrainer(Trainer[DDPOBatch]):
+class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     """Fine-tune a Stable Diffusion pipeline towards a reward.
 
     Args:
@@ -130,6 +140,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
         prompts: texts with the metadata that the reward receives.
         accelerator: devices, precision and processes; a plain one when not given.
+        evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
 
     Raises:
         ConfigError: the sampler setting has no stochastic step.
@@ -144,9 +155,11 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         reward: Callable[..., Any],
         prompts: list[Prompt],
         accelerator: Accelerator | None = None,
+        *,
+        evaluation: Evaluation | None = None,
     ) -> None:
-        super().__init__(config, accelerator or Accelerator())
-        self.policy, self.reward, self.prompts = policy, reward, prompts
+        super().__init__(config, policy, reward, evaluation=evaluation, accelerator=accelerator)
+        self.prompts = prompts
         sampler = config.sampler
         schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
         stochastic = schedule.stochastic_steps
@@ -160,16 +173,13 @@ class DDPOTrainer(Trainer[DDPOBatch]):
                 ]
             )
         self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
-        self.statistics = PromptStatistics(config.history_size, config.history_min_count)
+        apart = config.multi_objective_aggregation == "normalize_then_sum"
+        self.weights = part_weights(reward) if apart else torch.ones(1)
+        self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high = self._clip_bounds()
         self._kl_seen_at = -1
-        shown = [(p, dict(prompts).get(p, {})) for p in config.show_prompts] if config.show_prompts else prompts[:16]
-        self._show = ImageShow(policy, self.schedule, shown, config.seed, config.sample_batch_size)
-
-    @property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return self.policy.trainable
+        self.show_with(self.schedule, prompts)
 
     def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
         """Sample and score this process's pictures, recording the steps that will be trained on."""
@@ -177,6 +187,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         chosen = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
         samples = [prompt for prompt in chosen for _ in range(config.group_size)]
         kept = max(1, round(config.timestep_fraction * len(self.trained_steps)))
+        assert self.reward is not None
         collected = collect_scored(
             self,
             self.policy,
@@ -194,6 +205,7 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             logp_old=path.logp_old,
             conditioning=self.policy.encode([samples[i][0] for i in self.local_samples]),
             all_prompts=[text for text, _ in samples],
+            all_scores=collected.scores,
             all_rewards=collected.rewards,
         ), collected.metrics
 
@@ -201,10 +213,13 @@ class DDPOTrainer(Trainer[DDPOBatch]):
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
         config = self.config
         groups = torch.arange(len(batch.all_rewards)) // config.group_size
+        apart = config.multi_objective_aggregation == "normalize_then_sum"
+        columns = batch.all_scores if apart else batch.all_rewards[:, None]
         if config.advantages == "group":
-            advantages = group_advantages(batch.all_rewards, groups, clip_std=config.clip_std)
+            advantages = several_rewards_advantages(columns, groups, self.weights, clip_std=config.clip_std)
         else:
-            advantages = self.statistics.update(batch.all_prompts, batch.all_rewards)
+            measured = [one.update(batch.all_prompts, c) for one, c in zip(self.statistics, columns.unbind(1))]
+            advantages = torch.stack(measured, dim=1) @ self.weights
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         spread = batch.all_rewards.view(-1, config.group_size)
         metrics = {"frac_reward_zero_std": (spread == spread[:, :1]).all(dim=1).float().mean().item()}
@@ -267,17 +282,13 @@ class DDPOTrainer(Trainer[DDPOBatch]):
             )
         return {"ratio/first_pass_deviation": max(high - 1, 1 - low), "clip_nats": self.clip_nats}
 
-    def show(self, name: str) -> None:
-        self._show.write(self.folder / "samples" / f"{name}.png")
-
-    def finish(self) -> None:
-        self._show.finish(self.folder, self.reward)
-
     def extra_state(self) -> dict[str, Any]:
-        return {"statistics": self.statistics.state_dict()}
+        return super().extra_state() | {"statistics": [one.state_dict() for one in self.statistics]}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        self.statistics.load_state_dict(state["statistics"])
+        super().load_extra_state(state)
+        for one, saved in zip(self.statistics, state["statistics"], strict=True):
+            one.load_state_dict(saved)
 
     @property
     def clip_nats(self) -> float:

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet
@@ -31,8 +32,8 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
 from diffusion_align.diffusion.schedule import build_schedule, training_schedule
 from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
+from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition, add_noise, posterior
 from diffusion_align.estimators import (
     beta_in_nats,
@@ -41,9 +42,9 @@ from diffusion_align.estimators import (
     hinge_loss,
     ipo_loss,
 )
-from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.errors import ConfigError, TrainingError
-from diffusion_align.training.loop import Trainer, Work
+from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import Prompt
 
 
@@ -57,6 +58,7 @@ class DiffusionDPOConfig(DenoisingConfig):
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
     prompts: Any = Field(None, description="for judging online: list, .txt or .jsonl file, or a shipped list")
     reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown pictures")
+    reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
     group_size: int = Field(4, ge=2, description="online: pictures a prompt; the best and the worst are a pair")
 
     variant: Literal["original", "corrected"] = "original"
@@ -98,7 +100,7 @@ class DiffusionDPOConfig(DenoisingConfig):
         return self.pairs is None
 
     def cross_checks(self) -> list[str]:
-        problems = super().cross_checks()
+        problems = super().cross_checks() + several_rewards_problems(self.reward, self.reward_weights)
         if (self.beta is None) == (self.beta_dpo is None):
             problems.append("give either beta (a nat) or beta_dpo (the field's, for mean squared errors)")
         if self.online and (self.prompts is None or self.reward is None):
@@ -149,7 +151,7 @@ class Decisions:
         return self.now.kl(self.reference)
 
 
-class DiffusionDPOTrainer(Trainer[PairBatch]):
+class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     """Fine-tune a Stable Diffusion pipeline towards the preferred of two pictures.
 
     Args:
@@ -158,6 +160,7 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         pairs: checked pairs, unless they are drawn and judged online.
         reward: online the judge, ``reward(images, prompts, metadata) -> (B,)``; with ``pairs`` optional.
         prompts: online, texts with the metadata that the reward receives.
+        evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
         accelerator: devices, precision and processes; a plain one when not given.
 
     Raises:
@@ -175,10 +178,11 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         pairs: PairSet | None = None,
         reward: Callable[..., Any] | None = None,
         prompts: list[Prompt] | None = None,
+        evaluation: Evaluation | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        super().__init__(config, accelerator or Accelerator())
-        self.policy, self.pairs, self.reward, self.prompts = policy, pairs, reward, prompts or []
+        super().__init__(config, policy, reward, evaluation=evaluation, accelerator=accelerator)
+        self.pairs, self.prompts = pairs, prompts or []
         if config.online and len(self.local_samples) % config.group_size:
             raise ConfigError(
                 [
@@ -210,15 +214,7 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
         # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
         self.guidance_scale = sampler.guidance_scale if config.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
-        known = dict(self.prompts)
-        shown = config.show_prompts or list(dict.fromkeys(known or (pairs.prompts if pairs else [])))[:16]
-        self._show = ImageShow(
-            policy, self.drawing, [(p, known.get(p, {})) for p in shown], config.seed, config.sample_batch_size
-        )
-
-    @property
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return self.policy.trainable
+        self.show_with(self.drawing, self.prompts or [(text, {}) for text in (pairs.prompts if pairs else [])])
 
     def collect(self) -> tuple[PairBatch, dict[str, float]]:
         """This process's pairs of the epoch: read, or drawn and judged; then a step and a noise for each decision."""
@@ -283,12 +279,6 @@ class DiffusionDPOTrainer(Trainer[PairBatch]):
                 f"max_winner_error={self.config.max_winner_error:g}, so it unlearns what is preferred: {remedy}"
             )
         return {"error/winner_ratio": ratio}
-
-    def show(self, name: str) -> None:
-        self._show.write(self.folder / "samples" / f"{name}.png")
-
-    def finish(self) -> None:
-        self._show.finish(self.folder, self.reward)
 
     # -- decisions -------------------------------------------------------------------------------------------------
 

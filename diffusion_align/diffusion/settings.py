@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.diffusion.schedule import SamplerConfig
-from diffusion_align.training.config import TrainingConfig
+from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.training.config import Section, TrainingConfig
+
+
+class EvaluationConfig(Section):
+    """Pictures of fixed prompts, drawn from fixed noise every few epochs and judged by what is not trained on."""
+
+    reward: RewardSetting = Field(None, description="the gold reward, held out; null measures diversity alone")
+    prompts: Any = Field(None, description="list, file or shipped list; the prompts of the training if not given")
+    pictures: int = Field(32, ge=2, description="how many; the prompts take turns")
+    every: int = Field(1, ge=1, description="epochs")
+    diversity: str = Field(
+        "clip", description="distance between two pictures: pixels, the CLIP that suits the model (clip) or another one"
+    )
+
+
+class StopConfig(Section):
+    """When a run ends before its last epoch: as soon as one of these holds."""
+
+    kl_above: float | None = Field(None, gt=0, description="nats of a whole path, the metric kl_path")
+    gold_falling: int | None = Field(None, ge=1, description="evaluations in a row in which gold is below its best")
+    diversity_below: float | None = Field(None, gt=0, description="in the unit of evaluation.diversity")
 
 
 class DenoisingConfig(TrainingConfig):
@@ -25,10 +46,18 @@ class DenoisingConfig(TrainingConfig):
         None, description="for a model in one .safetensors file: folder or hub id of a diffusers pipeline built like it"
     )
 
+    evaluation: EvaluationConfig | None = Field(None, description="a held-out reward and the diversity of pictures")
+    stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
+
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks()
         if self.show_prompts is not None and not self.show_prompts:
             problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
         if self.dtype != "float32" and self.lora is None:
             problems.append(f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out")
+        needed = [name for name in ("gold_falling", "diversity_below") if getattr(self.stop_when, name) is not None]
+        if needed and self.evaluation is None:
+            problems.append(f"stop_when.{needed[0]} looks at evaluations: set evaluation, or leave it out")
+        elif self.stop_when.gold_falling is not None and self.evaluation and self.evaluation.reward is None:
+            problems.append("stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out")
         return problems

@@ -19,13 +19,20 @@ from diffusion_align.training.randomness import generator
 
 
 def sample_images(
-    policy: DenoisingPolicy, schedule: DiffusionSchedule, prompts: Sequence[str], seed: int, *, batch_size: int = 8
+    policy: DenoisingPolicy,
+    schedule: DiffusionSchedule,
+    prompts: Sequence[str],
+    seed: int,
+    purpose: str = "show",
+    *,
+    batch_size: int = 8,
+    first: int = 0,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1] on the CPU; picture i depends on its prompt, ``seed`` and i only."""
+    """Pictures (B, 3, H, W) in [0, 1] on the CPU; the i-th depends on prompt, seed, purpose and ``first + i`` only."""
     images = []
     for start in range(0, len(prompts), batch_size):
         texts = list(prompts[start : start + batch_size])
-        streams = [generator(seed, "show", start + i) for i in range(len(texts))]
+        streams = [generator(seed, purpose, first + start + i) for i in range(len(texts))]
         nothing = torch.empty(len(texts), 0, dtype=torch.int64)
         trajectory = rollout(policy, schedule, policy.encode(texts), streams, record=nothing)
         images.append(policy.decode(trajectory.latents).cpu())
@@ -64,14 +71,17 @@ class ImageShow:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(image_grid(self.draw(), captions=self.prompts), path)
 
+    def write_weights(self, folder: Path) -> None:
+        """Write the adapter, or the whole pipeline if all of the UNet is trained, as diffusers loads them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.policy.lora is None:
+            self.policy.pipeline.save_pretrained(str(folder))
+        else:
+            self.policy.save_lora(folder)
+
     def finish(self, folder: Path, reward: Callable[..., Any] | None) -> None:
         """Write ``final/`` (what diffusers loads), ``samples/before_after.png`` and ``report.html``."""
-        final = folder / "final"
-        final.mkdir(parents=True, exist_ok=True)
-        if self.policy.lora is None:
-            self.policy.pipeline.save_pretrained(str(final))
-        else:
-            self.policy.save_lora(final)
+        self.write_weights(folder / "final")
         after = self.draw()
         with self.policy.reference():
             before = self.draw()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 from pydantic import Field
 
 from diffusion_align.llm.data import TextDataConfig
 from diffusion_align.llm.policy import LoRAConfig
-from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import Section, TrainingConfig
 
 
@@ -52,18 +51,7 @@ class OnlineSettings(Section):
 
     def online_problems(self, samples_per_epoch: int) -> list[str]:
         """Sentences about settings that do not fit each other."""
-        problems = []
-        rewards = self.reward if isinstance(self.reward, list | tuple) else [self.reward]
-        if not rewards:
-            problems.append("reward is an empty list: give at least one")
-        if self.reward_weights is not None:
-            if len(self.reward_weights) != len(rewards):
-                problems.append(
-                    f"reward_weights={self.reward_weights} are {len(self.reward_weights)} numbers for {len(rewards)} "
-                    "rewards: give one for each"
-                )
-            if not all(map(math.isfinite, self.reward_weights)):
-                problems.append(f"reward_weights={self.reward_weights} must be finite")
+        problems = several_rewards_problems(self.reward, self.reward_weights)
         if samples_per_epoch % self.num_generations:
             problems.append(
                 f"samples_per_epoch={samples_per_epoch} is not a multiple of num_generations={self.num_generations}: "

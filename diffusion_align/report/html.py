@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import json
 import math
 import os
 import re
@@ -56,12 +57,19 @@ _COMMON = (
     (
         plots.plot_time_split,
         "epoch",
-        ("time/sample", "time/score", "time/update", "time/grid", "time/epoch"),
+        ("time/sample", "time/score", "time/update", "time/evaluation", "time/grid", "time/epoch"),
         "Where the seconds of each epoch went.",
     ),
 )
 _IMAGE_PLOTS = (
     _REWARD,
+    (
+        plots.plot_gold,
+        "epoch",
+        ("gold", "gold_stderr", "diversity"),
+        "What was not trained on, on the same prompts and the same noise every time. A reward that rises while "
+        "this one falls is being hacked; a diversity that falls towards 0 means that all pictures become one.",
+    ),
     (
         plots.plot_preference,
         "step",
@@ -123,7 +131,7 @@ def write_report(run_dir: str | Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=_title(run_dir, config),
         folder=run_dir.resolve().name,
-        summary=summary(rows, method),
+        summary=" ".join([summary(rows, method), *_evaluation_sentences(rows, run_dir / "evaluation.json")]),
         finished=(run_dir / "final").exists(),
         before_after=_inline(samples / "before_after.png"),
         before_after_texts=texts.before_after_table(samples),
@@ -185,6 +193,21 @@ def _reward_sentence(rows: Sequence[Row]) -> str:
     return f"{sentence}, over {cost}."
 
 
+def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
+    """The gold reward at the start, at its best and at the end; and why the run stopped early, if it did."""
+    sentences = []
+    epochs, gold = series(rows, "gold", x="epoch")
+    if len(gold):
+        best = gold.argmax()
+        sentences.append(
+            f"The held-out (gold) reward was {gold[0]:.4g} after epoch {epochs[0]:.0f}, {gold[best]:.4g} at its best "
+            f"after epoch {epochs[best]:.0f} and {gold[-1]:.4g} after epoch {epochs[-1]:.0f}."
+        )
+    if path.is_file() and (stopped := json.loads(path.read_text(encoding="utf-8"))["stopped"]):
+        sentences.append(f"The run was stopped by a rule: {stopped}.")
+    return sentences
+
+
 def _verb(change: float) -> str:
     return "rose" if change > 0 else "fell" if change < 0 else "went"
 
@@ -236,7 +259,7 @@ def _listed(parts: Sequence[str]) -> str:
 def _cost(rows: Sequence[Row]) -> str:
     """Epochs, pairs or else samples, and minutes, as far as they were logged."""
     parts = []
-    n_epochs = len({row["epoch"] for row in rows if "epoch" in row and not _is_update(row)})
+    n_epochs = len({row["epoch"] for row in rows if row.get("epoch") and not _is_update(row)})
     if n_epochs:
         parts.append(_count(n_epochs, "epoch"))
     for noun in ("pair", "sample"):

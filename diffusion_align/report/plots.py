@@ -3,85 +3,34 @@
 from __future__ import annotations
 
 import io
-import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
+from diffusion_align.report.drawing import (
+    DPI,
+    INK,
+    PALETTE,
+    REWARD_COMPONENT,
+    SMOOTHING,
+    X_NAMES,
+    add_legend,
+    colors,
+    draw_band,
+    draw_line,
+    draw_smooth_line,
+    finish_axes,
+    new_figure,
+    start_at_zero,
+)
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
-
-# Okabe and Ito's colours, told apart with every common form of colour blindness.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
-INK, GRID = "#333333", "#dddddd"
-PANEL_WIDTH, PANEL_HEIGHT = 4.6, 2.9
-DPI = 150
-MARKED_POINTS = 30  # lines of at most this many points show them
-SMOOTHING = 20  # the running mean of a noisy line is over one in this many of its points
 
 RunDirs = str | Path | Sequence[str | Path]
 
-_NAMES = {
-    "reward": ("Reward", "mean reward"),
-    "reward_std": ("Spread of the reward", "standard deviation"),
-    "reward_stderr": ("Uncertainty of the mean reward", "standard error"),
-    "frac_reward_zero_std": ("Groups with equal rewards", "fraction of groups"),
-    "kl": ("KL to the reference, per step", "nats"),
-    "kl_path": ("KL to the reference, a whole path", "nats"),
-    "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
-    "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
-    "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),
-    "clip_nats": ("Clip range", "nats"),
-    "ratio/mean": ("Importance ratio, mean", "ratio"),
-    "ratio/min": ("Importance ratio, smallest", "ratio"),
-    "ratio/max": ("Importance ratio, largest", "ratio"),
-    "ratio/clamped": ("Log-ratios beyond the clamp", "fraction"),
-    "ratio/first_pass_deviation": ("Ratio on the first pass", "max |ratio − 1|"),
-    "grad_norm": ("Gradient norm", "L2 norm"),
-    "learning_rate": ("Learning rate", "learning rate"),
-    "loss": ("Loss", "loss"),
-    "entropy": ("Entropy", "nats"),
-    "samples_used": ("Samples trained on", "samples"),
-    "pairs_used": ("Pairs trained on", "pairs"),
-    "loss/preference": ("Preference loss", "loss"),
-    "rewards/accuracies": ("Implicit accuracy", "fraction of pairs"),
-    "rewards/margins": ("Implicit reward, chosen − rejected", "beta × nats"),
-    "rewards/chosen": ("Implicit reward, chosen", "beta × nats"),
-    "rewards/rejected": ("Implicit reward, rejected", "beta × nats"),
-    "error/winner": ("Winner's error − the reference's", "nats"),
-    "error/loser": ("Loser's error − the reference's", "nats"),
-    "error/winner_ratio": ("Winner's error / the reference's", "ratio"),
-    "kl/winner": ("KL to the reference at the winner, per step", "nats"),
-    "kl/loser": ("KL to the reference at the loser, per step", "nats"),
-    "weight": ("Weight of the corrected loss", "mean weight"),
-    "beta_nats": ("Beta", "per nat"),
-    "completions/mean_length": ("Length of the completions", "tokens"),
-    "completions/min_length": ("Shortest completion", "tokens"),
-    "completions/max_length": ("Longest completion", "tokens"),
-    "completions/tokens": ("Tokens sampled", "tokens"),
-    "completions/clipped_ratio": ("Completions without an end", "fraction"),
-    "kl_coef": ("Price of the KL to the reference", "per nat"),
-    "drift": ("Distance from the reference on the data", "nats a token"),
-    "accuracy": ("Accuracy", "fraction of pairs"),
-    "margin": ("Score, chosen − rejected", "score"),
-    "scores/chosen": ("Score, chosen", "score"),
-    "scores/rejected": ("Score, rejected", "score"),
-    "eval/accuracy": ("Accuracy, held-out pairs", "fraction of pairs"),
-    "eval/margin": ("Score, chosen − rejected, held-out pairs", "score"),
-    "eval/preference": ("Preference loss, held-out pairs", "nats"),
-    "loss/policy": ("Policy loss", "loss"),
-    "loss/value": ("Value loss", "loss"),
-    "loss/center": ("Centring loss", "score²"),
-    "value/mean": ("Value, mean", "reward"),
-    "returns/mean": ("Return, mean", "reward"),
-}
 Panel = tuple[str, str, Mapping[str, str], tuple[float, str] | None]
 """The metric that names its unit, its title, its lines, and the level of the reference or of chance."""
 _PREFERENCE_PANELS: tuple[Panel, ...] = (
@@ -107,22 +56,9 @@ _PREFERENCE_PANELS: tuple[Panel, ...] = (
         (1.0, "reference"),
     ),
 )
-PREFERENCE_KEYS = tuple(key for _, _, lines, _ in _PREFERENCE_PANELS for key in lines)
-_REWARD_COMPONENT = re.compile(r"rewards/(.+)/mean")
-_X_NAMES = {"step": "optimizer update", "epoch": "epoch"}
 _HELD_OUT = "eval/"
-_TIME_PARTS = ("sample", "score", "update", "grid")
-
-
-def describe(key: str) -> tuple[str, str]:
-    """``(title, unit)`` of a metric, for an axis; a key that is not known stands for itself."""
-    if key in _NAMES:
-        return _NAMES[key]
-    if match := _REWARD_COMPONENT.fullmatch(key):
-        return f"Reward: {match[1]}", "mean reward"
-    if key.startswith("time/"):
-        return f"Time: {key.removeprefix('time/')}", "seconds"
-    return key, ""
+_TIME_PARTS = ("sample", "score", "update", "evaluation", "grid")
+PREFERENCE_KEYS = tuple(key for _, _, lines, _ in _PREFERENCE_PANELS for key in lines)
 
 
 def plot_metrics(
@@ -135,29 +71,50 @@ def plot_metrics(
     """
     if not keys:
         raise ValueError("keys is empty: name at least one metric")
-    figure, panels = _figure(len(keys), columns=columns)
+    figure, panels = new_figure(len(keys), columns=columns)
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     for axes, key in zip(panels, keys):
         axis = x or natural_x([rows], key)
         xs, values = _require(rows, key, axis)
-        _line(axes, xs, values, PALETTE[0])
-        _finish(axes, key, axis)
+        draw_line(axes, xs, values, PALETTE[0])
+        finish_axes(axes, key, axis)
     return figure
 
 
 def plot_reward(rows: Sequence[Row]) -> Figure:
     """The mean reward of each epoch's samples with a band of ± 2 standard errors."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     epochs, reward = _require(rows, "reward", "epoch")
-    _line(axes, epochs, reward, PALETTE[0], label="mean over the epoch's samples")
+    draw_line(axes, epochs, reward, PALETTE[0], label="mean over the epoch's samples")
     error_epochs, error = series(rows, "reward_stderr", x="epoch")
     both = np.isin(epochs, error_epochs)
     if both.any():
         half = 2 * error[np.isin(error_epochs, epochs)]
-        _band(axes, epochs[both], reward[both] - half, reward[both] + half, PALETTE[0], "± 2 standard errors")
-    _legend(axes)
-    _finish(axes, "reward", "epoch")
+        draw_band(axes, epochs[both], reward[both] - half, reward[both] + half, PALETTE[0], "± 2 standard errors")
+    add_legend(axes)
+    finish_axes(axes, "reward", "epoch")
+    return figure
+
+
+def plot_gold(rows: Sequence[Row]) -> Figure:
+    """The held-out reward with a band of ± 2 standard errors and its best marked, and the diversity of the pictures."""
+    keys = _present(rows, ("gold", "diversity"), x="epoch")
+    figure, panels = new_figure(len(keys))
+    for axes, key, color in zip(panels, keys, (PALETTE[2], PALETTE[3])):
+        epochs, values = series(rows, key, x="epoch")
+        label = "mean over the fixed pictures" if key == "gold" else None
+        draw_line(axes, epochs, values, color, label=label)
+        if key == "gold":
+            best = epochs[values.argmax()]
+            axes.axvline(best, color="#777777", linewidth=1.0, linestyle="--", label="best", zorder=2)
+            errors = dict(zip(*series(rows, "gold_stderr", x="epoch")))
+            half = 2 * np.array([errors.get(epoch, 0.0) for epoch in epochs])
+            draw_band(axes, epochs, values - half, values + half, color, "± 2 standard errors")
+            add_legend(axes)
+        finish_axes(axes, key, "epoch")
+        if key == "diversity":
+            start_at_zero(axes)
     return figure
 
 
@@ -168,7 +125,7 @@ def plot_reward_components(rows: Sequence[Row]) -> Figure:
 
 def reward_component_keys(rows: Iterable[Row]) -> list[str]:
     """The keys ``rewards/<name>/mean`` found in the rows, sorted; ``rewards/accuracies`` and the like are none."""
-    return [key for key in numeric_keys(rows, x="epoch") if _REWARD_COMPONENT.fullmatch(key)]
+    return [key for key in numeric_keys(rows, x="epoch") if REWARD_COMPONENT.fullmatch(key)]
 
 
 def plot_preference(rows: Sequence[Row]) -> Figure:
@@ -184,7 +141,7 @@ def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
     """
     known = _present(rows, [key for _, _, lines, _ in shown for key in lines], x="step")
     shown = [panel for panel in shown if not panel[2].keys().isdisjoint(known)]
-    figure, panels = _figure(len(shown))
+    figure, panels = new_figure(len(shown))
     for axes, (key, title, lines, level) in zip(panels, shown):
         curves = {name: series(rows, name) for name in lines if name in known}
         counts = [len(steps) for name, (steps, _) in curves.items() if not name.startswith(_HELD_OUT)]
@@ -192,16 +149,16 @@ def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
         for color, (name, label) in zip(PALETTE, lines.items()):
             if name in curves:
                 smoothed = 1 if name.startswith(_HELD_OUT) else window
-                _smooth_line(axes, *curves[name], color, label=label, window=smoothed)
+                draw_smooth_line(axes, *curves[name], color, label=label, window=smoothed)
         if level:
             axes.axhline(level[0], color="#777777", linewidth=1.0, linestyle="--", label=level[1], zorder=2)
-        _finish(axes, key, "step", title=title)
+        finish_axes(axes, key, "step", title=title)
         if window > 1:
-            axes.set_xlabel(f"{_X_NAMES['step']} (bold: mean over {window})", fontsize=8.5, color=INK)
+            axes.set_xlabel(f"{X_NAMES['step']} (bold: mean over {window})", fontsize=8.5, color=INK)
         if level is None:
-            _from_zero(axes)
+            start_at_zero(axes)
         if level or len(curves) > 1:
-            _legend(axes)
+            add_legend(axes)
     return figure
 
 
@@ -209,7 +166,7 @@ def plot_kl(rows: Sequence[Row]) -> Figure:
     """KL to the reference in nats: a panel per denoising step (``kl``) and one for a whole path (``kl_path``)."""
     figure = plot_metrics(rows, _present(rows, ("kl", "kl_path"), x="step"), x="step")
     for axes in figure.axes:
-        _from_zero(axes)
+        start_at_zero(axes)
     return figure
 
 
@@ -217,12 +174,12 @@ def plot_clip_fraction(rows: Sequence[Row]) -> Figure:
     """The fraction of decisions whose ratio left the clip range: in all, below it and above it."""
     keys = _present(rows, ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"), x="step")
     labels = {"clip_ratio/region_mean": "either side", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
-    figure, (axes,) = _figure(1)
-    for key, color in zip(keys, _colors(len(keys))):
-        _line(axes, *series(rows, key), color, label=labels[key])
-    _finish(axes, "clip_ratio/region_mean", "step", unit="fraction of decisions")
-    _from_zero(axes)
-    _legend(axes)
+    figure, (axes,) = new_figure(1)
+    for key, color in zip(keys, colors(len(keys))):
+        draw_line(axes, *series(rows, key), color, label=labels[key])
+    finish_axes(axes, "clip_ratio/region_mean", "step", unit="fraction of decisions")
+    start_at_zero(axes)
+    add_legend(axes)
     return figure
 
 
@@ -234,27 +191,27 @@ def plot_ratio(rows: Sequence[Row]) -> Figure:
     has_deviation = len(series(rows, deviation)[0]) > 0
     if not lines and not has_deviation:
         _present(rows, (*labels, deviation), x="step")
-    figure, panels = _figure(bool(lines) + has_deviation)
+    figure, panels = new_figure(bool(lines) + has_deviation)
     if lines:
         axes = panels[0]
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
         for key, color in zip(labels, (PALETTE[1], PALETTE[0], PALETTE[2])):
             steps, values = series(rows, key)
             if key in lines:
-                _line(axes, steps, values - 1, color, label=labels[key])
-        _finish(axes, "ratio/mean", "step", title="Importance ratio", unit="ratio − 1")
-        _legend(axes)
+                draw_line(axes, steps, values - 1, color, label=labels[key])
+        finish_axes(axes, "ratio/mean", "step", title="Importance ratio", unit="ratio − 1")
+        add_legend(axes)
     if has_deviation:
-        _line(panels[-1], *series(rows, deviation), PALETTE[3])
-        _finish(panels[-1], deviation, "step")
-        _from_zero(panels[-1])
+        draw_line(panels[-1], *series(rows, deviation), PALETTE[3])
+        finish_axes(panels[-1], deviation, "step")
+        start_at_zero(panels[-1])
     return figure
 
 
 def plot_grad_norm(rows: Sequence[Row]) -> Figure:
     """The norm of the gradient at each update."""
     figure = plot_metrics(rows, ["grad_norm"], x="step")
-    _from_zero(figure.axes[0])
+    start_at_zero(figure.axes[0])
     return figure
 
 
@@ -270,14 +227,14 @@ def plot_time_split(rows: Sequence[Row]) -> Figure:
     heights = {part: np.array([columns[part].get(epoch, 0.0) for epoch in epochs]) for part in _TIME_PARTS}
     whole = np.array([columns["epoch"].get(epoch, 0.0) for epoch in epochs])
     heights["other"] = np.maximum(whole - sum(heights.values()), 0)
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     base = np.zeros(len(epochs))
-    for part, color in zip(heights, (*PALETTE[:3], PALETTE[4], "#bbbbbb")):
+    for part, color in zip(heights, (*PALETTE[:3], PALETTE[5], PALETTE[4], "#bbbbbb")):
         if heights[part].any():
             width = 0.8 if len(epochs) <= 60 else 1.0
             axes.bar(epochs, heights[part], width, bottom=base, color=color, label=part, linewidth=0)
             base = base + heights[part]
-    _finish(axes, "time/epoch", "epoch", title="Time of an epoch")
+    finish_axes(axes, "time/epoch", "epoch", title="Time of an epoch")
     axes.grid(False, axis="x")
     axes.set_ylim(0, max(1.02 * base.max(), 1e-9))
     axes.legend(
@@ -313,12 +270,12 @@ def compare_runs(
         label: [read_metrics(Path(folder) / "metrics.jsonl") for folder in _as_list(folders)]
         for label, folders in runs.items()
     }
-    figure, panels = _figure(len(keys), columns=columns)
+    figure, panels = new_figure(len(keys), columns=columns)
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     for axes, key in zip(panels, keys):
         axis = natural_x([seed for seeds in rows.values() for seed in seeds], key)
-        for (label, seeds), color in zip(rows.items(), _colors(len(rows))):
+        for (label, seeds), color in zip(rows.items(), colors(len(rows))):
             curves = [series(seed, key, x=axis) for seed in seeds]
             curves = [curve for curve in curves if len(curve[0])]
             if not curves:
@@ -331,12 +288,12 @@ def compare_runs(
                 raise ValueError(
                     f"the runs of {label!r} have no {axis} of {key!r} in common: compare them under two labels"
                 )
-            _line(axes, xs, values.mean(0), color, label=label)
+            draw_line(axes, xs, values.mean(0), color, label=label)
             if len(curves) > 1:
-                _band(axes, xs, values.min(0), values.max(0), color)
+                draw_band(axes, xs, values.min(0), values.max(0), color)
         if not axes.lines:
             _present([row for seeds in rows.values() for seed in seeds for row in seed], [key])
-        _finish(axes, key, axis)
+        finish_axes(axes, key, axis)
     lines = {line.get_label(): line for axes in panels for line in axes.lines}
     figure.legend(
         [lines[label] for label in rows if label in lines], [label for label in rows if label in lines],
@@ -391,75 +348,3 @@ def _require(rows: Sequence[Row], key: str, x: str) -> tuple[np.ndarray, np.ndar
     if not len(xs):
         _present(rows, [key], x=x)
     return xs, values
-
-
-def _figure(count: int, *, columns: int = 2) -> tuple[Figure, list[Axes]]:
-    columns = min(columns, count)
-    n_rows = math.ceil(count / columns)
-    figure = Figure(
-        figsize=(PANEL_WIDTH * columns, PANEL_HEIGHT * n_rows), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
-    )
-    return figure, [figure.add_subplot(n_rows, columns, n + 1) for n in range(count)]
-
-
-def _colors(count: int) -> list[str]:
-    return [PALETTE[n % len(PALETTE)] for n in range(count)]
-
-
-def _line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: str | None = None) -> None:
-    marker = "o" if len(xs) <= MARKED_POINTS else None
-    width = 1.6 if len(xs) <= 200 else 0.9
-    axes.plot(xs, values, color=color, linewidth=width, marker=marker, markersize=3, label=label, zorder=3)
-
-
-def _smooth_line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: str, window: int) -> None:
-    """The values pale and their running mean bold; the values alone where the window holds one."""
-    if window == 1:
-        _line(axes, xs, values, color, label=label)
-    else:
-        axes.plot(xs, values, color=color, linewidth=0.7, alpha=0.3, zorder=2.5)
-        axes.plot(xs, _running_mean(values, window), color=color, linewidth=1.8, label=label, zorder=3)
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean over ``window`` neighbours, centred, and over those there are at the ends; window <= len(values)."""
-    ones = np.ones(window)
-    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
-
-
-def _band(axes: Axes, xs: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, label: str = "") -> None:
-    if len(xs) == 1:  # a band over one point has no area
-        axes.vlines(xs, low, high, color=color, linewidth=1.2, alpha=0.6, label=label, zorder=2)
-    else:
-        axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0, label=label, zorder=2)
-
-
-def _finish(axes: Axes, key: str, x: str, *, title: str | None = None, unit: str | None = None) -> None:
-    name, default_unit = describe(key)
-    axes.set_title(title or name, fontsize=10, loc="left", color=INK)
-    axes.set_xlabel(_X_NAMES.get(x, x), fontsize=8.5, color=INK)
-    axes.set_ylabel(default_unit if unit is None else unit, fontsize=8.5, color=INK)
-    axes.tick_params(labelsize=8, color=GRID, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#aaaaaa")
-    axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-    axes.yaxis.get_offset_text().set_fontsize(8)
-
-
-def _from_zero(axes: Axes) -> None:
-    """Start the axis of a quantity that cannot be negative at 0, unless an estimate of it is."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines])
-    values = values[np.isfinite(values)]
-    if len(values) and values.min() >= 0:
-        axes.set_ylim(0, 1.06 * values.max() or None)
-
-
-def _legend(axes: Axes) -> None:
-    """Beneath the panel, where it hides no line."""
-    axes.legend(
-        frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.19),
-        columnspacing=1.4, handlelength=1.6,
-    )  # fmt: skip

@@ -44,6 +44,7 @@ _FREE_ON_RESUME = {
     "trackers",
     "num_threads",
     "grid_every",
+    "stop_when",
 }
 
 
@@ -81,7 +82,9 @@ class Trainer(ABC, Generic[Batch]):
         self.folder = config.output_dir
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps, skipped ones counted
+        self.stopped: str | None = None  # why the run ended before its last epoch
         self._failed_together = False
+        self._measurement_due = False  # a checkpoint was written between an epoch and its measurement
         if config.samples_per_epoch % (accelerator.num_processes * config.sample_batch_size):
             raise ConfigError(
                 [
@@ -121,8 +124,16 @@ class Trainer(ABC, Generic[Batch]):
         return {}
 
     def measure(self) -> dict[str, float]:
-        """Metrics at the end of an epoch, such as those of held-out data; called on every process."""
+        """Metrics after ``self.epoch`` epochs, such as those of held-out data; called on every process."""
         return {}
+
+    def measure_first(self) -> dict[str, float]:
+        """The same before anything is trained; nothing is written if it is empty."""
+        return {}
+
+    def stop_reason(self, row: Mapping[str, float]) -> str | None:
+        """Why the run should end now, given an epoch's metrics and those of its last update; the same everywhere."""
+        return None
 
     def show(self, name: str) -> None:
         """Write pictures (or texts) of the fixed prompts; called on the main process."""
@@ -148,7 +159,7 @@ class Trainer(ABC, Generic[Batch]):
         config = self.config
         with InterruptFlag() as self._flag, self._progress() as self._bars:
             self._prepare()
-            while self.epoch < config.epochs:
+            while self.epoch < config.epochs and self.stopped is None:
                 self._rng_at_start = checkpoint.rng_state()
                 started = time.perf_counter()
                 with self._saved_if_broken_off():
@@ -157,28 +168,29 @@ class Trainer(ABC, Generic[Batch]):
                 work, estimated = self.estimate(batch)
                 last = self._update(batch, work)
                 updated = time.perf_counter()
-                measured = self.measure()
                 self.epoch += 1
-                self._show_if_due()
                 row = {
                     "step": self.step,
                     "epoch": self.epoch,
                     **collected,
                     **estimated,
                     "samples_used": len(work.samples),
+                    "time/sample": sampled - started - collected.get("time/score", 0.0),
+                    "time/update": updated - sampled,
                 }
-                row |= measured
-                row["time/sample"] = sampled - started - collected.get("time/score", 0.0)
-                row["time/update"] = updated - sampled
-                row["time/grid"] = time.perf_counter() - updated
+                row |= self._measured(row)
+                shown = time.perf_counter()
+                self._show_if_due()
+                row["time/grid"] = time.perf_counter() - shown
                 row["time/epoch"] = time.perf_counter() - started
                 self._log.write(row)
                 headline = _headline(last | row, self.headline)
                 self._bars.update(self._epochs_bar, completed=self.epoch, description=headline)
                 self._rng_at_start = checkpoint.rng_state()
-                if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs:
+                self.stopped = self.stop_reason(last | row)
+                if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.stopped:
                     self.save()
-                if self.epoch < config.epochs:
+                if self.epoch < config.epochs and not self.stopped:
                     with self._saved_if_broken_off():
                         self.stop_if_interrupted()
             self._bars.update(self._epochs_bar, description="writing final/ and the report")
@@ -280,8 +292,28 @@ class Trainer(ABC, Generic[Batch]):
         self.accelerator.wait_for_everyone()
         self._log.rewind(self.step if newest else -1)
         self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
+        if self._measurement_due:
+            counters = {"step": self.step, "epoch": self.epoch}
+            row = counters | self._measured(counters)
+            self._log.write(row)
+            self.stopped = self.stop_reason(row)
         if not newest:
             self._show_if_due()
+            if first := self.measure_first():
+                self._log.write({"step": 0, "epoch": 0, **first})
+
+    def _measured(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """``measure()`` of the epoch that ``row`` is about; what breaks it off costs nothing but the measurement."""
+        self._rng_at_start = checkpoint.rng_state()
+        self._measurement_due = True
+        try:
+            with self._saved_if_broken_off():
+                measured = self.measure()
+        except Exception:
+            self._log.write(row)
+            raise
+        self._measurement_due = False
+        return measured
 
     def _show_if_due(self) -> None:
         every = self.config.grid_every
@@ -415,6 +447,8 @@ class Trainer(ABC, Generic[Batch]):
                     "version": __version__,
                     "epoch": self.epoch,
                     "step": self.step,
+                    "stopped": self.stopped,
+                    "measurement_due": self._measurement_due,
                     "ema_steps": self._ema.optimization_step if self._ema else 0,
                     "config": self.config.model_dump(mode="json"),
                     "extra": self.extra_state(),
@@ -452,6 +486,9 @@ class Trainer(ABC, Generic[Batch]):
         if tensors["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(tensors["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
+        self._measurement_due = state.get("measurement_due", False)
+        if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):
+            self.stopped = state.get("stopped")  # under other rules the run goes on
         self.load_extra_state(state["extra"])
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])

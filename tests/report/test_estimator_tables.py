@@ -13,12 +13,12 @@ from PIL import Image
 
 from diffusion_align.estimators import kl as kl_module
 from diffusion_align.report import estimator_gradients, estimator_plots
+from diffusion_align.report.drawing import PALETTE
 from diffusion_align.report.estimator_gradients import EXAMPLE, Softmax, expected_gradients, gradient_noise
 from diffusion_align.report.estimator_gradients import random_softmax as drawn
 from diffusion_align.report.estimator_plots import gradient_coefficients, plot_gradient_coefficients
 from diffusion_align.report.estimator_tables import gradient_table, value_table
 from diffusion_align.report.estimator_values import EstimatorError, Normal, estimator_errors
-from diffusion_align.report.plots import PALETTE
 
 Q, P = Normal(0.1, 0.2), Normal(0.0, 1.0)  # [002] appendix D
 F64 = torch.float64

@@ -5,7 +5,8 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from diffusion_align import report
-from diffusion_align.report.plots import PALETTE, describe, plot_preference, reward_component_keys
+from diffusion_align.report.drawing import PALETTE, describe
+from diffusion_align.report.plots import plot_preference, reward_component_keys
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

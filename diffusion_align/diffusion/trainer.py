@@ -1,0 +1,99 @@
+"""What the trainers of diffusion models share beyond the loop."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion_align.diffusion.evaluation import Evaluation, stop_reason, write_summary
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.showing import ImageShow
+from diffusion_align.training.loop import Trainer
+from diffusion_align.training.prompts import Prompt
+
+Batch = TypeVar("Batch")
+SHOWN = 16
+
+
+class DenoisingTrainer(Trainer[Batch]):
+    """A policy, a reward (if any), what is shown and what is evaluated of them.
+
+    Args:
+        config: checked settings.
+        policy: the model with its adapter, on ``accelerator.device``.
+        reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
+        evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
+        accelerator: devices, precision and processes; a plain one when not given.
+    """
+
+    config: DenoisingConfig
+
+    def __init__(
+        self,
+        config: DenoisingConfig,
+        policy: DenoisingPolicy,
+        reward: Callable[..., Any] | None,
+        *,
+        evaluation: Evaluation | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        super().__init__(config, accelerator or Accelerator())
+        self.policy, self.reward, self.evaluation = policy, reward, evaluation
+
+    def show_with(self, schedule: DiffusionSchedule, prompts: Sequence[Prompt]) -> None:
+        """Draw grids and evaluations with ``schedule``; show ``config.show_prompts``, else the first of ``prompts``."""
+        known = dict(prompts)
+        shown = self.config.show_prompts or list(known)[:SHOWN]
+        self._drawing = schedule
+        pairs = [(text, known.get(text, {})) for text in shown]
+        self._show = ImageShow(self.policy, schedule, pairs, self.config.seed, self.config.sample_batch_size)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return self.policy.trainable
+
+    def show(self, name: str) -> None:
+        self._show.write(self.folder / "samples" / f"{name}.png")
+
+    def finish(self) -> None:
+        """Write ``final/`` (what diffusers loads), the pictures before and after, and the report."""
+        if self.evaluation is not None or self.stopped:
+            write_summary(self.folder, self.evaluation, self.stopped)
+        self._show.finish(self.folder, self.reward)
+
+    def measure_first(self) -> dict[str, float]:
+        return self._evaluate() if self.evaluation is not None else {}
+
+    def measure(self) -> dict[str, float]:
+        """The evaluation, where it is due; ``best/`` holds the weights with the highest gold reward so far."""
+        due = self.evaluation is not None and self.evaluation.due(self.epoch, self.config.epochs)
+        return self._evaluate() if due else {}
+
+    def stop_reason(self, row: Mapping[str, float]) -> str | None:
+        return stop_reason(self.config.stop_when, dict(row), self.evaluation)
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"gold": self.evaluation.history} if self.evaluation is not None else {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        if self.evaluation is not None:
+            self.evaluation.history = [(epoch, gold) for epoch, gold in state["gold"]]
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.evaluation is not None
+        measured = self.evaluation.measure(self, self.policy, self._drawing)
+        best = self.evaluation.best
+        if self.accelerator.is_main_process and best is not None and best[0] == self.epoch > 0:
+            aside = self.folder / ".best.tmp"
+            shutil.rmtree(aside, ignore_errors=True)
+            with self.averaged_weights():
+                self._show.write_weights(aside)
+            shutil.rmtree(self.folder / "best", ignore_errors=True)
+            aside.rename(self.folder / "best")
+        return measured
