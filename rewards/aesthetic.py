@@ -24,7 +24,9 @@ from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, ClipEncoder, clip
 
 ABOUT = {
     "aesthetic": {
+        "model": "CLIP openai/clip-vit-large-patch14 with LAION's V2 or V1 head; or emoji-clip and an embedded head",
         "range": "about 1 to 10 (v1, v2); unbounded, 0 is average (embedded)",
+        "cost": "1.7 GB to download, 0.16 TFLOPs a picture (v2, v1); nothing to download (embedded)",
         "extra": None,
         "licence": "Apache-2.0 (v2, embedded), MIT (v1, CLIP ViT-L/14)",
         "differentiable": True,

@@ -10,7 +10,9 @@ from diffusion_align.rewards.clip import ClipEncoder, clip_problem, default_clip
 
 ABOUT = {
     "clip_score": {
+        "model": "CLIP openai/clip-vit-large-patch14, emoji-clip, any CLIPModel or open_clip model",
         "range": "-1 to 1, in practice 0.1 to 0.4 (ViT-L/14), 0.2 to 0.8 (emoji-clip)",
+        "cost": "1.7 GB to download, 0.16 TFLOPs a picture (ViT-L/14); nothing to download (emoji-clip)",
         "extra": "open-clip, for 'open_clip:...' only",
         "licence": "MIT (CLIP ViT-L/14), Apache-2.0 (emoji-clip); open_clip models: see each",
         "differentiable": True,

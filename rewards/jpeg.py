@@ -11,13 +11,17 @@ from diffusion_align.rewards.base import RewardError
 
 ABOUT = {
     "jpeg_compressibility": {
+        "model": "no model",
         "range": "below 0, in kB",
+        "cost": "one JPEG encoding a picture",
         "extra": None,
         "licence": "no model",
         "differentiable": False,
     },
     "jpeg_incompressibility": {
+        "model": "no model",
         "range": "above 0, in kB",
+        "cost": "one JPEG encoding a picture",
         "extra": None,
         "licence": "no model",
         "differentiable": False,

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class Evaluation:
     @property
     def falling(self) -> int:
         """How many evaluations in a row, up to the last, lie below the best one."""
-        return 0 if self.best is None else len(self.history) - 1 - self.history.index(self.best)
+        best = max((gold for _, gold in self.history), default=0.0)
+        return sum(1 for _ in takewhile(lambda seen: seen[1] < best, reversed(self.history)))
 
 
 def write_summary(folder: Path, evaluation: Evaluation | None, stopped: str | None) -> None:
@@ -131,8 +133,9 @@ def stop_reason(rules: StopConfig, row: dict[str, Any], evaluation: Evaluation |
     kl, diversity = row.get("kl_path"), row.get("diversity")
     if rules.kl_above is not None and kl is not None and kl > rules.kl_above:
         reasons.append(f"the KL to the reference is {kl:.4g} nats, above stop_when.kl_above={rules.kl_above:g}")
-    if rules.gold_falling is not None and evaluation is not None and evaluation.falling >= rules.gold_falling:
-        epoch, gold = evaluation.history[-1 - evaluation.falling]
+    best = None if evaluation is None else evaluation.best
+    if rules.gold_falling is not None and evaluation is not None and best and evaluation.falling >= rules.gold_falling:
+        epoch, gold = best
         reasons.append(
             f"the gold reward has been below its best, {gold:.4g} after epoch {epoch}, in the last "
             f"{evaluation.falling} evaluations (stop_when.gold_falling={rules.gold_falling})"

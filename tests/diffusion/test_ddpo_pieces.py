@@ -57,6 +57,7 @@ def recorded(trainer, streams, rewards=(1.0, 3.0, 2.0, 2.0)):
         logp_old=path.logp_old,
         conditioning=conditioning,
         all_prompts=texts,
+        all_scores=torch.tensor(rewards)[:, None],
         all_rewards=torch.tensor(rewards),
     )
 

@@ -1,0 +1,125 @@
+"""Several rewards as one, and a reward whose model stays in main memory."""
+
+import pytest
+import torch
+
+from diffusion_align.rewards import RewardError, build_reward, call_reward, reward_problem
+from diffusion_align.rewards.base import call_reward_parts, part_weights, reward_parts
+
+PICTURES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+
+
+def red(images, prompts, metadata):
+    return images[:, 0].mean((1, 2))
+
+
+def wide(images, prompts, metadata):
+    return [1000.0 * float(image[1].mean()) for image in images]
+
+
+red.differentiable = True
+
+
+def score(reward, **options):
+    return call_reward(reward, PICTURES, [""] * 4, [{}] * 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "weights"),
+    [
+        ([red, wide], [1.0, 1.0]),
+        ({"name": "combine", "rewards": [red, wide], "weights": [2, -0.5]}, [2.0, -0.5]),
+        ([{"name": red, "scale": 2.0}, {"name": wide, "scale": -0.5}], [2.0, -0.5]),
+        ([{"name": "combine", "rewards": [red], "weights": [2.0]}, {"name": wide, "scale": -0.5}], [2.0, -0.5]),
+    ],
+)
+def test_the_sum_of_the_parts(spec, weights):
+    expected = weights[0] * score(red) + weights[1] * score(wide)
+    torch.testing.assert_close(score(build_reward(spec)), expected)
+    torch.testing.assert_close(score(build_reward({"name": "combine", "rewards": [spec], "scale": 3.0})), 3 * expected)
+
+
+def test_parts_are_asked_one_by_one_and_keep_their_own_scale():
+    reward = build_reward({"name": "combine", "rewards": [red, wide, red], "weights": [1, 2, 3]})
+    assert list(reward_parts(reward)) == ["red", "wide", "red_2"]
+    assert part_weights(reward).tolist() == [1, 2, 3]
+    scores = call_reward_parts(reward, PICTURES, [""] * 4, [{}] * 4)
+    torch.testing.assert_close(scores, torch.stack([score(red), score(wide), score(red)], dim=1))
+    assert list(reward_parts(red)) == ["red"]
+    assert part_weights(red).tolist() == [1]
+    assert call_reward_parts(red, PICTURES, [""] * 4, [{}] * 4).shape == (4, 1)
+
+
+def test_a_part_that_fails_is_named():
+    def broken(images, prompts, metadata):
+        return [1.0]
+
+    with pytest.raises(RewardError, match="reward 'broken' returned 1 score for 4 images"):
+        call_reward_parts(build_reward([red, broken]), PICTURES, [""] * 4, [{}] * 4)
+    with pytest.raises(RewardError, match="reward 'broken' returned 1 score for 4 images"):
+        score(build_reward([red, broken]))
+
+
+def test_a_gradient_flows_if_it_flows_through_every_part():
+    both = build_reward({"name": "combine", "rewards": [red, red], "weights": [1.0, 2.0]})
+    pictures = PICTURES.clone().requires_grad_()
+    call_reward(both, pictures, [""] * 4, [{}] * 4, differentiable=True).sum().backward()
+    torch.testing.assert_close(pictures.grad[:, 0], torch.full((4, 8, 8), 3 / 64))
+    assert pictures.grad[:, 1:].abs().max() == 0
+    with pytest.raises(RewardError, match="reward 'combine' is not differentiable"):
+        score(build_reward([red, wide]), differentiable=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ([], "rewards=[] must be a list of at least one"),
+        (["jpeg_compressibility", "aesthtic"], "unknown reward 'aesthtic': did you mean 'aesthetic'"),
+        ({"name": "combine"}, "needs the option 'rewards'"),
+        ({"name": "combine", "rewards": "jpeg_compressibility"}, "must be a list of at least one"),
+        ({"name": "combine", "rewards": [red, wide], "weights": [1.0]}, "must be 2 finite numbers"),
+        ({"name": "combine", "rewards": [red, wide], "weights": [1.0, float("nan")]}, "must be 2 finite numbers"),
+        ({"name": "combine", "rewards": [red, wide], "weights": [True, 1.0]}, "must be 2 finite numbers"),
+        ({"name": "combine", "rewards": [red], "wieghts": [1.0]}, "did you mean 'weights'"),
+        ({"name": "aesthetic", "offload": "yes"}, "offload='yes' of a reward must be true or false"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(spec, expected):
+    assert expected in reward_problem(spec)
+    with pytest.raises(RewardError) as caught:
+        build_reward(spec)
+    assert str(caught.value) == reward_problem(spec)
+
+
+class Movable:
+    differentiable = True
+
+    def __init__(self):
+        self.places = []
+
+    def to(self, device):
+        self.places.append(str(device))
+        return self
+
+    def __call__(self, images, prompts, metadata):
+        assert self.places[-1] == "meta"
+        if prompts[0] == "fail":
+            raise OSError("no")
+        return images.mean((1, 2, 3))
+
+
+def test_an_offloaded_model_is_on_its_device_only_while_it_scores():
+    reward = build_reward({"name": Movable(), "offload": True}, device="meta")
+    inner = reward.reward
+    assert inner.places[-1] == "cpu"
+    torch.testing.assert_close(score(reward), PICTURES.mean((1, 2, 3)))
+    assert inner.places[-2:] == ["meta", "cpu"]
+    with pytest.raises(RewardError, match="raised OSError: no"):
+        call_reward(reward, PICTURES, ["fail"] * 4, [{}] * 4)
+    assert inner.places[-1] == "cpu"
+    assert not reward.differentiable, "its weights would be gone before the backward pass"
+    torch.testing.assert_close(
+        score(build_reward({"name": Movable(), "offload": True, "scale": 2}, device="meta"))[0], 2 * PICTURES[0].mean()
+    )
+    with pytest.raises(RewardError, match="has no to"):
+        build_reward({"name": red, "offload": True})
