@@ -30,7 +30,7 @@ from diffusion_align.rewards.clip import clip_problem
 from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.prompts import load_prompts
+from diffusion_align.training.prompts import PromptsConfig, prompts_problems
 
 IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
 TEXT_METHODS: dict[str, type[TrainingConfig]] = {
@@ -52,7 +52,7 @@ def shipped_configs() -> dict[str, Path]:
 
 def shipped_prompts() -> dict[str, Path]:
     """Name -> file of the prompt lists that come with the package."""
-    return {path.stem: path for path in sorted(asset_path("emoji-prompts").parent.glob("*.txt"))}
+    return {path.stem: path for path in sorted(asset_path("emoji-prompts").parent.iterdir())}
 
 
 def shipped_text_prompts() -> dict[str, Path]:
@@ -154,16 +154,13 @@ def _check_reward(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
-    if "prompts" not in raw or (raw["prompts"] is None and not _is_empty(raw, "prompts")):
+    if raw.get("prompts") is None:
         return []
-    source = raw["prompts"]
-    if not isinstance(source, str | Path | list | tuple):
-        return [f"prompts={source!r} must be a list, a .txt or .jsonl file, or one of {', '.join(shipped_prompts())}"]
     try:
-        load_prompts(source, shipped=shipped_prompts())
-    except ConfigError as error:
-        return error.problems
-    return []
+        config = PromptsConfig.model_validate(raw["prompts"])
+    except ValidationError:
+        return []  # said where the whole configuration is read
+    return prompts_problems(config, shipped=shipped_prompts())
 
 
 def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:

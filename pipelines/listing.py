@@ -27,7 +27,7 @@ from diffusion_align.pipelines.configuration import (
     shipped_text_prompts,
 )
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
-from diffusion_align.training.prompts import load_prompts
+from diffusion_align.training.prompts import Prompt, load_prompts
 from diffusion_align.training.tables import TableSource, open_table
 
 Entries = list[tuple[str, list[str]]]
@@ -60,12 +60,17 @@ def _models() -> Entries:
 
 
 def _prompts() -> Entries:
-    pictures = [(name, f"{len(load_prompts(path))} prompts for pictures") for name, path in shipped_prompts().items()]
+    pictures = [(name, _for_pictures(load_prompts(path))) for name, path in shipped_prompts().items()]
     texts = [
         (name, f"{len(open_table(TableSource('prompts', str(path), lines='prompt')))} prompts for text")
         for name, path in shipped_text_prompts().items()
     ]
     return [(name, [about]) for name, about in pictures + texts]
+
+
+def _for_pictures(prompts: Sequence[Prompt]) -> str:
+    keys = ", ".join(dict.fromkeys(key for _, metadata in prompts for key in metadata))
+    return f"{len(prompts)} prompts for pictures" + (f", with the metadata {keys}" if keys else "")
 
 
 def _pairs() -> Entries:

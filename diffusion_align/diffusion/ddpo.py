@@ -40,7 +40,7 @@ from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Work
-from diffusion_align.training.prompts import Prompt, items_of_epoch
+from diffusion_align.training.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import ratio_statistics
 
@@ -49,7 +49,9 @@ class DDPOConfig(DenoisingConfig):
     """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
 
     method: Literal["ddpo"] = "ddpo"
-    prompts: Any = Field(description="list, .txt or .jsonl file, or a shipped list")
+    prompts: PromptsConfig = Field(
+        description="list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"
+    )
     reward: RewardSetting = Field(
         description="name, 'module:function', {name: ..., options}, a function, or a list of these"
     )

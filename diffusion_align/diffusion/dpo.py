@@ -45,7 +45,7 @@ from diffusion_align.estimators import (
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Work
-from diffusion_align.training.prompts import Prompt
+from diffusion_align.training.prompts import Prompt, PromptsConfig
 
 
 class DiffusionDPOConfig(DenoisingConfig):
@@ -56,7 +56,9 @@ class DiffusionDPOConfig(DenoisingConfig):
 
     method: Literal["diffusion_dpo"] = "diffusion_dpo"
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
-    prompts: Any = Field(None, description="for judging online: list, .txt or .jsonl file, or a shipped list")
+    prompts: PromptsConfig | None = Field(
+        None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
+    )
     reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown pictures")
     reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
     group_size: int = Field(4, ge=2, description="online: pictures a prompt; the best and the worst are a pair")

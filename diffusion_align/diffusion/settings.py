@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -10,13 +10,14 @@ from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import Section, TrainingConfig
+from diffusion_align.training.prompts import PromptsConfig
 
 
 class EvaluationConfig(Section):
     """Pictures of fixed prompts, drawn from fixed noise every few epochs and judged by what is not trained on."""
 
     reward: RewardSetting = Field(None, description="the gold reward, held out; null measures diversity alone")
-    prompts: Any = Field(None, description="list, file or shipped list; the prompts of the training if not given")
+    prompts: PromptsConfig | None = Field(None, description="as for training; the prompts of the training if null")
     pictures: int = Field(32, ge=2, description="how many; the prompts take turns")
     every: int = Field(1, ge=1, description="epochs")
     diversity: str = Field(

@@ -2,44 +2,148 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 import torch
+from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
 
+from diffusion_align.training.config import Section
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.tables import (
+    FILES,
+    SHOWN,
+    ListTable,
+    StreamedTable,
+    Table,
+    TableSource,
+    check_hub,
+    is_hub,
+    listed,
+    mapping,
+    mapping_problems,
+    open_table,
+    short,
+)
 
 Prompt = tuple[str, dict[str, Any]]
 """Text and the metadata a reward receives with it."""
 Item = TypeVar("Item")
+LAYOUTS = ({"prompt": "prompt"}, {"prompt": "caption"}, {"prompt": "text"})
+"""The columns that hold the prompts where none is named; the first one found does."""
+_PLACES = f"a list of prompts, a .txt file, {FILES}"
+_AS_TEXT = (date, time, timedelta, Decimal, UUID)
 
 
-def load_prompts(source: str | Path | Sequence[Any], *, shipped: dict[str, Path] | None = None) -> list[Prompt]:
-    """Prompts with their metadata.
+class PromptsConfig(Section):
+    """Where the prompts for pictures come from; a bare list, file or name stands for its ``source``."""
+
+    source: str | list[Any] = Field(description=f"a shipped list, {_PLACES}")
+    split: str = Field("train", min_length=1, description="a dataset's own split")
+    columns: dict[str, str] | None = Field(
+        None, description="our name -> the source's: prompt; it is prompt, caption or text if not given"
+    )
+    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
+    max_prompts: int | None = Field(
+        None, ge=1, description="use the first so many prompts only; of a Hub dataset no more than these are downloaded"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        if isinstance(value, str | Path | list | tuple):
+            return {"source": value}
+        if not isinstance(value, Mapping | cls):
+            raise ValueError(f"give {_PLACES}")
+        return value
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _a_place_or_rows(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path | list | tuple) or value == "":
+            raise ValueError(f"give {_PLACES}")
+        return str(value) if isinstance(value, Path) else value
+
+    @model_serializer(mode="wrap")
+    def _as_short_as_possible(self, whole: Any) -> Any:
+        """The source alone if nothing else was set, so that config.yaml says what the user did."""
+        return self.source if self == PromptsConfig.model_construct(source=self.source) else whole(self)
+
+
+class _BadRow(Exception):
+    """What is wrong with a row."""
+
+
+def load_prompts(
+    source: PromptsConfig | str | Path | Sequence[Any] | Mapping[str, Any], *, shipped: Mapping[str, Path] | None = None
+) -> list[Prompt]:
+    """Prompts with their metadata: a row's other columns, for the reward. Equal prompts are all kept.
+
+    Metadata are plain values: text, numbers, true, false, None, lists and mappings of these. A .csv file holds text
+    alone, so a count of 3 is "3" there. Dates and decimal numbers become text. Columns with pictures or other bytes
+    are left out and not read. A row of a list or of a .jsonl file has only the keys it was given.
 
     Args:
-        source: a list of texts or of mappings with a ``prompt`` key (the other keys are metadata), a ``.txt`` file (one
-            prompt a line), a ``.jsonl`` file of such mappings, or the name of a shipped list.
+        source: ``PromptsConfig``, or what stands for it: a list of texts and of mappings, a .txt file (one prompt a
+            line), a .jsonl, .csv or .parquet file, a folder of such (or with one called prompts), a Hub dataset, the
+            name of a shipped list, or a mapping with ``source`` and the other settings.
         shipped: name -> file of the lists that come with the package.
 
     Raises:
-        ConfigError: an unknown file or format, no prompts, or an entry that is not a prompt.
+        ConfigError: everything that is wrong, at once.
     """
-    if isinstance(source, str | Path):
-        path = (shipped or {}).get(str(source)) or Path(source).expanduser()
-        if not path.is_file():
-            names = f" and no shipped list has that name ({', '.join(sorted(shipped))})" if shipped else ""
-            raise ConfigError([f"prompts={str(source)!r}: there is no such file{names}"])
-        entries = _read(path)
+    config = _checked(source)
+    place = _place(config, shipped or {})
+    problems = mapping_problems(place.name, LAYOUTS, config.columns)
+    try:
+        table = open_table(place)
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    column = mapping(place.name, LAYOUTS, config.columns, table.names)["prompt"] if table.names else "prompt"
+    prompts: list[Prompt] = []
+    bad: list[str] = []
+    with closing(_rows(table, column)) as rows:
+        for number, (prompt, metadata) in enumerate(rows):
+            try:
+                prompts.append((_text(prompt), _plain_row(metadata)))
+            except _BadRow as problem:
+                bad.append(f"prompts: row {number}: {problem}")
+                if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(bad) == SHOWN:
+                    break  # nothing is downloaded for a list that would not be shown
+            if len(prompts) == config.max_prompts:
+                break
+    if prompts and (config.skip_bad_rows or not bad):
+        return prompts
+    sentences = listed(bad, "prompts")
+    if prompts:
+        sentences.append("prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out")
     else:
-        entries = list(source)
-    prompts = [_entry(entry, i, source) for i, entry in enumerate(entries)]
-    if not prompts:
-        raise ConfigError([f"prompts={_short(source)} holds no prompt: give at least one"])
-    return prompts
+        what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
+        sentences.append(f"prompts.source={short(config.source)} holds no {what}: give at least one")
+    raise ConfigError(sentences)
+
+
+def prompts_problems(config: PromptsConfig, *, shipped: Mapping[str, Path] | None = None) -> list[str]:
+    """Sentences about what can be seen without a model and without a download; [] if all is well."""
+    place = _place(config, shipped or {})
+    problems: list[str] = []
+    try:
+        if not is_hub(place.source):
+            load_prompts(config, shipped=shipped)
+            return []
+        problems = mapping_problems(place.name, LAYOUTS, config.columns)
+        check_hub(place)
+    except ConfigError as error:
+        return problems + error.problems
+    return problems
 
 
 def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> list[Item]:
@@ -50,34 +154,85 @@ def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> 
     return [items[orders[place // len(items)][place % len(items)]] for place in places]
 
 
-def _read(path: Path) -> list[Any]:
+def _checked(source: Any) -> PromptsConfig:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"prompts={str(path)!r} cannot be read: {error}"]) from None
-    if path.suffix == ".txt":
-        return lines
-    if path.suffix != ".jsonl":
-        raise ConfigError([f"prompts={str(path)!r}: use a .txt file (one prompt a line) or a .jsonl file"])
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            raise ConfigError([f"prompts={str(path)!r}: line {number} is not JSON"]) from None
-    return entries
+        return PromptsConfig.model_validate(source)
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                f"{'.'.join(map(str, ('prompts', *one['loc'])))}={short(one['input'])} is not allowed: "
+                + one["msg"].removeprefix("Value error, ")
+                for one in error.errors()
+            ]
+        ) from None
 
 
-def _entry(entry: Any, index: int, source: Any) -> Prompt:
-    if isinstance(entry, str) and entry.strip():
-        return entry, {}
-    if isinstance(entry, dict) and isinstance(entry.get("prompt"), str) and entry["prompt"].strip():
-        return entry["prompt"], {k: v for k, v in entry.items() if k != "prompt"}
-    raise ConfigError(
-        [f"prompts={_short(source)}: entry {index} is {_short(entry)}, not a text or a mapping with a 'prompt'"]
+def _place(config: PromptsConfig, shipped: Mapping[str, Path]) -> TableSource:
+    source = config.source
+    if isinstance(source, list):
+        source = [row if isinstance(row, Mapping) else {"prompt": row} for row in source]
+    else:
+        source = str(shipped.get(source, source))
+    names = f"one of {', '.join(sorted(shipped))}, " if shipped else ""
+    return TableSource(
+        "prompts",
+        source,
+        config.split,
+        config.max_prompts,
+        limit="max_prompts",
+        stem="prompts",
+        allowed=names + _PLACES,
+        lines="prompt",
     )
 
 
-def _short(value: Any) -> str:
-    text = repr(str(value) if isinstance(value, Path) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _rows(table: Table, column: str) -> Generator[tuple[Any, dict[Any, Any]], None, None]:
+    """The cell in ``column`` and the others of each row, but for columns of bytes."""
+    if isinstance(table, ListTable):
+        for row in table.rows:
+            yield row.get(column), {name: value for name, value in row.items() if name != column}
+        return
+    others = [field.name for field in table.table.schema if field.name != column and not _holds_bytes(field.type)]
+    with closing(table.scan([column, *others])) as scan:
+        for prompt, *cells in scan:
+            yield prompt, dict(zip(others, cells))
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether values of an Arrow type have bytes in them, as a picture's struct of bytes and path has."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_bytes(kind.storage_type)
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in binary) or any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+
+
+def _text(prompt: Any) -> str:
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        raise _BadRow("the prompt is empty")
+    if not isinstance(prompt, str):
+        raise _BadRow(f"the prompt is {short(prompt)}, not a text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise _BadRow(f"the prompt {short(prompt)} is not valid Unicode") from None
+    return prompt
+
+
+def _plain_row(metadata: Mapping[Any, Any]) -> dict[str, Any]:
+    if None in metadata:  # what csv.DictReader does with cells that have no column
+        raise _BadRow("it has more cells than there are columns: put a text with commas in quotes")
+    return {name: _plain(name, value) for name, value in metadata.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(name, inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, inner) for inner in value]
+    if isinstance(value, _AS_TEXT):
+        return str(value)
+    if value is not None and not isinstance(value, str | int | float):
+        raise _BadRow(f"{name!r} holds {short(value)}, not a text, a number, true, false, null or a list of these")
+    return value

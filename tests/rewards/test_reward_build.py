@@ -215,7 +215,7 @@ def test_every_built_in_reward_describes_itself():
     rows = describe_rewards()
     assert [row["name"] for row in rows] == list(REWARDS)
     for row in rows:
-        assert set(row) == {"name", "description", "range", "extra", "licence", "differentiable"}
+        assert set(row) == {"name", "description", "model", "range", "cost", "extra", "licence", "differentiable"}
         assert row["description"].endswith(".")
         assert reward_problem(row["name"]) is None
 
