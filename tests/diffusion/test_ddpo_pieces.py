@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 
 from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.rollout import rollout, transition
+from diffusion_align.estimators import PromptStatistics
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
 
@@ -88,6 +89,28 @@ def means(trainer, batch):
 
 def reduced(x, reduction):
     return x.flatten(2).sum(2) if reduction == "sum" else x.flatten(2).mean(2)
+
+
+SCORES = torch.tensor([[1.0, 50.0], [3.0, 20.0], [2.0, 10.0], [6.0, 90.0]])
+WEIGHTS = torch.tensor([2.0, -0.5])
+
+
+@pytest.mark.parametrize("advantages", ["group", "prompt_history"])
+@pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
+def test_several_rewards_are_summed_before_or_after_they_are_normalised(advantages, how, make_trainer, streams):
+    trainer = make_trainer(advantages=advantages, multi_objective_aggregation=how, reward=[redness, redness])
+    apart = how == "normalize_then_sum"
+    trainer.weights = WEIGHTS if apart else torch.ones(1)
+    trainer.statistics = [PromptStatistics(8, 2) for _ in trainer.weights]
+    batch = recorded(trainer, streams, rewards=(SCORES @ WEIGHTS).tolist())
+    batch.all_scores = SCORES
+    trainer.estimate(batch)
+    columns, weights = (SCORES, WEIGHTS) if apart else ((SCORES @ WEIGHTS)[:, None], torch.ones(1))
+    groups = columns.double().view(2, 2, -1)
+    std = groups.std(dim=1, correction=1 if advantages == "group" else 0, keepdim=True)
+    expected = ((groups - groups.mean(dim=1, keepdim=True)) / std).flatten(0, 1) @ weights.double()
+    torch.testing.assert_close(batch.advantages[:, 0].double(), expected, rtol=1e-6, atol=1e-6)
+    assert (batch.advantages[:, 0] != batch.advantages[0, 0]).any()
 
 
 def test_clip_range_in_nats_of_the_joint_ratio(make_trainer):
@@ -304,6 +327,7 @@ def test_k1_in_the_reward_and_the_closed_form_have_one_expected_gradient(reducti
             logp_old=logp_old[:, None],
             conditioning=conditioning,
             all_prompts=["-"] * len(rule),
+            all_scores=torch.zeros(len(rule), 1),
             all_rewards=torch.zeros(len(rule)),
         )
         batch.advantages = torch.zeros(len(rule), 1)

@@ -85,8 +85,13 @@ def assert_same_rows(read_rows, folders, tolerance):
         {},
         {"model": "emoji-sd", "samples_per_epoch": 4, "sampler": {"steps": 2, "guidance_scale": 1.0}},
         {"advantages": "group", "group_size": 2, "kl_coef": 0.1, "timestep_fraction": 0.7, "micro_batch_size": 3},
+        {
+            "reward": ["jpeg_compressibility", "jpeg_incompressibility"],
+            "reward_weights": [1.0, 3.0],
+            "evaluation": {"reward": "jpeg_incompressibility", "pictures": 5, "diversity": "pixels"},
+        },
     ],
-    ids=["history", "emoji-sd", "groups, kl, some steps"],
+    ids=["history", "emoji-sd", "groups, kl, some steps", "two rewards, five pictures evaluated"],
 )
 def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path, read_rows, changes):
     folders, gradients = run_both(forked, settings(**changes), tmp_path)

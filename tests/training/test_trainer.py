@@ -97,6 +97,16 @@ def test_the_average_follows_the_weights(train):
     assert 0 < norm[0] < norm[1]
 
 
+def test_several_rewards_are_logged_one_by_one(train):
+    _, rows = train(reward=[brightness, "jpeg_compressibility"], reward_weights=[2.0, -0.5])
+    for row in [row for row in rows if "reward" in row]:
+        parts = row["rewards/brightness/mean"], row["rewards/jpeg_compressibility/mean"]
+        assert row["reward"] == pytest.approx(2 * parts[0] - 0.5 * parts[1], rel=1e-5)
+        assert parts[0] > 0 > parts[1]
+    trainer, _ = train("apart", reward=[brightness, flat], multi_objective_aggregation="normalize_then_sum")
+    assert len(trainer.extra_state()["statistics"]) == 2
+
+
 def test_equal_rewards_change_nothing(train):
     trainer, rows = train(reward=flat)
     epochs = [row for row in rows if "reward" in row]
