@@ -135,6 +135,50 @@ def score(
     _console.print(f"{scores.mean().item():10.4f}  mean of {len(images)}", highlight=False)
 
 
+@app.command("serve-reward")
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    option: Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")] = None,
+    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+    host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
+    token_file: Annotated[
+        Path | None, typer.Option(help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="pictures a request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1000, help="bytes a request")] = 64_000_000,
+    threads: Annotated[int, typer.Option(min=1, help="of torch; a training run scores with one")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
+) -> None:
+    """Serve a reward over HTTP; runs elsewhere ask it with reward: {name: remote, url: ...}."""
+    import torch
+
+    from diffusion_align.rewards import build_reward, check_reward, reward_name
+    from diffusion_align.rewards.endpoints import read_token
+    from diffusion_align.training.config import apply_overrides
+
+    try:
+        from diffusion_align.rewards import serving
+    except ImportError as error:
+        raise _user_error(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
+    token = read_token(token_file, serving.TOKEN)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
+    with serving.bind(host, port, token=token) as bound:
+        _hide_loading_bars()
+        torch.set_num_threads(threads)
+        function = build_reward(apply_overrides({}, option or []) | {"name": reward}, model=model, device=device)
+        check_reward(function, image_size=256, device=device, prompts=texts, metadata=metadata)
+        limits = serving.Limits(max_batch, max_bytes)
+        served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device)
+        line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
+        server = serving.RewardServer(
+            served, lambda: _console.print(line, highlight=False, markup=False, soft_wrap=True)
+        )
+        server.serve_on(bound)
+
+
 @app.command()
 def compare(
     first: Annotated[str, typer.Argument(help="model or run folder A")],

@@ -119,6 +119,14 @@ def call_reward_parts(
     return torch.stack([call_reward(part, images, prompts, metadata) for part in parts], dim=1)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Pictures as files hold them, uint8 (B, H, W, 3) on the CPU, from float (B, 3, H, W) in [0, 1]; no gradient.
+
+    Rounded as diffusers does; what lies outside [0, 1] is cut off.
+    """
+    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
 def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Tensor:
     """``answer`` of a reward as float32 (B,) on the CPU; its graph is kept, nothing is broadcast.
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.base import RewardError, to_uint8
 
 ABOUT = {
     "jpeg_compressibility": {
@@ -36,9 +36,8 @@ def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
         images: float (B, 3, H, W) in [0, 1]; rounded to 8 bits as diffusers does. No gradient flows.
         quality: PIL's scale, 1 to 100.
     """
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = []
-    for picture in pixels:
+    for picture in to_uint8(images).numpy():
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
         sizes.append(buffer.tell() / 1000)

@@ -22,6 +22,8 @@ REWARDS: dict[str, tuple[str, str]] = {
     "combine": ("diffusion_align.rewards.combine", "combine"),
     "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "jpeg_incompressibility"),
+    "remote": ("diffusion_align.rewards.remote", "remote"),
+    "vlm_judge": ("diffusion_align.rewards.vlm_judge", "vlm_judge"),
 }
 TEXT_REWARDS: dict[str, tuple[str, str]] = {
     "classifier": ("diffusion_align.rewards.text.classifier", "classifier"),

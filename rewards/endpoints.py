@@ -1,0 +1,279 @@
+"""What rewards that ask a server share: its address, the token, pictures as PNG, and patience while it is away."""
+
+import email.utils
+import io
+import ipaddress
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+
+from diffusion_align.rewards.base import RewardError, describe_exception
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
+REST = 30.0  # seconds for which a server that failed is asked after the others
+CONNECT_TIMEOUT = 10.0
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class Unanswered(Exception):
+    """No answer this time; another attempt may get one.
+
+    Attributes:
+        pause: seconds that the server asks to wait, 0 if it did not say.
+    """
+
+    def __init__(self, reason: str, pause: float = 0.0) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
+class Endpoint:
+    """One server, asked over connections that are kept; any number of threads may ask.
+
+    Args:
+        url: http(s)://host[:port][/path].
+        label: what it is, for sentences.
+        token: sent as a bearer token.
+        timeout: seconds of silence after which a request is given up.
+        transient: status codes after which the same request may succeed.
+    """
+
+    def __init__(self, url: str, *, label: str, token: str | None, timeout: float, transient: Iterable[int]) -> None:
+        import httpx2
+
+        self.url, self.label, self.transient = url.rstrip("/"), label, frozenset(transient)
+        self.failed_at = -float("inf")
+        self._away, self._lock = False, threading.Lock()
+        self._client = httpx2.Client(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
+            limits=httpx2.Limits(keepalive_expiry=30.0),
+            trust_env=not is_loopback(url),  # a proxy of the environment cannot reach this machine's own addresses
+        )
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.url}"
+
+    def ask_once(self, method: str, path: str, body: bytes | None = None) -> Any:
+        """The JSON answer to one request.
+
+        Raises:
+            Unanswered: no connection, no answer in time, or a transient status.
+            RewardError: any other status than 200, with what the server says about it, or no JSON.
+        """
+        import httpx2
+
+        try:
+            answer = self._client.request(
+                method, self.url + path, content=body, headers={"Content-Type": "application/json"} if body else None
+            )
+        except httpx2.TransportError as error:
+            raise Unanswered(describe_exception(error)) from error
+        except httpx2.RequestError as error:
+            raise RewardError(f"{self} gave an answer that cannot be read ({describe_exception(error)})") from error
+        if answer.status_code in self.transient:
+            pause = retry_after(answer.headers.get("Retry-After"))
+            raise Unanswered(f"{answer.status_code}: {_said(answer.text)}", pause)
+        if answer.status_code != 200:
+            raise RewardError(f"{self} answered {answer.status_code}: {_said(answer.text)}")
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise RewardError(f"{self} did not answer in JSON: is this the right address?") from error
+
+    def note(self, failure: Unanswered | None, patience: float) -> None:
+        """Remember whether it answered; the first failure of a row is said on stderr."""
+        with self._lock:
+            said, self._away = self._away, failure is not None
+        if failure is not None:
+            self.failed_at = time.monotonic()
+            if not said:
+                print(
+                    f"{self} does not answer ({failure}): asking again for up to {patience:g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+def ask(
+    endpoints: Sequence[Endpoint],
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    *,
+    patience: float,
+    first: int = 0,
+    stop: threading.Event | None = None,
+) -> Any:
+    """The JSON answer of the first endpoint that gives one, asked in turns, with growing pauses between the rounds.
+
+    Args:
+        endpoints: of equal worth; those that failed lately come last.
+        patience: seconds until it gives up; no request that is under way is broken off.
+        first: index of the endpoint to begin with.
+        stop: ends the waiting from another thread.
+
+    Raises:
+        RewardError: an endpoint refused, or none answered for ``patience`` seconds.
+    """
+    started, pause = time.monotonic(), FIRST_PAUSE
+    stop = stop or threading.Event()
+    while True:
+        wanted = 0.0
+        turned = [*endpoints[first:], *endpoints[:first]]
+        for endpoint in sorted(turned, key=lambda one: time.monotonic() - one.failed_at < REST):
+            try:
+                answer = endpoint.ask_once(method, path, body)
+            except Unanswered as error:
+                endpoint.note(error, patience)
+                wanted, reason = max(wanted, error.pause), str(error)
+            else:
+                endpoint.note(None, patience)
+                return answer
+        waited = time.monotonic() - started
+        if waited >= patience or stop.is_set():
+            who = f"{endpoints[0].label} {', '.join(endpoint.url for endpoint in endpoints)}"
+            raise RewardError(
+                f"{who} gave no answer for {waited:.0f} s ({reason}): bring it back and try again, a training run with "
+                f"resume=true, or give it more patience than {patience:g} s"
+            )
+        stop.wait(min(max(pause, wanted), patience - waited))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def in_parallel(function: Callable[[Job, threading.Event], Result], jobs: Sequence[Job], threads: int) -> list[Result]:
+    """``function(job, stop)`` of every job, in their order; ``stop`` is set when one of them has failed."""
+    stop = threading.Event()
+    if min(len(jobs), threads) <= 1:  # in this thread, so that Ctrl-C ends it
+        return [function(job, stop) for job in jobs]
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(function, job, stop) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [future for future in futures if future.done() and future.exception()]
+            return [future.result() for future in failed or futures]
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A picture, uint8 (H, W, 3), as the bytes of a PNG file; nothing is lost."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def url_problem(url: Any) -> str | None:
+    """What is wrong with an address, in one sentence, or None. Asks nobody."""
+    wanted = f"url={url!r} is not an address of a server: give one like http://127.0.0.1:8901"
+    if not isinstance(url, str) or not url.isascii() or not url.isprintable() or " " in url:
+        return wanted
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return wanted
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
+        return wanted
+    if parts.username is not None or parts.password is not None:
+        return f"url with the user {parts.username!r} in it: put the token into a file and name it as token_file"
+    return None
+
+
+def number_problem(**numbers: Any) -> str | None:
+    """Which of these settings is not a finite number above 0, in one sentence, or None."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            return f"{name}={value!r} must be a number above 0"
+    return None
+
+
+def count_problem(minimum: int, **counts: Any) -> str | None:
+    """Which of these settings is not a whole number of at least ``minimum``, in one sentence, or None."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            return f"{name}={value!r} must be a whole number of at least {minimum}"
+    return None
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the address is this machine's own, so that nobody else can listen or answer."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_token(file: str | Path | None, variable: str) -> str | None:
+    """The token in ``file``, else in the environment's ``variable``, else None.
+
+    Raises:
+        RewardError: the file cannot be read, or the token has characters that no header may hold.
+    """
+    if file is not None:
+        place = f"token_file={str(file)!r}"
+        try:
+            token = Path(file).expanduser().read_text(encoding="ascii").strip()
+        except (OSError, ValueError, TypeError) as error:
+            raise RewardError(f"{place} cannot be read ({describe_exception(error)})") from error
+        if not token:
+            raise RewardError(f"{place} is empty: write the token into it")
+    else:
+        place, token = f"the environment's {variable}", os.environ.get(variable, "").strip()
+    if not token:
+        return None
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise RewardError(f"{place} does not hold a token: it must be one line of ASCII without spaces")
+    return token
+
+
+def token_problem(file: Any, variable: str) -> str | None:
+    """What is wrong with a token's place, in one sentence, or None."""
+    try:
+        read_token(file, variable)
+    except RewardError as error:
+        return str(error)
+    return None
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header (seconds or a date, RFC 9110 section 10.2.3) asks to wait; 0 without one."""
+    if header is None:
+        return 0.0
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _said(text: str) -> str:
+    """What an error's body says, in one line: FastAPI's ``detail``, OpenAI's ``error.message``, else its beginning."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = None
+    if isinstance(body, dict):
+        error = body.get("error")
+        known = [body.get("detail"), error.get("message") if isinstance(error, dict) else error]
+        text = next((one for one in known if isinstance(one, str)), text)
+        return " ".join(text.split())[:1000]
+    return " ".join(text.split())[:200] or "(nothing more)"

@@ -1,0 +1,253 @@
+"""A reward behind HTTP: what `diffusion-align serve-reward` runs and the reward `remote` asks.
+
+``POST /score`` takes ``{"prompts": [text], "metadata": [object], "images": [base64 of an 8-bit RGB PNG]}``, all of one
+length and the pictures of one size, and answers ``{"scores": [number]}``, each the shortest decimal that gives the
+same bits back. ``GET /health`` says what is served and the limits. Errors are ``{"detail": one sentence}``: 401 token,
+413 too large, 415 not JSON, 422 malformed, 500 the reward raised. With a token every request needs
+``Authorization: Bearer``. There is no TLS here: between machines put it behind an SSH tunnel or a proxy that has it.
+
+Needs ``pip install 'diffusion-align[serve]'``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import io
+import ipaddress
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from diffusion_align import __version__
+from diffusion_align.rewards.base import Reward, RewardError, call_reward, reward_name
+from diffusion_align.rewards.remote import TOKEN, Limits
+
+BODY_SECONDS = 60.0  # to send a request; whoever takes longer would keep the server from ending
+_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # then width, height, depth and kind of colours
+CONNECTIONS = 128  # more are answered 503, which the client takes as "later"
+
+
+class ScoreRequest(BaseModel):
+    """Body of ``POST /score``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    images: list[str]
+
+
+def create_app(
+    reward: Reward,
+    *,
+    token: str | None = None,
+    limits: Limits | None = None,
+    threads: int = 1,
+    device: str | torch.device = "cpu",
+) -> FastAPI:
+    """The application that serves ``reward``, one request at a time in a thread of its own.
+
+    Args:
+        token: what every request must bring; None for open doors.
+        limits: of one request.
+        threads: of torch while it scores; with 1 the scores equal those of a training run, which scores with one.
+        device: where the reward gets its pictures.
+    """
+    limits = limits or Limits()
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    worker = ThreadPoolExecutor(1, "reward", initializer=_set_threads, initargs=(threads,))
+    turn = asyncio.Lock()
+
+    def check_token(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode()
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise HTTPException(401, f"the token is missing or wrong: give the server's as token_file or in {TOKEN}")
+
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        check_token(request)
+        about = {"status": "ok", "reward": reward_name(reward), "version": __version__, "differentiable": False}
+        return JSONResponse(about | limits._asdict())
+
+    @app.post("/score")
+    async def score(request: Request) -> Response:
+        check_token(request)
+        # A page in a browser cannot send this type to another site without being asked first.
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "the body must be JSON: send Content-Type: application/json")
+        try:
+            body = await read_body(request, limits.max_bytes)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        async with turn:
+            if await request.is_disconnected():  # it gave up waiting and may have asked again
+                return Response(status_code=400)
+            scores = await asyncio.get_running_loop().run_in_executor(worker, answer, body)
+        return JSONResponse({"scores": scores})
+
+    def answer(body: bytes) -> list[float]:
+        images, prompts, metadata = parse_request(body, limits)
+        try:
+            return call_reward(reward, images.to(device), prompts, metadata).tolist()
+        except RewardError as error:
+            raise HTTPException(500, str(error)) from error
+
+    return app
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, refused as soon as it is known to be too long."""
+    too_long = HTTPException(413, f"the request is longer than max_bytes={max_bytes}: send fewer pictures at once")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise too_long
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_long
+    except TimeoutError:
+        raise HTTPException(408, f"the request took longer than {BODY_SECONDS:g} s to arrive") from None
+    return bytes(body)
+
+
+def parse_request(body: bytes, limits: Limits) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """Pictures float (B, 3, H, W) in [0, 1], prompts and metadata of a request.
+
+    Raises:
+        HTTPException: 413 for too many pictures or pixels, 422 for whatever is malformed.
+    """
+    try:
+        content = ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the body"
+        raise HTTPException(422, f"{place}: {first['msg']}") from None
+    counts = {len(content.prompts), len(content.metadata), len(content.images)}
+    if len(counts) > 1 or counts == {0}:
+        raise HTTPException(
+            422,
+            f"{len(content.images)} images, {len(content.prompts)} prompts and {len(content.metadata)} metadata "
+            "entries: send as many of each, and at least one",
+        )
+    if len(content.images) > limits.max_batch:
+        raise HTTPException(413, f"{len(content.images)} images are more than max_batch={limits.max_batch}")
+    pictures: list[np.ndarray] = []
+    for index, text in enumerate(content.images):
+        picture = decode(text, index, limits.max_pixels // len(content.images))
+        if pictures and picture.shape != pictures[0].shape:
+            sizes = " and ".join(f"{one.shape[1]} x {one.shape[0]}" for one in (pictures[0], picture))
+            raise HTTPException(422, f"images 0 and {index} are {sizes}: all must be of one size")
+        pictures.append(picture)
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return pixels.float() / 255, content.prompts, content.metadata
+
+
+def decode(text: str, index: int, max_pixels: int) -> np.ndarray:
+    """A picture, uint8 (H, W, 3), from the base64 of a PNG file; nothing is decoded before its size is known."""
+    unreadable = HTTPException(422, f"image {index} is not a PNG picture that can be read")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise unreadable from None
+    if not data.startswith(_PNG_START) or len(data) < len(_PNG_START) + 13:
+        raise unreadable
+    width, height, depth, colours = struct.unpack_from(">IIBB", data, len(_PNG_START))
+    if (depth, colours) != (8, 2):
+        raise HTTPException(422, f"image {index} must be RGB with 8 bits a channel: convert it before it is sent")
+    if width * height > max_pixels:
+        raise HTTPException(413, f"image {index} is {width} x {height}: at most {max_pixels} pixels each may be sent")
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if image.size != (width, height):
+                raise ValueError("two headers")
+            return np.array(image)
+    except Exception:  # PIL raises what the file makes it raise
+        raise unreadable from None
+
+
+def bind(host: str, port: int, *, token: str | None) -> socket.socket:
+    """A socket bound to the address, not yet listening; port 0 takes a free one.
+
+    Raises:
+        RewardError: no such address, not free, or open to others without a token.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise RewardError(f"host={host!r} is not an address of this machine: give one, such as 127.0.0.1") from error
+    if token is None and not ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback:
+        raise RewardError(
+            f"host={host!r} can be reached from other machines: give a token with --token-file or in {TOKEN}, "
+            "or bind 127.0.0.1"
+        )
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that was killed can come back at once
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise RewardError(f"host={host!r} port={port} cannot be used: {error.strerror}") from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """``http://host:port`` of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class RewardServer(uvicorn.Server):
+    """Serves an application on a bound socket until ``should_exit``, Ctrl-C or SIGTERM; requests begun are answered."""
+
+    def __init__(self, app: FastAPI, on_ready: Callable[[], None] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=75,  # longer than the client keeps a connection, so that the client ends it
+            )
+        )
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    def serve_on(self, bound: socket.socket) -> None:
+        """Returns when it is over. uvicorn raises a signal that ended it again afterwards; it finds a deaf ear."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._leave)
+        self.run(sockets=[bound])
+
+    def _leave(self, *_: object) -> None:
+        self.should_exit = True
+
+
+def _set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.get_num_threads()  # asking for it also fixes it for this thread

@@ -1,0 +1,619 @@
+"""A reward behind HTTP and the reward that asks it: same scores, limits, tokens, several servers, servers that die."""
+
+import asyncio
+import base64
+import contextlib
+import http.server
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+
+import httpx2
+import numpy as np
+import pytest
+import torch
+from fastapi import HTTPException, Request
+from PIL import Image
+
+from diffusion_align.rewards import RewardError, build_reward, call_reward, reward_problem
+from diffusion_align.rewards.base import to_uint8
+from diffusion_align.rewards.endpoints import png, read_token, retry_after
+from diffusion_align.rewards.remote import Limits, split
+from diffusion_align.rewards.serving import RewardServer, address_of, bind, create_app, read_body
+
+
+def odd(images, prompts, metadata):
+    """Float32 values of every kind of bits: a chain of roundings, and extremes by the metadata."""
+    values = images.double().pow(1.7).mean(dim=(1, 2, 3)).float().sin() / 3
+    return torch.tensor([m.get("score", v) for m, v in zip(metadata, values.tolist())]) + len(prompts[0]) * 1e-9
+
+
+def pictures(count, size=16, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def body(count=1, **changes):
+    picture = base64.b64encode(png(np.zeros((8, 8, 3), np.uint8))).decode()
+    return {"prompts": ["a cat"] * count, "metadata": [{}] * count, "images": [picture] * count} | changes
+
+
+@pytest.fixture
+def serve():
+    """``serve(reward, port=0, **options)``: the address of a server in a thread; ``serve.stop(address)`` ends it."""
+    running = {}
+
+    def start(reward=odd, port=0, token=None, **options):
+        bound, ready = bind("127.0.0.1", port, token=token), threading.Event()
+        server = RewardServer(create_app(reward, token=token, **options), ready.set)
+        thread = threading.Thread(target=server.serve_on, args=(bound,))
+        thread.start()
+        assert ready.wait(60)
+        url = address_of(bound)
+        running[url] = server, thread
+        return url
+
+    def stop(url):
+        server, thread = running.pop(url)
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+    start.stop = stop
+    yield start
+    for url in list(running):
+        stop(url)
+
+
+@pytest.fixture
+def fake():
+    """``fake(answer)``: address of a server; ``answer(handler, path, body)`` gives status, object and headers.
+
+    ``fake.requests`` are the paths asked for, ``fake.peers`` the connections they came over.
+    """
+    servers = []
+
+    def start(answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self):
+                sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                start.requests.append(self.path)
+                start.peers.add(self.client_address)
+                if self.path == "/health":
+                    status, content, headers = 200, {"status": "ok", **Limits()._asdict()}, {}
+                else:
+                    status, content, headers = answer(self, self.path, sent)
+                data = json.dumps(content).encode()
+                with contextlib.suppress(OSError):  # a client that has gone
+                    self.send_response(status)
+                    for name, value in ({"Content-Length": str(len(data))} | headers).items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(data)
+
+            do_GET = do_POST = handle_any
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    start.requests, start.peers = [], set()
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def remote(url, **options):
+    return build_reward({"name": "remote", "url": url, "patience": 30, **options})
+
+
+def score(reward, count=5, seed=0, **metadata):
+    return call_reward(
+        reward,
+        pictures(count, seed=seed),
+        [f"prompt {i}" for i in range(count)],
+        [metadata or {} for _ in range(count)],
+    )
+
+
+def test_eight_bits():
+    levels = torch.arange(256).float() / 255
+    assert to_uint8(levels.expand(1, 3, 1, 256)).tolist() == [[[[i] * 3 for i in range(256)]]]
+    outside = torch.tensor([-0.3, 1.2, 0.5 / 255 + 1e-4]).view(1, 3, 1, 1).requires_grad_()
+    assert to_uint8(outside).tolist() == [[[[0, 255, 1]]]]
+    random = pictures(2).double()
+    expected = (
+        np.rint(random.float().numpy().astype(np.float32) * np.float32(255)).astype(np.uint8).transpose(0, 2, 3, 1)
+    )
+    assert np.array_equal(to_uint8(random).numpy(), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 64, 65])
+@pytest.mark.parametrize("limit", [1, 3, 64])
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_parts_are_contiguous_equal_and_within_the_limit(count, limit, servers):
+    parts = split(count, limit, servers)
+    assert [i for start, end in parts for i in range(start, end)] == list(range(count))
+    sizes = [end - start for start, end in parts]
+    assert max(sizes) <= limit
+    assert max(sizes) - min(sizes) <= 1
+    assert len(parts) == count or len(parts) % servers == 0
+    assert len(parts) == count or len(parts) < servers * (count / (servers * limit) + 1)
+
+
+def test_scores_come_back_bit_for_bit(serve):
+    served = remote(serve())
+    for seed in range(3):
+        assert torch.equal(score(served, seed=seed), score(odd, seed=seed))
+    for extreme in (3.4028234663852886e38, 1.401298464324817e-45, -0.0, 0.1):
+        assert torch.equal(score(served, score=extreme), score(odd, score=extreme))
+
+
+def test_the_reward_sees_what_it_would_see_here(serve):
+    seen = []
+
+    def spy(images, prompts, metadata):
+        seen.append((images, prompts, metadata, torch.get_num_threads(), torch.is_grad_enabled()))
+        return images.mean(dim=(1, 2, 3))
+
+    notes = [{"tags": ["é", None, {"n": 2**60, "x": 0.1}], "ok": True}, {}]
+    served = remote(serve(spy))
+    for reward in (served, spy):
+        call_reward(reward, pictures(2), ['a \U0001f34e\n"red" apple', ""], notes)
+    (there, *rest), (here, *expected) = seen
+    assert torch.equal(there, here)
+    assert there.dtype == torch.float32
+    assert rest[:2] == expected[:2]
+    assert rest[2:] == [1, False]
+
+
+def test_health_says_what_is_served(serve):
+    health = httpx2.get(serve(limits=Limits(max_batch=7)) + "/health").json()
+    assert health["status"] == "ok"
+    assert (health["reward"], health["max_batch"], health["differentiable"]) == ("odd", 7, False)
+    assert set(health) == {"status", "reward", "version", "differentiable", "max_batch", "max_bytes", "max_pixels"}
+
+
+def png_header(width, height, depth=8):
+    """A PNG that says that it is large, without the pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def as_file(format, mode="RGB", size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, format)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+MALFORMED = {
+    "no JSON": (b"{", 422, "JSON"),
+    "deep": (b"[" * 10_000, 422, "JSON"),
+    "a list": ([], 422, "the body"),
+    "a key missing": ({"prompts": [], "images": []}, 422, "metadata: Field required"),
+    "a key too many": (body(prompt="a cat"), 422, "prompt: Extra"),
+    "prompts of numbers": (body(prompts=[3]), 422, "prompts.0"),
+    "lengths": (body(2, prompts=["a"]), 422, "2 images, 1 prompts and 2 metadata entries"),
+    "empty": (body(0), 422, "at least one"),
+    "too many": (body(5), 413, "5 images are more than max_batch=4"),
+    "no base64": (body(images=["?"]), 422, "image 0 is not a PNG"),
+    "not ASCII": (body(images=["é"]), 422, "image 0 is not a PNG"),
+    "a JPEG": (body(images=[as_file("JPEG")]), 422, "image 0 is not a PNG"),
+    "cut": (body(images=[as_file("PNG", size=(64, 64))[:80]]), 422, "image 0 is not a PNG"),
+    "grey": (body(images=[as_file("PNG", "L")]), 422, "image 0 must be RGB with 8 bits a channel"),
+    "alpha": (body(images=[as_file("PNG", "RGBA")]), 422, "image 0 must be RGB with 8 bits a channel"),
+    "16 bits": (
+        body(images=[base64.b64encode(png_header(8, 8, 16) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e").decode()]),
+        422,
+        "8 bits a channel",
+    ),
+    "a bomb": (body(images=[base64.b64encode(png_header(60_000, 60_000)).decode()]), 413, "60000 x 60000"),
+    "sizes": (body(2, images=[as_file("PNG"), as_file("PNG", size=(9, 8))]), 422, "images 0 and 1 are 8 x 8 and 9 x 8"),
+}
+
+
+def test_malformed_requests_are_refused_in_one_sentence_and_the_server_goes_on(serve):
+    url = serve(limits=Limits(max_batch=4, max_bytes=20_000)) + "/score"
+    with httpx2.Client(headers={"Content-Type": "application/json"}) as client:
+        for name, (content, status, sentence) in MALFORMED.items():
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            answer = client.post(url, content=data)
+            said = answer.json()["detail"]
+            assert (answer.status_code, sentence in said, "\n" in said) == (status, True, False), (name, said)
+        assert client.post(url, content=json.dumps(body()), headers={"Content-Type": "text/plain"}).status_code == 415
+        assert client.get(url).status_code == 405
+        assert client.get(url.replace("/score", "/docs")).status_code == 404
+        assert client.post(url, content=json.dumps(body(4))).status_code == 200
+
+
+def test_a_long_request_is_refused(serve):
+    url = serve(limits=Limits(max_bytes=20_000)) + "/score"
+    with httpx2.Client(headers={"Content-Type": "application/json"}) as client:
+        for content in (b" " * 20_001, b" " * 10_000_000, (b" " * 10_000 for _ in range(500))):
+            answer = client.post(url, content=content)
+            assert answer.status_code == 413
+            assert "longer than max_bytes=20000" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(("declared", "taken"), [([], 3), ([(b"content-length", b"20001")], 0)])
+def test_a_long_request_is_refused_while_it_arrives(declared, taken):
+    chunks = []
+
+    async def receive():
+        chunks.append(1)
+        return {"type": "http.request", "body": b" " * 10_000, "more_body": True}
+
+    request = Request({"type": "http", "headers": declared}, receive)
+    with pytest.raises(HTTPException, match="413"):
+        asyncio.run(read_body(request, 20_000))
+    assert len(chunks) == taken
+
+
+def test_a_batch_is_cut_to_what_the_server_takes(serve):
+    sizes = []
+
+    def spy(images, prompts, metadata):
+        sizes.append(len(images))
+        return odd(images, ["prompt 0"], metadata)
+
+    expected = score(odd, 10)
+    row = max(len(base64.b64encode(png(one))) for one in to_uint8(pictures(10)).numpy()) + 40
+    for limits in (Limits(max_batch=4), Limits(max_bytes=100 + 4 * row), Limits(max_pixels=4 * 256 + 100)):
+        sizes.clear()
+        assert torch.equal(score(remote(serve(spy, limits=limits)), 10), expected)
+        assert sizes == [3, 3, 4]
+    with pytest.raises(RewardError, match="a picture of 16 x 16 is more than the reward server takes"):
+        score(remote(serve(limits=Limits(max_pixels=255))))
+
+
+def test_a_token_is_asked_for_and_compared(serve, tmp_path, monkeypatch):
+    monkeypatch.delenv("DIFFUSION_ALIGN_TOKEN", raising=False)
+    url = serve(token="s3cret")
+    (tmp_path / "right").write_text("s3cret\n")
+    (tmp_path / "wrong").write_text("s3cre")
+    for path in ("/health", "/nothing"):
+        assert httpx2.get(url + path).status_code == (401 if path == "/health" else 404)
+    assert httpx2.post(url + "/score", json=body()).status_code == 401
+    assert httpx2.post(url + "/score", json=body(), headers={"Authorization": "Bearer s3cret"}).status_code == 200
+    for options in ({}, {"token_file": str(tmp_path / "wrong")}):
+        with pytest.raises(RewardError, match=f"reward server {url} answered 401: the token is missing or wrong"):
+            remote(url, **options)
+    assert torch.equal(score(remote(url, token_file=str(tmp_path / "right"))), score(odd))
+    monkeypatch.setenv("DIFFUSION_ALIGN_TOKEN", "s3cret")
+    assert torch.equal(score(remote(url)), score(odd))
+
+
+def test_open_to_other_machines_only_with_a_token():
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(RewardError, match="can be reached from other machines: give a token with --token-file"):
+            bind(host, 0, token=None)
+    bind("0.0.0.0", 0, token="s3cret").close()
+    with bind("localhost", 0, token=None) as bound:
+        port = bound.getsockname()[1]
+        bound.listen()
+        with pytest.raises(RewardError, match=f"host='localhost' port={port} cannot be used: Address already in use"):
+            bind("localhost", port, token=None)
+    with pytest.raises(RewardError, match="is not an address of this machine"):
+        bind("no such host", 0, token=None)
+
+
+def test_a_reward_that_raises_is_said_and_not_asked_again(serve):
+    calls = []
+
+    def broken(images, prompts, metadata):
+        calls.append(1)
+        raise KeyError("target")
+
+    with pytest.raises(RewardError, match="answered 500: reward 'broken' raised KeyError: 'target'") as caught:
+        score(remote(serve(broken)))
+    assert "\n" not in str(caught.value)
+    assert len(calls) == 1
+
+
+def test_requests_are_scored_one_at_a_time_and_those_given_up_are_not(serve):
+    inside, most, calls, begun, go_on = [], [], [], threading.Event(), threading.Event()
+
+    def slow(images, prompts, metadata):
+        inside.append(1)
+        most.append(len(inside))
+        calls.append(prompts[0])
+        begun.set()
+        assert go_on.wait(60)
+        time.sleep(0.05)
+        inside.pop()
+        return images.mean(dim=(1, 2, 3))
+
+    url = serve(slow) + "/score"
+    asking = [threading.Thread(target=httpx2.post, args=(url,), kwargs={"json": body(), "timeout": 60}) for _ in "123"]
+    asking[0].start()
+    assert begun.wait(60)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(url, json=body(prompts=["given up"]), timeout=0.3)
+    for thread in asking[1:]:
+        thread.start()
+    time.sleep(0.2)
+    go_on.set()
+    for thread in asking:
+        thread.join()
+    assert httpx2.post(url, json=body(prompts=["later"]), timeout=60).status_code == 200
+    assert max(most) == 1
+    assert calls == ["a cat"] * 3 + ["later"]
+
+
+def test_a_server_that_comes_later_or_back_is_waited_for_and_that_is_said_once(serve, capfd):
+    port = free_port()
+    later = threading.Timer(0.6, serve, kwargs={"port": port})
+    later.start()
+    reward = remote(f"http://127.0.0.1:{port}")
+    later.join()
+    for _ in range(2):
+        serve.stop(f"http://127.0.0.1:{port}")
+        later = threading.Timer(0.4, serve, kwargs={"port": port})
+        later.start()
+        assert torch.equal(score(reward), score(odd))
+        later.join()
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all(f"http://127.0.0.1:{port} does not answer (ConnectError" in line for line in said)
+
+
+def test_patience_ends_in_one_sentence(serve):
+    url = serve()
+    reward = remote(url, patience=0.5)
+    serve.stop(url)
+    for ask in (lambda: score(reward), lambda: remote(url, patience=0.5)):
+        started = time.monotonic()
+        with pytest.raises(RewardError, match=rf"reward server {url} gave no answer for \d+ s .ConnectError") as caught:
+            ask()
+        assert 0.4 < time.monotonic() - started < 10
+        assert "resume=true" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_several_servers_share_a_batch_and_stand_in_for_each_other(serve):
+    seen = {}
+
+    def spy(name):
+        def reward(images, prompts, metadata):
+            seen.setdefault(name, []).append(prompts)
+            return odd(images, ["prompt 0"], metadata)
+
+        return reward
+
+    urls = [serve(spy(name), limits=Limits(max_batch=most)) for name, most in (("a", 64), ("b", 4))]
+    reward, expected = remote(urls), score(odd, 10)
+    assert torch.equal(score(reward, 10), expected)
+    names = [f"prompt {i}" for i in range(10)]
+    assert sorted(seen.pop("a")) == [names[:2], names[5:7]]
+    assert sorted(seen.pop("b")) == [names[2:5], names[7:]]
+    serve.stop(urls[0])
+    started = time.monotonic()
+    assert torch.equal(score(reward, 10), expected)
+    assert time.monotonic() - started < 20
+    assert sorted(seen["b"]) == [names[:2], names[2:5], names[5:7], names[7:]]
+    serve.stop(urls[1])
+    with pytest.raises(RewardError, match=f"{urls[0]}, {urls[1]} gave no answer"):
+        call_reward(remote_like(reward, patience=0.3), pictures(4), ["a"] * 4, [{}] * 4)
+
+
+def remote_like(reward, patience):
+    reward.patience = patience
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("status", "asked"), [(502, 3), (503, 3), (504, 3), (429, 3), (400, 1), (401, 1), (404, 1), (422, 1), (500, 1)]
+)
+def test_what_is_asked_again(fake, status, asked):
+    def answer(handler, path, sent):
+        posts = fake.requests.count("/score")
+        return (status, {"detail": "not now"}, {}) if posts < 3 else (200, {"scores": [1.5]}, {})
+
+    reward = remote(fake(answer))
+    if asked == 3:
+        assert score(reward, 1).tolist() == [1.5]
+    else:
+        with pytest.raises(RewardError, match=f"answered {status}: not now"):
+            score(reward, 1)
+    assert fake.requests.count("/score") == asked
+
+
+def test_time_outs_are_retried_and_connections_kept(fake):
+    def answer(handler, path, sent):
+        if fake.requests.count("/score") == 3:
+            time.sleep(2)
+        return 200, {"scores": [0.5]}, {}
+
+    reward = remote(fake(answer), timeout=1)
+    for _ in range(2):
+        score(reward, 1)
+    assert len(fake.peers) == 1
+    score(reward, 1)
+    score(reward, 1)
+    assert fake.requests == ["/health"] + ["/score"] * 5
+    assert len(fake.peers) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [{"scores": [1.0]}, {"scores": [1.0, "2"]}, {"scores": [1.0, None]}, [1.0, 2.0], {}]
+)
+def test_an_answer_that_is_none_is_refused(fake, content):
+    with pytest.raises(RewardError, match="did not answer 2 scores"):
+        score(remote(fake(lambda *_: (200, content, {}))), 2)
+
+
+def test_another_kind_of_server_is_recognised(serve, fake, monkeypatch):
+    with pytest.raises(RewardError, match="answered 404"):
+        remote(serve() + "/v1")
+    monkeypatch.setattr(Limits, "_asdict", lambda self: {"max_batch": "many"})
+    with pytest.raises(RewardError, match="is no reward server"):
+        remote(fake(None))
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(serve, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert torch.equal(score(remote(serve())), score(odd))
+
+
+def test_metadata_that_is_no_json_is_named(serve):
+    with pytest.raises(
+        RewardError, match="metadata of prompt 'prompt 0' cannot be sent as JSON: Object of type Tensor"
+    ):
+        score(remote(serve()), 1, tensor=torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"url": "127.0.0.1:8901"}, "is not an address of a server"),
+        ({"url": "ftp://host"}, "is not an address"),
+        ({"url": "http://"}, "is not an address"),
+        ({"url": "http://host:port"}, "is not an address"),
+        ({"url": "http://host:70000"}, "is not an address"),
+        ({"url": "http://a b"}, "is not an address"),
+        ({"url": "http://host/x?y=1"}, "is not an address"),
+        ({"url": "http://me:secret@host"}, "put the token into a file"),
+        ({"url": []}, "or a list of them"),
+        ({"url": None}, "or a list of them"),
+        ({"url": ["http://127.0.0.1:1", 3]}, "url=3 is not an address"),
+        ({"timeout": 0}, "timeout=0 must be a number above 0"),
+        ({"timeout": "60"}, "timeout='60'"),
+        ({"patience": float("inf")}, "patience=inf"),
+        ({"patience": True}, "patience=True"),
+        ({"token_file": "/no/such/file"}, "token_file='/no/such/file' cannot be read"),
+        ({"tokenfile": "x"}, "did you mean 'token_file'"),
+    ],
+)
+def test_bad_options_are_found_without_asking_anybody(options, sentence):
+    problem = reward_problem({"name": "remote", **options})
+    assert sentence in problem
+    assert "secret" not in problem
+    assert "\n" not in problem
+
+
+def test_tokens_that_no_header_can_hold_are_refused(tmp_path, monkeypatch):
+    for text, sentence in (
+        ("", "is empty"),
+        ("a b", "one line of ASCII"),
+        ("a\nb", "one line"),
+        ("ä", "cannot be read"),
+    ):
+        (tmp_path / "token").write_text(text, encoding="utf-8")
+        with pytest.raises(RewardError, match=sentence):
+            read_token(tmp_path / "token", "NOWHERE")
+    monkeypatch.setenv("SOME_TOKEN", " x1 ")
+    assert read_token(None, "SOME_TOKEN") == "x1"
+    monkeypatch.setenv("SOME_TOKEN", "")
+    assert read_token(None, "SOME_TOKEN") is None
+
+
+def test_retry_after():
+    assert [retry_after(header) for header in (None, "3", "0.5", "-1", "soon")] == [0, 3, 0.5, 0, 0]
+    assert retry_after("Fri, 01 Jan 2038 00:00:00 GMT") > 1e7
+    assert retry_after("Fri, 01 Jan 1999 00:00:00 GMT") == 0
+
+
+SLOW = """
+import pathlib, time
+def slow(images, prompts, metadata, pause=0.0):
+    if prompts[0] == "wait":
+        pathlib.Path("asked").touch()
+        time.sleep(pause)
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
+def serving_line(forked):
+    """Waits for the line of the process last started, and its address."""
+    output, deadline = forked._files[0].with_name(forked._files[0].name + ".out"), time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if output.is_file() and output.read_text().endswith("\n"):
+            return output.read_text(), output.read_text().split()[-1]
+        time.sleep(0.02)
+    raise AssertionError(output.with_suffix(".err").read_text())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_after_the_request_that_it_works_on(forked, tmp_path, number):
+    (tmp_path / "slow.py").write_text(SLOW)
+    pids = forked.start("serve-reward", "slow.py:slow", "--option", "pause=0.7", "--port", "0", cwd=tmp_path)
+    line, url = serving_line(forked)
+    assert line == f"serving slow at {url}\n"
+    answers = []
+    request = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/score", json=body(prompts=["wait"]))))
+    with httpx2.Client() as idle:
+        idle.get(url + "/health")
+        request.start()
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.01)
+        os.kill(pids[0], number)
+        request.join()
+    run = forked.wait(pids)
+    assert answers[0].json() == {"scores": [0.0]}
+    assert (run.status, run.error) == (0, "")
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(url + "/health")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),
+        (["jpeg_compressibility", "--option", "quality=0"], "quality=0 is not a JPEG quality"),
+        (["jpeg_compressibility", "--option", "quality"], "'quality' is not of the form key=value"),
+        (["jpeg_compressibility", "--host", "0.0.0.0"], "can be reached from other machines"),
+        (["jpeg_compressibility", "--token-file", "none"], "token_file='none' cannot be read"),
+        (["slow.py:broken"], "reward 'broken' raised KeyError: 'target'"),
+        (["jpeg_compressibility", "--max-batch", "0"], "'--max-batch'"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch, capfd, arguments, sentence):
+    from diffusion_align.cli import main
+
+    monkeypatch.delenv("DIFFUSION_ALIGN_TOKEN", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow.py").write_text("def broken(i, p, metadata):\n    return metadata[0]['target']\n")
+    monkeypatch.setattr(sys, "argv", ["diffusion-align", "serve-reward", *arguments, "--port", "0"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capfd.readouterr()
+    assert (stop.value.code, said.out) == (2, "")
+    assert said.err.startswith("error: ")
+    assert sentence in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_without_the_extra_the_command_names_it(monkeypatch, capfd):
+    from diffusion_align.cli import main
+
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "diffusion_align.rewards.serving")
+    monkeypatch.delattr("diffusion_align.rewards.serving")
+    monkeypatch.setattr(sys, "argv", ["diffusion-align", "serve-reward", "jpeg_compressibility"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "serve-reward needs fastapi: pip install 'diffusion-align[serve]'" in capfd.readouterr().err
