@@ -74,7 +74,7 @@ def call_reward(
         raise RewardError(f"reward '{name}' is not differentiable: choose one that is, or train it with DDPO")
 
     if not differentiable:
-        images = (images.detach() * 255).round().clamp(0, 255) / 255
+        images = (images.detach().float() * 255).round().clamp(0, 255) / 255
     with torch.set_grad_enabled(differentiable):
         try:
             answer = reward(images, list(prompts), list(metadata))

@@ -46,6 +46,8 @@ _FREE_ON_RESUME = {
     "grid_every",
     "stop_when",
 }
+# Where a reward is computed and how long it is waited for: a server may come back under another address.
+_FREE_IN_REWARDS = {"url", "timeout", "patience", "token_file", "concurrency", "cache", "device", "offload"}
 
 
 class Work(NamedTuple):
@@ -459,7 +461,7 @@ class Trainer(ABC, Generic[Batch]):
 
     def _check_same_run(self, theirs: Mapping[str, Any], path: Path) -> None:
         """Settings that decide what is trained must be those the run was started with."""
-        mine = self.config.model_dump(mode="json")
+        mine, theirs = (_what_is_trained(config) for config in (self.config.model_dump(mode="json"), theirs))
         free = _FREE_ON_RESUME if self.config.lr_schedule == "constant" else _FREE_ON_RESUME - {"epochs"}
         changed = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
         if changed:
@@ -492,6 +494,19 @@ class Trainer(ABC, Generic[Batch]):
         self.load_extra_state(state["extra"])
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
+
+
+def _what_is_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only says where its rewards are."""
+    return {name: _placeless(value) if name in ("reward", "evaluation") else value for name, value in config.items()}
+
+
+def _placeless(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_placeless(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _placeless(inner) for key, inner in value.items() if key not in _FREE_IN_REWARDS}
+    return value
 
 
 def _headline(row: Mapping[str, float], key: str) -> str:

@@ -128,7 +128,7 @@ def test_a_run_whose_server_stays_away_stops_and_can_go_on(
     assert "resume=true" in errors[0]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000001"]
     assert len(read_rows(folder)) == 2
-    serve(port=url.rsplit(":", 1)[1])
-    run = train(*arguments, "resume=true").wait()
+    _, elsewhere = serve()
+    run = train(*arguments, "resume=true", f"reward.url={elsewhere}", "reward.patience=60").wait()
     assert (run.status, run.error) == (0, "")
     assert_same_run(folder, here)
