@@ -34,7 +34,7 @@ CASES = {
     "sample from an empty run": (["sample", "run", "-p", "a cat"], "the folder has no model_index.json"),
     "sample prompts missing": (
         ["sample", "emoji-sd", "--prompts", "no.txt"],
-        "prompts='no.txt': there is no such file",
+        "prompts.source='no.txt': there is no such file",
     ),
     "sample into a file": (
         ["sample", "emoji-sd", "-p", "a cat", "-o", "note.txt"],

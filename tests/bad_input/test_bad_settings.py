@@ -34,7 +34,7 @@ CASES = {
     "three for a pair": (["adam_betas=[0.9, 0.9, 0.9]"], [r"adam_betas=\[0.9, 0.9, 0.9\] is not allowed"]),
     "number for a model": (["model=3"], ["model=3 is not allowed: .*string"]),
     "number for a folder": (["output_dir=3"], ["output_dir=3 is not allowed"]),
-    "number for prompts": (["prompts=3"], ["prompts=3 must be a list"]),
+    "number for prompts": (["prompts=3"], ["prompts=3 is not allowed: give a list"]),
     "number for a reward": (["reward=3"], ["a reward must be a name.*got int"]),
     "text for show_prompts": (["show_prompts=a cat"], ["show_prompts='a cat' is not allowed: .*list"]),
     # ranges
@@ -125,13 +125,19 @@ CASES = {
     ),
     "empty reward": (["reward="], ["reward is empty: give a name"]),
     # prompts
-    "empty prompt list": (["prompts=[]"], [r"prompts=\[\] holds no prompt"]),
-    "empty prompts": (["prompts="], ["prompts=None must be a list"]),
-    "blank prompt": (["prompts=['a cat', '  ']"], ["entry 1 is '  ', not a text"]),
-    "number among prompts": (["prompts=[a cat, 3]"], ["entry 1 is 3, not a text"]),
-    "prompt mapping without a prompt": (["prompts=[{text: a cat}]"], ["entry 0 is {'text': 'a cat'}, not a text"]),
-    "prompt file missing": (["prompts=nowhere.txt"], ["prompts='nowhere.txt': there is no such file"]),
-    "unknown shipped list": (["prompts=emoji_concept"], ["no shipped list has that name"]),
+    "empty prompt list": (["prompts=[]"], [r"prompts.source=\[\] holds no prompt"]),
+    "empty prompts": (["prompts="], ["prompts=None is not allowed: give a list"]),
+    "blank prompt": (["prompts=['a cat', '  ']"], ["row 1: the prompt is empty", "prompts: mend"]),
+    "number among prompts": (["prompts=[a cat, 3]"], ["row 1: the prompt is 3, not a text", "prompts: mend"]),
+    "prompt mapping without a prompt": (
+        ["prompts=[{words: a cat}]"],
+        ["the column prompt or caption or text is needed"],
+    ),
+    "prompt file missing": (["prompts=nowhere.txt"], ["prompts.source='nowhere.txt': there is no such file"]),
+    "unknown shipped list": (
+        ["prompts=emoji_concept"],
+        ["prompts.source='emoji_concept': there is no such.*one of animals"],
+    ),
     # overrides
     "override without =": (["epochs"], ["'epochs' is not of the form key=value"]),
     "override without a key": (["=3"], ["'=3' is not of the form key=value"]),
@@ -246,15 +252,15 @@ def test_a_misspelt_recipe_is_named(cli):
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [
-        ("p.txt", "\n  \n", "prompts='p.txt' holds no prompt"),
-        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "line 2 is not JSON"),
-        ("p.jsonl", '{"text": "a cat"}\n', "entry 0 is {'text': 'a cat'}"),
+        ("p.txt", "\n  \n", "prompts.source='p.txt' holds no prompt"),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "line 2 is not a JSON object"),
+        ("p.jsonl", '{"words": "a cat"}\n', "the columns found are 'words': map our names to these"),
         ("p.jsonl", "", "holds no prompt"),
-        ("p.jsonl", "null\n", "entry 0 is None"),
-        ("p.csv", "a cat\n", "use a .txt file (one prompt a line) or a .jsonl file"),
+        ("p.jsonl", "null\n", "line 1 is not a JSON object"),
+        ("p.tsv", "a cat\n", "use a .txt, .jsonl, .csv or .parquet file"),
         ("p.txt", b"\xff\xfe\xfa\n", "cannot be read"),
     ],
-    ids=["blank txt", "broken jsonl", "jsonl without prompt", "empty jsonl", "null", "csv", "not text"],
+    ids=["blank txt", "broken jsonl", "jsonl without prompt", "empty jsonl", "null", "tsv", "not text"],
 )
 def test_a_prompt_file_that_cannot_be_used(cli, write_settings, tmp_path, tree, name, text, wanted):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
