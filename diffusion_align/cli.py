@@ -24,7 +24,10 @@ _console = Console()
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
-PromptFile = Annotated[str | None, typer.Option("--prompts", help="file (.txt, .jsonl, .csv, .parquet), folder, Hub dataset or shipped list")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option("--prompts", help="file (.txt, .jsonl, .csv, .parquet), folder, Hub dataset or shipped list"),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Steps = Annotated[int | None, typer.Option(min=1)]
 GuidanceScale = Annotated[float | None, typer.Option(min=0)]
