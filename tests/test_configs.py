@@ -17,6 +17,7 @@ NAMES = {
     "ddpo_emoji_jpeg",
     "ddpo_emoji_clip",
     "ddpo_emoji_kl",
+    "ddpo_emoji_gold",
     "ddpo_sd15_aesthetic",
     "ddpo_sdxl_aesthetic",
     "dpo_emoji_style",
@@ -41,6 +42,7 @@ REAL = {
 }
 # Curves take seconds to draw; those of one recipe of each method and variant are, the others' reports lack them.
 DRAWN = {
+    "ddpo_emoji_gold",
     "ddpo_emoji_kl",
     "dpo_emoji_style",
     "dpo_emoji_style_corrected",
