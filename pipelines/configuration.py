@@ -91,9 +91,18 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
 
 
 def _check_model(raw: Mapping[str, Any]) -> list[str]:
-    model = raw.get("model")
-    problem = model_problem(model) if isinstance(model, str) else None
-    return [problem] if problem else []
+    model, variant, base_config = (raw.get(name) for name in ("model", "weights_variant", "base_config"))
+    problems = []
+    if isinstance(model, str) and isinstance(variant, str | None) and isinstance(base_config, str | None):
+        problem = model_problem(model, variant=variant, base_config=base_config)
+        problems += [problem] if problem else []
+    precision = raw.get("mixed_precision")
+    # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
+    if raw.get("dtype") == "float16" and precision in ("bf16", "auto") and not torch.cuda.is_available():
+        problems.append(
+            f"dtype=float16 with mixed_precision={precision} needs a GPU: use dtype=bfloat16, or mixed_precision=no"
+        )
+    return problems
 
 
 def _check_language_model(raw: Mapping[str, Any]) -> list[str]:

@@ -65,15 +65,17 @@ class ImageAlignmentPipeline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         variant: str | None = None,
+        base_config: str | None = None,
     ) -> ImageAlignmentPipeline:
-        """Load an embedded model ("emoji-sd"), a folder or a hub id.
+        """Load an embedded model ("emoji-sd"), a folder, a hub id or a ``.safetensors`` file.
 
         Args:
             model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights and sampler are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
             dtype: of the weights.
             device: where to put it; a GPU if there is one.
-            variant: weight files to choose, e.g. "fp16".
+            variant: weight files of a folder or hub id to choose, e.g. "fp16".
+            base_config: for a model in one file, folder or hub id of a diffusers pipeline built like it.
 
         Raises:
             UserError: the model or the LoRA cannot be loaded.
@@ -83,10 +85,13 @@ class ImageAlignmentPipeline:
         if (run_folder / "config.yaml").is_file() and (run_folder / "final").is_dir():
             settings = load_yaml(run_folder / "config.yaml")
             sampler = SamplerConfig(**settings["sampler"])
-            model, lora = (
-                (settings["model"], run_folder / "final") if settings["lora"] else (run_folder / "final", lora)
-            )
-        pipeline = load_pipeline(str(model), dtype=dtype, variant=variant)
+            if settings["lora"]:
+                model, lora = settings["model"], run_folder / "final"
+                variant = variant or settings.get("weights_variant")
+                base_config = base_config or settings.get("base_config")
+            else:
+                model = run_folder / "final"
+        pipeline = load_pipeline(str(model), dtype=dtype, variant=variant, base_config=base_config)
         if lora is not None:
             if not Path(lora).expanduser().exists():
                 raise UserError(f"lora={str(lora)!r}: there is no such file or folder")
@@ -212,7 +217,12 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
         torch.set_num_threads(config.num_threads)
     pairs = _usable_pairs(config.pairs) if isinstance(config, DiffusionDPOConfig) and config.pairs else None
     if pipeline is None:
-        pipeline = load_pipeline(config.model)
+        pipeline = load_pipeline(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            variant=config.weights_variant,
+            base_config=config.base_config,
+        )
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline.unet, narrow))
     policy = DenoisingPolicy(
         pipeline,
@@ -287,12 +297,13 @@ def _usable_pairs(settings: PairsConfig) -> PairSet:
 def _seconds_a_pass(unet: Any, narrow: bool) -> float:
     """Of a forward pass of two samples."""
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
-    latents, timestep = torch.zeros(2, unet.config.in_channels, size, size), torch.zeros(2, dtype=torch.int64)
+    latents = torch.zeros(2, unet.config.in_channels, size, size, dtype=unet.dtype)
+    timestep = torch.zeros(2, dtype=torch.int64)
     added = None
     if unet.config.addition_embed_type == "text_time":
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
-    states = torch.zeros(2, 8, width)
+    states = torch.zeros(2, 8, width, dtype=unet.dtype)
     return best_seconds(lambda: unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=added), narrow)
 
 

@@ -18,10 +18,12 @@ from diffusion_align.rewards.base import RewardError, describe_exception, parame
 # name: (module, function that builds it). The module says the rest in ABOUT[function].
 REWARDS: dict[str, tuple[str, str]] = {
     "aesthetic": ("diffusion_align.rewards.aesthetic", "aesthetic"),
+    "brisque": ("diffusion_align.rewards.brisque", "brisque"),
     "clip_score": ("diffusion_align.rewards.clip_score", "clip_score"),
     "combine": ("diffusion_align.rewards.combine", "combine"),
     "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "jpeg_incompressibility"),
+    "ocr": ("diffusion_align.rewards.ocr", "ocr"),
     "remote": ("diffusion_align.rewards.remote", "remote"),
     "vlm_judge": ("diffusion_align.rewards.vlm_judge", "vlm_judge"),
 }

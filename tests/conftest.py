@@ -21,6 +21,7 @@ LONG_FILES = (
     "test_two_processes_text.py",
     "test_two_processes_dpo.py",
     "test_text_runs.py",
+    "test_real_folders.py",
 )
 
 
@@ -201,6 +202,52 @@ def tiny_sdxl(tmp_path_factory):
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """``published(name, form)``: a tiny model built as the published "sd15", "sd2" or "sdxl"; see ``published.py``.
+
+    Forms: "folder"; "fp16", a folder that holds only weights of that variant; "bf16", a folder of such weights under
+    the usual names; "file", in one file with the original names, which "folder" describes.
+    """
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+    from safetensors.torch import save_file
+
+    made = runpy.run_path(str(Path(__file__).parent / "published.py"))
+    root, schedulers = tmp_path_factory.mktemp("published"), {"sd15": PNDMScheduler.from_config(_SD15)}
+    schedulers |= {"sd2": DDIMScheduler.from_config(_SD2), "sdxl": EulerDiscreteScheduler.from_config(_SDXL)}
+
+    def path(name, form="folder"):
+        target = root / f"{name}.safetensors" if form == "file" else root / f"{name}-{form}"
+        if not target.exists():
+            pipeline = made["pipeline"](name, _tokenizer(), schedulers)
+            if form == "file":
+                save_file(made["original_layout"](pipeline), target)
+            else:
+                dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+                for part in (p for p in pipeline.components.values() if isinstance(p, torch.nn.Module)):
+                    part.to(dtypes.get(form, torch.float32))
+                pipeline.save_pretrained(target, variant="fp16" if form == "fp16" else None)
+        return target
+
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip_768(tmp_path_factory):
+    """Folder of a random CLIP with ViT-L/14's 768 dimensions, which the published aesthetic heads take."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tokenizer, folder = _tokenizer(), tmp_path_factory.mktemp("clip") / "768"
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=tower | text, vision_config=vision, projection_dim=768)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -1,8 +1,11 @@
-"""From a name, folder or hub id to a diffusers pipeline. Weights are read from safetensors only."""
+"""From a name, folder, file or hub id to a diffusers pipeline. Weights are read from safetensors only."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,45 @@ import torch
 from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.diffusion.single_file import family_of, is_one_file, load_single_file, single_file_problem
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
-_PIPELINES = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+_PIPELINES: dict[str, dict[str, Any]] = {  # class -> arguments for what is not used here
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# model.safetensors, model.fp16.safetensors and their shards
+_WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
-def model_problem(model: str) -> str | None:
-    """One sentence about why ``model`` cannot be a text-to-image pipeline, found without loading or downloading."""
+def model_problem(model: str, *, variant: str | None = None, base_config: str | None = None) -> str | None:
+    """One sentence about why ``model`` cannot be a text-to-image pipeline, found without loading or downloading.
+
+    Args:
+        model, variant, base_config: see ``load_pipeline``. Of a folder the names of its files are read, and of a file
+            those of its tensors.
+    """
+    if not is_one_file(model):
+        if base_config is not None:
+            return (
+                f"base_config={base_config!r} is for a model in one .safetensors file, and model={model!r} is not "
+                "one: leave it out"
+            )
+        return _pipeline_problem(model) or _variant_problem(model, variant)
+    if variant is not None:
+        return f"weights_variant={variant!r} is for a folder or a hub id, and model={model!r} is a file: leave it out"
+    if base_config is not None and is_one_file(base_config):
+        return f"base_config={base_config!r} is a file: give a folder or hub id of a diffusers pipeline"
+    problem = _pipeline_problem(base_config) if base_config is not None else None
+    if problem:
+        return problem.replace("model=", "base_config=", 1)
+    return single_file_problem(model, has_base_config=base_config is not None)
+
+
+def _pipeline_problem(model: str) -> str | None:
     if model in EMBEDDED_PIPELINES:
         return None
     if model in LANGUAGE_MODELS:
@@ -39,59 +72,127 @@ def model_problem(model: str) -> str | None:
     return None
 
 
-def load_pipeline(model: str, *, dtype: torch.dtype = torch.float32, variant: str | None = None) -> Any:
+def _variant_problem(model: str, variant: str | None) -> str | None:
+    """Whether a folder lacks the weights asked for but has others; ``model_problem`` has seen the folder."""
+    folder = Path(_source(model))
+    parts = [folder / name for name in _NETWORKS if os.path.isdir(folder / name)]
+    held = {part.name: {m["variant"] for f in part.iterdir() if (m := _WEIGHTS.fullmatch(f.name))} for part in parts}
+    variants = sorted(set().union(*held.values()) - {None})
+    if variant is not None and held and variant not in variants:
+        others = f"only {', '.join(variants)}" if variants else "none at all"
+        return f"weights_variant={variant!r}: of variants the folder {model!r} has {others}"
+    lacking = [name for name, found in held.items() if found and not found & {None, variant}]
+    if lacking:
+        return (
+            f"weights_variant={variant!r}: {lacking[0]}/ of the folder {model!r} has weights of the variants "
+            f"{', '.join(sorted(held[lacking[0]] - {None}))} only: name one of them"
+        )
+    return None
+
+
+def load_pipeline(
+    model: str, *, dtype: torch.dtype = torch.float32, variant: str | None = None, base_config: str | None = None
+) -> Any:
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
 
     Args:
-        model: "emoji-sd", a folder written by ``save_pretrained``, or a hub id.
-        dtype: of the weights; those of a VAE that needs float32 are widened.
-        variant: weight files to choose, e.g. "fp16".
+        model: "emoji-sd", a folder written by ``save_pretrained``, a hub id, or a ``.safetensors`` file with the
+            original names of its tensors.
+        dtype: of the weights; a VAE that overflows in half precision is float32 and takes any.
+        variant: weight files of a folder or hub id to choose, e.g. "fp16".
+        base_config: of a model in one file, folder or hub id of a pipeline whose configuration files describe it, the
+            scheduler's too; diffusers' guess, which it asks the hub for, when not given.
 
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
     """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers.utils import logging
-
-    problem = model_problem(model)
+    problem = model_problem(model, variant=variant, base_config=base_config)
     if problem:
         raise UserError(problem)
+    with _quiet():
+        if is_one_file(model):
+            family, base = family_of(model), None
+            if base_config is not None:
+                base = _source(base_config)
+                described = _checked_family(base_config, base, name="base_config")
+                if described != family:
+                    raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {family}")
+            pipeline = load_single_file(model, dtype=dtype, base_config=base, options=_PIPELINES[family])
+        else:
+            pipeline = _load_folder(model, dtype, variant)
+        if pipeline.vae.config.force_upcast:
+            _accept_any_dtype(pipeline.vae)
+        else:
+            pipeline.vae.to(dtype)
+    return pipeline
+
+
+def _load_folder(model: str, dtype: torch.dtype, variant: str | None) -> Any:
+    """The pipeline of a folder or hub id, its VAE in float32."""
+    import diffusers
+
+    source = _source(model)
+    family = _checked_family(model, source, name="model")
+    try:
+        return getattr(diffusers, family).from_pretrained(
+            source,
+            # float32 as it is in the file, not as it comes back from half precision
+            dtype={"default": dtype, "vae": torch.float32},
+            variant=variant,
+            use_safetensors=True,
+            **_PIPELINES[family],
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
+
+
+def _source(model: str) -> str:
+    """What diffusers is given for ``model``: a folder that exists, or a hub id."""
     folder = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
-    source = str(folder) if os.path.isdir(folder) else model
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # diffusers logs a traceback of its own before it raises
+    return str(folder) if os.path.isdir(folder) else model
+
+
+def _checked_family(model: str, source: str, *, name: str) -> str:
+    """The supported pipeline class of a folder or hub id, all of whose parts are there."""
+    from diffusers import DiffusionPipeline
+
     try:
         index = DiffusionPipeline.load_config(source)
-        family = index.get("_class_name") if isinstance(index, dict) else None
-        if family not in _PIPELINES:
-            raise UserError(
-                f"model={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}"
-            )
-        # transformers makes up an empty tokenizer where there is none.
-        parts = [
-            name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"
-        ]
-        absent = [name for name in parts if not (folder / name).is_dir()] if os.path.isdir(folder) else []
-        if absent:
-            raise UserError(f"model={model!r} is incomplete: the folder has no {absent[0]}/")
-        if family == "StableDiffusionPipeline":
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                source,
-                dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-        else:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(
-                source, dtype=dtype, variant=variant, use_safetensors=True, add_watermarker=False
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = first_line(error)
-        raise UserError(f"model={model!r} could not be loaded: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}={model!r} could not be loaded: {first_line(error)}") from error
+    family = index.get("_class_name") if isinstance(index, dict) else None
+    if family not in _PIPELINES:
+        raise UserError(
+            f"{name}={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}"
+        )
+    # transformers makes up an empty tokenizer where there is none.
+    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] and part != "safety_checker"]
+    absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
+    if absent:
+        raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
+    return family
+
+
+def _accept_any_dtype(vae: Any) -> None:
+    """Let a VAE in float32 be given latents and pictures in the dtype of the UNet, as diffusers' pipelines do."""
+    for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv, vae.decoder):
+        if part is not None:
+            part.register_forward_pre_hook(_cast_to_weights)
+
+
+def _cast_to_weights(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that diffusers logs before it raises."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    if pipeline.vae.config.force_upcast and pipeline.vae.dtype != torch.float32:
-        pipeline.vae.to(torch.float32)
-    return pipeline

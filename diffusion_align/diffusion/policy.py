@@ -43,7 +43,8 @@ class DenoisingPolicy:
 
     Args:
         pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``. Text encoders and VAE
-            are frozen; on a CPU the UNet gets eager attention, whose backward pass is faster there.
+            are frozen; on a CPU the UNet gets eager attention, whose backward pass is faster there. What is frozen
+            keeps its dtype, what is trained becomes float32.
         lora: adapters to train; None trains the whole UNet and keeps a frozen copy as the reference.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
         autocast: context in which the network runs; decisions stay float32.
@@ -67,7 +68,7 @@ class DenoisingPolicy:
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise UserError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
         adapted = _check_adapter(pipeline.unet, lora)
-        self.pipeline = pipeline.to(device)
+        self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)
         self.guidance_scale = guidance_scale
@@ -76,14 +77,15 @@ class DenoisingPolicy:
         self._encode = _ENCODERS[family]
         self._prompt_cache: dict[str, Conditioning] = {}
         for part in _networks(pipeline):
-            part.requires_grad_(False).eval()
+            part.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cpu":
             from diffusers.models.attention_processor import AttnProcessor
 
             pipeline.unet.set_attn_processor(AttnProcessor())
         self._frozen_unet: nn.Module | None = None
         if lora is None:
-            self._frozen_unet = copy.deepcopy(pipeline.unet)
+            # What is trained is float32, and its reference has to round as it does.
+            self._frozen_unet = copy.deepcopy(pipeline.unet.float())
             pipeline.unet.requires_grad_(True)
         elif not adapted:
             pipeline.unet.add_adapter(_peft_config(lora))
