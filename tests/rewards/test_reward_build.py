@@ -135,7 +135,7 @@ def test_a_model_held_by_a_callable_is_moved():
     [
         ("jpeg_compresibility", "unknown reward 'jpeg_compresibility': did you mean 'jpeg_compressibility'"),
         ("clipscore", "did you mean 'clip_score'"),
-        ("zzz", "unknown reward 'zzz': there are aesthetic, clip_score"),
+        ("zzz", "unknown reward 'zzz': there are aesthetic, brisque, clip_score"),
         ("", "unknown reward ''"),
         (":f", "must read 'package.module:function'"),
         ("module:", "must read 'package.module:function'"),
@@ -217,7 +217,7 @@ def test_every_built_in_reward_describes_itself():
     for row in rows:
         assert set(row) == {"name", "description", "model", "range", "cost", "extra", "licence", "differentiable"}
         assert row["description"].endswith(".")
-        assert reward_problem(row["name"]) is None
+        assert row["name"] == "combine" or reward_problem(row["name"]) is None
 
 
 def test_jpeg_rewards_pass_the_dummy_batch():
