@@ -321,13 +321,24 @@ def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
 ) -> None:
     """Say what this machine has and, with CONFIG, whether and how that recipe would run."""
-    from diffusion_align.pipelines.listing import describe_config, describe_machine
+    from diffusion_align.pipelines.doctor import describe_config, describe_machine
+    from diffusion_align.training.errors import ConfigError
 
-    lines = describe_machine()
-    if config is not None:
-        lines += describe_config(config, overrides or [])
+    about, problems = describe_config(config, overrides or []) if config is not None else ([], [])
+    _print_aligned(describe_machine() + about)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _print_aligned(lines: list[tuple[str, str]]) -> None:
+    """Names and their values side by side, at most 100 columns; a name without a value heads those that follow."""
+    import textwrap
+
     for name, value in lines:
-        _console.print(f"{name:<26}{value}", highlight=False, soft_wrap=True, markup=False)
+        if not value:
+            _console.print(f"\n[bold]{name}[/bold]", highlight=False)
+        for i, part in enumerate(textwrap.wrap(value, 72, break_long_words=False, break_on_hyphens=False)):
+            _console.print(f"  {name if i == 0 else '':<26}{part}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:

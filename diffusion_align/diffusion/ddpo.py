@@ -117,6 +117,30 @@ class DDPOConfig(DenoisingConfig):
         return problems
 
 
+def part_of_steps(steps: Tensor, part: tuple[float, float]) -> Tensor:
+    """Those of ``steps`` (S,) from share ``part[0]`` of them to share ``part[1]``."""
+    first, last = (round(share * len(steps)) for share in part)
+    return steps[first:last]
+
+
+def dimensions_in_mean(config: DDPOConfig, dimensions: int) -> int:
+    """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""
+    return dimensions if config.logp_reduction == "mean" else 1
+
+
+def clip_bounds(config: DDPOConfig, dimensions: int) -> tuple[float, float]:
+    """How far below and above 1 the ratio, in the chosen reduction, counts."""
+    if config.clip_range_nats is None:
+        return config.clip_range, config.clip_range
+    bound = config.clip_range_nats / dimensions_in_mean(config, dimensions)
+    return -math.expm1(-bound), math.expm1(bound)
+
+
+def clip_nats(config: DDPOConfig, dimensions: int) -> float:
+    """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
+    return math.log1p(clip_bounds(config, dimensions)[1]) * dimensions_in_mean(config, dimensions)
+
+
 @dataclass
 class DDPOBatch:
     """An epoch's pictures of one process: B samples with K recorded decisions each, on the device."""
@@ -164,9 +188,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         self.prompts = prompts
         sampler = config.sampler
         schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
-        stochastic = schedule.stochastic_steps
-        first, last = (round(share * len(stochastic)) for share in config.timestep_range)
-        self.trained_steps = stochastic[first:last]
+        self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
         if len(self.trained_steps) == 0:
             raise ConfigError(
                 [
@@ -179,7 +201,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         self.weights = part_weights(reward) if apart else torch.ones(1)
         self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
         self.dimensions = math.prod(policy.latent_shape)
-        self.clip, self.clip_high = self._clip_bounds()
+        self.clip, self.clip_high = clip_bounds(config, self.dimensions)
         self._kl_seen_at = -1
         self.show_with(self.schedule, prompts)
 
@@ -295,19 +317,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     @property
     def clip_nats(self) -> float:
         """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
-        return math.log1p(self.clip_high) * self._dimensions_in_mean
-
-    @property
-    def _dimensions_in_mean(self) -> int:
-        """What turns a log-prob in the chosen reduction into nats."""
-        return self.dimensions if self.config.logp_reduction == "mean" else 1
-
-    def _clip_bounds(self) -> tuple[float, float]:
-        config = self.config
-        if config.clip_range_nats is None:
-            return config.clip_range, config.clip_range
-        bound = config.clip_range_nats / self._dimensions_in_mean
-        return -math.expm1(-bound), math.expm1(bound)
+        return clip_nats(self.config, self.dimensions)
 
     def _reference(
         self,
@@ -348,7 +358,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         std = self.schedule.at(batch.steps.flatten()).std.flatten()
         reference = GaussianTransition(batch.reference_mean.flatten(0, 1), std)
         logp_ref = reference.log_prob(batch.x_s.flatten(0, 1), reduction=self.config.logp_reduction).view(shape)
-        k1 = kl_reward(batch.logp_old, logp_ref, "k1") * self._dimensions_in_mean
+        k1 = kl_reward(batch.logp_old, logp_ref, "k1") * dimensions_in_mean(self.config, self.dimensions)
         if self.config.credit == "step":
             return k1
         # reward_to_go sums along dim 1 in the order of the steps; recorded steps are sorted.
