@@ -36,13 +36,8 @@ def is_emoji_sd(model: str | None) -> bool:
     return model is not None and Path(str(model)).name == "emoji-sd"
 
 
-def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """CLIP's input, float32 (B, 3, size, size), from float pictures (B, 3, H, W) in [0, 1]; a gradient flows.
-
-    Bicubic antialiased resize of the shorter side to ``size``, centre crop, ``(x - mean) / std``: CLIP's own recipe
-    except that pixels are not rounded to 8 bits after the resize.
-    """
-    images = images.float()
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """(B, 3, size, size): the shorter side resized to ``size`` (bicubic, antialiased), then a centre crop."""
     height, width = images.shape[-2:]
     if min(height, width) != size:
         short = min(height, width)
@@ -51,12 +46,32 @@ def preprocess(images: Tensor, size: int, mean: Sequence[float], std: Sequence[f
         images = images.clamp(0, 1)
         height, width = target
     top, left = round((height - size) / 2), round((width - size) / 2)
-    images = images[..., top : top + size, left : left + size]
+    return images[..., top : top + size, left : left + size]
+
+
+def preprocess(
+    images: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    fit: Callable[[Tensor, int], Tensor] = resize_and_crop,
+) -> Tensor:
+    """CLIP's input, float32 (B, 3, size, size), from float pictures (B, 3, H, W) in [0, 1]; a gradient flows.
+
+    ``fit``, then ``(x - mean) / std``: by default CLIP's own recipe except that pixels are not rounded to 8 bits after
+    the resize.
+    """
+    images = fit(images.float(), size)
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
 
 
 class ClipEncoder:
-    """Unit-length image and text embeddings of one frozen CLIP. Load it with `load_clip`."""
+    """Unit-length image and text embeddings of one frozen CLIP. Load it with `load_clip`.
+
+    Attributes:
+        scale: by what the CLIP multiplied cosines in its training, ``exp(logit_scale)``.
+    """
 
     def __init__(
         self,
@@ -69,10 +84,13 @@ class ClipEncoder:
         size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        scale: float,
+        fit: Callable[[Tensor, int], Tensor] = resize_and_crop,
     ):
         self.name, self.module, self.dim = name, module.eval().requires_grad_(False), dim
         self._image_features, self._text_features = image_features, text_features
-        self._size, self._mean, self._std = size, mean, std
+        self._size, self._mean, self._std, self._fit = size, mean, std, fit
+        self.scale = scale
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +105,9 @@ class ClipEncoder:
         parameter = next(self.module.parameters())
         features = [
             self._image_features(
-                preprocess(part.to(parameter.device), self._size, self._mean, self._std).to(parameter.dtype)
+                preprocess(part.to(parameter.device), self._size, self._mean, self._std, fit=self._fit).to(
+                    parameter.dtype
+                )
             )
             for part in images.split(batch_size)
         ]
@@ -106,8 +126,12 @@ class ClipEncoder:
 _loaded: "weakref.WeakValueDictionary[tuple[str, str, str], ClipEncoder]" = weakref.WeakValueDictionary()
 
 
-def load_clip(name: str, *, device: str | torch.device = "cpu", dtype: str = "float32") -> ClipEncoder:
+def load_clip(
+    name: str, *, device: str | torch.device = "cpu", dtype: str = "float32", tokenizer: str | None = None
+) -> ClipEncoder:
     """The CLIP called ``name`` (see the module), frozen; rewards that ask for the same one share it.
+
+    ``tokenizer``: folder or Hub id of the tokenizer to take where a transformers CLIPModel comes without one.
 
     Raises:
         RewardError: unknown, not found, damaged, or not a CLIP; an extra is missing.
@@ -115,17 +139,31 @@ def load_clip(name: str, *, device: str | torch.device = "cpu", dtype: str = "fl
     problem = clip_problem(name, dtype=dtype)
     if problem:
         raise RewardError(problem)
-    device = torch.device(device)
-    if device.type == "cpu" and dtype != "float32":
-        raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU a CLIP runs in float32")
-    key = (name, str(device), dtype)
-    encoder = _loaded.get(key)
-    if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
+
+    def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
         from diffusion_align.rewards.clip_backends import load_open_clip, load_transformers
 
-        load = load_open_clip if name.startswith(OPEN_CLIP) else load_transformers
+        if name.startswith(OPEN_CLIP):
+            return load_open_clip(name, device, dtype)
+        return load_transformers(name, device, dtype, tokenizer)
+
+    return share_encoder(name, load, device=device, dtype=dtype)
+
+
+def share_encoder(
+    name: str, load: Callable[[torch.device, torch.dtype], ClipEncoder], *, device: str | torch.device, dtype: str
+) -> ClipEncoder:
+    """The encoder called ``name`` if one is in use on ``device`` in ``dtype``, else what ``load`` gives.
+
+    Raises:
+        RewardError: ``load`` failed, or ``dtype`` does not suit ``device``.
+    """
+    device = torch.device(device)
+    key, wanted = (name, str(device), dtype), torch_dtype(dtype, device)
+    encoder = _loaded.get(key)
+    if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
         try:
-            encoder = load(name, device, DTYPES[dtype])
+            encoder = load(device, wanted)
         except RewardError:
             raise
         except Exception as error:
@@ -137,12 +175,18 @@ def load_clip(name: str, *, device: str | torch.device = "cpu", dtype: str = "fl
     return encoder
 
 
+def torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
+    """The dtype called ``dtype``; RewardError for half precision on a CPU."""
+    if torch.device(device).type == "cpu" and dtype != "float32":
+        raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU rewards run in float32")
+    return DTYPES[dtype]
+
+
 def clip_problem(name: Any, *, dtype: Any = "float32", batch_size: Any = 64) -> str | None:
     """What is wrong with the name of a CLIP or its options, in one sentence, or None. Loads nothing."""
-    if dtype not in DTYPES:
-        return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        return f"batch_size={batch_size!r} must be a whole number of at least 1"
+    problem = running_problem(dtype=dtype, batch_size=batch_size)
+    if problem:
+        return problem
     if not isinstance(name, str) or not name:
         return f"clip={name!r} must be '{EMOJI_CLIP}', a folder, a Hub id or '{OPEN_CLIP}ARCHITECTURE/WEIGHTS'"
     if name.startswith(OPEN_CLIP):
@@ -154,7 +198,21 @@ def clip_problem(name: Any, *, dtype: Any = "float32", batch_size: Any = 64) -> 
         if importlib.util.find_spec("open_clip") is None:
             return f"clip='{name}' needs open_clip: pip install 'diffusion-align[open-clip]'"
         return None
-    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_a_path and not Path(name).expanduser().is_dir():
+    if is_missing_folder(name):
         return f"clip='{name}' is not a folder: give one that holds a transformers CLIPModel"
     return None
+
+
+def running_problem(*, dtype: Any, batch_size: Any) -> str | None:
+    """What is wrong with how to run a network, in one sentence, or None."""
+    if dtype not in tuple(DTYPES):
+        return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        return f"batch_size={batch_size!r} must be a whole number of at least 1"
+    return None
+
+
+def is_missing_folder(name: str) -> bool:
+    """Whether ``name`` reads like a path, not like a Hub id, and no folder is there."""
+    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    return looks_like_a_path and not Path(name).expanduser().is_dir()

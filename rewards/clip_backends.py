@@ -1,7 +1,7 @@
 """Where a CLIP comes from: a transformers folder or Hub id (the embedded emoji-clip is one), or open_clip."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder
+from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop
+from diffusion_align.rewards.weights import fitting_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_transformers(name: str, device: torch.device, dtype: torch.dtype) -> ClipEncoder:
-    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+def load_transformers(
+    name: str, device: torch.device, dtype: torch.dtype, other_tokenizer: str | None = None
+) -> ClipEncoder:
+    """A transformers CLIPModel; ``other_tokenizer`` is where to take the tokenizer if it comes without one."""
+    from transformers import AutoConfig, CLIPModel
 
     if name == EMOJI_CLIP:
         from diffusion_align.assets import asset_path
@@ -27,13 +31,14 @@ def load_transformers(name: str, device: torch.device, dtype: torch.dtype) -> Cl
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "clip":
         raise RewardError(f"clip='{name}' holds a model of type '{config.model_type}': a CLIPModel ('clip') is needed")
-    loaded: Any = CLIPModel.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+    loaded: Any = CLIPModel.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
     model, loading = loaded
     if loading["missing_keys"]:
         raise RewardError(f"clip='{name}' lacks weights ({sorted(loading['missing_keys'])[0]}, ...): download it again")
-    model.to(device)
+    scale = model.logit_scale.exp().item()  # in float32: rounded to bfloat16 it would be off by up to 2 %
+    model.to(device, dtype)
     nested = Path(source) / "tokenizer"
-    tokenizer = AutoTokenizer.from_pretrained(str(nested) if nested.is_dir() else source)
+    tokenizer = _tokenizer(name, str(nested) if nested.is_dir() else source, other_tokenizer, config.text_config)
     length = config.text_config.max_position_embeddings
     mean, std = _normalisation(source)
 
@@ -51,7 +56,20 @@ def load_transformers(name: str, device: torch.device, dtype: torch.dtype) -> Cl
         size=config.vision_config.image_size,
         mean=mean,
         std=std,
+        scale=scale,
     )
+
+
+def _tokenizer(name: str, source: str, other: str | None, config: Any) -> Any:
+    try:
+        return fitting_tokenizer(source, config.vocab_size)
+    except RewardError:
+        if other is None:
+            raise
+    try:
+        return fitting_tokenizer(other, config.vocab_size)
+    except RewardError as error:
+        raise RewardError(f"clip='{name}' comes without a tokenizer, and {error}") from error
 
 
 def _pooled(features: Any) -> Tensor:
@@ -76,7 +94,23 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipE
     import open_clip
 
     architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
-    model = open_clip.create_model(architecture, pretrained=weights, precision="fp32").to(device, dtype)
+    model = open_clip.create_model(architecture, pretrained=weights, precision="fp32")
+    return open_clip_encoder(name, model, architecture, device, dtype)
+
+
+def open_clip_encoder(
+    name: str,
+    model: Any,
+    architecture: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    fit: Callable[[Tensor, int], Tensor] = resize_and_crop,
+) -> ClipEncoder:
+    """The encoder around an open_clip ``model``, which comes in float32 and is moved to ``device`` and ``dtype``."""
+    import open_clip
+
+    scale = model.logit_scale.exp().item()
+    model.to(device, dtype)
     tokenizer = open_clip.get_tokenizer(architecture)
     visual: Any = model.visual
     size = visual.image_size
@@ -89,4 +123,6 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipE
         size=size if isinstance(size, int) else size[0],
         mean=getattr(visual, "image_mean", None) or CLIP_MEAN,
         std=getattr(visual, "image_std", None) or CLIP_STD,
+        scale=scale,
+        fit=fit,
     )

@@ -21,9 +21,12 @@ REWARDS: dict[str, tuple[str, str]] = {
     "brisque": ("diffusion_align.rewards.brisque", "brisque"),
     "clip_score": ("diffusion_align.rewards.clip_score", "clip_score"),
     "combine": ("diffusion_align.rewards.combine", "combine"),
+    "hps_v2": ("diffusion_align.rewards.hps_v2", "hps_v2"),
+    "image_reward": ("diffusion_align.rewards.image_reward", "image_reward"),
     "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "jpeg_compressibility"),
     "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "jpeg_incompressibility"),
     "ocr": ("diffusion_align.rewards.ocr", "ocr"),
+    "pick_score": ("diffusion_align.rewards.pick_score", "pick_score"),
     "remote": ("diffusion_align.rewards.remote", "remote"),
     "vlm_judge": ("diffusion_align.rewards.vlm_judge", "vlm_judge"),
 }

@@ -1,0 +1,199 @@
+"""How well a picture serves its prompt, by ImageReward (Xu et al. 2023, arXiv:2304.05977).
+
+BLIP (Li et al. 2022, arXiv:2201.12086) with a head: a ViT-L/16 sees the picture at 224 x 224, a BERT reads the prompt
+and looks at the patches by cross-attention, and five linear layers without activations map its first token to a score,
+normalised with the mean and standard deviation of the authors' test set. The networks are those of transformers; the
+published weights are renamed to fit. Their sizes are read off the weights; every attention head is 64 wide, as in the
+published model.
+"""
+
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.clip import is_missing_folder, preprocess, running_problem, torch_dtype
+from diffusion_align.rewards.weights import (
+    fitting_tokenizer,
+    load_tensors,
+    read_tensors,
+    shape_of,
+    unfilled,
+    weights_file,
+    weights_problem,
+)
+
+REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
+TOKENIZER = "google-bert/bert-base-uncased"
+ABOUT = {
+    "image_reward": {
+        "model": f"{REPOSITORY}, {FILE} (tokenizer: {TOKENIZER})",
+        "range": "unbounded, 0 is average and 1 a standard deviation; in practice -2.3 to 2",
+        "cost": "1.8 GB to download, 0.14 TFLOPs a picture",
+        "extra": None,
+        "licence": "Apache-2.0",
+        "differentiable": True,
+    },
+}
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+PROMPT_TOKENS = 35
+HEAD_WIDTH = 64
+VISION, TEXT, HEAD = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+VISION_NAMES = {  # part of a key in transformers: the same in the published file
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding.": "patch_embed.proj.",
+    "encoder.layers.": "blocks.",
+    ".layer_norm": ".norm",
+    ".self_attn.qkv.": ".attn.qkv.",
+    ".self_attn.projection.": ".attn.proj.",
+    "post_layernorm.": "norm.",
+}
+
+
+class ImageReward:
+    """The head's score as a reward. Build it with `image_reward`."""
+
+    name = "image_reward"
+    differentiable = True
+
+    def __init__(self, vision: Any, text: Any, head: nn.Module, tokenizer: Any, *, batch_size: int = 64):
+        self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
+        self.batch_size = batch_size
+        for part in (vision, text, head):
+            part.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
+        )
+        parts = (part.split(self.batch_size) for part in (images, tokens.input_ids, tokens.attention_mask))
+        return torch.cat([self._score(*part) for part in zip(*parts)])
+
+    def _score(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B,) float32 on the networks' device, from pictures and (B, L) tokens with their mask."""
+        from diffusion_align.rewards.clip_backends import CLIP_MEAN, CLIP_STD
+
+        device, dtype = self.vision.device, self.vision.dtype
+        pixels = preprocess(images.to(device), self.vision.config.image_size, CLIP_MEAN, CLIP_STD)
+        patches = self.vision(pixel_values=pixels.to(dtype)).last_hidden_state
+        words = self.text(
+            input_ids=ids.to(device), attention_mask=mask.to(device), encoder_hidden_states=patches
+        ).last_hidden_state
+        return (self.head(words[:, 0].float()).squeeze(-1) - MEAN) / STD
+
+    def to(self, device: str | torch.device) -> "ImageReward":
+        for part in (self.vision, self.text, self.head):
+            part.to(device)
+        return self
+
+
+def image_reward(
+    *,
+    weights: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 64,
+    model: str | None = None,
+    device: str | torch.device = "cpu",
+) -> ImageReward:
+    """How well the picture serves its prompt by ImageReward-v1.0, in standard deviations from the average.
+
+    Prompts lose what is beyond 35 tokens, as with the authors.
+
+    Args:
+        weights: a local file in place of the download (.pt or .safetensors), with the published names.
+        tokenizer: folder or Hub id of the tokenizer; default: BERT's, which the published weights need.
+        dtype: of both networks; "float16" and "bfloat16" only on a GPU. The head is always float32.
+        batch_size: pictures a forward pass.
+        model: the diffusion model being trained; the score does not depend on it.
+    """
+    problem = image_reward_problem(weights=weights, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)
+    if problem:
+        raise RewardError(problem)
+    wanted = torch_dtype(dtype, device)
+    path = weights_file(weights, REPOSITORY, FILE)
+    vision, text, head = load_image_reward(path)
+    words = fitting_tokenizer(tokenizer or TOKENIZER, text.config.vocab_size)
+    return ImageReward(
+        vision.to(device, wanted), text.to(device, wanted), head.to(device), words, batch_size=batch_size
+    )
+
+
+def image_reward_problem(
+    *, weights: Any = None, tokenizer: Any = None, dtype: Any = "float32", batch_size: Any = 64, device: Any = None
+) -> str | None:
+    """What is wrong with these options, in one sentence, or None. Loads nothing."""
+    if tokenizer is not None and (not isinstance(tokenizer, str) or not tokenizer):
+        return f"tokenizer={tokenizer!r} must be a folder or a Hub id"
+    if tokenizer is not None and is_missing_folder(tokenizer):
+        return f"tokenizer='{tokenizer}' is not a folder: give one that holds the tokenizer of {TOKENIZER}"
+    return weights_problem(weights) or running_problem(dtype=dtype, batch_size=batch_size)
+
+
+def load_image_reward(path: Path) -> tuple[Any, Any, nn.Module]:
+    """Picture network, text network and head with the weights in ``path``, float32 on the CPU.
+
+    Raises:
+        RewardError: not a file of tensors, or not those of ImageReward.
+    """
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+    tensors = read_tensors(path)
+    vision_width, _, patch, _ = shape_of(tensors, f"{VISION}patch_embed.proj.weight", 4, path)
+    patches = shape_of(tensors, f"{VISION}pos_embed", 3, path)[1] - 1
+    if isqrt(patches) ** 2 != patches:
+        raise RewardError(f"'{path}' has position embeddings for {patches} patches, which is not a square")
+    vocabulary, text_width = shape_of(tensors, f"{TEXT}embeddings.word_embeddings.weight", 2, path)
+    for width in (vision_width, text_width):
+        if width % HEAD_WIDTH:
+            raise RewardError(f"'{path}' has a network {width} wide, which is no multiple of {HEAD_WIDTH}")
+    vision_config = BlipVisionConfig(
+        hidden_size=vision_width,
+        intermediate_size=shape_of(tensors, f"{VISION}blocks.0.mlp.fc1.weight", 2, path)[0],
+        num_hidden_layers=_depth(tensors, f"{VISION}blocks."),
+        num_attention_heads=vision_width // HEAD_WIDTH,
+        image_size=isqrt(patches) * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+    text_config = BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=text_width,
+        encoder_hidden_size=vision_width,
+        intermediate_size=shape_of(tensors, f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2, path)[0],
+        num_hidden_layers=_depth(tensors, f"{TEXT}encoder.layer."),
+        num_attention_heads=text_width // HEAD_WIDTH,
+        max_position_embeddings=shape_of(tensors, f"{TEXT}embeddings.position_embeddings.weight", 2, path)[0],
+        layer_norm_eps=1e-12,
+        bos_token_id=None,  # nothing is generated; the defaults would have to be in the vocabulary
+        eos_token_id=None,
+        sep_token_id=None,
+    )
+    with unfilled():
+        vision, text = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
+        head = nn.Sequential(
+            *(nn.Linear(text_width, 1024), nn.Dropout(0.2)),
+            *(nn.Linear(1024, 128), nn.Dropout(0.2)),
+            *(nn.Linear(128, 64), nn.Dropout(0.1)),
+            *(nn.Linear(64, 16), nn.Linear(16, 1)),
+        )
+    # The file also holds parts that only BLIP's training needs.
+    load_tensors(vision, tensors, path, name_of=_vision_name, strict=False)
+    load_tensors(text, tensors, path, name_of=TEXT.__add__, strict=False)
+    load_tensors(head, tensors, path, name_of=HEAD.__add__, strict=False)
+    return vision, text, head
+
+
+def _depth(tensors: dict[str, Tensor], prefix: str) -> int:
+    """How many numbered layers the keys under ``prefix`` name."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)})
+
+
+def _vision_name(key: str) -> str:
+    for ours, published in VISION_NAMES.items():
+        key = key.replace(ours, published)
+    return VISION + key

@@ -1,0 +1,336 @@
+"""pick_score and hps_v2 on tiny random networks, against PIL and the networks called directly."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from diffusion_align.assets import asset_path
+from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, describe_rewards
+from diffusion_align.rewards import hps_v2 as hps
+from diffusion_align.rewards import pick_score as pick
+from diffusion_align.rewards.clip_backends import CLIP_MEAN, CLIP_STD, load_transformers
+from diffusion_align.rewards.pick_score import PickScore
+
+PROMPTS = ["a red apple", "two dogs on a beach", "", "a photograph of a mountain lake at dawn"]
+SIZE, LOGIT_SCALE = 32, 3.9
+
+
+def pictures(height=SIZE, width=SIZE):
+    """Smooth random pictures in 8 bits, and the same as the reward gets them."""
+    coarse = torch.rand(len(PROMPTS), 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    smooth = functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+    levels = (smooth * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels], levels / 255
+
+
+def fitted(picture, fit, rounded):
+    """One PIL picture as the network's input by PIL alone: resized in 8 bits if ``rounded``, else in floats."""
+    resize, box, offset = {"crop": cropped, "pad": padded}[fit](picture)
+    planes = []
+    for plane in picture.split():
+        plane = plane if rounded else Image.fromarray(np.asarray(plane, dtype=np.float32))
+        canvas = np.zeros((SIZE, SIZE))
+        part = np.asarray(plane.resize(resize, Image.Resampling.BICUBIC), dtype=np.float64) / 255
+        part = part.clip(0, 1) if fit == "crop" else part
+        part = part[box[1] : box[1] + SIZE, box[0] : box[0] + SIZE]
+        canvas[offset[1] : offset[1] + part.shape[0], offset[0] : offset[0] + part.shape[1]] = part
+        planes.append(canvas)
+    return (torch.tensor(np.stack(planes)) - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(
+        3, 1, 1
+    )
+
+
+def cropped(picture):
+    """(width, height), the corner of the crop, and where it lies: the shorter side fits."""
+    width, height = (side * SIZE // min(picture.size) for side in picture.size)
+    return (width, height), (round((width - SIZE) / 2), round((height - SIZE) / 2)), (0, 0)
+
+
+def padded(picture):
+    """The longer side fits."""
+    width, height = (round(side * SIZE / max(picture.size)) for side in picture.size)
+    return (width, height), (0, 0), ((SIZE - width) // 2, (SIZE - height) // 2)
+
+
+def score(reward, images, **options):
+    return call_reward(reward, images, PROMPTS, [{}] * len(images), **options)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A random CLIPModel with its tokenizer and a scale of its own."""
+    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("tiny-pick")
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {**tower, "vocab_size": 3538, "max_position_embeddings": 24, "bos_token_id": 3536, "eos_token_id": 3537}
+    vision = {**tower, "image_size": SIZE, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8, logit_scale_init_value=LOGIT_SCALE)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+        torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.weight, std=0.2)
+        model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(asset_path("emoji-clip") / "tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hps_files(tmp_path_factory):
+    """A tiny architecture known to open_clip, and its random weights as the authors publish theirs."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("tiny-hps")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": SIZE, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "layers": 2, "heads": 2},
+    }
+    (folder / "tiny-hps.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-hps.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = open_clip.CLIP(**config)
+        state = {key: value.half() for key, value in network.state_dict().items()}  # "compressed"
+    torch.save({"epoch": 3, "name": "x", "state_dict": state}, folder / "weights.pt")
+    save_file(state, folder / "weights.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picker(clip_folder):
+    return build_reward({"name": "pick_score", "clip": str(clip_folder)})
+
+
+def hps_spec(folder, **options):
+    return {"name": "hps_v2", "architecture": "tiny-hps", "weights": str(folder / "weights.pt"), **options}
+
+
+@pytest.fixture(scope="module")
+def preferrer(hps_files):
+    return build_reward(hps_spec(hps_files))
+
+
+def pick_score_by_hand(folder, inputs):
+    """exp(logit_scale) times the cosine, in float64."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    model, tokenizer = CLIPModel.from_pretrained(folder).double().eval(), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        output = model(pixel_values=inputs.double(), **tokenizer(PROMPTS, padding=True, return_tensors="pt"))
+    cosine = functional.cosine_similarity(output.image_embeds, output.text_embeds)
+    return math.exp(LOGIT_SCALE) * cosine
+
+
+def hps_by_hand(folder, inputs):
+    """The cosine, in float64, with the weights read by open_clip itself."""
+    import open_clip
+
+    model = open_clip.create_model("tiny-hps", pretrained=str(folder / "weights.pt")).double().eval()
+    tokens = open_clip.get_tokenizer("tiny-hps")(PROMPTS)
+    with torch.no_grad():
+        return functional.cosine_similarity(model.encode_image(inputs.double()), model.encode_text(tokens))
+
+
+SHAPES = [(32, 32), (64, 64), (48, 80), (77, 40), (20, 26)]
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_pick_score_is_the_scaled_cosine(height, width, picker, clip_folder):
+    drawn, images = pictures(height, width)
+    expected = pick_score_by_hand(clip_folder, torch.stack([fitted(p, "crop", rounded=False) for p in drawn]))
+    assert expected.std() > 1
+    torch.testing.assert_close(score(picker, images).double(), expected, rtol=0, atol=2e-4)
+    in_8_bits = pick_score_by_hand(clip_folder, torch.stack([fitted(p, "crop", rounded=True) for p in drawn]))
+    assert (in_8_bits - expected).abs().max() < 0.02 * expected.std()  # what rounding after the resize amounts to
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_hps_is_the_cosine_of_a_picture_with_borders(height, width, preferrer, hps_files):
+    drawn, images = pictures(height, width)
+    expected = hps_by_hand(hps_files, torch.stack([fitted(p, "pad", rounded=False) for p in drawn]))
+    torch.testing.assert_close(score(preferrer, images).double(), expected, rtol=0, atol=5e-6)
+    in_8_bits = hps_by_hand(hps_files, torch.stack([fitted(p, "pad", rounded=True) for p in drawn]))
+    assert (in_8_bits - expected).abs().max() < 0.02 * expected.std()
+    if height != width:
+        crop = hps_by_hand(hps_files, torch.stack([fitted(p, "crop", rounded=False) for p in drawn]))
+        assert (crop - expected).abs().max() > 1e-3  # the borders count
+
+
+@pytest.mark.parametrize("name", ["picker", "preferrer"])
+def test_scores_do_not_depend_on_the_batch(name, request, clip_folder, hps_files):
+    reward, (_, images) = request.getfixturevalue(name), pictures(40, 48)
+    spec = {"name": "pick_score", "clip": str(clip_folder)} if name == "picker" else hps_spec(hps_files)
+    small = build_reward({**spec, "batch_size": 3})
+    assert small.batch_size == 3
+    assert small.encoder is reward.encoder
+    torch.testing.assert_close(score(small, images), score(reward, images), rtol=0, atol=2e-4)
+    assert torch.equal(score(reward, images), score(reward, images))
+    assert check_reward(reward, image_size=(40, 56)).shape == (3,)
+
+
+@pytest.mark.parametrize("name", ["picker", "preferrer"])
+def test_gradients_flow_to_the_pixels_and_to_nothing_else(name, request):
+    reward = request.getfixturevalue(name)
+    images = (pictures(48, 40)[1] * 0.5 + 0.25).requires_grad_()
+    score(reward, images, differentiable=True).sum().backward()
+    assert all(parameter.grad is None for parameter in reward.encoder.module.parameters())
+    direction, step = images.grad / images.grad.norm(), 0.05
+    with torch.no_grad():
+        up, down = (reward(images + sign * step * direction, PROMPTS, [{}] * 4).double().sum() for sign in (1.0, -1.0))
+    torch.testing.assert_close((up - down) / (2 * step), images.grad.norm().double(), rtol=0.02, atol=0)
+
+
+def test_half_precision_changes_the_scores_little_and_the_scale_not_at_all(picker, preferrer, clip_folder, hps_files):
+    _, images = pictures()
+    encoder = load_transformers(str(clip_folder), torch.device("cpu"), torch.bfloat16)
+    assert next(encoder.module.parameters()).dtype == torch.bfloat16
+    assert encoder.scale == picker.encoder.scale == pytest.approx(math.exp(LOGIT_SCALE), rel=1e-6)
+    difference = score(PickScore(encoder), images) - score(picker, images)
+    assert 0 < difference.abs().max() < 0.1 * score(picker, images).std()
+    encoder = hps.load_hps(hps_files / "weights.pt", "tiny-hps", torch.device("cpu"), torch.bfloat16)
+    difference = score(hps.HpsV2(encoder), images) - score(preferrer, images)
+    assert 0 < difference.abs().max() < 0.1 * score(preferrer, images).std()
+
+
+@pytest.mark.parametrize("name", ["pick_score", "hps_v2"])
+def test_half_precision_is_refused_on_a_cpu(name, clip_folder, hps_files):
+    spec = {"name": name, "clip": str(clip_folder)} if name == "pick_score" else hps_spec(hps_files)
+    with pytest.raises(RewardError, match="dtype='bfloat16' is for GPUs"):
+        build_reward({**spec, "dtype": "bfloat16"})
+
+
+def test_a_pick_score_folder_without_a_tokenizer_borrows_one(picker, clip_folder, tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(clip_folder / name, tmp_path / name)
+    spec = {"name": "pick_score", "clip": str(tmp_path)}
+    with pytest.raises(RewardError, match="comes without a tokenizer, and 'laion/CLIP-ViT-H-14") as caught:
+        build_reward(spec)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(pick, "VIT_H_14", str(clip_folder))
+    _, images = pictures()
+    assert torch.equal(score(build_reward(spec), images), score(picker, images))
+
+
+def test_clip_score_refuses_a_folder_without_a_tokenizer(clip_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(clip_folder / name, tmp_path / name)
+    with pytest.raises(RewardError, match="has no tokenizer of 3538 tokens but one of 2: give a folder"):
+        build_reward({"name": "clip_score", "clip": str(tmp_path)})
+
+
+def test_safetensors_weights_are_the_same(preferrer, hps_files):
+    other = build_reward(hps_spec(hps_files, weights=str(hps_files / "weights.safetensors")))
+    assert torch.equal(score(other, pictures()[1]), score(preferrer, pictures()[1]))
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v2"])
+def test_the_version_names_the_file_to_download(version, preferrer, hps_files, monkeypatch):
+    asked = []
+
+    def download(repository, file):
+        asked.append((repository, file))
+        return str(hps_files / "weights.pt")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    reward = build_reward({"name": "hps_v2", "architecture": "tiny-hps", "version": version})
+    assert asked == [("xswu/HPSv2", {"v2.1": "HPS_v2.1_compressed.pt", "v2": "HPS_v2_compressed.pt"}[version])]
+    assert torch.equal(score(reward, pictures()[1]), score(preferrer, pictures()[1]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"name": "pick_score"}, "CLIP 'yuvalkirstain/PickScore_v1' could not be loaded"),
+        ({"name": "hps_v2"}, r"HPS_v2.1_compressed.pt could not be downloaded from xswu/HPSv2 \(.*local file"),
+    ],
+)
+def test_offline_one_sentence_names_the_repository(spec, sentence):
+    with pytest.raises(RewardError, match=sentence) as caught:
+        build_reward(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ({"name": "pick_score", "clip": "/no/such/folder"}, "clip='/no/such/folder' is not a folder"),
+        ({"name": "pick_score", "dtype": "half"}, "dtype='half' is unknown"),
+        ({"name": "pick_score", "batch_size": 0}, "batch_size=0 must be"),
+        ({"name": "pick_score", "version": "v1"}, "has no option 'version'"),
+        ({"name": "hps_v2", "version": "v3"}, "version='v3' is unknown: choose one of v2.1, v2"),
+        ({"name": "hps_v2", "version": ["v2"]}, "is unknown"),
+        ({"name": "hps_v2", "weights": "/no/such.pt"}, "weights='/no/such.pt' is not a file"),
+        ({"name": "hps_v2", "weights": 3}, "weights='3' is not a file"),
+        ({"name": "hps_v2", "architecture": ""}, "architecture='' must be a name"),
+        ({"name": "hps_v2", "dtype": []}, "is unknown: choose one of float32"),
+        ({"name": "hps_v2", "batch_size": 1.5}, "batch_size=1.5 must be"),
+    ],
+)
+def test_wrong_options_are_one_sentence_before_anything_is_loaded(spec, sentence, monkeypatch):
+    monkeypatch.setattr(pick, "load_clip", None)
+    monkeypatch.setattr(hps, "share_encoder", None)
+    with pytest.raises(RewardError, match=sentence) as caught:
+        build_reward(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_open_clip_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(RewardError, match=r"pip install 'diffusion-align\[open-clip\]'"):
+        build_reward("hps_v2")
+
+
+def test_an_architecture_that_open_clip_does_not_know(hps_files):
+    with pytest.raises(RewardError, match="architecture='ViT-Q-99' is not known to open_clip"):
+        build_reward(hps_spec(hps_files, architecture="ViT-Q-99"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda state: {}, "holds no tensors"),
+        (lambda state: {"state_dict": {"x": 1.0}}, "holds no tensors"),
+        (lambda state: {k: v for k, v in state.items() if k != "visual.proj"}, r"lacks 'visual.proj': give the pub"),
+        (lambda state: {k: v for k, v in state.items() if "proj" not in k}, r"\(and \d+ more faults\): give"),
+        (lambda state: {**state, "visual.proj": torch.zeros(4, 4)}, r"'visual.proj' of shape \(4, 4\) instead of \(32"),
+        (lambda state: {**state, "visual.more": torch.zeros(4)}, "has 'visual.more', for which the network has no"),
+        (lambda state: b"not a file of tensors", r"is not a file of tensors \(UnpicklingError"),
+        (lambda state: b"", r"is not a file of tensors \(EOFError"),
+        (lambda state: torch.zeros(3), r"is not a file of tensors \(AttributeError"),
+        (lambda state: {"x": PickScore}, r"is not a file of tensors \(UnpicklingError"),
+    ],
+)
+def test_files_that_hold_no_hps_weights_are_refused(damage, sentence, hps_files, tmp_path):
+    content = damage(torch.load(hps_files / "weights.pt", weights_only=True)["state_dict"])
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(RewardError, match=sentence) as caught:
+        build_reward(hps_spec(hps_files, weights=str(path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_building_leaves_the_global_rng_alone(hps_files):
+    before = torch.get_rng_state()
+    hps.load_hps(hps_files / "weights.pt", "tiny-hps", torch.device("cpu"), torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_descriptions_say_where_the_weights_come_from():
+    rows = {row["name"]: row for row in describe_rewards()}
+    for name, repository in {
+        "pick_score": "yuvalkirstain/PickScore_v1",
+        "hps_v2": "xswu/HPSv2",
+        "image_reward": "zai-org/ImageReward",
+    }.items():
+        assert repository in rows[name]["model"]
+        assert "GB to download" in rows[name]["cost"]
+        assert rows[name]["differentiable"] is True
