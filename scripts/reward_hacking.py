@@ -41,9 +41,12 @@ def main(
         (free / "report.html").unlink()
     train(free, "ddpo_emoji_gold", [*common, "stop_when={}"])
     priced = train(runs / "kl", "ddpo_emoji_gold", [*common, "stop_when={}", f"kl_coef={kl_coef}"])
-    print(json.loads((stopped / "evaluation.json").read_text()))
+    draw(stopped, {"no KL": free, f"kl_coef {kl_coef:g}": priced}, images)
 
-    curves = {"no KL": free, f"kl_coef {kl_coef:g}": priced}
+
+def draw(stopped: Path, curves: dict[str, Path], images: Path) -> None:
+    """Both pictures, from finished runs; ``stopped`` is the first of ``curves`` as far as the rule let it go."""
+    print(json.loads((stopped / "evaluation.json").read_text()))
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     end = max(row["epoch"] for row in read_metrics(stopped / "metrics.jsonl"))
     for panel, (key, title) in zip(figure.subplots(1, 3), KEYS.items(), strict=True):

@@ -1,7 +1,10 @@
 """The pages on the mathematics and the tutorials: their code and commands run, and what they point to is there."""
 
+import contextlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from diffusion_align.training.config import load_yaml
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
 PAGES = sorted(FOLDER.glob("*.md"))
-TUTORIALS = [ROOT / "docs/diffusion_dpo.md", ROOT / "docs/text.md"]
+TUTORIALS = [ROOT / "docs/diffusion_dpo.md", ROOT / "docs/text.md", ROOT / "docs/rewards.md"]
 SHORT = ["epochs=1", "samples_per_epoch=8", "mixed_precision=no", "grid_every=0"]
 SHORT_PICTURES = [*SHORT, "sampler.steps=2"]
 SHORT_TEXTS = [*SHORT, "sample_batch_size=8", "max_completion_length=12"]
@@ -46,6 +49,12 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
     """Commands and Python in their order, in one folder, as a reader would type them; only shorter."""
     found = re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert {language for language, _ in found} == {"bash", "python"}
+    with contextlib.ExitStack() as servers:
+        _run_blocks(found, tmp_path, forked, servers)
+
+
+def _run_blocks(found: list[tuple[str, str]], tmp_path: Path, forked: Any, servers: contextlib.ExitStack) -> None:
+    port = "8901"  # where the server of a page really listens
     for language, block in found:
         commands = [shlex.split(line) for line in block.splitlines() if line] if language == "bash" else [[]]
         for words in commands:
@@ -56,6 +65,10 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
                 done = forked("--help", prelude=short, cwd=tmp_path, timeout=300)
             else:
                 assert words[0] == "diffusion-align"
+                if words[1] == "serve-reward":
+                    port = served(words, tmp_path, servers)
+                    continue
+                words = [word.replace("8901", port) for word in words]
                 if "--prompts" in words:  # the first few of that list
                     place = words.index("--prompts") + 1
                     few = shipped_prompts()[words[place]].read_text().splitlines()[:6]
@@ -68,6 +81,18 @@ def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: P
                 call += (short | {"pairs": ["--steps=2", "--guidance-scale=1"]}).get(words[1], [])
                 done = forked(*call, cwd=tmp_path, timeout=300)
             assert done.status == 0, f"{words or block}\n{done.error[-2000:]}"
+
+
+def served(words: list[str], folder: Path, servers: contextlib.ExitStack) -> str:
+    """Run a ``serve-reward`` command until ``servers`` is closed; the free port that it took."""
+    command = [sys.executable, "-m", "diffusion_align", *words[1:]]
+    command[command.index("--port") + 1] = "0"
+    server = servers.enter_context(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True))
+    servers.callback(server.terminate)
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert line.startswith("serving "), line
+    return line.strip().rpartition(":")[2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
