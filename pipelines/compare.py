@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import html
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from diffusion_align.pipelines.image import ImageAlignmentPipeline, score_images
+from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward
 from diffusion_align.training.errors import UserError
@@ -30,6 +35,7 @@ class Comparison:
         independent_pairs: what ``pairs`` are worth: all of them where no prompt occurs twice, else ``effective_pairs``.
         mean_difference: of the scores, B - A.
         standard_error: of ``mean_difference``, clustered by prompt; nan for a single prompt.
+        picture: the first 24 pairs side by side, which notebooks show.
     """
 
     mean_first: float
@@ -41,11 +47,33 @@ class Comparison:
     independent_pairs: float
     mean_difference: float
     standard_error: float
+    picture: Image.Image | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        """One sentence with every number."""
+        few = self.independent_pairs < self.pairs
+        worth = f" for {self.independent_pairs:.4g} independent pairs" if few else ""
+        error = "" if math.isnan(self.standard_error) else f" (standard error {self.standard_error:.2g})"
+        return (
+            f"A {self.mean_first:.4f}, B {self.mean_second:.4f}, B - A {self.mean_difference:.4f}{error}; "
+            f"B wins {self.win_rate:.1%} of {self.pairs} pairs "
+            f"(95 % interval {self.low:.1%} to {self.high:.1%}, Wilson{worth})"
+        )
+
+    def _repr_html_(self) -> str:
+        text = f"<p>{html.escape(str(self))}</p>"
+        if self.picture is None:
+            return text
+        data = base64.b64encode(png_bytes(self.picture)).decode()
+        return f'{text}<img alt="pairs of pictures, A above B" src="data:image/png;base64,{data}">'
+
+
+Model = str | Path | ImageAlignmentPipeline
 
 
 def compare_models(
-    first: str,
-    second: str,
+    first: Model,
+    second: Model,
     prompts: Sequence[str],
     judge: Any,
     *,
@@ -62,7 +90,7 @@ def compare_models(
     cases from eight prompts on or with four pictures a prompt; with 16 of five prompts in 88 %.
 
     Args:
-        first, second: what ``ImageAlignmentPipeline.from_pretrained`` takes.
+        first, second: A and B: pipelines, or what ``ImageAlignmentPipeline.from_pretrained`` takes.
         prompts: texts.
         judge: what ``build_reward`` takes.
         seed: of the first picture; pictures are drawn round by round, each round every prompt once, and the i-th of all
@@ -75,8 +103,8 @@ def compare_models(
         raise UserError("prompts is empty: give at least one")
     if per_prompt < 1:
         raise UserError(f"per_prompt={per_prompt} must be at least 1")
-    pipelines = [ImageAlignmentPipeline.from_pretrained(model) for model in (first, second)]
-    pipelines[0].sampler = pipelines[1].sampler
+    pipelines = [_loaded(model) for model in (first, second)]
+    sampler = pipelines[1].sampler
     reward = build_reward(judge, model=pipelines[1].model, device=pipelines[1].pipeline.device)
     texts = list(prompts) * per_prompt
     shown: tuple[list[Image.Image], list[Image.Image]] = ([], [])
@@ -84,20 +112,32 @@ def compare_models(
     for start in range(0, len(texts), _BATCH):
         some = texts[start : start + _BATCH]
         for k, pipeline in enumerate(pipelines):
-            images = pipeline(some, seed=seed + start, batch_size=_BATCH).images
+            with _sampling_as(pipeline, sampler):
+                images = pipeline(some, seed=seed + start, batch_size=_BATCH).images
             parts[k].append(score_images(reward, images, some))
             shown[k].extend(images[: _SHOWN - len(shown[k])])
             if on_pictures is not None:
                 on_pictures(2 * start + (k + 1) * len(some))
     scores = [torch.cat(part).double() for part in parts]
+    count = len(shown[0])
+    above, below = (s[:count].tolist() for s in scores)
+    picture = before_after(*shown, captions=texts[:count], rewards_before=above, rewards_after=below, labels=("A", "B"))
     if output is not None:
-        count = len(shown[0])
-        above, below = (s[:count].tolist() for s in scores)
-        picture = before_after(
-            *shown, captions=texts[:count], rewards_before=above, rewards_after=below, labels=("A", "B")
-        )
         save_png(picture, output)
-    return _summary(scores[0], scores[1], texts)
+    return replace(_summary(scores[0], scores[1], texts), picture=picture)
+
+
+def _loaded(model: Model) -> ImageAlignmentPipeline:
+    return model if isinstance(model, ImageAlignmentPipeline) else ImageAlignmentPipeline.from_pretrained(model)
+
+
+@contextlib.contextmanager
+def _sampling_as(pipeline: ImageAlignmentPipeline, sampler: SamplerConfig) -> Iterator[None]:
+    own, pipeline.sampler = pipeline.sampler, sampler
+    try:
+        yield
+    finally:
+        pipeline.sampler = own
 
 
 def _summary(first: torch.Tensor, second: torch.Tensor, prompts: Sequence[str]) -> Comparison:

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
-from diffusion_align.diffusion.loading import model_problem
 from diffusion_align.diffusion.pairs import PairsConfig, pairs_problems
+from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.llm.data import TextDataConfig, columns_problems
 from diffusion_align.llm.dpo import DPOConfig
 from diffusion_align.llm.grpo import GRPOConfig
@@ -94,7 +94,7 @@ def _check_model(raw: Mapping[str, Any]) -> list[str]:
     model, variant, base_config = (raw.get(name) for name in ("model", "weights_variant", "base_config"))
     problems = []
     if isinstance(model, str) and isinstance(variant, str | None) and isinstance(base_config, str | None):
-        problem = model_problem(model, variant=variant, base_config=base_config)
+        problem = image_model_problem(model, variant=variant, base_config=base_config)
         problems += [problem] if problem else []
     precision = raw.get("mixed_precision")
     # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.loading import load_pipeline
-from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs
+from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
-from diffusion_align.diffusion.settings import EvaluationConfig
-from diffusion_align.pipelines.configuration import check_config, shipped_prompts
-from diffusion_align.pipelines.machine import best_seconds, processes, start
-from diffusion_align.rewards import build_reward, check_reward
-from diffusion_align.rewards.clip import default_clip, load_clip
-from diffusion_align.training.config import load_yaml
-from diffusion_align.training.errors import UserError, first_line
-from diffusion_align.training.progress import progress_bars
-from diffusion_align.training.prompts import Prompt, load_prompts
+from diffusion_align.pipelines import adapters
+from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config, shipped_prompts
+from diffusion_align.pipelines.hub import upload
+from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, usable_pairs
+from diffusion_align.pipelines.machine import best_seconds, start
+from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
+from diffusion_align.rewards import build_reward
+from diffusion_align.training.errors import UserError
+from diffusion_align.training.prompts import load_prompts
 
+if TYPE_CHECKING:
+    from diffusion_align.pipelines.compare import Comparison
 
-@dataclass(frozen=True)
-class DrawnImages:
-    """What a call returns, as diffusers' pipelines do."""
+__all__ = ["DrawnImages", "ImageAlignmentPipeline", "as_batch", "run", "score_images"]
 
-    images: list[Image.Image]
+ImageConfig = DDPOConfig | DiffusionDPOConfig
+ImageTrainer = DDPOTrainer | DiffusionDPOTrainer
+# What has to be said before there are weights.
+_OF_LOADING = {"dtype": "dtype", "weights_variant": "variant", "base_config": "base_config"}
 
 
 class ImageAlignmentPipeline:
-    """A diffusers text-to-image pipeline that can be aligned with a reward.
+    """A diffusers text-to-image pipeline that can be aligned with a reward or preferences.
 
     Example:
         >>> pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd")
@@ -47,14 +50,27 @@ class ImageAlignmentPipeline:
 
     Attributes:
         pipeline: the diffusers pipeline; after ``align`` its UNet holds the trained weights.
+        model: what lies under all adapters: an embedded name, a folder or a hub id.
+        run: the run folder whose result this is, None if it is of no run.
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
     """
 
     def __init__(self, pipeline: Any, *, model: str, sampler: SamplerConfig | None = None) -> None:
+        """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
+
+        Args:
+            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+            model: what it was loaded from.
+            sampler: how to draw; 50 deterministic steps with guidance 5 if not given.
+        """
         self.pipeline = pipeline
         self.model = model
         self.sampler = sampler or SamplerConfig(eta=0.0)
-        self._policy: DenoisingPolicy | None = None
+        self.run: Path | None = None
+        # What the weights without their adapter are called in a configuration; None if nothing on disk holds them.
+        self._below: str | None = model
+        self._variant: str | None = None
+        self._base_config: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -67,44 +83,47 @@ class ImageAlignmentPipeline:
         variant: str | None = None,
         base_config: str | None = None,
     ) -> ImageAlignmentPipeline:
-        """Load an embedded model ("emoji-sd"), a folder, a hub id or a ``.safetensors`` file.
+        """Load an embedded model ("emoji-sd"), a folder, a hub id, a ``.safetensors`` file, or a run folder.
 
         Args:
             model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights and sampler are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
             dtype: of the weights.
             device: where to put it; a GPU if there is one.
-            variant: weight files of a folder or hub id to choose, e.g. "fp16".
-            base_config: for a model in one file, folder or hub id of a diffusers pipeline built like it.
+            variant: weight files of a folder or hub id to choose, e.g. "fp16"; those of the run, of a run folder, if
+                not given.
+            base_config: for a model in one file, folder or hub id of a diffusers pipeline built like it; that of the
+                run, of a run folder, if not given.
 
         Raises:
             UserError: the model or the LoRA cannot be loaded.
         """
-        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if str(model) == "emoji-sd" else None
-        run_folder = Path(model).expanduser()
-        if (run_folder / "config.yaml").is_file() and (run_folder / "final").is_dir():
-            settings = load_yaml(run_folder / "config.yaml")
-            sampler = SamplerConfig(**settings["sampler"])
-            if settings["lora"]:
-                model, lora = settings["model"], run_folder / "final"
-                variant = variant or settings.get("weights_variant")
-                base_config = base_config or settings.get("base_config")
-            else:
-                model = run_folder / "final"
-        pipeline = load_pipeline(str(model), dtype=dtype, variant=variant, base_config=base_config)
-        if lora is not None:
-            if not Path(lora).expanduser().exists():
-                raise UserError(f"lora={str(lora)!r}: there is no such file or folder")
-            try:
-                pipeline.load_lora_weights(str(Path(lora).expanduser()), adapter_name="default")
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {first_line(error)}") from error
+        plan = model_plan(str(model))
+        variant, base_config = variant or plan.variant, base_config or plan.base_config
+        pipeline = load_pipeline(plan.base, dtype=dtype, variant=variant, base_config=base_config)
+        stack = [*plan.adapters, *([lora] if lora is not None else [])]
+        for i, adapter in enumerate(stack):
+            adapters.put_on(pipeline, adapter, plan.base)
+            if i < len(stack) - 1:
+                adapters.merge_adapters(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(pipeline, model=str(model), sampler=sampler)
+        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if plan.base == "emoji-sd" else None
+        if plan.run is not None:
+            sampler = SamplerConfig(**(plan.settings.get("sampler") or {}))
+        pipe = cls(pipeline, model=plan.base, sampler=sampler)
+        pipe.run = plan.run if lora is None else None
+        pipe._below = plan.below if lora is None else str(model)
+        pipe._variant, pipe._base_config = variant, base_config
+        return pipe
 
     def align(self, method: str = "ddpo", *, output_dir: str | Path, **settings: Any) -> ImageAlignmentPipeline:
         """Train towards a reward or preferences; afterwards this pipeline draws with the trained weights.
+
+        What is trained, and the reference it is held to, starts from the weights as they are: those of a run, or of an
+        earlier call, are merged, and a new adapter is trained on them. Two exceptions: ``resume=True`` with this
+        pipeline's own run goes on with that run and its reference; and an adapter given as ``lora`` to
+        ``from_pretrained`` is itself trained further, the reference being the model without it.
 
         Args:
             method: "ddpo", which needs a ``reward`` and ``prompts``, or "diffusion_dpo", which needs ``pairs`` or, to
@@ -115,21 +134,51 @@ class ImageAlignmentPipeline:
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(images, prompts, metadata) -> (B,)``;
                 - prompts: list of texts, file, or shipped list;
-                - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub.
+                - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub;
+                - resume: go on with the run in ``output_dir`` from its newest checkpoint.
 
         Returns:
-            This pipeline.
+            This pipeline, whose ``run`` is the run folder from now on.
 
         Raises:
             ConfigError: everything that is wrong with the settings, before anything is trained.
-            RewardError, TrainingError, Interrupted: see ``Trainer.train``.
+            RewardError, TrainingError, Interrupted: see ``Trainer.train``; the pipeline then draws as it did before.
         """
-        raw = {"method": method, "model": self.model, "output_dir": output_dir}
-        config = cast(ImageConfig, check_config(raw | settings))
-        trainer = run(config, pipeline=self.pipeline)
+        if method not in IMAGE_METHODS:
+            raise UserError(
+                f"method={method!r} does not train a text-to-image model: use one of {', '.join(IMAGE_METHODS)}"
+            )
+        if "model" in settings:
+            raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
+        for name, argument in _OF_LOADING.items():
+            if name in settings:
+                raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
+        own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
+        goes_on = own and settings.get("resume") is True
+        below = self._below if self.run is None or goes_on else str(self.run)
+        if below is None:
+            raise UserError("the weights are in no folder, as a lora was merged: save_pretrained() them and load that")
+        # The model is here already: what has to be right about it is its name in the run's config.yaml.
+        raw: dict[str, Any] = {"method": method, "model": self.model, "output_dir": output_dir}
+        raw |= {"weights_variant": self._variant, "base_config": self._base_config}
+        if settings.get("lora", {}) is not None:
+            raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
+        config = cast(ImageConfig, check_config(raw | settings)).model_copy(update={"model": below})
+
+        if self.run is not None and not goes_on:
+            self.merge()
+        unet, weights = self.pipeline.unet, adapters.adapter_weights(self.pipeline)
+        if config.lora is None:
+            self.pipeline.unet = copy.deepcopy(unet)
+        try:
+            trainer = run(config, pipeline=self.pipeline)
+        except BaseException:
+            self.pipeline.unet = unet
+            adapters.put_back(self.pipeline, weights)
+            raise
         trainer.keep_average()
-        self._policy = trainer.policy
-        self.sampler = config.sampler
+        self.sampler, self.run = config.sampler, config.output_dir
+        self._below = below if config.lora else str(config.output_dir)
         return self
 
     def __call__(
@@ -152,6 +201,9 @@ class ImageAlignmentPipeline:
 
         Returns:
             An object whose ``.images`` is a list of PIL images.
+
+        Raises:
+            UserError: a number is out of its range.
         """
         from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -160,6 +212,8 @@ class ImageAlignmentPipeline:
         most = original.config.num_train_timesteps
         if steps is not None and not 1 <= steps <= most:
             raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={most}")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} must be at least 1")
         kind = DDPMScheduler if self.sampler.name == "ddpm" else DDIMScheduler
         self.pipeline.scheduler = kind.from_config({"clip_sample": False, **original.config})
         images: list[Image.Image] = []
@@ -170,40 +224,134 @@ class ImageAlignmentPipeline:
                     some,
                     num_inference_steps=steps or self.sampler.steps,
                     guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
-                    eta=self.sampler.eta if eta is None else eta,
+                    eta=min(self.sampler.eta if eta is None else eta, LARGEST_ETA),
                     generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
                 ).images
         finally:
             self.pipeline.scheduler = original
-        return DrawnImages(images)
+        return DrawnImages(images, texts)
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], reward: Any) -> Tensor:
-        """Scores (B,) of pictures by a reward."""
+    def compare(
+        self,
+        other: str | Path | ImageAlignmentPipeline,
+        prompts: Sequence[str],
+        judge: Any,
+        *,
+        seed: int = 0,
+        per_prompt: int = 1,
+        output: str | Path | None = None,
+    ) -> Comparison:
+        """Draw the same prompts from the same noise by another model and by this one, and let a reward judge.
+
+        Args:
+            other: a pipeline, or what ``from_pretrained`` takes: A of the result, and this pipeline is B.
+            prompts: texts.
+            judge: a reward, as for ``align``.
+            seed: of the first picture; the i-th of each uses ``seed + i``.
+            per_prompt: pictures a prompt.
+            output: file to write the first pictures to, side by side.
+
+        Returns:
+            Mean scores, how often this pipeline wins with its 95 % interval, and the picture a notebook shows.
+        """
+        from diffusion_align.pipelines.compare import compare_models
+
+        path = None if output is None else Path(output).expanduser()
+        return compare_models(other, self, prompts, judge, seed=seed, output=path, per_prompt=per_prompt)
+
+    def score(
+        self,
+        images: Sequence[Picture] | Tensor,
+        prompts: Sequence[str],
+        reward: Any,
+        *,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Tensor:
+        """Scores (B,) of pictures by a reward.
+
+        Args:
+            images: B PIL images, float tensors (3, H, W) in [0, 1] or uint8 arrays (H, W, 3); sizes may differ.
+            prompts: B texts.
+            reward: as for ``align``.
+            metadata: B mappings for a reward that reads them.
+
+        Raises:
+            UserError: the counts differ, or something is no picture.
+            RewardError: the reward cannot be built, or cannot score them.
+        """
         function = build_reward(reward, model=self.model, device=self.pipeline.device)
-        return score_images(function, images, prompts)
+        return score_images(function, images, prompts, metadata)
+
+    def merge(self) -> ImageAlignmentPipeline:
+        """Add the adapter to the weights, in memory, and return this pipeline.
+
+        Drawing is faster then, and ``save_lora`` has nothing to write any more. Without an adapter nothing happens.
+        """
+        if adapters.adapted_parts(self.pipeline):
+            adapters.merge_adapters(self.pipeline)
+            self._below = None if self.run is None else str(self.run)
+        return self
 
     def save_lora(self, folder: str | Path) -> None:
-        """Write the adapter alone, for diffusers' ``load_lora_weights``."""
-        if self._policy is None or self._policy.lora is None:
+        """Write the adapter alone, for diffusers' ``load_lora_weights``.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            UserError: there is no adapter.
+        """
+        if "unet" not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
-        self._policy.save_lora(Path(folder))
+        adapters.save_adapter(self.pipeline, Path(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline with the adapter merged in, for diffusers' ``from_pretrained``."""
-        adapted = bool(getattr(self.pipeline.unet, "peft_config", None))
-        if not adapted:
-            self.pipeline.save_pretrained(str(folder))
-            return
-        merged = _without_adapter(self.pipeline.unet)
-        trained, self.pipeline.unet = self.pipeline.unet, merged
-        try:
-            self.pipeline.save_pretrained(str(folder))
-        finally:
-            self.pipeline.unet = trained
+        """Write the whole pipeline with the adapter merged in, for diffusers' ``from_pretrained``.
 
+        The result of a run comes with a model card, README.md.
 
-ImageConfig = DDPOConfig | DiffusionDPOConfig
-ImageTrainer = DDPOTrainer | DiffusionDPOTrainer
+        Args:
+            folder: made if it is not there.
+        """
+        with adapters.merged(self.pipeline):
+            self.pipeline.save_pretrained(str(folder))
+        self._write_card(Path(folder), location=str(folder), merged=True)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
+        """Upload the adapter and its model card, or the whole pipeline, to the Hugging Face Hub.
+
+        Args:
+            repo_id: "owner/name"; the repository is made if it is not there.
+            private: whether a new repository is seen by its owner only; one that is there keeps its visibility.
+            token: of the hub; the one this machine is logged in with if not given.
+            merged: upload the whole pipeline with the adapter merged in.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UserError: there is no adapter, or it does not stand on its own; or the hub refuses or cannot be reached.
+        """
+        if not merged:
+            if "unet" not in adapters.adapted_parts(self.pipeline):
+                raise UserError("there is no adapter to upload: give merged=True to upload the whole pipeline")
+            if self._below != self.model:
+                raise UserError(
+                    f"the adapter stands on the run {self._below}, which is not on the hub: give merged=True to upload "
+                    "the whole pipeline"
+                )
+        with tempfile.TemporaryDirectory() as folder:
+            if merged:
+                self.save_pretrained(folder)
+            else:
+                self.save_lora(folder)
+            self._write_card(Path(folder), location=repo_id, merged=merged)
+            return upload(Path(folder), repo_id, private=private, token=token)
+
+    def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
+        if self.run is not None:
+            family = type(self.pipeline).__name__
+            write_model_card(self.run, target, location=location, merged=merged, pipeline_class=family)
 
 
 def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
@@ -211,18 +359,23 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
 
     Args:
         config: checked settings, from ``read_config`` or ``check_config``.
-        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given.
+        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given. A run is trained on as it
+            ended: its adapters are merged, and a new one is trained with those weights as the reference.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    pairs = _usable_pairs(config.pairs) if isinstance(config, DiffusionDPOConfig) and config.pairs else None
+    pairs = usable_pairs(config.pairs) if isinstance(config, DiffusionDPOConfig) and config.pairs else None
+    plan = model_plan(config.model)
     if pipeline is None:
         pipeline = load_pipeline(
-            config.model,
+            plan.base,
             dtype=getattr(torch, config.dtype),
-            variant=config.weights_variant,
-            base_config=config.base_config,
+            variant=config.weights_variant or plan.variant,
+            base_config=config.base_config or plan.base_config,
         )
+        for adapter in plan.adapters:
+            adapters.put_on(pipeline, adapter, plan.base)
+            adapters.merge_adapters(pipeline)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline.unet, narrow))
     policy = DenoisingPolicy(
         pipeline,
@@ -233,8 +386,8 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     )
     prompts = load_prompts(config.prompts, shipped=shipped_prompts()) if config.prompts is not None else []
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
-    reward = _checked_reward(config.reward, config.model, policy, known, weights=config.reward_weights)
-    evaluation = None if config.evaluation is None else _evaluation(config.evaluation, config.model, policy, known)
+    reward = checked_reward(config.reward, plan.base, policy, known, weights=config.reward_weights)
+    evaluation = None if config.evaluation is None else evaluation_of(config.evaluation, plan.base, policy, known)
     trainer: ImageTrainer
     if isinstance(config, DDPOConfig):
         assert reward is not None
@@ -253,47 +406,6 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     return trainer
 
 
-def _checked_reward(
-    spec: Any, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt], *, weights: Sequence[float] | None = None
-) -> Any:
-    """The reward, or the weighted sum of several, asked once about a dummy batch; None if there is none."""
-    if spec is None:
-        return None
-    if isinstance(spec, list | tuple):
-        spec = {"name": "combine", "rewards": list(spec), "weights": weights}
-    reward = build_reward(spec, model=model, device=policy.device)
-    texts, metadata = zip(*prompts, strict=True)
-    check_reward(reward, image_size=policy.image_size, device=policy.device, prompts=texts, metadata=metadata)
-    return reward
-
-
-def _evaluation(settings: EvaluationConfig, model: str, policy: DenoisingPolicy, known: Sequence[Prompt]) -> Evaluation:
-    """The gold reward and the distance of pictures, ready. ``known``: prompts where the settings name none."""
-    prompts = known if settings.prompts is None else load_prompts(settings.prompts, shipped=shipped_prompts())
-    embed = None
-    if settings.diversity != "pixels":
-        clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
-        embed = load_clip(clip, device=policy.device).embed_images
-    gold = _checked_reward(settings.reward, model, policy, prompts)
-    return Evaluation(prompts, settings.pictures, settings.every, gold, embed)
-
-
-def _usable_pairs(settings: PairsConfig) -> PairSet:
-    """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
-    pairs = open_pairs(settings)
-    with progress_bars(transient=True, disable=not processes().is_main_process) as progress:
-        bar = progress.add_task("reading pictures", total=len(pairs))
-        pairs = pairs.check_pictures(lambda: progress.advance(bar))
-        if pairs.ties or pairs.skipped:
-            rows = ", ".join(map(str, list(pairs.skipped)[:10])) + (" ..." if len(pairs.skipped) > 10 else "")
-            progress.console.print(
-                f"{len(pairs)} pairs; left out: {pairs.ties} ties, {len(pairs.skipped)} bad rows"
-                + (f" ({rows})" if rows else ""),
-                highlight=False,
-            )
-    return pairs
-
-
 def _seconds_a_pass(unet: Any, narrow: bool) -> float:
     """Of a forward pass of two samples."""
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
@@ -305,36 +417,3 @@ def _seconds_a_pass(unet: Any, narrow: bool) -> float:
         added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
     states = torch.zeros(2, 8, width, dtype=unet.dtype)
     return best_seconds(lambda: unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=added), narrow)
-
-
-def score_images(reward: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """Scores (B,) of PIL pictures, which may differ in size."""
-    from diffusion_align.rewards import call_reward
-
-    scores = []
-    for image, prompt in zip(images, prompts, strict=True):
-        scores.append(call_reward(reward, as_batch([image]), [prompt], [{}]))
-    return torch.cat(scores)
-
-
-def as_batch(images: Sequence[Image.Image]) -> Tensor:
-    """Float (B, 3, H, W) in [0, 1] of PIL pictures of one size, as rewards take them."""
-    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float() / 255
-
-
-def _without_adapter(unet: torch.nn.Module) -> torch.nn.Module:
-    """A copy of a UNet with its LoRA merged into the weights and no adapter layers left."""
-    import copy
-
-    from diffusers import UNet2DConditionModel
-    from peft.tuners.lora import LoraLayer
-
-    copied = copy.deepcopy(unet)
-    for module in copied.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
-    plain = UNet2DConditionModel.from_config(unet.config).to(unet.dtype)
-    merged = {name.replace(".base_layer.", "."): p for name, p in copied.state_dict().items() if ".lora_" not in name}
-    plain.load_state_dict(merged)
-    return plain.to(unet.device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.diffusion.model_card import write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
@@ -80,8 +81,9 @@ class ImageShow:
             self.policy.save_lora(folder)
 
     def finish(self, folder: Path, reward: Callable[..., Any] | None) -> None:
-        """Write ``final/`` (what diffusers loads), ``samples/before_after.png`` and ``report.html``."""
-        self.write_weights(folder / "final")
+        """Write ``final/`` (what diffusers loads, and its card), ``samples/before_after.png`` and ``report.html``."""
+        final = folder / "final"
+        self.write_weights(final)
         after = self.draw()
         with self.policy.reference():
             before = self.draw()
@@ -94,4 +96,5 @@ class ImageShow:
         )
         (folder / "samples").mkdir(exist_ok=True)
         save_png(picture, folder / "samples" / "before_after.png")
+        write_model_card(folder, final, pipeline_class=type(self.policy.pipeline).__name__)
         write_report(folder)

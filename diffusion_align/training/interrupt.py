@@ -8,7 +8,10 @@ from types import FrameType
 
 
 class InterruptFlag:
-    """Within ``with``, the first SIGINT or SIGTERM sets ``raised``; a second one acts as if nothing were here."""
+    """Within ``with``, the first SIGINT or SIGTERM sets ``raised``; a second one acts as if nothing were here.
+
+    Python lets only the main thread set handlers: in another one nothing is caught.
+    """
 
     def __init__(self) -> None:
         self.raised = False
@@ -29,5 +32,6 @@ class InterruptFlag:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # None stands for a handler that was not set from Python, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._previous = {}

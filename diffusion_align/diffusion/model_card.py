@@ -1,0 +1,264 @@
+"""The model card of a run: README.md with the hub's metadata, every figure read from what the run has logged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from diffusion_align import __version__
+from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
+from diffusion_align.diffusion.runs import ModelPlan, model_plan
+from diffusion_align.diffusion.single_file import is_one_file
+from diffusion_align.report import read_metrics
+from diffusion_align.report.metrics import Row, is_number, series
+from diffusion_align.training.checkpoint import write_aside
+from diffusion_align.training.config import load_yaml
+
+PICTURE = "before_after.png"
+SUMMARY = "evaluation.json"  # evaluation.py, which writes it, imports showing.py and so this file
+# With 1 diffusers' DDIM takes, for some numbers of steps (50 of emoji-sd's), the root of a number just below 0 where a
+# schedule begins in pure noise, and the pictures are black.
+LARGEST_ETA = 1 - 1e-6
+_TITLES = {"ddpo": "DDPO", "diffusion_dpo": "Diffusion-DPO"}
+_CHANGES = {
+    "reward": "reward",
+    "rewards/accuracies": "implicit accuracy",
+    "rewards/margins": "implicit margin",
+    "gold": "held-out (gold) reward",
+    "diversity": "diversity",
+}
+_GIVEN = {
+    "reward": "reward",
+    "reward_weights": "weights of the rewards",
+    "pairs": "pairs",
+    "variant": "variant",
+    "beta": "beta",
+    "beta_dpo": "beta_dpo",
+    "kl_coef": "kl_coef, the price of a nat of KL",
+}
+# Where a run was and how it was watched is nobody else's business and changes no weight.
+_LEFT_OUT = ("output_dir", "resume", "num_threads", "trackers", "checkpoint_every", "keep_checkpoints", "grid_every")
+_LONG_LIST = 12
+# Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
+_DTYPE = "dtype=torch.float32"
+
+
+def model_card(
+    folder: Path, *, location: str | None = None, merged: bool = False, pipeline_class: str = "DiffusionPipeline"
+) -> str:
+    """The text of README.md for the result of a run.
+
+    Args:
+        folder: the run folder: ``config.yaml`` and, as far as they are there, ``metrics.jsonl``, ``evaluation.json``
+            and ``samples/before_after.png``.
+        location: what diffusers is to load the result from; the run's ``final/`` if not given.
+        merged: there is a whole pipeline at ``location``; without it, the run's adapter if it trained one.
+        pipeline_class: of diffusers, for the lines that load it.
+
+    Raises:
+        ValueError: ``metrics.jsonl`` or ``evaluation.json`` is damaged.
+        ConfigError: there is no ``config.yaml``, or it cannot be read.
+    """
+    settings = load_yaml(folder / "config.yaml")
+    metrics = folder / "metrics.jsonl"
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+    below = model_plan(str(settings.get("model")))
+    lora = bool(settings.get("lora")) and not merged
+    method = str(settings.get("method"))
+    title = f"{Path(below.base).stem} aligned with {_TITLES.get(method, method)}"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    figures, reading = _figures(rows, settings)
+    return environment.get_template("model_card.md.j2").render(
+        front_matter=_front_matter(below.base, method, lora),
+        title=title,
+        opening=_opening(below, lora),
+        picture=PICTURE if (folder / "samples" / PICTURE).is_file() else None,
+        facts=[(name, _cell(value)) for name, value in _facts(rows, settings, below, summary)],
+        figures=figures,
+        reading=reading,
+        code=_code(below, settings, location or str(folder / "final"), lora, pipeline_class),
+        settings=_settings(settings),
+        version=__version__,
+    )
+
+
+def write_model_card(folder: Path, target: Path, **options: Any) -> None:
+    """Write the card of the run ``folder`` into ``target``, with the picture it shows; ``options`` as above."""
+    picture = folder / "samples" / PICTURE
+    if picture.is_file():
+        shutil.copyfile(picture, target / PICTURE)
+    write_aside(target / "README.md", model_card(folder, **options))
+
+
+def _front_matter(base: str, method: str, lora: bool) -> str:
+    kind = ["lora"] if lora else []
+    tags = ["text-to-image", "diffusers", *kind, method.replace("_", "-"), "diffusion-align"]
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    if _is_hub_id(base):  # the hub refuses a card whose base_model is not one of its own
+        front = {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} | front
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+
+
+def _opening(below: ModelPlan, lora: bool) -> str:
+    what = "A LoRA adapter for the UNet of" if lora else "A text-to-image pipeline made from"
+    base = f"`{below.base}`"
+    if below.base in EMBEDDED_PIPELINES:
+        base += " (the model inside the Python package diffusion-align)"
+    if not below.adapters:
+        return f"{what} {base}."
+    runs = ", then ".join(f"`{path}`" for path in below.adapters)
+    return f"{what} {base}, with the adapters of earlier runs merged into it: {runs}."
+
+
+def _facts(
+    rows: Sequence[Row], settings: Mapping[str, Any], below: ModelPlan, summary: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    facts = [("base model", f"`{below.base}`"), ("method", f"`{settings.get('method')}`")]
+    if below.run is not None:
+        facts.append(("trained on, and reference", f"the run `{settings['model']}`"))
+    for key, name in _GIVEN.items():
+        if settings.get(key) is not None:
+            facts.append((name, f"`{_short(settings[key])}`"))
+    _, beta = series(rows, "beta_nats", x="epoch")
+    if len(beta):
+        facts.append(("beta of a nat", f"{beta[-1]:.4g}"))
+    kl = _last_epochs_mean(rows, "kl_path")
+    if kl is not None:
+        facts.append(("KL to the reference, last epoch", f"{kl:.4g} nats, over all trained steps of a picture"))
+    epochs = _finished_epochs(rows)
+    count = len(epochs) * settings.get("samples_per_epoch", 0)
+    drawn = "pictures drawn" if settings.get("pairs") is None else "pairs trained on"
+    facts += [("epochs", str(len(epochs))), (drawn, str(count))]
+    if summary.get("stopped"):
+        facts.append(("ended early", summary["stopped"]))
+    if summary.get("best"):
+        best = summary["best"]
+        facts.append(("highest gold reward", f"{best['gold']:.4g}, after epoch {best['epoch']}"))
+    return facts
+
+
+def _figures(rows: Sequence[Row], settings: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], str]:
+    """(name, first, last) of what an epoch says, and how the table is read."""
+    found = []
+    for key, name in _CHANGES.items():
+        epochs, values = _epoch_means(rows, key)
+        if len(epochs):
+            first, last = f"{values[0]:.4g} (epoch {epochs[0]:g})", f"{values[-1]:.4g} (epoch {epochs[-1]:g})"
+            found.append((name, first, last if len(epochs) > 1 else "the same"))
+    reading = (
+        "The reward is of the pictures an epoch has drawn, before its updates; gold and diversity are measured after "
+        "them, in epoch 0 of the model as it was."
+        if len(_epoch_means(rows, "reward")[0])
+        else "The first epoch starts from the reference."
+    )
+    if settings.get("ema_decay") is not None:
+        reading += f" The weights here are an average over the updates (ema_decay={settings['ema_decay']})."
+    return found, reading
+
+
+def _epoch_means(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    """Epochs, and the mean of ``key`` over the rows of each that hold it."""
+    values: dict[float, list[float]] = {}
+    for row in rows:
+        if is_number(row.get(key)) and math.isfinite(row[key]) and is_number(row.get("epoch")):
+            values.setdefault(row["epoch"], []).append(row[key])
+    return sorted(values), [sum(values[epoch]) / len(values[epoch]) for epoch in sorted(values)]
+
+
+def _last_epochs_mean(rows: Sequence[Row], key: str) -> float | None:
+    _, means = _epoch_means(rows, key)
+    return means[-1] if means else None
+
+
+def _finished_epochs(rows: Sequence[Row]) -> list[float]:
+    """Those that have a row of their own; every trainer logs the time it took."""
+    return sorted({row["epoch"] for row in rows if "time/epoch" in row})
+
+
+def _code(below: ModelPlan, settings: Mapping[str, Any], location: str, lora: bool, pipeline_class: str) -> str:
+    """Lines that draw a picture with plain diffusers as the run's own sampler does."""
+    sampler = {"name": "ddim", "steps": 50, "eta": 1.0, "guidance_scale": 5.0} | (settings.get("sampler") or {})
+    scheduler = "DDPMScheduler" if sampler["name"] == "ddpm" else "DDIMScheduler"
+    if lora and is_one_file(below.base) and pipeline_class == "DiffusionPipeline":
+        pipeline_class = "StableDiffusionPipeline"  # the general class reads folders only
+    lines = ["import torch", f"from diffusers import {scheduler}, {pipeline_class}", ""]
+    if not lora:
+        lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_DTYPE})")
+    else:
+        if below.base in EMBEDDED_PIPELINES:
+            lines.insert(2, "from diffusion_align.assets import asset_path")
+        lines.append(f"pipeline = {_load_base(below, settings, pipeline_class)}")
+        for adapter in below.adapters:
+            lines.append(f"pipeline.load_lora_weights({_quoted(str(adapter))})")
+            lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
+        lines.append(f"pipeline.load_lora_weights({_quoted(location)})")
+    lines += [
+        f'pipeline.scheduler = {scheduler}.from_config({{"clip_sample": False, **pipeline.scheduler.config}})',
+        f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
+        f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}).images[0]",
+    ]
+    return "\n".join(lines)
+
+
+def _load_base(below: ModelPlan, settings: Mapping[str, Any], pipeline_class: str) -> str:
+    own = below.run is None
+    variant = settings.get("weights_variant") if own else below.variant
+    base_config = settings.get("base_config") if own else below.base_config
+    if below.base in EMBEDDED_PIPELINES:
+        return f"{pipeline_class}.from_pretrained(asset_path({_quoted(below.base)}), {_DTYPE})"
+    if is_one_file(below.base):
+        config = f", config={_quoted(base_config)}" if base_config else ""
+        return f"{pipeline_class}.from_single_file({_quoted(below.base)}{config}, {_DTYPE})"
+    chosen = f", variant={_quoted(variant)}" if variant else ""
+    return f"{pipeline_class}.from_pretrained({_quoted(below.base)}{chosen}, {_DTYPE})"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in settings.items() if key not in _LEFT_OUT}
+    for key in ("prompts", "show_prompts"):
+        if isinstance(kept.get(key), list) and len(kept[key]) > _LONG_LIST:
+            kept[key] = [*kept[key][:_LONG_LIST], f"... {len(kept[key])} in all"]
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def _example(settings: Mapping[str, Any]) -> str:
+    for key in ("show_prompts", "prompts"):
+        prompts = settings.get(key)
+        prompts = prompts.get("source") if isinstance(prompts, dict) else prompts
+        if isinstance(prompts, list) and prompts and isinstance(prompts[0], str):
+            return prompts[0]
+    return "a cat"
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not os.path.exists(model)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _quoted(text: str) -> str:
+    """A Python literal; JSON's escapes are Python's too."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _cell(text: str) -> str:
+    """``text`` inside a table, where a bar or a new line would end the cell."""
+    return " ".join(text.replace("|", "\\|").split())

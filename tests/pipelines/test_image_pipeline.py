@@ -1,0 +1,677 @@
+"""ImageAlignmentPipeline: align, go on, draw, compare, score, merge, save, upload; what plain diffusers makes of it."""
+
+import copy
+import inspect
+import json
+import os
+import re
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusion_align.diffusion.runs import image_model_problem, model_plan
+from diffusion_align.pipelines import ImageAlignmentPipeline
+from diffusion_align.pipelines.compare import Comparison, compare_models
+from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.image import run
+from diffusion_align.pipelines.pictures import DrawnImages, as_picture
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, UserError
+from diffusion_align.training.interrupt import InterruptFlag
+
+PROMPTS = ["a red apple", "a cat"]
+SETTINGS = {
+    "prompts": PROMPTS,
+    "epochs": 1,
+    "samples_per_epoch": 4,
+    "sample_batch_size": 4,
+    "micro_batch_size": 8,
+    "updates_per_epoch": 1,
+    "learning_rate": 0.02,
+    "lora": {"rank": 2},
+    "sampler": {"steps": 2, "guidance_scale": 1.0},
+    "advantages": "group",
+    "group_size": 2,
+    "kl_coef": 0.01,
+    "grid_every": 0,
+    "checkpoint_every": 1,
+    "num_threads": 1,
+}
+
+
+def redness(images, prompts, metadata):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """No report; and each test with an Accelerator of its own."""
+    from accelerate.state import AcceleratorState
+
+    from diffusion_align.diffusion import showing
+
+    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_sd):
+    """The loaded pipeline of a tiny model, not to be changed."""
+    return ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu")
+
+
+@pytest.fixture
+def load(base):
+    """``load()``: the tiny model, a copy of what is in memory; ``load(model, ...)``: from disk."""
+
+    def make(model=None, **options):
+        if model is None and not options:
+            return copy.deepcopy(base)
+        return ImageAlignmentPipeline.from_pretrained(model or base.model, device="cpu", **options)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def first_run(tiny_sd, tmp_path_factory):
+    """A finished run on the tiny model."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    pipe = ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu")
+    pipe.align(reward=redness, output_dir=folder, **SETTINGS)
+    return folder
+
+
+def plain(model):
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(model)
+
+
+@torch.no_grad()
+def predictions(pipeline):
+    """What the UNet of a diffusers pipeline, or of ours, says to fixed latents."""
+    unet = getattr(pipeline, "pipeline", pipeline).unet.eval()
+    noise = torch.Generator().manual_seed(0)
+    x_t, states = torch.randn(2, 4, 8, 8, generator=noise), torch.randn(2, 8, 16, generator=noise)
+    return unet(x_t, torch.tensor([100, 900]), encoder_hidden_states=states).sample
+
+
+def assert_same_unet(a, b, tolerance=1e-5):
+    torch.testing.assert_close(predictions(a), predictions(b), atol=tolerance, rtol=0)
+
+
+def weights(pipe):
+    return {name: tensor.clone() for name, tensor in pipe.pipeline.unet.state_dict().items()}
+
+
+def assert_same_weights(pipe, expected):
+    found = pipe.pipeline.unet.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def config_of(folder):
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+ONLINE_DPO = {k: v for k, v in SETTINGS.items() if k not in ("advantages", "kl_coef")} | {"beta": 1.0}
+KINDS = {
+    "ddpo, all weights": ("ddpo", SETTINGS | {"lora": None}),
+    "ddpo, average": ("ddpo", SETTINGS | {"ema_decay": 0.5, "updates_per_epoch": 2}),
+    "diffusion_dpo": ("diffusion_dpo", ONLINE_DPO),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_what_everyone_loads(load, base, tiny_sd, tmp_path, kind):
+    """In memory, final/ in plain diffusers, the run folder, and what save_pretrained writes."""
+    method, settings = KINDS[kind]
+    pipe, folder = load(), tmp_path / "run"
+    assert pipe.align(method, reward=redness, output_dir=folder, **settings) is pipe
+    assert (predictions(pipe) - predictions(base)).abs().max() > 1e-3, "nothing was learned"
+    assert (pipe.run, pipe.model) == (folder, str(tiny_sd))
+    if settings["lora"]:
+        theirs = plain(tiny_sd)
+        theirs.load_lora_weights(folder / "final")
+    else:
+        theirs = plain(folder / "final")
+    assert_same_unet(theirs, pipe)
+    again = load(folder)
+    assert_same_unet(again, pipe)
+    assert (again.run, again.sampler) == (folder, pipe.sampler)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = plain(tmp_path / "saved")
+    assert set(saved.unet.state_dict()) == set(base.pipeline.unet.state_dict())
+    assert_same_unet(saved, pipe)
+
+
+@pytest.mark.parametrize(("reloaded", "second"), [(False, {"rank": 3}), (True, {"rank": 3}), (True, None)])
+def test_a_run_is_trained_on_as_it_ended(load, first_run, tmp_path, reloaded, second):
+    """A new adapter, with the first run's weights as the reference: the KL to them is 0 before the first update."""
+    pipe = load(first_run) if reloaded else load().align(reward=redness, output_dir=tmp_path / "first", **SETTINGS)
+    once, start = predictions(pipe), pipe.run
+    pipe.align(reward=redness, output_dir=tmp_path / "second", **SETTINGS | {"lora": second})
+    assert (predictions(pipe) - once).abs().max() > 1e-3
+    assert config_of(tmp_path / "second")["model"] == str(start)
+    assert [row["kl"] for row in rows(tmp_path / "second") if "kl" in row] == [pytest.approx(0, abs=1e-6)]
+    assert_same_unet(load(tmp_path / "second"), pipe)
+    assert_same_unet(load(tmp_path / "second" / "final"), pipe)
+    torch.testing.assert_close(predictions(load(start)), once, atol=1e-5, rtol=0)
+
+
+def test_a_run_as_the_model_of_a_configuration_is_the_same(load, first_run, tmp_path, monkeypatch):
+    raw = SETTINGS | {"method": "ddpo", "reward": redness, "output_dir": tmp_path / "yaml", "model": str(first_run)}
+    # What the check of a configuration asks about a model.
+    trainer = run(check_config(raw))
+    pipe = load(first_run).align(reward=redness, output_dir=tmp_path / "python", **SETTINGS)
+    assert rows(tmp_path / "yaml") == rows(tmp_path / "python")
+    assert_same_unet(trainer.policy.pipeline, pipe, tolerance=0)
+
+
+def test_rewards_judge_a_run_as_they_judge_its_base(first_run, tiny_sd, tmp_path, monkeypatch):
+    seen = []
+
+    def build(spec, *, model, device):
+        seen.append(model)
+        return redness
+
+    for place in ("image", "image_run"):
+        monkeypatch.setattr(f"diffusion_align.pipelines.{place}.build_reward", build)
+    pipe = ImageAlignmentPipeline.from_pretrained(first_run, device="cpu")
+    pipe.align(reward="jpeg_compressibility", output_dir=tmp_path / "run", **SETTINGS)
+    pipe.score([Image.new("RGB", (16, 16))], ["a"], "jpeg_compressibility")
+    assert seen == [str(tiny_sd)] * 2
+
+
+# -- breaking off and going on -----------------------------------------------------------------------------------------
+
+
+def stops(how, epoch):
+    """A reward that breaks off its ``epoch``, once: the calls are a trial before training, then one an epoch."""
+    calls = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) == epoch + 1 and how == "fails":
+            return torch.full((len(images),), float("nan"))
+        if len(calls) == epoch + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return redness(images, prompts, metadata)
+
+    reward.__name__ = redness.__name__  # what a run is known by
+    return reward
+
+
+@pytest.mark.parametrize(("how", "lora"), [("fails", None), ("interrupted", {"rank": 2})])
+def test_a_run_that_breaks_off_leaves_the_pipeline_and_is_gone_on_with(load, tmp_path, lora, how):
+    settings = SETTINGS | {"lora": lora, "epochs": 3}
+    pipe = load()
+    before, handler = weights(pipe), signal.getsignal(signal.SIGINT)
+    reward = stops(how, epoch=2)
+    with pytest.raises((RewardError, Interrupted), match=r"returned nan|go on with resume=true"):
+        pipe.align(reward=reward, output_dir=tmp_path / "run", **settings)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert_same_weights(pipe, before)
+    assert pipe.run is None
+    assert pipe(PROMPTS, steps=2).images
+    pipe.align(reward=reward, output_dir=tmp_path / "run", resume=True, **settings)
+    calm = load().align(reward=stops("not", epoch=9), output_dir=tmp_path / "calm", **settings)
+    assert_same_weights(pipe, weights(calm))
+    assert rows(tmp_path / "run") == rows(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
+    """The same adapter, the same reference, as if there had been no pause."""
+    short, folder = SETTINGS | {"epochs": 1}, tmp_path / "run"
+    pipe = load().align(reward=redness, output_dir=folder, **short)
+    pipe = load(folder) if reloaded else pipe
+    ended = weights(pipe)
+    with pytest.raises(ConfigError, match="is already used"):
+        pipe.align(reward=redness, output_dir=folder, **short | {"epochs": 3})
+    with pytest.raises(RewardError, match="returned nan"):
+        pipe.align(reward=stops("fails", epoch=1), output_dir=folder, resume=True, **short | {"epochs": 3})
+    assert_same_weights(pipe, ended)
+    pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 3})
+    calm = load().align(reward=redness, output_dir=tmp_path / "calm", **short | {"epochs": 3})
+    assert rows(folder) == rows(tmp_path / "calm")
+    assert_same_unet(pipe, calm, tolerance=0)
+    pipe.merge()
+    with pytest.raises(CheckpointError, match=r"belongs to another run: model was .*put it back or choose"):
+        pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 4})
+
+
+def test_training_in_another_thread(load, tmp_path):
+    """Handlers of signals belong to the main thread: without them it trains all the same."""
+    pipe, failures = load(), []
+
+    def work():
+        try:
+            pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert failures == []
+    assert pipe.run == tmp_path / "run"
+
+
+def test_a_handler_from_outside_python_is_no_obstacle(monkeypatch):
+    """signal.signal returns None for one, and takes no None."""
+    own = signal.getsignal(signal.SIGTERM)
+    real = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: real(number, handler) and None)
+    try:
+        with InterruptFlag() as flag:
+            assert not flag.raised
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        real(signal.SIGTERM, own)
+        real(signal.SIGINT, signal.default_int_handler)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def test_merging_changes_no_picture_and_leaves_a_plain_pipeline(load, base, first_run, tmp_path):
+    pipe = load(first_run)
+    before, drawn = predictions(pipe), pipe(PROMPTS, steps=2, eta=0.0).images
+    assert pipe.merge() is pipe
+    assert list(pipe.pipeline.unet.state_dict()) == list(base.pipeline.unet.state_dict())
+    torch.testing.assert_close(predictions(pipe), before, atol=1e-5, rtol=0)
+    for a, b in zip(drawn, pipe(PROMPTS, steps=2, eta=0.0).images, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+    merged = weights(pipe)
+    assert_same_weights(pipe.merge(), merged)
+    with pytest.raises(UserError, match="there is no trained adapter to save"):
+        pipe.save_lora(tmp_path)
+    pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    assert config_of(tmp_path / "run")["model"] == str(first_run)
+
+
+def test_an_adapter_of_a_run_is_saved_again(load, tiny_sd, first_run, tmp_path):
+    load(first_run).save_lora(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    saved, original = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path, first_run / "final")
+    )
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in saved)
+    with pytest.raises(UserError, match="there is no trained adapter to save"):
+        load().save_lora(tmp_path)
+
+
+def test_a_given_lora_is_trained_further_itself(load, tiny_sd, first_run, tmp_path):
+    """The reference is the model without it, so the run's adapter alone gives the result."""
+    pipe = load(lora=first_run / "final")
+    start = weights(pipe)
+    with pytest.raises(RewardError, match="returned nan"):
+        pipe.align(reward=stops("fails", epoch=2), output_dir=tmp_path / "bad", **SETTINGS | {"epochs": 2})
+    assert_same_weights(pipe, start)
+    pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    assert config_of(tmp_path / "run")["model"] == str(tiny_sd)
+    assert next(row["kl"] for row in rows(tmp_path / "run") if "kl" in row) > 1e-4
+    assert_same_unet(load(tmp_path / "run"), pipe)
+
+
+def test_a_lora_on_a_run(load, first_run, tmp_path):
+    """What the run is, is under it."""
+    pipe = load(first_run, lora=first_run / "final")
+    assert (predictions(pipe) - predictions(load(first_run))).abs().max() > 1e-3
+    pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    assert config_of(tmp_path / "run")["model"] == str(first_run)
+    assert_same_unet(load(tmp_path / "run"), pipe)
+
+
+def test_weights_that_no_folder_holds_are_not_trained_on(load, first_run, tmp_path):
+    """The run could not say what it was trained on."""
+    pipe = load(lora=first_run / "final").merge()
+    with pytest.raises(
+        UserError, match=r"the weights are in no folder, as a lora was merged: save_pretrained\(\) them"
+    ):
+        pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_loaded_narrow_is_said_in_the_run(load, tmp_path):
+    pipe = load(dtype=torch.bfloat16)
+    pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    assert config_of(tmp_path / "run")["dtype"] == "bfloat16"
+    saved = load_file(tmp_path / "run" / "final" / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+# -- runs as models ----------------------------------------------------------------------------------------------------
+
+
+def written(folder, *, final=(), **settings):
+    (folder / "final").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name in final:
+        (folder / "final" / name).touch()
+    return folder
+
+
+def test_what_lies_under_a_run_of_runs(tmp_path):
+    lora = "pytorch_lora_weights.safetensors"
+    a = written(tmp_path / "a", final=[lora], model="base.safetensors", weights_variant="fp16", base_config="owner/sd")
+    b = written(tmp_path / "b", final=[lora], model=str(a))
+    plan = model_plan(str(b))
+    assert (plan.base, plan.variant, plan.base_config) == ("base.safetensors", "fp16", "owner/sd")
+    assert plan.adapters == (a / "final", b / "final")
+    assert (plan.below, plan.run) == (str(a), b)
+    assert model_plan(str(b / "final")) == plan
+    c = written(tmp_path / "c", final=["model_index.json"], model=str(b))
+    assert (model_plan(str(c)).base, model_plan(str(c)).adapters) == (str(c / "final"), ())
+    d = written(tmp_path / "d", final=[lora], model=str(c))
+    assert (model_plan(str(d)).base, model_plan(str(d)).adapters) == (str(c / "final"), (d / "final",))
+    for model in ("emoji-sd", "owner/name", "anywhere/else/at/all", str(tmp_path)):
+        assert model_plan(model).base == model
+
+
+def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
+    lora = "pytorch_lora_weights.safetensors"
+    unfinished = written(tmp_path / "unfinished", model="emoji-sd")
+    (unfinished / "final").rmdir()
+    own = written(tmp_path / "own", final=[lora], model=str(tmp_path / "own"))
+    problems = {
+        unfinished: r"is a run that has not finished, it has no final/: go on with it \(resume=true\) first$",
+        written(tmp_path / "text", final=["adapter_config.json"], method="grpo", model="tiny-lm"): (
+            "is a run of method='grpo' without weights of a text-to-image pipeline"
+        ),
+        written(tmp_path / "nameless", final=[lora]): "does not say what it was trained on: set model in",
+        own: "is a run trained on itself: correct model in",
+        written(
+            tmp_path / "lost", final=[lora], model="./gone"
+        ): r"whose base cannot be used: model='\./gone' is neither",
+    }
+    for folder, wanted in problems.items():
+        problem = image_model_problem(str(folder))
+        assert re.search(wanted, problem), problem
+        assert "\n" not in problem
+        with pytest.raises(UserError):
+            ImageAlignmentPipeline.from_pretrained(folder)
+    assert image_model_problem(str(written(tmp_path / "good", final=[lora], model=str(tiny_sd)))) is None
+    assert image_model_problem("emoji-sd") is image_model_problem(str(tiny_sd)) is None
+    assert "is neither an embedded model" in image_model_problem("emojisd")
+
+
+# -- wrong arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"method": "dppo"}, "method='dppo' does not train a text-to-image model: use one of ddpo, diffusion_dpo"),
+        ({"method": "grpo"}, "method='grpo' does not train a text-to-image model"),
+        ({"model": "emoji-sd"}, "model='emoji-sd' is not this pipeline's: load it with from_pretrained"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for loading a model: give dtype to from_pretrained"),
+        ({"weights_variant": "fp16"}, "weights_variant='fp16' is for loading a model: give variant to from_pretrained"),
+        ({"base_config": "a/b"}, "base_config='a/b' is for loading a model: give base_config to from_pretrained"),
+        ({"group_sise": 4}, "unknown setting 'group_sise': did you mean 'group_size'"),
+        ({"reward": "redness"}, "redness"),
+        ({"reward": lambda: 1}, "reward"),
+    ],
+)
+def test_what_cannot_be_aligned(load, tmp_path, arguments, wanted):
+    pipe = load()
+    before = weights(pipe)
+    with pytest.raises((UserError, RewardError), match=wanted) as caught:
+        pipe.align(**{"method": "ddpo", "reward": redness, "output_dir": tmp_path / "run"} | SETTINGS | arguments)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+    assert_same_weights(pipe, before)
+
+
+def test_every_argument_is_documented():
+    """Each parameter of each public method is named at the start of a line of its "Args:"."""
+    public = {"__init__", "__call__"} | {name for name in vars(ImageAlignmentPipeline) if not name.startswith("_")}
+    functions = [compare_models, DrawnImages.grid, DrawnImages.save]
+    functions += [getattr(ImageAlignmentPipeline, name) for name in sorted(public)]
+    assert {"align", "compare", "push_to_hub", "merge"} <= public
+    for function in functions:
+        assert inspect.getdoc(function), function
+        wanted = set(inspect.signature(function).parameters) - {"self"}
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", inspect.getdoc(function), re.MULTILINE)
+        named = re.findall(r"^    ([\w*, ]+):", section.group(1) if section else "", re.MULTILINE)
+        assert wanted == {name.strip(" *") for line in named for name in line.split(",")}, function.__qualname__
+
+
+# -- drawing, comparing, scoring ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error:invalid value")
+@pytest.mark.parametrize("steps", [3, 50])
+def test_no_number_of_steps_gives_black_pictures(steps):
+    """diffusers' DDIM with eta=1 does, for these, on a schedule that begins in pure noise."""
+    pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
+    pipe.pipeline.unet.forward = lambda x, *_, **__: (0.1 * x,)  # quick, and finite
+    picture = pipe("a cat", steps=steps, guidance_scale=1.0, eta=1.0).images[0]
+    assert np.asarray(picture).std() > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"), [({"steps": 0}, "steps=0 must lie"), ({"batch_size": 0}, "batch_size=0")]
+)
+def test_what_cannot_be_drawn(base, arguments, wanted):
+    with pytest.raises(UserError, match=wanted):
+        base(PROMPTS, **arguments)
+
+
+def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
+    from io import BytesIO
+
+    from diffusion_align.report import image_grid
+
+    drawn = base(PROMPTS, steps=1)
+    assert drawn.prompts == PROMPTS
+    grid = drawn.grid()
+    assert grid.tobytes() == image_grid(drawn.images, captions=PROMPTS).tobytes()
+    assert drawn.grid(columns=1).height > grid.height
+    shown = Image.open(BytesIO(drawn._repr_png_()))
+    assert (shown.format, shown.tobytes()) == ("PNG", grid.tobytes())
+    assert drawn.save(tmp_path / "new" / "pictures") == tmp_path / "new" / "pictures"
+    assert sorted(p.name for p in (tmp_path / "new" / "pictures").iterdir()) == ["0000.png", "0001.png", "grid.png"]
+    assert Image.open(tmp_path / "new" / "pictures" / "0001.png").tobytes() == drawn.images[1].tobytes()
+    none = base([])
+    assert none.images == []
+    assert none._repr_png_() is None
+    with pytest.raises(UserError, match="there are no images to draw"):
+        none.save(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"folder='.*file' cannot be written to"):
+        drawn.save(tmp_path / "file")
+
+
+def test_comparing_with_a_model_and_with_a_pipeline(load, base, tiny_sd, first_run, tmp_path):
+    pipe = load(first_run)
+    before = base.sampler
+    result = pipe.compare(base, PROMPTS, redness, seed=3, per_prompt=2, output=tmp_path / "pairs.png")
+    assert base.sampler is before
+    assert result == pipe.compare(tiny_sd, PROMPTS, redness, seed=3, per_prompt=2)
+    mine, theirs = ([], [])
+    for k in range(2):
+        mine += pipe(PROMPTS, seed=3 + 2 * k).images
+        theirs += base(PROMPTS, seed=3 + 2 * k, steps=2, guidance_scale=1.0, eta=1.0).images
+    scores = [pipe.score(images, PROMPTS * 2, redness).double() for images in (theirs, mine)]
+    assert result.mean_first == pytest.approx(scores[0].mean().item(), abs=1e-3)
+    assert result.mean_second == pytest.approx(scores[1].mean().item(), abs=1e-3)
+    assert result.mean_second != result.mean_first
+    assert result.picture.tobytes() == Image.open(tmp_path / "pairs.png").tobytes()
+
+
+def test_a_comparison_reads_as_a_sentence():
+    result = Comparison(0.25, 0.5, 0.75, 0.6, 0.85, 40, 10.0, 0.25, 0.05, Image.new("RGB", (3, 2)))
+    assert str(result) == (
+        "A 0.2500, B 0.5000, B - A 0.2500 (standard error 0.05); B wins 75.0% of 40 pairs "
+        "(95 % interval 60.0% to 85.0%, Wilson for 10 independent pairs)"
+    )
+    assert "picture" not in repr(result)
+    page = result._repr_html_()
+    assert page.startswith(f"<p>{result}</p><img ")
+    assert 'src="data:image/png;base64,iVBOR' in page
+
+
+def picture_forms():
+    """One picture in every accepted form: the left half red, the right half white."""
+    array = np.full((16, 16, 3), 255, dtype=np.uint8)
+    array[:, :8, 1:] = 0
+    opaque = Image.fromarray(array)
+    clear = Image.new("RGBA", (16, 16), (0, 0, 255, 0))
+    clear.paste(opaque.crop((0, 0, 8, 16)), (0, 0))
+    return {
+        "RGB": opaque,
+        "palette": opaque.quantize(4),
+        "CMYK": opaque.convert("CMYK"),
+        "transparent is white": clear,
+        "array": array,
+        "array with alpha": np.asarray(clear),
+        "tensor": torch.from_numpy(array).permute(2, 0, 1) / 255,
+        "float64 tensor": torch.from_numpy(array).permute(2, 0, 1).double() / 255,
+    }
+
+
+def test_pictures_in_every_form_get_the_same_score(base):
+    forms = picture_forms()
+    scores = base.score(list(forms.values()), ["a"] * len(forms), redness)
+    torch.testing.assert_close(scores, torch.full((len(forms),), 0.5))
+    batch = torch.stack([forms["tensor"], 0 * forms["tensor"]])
+    assert base.score(batch, ["a", "b"], redness).tolist() == pytest.approx([0.5, 0.0])
+    assert base.score([np.zeros((4, 5), np.uint8), Image.new("L", (9, 7), 255)], ["a", "b"], redness).tolist() == [0, 0]
+    assert base.score([], [], redness).shape == (0,)
+
+
+def test_metadata_reaches_the_reward(base):
+    def count(images, prompts, metadata):
+        return [float(row["count"]) for row in metadata]
+
+    picture = picture_forms()["RGB"]
+    assert base.score([picture] * 2, ["a", "b"], count, metadata=[{"count": 3}, {"count": 5}]).tolist() == [3, 5]
+
+
+WHITE = Image.new("RGB", (4, 4), "white")
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "wanted"),
+    [
+        ([WHITE] * 2, ["a"], "2 images, 1 prompts: give lists of one length"),
+        ([WHITE], "a", "a single picture or prompt is given: give lists of one length"),
+        (WHITE, ["a"], "a single picture or prompt is given"),
+        ([WHITE, "x.png"], ["a", "b"], "image 1 is a str: give PIL images, float tensors or uint8 arrays"),
+        ([Image.new("F", (4, 4))], ["a"], "image 0 has mode='F', which does not say what is white: convert it to RGB"),
+        ([Image.new("I;16", (4, 4))], ["a"], "image 0 has mode='I;16'"),
+        ([np.zeros((4, 4, 3))], ["a"], r"image 0 is an array of float64 \(4, 4, 3\): give uint8"),
+        ([np.zeros((3, 4, 5), np.uint8)], ["a"], r"image 0 is an array of uint8 \(3, 4, 5\): give uint8"),
+        ([torch.zeros(4, 4, 3)], ["a"], r"image 0 is a tensor of torch.float32 \(4, 4, 3\): give float \(3, H, W\)"),
+        ([torch.zeros(3, 4, 4, dtype=torch.uint8)], ["a"], r"image 0 is a tensor of torch.uint8"),
+        ([torch.full((3, 4, 4), 255.0)], ["a"], r"image 0 has values from 255 to 255: scale them to \[0, 1\]"),
+        ([torch.full((3, 4, 4), float("nan"))], ["a"], "image 0 has values from nan to nan"),
+    ],
+)
+def test_what_cannot_be_scored(base, images, prompts, wanted):
+    with pytest.raises(UserError, match=wanted) as caught:
+        base.score(images, prompts, redness)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_metadata_of_another_length(base):
+    with pytest.raises(UserError, match="1 images, 1 prompts and 2 metadata: give lists of one length"):
+        base.score([WHITE], ["a"], redness, metadata=[{}, {}])
+
+
+def test_a_picture_keeps_its_levels():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = torch.arange(256).view(16, 16).expand(3, 16, 16) / 255
+    for picture in (Image.fromarray(levels), levels, np.repeat(levels[..., None], 3, axis=2)):
+        torch.testing.assert_close(as_picture(picture), expected, atol=1e-7, rtol=0)
+
+
+# -- the hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """What was asked of the hub; the folder uploaded is copied to tmp_path/hub."""
+    import shutil
+
+    calls = []
+
+    class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+            return f"https://example.org/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            shutil.copytree(folder_path, tmp_path / "hub", dirs_exist_ok=True)
+            calls.append(("upload", repo_id, options["repo_type"]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return calls
+
+
+def test_an_adapter_is_uploaded_with_its_card(load, tiny_sd, first_run, tmp_path, hub):
+    pipe = load(first_run)
+    assert pipe.push_to_hub("me/red", token="hf_x") == "https://example.org/me/red"
+    options = {"private": True, "exist_ok": True, "repo_type": "model"}
+    assert hub == [("token", "hf_x"), ("create", "me/red", options), ("upload", "me/red", "model")]
+    files = sorted(str(p.relative_to(tmp_path / "hub")) for p in (tmp_path / "hub").rglob("*") if p.is_file())
+    assert files == ["README.md", "before_after.png", "pytorch_lora_weights.safetensors"]
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert 'pipeline.load_lora_weights("me/red")' in card
+    assert "hf_x" not in card
+    theirs = plain(tiny_sd)
+    theirs.load_lora_weights(tmp_path / "hub")
+    assert_same_unet(theirs, pipe)
+
+
+def test_a_whole_pipeline_is_uploaded(load, first_run, tmp_path, hub):
+    pipe = load(first_run)
+    pipe.push_to_hub("me/red", private=False, merged=True)
+    assert hub[1][2]["private"] is False
+    assert {"README.md", "before_after.png", "model_index.json", "unet"} <= {
+        p.name for p in (tmp_path / "hub").iterdir()
+    }
+    assert (
+        'StableDiffusionPipeline.from_pretrained("me/red", dtype=torch.float32)'
+        in (tmp_path / "hub" / "README.md").read_text()
+    )
+    assert_same_unet(plain(tmp_path / "hub"), pipe)
+    assert pipe.pipeline.unet.peft_config, "the live pipeline keeps its adapter"
+
+
+def test_what_is_not_uploaded(load, base, first_run, tmp_path, hub, monkeypatch):
+    with pytest.raises(UserError, match="there is no adapter to upload: give merged=True"):
+        base.push_to_hub("me/red")
+    chained = load(first_run).align(reward=redness, output_dir=tmp_path / "second", **SETTINGS)
+    with pytest.raises(UserError, match=r"the adapter stands on the run .*first, which is not on the hub: give merged"):
+        chained.push_to_hub("me/red")
+    assert hub == []
+
+    def refuse(*arguments, **options):
+        raise ValueError("Repo id must be in the form 'name'\nor something else")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse, raising=False)
+    with pytest.raises(UserError) as caught:
+        load(first_run).push_to_hub("a/b/c", token="hf_secret")
+    assert str(caught.value) == "repo_id='a/b/c' could not be uploaded to: Repo id must be in the form 'name'"
+    assert not (tmp_path / "hub").exists()
