@@ -69,6 +69,7 @@ class ImageAlignmentPipeline:
         self.run: Path | None = None
         # What the weights without their adapter are called in a configuration; None if nothing on disk holds them.
         self._below: str | None = model
+        self._called = model  # the weights as they are
         self._variant: str | None = None
         self._base_config: str | None = None
 
@@ -113,6 +114,7 @@ class ImageAlignmentPipeline:
             sampler = SamplerConfig(**(plan.settings.get("sampler") or {}))
         pipe = cls(pipeline, model=plan.base, sampler=sampler)
         pipe.run = plan.run if lora is None else None
+        pipe._called = str(model)
         pipe._below = plan.below if lora is None else str(model)
         pipe._variant, pipe._base_config = variant, base_config
         return pipe
@@ -155,7 +157,7 @@ class ImageAlignmentPipeline:
                 raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
         own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
         goes_on = own and settings.get("resume") is True
-        below = self._below if self.run is None or goes_on else str(self.run)
+        below = self._below if self.run is None or goes_on else self._called
         if below is None:
             raise UserError("the weights are in no folder, as a lora was merged: save_pretrained() them and load that")
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
@@ -177,7 +179,7 @@ class ImageAlignmentPipeline:
             adapters.put_back(self.pipeline, weights)
             raise
         trainer.keep_average()
-        self.sampler, self.run = config.sampler, config.output_dir
+        self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
         self._below = below if config.lora else str(config.output_dir)
         return self
 
@@ -289,7 +291,7 @@ class ImageAlignmentPipeline:
         """
         if adapters.adapted_parts(self.pipeline):
             adapters.merge_adapters(self.pipeline)
-            self._below = None if self.run is None else str(self.run)
+            self._below = None if self.run is None else self._called
         return self
 
     def save_lora(self, folder: str | Path) -> None:
