@@ -273,3 +273,30 @@ def test_damaged_metrics_leave_the_old_report(tmp_path):
     with pytest.raises(ValueError, match="line 1 is not a JSON object"):
         report.write_report(run)
     assert (run / "report.html").read_bytes() == old
+
+
+GOLD = [
+    {"step": 0, "epoch": 0, "gold": 1.0, "gold_stderr": 0.5, "diversity": 0.8, "time/evaluation": 2.0},
+    *(row | {"gold": gold, "gold_stderr": 0.25, "diversity": 0.5} for row, gold in zip(EPOCHS, (3.0, 2.0))),
+]
+
+
+def test_the_held_out_reward_is_drawn_with_its_best_and_its_band():
+    gold, diversity = report.plot_gold(GOLD).axes
+    curve, best = gold.lines
+    assert curve.get_xydata().tolist() == [[0, 1], [1, 3], [2, 2]]
+    assert set(best.get_xdata()) == {1}
+    low, high = (f([p[1] for p in gold.collections[0].get_paths()[0].vertices]) for f in (min, max))
+    assert (low, high) == (0.0, 3.5)  # 1 - 2 * 0.5 and 3 + 2 * 0.25
+    assert diversity.lines[0].get_ydata().tolist() == [0.8, 0.5, 0.5]
+    assert len(report.plot_gold([{"epoch": 1, "diversity": 0.5}]).axes) == 1
+
+
+def test_the_report_says_what_the_held_out_reward_did_and_why_the_run_stopped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOLD))
+    page = Page(report.write_report(tmp_path).read_text())
+    assert "gold) reward was 1 after epoch 0, 3 at its best after epoch 1 and 2 after epoch 2." in page.text
+    assert "over 2 epochs" in page.text, "what is before training is no epoch"
+    assert "stopped by a rule" not in page.text
+    (tmp_path / "evaluation.json").write_text(json.dumps({"best": None, "stopped": "gold & KL"}))
+    assert "The run was stopped by a rule: gold & KL." in Page(report.write_report(tmp_path).read_text()).text
