@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import get_console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,6 +15,9 @@ from rich.progress import (
 
 def progress_bars(**options: Any) -> Progress:
     """rich's ``Progress`` with what is done, of how much, and the time; ``options`` are its own."""
+    if (options.get("console") or get_console()).is_jupyter:
+        # IPython flushes what rich has put in the place of stdout and stderr, and rich then displays, without end.
+        options = {"redirect_stdout": False, "redirect_stderr": False} | options
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
