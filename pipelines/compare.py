@@ -99,6 +99,7 @@ def compare_models(
         per_prompt: pictures a prompt.
         on_pictures: called with the number of pictures drawn, of ``2 * per_prompt * len(prompts)``.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise UserError("prompts is empty: give at least one")
     if per_prompt < 1:

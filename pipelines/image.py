@@ -124,7 +124,7 @@ class ImageAlignmentPipeline:
 
         What is trained, and the reference it is held to, starts from the weights as they are: those of a run, or of an
         earlier call, are merged, and a new adapter is trained on them. Two exceptions: ``resume=True`` with this
-        pipeline's own run goes on with that run and its reference; and an adapter given as ``lora`` to
+        pipeline's own run, one with LoRA, goes on with that run and its reference; and an adapter given as ``lora`` to
         ``from_pretrained`` is itself trained further, the reference being the model without it.
 
         Args:
@@ -157,6 +157,11 @@ class ImageAlignmentPipeline:
                 raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
         own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
         goes_on = own and settings.get("resume") is True
+        if goes_on and not adapters.adapted_parts(self.pipeline):
+            raise UserError(
+                f"resume=True: the reference of {str(self.run)!r} is not in memory, as its weights were merged or all "
+                "were trained: align what it was trained on, loaded by from_pretrained, or use the command line"
+            )
         below = self._below if self.run is None or goes_on else self._called
         if below is None:
             raise UserError("the weights are in no folder, as a lora was merged: save_pretrained() them and load that")
@@ -169,6 +174,7 @@ class ImageAlignmentPipeline:
 
         if self.run is not None and not goes_on:
             self.merge()
+        _refuse_other_parts(self.pipeline)
         unet, weights = self.pipeline.unet, adapters.adapter_weights(self.pipeline)
         if config.lora is None:
             self.pipeline.unet = copy.deepcopy(unet)
@@ -305,6 +311,7 @@ class ImageAlignmentPipeline:
         """
         if "unet" not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
+        _refuse_other_parts(self.pipeline)
         adapters.save_adapter(self.pipeline, Path(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -351,9 +358,20 @@ class ImageAlignmentPipeline:
             return upload(Path(folder), repo_id, private=private, token=token)
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
-        if self.run is not None:
+        """The figures of a run are those of its last weights: there is no card for the best ones."""
+        if self.run is not None and Path(self._called).name != "best":
             family = type(self.pipeline).__name__
             write_model_card(self.run, target, location=location, merged=merged, pipeline_class=family)
+
+
+def _refuse_other_parts(pipeline: Any) -> None:
+    """What is trained and written is the UNet's adapter; a LoRA on a text encoder would be lost."""
+    others = sorted(adapters.adapted_parts(pipeline).keys() - {"unet"})
+    if others:
+        raise UserError(
+            f"the lora also changes {', '.join(others)}, which the adapter of a UNet cannot hold: merge() it, "
+            "save_pretrained() the pipeline and load that"
+        )
 
 
 def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:

@@ -23,8 +23,9 @@ def checked_reward(
     """The reward, or the weighted sum of several, asked once about a dummy batch; None if there is none."""
     if spec is None:
         return None
-    if isinstance(spec, list | tuple):
-        spec = {"name": "combine", "rewards": list(spec), "weights": weights}
+    if isinstance(spec, list | tuple) or weights is not None:
+        rewards = list(spec) if isinstance(spec, list | tuple) else [spec]
+        spec = {"name": "combine", "rewards": rewards, "weights": weights}
     reward = build_reward(spec, model=model, device=policy.device)
     texts, metadata = zip(*prompts, strict=True)
     check_reward(reward, image_size=policy.image_size, device=policy.device, prompts=texts, metadata=metadata)

@@ -98,7 +98,7 @@ def call_reward(
 
 def reward_parts(reward: Reward) -> dict[str, Reward]:
     """Name -> each of the K rewards that ``reward`` sums (see `combine`), or itself alone; equal names get numbers."""
-    parts = list(getattr(reward, "parts", None) or [reward])
+    parts = list(getattr(reward, "parts", ())) if _is_sum(reward) else [reward]
     names = [reward_name(part) for part in parts]
     return {
         name + (f"_{names[:i].count(name) + 1}" if name in names[:i] else ""): part
@@ -108,7 +108,12 @@ def reward_parts(reward: Reward) -> dict[str, Reward]:
 
 def part_weights(reward: Reward) -> Tensor:
     """(K,) float32: what the scores of ``reward_parts`` are multiplied with before they are summed."""
-    return torch.tensor(list(getattr(reward, "weights", None) or [1.0]))
+    return torch.tensor(list(getattr(reward, "weights", ())) if _is_sum(reward) else [1.0])
+
+
+def _is_sum(reward: Any) -> bool:
+    """Whether it is a `combine.Combined`; rewards of your own may have parts and weights of their own."""
+    return getattr(reward, "is_weighted_sum", False) is True
 
 
 def call_reward_parts(

@@ -30,6 +30,7 @@ class Combined:
     """``sum_k weights[k] * parts[k]``; differentiable if every part is."""
 
     name = "combine"
+    is_weighted_sum = True
 
     def __init__(self, parts: Sequence[Reward], weights: Sequence[float]):
         self.parts, self.weights = list(parts), [float(weight) for weight in weights]

@@ -1,7 +1,7 @@
 """A reward as a field of a configuration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer
@@ -13,8 +13,8 @@ def _by_name(reward: Any) -> Any:
     """A function cannot be written to YAML; its name can."""
     if isinstance(reward, list | tuple):
         return [_by_name(one) for one in reward]
-    if isinstance(reward, dict) and callable(reward.get("name")):
-        return reward | {"name": _by_name(reward["name"])}
+    if isinstance(reward, Mapping):
+        return {key: _by_name(value) if key in ("name", "rewards") else value for key, value in reward.items()}
     return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
 
 

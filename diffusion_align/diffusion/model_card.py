@@ -22,6 +22,7 @@ from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, series
 from diffusion_align.training.checkpoint import write_aside
 from diffusion_align.training.config import load_yaml
+from diffusion_align.training.loop import what_is_trained
 
 PICTURE = "before_after.png"
 SUMMARY = "evaluation.json"  # evaluation.py, which writes it, imports showing.py and so this file
@@ -68,7 +69,7 @@ def model_card(
         ValueError: ``metrics.jsonl`` or ``evaluation.json`` is damaged.
         ConfigError: there is no ``config.yaml``, or it cannot be read.
     """
-    settings = load_yaml(folder / "config.yaml")
+    settings = what_is_trained(load_yaml(folder / "config.yaml"))
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.is_file() else []
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}

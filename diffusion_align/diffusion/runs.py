@@ -58,6 +58,11 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
     settings = load_yaml(run / "config.yaml")
     if (final / "model_index.json").is_file():
         return ModelPlan(str(final), below=str(run), run=run, settings=settings)
+    if which == "best" and not final.is_dir():
+        raise UserError(
+            f"{subject}: the run has no best/, which a held-out reward (evaluation.reward) leaves once it rises above "
+            f"where it began: use {str(run)!r}"
+        )
     if not final.is_dir():
         raise UserError(
             f"{subject} is a run that has not finished, it has no {which}/: go on with it (resume=true) first"

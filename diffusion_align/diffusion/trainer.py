@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from torch import nn
 
-from diffusion_align.diffusion.evaluation import Evaluation, stop_reason, write_summary
+from diffusion_align.diffusion.evaluation import SUMMARY, Evaluation, stop_reason, write_summary
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import DenoisingConfig
@@ -63,7 +63,7 @@ class DenoisingTrainer(Trainer[Batch]):
 
     def finish(self) -> None:
         """Write ``final/`` (what diffusers loads), the pictures before and after, and the report."""
-        if self.evaluation is not None or self.stopped:
+        if self.evaluation is not None or self.stopped or (self.folder / SUMMARY).exists():
             write_summary(self.folder, self.evaluation, self.stopped)
         self._show.finish(self.folder, self.reward)
 
@@ -77,6 +77,11 @@ class DenoisingTrainer(Trainer[Batch]):
 
     def stop_reason(self, row: Mapping[str, float]) -> str | None:
         return stop_reason(self.config.stop_when, dict(row), self.evaluation)
+
+    def checkpoint_wanted(self) -> bool:
+        """So that a resumed run knows what ``best/`` holds."""
+        best = self.evaluation.best if self.evaluation is not None else None
+        return best is not None and best[0] == self.epoch
 
     def extra_state(self) -> dict[str, Any]:
         return {"gold": self.evaluation.history} if self.evaluation is not None else {}

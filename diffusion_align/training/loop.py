@@ -129,6 +129,10 @@ class Trainer(ABC, Generic[Batch]):
         """Metrics after ``self.epoch`` epochs, such as those of held-out data; called on every process."""
         return {}
 
+    def checkpoint_wanted(self) -> bool:
+        """Whether to write a checkpoint of this epoch although none is due; the same everywhere."""
+        return False
+
     def measure_first(self) -> dict[str, float]:
         """The same before anything is trained; nothing is written if it is empty."""
         return {}
@@ -180,6 +184,7 @@ class Trainer(ABC, Generic[Batch]):
                     "time/sample": sampled - started - collected.get("time/score", 0.0),
                     "time/update": updated - sampled,
                 }
+                row["time/epoch"] = updated - started
                 row |= self._measured(row)
                 shown = time.perf_counter()
                 self._show_if_due()
@@ -190,7 +195,8 @@ class Trainer(ABC, Generic[Batch]):
                 self._bars.update(self._epochs_bar, completed=self.epoch, description=headline)
                 self._rng_at_start = checkpoint.rng_state()
                 self.stopped = self.stop_reason(last | row)
-                if self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs or self.stopped:
+                due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
+                if due or self.stopped or self.checkpoint_wanted():
                     self.save()
                 if self.epoch < config.epochs and not self.stopped:
                     with self._saved_if_broken_off():
@@ -298,6 +304,7 @@ class Trainer(ABC, Generic[Batch]):
             counters = {"step": self.step, "epoch": self.epoch}
             row = counters | self._measured(counters)
             self._log.write(row)
+            self._show_if_due()
             self.stopped = self.stop_reason(row)
         if not newest:
             self._show_if_due()
@@ -461,7 +468,7 @@ class Trainer(ABC, Generic[Batch]):
 
     def _check_same_run(self, theirs: Mapping[str, Any], path: Path) -> None:
         """Settings that decide what is trained must be those the run was started with."""
-        mine, theirs = (_what_is_trained(config) for config in (self.config.model_dump(mode="json"), theirs))
+        mine, theirs = (what_is_trained(config) for config in (self.config.model_dump(mode="json"), theirs))
         free = _FREE_ON_RESUME if self.config.lr_schedule == "constant" else _FREE_ON_RESUME - {"epochs"}
         changed = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
         if changed:
@@ -496,7 +503,7 @@ class Trainer(ABC, Generic[Batch]):
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
 
 
-def _what_is_trained(config: Mapping[str, Any]) -> dict[str, Any]:
+def what_is_trained(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what only says where its rewards are."""
     return {name: _placeless(value) if name in ("reward", "evaluation") else value for name, value in config.items()}
 

@@ -22,7 +22,7 @@ from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import run
 from diffusion_align.pipelines.pictures import DrawnImages, as_picture
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, UserError
+from diffusion_align.training.errors import ConfigError, Interrupted, UserError
 from diffusion_align.training.interrupt import InterruptFlag
 
 PROMPTS = ["a red apple", "a cat"]
@@ -251,7 +251,7 @@ def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
     assert rows(folder) == rows(tmp_path / "calm")
     assert_same_unet(pipe, calm, tolerance=0)
     pipe.merge()
-    with pytest.raises(CheckpointError, match=r"belongs to another run: model was .*put it back or choose"):
+    with pytest.raises(UserError, match="is not in memory, as its weights were merged"):
         pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 4})
 
 

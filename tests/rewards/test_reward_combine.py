@@ -123,3 +123,25 @@ def test_an_offloaded_model_is_on_its_device_only_while_it_scores():
     )
     with pytest.raises(RewardError, match="has no to"):
         build_reward({"name": red, "offload": True})
+
+
+def test_parts_and_weights_of_a_reward_of_ones_own_are_its_own():
+    class Own:
+        parts, weights = ["a", "b"], torch.tensor([0.5, 2.0])
+
+        def __call__(self, images, prompts, metadata):
+            return red(images, prompts, metadata)
+
+    own = Own()
+    assert list(reward_parts(own).values()) == [own]
+    assert part_weights(own).tolist() == [1.0]
+
+
+def test_functions_inside_a_sum_can_be_written_to_a_configuration():
+    from diffusion_align.diffusion.ddpo import DDPOConfig
+
+    spec = {"name": "combine", "rewards": [red, {"name": wide, "scale": 2.0}], "weights": [1.0, 2.0]}
+    config = DDPOConfig(model="emoji-sd", output_dir="x", prompts=["a"], reward=spec, evaluation={"reward": spec})
+    written = config.model_dump(mode="json")
+    assert written["reward"]["rewards"] == [f"{__name__}:red", {"name": f"{__name__}:wide", "scale": 2.0}]
+    assert written["evaluation"]["reward"] == written["reward"]

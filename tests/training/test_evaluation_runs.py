@@ -65,7 +65,8 @@ def train(tiny_sd, tmp_path, monkeypatch):
         settings = (
             SETTINGS | {"model": str(tiny_sd), "output_dir": str(tmp_path / name), "reward": brightness} | changes
         )
-        settings["evaluation"] = settings["evaluation"] | ({"reward": gold} if gold is not None else {})
+        if gold is not None:
+            settings["evaluation"] = settings["evaluation"] | {"reward": gold}
         try:
             return image.run(check_config(settings))
         finally:
@@ -209,6 +210,13 @@ def test_a_stopped_run_stays_stopped_until_the_rules_change(train, tmp_path):
     onwards = train(gold=Scripted(4.0, 5.0), stop_when={}, resume=True, epochs=4)
     assert (onwards.epoch, onwards.stopped) == (4, None)
     assert rows(tmp_path / "run", "gold") == list(enumerate([0.0, 3.0, 2.0, 4.0, 5.0]))
+
+
+def test_a_run_that_goes_on_is_no_longer_called_stopped(train, tmp_path):
+    train(stop_when={"kl_above": 1e-9}, evaluation=None)
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["stopped"]
+    train(stop_when={}, resume=True, epochs=4, evaluation=None)
+    assert json.loads((tmp_path / "run/evaluation.json").read_text()) == {"best": None, "stopped": None}
 
 
 def test_the_history_of_the_gold_reward_survives_a_resume(train, tmp_path):

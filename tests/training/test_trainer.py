@@ -103,6 +103,8 @@ def test_several_rewards_are_logged_one_by_one(train):
         parts = row["rewards/brightness/mean"], row["rewards/jpeg_compressibility/mean"]
         assert row["reward"] == pytest.approx(2 * parts[0] - 0.5 * parts[1], rel=1e-5)
         assert parts[0] > 0 > parts[1]
+    _, turned = train("turned", reward=brightness, reward_weights=[-2.0])
+    assert all(row["reward"] < 0 for row in turned if "reward" in row)
     trainer, _ = train("apart", reward=[brightness, flat], multi_objective_aggregation="normalize_then_sum")
     assert len(trainer.extra_state()["statistics"]) == 2
 
