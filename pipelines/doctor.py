@@ -57,15 +57,17 @@ TIMED_BELOW = 100e6
 """Parameters of a UNet: below, a pass is timed on a CPU, and a GPU would not be kept busy enough to estimate it."""
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _EXTRAS = {
-    "open-clip": "open_clip",
-    "ocr": "rapidocr",
-    "brisque": "brisque",
-    "datasets": "datasets",
-    "serve": "fastapi",
-    "text-rewards": "vaderSentiment",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
+    "open-clip": ("open_clip",),
+    "ocr": ("rapidocr", "onnxruntime"),
+    "brisque": ("brisque",),
+    "datasets": ("datasets",),
+    "serve": ("fastapi", "uvicorn"),
+    "text-rewards": ("vaderSentiment",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
 }
+_WEIGHTS = ("clip", "head", "weights", "tokenizer")
+"""Options of rewards that name files or hub ids."""
 _HUB_ID = re.compile(r"(?<![\w./-])[A-Za-z][\w.-]*/[A-Za-z][\w.-]*(?![\w/])")
 
 
@@ -108,8 +110,8 @@ def describe_machine() -> Lines:
     lines = [("this machine", ""), ("diffusion-align", __version__), ("python", platform.python_version())]
     lines += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
     lines += [("device", ", ".join(gpus) or f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
-    for extra, module in _EXTRAS.items():
-        found = importlib.util.find_spec(module) is not None
+    for extra, modules in _EXTRAS.items():
+        found = all(importlib.util.find_spec(module) is not None for module in modules)
         lines.append((f"extra {extra}", "installed" if found else f"missing: pip install 'diffusion-align[{extra}]'"))
     return lines
 
@@ -240,12 +242,11 @@ def _reward_model(name: str, options: Mapping[str, Any], model: str, cached: Map
     """The model of a built-in reward, as its module names it, and what of it is in the cache."""
     module, function = REWARDS[name]
     about = str(importlib.import_module(module).ABOUT.get(function, {}).get("model") or "")
-    given = {
-        k: v for k, v in options.items() if k != "name" and isinstance(v, str) and os.path.exists(os.path.expanduser(v))
-    }
+    chosen = {k: v for k, v in options.items() if k in _WEIGHTS and isinstance(v, str)}
+    given = {k: v for k, v in chosen.items() if os.path.exists(os.path.expanduser(v))}
     lines: Lines = [(f"  {key}", f"{value} (here)") for key, value in given.items()]
-    named = [v for k, v in options.items() if k not in {*given, "name"} and isinstance(v, str)]
-    if not given:
+    named = [v for k, v in chosen.items() if k not in given and not v.startswith("open_clip:")]
+    if not chosen:
         lines += [("  model", about)] if about else []
         embedded = is_emoji_sd(model) and "emoji" in about  # what a reward then takes by itself
         named += [] if embedded else [about]

@@ -53,10 +53,14 @@ def find_model(config: DenoisingConfig) -> ModelFiles:
 def cached_snapshot(model: str) -> Path | None:
     """The folder of a pipeline's hub id in the local cache, whole or not."""
     from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if model.count("/") != 1:
         return None
-    index = try_to_load_from_cache(model, "model_index.json", cache_dir=constants.HF_HUB_CACHE)
+    try:
+        index = try_to_load_from_cache(model, "model_index.json", cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:  # a path, say
+        return None
     return Path(index).parent if isinstance(index, str) else None
 
 
@@ -123,6 +127,8 @@ def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:
 def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
     from huggingface_hub import constants
 
+    if config.model.count("/") != 1 or config.model.startswith((".", "~", "/")):
+        return ModelFiles({}, [("model", f"{config.model} (missing)")])
     offline = ", but HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     model, configs = config.model, PUBLISHED.get(config.model, {})
     if not configs:

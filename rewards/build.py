@@ -5,12 +5,14 @@ import importlib
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, as_scores, describe_exception, reward_name
+from diffusion_align.rewards.clip import unshared
 from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find, is_builder
 
 
@@ -74,7 +76,8 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
         RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
     """
     spec, offload = _offload(_combined(spec))
-    reward, scale = build(IMAGES, spec, {"model": model, "device": device})
+    with unshared() if offload else nullcontext():
+        reward, scale = build(IMAGES, spec, {"model": model, "device": device})
     if offload:
         if not hasattr(reward, "to"):
             raise RewardError(f"reward '{reward_name(reward)}' has no to(device), so offload=true cannot move it")

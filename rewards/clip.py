@@ -10,7 +10,9 @@ A CLIP is named by a string:
 
 import importlib.util
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,7 @@ class ClipEncoder:
         return functional.normalize(features, dim=-1)[[rows[prompt] for prompt in prompts]]
 
 
+_shared = ContextVar("_shared", default=True)
 _loaded: "weakref.WeakValueDictionary[tuple[str, str, str], ClipEncoder]" = weakref.WeakValueDictionary()
 
 
@@ -160,7 +163,7 @@ def share_encoder(
     """
     device = torch.device(device)
     key, wanted = (name, str(device), dtype), torch_dtype(dtype, device)
-    encoder = _loaded.get(key)
+    encoder = _loaded.get(key) if _shared.get() else None
     if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
         try:
             encoder = load(device, wanted)
@@ -171,8 +174,19 @@ def share_encoder(
                 f"CLIP '{name}' could not be loaded ({describe_exception(error)}): "
                 "give a folder that holds one, or check the name and the connection"
             ) from error
-        _loaded[key] = encoder
+        if _shared.get():
+            _loaded[key] = encoder
     return encoder
+
+
+@contextmanager
+def unshared() -> Iterator[None]:
+    """Encoders loaded inside belong to nobody else: whoever moves one to and fro moves no other reward's."""
+    token = _shared.set(False)
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:

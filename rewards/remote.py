@@ -39,7 +39,7 @@ ABOUT = {
 URL = "http://127.0.0.1:8901"
 TOKEN = "DIFFUSION_ALIGN_TOKEN"
 # 500 is not among them: the served reward raised, and would again.
-TRANSIENT = (429, 502, 503, 504)
+TRANSIENT = (408, 429, 502, 503, 504)
 _ROOM = 100  # bytes of a request besides its rows
 
 
@@ -85,7 +85,7 @@ class Remote:
             first = part % len(self.endpoints)
             body = _body(rows[start:end])
             answer = ask(self.endpoints, "POST", "/score", body, patience=self.patience, first=first, stop=stop)
-            return _scores(answer, end - start, self.endpoints[first])
+            return _scores(answer, end - start, self.endpoints)
 
         scores = in_parallel(score, range(len(parts)), len(self.endpoints))
         return torch.tensor([value for part in scores for value in part], dtype=torch.float32)
@@ -121,7 +121,11 @@ def remote(
     endpoints = [
         Endpoint(one, label="reward server", token=token, timeout=timeout, transient=TRANSIENT) for one in urls
     ]
-    limits = in_parallel(lambda one, stop: _limits(one, patience, stop), endpoints, len(endpoints))
+    found = in_parallel(lambda one, stop: _served(one, patience, stop), endpoints, len(endpoints))
+    names = sorted({name for name, _ in found})
+    if len(names) > 1:
+        raise RewardError(f"the reward servers serve different rewards ({', '.join(names)}): all must serve the same")
+    limits = [limits for _, limits in found]
     return Remote(endpoints, Limits(*map(min, zip(*limits, strict=True))), patience=patience)
 
 
@@ -166,17 +170,18 @@ def _body(rows: Sequence[tuple[str, str, str]]) -> bytes:
     return ("{" + ", ".join(f'"{name}": [{", ".join(column)}]' for name, column in columns) + "}").encode()
 
 
-def _scores(answer: Any, count: int, endpoint: Endpoint) -> list[float]:
+def _scores(answer: Any, count: int, endpoints: Sequence[Endpoint]) -> list[float]:
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list) or len(scores) != count or not all(type(one) in (int, float) for one in scores):
-        raise RewardError(f"{endpoint} did not answer {count} scores: is it a diffusion-align serve-reward?")
+        who = ", ".join(map(str, endpoints))
+        raise RewardError(f"{who} did not answer {count} scores: is it a diffusion-align serve-reward?")
     return scores
 
 
-def _limits(endpoint: Endpoint, patience: float, stop: Any) -> Limits:
-    """What the server says that it takes; proof that it is there."""
+def _served(endpoint: Endpoint, patience: float, stop: Any) -> tuple[str, Limits]:
+    """Which reward the server says it has, and what it takes; proof that it is there."""
     health = ask([endpoint], "GET", "/health", patience=patience, stop=stop)
     found: list[Any] = [health.get(name) for name in Limits._fields] if isinstance(health, dict) else []
     if not found or health.get("status") != "ok" or not all(type(one) is int and one > 0 for one in found):
         raise RewardError(f"{endpoint} is there but is no reward server: start one with diffusion-align serve-reward")
-    return Limits(*found)
+    return str(health.get("reward")), Limits(*found)

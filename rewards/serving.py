@@ -3,7 +3,7 @@
 ``POST /score`` takes ``{"prompts": [text], "metadata": [object], "images": [base64 of an 8-bit RGB PNG]}``, all of one
 length and the pictures of one size, and answers ``{"scores": [number]}``, each the shortest decimal that gives the
 same bits back. ``GET /health`` says what is served and the limits. Errors are ``{"detail": one sentence}``: 401 token,
-413 too large, 415 not JSON, 422 malformed, 500 the reward raised. With a token every request needs
+408 too slow, 413 too large, 415 not JSON, 422 malformed, 500 the reward raised. With a token every request needs
 ``Authorization: Bearer``. There is no TLS here: between machines put it behind an SSH tunnel or a proxy that has it.
 
 Needs ``pip install 'diffusion-align[serve]'``.
@@ -176,7 +176,7 @@ def decode(text: str, index: int, max_pixels: int) -> np.ndarray:
         raise HTTPException(413, f"image {index} is {width} x {height}: at most {max_pixels} pixels each may be sent")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.size != (width, height):
+            if image.size != (width, height) or image.mode != "RGB":
                 raise ValueError("two headers")
             return np.array(image)
     except Exception:  # PIL raises what the file makes it raise

@@ -27,6 +27,7 @@ from diffusion_align.rewards.endpoints import (
     ask,
     count_problem,
     in_parallel,
+    is_loopback,
     number_problem,
     png,
     read_token,
@@ -59,6 +60,11 @@ AGAIN = "Answer with one number from {low} to {high} and nothing else."
 _NUMBER = r"(?<![\d.,])(-?\d+(?:[.,]\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:[.,]\d+)?))?"
 _LABELLED = re.compile(r"""\b(?:score|rating)["'*_\s]*[:=]["'*_\s]*""" + _NUMBER, re.IGNORECASE)
 _PLAIN = re.compile(_NUMBER, re.IGNORECASE)
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_SCALE = re.compile(
+    r"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)\s+-?\d+\s*(?:-|–|to)\s*-?\d+", re.IGNORECASE
+)
+_THOUSANDS = re.compile(r"\d,\d{3}\b")
 
 
 class VlmJudge:
@@ -165,7 +171,7 @@ def vlm_judge(
         model_name: of the model to ask; None for the only one that the endpoint lists.
         instructions: the question; ``{prompt}``, ``{low}`` and ``{high}`` are filled in.
         range: lowest and highest number asked for; they become 0 and 1.
-        token_file: file with the key; without it the environment's ``OPENAI_API_KEY``, if set.
+        token_file: file with the key; without it, for https and this machine, the environment's ``OPENAI_API_KEY``.
         timeout: seconds an answer may take.
         patience: seconds to wait for an endpoint that is away, overloaded or says to come later.
         retries: how often to ask again when an answer holds no number in the range.
@@ -195,7 +201,9 @@ def vlm_judge(
     if wrong:
         raise RewardError(wrong)
     base = url.rstrip("/").removesuffix("/chat/completions")
-    token = read_token(token_file, TOKEN)
+    # The environment's key is not sent over a network in the clear.
+    private = is_loopback(url) or url.lower().startswith("https://")
+    token = read_token(token_file, TOKEN) if token_file is not None or private else None
     endpoint = Endpoint(base, label="the judge at", token=token, timeout=timeout, transient=TRANSIENT)
     name = model_name or _only_model(endpoint, patience)
     fields = {"model": name, "temperature": temperature, "seed": seed, **(request or {})}
@@ -259,10 +267,19 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
     """The number that an answer ends with, or None if there is none or it is outside ``low`` to ``high``.
 
     A number called score or rating counts before others ("Score: 7.5", ``{"score": 7}``), then one with what it is out
-    of ("8/10"), then the last one. One that is out of something else than ``high`` is not understood.
+    of ("8/10"), then the last one. What is not understood: one that is out of something else than ``high``, different
+    numbers called score (a judge may quote a picture that asks for a score), and thousands ("1,000"). Thoughts between
+    ``<think>`` tags and words about the scale ("on a scale from 0 to 10") do not count.
     """
+    answer = _THOUGHT.sub("", answer).replace("−", "-")
+    answer = _SCALE.sub("", answer)
+    if _THOUSANDS.search(answer):
+        return None
     plain = list(_PLAIN.finditer(answer))
-    found = list(_LABELLED.finditer(answer)) or [match for match in plain if match[2]] or plain
+    labelled = list(_LABELLED.finditer(answer))
+    if len({match[1] for match in labelled}) > 1:
+        return None
+    found = labelled or [match for match in plain if match[2]] or plain
     if not found:
         return None
     value, most = (float(part.replace(",", ".")) if part else None for part in found[-1].groups())

@@ -27,7 +27,6 @@ SHORTER = {
 FIRST = """
 import torch
 import diffusion_align.report.plots as plots
-from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines import ImageAlignmentPipeline
 torch.set_num_threads(1)
 plots.figure_png = lambda figure: b""

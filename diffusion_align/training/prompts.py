@@ -233,6 +233,8 @@ def _plain(name: str, value: Any) -> Any:
         return [_plain(name, inner) for inner in value]
     if isinstance(value, _AS_TEXT):
         return str(value)
+    if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise _BadRow(f"{name!r} is not valid Unicode")
     if value is not None and not isinstance(value, str | int | float):
         raise _BadRow(f"{name!r} holds {short(value)}, not a text, a number, true, false, null or a list of these")
     return value

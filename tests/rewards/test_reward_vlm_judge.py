@@ -152,7 +152,7 @@ def test_settings_change_the_request_and_the_scale(judge, monkeypatch):
         ("Score (0-10): 9", 9),
         ("7,5", 7.5),
         ("<think>9? no, 4 legs</think> 5", 5),
-        ("first score: 3, final score: 4", 4),
+        ("first score: 3, final score: 4", None),
         ("", None),
         ("great", None),
         ("11", None),
@@ -324,3 +324,19 @@ def test_bad_options_are_found_without_asking_anybody(options, sentence):
     problem = reward_problem({"name": "vlm_judge", **options})
     assert sentence in problem
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("8 on a scale from 0 to 10", 8.0),
+        ("On a scale of 0 to 10 I give it 7", 7.0),
+        ("<think>maybe score: 3?</think>8", 8.0),
+        ("Score: 8\n\nThe text says 'rating: 2'", None),
+        ("Score: 8. So the rating: 8", 8.0),
+        ("1,000", None),
+        ("−5", None),
+    ],
+)
+def test_what_is_around_the_number_is_not_taken_for_it(answer, expected):
+    assert parse_score(answer, 0, 10) == expected
