@@ -63,8 +63,6 @@ _PLAIN = re.compile(_NUMBER, re.IGNORECASE)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _RANGE = r"\s+-?\d+\s*(?:-|–|to)\s*-?\d+"
 _SCALE = re.compile(r"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)" + _RANGE, re.IGNORECASE)
-    r"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)\s+-?\d+\s*(?:-|–|to)\s*-?\d+", re.IGNORECASE
-)
 _THOUSANDS = re.compile(r"\d,\d{3}\b")
 
 
