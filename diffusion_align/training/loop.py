@@ -86,7 +86,8 @@ class Trainer(ABC, Generic[Batch]):
         self.step = 0  # optimizer steps, skipped ones counted
         self.stopped: str | None = None  # why the run ended before its last epoch
         self._failed_together = False
-        self._measurement_due = False  # a checkpoint was written between an epoch and its measurement
+        # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
+        self._unmeasured: tuple[dict[str, Any], dict[str, Any]] | None = None
         if config.samples_per_epoch % (accelerator.num_processes * config.sample_batch_size):
             raise ConfigError(
                 [
@@ -185,7 +186,7 @@ class Trainer(ABC, Generic[Batch]):
                     "time/update": updated - sampled,
                 }
                 row["time/epoch"] = updated - started
-                row |= self._measured(row)
+                row |= self._measured(row, last)
                 shown = time.perf_counter()
                 self._show_if_due()
                 row["time/grid"] = time.perf_counter() - shown
@@ -300,28 +301,24 @@ class Trainer(ABC, Generic[Batch]):
         self.accelerator.wait_for_everyone()
         self._log.rewind(self.step if newest else -1)
         self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
-        if self._measurement_due:
-            counters = {"step": self.step, "epoch": self.epoch}
-            row = counters | self._measured(counters)
-            self._log.write(row)
+        if self._unmeasured is not None:
+            row, last = self._unmeasured
+            row = row | self._measured(row, last)
             self._show_if_due()
-            self.stopped = self.stop_reason(row)
+            self._log.write(row)
+            self.stopped = self.stop_reason(last | row)
         if not newest:
             self._show_if_due()
             if first := self.measure_first():
                 self._log.write({"step": 0, "epoch": 0, **first})
 
-    def _measured(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """``measure()`` of the epoch that ``row`` is about; what breaks it off costs nothing but the measurement."""
+    def _measured(self, row: dict[str, Any], last: dict[str, Any]) -> dict[str, float]:
+        """``measure()`` of the epoch that ``row`` is about; broken off, it is made up for on resume."""
         self._rng_at_start = checkpoint.rng_state()
-        self._measurement_due = True
-        try:
-            with self._saved_if_broken_off():
-                measured = self.measure()
-        except Exception:
-            self._log.write(row)
-            raise
-        self._measurement_due = False
+        self._unmeasured = (row, last)
+        with self._saved_if_broken_off():
+            measured = self.measure()
+        self._unmeasured = None
         return measured
 
     def _show_if_due(self) -> None:
@@ -457,7 +454,7 @@ class Trainer(ABC, Generic[Batch]):
                     "epoch": self.epoch,
                     "step": self.step,
                     "stopped": self.stopped,
-                    "measurement_due": self._measurement_due,
+                    "unmeasured": self._unmeasured,
                     "ema_steps": self._ema.optimization_step if self._ema else 0,
                     "config": self.config.model_dump(mode="json"),
                     "extra": self.extra_state(),
@@ -495,7 +492,7 @@ class Trainer(ABC, Generic[Batch]):
         if tensors["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(tensors["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
-        self._measurement_due = state.get("measurement_due", False)
+        self._unmeasured = state.get("unmeasured")
         if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):
             self.stopped = state.get("stopped")  # under other rules the run goes on
         self.load_extra_state(state["extra"])

@@ -569,7 +569,8 @@ def test_the_best_and_the_worst_are_the_pair(target, sign, make_trainer):
     (keep, decisions, _), _ = trainer.estimate(batch)
     assert decisions == 2
     assert len(keep) == 3
-    scores = redness(trainer.policy.decode(batch.x_0), None, None).view(3, 4)
+    seen = (trainer.policy.decode(batch.x_0) * 255).round() / 255  # as rewards see pictures
+    scores = redness(seen, None, None).view(3, 4)
     best, worst = (scores.argmax(1), scores.argmin(1)) if sign > 0 else (scores.argmin(1), scores.argmax(1))
     first = torch.tensor([0, 4, 8])
     assert keep.tolist() == (first + best).tolist()
@@ -611,7 +612,7 @@ def test_winners_are_global_and_losers_this_processs_own(make_trainer, monkeypat
     """The second of two processes: it draws samples 4 to 7 of 8, and all rewards are gathered."""
     trainer = make_trainer(reward=redness, samples_per_epoch=8, group_size=4)
     trainer.local_samples = range(4, 8)
-    others = torch.tensor([0.0, 9.0, 1.0, -9.0])
+    others = torch.tensor([[0.0], [9.0], [1.0], [-9.0]])
     monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([others, own]))
     batch, metrics = trainer.collect()
     scores = redness(trainer.policy.decode(batch.x_0), None, None)

@@ -229,7 +229,7 @@ def test_a_gold_reward_that_fails_costs_only_its_evaluation(train, tmp_path):
     train("calm", gold=Scripted(0.0, 1.0, 2.0, 3.0), epochs=3)
     with pytest.raises(RewardError, match="raised OSError: gone"):
         train("hurt", gold=Scripted(0.0, 1.0, OSError("gone")), epochs=3, checkpoint_every=9)
-    assert rows(tmp_path / "hurt", "reward")[-1][0] == 2, "the epoch's own metrics are there"
+    assert rows(tmp_path / "hurt", "reward")[-1][0] == 1, "the row of the epoch is in the checkpoint"
     trainer = train("hurt", gold=Scripted(2.0, 3.0), epochs=3, checkpoint_every=9, resume=True)
     assert trainer.evaluation.history == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
     for key in ("gold", "reward", "loss", "diversity"):
