@@ -22,6 +22,11 @@ LONG_FILES = (
     "test_two_processes_dpo.py",
     "test_text_runs.py",
     "test_real_folders.py",
+    "test_tutorials.py",
+    "test_image_pipeline.py",
+    "test_doctor.py",
+    "test_served_runs.py",
+    "test_evaluation_runs.py",
 )
 
 
