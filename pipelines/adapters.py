@@ -63,15 +63,6 @@ def take_off(pipeline: Any) -> None:
         pipeline.unload_lora_weights()
 
 
-def save_adapter(pipeline: Any, folder: Path) -> None:
-    """Write the UNet's adapter for diffusers' ``load_lora_weights``, as ``DenoisingPolicy.save_lora`` does."""
-    from peft.utils import get_peft_model_state_dict
-
-    unet = pipeline.unet
-    metadata = {"unet_lora_adapter_metadata": unet.peft_config["default"].to_dict()}
-    pipeline.save_lora_weights(str(folder), unet_lora_layers=get_peft_model_state_dict(unet), **metadata)
-
-
 def adapter_weights(pipeline: Any) -> dict[str, Tensor]:
     """Name -> copy of every weight of the UNet's adapters; empty without one."""
     return {name: p.detach().clone() for name, p in pipeline.unet.named_parameters() if ".lora_" in name}

@@ -16,7 +16,7 @@ from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
-from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.policy import DenoisingPolicy, save_lora
 from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines import adapters
@@ -312,7 +312,7 @@ class ImageAlignmentPipeline:
         if "unet" not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
-        adapters.save_adapter(self.pipeline, Path(folder))
+        save_lora(self.pipeline, Path(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline with the adapter merged in, for diffusers' ``from_pretrained``.

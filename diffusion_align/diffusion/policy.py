@@ -204,14 +204,19 @@ class DenoisingPolicy:
         return shift + (getattr(config, "shift_factor", None) or 0.0), scale
 
     def save_lora(self, folder: Path) -> None:
-        """Write ``pytorch_lora_weights.safetensors``, which plain diffusers' ``load_lora_weights`` reads."""
-        from peft.utils import get_peft_model_state_dict
+        """Write the adapter, see ``save_lora``."""
+        save_lora(self.pipeline, folder)
 
-        # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with
-        # names of both kinds load_lora_weights drops the attention layers.
-        layers = get_peft_model_state_dict(self.pipeline.unet)
-        metadata = {"unet_lora_adapter_metadata": self.pipeline.unet.peft_config["default"].to_dict()}
-        self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, **metadata)
+
+def save_lora(pipeline: Any, folder: Path) -> None:
+    """Write the UNet's adapter: ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads."""
+    from peft.utils import get_peft_model_state_dict
+
+    # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with names
+    # of both kinds load_lora_weights drops the attention layers.
+    layers = get_peft_model_state_dict(pipeline.unet)
+    metadata = {"unet_lora_adapter_metadata": pipeline.unet.peft_config["default"].to_dict()}
+    pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, **metadata)
 
 
 def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
