@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.footprint import parameter_counts
-from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
-from diffusion_align.diffusion.published import FAMILIES, PUBLISHED
+from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE
+from diffusion_align.diffusion.published import PUBLISHED
 from diffusion_align.diffusion.settings import DenoisingConfig
-
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
     for name in parts:
         configs[name] = _read(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"))
         weights = _weights(folder / name, variant)
-        if (folder / name).is_dir() and (weights or name not in _NETWORKS):
+        if (folder / name).is_dir() and (weights or name not in NETWORKS):
             size = sum(file.stat().st_size for file in weights)
             kind = f", {variant}" if variant and any(f".{variant}" in file.name for file in weights) else ""
             lines.append((name, f"found, {gigabytes(size)}{kind}" if weights else "found"))
@@ -147,12 +144,11 @@ def _published_sizes(config: DenoisingConfig) -> dict[str, int]:
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:
     """The files that diffusers would load from a part's folder: of the variant if it has any, else the plain ones."""
-    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())  # a broken link is no file
-    plain = [file for file in files if re.fullmatch(r"[^.]+\.safetensors", file.name)]
-    if variant is None:
-        return plain
-    named = re.compile(rf"[^.]+\.{re.escape(variant)}(-\d+-of-\d+)?\.safetensors")
-    return [file for file in files if named.fullmatch(file.name)] or plain
+    held: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.is_file() and (match := WEIGHTS_FILE.fullmatch(file.name)):  # a broken link is no file
+            held.setdefault(match["variant"], []).append(file)
+    return held.get(variant) or held.get(None, [])
 
 
 def _read(path: Path) -> dict[str, Any]:

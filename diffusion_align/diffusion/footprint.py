@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from diffusion_align.diffusion.policy import LoRAConfig, _peft_config
+from diffusion_align.diffusion.policy import LoRAConfig, peft_config
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
 _WIDE = (functional.group_norm, functional.layer_norm)
@@ -103,7 +103,7 @@ def unet_cost(
     if lora is None:
         network.requires_grad_(True)
     else:
-        inject_adapter_in_model(_peft_config(lora), network, low_cpu_mem_usage=True)
+        inject_adapter_in_model(peft_config(lora), network, low_cpu_mem_usage=True)
         network.eval()
     frozen, trained = (
         sum(p.numel() for p in network.parameters() if p.requires_grad is wanted) for wanted in (False, True)

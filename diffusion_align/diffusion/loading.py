@@ -18,13 +18,13 @@ from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
-_PIPELINES: dict[str, dict[str, Any]] = {  # class -> arguments for what is not used here
+FAMILIES: dict[str, dict[str, Any]] = {  # class -> arguments for what is not used here
     "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # model.safetensors, model.fp16.safetensors and their shards
-_WEIGHTS = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 def model_problem(model: str, *, variant: str | None = None, base_config: str | None = None) -> str | None:
@@ -75,8 +75,10 @@ def _pipeline_problem(model: str) -> str | None:
 def _variant_problem(model: str, variant: str | None) -> str | None:
     """Whether a folder lacks the weights asked for but has others; ``model_problem`` has seen the folder."""
     folder = Path(_source(model))
-    parts = [folder / name for name in _NETWORKS if os.path.isdir(folder / name)]
-    held = {part.name: {m["variant"] for f in part.iterdir() if (m := _WEIGHTS.fullmatch(f.name))} for part in parts}
+    parts = [folder / name for name in NETWORKS if os.path.isdir(folder / name)]
+    held = {
+        part.name: {m["variant"] for f in part.iterdir() if (m := WEIGHTS_FILE.fullmatch(f.name))} for part in parts
+    }
     variants = sorted(set().union(*held.values()) - {None})
     if variant is not None and held and variant not in variants:
         others = f"only {', '.join(variants)}" if variants else "none at all"
@@ -117,7 +119,7 @@ def load_pipeline(
                 described = _checked_family(base_config, base, name="base_config")
                 if described != family:
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {family}")
-            pipeline = load_single_file(model, dtype=dtype, base_config=base, options=_PIPELINES[family])
+            pipeline = load_single_file(model, dtype=dtype, base_config=base, options=FAMILIES[family])
         else:
             pipeline = _load_folder(model, dtype, variant)
         if pipeline.vae.config.force_upcast:
@@ -140,7 +142,7 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None) -> Any:
             dtype={"default": dtype, "vae": torch.float32},
             variant=variant,
             use_safetensors=True,
-            **_PIPELINES[family],
+            **FAMILIES[family],
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
@@ -161,9 +163,9 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(f"{name}={model!r} could not be loaded: {first_line(error)}") from error
     family = index.get("_class_name") if isinstance(index, dict) else None
-    if family not in _PIPELINES:
+    if family not in FAMILIES:
         raise UserError(
-            f"{name}={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(_PIPELINES))}"
+            f"{name}={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(FAMILIES))}"
         )
     # transformers makes up an empty tokenizer where there is none.
     parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] and part != "safety_checker"]

@@ -88,7 +88,7 @@ class DenoisingPolicy:
             self._frozen_unet = copy.deepcopy(pipeline.unet.float())
             pipeline.unet.requires_grad_(True)
         elif not adapted:
-            pipeline.unet.add_adapter(_peft_config(lora))
+            pipeline.unet.add_adapter(peft_config(lora))
             pipeline.unet.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
@@ -235,7 +235,7 @@ def _networks(pipeline: Any) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
 
-def _peft_config(lora: LoRAConfig) -> Any:
+def peft_config(lora: LoRAConfig) -> Any:
     from peft import LoraConfig
 
     layers = ATTENTION_LAYERS + (CONVOLUTION_LAYERS if lora.layers == "attention+convolutions" else [])

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-"""Pipeline classes that can be trained."""
-
 _SD_UNET = {
     "sample_size": 64,
     "in_channels": 4,

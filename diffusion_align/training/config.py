@@ -119,7 +119,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             problems.append(f"{override!r} is not of the form key=value")
             continue
         try:
-            value = _number(yaml.safe_load(text))
+            value = as_numbers(yaml.safe_load(text))
         except yaml.YAMLError:
             problems.append(f"the value of {override!r} is not valid YAML")
             continue
@@ -156,7 +156,7 @@ def parse_config(
     problems: list[str] = []
     config = None
     try:
-        config = model.model_validate(_number(_copy(raw)))
+        config = model.model_validate(as_numbers(_copy(raw)))
     except ValidationError as error:
         problems += [_sentence(model, dict(e)) for e in error.errors()]
     if config is not None:
@@ -220,10 +220,10 @@ def _copy(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def _number(value: Any) -> Any:
+def as_numbers(value: Any) -> Any:
     """YAML 1.1 reads ``1e-4`` as text; people mean the number."""
     if isinstance(value, dict):
-        return {k: _number(v) for k, v in value.items()}
+        return {k: as_numbers(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_number(v) for v in value]
+        return [as_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

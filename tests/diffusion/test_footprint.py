@@ -20,7 +20,7 @@ from diffusion_align.diffusion.footprint import (
     unet_cost,
     unet_inputs,
 )
-from diffusion_align.diffusion.policy import LoRAConfig, _peft_config
+from diffusion_align.diffusion.policy import LoRAConfig, peft_config
 from diffusion_align.diffusion.published import SD15, SD21, SDXL
 
 EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text())
@@ -34,7 +34,7 @@ def unet_on(device, config, lora=None):
     with torch.device(device):
         network = UNet2DConditionModel.from_config(dict(config)).requires_grad_(False)
         if lora is not None:
-            inject_adapter_in_model(_peft_config(lora), network)
+            inject_adapter_in_model(peft_config(lora), network)
     return network.eval()
 
 

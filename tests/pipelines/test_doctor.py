@@ -13,7 +13,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from diffusion_align.diffusion.footprint import UNetCost
-from diffusion_align.pipelines import doctor
+from diffusion_align.pipelines import costs, doctor
+from diffusion_align.pipelines.model_files import gigabytes
 from diffusion_align.training.errors import ConfigError
 
 SETTINGS = {
@@ -79,8 +80,8 @@ def cli(monkeypatch, capfd):
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is counted or timed, for tests about something else."""
-    monkeypatch.setattr(doctor, "unet_cost", lambda unet, *_, **__: UNetCost(unet["sample_size"], 10, 10, 10, 10))
-    monkeypatch.setattr(doctor, "_time_here", lambda config, model, *_: [("this CPU", "fast")] if model.here else [])
+    monkeypatch.setattr(costs, "unet_cost", lambda unet, *_, **__: UNetCost(unet["sample_size"], 10, 10, 10, 10))
+    monkeypatch.setattr(costs, "_time_here", lambda config, model, *_: [("this CPU", "fast")] if model.here else [])
 
 
 # -- a model that is here ----------------------------------------------------------------------------------------------
@@ -110,9 +111,9 @@ def test_a_folder(report, make_policy, model_path, name):
         for part, network in policy.pipeline.components.items()
         if isinstance(network, torch.nn.Module)
     }
-    assert found["frozen weights"].startswith(doctor.gigabytes(4 * sum(parameters.values())) + ": UNet ")
-    assert f"vae {doctor.gigabytes(4 * parameters['vae'])}" in found["frozen weights"]
-    assert found["recorded latents"].startswith(doctor.gigabytes(2 * 4 * 256 * decisions))
+    assert found["frozen weights"].startswith(gigabytes(4 * sum(parameters.values())) + ": UNet ")
+    assert f"vae {gigabytes(4 * parameters['vae'])}" in found["frozen weights"]
+    assert found["recorded latents"].startswith(gigabytes(2 * 4 * 256 * decisions))
     assert re.match(r"\d.* in float32, 4 samples", found["training pass"])
     assert found["this CPU"].endswith(" for 3 epochs")
     assert found[""].startswith("from a pass of 8 samples timed now")
@@ -144,10 +145,10 @@ def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_
     whole = make_policy("tiny_sd", lora=None).trainable.values()
     adapter = make_policy("tiny_sd", lora=LoRAConfig(rank=2)).trainable.values()
     whole, adapter = (sum(p.numel() for p in parameters) for parameters in (whole, adapter))
-    assert f"reference UNet {doctor.gigabytes(4 * whole)}," in found["frozen weights"]
-    assert found["trained"].startswith(f"{doctor.gigabytes(16 * whole)}: whole UNet")
-    assert adapted["trained"].startswith(f"{doctor.gigabytes(16 * adapter)}: LoRA of rank 2")
-    assert averaged["trained"].startswith(f"{doctor.gigabytes(20 * adapter)}: ")
+    assert f"reference UNet {gigabytes(4 * whole)}," in found["frozen weights"]
+    assert found["trained"].startswith(f"{gigabytes(16 * whole)}: whole UNet")
+    assert adapted["trained"].startswith(f"{gigabytes(16 * adapter)}: LoRA of rank 2")
+    assert averaged["trained"].startswith(f"{gigabytes(20 * adapter)}: ")
     assert "3 forward passes" in found["operations"]
     assert "2 forward passes" in adapted["operations"]
 
@@ -273,7 +274,7 @@ def test_variants(report, tiny_sd, tmp_path):
     unet = folder / "unet"
     (unet / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(20_000_000))
     plain, _ = report(model=str(folder))
-    assert plain["unet"] == f"found, {doctor.gigabytes((unet / 'diffusion_pytorch_model.safetensors').stat().st_size)}"
+    assert plain["unet"] == f"found, {gigabytes((unet / 'diffusion_pytorch_model.safetensors').stat().st_size)}"
     found, problems = report(model=str(folder), weights_variant="fp16")
     assert problems == []
     assert found["unet"] == "found, 20 MB, fp16"
@@ -425,7 +426,7 @@ def test_part_of_the_steps():
 
 
 def test_durations_and_sizes_are_readable():
-    assert [doctor._duration(s) for s in (0.25, 7, 40, 119, 300, 3600, 86400, 1e6)] == [
+    assert [costs.duration(s) for s in (0.25, 7, 40, 119, 300, 3600, 86400, 1e6)] == [
         "0.25 s",
         "7 s",
         "40 s",
@@ -435,9 +436,9 @@ def test_durations_and_sizes_are_readable():
         "24 h",
         "12 days",
     ]
-    assert [doctor.gigabytes(n) for n in (1e4, 1_234_567, 335e6, 3.44e9)] == ["0.1 MB", "1.2 MB", "335 MB", "3.4 GB"]
+    assert [gigabytes(n) for n in (1e4, 1_234_567, 335e6, 3.44e9)] == ["0.1 MB", "1.2 MB", "335 MB", "3.4 GB"]
 
 
 @pytest.mark.gpu
 def test_the_gpu_of_this_machine(report, tiny_sd):
-    assert 1e12 < doctor._gpu_rate() < 1e16
+    assert 1e12 < costs._gpu_rate() < 1e16
