@@ -39,7 +39,8 @@ from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.tables import TableSource, first_rows, mapping, open_table
+from diffusion_align.training.rows import open_rows
+from diffusion_align.training.tables import TableSource, first_rows, open_table
 
 PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
 TextMethodConfig = PolicyConfig | RewardModelConfig
@@ -362,8 +363,8 @@ def read_prompts(source: str) -> list[Text]:
     problems = columns_problems(data, "prompts", name="prompts")
     if problems:
         raise ConfigError(problems)
-    table = open_table(TableSource("prompts", data.source, lines="prompt"))
-    mapping("prompts", LAYOUTS["prompts"], None, table.names)
+    place = TableSource("prompts", data.source, lines="prompt")
+    table, _ = open_rows("prompts", LAYOUTS["prompts"], None, lambda: open_table(place))
     return [row["prompt"] for row in first_rows(table, None)]
 
 

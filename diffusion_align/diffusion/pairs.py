@@ -20,49 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.diffusion.pair_sources import EMBEDDED, LAYOUTS, open_table, table_source
-from diffusion_align.training.config import Section
 from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.tables import (
-    FILES,
-    SHOWN,
-    StreamedTable,
-    Table,
-    check_hub,
-    is_hub,
-    listed,
-    mapping,
-    mapping_problems,
-    short,
-)
+from diffusion_align.training.rows import BadRow, RowsConfig, bad_rows_error, checked_prompt, open_rows, rows_problems
+from diffusion_align.training.tables import FILES, SHOWN, StreamedTable, Table, short
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would run Ghostscript on an EPS
 
 
-class PairsConfig(Section):
+class PairsConfig(RowsConfig):
     """Where the pairs come from."""
 
+    places = f"{EMBEDDED}, {FILES}"
     source: str = Field(min_length=1, description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
     )
-    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
     max_pairs: int | None = Field(
         None, ge=1, description="use the first so many pairs only; of a Hub dataset no more than these are downloaded"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _source_alone(cls, value: Any) -> Any:
-        return {"source": str(value)} if isinstance(value, str | Path) else value
-
-
-class _BadRow(Exception):
-    """What is wrong with a row."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +73,7 @@ class PairSet:
         """
         try:
             chosen, rejected = (_fitted(value, side, self._table.folder, size) for side, value in self._cells(i))
-        except _BadRow as bad:
+        except BadRow as bad:
             raise ConfigError([f"pairs: row {self.rows[i]}: {bad}"]) from None
         return chosen, rejected
 
@@ -141,7 +121,7 @@ class PairSet:
     def _picture_problem(self, i: int) -> str | None:
         try:
             chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
-        except _BadRow as bad:
+        except BadRow as bad:
             return f"pairs: row {self.rows[i]}: {bad}"
         if chosen.size != rejected.size:
             sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen.size, *rejected.size)
@@ -152,16 +132,7 @@ class PairSet:
 
 def pairs_problems(config: PairsConfig) -> list[str]:
     """Sentences about what can be seen without decoding a picture and without a download; [] if all is well."""
-    problems: list[str] = []
-    try:
-        if not is_hub(config.source):
-            open_pairs(config)
-            return []
-        problems = mapping_problems("pairs", LAYOUTS, config.columns)
-        check_hub(table_source(config))
-    except ConfigError as error:
-        return problems + error.problems
-    return problems
+    return rows_problems(table_source(config), LAYOUTS, config.columns, lambda: open_pairs(config))
 
 
 def open_pairs(config: PairsConfig) -> PairSet:
@@ -170,16 +141,9 @@ def open_pairs(config: PairsConfig) -> PairSet:
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    problems = mapping_problems("pairs", LAYOUTS, config.columns)
-    try:
-        table = open_table(config)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if problems:
-        raise ConfigError(problems)
-    if not table.names and not len(table):
+    table, names = open_rows("pairs", LAYOUTS, config.columns, lambda: open_table(config))
+    if not names:
         return _usable(PairSet([], [], 0, {}, config, table, [], []), {})
-    names = mapping("pairs", LAYOUTS, config.columns, table.names)
     sides = [names[side] for side in (("chosen", "rejected") if "chosen" in names else ("first", "second"))]
     others = [names[name] for name in ("prompt", "first_wins") if name in names]
     result = PairSet([], [], 0, {}, config, table, sides, [])
@@ -192,10 +156,10 @@ def open_pairs(config: PairsConfig) -> PairSet:
                 continue
             try:
                 if win is None:
-                    raise _BadRow(f"{names['first_wins']} is {short(label[0])}, not one of 0, 0.5, 1")
-                _check_prompt(prompt)
+                    raise BadRow(f"{names['first_wins']} is {short(label[0])}, not one of 0, 0.5, 1")
+                checked_prompt(prompt)
                 _check_sources((first, second) if win else (second, first), table.folder)
-            except _BadRow as bad:
+            except BadRow as bad:
                 result.skipped[row] = f"pairs: row {row}: {bad}"
                 if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(result.skipped) == SHOWN:
                     break  # nothing is downloaded for a list that would not be shown
@@ -213,13 +177,9 @@ def _usable(pairs: PairSet, bad: Mapping[int, str]) -> PairSet:
     config = pairs._config
     if pairs.rows and (config.skip_bad_rows or not bad):
         return pairs
-    problems = listed(list(bad.values()), "pairs")
-    if pairs.rows:
-        problems.append("pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out")
-    else:
-        counts = f"{len(pairs._table)} rows, {pairs.ties} ties, {len(pairs.skipped)} bad rows"
-        problems.append(f"pairs.source={config.source!r} holds no usable pair ({counts}): give at least one")
-    raise ConfigError(problems)
+    counts = f"{len(pairs._table)} rows, {pairs.ties} ties, {len(pairs.skipped)} bad rows"
+    nothing = f"pairs.source={config.source!r} holds no usable pair ({counts}): give at least one"
+    raise bad_rows_error("pairs", list(bad.values()), any_usable=bool(pairs.rows), nothing=nothing)
 
 
 def _label(value: Any) -> float | None:
@@ -230,34 +190,23 @@ def _label(value: Any) -> float | None:
     return number if number in (0, 0.5, 1) else None
 
 
-def _check_prompt(prompt: Any) -> None:
-    if prompt is None or prompt == "" or (isinstance(prompt, str) and not prompt.strip()):
-        raise _BadRow("the prompt is empty")
-    if not isinstance(prompt, str):
-        raise _BadRow(f"the prompt is {short(prompt)}, not a text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise _BadRow(f"the prompt {short(prompt)} is not valid Unicode") from None
-
-
 def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
     chosen, rejected = (_picture_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
     if isinstance(chosen, Path) and chosen == rejected:
-        raise _BadRow("chosen and rejected are the same picture")
+        raise BadRow("chosen and rejected are the same picture")
 
 
 def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes | Path:
-    """The tensor, the encoded bytes or the existing file that a row names; ``_BadRow`` if it names none."""
+    """The tensor, the encoded bytes or the existing file that a row names; ``BadRow`` if it names none."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, Tensor) or (isinstance(value, bytes) and value):
         return value
     if not isinstance(value, str) or not value.strip():
-        raise _BadRow(f"{side} is {short(value)}, not the path or the bytes of a picture")
+        raise BadRow(f"{side} is {short(value)}, not the path or the bytes of a picture")
     path = (folder or Path()) / value
     if not os.path.isfile(path):
-        raise _BadRow(f"the picture {short(value)[1:-1]} is missing")
+        raise BadRow(f"the picture {short(value)[1:-1]} is missing")
     return path
 
 
@@ -276,7 +225,7 @@ def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
             white = Image.new("RGBA", picture.size, "white")
             return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     except Exception:  # PIL's decoders raise whatever they meet in a damaged file
-        raise _BadRow(f"{side} is not a picture that can be read") from None
+        raise BadRow(f"{side} is not a picture that can be read") from None
 
 
 def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -> Tensor:

@@ -9,28 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
-from diffusion_align.llm.encoding import BadRow, Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
-from diffusion_align.training.config import Section
+from diffusion_align.llm.encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
 from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.tables import (
-    FILES,
-    Layouts,
-    Table,
-    TableSource,
-    check_hub,
-    first_rows,
-    is_hub,
-    listed,
-    mapping,
-    mapping_problems,
-    open_table,
-    short,
-)
+from diffusion_align.training.rows import BadRow, Layouts, RowsConfig, bad_rows_error, open_rows, rows_problems
+from diffusion_align.training.tables import FILES, TableSource, first_rows, open_table, short
 
 Row = TypeVar("Row")
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
@@ -41,32 +27,20 @@ LAYOUTS: dict[str, Layouts] = {
     "labels": (_PROMPT | {"completion": "completion"} | _LABEL,),
 }
 """The columns of each kind of row, under the names that are looked for by default."""
+_PLACES = f"a list of rows, a .txt file of prompts, {FILES}"
 
 
-class TextDataConfig(Section):
+class TextDataConfig(RowsConfig):
     """Where the rows come from."""
 
-    source: str | list[Any] = Field(description=f"a list of rows, a .txt file of prompts, {FILES}")
-    split: str = Field("train", min_length=1, description="a dataset's own split")
+    places = _PLACES
+    source: str | list[Any] = Field(description=_PLACES)
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
     )
-    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
     max_rows: int | None = Field(
         None, ge=1, description="use the first so many rows only; of a Hub dataset no more than these are downloaded"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _source_alone(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str | Path | list) else value
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _a_place_or_rows(cls, value: Any) -> Any:
-        if not isinstance(value, str | Path | list) or value in ("", []):
-            raise ValueError(f"give a list of rows, {FILES}")
-        return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True)
@@ -194,37 +168,19 @@ def columns_problems(config: TextDataConfig, kind: str, *, name: str = "data") -
 
     ``kind`` is one of ``LAYOUTS``.
     """
-    source = _source(config, name)
-    try:
-        if not is_hub(source.source):
-            _opened(config, source, LAYOUTS[kind], [])
-            return []
-        check_hub(source)
-    except ConfigError as error:
-        return error.problems
-    return mapping_problems(name, LAYOUTS[kind], config.columns)
+    source, layouts = _source(config, name), LAYOUTS[kind]
+
+    def read() -> object:
+        return open_rows(name, layouts, config.columns, lambda: open_table(source))
+
+    return rows_problems(source, layouts, config.columns, read)
 
 
 def _source(config: TextDataConfig, name: str) -> TableSource:
     rows = config.source
     if isinstance(rows, list):
         rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
-    allowed = f"a list of rows, a .txt file of prompts, {FILES}"
-    return TableSource(name, rows, config.split, config.max_rows, allowed=allowed, lines="prompt")
-
-
-def _opened(
-    config: TextDataConfig, source: TableSource, layouts: Layouts, problems: list[str]
-) -> tuple[Table, dict[str, str]]:
-    """The table and its names of our columns, {} if it is empty; what is wrong comes after ``problems``."""
-    problems = problems + mapping_problems(source.name, layouts, config.columns)
-    try:
-        table = open_table(source)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if problems:
-        raise ConfigError(problems)
-    return table, mapping(source.name, layouts, config.columns, table.names) if table.names else {}
+    return TableSource(name, rows, config.split, config.max_rows, allowed=_PLACES, lines="prompt")
 
 
 def _rows(
@@ -236,7 +192,7 @@ def _rows(
 ) -> Rows[Row]:
     """What ``make`` makes of the cells, by our names, and of the other columns of each row."""
     source = _source(config, name)
-    table, names = _opened(config, source, layouts, encoder.problems())
+    table, names = open_rows(name, layouts, config.columns, lambda: open_table(source), encoder.problems())
     made: list[tuple[Row, Encoded]] = []
     bad: list[str] = []
     for number, row in enumerate(first_rows(table, config.max_rows) if names else ()):
@@ -251,12 +207,8 @@ def _rows(
         encoded = [one for _, one in made]
         cuts = (sum(one.prompt_cut for one in encoded), sum(one.completion_cut for one in encoded))
         return Rows([row for row, _ in made], Truncation(len(made), *cuts, left_out=len(bad)))
-    problems = listed(bad, name)
-    if made:
-        problems.append(f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out")
-    else:
-        problems.append(f"{source} holds no usable row ({len(bad)} bad rows): give at least one")
-    raise ConfigError(problems)
+    nothing = f"{source} holds no usable row ({len(bad)} bad rows): give at least one"
+    raise bad_rows_error(name, bad, any_usable=bool(made), nothing=nothing)
 
 
 def _probability(value: Any) -> float:

@@ -10,14 +10,11 @@ from typing import Any, cast
 from jinja2 import TemplateError
 
 from diffusion_align.training.errors import ConfigError, first_line
+from diffusion_align.training.rows import BadRow
 from diffusion_align.training.tables import short
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
-
-
-class BadRow(Exception):
-    """What is wrong with a row."""
 
 
 @dataclass(frozen=True)

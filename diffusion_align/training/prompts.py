@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import torch
-from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_serializer
 
-from diffusion_align.training.config import Section
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.rows import BadRow, RowsConfig, bad_rows_error, checked_prompt, open_rows, rows_problems
 from diffusion_align.training.tables import (
     FILES,
     SHOWN,
@@ -23,11 +23,6 @@ from diffusion_align.training.tables import (
     StreamedTable,
     Table,
     TableSource,
-    check_hub,
-    is_hub,
-    listed,
-    mapping,
-    mapping_problems,
     open_table,
     short,
 )
@@ -41,43 +36,22 @@ _PLACES = f"a list of prompts, a .txt file, {FILES}"
 _AS_TEXT = (date, time, timedelta, Decimal, UUID)
 
 
-class PromptsConfig(Section):
+class PromptsConfig(RowsConfig):
     """Where the prompts for pictures come from; a bare list, file or name stands for its ``source``."""
 
+    places = _PLACES
     source: str | list[Any] = Field(description=f"a shipped list, {_PLACES}")
-    split: str = Field("train", min_length=1, description="a dataset's own split")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt; it is prompt, caption or text if not given"
     )
-    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
     max_prompts: int | None = Field(
         None, ge=1, description="use the first so many prompts only; of a Hub dataset no more than these are downloaded"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _source_alone(cls, value: Any) -> Any:
-        if isinstance(value, str | Path | list | tuple):
-            return {"source": value}
-        if not isinstance(value, Mapping | cls):
-            raise ValueError(f"give {_PLACES}")
-        return value
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _a_place_or_rows(cls, value: Any) -> Any:
-        if not isinstance(value, str | Path | list | tuple) or value == "":
-            raise ValueError(f"give {_PLACES}")
-        return str(value) if isinstance(value, Path) else value
 
     @model_serializer(mode="wrap")
     def _as_short_as_possible(self, whole: Any) -> Any:
         """The source alone if nothing else was set, so that config.yaml says what the user did."""
         return self.source if self == PromptsConfig.model_construct(source=self.source) else whole(self)
-
-
-class _BadRow(Exception):
-    """What is wrong with a row."""
 
 
 def load_prompts(
@@ -100,21 +74,15 @@ def load_prompts(
     """
     config = _checked(source)
     place = _place(config, shipped or {})
-    problems = mapping_problems(place.name, LAYOUTS, config.columns)
-    try:
-        table = open_table(place)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if problems:
-        raise ConfigError(problems)
-    column = mapping(place.name, LAYOUTS, config.columns, table.names)["prompt"] if table.names else "prompt"
+    table, names = open_rows(place.name, LAYOUTS, config.columns, lambda: open_table(place))
+    column = names.get("prompt", "prompt")
     prompts: list[Prompt] = []
     bad: list[str] = []
     with closing(_rows(table, column)) as rows:
         for number, (prompt, metadata) in enumerate(rows):
             try:
-                prompts.append((_text(prompt), _plain_row(metadata)))
-            except _BadRow as problem:
+                prompts.append((checked_prompt(prompt), _plain_row(metadata)))
+            except BadRow as problem:
                 bad.append(f"prompts: row {number}: {problem}")
                 if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(bad) == SHOWN:
                     break  # nothing is downloaded for a list that would not be shown
@@ -122,28 +90,15 @@ def load_prompts(
                 break
     if prompts and (config.skip_bad_rows or not bad):
         return prompts
-    sentences = listed(bad, "prompts")
-    if prompts:
-        sentences.append("prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out")
-    else:
-        what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
-        sentences.append(f"prompts.source={short(config.source)} holds no {what}: give at least one")
-    raise ConfigError(sentences)
+    what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
+    nothing = f"prompts.source={short(config.source)} holds no {what}: give at least one"
+    raise bad_rows_error("prompts", bad, any_usable=bool(prompts), nothing=nothing)
 
 
 def prompts_problems(config: PromptsConfig, *, shipped: Mapping[str, Path] | None = None) -> list[str]:
     """Sentences about what can be seen without a model and without a download; [] if all is well."""
     place = _place(config, shipped or {})
-    problems: list[str] = []
-    try:
-        if not is_hub(place.source):
-            load_prompts(config, shipped=shipped)
-            return []
-        problems = mapping_problems(place.name, LAYOUTS, config.columns)
-        check_hub(place)
-    except ConfigError as error:
-        return problems + error.problems
-    return problems
+    return rows_problems(place, LAYOUTS, config.columns, lambda: load_prompts(config, shipped=shipped))
 
 
 def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> list[Item]:
@@ -208,21 +163,9 @@ def _holds_bytes(kind: Any) -> bool:
     return any(test(kind) for test in binary) or any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _text(prompt: Any) -> str:
-    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
-        raise _BadRow("the prompt is empty")
-    if not isinstance(prompt, str):
-        raise _BadRow(f"the prompt is {short(prompt)}, not a text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise _BadRow(f"the prompt {short(prompt)} is not valid Unicode") from None
-    return prompt
-
-
 def _plain_row(metadata: Mapping[Any, Any]) -> dict[str, Any]:
     if None in metadata:  # what csv.DictReader does with cells that have no column
-        raise _BadRow("it has more cells than there are columns: put a text with commas in quotes")
+        raise BadRow("it has more cells than there are columns: put a text with commas in quotes")
     return {name: _plain(name, value) for name, value in metadata.items()}
 
 
@@ -234,7 +177,7 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, _AS_TEXT):
         return str(value)
     if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise _BadRow(f"{name!r} is not valid Unicode")
+        raise BadRow(f"{name!r} is not valid Unicode")
     if value is not None and not isinstance(value, str | int | float):
-        raise _BadRow(f"{name!r} holds {short(value)}, not a text, a number, true, false, null or a list of these")
+        raise BadRow(f"{name!r} holds {short(value)}, not a text, a number, true, false, null or a list of these")
     return value

@@ -25,7 +25,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import ConfigError, first_line
 
 FILES = "a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
@@ -317,48 +316,6 @@ def _read(source: TableSource, path: Path) -> list[dict[str, Any]]:
     if problems:
         raise ConfigError(listed(problems, source.name, "line"))
     return rows
-
-
-Layouts = Sequence[Mapping[str, str]]
-
-
-def mapping_problems(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> list[str]:
-    """Sentences about what is wrong with the setting ``name.columns`` whatever the source holds.
-
-    Args:
-        name: the section.
-        layouts: our name -> the name that is looked for by default; a source has the columns of one of them.
-        columns: our name -> the source's, as the user has set it.
-    """
-    columns, start = columns or {}, f"{name}.columns"
-    known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
-    problems = [f"{start}: unknown name {ours!r}: {nearest(ours, known)}" for ours in columns if ours not in known]
-    if not problems and not any(columns.keys() <= layout.keys() for layout in layouts):
-        problems.append(f"{start}: give {' or '.join(', '.join(layout) for layout in layouts)}, not both")
-    if len(set(columns.values())) < len(columns):
-        problems.append(f"{start}: two names stand for one column: give each its own")
-    return problems
-
-
-def mapping(name: str, layouts: Layouts, columns: Mapping[str, str] | None, found: Sequence[str]) -> dict[str, str]:
-    """Our name -> the source's, of the first layout whose columns are all among ``found``.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    columns = columns or {}
-    fitting = [{**layout, **columns} for layout in layouts if columns.keys() <= layout.keys()]
-    for layout in fitting:
-        if set(layout.values()) <= set(found):
-            return layout
-    have = f"the columns found are {', '.join(map(short, found))}"
-    missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
-    wanted = [tuple(layout.values()) for layout in fitting]
-    least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
-    needed = " or ".join(", ".join(these) for these in least)
-    many = "columns" if "," in needed else "column"
-    what = " and ".join(missing) if missing else f"the {many} {needed} {'are' if many == 'columns' else 'is'} needed"
-    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these"])
 
 
 def listed(sentences: list[str], name: str, what: str = "row") -> list[str]:

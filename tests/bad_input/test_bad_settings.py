@@ -125,7 +125,7 @@ CASES = {
     ),
     "empty reward": (["reward="], ["reward is empty: give a name"]),
     # prompts
-    "empty prompt list": (["prompts=[]"], [r"prompts.source=\[\] holds no prompt"]),
+    "empty prompt list": (["prompts=[]"], [r"prompts.source=\[\] is not allowed: give a list"]),
     "empty prompts": (["prompts="], ["prompts=None is not allowed: give a list"]),
     "blank prompt": (["prompts=['a cat', '  ']"], ["row 1: the prompt is empty", "prompts: mend"]),
     "number among prompts": (["prompts=[a cat, 3]"], ["row 1: the prompt is 3, not a text", "prompts: mend"]),
@@ -152,7 +152,7 @@ CASES = {
             "unknown setting 'sampler.stps'",
             "unknown reward 'nothing'",
             "model='./x'",
-            "holds no prompt",
+            r"prompts.source=\[\] is not allowed",
         ],
     ),
     "two overrides": (["epochs", "a.b.c"], ["'epochs' is not", "'a.b.c' is not"]),

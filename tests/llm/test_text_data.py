@@ -555,8 +555,8 @@ def test_settings_are_said_with_their_place():
         return str(caught.value)
 
     assert said("") == (
-        "data.source='' is not allowed: give a list of rows, a .jsonl, .csv or .parquet file, a folder, or a Hub "
-        "dataset owner/name"
+        "data.source='' is not allowed: give a list of rows, a .txt file of prompts, a .jsonl, .csv or .parquet "
+        "file, a folder, or a Hub dataset owner/name"
     )
     assert said({"source": "a", "max_rows": 0}).startswith("data.max_rows=0 is not allowed")
     assert said({"source": "a", "colums": {}}).startswith("unknown setting 'data.colums'")

@@ -212,8 +212,8 @@ def test_sources_that_cannot_be_used(tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
     empty = f"prompts.source='{tmp_path / 'a.txt'}' holds no prompt: give at least one"
     assert problems(tmp_path / "a.txt") == [empty]
-    assert problems([]) == problems(()) == ["prompts.source=[] holds no prompt: give at least one"]
-    assert problems("") == [f"prompts.source='' is not allowed: give {PLACES}"]
+    for nothing in ([], (), ""):
+        assert problems(nothing) == [f"prompts.source={nothing!r} is not allowed: give {PLACES}"]
     assert problems(3) == [f"prompts=3 is not allowed: give {PLACES}"]
     assert problems({"source": ["a"], "max_prompts": 0}) == [
         "prompts.max_prompts=0 is not allowed: Input should be greater than or equal to 1"
@@ -271,7 +271,7 @@ def test_all_that_is_wrong_with_a_configuration_at_once(tmp_path):
     ]
     for wrong, sentence in (
         (None, f"prompts=None is not allowed: give {PLACES}"),
-        ([], "prompts.source=[] holds no prompt: give at least one"),
+        ([], f"prompts.source=[] is not allowed: give {PLACES}"),
         ({"source": "animals", "max_prompt": 3}, "unknown setting 'prompts.max_prompt': did you mean 'max_prompts'?"),
     ):
         with pytest.raises(ConfigError) as caught:

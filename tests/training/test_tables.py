@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.rows import mapping, mapping_problems
 from diffusion_align.training.tables import (
     ArrowTable,
     ListTable,
@@ -15,8 +16,6 @@ from diffusion_align.training.tables import (
     first_rows,
     is_hub,
     listed,
-    mapping,
-    mapping_problems,
     open_table,
     short,
 )

@@ -1,0 +1,152 @@
+"""Rows as a setting names them: where they are, our names of their columns, and what is said of bad ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from diffusion_align.training.config import Section, nearest
+from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.tables import FILES, Table, TableSource, check_hub, is_hub, listed, short
+
+Layouts = Sequence[Mapping[str, str]]
+"""Our name -> the name that is looked for by default; a source has the columns of one of them."""
+
+
+class BadRow(Exception):
+    """What is wrong with a row."""
+
+
+class RowsConfig(Section):
+    """Where rows come from; a bare list, file or name stands for its ``source``."""
+
+    places: ClassVar[str] = f"a list of rows, {FILES}"
+    """What ``source`` may be, for messages."""
+
+    source: str | list[Any]
+    split: str = Field("train", min_length=1, description="a dataset's own split")
+    columns: dict[str, str] | None = None
+    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        if isinstance(value, str | Path | list | tuple):
+            return {"source": value}
+        if not isinstance(value, Mapping | cls):
+            raise ValueError(f"give {cls.places}")
+        return value
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _a_place_or_rows(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path | list | tuple) or value in ("", [], ()):
+            raise ValueError(f"give {cls.places}")
+        return str(value) if isinstance(value, Path) else value
+
+
+def open_rows(
+    name: str,
+    layouts: Layouts,
+    columns: Mapping[str, str] | None,
+    opened: Callable[[], Table],
+    problems: Sequence[str] = (),
+) -> tuple[Table, dict[str, str]]:
+    """A table and its names of our columns, {} if it has none.
+
+    Args:
+        name, layouts, columns: as of ``mapping_problems``.
+        opened: opens the table.
+        problems: what is known to be wrong already.
+
+    Raises:
+        ConfigError: ``problems`` and all that is wrong here, at once.
+    """
+    problems = [*problems, *mapping_problems(name, layouts, columns)]
+    try:
+        table = opened()
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return table, mapping(name, layouts, columns, table.names) if table.names else {}
+
+
+def rows_problems(
+    source: TableSource, layouts: Layouts, columns: Mapping[str, str] | None, read: Callable[[], object]
+) -> list[str]:
+    """Sentences about what can be seen without a download; [] if all is well.
+
+    ``read`` reads them, and is called if they are on this machine.
+    """
+    problems = mapping_problems(source.name, layouts, columns) if is_hub(source.source) else []
+    try:
+        check_hub(source) if is_hub(source.source) else read()
+    except ConfigError as error:
+        return problems + error.problems
+    return problems
+
+
+def bad_rows_error(name: str, bad: list[str], *, any_usable: bool, nothing: str) -> ConfigError:
+    """The ``bad`` rows, and what to do: leave them out, or ``nothing`` where no row is left."""
+    remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
+    return ConfigError([*listed(bad, name), remedy if any_usable else nothing])
+
+
+def checked_prompt(prompt: Any) -> str:
+    """``prompt`` if it is a text that says something.
+
+    Raises:
+        BadRow: it is not.
+    """
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        raise BadRow("the prompt is empty")
+    if not isinstance(prompt, str):
+        raise BadRow(f"the prompt is {short(prompt)}, not a text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"the prompt {short(prompt)} is not valid Unicode") from None
+    return prompt
+
+
+def mapping_problems(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> list[str]:
+    """Sentences about what is wrong with the setting ``name.columns`` whatever the source holds.
+
+    Args:
+        name: the section.
+        layouts: our name -> the name that is looked for by default; a source has the columns of one of them.
+        columns: our name -> the source's, as the user has set it.
+    """
+    columns, start = columns or {}, f"{name}.columns"
+    known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
+    problems = [f"{start}: unknown name {ours!r}: {nearest(ours, known)}" for ours in columns if ours not in known]
+    if not problems and not any(columns.keys() <= layout.keys() for layout in layouts):
+        problems.append(f"{start}: give {' or '.join(', '.join(layout) for layout in layouts)}, not both")
+    if len(set(columns.values())) < len(columns):
+        problems.append(f"{start}: two names stand for one column: give each its own")
+    return problems
+
+
+def mapping(name: str, layouts: Layouts, columns: Mapping[str, str] | None, found: Sequence[str]) -> dict[str, str]:
+    """Our name -> the source's, of the first layout whose columns are all among ``found``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    columns = columns or {}
+    fitting = [{**layout, **columns} for layout in layouts if columns.keys() <= layout.keys()]
+    for layout in fitting:
+        if set(layout.values()) <= set(found):
+            return layout
+    have = f"the columns found are {', '.join(map(short, found))}"
+    missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
+    wanted = [tuple(layout.values()) for layout in fitting]
+    least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
+    needed = " or ".join(", ".join(these) for these in least)
+    many = "columns" if "," in needed else "column"
+    what = " and ".join(missing) if missing else f"the {many} {needed} {'are' if many == 'columns' else 'is'} needed"
+    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these"])
