@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -205,16 +204,7 @@ def compare(
         result = compare_models(
             first, second, texts, judge, seed=seed, output=output, per_prompt=per_prompt, on_pictures=update
         )
-    worth = f" for {result.independent_pairs:.4g} independent pairs" if result.independent_pairs < result.pairs else ""
-    error = "" if math.isnan(result.standard_error) else f" (standard error {result.standard_error:.2g})"
-    _console.print(
-        f"A {result.mean_first:.4f}, B {result.mean_second:.4f}, B - A {result.mean_difference:.4f}{error}; "
-        f"B wins {result.win_rate:.1%} of {result.pairs} pairs "
-        f"(95 % interval {result.low:.1%} to {result.high:.1%}, Wilson{worth}); pictures in {output}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    _console.print(f"{result}; pictures in {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

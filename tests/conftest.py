@@ -1,8 +1,7 @@
 """Tiny pipelines of the real classes, random weights, written to disk once a session; and helpers on top of them."""
 
 import os
-import runpy
-from pathlib import Path
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 for the tests marked network
 
@@ -45,11 +44,53 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory):
-    """The command line in processes of its own; see ``forked_cli.py``."""
-    with runpy.run_path(str(Path(__file__).parent / "forked_cli.py"))["ForkedCli"](
-        tmp_path_factory.mktemp("forked")
-    ) as client:
+    """The command line in processes of its own."""
+    from forked_cli import ForkedCli
+
+    with ForkedCli(tmp_path_factory.mktemp("forked")) as client:
         yield client
+
+
+@pytest.fixture
+def call_cli(monkeypatch, capfd):
+    """``call_cli("train", "tiny.yaml", ...)`` in this process: exit status, stdout, stderr."""
+
+    def call(*arguments):
+        from diffusion_align.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["diffusion-align", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path_factory, monkeypatch):
+    """An empty cache of ``datasets``, and none of its progress bars."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    before = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    yield
+    if not before:
+        datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def hub_rows(tmp_path, monkeypatch):
+    """The folder that stands in for the Hub dataset ``some/rows``."""
+    import datasets
+
+    folder, load = tmp_path / "hub", datasets.load_dataset
+    folder.mkdir()
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **kw: load(str(folder) if name == "some/rows" else name, **kw)
+    )
+    return folder
 
 
 def _unet(**overrides):
@@ -217,19 +258,19 @@ def published(tmp_path_factory):
     Forms: "folder"; "fp16", a folder that holds only weights of that variant; "bf16", a folder of such weights under
     the usual names; "file", in one file with the original names, which "folder" describes.
     """
+    import published as made
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
     from safetensors.torch import save_file
 
-    made = runpy.run_path(str(Path(__file__).parent / "published.py"))
     root, schedulers = tmp_path_factory.mktemp("published"), {"sd15": PNDMScheduler.from_config(_SD15)}
     schedulers |= {"sd2": DDIMScheduler.from_config(_SD2), "sdxl": EulerDiscreteScheduler.from_config(_SDXL)}
 
     def path(name, form="folder"):
         target = root / f"{name}.safetensors" if form == "file" else root / f"{name}-{form}"
         if not target.exists():
-            pipeline = made["pipeline"](name, _tokenizer(), schedulers)
+            pipeline = made.pipeline(name, _tokenizer(), schedulers)
             if form == "file":
-                save_file(made["original_layout"](pipeline), target)
+                save_file(made.original_layout(pipeline), target)
             else:
                 dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
                 for part in (p for p in pipeline.components.values() if isinstance(p, torch.nn.Module)):

@@ -33,7 +33,7 @@ RunDirs = str | Path | Sequence[str | Path]
 
 Panel = tuple[str, str, Mapping[str, str], tuple[float, str] | None]
 """The metric that names its unit, its title, its lines, and the level of the reference or of chance."""
-_PREFERENCE_PANELS: tuple[Panel, ...] = (
+IMPLICIT_REWARD_PANELS: tuple[Panel, ...] = (
     ("rewards/accuracies", "Implicit accuracy", {"rewards/accuracies": "accuracy"}, (0.5, "chance")),
     ("rewards/margins", "Implicit reward, chosen − rejected", {"rewards/margins": "margin"}, (0.0, "reference")),
     (
@@ -42,6 +42,9 @@ _PREFERENCE_PANELS: tuple[Panel, ...] = (
         {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
         (0.0, "reference"),
     ),
+)
+_PREFERENCE_PANELS: tuple[Panel, ...] = (
+    *IMPLICIT_REWARD_PANELS,
     (
         "error/winner",
         "Error − the reference's",

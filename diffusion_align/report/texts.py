@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.report.metrics import Row, is_number, series
-from diffusion_align.report.plots import Panel
+from diffusion_align.report.plots import IMPLICIT_REWARD_PANELS, Panel
 
 METHODS = ("ppo", "grpo", "dpo", "kto", "reward_model")
 PREFERENCE_METHODS = ("dpo", "kto", "reward_model")
@@ -40,14 +40,7 @@ COMPLETION_PANELS: tuple[Panel, ...] = (
     ("entropy", "Entropy of a token", {"entropy": "entropy"}, None),
 )
 PREFERENCE_PANELS: tuple[Panel, ...] = (
-    ("rewards/accuracies", "Implicit accuracy", {"rewards/accuracies": "accuracy"}, (0.5, "chance")),
-    ("rewards/margins", "Implicit reward, chosen − rejected", {"rewards/margins": "margin"}, (0.0, "reference")),
-    (
-        "rewards/chosen",
-        "Implicit reward",
-        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-        (0.0, "reference"),
-    ),
+    *IMPLICIT_REWARD_PANELS,
     ("drift", "Distance from the reference on the data", {"drift": "drift"}, None),
 )
 SCORE_PANELS: tuple[Panel, ...] = (

@@ -39,22 +39,12 @@ class Outcome:
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
+def cli(tmp_path, monkeypatch, call_cli):
     """``cli("train", "tiny.yaml", ...)`` in a fresh folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def call(*arguments):
-        from diffusion_align.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["diffusion-align", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return Outcome(stop.value.code, out, err)
-
-    yield call
+    yield lambda *arguments: Outcome(*call_cli(*arguments))
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState
 

@@ -1,6 +1,5 @@
 """Preference pairs: every source and layout, every bad row, pictures against an independent computation."""
 
-import csv
 import gc
 import io
 import json
@@ -13,20 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rows_on_disk import write_rows
 
 from diffusion_align.assets.preferences import load_preferences
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs, pairs_problems
 from diffusion_align.training.errors import ConfigError
 
 HINT = "pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def colour(i):
@@ -64,22 +57,6 @@ def binary_rows(labels):
 
 def direct_rows(count):
     return [{"prompt": f"c{i}", "chosen": f"{2 * i}.png", "rejected": f"{2 * i + 1}.png"} for i in range(count)]
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
 
 
 def packed(rows, how):
@@ -156,11 +133,11 @@ def test_embedded_settings_that_do_not_fit():
 def test_both_layouts_in_every_kind_of_file(folder, suffix, as_folder):
     path = folder / f"pairs{suffix}"
     source = folder if as_folder else path
-    write(path, direct_rows(3))
+    write_rows(path, direct_rows(3))
     direct = open_(source)
     assert (direct.prompts, direct.rows, direct.ties) == (["c0", "c1", "c2"], [0, 1, 2], 0)
     assert shown(direct) == [(colour(2 * i), colour(2 * i + 1)) for i in range(3)]
-    write(path, binary_rows([1, 0.5, 0, 1.0, 0.5]))
+    write_rows(path, binary_rows([1, 0.5, 0, 1.0, 0.5]))
     binary = open_(source)
     assert (binary.prompts, binary.rows, binary.ties, len(binary)) == (["c0", "c2", "c3"], [0, 2, 3], 2, 3)
     assert shown(binary) == [(colour(0), colour(1)), (colour(5), colour(4)), (colour(6), colour(7))]
@@ -170,15 +147,15 @@ def test_both_layouts_in_every_kind_of_file(folder, suffix, as_folder):
 
 @pytest.mark.parametrize("how", ["struct", "bytes"])
 def test_parquet_with_the_pictures_inside(tmp_path, how):
-    pairs = open_(write(tmp_path / "p[1]*.parquet", packed(binary_rows([0, 0.5, 1]), how)))
+    pairs = open_(write_rows(tmp_path / "p[1]*.parquet", packed(binary_rows([0, 0.5, 1]), how)))
     assert (pairs.rows, pairs.ties) == ([0, 2], 1)
     assert shown(pairs.check_pictures()) == [(colour(1), colour(0)), (colour(4), colour(5))]
 
 
 def test_a_changed_parquet_file_is_read_again(tmp_path):
-    source = write(tmp_path / "a.parquet", packed(direct_rows(2), "bytes"))
+    source = write_rows(tmp_path / "a.parquet", packed(direct_rows(2), "bytes"))
     assert len(open_(source)) == 2
-    write(tmp_path / "a.parquet", packed(direct_rows(5), "bytes"))
+    write_rows(tmp_path / "a.parquet", packed(direct_rows(5), "bytes"))
     assert len(open_(source)) == 5
 
 
@@ -205,7 +182,7 @@ def test_a_folder_that_datasets_can_load(tmp_path, declared):
 
 def test_a_picture_folder_with_metadata(folder):
     rows = [{"prompt": "x", "chosen_file_name": "0.png", "rejected_file_name": "1.png"}]
-    write(folder / "metadata.jsonl", rows)
+    write_rows(folder / "metadata.jsonl", rows)
     assert shown(open_(folder)) == [(colour(0), colour(1))]
 
 
@@ -216,8 +193,8 @@ def test_a_folder_without_pairs(tmp_path):
 
 
 def test_a_folder_with_two_lists(folder):
-    write(folder / "pairs.jsonl", direct_rows(1))
-    write(folder / "pairs.csv", direct_rows(1))
+    write_rows(folder / "pairs.jsonl", direct_rows(1))
+    write_rows(folder / "pairs.csv", direct_rows(1))
     assert problems(folder) == [f"pairs.source='{folder}' holds pairs.jsonl and pairs.csv: give the file that is meant"]
 
 
@@ -242,7 +219,7 @@ def test_missing_package(monkeypatch, folder):
     assert caught.value.problems == [sentence]
     (folder / "a.parquet").write_bytes(b"")
     assert "pip install 'diffusion-align[datasets]'" in problems(folder / "a.parquet")[0]
-    assert len(open_(write(folder / "a.csv", direct_rows(2)))) == 2
+    assert len(open_(write_rows(folder / "a.csv", direct_rows(2)))) == 2
 
 
 @pytest.mark.parametrize("source", ["nothing", "no/such/folder/at/all", "a/b.jsonl", " ", "x" * 5000, "a\0b", "~"])
@@ -255,14 +232,14 @@ def test_a_source_that_is_not_there(source, monkeypatch, tmp_path):
 
 def test_other_files(folder):
     assert problems(folder / "0.png") == [f"pairs.source='{folder / '0.png'}': use a .jsonl, .csv or .parquet file"]
-    source = write(folder / "a.jsonl", direct_rows(1))
+    source = write_rows(folder / "a.jsonl", direct_rows(1))
     [problem] = problems(source, split="test")
     assert problem.startswith("pairs.split='test' is not known: a file holds one split, train")
 
 
 def test_home_is_expanded(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    write(folder / "a.jsonl", direct_rows(2))
+    write_rows(folder / "a.jsonl", direct_rows(2))
     assert shown(open_("~/a.jsonl"))[0] == (colour(0), colour(1))
 
 
@@ -318,7 +295,7 @@ def test_parquet_without_rows(tmp_path):
     pq.write_table(pa.table({"x": pa.array([], pa.string())}), tmp_path / "a.parquet")
     [problem] = problems(tmp_path / "a.parquet")  # datasets refuses a file and a slice without rows
     assert problem.endswith("): mend it")
-    write(tmp_path / "a.parquet", [{"x": "y"}])
+    write_rows(tmp_path / "a.parquet", [{"x": "y"}])
     [problem] = problems(tmp_path, split="train[1:]")
     assert "no data" in problem
 
@@ -328,7 +305,7 @@ def test_parquet_without_rows(tmp_path):
 
 def test_columns_are_mapped(folder):
     rows = [{"text": "t", "good": "0.png", "bad": "1.png", "a": "2.png", "b": "3.png", "left": 0}]
-    source = write(folder / "a.jsonl", rows)
+    source = write_rows(folder / "a.jsonl", rows)
     direct = open_(source, columns={"prompt": "text", "chosen": "good", "rejected": "bad"})
     assert shown(direct) == [(colour(0), colour(1))]
     binary = open_(source, columns={"prompt": "text", "first": "a", "second": "b", "first_wins": "left"})
@@ -337,11 +314,11 @@ def test_columns_are_mapped(folder):
 
 def test_names_left_out_of_the_mapping_keep_their_default(folder):
     rows = [{name if name != "caption" else "text": value for name, value in binary_rows([0])[0].items()}]
-    assert shown(open_(write(folder / "a.csv", rows), columns={"prompt": "text"})) == [(colour(1), colour(0))]
+    assert shown(open_(write_rows(folder / "a.csv", rows), columns={"prompt": "text"})) == [(colour(1), colour(0))]
 
 
 def test_mappings_that_do_not_fit(folder):
-    source = write(folder / "a.jsonl", [{"text": "t", "good": "0.png", "bad": "1.png"}])
+    source = write_rows(folder / "a.jsonl", [{"text": "t", "good": "0.png", "bad": "1.png"}])
     found = "the columns found are 'text', 'good', 'bad': map our names to these"
     assert problems(source) == [
         "pairs.columns: the columns prompt, chosen, rejected or caption, jpg_0, jpg_1, label_0 are needed; " + found
@@ -387,7 +364,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_row_is_named_and_can_be_left_out(folder, case):
     change, sentence = CASES[case]
-    source = write(folder / "a.jsonl", [GOOD, GOOD, GOOD | change, GOOD])
+    source = write_rows(folder / "a.jsonl", [GOOD, GOOD, GOOD | change, GOOD])
     assert problems(source) == [f"pairs: row 2: {sentence}", HINT]
     pairs = open_(source, skip_bad_rows=True)
     assert pairs.rows == [0, 1, 3]
@@ -399,7 +376,7 @@ def test_a_bad_row_is_named_and_can_be_left_out(folder, case):
 def test_labels_that_are_none(folder, label):
     rows = binary_rows([1, 0, 0.5])
     rows[1]["label_0"] = label
-    [problem, hint] = problems(write(folder / "a.jsonl", rows))
+    [problem, hint] = problems(write_rows(folder / "a.jsonl", rows))
     assert problem.startswith("pairs: row 1: label_0 is ")
     assert problem.endswith(", not one of 0, 0.5, 1")
     assert len(problem) < 160
@@ -410,14 +387,14 @@ def test_labels_that_are_none(folder, label):
 
 def test_a_tie_is_dropped_whatever_else_its_row_holds(folder):
     rows = [*binary_rows([1]), {"caption": "", "jpg_0": None, "jpg_1": "no.png", "label_0": 0.5}]
-    pairs = open_(write(folder / "a.jsonl", rows))
+    pairs = open_(write_rows(folder / "a.jsonl", rows))
     assert (len(pairs), pairs.ties, pairs.skipped) == (1, 1, {})
 
 
 def test_labels_and_sides_of_a_bad_picture_agree(folder):
     rows = binary_rows([0, 1, 1])
     rows[0]["jpg_0"], rows[1]["jpg_0"] = 5, 5
-    assert problems(write(folder / "a.jsonl", rows))[:2] == [
+    assert problems(write_rows(folder / "a.jsonl", rows))[:2] == [
         "pairs: row 0: rejected is 5, not the path or the bytes of a picture",
         "pairs: row 1: chosen is 5, not the path or the bytes of a picture",
     ]
@@ -427,14 +404,14 @@ def test_labels_and_sides_of_a_bad_picture_agree(folder):
     ("count", "more"), [(10, []), (11, ["pairs: 1 more row is bad"]), (13, ["pairs: 3 more rows are bad"])]
 )
 def test_only_ten_bad_rows_are_listed(folder, count, more):
-    source = write(folder / "a.jsonl", [GOOD] + [GOOD | {"prompt": ""}] * count)
+    source = write_rows(folder / "a.jsonl", [GOOD] + [GOOD | {"prompt": ""}] * count)
     assert problems(source) == [f"pairs: row {i}: the prompt is empty" for i in range(1, 11)] + more + [HINT]
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_no_usable_pair(folder, skip):
     rows = binary_rows([0.5, 0.5, 7])
-    source = write(folder / "a.jsonl", rows)
+    source = write_rows(folder / "a.jsonl", rows)
     assert problems(source, skip_bad_rows=skip) == [
         "pairs: row 2: label_0 is 7, not one of 0, 0.5, 1",
         f"pairs.source='{source}' holds no usable pair (3 rows, 2 ties, 1 bad rows): give at least one",
@@ -447,14 +424,14 @@ def test_bad_rows_of_a_parquet_file(folder, how):
     rows[0]["chosen"] = None
     rows[1]["rejected"] = {"bytes": None, "path": None} if how == "struct" else b""
     rows[2]["prompt"] = None
-    assert problems(write(folder / "a.parquet", rows))[:3] == [
+    assert problems(write_rows(folder / "a.parquet", rows))[:3] == [
         "pairs: row 0: chosen is None, not the path or the bytes of a picture",
         "pairs: row 1: rejected is None, not the path or the bytes of a picture",
         "pairs: row 2: the prompt is empty",
     ]
     for odd in (7, [1, 2], {"x": 1}, {"bytes": None}, {"bytes": 3, "path": "0.png"}, {"bytes": [1]}, {"path": 4}, None):
         rows = [row | {"chosen": odd} for row in direct_rows(2)]
-        found = problems(write(folder / "b.parquet", rows))
+        found = problems(write_rows(folder / "b.parquet", rows))
         assert found[0].startswith("pairs: row 0: chosen is ")
         assert found[0].endswith(", not the path or the bytes of a picture")
         assert len(found) == 3
@@ -466,7 +443,7 @@ def test_pictures_by_path_inside_structs(folder):
         for row in direct_rows(2)
     ]
     for name in ("a.parquet", "a.jsonl"):
-        assert shown(open_(write(folder / name, rows)))[1] == (colour(2), colour(3))
+        assert shown(open_(write_rows(folder / name, rows)))[1] == (colour(2), colour(3))
 
 
 # Pictures that cannot be read
@@ -495,7 +472,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_files_that_are_no_pictures(folder, case, side):
     (folder / "odd.png").write_bytes(UNREADABLE[case])
-    source = write(folder / "a.jsonl", [GOOD, GOOD | {side: "odd.png"}, GOOD])
+    source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {side: "odd.png"}, GOOD])
     sentence = f"pairs: row 1: {side} is not a picture that can be read"
     assert pairs_problems(PairsConfig(source=source)) == []
     assert problems(source, decode=True) == [sentence, HINT]
@@ -511,12 +488,12 @@ def test_pairs_whose_pictures_do_not_compare(folder):
     (folder / "narrow.png").write_bytes(plain(1, (4, 8)))
     (folder / "copy.png").write_bytes(encoded(Image.new("RGBA", (8, 8), (*colour(20), 255))))
     rows = [GOOD, GOOD | {"rejected": "narrow.png"}, GOOD | {"rejected": "copy.png"}, GOOD | {"prompt": ""}]
-    source = write(folder / "a.jsonl", rows)
+    source = write_rows(folder / "a.jsonl", rows)
     wanted = [
         "pairs: row 1: chosen is 8x8 and rejected 4x8: both must have one size",
         "pairs: row 2: chosen and rejected are the same picture",
     ]
-    assert problems(write(folder / "b.jsonl", rows[:3]), decode=True) == [*wanted, HINT]
+    assert problems(write_rows(folder / "b.jsonl", rows[:3]), decode=True) == [*wanted, HINT]
     left = open_(source, skip_bad_rows=True).check_pictures()
     assert left.rows == [0]
     assert left.skipped == {1: wanted[0], 2: wanted[1], 3: "pairs: row 3: the prompt is empty"}
@@ -525,7 +502,7 @@ def test_pairs_whose_pictures_do_not_compare(folder):
 
 def test_no_pair_is_left_after_decoding(folder):
     (folder / "odd.png").write_bytes(b"")
-    source = write(folder / "a.jsonl", [GOOD | {"rejected": "odd.png"}, GOOD | {"prompt": ""}])
+    source = write_rows(folder / "a.jsonl", [GOOD | {"rejected": "odd.png"}, GOOD | {"prompt": ""}])
     assert problems(source, decode=True, skip_bad_rows=True) == [
         "pairs: row 0: rejected is not a picture that can be read",
         f"pairs.source='{source}' holds no usable pair (2 rows, 0 ties, 2 bad rows): give at least one",
@@ -534,13 +511,13 @@ def test_no_pair_is_left_after_decoding(folder):
 
 def test_labels_stay_with_their_rows_when_a_row_is_left_out(folder):
     (folder / "0.png").write_bytes(b"")
-    left = open_(write(folder / "a.jsonl", binary_rows([1, 0, 0.5, 1, 0])), skip_bad_rows=True).check_pictures()
+    left = open_(write_rows(folder / "a.jsonl", binary_rows([1, 0, 0.5, 1, 0])), skip_bad_rows=True).check_pictures()
     assert (left.prompts, left.rows, left.ties) == (["c1", "c3", "c4"], [1, 3, 4], 1)
     assert shown(left) == [(colour(3), colour(2)), (colour(6), colour(7)), (colour(9), colour(8))]
 
 
 def test_a_picture_that_vanishes(folder):
-    pairs = open_(write(folder / "a.jsonl", [GOOD, GOOD]))
+    pairs = open_(write_rows(folder / "a.jsonl", [GOOD, GOOD]))
     (folder / "21.png").unlink()
     with pytest.raises(ConfigError, match=r"^pairs: row 1: the picture 21\.png is missing$"):
         pairs.pictures(1, (8, 8))
@@ -550,7 +527,7 @@ def test_a_picture_that_vanishes(folder):
 
 def test_every_pair_advances_once_also_a_bad_one(folder):
     (folder / "odd.png").write_bytes(b"")
-    source = write(folder / "a.jsonl", [*direct_rows(5), GOOD | {"chosen": "odd.png"}, GOOD | {"prompt": ""}])
+    source = write_rows(folder / "a.jsonl", [*direct_rows(5), GOOD | {"chosen": "odd.png"}, GOOD | {"prompt": ""}])
     calls = []
     left = open_(source, skip_bad_rows=True).check_pictures(lambda: calls.append(1))
     assert (len(calls), len(left)) == (6, 5)
@@ -574,7 +551,7 @@ def test_pictures_are_scaled_and_cut_in_the_middle(folder, source, size):
     both = [noise(source, seed, 80, 176) for seed in (0, 1)]  # nothing is clipped between PIL's two passes
     for name, picture in zip(("x.png", "y.png"), both):
         picture.save(folder / name)
-    pairs = open_(write(folder / "a.jsonl", [{"prompt": "p", "chosen": "x.png", "rejected": "y.png"}]))
+    pairs = open_(write_rows(folder / "a.jsonl", [{"prompt": "p", "chosen": "x.png", "rejected": "y.png"}]))
     for result, picture in zip(pairs.pictures(0, size), both):
         assert (result.shape, result.dtype) == ((3, *size), torch.float32)
         torch.testing.assert_close(result, by_hand(picture, size), atol=1.01 / 255, rtol=0)
@@ -583,14 +560,14 @@ def test_pictures_are_scaled_and_cut_in_the_middle(folder, source, size):
 def test_a_picture_of_the_right_height_is_cut_to_the_pixel(folder):
     picture = noise((97, 64))
     picture.save(folder / "x.png")
-    pairs = open_(write(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
+    pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
     wanted = torch.tensor(np.asarray(picture)[:, 16:80]).permute(2, 0, 1) / 255
     assert torch.equal(pairs.pictures(0, (64, 64))[0], wanted)
 
 
 def test_a_very_long_picture_takes_no_more_memory_than_it_has_to(folder):
     noise((1, 40_000)).save(folder / "x.png")
-    pairs = open_(write(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
+    pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
     assert pairs.pictures(0, (512, 512))[0].shape == (3, 512, 512)
 
 
@@ -607,14 +584,14 @@ def test_a_very_long_picture_takes_no_more_memory_than_it_has_to(folder):
 )
 def test_other_kinds_of_picture(folder, picture, wanted):
     picture.save(folder / "x.png")
-    assert shown(open_(write(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == wanted
+    assert shown(open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == wanted
 
 
 def test_a_transparent_palette_goes_on_white(folder):
     picture = Image.new("P", (8, 8), 3)
     picture.putpalette([9] * 30)
     picture.save(folder / "x.png", transparency=3)
-    assert shown(open_(write(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == (255, 255, 255)
+    assert shown(open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == (255, 255, 255)
 
 
 def test_a_turned_photograph_is_put_upright(folder):
@@ -623,7 +600,7 @@ def test_a_turned_photograph_is_put_upright(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn clockwise: the left half is on top
     picture.save(folder / "x.png", exif=exif)
-    result = open_(write(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])).pictures(0, (16, 8))[0]
+    result = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])).pictures(0, (16, 8))[0]
     assert result[0, :8].min() == 1
     assert result[0, 8:].max() == 0
 
@@ -634,7 +611,7 @@ def test_a_turned_photograph_is_put_upright(folder):
 def test_the_first_pairs_only(folder):
     rows = binary_rows([0.5, 1, 1, 0.5, 1, 1])
     rows[5]["caption"] = ""
-    source = write(folder / "a.jsonl", rows)
+    source = write_rows(folder / "a.jsonl", rows)
     pairs = open_(source, max_pairs=2)
     assert (pairs.rows, pairs.ties) == ([1, 2], 1)
     assert open_(source, max_pairs=3).rows == [1, 2, 4]
@@ -658,7 +635,7 @@ def test_pictures_are_read_when_asked_for(tmp_path, how):
             for side, data in both.items()
         }
         rows.append({"prompt": f"p{i}", **cells})
-    source = write(tmp_path / "a.parquet", rows)
+    source = write_rows(tmp_path / "a.parquet", rows)
     open_(source)  # the cache of datasets is built, its modules are loaded
     del rows, cells, both
     gc.collect()
@@ -678,7 +655,7 @@ def test_pictures_are_read_when_asked_for(tmp_path, how):
 
 
 def test_the_same_every_time(folder):
-    source = write(folder / "a.jsonl", binary_rows([1, 0.5, 0] * 5))
+    source = write_rows(folder / "a.jsonl", binary_rows([1, 0.5, 0] * 5))
     first, second = (open_(source, skip_bad_rows=True).check_pictures() for _ in range(2))
     assert (first.prompts, first.rows, first.ties) == (second.prompts, second.rows, second.ties)
     for i in range(len(first)):

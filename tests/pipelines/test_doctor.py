@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -61,20 +60,6 @@ def report(write):
         return found, problems
 
     return examine
-
-
-@pytest.fixture
-def cli(monkeypatch, capfd):
-    def call(*arguments):
-        from diffusion_align.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["diffusion-align", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture
@@ -153,9 +138,9 @@ def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_
     assert "2 forward passes" in adapted["operations"]
 
 
-def test_the_embedded_model_fits_in_a_hundred_columns(cli, tmp_path):
+def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
     shorter = ["num_threads=1", "sample_batch_size=1", "mixed_precision=no"]
-    status, out, err = cli("doctor", "quickstart", f"output_dir={tmp_path / 'run'}", *shorter)
+    status, out, err = call_cli("doctor", "quickstart", f"output_dir={tmp_path / 'run'}", *shorter)
     assert (status, err) == (0, "")
     assert "no problem found" in out
     assert max(map(len, out.splitlines())) <= 100
@@ -186,9 +171,9 @@ def test_dtype_halves_frozen_weights_only(report, tiny_sd):
 # -- a model that is not here ------------------------------------------------------------------------------------------
 
 
-def test_a_published_model_that_would_be_downloaded(cli, tmp_path):
+def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     """4.3 GB are the float32 files of the UNet, the VAE and the text encoder."""
-    status, out, err = cli("doctor", "ddpo_sd15_aesthetic", f"output_dir={tmp_path / 'run'}")
+    status, out, err = call_cli("doctor", "ddpo_sd15_aesthetic", f"output_dir={tmp_path / 'run'}")
     assert (status, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 100
     assert "missing: 4.3 GB will be downloaded" in out
@@ -251,12 +236,12 @@ def test_a_published_model_half_in_the_cache(report, empty_cache, tiny_sd):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_folder_that_lacks_a_part(cli, write, tiny_sd, tmp_path):
+def test_a_folder_that_lacks_a_part(call_cli, write, tiny_sd, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd, folder)
     shutil.rmtree(folder / "vae")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    status, out, err = cli("doctor", write(model=str(folder)))
+    status, out, err = call_cli("doctor", write(model=str(folder)))
     assert status == 2
     assert err.splitlines() == [
         f"error: model={str(folder)!r} is incomplete: unet/ has no .safetensors file",
@@ -321,8 +306,8 @@ def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_typo_does_not_hide_the_rest(cli, write, tiny_sd):
-    status, out, err = cli("doctor", write(model=str(tiny_sd), learning_rat=1), "sampler.step=3", "epochs=none")
+def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
+    status, out, err = call_cli("doctor", write(model=str(tiny_sd), learning_rat=1), "sampler.step=3", "epochs=none")
     assert status == 2
     assert sorted(line[:40] for line in err.splitlines()) == [
         "error: epochs='none' is not allowed: it ",

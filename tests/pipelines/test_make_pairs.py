@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -49,20 +48,10 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
+def cli(tmp_path, monkeypatch, call_cli):
     """``cli("pairs", ...)`` in a fresh folder: exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        from diffusion_align.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["diffusion-align", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capfd.readouterr()
-
-    return call
+    return call_cli
 
 
 def test_best_and_worst_of_a_prompts_pictures(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from rows_on_disk import write_rows
 
 from diffusion_align.assets import asset_path
 from diffusion_align.assets.preferences import load_preferences
@@ -38,29 +39,7 @@ DDPO = {
     "grid_every": 0,
     "num_threads": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def problems(source, **options):
@@ -69,31 +48,18 @@ def problems(source, **options):
     return caught.value.problems
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The folder that stands in for ``some/rows``."""
-    import datasets
-
-    folder, load = tmp_path / "hub", datasets.load_dataset
-    folder.mkdir()
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, **kw: load(str(folder) if name == "some/rows" else name, **kw)
-    )
-    return folder
-
-
 @pytest.mark.parametrize("kind", ["list", "tuple", ".jsonl", ".parquet", "folder", "folder of prompts.jsonl", "hub"])
-def test_prompts_are_the_same_whatever_holds_them(tmp_path, hub, kind):
+def test_prompts_are_the_same_whatever_holds_them(tmp_path, hub_rows, kind):
     if kind in ("list", "tuple"):
         source = ROWS if kind == "list" else tuple(ROWS)
     elif kind.startswith("."):
-        source = write(tmp_path / f"rows{kind}", ROWS)
+        source = write_rows(tmp_path / f"rows{kind}", ROWS)
     else:
-        folder = hub if kind == "hub" else tmp_path / "folder"
+        folder = hub_rows if kind == "hub" else tmp_path / "folder"
         folder.mkdir(exist_ok=True)
-        write(folder / ("prompts.jsonl" if "prompts" in kind else "train.parquet"), ROWS)
+        write_rows(folder / ("prompts.jsonl" if "prompts" in kind else "train.parquet"), ROWS)
         if "prompts" in kind:
-            write(folder / "others.jsonl", ROWS[:1])
+            write_rows(folder / "others.jsonl", ROWS[:1])
         source = "some/rows" if kind == "hub" else folder
     assert load_prompts(source) == PROMPTS, "every row is kept, in its order"
     assert load_prompts({"source": source, "max_prompts": 2}) == PROMPTS[:2]
@@ -102,7 +68,7 @@ def test_prompts_are_the_same_whatever_holds_them(tmp_path, hub, kind):
 
 def test_the_cells_of_a_csv_file_are_text(tmp_path):
     rows = [{"prompt": "a, b", "count": 1, "note": ""}]
-    assert load_prompts(write(tmp_path / "a.csv", rows)) == [("a, b", {"count": "1", "note": ""})]
+    assert load_prompts(write_rows(tmp_path / "a.csv", rows)) == [("a, b", {"count": "1", "note": ""})]
     (tmp_path / "short.csv").write_text("prompt,count\na cat\n")
     assert load_prompts(tmp_path / "short.csv") == [("a cat", {"count": None})]
 
@@ -127,14 +93,14 @@ def test_texts_alone(tmp_path):
     ],
 )
 def test_the_column_with_the_prompts(tmp_path, row, columns, expected):
-    for source in ([row], write(tmp_path / "a.jsonl", [row]), write(tmp_path / "a.parquet", [row])):
+    for source in ([row], write_rows(tmp_path / "a.jsonl", [row]), write_rows(tmp_path / "a.parquet", [row])):
         assert load_prompts({"source": source, "columns": columns}) == [expected]
 
 
 def test_a_row_has_only_the_keys_it_was_given(tmp_path):
     rows = [{"prompt": "a cat"}, {"prompt": "a dog", "k": [1, {"a": None}]}]
     expected = [("a cat", {}), ("a dog", {"k": [1, {"a": None}]})]
-    assert load_prompts(["a cat", rows[1]]) == load_prompts(write(tmp_path / "a.jsonl", rows)) == expected
+    assert load_prompts(["a cat", rows[1]]) == load_prompts(write_rows(tmp_path / "a.jsonl", rows)) == expected
 
 
 def test_metadata_are_plain_and_columns_of_bytes_are_not_even_read(tmp_path, monkeypatch):
@@ -157,7 +123,7 @@ def test_metadata_are_plain_and_columns_of_bytes_are_not_even_read(tmp_path, mon
     }
     scanned, scan = [], ArrowTable.scan
     monkeypatch.setattr(ArrowTable, "scan", lambda self, names: scanned.append(list(names)) or scan(self, names))
-    [(prompt, metadata)] = load_prompts(write(tmp_path / "a.parquet", pa.table(columns)))
+    [(prompt, metadata)] = load_prompts(write_rows(tmp_path / "a.parquet", pa.table(columns)))
     assert prompt == "a cat"
     assert metadata == {
         "binary": True,
@@ -251,9 +217,9 @@ def test_a_checked_configuration_opens_no_hub_dataset(monkeypatch):
     assert prompts_problems(PromptsConfig(source="some/rows")) == [needs]
 
 
-def test_of_a_hub_dataset_no_more_is_downloaded_than_is_asked_for(hub):
-    write(hub / "train-00000-of-00002.parquet", ROWS)
-    (hub / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
+def test_of_a_hub_dataset_no_more_is_downloaded_than_is_asked_for(hub_rows):
+    write_rows(hub_rows / "train-00000-of-00002.parquet", ROWS)
+    (hub_rows / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
     assert load_prompts({"source": "some/rows", "max_prompts": 3}) == PROMPTS
     [problem] = problems({"source": "some/rows", "max_prompts": 4})
     assert problem.startswith("prompts.source='some/rows', split 'train', cannot be loaded (")
@@ -365,7 +331,7 @@ def test_metadata_reach_the_reward(tmp_path, monkeypatch, kind):
         return torch.tensor([float(m["count"]) for m in metadata])
 
     counts = {"two apples": 2, "three apples": 3, "four apples": 4, "six apples": 6}
-    source = write(tmp_path / f"rows{kind}", [{"prompt": text, "count": n} for text, n in counts.items()])
+    source = write_rows(tmp_path / f"rows{kind}", [{"prompt": text, "count": n} for text, n in counts.items()])
     settings = {"prompts": source, "output_dir": str(tmp_path / "run"), "reward": counted}
     showing_two = {"show_prompts": ["six apples", "two apples"], "grid_every": 1}
     try:

@@ -1,10 +1,9 @@
 """Reading rows from every kind of source, a setting's own name in every sentence, and no row more than asked for."""
 
-import csv
-import json
 import sys
 
 import pytest
+from rows_on_disk import write_rows
 
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.rows import mapping, mapping_problems
@@ -21,34 +20,7 @@ from diffusion_align.training.tables import (
 )
 
 ROWS = [{"prompt": f"p{i}", "turns": [{"role": "user", "content": f"c{i}"}], "n": i} for i in range(7)]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    before = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    yield
-    if not before:
-        datasets.enable_progress_bars()
-
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def read(source, count=None, **settings):
@@ -63,7 +35,7 @@ def problems(source, **settings):
 
 @pytest.mark.parametrize("kind", ["list", ".jsonl", ".parquet"])
 def test_rows_are_the_same_whatever_holds_them(tmp_path, kind):
-    source = ROWS if kind == "list" else write(tmp_path / f"rows{kind}", ROWS)
+    source = ROWS if kind == "list" else write_rows(tmp_path / f"rows{kind}", ROWS)
     assert read(source) == ROWS
     assert read(source, 3) == ROWS[:3]
     assert read(source, 100) == ROWS
@@ -74,7 +46,7 @@ def test_rows_are_the_same_whatever_holds_them(tmp_path, kind):
 
 
 def test_cells_of_a_csv_file_are_texts(tmp_path):
-    assert read(write(tmp_path / "a.csv", [{"prompt": "a,b", "n": 1}])) == [{"prompt": "a,b", "n": "1"}]
+    assert read(write_rows(tmp_path / "a.csv", [{"prompt": "a,b", "n": 1}])) == [{"prompt": "a,b", "n": "1"}]
 
 
 def test_a_cell_that_a_row_lacks_is_none():
@@ -83,7 +55,7 @@ def test_a_cell_that_a_row_lacks_is_none():
 
 def test_a_folder_in_the_format_of_datasets(tmp_path):
     for split, rows in (("train", ROWS[:2]), ("test", ROWS[2:5])):
-        write(tmp_path / f"{split}.jsonl", rows)
+        write_rows(tmp_path / f"{split}.jsonl", rows)
     assert read(str(tmp_path)) == ROWS[:2]
     assert read(str(tmp_path), split="test") == ROWS[2:5]
     assert read(str(tmp_path), split="test[1:]") == ROWS[3:5]
@@ -92,39 +64,26 @@ def test_a_folder_in_the_format_of_datasets(tmp_path):
 
 
 def test_a_file_of_the_name_in_the_settings_stands_for_its_folder(tmp_path):
-    write(tmp_path / "mine.jsonl", ROWS[:1])
-    write(tmp_path / "other.jsonl", ROWS[:2])
+    write_rows(tmp_path / "mine.jsonl", ROWS[:1])
+    write_rows(tmp_path / "other.jsonl", ROWS[:2])
     assert read(str(tmp_path), stem="mine") == ROWS[:1]
-    write(tmp_path / "mine.csv", [{"a": 1}])
+    write_rows(tmp_path / "mine.csv", [{"a": 1}])
     assert problems(str(tmp_path), stem="mine") == [
         f"data.source='{tmp_path}' holds mine.jsonl and mine.csv: give the file that is meant"
     ]
 
 
 def test_a_scan_over_several_blocks(tmp_path):
-    source = write(tmp_path / "a.parquet", [{"n": i, "x": bytes([i % 256])} for i in range(2501)])
+    source = write_rows(tmp_path / "a.parquet", [{"n": i, "x": bytes([i % 256])} for i in range(2501)])
     assert [row["n"] for row in read(source)] == list(range(2501))
     assert [row["n"] for row in read(source, 1001)] == list(range(1001))
     outlined = list(open_table(TableSource("data", source)).scan(["n", "x"], ["x"]))
     assert outlined == [(i, b".") for i in range(2501)]
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The folder that stands in for ``some/rows``."""
-    import datasets
-
-    folder, load = tmp_path / "hub", datasets.load_dataset
-    folder.mkdir()
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, **kw: load(str(folder) if name == "some/rows" else name, **kw)
-    )
-    return folder
-
-
-def test_the_first_rows_of_a_hub_dataset_are_streamed_and_no_more(hub):
-    write(hub / "train-00000-of-00002.parquet", ROWS[:4])
-    (hub / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
+def test_the_first_rows_of_a_hub_dataset_are_streamed_and_no_more(hub_rows):
+    write_rows(hub_rows / "train-00000-of-00002.parquet", ROWS[:4])
+    (hub_rows / "train-00001-of-00002.parquet").write_bytes(b"PAR1 no")
     for count in (1, 3, 4):
         table = open_table(TableSource("data", "some/rows", max_rows=count))
         assert list(first_rows(table, count)) == ROWS[:count]
@@ -132,13 +91,13 @@ def test_the_first_rows_of_a_hub_dataset_are_streamed_and_no_more(hub):
     table = open_table(TableSource("data", "some/rows", max_rows=5))
     with pytest.raises(ConfigError, match=r"^data\.source='some/rows', split 'train', cannot be loaded \("):
         list(first_rows(table, 5))
-    (hub / "train-00001-of-00002.parquet").unlink()
-    write(hub / "train-00001-of-00002.parquet", ROWS[4:])
+    (hub_rows / "train-00001-of-00002.parquet").unlink()
+    write_rows(hub_rows / "train-00001-of-00002.parquet", ROWS[4:])
     assert read("some/rows", 6, max_rows=6) == ROWS[:6]
     assert read("some/rows") == ROWS
 
 
-def test_a_part_of_a_split_cannot_be_streamed(hub):
+def test_a_part_of_a_split_cannot_be_streamed(hub_rows):
     sentence = "data.split='train[:2]' cannot be used with data.{}: name the split without [...]"
     assert problems("some/rows", split="train[:2]", max_rows=1) == [sentence.format("max_rows")]
     assert problems("some/rows", split="train[:2]", max_rows=1, limit="most") == [sentence.format("most")]
@@ -155,11 +114,11 @@ def test_what_is_a_hub_dataset(tmp_path, monkeypatch):
 
 def test_missing_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for source in ("some/rows", write(tmp_path / "a.parquet", ROWS)):
+    for source in ("some/rows", write_rows(tmp_path / "a.parquet", ROWS)):
         assert problems(source) == [
             f"data.source={source!r} needs the package datasets: pip install 'diffusion-align[datasets]'"
         ]
-    assert read(write(tmp_path / "a.jsonl", ROWS)) == read(ROWS) == ROWS
+    assert read(write_rows(tmp_path / "a.jsonl", ROWS)) == read(ROWS) == ROWS
 
 
 def test_sources_that_cannot_be_read(tmp_path):
@@ -170,7 +129,7 @@ def test_sources_that_cannot_be_read(tmp_path):
     assert problems(str(tmp_path / "a.txt")) == [
         f"data.source='{tmp_path / 'a.txt'}': use a .jsonl, .csv or .parquet file"
     ]
-    source = write(tmp_path / "a.jsonl", ROWS)
+    source = write_rows(tmp_path / "a.jsonl", ROWS)
     for place, what in ((source, "file"), (ROWS, "list")):
         assert problems(place, split="dev") == [
             f"data.split='dev' is not known: a {what} holds one split, train; leave it out"
