@@ -88,7 +88,7 @@ CASES = {
     ),
     "doctor for nothing": (["doctor", "nowhere.yaml"], "config 'nowhere.yaml' is neither a file nor a shipped recipe"),
     "doctor with an unknown key": (
-        ["doctor", "quickstart", "epoch=3"],
+        ["doctor", "grpo_tiny", "epoch=3"],
         "unknown setting 'epoch': did you mean 'epochs'?",
     ),
     "doctor with a bad override": (["doctor", "quickstart", "epochs"], "'epochs' is not of the form key=value"),

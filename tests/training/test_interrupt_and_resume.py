@@ -36,9 +36,9 @@ def epochs_kept(folder):
 QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
 
 
-def test_three_kills_at_random_moments_change_nothing(forked, settings, tmp_path, assert_same_run):
+def test_three_kills_at_random_moments_change_nothing(forked, settings, tiny_sd, tmp_path, assert_same_run):
     """The last to resume is an interpreter of its own, which shares nothing with those before but the files."""
-    config = settings(epochs=7)  # the kills end at the fifth
+    config = settings(model=str(tiny_sd), epochs=7)  # the kills end at the fifth
     calm, harried = tmp_path / "calm", tmp_path / "harried"
     resume = ["train", str(config), f"output_dir={harried}", "resume=true"]
     left_alone = forked("train", config, f"output_dir={calm}", timeout=200, prelude=QUICK)
