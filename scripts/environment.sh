@@ -10,6 +10,7 @@ fi
 stamp="$VIRTUAL_ENV/.diffusion-align-$1"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "installing diffusion-align$1 (about 3 minutes the first time)"
-  python -m pip install --quiet --disable-pip-version-check -e ".$1"
+  # Of these gigabytes little is ever imported: a module is compiled when it is, not here.
+  python -m pip install --quiet --disable-pip-version-check --no-compile -e ".$1"
   touch "$stamp"
 fi
