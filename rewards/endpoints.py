@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from diffusion_align.interrupt import interrupted
 from diffusion_align.rewards.base import RewardError, describe_exception
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
@@ -121,7 +122,8 @@ def ask(
 
     Args:
         endpoints: of equal worth; those that failed lately come last.
-        patience: seconds until it gives up; no request that is under way is broken off.
+        patience: seconds until it gives up, or until the loop it works for is interrupted; no request that is under
+            way is broken off.
         first: index of the endpoint to begin with.
         stop: ends the waiting from another thread.
 
@@ -143,7 +145,7 @@ def ask(
                 endpoint.note(None, patience)
                 return answer
         waited = time.monotonic() - started
-        if waited >= patience or stop.is_set():
+        if waited >= patience or stop.is_set() or interrupted():
             who = f"{endpoints[0].label} {', '.join(endpoint.url for endpoint in endpoints)}"
             raise RewardError(
                 f"{who} gave no answer for {waited:.0f} s ({reason}): bring it back and try again, a training run with "

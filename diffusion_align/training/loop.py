@@ -24,10 +24,10 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from diffusion_align import __version__
+from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from diffusion_align.training.interrupt import InterruptFlag
 from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import UpdateStatistics

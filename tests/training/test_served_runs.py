@@ -44,10 +44,16 @@ class Process:
         self.forked._files, self.over = self.files, True
         return self.forked.wait(self.pids)
 
-    @property
-    def output(self):
-        path = self.files[0].with_name(self.files[0].name + ".out")
+    def printed(self, where="out"):
+        path = self.files[0].with_name(f"{self.files[0].name}.{where}")
         return path.read_text() if path.is_file() else ""
+
+    def wait_for(self, text, where="out"):
+        """All that is printed once ``text`` is there."""
+        deadline = time.monotonic() + 60
+        while text not in self.printed(where) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.printed(where)
 
 
 @pytest.fixture
@@ -58,10 +64,7 @@ def serve(forked):
     def start(port=0, prelude=""):
         process = Process(forked, "serve-reward", "aesthetic", "--port", port, prelude=prelude)
         processes.append(process)
-        deadline = time.monotonic() + 60
-        while not process.output.endswith("\n") and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return process, process.output.split()[-1]
+        return process, process.wait_for("\n").split()[-1]
 
     yield start
     for process in processes:
@@ -132,3 +135,15 @@ def test_a_run_whose_server_stays_away_stops_and_can_go_on(
     run = train(*arguments, "resume=true", f"reward.url={elsewhere}", "reward.patience=60").wait()
     assert (run.status, run.error) == (0, "")
     assert_same_run(folder, here)
+
+
+def test_ctrl_c_ends_the_waiting(serve, train, settings, tmp_path):
+    server, url = serve(prelude=DIES)
+    process = train(settings(**SERVED, reward=remote(url, 1000)), f"output_dir={tmp_path}/run")
+    assert server.wait().status == -signal.SIGKILL
+    assert f"{url} does not answer" in process.wait_for("does not answer", "err")
+    os.kill(process.pids[0], signal.SIGINT)
+    run = process.wait()
+    assert run.status == 2
+    assert "resume=true" in run.error.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]

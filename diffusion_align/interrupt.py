@@ -1,10 +1,17 @@
-"""Ctrl-C and SIGTERM as a flag that the loop reads where it can stop without losing anything."""
+"""Ctrl-C and SIGTERM as a flag, read by loops where they can stop without losing anything, and by whoever waits."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType
+
+_entered: list[InterruptFlag] = []
+
+
+def interrupted() -> bool:
+    """Whether a loop in this process was asked to stop and has not yet: nothing is worth waiting for."""
+    return any(flag.raised for flag in _entered)
 
 
 class InterruptFlag:
@@ -21,9 +28,11 @@ class InterruptFlag:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._raise)
+        _entered.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _entered.remove(self)
         self._restore()
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
