@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.footprint import parameter_counts
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE
 from diffusion_align.diffusion.published import PUBLISHED
+from diffusion_align.diffusion.runs import ModelPlan, model_plan
 from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,14 @@ class ModelFiles:
 
 
 def find_model(config: DenoisingConfig) -> ModelFiles:
-    """The files of ``config.model``: embedded, a folder, one file, or a hub id in the cache or not."""
+    """The files of ``config.model``: embedded, a folder, one file, a hub id in the cache or not, or a run's base."""
     model = config.model
+    try:
+        plan = model_plan(model)
+    except UserError:  # which is among the settings' problems
+        return ModelFiles({}, [("model", f"{model} (a run that cannot be used)")])
+    if plan.run is not None:
+        return _under_a_run(config, plan)
     path = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
     where = "embedded" if model in EMBEDDED_PIPELINES else "a folder"
     if os.path.isdir(path):
@@ -75,6 +83,14 @@ def cached_repositories() -> dict[str, int]:
 def gigabytes(count: float) -> str:
     """``count`` bytes to read: 1 GB is 10^9."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.{0 if count >= 1e7 else 1}f} MB"
+
+
+def _under_a_run(config: DenoisingConfig, plan: ModelPlan) -> ModelFiles:
+    loaded = {"model": plan.base, "weights_variant": plan.variant, "base_config": plan.base_config}
+    base = find_model(config.model_copy(update=loaded))
+    what = f"a run: LoRA of {len(plan.adapters)} on its base" if plan.adapters else "a run that trained the whole UNet"
+    (_, first), *rest = base.lines
+    return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest])
 
 
 def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: bool) -> ModelFiles:

@@ -306,6 +306,29 @@ def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_run_is_known_by_its_base(report, tiny_sd, tmp_path, quick):
+    base, none = report(model=str(tiny_sd))
+    below, above = tmp_path / "below", tmp_path / "above"
+    for folder, model in ((below, tiny_sd), (above, below)):
+        (folder / "final").mkdir(parents=True)
+        (folder / "final" / "pytorch_lora_weights.safetensors").touch()
+        (folder / "config.yaml").write_text(yaml.safe_dump({"method": "ddpo", "model": str(model)}))
+    found, problems = report(model=str(above))
+    assert problems == none == []
+    assert found.pop("model") == f"{above} (a run: LoRA of 2 on its base)"
+    assert found.pop("base") == base.pop("model") == f"{tiny_sd} (a folder)"
+    assert found == base
+    shutil.rmtree(above / "final")
+    shutil.copytree(tiny_sd, above / "final")
+    found, _ = report(model=str(above))
+    assert found["model"] == f"{above} (a run that trained the whole UNet)"
+    assert found["base"] == f"{above / 'final'} (a folder)"
+    shutil.rmtree(above / "final")
+    found, problems = report(model=str(above))
+    assert found["model"] == f"{above} (a run that cannot be used)"
+    assert [problem for problem in problems if "has not finished" in problem]
+
+
 def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
     status, out, err = call_cli("doctor", write(model=str(tiny_sd), learning_rat=1), "sampler.step=3", "epochs=none")
     assert status == 2
