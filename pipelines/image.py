@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+from diffusion_align.diffusion.footprint import unet_inputs
 from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy, save_lora
@@ -428,12 +429,5 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
 
 def _seconds_a_pass(unet: Any, narrow: bool) -> float:
     """Of a forward pass of two samples."""
-    size, width = unet.config.sample_size, unet.config.cross_attention_dim
-    latents = torch.zeros(2, unet.config.in_channels, size, size, dtype=unet.dtype)
-    timestep = torch.zeros(2, dtype=torch.int64)
-    added = None
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
-    states = torch.zeros(2, 8, width, dtype=unet.dtype)
-    return best_seconds(lambda: unet(latents, timestep, encoder_hidden_states=states, added_cond_kwargs=added), narrow)
+    inputs = unet_inputs(unet.config, 2, tokens=8, dtype=unet.dtype)
+    return best_seconds(lambda: unet(**inputs), narrow)

@@ -29,11 +29,12 @@ PROMPTS = ["a lion", "a panda", "a red apple", "a pizza", "a rocket", "a guitar"
 def main(
     runs: Annotated[Path, typer.Option(help="where the run folders go")] = ROOT / "runs" / "reward_hacking",
     epochs: int = 26,
+    seed: int = 0,
     kl_coef: float = 0.1,
     images: Annotated[Path, typer.Option(help="where the pictures go")] = ROOT / "docs" / "images",
 ) -> None:
     """Train, draw and print."""
-    common = ["grid_every=0", f"epochs={epochs}"]
+    common = ["grid_every=0", f"epochs={epochs}", f"seed={seed}"]
     stopped = train(runs / "stopped", "ddpo_emoji_gold", common)
     free = runs / "free"
     if not free.exists():  # it begins as the stopped one, bit for bit
