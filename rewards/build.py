@@ -177,5 +177,5 @@ def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
     check_options(label, target, options, kind)
     wrong = find_problem(**options) if find_problem else None
     if wrong:
-        raise RewardError(f"reward '{label}': {wrong}")
+        raise RewardError(wrong if wrong.startswith("reward '") else f"reward '{label}': {wrong}")  # a part's own
     return label, target, options, float(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,14 @@ def _cast_to_weights(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracebacks that diffusers logs before it raises."""
+    """Without the tracebacks that diffusers logs before it raises, and what it makes huggingface_hub warn of."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            yield
     finally:
         logging.set_verbosity(verbosity)

@@ -30,5 +30,13 @@ class Interrupted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first, to stand in a sentence; its kind if it says nothing."""
+    """What another library's error says first, to stand in a sentence; its kind if it says nothing.
+
+    diffusers says of a hub out of reach that a file is missing: then what it was caused by decides.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ == "LocalEntryNotFoundError":  # huggingface_hub's, which is not imported for this
+            return "it is not in the cache and the hub is out of reach, check the name and the network or give a folder"
+        cause = cause.__cause__ or cause.__context__
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
