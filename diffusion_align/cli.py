@@ -27,6 +27,7 @@ PromptFile = Annotated[
     str | None,
     typer.Option("--prompts", help="file (.txt, .jsonl, .csv, .parquet), folder, Hub dataset or shipped list"),
 ]
+RewardOptions = Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Steps = Annotated[int | None, typer.Option(min=1)]
 GuidanceScale = Annotated[float | None, typer.Option(min=0)]
@@ -47,9 +48,8 @@ def train(
     trainer = run(settings)
     if trainer.accelerator.is_main_process:
         if trainer.stopped:
-            _console.print(f"stopped after epoch {trainer.epoch}: {trainer.stopped}", highlight=False, soft_wrap=True)
-        done = f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}"
-        _console.print(done, highlight=False, markup=False, soft_wrap=True)
+            _print(f"stopped after epoch {trainer.epoch}: {trainer.stopped}")
+        _print(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
 
 
 @app.command()
@@ -75,7 +75,7 @@ def sample(
     for i, image in enumerate(images):
         save_png(image, output / f"{i:04d}.png")
     save_png(image_grid(images, captions=texts), output / "grid.png")
-    _console.print(f"wrote {len(images)} pictures and grid.png to {output}")
+    _print(f"wrote {len(images)} pictures and grid.png to {output}")
 
 
 @app.command()
@@ -118,29 +118,33 @@ def score(
     images: Annotated[list[Path], typer.Argument(help="picture files")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
+    option: RewardOptions = None,
     model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
 ) -> None:
-    """Score pictures with a reward; give one prompt for all or one for each."""
-    from diffusion_align.pipelines.image import score_images
-    from diffusion_align.rewards import build_reward
+    """Score pictures with a reward; give one prompt for all or one for each. Without any the prompt is empty."""
+    import torch
 
-    texts = _texts(prompt, prompts) if prompt or prompts else [""]
-    if len(texts) == 1:
-        texts = texts * len(images)
-    if len(texts) != len(images):
-        raise _user_error(f"{len(texts)} prompts for {len(images)} pictures: give one prompt, or one for each")
+    from diffusion_align.pipelines.image import score_images
+
+    asked = _prompts(prompt, prompts) if prompt or prompts else [("", {})]
+    if len(asked) == 1:
+        asked = asked * len(images)
+    if len(asked) != len(images):
+        raise _user_error(f"{len(asked)} prompts for {len(images)} pictures: give one prompt, or one for each")
+    texts, metadata = zip(*asked, strict=True)
     pictures = [_open(path) for path in images]
     _hide_loading_bars()
-    scores = score_images(build_reward(reward, model=model), pictures, texts)
+    function = _reward(reward, option, model, "cuda" if torch.cuda.is_available() else "cpu")
+    scores = score_images(function, pictures, texts, metadata)
     for path, value in zip(images, scores.tolist(), strict=True):
-        _console.print(f"{value:10.4f}  {path}", highlight=False)
-    _console.print(f"{scores.mean().item():10.4f}  mean of {len(images)}", highlight=False)
+        _print(f"{value:10.4f}  {path}")
+    _print(f"{scores.mean().item():10.4f}  mean of {len(images)}")
 
 
 @app.command("serve-reward")
 def serve_reward(
     reward: Annotated[str, typer.Argument(help="name or module:function")],
-    option: Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")] = None,
+    option: RewardOptions = None,
     model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
     host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
@@ -156,9 +160,8 @@ def serve_reward(
     """Serve a reward over HTTP; runs elsewhere ask it with reward: {name: remote, url: ...}."""
     import torch
 
-    from diffusion_align.rewards import build_reward, check_reward, reward_name
+    from diffusion_align.rewards import check_reward, reward_name
     from diffusion_align.rewards.endpoints import read_token
-    from diffusion_align.training.config import apply_overrides
 
     try:
         from diffusion_align.rewards import serving
@@ -166,19 +169,20 @@ def serve_reward(
         raise _user_error(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
     token = read_token(token_file, serving.TOKEN)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
+        raise _user_error(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
     with serving.bind(host, port, token=token) as bound:
         _hide_loading_bars()
         torch.set_num_threads(threads)
-        function = build_reward(apply_overrides({}, option or []) | {"name": reward}, model=model, device=device)
+        function = _reward(reward, option, model, device)
         check_reward(function, image_size=256, device=device, prompts=texts, metadata=metadata)
         limits = serving.Limits(max_batch, max_bytes)
         served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device)
         line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
-        server = serving.RewardServer(
-            served, lambda: _console.print(line, highlight=False, markup=False, soft_wrap=True)
-        )
-        server.serve_on(bound)
+        serving.RewardServer(served, lambda: _print(line)).serve_on(bound)
 
 
 @app.command()
@@ -204,7 +208,7 @@ def compare(
         result = compare_models(
             first, second, texts, judge, seed=seed, output=output, per_prompt=per_prompt, on_pictures=update
         )
-    _console.print(f"{result}; pictures in {output}", highlight=False, markup=False, soft_wrap=True)
+    _print(f"{result}; pictures in {output}")
 
 
 @app.command()
@@ -241,8 +245,7 @@ def pairs(
             on_prompt=update,
         )
     gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""
-    line = f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}"
-    _console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print(f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}")
 
 
 @app.command()
@@ -251,7 +254,7 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     from diffusion_align.report import write_report
 
     try:
-        _console.print(f"wrote {write_report(folder)}")
+        _print(f"wrote {write_report(folder)}")
     except (OSError, ValueError) as error:
         raise _user_error(str(error)) from None
 
@@ -385,6 +388,18 @@ def _is_a(error: Exception, *names: str) -> bool:
     return any(cls.__name__ in names for cls in type(error).__mro__)
 
 
+def _print(line: str) -> None:
+    """Print as it is: no markup in it, not cut at the terminal's width."""
+    _console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _reward(name: str, options: list[str] | None, model: str, device: str) -> Any:
+    from diffusion_align.rewards import build_reward
+    from diffusion_align.training.config import apply_overrides
+
+    return build_reward(apply_overrides({}, options or []) | {"name": name}, model=model, device=device)
+
+
 def _user_error(sentence: str) -> Exception:
     from diffusion_align.training.errors import UserError
 
@@ -419,14 +434,17 @@ def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, d
 
 
 def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            image.load()
+            return image.copy()
     except FileNotFoundError:
         raise _user_error(f"there is no picture {path}") from None
-    except (OSError, UnidentifiedImageError):
+    except Image.DecompressionBombError as error:
+        raise _user_error(f"{path}: {error}") from None
+    except Exception:  # PIL raises whatever a damaged file makes it raise
         raise _user_error(f"{path} is not a picture that can be read") from None
 
 

@@ -10,12 +10,15 @@ Nothing a reward answers is trusted: `call_reward` checks it at every call, `che
 
 import functools
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_PROMPTS = ('a sign that says "stop"', 'a red apple, called "Jonagold"', 'a blue car with the letters "AB"')
 
 
 class RewardError(ValueError):
@@ -100,10 +103,11 @@ def reward_parts(reward: Reward) -> dict[str, Reward]:
     """Name -> each of the K rewards that ``reward`` sums (see `combine`), or itself alone; equal names get numbers."""
     parts = list(getattr(reward, "parts", ())) if _is_sum(reward) else [reward]
     names = [reward_name(part) for part in parts]
-    return {
-        name + (f"_{names[:i].count(name) + 1}" if name in names[:i] else ""): part
-        for i, (name, part) in enumerate(zip(names, parts, strict=True))
-    }
+    named: dict[str, Reward] = {}
+    for name, part in zip(names, parts, strict=True):
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        named[next(one for one in itertools.chain([name], others) if one not in named)] = part
+    return named
 
 
 def part_weights(reward: Reward) -> Tensor:
@@ -183,7 +187,8 @@ def check_reward(
 
     Args:
         image_size: side in pixels, or (height, width), of the pictures to come.
-        prompts, metadata: real ones, for a reward that reads them; recycled to three. The global RNG is not touched.
+        prompts, metadata: all the real ones, for a reward that reads them. Three are scored; all are shown to a
+            reward with a method ``check_prompts(prompts, metadata)``. The global RNG is not touched.
 
     Raises:
         RewardError: see `call_reward`.
@@ -194,9 +199,27 @@ def check_reward(
     noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
     ramp = torch.linspace(0, 1, width).expand(3, height, width)
     images = torch.stack([torch.full_like(noise, 0.5), ramp, noise]).to(device)
-    texts = [(prompts or ["a red apple", "a blue car", ""])[i % len(prompts or "abc")] for i in range(3)]
+    check_prompts(reward, prompts or (), metadata or [{} for _ in prompts or ()])
+    texts = [(prompts or _PROMPTS)[i % len(prompts or _PROMPTS)] for i in range(3)]
     notes = [dict((metadata or [{}])[i % len(metadata or [{}])]) for i in range(3)]
     return call_reward(reward, images, texts, notes)
+
+
+def check_prompts(reward: Any, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+    """Let a reward look at the prompts that it will be asked about, if it has a method ``check_prompts``.
+
+    Raises:
+        RewardError: it cannot score them.
+    """
+    look = getattr(reward, "check_prompts", None)
+    if look is None:
+        return
+    try:
+        look(prompts, metadata)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward '{reward_name(reward)}' refused the prompts: {describe_exception(error)}") from error
 
 
 def parameters_of(reward: Any) -> list[inspect.Parameter] | None:

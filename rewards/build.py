@@ -3,15 +3,14 @@
 import functools
 import importlib
 import inspect
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_align.rewards.base import Reward, RewardError, as_scores, describe_exception, reward_name
+from diffusion_align.rewards.base import Reward, RewardError, as_scores, check_prompts, describe_exception, reward_name
 from diffusion_align.rewards.clip import unshared
 from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find, is_builder
 
@@ -27,6 +26,9 @@ class ScaledReward:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         answer = self.reward(images, prompts, metadata)
         return self.scale * as_scores(answer, len(images), reward_name(self.reward))
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        check_prompts(self.reward, prompts, metadata)
 
     def to(self, device: str | torch.device) -> "ScaledReward":
         if hasattr(self.reward, "to"):
@@ -49,6 +51,9 @@ class OffloadedReward:
             return self.reward(images, prompts, metadata)
         finally:
             self.reward.to("cpu")
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        check_prompts(self.reward, prompts, metadata)
 
     def to(self, device: str | torch.device) -> "OffloadedReward":
         self.device = device
@@ -164,7 +169,7 @@ def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
     if "name" not in options:
         raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
     source, scale = options.pop("name"), options.pop("scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < 1e30:
         raise RewardError(f"scale={scale!r} of a reward must be a finite number other than 0")
     if isinstance(source, str):
         label, target, find_problem = find(source.strip(), kind)
@@ -175,7 +180,12 @@ def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
             f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
         )
     check_options(label, target, options, kind)
-    wrong = find_problem(**options) if find_problem else None
+    try:
+        wrong = find_problem(**options) if find_problem else None
+    except RewardError:
+        raise
+    except Exception as error:  # a value of a kind that nobody thought of
+        raise RewardError(f"reward '{label}': an option cannot be used ({describe_exception(error)})") from error
     if wrong:
         raise RewardError(wrong if wrong.startswith("reward '") else f"reward '{label}': {wrong}")  # a part's own
     return label, target, options, float(scale)

@@ -38,17 +38,26 @@ def is_emoji_sd(model: str | None) -> bool:
     return model is not None and Path(str(model)).name == "emoji-sd"
 
 
-def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """(B, 3, size, size): the shorter side resized to ``size`` (bicubic, antialiased), then a centre crop."""
+def resize_and_crop(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
+    """(B, 3, size, size): the shorter side resized to ``size`` (antialiased), then a centre crop."""
     height, width = images.shape[-2:]
     if min(height, width) != size:
         short = min(height, width)
         target = [size * height // short, size * width // short]
-        images = functional.interpolate(images, size=target, mode="bicubic", antialias=True, align_corners=False)
-        images = images.clamp(0, 1)
+        images = _resized(images, target, mode)
         height, width = target
     top, left = round((height - size) / 2), round((width - size) / 2)
     return images[..., top : top + size, left : left + size]
+
+
+def squash(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
+    """(B, 3, size, size): both sides resized to ``size`` (antialiased), whatever that does to the proportions."""
+    return images if images.shape[-2:] == (size, size) else _resized(images, [size, size], mode)
+
+
+def _resized(images: Tensor, target: list[int], mode: str) -> Tensor:
+    resized = functional.interpolate(images, size=target, mode=mode, antialias=True, align_corners=False)
+    return resized.clamp(0, 1)
 
 
 def preprocess(

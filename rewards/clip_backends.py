@@ -1,5 +1,6 @@
 """Where a CLIP comes from: a transformers folder or Hub id (the embedded emoji-clip is one), or open_clip."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop
+from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
 from diffusion_align.rewards.weights import fitting_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -94,8 +95,14 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipE
     import open_clip
 
     architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
-    model = open_clip.create_model(architecture, pretrained=weights, precision="fp32")
-    return open_clip_encoder(name, model, architecture, device, dtype)
+    # OpenAI's and some other weights were trained with QuickGELU, which open_clip knows but only warns of.
+    quick = bool((open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu"))
+    model = open_clip.create_model(architecture, pretrained=weights, precision="fp32", force_quick_gelu=quick)
+    # open_clip says here how the pictures were prepared that these weights were trained on.
+    prepared = getattr(model.visual, "preprocess_cfg", {})
+    fit = squash if prepared.get("resize_mode") == "squash" else resize_and_crop
+    fit = functools.partial(fit, mode=prepared.get("interpolation", "bicubic"))
+    return open_clip_encoder(name, model, architecture, device, dtype, fit)
 
 
 def open_clip_encoder(

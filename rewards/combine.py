@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.rewards.base import Reward, RewardError, as_scores, reward_name
+from diffusion_align.rewards.base import Reward, RewardError, as_scores, check_prompts, reward_name
 from diffusion_align.rewards.build import build_reward, reward_problem
 
 ABOUT = {
@@ -39,6 +39,10 @@ class Combined:
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         scores = [as_scores(part(images, prompts, metadata), len(images), reward_name(part)) for part in self.parts]
         return (torch.stack(scores, dim=1) * torch.tensor(self.weights)).sum(dim=1)
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        for part in self.parts:
+            check_prompts(part, prompts, metadata)
 
     def to(self, device: str | torch.device) -> "Combined":
         for part in self.parts:

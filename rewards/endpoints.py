@@ -55,6 +55,7 @@ class Endpoint:
         import httpx2
 
         self.url, self.label, self.transient = url.rstrip("/"), label, frozenset(transient)
+        self.timeout = timeout
         self.failed_at = -float("inf")
         self._away, self._lock = False, threading.Lock()
         self._client = httpx2.Client(
@@ -80,6 +81,8 @@ class Endpoint:
             answer = self._client.request(
                 method, self.url + path, content=body, headers={"Content-Type": "application/json"} if body else None
             )
+        except httpx2.ReadTimeout as error:
+            raise Unanswered(f"nothing within timeout={self.timeout:g} s, which a slow one needs more of") from error
         except httpx2.TransportError as error:
             raise Unanswered(describe_exception(error)) from error
         except httpx2.RequestError as error:
@@ -133,6 +136,8 @@ def ask(
     started, pause = time.monotonic(), FIRST_PAUSE
     stop = stop or threading.Event()
     while True:
+        if interrupted():
+            raise RewardError(f"interrupted while {_names(endpoints)} was asked: go on with resume=true")
         wanted = 0.0
         turned = [*endpoints[first:], *endpoints[:first]]
         for endpoint in sorted(turned, key=lambda one: time.monotonic() - one.failed_at < REST):
@@ -145,14 +150,19 @@ def ask(
                 endpoint.note(None, patience)
                 return answer
         waited = time.monotonic() - started
-        if waited >= patience or stop.is_set() or interrupted():
-            who = f"{endpoints[0].label} {', '.join(endpoint.url for endpoint in endpoints)}"
+        if waited >= patience or stop.is_set():
             raise RewardError(
-                f"{who} gave no answer for {waited:.0f} s ({reason}): bring it back and try again, a training run with "
-                f"resume=true, or give it more patience than {patience:g} s"
+                f"{_names(endpoints)} gave no answer for {waited:.0f} s ({reason}): bring it back and try again, a "
+                f"training run with resume=true, or give it more patience than {patience:g} s"
             )
-        stop.wait(min(max(pause, wanted), patience - waited))
+        again = time.monotonic() + min(max(pause, wanted), patience - waited)
+        while time.monotonic() < again and not stop.wait(min(0.2, again - time.monotonic())) and not interrupted():
+            pass
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _names(endpoints: Sequence[Endpoint]) -> str:
+    return f"{endpoints[0].label} {', '.join(endpoint.url for endpoint in endpoints)}"
 
 
 def in_parallel(function: Callable[[Job, threading.Event], Result], jobs: Sequence[Job], threads: int) -> list[Result]:

@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class Ocr:
             text_score(self.read(picture), target, extra_text=self.extra_text)
             for picture, target in zip(to_uint8(images).numpy(), targets)
         ]
+
+    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        """RewardError if one of them asks for no text."""
+        for prompt, notes in zip(prompts, metadata, strict=True):
+            target_text(prompt, notes)
 
     def read(self, picture: np.ndarray) -> str:
         """All text in ``picture``, uint8 RGB (H, W, 3); lines are joined by newlines, "" if nothing is read."""

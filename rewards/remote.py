@@ -95,7 +95,7 @@ def remote(
     *,
     url: str | Sequence[str] = URL,
     token_file: str | None = None,
-    timeout: float = 60.0,
+    timeout: float = 300.0,
     patience: float = 300.0,
 ) -> Remote:
     """Scores from one or several `diffusion-align serve-reward`.
@@ -107,7 +107,8 @@ def remote(
     Args:
         url: address of a server, or a list of them; all must serve the same reward.
         token_file: file with the servers' token; without it the environment's ``DIFFUSION_ALIGN_TOKEN``, if set.
-        timeout: seconds a request may take, the time it waits for its turn included.
+        timeout: seconds a request may take, the time it waits for its turn included; a server whose machine is gone is
+            noticed within ten.
         patience: seconds to wait for a server that is down or restarting, before the reward fails.
 
     Raises:
@@ -133,7 +134,7 @@ def remote_problem(
     *,
     url: Any = URL,
     token_file: Any = None,
-    timeout: Any = 60.0,
+    timeout: Any = 300.0,
     patience: Any = 300.0,
 ) -> str | None:
     """What is wrong with these options, in one sentence, or None. Asks no server."""

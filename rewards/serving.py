@@ -4,7 +4,8 @@
 length and the pictures of one size, and answers ``{"scores": [number]}``, each the shortest decimal that gives the
 same bits back. ``GET /health`` says what is served and the limits. Errors are ``{"detail": one sentence}``: 401 token,
 408 too slow, 413 too large, 415 not JSON, 422 malformed, 500 the reward raised. With a token every request needs
-``Authorization: Bearer``. There is no TLS here: between machines put it behind an SSH tunnel or a proxy that has it.
+``Authorization: Bearer``. There is no TLS here, and whoever can connect can keep others out by connecting often enough:
+between machines put it behind an SSH tunnel or a proxy.
 
 Needs ``pip install 'diffusion-align[serve]'``.
 """
@@ -40,6 +41,7 @@ from diffusion_align.rewards.remote import TOKEN, Limits
 
 BODY_SECONDS = 60.0  # to send a request; whoever takes longer would keep the server from ending
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # then width, height, depth and kind of colours
+BODIES = 8  # of requests in memory at a time
 CONNECTIONS = 128  # more are answered 503, which the client takes as "later"
 
 
@@ -71,7 +73,7 @@ def create_app(
     limits = limits or Limits()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     worker = ThreadPoolExecutor(1, "reward", initializer=_set_threads, initargs=(threads,))
-    turn = asyncio.Lock()
+    turn, held = asyncio.Lock(), asyncio.Semaphore(BODIES)
 
     def check_token(request: Request) -> None:
         given = request.headers.get("authorization", "").encode()
@@ -90,14 +92,18 @@ def create_app(
         # A page in a browser cannot send this type to another site without being asked first.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the body must be JSON: send Content-Type: application/json")
-        try:
-            body = await read_body(request, limits.max_bytes)
-        except ClientDisconnect:
-            return Response(status_code=400)
-        async with turn:
-            if await request.is_disconnected():  # it gave up waiting and may have asked again
+        async with held:
+            try:
+                body = await read_body(request, limits.max_bytes)
+            except ClientDisconnect:
                 return Response(status_code=400)
-            scores = await asyncio.get_running_loop().run_in_executor(worker, answer, body)
+            async with turn:
+                if await request.is_disconnected():  # it gave up waiting and may have asked again
+                    return Response(status_code=400)
+                try:
+                    scores = await asyncio.get_running_loop().run_in_executor(worker, answer, body)
+                except asyncio.CancelledError:  # of a second Ctrl-C: the client may ask again
+                    return JSONResponse({"detail": "the server is stopping"}, 503)
         return JSONResponse({"scores": scores})
 
     def answer(body: bytes) -> list[float]:
@@ -234,7 +240,10 @@ class RewardServer(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another server was bound to the address at the same time and was faster
+            raise RewardError(f"the address cannot be used: {error.strerror}") from error
         self._on_ready()
 
     def serve_on(self, bound: socket.socket) -> None:

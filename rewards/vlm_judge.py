@@ -60,9 +60,10 @@ AGAIN = "Answer with one number from {low} to {high} and nothing else."
 _NUMBER = r"(?<![\d.,])(-?\d+(?:[.,]\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:[.,]\d+)?))?"
 _LABELLED = re.compile(r"""\b(?:score|rating)["'*_\s]*[:=]["'*_\s]*""" + _NUMBER, re.IGNORECASE)
 _PLAIN = re.compile(_NUMBER, re.IGNORECASE)
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_RANGE = r"\s+-?\d+\s*(?:-|–|to)\s*-?\d+"
-_SCALE = re.compile(r"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)" + _RANGE, re.IGNORECASE)
+# A template may have opened the thoughts already, and an answer that was cut off may never end them.
+_THOUGHT = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
+_RANGE = r"\s*-?\d+\s*(?:-|–|to)\s*-?\d+\s*"
+_SCALE = re.compile(rf"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)\b{_RANGE}|\({_RANGE}\)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"\d,\d{3}\b")
 
 
@@ -263,12 +264,12 @@ def vlm_judge_problem(
 
 
 def parse_score(answer: str, low: float, high: float) -> float | None:
-    """The number that an answer ends with, or None if there is none or it is outside ``low`` to ``high``.
+    """The number that an answer gives, or None if it gives none, or several, or one outside ``low`` to ``high``.
 
     A number called score or rating counts before others ("Score: 7.5", ``{"score": 7}``), then one with what it is out
-    of ("8/10"), then the last one. What is not understood: one that is out of something else than ``high``, different
-    numbers called score (a judge may quote a picture that asks for a score), and thousands ("1,000"). Thoughts between
-    ``<think>`` tags and words about the scale ("on a scale from 0 to 10") do not count.
+    of ("8/10"), then any other. What is not understood: one that is out of something else than ``high``, different
+    numbers of equal standing ("8. It shows 2 cats"; a judge may also quote a picture that asks for a score), and
+    thousands ("1,000"). Thoughts (``<think>``) and words about the scale ("on a scale from 0 to 10") do not count.
     """
     answer = _THOUGHT.sub("", answer).replace("−", "-")
     answer = _SCALE.sub("", answer)
@@ -276,10 +277,8 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
         return None
     plain = list(_PLAIN.finditer(answer))
     labelled = list(_LABELLED.finditer(answer))
-    if len({match[1] for match in labelled}) > 1:
-        return None
     found = labelled or [match for match in plain if match[2]] or plain
-    if not found:
+    if len({match.groups() for match in found}) != 1:
         return None
     value, most = (float(part.replace(",", ".")) if part else None for part in found[-1].groups())
     if value is None or most not in (None, high) or not low <= value <= high:

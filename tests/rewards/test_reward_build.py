@@ -16,6 +16,7 @@ from diffusion_align.rewards import (
     describe_rewards,
     reward_problem,
 )
+from diffusion_align.rewards.base import reward_parts
 
 CODE = """
 calls = 0
@@ -224,6 +225,34 @@ def test_jpeg_rewards_pass_the_dummy_batch():
     for name in ("jpeg_compressibility", "jpeg_incompressibility"):
         values = check_reward(build_reward(name), image_size=64)
         assert abs(values[0]) < abs(values[1]) < abs(values[2])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "aesthetic", "variant": ["v2"]},
+        {"name": "aesthetic", "head": "~nosuch/x.pth"},
+        {"name": "image_reward", "weights": "x" * 5000},
+        {"name": "jpeg_compressibility", "scale": 10**400},
+    ],
+    ids=["list", "no home", "long", "huge"],
+)
+def test_options_of_any_kind_are_one_sentence(spec):
+    problem = reward_problem(spec)
+    assert problem.startswith(("reward '", "scale="))
+    assert "\n" not in problem
+
+
+def test_every_part_of_a_sum_has_its_own_name():
+    def make(name):
+        def reward(images, prompts, metadata):
+            return [0.0] * len(images)
+
+        reward.__name__ = name
+        return reward
+
+    parts = reward_parts(build_reward([make("a"), make("a"), make("a_2"), make("a")]))
+    assert list(parts) == ["a", "a_2", "a_2_2", "a_3"]
 
 
 def test_importing_is_light_and_reaches_no_trainer():

@@ -193,6 +193,34 @@ def test_open_clip(tmp_path):
         build_reward({"name": "clip_score", "clip": "open_clip:no-such-model/x"})
 
 
+def test_open_clip_weights_are_used_as_they_were_trained(tmp_path, monkeypatch):
+    """OpenAI's tags mean QuickGELU and SigLIP's another resize, neither of which the architecture's name says."""
+    open_clip = pytest.importorskip("open_clip", reason="needs diffusion-align[open-clip]")
+    tower = {"width": 32, "layers": 2, "heads": 2}
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, **tower},
+    }
+    (tmp_path / "quick-for-tests.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "quick-for-tests.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained = open_clip.CLIP(**config, quick_gelu=True).eval()
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    tag = {"url": "x", "quick_gelu": True, "mean": [0.5] * 3, "std": [0.25] * 3}
+    tags = {"mine": tag | {"interpolation": "bilinear", "resize_mode": "squash"}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "quick-for-tests", tags)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "weights.pt"))
+    encoder = load_clip("open_clip:quick-for-tests/mine")
+    with torch.no_grad():
+        square, wide = faces()[:2, :, :32, :32], faces()[:2, :, :20]
+        for pictures in (square, functional.interpolate(wide, size=(32, 32), mode="bilinear", antialias=True)):
+            seen = trained.encode_image((pictures - 0.5) / 0.25)
+            given = square if pictures is square else wide
+            torch.testing.assert_close(encoder.embed_images(given), functional.normalize(seen, dim=-1))
+
+
 def test_gradients_flow_to_the_pixels_and_to_nothing_else(emoji):
     images = faces()[:2] * 0.5 + 0.25  # away from 0 and 1, where the resize clamps
     images = functional.interpolate(images, size=(96, 80), mode="bilinear").requires_grad_()

@@ -216,3 +216,11 @@ def test_wrong_options_are_one_sentence(option, sentence):
 def test_a_missing_package_names_the_extra(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     assert f"{package} is not installed: pip install 'diffusion-align[ocr]'" in reward_problem("ocr")
+
+
+def test_every_prompt_is_looked_at_before_anything_is_drawn(reward):
+    prompts = ['a sign that says "STOP"'] * 3 + ["a sign without"]
+    for whole in (reward, build_reward([reward, {"name": "ocr", "scale": 2.0}])):
+        with pytest.raises(RewardError, match="prompt 'a sign without' asks for no text"):
+            check_reward(whole, image_size=32, prompts=prompts)
+    assert len(check_reward(reward, image_size=32)) == 3

@@ -22,9 +22,10 @@ import torch
 from fastapi import HTTPException, Request
 from PIL import Image
 
+from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.rewards import RewardError, build_reward, call_reward, reward_problem
 from diffusion_align.rewards.base import to_uint8
-from diffusion_align.rewards.endpoints import png, read_token, retry_after
+from diffusion_align.rewards.endpoints import Unanswered, ask, png, read_token, retry_after
 from diffusion_align.rewards.remote import Limits, split
 from diffusion_align.rewards.serving import RewardServer, address_of, bind, create_app, read_body
 
@@ -381,10 +382,10 @@ def test_patience_ends_in_one_sentence(serve):
     url = serve()
     reward = remote(url, patience=0.5)
     serve.stop(url)
-    for ask in (lambda: score(reward), lambda: remote(url, patience=0.5)):
+    for call in (lambda: score(reward), lambda: remote(url, patience=0.5)):
         started = time.monotonic()
         with pytest.raises(RewardError, match=rf"reward server {url} gave no answer for \d+ s .ConnectError") as caught:
-            ask()
+            call()
         assert 0.4 < time.monotonic() - started < 10
         assert "resume=true" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -530,6 +531,53 @@ def test_tokens_that_no_header_can_hold_are_refused(tmp_path, monkeypatch):
     assert read_token(None, "SOME_TOKEN") is None
 
 
+class Away:
+    """An endpoint that asks for a long pause."""
+
+    url, label, failed_at, asked = "http://x", "reward server", -float("inf"), 0
+
+    def ask_once(self, *_):
+        self.asked += 1
+        raise Unanswered("busy", pause=100.0)
+
+    def note(self, *_):
+        pass
+
+
+def test_an_interruption_ends_the_waiting_and_the_asking():
+    away = Away()
+    with InterruptFlag() as flag:
+        timer = threading.Timer(0.3, lambda: setattr(flag, "raised", True))
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(RewardError, match=r"^interrupted while reward server http://x was asked"):
+            ask([away], "GET", "/", patience=100)
+        assert time.monotonic() - began < 5
+        with pytest.raises(RewardError, match="interrupted"):
+            ask([away], "GET", "/", patience=100)
+    assert away.asked == 1
+    with pytest.raises(RewardError, match=r"gave no answer for 0 s \(busy\)"):
+        ask([away], "GET", "/", patience=0)
+
+
+def test_a_server_that_takes_too_long_is_told_from_one_that_is_away(serve):
+    def sleepy(images, prompts, metadata):
+        time.sleep(metadata[0].get("pause", 0.0))
+        return images.mean((1, 2, 3))
+
+    reward = remote(serve(sleepy), timeout=0.5, patience=0.6)
+    with pytest.raises(RewardError, match=r"nothing within timeout=0.5 s, which a slow one needs more of"):
+        score(reward, pause=2.0)
+
+
+def test_two_servers_bound_to_one_address():
+    first = bind("127.0.0.1", 0, token=None)
+    second = bind("127.0.0.1", first.getsockname()[1], token=None)  # the first does not listen yet
+    first.listen()
+    with first, second, pytest.raises(RewardError, match="the address cannot be used: Address already in use"):
+        RewardServer(create_app(odd)).serve_on(second)
+
+
 def test_retry_after():
     assert [retry_after(header) for header in (None, "3", "0.5", "-1", "soon")] == [0, 3, 0.5, 0, 0]
     assert retry_after("Fri, 01 Jan 2038 00:00:00 GMT") > 1e7
@@ -576,6 +624,25 @@ def test_a_signal_ends_the_server_after_the_request_that_it_works_on(forked, tmp
     assert (run.status, run.error) == (0, "")
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(url + "/health")
+
+
+def test_a_second_signal_tells_the_client_to_ask_again(forked, tmp_path):
+    """What is cut off is answered 503, which the client takes as "later"."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    pids = forked.start("serve-reward", "slow.py:slow", "--option", "pause=4.0", "--port", "0", cwd=tmp_path)
+    _, url = serving_line(forked)
+    answers = []
+    request = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/score", json=body(prompts=["wait"]))))
+    request.start()
+    while not (tmp_path / "asked").exists():
+        time.sleep(0.01)
+    for _ in "12":
+        os.kill(pids[0], signal.SIGINT)
+        time.sleep(0.3)
+    request.join()
+    run = forked.wait(pids)
+    assert (answers[0].status_code, answers[0].json()) == (503, {"detail": "the server is stopping"})
+    assert "Traceback" not in run.error
 
 
 @pytest.mark.parametrize(
