@@ -65,17 +65,14 @@ def sample(
 ) -> None:
     """Draw one picture a prompt, and a grid of them all."""
     from diffusion_align.pipelines import ImageAlignmentPipeline
-    from diffusion_align.report import image_grid, save_png
 
     texts = _texts(prompt, prompts)
+    _make_folder(output)
     _hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
-    images = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta).images
-    _make_folder(output)
-    for i, image in enumerate(images):
-        save_png(image, output / f"{i:04d}.png")
-    save_png(image_grid(images, captions=texts), output / "grid.png")
-    _print(f"wrote {len(images)} pictures and grid.png to {output}")
+    drawn = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    drawn.save(output)
+    _print(f"wrote {len(texts)} pictures and grid.png to {output}")
 
 
 @app.command()
@@ -199,14 +196,22 @@ def compare(
     """Draw the same prompts with the same seeds by two models and let a reward judge."""
     from diffusion_align.pipelines.compare import compare_models
 
-    texts = _texts(prompt, prompts)
+    texts, metadata = zip(*_prompts(prompt, prompts), strict=True)
     if output.is_dir():
         raise _user_error(f"--output {output} is a folder: name the picture to write")
     _make_folder(output.parent)
     _hide_loading_bars()
     with _bar("pictures", 2 * per_prompt * len(texts)) as update:
         result = compare_models(
-            first, second, texts, judge, seed=seed, output=output, per_prompt=per_prompt, on_pictures=update
+            first,
+            second,
+            texts,
+            judge,
+            metadata=metadata,
+            seed=seed,
+            output=output,
+            per_prompt=per_prompt,
+            on_pictures=update,
         )
     _print(f"{result}; pictures in {output}")
 
@@ -347,12 +352,12 @@ def main() -> None:
         _errors.print("stopped")
         status = 130
     except UserError as error:
-        status = _say(str(error))
+        status = _say(_with_notes(error))
     except Exception as error:
         if _is_a(error, "ClickException"):
             status = _usage(error)
         elif _is_a(error, "RewardError", "OutOfMemoryError"):
-            status = _say(str(error))
+            status = _say(_with_notes(error))
         else:
             raise
     sys.exit(status if isinstance(status, int) else 0)
@@ -372,6 +377,12 @@ def _say(sentences: str) -> int:
     for sentence in sentences.splitlines():
         _errors.print(f"error: {sentence}", markup=False)
     return 2
+
+
+def _with_notes(error: Exception) -> str:
+    """The sentence and what was noted about it on the way, unless it says so itself."""
+    notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" not in str(error)]
+    return "; ".join([str(error), *notes])
 
 
 def _usage(error: Any) -> int:
@@ -449,7 +460,13 @@ def _open(path: Path) -> Any:
 
 
 def _make_folder(path: Path, option: str = "--output") -> None:
+    import tempfile
+
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _user_error(f"{option}: the folder {path} cannot be made: {error.strerror}") from None
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise _user_error(f"{option}: the folder {path} cannot be written to: {error.strerror}") from None

@@ -7,7 +7,7 @@ import contextlib
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def compare_models(
     prompts: Sequence[str],
     judge: Any,
     *,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
     output: Path | None = None,
     per_prompt: int = 1,
@@ -93,6 +94,7 @@ def compare_models(
         first, second: A and B: pipelines, or what ``ImageAlignmentPipeline.from_pretrained`` takes.
         prompts: texts.
         judge: what ``build_reward`` takes.
+        metadata: of the prompts, for a judge that reads them.
         seed: of the first picture; pictures are drawn round by round, each round every prompt once, and the i-th of all
             uses ``seed + i`` for A and B, so that the first round is the comparison with ``per_prompt=1``.
         output: where to write the first 24 pairs side by side.
@@ -102,12 +104,14 @@ def compare_models(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise UserError("prompts is empty: give at least one")
+    if metadata is not None and len(metadata) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts and {len(metadata)} metadata: give lists of one length")
     if per_prompt < 1:
         raise UserError(f"per_prompt={per_prompt} must be at least 1")
     pipelines = [_loaded(model) for model in (first, second)]
     sampler = pipelines[1].sampler
-    reward = build_reward(judge, model=pipelines[1].model, device=pipelines[1].pipeline.device)
-    texts = list(prompts) * per_prompt
+    reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)
+    texts, notes = list(prompts) * per_prompt, list(metadata or [{} for _ in prompts]) * per_prompt
     shown: tuple[list[Image.Image], list[Image.Image]] = ([], [])
     parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for start in range(0, len(texts), _BATCH):
@@ -115,7 +119,7 @@ def compare_models(
         for k, pipeline in enumerate(pipelines):
             with _sampling_as(pipeline, sampler):
                 images = pipeline(some, seed=seed + start, batch_size=_BATCH).images
-            parts[k].append(score_images(reward, images, some))
+            parts[k].append(score_images(reward, images, some, notes[start : start + _BATCH]))
             shown[k].extend(images[: _SHOWN - len(shown[k])])
             if on_pictures is not None:
                 on_pictures(2 * start + (k + 1) * len(some))

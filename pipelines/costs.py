@@ -102,9 +102,14 @@ def _memory(
     frozen = cost.frozen * getattr(torch, config.dtype).itemsize + (0 if config.lora else 4 * cost.trained)
     averaged = 4 * cost.trained if config.ema_decay else 0
     trained = (4 + 4 + 8) * cost.trained + averaged  # weights and gradients in float32, Adam's two moments
-    # x_t and x_s of every decision; the noise of one, and the two pictures of a pair.
-    logged = isinstance(config, DDPOConfig) or config.target == "logged"
-    recorded = 4 * dimensions * (2 * decisions if logged else decisions + 2 * config.samples_per_epoch)
+    # x_t and x_s of every decision, of all that were judged; or the noise of one, and the two pictures of a pair.
+    if isinstance(config, DDPOConfig):
+        kept = 2 * decisions
+    elif config.target == "logged":
+        kept = 2 * decisions * config.group_size
+    else:
+        kept = decisions + 2 * config.samples_per_epoch
+    recorded = 4 * dimensions * kept
     a_sample = cost.working // (config.sample_batch_size * guided)
     return Memory(
         weights=frozen + sum(others.values()),

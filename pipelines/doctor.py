@@ -18,9 +18,11 @@ from pydantic import ValidationError
 
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
-from diffusion_align.diffusion.ddpo import DDPOConfig, part_of_steps
+from diffusion_align.diffusion import ddpo, dpo
+from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.footprint import latent_shape
+from diffusion_align.diffusion.schedule import part_of_steps
 from diffusion_align.llm.data import TextDataConfig
 from diffusion_align.pipelines.configuration import METHODS, read_config, shipped_configs
 from diffusion_align.pipelines.costs import describe_costs
@@ -34,7 +36,7 @@ from diffusion_align.pipelines.workload import (
     trained_schedule,
 )
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
-from diffusion_align.rewards.clip import is_emoji_sd
+from diffusion_align.rewards.clip import default_clip, is_emoji_sd
 from diffusion_align.training.config import apply_overrides, as_numbers, load_yaml
 from diffusion_align.training.errors import ConfigError, UserError, first_line
 
@@ -130,7 +132,7 @@ def _leave_out(raw: dict[Any, Any], place: Sequence[Any]) -> None:
 
 def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
     model = find_model(config)
-    lines: Lines = [("model", ""), *model.lines, *_rewards(config)]
+    lines: Lines = [("model", ""), *model.lines, *_rewards(config, model.origin or config.model)]
     problems = list(model.problems)
     unet, vae = model.configs.get("unet"), model.configs.get("vae")
     schedule = None
@@ -138,13 +140,14 @@ def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
         schedule = trained_schedule(config, model.configs["scheduler"]) if "scheduler" in model.configs else None
     except UserError as error:
         problems.append(str(error))
+    except Exception as error:  # a configuration of somebody's own may hold anything
+        lines.append(("steps", f"not known: {first_line(error)}"))
     steps = None if schedule is None else part_of_steps(schedule.stochastic_steps, config.timestep_range)
-    if steps is not None and len(steps) == 0:
-        problems.append(
-            f"sampler.steps={config.sampler.steps} with timestep_range={list(config.timestep_range)} leaves no "
-            "stochastic step to train on: use more steps or a wider range"
-        )
-    dimensions = math.prod(latent_shape(unet)) if unet else None
+    if steps is not None:
+        found = ddpo.steps_problem(config, len(steps)) if isinstance(config, DDPOConfig) else None
+        found = dpo.steps_problem(config, len(steps)) if isinstance(config, DiffusionDPOConfig) else found
+        problems += [found] if found else []
+    dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None
     decisions, epoch = describe_epoch(config, steps)
     passes = count_passes(config, decisions)
     lines += [*epoch, *describe_nats(config, schedule, steps, dimensions)]
@@ -157,7 +160,8 @@ def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
     return lines, problems
 
 
-def _rewards(config: ImageConfig) -> Lines:
+def _rewards(config: ImageConfig, origin: str) -> Lines:
+    """Of the rewards, and of the CLIP that tells how different pictures are. ``origin``: see ``ModelFiles``."""
     held_out = config.evaluation.reward if config.evaluation else None
     specs = [(spec, "") for spec in _reward_specs(config.reward)]
     specs += [(spec, ", held out") for spec in _reward_specs(held_out)]
@@ -172,7 +176,11 @@ def _rewards(config: ImageConfig) -> Lines:
         lines.append((name, state + role))
         if name in REWARDS:
             options = spec if isinstance(spec, Mapping) else {}
-            lines += _reward_model(name, options, config.model, cached)
+            lines += _reward_model(name, options, origin, cached)
+    wanted = config.evaluation.diversity if config.evaluation else "pixels"
+    if wanted != "pixels":
+        clip = default_clip(origin) if wanted == "clip" else wanted
+        lines += [("diversity", f"by {clip}"), *_files([clip], cached_repositories())]
     return lines
 
 
@@ -199,9 +207,16 @@ def _reward_model(name: str, options: Mapping[str, Any], model: str, cached: Map
         lines += [("  model", about)] if about else []
         embedded = is_emoji_sd(model) and "emoji" in about  # what a reward then takes by itself
         named += [] if embedded else [about]
+    return lines + _files(named, cached)
+
+
+def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
+    """Which of the hub ids in some texts are in the cache."""
+    lines: Lines = []
     for hub_id in dict.fromkeys(match for text in named for match in _HUB_ID.findall(text)):
-        state = f"in the cache, {gigabytes(cached[hub_id])}" if hub_id in cached else "not in the cache"
-        lines.append(("  files", f"{hub_id}: {state}"))
+        if not os.path.exists(os.path.expanduser(hub_id)):
+            state = f"in the cache, {gigabytes(cached[hub_id])}" if hub_id in cached else "not in the cache"
+            lines.append(("  files", f"{hub_id}: {state}"))
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ class ImageAlignmentPipeline:
     Attributes:
         pipeline: the diffusers pipeline; after ``align`` its UNet holds the trained weights.
         model: what lies under all adapters: an embedded name, a folder or a hub id.
+        origin: what that was before anything was trained, by which rewards choose their CLIP.
         run: the run folder whose result this is, None if it is of no run.
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
     """
@@ -67,6 +69,7 @@ class ImageAlignmentPipeline:
         self.pipeline = pipeline
         self.model = model
         self.sampler = sampler or SamplerConfig(eta=0.0)
+        self.origin = model
         self.run: Path | None = None
         # What the weights without their adapter are called in a configuration; None if nothing on disk holds them.
         self._below: str | None = model
@@ -114,6 +117,7 @@ class ImageAlignmentPipeline:
         if plan.run is not None:
             sampler = SamplerConfig(**(plan.settings.get("sampler") or {}))
         pipe = cls(pipeline, model=plan.base, sampler=sampler)
+        pipe.origin = plan.origin
         pipe.run = plan.run if lora is None else None
         pipe._called = str(model)
         pipe._below = plan.below if lora is None else str(model)
@@ -173,16 +177,19 @@ class ImageAlignmentPipeline:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
         config = cast(ImageConfig, check_config(raw | settings)).model_copy(update={"model": below})
 
-        if self.run is not None and not goes_on:
-            self.merge()
-        _refuse_other_parts(self.pipeline)
-        unet, weights = self.pipeline.unet, adapters.adapter_weights(self.pipeline)
-        if config.lora is None:
+        unet, weights, was_below = self.pipeline.unet, adapters.adapter_weights(self.pipeline), self._below
+        merges = self.run is not None and not goes_on and bool(weights)
+        if merges:
+            _refuse_other_parts(self.pipeline)
+        if merges or config.lora is None:
             self.pipeline.unet = copy.deepcopy(unet)
         try:
+            if merges:
+                self.merge()
+            _refuse_other_parts(self.pipeline)
             trainer = run(config, pipeline=self.pipeline)
         except BaseException:
-            self.pipeline.unet = unet
+            self.pipeline.unet, self._below = unet, was_below
             adapters.put_back(self.pipeline, weights)
             raise
         trainer.keep_average()
@@ -219,8 +226,12 @@ class ImageAlignmentPipeline:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         original = self.pipeline.scheduler
         most = original.config.num_train_timesteps
-        if steps is not None and not 1 <= steps <= most:
-            raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={most}")
+        if steps is not None and not (isinstance(steps, int) and 1 <= steps <= most):
+            raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={most}, a whole number")
+        if eta is not None and not 0 <= eta <= 1:
+            raise UserError(f"eta={eta} must lie between 0 and 1")
+        if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+            raise UserError(f"guidance_scale={guidance_scale} must be a number from 0")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
         kind = DDPMScheduler if self.sampler.name == "ddpm" else DDIMScheduler
@@ -246,6 +257,7 @@ class ImageAlignmentPipeline:
         prompts: Sequence[str],
         judge: Any,
         *,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
         seed: int = 0,
         per_prompt: int = 1,
         output: str | Path | None = None,
@@ -256,6 +268,7 @@ class ImageAlignmentPipeline:
             other: a pipeline, or what ``from_pretrained`` takes: A of the result, and this pipeline is B.
             prompts: texts.
             judge: a reward, as for ``align``.
+            metadata: mappings, one for each prompt, for a judge that reads them.
             seed: of the first picture; the i-th of each uses ``seed + i``.
             per_prompt: pictures a prompt.
             output: file to write the first pictures to, side by side.
@@ -266,7 +279,9 @@ class ImageAlignmentPipeline:
         from diffusion_align.pipelines.compare import compare_models
 
         path = None if output is None else Path(output).expanduser()
-        return compare_models(other, self, prompts, judge, seed=seed, output=path, per_prompt=per_prompt)
+        return compare_models(
+            other, self, prompts, judge, metadata=metadata, seed=seed, output=path, per_prompt=per_prompt
+        )
 
     def score(
         self,
@@ -288,7 +303,7 @@ class ImageAlignmentPipeline:
             UserError: the counts differ, or something is no picture.
             RewardError: the reward cannot be built, or cannot score them.
         """
-        function = build_reward(reward, model=self.model, device=self.pipeline.device)
+        function = build_reward(reward, model=self.origin, device=self.pipeline.device)
         return score_images(function, images, prompts, metadata)
 
     def merge(self) -> ImageAlignmentPipeline:
@@ -308,11 +323,12 @@ class ImageAlignmentPipeline:
             folder: made if it is not there.
 
         Raises:
-            UserError: there is no adapter.
+            UserError: there is no adapter, or ``folder`` is a file.
         """
         if "unet" not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
+        _refuse_file(folder)
         save_lora(self.pipeline, Path(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -322,7 +338,11 @@ class ImageAlignmentPipeline:
 
         Args:
             folder: made if it is not there.
+
+        Raises:
+            UserError: it is a file.
         """
+        _refuse_file(folder)
         with adapters.merged(self.pipeline):
             self.pipeline.save_pretrained(str(folder))
         self._write_card(Path(folder), location=str(folder), merged=True)
@@ -363,6 +383,11 @@ class ImageAlignmentPipeline:
         if self.run is not None and Path(self._called).name != "best":
             family = type(self.pipeline).__name__
             write_model_card(self.run, target, location=location, merged=merged, pipeline_class=family)
+
+
+def _refuse_file(folder: str | Path) -> None:
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UserError(f"{str(folder)!r} is a file: name a folder")
 
 
 def _refuse_other_parts(pipeline: Any) -> None:
@@ -407,8 +432,8 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     )
     prompts = load_prompts(config.prompts, shipped=shipped_prompts()) if config.prompts is not None else []
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
-    reward = checked_reward(config.reward, plan.base, policy, known, weights=config.reward_weights)
-    evaluation = None if config.evaluation is None else evaluation_of(config.evaluation, plan.base, policy, known)
+    reward = checked_reward(config.reward, plan.origin, policy, known, weights=config.reward_weights)
+    evaluation = None if config.evaluation is None else evaluation_of(config.evaluation, plan.origin, policy, known)
     trainer: ImageTrainer
     if isinstance(config, DDPOConfig):
         assert reward is not None

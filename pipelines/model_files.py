@@ -26,12 +26,14 @@ class ModelFiles:
         lines: (name, value) about every part.
         problems: sentences about what is missing where nothing will be downloaded.
         here: whether all of it is on this machine.
+        origin: of a run, what it was before anything was trained; rewards choose their CLIP by it.
     """
 
     configs: dict[str, dict[str, Any]]
     lines: list[tuple[str, str]]
     problems: list[str] = field(default_factory=list)
     here: bool = False
+    origin: str | None = None
 
 
 def find_model(config: DenoisingConfig) -> ModelFiles:
@@ -41,7 +43,7 @@ def find_model(config: DenoisingConfig) -> ModelFiles:
         plan = model_plan(model)
     except UserError:  # which is among the settings' problems
         return ModelFiles({}, [("model", f"{model} (a run that cannot be used)")])
-    if plan.run is not None:
+    if plan.run is not None and plan.base != model:
         return _under_a_run(config, plan)
     path = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
     where = "embedded" if model in EMBEDDED_PIPELINES else "a folder"
@@ -86,11 +88,15 @@ def gigabytes(count: float) -> str:
 
 
 def _under_a_run(config: DenoisingConfig, plan: ModelPlan) -> ModelFiles:
-    loaded = {"model": plan.base, "weights_variant": plan.variant, "base_config": plan.base_config}
+    loaded = {
+        "model": plan.base,
+        "weights_variant": config.weights_variant or plan.variant,
+        "base_config": config.base_config or plan.base_config,
+    }
     base = find_model(config.model_copy(update=loaded))
     what = f"a run: LoRA of {len(plan.adapters)} on its base" if plan.adapters else "a run that trained the whole UNet"
     (_, first), *rest = base.lines
-    return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest])
+    return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest], origin=plan.origin)
 
 
 def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: bool) -> ModelFiles:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from diffusion_align.diffusion.loading import model_problem
+from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, call_reward, reward_problem
@@ -92,7 +92,7 @@ def make_pairs(
     done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
 
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
-    reward = build_reward(judge, model=pipeline.model, device=pipeline.pipeline.device)
+    reward = build_reward(judge, model=pipeline.origin, device=pipeline.pipeline.device)
     try:
         for index in range(done, len(prompts)):
             if on_prompt is not None:
@@ -146,9 +146,8 @@ def _check(prompts: Sequence[Prompt], judge: Any, drawing: Mapping[str, Any]) ->
         f"guidance_scale={guidance} must be a number from 0": guidance is not None and not 0 <= guidance < math.inf,
         f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
     }
-    is_run = os.path.isfile(os.path.join(os.path.expanduser(model), "config.yaml"))
     problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
-    problems += [problem for problem in (None if is_run else model_problem(model), reward_problem(judge)) if problem]
+    problems += [problem for problem in (image_model_problem(model), reward_problem(judge)) if problem]
     if problems:
         raise ConfigError(problems)
 

@@ -38,7 +38,10 @@ class Passes:
 
 def trained_schedule(config: ImageConfig, scheduler: Mapping[str, Any]) -> DiffusionSchedule:
     """The steps that are trained on, as the trainer builds them."""
-    bare = SimpleNamespace(config=dict(scheduler))
+    import diffusers
+
+    kind = getattr(diffusers, str(scheduler.get("_class_name")), diffusers.DDIMScheduler)
+    bare = SimpleNamespace(config=dict(kind.from_config(dict(scheduler)).config))  # with the defaults of its class
     sampler = config.sampler
     drawing = build_schedule(bare, sampler.steps, sampler=sampler.name, eta=sampler.eta)
     logged = isinstance(config, DDPOConfig) or config.target == "logged"
@@ -50,7 +53,7 @@ def describe_epoch(config: ImageConfig, steps: Tensor | None) -> tuple[int, Line
     samples = config.samples_per_epoch
     if isinstance(config, DDPOConfig):
         count = config.sampler.steps if steps is None else len(steps)
-        decisions = samples * max(1, round(config.timestep_fraction * count))
+        pairs, decisions = 0, samples * max(1, round(config.timestep_fraction * count))
         what = ("pictures an epoch", f"{samples}, each {config.sampler.steps} steps")
     else:
         pairs = samples // (config.group_size if config.online else 1)
@@ -65,7 +68,8 @@ def describe_epoch(config: ImageConfig, steps: Tensor | None) -> tuple[int, Line
         f"{passes.evaluation:g} forward for the evaluation" if passes.evaluation else "",
         f"{passes.trained} forward and backward while training",
     ]
-    each = math.ceil(decisions / config.updates_per_epoch)
+    whole = config.samples_per_epoch if isinstance(config, DDPOConfig) else pairs  # an update takes whole ones
+    each = math.ceil(whole / config.updates_per_epoch) * (decisions // whole)
     return decisions, [
         ("an epoch", ""),
         ("epochs", str(config.epochs)),

@@ -24,7 +24,7 @@ from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule
+from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule, part_of_steps
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition
@@ -117,10 +117,14 @@ class DDPOConfig(DenoisingConfig):
         return problems
 
 
-def part_of_steps(steps: Tensor, part: tuple[float, float]) -> Tensor:
-    """Those of ``steps`` (S,) from share ``part[0]`` of them to share ``part[1]``."""
-    first, last = (round(share * len(steps)) for share in part)
-    return steps[first:last]
+def steps_problem(config: DDPOConfig, count: int) -> str | None:
+    """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
+    if count:
+        return None
+    return (
+        f"sampler.steps={config.sampler.steps} with timestep_range={list(config.timestep_range)} leaves no stochastic "
+        "step to train on: use more steps or a wider range"
+    )
 
 
 def dimensions_in_mean(config: DDPOConfig, dimensions: int) -> int:
@@ -189,13 +193,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         sampler = config.sampler
         schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
         self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
-        if len(self.trained_steps) == 0:
-            raise ConfigError(
-                [
-                    f"sampler.steps={sampler.steps} with timestep_range={list(config.timestep_range)} leaves no "
-                    "stochastic step to train on: use more steps or a wider range"
-                ]
-            )
+        if problem := steps_problem(config, len(self.trained_steps)):
+            raise ConfigError([problem])
         self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         self.weights = part_weights(reward) if apart else torch.ones(1)

@@ -30,7 +30,7 @@ from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judge
 from diffusion_align.diffusion.pairs import PairsConfig, PairSet
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
-from diffusion_align.diffusion.schedule import build_schedule, training_schedule
+from diffusion_align.diffusion.schedule import build_schedule, part_of_steps, training_schedule
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
 from diffusion_align.diffusion.trainer import DenoisingTrainer
@@ -153,6 +153,16 @@ class Decisions:
         return self.now.kl(self.reference)
 
 
+def steps_problem(config: DiffusionDPOConfig, count: int) -> str | None:
+    """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
+    if count >= config.decisions_per_pair:
+        return None
+    return (
+        f"timestep_range={list(config.timestep_range)} leaves {count} of the steps to train on, fewer than "
+        f"decisions_per_pair={config.decisions_per_pair}: use a wider range"
+    )
+
+
 class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     """Fine-tune a Stable Diffusion pipeline towards the preferred of two pictures.
 
@@ -195,15 +205,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         scheduler, sampler, device = policy.pipeline.scheduler, config.sampler, self.accelerator.device
         drawing = build_schedule(scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
         schedule = drawing if config.target == "logged" else training_schedule(scheduler)
-        first, last = (round(share * len(schedule.stochastic_steps)) for share in config.timestep_range)
-        self.trained_steps = schedule.stochastic_steps[first:last]
-        if len(self.trained_steps) < config.decisions_per_pair:
-            raise ConfigError(
-                [
-                    f"timestep_range={list(config.timestep_range)} leaves {len(self.trained_steps)} of the steps to "
-                    f"train on, fewer than decisions_per_pair={config.decisions_per_pair}: use a wider range"
-                ]
-            )
+        self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
+        if problem := steps_problem(config, len(self.trained_steps)):
+            raise ConfigError([problem])
         self.drawing, self.schedule = drawing.to(device), schedule.to(device)
         self.scales = step_scales(schedule, self.trained_steps, config.weighting).to(device, torch.float32)
         self.beta = config.beta or beta_in_nats(

@@ -226,9 +226,23 @@ def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
         return False
     if set(adapters) != {"default"} or lora is None:
         raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
-    if adapters["default"].r != lora.rank:
-        raise UserError(f"the model already carries an adapter of rank {adapters['default'].r}: set lora.rank to that")
+    carried, wanted = adapters["default"], peft_config(lora)
+    if carried.r != wanted.r:
+        raise UserError(f"the model already carries an adapter of rank {carried.r}: set lora.rank to that")
+    if carried.lora_alpha != wanted.lora_alpha:
+        raise UserError(f"the model already carries an adapter of alpha {carried.lora_alpha}: set lora.alpha to that")
+    endings = tuple(f".{layer}" for layer in wanted.target_modules)
+    if any(f".{name}".endswith(endings) != hasattr(part, "lora_A") for name, part in _layers(unet)):
+        raise UserError(f"the model already carries an adapter of other layers than lora.layers={lora.layers!r}")
     return True
+
+
+def _layers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What an adapter may be on, by the names without one."""
+    for name, part in unet.named_modules():
+        known = isinstance(part, nn.Linear | nn.Conv2d) or hasattr(part, "lora_A")
+        if known and "lora_" not in name and not name.endswith(".base_layer"):
+            yield name, part
 
 
 def _networks(pipeline: Any) -> list[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class ModelPlan:
         adapters: folders of the LoRA weights that go on it, one merged after the other.
         below: the model under the last adapter, as it is called in its run's configuration; the model itself if it
             has none.
+        origin: what it was before anything was trained, by which rewards choose their CLIP.
         run: the run folder, if the model is one; with its ``settings``.
         variant, base_config: with which the base has to be loaded.
     """
@@ -31,6 +32,7 @@ class ModelPlan:
     base: str
     adapters: tuple[Path, ...] = ()
     below: str = ""
+    origin: str = ""
     run: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
@@ -50,14 +52,21 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
     """
     found = _run_folder(model)
     if found is None:
-        return ModelPlan(model, below=model)
+        return ModelPlan(model, below=model, origin=model)
     (run, which), subject = found, f"model={model!r}"
     final = run / which
     if run.resolve() in above:
         raise UserError(f"{subject} is a run trained on itself: correct model in {run / 'config.yaml'}")
     settings = load_yaml(run / "config.yaml")
+    below = settings.get("model")
+    if isinstance(below, str):
+        below = _seen_from(run, below)
     if (final / "model_index.json").is_file():
-        return ModelPlan(str(final), below=str(run), run=run, settings=settings)
+        plan = ModelPlan(str(final), below=model, origin=str(below), run=run, settings=settings)
+        try:
+            return replace(plan, origin=model_plan(plan.origin, above=(*above, run.resolve())).origin)
+        except UserError:  # what it was trained on is not needed any more
+            return plan
     if which == "best" and not final.is_dir():
         raise UserError(
             f"{subject}: the run has no best/, which a held-out reward (evaluation.reward) leaves once it rises above "
@@ -72,7 +81,6 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         raise UserError(
             f"{subject} is a run of method={method!r} without weights of a text-to-image pipeline in {which}/"
         )
-    below = settings.get("model")
     if not isinstance(below, str):
         raise UserError(f"{subject} does not say what it was trained on: set model in {run / 'config.yaml'}")
     try:
@@ -84,6 +92,7 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         plan.base,
         (*plan.adapters, final),
         below=below,
+        origin=plan.origin,
         run=run,
         settings=settings,
         variant=settings.get("weights_variant") if own else plan.variant,
@@ -112,10 +121,18 @@ def image_model_problem(model: str, *, variant: str | None = None, base_config: 
 def _run_folder(model: str) -> tuple[Path, str] | None:
     """The run, and which of its weights are meant."""
     folder = Path(os.path.expanduser(model))
+    if folder.name in ("final", "best") and os.path.isfile(folder.parent / "config.yaml"):
+        return folder.parent, folder.name
     if model in EMBEDDED_PIPELINES or os.path.isfile(folder / "model_index.json"):  # they answer about any text
         return None
     if os.path.isfile(folder / "config.yaml"):
         return folder, "final"
-    if folder.name in ("final", "best") and os.path.isfile(folder.parent / "config.yaml"):
-        return folder.parent, folder.name
     return None
+
+
+def _seen_from(run: Path, model: str) -> str:
+    """``model`` of a run's configuration, which may be relative to the folder that the run was started in."""
+    path = Path(os.path.expanduser(model))
+    if model in EMBEDDED_PIPELINES or path.is_absolute() or os.path.exists(path):
+        return model
+    return next((str(parent / path) for parent in run.resolve().parents if os.path.exists(parent / path)), model)

@@ -201,3 +201,9 @@ def _ddpm_weights(source: Any, timesteps: Tensor, ab_t: Tensor, ab_s: Tensor) ->
     std = torch.where((timesteps == 0) | (std < _SMALLEST_STD), 0.0, std)  # diffusers adds no noise at t = 0
     x_0_weight = ab_s.sqrt() * beta / (1 - ab_t)
     return x_0_weight, torch.zeros_like(std), alpha.sqrt() * (1 - ab_s) / (1 - ab_t), std
+
+
+def part_of_steps(steps: Tensor, part: tuple[float, float]) -> Tensor:
+    """Those of ``steps`` (S,) from share ``part[0]`` of them to share ``part[1]``."""
+    first, last = (round(share * len(steps)) for share in part)
+    return steps[first:last]

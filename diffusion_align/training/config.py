@@ -43,7 +43,7 @@ class TrainingConfig(Section):
     resume: bool = Field(
         False, strict=True, description="continue the run in output_dir from its newest checkpoint, bit for bit"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     epochs: int = Field(100, ge=1, description="rounds of collect, score, estimate, update")
 
     samples_per_epoch: int = Field(64, ge=1)
@@ -65,7 +65,9 @@ class TrainingConfig(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "no", description="of the network only, decisions stay float32; auto measures what is faster on this machine"
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; its own default when not given")
+    num_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of torch; its own default when not given"
+    )
     checkpoint_every: int = Field(10, ge=1, description="epochs")
     keep_checkpoints: int = Field(2, ge=1)
     grid_every: int = Field(1, ge=0, description="epochs between pictures (or texts) of the fixed prompts; 0 for none")
@@ -119,7 +121,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             problems.append(f"{override!r} is not of the form key=value")
             continue
         try:
-            value = as_numbers(yaml.safe_load(text))
+            value = as_numbers({key: yaml.safe_load(text)})[key]
         except yaml.YAMLError:
             problems.append(f"the value of {override!r} is not valid YAML")
             continue
@@ -221,9 +223,9 @@ def _copy(value: Any) -> Any:
 
 
 def as_numbers(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` as text; people mean the number."""
+    """YAML 1.1 reads ``1e-4`` as text; people mean the number, but in prompts."""
     if isinstance(value, dict):
-        return {k: as_numbers(v) for k, v in value.items()}
+        return {k: v if k in ("prompts", "show_prompts") else as_numbers(v) for k, v in value.items()}
     if isinstance(value, list):
         return [as_numbers(v) for v in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value

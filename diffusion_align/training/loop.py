@@ -299,7 +299,7 @@ class Trainer(ABC, Generic[Batch]):
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_aside(self.folder / "config.yaml", dump_config(config))
         self.accelerator.wait_for_everyone()
-        self._log.rewind(self.step if newest else -1)
+        self._log.rewind(self.step if newest else -1, unmeasured=self._unmeasured is not None)
         self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
         if self._unmeasured is not None:
             row, last = self._unmeasured
@@ -417,9 +417,10 @@ class Trainer(ABC, Generic[Batch]):
             yield
         except Interrupted:
             self._stop()
-        except Exception:
+        except Exception as error:
             if self.accelerator.num_processes == 1 or self._failed_together:  # saving needs every process
                 self.save()
+                error.add_note(f"go on with resume=true output_dir={self.folder}")
             raise
 
     def _stop(self) -> None:

@@ -20,8 +20,11 @@ class MetricsLog:
         self._path = path
         self._accelerator = accelerator
 
-    def rewind(self, step: int) -> None:
-        """Forget rows of epochs that ended after ``step`` (a kill may have left some behind the checkpoint)."""
+    def rewind(self, step: int, *, unmeasured: bool = False) -> None:
+        """Forget rows of epochs that ended after ``step`` (a kill may have left some behind the checkpoint).
+
+        ``unmeasured``: also the row of the epoch that ended with ``step``, not those of its updates.
+        """
         if not self._accelerator.is_main_process or not self._path.exists():
             return
         kept = []
@@ -30,7 +33,7 @@ class MetricsLog:
                 row = json.loads(line)
             except ValueError:  # cut off by a kill
                 continue
-            if row["step"] <= step:
+            if row["step"] <= step and not (unmeasured and row["step"] == step and "time/epoch" in row):
                 kept.append(line)
         write_aside(self._path, "".join(line + "\n" for line in kept))
 

@@ -125,6 +125,8 @@ CASES = {
     ),
     "empty reward": (["reward="], ["reward is empty: give a name"]),
     # prompts
+    "seed that numpy refuses": (["seed=4294967296"], ["seed=4294967296 is not allowed"]),
+    "more threads than there can be": (["num_threads=100000000000"], ["num_threads=100000000000 is not allowed"]),
     "empty prompt list": (["prompts=[]"], [r"prompts.source=\[\] is not allowed: give a list"]),
     "empty prompts": (["prompts="], ["prompts=None is not allowed: give a list"]),
     "blank prompt": (["prompts=['a cat', '  ']"], ["row 1: the prompt is empty", "prompts: mend"]),

@@ -56,6 +56,17 @@ def test_a_model_against_itself_wins_half(calls, tmp_path):
     assert result.low == pytest.approx(1 - result.high)
 
 
+def test_the_judge_gets_the_metadata(calls):
+    def wanted(images, prompts, metadata):
+        return [notes["wanted"] for notes in metadata]
+
+    notes = [{"wanted": 1.0}, {"wanted": 2.0}, {"wanted": 6.0}]
+    result = compare_models("emoji-sd", "emoji-sd", PROMPTS, wanted, metadata=notes, per_prompt=2)
+    assert (result.mean_first, result.pairs) == (3.0, 6)
+    with pytest.raises(UserError, match="3 prompts and 1 metadata"):
+        compare_models("emoji-sd", "emoji-sd", PROMPTS, wanted, metadata=notes[:1])
+
+
 def test_the_better_model_wins_and_b_is_the_second(calls):
     result = compare_models("emoji-sd", "brighter", PROMPTS, brightness)
     assert result.win_rate == 1.0

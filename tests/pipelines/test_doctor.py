@@ -329,6 +329,42 @@ def test_a_run_is_known_by_its_base(report, tiny_sd, tmp_path, quick):
     assert [problem for problem in problems if "has not finished" in problem]
 
 
+def test_the_reward_of_a_run_is_that_of_what_it_was(report, tmp_path, quick):
+    for name, trained in (("lora", "pytorch_lora_weights.safetensors"), ("whole", "model_index.json")):
+        final = tmp_path / name / "final"
+        final.mkdir(parents=True)
+        (final / trained).write_text("{}")
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"method": "ddpo", "model": "emoji-sd"}))
+        found, _ = report(model=str(tmp_path / name), reward="aesthetic", evaluation={"reward": "jpeg_compressibility"})
+        assert "files" not in found, "the embedded CLIP is taken"
+        assert found["diversity"] == "by emoji-clip"
+    found, _ = report(model="nobody/model", reward="jpeg_compressibility", evaluation={"diversity": "clip"})
+    assert found["diversity"] == "by openai/clip-vit-large-patch14"
+    assert found["  files"] == "openai/clip-vit-large-patch14: not in the cache"
+
+
+def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
+    settings = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 2, "target": "logged"}
+    _, problems = report(model=str(tiny_sd), **settings, decisions_per_pair=20)
+    assert problems == [
+        "timestep_range=[0.0, 1.0] leaves 6 of the steps to train on, fewer than decisions_per_pair=20: use a wider "
+        "range"
+    ]
+
+
+def test_configurations_that_leave_things_out(report, tiny_sd, tmp_path, quick):
+    folder = tmp_path / "partial"
+    shutil.copytree(tiny_sd, folder)
+    for path, key in (("unet/config.json", "sample_size"), ("scheduler/scheduler_config.json", "num_train_timesteps")):
+        config = json.loads((folder / path).read_text())
+        del config[key]
+        (folder / path).write_text(json.dumps(config))
+    found, problems = report(model=str(folder))
+    assert problems == []
+    assert found["memory and time"].startswith("not estimated")
+    assert found["UNet passes an epoch"] == report(model=str(tiny_sd))[0]["UNet passes an epoch"]
+
+
 def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
     status, out, err = call_cli("doctor", write(model=str(tiny_sd), learning_rat=1), "sampler.step=3", "epochs=none")
     assert status == 2
@@ -428,7 +464,7 @@ def test_text_methods(report, tmp_path):
 
 
 def test_part_of_the_steps():
-    from diffusion_align.diffusion.ddpo import part_of_steps
+    from diffusion_align.diffusion.schedule import part_of_steps
 
     assert part_of_steps(torch.arange(10, 20), (0.2, 0.7)).tolist() == [12, 13, 14, 15, 16]
 

@@ -255,6 +255,25 @@ def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
         pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 4})
 
 
+def test_an_align_that_fails_leaves_the_adapter_of_the_one_before(load, tmp_path):
+    pipe = load().align(reward=redness, output_dir=tmp_path / "first", **SETTINGS)
+    before, drawn = weights(pipe), pipe(PROMPTS, steps=2).images
+    with pytest.raises(RewardError, match="returned nan"):
+        pipe.align(reward=stops("fails", epoch=1), output_dir=tmp_path / "second", **SETTINGS)
+    assert_same_weights(pipe, before)
+    assert [list(image.getdata()) for image in pipe(PROMPTS, steps=2).images] == [list(i.getdata()) for i in drawn]
+    pipe.save_lora(tmp_path / "lora")
+    pipe.align(reward=redness, output_dir=tmp_path / "first", resume=True, **SETTINGS | {"epochs": 3})
+
+
+def test_nothing_is_saved_in_the_place_of_a_file(load, tmp_path):
+    pipe = load().align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    (tmp_path / "file").touch()
+    for save in (pipe.save_lora, pipe.save_pretrained):
+        with pytest.raises(UserError, match="is a file: name a folder"):
+            save(tmp_path / "file")
+
+
 def test_training_in_another_thread(load, tmp_path):
     """Handlers of signals belong to the main thread: without them it trains all the same."""
     pipe, failures = load(), []
@@ -467,7 +486,14 @@ def test_no_number_of_steps_gives_black_pictures(steps):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"), [({"steps": 0}, "steps=0 must lie"), ({"batch_size": 0}, "batch_size=0")]
+    ("arguments", "wanted"),
+    [
+        ({"steps": 0}, "steps=0 must lie"),
+        ({"steps": 2.5}, "steps=2.5 must lie"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"eta": 2.0}, "eta=2.0 must lie between 0 and 1"),
+        ({"guidance_scale": -3.0}, "guidance_scale=-3.0 must be a number from 0"),
+    ],
 )
 def test_what_cannot_be_drawn(base, arguments, wanted):
     with pytest.raises(UserError, match=wanted):

@@ -238,6 +238,17 @@ def test_a_gold_reward_that_fails_costs_only_its_evaluation(train, tmp_path):
     assert same(trained(tmp_path / "hurt/best"), trained(tmp_path / "calm/best"))
 
 
+def test_an_epoch_without_its_evaluation_is_resumed_any_number_of_times(train, tmp_path):
+    settings = {"epochs": 2, "checkpoint_every": 9}
+    train("calm", gold=Scripted(0.0, 1.0, 2.0), **settings)
+    with pytest.raises(RewardError, match="gone"):
+        train("hurt", gold=Scripted(0.0, 1.0, OSError("gone")), **settings)
+    for _ in range(3):
+        train("hurt", gold=Scripted(2.0), resume=True, **settings)
+    for key in ("gold", "reward", "loss"):
+        assert rows(tmp_path / "hurt", key) == rows(tmp_path / "calm", key), key
+
+
 @pytest.mark.parametrize(
     ("rules", "epoch", "expected"),
     [
