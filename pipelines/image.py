@@ -183,13 +183,14 @@ class ImageAlignmentPipeline:
             _refuse_other_parts(self.pipeline)
         if merges or config.lora is None:
             self.pipeline.unet = copy.deepcopy(unet)
+            unet.to("cpu")  # where it waits in case that training breaks off
         try:
             if merges:
                 self.merge()
             _refuse_other_parts(self.pipeline)
             trainer = run(config, pipeline=self.pipeline)
         except BaseException:
-            self.pipeline.unet, self._below = unet, was_below
+            self.pipeline.unet, self._below = unet.to(self.pipeline.device), was_below
             adapters.put_back(self.pipeline, weights)
             raise
         trainer.keep_average()
