@@ -85,6 +85,7 @@ class Trainer(ABC, Generic[Batch]):
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps, skipped ones counted
         self.stopped: str | None = None  # why the run ended before its last epoch
+        self._flag = InterruptFlag()
         self._failed_together = False
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -222,13 +223,19 @@ class Trainer(ABC, Generic[Batch]):
         return any_failed > 0
 
     def raise_together(self, failure: BaseException | None, kind: type[Exception]) -> None:
-        """Raise on every process if any has a ``failure``; the others would wait for it forever."""
+        """Raise on every process if any has a ``failure``; the others would wait for it forever.
+
+        Where a process was asked to stop, that is the cause of the failure, or will do for one: Interrupted is raised.
+        """
+        interrupted = self._flag.raised
         if self.accelerator.num_processes > 1:
-            messages = [m for m in gather_object([None if failure is None else str(failure)]) if m is not None]
+            told = gather_object([(None if failure is None else str(failure), interrupted)])
+            messages = [message for message, _ in told if message is not None]
             failure = failure or (kind(messages[0]) if messages else None)
+            interrupted = any(raised for _, raised in told)
             self._failed_together = bool(messages)
         if failure is not None:
-            raise failure
+            raise Interrupted if interrupted else failure
 
     def keep_average(self) -> None:
         """After training: make the weights in memory what ``final/`` holds, their EMA if one is kept."""
