@@ -67,7 +67,7 @@ def sample(
     from diffusion_align.pipelines import ImageAlignmentPipeline
 
     texts = _texts(prompt, prompts)
-    _make_folder(output)
+    _check_folder(output)
     _hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
     drawn = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
@@ -459,14 +459,20 @@ def _open(path: Path) -> Any:
         raise _user_error(f"{path} is not a picture that can be read") from None
 
 
-def _make_folder(path: Path, option: str = "--output") -> None:
+def _check_folder(path: Path, option: str = "--output") -> None:
+    """Whether files can be written there, or in a folder made there; nothing is left behind."""
     import tempfile
 
+    there = next(place for place in (path, *path.parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise _user_error(f"{option}: the folder {path} cannot be used: {error.strerror}") from None
+
+
+def _make_folder(path: Path, option: str = "--output") -> None:
+    _check_folder(path, option)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _user_error(f"{option}: the folder {path} cannot be made: {error.strerror}") from None
-    try:
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise _user_error(f"{option}: the folder {path} cannot be written to: {error.strerror}") from None
+        raise _user_error(f"{option}: the folder {path} cannot be used: {error.strerror}") from None

@@ -38,11 +38,11 @@ CASES = {
     ),
     "sample into a file": (
         ["sample", "emoji-sd", "-p", "a cat", "-o", "note.txt"],
-        "--output: the folder note.txt cannot be made",
+        "--output: the folder note.txt cannot be used",
     ),
     "sample below a file": (
         ["sample", "emoji-sd", "-p", "a", "-o", "note.txt/x"],
-        "--output: the folder note.txt/x cannot be made",
+        "--output: the folder note.txt/x cannot be used",
     ),
     "sample too many steps": (["sample", "emoji-sd", "-p", "a cat", "--steps", "2000"], "steps=2000"),
     # score
@@ -72,7 +72,7 @@ CASES = {
     ),
     "compare into a place that is not there": (
         ["compare", "emoji-sd", "emoji-sd", "--judge", "jpeg_compressibility", "-p", "a cat", "-o", "note.txt/x.png"],
-        "--output: the folder note.txt cannot be made",
+        "--output: the folder note.txt cannot be used",
     ),
     "compare into a folder": (
         ["compare", "emoji-sd", "emoji-sd", "--judge", "jpeg_compressibility", "-p", "a cat", "-o", "folder"],

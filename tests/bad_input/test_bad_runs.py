@@ -114,7 +114,8 @@ def test_a_reward_that_breaks_during_training_leaves_a_run_that_can_go_on(cli, w
     outcome = cli("train", write_settings(reward="mine.py:later"))
     assert outcome.status == 2
     assert outcome.sentences == [
-        f"reward 'later' returned nan for image 0 (prompt {prompt_of(outcome)}): every score must be finite"
+        f"reward 'later' returned nan for image 0 (prompt {prompt_of(outcome)}): every score must be finite; "
+        "go on with resume=true output_dir=run"
     ]
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "run" / "final").exists()

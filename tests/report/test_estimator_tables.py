@@ -531,8 +531,8 @@ BAD = {
     ("--seed", "99999999999999999999"): "less than or equal to",
     ("--softmax-seed", "-1"): "greater than or equal to 0",
     ("--actions", "1"): "greater than or equal to 2",
-    ("--plot", "note.txt"): "--plot: the folder note.txt cannot be made",
-    ("--plot", "note.txt/below"): "--plot: the folder note.txt/below cannot be made",
+    ("--plot", "note.txt"): "--plot: the folder note.txt cannot be used",
+    ("--plot", "note.txt/below"): "--plot: the folder note.txt/below cannot be used",
     ("--plot", "taken"): "--plot: the figures cannot be written to taken",
 }
 
