@@ -223,8 +223,10 @@ def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, m
     run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
     assert not run.timed_out, "a process went on waiting for one that is gone"
     assert run.statuses == [2, 2], run.errors
+    goes_on = f"go on with resume=true output_dir={tmp_path}/run"
     for error in run.errors:
-        assert error.strip().splitlines()[-1] == "error: reward 'only_one_fails' raised RuntimeError: no answer"
+        said = error.strip().splitlines()[-1]
+        assert said == f"error: reward 'only_one_fails' raised RuntimeError: no answer; {goes_on}"
         assert "Traceback" not in error
 
 
