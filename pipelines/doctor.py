@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
-from diffusion_align.diffusion import ddpo, dpo
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.footprint import latent_shape
@@ -144,9 +143,7 @@ def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
         lines.append(("steps", f"not known: {first_line(error)}"))
     steps = None if schedule is None else part_of_steps(schedule.stochastic_steps, config.timestep_range)
     if steps is not None:
-        found = ddpo.steps_problem(config, len(steps)) if isinstance(config, DDPOConfig) else None
-        found = dpo.steps_problem(config, len(steps)) if isinstance(config, DiffusionDPOConfig) else found
-        problems += [found] if found else []
+        problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
     dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None
     decisions, epoch = describe_epoch(config, steps)
     passes = count_passes(config, decisions)
@@ -165,7 +162,7 @@ def _rewards(config: ImageConfig, origin: str) -> Lines:
     held_out = config.evaluation.reward if config.evaluation else None
     specs = [(spec, "") for spec in _reward_specs(config.reward)]
     specs += [(spec, ", held out") for spec in _reward_specs(held_out)]
-    cached = cached_repositories() if specs else {}
+    cached = cached_repositories() if specs or config.evaluation else {}
     lines: Lines = [("reward", "")] if specs else []
     for spec, role in specs:
         source = spec.get("name") if isinstance(spec, Mapping) else spec
@@ -180,7 +177,7 @@ def _rewards(config: ImageConfig, origin: str) -> Lines:
     wanted = config.evaluation.diversity if config.evaluation else "pixels"
     if wanted != "pixels":
         clip = default_clip(origin) if wanted == "clip" else wanted
-        lines += [("diversity", f"by {clip}"), *_files([clip], cached_repositories())]
+        lines += [("diversity", f"by {clip}"), *_files([clip], cached)]
     return lines
 
 

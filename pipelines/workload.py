@@ -53,14 +53,14 @@ def describe_epoch(config: ImageConfig, steps: Tensor | None) -> tuple[int, Line
     samples = config.samples_per_epoch
     if isinstance(config, DDPOConfig):
         count = config.sampler.steps if steps is None else len(steps)
-        pairs, decisions = 0, samples * max(1, round(config.timestep_fraction * count))
+        whole, decisions = samples, samples * max(1, round(config.timestep_fraction * count))
         what = ("pictures an epoch", f"{samples}, each {config.sampler.steps} steps")
     else:
-        pairs = samples // (config.group_size if config.online else 1)
-        decisions = pairs * config.decisions_per_pair
+        whole = samples // (config.group_size if config.online else 1)
+        decisions = whole * config.decisions_per_pair
         source = "" if config.pairs is None else config.pairs.source
         judged = f"the best and the worst of {config.group_size} pictures each"
-        what = ("pairs an epoch", f"{pairs}, {judged}" if config.online else f"{pairs} from {source}")
+        what = ("pairs an epoch", f"{whole}, {judged}" if config.online else f"{whole} from {source}")
     passes = count_passes(config, decisions)
     used = [
         f"{passes.sampling} forward while sampling" if passes.sampling else "",
@@ -68,8 +68,8 @@ def describe_epoch(config: ImageConfig, steps: Tensor | None) -> tuple[int, Line
         f"{passes.evaluation:g} forward for the evaluation" if passes.evaluation else "",
         f"{passes.trained} forward and backward while training",
     ]
-    whole = config.samples_per_epoch if isinstance(config, DDPOConfig) else pairs  # an update takes whole ones
-    each = math.ceil(whole / config.updates_per_epoch) * (decisions // whole)
+    # An update takes whole pictures or pairs; with settings that are not allowed there may be none.
+    each = math.ceil(whole / config.updates_per_epoch) * (decisions // max(1, whole))
     return decisions, [
         ("an epoch", ""),
         ("epochs", str(config.epochs)),

@@ -116,15 +116,14 @@ class DDPOConfig(DenoisingConfig):
             )
         return problems
 
-
-def steps_problem(config: DDPOConfig, count: int) -> str | None:
-    """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
-    if count:
-        return None
-    return (
-        f"sampler.steps={config.sampler.steps} with timestep_range={list(config.timestep_range)} leaves no stochastic "
-        "step to train on: use more steps or a wider range"
-    )
+    def steps_problem(self, count: int) -> str | None:
+        """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
+        if count:
+            return None
+        return (
+            f"sampler.steps={self.sampler.steps} with timestep_range={list(self.timestep_range)} leaves no stochastic "
+            "step to train on: use more steps or a wider range"
+        )
 
 
 def dimensions_in_mean(config: DDPOConfig, dimensions: int) -> int:
@@ -193,7 +192,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         sampler = config.sampler
         schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
         self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
-        if problem := steps_problem(config, len(self.trained_steps)):
+        if problem := config.steps_problem(len(self.trained_steps)):
             raise ConfigError([problem])
         self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
         apart = config.multi_objective_aggregation == "normalize_then_sum"

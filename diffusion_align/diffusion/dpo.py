@@ -128,6 +128,15 @@ class DiffusionDPOConfig(DenoisingConfig):
             problems.append("reward_mode and old_refresh belong to variant=corrected: leave them out or set that")
         return problems
 
+    def steps_problem(self, count: int) -> str | None:
+        """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
+        if count >= self.decisions_per_pair:
+            return None
+        return (
+            f"timestep_range={list(self.timestep_range)} leaves {count} of the steps to train on, fewer than "
+            f"decisions_per_pair={self.decisions_per_pair}: use a wider range"
+        )
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -151,16 +160,6 @@ class Decisions:
     def kl(self) -> Tensor:
         """(2n,) plain nats, of the policy to the reference."""
         return self.now.kl(self.reference)
-
-
-def steps_problem(config: DiffusionDPOConfig, count: int) -> str | None:
-    """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
-    if count >= config.decisions_per_pair:
-        return None
-    return (
-        f"timestep_range={list(config.timestep_range)} leaves {count} of the steps to train on, fewer than "
-        f"decisions_per_pair={config.decisions_per_pair}: use a wider range"
-    )
 
 
 class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
@@ -206,7 +205,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         drawing = build_schedule(scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
         schedule = drawing if config.target == "logged" else training_schedule(scheduler)
         self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
-        if problem := steps_problem(config, len(self.trained_steps)):
+        if problem := config.steps_problem(len(self.trained_steps)):
             raise ConfigError([problem])
         self.drawing, self.schedule = drawing.to(device), schedule.to(device)
         self.scales = step_scales(schedule, self.trained_steps, config.weighting).to(device, torch.float32)

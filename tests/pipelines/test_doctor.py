@@ -352,6 +352,16 @@ def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
     ]
 
 
+def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
+    settings = {"timestep_fraction": 0.34, "updates_per_epoch": 3}  # 2 of 6 steps
+    found, _ = report(model=str(tiny_sd), samples_per_epoch=10, sample_batch_size=2, **settings)
+    assert found["decisions an update"].startswith("8 ")
+    online = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 16}
+    found, problems = report(model=str(tiny_sd), **online)
+    assert found["pairs an epoch"].startswith("0, ")
+    assert problems
+
+
 def test_configurations_that_leave_things_out(report, tiny_sd, tmp_path, quick):
     folder = tmp_path / "partial"
     shutil.copytree(tiny_sd, folder)

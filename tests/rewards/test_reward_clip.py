@@ -166,16 +166,21 @@ def test_older_transformers_return_a_bare_tensor(tiny, emoji):
     assert _pooled(value) is value
 
 
+def small_architecture(path, *, layers):
+    """An architecture that open_clip knows from now on by the name of the file ``path``."""
+    import open_clip
+
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": layers, "head_width": 16}
+    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "layers": layers, "heads": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    return config
+
+
 def test_open_clip(tmp_path):
     open_clip = pytest.importorskip("open_clip", reason="needs diffusion-align[open-clip]")
-    tower = {"width": 32, "layers": 1, "heads": 2}
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
-        "text_cfg": {"context_length": 20, "vocab_size": 49408, **tower},
-    }
-    (tmp_path / "tiny-for-tests.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "tiny-for-tests.json")
+    small_architecture(tmp_path / "tiny-for-tests.json", layers=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, _, transform = open_clip.create_model_and_transforms("tiny-for-tests")
@@ -196,14 +201,7 @@ def test_open_clip(tmp_path):
 def test_open_clip_weights_are_used_as_they_were_trained(tmp_path, monkeypatch):
     """OpenAI's tags mean QuickGELU and SigLIP's another resize, neither of which the architecture's name says."""
     open_clip = pytest.importorskip("open_clip", reason="needs diffusion-align[open-clip]")
-    tower = {"width": 32, "layers": 2, "heads": 2}
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-        "text_cfg": {"context_length": 20, "vocab_size": 49408, **tower},
-    }
-    (tmp_path / "quick-for-tests.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "quick-for-tests.json")
+    config = small_architecture(tmp_path / "quick-for-tests.json", layers=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         trained = open_clip.CLIP(**config, quick_gelu=True).eval()
