@@ -70,7 +70,7 @@ class DDPOConfig(DenoisingConfig):
 
     group_size: int = Field(1, ge=1, description="pictures a prompt in an epoch")
     advantages: Literal["prompt_history", "group"] = "prompt_history"
-    history_size: int = Field(32, ge=1)
+    history_size: int = Field(32, ge=1, description="rewards a prompt keeps; the 4096 prompts seen last are remembered")
     history_min_count: int = Field(16, ge=1)
     clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std a group is divided by")
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(

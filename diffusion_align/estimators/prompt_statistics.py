@@ -26,18 +26,24 @@ class PromptStatistics:
     Args:
         buffer_size: how many rewards a prompt keeps.
         min_count: below this many kept rewards (the new ones included) the whole batch's mean and std are used.
+        max_prompts: how many prompts are remembered: those seen last, so that the state has a bound however many
+            different ones there are. A batch may have more; the bound holds after it.
 
-    Raises ValueError unless 1 <= min_count <= buffer_size.
+    Raises ValueError unless 1 <= min_count <= buffer_size and max_prompts >= 1.
     """
 
-    def __init__(self, buffer_size: int = 32, min_count: int = 16) -> None:
+    def __init__(self, buffer_size: int = 32, min_count: int = 16, *, max_prompts: int = 4096) -> None:
         if not 1 <= min_count <= buffer_size:
             raise ValueError(
                 f"min_count={min_count}, buffer_size={buffer_size} is not allowed: 1 <= min_count <= buffer_size, "
                 "or no prompt would ever use its own history."
             )
+        if max_prompts < 1:
+            raise ValueError(f"max_prompts={max_prompts} is not allowed: remember at least 1 prompt.")
         self.buffer_size = buffer_size
         self.min_count = min_count
+        self.max_prompts = max_prompts
+        # In the order in which prompts were seen last, which JSON keeps.
         self._history: dict[str, deque[float]] = {}
 
     def update(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
@@ -60,19 +66,21 @@ class PromptStatistics:
             rows.setdefault(prompt, []).append(row)
         advantages = torch.zeros_like(values)
         for prompt, index in rows.items():
-            history = self._history.setdefault(prompt, deque(maxlen=self.buffer_size))
+            history = self._history.pop(prompt, None) or deque(maxlen=self.buffer_size)
+            self._history[prompt] = history
             history.extend(values[index].tolist())
             enough = len(history) >= self.min_count
             baseline = torch.tensor(list(history), dtype=torch.float64) if enough else values
             advantages[index] = _standardised(values[index], baseline)
+        self._forget()
         return _like(advantages, rewards)
 
     def state_dict(self) -> dict[str, Any]:
-        """The histories as JSON types, exact after a JSON round trip. The two settings are not in it."""
+        """The histories as JSON types, exact after a JSON round trip. The settings are not in it."""
         return {"history": {prompt: list(rewards) for prompt, rewards in self._history.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the histories by those of ``state_dict``; each keeps its newest ``buffer_size`` rewards.
+        """Replace the histories by those of ``state_dict``, of which the newest stay within this object's bounds.
 
         Raises ValueError if ``state`` is not what ``state_dict`` returns.
         """
@@ -81,3 +89,8 @@ class PromptStatistics:
         self._history = {
             prompt: deque(map(float, rewards), maxlen=self.buffer_size) for prompt, rewards in state["history"].items()
         }
+        self._forget()
+
+    def _forget(self) -> None:
+        for prompt in list(self._history)[: max(0, len(self._history) - self.max_prompts)]:
+            del self._history[prompt]

@@ -102,3 +102,31 @@ def test_bad_input_is_named_and_leaves_the_history_alone():
     for buffer_size, min_count in ((4, 5), (4, 0), (0, 0)):
         with pytest.raises(ValueError, match="min_count="):
             PromptStatistics(buffer_size, min_count)
+
+
+def test_the_state_has_a_bound_and_resumes_exactly():
+    """Every prompt new, as of a prompt list that no epoch repeats: the prompts seen last are kept."""
+    statistics, generator = PromptStatistics(4, 2), torch.Generator().manual_seed(0)
+    for start in range(0, 25_600, 3200):
+        statistics.update([f"prompt {i}" for i in range(start, start + 3200)], torch.randn(3200, generator=generator))
+    assert list(statistics.state_dict()["history"]) == [f"prompt {i}" for i in range(25_600 - 4096, 25_600)]
+    assert len(json.dumps(statistics.state_dict(), indent=1)) < 200_000
+
+    few = PromptStatistics(4, 2, max_prompts=3)
+    for prompts in (["a", "b"], ["c", "a"], ["d"]):  # b is the one not seen for longest
+        few.update(prompts, torch.randn(len(prompts), generator=generator))
+    assert list(few.state_dict()["history"]) == ["c", "a", "d"]
+    resumed = PromptStatistics(4, 2, max_prompts=3)
+    resumed.load_state_dict(json.loads(json.dumps(few.state_dict())))
+    for prompts in (["c", "e"], ["a", "d"], ["c", "e", "a", "d"]):
+        rewards = torch.randn(len(prompts), generator=generator)
+        assert torch.equal(resumed.update(prompts, rewards), few.update(prompts, rewards))
+        assert list(resumed.state_dict()["history"].items()) == list(few.state_dict()["history"].items())
+    with pytest.raises(ValueError, match="max_prompts=0"):
+        PromptStatistics(4, 2, max_prompts=0)
+
+
+def test_an_old_state_with_more_prompts_is_cut():
+    statistics = PromptStatistics(4, 2, max_prompts=2)
+    statistics.load_state_dict({"history": {"a": [1.0], "b": [2.0], "c": [3.0]}})
+    assert statistics.state_dict()["history"] == {"b": [2.0], "c": [3.0]}
