@@ -43,6 +43,7 @@ from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import ratio_statistics
+from diffusion_align.training.statistics import equal_reward_metric
 
 
 class DDPOConfig(DenoisingConfig):
@@ -243,8 +244,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             measured = [one.update(batch.all_prompts, c) for one, c in zip(self.statistics, columns.unbind(1))]
             advantages = torch.stack(measured, dim=1) @ self.weights
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        spread = batch.all_rewards.view(-1, config.group_size)
-        metrics = {"frac_reward_zero_std": (spread == spread[:, :1]).all(dim=1).float().mean().item()}
+        metrics = equal_reward_metric(batch.all_rewards, config.group_size)
 
         decisions = batch.steps.shape[1]
         local = advantages[self.local_samples.start : self.local_samples.stop].to(batch.logp_old)

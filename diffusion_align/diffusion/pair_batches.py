@@ -13,6 +13,7 @@ from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning
 from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.statistics import equal_reward_metric
 
 if TYPE_CHECKING:
     from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
@@ -99,8 +100,8 @@ def judged_pairs(trainer: DiffusionDPOTrainer) -> tuple[PairBatch, dict[str, flo
         x_t=path.x_t if logged else None,
         x_s=path.x_s if logged else None,
     )
-    tied = (gaps == 0).float().mean().item()
-    return batch, collected.metrics | {"frac_reward_zero_std": tied, "reward_gap": gaps.mean().item()}
+    equal = equal_reward_metric(collected.rewards, config.group_size)
+    return batch, collected.metrics | equal | {"reward_gap": gaps.mean().item()}
 
 
 def _steps(trainer: DiffusionDPOTrainer, sample: int) -> Tensor:

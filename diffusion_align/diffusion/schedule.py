@@ -93,6 +93,9 @@ class DiffusionSchedule:
 def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: float = 1.0) -> DiffusionSchedule:
     """The schedule that diffusers' DDIM or DDPM scheduler with this configuration would follow.
 
+    One departure: with ``timestep_spacing="linspace"`` DDIM's x_s is at the next timestep of the list, not at diffusers'
+    constant stride below x_t, which leaves the list.
+
     Args:
         scheduler: any diffusers scheduler of the DDPM family; only its configuration is read, so a pipeline's
             PNDM, Euler or DPM-solver scheduler serves as well.
@@ -170,14 +173,18 @@ def training_schedule(scheduler: Any) -> DiffusionSchedule:
 
 
 def _next_alphas_cumprod(source: Any, sampler: str, timesteps: Tensor) -> Tensor:
-    """ab at x_s. diffusers' two samplers disagree about which timestep that is, and both are followed."""
+    """ab at x_s. diffusers' two samplers disagree about which timestep that is, and both are followed.
+
+    But not DDIM's stride with linspace spacing: its 10 timesteps are 999, 888, ..., 0 and ``step`` goes down by 100, so
+    that the UNet would be told 888 of a latent with the noise of 899; here x_s has the noise of the next timestep.
+    """
     alphas_cumprod = source.alphas_cumprod.double()
-    if sampler == "ddim":  # a constant stride, whatever the spacing
-        following = timesteps - source.config.num_train_timesteps // len(timesteps)
+    following = torch.cat([timesteps[1:], torch.tensor([-1])])
+    last = torch.ones((), dtype=torch.float64)
+    if sampler == "ddim":
         last = source.final_alpha_cumprod.double()
-    else:  # the next timestep of the list
-        following = torch.cat([timesteps[1:], torch.tensor([-1])])
-        last = torch.ones((), dtype=torch.float64)
+        if source.config.timestep_spacing != "linspace":
+            following = timesteps - source.config.num_train_timesteps // len(timesteps)
     return torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], last)
 
 

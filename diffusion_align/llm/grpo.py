@@ -35,6 +35,7 @@ from diffusion_align.llm.policy import Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
 from diffusion_align.training.loop import Work
+from diffusion_align.training.statistics import equal_reward_metric
 
 KLForm = Literal[
     "k1_reward",
@@ -140,8 +141,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         else:
             assert self.rewards is not None
             advantages = several_rewards_advantages(batch.scores, groups, self.rewards.weights, **how)
-        spread = batch.rewards.view(-1, config.num_generations)
-        metrics = {"frac_reward_zero_std": (spread == spread[:, :1]).all(dim=1).float().mean().item()}
+        metrics = equal_reward_metric(batch.rewards, config.num_generations)
 
         own = slice(self.local_samples.start, self.local_samples.stop)
         batch.advantages = advantages[own].to(batch.logp_old)[:, None].expand(mask.shape)
@@ -153,7 +153,9 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         used = counted & ((advantages != 0) | torch.tensor(config.beta > 0))
         tokens = mask[counted[own].to(mask.device)].sum()
         batch.mean_length = max(self.global_sum(tokens) / max(int(counted.sum()), 1), 1.0)
-        return Work(used.nonzero().squeeze(1), counted=int(counted.sum())), metrics
+        # A mean over tokens is of those that count; a mean over completions is of all, those left out adding 0.
+        among = counted if config.loss_type == "dapo" else torch.ones_like(counted)
+        return Work(used.nonzero().squeeze(1), counted=int(among.sum())), metrics
 
     def loss(self, batch: GRPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""

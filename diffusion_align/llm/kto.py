@@ -26,6 +26,7 @@ from diffusion_align.llm.data import LabelledRow
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.loop import Work
+from diffusion_align.training.statistics import equal_reward_metric
 
 
 class KTOConfig(PreferenceConfig):
@@ -170,10 +171,8 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         above = (spread - spread.mean(1, keepdim=True) if limit is None else groups - limit).flatten()
         keep = above.nonzero().squeeze(1)
         batch = self._batch([row.ids for row in rows], collected.completions.sequences, above > 0, keep)
-        return batch, collected.metrics | {
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).double().mean().item(),
-            "desirable": (above > 0).double().mean().item(),
-        }
+        metrics = collected.metrics | equal_reward_metric(groups.flatten(), self.config.num_generations)
+        return batch, metrics | {"desirable": (above > 0).double().mean().item()}
 
     def _batch(self, prompts: Sequence[list[int]], sequences: Sequences, desirable: Tensor, keep: Tensor) -> KTOBatch:
         """Of this process's ``sequences``; prompts and labels are of the whole epoch."""

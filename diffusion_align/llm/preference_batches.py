@@ -21,6 +21,7 @@ from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.statistics import equal_reward_metric
 
 Batch = TypeVar("Batch")
 Selection = Literal["best_worst", "best_rest", "rso"]
@@ -204,7 +205,7 @@ def judged_preferences(
     rewards = collected.rewards.view(-1, config.num_generations)
     first = torch.arange(len(rewards)) * config.num_generations
     metrics = {
-        "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).double().mean().item(),
+        **equal_reward_metric(collected.rewards, config.num_generations),
         "reward_gap": (rewards.amax(1) - rewards.amin(1)).mean().item(),
     }
     if selection == "rso":

@@ -12,6 +12,17 @@ from torch import Tensor
 _EXTREMES = {"min": torch.amin, "max": torch.amax}
 
 
+def equal_reward_metric(rewards: Tensor, group_size: int) -> dict[str, float]:
+    """``frac_reward_zero_std``, the share of groups whose rewards are all equal; nothing of groups of one.
+
+    ``rewards`` (N,), a group beside each other.
+    """
+    if group_size < 2:
+        return {}
+    groups = rewards.view(-1, group_size)
+    return {"frac_reward_zero_std": (groups == groups[:, :1]).all(dim=1).double().mean().item()}
+
+
 class UpdateStatistics:
     """Collects (n,) tensors by name; a name ending in ``/min`` or ``/max`` keeps its extreme, others their mean.
 

@@ -13,6 +13,7 @@ from diffusion_align.diffusion.rollout import rollout, transition
 from diffusion_align.estimators import PromptStatistics
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
+from diffusion_align.training.statistics import equal_reward_metric
 
 PROMPTS = ["red apple", "a cat"]
 
@@ -129,6 +130,12 @@ def test_clip_range_nats_bounds_the_joint_ratio_on_both_sides(reduction, power, 
     assert power * math.log1p(trainer.clip_high) == pytest.approx(1.64)
     assert power * math.log1p(-trainer.clip) == pytest.approx(-1.64)
     assert trainer.clip_nats == pytest.approx(1.64)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, None), (2, 0.5), (4, 0.0)])
+def test_groups_of_one_have_no_spread_to_log(size, expected):
+    rewards = torch.tensor([1.0, 1.0, 2.0, 1.5])
+    assert equal_reward_metric(rewards, size).get("frac_reward_zero_std") == expected
 
 
 def test_pictures_without_advantage_are_left_out(make_trainer, streams):

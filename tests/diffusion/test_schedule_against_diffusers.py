@@ -58,11 +58,29 @@ def in_float64(scheduler):
     return wide
 
 
+class ListFollowingDDIM(DDIMScheduler):
+    """diffusers' step, to the next timestep of the list where its own stride leaves it (linspace)."""
+
+    def step(self, model_output, timestep, sample, **options):
+        if self.config.timestep_spacing != "linspace":
+            return super().step(model_output, timestep, sample, **options)
+        following = self.timesteps[self.timesteps < timestep]
+        previous = int(following.max()) if len(following) else -1
+        # ``step`` reads its stride from these two, and nothing else.
+        steps, self.num_inference_steps = self.num_inference_steps, 1
+        self.register_to_config(num_train_timesteps=int(timestep) - previous)
+        try:
+            return super().step(model_output, timestep, sample, **options)
+        finally:
+            self.num_inference_steps = steps
+            self.register_to_config(num_train_timesteps=1000)
+
+
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("setting", DDIM, ids=short)
 def test_ddim_steps_equal_diffusers(setting, eta, steps):
-    scheduler = DDIMScheduler(**BETAS, **setting)
+    scheduler = ListFollowingDDIM(**BETAS, **setting)
     if setting["prediction_type"] == "epsilon" and has_no_signal(scheduler, steps):
         with pytest.raises(UserError, match="predicts epsilon"):
             build_schedule(scheduler, steps, eta=eta)
@@ -84,7 +102,10 @@ def test_ddim_steps_equal_diffusers(setting, eta, steps):
         if scheduler.alphas_cumprod[timestep] == 0 and eta == 1:
             # std² is 1 - ab_s exactly and eps has no weight. diffusers takes the square root of what is left of
             # 1 - ab_s - std² after rounding to float32: up to 5e-4, or not a number.
-            ab_s = scheduler.alphas_cumprod[timestep - 1000 // steps].double()
+            stride = 1000 // steps
+            if setting["timestep_spacing"] == "linspace":
+                stride = timestep - int(scheduler.timesteps[i + 1])
+            ab_s = scheduler.alphas_cumprod[timestep - stride].double()
             x_0 = -prediction if setting["prediction_type"] == "v_prediction" else prediction
             x_0 = x_0.clamp(-1, 1) if setting["clip_sample"] else x_0
             torch.testing.assert_close(found.mean, ab_s.sqrt() * x_0, atol=1e-7, rtol=0)
@@ -128,7 +149,7 @@ def test_only_a_last_ddim_step_can_be_deterministic(spacing, setting, steps):
     scheduler = DDIMScheduler(**BETAS, timestep_spacing=spacing, **setting)
     schedule = build_schedule(scheduler, steps)
     last = int(schedule.table.timestep[-1])
-    reaches_x_0 = setting["set_alpha_to_one"] and last - 1000 // steps < 0  # ab_s = 1
+    reaches_x_0 = setting["set_alpha_to_one"] and (spacing == "linspace" or last - 1000 // steps < 0)  # ab_s = 1
     stands_still = last == 0  # ab_s = ab_t
     stochastic = steps - 1 if reaches_x_0 or stands_still else steps
     assert schedule.stochastic_steps.tolist() == list(range(stochastic))
@@ -174,13 +195,40 @@ def test_ddim_at_eta_1_is_ddpm_with_the_small_variance():
         torch.testing.assert_close(a.std, b.std, atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 50, 1000])
+def test_linspace_leaves_each_latent_with_the_noise_that_the_network_is_told(sampler, steps):
+    """DDIM's marginal variance after step i is 1 - ab at the timestep of step i + 1; diffusers' stride missed it."""
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="linspace", clip_sample=False, set_alpha_to_one=False)
+    table = build_schedule(scheduler, steps, sampler=sampler, eta=0.7).table
+    ab = scheduler.alphas_cumprod.double()
+    told = ab[table.timestep[1:]]
+    if sampler == "ddim":
+        torch.testing.assert_close(table.x_0_weight[:-1] ** 2, told, atol=0, rtol=1e-12)
+        torch.testing.assert_close(table.eps_weight[:-1] ** 2 + table.std[:-1] ** 2, 1 - told, atol=0, rtol=1e-12)
+        assert table.std[-1] == 0  # from timestep 0 to ab[0] again
+    else:  # q(x_s | x_t, x_0) over x_t ~ q(x_t | x_0)
+        alpha = table.x_0_weight + table.x_t_weight * table.alpha_t
+        torch.testing.assert_close(alpha[:-1] ** 2, told, atol=0, rtol=1e-12)
+
+
+def test_diffusers_stride_with_linspace_was_up_to_twelve_times_the_variance():
+    """Why the list is followed: 10 steps, 999 -> 899 while the network is told 888, and at the end 111 -> 11 for 0."""
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="linspace", clip_sample=False)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+    ab = scheduler.alphas_cumprod.double()
+    too_much = (1 - ab[scheduler.timesteps[:-1] - 100]) / (1 - ab[scheduler.timesteps[1:]])
+    assert 11 < too_much.max() < 13
+
+
 @pytest.mark.parametrize("eta", [0.2, 1.0])
 def test_marginals_are_those_of_the_forward_process(eta):
     """A perfect prediction takes N(alpha_t x_0, sigma_t²) to N(alpha_s x_0, sigma_s²) at every step."""
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False)
     schedule = build_schedule(scheduler, 8, eta=eta)
     table, ab = schedule.table, scheduler.alphas_cumprod.double()
-    for i, t in enumerate(table.timestep.tolist()):
+    for i, t in enumerate(table.timestep.tolist()):  # the default spacing is leading
         ab_s = ab[max(t - 125, 0)]
         torch.testing.assert_close(table.x_0_weight[i] ** 2, ab_s)
         torch.testing.assert_close(table.eps_weight[i] ** 2 + table.std[i] ** 2, 1 - ab_s)

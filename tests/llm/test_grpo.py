@@ -322,6 +322,26 @@ def test_truncated_completions_are_left_out(make_run):
     assert batch.mean_length == pytest.approx(lengths.double().mean().item())
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_truncated_completions_add_nothing_and_are_counted_among_all(loss_type, make_run, make_language_policy):
+    """Means over completions divide by all of them, as if those cut off had a loss of 0; one over tokens does not."""
+    policy = make_language_policy(noise=0.05, dtype=torch.float64)
+    trainer = make_run(policy=policy, mask_truncated_completions=True, max_completion_length=20, loss_type=loss_type)
+    batch, keep, _ = collected(trainer)
+    assert 0 < len(keep) < 16
+    losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    scored = policy.score(batch.sequences)
+    tokens, _ = trainer.surrogate(scored, policy.log_probs(scored), batch.logp_old, batch.advantages)
+    ended = scored.mask & batch.finished[:, None]
+    if loss_type == "dapo":
+        expected = tokens[ended].mean()
+    else:
+        lengths = scored.mask.sum(1) if loss_type == "grpo" else 20
+        expected = (torch.where(ended, tokens, 0.0).sum(1) / lengths).sum() / 16
+    counted = trainer.estimate(batch)[0].counted
+    torch.testing.assert_close(losses.sum() / counted, expected, atol=1e-12, rtol=1e-9)
+
+
 def test_two_rewards_with_weights(make_run):
     trainer = make_run(rewards=((short, 0.5), (even, 2.0)), temperature=2.0)
     batch, _, metrics = collected(trainer)

@@ -113,7 +113,7 @@ def test_equal_rewards_change_nothing(train):
     trainer, rows = train(reward=flat)
     epochs = [row for row in rows if "reward" in row]
     assert [row["samples_used"] for row in epochs] == [0, 0]
-    assert [row["frac_reward_zero_std"] for row in epochs] == [1, 1]
+    assert not any("frac_reward_zero_std" in row for row in epochs), "groups of one have no spread to speak of"
     assert trainer.step == 4
     assert all(p.abs().max() == 0 for name, p in trainer.trainable.items() if "lora_B" in name)
 
