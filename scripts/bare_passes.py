@@ -5,6 +5,7 @@ Passes are counted inside ``with UNetPasses() as passes:`` (or ``LanguagePasses`
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from typing import Any
@@ -44,15 +45,12 @@ class UNetPasses:
         inputs = {batch: self._inputs(policy, batch) for batch, _, _ in self._passes}
         with _Stopwatch() as watch:
             for (batch, with_gradient, is_reference), count in self._passes.items():
-                if is_reference:
-                    policy.unet.disable_adapters()
-                for _ in range(count):
-                    with torch.set_grad_enabled(with_gradient):
-                        output = self._run_unet(policy, *inputs[batch])
-                    if with_gradient:
-                        output.sum().backward()
-                if is_reference:
-                    policy.unet.enable_adapters()
+                with policy.reference() if is_reference else contextlib.nullcontext():
+                    for _ in range(count):
+                        with torch.set_grad_enabled(with_gradient):
+                            output = self._run_unet(policy, *inputs[batch])
+                        if with_gradient:
+                            output.sum().backward()
         policy.unet.zero_grad()
         return watch.seconds
 
@@ -130,16 +128,13 @@ class LanguagePasses:
     def _score(policy: Any, batch: int, length: int, first: int, gradient: bool, reference: bool) -> None:
         ids = torch.full((batch, length), 5, device=policy.device)
         places = torch.arange(first, length - 1, device=policy.device)
-        if reference:
-            policy.model.disable_adapters()
-        with torch.set_grad_enabled(gradient):
-            output = policy.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=places
-            )
-        if gradient:
-            output.logits.sum().backward()
-        if reference:
-            policy.model.enable_adapters()
+        with policy.reference() if reference else contextlib.nullcontext():
+            with torch.set_grad_enabled(gradient):
+                output = policy.model(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=places
+                )
+            if gradient:
+                output.logits.sum().backward()
 
 
 class _Stopwatch:

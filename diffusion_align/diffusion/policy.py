@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusion_align.training.config import Section
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.lora import adapter_layers, add_lora, carries_adapters, switched_off
 
 Conditioning = dict[str, Tensor]
 """UNet keyword -> (B, ...): ``encoder_hidden_states`` and, for SDXL, ``text_embeds`` and ``time_ids``."""
@@ -88,8 +89,9 @@ class DenoisingPolicy:
             self._frozen_unet = copy.deepcopy(pipeline.unet.float())
             pipeline.unet.requires_grad_(True)
         elif not adapted:
-            pipeline.unet.add_adapter(peft_config(lora))
+            add_lora(pipeline.unet, peft_config(lora))
             pipeline.unet.eval()  # the new layers as well
+        self._adapter_layers = adapter_layers(pipeline.unet)
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
@@ -166,16 +168,11 @@ class DenoisingPolicy:
     def reference(self) -> Iterator[None]:
         """Inside, ``predict`` is the reference policy: the adapter switched off, or the frozen copy."""
         trained = self.pipeline.unet
-        if self._frozen_unet is None:
-            trained.disable_adapters()
-        else:
-            self.pipeline.unet = self._frozen_unet
-        try:
-            yield
-        finally:
-            if self._frozen_unet is None:
-                trained.enable_adapters()
-            else:
+        with switched_off(self._adapter_layers):
+            self.pipeline.unet = trained if self._frozen_unet is None else self._frozen_unet
+            try:
+                yield
+            finally:
                 self.pipeline.unet = trained
 
     @torch.no_grad()
@@ -221,9 +218,9 @@ def save_lora(pipeline: Any, folder: Path) -> None:
 
 def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
     """Whether ``unet`` already carries the adapter that ``lora`` describes, which is then trained on."""
-    adapters = getattr(unet, "peft_config", None) or {}
-    if not adapters:
+    if not carries_adapters(unet):
         return False
+    adapters = unet.peft_config
     if set(adapters) != {"default"} or lora is None:
         raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
     carried, wanted = adapters["default"], peft_config(lora)

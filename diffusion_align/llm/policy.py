@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,14 @@ from torch import Tensor, nn
 from diffusion_align.estimators import token_log_probs
 from diffusion_align.training.config import Section
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.lora import (
+    adapter_layers,
+    add_lora,
+    carries_adapters,
+    merge_lora,
+    save_peft,
+    switched_off,
+)
 
 IGNORED = -100
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
@@ -169,7 +176,7 @@ class LanguagePolicy:
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
-        if getattr(model, "peft_config", None):
+        if carries_adapters(model):
             raise UserError("the model carries adapters already: merge or unload them before training")
         if reference is not None and _vocabulary(reference) != _vocabulary(model):
             raise UserError(
@@ -188,11 +195,12 @@ class LanguagePolicy:
         if lora is None:
             model.requires_grad_(True)
         else:
-            model.add_adapter(peft_config(lora, model, task_type="CAUSAL_LM"))
+            add_lora(model, peft_config(lora, model, task_type="CAUSAL_LM"))
             model.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        self._adapter_layers = adapter_layers(model)
         self._frozen: nn.Module | None = None
         if reference is not None:
             self._frozen = reference.to(device).requires_grad_(False).eval()
@@ -275,18 +283,14 @@ class LanguagePolicy:
     def reference(self) -> Iterator[None]:
         """Inside, ``score`` is the reference policy: the other model, the frozen copy, or the adapter switched off."""
         trained = self.model
-        if self._frozen is not None:
-            self.model = self._frozen
-        elif self.lora is not None:
-            trained.disable_adapters()
-        else:
+        if self._frozen is None and self.lora is None:
             raise ValueError("this policy was made without a reference: needs_reference=True keeps one")
-        try:
-            yield
-        finally:
-            if self.model is trained:
-                trained.enable_adapters()
-            self.model = trained
+        with switched_off([] if self._frozen is not None else self._adapter_layers):
+            self.model = trained if self._frozen is None else self._frozen
+            try:
+                yield
+            finally:
+                self.model = trained
 
     def save(self, folder: Path) -> None:
         """Write adapter or model, and the tokenizer, for plain transformers (with peft)."""
@@ -295,24 +299,18 @@ class LanguagePolicy:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model, or what is trained of it, and its tokenizer, for plain transformers (with peft)."""
-    with warnings.catch_warnings():
-        # PEFT looks for a full model in the run that adapters go on; what it then assumes is right.
-        warnings.filterwarnings("ignore", "Could not find a config file")
+    if carries_adapters(model):
+        save_peft(model, folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(str(folder))
+    else:
         model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
 def merged(model: Any) -> Any:
     """``model`` with its LoRA adapters added to the weights and no adapter layers left."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in [pair for pair in model.named_modules() if isinstance(pair[1], LoraLayer)]:
-        module.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module.get_base_layer())
-    if getattr(model, "peft_config", None):
-        del model.peft_config
-        model._hf_peft_config_loaded = False
+    merge_lora(model)
     return model
 
 
@@ -331,5 +329,6 @@ def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: S
         target_modules="all-linear" if lora.layers == "all-linear" else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
         task_type=task_type,
+        base_model_name_or_path=model.name_or_path,
         modules_to_save=list(also_trained) or None,
     )

@@ -30,6 +30,7 @@ from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.loop import Trainer, Work
+from diffusion_align.training.lora import add_lora, carries_adapters
 from diffusion_align.training.prompts import items_of_epoch
 
 
@@ -78,7 +79,7 @@ class RewardModel:
             raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
         if model.config.num_labels != 1:
             raise UserError(f"the model has num_labels={model.config.num_labels}: a reward model has 1")
-        if getattr(model, "peft_config", None):
+        if carries_adapters(model):
             raise UserError("the model carries adapters already: merge or unload them before training")
         self.model, self.tokenizer, self.device, self.autocast = model.to(device), tokenizer, device, autocast
         self.pad = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
@@ -86,7 +87,7 @@ class RewardModel:
         model.requires_grad_(lora is None)
         if lora is not None:
             # The head is called by either name.
-            model.add_adapter(peft_config(lora, model, task_type="SEQ_CLS", also_trained=["score", "classifier"]))
+            add_lora(model, peft_config(lora, model, task_type="SEQ_CLS", also_trained=["score", "classifier"]))
         model.eval()
         for parameter in self.trainable.values():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

@@ -20,6 +20,7 @@ from diffusion_align.llm.loading import (
 )
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.lora import add_lora, save_peft
 
 HELDOUT = [  # verses that tiny-lm was not trained on
     "Then I said, I shall die in my nest, and I shall multiply my days as the sand.",
@@ -367,14 +368,14 @@ def test_adapters_of_a_classifier_and_of_a_language_model_below_it(saved, tmp_pa
     policy = _run(tmp_path / "policy", model=str(folder))
     _train(load_language_model(str(folder))[0], _tokenizer(), policy / "final", seed=1)
     classifier, tokenizer = load_sequence_classifier(str(policy))
-    classifier.add_adapter(LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]))
+    add_lora(classifier, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]))
     with torch.no_grad():
         for key, parameter in classifier.named_parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
                 assert ".lora_" in key or "score" in key
     run = _run(tmp_path / "reward", model=str(policy), method="reward_model")
-    classifier.save_pretrained(str(run / "final"))
+    save_peft(classifier, run / "final")
     tokenizer.save_pretrained(str(run / "final"))
     torch.manual_seed(5)  # another head than the one the adapters brought would differ
     loaded, _ = load_sequence_classifier(str(run), dtype=torch.float64)

@@ -11,6 +11,7 @@ from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.errors import ConfigError, UserError
+from diffusion_align.training.lora import add_lora
 
 SETTINGS = {
     "epochs": 2,
@@ -271,7 +272,7 @@ def test_a_model_that_carries_adapters_keeps_them(load, tmp_path):
     from peft import LoraConfig
 
     pipe = load()
-    pipe.model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    add_lora(pipe.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     before = logits(pipe.model)
     with pytest.raises(UserError, match="the model carries adapters already: merge or unload them before training"):
         pipe.align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", **SETTINGS)

@@ -10,6 +10,7 @@ import torch
 from diffusion_align.rewards import RewardError, build_text_reward, call_text_reward, text_reward_problem
 from diffusion_align.rewards.text import similarity as similarity_module
 from diffusion_align.rewards.text.classifier import layout
+from diffusion_align.training.lora import add_lora, save_peft
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>", "a", "red", "green", "apple", "pear", "is", "good", "bad", "very"]
 WORDS += ["user", "assistant", "."]
@@ -319,8 +320,8 @@ def test_an_adapter_over_a_classifier_that_has_a_head(llama_judge, tmp_path):
 
     model = LlamaForSequenceClassification.from_pretrained(llama_judge)
     torch.manual_seed(1)
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    model.save_pretrained(tmp_path)
+    add_lora(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    save_peft(model, tmp_path)
     with torch.no_grad():
         expected = [model.double().eval()(ids(text, encoder=False)).logits[0, 0] for text in COMPLETIONS]
     found = scores({"name": "classifier", "model": str(tmp_path), "base": llama_judge, "reads": "completion"})
