@@ -30,6 +30,7 @@ from diffusion_align.rewards.clip import clip_problem
 from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.launch import launch_problems
 from diffusion_align.training.prompts import PromptsConfig, prompts_problems
 
 IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
@@ -200,9 +201,10 @@ def _check_trackers(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _check_precision(raw: Mapping[str, Any]) -> list[str]:
+    problems = launch_problems(raw.get("mixed_precision", "no"))
     if raw.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
-        return ["mixed_precision='fp16' needs a GPU: use no, bf16 or auto"]
-    return []
+        problems.append("mixed_precision='fp16' needs a GPU: use no, bf16 or auto")
+    return problems
 
 
 def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:

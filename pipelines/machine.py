@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 
 from diffusion_align.training.config import TrainingConfig, load_yaml
+from diffusion_align.training.launch import launched_precision, make_accelerator
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -34,8 +35,8 @@ def start(config: Config, seconds_a_pass: Callable[[bool], float]) -> tuple[Conf
         broadcast_object_list(choice)  # every process must use the same
         config = config.model_copy(update={"mixed_precision": choice[0]})
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
+    accelerator = make_accelerator(
+        config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
     )
     set_seed(config.seed)
     return config, accelerator
@@ -53,9 +54,11 @@ def best_seconds(forward: Callable[[], object], narrow: bool) -> float:
 
 
 def _faster_precision(config: TrainingConfig, seconds_a_pass: Callable[[bool], float]) -> str:
-    """A resumed run's own choice, a GPU's bf16, or the faster on this CPU."""
+    """A resumed run's own choice, what accelerate was launched with, a GPU's bf16, or the faster on this CPU."""
     if config.resume and (config.output_dir / "config.yaml").is_file():
         return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
+    if launched := launched_precision():
+        return launched
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if seconds_a_pass(True) < 0.9 * seconds_a_pass(False) else "no"

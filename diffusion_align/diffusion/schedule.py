@@ -93,8 +93,8 @@ class DiffusionSchedule:
 def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: float = 1.0) -> DiffusionSchedule:
     """The schedule that diffusers' DDIM or DDPM scheduler with this configuration would follow.
 
-    One departure: with ``timestep_spacing="linspace"`` DDIM's x_s is at the next timestep of the list, not at diffusers'
-    constant stride below x_t, which leaves the list.
+    One departure: with ``timestep_spacing="linspace"`` DDIM's x_s is at the next timestep of the list, not one constant
+    stride below x_t, by which diffusers leaves the list.
 
     Args:
         scheduler: any diffusers scheduler of the DDPM family; only its configuration is read, so a pipeline's

@@ -14,6 +14,7 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.showing import ImageShow
+from diffusion_align.training.launch import make_accelerator
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 
@@ -43,7 +44,7 @@ class DenoisingTrainer(Trainer[Batch]):
         evaluation: Evaluation | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        super().__init__(config, accelerator or Accelerator())
+        super().__init__(config, accelerator or make_accelerator())
         self.policy, self.reward, self.evaluation = policy, reward, evaluation
 
     def show_with(self, schedule: DiffusionSchedule, prompts: Sequence[Prompt]) -> None:

@@ -29,6 +29,7 @@ from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config,
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.launch import make_accelerator
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.lora import add_lora, carries_adapters
 from diffusion_align.training.prompts import items_of_epoch
@@ -180,7 +181,7 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         eval_rows: Sequence[PreferenceRow] = (),
         accelerator: Accelerator | None = None,
     ) -> None:
-        super().__init__(config, accelerator or Accelerator())
+        super().__init__(config, accelerator or make_accelerator())
         self.model = model
         self.pairs, self.eval_pairs = (
             [(row, rejected) for row in some for rejected in row.rejected] for some in (rows, eval_rows)

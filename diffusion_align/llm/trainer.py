@@ -15,6 +15,7 @@ from diffusion_align.llm.policy import LanguagePolicy, widest_float
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.llm.showing import SHOWN, TextShow
 from diffusion_align.report import write_report
+from diffusion_align.training.launch import make_accelerator
 from diffusion_align.training.loop import Trainer
 
 Batch = TypeVar("Batch")
@@ -43,7 +44,7 @@ class TextTrainer(Trainer[Batch]):
         shown: Sequence[PromptRow] = (),
         accelerator: Accelerator | None = None,
     ) -> None:
-        super().__init__(config, accelerator or Accelerator())
+        super().__init__(config, accelerator or make_accelerator())
         self.policy, self.rewards = policy, rewards
         self._show = TextShow(
             policy,

@@ -28,6 +28,7 @@ from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from diffusion_align.training.launch import accelerator_problems
 from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import UpdateStatistics
@@ -89,6 +90,8 @@ class Trainer(ABC, Generic[Batch]):
         self._failed_together = False
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[dict[str, Any], dict[str, Any]] | None = None
+        if problems := accelerator_problems(accelerator):
+            raise ConfigError(problems)
         if config.samples_per_epoch % (accelerator.num_processes * config.sample_batch_size):
             raise ConfigError(
                 [
