@@ -445,18 +445,14 @@ def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, d
 
 
 def _open(path: Path) -> Any:
-    from PIL import Image
+    from diffusion_align.images import UnreadableImage, open_image
 
+    if not path.exists():
+        raise _user_error(f"there is no picture {path}")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except FileNotFoundError:
-        raise _user_error(f"there is no picture {path}") from None
-    except Image.DecompressionBombError as error:
-        raise _user_error(f"{path}: {error}") from None
-    except Exception:  # PIL raises whatever a damaged file makes it raise
-        raise _user_error(f"{path} is not a picture that can be read") from None
+        return open_image(path)
+    except UnreadableImage as problem:
+        raise _user_error(f"{path} {problem}") from None
 
 
 def _check_folder(path: Path, option: str = "--output") -> None:

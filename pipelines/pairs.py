@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from diffusion_align.diffusion.runs import image_model_problem
+from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, call_reward, reward_problem
@@ -212,7 +213,13 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _grid(output: Path, rows: Sequence[Row]) -> Image.Image:
-    sides = [[_open(output / row[side]) for row in rows] for side in ("chosen", "rejected")]
+    sides: tuple[list[Image.Image], list[Image.Image]] = ([], [])
+    for row in rows:
+        for images, side in zip(sides, ("chosen", "rejected")):
+            try:
+                images.append(open_image(output / row[side]))
+            except UnreadableImage as problem:
+                raise UserError(f"{output / row[side]} {problem}: choose another output folder") from None
     return before_after(
         *sides,
         captions=[row["prompt"] for row in rows],
@@ -220,11 +227,6 @@ def _grid(output: Path, rows: Sequence[Row]) -> Image.Image:
         rewards_after=[row["score_rejected"] for row in rows],
         labels=("chosen", "rejected"),
     )
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_align.images import UnreadableImage, to_rgb
 from diffusion_align.report import image_grid, save_png
-from diffusion_align.report.grids import to_pil
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import UserError, first_line
 
 Picture = Image.Image | Tensor | np.ndarray
-_DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # of which nothing says what is white
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def score_images(
 
 
 def as_picture(image: Picture, index: int = 0) -> Tensor:
-    """Float (3, H, W) in [0, 1] of a picture; what is transparent is put on white.
+    """Float (3, H, W) in [0, 1] of a picture; a PIL image as ``diffusion_align.images`` has it from a file.
 
     Args:
         image: as for ``score_images``.
@@ -118,9 +117,12 @@ def as_picture(image: Picture, index: int = 0) -> Tensor:
     """
     subject = f"image {index}"
     if isinstance(image, Image.Image):
-        if image.mode in _DEEP_MODES:
-            raise UserError(f"{subject} has mode={image.mode!r}, which does not say what is white: convert it to RGB")
-        return as_batch(to_pil([image]))[0]
+        try:
+            return as_batch([to_rgb(image)])[0]
+        except UnreadableImage as problem:
+            raise UserError(f"{subject} {problem}") from None
+        except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is decoded only now
+            raise UserError(f"{subject} cannot be read ({first_line(error)})") from None
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))):
             raise UserError(

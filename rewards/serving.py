@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import io
 import ipaddress
 import signal
 import socket
@@ -30,12 +29,12 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from diffusion_align import __version__
+from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.rewards.base import Reward, RewardError, call_reward, reward_name
 from diffusion_align.rewards.remote import TOKEN, Limits
 
@@ -181,11 +180,8 @@ def decode(text: str, index: int, max_pixels: int) -> np.ndarray:
     if width * height > max_pixels:
         raise HTTPException(413, f"image {index} is {width} x {height}: at most {max_pixels} pixels each may be sent")
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            if image.size != (width, height) or image.mode != "RGB":
-                raise ValueError("two headers")
-            return np.array(image)
-    except Exception:  # PIL raises what the file makes it raise
+        return np.array(open_image(data, max_pixels=width * height))  # a file may hold two headers
+    except UnreadableImage:
         raise unreadable from None
 
 

@@ -7,7 +7,6 @@ whether picture 0 wins. Pictures are decoded when asked for and never kept.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.diffusion.pair_sources import EMBEDDED, LAYOUTS, open_table, table_source
+from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.rows import BadRow, RowsConfig, bad_rows_error, checked_prompt, open_rows, rows_problems
 from diffusion_align.training.tables import FILES, SHOWN, StreamedTable, Table, short
-
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL would run Ghostscript on an EPS
 
 
 class PairsConfig(RowsConfig):
@@ -211,21 +209,14 @@ def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | byte
 
 
 def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
-    """The picture in RGB, upright, on white where it is transparent."""
+    """The picture in RGB, as ``open_image`` reads it."""
     source = _picture_source(value, side, folder)
     if isinstance(source, Tensor):
         return Image.fromarray((source * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
-                return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8)).convert("RGB")
-            if not picture.has_transparency_data:
-                return picture.convert("RGB")
-            white = Image.new("RGBA", picture.size, "white")
-            return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-    except Exception:  # PIL's decoders raise whatever they meet in a damaged file
-        raise BadRow(f"{side} is not a picture that can be read") from None
+        return open_image(source)
+    except UnreadableImage as problem:
+        raise BadRow(f"{side} {problem}") from None
 
 
 def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -> Tensor:

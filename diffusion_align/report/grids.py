@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion_align.images import UnreadableImage, to_rgb
+
 Images = torch.Tensor | Sequence[Image.Image]
 
 MARGIN = 8
@@ -36,11 +38,11 @@ def to_pil(images: Images) -> list[Image.Image]:
         pixels = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().to(torch.uint8)
         return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pixels]
     pictures = []
-    for image in images:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba)
-        pictures.append(image.convert("RGB"))
+    for i, image in enumerate(images):
+        try:
+            pictures.append(to_rgb(image))
+        except UnreadableImage as problem:
+            raise ValueError(f"image {i} {problem}") from None
     return pictures
 
 

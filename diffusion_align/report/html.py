@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.report import plots, texts
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
 
@@ -414,14 +415,13 @@ def _inline(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        with Image.open(path) as image:
-            image.load()
-            if image.width <= MAX_IMAGE_WIDTH:
-                return _data_uri(path.read_bytes())
-            height = max(1, round(image.height * MAX_IMAGE_WIDTH / image.width))
-            small = image.convert("RGB").resize((MAX_IMAGE_WIDTH, height), Image.Resampling.LANCZOS)
-    except OSError:
+        image = open_image(path)
+        if image.width <= MAX_IMAGE_WIDTH:
+            return _data_uri(path.read_bytes())
+    except (OSError, UnreadableImage):
         return None
+    height = max(1, round(image.height * MAX_IMAGE_WIDTH / image.width))
+    small = image.resize((MAX_IMAGE_WIDTH, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="PNG")
     return _data_uri(buffer.getvalue())

@@ -1,0 +1,179 @@
+"""Images of people as 8-bit sRGB, by the same rules whoever reads them: pairs, ``score``, notebooks, a reward server.
+
+Upright as EXIF says, colours as the ICC profile says, the first frame, on white where it is transparent. Sixteen bits a
+channel are scaled by 65535, or by what the file says that it uses of them; where that cannot be told, or an image holds
+32-bit numbers of which nothing says what is white, it is refused and not turned black.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import struct
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+# PIL has plug-ins that run other programs (Ghostscript for EPS) or read formats that are no images (FITS, PSD):
+# what a file is called, or begins with, must not choose among those.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 178_956_970  # where PIL itself takes an image for a decompression bomb
+_UNTOLD = 0x4000  # of 0x10000; below it, the brightest value of 16 bits is likelier the white of 10, 12 or 14 bits
+
+
+class UnreadableImage(ValueError):
+    """What is wrong with an image, to stand behind its name: "is not a picture that can be read"."""
+
+
+def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in a file, or in the bytes of one, in RGB.
+
+    Raises:
+        UnreadableImage: there is no such file, it is none of ``FORMATS`` or damaged, has more than ``max_pixels``, or
+            values that do not say what is white.
+    """
+    if not isinstance(source, bytes) and not os.path.isfile(source):  # a FIFO would be waited for
+        raise UnreadableImage("is not a picture file")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+            if file.width * file.height > max_pixels:
+                raise UnreadableImage(f"is {file.width} x {file.height}: at most {max_pixels} pixels are read")
+            bits = _bits(file, source)
+            file.load()
+            return to_rgb(file, bits)
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError:
+        raise UnreadableImage(f"has more pixels than the {MAX_PIXELS} that are read") from None
+    except MemoryError:
+        raise UnreadableImage("does not fit into this machine's memory") from None
+    except Exception:  # PIL's decoders raise whatever they meet in a damaged file
+        raise UnreadableImage("is not a picture that can be read") from None
+
+
+def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Image:
+    """A PIL image, opened by whomever, in RGB by the rules of this module.
+
+    Args:
+        bits: (in the file, of them used) of each channel; None if no file says.
+
+    Raises:
+        UnreadableImage: its values do not say what is white.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block says nothing about the image
+        image = image.copy()
+    if image.mode == "F" or (image.mode == "I" and bits is None):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise UnreadableImage(f"holds {kind}, which do not say what is white: save it with 8 bits a channel")
+    if image.mode.startswith("I"):
+        return _in_srgb(_from_16_bits(image, bits or (16, 16)))
+    if bits is not None and bits[0] == 16:  # PIL keeps the upper eight
+        _check_range(int(np.asarray(image.convert("RGB")).max()) << 8, at_zero=False)
+    try:
+        return _in_srgb(image)
+    except ValueError:
+        raise UnreadableImage(f"has mode {image.mode!r}, which is not read: convert it to RGB") from None
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Of an image of 8 bits a channel."""
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.has_transparency_data:
+        grey = image.mode in ("L", "LA")
+        image = image.convert("RGBA")
+        alpha, image = image.getchannel("A"), image.convert("L" if grey else "RGB")
+    elif image.mode not in ("L", "RGB", "CMYK"):  # the modes that profiles are for
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and profile else None
+    if transform is not None:
+        image = cast(Image.Image, ImageCms.applyTransform(image, transform))
+    image = image.convert("RGB")
+    if alpha is None:
+        return image
+    image.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What turns colours of ``profile`` into sRGB; None where it is sRGB, or damaged, or for images of another mode.
+
+    sRGB is told by what it does: a transform that moves no colour by more than one level would only add its rounding.
+    """
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
+        )
+        if mode == "CMYK":
+            return transform
+        levels = np.arange(0, 256, 15, dtype=np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+        probe = Image.fromarray(colours if mode == "RGB" else levels[None])
+        moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int) - np.asarray(probe.convert("RGB"))
+        return transform if np.abs(moved).max() > 1 else None
+    except Exception:  # as browsers do: colours without a usable profile are sRGB
+        return None
+
+
+def _from_16_bits(image: Image.Image, bits: tuple[int, int]) -> Image.Image:
+    """Greys of 16 bits in 8, with a mask where one of them stands for transparent."""
+    values = np.asarray(image).astype(np.int64)
+    stored, used = bits
+    full = (1 << min(stored, 16)) - 1
+    if image.info.get("white_is_zero"):
+        values = full - values
+    if stored >= 16:
+        # The PNG standard has samples of fewer bits spread over all 16; many writers put them in as they are.
+        lower = (1 << (16 - used)) - 1
+        if used < 16 and values.max() < 1 << used and (values & lower).any():
+            full = (1 << used) - 1
+        else:
+            _check_range(int(values.max()))
+    grey = Image.fromarray((values * 255 / full).round().clip(0, 255).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):
+        grey = Image.merge("LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
+    if "icc_profile" in image.info:
+        grey.info["icc_profile"] = image.info["icc_profile"]
+    return grey
+
+
+def _check_range(highest: int, *, at_zero: bool = True) -> None:
+    """Refuse 16-bit values of which the highest is such that they are likelier of 8, 10, 12 or 14 bits."""
+    if highest < _UNTOLD and not (highest == 0 and at_zero):
+        raise UnreadableImage(
+            "has 16 bits a channel and uses less than a quarter of their range, which does not say what is white: "
+            "save it with 8 bits a channel"
+        )
+
+
+def _bits(file: Image.Image, source: str | Path | bytes) -> tuple[int, int] | None:
+    """(in the file, of them used) of each channel of a PNG or TIFF."""
+    if file.format == "TIFF":
+        if file.mode in ("I", "F"):
+            return None
+        tags = file.tag_v2  # type: ignore[attr-defined]
+        depth = int(max(tags.get(258, (1,))))
+        if tags.get(262) == 0 and file.mode.startswith("I;16"):  # PIL turns such an image of 8 bits over, not this one
+            file.info["white_is_zero"] = True
+        return depth, depth
+    if file.format != "PNG":
+        return None
+    start = source
+    if not isinstance(start, bytes):
+        with open(start, "rb") as raw:
+            start = raw.read(1 << 20)
+    depth = used = start[24]
+    place = 8
+    while place + 8 <= len(start):  # chunks: length, kind, content, checksum
+        length, kind = struct.unpack_from(">I4s", start, place)
+        if kind == b"sBIT":
+            used = max(start[place + 8 : place + 8 + length], default=depth)
+        if kind in (b"sBIT", b"PLTE", b"IDAT"):
+            break
+        place += 12 + length
+    return depth, used if 0 < used <= depth else depth
