@@ -92,6 +92,7 @@ def complete(
 
     from diffusion_align.pipelines import TextAlignmentPipeline
     from diffusion_align.pipelines.text import read_prompts
+    from diffusion_align.training.errors import printable
 
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
@@ -102,7 +103,9 @@ def complete(
     pipeline = TextAlignmentPipeline.from_pretrained(model)
     written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
     for text, completion in zip(texts, written, strict=True):
-        shown = Text(text if isinstance(text, str) else text[-1]["content"], style="dim").append(completion, "not dim")
+        last = text if isinstance(text, str) else str(text[-1]["content"])
+        asked, said = (printable(one, keep="\n\t") for one in (last, completion))
+        shown = Text(asked, style="dim").append(said, "not dim")
         _console.print(shown, highlight=False, soft_wrap=True)
     if output is not None:
         rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
@@ -150,6 +153,7 @@ def serve_reward(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="pictures a request")] = 64,
     max_bytes: Annotated[int, typer.Option(min=1000, help="bytes a request")] = 64_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, help="pixels a request, of all images together")] = 8 * 1024 * 1024,
     threads: Annotated[int, typer.Option(min=1, help="of torch; a training run scores with one")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
     prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
@@ -176,7 +180,7 @@ def serve_reward(
         torch.set_num_threads(threads)
         function = _reward(reward, option, model, device)
         check_reward(function, image_size=256, device=device, prompts=texts, metadata=metadata)
-        limits = serving.Limits(max_batch, max_bytes)
+        limits = serving.Limits(max_batch, max_bytes, max_pixels)
         served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device)
         line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
         serving.RewardServer(served, lambda: _print(line)).serve_on(bound)
@@ -374,8 +378,10 @@ def _hide_loading_bars() -> None:
 
 
 def _say(sentences: str) -> int:
-    for sentence in sentences.splitlines():
-        _errors.print(f"error: {sentence}", markup=False)
+    from diffusion_align.training.errors import printable
+
+    for sentence in sentences.split("\n"):
+        _errors.print(f"error: {printable(sentence)}", markup=False)
     return 2
 
 
@@ -400,8 +406,10 @@ def _is_a(error: Exception, *names: str) -> bool:
 
 
 def _print(line: str) -> None:
-    """Print as it is: no markup in it, not cut at the terminal's width."""
-    _console.print(line, highlight=False, markup=False, soft_wrap=True)
+    """Print as it is: no markup in it, not cut at the terminal's width, nothing that steers a terminal."""
+    from diffusion_align.training.errors import printable
+
+    _console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _reward(name: str, options: list[str] | None, model: str, device: str) -> Any:

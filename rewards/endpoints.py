@@ -1,6 +1,13 @@
-"""What rewards that ask a server share: its address, the token, pictures as PNG, and patience while it is away."""
+"""What rewards that ask a server share: its address, the token, images as PNG, and patience while it is away.
 
+Nothing a server sends is trusted: an answer is read up to a bound, as it is on the wire (nothing is decompressed), and
+one deadline holds for all of a request, so that neither an endless nor a dribbling answer is waited for.
+"""
+
+import asyncio
+import concurrent.futures
 import email.utils
+import functools
 import io
 import ipaddress
 import json
@@ -8,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +26,14 @@ from PIL import Image
 
 from diffusion_align.interrupt import interrupted
 from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.training.errors import printable
 
+LARGEST_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
 REST = 30.0  # seconds for which a server that failed is asked after the others
 CONNECT_TIMEOUT = 10.0
+
+_starting = threading.Lock()
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -47,55 +58,87 @@ class Endpoint:
         url: http(s)://host[:port][/path].
         label: what it is, for sentences.
         token: sent as a bearer token.
-        timeout: seconds of silence after which a request is given up.
+        timeout: seconds that a whole request may take, from the connection to the last byte of the answer.
         transient: status codes after which the same request may succeed.
     """
 
     def __init__(self, url: str, *, label: str, token: str | None, timeout: float, transient: Iterable[int]) -> None:
-        import httpx2
-
         self.url, self.label, self.transient = url.rstrip("/"), label, frozenset(transient)
         self.timeout = timeout
         self.failed_at = -float("inf")
         self._away, self._lock = False, threading.Lock()
-        self._client = httpx2.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
-            limits=httpx2.Limits(keepalive_expiry=30.0),
-            trust_env=not is_loopback(url),  # a proxy of the environment cannot reach this machine's own addresses
-        )
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._client: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that the client's connections belong to
 
     def __str__(self) -> str:
         return f"{self.label} {self.url}"
 
     def ask_once(self, method: str, path: str, body: bytes | None = None) -> Any:
-        """The JSON answer to one request.
+        """The JSON answer to one request, which is broken off where the loop it works for is interrupted.
 
         Raises:
             Unanswered: no connection, no answer in time, or a transient status.
-            RewardError: any other status than 200, with what the server says about it, or no JSON.
+            RewardError: any other status than 200, with what the server says about it; no JSON; more of it than
+                ``LARGEST_ANSWER``; an interruption.
         """
         import httpx2
 
+        loop = _event_loop()
+        exchange = asyncio.run_coroutine_threadsafe(self._exchange(loop, method, path, body), loop)
         try:
-            answer = self._client.request(
-                method, self.url + path, content=body, headers={"Content-Type": "application/json"} if body else None
-            )
-        except httpx2.ReadTimeout as error:
-            raise Unanswered(f"nothing within timeout={self.timeout:g} s, which a slow one needs more of") from error
+            while not concurrent.futures.wait([exchange], timeout=0.1).done:
+                raise_if_interrupted(str(self))
+            status, headers, content = exchange.result()
+        except TimeoutError as error:
+            raise Unanswered(f"no answer within timeout={self.timeout:g} s, which a slow one needs more of") from error
         except httpx2.TransportError as error:
             raise Unanswered(describe_exception(error)) from error
         except httpx2.RequestError as error:
             raise RewardError(f"{self} gave an answer that cannot be read ({describe_exception(error)})") from error
-        if answer.status_code in self.transient:
-            pause = retry_after(answer.headers.get("Retry-After"))
-            raise Unanswered(f"{answer.status_code}: {_said(answer.text)}", pause)
-        if answer.status_code != 200:
-            raise RewardError(f"{self} answered {answer.status_code}: {_said(answer.text)}")
+        finally:
+            exchange.cancel()
+        if status in self.transient:
+            raise Unanswered(f"{status}: {_said(content)}", retry_after(headers.get("Retry-After")))
+        if status != 200:
+            raise RewardError(f"{self} answered {status}: {_said(content)}")
         try:
-            return answer.json()
-        except ValueError as error:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise RewardError(f"{self} did not answer in JSON: is this the right address?") from error
+
+    async def _exchange(
+        self, loop: asyncio.AbstractEventLoop, method: str, path: str, body: bytes | None
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of an answer. TimeoutError after ``timeout`` seconds, wherever they went."""
+        headers = {"Accept-Encoding": "identity"} | ({"Content-Type": "application/json"} if body else {})
+        content = bytearray()
+        async with (
+            asyncio.timeout(self.timeout),
+            self._client_on(loop).stream(method, self.url + path, content=body, headers=headers) as answer,
+        ):
+            encoding = answer.headers.get("Content-Encoding", "identity")
+            if encoding.strip().lower() != "identity":
+                raise RewardError(f"{self} compressed its answer ({printable(encoding)[:40]}), which is not asked for")
+            async for chunk in answer.aiter_raw():
+                content += chunk
+                if len(content) > LARGEST_ANSWER:
+                    raise RewardError(f"{self} answered more than {LARGEST_ANSWER} bytes: is this the right address?")
+        return answer.status_code, answer.headers, bytes(content)
+
+    def _client_on(self, loop: asyncio.AbstractEventLoop) -> Any:
+        """The client, whose connections live as long as its loop does."""
+        import httpx2
+
+        if self._loop is not loop:
+            self._loop = loop
+            self._client = httpx2.AsyncClient(
+                headers=self._headers,
+                timeout=httpx2.Timeout(None, connect=min(self.timeout, CONNECT_TIMEOUT)),
+                limits=httpx2.Limits(keepalive_expiry=30.0),
+                trust_env=not is_loopback(self.url),  # a proxy of the environment cannot reach this machine's own
+            )
+        return self._client
 
     def note(self, failure: Unanswered | None, patience: float) -> None:
         """Remember whether it answered; the first failure of a row is said on stderr."""
@@ -104,11 +147,8 @@ class Endpoint:
         if failure is not None:
             self.failed_at = time.monotonic()
             if not said:
-                print(
-                    f"{self} does not answer ({failure}): asking again for up to {patience:g} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                sentence = printable(f"{self} does not answer ({failure}): asking again for up to {patience:g} s")
+                print(sentence, file=sys.stderr, flush=True)
 
 
 def ask(
@@ -125,8 +165,7 @@ def ask(
 
     Args:
         endpoints: of equal worth; those that failed lately come last.
-        patience: seconds until it gives up, or until the loop it works for is interrupted; no request that is under
-            way is broken off.
+        patience: seconds until it gives up, or until the loop it works for is interrupted.
         first: index of the endpoint to begin with.
         stop: ends the waiting from another thread.
 
@@ -136,8 +175,7 @@ def ask(
     started, pause = time.monotonic(), FIRST_PAUSE
     stop = stop or threading.Event()
     while True:
-        if interrupted():
-            raise RewardError(f"interrupted while {_names(endpoints)} was asked: go on with resume=true")
+        raise_if_interrupted(_names(endpoints))
         wanted = 0.0
         turned = [*endpoints[first:], *endpoints[:first]]
         for endpoint in sorted(turned, key=lambda one: time.monotonic() - one.failed_at < REST):
@@ -159,6 +197,25 @@ def ask(
         while time.monotonic() < again and not stop.wait(min(0.2, again - time.monotonic())) and not interrupted():
             pass
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def raise_if_interrupted(names: str) -> None:
+    """RewardError where the loop that servers called ``names`` are asked for was interrupted."""
+    if interrupted():
+        raise RewardError(f"interrupted while {names} was asked: resume with resume=true")
+
+
+@functools.cache
+def _loop_of(process: int) -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
+    return loop
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """Where this process makes its requests: in a thread of its own, as a blocking read cannot be broken off."""
+    with _starting:
+        return _loop_of(os.getpid())
 
 
 def _names(endpoints: Sequence[Endpoint]) -> str:
@@ -224,7 +281,10 @@ def count_problem(minimum: int, **counts: Any) -> str | None:
 
 def is_loopback(url: str) -> bool:
     """Whether the address is this machine's own, so that nobody else can listen or answer."""
-    host = urlsplit(url).hostname or ""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -277,15 +337,15 @@ def retry_after(header: str | None) -> float:
         return 0.0
 
 
-def _said(text: str) -> str:
+def _said(content: bytes) -> str:
     """What an error's body says, in one line: FastAPI's ``detail``, OpenAI's ``error.message``, else its beginning."""
+    text, most = content.decode("utf-8", errors="replace"), 200
     try:
         body = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if isinstance(body, dict):
         error = body.get("error")
         known = [body.get("detail"), error.get("message") if isinstance(error, dict) else error]
-        text = next((one for one in known if isinstance(one, str)), text)
-        return " ".join(text.split())[:1000]
-    return " ".join(text.split())[:200] or "(nothing more)"
+        text, most = next((one for one in known if isinstance(one, str)), text), 1000
+    return " ".join(printable(text).split())[:most] or "(nothing more)"

@@ -25,6 +25,7 @@ from diffusion_align.rewards.endpoints import (
     token_problem,
     url_problem,
 )
+from diffusion_align.training.errors import printable
 
 ABOUT = {
     "remote": {
@@ -40,15 +41,20 @@ URL = "http://127.0.0.1:8901"
 TOKEN = "DIFFUSION_ALIGN_TOKEN"
 # 500 is not among them: the served reward raised, and would again.
 TRANSIENT = (408, 429, 502, 503, 504)
+_LARGEST_INT = 2**127  # within float32
 _ROOM = 100  # bytes of a request besides its rows
 
 
 class Limits(NamedTuple):
-    """The most that a server takes in one request: pictures, bytes of the body, pixels of all pictures together."""
+    """The most that a server takes in one request: images, bytes of the body, pixels of all images together.
+
+    The pixels are what one CPU core decodes and scores as JPEG files in about a second; the client cuts its batches
+    accordingly.
+    """
 
     max_batch: int = 64
     max_bytes: int = 64_000_000
-    max_pixels: int = 64 * 1024 * 1024
+    max_pixels: int = 8 * 1024 * 1024
 
 
 class Remote:
@@ -173,10 +179,15 @@ def _body(rows: Sequence[tuple[str, str, str]]) -> bytes:
 
 def _scores(answer: Any, count: int, endpoints: Sequence[Endpoint]) -> list[float]:
     scores = answer.get("scores") if isinstance(answer, dict) else None
-    if not isinstance(scores, list) or len(scores) != count or not all(type(one) in (int, float) for one in scores):
+    if not isinstance(scores, list) or len(scores) != count or not all(map(_is_score, scores)):
         who = ", ".join(map(str, endpoints))
         raise RewardError(f"{who} did not answer {count} scores: is it a diffusion-align serve-reward?")
     return scores
+
+
+def _is_score(value: Any) -> bool:
+    """Whether it is a number that a float can hold; nan and infinity are looked at where every reward's are."""
+    return type(value) is float or (type(value) is int and abs(value) <= _LARGEST_INT)
 
 
 def _served(endpoint: Endpoint, patience: float, stop: Any) -> tuple[str, Limits]:
@@ -185,4 +196,4 @@ def _served(endpoint: Endpoint, patience: float, stop: Any) -> tuple[str, Limits
     found: list[Any] = [health.get(name) for name in Limits._fields] if isinstance(health, dict) else []
     if not found or health.get("status") != "ok" or not all(type(one) is int and one > 0 for one in found):
         raise RewardError(f"{endpoint} is there but is no reward server: start one with diffusion-align serve-reward")
-    return str(health.get("reward")), Limits(*found)
+    return printable(str(health.get("reward")))[:200], Limits(*found)

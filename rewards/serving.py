@@ -1,11 +1,14 @@
 """A reward behind HTTP: what `diffusion-align serve-reward` runs and the reward `remote` asks.
 
 ``POST /score`` takes ``{"prompts": [text], "metadata": [object], "images": [base64 of an 8-bit RGB PNG]}``, all of one
-length and the pictures of one size, and answers ``{"scores": [number]}``, each the shortest decimal that gives the
-same bits back. ``GET /health`` says what is served and the limits. Errors are ``{"detail": one sentence}``: 401 token,
-408 too slow, 413 too large, 415 not JSON, 422 malformed, 500 the reward raised. With a token every request needs
-``Authorization: Bearer``. There is no TLS here, and whoever can connect can keep others out by connecting often enough:
-between machines put it behind an SSH tunnel or a proxy.
+length and the images of one size, and answers ``{"scores": [number]}``, each the shortest decimal that gives the same
+bits back. ``GET /health`` says what is served and the limits. Errors are ``{"detail": one sentence}``: 401 token, 403
+another host's name, 408 too slow, 413 too large, 415 not JSON, 422 malformed, 500 the reward raised, 503 ask later.
+
+With a token every request needs ``Authorization: Bearer``; without one only requests that name this machine's own
+address are answered, as a page in a browser could otherwise have its own name point here. Whoever connects and says
+nothing, or sends slowly, is dropped in favour of others. There is no TLS here: between machines put it behind an SSH
+tunnel or a proxy.
 
 Needs ``pip install 'diffusion-align[serve]'``.
 """
@@ -14,16 +17,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import ipaddress
 import signal
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import h11
 import numpy as np
 import torch
 import uvicorn
@@ -32,16 +37,20 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import ClientDisconnect
 from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diffusion_align import __version__
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.rewards.base import Reward, RewardError, call_reward, reward_name
+from diffusion_align.rewards.endpoints import is_loopback
 from diffusion_align.rewards.remote import TOKEN, Limits
 
 BODY_SECONDS = 60.0  # to send a request; whoever takes longer would keep the server from ending
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # then width, height, depth and kind of colours
-BODIES = 8  # of requests in memory at a time
-CONNECTIONS = 128  # more are answered 503, which the client takes as "later"
+HEADER_SECONDS = 10.0  # to say what is wanted
+BODIES = 8  # of the largest size, in memory at a time
+CONNECTIONS = 128  # with a request that is being answered; more are answered 503, which the client takes as "later"
+SPARE = 8  # of them, kept free by dropping whoever has been silent for longest
 
 
 class ScoreRequest(BaseModel):
@@ -72,28 +81,30 @@ def create_app(
     limits = limits or Limits()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     worker = ThreadPoolExecutor(1, "reward", initializer=_set_threads, initargs=(threads,))
-    turn, held = asyncio.Lock(), asyncio.Semaphore(BODIES)
+    turn, bodies = asyncio.Lock(), Bodies(BODIES * limits.max_bytes)
 
-    def check_token(request: Request) -> None:
+    def check_access(request: Request) -> None:
+        if token is None and not is_loopback(f"http://{request.headers.get('host', '')}"):
+            raise HTTPException(403, "without a token only this machine's own address is served: use 127.0.0.1")
         given = request.headers.get("authorization", "").encode()
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise HTTPException(401, f"the token is missing or wrong: give the server's as token_file or in {TOKEN}")
 
     @app.get("/health")
     async def health(request: Request) -> Response:
-        check_token(request)
+        check_access(request)
         about = {"status": "ok", "reward": reward_name(reward), "version": __version__, "differentiable": False}
         return JSONResponse(about | limits._asdict())
 
     @app.post("/score")
     async def score(request: Request) -> Response:
-        check_token(request)
+        check_access(request)
         # A page in a browser cannot send this type to another site without being asked first.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the body must be JSON: send Content-Type: application/json")
-        async with held:
+        with bodies.hold() as held:
             try:
-                body = await read_body(request, limits.max_bytes)
+                body = await read_body(request, limits.max_bytes, held)
             except ClientDisconnect:
                 return Response(status_code=400)
             async with turn:
@@ -115,21 +126,91 @@ def create_app(
     return app
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, refused as soon as it is known to be too long."""
+class Bodies:
+    """The bodies of requests in memory, ``most`` bytes of them; one too many costs the most silent sender its place.
+
+    So those who send slowly, or stop sending, keep nobody out.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._held: list[_Held] = []
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[_Held]:
+        """The place of one body, until it has been answered."""
+        held = _Held(self)
+        self._held.append(held)
+        try:
+            yield held
+        finally:
+            self._held.remove(held)
+
+    def make_room(self, held: _Held) -> None:
+        """Drop senders until the bodies fit.
+
+        Raises:
+            HTTPException: 503, there is no room as all others have been sent and wait for their turn.
+        """
+        while sum(one.size for one in self._held) > self.most:
+            arriving = [one for one in self._held if one.arriving is not None and one is not held]
+            if not arriving:
+                raise _BUSY
+            min(arriving, key=lambda one: one.heard).drop()
+
+
+class _Held:
+    """One body: its size so far, when some of it was last heard, and how its sender is dropped."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.size, self.heard, self.dropped = 0, 0.0, False
+        self.arriving: asyncio.Timeout | None = None
+        self._bodies = bodies
+
+    def grow(self, size: int) -> None:
+        self.size, self.heard = self.size + size, asyncio.get_running_loop().time()
+        self._bodies.make_room(self)
+
+    def drop(self) -> None:
+        """Its reader is told by the end of its time."""
+        assert self.arriving is not None
+        self.arriving.reschedule(asyncio.get_running_loop().time())
+        self.size, self.dropped, self.arriving = 0, True, None
+
+
+_BUSY = HTTPException(503, "the server holds as many requests as it can: ask again", headers={"Retry-After": "1"})
+
+
+async def read_body(request: Request, max_bytes: int, held: _Held | None = None) -> bytes:
+    """The body, refused as soon as it is known to be too long.
+
+    Args:
+        max_bytes: of this body.
+        held: its place among others.
+
+    Raises:
+        HTTPException: 413 too long, 408 too slow, 503 no room.
+    """
+    held = held or _Held(Bodies(max_bytes))
     too_long = HTTPException(413, f"the request is longer than max_bytes={max_bytes}: send fewer pictures at once")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_long
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS) as held.arriving:
+            held.heard = asyncio.get_running_loop().time()
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
                     raise too_long
+                held.grow(len(chunk))
     except TimeoutError:
+        if held.dropped:
+            raise _BUSY from None
         raise HTTPException(408, f"the request took longer than {BODY_SECONDS:g} s to arrive") from None
+    finally:
+        held.arriving = None
     return bytes(body)
 
 
@@ -216,6 +297,47 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class _Connection(H11Protocol):
+    """uvicorn's, which waits for a request's first lines without end and refuses everybody once it is full.
+
+    Here the lines have a deadline, and a new connection costs the one its place that has been silent for longest, of
+    those that have no whole request.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+    _heard = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._heard = self.loop.time()
+        self._deadline = self.loop.call_later(HEADER_SECONDS, transport.abort)
+        others = [one for one in self.connections if isinstance(one, _Connection) and one is not self]
+        idle = [one for one in others if not one._is_answered() and not one.transport.is_closing()]
+        if len(others) >= CONNECTIONS - SPARE and idle:
+            min(idle, key=lambda one: one._heard).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = self.loop.time()
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._unset_deadline()
+        elif self._deadline is None:  # the beginning of a further request
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._unset_deadline()
+        super().connection_lost(error)
+
+    def _unset_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _is_answered(self) -> bool:
+        """Whether there is a whole request, and no whole answer yet."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+
 class RewardServer(uvicorn.Server):
     """Serves an application on a bound socket until ``should_exit``, Ctrl-C or SIGTERM; requests begun are answered."""
 
@@ -223,7 +345,7 @@ class RewardServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=_Connection,
                 ws="none",
                 lifespan="off",
                 log_level="warning",

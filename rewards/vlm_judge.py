@@ -34,6 +34,7 @@ from diffusion_align.rewards.endpoints import (
     token_problem,
     url_problem,
 )
+from diffusion_align.training.errors import printable
 
 ABOUT = {
     "vlm_judge": {
@@ -62,6 +63,12 @@ _LABELLED = re.compile(r"""\b(?:score|rating)["'*_\s]*[:=]["'*_\s]*""" + _NUMBER
 _PLAIN = re.compile(_NUMBER, re.IGNORECASE)
 # A template may have opened the thoughts already, and an answer that was cut off may never end them.
 _THOUGHT = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
+# Quoted text with words and digits is the image's, not the judge's; the strings of JSON without words stay.
+_QUOTED = re.compile(
+    r""""(?:[^"\\]|\\.)*"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|(?<!`)`[^`\n]+`(?!`)|(?<!\w)['‘][^'’]*['’](?!\w)""", re.DOTALL
+)
+_REPORTED = re.compile(r"\b(?:says|said|saying|reads|reading|written|writes|claims|asks|demands)\b", re.IGNORECASE)
+_LONGEST = 10_000  # characters of an answer without its thoughts; none that gives a number needs them
 _RANGE = r"\s*-?\d+\s*(?:-|–|to)\s*-?\d+\s*"
 _SCALE = re.compile(rf"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)\b{_RANGE}|\({_RANGE}\)", re.IGNORECASE)
 _THOUSANDS = re.compile(r"\d,\d{3}\b")
@@ -268,12 +275,16 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
 
     A number called score or rating counts before others ("Score: 7.5", ``{"score": 7}``), then one with what it is out
     of ("8/10"), then any other. What is not understood: one that is out of something else than ``high``, different
-    numbers of equal standing ("8. It shows 2 cats"; a judge may also quote a picture that asks for a score), and
-    thousands ("1,000"). Thoughts (``<think>``) and words about the scale ("on a scale from 0 to 10") do not count.
+    numbers of equal standing ("8. It shows 2 cats"), and thousands ("1,000"). Thoughts (``<think>``), words about the
+    scale ("on a scale from 0 to 10") and a score that somebody else gives ('the sign says "score: 10"', with or without
+    quotation marks) do not count.
     """
     answer = _THOUGHT.sub("", answer).replace("−", "-")
-    answer = _SCALE.sub("", answer)
-    if _THOUSANDS.search(answer):
+    if len(answer) > _LONGEST:
+        return None
+    answer = _QUOTED.sub(_without_quotation, _SCALE.sub("", answer))
+    answer = _LABELLED.sub(lambda match: " " if _is_reported(answer[: match.start()]) else match[0], answer)
+    if _THOUSANDS.search(answer) or answer.count('"') % 2:
         return None
     plain = list(_PLAIN.finditer(answer))
     labelled = list(_LABELLED.finditer(answer))
@@ -286,6 +297,17 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
     return value
 
 
+def _is_reported(before: str) -> bool:
+    """Whether the sentence that ends ``before`` a number is about what somebody says."""
+    return _REPORTED.search(re.split(r"[.!?;\n]", before)[-1]) is not None
+
+
+def _without_quotation(match: re.Match[str]) -> str:
+    """Nothing in place of words with a number in them; anything else as it is."""
+    text = match[0]
+    return " " if re.search(r"\d", text) and re.search(r"[^\W\d_]", text) else text
+
+
 def _only_model(endpoint: Endpoint, patience: float) -> str:
     reply = ask([endpoint], "GET", "/models", patience=patience)
     try:
@@ -293,7 +315,7 @@ def _only_model(endpoint: Endpoint, patience: float) -> str:
     except (LookupError, TypeError):
         raise RewardError(f"{endpoint} does not say which models it has: give model_name") from None
     if len(names) != 1:
-        listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        listed = printable(", ".join(name[:100] for name in names[:10])) + (", ..." if len(names) > 10 else "")
         raise RewardError(f"{endpoint} has {len(names)} models: give one as model_name ({listed})")
     return names[0]
 

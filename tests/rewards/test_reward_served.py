@@ -3,12 +3,16 @@
 import asyncio
 import base64
 import contextlib
+import gzip
 import http.server
+import inspect
 import io
+import itertools
 import json
 import os
 import signal
 import socket
+import socketserver
 import struct
 import sys
 import threading
@@ -22,12 +26,13 @@ import torch
 from fastapi import HTTPException, Request
 from PIL import Image
 
+from diffusion_align.cli import serve_reward
 from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.rewards import RewardError, build_reward, call_reward, reward_problem
 from diffusion_align.rewards.base import to_uint8
-from diffusion_align.rewards.endpoints import Unanswered, ask, png, read_token, retry_after
+from diffusion_align.rewards.endpoints import Endpoint, Unanswered, ask, png, read_token, retry_after
 from diffusion_align.rewards.remote import Limits, split
-from diffusion_align.rewards.serving import RewardServer, address_of, bind, create_app, read_body
+from diffusion_align.rewards.serving import Bodies, RewardServer, address_of, bind, create_app, read_body
 
 
 def odd(images, prompts, metadata):
@@ -566,7 +571,7 @@ def test_a_server_that_takes_too_long_is_told_from_one_that_is_away(serve):
         return images.mean((1, 2, 3))
 
     reward = remote(serve(sleepy), timeout=0.5, patience=0.6)
-    with pytest.raises(RewardError, match=r"nothing within timeout=0.5 s, which a slow one needs more of"):
+    with pytest.raises(RewardError, match=r"no answer within timeout=0.5 s, which a slow one needs more of"):
         score(reward, pause=2.0)
 
 
@@ -582,6 +587,216 @@ def test_retry_after():
     assert [retry_after(header) for header in (None, "3", "0.5", "-1", "soon")] == [0, 3, 0.5, 0, 0]
     assert retry_after("Fri, 01 Jan 2038 00:00:00 GMT") > 1e7
     assert retry_after("Fri, 01 Jan 1999 00:00:00 GMT") == 0
+
+
+@pytest.fixture
+def raw():
+    """``raw(*parts, pause=0)``: address of a server that answers every request with these bytes, pauses between them.
+
+    A part may be an endless iterator of bytes. ``raw.sent`` counts them.
+    """
+    servers = []
+
+    def start(*parts, pause=0.0):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(65536)
+                with contextlib.suppress(OSError):
+                    for part in itertools.chain.from_iterable([p] if isinstance(p, bytes) else p for p in parts):
+                        self.request.sendall(part)
+                        start.sent += len(part)
+                        time.sleep(pause)
+
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    start.sent = 0
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def asked_of(url, timeout=5.0, transient=(503,)):
+    return Endpoint(url, label="reward server", token=None, timeout=timeout, transient=transient).ask_once("GET", "/x")
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+LENGTH = OK + b"Content-Length: %d\r\n\r\n"
+
+
+@pytest.mark.parametrize("start", [OK + b"Connection: close\r\n\r\n", OK.replace(b"200", b"500") + b"\r\n"])
+def test_an_endless_answer_is_read_to_a_bound(raw, start):
+    url = raw(start, itertools.repeat(b" " * 65536))
+    with pytest.raises(RewardError, match=r"answered more than 1000000 bytes: is this the right address\?"):
+        asked_of(url)
+    assert raw.sent < 20_000_000  # what the sockets' buffers hold
+
+
+@pytest.mark.parametrize("slow", [OK + b"X-Slow: yes\r\n" * 40, LENGTH % 1000 + b" " * 1000])
+def test_one_deadline_for_the_whole_request(raw, slow):
+    """Every byte comes in time, the answer never ends."""
+    url = raw((bytes([byte]) for byte in slow), pause=0.05)
+    began = time.monotonic()
+    with pytest.raises(Unanswered, match=r"no answer within timeout=0.6 s"):
+        asked_of(url, timeout=0.6)
+    assert time.monotonic() - began < 3
+
+
+def test_nothing_is_decompressed(raw):
+    bomb = gzip.compress(b" " * 10_000_000)
+    url = raw(OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
+    with pytest.raises(RewardError, match=r"compressed its answer \(gzip\), which is not asked for"):
+        asked_of(url)
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"[" * 100_000, "did not answer in JSON"),
+        (b'{"scores": ' * 50_000, "did not answer in JSON"),
+        (b"\xff\xfe\x00", "did not answer in JSON"),
+        (b"9" * 5000, "did not answer in JSON"),
+        (b"", "did not answer in JSON"),
+    ],
+)
+def test_answers_that_no_parser_takes_are_one_sentence(raw, body, sentence):
+    url = raw(OK + b"Content-Type: application/json; charset=rot13\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    with pytest.raises(RewardError, match=sentence) as caught:
+        asked_of(url)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [b"500", b"503"])
+def test_what_a_server_says_does_not_steer_the_terminal(raw, capfd, status):
+    said = json.dumps({"detail": "\x1b]0;owned\x07\x1b[2J\u202egood\x00 news"}).encode()
+    url = raw(OK.replace(b"200", status) + b"Content-Length: %d\r\n\r\n" % len(said) + said)
+    endpoint = Endpoint(url, label="reward server", token=None, timeout=5, transient=(503,))
+    with pytest.raises(RewardError, match=r"\]0;owned \[2J good news"):
+        ask([endpoint], "GET", "/", patience=0.01)
+    assert "\x1b" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("score", [10**400, 2**128])
+def test_a_score_that_no_float_holds_is_refused(fake, score):
+    with pytest.raises(RewardError, match="did not answer 1 scores"):
+        globals()["score"](remote(fake(lambda *_: (200, {"scores": [score]}, {}))), 1)
+
+
+def test_an_interruption_breaks_a_request_off(raw):
+    url = raw(OK, itertools.repeat(b"X: y\r\n"), pause=0.05)
+    with InterruptFlag() as flag:
+        threading.Timer(0.3, lambda: setattr(flag, "raised", True)).start()
+        began = time.monotonic()
+        with pytest.raises(RewardError, match="interrupted while reward server"):
+            asked_of(url, timeout=60)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "[::", "", "10.0.0.1:8901"])
+def test_without_a_token_only_this_machines_own_names_are_answered(serve, host):
+    url, own = serve(), {"Host": host}
+    for answer in (httpx2.get(url + "/health", headers=own), httpx2.post(url + "/score", json=body(), headers=own)):
+        assert answer.status_code in (400, 403)
+    for name in ("localhost:1", "127.0.0.1", "[::1]:8901", "127.3.2.1:7"):
+        assert httpx2.get(url + "/health", headers={"Host": name}).status_code == 200
+    url = serve(token="s3cret")
+    known = {"Host": "reward.example", "Authorization": "Bearer s3cret"}
+    assert httpx2.get(url + "/health", headers=known).status_code == 200
+
+
+def lines_to(url, count, said):
+    """Connections that have said something and go silent."""
+    host, port = url.removeprefix("http://").split(":")
+    lines = [socket.create_connection((host, int(port))) for _ in range(count)]
+    for line in lines:
+        line.sendall(said)
+    return lines
+
+
+HALF = b"POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        HALF,
+        HALF + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+        b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    ],
+)
+def test_two_hundred_silent_lines_shut_nobody_out(serve, said):
+    url = serve()
+    lines = lines_to(url, 200, said)
+    try:
+        time.sleep(0.3)
+        assert torch.equal(score(remote(url, patience=5)), score(odd))
+    finally:
+        for line in lines:
+            line.close()
+
+
+def test_a_request_that_never_says_what_it_wants_is_dropped(serve, monkeypatch):
+    monkeypatch.setattr("diffusion_align.rewards.serving.HEADER_SECONDS", 0.3)
+    url = serve()
+    (silent,) = lines_to(url, 1, HALF)
+    (second,) = lines_to(url, 1, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    time.sleep(0.4)
+    assert second.recv(65536).startswith(b"HTTP/1.1 200")
+    second.sendall(HALF)  # kept alive: the second request of a line has a deadline too
+    with silent, second:
+        for line in (silent, second):
+            line.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert line.recv(65536) == b""
+
+
+def test_bodies_that_stall_are_dropped_for_those_that_arrive():
+    async def run():
+        bodies, go_on = Bodies(100), asyncio.Event()
+
+        def sender(size, wait):
+            sent = []
+
+            async def receive():
+                if sent and wait:
+                    await go_on.wait()
+                sent.append(1)
+                return {"type": "http.request", "body": b"x" * size, "more_body": wait and len(sent) < 2}
+
+            return Request({"type": "http", "headers": []}, receive)
+
+        async def answered(size, wait):
+            with bodies.hold() as held:
+                result = await read_body(sender(size, wait), 100, held)
+                await asyncio.sleep(0.05)
+                return len(result)
+
+        stalled = [asyncio.create_task(answered(45, True)) for _ in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert await answered(50, False) == 50  # the first of them has been silent for longer
+        with pytest.raises(HTTPException, match="503"):
+            await stalled[0]
+        full = asyncio.create_task(answered(100, False))  # the second goes as well
+        await asyncio.sleep(0.01)
+        with pytest.raises(HTTPException, match="503"):  # all that is held waits for its turn
+            await answered(10, False)
+        assert await full == 100
+        with pytest.raises(HTTPException, match="503"):
+            await stalled[1]
+        assert await answered(100, False) == 100  # nothing is held any more
+
+    asyncio.run(run())
+
+
+def test_the_command_line_has_the_limits_of_the_server():
+    defaults = {name: p.default for name, p in inspect.signature(serve_reward).parameters.items()}
+    assert Limits(*(defaults[name] for name in Limits._fields)) == Limits()
 
 
 SLOW = """
