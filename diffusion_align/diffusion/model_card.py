@@ -85,16 +85,19 @@ def model_card(
         keep_trailing_newline=True,
     )
     figures, reading = _figures(rows, settings)
+    code = _code(below, settings, location or str(folder / "final"), lora, pipeline_class)
+    shown = _settings(settings)
     return environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(below.base, method, lora),
-        title=title,
+        title=_plain(title),
         opening=_opening(below, lora),
         picture=PICTURE if (folder / "samples" / PICTURE).is_file() else None,
         facts=[(name, _cell(value)) for name, value in _facts(rows, settings, below, summary)],
         figures=figures,
         reading=reading,
-        code=_code(below, settings, location or str(folder / "final"), lora, pipeline_class),
-        settings=_settings(settings),
+        code=code,
+        settings=shown,
+        fence=_fence(code + shown, least=3),
         version=__version__,
     )
 
@@ -118,24 +121,24 @@ def _front_matter(base: str, method: str, lora: bool) -> str:
 
 def _opening(below: ModelPlan, lora: bool) -> str:
     what = "A LoRA adapter for the UNet of" if lora else "A text-to-image pipeline made from"
-    base = f"`{below.base}`"
+    base = _literal(below.base)
     if below.base in EMBEDDED_PIPELINES:
         base += " (the model inside the Python package diffusion-align)"
     if not below.adapters:
         return f"{what} {base}."
-    runs = ", then ".join(f"`{path}`" for path in below.adapters)
+    runs = ", then ".join(_literal(str(path)) for path in below.adapters)
     return f"{what} {base}, with the adapters of earlier runs merged into it: {runs}."
 
 
 def _facts(
     rows: Sequence[Row], settings: Mapping[str, Any], below: ModelPlan, summary: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    facts = [("base model", f"`{below.base}`"), ("method", f"`{settings.get('method')}`")]
+    facts = [("base model", _literal(below.base)), ("method", _literal(str(settings.get("method"))))]
     if below.run is not None:
-        facts.append(("trained on, and reference", f"the run `{settings['model']}`"))
+        facts.append(("trained on, and reference", f"the run {_literal(str(settings['model']))}"))
     for key, name in _GIVEN.items():
         if settings.get(key) is not None:
-            facts.append((name, f"`{_short(settings[key])}`"))
+            facts.append((name, _literal(_short(settings[key]))))
     _, beta = series(rows, "beta_nats", x="epoch")
     if len(beta):
         facts.append(("beta of a nat", f"{beta[-1]:.4g}"))
@@ -147,7 +150,7 @@ def _facts(
     drawn = "pictures drawn" if settings.get("pairs") is None else "pairs trained on"
     facts += [("epochs", str(len(epochs))), (drawn, str(count))]
     if summary.get("stopped"):
-        facts.append(("ended early", summary["stopped"]))
+        facts.append(("ended early", _plain(str(summary["stopped"]))))
     if summary.get("best"):
         best = summary["best"]
         facts.append(("highest gold reward", f"{best['gold']:.4g}, after epoch {best['epoch']}"))
@@ -258,6 +261,24 @@ def _short(value: Any) -> str:
 def _quoted(text: str) -> str:
     """A Python literal; JSON's escapes are Python's too."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _literal(text: str) -> str:
+    """``text`` as code: markup in it is shown and not obeyed."""
+    text = " ".join(text.split())
+    fence = _fence(text, least=1)
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def _fence(text: str, *, least: int) -> str:
+    """More backticks than ``text`` has in a row, so that nothing in it ends the code."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
+def _plain(text: str) -> str:
+    """``text`` in prose, without what Markdown or HTML would take for markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(text.split()))
 
 
 def _cell(text: str) -> str:

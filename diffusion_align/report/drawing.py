@@ -134,7 +134,7 @@ def draw_band(axes: Axes, xs: np.ndarray, low: np.ndarray, high: np.ndarray, col
 
 def finish_axes(axes: Axes, key: str, x: str, *, title: str | None = None, unit: str | None = None) -> None:
     name, default_unit = describe(key)
-    axes.set_title(title or name, fontsize=10, loc="left", color=INK)
+    axes.set_title(title or name, fontsize=10, loc="left", color=INK, parse_math=False)  # names of users' rewards
     axes.set_xlabel(X_NAMES.get(x, x), fontsize=8.5, color=INK)
     axes.set_ylabel(default_unit if unit is None else unit, fontsize=8.5, color=INK)
     axes.tick_params(labelsize=8, color=GRID, labelcolor=INK)
@@ -157,7 +157,9 @@ def start_at_zero(axes: Axes) -> None:
 
 def add_legend(axes: Axes) -> None:
     """Beneath the panel, where it hides no line."""
-    axes.legend(
+    legend = axes.legend(
         frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.19),
         columnspacing=1.4, handlelength=1.6,
     )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -76,7 +76,7 @@ def plot_metrics(
         raise ValueError("keys is empty: name at least one metric")
     figure, panels = new_figure(len(keys), columns=columns)
     if title:
-        figure.suptitle(title, fontsize=11, color=INK)
+        figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     for axes, key in zip(panels, keys):
         axis = x or natural_x([rows], key)
         xs, values = _require(rows, key, axis)
@@ -275,7 +275,7 @@ def compare_runs(
     }
     figure, panels = new_figure(len(keys), columns=columns)
     if title:
-        figure.suptitle(title, fontsize=11, color=INK)
+        figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     for axes, key in zip(panels, keys):
         axis = natural_x([seed for seeds in rows.values() for seed in seeds], key)
         for (label, seeds), color in zip(rows.items(), colors(len(rows))):

@@ -170,6 +170,22 @@ def test_awkward_names_break_neither_the_table_nor_the_code(card):
     compile(code_of(body), "card", "exec")
 
 
+EVIL = "x\n```\n<script>alert(1)</script> `<b>` [a](javascript:1)"
+
+
+def test_markup_in_settings_is_shown_and_not_obeyed(card, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps({"stopped": EVIL}))
+    body, _ = card(prompts=[EVIL], reward=EVIL, model="a/<b>`c`")
+    code, settings = re.findall(r"^(`{3,})(?:python|yaml)$(.*?)^\1$", body, re.DOTALL | re.MULTILINE)
+    assert yaml.safe_load(settings[1])["prompts"] == [EVIL]
+    rest = body.replace(code[1], "").replace(settings[1], "")
+    rest = re.sub(r"(?<!`)(`+)(?!`)(.*?)(?<!`)\1(?!`)", "", rest)  # spans of code
+    rest = re.sub(r"\\[<>`\[\]]", "", rest)  # and what is escaped
+    assert not re.search(r"[<>]|\]\(j", rest)
+    assert "ended early" in rest
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "wanted"),
     [

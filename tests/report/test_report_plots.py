@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from diffusion_align import report
-from diffusion_align.report.drawing import PALETTE, describe
+from diffusion_align.report.drawing import PALETTE, add_legend, describe
 from diffusion_align.report.plots import plot_preference, reward_component_keys
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -317,3 +317,14 @@ def test_compare_runs_bad_input(tmp_path):
     apart = write_run(tmp_path / "b", [{"step": 99, "epoch": 99, "reward": 1.0}])
     with pytest.raises(ValueError, match="have no epoch of 'reward' in common"):
         report.compare_runs({"a": [run, apart]}, ["reward"])
+
+
+def test_names_of_rewards_are_text_and_no_formulas():
+    rows = [row | {"rewards/$\\frac{$/mean": 1.0, "rewards/$x^2$/mean": 2.0} for row in fake_rows()]
+    figure = report.plot_metrics(rows, ["rewards/$\\frac{$/mean"], title="$\\frac{$")
+    figure.canvas.draw()
+    report.plot_reward_components(rows).canvas.draw()
+    axes = report.plot_kl(rows).axes[0]
+    axes.plot([0, 1], label="$x$")
+    add_legend(axes)
+    assert not any(text.get_parse_math() for text in axes.get_legend().get_texts())

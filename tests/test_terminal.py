@@ -1,0 +1,54 @@
+"""What users, models and servers write reaches a terminal as text: nothing in it steers the terminal."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from diffusion_align.cli import main
+from diffusion_align.pipelines import TextAlignmentPipeline
+from diffusion_align.training.errors import printable
+
+STEERS = "\x1b]0;owned\x07\x1b[2J\u202ea\x9b\r\x08b"
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["diffusion-align", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_printable():
+    assert printable(STEERS) == " ]0;owned  [2J a   b"
+    assert printable("é 猫 🍎\n\tx", keep="\n\t") == "é 猫 🍎\n\tx"
+
+
+def test_completions_and_prompts(monkeypatch, capsys):
+    def written(texts, **options):
+        return SimpleNamespace(texts=[f"{STEERS}\n\tend" for _ in texts])
+
+    monkeypatch.setattr(TextAlignmentPipeline, "from_pretrained", lambda *_: written)
+    assert call(monkeypatch, "complete", "tiny-lm", "-p", f"a {STEERS}") == 0
+    assert capsys.readouterr().out == f"a {printable(STEERS)}{printable(STEERS)}\n        end\n"  # rich widens tabs
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "jpeg_compressibility", f"{STEERS}.png"],
+        ["train", STEERS],
+        ["train", "grpo_tiny", f"{STEERS}=1"],
+        ["list", STEERS],
+        ["report", STEERS],
+        [STEERS],
+    ],
+)
+def test_sentences_about_bad_input(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert "error: " in said.err
+    assert all(c.isprintable() or c == "\n" for c in said.out + said.err)
