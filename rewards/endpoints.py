@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -138,6 +139,7 @@ class Endpoint:
                 limits=httpx2.Limits(keepalive_expiry=30.0),
                 trust_env=not is_loopback(self.url),  # a proxy of the environment cannot reach this machine's own
             )
+            weakref.finalize(self, _close, self._client, loop).atexit = False
         return self._client
 
     def note(self, failure: Unanswered | None, patience: float) -> None:
@@ -203,6 +205,10 @@ def raise_if_interrupted(names: str) -> None:
     """RewardError where the loop that servers called ``names`` are asked for was interrupted."""
     if interrupted():
         raise RewardError(f"interrupted while {names} was asked: resume with resume=true")
+
+
+def _close(client: Any, loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.run_coroutine_threadsafe(client.aclose(), loop)
 
 
 @functools.cache
