@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
 from diffusion_align.rewards.weights import fitting_tokenizer
@@ -32,8 +33,8 @@ def load_transformers(
     config = AutoConfig.from_pretrained(source)
     if config.model_type != "clip":
         raise RewardError(f"clip='{name}' holds a model of type '{config.model_type}': a CLIPModel ('clip') is needed")
-    loaded: Any = CLIPModel.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
-    model, loading = loaded
+    options = {"config": config, "output_loading_info": True}
+    model, loading = load_in_dtype(CLIPModel.from_pretrained, source, dtype=torch.float32, **options)
     if loading["missing_keys"]:
         raise RewardError(f"clip='{name}' lacks weights ({sorted(loading['missing_keys'])[0]}, ...): download it again")
     scale = model.logit_scale.exp().item()  # in float32: rounded to bfloat16 it would be off by up to 2 %

@@ -23,6 +23,8 @@ from build_emoji.common import BuildError, cosine_with_warmup, written_aside
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffusion_align.pretrained import load_in_dtype
+
 CONTEXT = 512
 ROWS = 12
 PAD, EOS, UNKNOWN = "<|pad|>", "<|eos|>", "<|unk|>"
@@ -234,8 +236,11 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.out_dir / "tiny-lm"
     model.half().save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+    settings = folder / "tokenizer_config.json"  # transformers 4 knows the class by its older name alone
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes its files private
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True).eval()
+    load = AutoModelForCausalLM.from_pretrained
+    model = load_in_dtype(load, str(folder), dtype=torch.float32, use_safetensors=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     print(f"as stored (float16): {heldout_loss(model, heldout):.4f}", flush=True)
     for text in samples(model, tokenizer, ["", "", "", "And the king said", "Blessed is the man that"], arguments.seed):

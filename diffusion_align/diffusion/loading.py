@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.diffusion.single_file import family_of, is_one_file, load_single_file, single_file_problem
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
 
@@ -137,7 +138,8 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None) -> Any:
     source = _source(model)
     family = _checked_family(model, source, name="model")
     try:
-        return getattr(diffusers, family).from_pretrained(
+        return load_in_dtype(
+            getattr(diffusers, family).from_pretrained,
             source,
             # float32 as it is in the file, not as it comes back from half precision
             dtype={"default": dtype, "vae": torch.float32},

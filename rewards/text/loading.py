@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import DTYPES
 
@@ -39,9 +40,9 @@ def load_network(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # of missing weights it warns even where an adapter brings them
     try:
-        network, loading = getattr(transformers, auto).from_pretrained(
-            place(name), dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **settings
-        )
+        options = {"use_safetensors": True, "output_loading_info": True} | settings
+        load = getattr(transformers, auto).from_pretrained
+        network, loading = load_in_dtype(load, place(name), dtype=DTYPES[dtype], **options)
     except Exception as error:
         raise RewardError(
             f"'{name}' could not be loaded ({describe_exception(error)}): give a folder or hub id that holds the "

@@ -14,6 +14,7 @@ from tqdm import trange
 
 from diffusion_align.assets.preferences import BACKGROUNDS, composite, decode_drawing
 from diffusion_align.estimators import bradley_terry_loss
+from diffusion_align.pretrained import load_in_dtype
 
 from .augment import degrade, move
 from .captions import COLOURS, caption
@@ -138,7 +139,8 @@ def build_head(build: Build) -> None:
     from diffusers import AutoencoderKL
 
     clip, _ = load_clip(build)
-    vae = AutoencoderKL.from_pretrained(existing(build.out / "emoji-sd" / "vae", "vae"), torch_dtype=torch.float32)
+    folder = existing(build.out / "emoji-sd" / "vae", "vae")
+    vae = load_in_dtype(AutoencoderKL.from_pretrained, folder, dtype=torch.float32)
     vae = vae.to(build.device).eval()
     labels, train_pairs = read_pairs(build, "train")
     heldout_labels, heldout_pairs = read_pairs(build, "heldout")

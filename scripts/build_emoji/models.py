@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_align.pretrained import load_in_dtype
+
 from .common import Build, BuildError
 
 
@@ -21,7 +23,7 @@ def load_clip(build: Build):
     from transformers import CLIPModel, CLIPTokenizerFast
 
     folder = existing(build.out / "emoji-clip", "clip")
-    clip = CLIPModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    clip = load_in_dtype(CLIPModel.from_pretrained, folder, attn_implementation="eager", dtype=torch.float32)
     return clip.to(build.device).eval(), CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
 
 
@@ -55,7 +57,7 @@ def load_pipeline(build: Build):
     from diffusers import StableDiffusionPipeline
 
     folder = existing(build.out / "emoji-sd" / "model_index.json", "unet").parent
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(build.device)
+    pipe = load_in_dtype(StableDiffusionPipeline.from_pretrained, folder, dtype=torch.float32).to(build.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_align.assets.preferences import BACKGROUNDS, composite
+from diffusion_align.pretrained import load_in_dtype
 
 from .captions import COLOURS, Look, random_caption
 from .common import Build, chance, choose, mean_of_last, train, written_aside
@@ -81,8 +82,10 @@ def build_unet(build: Build) -> None:
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
     folder = build.out / "emoji-sd"
-    vae = AutoencoderKL.from_pretrained(existing(folder / "vae", "vae"), torch_dtype=torch.float32).to(build.device)
-    text_encoder = CLIPTextModel.from_pretrained(existing(folder / "text_encoder", "clip"), dtype=torch.float32)
+    vae = load_in_dtype(AutoencoderKL.from_pretrained, existing(folder / "vae", "vae"), dtype=torch.float32)
+    vae = vae.to(build.device)
+    encoder = existing(folder / "text_encoder", "clip")
+    text_encoder = load_in_dtype(CLIPTextModel.from_pretrained, encoder, dtype=torch.float32)
     text_encoder = text_encoder.to(build.device).eval()
     tokenizer = CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler(**SCHEDULER)
