@@ -31,6 +31,7 @@ from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.launch import launch_problems
+from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.prompts import PromptsConfig, prompts_problems
 
 IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
@@ -75,7 +76,7 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
 
 
 def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
-    """Settings from a nested mapping; ``method`` picks their model.
+    """Settings from a nested mapping, their paths absolute; ``method`` picks their model.
 
     Raises:
         ConfigError: with every problem that can be found without loading a model.
@@ -88,7 +89,11 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
         if method in IMAGE_METHODS
         else [_check_language_model, _check_text_data, _check_text_rewards]
     )
-    return parse_config(METHODS[method], raw, checks=[*own, _check_precision, _check_trackers, _check_output_dir])
+    checks = [*own, _check_precision, _check_trackers, _check_output_dir]
+    # What is wrong is said of the paths as they were given.
+    return parse_config(
+        METHODS[method], absolute_paths(raw), checks=[lambda _, check=check: check(raw) for check in checks]
+    )
 
 
 def _check_model(raw: Mapping[str, Any]) -> list[str]:

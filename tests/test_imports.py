@@ -1,4 +1,4 @@
-"""Imports point left only: estimators <- training <- diffusion <- pipelines <- cli; rewards and report stand aside."""
+"""Imports point left only: estimators, assets <- training <- diffusion <- pipelines <- cli; two stand aside."""
 
 import ast
 import subprocess
@@ -24,7 +24,7 @@ ALLOWED = {
     "estimators": set(),
     "report": {"estimators"},
     "assets": set(),
-    "training": {"estimators"},
+    "training": {"estimators", "assets"},
     "rewards": {"assets"},
     "diffusion": {"estimators", "training", "assets", "report", "rewards"},
     "llm": {"estimators", "training", "assets", "report", "rewards"},

@@ -1,5 +1,6 @@
 """The embedded models, their prompt lists and the preference data; sources and licences in ``NOTICE``."""
 
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -34,3 +35,10 @@ def asset_path(name: str) -> Path:
     if name not in ASSETS:
         raise ValueError(f"there is no embedded asset {name!r}: choose one of {', '.join(sorted(ASSETS))}")
     return Path(str(files(__name__).joinpath(*ASSETS[name].split("/"))))
+
+
+@cache
+def embedded_names() -> frozenset[str]:
+    """What a configuration may name that is neither a path nor a Hub id: models, prompt lists and the pairs."""
+    lists = [path.stem for name in ("emoji-prompts", "verses") for path in asset_path(name).parent.iterdir()]
+    return frozenset([*EMBEDDED_MODELS, *LANGUAGE_MODELS, *lists, "emoji_style"])

@@ -23,6 +23,7 @@ from diffusion_align.report.metrics import Row, is_number, series
 from diffusion_align.training.checkpoint import write_aside
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.loop import what_is_trained
+from diffusion_align.training.places import found_from
 
 PICTURE = "before_after.png"
 SUMMARY = "evaluation.json"  # evaluation.py, which writes it, imports showing.py and so this file
@@ -69,11 +70,12 @@ def model_card(
         ValueError: ``metrics.jsonl`` or ``evaluation.json`` is damaged.
         ConfigError: there is no ``config.yaml``, or it cannot be read.
     """
-    settings = what_is_trained(load_yaml(folder / "config.yaml"))
+    settings = _named(what_is_trained(load_yaml(folder / "config.yaml")))
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.is_file() else []
     summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
-    below = model_plan(str(settings.get("model")))
+    model = str(settings.get("model"))
+    below = model_plan(found_from(folder, model) or model)
     lora = bool(settings.get("lora")) and not merged
     method = str(settings.get("method"))
     title = f"{Path(below.base).stem} aligned with {_TITLES.get(method, method)}"
@@ -239,6 +241,19 @@ def _settings(settings: Mapping[str, Any]) -> str:
         if isinstance(kept.get(key), list) and len(kept[key]) > _LONG_LIST:
             kept[key] = [*kept[key][:_LONG_LIST], f"... {len(kept[key])} in all"]
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which files of this machine are called by their names, but for what loads the model."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [named(inner) for inner in value]
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+    return {key: value if key in ("model", "base_config") else named(value) for key, value in settings.items()}
 
 
 def _example(settings: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, model_problem
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.places import found_from
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -59,10 +60,9 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         raise UserError(f"{subject} is a run trained on itself: correct model in {run / 'config.yaml'}")
     settings = load_yaml(run / "config.yaml")
     below = settings.get("model")
-    if isinstance(below, str):
-        below = _seen_from(run, below)
+    named, below = below, found_from(run, below) if isinstance(below, str) else below
     if (final / "model_index.json").is_file():
-        plan = ModelPlan(str(final), below=model, origin=str(below), run=run, settings=settings)
+        plan = ModelPlan(str(final), below=model, origin=str(below or named), run=run, settings=settings)
         try:
             return replace(plan, origin=model_plan(plan.origin, above=(*above, run.resolve())).origin)
         except UserError:  # what it was trained on is not needed any more
@@ -81,6 +81,11 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         raise UserError(
             f"{subject} is a run of method={method!r} without weights of a text-to-image pipeline in {which}/"
         )
+    if named is not None and below is None:
+        raise UserError(
+            f"{subject} is a run whose base cannot be used: {named!r} lies neither around the run nor in the current "
+            f"folder: correct model in {run / 'config.yaml'}"
+        )
     if not isinstance(below, str):
         raise UserError(f"{subject} does not say what it was trained on: set model in {run / 'config.yaml'}")
     try:
@@ -96,7 +101,7 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         run=run,
         settings=settings,
         variant=settings.get("weights_variant") if own else plan.variant,
-        base_config=settings.get("base_config") if own else plan.base_config,
+        base_config=_found(run, settings.get("base_config")) if own else plan.base_config,
     )
 
 
@@ -130,9 +135,5 @@ def _run_folder(model: str) -> tuple[Path, str] | None:
     return None
 
 
-def _seen_from(run: Path, model: str) -> str:
-    """``model`` of a run's configuration, which may be relative to the folder that the run was started in."""
-    path = Path(os.path.expanduser(model))
-    if model in EMBEDDED_PIPELINES or path.is_absolute() or os.path.exists(path):
-        return model
-    return next((str(parent / path) for parent in run.resolve().parents if os.path.exists(parent / path)), model)
+def _found(run: Path, place: Any) -> Any:
+    return (found_from(run, place) or place) if isinstance(place, str) else place

@@ -22,6 +22,7 @@ from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.training.places import found_from
 
 Kind = Literal["causal", "classifier"]
 
@@ -185,10 +186,16 @@ def _on_base(name: str, adapter: Path, base: Any, kinds: tuple[Kind, ...], above
         raise UserError(
             f"model={name!r} is an adapter that does not say on what: set base_model_name_or_path in {adapter}"
         )
+    found = found_from(adapter, base)
+    if found is None:
+        raise UserError(
+            f"model={name!r} is an adapter whose base cannot be used: {base!r} lies neither around its folder nor in "
+            "the current one: correct base_model_name_or_path, or model in config.yaml"
+        )
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"model={name!r} has no adapter_model.safetensors in {adapter}: other formats are not read")
     try:
-        plan = _plan(base, kinds, above)
+        plan = _plan(found, kinds, above)
     except UserError as error:
         raise UserError(f"model={name!r} is an adapter whose base cannot be used: {error}") from None
     return _Plan(plan.base, (*plan.adapters, adapter))

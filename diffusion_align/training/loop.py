@@ -20,6 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import ValidationError
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.launch import accelerator_problems
+from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import UpdateStatistics
@@ -476,7 +478,12 @@ class Trainer(ABC, Generic[Batch]):
 
     def _check_same_run(self, theirs: Mapping[str, Any], path: Path) -> None:
         """Settings that decide what is trained must be those the run was started with."""
-        mine, theirs = (what_is_trained(config) for config in (self.config.model_dump(mode="json"), theirs))
+        with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
+            theirs = type(self.config).model_validate(theirs).model_dump(mode="json")
+        mine, theirs = (
+            what_is_trained(absolute_paths(config, self.folder))
+            for config in (self.config.model_dump(mode="json"), theirs)
+        )
         free = _FREE_ON_RESUME if self.config.lr_schedule == "constant" else _FREE_ON_RESUME - {"epochs"}
         changed = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
         if changed:

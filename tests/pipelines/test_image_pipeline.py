@@ -418,7 +418,7 @@ def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
         own: "is a run trained on itself: correct model in",
         written(
             tmp_path / "lost", final=[lora], model="./gone"
-        ): r"whose base cannot be used: model='\./gone' is neither",
+        ): r"whose base cannot be used: '\./gone' lies neither around the run nor",
     }
     for folder, wanted in problems.items():
         problem = image_model_problem(str(folder))

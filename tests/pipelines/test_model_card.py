@@ -320,3 +320,13 @@ def test_the_card_of_a_merged_pipeline_loads_it(runs, tmp_path):
 def test_what_is_of_no_run_has_no_card(tiny_sd, tmp_path):
     ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu").save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "README.md").exists()
+
+
+def test_folders_of_this_machine_are_not_published(tmp_path):
+    settings = {"method": "ddpo", "model": "emoji-sd", "prompts": "/home/me/secret/prompts.txt"}
+    settings |= {"reward": {"name": "/home/me/secret/mine.py:f", "weights": "/home/me/secret/head.pt"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    card = model_card(tmp_path, location="owner/name")
+    assert "prompts.txt" in card
+    assert "mine.py:f" in card
+    assert "secret" not in card

@@ -1,0 +1,131 @@
+"""Settings that are paths: absolute in config.yaml, and found around the run where an older version wrote others."""
+
+import os
+
+import pytest
+
+from diffusion_align.diffusion.runs import model_plan
+from diffusion_align.llm.loading import _plan
+from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.training.config import dump_config, load_yaml
+from diffusion_align.training.errors import UserError
+from diffusion_align.training.places import absolute_paths, found_from
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder, with a model, prompts, a reward and its weights in it."""
+    folder = tmp_path / "here"
+    (folder / "models" / "sd").mkdir(parents=True)
+    (folder / "emoji-sd").mkdir()
+    for name in ("prompts.txt", "mine.py", "head.pt", "animals"):
+        (folder / name).write_text("a cat\n")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_paths_become_absolute_and_names_stay(here):
+    settings = {
+        "model": "models/sd",
+        "reference_model": "owner/name",
+        "prompts": "prompts.txt",
+        "dataset": {"source": "./prompts.txt", "max_rows": 3},
+        "pairs": "emoji_style",
+        "reward": [
+            "mine.py:f",
+            "jpeg_compressibility",
+            {"name": "combine", "rewards": [{"name": "mine.py:g", "scale": 2}], "weights": [1]},
+            {"name": "aesthetic", "head": "head.pt", "clip": "openai/clip-vit-large-patch14"},
+            {"name": "exact_match", "column": "animals"},  # a column, though a file is called so
+            {"name": "pkg.mod:f", "table": "models/sd"},
+        ],
+        "evaluation": {"reward": "mine.py:g", "prompts": {"source": "prompts.txt"}, "diversity": "models/sd"},
+        "output_dir": "runs/a",
+        "epochs": 3,
+    }
+    assert absolute_paths(settings) == {
+        "model": f"{here}/models/sd",
+        "reference_model": "owner/name",
+        "prompts": f"{here}/prompts.txt",
+        "dataset": {"source": f"{here}/prompts.txt", "max_rows": 3},
+        "pairs": "emoji_style",
+        "reward": [
+            f"{here}/mine.py:f",
+            "jpeg_compressibility",
+            {"name": "combine", "rewards": [{"name": f"{here}/mine.py:g", "scale": 2}], "weights": [1]},
+            {"name": "aesthetic", "head": f"{here}/head.pt", "clip": "openai/clip-vit-large-patch14"},
+            {"name": "exact_match", "column": "animals"},
+            {"name": "pkg.mod:f", "table": f"{here}/models/sd"},
+        ],
+        "evaluation": {
+            "reward": f"{here}/mine.py:g",
+            "prompts": {"source": f"{here}/prompts.txt"},
+            "diversity": f"{here}/models/sd",
+        },
+        "output_dir": f"{here}/runs/a",
+        "epochs": 3,
+    }
+    rows, function = ["a cat", {"prompt": "a dog"}], len
+    given = {"model": "emoji-sd", "prompts": rows, "reward": function, "base_config": None}
+    assert absolute_paths(given) == given  # the embedded model, though a folder is called so
+    assert absolute_paths({"prompts": "animals"}) == {"prompts": "animals"}  # a shipped list
+
+
+def test_checked_settings_are_what_config_yaml_holds(here, tmp_path):
+    (here / "mine.py").write_text("def f(images, prompts, metadata):\n    return [0.0] * len(prompts)\n")
+    raw = {"model": "emoji-sd", "prompts": "prompts.txt", "reward": "mine.py:f", "output_dir": "runs/a"}
+    config = check_config(raw)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    written = load_yaml(tmp_path / "config.yaml")
+    assert [written[name] for name in ("model", "prompts", "reward", "output_dir")] == [
+        "emoji-sd",
+        f"{here}/prompts.txt",
+        f"{here}/mine.py:f",
+        f"{here}/runs/a",
+    ]
+    assert raw["prompts"] == "prompts.txt"
+
+
+def test_the_base_of_an_old_run_is_looked_for_around_the_run_first(here, tmp_path):
+    """Another folder of the same name in the current folder is another model."""
+    run = tmp_path / "project" / "runs" / "a"
+    (tmp_path / "project" / "models" / "sd").mkdir(parents=True)
+    run.mkdir(parents=True)
+    (here / "only").mkdir()
+    assert found_from(run, "models/sd") == str(tmp_path / "project" / "models" / "sd")
+    assert found_from(run, "./only") == str(here / "only")
+    assert found_from(run, "emoji-sd") == "emoji-sd"
+    assert found_from(run, "owner/name") == "owner/name"
+    assert found_from(run, str(here)) == str(here)
+    assert found_from(run, "./gone") is None
+    assert found_from(run, "~/no/such/model") == os.path.expanduser("~/no/such/model")
+    assert absolute_paths({"model": "models/sd", "output_dir": "x"}, run) == {
+        "model": str(tmp_path / "project" / "models" / "sd"),
+        "output_dir": "x",
+    }
+
+
+@pytest.mark.parametrize("kind", ["image", "text", "adapter"])
+def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
+    project = tmp_path / "project"
+    run, base = project / "runs" / "a", project / "models" / "sd"
+    (run / "final").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: models/sd\n")
+    adapter = '{"base_model_name_or_path": "models/sd"}'
+    if kind == "image":
+        base.parent.mkdir()
+        base.symlink_to(tiny_sd)
+        (run / "final" / "pytorch_lora_weights.safetensors").touch()
+        assert model_plan(str(run)).base == str(base)
+    else:
+        base.mkdir(parents=True)
+        for folder in (base, here / "models" / "sd"):
+            (folder / "config.json").write_text('{"model_type": "llama"}')
+        (run / "final" / "adapter_model.safetensors").touch()
+        (run / "final" / "adapter_config.json").write_text(adapter)
+        name = str(run if kind == "text" else run / "final")
+        assert _plan(name, ("causal",)).base == str(base)
+        (run / "config.yaml").write_text("model: ./gone\n")
+        (run / "final" / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
+        with pytest.raises(UserError, match=r"whose base cannot be used: '\./gone' lies neither around its folder nor"):
+            _plan(name, ("causal",))
