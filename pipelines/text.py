@@ -26,10 +26,17 @@ from diffusion_align.llm.data import (
     prompt_rows,
 )
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.encoding import Messages, Text, TextEncoder, ended_tokens_of
+from diffusion_align.llm.encoding import (
+    Messages,
+    Text,
+    TextEncoder,
+    checked_text,
+    context_length,
+    ends_of,
+)
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer
-from diffusion_align.llm.loading import load_language_model, load_sequence_classifier, load_tokenizer
+from diffusion_align.llm.loading import load_ends, load_language_model, load_sequence_classifier, load_tokenizer
 from diffusion_align.llm.policy import LanguagePolicy, merged
 from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
@@ -39,7 +46,7 @@ from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.rows import open_rows
+from diffusion_align.training.rows import BadRow, open_rows
 from diffusion_align.training.tables import TableSource, first_rows, open_table
 
 PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
@@ -159,7 +166,7 @@ class TextAlignmentPipeline:
             )
         encoder = TextEncoder(self.tokenizer, max_completion_length=max_new_tokens)
         rows = _bare_rows(_several(prompts), encoder, name="prompts")
-        context = getattr(self.model.config, "max_position_embeddings", None)
+        context = context_length(self.model.config)
         longest = max((len(row.ids) for row in rows), default=0)
         if rows and context is not None and longest + max_new_tokens > context:
             raise UserError(
@@ -178,8 +185,8 @@ class TextAlignmentPipeline:
     def score(self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, **columns: Sequence[Any]) -> Tensor:
         """Scores (B,) of completions by a reward, nan where it has nothing to say.
 
-        A reward that names ``completion_ids`` gets the tokens of the texts, each with an end of sequence;
-        ``trainer_state`` is None.
+        A reward that names ``completion_ids`` gets the tokens that the texts have behind their prompts, each with an
+        end; ``trainer_state`` is None.
 
         Args:
             prompts, texts: B of each.
@@ -196,8 +203,19 @@ class TextAlignmentPipeline:
             PromptRow(prompt, [], {name: values[i] for name, values in columns.items()})
             for i, prompt in enumerate(prompts)
         ]
-        ids = [ended_tokens_of(self.tokenizer, text) for text in texts] if rewards.want_ids else None
+        ids = self._answer_ids(prompts, texts) if rewards.want_ids else None
         return rewards.scores(rows, texts, ids).squeeze(1)
+
+    def _answer_ids(self, prompts: Sequence[Text], texts: Sequence[str]) -> list[list[int]]:
+        ends = ends_of(self.tokenizer, getattr(self.model, "generation_config", None))
+        encoder = TextEncoder(self.tokenizer, max_completion_length=1, ends=ends)
+        try:
+            return [
+                encoder.answer_ids(checked_text(prompt, "the prompt"), text)
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+        except BadRow as problem:
+            raise UserError(f"{problem}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model, adapters merged, and its tokenizer, for plain transformers."""
@@ -221,14 +239,16 @@ def run(config: TextMethodConfig, *, model: Any = None, tokenizer: Any = None) -
 
 
 def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
-    context = None if model is None else getattr(model.config, "max_position_embeddings", None)
     if tokenizer is None:
         tokenizer, context = load_tokenizer(config.model)
-    read = _Reader(config, tokenizer, context)  # before any weights are loaded
+        ends = load_ends(config.model, tokenizer)
+    else:
+        context, ends = context_length(model.config), ends_of(tokenizer, getattr(model, "generation_config", None))
+    read = _Reader(config, tokenizer, context, ends)  # before any weights are loaded
     prompts = read(prompt_rows, "prompts")
     dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
     shown = read.shown(prompts)
-    rewards = _rewards(config, prompts or dataset, tokenizer, processes().device)
+    rewards = _rewards(config, prompts or dataset, read.encoder, processes().device)
     if config.reference_model is not None:
         _check_same_tokens(config, tokenizer)
     dtype = getattr(torch, config.dtype)
@@ -266,13 +286,14 @@ def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
 class _Reader:
     """Reads the data of a run, and says on the main process what was shortened."""
 
-    def __init__(self, config: Any, tokenizer: Any, context_length: int | None) -> None:
+    def __init__(self, config: Any, tokenizer: Any, context: int | None, ends: Sequence[int]) -> None:
         self.config = config
         self.encoder = TextEncoder(
             tokenizer,
             max_completion_length=config.max_completion_length,
             max_prompt_length=config.max_prompt_length,
-            context_length=context_length,
+            context_length=context,
+            ends=ends,
         )
 
     def __call__(self, kind: Callable[..., Rows[Any]], name: str) -> list[Any]:
@@ -319,7 +340,7 @@ def _check_same_tokens(config: PolicyConfig, tokenizer: Any) -> None:
 def _rewards(
     config: PolicyConfig,
     prompts: Sequence[PromptRow | PreferenceRow | LabelledRow],
-    tokenizer: Any,
+    encoder: TextEncoder,
     device: torch.device,
 ) -> WeightedRewards | None:
     """The rewards of a run, each tried on real prompts."""
@@ -335,7 +356,7 @@ def _rewards(
             reward,
             [row.prompt for row in some],
             columns={name: [row.columns.get(name) for row in some] for name in names},
-            tokenize=lambda text: ended_tokens_of(tokenizer, text),
+            tokenize=lambda text: encoder.answer_ids("", text),
             trainer_state=trainer_state(config),
         )
     return rewards
@@ -343,7 +364,7 @@ def _rewards(
 
 def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
     tokenizer, context = load_tokenizer(config.model)
-    read = _Reader(config, tokenizer, context)
+    read = _Reader(config, tokenizer, context, ends=())  # it samples nothing that could end
     rows, eval_rows = read(preference_rows, "dataset"), read(preference_rows, "eval_dataset")
     model, tokenizer = load_sequence_classifier(config.model)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))

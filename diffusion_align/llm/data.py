@@ -120,8 +120,9 @@ def preference_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str =
     """Preferences; ``rejected`` may be a list of several, and a column ``label`` holds P(chosen is preferred).
 
     Without a column ``prompt``, or with a text there beside conversations, the prompt is what ``chosen`` and every
-    ``rejected`` begin with, as in TRL. Of texts it ends with a word; TRL cuts inside words but tokenizes prompt and
-    completion together. Conversations that repeat the prompt's messages are taken without them, which TRL does not do.
+    ``rejected`` begin with, as in TRL. Of texts it ends with a word, where TRL cuts inside words. Conversations that
+    repeat the prompt's messages are taken without them, which TRL does not do. Sides must differ in the tokens that are
+    trained on.
 
     Args: as of ``prompt_rows``.
 
@@ -137,6 +138,12 @@ def preference_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str =
         prompt, sides = split_prompt(cells, sides)
         encoded = encoder.encode(prompt, sides)
         chosen, *rejected = encoded.completions
+        if chosen in rejected:
+            counts = f"in the {len(chosen)} tokens that count (the first {encoder.max_completion}, up to an end)"
+            where = (
+                f" {counts}: let them differ there, or raise max_completion_length" if encoded.completion_cut else ""
+            )
+            raise BadRow(f"chosen and rejected are the same{where or ' tokens'}")
         return PreferenceRow(prompt, encoded.ids, chosen, rejected, label, columns), encoded
 
     return _rows(config, encoder, name, LAYOUTS["preferences"], make)

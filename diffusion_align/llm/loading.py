@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.llm.encoding import context_length, ends_of
 from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
@@ -77,8 +78,30 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     """
     plan = _plan(name, ("causal", "classifier"))
     with _quietly(), _in_one_sentence(name):
-        config = _config(name, plan.base, ("causal", "classifier")).get_text_config()
-        return _tokenizer(name, plan, config.vocab_size), getattr(config, "max_position_embeddings", None)
+        config = _config(name, plan.base, ("causal", "classifier"))
+        return _tokenizer(name, plan, config.get_text_config().vocab_size), context_length(config)
+
+
+def load_ends(name: str, tokenizer: Any) -> list[int]:
+    """The tokens that end a sample of the language model ``name``, as its ``LanguagePolicy`` has them.
+
+    Args:
+        name: as for ``load_language_model``; no weights are read.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: as ``load_language_model``.
+    """
+    from transformers import GenerationConfig
+
+    plan = _plan(name, ("causal",))
+    with _quietly(), _in_one_sentence(name):
+        config = _config(name, plan.base, ("causal",))
+        try:
+            settings = GenerationConfig.from_pretrained(plan.base)
+        except OSError:  # there is no such file: transformers then takes them from the model's configuration
+            settings = GenerationConfig.from_model_config(config)
+        return ends_of(tokenizer, settings)
 
 
 def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

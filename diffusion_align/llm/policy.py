@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.estimators import token_log_probs
+from diffusion_align.llm.encoding import context_length, ends_of
 from diffusion_align.training.config import Section
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.lora import (
@@ -186,10 +187,7 @@ class LanguagePolicy:
         self.model, self.tokenizer, self.lora = model.to(device), tokenizer, lora
         self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
         self.eos = int(tokenizer.eos_token_id)
-        # Some models end a turn with another token than their tokenizer's end of sequence.
-        others = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {self.eos, *(others if isinstance(others, list) else [] if others is None else [others])}
-        self.ends = torch.tensor(sorted(int(end) for end in ends), device=self.device)
+        self.ends = torch.tensor(ends_of(tokenizer, getattr(model, "generation_config", None)), device=self.device)
         self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         model.requires_grad_(False).eval()
         if lora is None:
@@ -232,7 +230,7 @@ class LanguagePolicy:
     @property
     def context_length(self) -> int | None:
         """The most tokens of prompt and completion together, where the model's configuration says."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_length(self.model.config)
 
     def score(self, sequences: Sequences, *, with_hidden: bool = False) -> Scored:
         """One forward pass over prompts and completions; the head sees no position before the first completion."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.data import PreferenceRow, TextDataConfig
+from diffusion_align.llm.encoding import context_length, continuation_tokens
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
@@ -102,14 +103,16 @@ class RewardModel:
         """Completions, each behind the prompt of its row, as the reward ``classifier`` will be shown them.
 
         That is a text as the tokenizer ends it, mostly without an end of sequence, and a conversation as the chat
-        template ends it, which may write a line break behind it.
+        template ends it, which may write a line break behind it. A completion that was cut has no end.
         """
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = context_length(self.model.config)
         ended = []
         for row, completion in zip(rows, completions, strict=True):
             tail = self._tails[not isinstance(row.prompt, str)]
-            finished = list(completion[-1:]) == [self.tokenizer.eos_token_id]
-            kept = [*(completion[:-1] if finished and tail is None else completion), *(tail or [])]
+            if list(completion[-1:]) != [self.tokenizer.eos_token_id]:
+                kept = list(completion)
+            else:
+                kept = list(completion[:-1]) if tail is None else [*completion, *tail]
             ended.append(kept if longest is None else kept[: longest - len(row.ids)])
         return pack([row.ids for row in rows], ended, pad=self.pad, device=self.device)
 
@@ -136,8 +139,9 @@ class RewardModel:
         if getattr(tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-            if text.rstrip().endswith(tokenizer.eos_token):
-                tails[True] = tokenizer(text[len(text.rstrip()) :], add_special_tokens=False).input_ids
+            ended = text.rstrip()
+            if ended.endswith(tokenizer.eos_token):
+                tails[True] = continuation_tokens(tokenizer, ended, text[len(ended) :])
         return tails
 
 

@@ -12,6 +12,8 @@ from diffusion_align.training.config import Section, nearest
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.tables import FILES, Table, TableSource, check_hub, is_hub, listed, short
 
+MOST_CHARACTERS = 1_000_000
+"""Of one prompt or completion."""
 Layouts = Sequence[Mapping[str, str]]
 """Our name -> the name that is looked for by default; a source has the columns of one of them."""
 
@@ -96,6 +98,12 @@ def bad_rows_error(name: str, bad: list[str], *, any_usable: bool, nothing: str)
     return ConfigError([*listed(bad, name), remedy if any_usable else nothing])
 
 
+def check_length(characters: int, what: str) -> None:
+    """BadRow for a text that is no text to train on but a file that got here by mistake; it would take minutes."""
+    if characters > MOST_CHARACTERS:
+        raise BadRow(f"{what} has {characters} characters, more than {MOST_CHARACTERS}: shorten it")
+
+
 def checked_prompt(prompt: Any) -> str:
     """``prompt`` if it is a text that says something.
 
@@ -104,8 +112,11 @@ def checked_prompt(prompt: Any) -> str:
     """
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise BadRow("the prompt is empty")
+    if isinstance(prompt, Mapping):
+        raise BadRow(f"the prompt is a mapping, {short(prompt)}: quote the text")
     if not isinstance(prompt, str):
         raise BadRow(f"the prompt is {short(prompt)}, not a text")
+    check_length(len(prompt), "the prompt")
     try:
         prompt.encode()
     except UnicodeEncodeError:

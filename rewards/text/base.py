@@ -18,6 +18,7 @@ training starts.
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -85,6 +86,24 @@ def text_of(text: Text) -> str:
             f"a prompt or completion must be text or a list of messages with 'role' and 'content', got {text!r:.80}"
         )
     return "\n".join(_content(message["content"]) for message in text)
+
+
+def words_left_out(messages: Sequence[Mapping[str, Any]], rendered: str, *, in_full: int = 0) -> str | None:
+    """The content of the first message that a chat template left out of ``rendered``; None if all are there.
+
+    White space does not count, nor whether a content stands there as JSON (answers of tools do). What an assistant
+    thought (up to ``</think>``) may be left out as templates do with earlier turns, but for the last ``in_full``
+    messages.
+    """
+    found = "".join(rendered.split())
+    for place, message in enumerate(messages):
+        content = _content(message["content"])
+        forms = [content, json.dumps(content, ensure_ascii=False)[1:-1]]
+        if message.get("role") == "assistant" and place < len(messages) - in_full:
+            forms.append(content.rpartition("</think>")[2])
+        if not any("".join(form.split()) in found for form in forms):
+            return content
+    return None
 
 
 def call_text_reward(

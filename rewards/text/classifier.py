@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.text.base import Text, text_of
+from diffusion_align.rewards.text.base import Text, text_of, words_left_out
 from diffusion_align.rewards.text.loading import (
     load_network,
     load_tokenizer,
@@ -80,7 +80,14 @@ def layout(tokenizer: Any, prompts: list[Text], completions: list[Text], reads: 
     if tokenizer.chat_template is None:
         return [f"{text_of(prompt)}\n{text_of(completion)}" for prompt, completion in rows], True
     chats: Any = [[*_messages(prompt, "user"), *_messages(completion, "assistant")] for prompt, completion in rows]
-    return tokenizer.apply_chat_template(chats, tokenize=False), False
+    texts = tokenizer.apply_chat_template(chats, tokenize=False)
+    for chat, text in zip(chats, texts, strict=True):
+        if (lost := words_left_out(chat, text)) is not None:
+            raise RewardError(
+                f"the chat template of the classifier leaves the words of a message out ({lost!r:.80}): give one "
+                "whose template writes them, or set reads to pair or completion"
+            )
+    return texts, False
 
 
 def classifier(

@@ -16,7 +16,7 @@ from diffusion_align.llm.data import (
     preference_rows,
     prompt_rows,
 )
-from diffusion_align.llm.encoding import TextEncoder, completion_of
+from diffusion_align.llm.encoding import TextEncoder, completion_of, ends_of
 from diffusion_align.llm.policy import pack
 from diffusion_align.training.errors import ConfigError
 
@@ -218,7 +218,7 @@ def test_longer_conversations_share_all_but_what_differs(chat):
         {"chosen": [*start, assistant("a")], "rejected": [[*start, assistant("b")], [*start, assistant("c")]]},
         {"chosen": [user("1"), assistant("2")], "rejected": [user("1"), assistant("2"), user("3"), assistant("4")]},
     ]
-    first, second = rows(preference_rows, source, chat).rows
+    first, second = rows(preference_rows, source, chat, limits={"ends": ()}).rows  # a classifier reads all turns
     assert first.prompt == start
     assert [text(chat, ids) for ids in (first.ids, first.chosen, *first.rejected)] == [
         "<u>1</s>\n<a>2</s>\n<u>3</s>\n<a>",
@@ -298,16 +298,59 @@ def test_prompts_keep_their_end_and_bos():
     assert row.ids == make_tokenizer()("c").input_ids
 
 
-def test_completions_keep_their_start_and_eos(plain):
+@pytest.mark.parametrize("ends", [None, ()])
+def test_a_completion_that_was_cut_has_no_end(plain, ends):
     source = [
-        {"prompt": "q", "chosen": "abcdefgh", "rejected": ["abc", "xyzuvw"]},
+        {"prompt": "q", "chosen": "abcdefgh", "rejected": ["abc", "xyzuvw", "xyzuvw</s>"]},
         {"prompt": "q", "chosen": "abc", "rejected": "abd"},
     ]
-    found, truncation = rows(preference_rows, source, plain, max_completion_length=4)
-    assert [text(plain, ids) for ids in (found[0].chosen, *found[0].rejected)] == ["abc</s>", "abc</s>", "xyz</s>"]
+    found, truncation = rows(preference_rows, source, plain, max_completion_length=4, limits={"ends": ends})
+    kept = [text(plain, ids) for ids in (found[0].chosen, *found[0].rejected)]
+    assert kept == ["abcd", "abc</s>", "xyzu", "xyzu"]
     assert (truncation.rows, truncation.prompts, truncation.completions) == (2, 0, 1)
-    [only_end] = rows(preference_rows, source[1:], plain, max_completion_length=1).rows
-    assert only_end.chosen == [EOS]
+
+
+def test_chosen_and_rejected_differ_in_the_tokens_that_are_trained_on(plain, chat):
+    long = {"prompt": "q", "chosen": "b" * 80 + "c", "rejected": ["a", "b" * 80 + "d"]}
+    sentence = "data: row 1: chosen and rejected are the same in the 64 tokens that count (the first 64, up to an end)"
+    good = PAIR | {"label": 1.0}
+    found = problems(preference_rows, [good, long | {"label": 1.0}], plain, max_completion_length=64)
+    assert found == [f"{sentence}: let them differ there, or raise max_completion_length", HINT]
+    assert len(rows(preference_rows, [long], plain, max_completion_length=81).rows) == 1
+    later = {"prompt": [user("1")], "chosen": [assistant("2")], "rejected": [assistant("2"), user("3"), assistant("4")]}
+    [problem, _] = problems(preference_rows, [WHOLE, later | {"chosen": [assistant("2")]}][1:], chat)
+    assert "the same in the 2 tokens that count" in problem
+    deaf = [PAIR | {"chosen": "yes", "rejected": "yes</s>"}]
+    assert problems(preference_rows, deaf, plain)[0] == "data: row 0: chosen and rejected are the same tokens"
+
+
+def test_nothing_stands_behind_the_first_end(chat):
+    """As in Gemma, whose template ends a turn with another token than the tokenizer's end of sequence."""
+    gemma = make_tokenizer(template=CHATML.replace("</s>", "~"))  # "~" plays <end_of_turn>
+    turn = gemma.convert_tokens_to_ids("~")
+    source = [{"prompt": [user("hi")], "completion": [assistant("yes")], "label": 1}]
+    [row], cut = rows(labelled_rows, source, gemma, limits={"ends": [EOS, turn]})
+    assert text(gemma, row.ids) == "<u>hi~\n<a>"
+    assert (text(gemma, row.completion), cut.completions) == ("yes~", 0)
+    turns = [{"prompt": [user("1")], "completion": [assistant("2"), user("3"), assistant("4")], "label": 1}]
+    for tokenizer, ends, end in ((chat, None, "</s>"), (gemma, [EOS, turn], "~")):
+        [row], cut = rows(labelled_rows, turns, tokenizer, limits={"ends": ends})
+        assert (text(tokenizer, row.completion), cut.completions) == (f"2{end}", 1)
+    texts = [{"prompt": "q", "completion": x, "label": 1} for x in ("yes~\n", "yes", "yes</s>no")]
+    found, cut = rows(labelled_rows, texts, gemma, limits={"ends": [EOS, turn]})
+    assert [text(gemma, row.completion) for row in found] == ["yes~", "yes</s>", "yes</s>"]
+    assert cut.completions == 1
+
+
+class Settings:
+    def __init__(self, eos):
+        self.eos_token_id = eos
+
+
+def test_the_ends_of_a_model(plain):
+    assert ends_of(plain) == ends_of(plain, Settings(None)) == [EOS]
+    assert ends_of(plain, Settings(5)) == [EOS, 5]
+    assert ends_of(plain, Settings([5, EOS, 4])) == [EOS, 4, 5]
 
 
 def test_what_truncation_says(plain):
