@@ -305,6 +305,8 @@ def test_an_answer_is_read_where_the_reward_reads_it(make_model, characters):
     assert found == [[5, 6, 7, 30, 31], [5, 6, 7, EOS, *line_break], [9, 10, 11, 12, 22, 23, 24]]
     full = PreferenceRow(chat.prompt, [5] * 60, [7, 7, 7, EOS], [])
     assert model.pack([full], [full.chosen]).ids.tolist() == [[5] * 60 + [7, 7, 7, EOS]]  # the context ends there
+    cut = PreferenceRow(chat.prompt, [5, 6], [7, 7], [])
+    assert model.pack([cut], [cut.chosen]).ids.tolist() == [[5, 6, 7, 7]]  # it never had an end
     bare = make_model(tokenizer=characters(template=CHATML.replace("</s>\n", "\n")))
     assert bare.pack([chat], [chat.chosen]).ids.tolist() == [[5, 6, 7]]
 
