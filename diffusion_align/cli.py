@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def complete(
     from diffusion_align.pipelines import TextAlignmentPipeline
     from diffusion_align.pipelines.text import read_prompts
     from diffusion_align.training.errors import printable
+    from diffusion_align.writing import write_text
 
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
@@ -109,7 +111,7 @@ def complete(
         _console.print(shown, highlight=False, soft_wrap=True)
     if output is not None:
         rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
-        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @app.command()
@@ -292,10 +294,7 @@ def estimators(
         raise _user_error(str(error)) from None
     if plot is not None:
         _make_folder(plot, "--plot")
-        try:
-            parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
-        except OSError as error:
-            raise _user_error(f"--plot: the figures cannot be written to {plot}: {error.strerror}") from None
+        parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
     for part in parts:
         _console.print(part, highlight=False, markup=False)
 
@@ -345,18 +344,23 @@ def _print_aligned(lines: list[tuple[str, str]]) -> None:
 
 def main() -> None:
     """Run a command; the exit status is 0, 2 (a user's error) or 130 (interrupted)."""
+    from diffusion_align import interrupt
+    from diffusion_align.streams import LastingStreams
     from diffusion_align.training.errors import Interrupted, UserError
 
+    streams = LastingStreams()
     try:
         status = app(standalone_mode=False, prog_name="diffusion-align")
     except Interrupted as stop:
         _errors.print(str(stop), markup=False)
-        status = 130
+        status = interrupt.INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         _errors.print("stopped")
-        status = 130
+        status = interrupt.INTERRUPTED
     except UserError as error:
         status = _say(_with_notes(error))
+    except SystemExit as stop:  # never ours, so nothing was finished, whatever its code
+        status = _say(f"sys.exit({stop.code!r}) was called by code outside this package: let it raise an error instead")
     except Exception as error:
         if _is_a(error, "ClickException"):
             status = _usage(error)
@@ -364,7 +368,14 @@ def main() -> None:
             status = _say(_with_notes(error))
         else:
             raise
-    sys.exit(status if isinstance(status, int) else 0)
+    lost = streams.close()
+    if lost is not None:
+        failed = _say(f"what was printed was cut off ({lost}): make room where it goes")
+        status = status or failed
+    status = status if isinstance(status, int) else 0
+    if interrupt.left_behind:
+        os._exit(status)
+    sys.exit(status)
 
 
 def _hide_loading_bars() -> None:

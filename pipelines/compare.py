@@ -21,6 +21,7 @@ from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward
 from diffusion_align.training.errors import UserError
+from diffusion_align.writing import make_folder
 
 _BATCH = 8
 _SHOWN = 24
@@ -128,6 +129,7 @@ def compare_models(
     above, below = (s[:count].tolist() for s in scores)
     picture = before_after(*shown, captions=texts[:count], rewards_before=above, rewards_after=below, labels=("A", "B"))
     if output is not None:
+        make_folder(output.parent, parents=True)
         save_png(picture, output)
     return replace(_summary(scores[0], scores[1], texts), picture=picture)
 

@@ -241,7 +241,7 @@ def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
 
 def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
     try:
-        method = yaml.safe_load((folder / "config.yaml").read_text())["method"]
+        method = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["method"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
     if method != raw.get("method", "ddpo"):

@@ -30,6 +30,7 @@ from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, s
 from diffusion_align.rewards import build_reward
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.prompts import load_prompts
+from diffusion_align.writing import make_folder, new_folder
 
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
@@ -330,7 +331,9 @@ class ImageAlignmentPipeline:
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
         _refuse_file(folder)
-        save_lora(self.pipeline, Path(folder))
+        make_folder(Path(folder).parent, parents=True)
+        with new_folder(folder) as aside:
+            save_lora(self.pipeline, aside)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline with the adapter merged in, for diffusers' ``from_pretrained``.
@@ -344,8 +347,9 @@ class ImageAlignmentPipeline:
             UserError: it is a file.
         """
         _refuse_file(folder)
-        with adapters.merged(self.pipeline):
-            self.pipeline.save_pretrained(str(folder))
+        make_folder(Path(folder).parent, parents=True)
+        with adapters.merged(self.pipeline), new_folder(folder) as aside:
+            self.pipeline.save_pretrained(str(aside))
         self._write_card(Path(folder), location=str(folder), merged=True)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:

@@ -82,5 +82,5 @@ LISTINGS: dict[str, Callable[[], Entries]] = {
 
 
 def _first_comment(path: Path) -> str:
-    first = path.read_text().splitlines()[0]
+    first = path.read_text(encoding="utf-8").splitlines()[0]
     return first.removeprefix("#").strip()

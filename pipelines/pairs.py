@@ -24,10 +24,10 @@ from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, call_reward, reward_problem
 from diffusion_align.rewards.base import reward_name
-from diffusion_align.training.checkpoint import write_aside
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import ConfigError, Interrupted, UserError
 from diffusion_align.training.prompts import Prompt
+from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"
 _SHOWN = 24
@@ -128,6 +128,10 @@ def make_pairs(
     except KeyboardInterrupt:
         kept = f"{len(pairs)} pairs are in {output}: resume (--resume) to go on" if pairs or ties else "nothing written"
         raise Interrupted(f"stopped; {kept}") from None
+    except WriteError as error:
+        if pairs or ties:
+            error.add_note(f"{len(pairs)} pairs are in {output}: resume (--resume) to go on")
+        raise
     except OSError as error:
         raise UserError(f"output={str(output)!r}: {error.filename or 'a file'}: {error.strerror or error}") from error
     gaps = [row["score_chosen"] - row["score_rejected"] for row in pairs]
@@ -172,15 +176,14 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
     if differing:
         was, now = (", ".join(f"{key}={values.get(key)!r}" for key in differing) for values in (begun, settings))
         raise UserError(f"output={str(output)!r} was begun with {was}, not {now}: use those, or choose another folder")
-    for left in output.glob("pictures/.*.tmp"):  # by a kill
-        left.unlink()
+    sweep(output)
 
 
 def _begin(output: Path, settings: Mapping[str, Any]) -> None:
     """Settings are kept with the first result: a judge that fails at once leaves no used folder behind."""
     if not (output / SETTINGS).exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_aside(output / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
+        make_folder(output, parents=True)
+        write_text(output / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
 
 
 def _scores(reward: Any, images: Sequence[Image.Image], prompt: str, metadata: Mapping[str, Any]) -> list[float]:
@@ -188,10 +191,7 @@ def _scores(reward: Any, images: Sequence[Image.Image], prompt: str, metadata: M
 
 
 def _append(path: Path, row: Row) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, json.dumps(row))
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -203,7 +203,7 @@ def _read_rows(path: Path) -> list[Row]:
         whole = text[: text.rfind("\n") + 1]
         rows = [json.loads(line) for line in whole.splitlines()]
         if whole != text:
-            write_aside(path, whole)
+            write_text(path, whole)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): mend it, or choose another output folder") from None
     for number, row in enumerate(rows, start=1):

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion_align.images import UnreadableImage, to_rgb
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.writing import make_folder
 
 Picture = Image.Image | Tensor | np.ndarray
 
@@ -53,15 +54,13 @@ class DrawnImages:
             folder: made if it is not there; pictures of these names in it are replaced.
 
         Raises:
-            UserError: there are no pictures, or the folder cannot be written to.
+            UserError: there are no pictures, or they cannot be written.
         """
         target, grid = Path(folder).expanduser(), self.grid()
-        try:
-            for i, image in enumerate(self.images):
-                save_png(image, target / f"{i:04d}.png")
-            save_png(grid, target / "grid.png")
-        except OSError as error:
-            raise UserError(f"folder={str(folder)!r} cannot be written to: {error.strerror}") from None
+        make_folder(target, parents=True)
+        for i, image in enumerate(self.images):
+            save_png(image, target / f"{i:04d}.png")
+        save_png(grid, target / "grid.png")
         return target
 
     def _repr_png_(self) -> bytes | None:

@@ -37,7 +37,7 @@ from diffusion_align.llm.encoding import (
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer
 from diffusion_align.llm.loading import load_ends, load_language_model, load_sequence_classifier, load_tokenizer
-from diffusion_align.llm.policy import LanguagePolicy, merged
+from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.llm.rollout import rollout
@@ -48,6 +48,7 @@ from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import BadRow, open_rows
 from diffusion_align.training.tables import TableSource, first_rows, open_table
+from diffusion_align.writing import make_folder
 
 PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
 TextMethodConfig = PolicyConfig | RewardModelConfig
@@ -219,8 +220,8 @@ class TextAlignmentPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model, adapters merged, and its tokenizer, for plain transformers."""
-        self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+        make_folder(Path(folder).parent, parents=True)
+        save_model(self.model, self.tokenizer, Path(folder))
 
 
 def run(config: TextMethodConfig, *, model: Any = None, tokenizer: Any = None) -> TextMethodTrainer:

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.interrupt import Overdue, breakable
+
 _PROMPTS = ('a sign that says "stop"', 'a red apple, called "Jonagold"', 'a blue car with the letters "AB"')
 
 
@@ -80,9 +82,12 @@ def call_reward(
         images = (images.detach().float() * 255).round().clamp(0, 255) / 255
     with torch.set_grad_enabled(differentiable):
         try:
-            answer = reward(images, list(prompts), list(metadata))
+            with breakable():
+                answer = reward(images, list(prompts), list(metadata))
         except RewardError:
             raise
+        except Overdue as error:
+            raise RewardError(f"reward '{name}' did not answer when the run was asked to stop") from error
         except Exception as error:
             raise RewardError(f"reward '{name}' raised {describe_exception(error)}") from error
         scores = as_scores(answer, batch, name)

@@ -86,7 +86,7 @@ def _normalisation(source: str) -> tuple[Sequence[float], Sequence[float]]:
     if Path(source).name == EMOJI_CLIP:
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     try:
-        settings = json.loads(Path(str(cached_file(source, "preprocessor_config.json"))).read_text())
+        settings = json.loads(Path(str(cached_file(source, "preprocessor_config.json"))).read_text(encoding="utf-8"))
     except OSError:
         return CLIP_MEAN, CLIP_STD
     return settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)

@@ -9,9 +9,7 @@ import base64
 import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +33,7 @@ from diffusion_align.rewards.endpoints import (
     url_problem,
 )
 from diffusion_align.training.errors import printable
+from diffusion_align.writing import WriteError, make_folder, write_text
 
 ABOUT = {
     "vlm_judge": {
@@ -223,7 +222,7 @@ def vlm_judge(
         patience=patience,
         retries=retries,
         concurrency=concurrency,
-        cache=Path(cache).expanduser() if cache is not None else None,
+        cache=Path(cache).expanduser().absolute() if cache is not None else None,
     )
 
 
@@ -323,9 +322,7 @@ def _only_model(endpoint: Endpoint, patience: float) -> str:
 def _write_aside(path: Path, text: str) -> None:
     """Whole or not at all, whoever else writes it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise RewardError(f"cache='{path.parent}' cannot be written: {error.strerror}") from error
+        make_folder(path.parent, parents=True)
+        write_text(path, text)
+    except WriteError as error:
+        raise RewardError(f"cache: {error}") from error

@@ -287,7 +287,7 @@ def measure_log_probs(
     run(call, labels[:1, :1], inputs[0][:1, :1], *inputs[1:])  # what is loaded at the first call is not to count
     seconds = []
     before = _resident_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     for _ in range(repeats):
         result = None
         start = time.perf_counter()
@@ -302,13 +302,15 @@ def measure_log_probs(
 
 def _resident_mib(field: str) -> float:
     """VmRSS, resident now, or VmHWM, the peak of it."""
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
+    (line,) = (
+        x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(f"{field}:")
+    )
     return int(line.split()[1]) / 1024
 
 
 def _in_own_process(command: str, *arguments: str) -> Any:
     line = [sys.executable, str(Path(__file__)), command, "--json", *arguments]
-    finished = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    finished = subprocess.run(line, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return json.loads(finished.stdout.splitlines()[-1])
 
 

@@ -61,10 +61,9 @@ def run(arguments: argparse.Namespace) -> None:
         build.work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"cannot create {error.filename}: {error.strerror}; choose another folder") from error
-    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != settings:
-        raise BuildError(
-            f"{build.work} was begun with {kept.read_text().strip()}: pass the same, or another --work-dir"
-        )
+    begun = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
+    if begun is not None and json.loads(begun) != settings:
+        raise BuildError(f"{build.work} was begun with {begun}: pass the same, or another --work-dir")
     with written_aside(kept) as aside:
         aside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     functions = {

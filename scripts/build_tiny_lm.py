@@ -237,7 +237,8 @@ def run(arguments: argparse.Namespace) -> None:
     model.half().save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     settings = folder / "tokenizer_config.json"  # transformers 4 knows the class by its older name alone
-    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    text = settings.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    settings.write_text(text, encoding="utf-8")
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes its files private
     load = AutoModelForCausalLM.from_pretrained
     model = load_in_dtype(load, str(folder), dtype=torch.float32, use_safetensors=True).eval()

@@ -42,7 +42,9 @@ def main(
 ) -> None:
     """Train, compare, draw and print."""
     runs.mkdir(parents=True, exist_ok=True)
-    (runs / "train_prompts.txt").write_text("".join(f"{pair.prompt}\n" for pair in load_preferences("train")))
+    (runs / "train_prompts.txt").write_text(
+        "".join(f"{pair.prompt}\n" for pair in load_preferences("train")), encoding="utf-8"
+    )
     names = [name for name in EXPERIMENTS if not only or name in only]
     jobs = [(name, seed) for name in names for seed in range(EXPERIMENTS[name][2])]
     folders = side_by_side(lambda job: _train(runs, *job), jobs, at_once)
@@ -51,7 +53,8 @@ def main(
     print("experiment                  seed  seconds  wins (95 % interval)      score (s.e.)  KL, nats")
     for (name, seed), folder in folders.items():
         if not (folder / "final").is_dir():
-            print(f"{name:28s}{seed:4d}  stopped by the guard: {(folder / 'stopped.txt').read_text().strip()}")
+            why = (folder / "stopped.txt").read_text(encoding="utf-8").strip()
+            print(f"{name:28s}{seed:4d}  stopped by the guard: {why}")
             continue
         picture = folder / "compare.png"
         result = compare_models("emoji-sd", str(folder), prompts, "aesthetic", per_prompt=per_prompt, output=picture)
@@ -81,7 +84,7 @@ def _train(runs: Path, name: str, seed: int) -> Path:
         except RuntimeError as error:
             if "the policy diverges" not in str(error):
                 raise
-            (folder / "stopped.txt").write_text(str(error))
+            (folder / "stopped.txt").write_text(str(error), encoding="utf-8")
     return folder
 
 

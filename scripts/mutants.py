@@ -247,7 +247,9 @@ class Runner:
         ((_, verdict),) = self.run([None], limit=1800)
         if verdict != "survived":
             return 0.0
-        for name in json.loads((self.scratch / "modules.json").read_text()):  # such as what torch.compile needs
+        for name in json.loads(
+            (self.scratch / "modules.json").read_text(encoding="utf-8")
+        ):  # such as what torch.compile needs
             self._import(name)
         gc.freeze()  # else pytest's garbage collections go through all of it, and copy its pages
         return time.monotonic() - begin
@@ -342,7 +344,7 @@ class Runner:
         if not mutant:
             files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
             foreign = [n for n, f in files.items() if "site-packages" in f or not Path(f).is_relative_to(self.root)]
-            (self.scratch / "modules.json").write_text(json.dumps(foreign))
+            (self.scratch / "modules.json").write_text(json.dumps(foreign), encoding="utf-8")
         return status
 
 
@@ -390,7 +392,10 @@ def main(arguments: list[str] | None = None) -> int:
         runner = Runner(root, options.package, tests, Path(scratch))
         seconds = runner.prepare()
         if not seconds:
-            print((Path(scratch) / "without" / "output").read_text() + "The tests must pass before there is a mutant.")
+            print(
+                (Path(scratch) / "without" / "output").read_text(encoding="utf-8")
+                + "The tests must pass before there is a mutant."
+            )
             return 2
         for mutant, verdict in runner.run(mutants, limit=20 + 5 * seconds, jobs=options.jobs):
             counts[mutant.module][verdict] += 1

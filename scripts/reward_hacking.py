@@ -47,7 +47,7 @@ def main(
 
 def draw(stopped: Path, curves: dict[str, Path], images: Path) -> None:
     """Both pictures, from finished runs; ``stopped`` is the first of ``curves`` as far as the rule let it go."""
-    print(json.loads((stopped / "evaluation.json").read_text()))
+    print(json.loads((stopped / "evaluation.json").read_text(encoding="utf-8")))
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     end = max(row["epoch"] for row in read_metrics(stopped / "metrics.jsonl"))
     for panel, (key, title) in zip(figure.subplots(1, 3), KEYS.items(), strict=True):

@@ -30,7 +30,7 @@ def train(folder: Path, recipe: str, overrides: Sequence[str]) -> Path:
             raise RuntimeError(f"{folder} is of a run with other settings ({', '.join(other)}): choose another folder")
     else:
         command = [sys.executable, "-m", "diffusion_align", "train", recipe, *settings]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
         if done.returncode:
             raise RuntimeError(done.stderr)
     return folder

@@ -30,7 +30,7 @@ def main(output: str) -> None:
         total += call_reward(reward, images, prompts, [{} for _ in prompts])
     worst = sorted(total.argsort()[:COUNT].tolist())
     print(f"mean of all {total.mean() / PICTURES:.4f}, of the {COUNT} worst {total[worst].mean() / PICTURES:.4f}")
-    Path(output).write_text("".join(prompts[i] + "\n" for i in worst))
+    Path(output).write_text("".join(prompts[i] + "\n" for i in worst), encoding="utf-8")
 
 
 if __name__ == "__main__":

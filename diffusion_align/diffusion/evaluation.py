@@ -20,9 +20,9 @@ from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.training.checkpoint import write_aside
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
+from diffusion_align.writing import write_text
 
 SUMMARY = "evaluation.json"
 """In a run folder: the best evaluation, and why the run stopped if a rule ended it."""
@@ -124,7 +124,7 @@ def write_summary(folder: Path, evaluation: Evaluation | None, stopped: str | No
     """Write ``evaluation.json``: the best evaluation (after epoch 0: the model as it was) and why the run stopped."""
     best = evaluation.best if evaluation is not None else None
     found = {"best": None if best is None else {"epoch": best[0], "gold": best[1]}, "stopped": stopped}
-    write_aside(folder / SUMMARY, json.dumps(found, indent=1))
+    write_text(folder / SUMMARY, json.dumps(found, indent=1))
 
 
 def stop_reason(rules: StopConfig, row: dict[str, Any], evaluation: Evaluation | None) -> str | None:

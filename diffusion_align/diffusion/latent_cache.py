@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.diffusion.pairs import PairSet
 from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
+from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.errors import CheckpointError, UserError
 from diffusion_align.training.loop import Trainer
+from diffusion_align.writing import make_folder, new_file
 
 _SHARD = 256  # pairs in a file
 
@@ -69,7 +69,7 @@ class LatentCache:
                             trainer.advance(bar, len(batch))
                         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
                         self._write(own[turn], {"chosen": chosen, "rejected": rejected})
-                except UserError as error:  # a picture that has vanished since it was looked at
+                except UserError as error:  # a picture has vanished since it was looked at, or the disk is full
                     failure = error
                 trainer.raise_together(failure, UserError)
         accelerator.wait_for_everyone()
@@ -79,7 +79,7 @@ class LatentCache:
         """Chosen and rejected latents (B, C, H, W) of pairs ``indices``, on the policy's device."""
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
         for index in indices:
-            with safe_open(self._path(index // _SHARD), "pt") as file:
+            with open_tensors(self._path(index // _SHARD)) as file:
                 for side, name in zip(sides, ("chosen", "rejected"), strict=True):
                     side.append(file.get_slice(name)[index % _SHARD])
         chosen, rejected = (torch.stack(side).to(self.policy.device) for side in sides)
@@ -92,7 +92,7 @@ class LatentCache:
 
     def _check_files(self) -> None:
         for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 if (file.metadata() or {}).get("pairs") != self._digest(int(path.stem)):
                     raise CheckpointError(
                         f"the pairs are not those that this run began with ({path} is of others): put them back or "
@@ -104,11 +104,10 @@ class LatentCache:
         return hashlib.sha256(json.dumps([self.pairs.identity(i) for i in places]).encode()).hexdigest()
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        aside = self._path(number).with_suffix(".tmp")  # the one process that writes this file also did before a kill
+        make_folder(self.folder)
         metadata = {"pairs": self._digest(number)}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        os.replace(aside, self._path(number))
+        with new_file(self._path(number)) as aside:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"

@@ -20,10 +20,10 @@ from diffusion_align.diffusion.runs import ModelPlan, model_plan
 from diffusion_align.diffusion.single_file import is_one_file
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, series
-from diffusion_align.training.checkpoint import write_aside
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.loop import what_is_trained
 from diffusion_align.training.places import found_from
+from diffusion_align.writing import new_file, write_text
 
 PICTURE = "before_after.png"
 SUMMARY = "evaluation.json"  # evaluation.py, which writes it, imports showing.py and so this file
@@ -73,7 +73,7 @@ def model_card(
     settings = _named(what_is_trained(load_yaml(folder / "config.yaml")))
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.is_file() else []
-    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).is_file() else {}
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).is_file() else {}
     model = str(settings.get("model"))
     below = model_plan(found_from(folder, model) or model)
     lora = bool(settings.get("lora")) and not merged
@@ -108,8 +108,9 @@ def write_model_card(folder: Path, target: Path, **options: Any) -> None:
     """Write the card of the run ``folder`` into ``target``, with the picture it shows; ``options`` as above."""
     picture = folder / "samples" / PICTURE
     if picture.is_file():
-        shutil.copyfile(picture, target / PICTURE)
-    write_aside(target / "README.md", model_card(folder, **options))
+        with new_file(target / PICTURE) as aside:
+            shutil.copyfile(picture, aside)
+    write_text(target / "README.md", model_card(folder, **options))
 
 
 def _front_matter(base: str, method: str, lora: bool) -> str:

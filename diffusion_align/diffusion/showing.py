@@ -17,6 +17,7 @@ from diffusion_align.report import before_after, image_grid, save_png, write_rep
 from diffusion_align.rewards.base import RewardError, call_reward
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
+from diffusion_align.writing import new_folder
 
 
 def sample_images(
@@ -69,16 +70,15 @@ class ImageShow:
 
     def write(self, path: Path) -> None:
         """Write a grid of the fixed prompts."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_png(image_grid(self.draw(), captions=self.prompts), path)
 
     def write_weights(self, folder: Path) -> None:
         """Write the adapter, or the whole pipeline if all of the UNet is trained, as diffusers loads them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.policy.lora is None:
-            self.policy.pipeline.save_pretrained(str(folder))
-        else:
-            self.policy.save_lora(folder)
+        with new_folder(folder) as aside:
+            if self.policy.lora is None:
+                self.policy.pipeline.save_pretrained(str(aside))
+            else:
+                self.policy.save_lora(aside)
 
     def finish(self, folder: Path, reward: Callable[..., Any] | None) -> None:
         """Write ``final/`` (what diffusers loads, and its card), ``samples/before_after.png`` and ``report.html``."""
@@ -94,7 +94,6 @@ class ImageShow:
             rewards_before=self.score(before, reward),
             rewards_after=self.score(after, reward),
         )
-        (folder / "samples").mkdir(exist_ok=True)
         save_png(picture, folder / "samples" / "before_after.png")
         write_model_card(folder, final, pipeline_class=type(self.policy.pipeline).__name__)
         write_report(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -95,11 +94,7 @@ class DenoisingTrainer(Trainer[Batch]):
         assert self.evaluation is not None
         measured = self.evaluation.measure(self, self.policy, self._drawing)
         best = self.evaluation.best
-        if self.accelerator.is_main_process and best is not None and best[0] == self.epoch > 0:
-            aside = self.folder / ".best.tmp"
-            shutil.rmtree(aside, ignore_errors=True)
+        if best is not None and best[0] == self.epoch > 0:
             with self.averaged_weights():
-                self._show.write_weights(aside)
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
-            aside.rename(self.folder / "best")
+                self.on_main_process(lambda: self._show.write_weights(self.folder / "best"))
         return measured

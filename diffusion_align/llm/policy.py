@@ -29,6 +29,7 @@ from diffusion_align.training.lora import (
     save_peft,
     switched_off,
 )
+from diffusion_align.writing import new_folder
 
 IGNORED = -100
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
@@ -297,13 +298,14 @@ class LanguagePolicy:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model, or what is trained of it, and its tokenizer, for plain transformers (with peft)."""
-    if carries_adapters(model):
-        save_peft(model, folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(str(folder))
-    else:
-        model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    with new_folder(folder) as aside:
+        if carries_adapters(model):
+            save_peft(model, aside)
+            if model.can_generate():
+                model.generation_config.save_pretrained(str(aside))
+        else:
+            model.save_pretrained(str(aside))
+        tokenizer.save_pretrained(str(aside))
 
 
 def merged(model: Any) -> Any:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,8 +18,10 @@ from diffusion_align.llm.data import PreferenceRow
 from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
-from diffusion_align.training.errors import CheckpointError, first_line
+from diffusion_align.training.checkpoint import open_tensors
+from diffusion_align.training.errors import CheckpointError
 from diffusion_align.training.loop import Trainer
+from diffusion_align.writing import new_file
 
 _FEATURES = ("embeddings", "entropy")
 
@@ -60,18 +60,9 @@ class ReferenceFile:
         trainer.accelerator.wait_for_everyone()  # all have looked before it is written
         if not there:
             tensors = self._compute(trainer)
-            if trainer.accelerator.is_main_process:
-                aside = self.path.with_suffix(".tmp")
-                save_file(tensors, aside, self._identity())
-                with aside.open("rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(aside, self.path)
-            trainer.accelerator.wait_for_everyone()
-        try:
-            with safe_open(self.path, "pt") as file:
-                identity = file.metadata()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} is damaged ({first_line(error)}): choose a new output_dir") from None
+            trainer.on_main_process(lambda: self._write(tensors))
+        with open_tensors(self.path) as file:
+            identity = file.metadata()
         if identity != self._identity():
             raise CheckpointError(
                 f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "
@@ -79,10 +70,14 @@ class ReferenceFile:
             )
         self._full = True
 
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        with new_file(self.path) as aside:
+            save_file(tensors, aside, self._identity())
+
     def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> None:
         """Fill in what is known of a batch of rows ``indices`` that ``pack_rows`` packed."""
         device, mask = self.policy.device, batch.sequences.mask
-        with safe_open(self.path, "pt") as file:
+        with open_tensors(self.path) as file:
             logp = file.get_slice("logp")
             flat = torch.cat([logp[self._ends[i] : self._ends[i + 1]] for i in indices]).to(device)
             batch.logp_ref = torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)

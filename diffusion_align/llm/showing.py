@@ -12,8 +12,8 @@ from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.training.checkpoint import write_aside
 from diffusion_align.training.randomness import generator
+from diffusion_align.writing import make_folder, write_text
 
 SHOWN = 16
 
@@ -85,9 +85,9 @@ class TextShow:
             return [{} for _ in shown.texts]
 
     def _lines(self, path: Path, lines: Sequence[dict[str, Any]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         rows = [{"prompt": row.prompt, **line} for row, line in zip(self.rows, lines, strict=True)]
-        write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _named(score: dict[str, float], when: str) -> dict[str, float]:

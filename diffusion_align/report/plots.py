@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from diffusion_align.report.drawing import (
     start_at_zero,
 )
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
+from diffusion_align.writing import make_folder, write_bytes
 
 RunDirs = str | Path | Sequence[str | Path]
 
@@ -320,16 +320,10 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure as a PNG, aside and renamed; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(figure_png(figure))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    """Write the figure as a PNG, whole or not at all; returns the path, whose folder is made."""
+    make_folder(Path(path).parent, parents=True)
+    write_bytes(path, figure_png(figure))
+    return Path(path)
 
 
 def _as_list(folders: RunDirs) -> list[str | Path]:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion_align.training.errors import CheckpointError
+from diffusion_align import writing
+from diffusion_align.training.errors import CheckpointError, first_line
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d+)")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def save_checkpoint(
@@ -51,26 +43,22 @@ def save_checkpoint(
         tensors: nested dicts and lists of tensors and plain values (optimizer, RNG), read back with weights_only.
         state: JSON values (counters, configuration, statistics).
         keep: how many checkpoints to leave.
+
+    Raises:
+        WriteError: there is no room, or the run's folder is gone; the checkpoints before stand.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    writing.make_folder(folder)
     target = folder / f"step_{step:08d}"
-    aside = folder / f".{target.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for stem, named in weights.items():
-        save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, aside / f"{stem}.safetensors")
-    torch.save(tensors, aside / "tensors.pt")
-    (aside / "state.json").write_text(json.dumps(state, indent=1))
-    manifest = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-    (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in aside.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if (target / _MANIFEST).exists():  # the same step again: what is there is as good, and is never without a copy
-        shutil.rmtree(aside)
-    else:
+    if not (target / _MANIFEST).exists():  # the same step again: what is there is as good, and is never without a copy
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(aside, target)
+        with writing.new_folder(target) as aside:
+            for stem, named in weights.items():
+                save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, aside / f"{stem}.safetensors")
+            with (aside / "tensors.pt").open("wb") as file:  # of a path torch would not say why it cannot be written
+                torch.save(tensors, file)
+            (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            manifest = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
+            (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -89,7 +77,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict
         CheckpointError: a file is missing or differs from its recorded hash.
     """
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         damaged = [name for name, digest in manifest.items() if _sha256(path / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -106,7 +94,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict
         )
     weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
-    return weights, tensors, json.loads((path / "state.json").read_text())
+    return weights, tensors, json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file of the run, opened to read parts of it.
+
+    Raises:
+        CheckpointError: it is damaged, or was removed while the run goes on.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or gone ({first_line(error)}): choose a new output_dir") from None
 
 
 def rng_state() -> dict[str, Any]:

@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from diffusion_align.interrupt import GRACE
 from diffusion_align.training.errors import ConfigError
 
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+# Absolute from the beginning: a reward may change the working directory.
+Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
 
 
 class Section(BaseModel):
@@ -69,6 +71,15 @@ class TrainingConfig(Section):
         None, ge=1, le=1024, description="CPU threads of torch; its own default when not given"
     )
     checkpoint_every: int = Field(10, ge=1, description="epochs")
+    checkpoint_minutes: float | None = Field(
+        10.0,
+        gt=0,
+        le=525_600,
+        description="since the last one: then one is due as well; null for never",
+    )
+    interrupt_grace: float = Field(
+        GRACE, ge=0, le=86_400, description="seconds for a reward to answer once the run was asked to stop"
+    )
     keep_checkpoints: int = Field(2, ge=1)
     grid_every: int = Field(1, ge=0, description="epochs between pictures (or texts) of the fixed prompts; 0 for none")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
@@ -97,7 +108,7 @@ class TrainingConfig(Section):
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a ConfigError with one sentence."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"there is no configuration file {path}"]) from None
     except (OSError, UnicodeDecodeError) as error:

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import sys
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import ValidationError
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from diffusion_align import __version__
-from diffusion_align.interrupt import InterruptFlag
+from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue, waiting_for_others
 from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
@@ -35,14 +38,18 @@ from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.training.tracking import MetricsLog
+from diffusion_align.writing import WriteError, make_folder, sweep, write_text
 
 Batch = TypeVar("Batch")
+_LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
 # Settings that may change on resume: where and how long, never what.
 _FREE_ON_RESUME = {
     "output_dir",
     "resume",
     "epochs",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "interrupt_grace",
     "keep_checkpoints",
     "trackers",
     "num_threads",
@@ -89,7 +96,7 @@ class Trainer(ABC, Generic[Batch]):
         self.step = 0  # optimizer steps, skipped ones counted
         self.stopped: str | None = None  # why the run ended before its last epoch
         self._flag = InterruptFlag()
-        self._failed_together = False
+        self._failed_together = self._can_be_saved = False
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[dict[str, Any], dict[str, Any]] | None = None
         if problems := accelerator_problems(accelerator):
@@ -170,7 +177,8 @@ class Trainer(ABC, Generic[Batch]):
             TrainingError, CheckpointError, RewardError: with one sentence; the last checkpoint stands.
         """
         config = self.config
-        with InterruptFlag() as self._flag, self._progress() as self._bars:
+        flag = InterruptFlag(config.interrupt_grace, self._leave)
+        with flag as self._flag, self._progress() as self._bars, self._resumable_if_not_written():
             self._prepare()
             while self.epoch < config.epochs and self.stopped is None:
                 self._rng_at_start = checkpoint.rng_state()
@@ -197,23 +205,22 @@ class Trainer(ABC, Generic[Batch]):
                 self._show_if_due()
                 row["time/grid"] = time.perf_counter() - shown
                 row["time/epoch"] = time.perf_counter() - started
-                self._log.write(row)
+                self._write_row(row)
                 headline = _headline(last | row, self.headline)
                 self._bars.update(self._epochs_bar, completed=self.epoch, description=headline)
                 self._rng_at_start = checkpoint.rng_state()
                 self.stopped = self.stop_reason(last | row)
                 due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
-                if due or self.stopped or self.checkpoint_wanted():
+                if due or self.stopped or self.checkpoint_wanted() or self._checkpoint_overdue():
                     self.save()
                 if self.epoch < config.epochs and not self.stopped:
                     with self._saved_if_broken_off():
                         self.stop_if_interrupted()
             self._bars.update(self._epochs_bar, description="writing final/ and the report")
-            if self.accelerator.is_main_process:
-                with self.averaged_weights():
-                    self.finish()
+            with self.averaged_weights():
+                self.on_main_process(self.finish)
             self.accelerator.wait_for_everyone()
-            self.accelerator.end_training()
+            self._end_training()
         return self.folder
 
     def stop_if_interrupted(self, *, failed: bool = False) -> bool:
@@ -222,7 +229,8 @@ class Trainer(ABC, Generic[Batch]):
         Every process must call this at the same place. Returns whether anything ``failed`` on any process.
         """
         flags = torch.tensor([float(self._flag.raised), float(failed)], device=self.accelerator.device)
-        interrupted, any_failed = self.accelerator.reduce(flags, reduction="sum").tolist()
+        with waiting_for_others():
+            interrupted, any_failed = self.accelerator.reduce(flags, reduction="sum").tolist()
         if interrupted and not any_failed:
             raise Interrupted
         return any_failed > 0
@@ -234,13 +242,30 @@ class Trainer(ABC, Generic[Batch]):
         """
         interrupted = self._flag.raised
         if self.accelerator.num_processes > 1:
-            told = gather_object([(None if failure is None else str(failure), interrupted)])
+            with waiting_for_others():
+                told = gather_object([(None if failure is None else str(failure), interrupted)])
             messages = [message for message, _ in told if message is not None]
             failure = failure or (kind(messages[0]) if messages else None)
             interrupted = any(raised for _, raised in told)
             self._failed_together = bool(messages)
         if failure is not None:
             raise Interrupted if interrupted else failure
+
+    def on_main_process(self, write: Callable[[], object]) -> None:
+        """Call ``write`` on the main process; where that fails all processes raise, as none would answer the others."""
+        failure: BaseException | None = None
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except Exception as error:
+                failure = error
+        if self.accelerator.num_processes > 1:
+            told: list[str | None] = [None if failure is None else str(failure) or type(failure).__name__]
+            broadcast_object_list(told)
+            failure = failure or (None if told[0] is None else WriteError(told[0]))
+            self._failed_together = failure is not None
+        if failure is not None:
+            raise failure
 
     def keep_average(self) -> None:
         """After training: make the weights in memory what ``final/`` holds, their EMA if one is kept."""
@@ -254,12 +279,14 @@ class Trainer(ABC, Generic[Batch]):
             yield
             return
         parameters = list(self.trainable.values())
+        could, self._can_be_saved = self._can_be_saved, False
         self._ema.store(parameters)
         self._ema.copy_to(parameters)
         try:
             yield
         finally:
             self._ema.restore(parameters)
+            self._can_be_saved = could
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[TaskID]:
@@ -298,31 +325,38 @@ class Trainer(ABC, Generic[Batch]):
             from diffusers.training_utils import EMAModel
 
             self._ema = EMAModel(self._parameters, decay=config.ema_decay)
+        self._saved_at = time.monotonic()
         self._log = MetricsLog(self.folder / "metrics.jsonl", self.accelerator)
-        newest = checkpoint.list_checkpoints(self.folder / "checkpoints")[-1:] if config.resume else []
+        newest = self._checkpoints()[-1:] if config.resume else []
         if newest:
             self._load(newest[0])
         elif (self.folder / "config.yaml").is_file():
             self._check_same_run(load_yaml(self.folder / "config.yaml"), self.folder)
         self.accelerator.wait_for_everyone()  # all have read the folder before the main process writes to it
         if config.trackers:
-            self.accelerator.init_trackers("diffusion-align", config={"config": dump_config(config)})
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_aside(self.folder / "config.yaml", dump_config(config))
-        self.accelerator.wait_for_everyone()
-        self._log.rewind(self.step if newest else -1, unmeasured=self._unmeasured is not None)
+            self._log.start_trackers({"config": dump_config(config)})
+        self.on_main_process(self._open_folder)
+        step = self.step if newest else -1
+        self.on_main_process(lambda: self._log.rewind(step, unmeasured=self._unmeasured is not None))
         self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
         if self._unmeasured is not None:
             row, last = self._unmeasured
             row = row | self._measured(row, last)
             self._show_if_due()
-            self._log.write(row)
+            self._write_row(row)
             self.stopped = self.stop_reason(last | row)
         if not newest:
             self._show_if_due()
             if first := self.measure_first():
-                self._log.write({"step": 0, "epoch": 0, **first})
+                self._write_row({"step": 0, "epoch": 0, **first})
+
+    def _open_folder(self) -> None:
+        make_folder(self.folder, parents=True)
+        sweep(self.folder)
+        write_text(self.folder / "config.yaml", dump_config(self.config))
+
+    def _write_row(self, row: Mapping[str, Any]) -> None:
+        self.on_main_process(lambda: self._log.write(row))
 
     def _measured(self, row: dict[str, Any], last: dict[str, Any]) -> dict[str, float]:
         """``measure()`` of the epoch that ``row`` is about; broken off, it is made up for on resume."""
@@ -335,9 +369,9 @@ class Trainer(ABC, Generic[Batch]):
 
     def _show_if_due(self) -> None:
         every = self.config.grid_every
-        if every and self.epoch % every == 0 and self.accelerator.is_main_process:
+        if every and self.epoch % every == 0:
             with self.averaged_weights():
-                self.show(f"epoch_{self.epoch:04d}")
+                self.on_main_process(lambda: self.show(f"epoch_{self.epoch:04d}"))
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -381,7 +415,7 @@ class Trainer(ABC, Generic[Batch]):
                         "learning_rate": self._schedule.get_last_lr()[0],
                     }
                     self._schedule.step()
-                    self._log.write(row)
+                    self._write_row(row)
         return row
 
     def _accumulate(self, batch: Batch, pairs: Tensor, total: float, bar: TaskID) -> dict[str, float]:
@@ -425,56 +459,104 @@ class Trainer(ABC, Generic[Batch]):
     @contextlib.contextmanager
     def _saved_if_broken_off(self) -> Iterator[None]:
         """Collecting changes no weights, so whatever breaks it off, the epoch's beginning can still be saved."""
+        self._can_be_saved = True
         try:
             yield
-        except Interrupted:
+        except (Interrupted, Overdue):
             self._stop()
         except Exception as error:
             if self.accelerator.num_processes == 1 or self._failed_together:  # saving needs every process
-                self.save()
-                error.add_note(f"go on with resume=true output_dir={self.folder}")
+                with contextlib.suppress(WriteError):  # what failed first is what is said; the last checkpoint stands
+                    self.save()
+                if not isinstance(error, WriteError):
+                    error.add_note(self._how_to_resume)
             raise
+        finally:
+            self._can_be_saved = False
+
+    @contextlib.contextmanager
+    def _resumable_if_not_written(self) -> Iterator[None]:
+        """What could not be written, a full disk say, is said with how the run is resumed from its last checkpoint."""
+        try:
+            yield
+        except WriteError as error:
+            if (self.folder / "config.yaml").is_file():
+                stands = "the last checkpoint stands, " if self._checkpoints() else ""
+                error.add_note(stands + self._how_to_resume)
+            raise
+
+    @property
+    def _how_to_resume(self) -> str:
+        return f"go on with resume=true output_dir={self.config.output_dir}"
 
     def _stop(self) -> None:
         self.save()
+        self._end_training()
+        raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; {self._how_to_resume}")
+
+    def _end_training(self) -> None:
+        self._log.end_trackers()
         self.accelerator.end_training()
-        raise Interrupted(
-            f"stopped after epoch {self.epoch} of {self.config.epochs}; go on with resume=true output_dir={self.folder}"
-        )
+
+    def _leave(self) -> None:
+        """In another thread: end this process, whose main thread is in foreign code or waits for other processes and
+        cannot be reached. Without others, and where the epoch's beginning can still be saved, it is."""
+        if self.accelerator.num_processes == 1 and self._can_be_saved:
+            saving = threading.Thread(target=self.save, daemon=True)  # of its own: on a GPU that hangs it would, too
+            saving.start()
+            saving.join(_LAST_SAVE)
+        newest = "".join(path.name for path in self._checkpoints()[-1:]) or "none"
+        said = f"stopped, as something did not answer; the newest checkpoint is {newest}; {self._how_to_resume}"
+        print(said, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    def _checkpoints(self) -> list[Path]:
+        return checkpoint.list_checkpoints(self.folder / "checkpoints")
 
     def save(self) -> None:
         """Write a checkpoint of the last finished epoch."""
+        self._saved_at = time.monotonic()
         rng = [self._rng_at_start]
         if self.accelerator.num_processes > 1:
             rng = gather_object(rng)
-        if self.accelerator.is_main_process:
-            weights: dict[str, dict[str, Tensor]] = {"trained": dict(self.trainable)}
-            if self._ema is not None:
-                weights["ema"] = dict(zip(self.trainable, self._ema.shadow_params, strict=True))
-            scaler = self.accelerator.scaler
-            checkpoint.save_checkpoint(
-                self.folder / "checkpoints",
-                self.step,
-                weights=weights,
-                tensors={
-                    "optimizer": self._optimizer.state_dict(),
-                    "schedule": self._schedule.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else {},
-                    "rng": rng,
-                },
-                state={
-                    "version": __version__,
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "stopped": self.stopped,
-                    "unmeasured": self._unmeasured,
-                    "ema_steps": self._ema.optimization_step if self._ema else 0,
-                    "config": self.config.model_dump(mode="json"),
-                    "extra": self.extra_state(),
-                },
-                keep=self.config.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+        self.on_main_process(lambda: self._write_checkpoint(rng))
+
+    def _checkpoint_overdue(self) -> bool:
+        """Whether ``checkpoint_minutes`` have passed since the last one, by the clock of the main process."""
+        if self.config.checkpoint_minutes is None:
+            return False
+        overdue = [time.monotonic() - self._saved_at > 60 * self.config.checkpoint_minutes]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(overdue)
+        return overdue[0]
+
+    def _write_checkpoint(self, rng: Sequence[Any]) -> None:
+        weights: dict[str, dict[str, Tensor]] = {"trained": dict(self.trainable)}
+        if self._ema is not None:
+            weights["ema"] = dict(zip(self.trainable, self._ema.shadow_params, strict=True))
+        scaler = self.accelerator.scaler
+        checkpoint.save_checkpoint(
+            self.folder / "checkpoints",
+            self.step,
+            weights=weights,
+            tensors={
+                "optimizer": self._optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler else {},
+                "rng": rng,
+            },
+            state={
+                "version": __version__,
+                "epoch": self.epoch,
+                "step": self.step,
+                "stopped": self.stopped,
+                "unmeasured": self._unmeasured,
+                "ema_steps": self._ema.optimization_step if self._ema else 0,
+                "config": self.config.model_dump(mode="json"),
+                "extra": self.extra_state(),
+            },
+            keep=self.config.keep_checkpoints,
+        )
 
     def _check_same_run(self, theirs: Mapping[str, Any], path: Path) -> None:
         """Settings that decide what is trained must be those the run was started with."""

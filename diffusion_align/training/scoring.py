@@ -6,12 +6,13 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion_align.interrupt import Overdue, breakable
 from diffusion_align.training.loop import Trainer
 
 
@@ -33,7 +34,9 @@ class BackgroundScores(contextlib.AbstractContextManager["BackgroundScores"]):
         self._pool = ThreadPoolExecutor(1, initializer=_one_thread)
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=error[0] is not None)
+        self._pool.shutdown(wait=False, cancel_futures=error[0] is not None)
+        with contextlib.suppress(Overdue), breakable():
+            wait(self._scores)
         # The worker sets its own number of threads, but torch keeps one default for all beside each thread's value.
         torch.set_num_threads(self._threads)
 
@@ -56,7 +59,12 @@ class BackgroundScores(contextlib.AbstractContextManager["BackgroundScores"]):
             kind: on every process, if a score failed on any.
         """
         start = time.perf_counter()
-        failure = next((s.exception() for s in self._scores if s.exception()), None)
+        failure: BaseException | None
+        try:
+            with breakable():
+                failure = next((s.exception() for s in self._scores if s.exception()), None)
+        except Overdue:
+            failure = self.kind("a reward did not answer when the run was asked to stop")
         self.trainer.raise_together(failure, self.kind)
         accelerator = self.trainer.accelerator
         scores = accelerator.gather(torch.cat([s.result() for s in self._scores]).to(accelerator.device)).cpu()

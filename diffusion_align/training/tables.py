@@ -65,10 +65,10 @@ class TableSource:
 
 
 class ListTable:
-    """Rows in memory; paths in them are relative to ``folder``."""
+    """Rows in memory; paths in them are relative to ``folder``, or to where the process is now."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], folder: Path | None) -> None:
-        self.rows, self.folder = rows, folder
+        self.rows, self.folder = rows, (folder or Path()).absolute()
         self.names = list(dict.fromkeys(name for row in rows for name in row if name is not None))
 
     def __len__(self) -> int:
@@ -87,7 +87,7 @@ class ArrowTable:
     """Rows of an Arrow table mapped from disk; pictures are bytes, paths or structs of both."""
 
     def __init__(self, table: Any, folder: Path | None = None) -> None:
-        self.table, self.folder, self.names = table, folder, table.column_names
+        self.table, self.folder, self.names = table, (folder or Path()).absolute(), table.column_names
 
     def __len__(self) -> int:
         return self.table.num_rows

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from diffusion_align.training.checkpoint import write_aside
+from diffusion_align.interrupt import Overdue, breakable
+from diffusion_align.training.errors import first_line
+from diffusion_align.writing import append_line, write_text
 
 
 class MetricsLog:
-    """Appends JSON objects to ``metrics.jsonl`` on the main process and mirrors them to accelerate's trackers."""
+    """Appends JSON objects to ``metrics.jsonl`` on the main process and mirrors them to accelerate's trackers.
+
+    A tracker that fails is dropped with one line on stderr: nothing of the run hangs on it.
+    """
 
     def __init__(self, path: Path, accelerator: Accelerator) -> None:
         self._path = path
         self._accelerator = accelerator
+
+    def start_trackers(self, config: Mapping[str, Any]) -> None:
+        """Start accelerate's trackers one by one, so that one which cannot start keeps none of the others from it."""
+        accelerator, started = self._accelerator, []
+        wanted = list(accelerator.log_with)
+        for tracker in wanted:
+            accelerator.log_with, accelerator.trackers = [tracker], []
+            if self._tried(str(tracker), lambda: accelerator.init_trackers("diffusion-align", config=dict(config))):
+                started += accelerator.trackers
+        accelerator.log_with, accelerator.trackers = wanted, started
+
+    def end_trackers(self) -> None:
+        """Let the trackers finish what they have."""
+        for tracker in list(self._accelerator.trackers):
+            self._tried(tracker.name, tracker.finish)
+        self._accelerator.trackers = []
 
     def rewind(self, step: int, *, unmeasured: bool = False) -> None:
         """Forget rows of epochs that ended after ``step`` (a kill may have left some behind the checkpoint).
@@ -28,21 +49,36 @@ class MetricsLog:
         if not self._accelerator.is_main_process or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:  # cut off by a kill
                 continue
             if row["step"] <= step and not (unmeasured and row["step"] == step and "time/epoch" in row):
                 kept.append(line)
-        write_aside(self._path, "".join(line + "\n" for line in kept))
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; ``row["step"]`` is the optimizer step."""
-        if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        """Append one row; ``row["step"]`` is the optimizer step.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        if not self._accelerator.is_main_process:
+            return
+        append_line(self._path, json.dumps(row))
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        self._accelerator.log(numbers, step=row["step"])
+        for tracker in list(self._accelerator.trackers):
+            if not self._tried(tracker.name, lambda: tracker.log(numbers, step=row["step"])):  # noqa: B023 - called here
+                self._accelerator.trackers.remove(tracker)
+
+    def _tried(self, name: str, call: Callable[[], object]) -> bool:
+        """Whether a tracker did as it was told."""
+        try:
+            with breakable():
+                call()
+        except (Exception, SystemExit, Overdue) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            print(f"warning: the tracker {name} failed and gets no more ({why})", file=sys.stderr, flush=True)
+            return False
+        return True

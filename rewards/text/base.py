@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_align.interrupt import Overdue, breakable
 from diffusion_align.rewards.base import RewardError, as_scores, describe_exception, parameters_of, reward_name
 
 Text = str | list[dict[str, Any]]
@@ -146,10 +147,12 @@ def call_text_reward(
         extras["completion_ids"] = [list(ids) for ids in completion_ids]
     arguments = _arguments(reward, prompts, completions, columns, extras)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), breakable():
             answer: Any = reward(**arguments)
     except RewardError:
         raise
+    except Overdue as error:
+        raise RewardError(f"reward '{name}' did not answer when the run was asked to stop") from error
     except Exception as error:
         raise RewardError(f"reward '{name}' raised {describe_exception(error)}") from error
 

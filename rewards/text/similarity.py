@@ -167,7 +167,9 @@ def _trained_length(source: str) -> int | None:
     from transformers.utils import cached_file
 
     try:
-        settings = json.loads(Path(str(cached_file(place(source), "sentence_bert_config.json"))).read_text())
+        settings = json.loads(
+            Path(str(cached_file(place(source), "sentence_bert_config.json"))).read_text(encoding="utf-8")
+        )
     except OSError:
         return None
     return settings.get("max_seq_length")

@@ -138,7 +138,7 @@ def build_clip(build: Build) -> None:
     with written_aside(weights) as aside:
         save_file(with_text_model_prefix(load_file(weights)), aside, metadata={"format": "pt"})
     with written_aside(build.work / "clip.json") as aside:
-        aside.write_text(json.dumps(figures, indent=2) + "\n")
+        aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _clip_tokenizer(build: Build):

@@ -102,7 +102,7 @@ def fetch(package: str, cache: Path) -> Path:
         raise BuildError(f"npm is not on PATH and {folder} does not exist: install Node.js, or unpack {package} there")
     cache.mkdir(parents=True, exist_ok=True)
     packed = subprocess.run(
-        ["npm", "pack", package, "--silent", "--pack-destination", str(cache)], capture_output=True, text=True
+        ["npm", "pack", package, "--silent", "--pack-destination", str(cache)], capture_output=True, encoding="utf-8"
     )
     if packed.returncode != 0:
         last = (packed.stderr.strip().splitlines() or ["no message"])[-1]

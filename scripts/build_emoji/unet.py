@@ -144,7 +144,8 @@ def build_unet(build: Build) -> None:
     _save_fp16(pipe, folder)
     with written_aside(build.work / "unet.json") as aside:
         aside.write_text(
-            json.dumps({"loss": mean_of_last(losses), "final_loss": mean_of_last(longer)}, indent=2) + "\n"
+            json.dumps({"loss": mean_of_last(losses), "final_loss": mean_of_last(longer)}, indent=2) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -87,4 +87,6 @@ def build_vae(build: Build) -> None:
     vae.half().save_pretrained(folder)
     figures = {"psnr_db": psnr, "loss": mean_of_last(losses), "decoder_loss": mean_of_last(decoder_losses)}
     with written_aside(build.work / "vae.json") as aside:
-        aside.write_text(json.dumps(figures | {"scaling_factor": vae.config.scaling_factor}, indent=2) + "\n")
+        aside.write_text(
+            json.dumps(figures | {"scaling_factor": vae.config.scaling_factor}, indent=2) + "\n", encoding="utf-8"
+        )

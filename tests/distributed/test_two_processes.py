@@ -41,6 +41,16 @@ def only_one_fails(images, prompts, metadata):
         raise RuntimeError("no answer")
     return -jpeg_sizes(images)
 
+def only_one_hangs(images, prompts, metadata):
+    import os, pathlib, time
+    calls.append(1)
+    if os.environ.get("RANK") == "1" and len(calls) == 5:  # of the second epoch, after the dummy batch and two batches
+        (pathlib.Path(__file__).parent / "hangs").touch()
+        time.sleep(600)
+    return -jpeg_sizes(images)
+
+calls = []
+
 def noisy(images, prompts, metadata):
     return torch.rand(len(images)) - jpeg_sizes(images)
 """
@@ -198,6 +208,50 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(forked, settings, 
     assert run.statuses == [130, 130], run.errors
     epochs = sum("reward" in json.loads(line) for line in log.read_text().splitlines())
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{epochs:08d}"]
+
+
+def test_a_reward_that_hangs_on_one_process_is_left_on_both(forked, settings, tmp_path):
+    """The launcher asks all processes to stop; one waits for its reward, the other for that one."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    config = settings(reward=f"{tmp_path}/mine.py:only_one_hangs", epochs=9, checkpoint_every=9, interrupt_grace=0.5)
+    pids = forked.start("train", config, f"output_dir={tmp_path}/run", processes=2)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "hangs").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    run = forked.wait(pids, timeout=60)
+    assert run.statuses == [130, 130], run.errors
+    newest = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(newest) == 1
+    finished = int(newest[0].removeprefix("step_"))
+    assert finished in (1, 2)
+    for error in run.errors:
+        assert error.strip().endswith(
+            f"stopped after epoch {finished} of 9; go on with resume=true output_dir={tmp_path}/run"
+        )
+
+
+FULL = """
+import errno, os
+import diffusion_align.writing as writing
+rename = writing.rename
+def full(source, target):
+    if "checkpoints" in str(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    rename(source, target)
+writing.rename = full
+"""
+
+
+def test_a_full_disk_ends_both_processes_with_the_sentence(forked, settings, tmp_path):
+    run = forked("train", settings(), f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=FULL)
+    assert not run.timed_out, "a process went on waiting for one that is gone"
+    assert run.statuses == [2, 2], run.errors
+    for error in run.errors:
+        assert f"error: {tmp_path}/run/checkpoints/step_00000001 cannot be written (No space left on device)" in error
+        assert "Traceback" not in error
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_reward_that_fails_on_one_process_ends_both(forked, settings, tmp_path):

@@ -533,7 +533,7 @@ BAD = {
     ("--actions", "1"): "greater than or equal to 2",
     ("--plot", "note.txt"): "--plot: the folder note.txt cannot be used",
     ("--plot", "note.txt/below"): "--plot: the folder note.txt/below cannot be used",
-    ("--plot", "taken"): "--plot: the figures cannot be written to taken",
+    ("--plot", "taken"): "taken/kl_gradient_coefficients.png cannot be written (Is a directory)",
 }
 
 

@@ -165,7 +165,7 @@ def test_save_png_replaces_whole_or_not_at_all(tmp_path):
 
     class Broken:
         def save(self, target, format):
-            target.write_bytes(b"half")
+            target.write(b"half")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):

@@ -74,23 +74,23 @@ def place(owner, name, n, *, after=False):
 
 
 REPLACE = """
-import {module} as module
-class owner: replace = staticmethod(os.replace)
-name, n, after = "replace", {n}, {after}
-stand_in = type("os", (), {{"replace": lambda *a: owner.replace(*a), "fsync": os.fsync, "getpid": os.getpid}})
-module.os = stand_in
+import diffusion_align.writing as writing
+rename = writing.rename
+class owner: chosen = staticmethod(rename)
+name, n, after = "chosen", 1, {after}
+writing.rename = lambda source, target: (owner.chosen if {part!r} in str(target) else rename)(source, target)
 """
-CACHE, CHECKPOINT = "diffusion_align.diffusion.latent_cache", "diffusion_align.training.checkpoint"
+CACHE = "diffusion_align.diffusion.latent_cache"
 ENCODING = {
     "while encoding": place(f"{CACHE}.LatentCache", "_encode", 1),
-    "before latents are renamed": REPLACE.format(module=CACHE, n=1, after=False),
-    "after latents are renamed": REPLACE.format(module=CACHE, n=1, after=True),
+    "before latents are renamed": REPLACE.format(part="latents/", after=False),
+    "after latents are renamed": REPLACE.format(part="latents/", after=True),
 }
 TRAINING = {
     "between two updates": place("diffusion_align.training.loop.Trainer", "_optimizer_step", 2),
     "after the row, before the checkpoint": place("diffusion_align.training.loop.Trainer", "save", 1),
-    "before a checkpoint is renamed": REPLACE.format(module=CHECKPOINT, n=3, after=False),
-    "after a checkpoint is renamed": REPLACE.format(module=CHECKPOINT, n=3, after=True),
+    "before a checkpoint is renamed": REPLACE.format(part="checkpoints/step_", after=False),
+    "after a checkpoint is renamed": REPLACE.format(part="checkpoints/step_", after=True),
 }
 READING = {"while reading": place(f"{CACHE}.LatentCache", "read", 2)}
 DRAWING = {"while drawing": place("diffusion_align.diffusion.policy.DenoisingPolicy", "decode", 3)}

@@ -80,16 +80,18 @@ from diffusion_align.training.loop import Trainer as owner
 name, n, after = "save", 1, False
 """,
     "before a checkpoint is renamed": """
-import diffusion_align.training.checkpoint as checkpoint
-class owner: replace = staticmethod(os.replace)
-name, n, after = "replace", 3, False  # config.yaml and metrics.jsonl come first
-checkpoint.os = type("os", (), {"replace": lambda *a: owner.replace(*a), "fsync": os.fsync})
+import diffusion_align.writing as writing
+rename = writing.rename
+class owner: chosen = staticmethod(rename)
+name, n, after = "chosen", 1, False
+writing.rename = lambda a, b: (owner.chosen if "checkpoints/step_" in str(b) else rename)(a, b)
 """,
     "after a checkpoint is renamed, the old ones still there": """
-import diffusion_align.training.checkpoint as checkpoint
-class owner: replace = staticmethod(os.replace)
-name, n, after = "replace", 3, True
-checkpoint.os = type("os", (), {"replace": lambda *a: owner.replace(*a), "fsync": os.fsync})
+import diffusion_align.writing as writing
+rename = writing.rename
+class owner: chosen = staticmethod(rename)
+name, n, after = "chosen", 1, True
+writing.rename = lambda a, b: (owner.chosen if "checkpoints/step_" in str(b) else rename)(a, b)
 """,
     "within a row": """
 from diffusion_align.training.tracking import MetricsLog as owner

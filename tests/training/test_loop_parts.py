@@ -67,10 +67,12 @@ def test_prompts_of_every_kind(tmp_path):
 
 
 class FakeAccelerator:
-    is_main_process = True
+    """Also its only tracker."""
+
+    is_main_process, name = True, "fake"
 
     def __init__(self):
-        self.logged = []
+        self.logged, self.trackers = [], [self]
 
     def log(self, values, step):
         self.logged.append((step, values))

@@ -1,0 +1,384 @@
+"""How a run ends where something fails: a disk, a folder, a tracker, a reward that does not answer; on a toy."""
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion_align import interrupt, writing
+from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
+from diffusion_align.training.config import TrainingConfig, dump_config
+from diffusion_align.training.errors import Interrupted
+from diffusion_align.training.loop import Trainer, Work
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.scoring import BackgroundScores
+from diffusion_align.writing import WriteError, make_folder, new_folder, write_text
+
+
+def brightness(images):
+    return images.mean((1, 2, 3))
+
+
+class Toy(Trainer):
+    """Two parameters are pulled towards what a reward says."""
+
+    def __init__(self, folder, reward=brightness, *, background=True, accelerator=None, **more):
+        settings = {"epochs": 3, "samples_per_epoch": 4, "sample_batch_size": 2, "updates_per_epoch": 2}
+        config = TrainingConfig(model="toy", output_dir=folder, **settings | more)
+        assert not config.cross_checks()
+        super().__init__(config, accelerator or Accelerator(cpu=True))
+        self.weights, self.reward, self.background = nn.Parameter(torch.zeros(2)), reward, background
+
+    @property
+    def trainable(self):
+        return {"weights": self.weights}
+
+    def collect(self):
+        from diffusion_align.rewards import RewardError, call_reward
+
+        def score(images):
+            return call_reward(lambda images, *_: self.reward(images), images, [""] * len(images), [{}] * len(images))
+
+        images = torch.rand(2, 3, 4, 4, generator=generator(self.config.seed, "images", self.epoch))
+        if not self.background:
+            failure = None
+            try:
+                return score(images), {}
+            except RewardError as error:
+                failure = error
+            self.raise_together(failure, RewardError)
+        with BackgroundScores(self, RewardError) as scores:
+            for _ in range(2):
+                scores.go_on()
+                scores.submit(score, images)
+            return scores.gather(), {}
+
+    def estimate(self, batch):
+        return Work(torch.arange(4)), {}
+
+    def loss(self, batch, samples, decisions):
+        return (self.weights.sum() - batch.mean()).square().expand(len(samples)), {}
+
+    def show(self, name):
+        make_folder(self.folder / "samples")
+        write_text(self.folder / "samples" / f"{name}.txt", name)
+
+    def finish(self):
+        with new_folder(self.folder / "final") as aside:
+            (aside / "weights.txt").write_text(str(self.weights.tolist()))
+        write_text(self.folder / "report.html", "done")
+
+
+def left_aside(folder):
+    return [path for path in Path(folder).rglob("*") if path.name.startswith(".") or path.suffix == ".tmp"]
+
+
+def notes(error):
+    return getattr(error, "__notes__", [])
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A function: from now on, whatever has ``part`` in its path cannot be renamed into place or added to."""
+    replace, append = os.replace, writing.append_line
+
+    def fill(part):
+        def no_room(source, target):
+            if part in str(target):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            replace(source, target)
+
+        def no_row(path, line):
+            with writing.writing(path):
+                if part in str(path):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append(path, line)
+
+        monkeypatch.setattr(writing.os, "replace", no_room)
+        monkeypatch.setattr("diffusion_align.training.tracking.append_line", no_row)
+
+    yield fill
+    monkeypatch.undo()
+
+
+WRITTEN = ["metrics.jsonl", "samples/epoch_0002", "checkpoints/step_00000004", "final", "report.html"]
+
+
+@pytest.mark.parametrize("part", WRITTEN)
+def test_without_room_the_run_ends_in_a_sentence_and_its_checkpoint_stands(tmp_path, monkeypatch, full_disk, part):
+    folder = tmp_path / "run"
+    Toy(folder, epochs=1).train()
+    full_disk(part)
+    with pytest.raises(WriteError, match=r"cannot be written \(No space left on device\): make room") as caught:
+        Toy(folder, resume=True, checkpoint_every=1).train()
+    assert str(caught.value).startswith(f"{folder}/{part}")
+    assert notes(caught.value) == [f"the last checkpoint stands, go on with resume=true output_dir={folder}"]
+    assert left_aside(folder) == []
+    load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+    monkeypatch.undo()
+    Toy(folder, resume=True, checkpoint_every=1).train()
+    Toy(tmp_path / "calm").train()
+    for name in ("final/weights.txt", "samples/epoch_0003.txt", "report.html"):
+        assert (folder / name).read_text() == (tmp_path / "calm" / name).read_text()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+def test_without_room_at_the_start_there_is_nothing_to_resume(tmp_path, full_disk):
+    full_disk("config.yaml")
+    with pytest.raises(WriteError, match=r"config.yaml cannot be written") as caught:
+        Toy(tmp_path / "run").train()
+    assert notes(caught.value) == []
+    assert left_aside(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_swept_at_the_next_start(tmp_path):
+    Toy(tmp_path / "run", epochs=1).train()
+    for name in (
+        ".report.html.7.tmp",
+        ".config.yaml.tmp",
+        "samples/.epoch_0001.png.7.tmp",
+        "checkpoints/.step_2.9.tmp",
+    ):
+        (tmp_path / "run" / name).write_text("half")
+    Toy(tmp_path / "run", resume=True).train()
+    assert left_aside(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted"])
+def test_a_folder_that_goes_away_is_noticed_and_not_made_anew(tmp_path, how):
+    folder, calls = tmp_path / "run", []
+
+    def reward(images):
+        calls.append(1)
+        if len(calls) == 3:
+            folder.rename(tmp_path / "other")
+        return brightness(images)
+
+    with pytest.raises(
+        WriteError, match=r"\(No such file or directory\): its folder was moved, removed or never there"
+    ):
+        Toy(folder, reward).train()
+    assert not folder.exists()
+    assert (tmp_path / "other" / "config.yaml").is_file()
+
+
+def test_a_reward_that_changes_the_working_directory_moves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def reward(images):
+        os.chdir(tmp_path / "elsewhere")
+        return brightness(images)
+
+    assert Toy("run", reward).train() == tmp_path / "run"
+    assert (tmp_path / "run" / "final").is_dir()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_pictures_of_pairs_are_found_wherever_a_reward_goes(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from diffusion_align.diffusion.pairs import PairsConfig, open_pairs
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs").mkdir()
+    for name, grey in (("a.png", 10), ("b.png", 200)):
+        Image.new("L", (8, 8), grey).save(tmp_path / "pairs" / name)
+    row = {"prompt": "grey", "chosen": "a.png", "rejected": "b.png"}
+    (tmp_path / "pairs" / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    sources = [open_pairs(PairsConfig(source=source)) for source in ("pairs", "pairs/pairs.jsonl")]
+    monkeypatch.chdir("/")
+    for pairs in sources:
+        assert [int(255 * side.mean()) for side in pairs.pictures(0, (8, 8))] == [10, 200]
+
+
+class Failing:
+    """One of accelerate's trackers that fails in one of its methods."""
+
+    name, requires_logging_directory, tracker = "failing", False, None
+
+    def __init__(self, where):
+        self.where, self.calls = where, []
+
+    def __getattr__(self, name):
+        def called(*_, **__):
+            self.calls.append(name)
+            if name == self.where:
+                raise ConnectionError("no route to host\nand more")
+
+        return called
+
+
+@pytest.mark.parametrize("where", ["start", "log", "finish"])
+def test_a_tracker_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, capsys, where):
+    trackers = [Failing(where), Failing("nothing")]
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = [0, 1]
+
+    def init_trackers(project, config):
+        accelerator.trackers = [trackers[number] for number in accelerator.log_with]
+        for tracker in accelerator.trackers:
+            tracker.start()
+
+    monkeypatch.setattr(accelerator, "init_trackers", init_trackers)
+    Toy(tmp_path / "run", accelerator=accelerator, trackers=["tensorboard"]).train()
+    assert (tmp_path / "run" / "final").is_dir()
+    name = "0" if where == "start" else "failing"
+    said = f"warning: the tracker {name} failed and gets no more (ConnectionError: no route to host)\n"
+    assert capsys.readouterr().err == said
+    assert trackers[0].calls.count(where) == 1
+    assert trackers[1].calls == ["start", *["log"] * 9, "finish"]
+
+
+def test_a_checkpoint_is_due_after_minutes_and_changes_no_bit(tmp_path, monkeypatch):
+    from diffusion_align.training import loop
+
+    clock = iter(range(0, 10_000, 7 * 60))  # seconds; the clock is read at the start, at each epoch's end and each save
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    settings = {"epochs": 4, "checkpoint_every": 100, "keep_checkpoints": 9}
+    for name, minutes in (("often", 6), ("seldom", 13), ("never", None)):
+        Toy(tmp_path / name, checkpoint_minutes=minutes, **settings).train()
+    assert steps_of(tmp_path / "often") == [2, 4, 6, 8]
+    assert steps_of(tmp_path / "seldom") == [4, 8]
+    assert steps_of(tmp_path / "never") == [8]
+    newest = [load_checkpoint(list_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("often", "never")]
+    assert torch.equal(*(weights["trained"]["weights"] for weights, _, _ in newest))
+    assert len({(tmp_path / name / "final" / "weights.txt").read_text() for name in ("often", "seldom", "never")}) == 1
+    assert TrainingConfig(model="toy", output_dir="run").checkpoint_minutes == 10
+
+
+def steps_of(folder):
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(folder / "checkpoints")]
+
+
+def test_runs_begun_before_these_settings_resume_and_may_change_them(tmp_path):
+    folder = tmp_path / "run"
+    trainer = Toy(folder, epochs=1)
+    trainer.train()
+    new = {"checkpoint_minutes", "interrupt_grace"}
+    old = "".join(f"{line}\n" for line in dump_config(trainer.config).splitlines() if line.split(":")[0] not in new)
+    (folder / "config.yaml").write_text(old)
+    Toy(folder, resume=True, epochs=2, checkpoint_minutes=None, interrupt_grace=1).train()
+    assert steps_of(folder)[-1] == 4
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Signals are taken as ever afterwards, and nothing of another test is still asked to stop."""
+    monkeypatch.setattr(interrupt, "PATIENCE", 0.3)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        assert signal.getsignal(number) is handler
+    interrupt.left_behind = False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("background", [True, False])
+def test_a_reward_that_hangs_is_left_after_the_grace_period(tmp_path, quick, number, background):
+    folder, answer, calls = tmp_path / "run", threading.Event(), []
+
+    def reward(images):
+        calls.append(1)
+        if len(calls) == (4 if background else 2):
+            os.kill(os.getpid(), number)
+            answer.wait(60)
+        return brightness(images)
+
+    begun = time.monotonic()
+    try:
+        with pytest.raises(Interrupted) as caught:
+            Toy(folder, reward, background=background, interrupt_grace=0.3, checkpoint_every=100).train()
+    finally:
+        answer.set()
+    assert 0.3 < time.monotonic() - begun < 20
+    assert str(caught.value) == f"stopped after epoch 1 of 3; go on with resume=true output_dir={folder}"
+    assert interrupt.left_behind, "a thread of the reward would keep the process from ending"
+    assert steps_of(folder) == [2]
+    Toy(folder, resume=True).train()
+    assert steps_of(folder)[-1] == 6
+
+
+def test_a_reward_that_tries_again_for_ever_is_left_too(tmp_path, quick):
+    calls = []
+
+    def reward(images):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while True:
+                try:
+                    time.sleep(60)
+                except Exception:
+                    continue
+        return brightness(images)
+
+    with pytest.raises(Interrupted, match="stopped after epoch 1 of 3"):
+        Toy(tmp_path / "run", reward, background=False, interrupt_grace=0.2).train()
+
+
+def test_a_reward_that_answers_in_time_is_waited_for(tmp_path, quick):
+    def reward(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        answered.append(1)
+        return brightness(images)
+
+    answered = []
+    with pytest.raises(Interrupted, match="stopped after epoch 1 of 3"):
+        Toy(tmp_path / "run", reward, background=False, interrupt_grace=30, epochs=3).train()
+    assert answered == [1]
+    assert not interrupt.left_behind
+
+
+def test_code_that_python_cannot_reach_ends_the_process_with_a_checkpoint(tmp_path, quick):
+    folder, calls = tmp_path / "run", []
+
+    def reward(images):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            library.pthread_mutex_lock(lock)
+            library.pthread_mutex_lock(lock)  # for ever, and no signal is handled
+        return brightness(images)
+
+    trainer = Toy(folder, reward, background=False, interrupt_grace=0.2, checkpoint_every=100)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.stderr = (tmp_path / "said").open("w")
+            trainer.train()
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(done[1]) == 130
+    assert steps_of(folder) == [2]
+    assert (tmp_path / "said").read_text() == (
+        "stopped, as something did not answer; the newest checkpoint is step_00000002; "
+        f"go on with resume=true output_dir={folder}\n"
+    )
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(quick):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with interrupt.InterruptFlag() as flag:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not flag.raised
+    finally:
+        signal.signal(signal.SIGHUP, before)
