@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from diffusion_align.training.lora import (
 from diffusion_align.writing import new_folder
 
 IGNORED = -100
+# Models without a key-value cache, or whose state sees the padding. What is not known here is found by the first pass's
+# deviation of the ratio from 1.
+_WITHOUT_CACHE = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "openai-gpt"}
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
 
 
@@ -219,6 +223,11 @@ class LanguagePolicy:
         return {n: p for n, p in self.model.named_parameters() if self.lora is None or ".lora_" in n}
 
     @property
+    def keeps_cache(self) -> bool:
+        """Whether a left-padded batch with a cache gives what each row alone gives; recurrent states mix padding in."""
+        return self.model.config.get_text_config().model_type not in _WITHOUT_CACHE
+
+    @property
     def hidden_size(self) -> int:
         """D of ``Scored.hidden``."""
         return int(self.model.config.get_text_config().hidden_size)
@@ -237,16 +246,23 @@ class LanguagePolicy:
         """One forward pass over prompts and completions; the head sees no position before the first completion."""
         first, labels, places = self._positions(sequences)
         positions = torch.arange(first, sequences.ids.shape[1] - 1, device=self.device)
+        kept = {"logits_to_keep": positions} if "logits_to_keep" in inputs_of(self.model) else {}
         with self.autocast():
             output = self.model(
                 input_ids=sequences.ids,
                 attention_mask=sequences.attention_mask,
                 use_cache=False,
-                logits_to_keep=positions,
                 output_hidden_states=with_hidden,
+                **kept,
+            )
+        logits = output.logits if kept else output.logits[:, first:-1]
+        if logits.shape[1] != len(positions):
+            raise UserError(
+                f"model_type={self.model.config.model_type!r} gives {output.logits.shape[1]} logits for "
+                f"{sequences.ids.shape[1]} tokens: it cannot be trained here, use a model with one for each"
             )
         hidden = output.hidden_states[-1][:, positions] if with_hidden else None
-        return Scored(output.logits, labels, places, sequences.mask, hidden)
+        return Scored(logits, labels, places, sequences.mask, hidden)
 
     def _positions(self, sequences: Sequences) -> tuple[int, Tensor, Tensor]:
         """The first position to look at, and ``labels`` and ``places`` of ``Scored``."""
@@ -312,6 +328,11 @@ def merged(model: Any) -> Any:
     """``model`` with its LoRA adapters added to the weights and no adapter layers left."""
     merge_lora(model)
     return model
+
+
+def inputs_of(model: Any) -> frozenset[str]:
+    """Names of what its forward pass takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 def _vocabulary(model: Any) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_align.estimators import categorical_log_probs
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, widest_float
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, inputs_of, widened, widest_float
+
+# Given the last token of every row (None at the start), the logits (B, V) of the next one.
+NextLogits = Callable[[Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def rollout(
     max_new_tokens: int,
     on_token: Callable[[], None] = lambda: None,
 ) -> Completions:
-    """Sample one completion a prompt, all at once, with a key-value cache.
+    """Sample one completion per prompt, all at once, with a key-value cache where the model can keep one.
 
     Every completion draws from its own CPU generator, so up to rounding it does not depend on the batch, the device or
     the number of processes.
@@ -58,47 +61,83 @@ def rollout(
         )
     device, batch = policy.device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    longest = int(lengths.max())
-    # Left-padded: the next token of every row is at the same place.
-    ids = torch.full((batch, longest), policy.pad, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-    attention = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    next_logits = (_cached if policy.keeps_cache else _whole)(policy, prompts, lengths)
     chances = torch.stack([torch.rand(max_new_tokens, generator=g, dtype=torch.float64) for g in generators])
     chances = chances.to(device, widest_float(device))
 
     tokens, logps = [], []
     alive = torch.ones(batch, dtype=torch.bool, device=device)
     mask = []
-    cache, current = None, ids
+    token = None
     for turn in range(max_new_tokens):
-        with policy.autocast():
-            output = policy.model(
-                input_ids=current,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        cache = output.past_key_values
-        logp = categorical_log_probs(output.logits[:, -1], temperature=policy.temperature)
+        logp = categorical_log_probs(next_logits(token), temperature=policy.temperature)
         token = _draw(logp, chances[:, turn])
-        tokens.append(torch.where(alive, token, policy.pad))
-        logps.append(torch.where(alive, logp.gather(1, token[:, None]).squeeze(1), 0.0))
+        chosen = logp.gather(1, token[:, None]).squeeze(1)
+        token = torch.where(alive, token, policy.pad)
+        tokens.append(token)
+        logps.append(torch.where(alive, chosen, 0.0))
         mask.append(alive)
         alive = alive & ~torch.isin(token, policy.ends)
         on_token()
         if not alive.any():
             break
-        current, positions = tokens[-1][:, None], positions[:, -1:] + 1
-        attention = torch.cat([attention, attention.new_ones(batch, 1)], dim=1)
     return Completions(
         _right_padded(prompts, torch.stack(tokens, 1), torch.stack(mask, 1), lengths, policy.pad),
         torch.stack(logps, 1),
         ~alive,
     )
+
+
+def _cached(policy: LanguagePolicy, prompts: Sequence[Sequence[int]], lengths: Tensor) -> NextLogits:
+    """Prompts left-padded, so that the next token of every row is at the same place; then one token a pass."""
+    longest = int(lengths.max())
+    current = torch.full((len(prompts), longest), policy.pad, device=policy.device)
+    for row, prompt in enumerate(prompts):
+        current[row, longest - len(prompt) :] = torch.tensor(prompt, device=policy.device)
+    attention = (torch.arange(longest, device=policy.device) >= longest - lengths[:, None]).long()
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    inputs = inputs_of(policy.model)
+    name = "cache" if "cache" in inputs else "past_key_values"  # transformers renamed it in 5.24
+    cache = None
+
+    def next_logits(token: Tensor | None) -> Tensor:
+        nonlocal current, attention, positions, cache
+        if token is not None:
+            current, positions = token[:, None], positions[:, -1:] + 1
+            attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
+        with policy.autocast():
+            further = {"position_ids": positions, "logits_to_keep": 1}
+            output = policy.model(
+                input_ids=current,
+                attention_mask=attention,
+                use_cache=True,
+                **{name: cache},
+                **{key: value for key, value in further.items() if key in inputs},
+            )
+        cache = getattr(output, name)
+        return output.logits[:, -1]
+
+    return next_logits
+
+
+def _whole(policy: LanguagePolicy, prompts: Sequence[Sequence[int]], lengths: Tensor) -> NextLogits:
+    """Prompts right-padded, and everything so far in every pass, as ``score`` sees it."""
+    rows = torch.arange(len(prompts), device=policy.device)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_value=policy.pad)
+    ids, ends = ids.to(policy.device), lengths.clone()
+
+    def next_logits(token: Tensor | None) -> Tensor:
+        nonlocal ids
+        if token is not None:
+            ids = widened(ids, ids.shape[1] + 1, policy.pad)
+            ids[rows, ends] = token
+            ends.add_(1)
+        attention = (torch.arange(ids.shape[1], device=policy.device) < ends[:, None]).long()
+        with policy.autocast():
+            logits = policy.model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        return logits[rows, ends - 1]
+
+    return next_logits
 
 
 def _draw(logp: Tensor, chances: Tensor) -> Tensor:
