@@ -256,11 +256,6 @@ class LanguagePolicy:
                 **kept,
             )
         logits = output.logits if kept else output.logits[:, first:-1]
-        if logits.shape[1] != len(positions):
-            raise UserError(
-                f"model_type={self.model.config.model_type!r} gives {output.logits.shape[1]} logits for "
-                f"{sequences.ids.shape[1]} tokens: it cannot be trained here, use a model with one for each"
-            )
         hidden = output.hidden_states[-1][:, positions] if with_hidden else None
         return Scored(logits, labels, places, sequences.mask, hidden)
 
