@@ -21,7 +21,7 @@ from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward
 from diffusion_align.training.errors import UserError
-from diffusion_align.writing import make_folder
+from diffusion_align.writing import WriteError, make_folder
 
 _BATCH = 8
 _SHOWN = 24
@@ -128,10 +128,15 @@ def compare_models(
     count = len(shown[0])
     above, below = (s[:count].tolist() for s in scores)
     picture = before_after(*shown, captions=texts[:count], rewards_before=above, rewards_after=below, labels=("A", "B"))
+    result = replace(_summary(scores[0], scores[1], texts), picture=picture)
     if output is not None:
-        make_folder(output.parent, parents=True)
-        save_png(picture, output)
-    return replace(_summary(scores[0], scores[1], texts), picture=picture)
+        try:
+            make_folder(output.parent, parents=True)
+            save_png(picture, output)
+        except WriteError as error:
+            error.add_note(str(result))  # what it took minutes to find out
+            raise
+    return result
 
 
 def _loaded(model: Model) -> ImageAlignmentPipeline:

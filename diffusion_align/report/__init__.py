@@ -1,4 +1,4 @@
-"""Plots, picture grids and the run report; only ``estimator_*`` imports from the project, the estimators."""
+"""Plots, picture grids and the run report; of the project they know how files are written, and the estimators."""
 
 from diffusion_align.report.grids import before_after, image_grid, save_png
 from diffusion_align.report.html import write_report

@@ -347,7 +347,12 @@ class Trainer(ABC, Generic[Batch]):
             self.stopped = self.stop_reason(last | row)
         if not newest:
             self._show_if_due()
-            if first := self.measure_first():
+            try:
+                first = self.measure_first()
+            except (Interrupted, Overdue):  # nothing to save yet
+                self._end_training()
+                raise Interrupted(f"stopped before the first epoch; {self._how_to_resume}") from None
+            if first:
                 self._write_row({"step": 0, "epoch": 0, **first})
 
     def _open_folder(self) -> None:

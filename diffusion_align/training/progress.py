@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich import get_console
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,11 +14,19 @@ from rich.progress import (
 )
 
 
+class _LastingConsole(Console):
+    """rich ends the process where nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def progress_bars(**options: Any) -> Progress:
     """rich's ``Progress`` with what is done, of how much, and the time; ``options`` are its own."""
     if (options.get("console") or get_console()).is_jupyter:
         # IPython flushes what rich has put in the place of stdout and stderr, and rich then displays, without end.
         options = {"redirect_stdout": False, "redirect_stderr": False} | options
+    options.setdefault("console", _LastingConsole())
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -18,6 +18,7 @@ from diffusion_align.pipelines.compare import (
 )
 from diffusion_align.report import before_after
 from diffusion_align.training.errors import UserError
+from diffusion_align.writing import WriteError
 
 PROMPTS = ["a cat", "a red apple", "a rocket"]
 FAST = SamplerConfig(steps=2, guidance_scale=1.0, eta=0.0)
@@ -120,6 +121,13 @@ def test_at_most_24_pairs_are_shown(calls, tmp_path):
     blank = [Image.new("RGB", (64, 64))] * 24
     wanted = before_after(blank, blank, captions=["a cat"] * 24, rewards_before=[0.0] * 24, rewards_after=[0.0] * 24)
     assert Image.open(tmp_path / "grid.png").height == wanted.height
+
+
+def test_what_was_found_out_is_said_where_the_picture_cannot_be_written(calls, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"cannot be written") as caught:
+        compare_models("emoji-sd", "emoji-sd", PROMPTS, brightness, output=tmp_path / "file" / "grid.png")
+    assert caught.value.__notes__ == [str(compare_models("emoji-sd", "emoji-sd", PROMPTS, brightness))]
 
 
 def test_bad_arguments(calls):

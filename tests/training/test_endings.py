@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffusion_align import interrupt, writing
+from diffusion_align.rewards import RewardError, call_reward
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config
 from diffusion_align.training.errors import Interrupted
@@ -29,8 +30,14 @@ def brightness(images):
     return images.mean((1, 2, 3))
 
 
+def score_of(reward, images):
+    return call_reward(lambda images, *_: reward(images), images, [""] * len(images), [{}] * len(images))
+
+
 class Toy(Trainer):
     """Two parameters are pulled towards what a reward says."""
+
+    measures = False  # before the first epoch
 
     def __init__(self, folder, reward=brightness, *, background=True, accelerator=None, **more):
         settings = {"epochs": 3, "samples_per_epoch": 4, "sample_batch_size": 2, "updates_per_epoch": 2}
@@ -44,23 +51,18 @@ class Toy(Trainer):
         return {"weights": self.weights}
 
     def collect(self):
-        from diffusion_align.rewards import RewardError, call_reward
-
-        def score(images):
-            return call_reward(lambda images, *_: self.reward(images), images, [""] * len(images), [{}] * len(images))
-
         images = torch.rand(2, 3, 4, 4, generator=generator(self.config.seed, "images", self.epoch))
         if not self.background:
             failure = None
             try:
-                return score(images), {}
+                return score_of(self.reward, images), {}
             except RewardError as error:
                 failure = error
             self.raise_together(failure, RewardError)
         with BackgroundScores(self, RewardError) as scores:
             for _ in range(2):
                 scores.go_on()
-                scores.submit(score, images)
+                scores.submit(score_of, self.reward, images)
             return scores.gather(), {}
 
     def estimate(self, batch):
@@ -72,6 +74,17 @@ class Toy(Trainer):
     def show(self, name):
         make_folder(self.folder / "samples")
         write_text(self.folder / "samples" / f"{name}.txt", name)
+
+    def measure_first(self):
+        if not self.measures:
+            return {}
+        failure, score = None, torch.zeros(1)
+        try:
+            score = score_of(self.reward, torch.ones(1, 3, 4, 4))
+        except RewardError as error:
+            failure = error
+        self.raise_together(failure, RewardError)
+        return {"held_out": score.item()}
 
     def finish(self):
         with new_folder(self.folder / "final") as aside:
@@ -240,6 +253,29 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, ca
     assert trackers[1].calls == ["start", *["log"] * 9, "finish"]
 
 
+def test_real_trackers_start_log_and_end(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accelerator = Accelerator(cpu=True, log_with=["tensorboard"], project_dir=tmp_path / "run")
+    Toy(tmp_path / "run", accelerator=accelerator, trackers=["tensorboard"]).train()
+    folder = next((tmp_path / "run").rglob("events.out.*")).parent
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    assert len(events.Scalars("loss")) == 6
+
+
+def test_a_python_program_outlives_who_reads_its_progress(monkeypatch):
+    from diffusion_align.training.progress import progress_bars
+
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with progress_bars() as bars:
+            bars.update(bars.add_task("epochs", total=2), completed=1)
+        bars.console.print("dropped")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+
+
 def test_a_checkpoint_is_due_after_minutes_and_changes_no_bit(tmp_path, monkeypatch):
     from diffusion_align.training import loop
 
@@ -325,6 +361,19 @@ def test_a_reward_that_tries_again_for_ever_is_left_too(tmp_path, quick):
 
     with pytest.raises(Interrupted, match="stopped after epoch 1 of 3"):
         Toy(tmp_path / "run", reward, background=False, interrupt_grace=0.2).train()
+
+
+def test_a_reward_that_hangs_before_the_first_epoch_is_left_too(tmp_path, quick, monkeypatch):
+    def reward(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(Toy, "measures", True)
+    with pytest.raises(Interrupted) as caught:
+        Toy(tmp_path / "run", reward, interrupt_grace=0.2).train()
+    assert str(caught.value) == f"stopped before the first epoch; go on with resume=true output_dir={tmp_path / 'run'}"
+    Toy(tmp_path / "run", resume=True).train()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 
 
 def test_a_reward_that_answers_in_time_is_waited_for(tmp_path, quick):
