@@ -83,10 +83,18 @@ def append_line(path: str | Path, line: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to; at the end, what is there takes the place of ``path``. Its folder must exist."""
+    """A path to write to; at the end, what is there takes the place of ``path``. Its folder must exist.
+
+    A link stays one, and a pipe or a device such as /dev/stdout is written to as it is.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        with writing(path):
+            yield path
+        return
+    named, path = path, Path(os.path.realpath(path))
     aside = _aside(path)
-    with writing(path):
+    with writing(named):
         try:
             yield aside
             _sync(aside)

@@ -238,6 +238,26 @@ def test_text_that_utf8_has_no_place_for(tmp_path):
     assert (tmp_path / "a").read_bytes() == "ä \\udcff 🦁 \\ud800\n".encode()
 
 
+def test_links_stay_and_pipes_are_written_to(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "folder" / "a.txt")
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "folder" / "b.txt")
+    for name, target in (("link.txt", "a.txt"), ("dangling.txt", "b.txt")):
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "folder" / target).read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDWR)
+    write_text(tmp_path / "pipe", "new")
+    assert os.read(reader, 100) == b"new"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(WriteError, match=r"folder cannot be written \(Is a directory\): something else of that name"):
+        write_text(tmp_path / "folder", "new")
+    assert names(tmp_path) == ["dangling.txt", "folder/a.txt", "folder/b.txt", "link.txt"]
+
+
 def test_names_of_255_bytes(tmp_path):
     for name in ("x" * 255, "🦁" * 63):
         write_text(tmp_path / name, "whole")
