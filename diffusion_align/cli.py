@@ -26,7 +26,9 @@ _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
 PromptFile = Annotated[
     str | None,
-    typer.Option("--prompts", help="file (.txt, .jsonl, .csv, .parquet), folder, Hub dataset or shipped list"),
+    typer.Option(
+        "--prompts", help="file (.txt, .jsonl, .jsonl.gz, .json, .csv, .parquet), folder, Hub dataset or shipped list"
+    ),
 ]
 RewardOptions = Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]

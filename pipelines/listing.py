@@ -15,7 +15,7 @@ from diffusion_align.pipelines.configuration import (
 )
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 from diffusion_align.training.prompts import Prompt, load_prompts
-from diffusion_align.training.tables import TableSource, open_table
+from diffusion_align.training.tables import FILES, TableSource, open_table
 
 Entries = list[tuple[str, list[str]]]
 """(name, lines about it)."""
@@ -55,7 +55,7 @@ def _pairs() -> Entries:
     counts = " and ".join(f"{len(open_pairs(PairsConfig(source=EMBEDDED, split=s)))} {s}" for s in ("train", "heldout"))
     return [
         (EMBEDDED, [f"{counts} pairs of drawings of one concept: shaded 3-D, chosen, and flat"]),
-        ("any other", ["a .jsonl, .csv or .parquet file, a folder, or the hub id of a data set"]),
+        ("any other", [FILES]),
     ]
 
 

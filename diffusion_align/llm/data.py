@@ -15,8 +15,16 @@ from pydantic import Field
 
 from diffusion_align.llm.encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
 from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.rows import BadRow, Layouts, RowsConfig, bad_rows_error, open_rows, rows_problems
-from diffusion_align.training.tables import FILES, TableSource, first_rows, open_table, short
+from diffusion_align.training.rows import (
+    BadRow,
+    Layouts,
+    RowsConfig,
+    bad_rows_error,
+    bare_prompts,
+    open_rows,
+    rows_problems,
+)
+from diffusion_align.training.tables import FILES, TableSource, first_rows, open_table, scalar, short
 
 Row = TypeVar("Row")
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
@@ -186,7 +194,7 @@ def columns_problems(config: TextDataConfig, kind: str, *, name: str = "data") -
 def _source(config: TextDataConfig, name: str) -> TableSource:
     rows = config.source
     if isinstance(rows, list):
-        rows = [{"prompt": row} if isinstance(row, str) else row for row in rows]
+        rows = bare_prompts(rows, config.columns, known=_PROMPT)
     return TableSource(name, rows, config.split, config.max_rows, allowed=_PLACES, lines="prompt")
 
 
@@ -230,7 +238,7 @@ def _probability(value: Any) -> float:
 
 def _truth(value: Any) -> bool:
     known = {"true": True, "1": True, "false": False, "0": False}  # a CSV file holds texts
-    found = known.get(value.strip().lower()) if isinstance(value, str) else value
+    found = known.get(value.strip().lower()) if isinstance(value, str) else scalar(value)
     if not isinstance(found, bool | int | float) or found not in (0, 1):
         raise BadRow(f"label is {short(value)}, not true, false, 1 or 0")
     return bool(found)

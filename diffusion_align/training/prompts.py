@@ -15,7 +15,15 @@ from pydantic import Field, ValidationError, model_serializer
 
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.rows import BadRow, RowsConfig, bad_rows_error, checked_prompt, open_rows, rows_problems
+from diffusion_align.training.rows import (
+    BadRow,
+    RowsConfig,
+    bad_rows_error,
+    bare_prompts,
+    checked_prompt,
+    open_rows,
+    rows_problems,
+)
 from diffusion_align.training.tables import (
     FILES,
     SHOWN,
@@ -24,6 +32,7 @@ from diffusion_align.training.tables import (
     Table,
     TableSource,
     open_table,
+    scalar,
     short,
 )
 
@@ -65,8 +74,9 @@ def load_prompts(
 
     Args:
         source: ``PromptsConfig``, or what stands for it: a list of texts and of mappings, a .txt file (one prompt a
-            line), a .jsonl, .csv or .parquet file, a folder of such (or with one called prompts), a Hub dataset, the
-            name of a shipped list, or a mapping with ``source`` and the other settings.
+            line, blanks at its ends and all), a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder of such (or
+            with one called prompts), a Hub dataset, the name of a shipped list, or a mapping with ``source`` and the
+            other settings.
         shipped: name -> file of the lists that come with the package.
 
     Raises:
@@ -125,7 +135,8 @@ def _checked(source: Any) -> PromptsConfig:
 def _place(config: PromptsConfig, shipped: Mapping[str, Path]) -> TableSource:
     source = config.source
     if isinstance(source, list):
-        source = [row if isinstance(row, Mapping) else {"prompt": row} for row in source]
+        known = [column for layout in LAYOUTS for column in layout.values()]
+        source = bare_prompts(source, config.columns, known=known, all_but_mappings=True)
     else:
         source = str(shipped.get(source, source))
     names = f"one of {', '.join(sorted(shipped))}, " if shipped else ""
@@ -174,6 +185,7 @@ def _plain(name: str, value: Any) -> Any:
         return {key: _plain(name, inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, inner) for inner in value]
+    value = scalar(value)
     if isinstance(value, _AS_TEXT):
         return str(value)
     if isinstance(value, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in value):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,6 +97,32 @@ def bad_rows_error(name: str, bad: list[str], *, any_usable: bool, nothing: str)
     """The ``bad`` rows, and what to do: leave them out, or ``nothing`` where no row is left."""
     remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
     return ConfigError([*listed(bad, name), remedy if any_usable else nothing])
+
+
+def bare_prompts(
+    rows: Sequence[Any], columns: Mapping[str, str] | None, *, known: Collection[str], all_but_mappings: bool = False
+) -> list[Any]:
+    """The rows of a list in which a bare text is a prompt.
+
+    So is a text with a colon that YAML took for a mapping (``- a sign: stop``), which is then refused with that row's
+    number: a mapping of one key that names no column, beside bare texts or with more than a name as its key.
+
+    Args:
+        columns: our name -> the source's, as the user has set it.
+        known: columns that are looked for by default.
+        all_but_mappings: whether whatever else there is stands for a prompt, too.
+    """
+    names, bare = {*known, *(columns or {}).values()}, any(isinstance(row, str) for row in rows)
+
+    def is_prompt(row: Any) -> bool:
+        if not isinstance(row, Mapping):
+            return all_but_mappings or isinstance(row, str)
+        key, value = next(iter(row.items())) if len(row) == 1 else ("", [])
+        alone = key not in names and isinstance(value, str | int | float | date | None)
+        return alone and (bare or not str(key).isidentifier())
+
+    column = (columns or {}).get("prompt", "prompt")
+    return [{column: row} if is_prompt(row) else row for row in rows]
 
 
 def check_length(characters: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Tables of rows: a list in Python, a .jsonl, .csv or .parquet file, a folder or a Hugging Face dataset.
+"""Tables of rows: a list in Python, a file with rows, a folder or a Hugging Face dataset.
 
 A parquet file or folder, and a Hub dataset without ``max_rows``, becomes a table mapped from disk. With ``max_rows``
 the rows of a Hub dataset are streamed, no more of them than are asked for.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import io
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +29,11 @@ from rich.progress import Progress
 
 from diffusion_align.training.errors import ConfigError, first_line
 
-FILES = "a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
+FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
+FILES = f"a {FORMATS} file, a folder, or a Hub dataset owner/name"
 Cells = Generator[Sequence[Any], None, None]
-_SUFFIXES = (".jsonl", ".parquet", ".csv")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+_LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also splits at form feeds, U+0085, U+2028 and others
 SHOWN = 10
 _BLOCK = 1000
 
@@ -213,8 +217,8 @@ def open_table(source: TableSource) -> Table:
         start = f"{source.name}.source={short(source.source)}"
         raise ConfigError([f"{start}: there is no such file or folder: give {source.allowed}"])
     text = (".txt",) if source.lines else ()
-    if path.suffix not in (*_SUFFIXES, *text):
-        raise ConfigError([f"{source}: use a {'.txt, ' if text else ''}.jsonl, .csv or .parquet file"])
+    if not path.name.endswith((*_SUFFIXES, *text)):
+        raise ConfigError([f"{source}: use a {'.txt, ' if text else ''}{FORMATS} file"])
     _one_split(source, "file")
     if path.suffix == ".parquet":
         return _mapped(source, "parquet", path.parent, data_files=glob.escape(str(path.resolve())))
@@ -292,30 +296,60 @@ def _loading(source: TableSource) -> Iterator[None]:
 
 def _read(source: TableSource, path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError([f"{source} cannot be read: {error}"]) from None
     if path.suffix == ".txt":
-        return [{source.lines or "": line.strip()} for line in text.splitlines() if line.strip()]
+        return [{source.lines or "": line} for line in _LINE_END.split(text) if line.strip()]
     if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        try:
-            return list(reader)
-        except csv.Error as error:
-            line = f"line {reader.reader.line_num} is not valid CSV ({error})"
-            raise ConfigError([f"{source}: {line}: mend it"]) from None
+        return _csv_rows(source, text)
+    if path.suffix == ".json":
+        return _json_rows(source, text)
     rows, problems = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                rows.append(None)
+            rows.append(_json(line))
             if not isinstance(rows[-1], dict):
                 problems.append(f"{source}: line {number} is not a JSON object: mend or remove it")
     if problems:
         raise ConfigError(listed(problems, source.name, "line"))
     return rows
+
+
+def _csv_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(max(len(text), 1))  # Python's own is 128 kB a cell
+    try:
+        return list(reader)
+    except csv.Error as error:
+        line = f"line {reader.reader.line_num} is not valid CSV ({error})"
+        raise ConfigError([f"{source}: {line}: mend it"]) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
+    rows = _json(text)
+    if not isinstance(rows, list):
+        remedy = "give a list of rows, [{...}, ...], or call a file of one object a line .jsonl"
+        raise ConfigError([f"{source} is not a JSON list: {remedy}"])
+    problems = [
+        f"{source}: row {number} is not a JSON object: mend or remove it"
+        for number, row in enumerate(rows)
+        if not isinstance(row, dict)
+    ]
+    if problems:
+        raise ConfigError(listed(problems, source.name))
+    return rows
+
+
+def _json(text: str) -> Any:
+    """What a JSON text says; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def listed(sentences: list[str], name: str, what: str = "row") -> list[str]:
@@ -329,3 +363,8 @@ def short(value: Any) -> str:
     """``repr(value)`` in at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def scalar(value: Any) -> Any:
+    """A single number of numpy or torch as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value

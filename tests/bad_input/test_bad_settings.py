@@ -259,7 +259,7 @@ def test_a_misspelt_recipe_is_named(cli):
         ("p.jsonl", '{"words": "a cat"}\n', "the columns found are 'words': map our names to these"),
         ("p.jsonl", "", "holds no prompt"),
         ("p.jsonl", "null\n", "line 1 is not a JSON object"),
-        ("p.tsv", "a cat\n", "use a .txt, .jsonl, .csv or .parquet file"),
+        ("p.tsv", "a cat\n", "use a .txt, .jsonl, .jsonl.gz, .json, .csv or .parquet file"),
         ("p.txt", b"\xff\xfe\xfa\n", "cannot be read"),
     ],
     ids=["blank txt", "broken jsonl", "jsonl without prompt", "empty jsonl", "null", "tsv", "not text"],

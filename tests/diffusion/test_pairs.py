@@ -226,12 +226,17 @@ def test_missing_package(monkeypatch, folder):
 def test_a_source_that_is_not_there(source, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "none"))
     [problem] = problems(source)
-    assert "there is no such file or folder: give emoji_style, a .jsonl, .csv or .parquet file" in problem
+    assert (
+        "there is no such file or folder: give emoji_style, a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
+        in problem
+    )
     assert len(problem) < 300
 
 
 def test_other_files(folder):
-    assert problems(folder / "0.png") == [f"pairs.source='{folder / '0.png'}': use a .jsonl, .csv or .parquet file"]
+    assert problems(folder / "0.png") == [
+        f"pairs.source='{folder / '0.png'}': use a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
+    ]
     source = write_rows(folder / "a.jsonl", direct_rows(1))
     [problem] = problems(source, split="test")
     assert problem.startswith("pairs.split='test' is not known: a file holds one split, train")

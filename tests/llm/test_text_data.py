@@ -2,7 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -263,7 +266,14 @@ def test_a_template_that_opens_an_answer_with_more_than_it_writes():
 # Labelled completions
 
 
-@pytest.mark.parametrize(("label", "wanted"), [(True, True), (False, False), (1, True), (0, False), (1.0, True)])
+@pytest.mark.parametrize(
+    ("label", "wanted"),
+    [
+        *[(True, True), (False, False), (1, True), (0, False), (1.0, True)],
+        *[(np.bool_(True), True), (np.bool_(False), False), (np.int64(1), True), (np.float32(0), False)],
+        *[(torch.tensor(True), True), (np.array(0), False)],
+    ],
+)
 def test_labelled_completions(plain, label, wanted):
     [row], _ = rows(labelled_rows, [{"prompt": "q", "completion": "a", "label": label, "x": 1}], plain)
     assert row == LabelledRow("q", plain("q").input_ids, [*plain("a").input_ids, EOS], wanted, {"x": 1})
@@ -474,6 +484,18 @@ def test_labels_that_are_neither_true_nor_false(plain, label):
     ]
 
 
+def test_a_text_that_yaml_took_for_a_mapping(plain):
+    source = yaml.safe_load("[the cat, {prompt: a dog}, a sign: stop, at: 10]")
+    assert problems(prompt_rows, source, plain) == [
+        "data: row 2: the prompt is a mapping, {'a sign': 'stop'}: quote the text, or give a list of messages",
+        "data: row 3: the prompt is a mapping, {'at': 10}: quote the text, or give a list of messages",
+        HINT,
+    ]
+    columns = {"columns": {"prompt": "q"}}
+    assert [row.prompt for row in rows(prompt_rows, ["a", {"q": "b"}], plain, **columns).rows] == ["a", "b"]
+    assert "row 1: the prompt is a mapping" in problems(prompt_rows, ["a", {"a: b": "c"}], plain, **columns)[0]
+
+
 def test_a_text_with_a_conversation_behind(chat):
     [problem, _] = problems(
         labelled_rows, [PAIR | {"completion": x, "label": 1} for x in ("a", [assistant("a")])], chat
@@ -598,8 +620,8 @@ def test_settings_are_said_with_their_place():
         return str(caught.value)
 
     assert said("") == (
-        "data.source='' is not allowed: give a list of rows, a .txt file of prompts, a .jsonl, .csv or .parquet "
-        "file, a folder, or a Hub dataset owner/name"
+        "data.source='' is not allowed: give a list of rows, a .txt file of prompts, a .jsonl, .jsonl.gz, "
+        ".json, .csv or .parquet file, a folder, or a Hub dataset owner/name"
     )
     assert said({"source": "a", "max_rows": 0}).startswith("data.max_rows=0 is not allowed")
     assert said({"source": "a", "colums": {}}).startswith("unknown setting 'data.colums'")
@@ -616,8 +638,8 @@ def test_long_texts_are_tokenized_in_silence(capfd, caplog):
 
 
 def test_a_text_file_holds_a_prompt_a_line(tmp_path):
-    (tmp_path / "prompts.txt").write_text("one two\n\n three \n")
+    (tmp_path / "prompts.txt").write_text("one two\n\n three \n \n")
     config = TextDataConfig(source=str(tmp_path / "prompts.txt"))
     rows, _ = prompt_rows(config, TextEncoder(make_tokenizer(), max_completion_length=4))
-    assert [row.prompt for row in rows] == ["one two", "three"]
+    assert [row.prompt for row in rows] == ["one two", " three "]  # a blank at the end is part of what is completed
     assert columns_problems(config, "preferences") != []

@@ -8,8 +8,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from rows_on_disk import write_rows
 
@@ -26,7 +28,10 @@ from diffusion_align.training.prompts import PromptsConfig, load_prompts, prompt
 ROWS = [{"prompt": "three apples", "count": 3}, {"prompt": "a, b", "count": 1}, {"prompt": "three apples", "count": 3}]
 PROMPTS = [("three apples", {"count": 3}), ("a, b", {"count": 1}), ("three apples", {"count": 3})]
 MEND = "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out"
-PLACES = "a list of prompts, a .txt file, a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
+PLACES = (
+    "a list of prompts, a .txt file, a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder, or a Hub dataset "
+    "owner/name"
+)
 DDPO = {
     "model": "emoji-sd",
     "reward": "jpeg_compressibility",
@@ -75,8 +80,8 @@ def test_the_cells_of_a_csv_file_are_text(tmp_path):
 
 def test_texts_alone(tmp_path):
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog  \na cat\n", encoding="utf-8")
-    expected = [("a cat", {}), ("a dog", {}), ("a cat", {})]
-    assert load_prompts(tmp_path / "a.txt") == load_prompts(["a cat", "a dog", "a cat"]) == expected
+    expected = [("a cat", {}), ("  a dog  ", {}), ("a cat", {})]
+    assert load_prompts(tmp_path / "a.txt") == load_prompts(["a cat", "  a dog  ", "a cat"]) == expected
     assert load_prompts("mine", shipped={"mine": tmp_path / "a.txt"}) == expected
     config = {"source": "mine", "max_prompts": 1}
     assert load_prompts(config, shipped={"mine": tmp_path / "a.txt"}) == expected[:1]
@@ -147,7 +152,7 @@ def test_values_of_a_list_that_are_not_plain_are_refused():
 
 
 def test_bad_rows_are_named_or_left_out(tmp_path):
-    rows = ["a cat", "  ", {"prompt": None}, {"prompt": 3}, {"prompt": "\ud800"}, {"n": 1}, "a dog"]
+    rows = ["a cat", "  ", {"prompt": None}, {"prompt": 3}, {"prompt": "\ud800"}, {"n": 1, "m": 2}, "a dog"]
     assert problems(rows) == [
         "prompts: row 1: the prompt is empty",
         "prompts: row 2: the prompt is empty",
@@ -168,6 +173,26 @@ def test_bad_rows_are_named_or_left_out(tmp_path):
         "prompts: row 0: it has more cells than there are columns: put a text with commas in quotes",
         MEND,
     ]
+
+
+def test_a_text_that_yaml_took_for_a_mapping():
+    rows = yaml.safe_load("[a cat, a sign: stop, {prompt: a dog}, at: 10, {caption: a}]")
+    assert problems(rows) == [
+        "prompts: row 1: the prompt is a mapping, {'a sign': 'stop'}: quote the text",
+        "prompts: row 3: the prompt is a mapping, {'at': 10}: quote the text",
+        "prompts: row 4: the prompt is empty",
+        MEND,
+    ]
+    assert "row 0: the prompt is a mapping" in problems([{"a sign": "stop"}])[0]
+
+
+def test_metadata_of_numpy_are_numbers_and_a_prompt_of_megabytes_is_none():
+    [(_, metadata)] = load_prompts([{"prompt": "a cat", "n": np.int64(3), "box": [np.float32(0.5)], "on": np.bool_(1)}])
+    assert metadata == {"n": 3, "box": [0.5], "on": True}
+    assert [type(value) for value in metadata.values()] == [int, list, bool]
+    assert problems(["a" * 3_000_000, "a"])[0] == (
+        "prompts: row 0: the prompt has 3000000 characters, more than 1000000: shorten it"
+    )
 
 
 def test_sources_that_cannot_be_used(tmp_path):

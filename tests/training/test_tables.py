@@ -1,8 +1,12 @@
 """Reading rows from every kind of source, a setting's own name in every sentence, and no row more than asked for."""
 
+import csv
+import gzip
 import sys
 
+import numpy as np
 import pytest
+import torch
 from rows_on_disk import write_rows
 
 from diffusion_align.training.errors import ConfigError
@@ -16,6 +20,7 @@ from diffusion_align.training.tables import (
     is_hub,
     listed,
     open_table,
+    scalar,
     short,
 )
 
@@ -33,7 +38,7 @@ def problems(source, **settings):
     return caught.value.problems
 
 
-@pytest.mark.parametrize("kind", ["list", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("kind", ["list", ".jsonl", ".jsonl.gz", ".json", ".parquet"])
 def test_rows_are_the_same_whatever_holds_them(tmp_path, kind):
     source = ROWS if kind == "list" else write_rows(tmp_path / f"rows{kind}", ROWS)
     assert read(source) == ROWS
@@ -108,7 +113,7 @@ def test_what_is_a_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub("some/rows")
     (tmp_path / "some" / "rows").mkdir(parents=True)
-    for source in ("some/rows", "rows", "a/b.jsonl", "a/b/c", "./a", [{"a": 1}]):
+    for source in ("some/rows", "rows", "a/b.jsonl", "a/b.jsonl.gz", "a/b.json", "a/b/c", "./a", [{"a": 1}]):
         assert not is_hub(source)
 
 
@@ -122,12 +127,12 @@ def test_missing_package(monkeypatch, tmp_path):
 
 
 def test_sources_that_cannot_be_read(tmp_path):
-    places = "a .jsonl, .csv or .parquet file, a folder, or a Hub dataset owner/name"
+    places = "a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder, or a Hub dataset owner/name"
     assert problems("no.jsonl") == [f"data.source='no.jsonl': there is no such file or folder: give {places}"]
     assert problems("no", allowed="this or that")[0].endswith("there is no such file or folder: give this or that")
     (tmp_path / "a.txt").write_text("x")
     assert problems(str(tmp_path / "a.txt")) == [
-        f"data.source='{tmp_path / 'a.txt'}': use a .jsonl, .csv or .parquet file"
+        f"data.source='{tmp_path / 'a.txt'}': use a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
     ]
     source = write_rows(tmp_path / "a.jsonl", ROWS)
     for place, what in ((source, "file"), (ROWS, "list")):
@@ -140,6 +145,46 @@ def test_sources_that_cannot_be_read(tmp_path):
     ]
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n')
     assert "line 2 is not valid CSV (" in problems(str(tmp_path / "a.csv"))[0]
+
+
+def test_files_of_rows_that_are_none(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('{"a": 1}', "", "null", '{"a": 1}\n{"a": 2}', "[1,", "[" * 100_000, "7"):
+        path.write_text(text)
+        assert problems(str(path)) == [
+            f"data.source='{path}' is not a JSON list: give a list of rows, [{{...}}, ...], or call a file of one "
+            "object a line .jsonl"
+        ]
+    path.write_text('[{"a": 1}, 7, null]')
+    assert problems(str(path)) == [
+        f"data.source='{path}': row {i} is not a JSON object: mend or remove it" for i in (1, 2)
+    ]
+    whole = gzip.compress(b'{"a": 1}\n' * 100)
+    for content in (b'{"a": 1}\n', whole[:-12], whole[:12] + b"\0" * 9 + whole[12:], gzip.compress(b"\xff\xfe")):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        assert problems(str(tmp_path / "a.jsonl.gz"))[0].startswith(
+            f"data.source='{tmp_path / 'a.jsonl.gz'}' cannot be read: "
+        )
+
+
+def test_lines_end_at_line_breaks_only_and_keep_their_blanks(tmp_path):
+    lines = ["one ", "\ttwo", "three\u2028still", "fo\x85ur", "fi\x0cve", "s\x0bi\x1cx"]
+    (tmp_path / "a.txt").write_bytes("\r\n".join(lines[:3]).encode() + b"\n \n\r" + "\r".join(lines[3:]).encode())
+    assert read(str(tmp_path / "a.txt"), lines="prompt") == [{"prompt": line} for line in lines]
+
+
+def test_a_cell_may_be_long(tmp_path):
+    rows = [{"prompt": "a" * 300_000, "n": "1"}]
+    before = csv.field_size_limit()
+    assert read(write_rows(tmp_path / "a.csv", rows)) == rows
+    assert csv.field_size_limit() == before
+
+
+def test_a_single_number():
+    found = [scalar(value) for value in (np.int64(3), np.bool_(True), torch.tensor(0.5), np.array(2))]
+    assert [(value, type(value)) for value in found] == [(3, int), (True, bool), (0.5, float), (2, int)]
+    for value in (3, "a", [1], np.ones(2), torch.ones(1), None):
+        assert scalar(value) is value
 
 
 def test_a_list_of_anything_but_mappings():
