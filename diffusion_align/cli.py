@@ -95,7 +95,7 @@ def complete(
 
     from diffusion_align.pipelines import TextAlignmentPipeline
     from diffusion_align.pipelines.text import read_prompts
-    from diffusion_align.training.errors import printable
+    from diffusion_align.streams import printable
     from diffusion_align.writing import write_text
 
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -391,7 +391,7 @@ def _hide_loading_bars() -> None:
 
 
 def _say(sentences: str) -> int:
-    from diffusion_align.training.errors import printable
+    from diffusion_align.streams import printable
 
     for sentence in sentences.split("\n"):
         _errors.print(f"error: {printable(sentence)}", markup=False)
@@ -420,7 +420,7 @@ def _is_a(error: Exception, *names: str) -> bool:
 
 def _print(line: str) -> None:
     """Print as it is: no markup in it, not cut at the terminal's width, nothing that steers a terminal."""
-    from diffusion_align.training.errors import printable
+    from diffusion_align.streams import printable
 
     _console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 

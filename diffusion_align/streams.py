@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their readers: what nobody can read any more is dropped, and nothing stops."""
+"""What is printed: text that stays text, on streams that outlive their readers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import Any, TextIO, cast
 
 # A reader that has gone (`| head -1`), a terminal that was closed, a descriptor that never was one (`>&-`).
 _GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN}
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """``text`` as text: characters that would steer a terminal (escapes, direction marks) become spaces.
+
+    ``keep``: those that stay although they are not printed, such as line breaks.
+    """
+    return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
 class LastingStreams:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from diffusion_align.interrupt import interrupted
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.training.errors import printable
+from diffusion_align.streams import printable
 
 LARGEST_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time

@@ -25,7 +25,7 @@ from diffusion_align.rewards.endpoints import (
     token_problem,
     url_problem,
 )
-from diffusion_align.training.errors import printable
+from diffusion_align.streams import printable
 
 ABOUT = {
     "remote": {

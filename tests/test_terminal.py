@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_align.cli import main
 from diffusion_align.pipelines import TextAlignmentPipeline
-from diffusion_align.training.errors import printable
+from diffusion_align.streams import printable
 
 STEERS = "\x1b]0;owned\x07\x1b[2J\u202ea\x9b\r\x08b"
 

@@ -29,14 +29,6 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the state of the last finished epoch has been saved."""
 
 
-def printable(text: str, *, keep: str = "") -> str:
-    """``text`` as text: characters that would steer a terminal (escapes, direction marks) become spaces.
-
-    ``keep``: those that stay although they are not printed, such as line breaks.
-    """
-    return "".join(c if c.isprintable() or c in keep else " " for c in text)
-
-
 def first_line(error: BaseException) -> str:
     """What another library's error says first, to stand in a sentence; its kind if it says nothing.
 
