@@ -36,7 +36,7 @@ class BackgroundScores(contextlib.AbstractContextManager["BackgroundScores"]):
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=error[0] is not None)
         with contextlib.suppress(Overdue), breakable():
-            wait(self._scores)
+            wait([score for score in self._scores if not score.cancelled()])  # a cancelled one is never "done"
         # The worker sets its own number of threads, but torch keeps one default for all beside each thread's value.
         torch.set_num_threads(self._threads)
 

@@ -363,6 +363,27 @@ def test_a_reward_that_tries_again_for_ever_is_left_too(tmp_path, quick):
         Toy(tmp_path / "run", reward, background=False, interrupt_grace=0.2).train()
 
 
+def test_a_reward_that_fails_while_others_wait_in_line_ends_the_run(tmp_path):
+    """A score that was cancelled before it began is not waited for: nobody would ever say that it is done."""
+    started = threading.Event()
+
+    def reward(images):
+        started.wait(5)
+        raise ValueError("no")
+
+    trainer = Toy(tmp_path / "run", reward)
+
+    def collect():
+        with BackgroundScores(trainer, RewardError) as scores:
+            for _ in range(3):
+                scores.submit(score_of, reward, torch.rand(2, 3, 4, 4))
+            started.set()
+            raise RewardError("another")
+
+    with pytest.raises(RewardError, match="another"):
+        collect()
+
+
 def test_a_reward_that_hangs_before_the_first_epoch_is_left_too(tmp_path, quick, monkeypatch):
     def reward(images):
         os.kill(os.getpid(), signal.SIGTERM)
