@@ -81,11 +81,3 @@ class _Lasting:
             self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         finally:
             os.close(nowhere)
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    """``text`` as text: characters that would steer a terminal (escapes, direction marks) become spaces.
-
-    ``keep``: those that stay although they are not printed, such as line breaks.
-    """
-    return "".join(c if c.isprintable() or c in keep else " " for c in text)

@@ -90,10 +90,8 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
         else [_check_language_model, _check_text_data, _check_text_rewards]
     )
     checks = [*own, _check_precision, _check_trackers, _check_output_dir]
-    # What is wrong is said of the paths as they were given.
-    return parse_config(
-        METHODS[method], absolute_paths(raw), checks=[lambda _, check=check: check(raw) for check in checks]
-    )
+    problems = [problem for check in checks for problem in check(raw)]  # of the paths as they were given
+    return parse_config(METHODS[method], absolute_paths(raw), checks=[lambda _: problems])
 
 
 def _check_model(raw: Mapping[str, Any]) -> list[str]:

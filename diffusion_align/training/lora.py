@@ -71,7 +71,7 @@ def forget_adapters(network: Any) -> None:
     _tell(network, False)
 
 
-def save_peft(network: nn.Module, folder: Path) -> None:
+def save_peft(network: Any, folder: Path) -> None:
     """Write the adapter as peft does: ``adapter_model.safetensors`` and ``adapter_config.json``.
 
     Equal adapters give equal bytes. The scale stays in ``lora_alpha`` of the configuration, without which no reader
