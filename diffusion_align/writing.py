@@ -145,7 +145,11 @@ def make_folder(path: str | Path, *, parents: bool = False) -> Path:
 def rename(source: Path, target: Path) -> None:
     """Give what is at ``source`` the name ``target``, on the disk too."""
     os.replace(source, target)
-    _sync(target.parent)
+    try:
+        _sync(target.parent)
+    except OSError as error:  # folders that may not be read, or of file systems that cannot do it
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def sweep(folder: str | Path) -> None:
@@ -172,9 +176,6 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that do not know it
-            raise
     finally:
         os.close(handle)
 

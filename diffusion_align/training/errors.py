@@ -26,7 +26,7 @@ class TrainingError(UserError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM; the state of the last finished epoch has been saved."""
+    """Ctrl-C, SIGTERM or SIGHUP; the state of the last finished epoch has been saved."""
 
 
 def first_line(error: BaseException) -> str:

@@ -173,8 +173,8 @@ class Trainer(ABC, Generic[Batch]):
         """Run until ``config.epochs`` epochs are finished and return the run folder.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
-            TrainingError, CheckpointError, RewardError: with one sentence; the last checkpoint stands.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
+            TrainingError, CheckpointError, RewardError, WriteError: with one sentence; the last checkpoint stands.
         """
         config = self.config
         flag = InterruptFlag(config.interrupt_grace, self._leave)
