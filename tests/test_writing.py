@@ -284,3 +284,35 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     assert names(tmp_path) == sorted(kept)
     assert not [path for path in tmp_path.rglob("*.tmp") if path.is_dir()]
     sweep(tmp_path / "nowhere")
+
+
+def test_commands_say_it_in_one_sentence(call_cli, tiny_language_model, tmp_path, monkeypatch):
+    """What was computed is printed all the same; nothing is left of what could not be written."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "reward": 0.5}\n')
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writing.os, "replace", full)
+    before = names(tmp_path)
+    commands = {
+        "run/report.html": ["report", tmp_path / "run"],
+        "a.jsonl": [
+            "complete",
+            tiny_language_model,
+            "-p",
+            "a cat",
+            "--max-new-tokens",
+            "2",
+            "-o",
+            tmp_path / "a.jsonl",
+        ],
+    }
+    for path, arguments in commands.items():
+        status, out, err = call_cli(*arguments)
+        assert status == 2
+        said = f"error: {tmp_path / path} cannot be written (No space left on device): make room on that disk"
+        assert err.splitlines()[-1] == said
+        assert out.startswith("a cat") or path != "a.jsonl"
+    assert names(tmp_path) == before
