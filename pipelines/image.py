@@ -18,7 +18,7 @@ from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTraine
 from diffusion_align.diffusion.footprint import unet_inputs
 from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
-from diffusion_align.diffusion.policy import DenoisingPolicy, save_lora
+from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images, save_lora
 from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines import adapters
@@ -221,7 +221,7 @@ class ImageAlignmentPipeline:
             An object whose ``.images`` is a list of PIL images.
 
         Raises:
-            UserError: a number is out of its range.
+            UserError: a number is out of its range, or the images are not finite.
         """
         from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -242,13 +242,14 @@ class ImageAlignmentPipeline:
         try:
             for start in range(0, len(texts), batch_size):
                 some = texts[start : start + batch_size]
-                images += self.pipeline(
-                    some,
-                    num_inference_steps=steps or self.sampler.steps,
-                    guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
-                    eta=min(self.sampler.eta if eta is None else eta, LARGEST_ETA),
-                    generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
-                ).images
+                with finite_images(self.pipeline):
+                    images += self.pipeline(
+                        some,
+                        num_inference_steps=steps or self.sampler.steps,
+                        guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
+                        eta=min(self.sampler.eta if eta is None else eta, LARGEST_ETA),
+                        generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
+                    ).images
         finally:
             self.pipeline.scheduler = original
         return DrawnImages(images, texts)

@@ -14,6 +14,7 @@ from diffusion_align.diffusion.rollout import Trajectory, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.rewards.base import RewardError, call_reward_parts, part_weights, reward_parts
+from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
@@ -60,6 +61,7 @@ def collect_scored(
 
     Raises:
         RewardError: on every process, if a reward failed on any.
+        TrainingError: latents or images are not finite; a RewardError that says so on the other processes.
         Interrupted: the run was asked to stop.
     """
     config = trainer.config
@@ -84,7 +86,11 @@ def collect_scored(
                 on_step=lambda: trainer.advance(bar),
             )
             trajectories.append(trajectory)
-            images = policy.decode(trajectory.latents)
+            try:
+                images = policy.decode(trajectory.latents)
+            except TrainingError as error:
+                scoring.fail(error)
+                continue
             scoring.submit(call_reward_parts, reward, images, texts, [samples[i][1] for i in batch])
         scores = scoring.gather()
     columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in Trajectory.__dataclass_fields__}

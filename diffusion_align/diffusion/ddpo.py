@@ -304,6 +304,9 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             )
         return {"ratio/first_pass_deviation": max(high - 1, 1 - low), "clip_nats": self.clip_nats}
 
+    def loss_coefficients(self) -> dict[str, float]:
+        return {"kl_coef": self.config.kl_coef}
+
     def extra_state(self) -> dict[str, Any]:
         return super().extra_state() | {"statistics": [one.state_dict() for one in self.statistics]}
 

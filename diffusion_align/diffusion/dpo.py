@@ -285,6 +285,11 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             )
         return {"error/winner_ratio": ratio}
 
+    def loss_coefficients(self) -> dict[str, float]:
+        config = self.config
+        beta = {"beta": config.beta} if config.beta is not None else {"beta_dpo": config.beta_dpo or 0.0}
+        return {"kl_coef": self.kl_coef, "loser_weight": config.loser_weight, **beta}
+
     # -- decisions -------------------------------------------------------------------------------------------------
 
     def _decisions(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> Decisions:

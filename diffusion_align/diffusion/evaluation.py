@@ -20,6 +20,7 @@ from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
 from diffusion_align.rewards.base import RewardError, call_reward
+from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.writing import write_text
@@ -78,25 +79,26 @@ class Evaluation:
 
         Raises:
             RewardError: on every process, if the gold reward failed on any.
+            TrainingError: the images are not finite.
         """
         started, accelerator, config = time.perf_counter(), trainer.accelerator, trainer.config
         share = [round(self.pictures * k / accelerator.num_processes) for k in range(accelerator.num_processes + 1)]
         own = range(share[accelerator.process_index], share[accelerator.process_index + 1])
         scores, features = [], []
-        failure: RewardError | None = None
+        failure: Exception | None = None
         with trainer.averaged_weights(), trainer.progress("  evaluating", len(own)) as bar:
             for start in range(own.start, own.stop, config.sample_batch_size):
                 places = range(start, min(start + config.sample_batch_size, own.stop))
                 some = [self.prompts[i % len(self.prompts)] for i in places]
                 texts, metadata = [text for text, _ in some], [notes for _, notes in some]
-                images = sample_images(
-                    policy, schedule, texts, config.seed, "evaluation", batch_size=len(texts), first=start
-                )
-                features.append((images if self.embed is None else self.embed(images)).cpu())
                 try:
+                    images = sample_images(
+                        policy, schedule, texts, config.seed, "evaluation", batch_size=len(texts), first=start
+                    )
+                    features.append((images if self.embed is None else self.embed(images)).cpu())
                     if self.gold is not None:
                         scores.append(call_reward(self.gold, images.to(policy.device), texts, metadata))
-                except RewardError as error:
+                except (RewardError, TrainingError) as error:
                     failure = error
                     break
                 trainer.advance(bar, len(some))

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.training.config import Section
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import TrainingError, UserError
+from diffusion_align.training.finite import all_finite
 from diffusion_align.training.lora import adapter_layers, add_lora, carries_adapters, switched_off
 
 Conditioning = dict[str, Tensor]
@@ -177,17 +178,29 @@ class DenoisingPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W)."""
+        """Pictures (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W).
+
+        Raises:
+            TrainingError: latents or pictures are not finite; a clamp would make them black or white.
+        """
         vae = self.pipeline.vae
         shift, scale = self._vae_shift_and_scale(latents)
         images = vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0]
+        if problem := overflow_problem(self.pipeline, *all_finite(latents, images), autocast=self.autocast):
+            raise TrainingError(problem)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """x_0 latents (B, C, H, W), float32, of pictures (B, 3, H, W) in [0, 1]: the mode of the VAE's posterior."""
+        """x_0 latents (B, C, H, W), float32, of pictures (B, 3, H, W) in [0, 1]: the mode of the VAE's posterior.
+
+        Raises:
+            TrainingError: they are not finite.
+        """
         vae = self.pipeline.vae
         raw = vae.encode((images * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode().float()
+        if problem := overflow_problem(self.pipeline, True, *all_finite(raw)):
+            raise TrainingError(problem)
         shift, scale = self._vae_shift_and_scale(raw)
         return (raw - shift) / scale
 
@@ -203,6 +216,57 @@ class DenoisingPolicy:
     def save_lora(self, folder: Path) -> None:
         """Write the adapter, see ``save_lora``."""
         save_lora(self.pipeline, folder)
+
+
+def overflow_problem(
+    pipeline: Any,
+    latents: bool,
+    images: bool,
+    *,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> str | None:
+    """One sentence if the UNet's ``latents`` or what the VAE makes of them (``images``) are not finite, or None.
+
+    ``autocast``: the context in which the UNet ran.
+    """
+    if latents and images:
+        return None
+    part, dtype = ("UNet", pipeline.unet.dtype) if not latents else ("VAE", pipeline.vae.dtype)
+    what = "latents" if not latents else "results"
+    with autocast():
+        kind = pipeline.unet.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not latents and narrow == torch.float16:
+        return f"the UNet's {what} are not finite with mixed_precision=fp16: set mixed_precision=bf16 or no"
+    if dtype != torch.float16:
+        return (
+            f"the {part}'s {what} are not finite: its weights are damaged, or were trained too far (lower "
+            "learning_rate); choose another model or checkpoint"
+        )
+    also = ", or force_upcast: true in the model's vae/config.json" if latents else ""
+    return f"the {part}'s {what} are not finite in float16: set dtype=bfloat16 or dtype=float32{also}"
+
+
+@contextlib.contextmanager
+def finite_images(pipeline: Any) -> Iterator[None]:
+    """Inside, what diffusers' own call decodes is looked at, which it would clamp and cast; raised when it is left.
+
+    Raises:
+        TrainingError: latents or images were not finite.
+    """
+    seen: list[Tensor] = []
+
+    def look(_: nn.Module, given: tuple[Tensor, ...], decoded: Tensor) -> None:
+        seen.append(torch.stack([x.detach().isfinite().all() for x in (given[0], decoded)]))
+
+    hook = pipeline.vae.decoder.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+    latents, images = torch.stack(seen).all(0).tolist() if seen else (True, True)
+    if problem := overflow_problem(pipeline, latents, images):
+        raise TrainingError(problem)
 
 
 def save_lora(pipeline: Any, folder: Path) -> None:

@@ -83,10 +83,10 @@ class ImageShow:
     def finish(self, folder: Path, reward: Callable[..., Any] | None) -> None:
         """Write ``final/`` (what diffusers loads, and its card), ``samples/before_after.png`` and ``report.html``."""
         final = folder / "final"
-        self.write_weights(final)
-        after = self.draw()
+        after = self.draw()  # before anything is written: these weights may give no images
         with self.policy.reference():
             before = self.draw()
+        self.write_weights(final)
         picture = before_after(
             before,
             after,

@@ -17,6 +17,8 @@ from diffusion_align.llm.rollout import Completions, rollout
 from diffusion_align.rewards.base import RewardError, reward_name
 from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.errors import TrainingError
+from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
@@ -133,13 +135,17 @@ def collect_scored(
             if not scores.go_on():
                 break
             some = [rows[i] for i in batch]
-            sampled = rollout(
-                policy,
-                [row.ids for row in some],
-                [generator(config.seed, "tokens", trainer.epoch, i) for i in batch],
-                max_new_tokens=max_completion_length,
-                on_token=lambda: trainer.advance(bar),
-            )
+            try:
+                sampled = rollout(
+                    policy,
+                    [row.ids for row in some],
+                    [generator(config.seed, "tokens", trainer.epoch, i) for i in batch],
+                    max_new_tokens=max_completion_length,
+                    on_token=lambda: trainer.advance(bar),
+                )
+            except TrainingError as error:
+                scores.fail(error)
+                continue
             trainer.advance(bar, max_completion_length - sampled.logp_old.shape[1])
             parts.append(sampled)
             ids = completion_ids(sampled.sequences) if rewards.want_ids else None
@@ -187,7 +193,19 @@ def sample_groups(
 def reference_log_probs(trainer: Trainer[Any], policy: LanguagePolicy, sequences: Sequences) -> Tensor:
     """Log-probs (B, T) of the reference for completions of this process, in batches as they are sampled."""
     with policy.reference():
-        return in_batches(trainer, "  reference", sequences, lambda some: policy.log_probs(policy.score(some)))
+        found = in_batches(trainer, "  reference", sequences, lambda some: policy.log_probs(policy.score(some)))
+    require_finite_reference(trainer, found)
+    return found
+
+
+def require_finite_reference(trainer: Trainer[Any], logp: Tensor) -> None:
+    """TrainingError on every process, at the same place, if the reference's log-probs are not finite on any."""
+    failure = None
+    try:
+        require_finite_logits(logp, what="the reference")
+    except TrainingError as error:
+        failure = error
+    trainer.raise_together(failure, TrainingError)
 
 
 def in_batches(

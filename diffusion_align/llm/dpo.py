@@ -196,6 +196,9 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             self._look_at_prompts(batch, own)
         return Work(batch.keep), {}
 
+    def loss_coefficients(self) -> dict[str, float]:
+        return {name: getattr(self.config, name) for name in ("beta", "orpo_weight", "sft_weight", "simpo_margin")}
+
     def loss(self, batch: PreferenceBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; one forward pass over all completions of the samples.
 

@@ -179,6 +179,9 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         )
         return means, statistics
 
+    def loss_coefficients(self) -> dict[str, float]:
+        return {"beta": self.config.beta}
+
     def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
         """Its log-probs; without a KL term of one micro-batch only, to see how far the policy has gone."""
         if not self.policy.has_reference:

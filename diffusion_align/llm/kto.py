@@ -116,6 +116,9 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
             batch.logp_ref = self.look_at_reference(batch.sequences, self.local(batch.keep))
         return Work(batch.keep), {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
 
+    def loss_coefficients(self) -> dict[str, float]:
+        return {name: getattr(self.config, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
+
     def loss(self, batch: KTOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring.
 

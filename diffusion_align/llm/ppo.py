@@ -169,6 +169,9 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         )
         return losses, statistics
 
+    def loss_coefficients(self) -> dict[str, float]:
+        return {"value_coef": self.config.value_coef, "kl_coef": self.kl_coef}
+
     def extra_state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}
 

@@ -13,7 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.estimators import rso_accept
-from diffusion_align.llm.collection import Collected, WeightedRewards, reference_log_probs, sample_groups
+from diffusion_align.llm.collection import (
+    Collected,
+    WeightedRewards,
+    reference_log_probs,
+    require_finite_reference,
+    sample_groups,
+)
 from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
@@ -131,7 +137,9 @@ class PreferenceTrainer(TextTrainer[Batch]):
     def look_at_reference(self, sequences: Sequences, places: Tensor) -> Tensor:
         """Log-probs (B, T) of the reference; 0 for all but ``places``."""
         if not len(places):
-            return torch.zeros(sequences.mask.shape, device=sequences.ids.device)
+            nothing = torch.zeros(sequences.mask.shape, device=sequences.ids.device)
+            require_finite_reference(self, nothing)  # the other processes wait for this one there
+            return nothing
         found = reference_log_probs(self, self.policy, sequences[places])
         known = found.new_zeros(sequences.mask.shape)
         known[places, : found.shape[1]] = found

@@ -20,6 +20,7 @@ from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.errors import CheckpointError
+from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.loop import Trainer
 from diffusion_align.writing import new_file
 
@@ -109,7 +110,9 @@ class ReferenceFile:
                     trainer.advance(bar, len(some))
         everyones = gather_object([parts]) if accelerator.num_processes > 1 else [parts]
         joined = {name: [x for part in everyones for x in part[name]] for name in parts}
-        return {name: torch.cat(found) for name, found in joined.items() if found}
+        tensors = {name: torch.cat(found) for name, found in joined.items() if found}
+        require_finite_logits(tensors["logp"], what="the reference")
+        return tensors
 
     def _identity(self) -> dict[str, str]:
         digest = hashlib.sha256()

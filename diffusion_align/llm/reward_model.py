@@ -29,7 +29,8 @@ from diffusion_align.llm.encoding import context_length, continuation_tokens
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import TrainingError, UserError
+from diffusion_align.training.finite import MORE_ROOM, all_finite
 from diffusion_align.training.launch import make_accelerator
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.lora import add_lora, carries_adapters
@@ -226,6 +227,9 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
             losses = losses + self.config.center_coef * offset
         return losses, statistics
 
+    def loss_coefficients(self) -> dict[str, float]:
+        return {"center_coef": self.config.center_coef}
+
     def finish(self) -> None:
         """Write ``final/`` (what transformers and peft load, and the reward ``classifier``) and the report."""
         self.model.save(self.folder / "final")
@@ -249,6 +253,8 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
                 sums += torch.stack([statistics[name].sum() for name in names])
                 self.advance(bar, len(every))
         means = self.accelerator.reduce(sums, reduction="sum") / len(self.eval_pairs)
+        if not all_finite(means)[0]:
+            raise TrainingError(f"the scores of eval_dataset are not finite: {MORE_ROOM}")
         return {f"eval/{name.rpartition('/')[2]}": value for name, value in zip(names, means.tolist(), strict=True)}
 
     def _packed(self, pairs: Sequence[Pair]) -> ScoredPairs:

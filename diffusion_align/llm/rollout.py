@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_align.estimators import categorical_log_probs
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, inputs_of, widened, widest_float
+from diffusion_align.training.finite import require_finite_logits
 
 # Given the last token of every row (None at the start), the logits (B, V) of the next one.
 NextLogits = Callable[[Tensor | None], Tensor]
@@ -53,6 +54,7 @@ def rollout(
 
     Raises:
         ValueError: an empty prompt, or numbers of prompts and generators that differ.
+        TrainingError: the model's log-probs are not finite.
     """
     if len(prompts) != len(generators) or not all(len(p) for p in prompts) or max_new_tokens < 1:
         raise ValueError(
@@ -81,6 +83,7 @@ def rollout(
         on_token()
         if not alive.any():
             break
+    require_finite_logits(torch.stack(logps, 1), what="the language model")
     return Completions(
         _right_padded(prompts, torch.stack(tokens, 1), torch.stack(mask, 1), lengths, policy.pad),
         torch.stack(logps, 1),

@@ -32,6 +32,7 @@ from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue, waiti
 from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from diffusion_align.training.finite import largest, loss_problem, weights_problem
 from diffusion_align.training.launch import accelerator_problems
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.progress import progress_bars
@@ -42,6 +43,8 @@ from diffusion_align.writing import WriteError, make_folder, sweep, write_text
 
 Batch = TypeVar("Batch")
 _LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
+UNTRAINED_EPOCHS = 3
+"""After so many epochs in a row in which nothing was trained a run ends."""
 # Settings that may change on resume: where and how long, never what.
 _FREE_ON_RESUME = {
     "output_dir",
@@ -97,6 +100,8 @@ class Trainer(ABC, Generic[Batch]):
         self.stopped: str | None = None  # why the run ended before its last epoch
         self._flag = InterruptFlag()
         self._failed_together = self._can_be_saved = False
+        self._steps_taken = 0  # optimizer steps, skipped ones not counted
+        self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[dict[str, Any], dict[str, Any]] | None = None
         if problems := accelerator_problems(accelerator):
@@ -147,6 +152,10 @@ class Trainer(ABC, Generic[Batch]):
         """Whether to write a checkpoint of this epoch although none is due; the same everywhere."""
         return False
 
+    def loss_coefficients(self) -> dict[str, float]:
+        """Setting -> value of those that a term of the loss is multiplied by; named where the loss overflows."""
+        return {}
+
     def measure_first(self) -> dict[str, float]:
         """The same before anything is trained; nothing is written if it is empty."""
         return {}
@@ -187,6 +196,7 @@ class Trainer(ABC, Generic[Batch]):
                     batch, collected = self.collect()
                 sampled = time.perf_counter()
                 work, estimated = self.estimate(batch)
+                steps_before = self._steps_taken
                 last = self._update(batch, work)
                 updated = time.perf_counter()
                 self.epoch += 1
@@ -196,6 +206,7 @@ class Trainer(ABC, Generic[Batch]):
                     **collected,
                     **estimated,
                     "samples_used": len(work.samples),
+                    **self._untrained_epochs(work, trained=self._steps_taken > steps_before),
                     "time/sample": sampled - started - collected.get("time/score", 0.0),
                     "time/update": updated - sampled,
                 }
@@ -209,7 +220,7 @@ class Trainer(ABC, Generic[Batch]):
                 headline = _headline(last | row, self.headline)
                 self._bars.update(self._epochs_bar, completed=self.epoch, description=headline)
                 self._rng_at_start = checkpoint.rng_state()
-                self.stopped = self.stop_reason(last | row)
+                self.stopped = self.stop_reason(last | row) or self._nothing_left_to_train()
                 due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
                 if due or self.stopped or self.checkpoint_wanted() or self._checkpoint_overdue():
                     self.save()
@@ -344,7 +355,7 @@ class Trainer(ABC, Generic[Batch]):
             row = row | self._measured(row, last)
             self._show_if_due()
             self._write_row(row)
-            self.stopped = self.stop_reason(last | row)
+            self.stopped = self.stop_reason(last | row) or self._nothing_left_to_train()
         if not newest:
             self._show_if_due()
             try:
@@ -377,6 +388,40 @@ class Trainer(ABC, Generic[Batch]):
         if every and self.epoch % every == 0:
             with self.averaged_weights():
                 self.on_main_process(lambda: self.show(f"epoch_{self.epoch:04d}"))
+
+    def _untrained_epochs(self, work: Work, *, trained: bool) -> dict[str, float]:
+        """``untrained_epochs``, those in a row up to this one without any step, and a line about it; or nothing."""
+        self._untrained = 0 if trained else self._untrained + 1
+        if trained:
+            return {}
+        if len(work.samples) == 0:
+            self._why_untrained = "no sample was left to train on (equal rewards, or ties, have no gradient)"
+        else:
+            self._why_untrained = "every step overflowed in fp16 and was skipped"
+        if self.accelerator.is_main_process:
+            print(f"epoch {self.epoch}: nothing was trained, {self._why_untrained}", file=sys.stderr, flush=True)
+        return {"untrained_epochs": self._untrained}
+
+    def _nothing_left_to_train(self) -> str | None:
+        """Why a run ends whose last ``UNTRAINED_EPOCHS`` epochs trained nothing; the same everywhere.
+
+        What was trained before is kept as ``stop_when`` would. Where nothing ever was, the run fails; its checkpoint
+        does not count the epochs so far, so that going on with it gives as many again.
+        """
+        if self._untrained < UNTRAINED_EPOCHS:
+            return None
+        scaler = self.accelerator.scaler
+        if "fp16" in self._why_untrained and scaler is not None and scaler.get_scale() >= 1:
+            return None  # it is still on its way down to a scale that fits
+        reason = f"nothing was trained in {self._untrained} epochs in a row: {self._why_untrained}"
+        if self._steps_taken:
+            return reason
+        self._untrained = 0
+        self.save()
+        remedy = "set mixed_precision=bf16 or no" if "fp16" in reason else "use another reward, more samples a group"
+        if "fp16" not in reason:
+            remedy += " or other prompts"
+        raise TrainingError(f"{reason}: {remedy}")
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -413,6 +458,7 @@ class Trainer(ABC, Generic[Batch]):
                     statistics = self._accumulate(batch, pairs, divisor * decisions, bar)
                     statistics |= self.check_update(statistics, first=inner == 0 and update == 0)
                     statistics["grad_norm"] = self._optimizer_step()
+                    self._steps_taken += not self._optimizer.step_was_skipped
                     row = {
                         "step": self.step,
                         "epoch": self.epoch + 1,
@@ -437,13 +483,22 @@ class Trainer(ABC, Generic[Batch]):
             self._bars.advance(bar, len(micro_batch))
         result = statistics.over_processes(self.accelerator)
         if not math.isfinite(result["loss"]):
-            precision = self.config.mixed_precision
-            remedy = "" if precision == "no" else f" or set mixed_precision=no instead of {precision}"
-            raise TrainingError(f"the loss became {result['loss']} at step {self.step}: lower learning_rate{remedy}")
+            raise TrainingError(
+                loss_problem(
+                    result,
+                    step=self.step,
+                    coefficients=self.loss_coefficients(),
+                    mixed_precision=self.config.mixed_precision,
+                )
+            )
         return result
 
     def _optimizer_step(self) -> float:
-        """Sum the gradients of all processes, clip, step; returns the norm before clipping."""
+        """Sum the gradients of all processes, clip, step; returns the norm before clipping.
+
+        Raises:
+            TrainingError: gradient or weights are not finite; a step that the scaler of fp16 skips is none.
+        """
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -457,7 +512,13 @@ class Trainer(ABC, Generic[Batch]):
         self._optimizer.zero_grad()
         if self._ema is not None and not self._optimizer.step_was_skipped:
             self._ema.step(self._parameters)
-        return float(norm)
+        total, weights = torch.stack([norm.float(), largest(self._parameters).to(norm.device).float()]).tolist()
+        if not math.isfinite(weights) or not (math.isfinite(total) or self.accelerator.scaler):
+            config = self.config
+            raise TrainingError(
+                weights_problem(step=self.step, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+            )
+        return total
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -470,6 +531,8 @@ class Trainer(ABC, Generic[Batch]):
         except (Interrupted, Overdue):
             self._stop()
         except Exception as error:
+            if isinstance(error, TrainingError) and self.epoch == 0:
+                raise  # the model is not fit for these settings: there is nothing to go on with
             if self.accelerator.num_processes == 1 or self._failed_together:  # saving needs every process
                 with contextlib.suppress(WriteError):  # what failed first is what is said; the last checkpoint stands
                     self.save()
@@ -555,6 +618,8 @@ class Trainer(ABC, Generic[Batch]):
                 "epoch": self.epoch,
                 "step": self.step,
                 "stopped": self.stopped,
+                "steps_taken": self._steps_taken,
+                "untrained": [self._untrained, self._why_untrained],
                 "unmeasured": self._unmeasured,
                 "ema_steps": self._ema.optimization_step if self._ema else 0,
                 "config": self.config.model_dump(mode="json"),
@@ -597,6 +662,8 @@ class Trainer(ABC, Generic[Batch]):
         if tensors["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(tensors["scaler"])
         self.epoch, self.step = state["epoch"], state["step"]
+        self._steps_taken = state.get("steps_taken", self.step)
+        self._untrained, self._why_untrained = state.get("untrained", (0, ""))
         self._unmeasured = state.get("unmeasured")
         if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):
             self.stopped = state.get("stopped")  # under other rules the run goes on

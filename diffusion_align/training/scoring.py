@@ -30,6 +30,7 @@ class BackgroundScores(contextlib.AbstractContextManager["BackgroundScores"]):
     def __init__(self, trainer: Trainer[Any], kind: type[Exception]) -> None:
         self.trainer, self.kind, self.waited = trainer, kind, 0.0
         self._scores: list[Future[Tensor]] = []
+        self._failure: Exception | None = None
         self._threads = torch.get_num_threads()  # asking for it also fixes it for this thread
         self._pool = ThreadPoolExecutor(1, initializer=_one_thread)
 
@@ -44,25 +45,30 @@ class BackgroundScores(contextlib.AbstractContextManager["BackgroundScores"]):
         """Score a batch: ``function(*arguments)`` gives (B, ...)."""
         self._scores.append(self._pool.submit(function, *arguments))
 
+    def fail(self, error: Exception) -> None:
+        """Instead of ``submit``: this batch could not be sampled."""
+        self._failure = self._failure or error
+
     def go_on(self) -> bool:
-        """Before a batch is sampled: False if a score of any process has failed; ``gather`` then raises.
+        """Before a batch is sampled: False if a batch or a score of any process has failed; ``gather`` then raises.
 
         Raises:
             Interrupted: the run was asked to stop.
         """
-        return not self.trainer.stop_if_interrupted(failed=any(s.done() and s.exception() for s in self._scores))
+        failed = self._failure is not None or any(s.done() and s.exception() for s in self._scores)
+        return not self.trainer.stop_if_interrupted(failed=failed)
 
     def gather(self) -> Tensor:
         """Scores (N, ...) of all processes in their global order, on the CPU.
 
         Raises:
-            kind: on every process, if a score failed on any.
+            kind: on every process, if a score failed on any; a batch that failed raises its own error where it did.
         """
         start = time.perf_counter()
         failure: BaseException | None
         try:
             with breakable():
-                failure = next((s.exception() for s in self._scores if s.exception()), None)
+                failure = self._failure or next((s.exception() for s in self._scores if s.exception()), None)
         except Overdue:
             failure = self.kind("a reward did not answer when the run was asked to stop")
         self.trainer.raise_together(failure, self.kind)

@@ -13,6 +13,7 @@ from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
 from diffusion_align.llm.trainer import per_sample
+from diffusion_align.training.errors import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
@@ -397,3 +398,26 @@ def test_it_learns_to_stop(make_run):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
     assert (trainer.folder / "final" / "adapter_model.safetensors").is_file()
     assert (trainer.folder / "samples" / "before_after.jsonl").is_file()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_reference_that_is_not_finite_is_named(make_run, beta, monkeypatch):
+    from diffusion_align.llm.policy import LanguagePolicy
+
+    trainer = make_run(beta=beta)
+    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
+    trainer.stop_if_interrupted = lambda failed=False: failed
+    batch, _ = trainer.collect()
+    monkeypatch.setattr(LanguagePolicy, "log_probs", lambda self, scored: torch.full(scored.mask.shape, torch.nan))
+    with pytest.raises(TrainingError, match="the reference gives log-probs that are not finite"):
+        trainer.estimate(batch)
+
+
+def test_a_batch_that_cannot_be_sampled_ends_the_run(make_run):
+    trainer = make_run()
+    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
+    trainer.stop_if_interrupted = lambda failed=False: failed
+    with torch.no_grad():
+        next(iter(trainer.trainable.values())).fill_(torch.nan)
+    with pytest.raises(TrainingError, match="the language model gives log-probs that are not finite"):
+        trainer.collect()

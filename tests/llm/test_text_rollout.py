@@ -6,6 +6,7 @@ import torch
 from diffusion_align.estimators import importance_ratio
 from diffusion_align.llm.policy import LoRAConfig
 from diffusion_align.llm.rollout import _draw, rollout
+from diffusion_align.training.errors import TrainingError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
 
@@ -109,3 +110,12 @@ def test_every_end_that_the_model_knows_ends_a_completion(make_language_policy):
         ends = torch.isin(tokens, several.ends)
         assert not ends[:-1].any()
         assert ends[-1] == found.finished[row]
+
+
+def test_logits_that_are_not_finite_are_an_error_and_not_tokens(make_language_policy):
+    policy = make_language_policy("llama")
+    streams = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        next(iter(policy.trainable.values())).fill_(torch.nan)
+    with pytest.raises(TrainingError, match="the language model gives log-probs that are not finite: use bfloat16"):
+        rollout(policy, [[4, 5], [6]], streams, max_new_tokens=3)
