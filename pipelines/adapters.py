@@ -1,23 +1,44 @@
-"""LoRA adapters of a diffusers pipeline: put on, merged into the weights, taken off, saved."""
+"""LoRA adapters of a diffusers pipeline: put on, merged into the weights, taken off."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from diffusion_align.diffusion.lora_file import read_lora
 from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.training.lora import ADAPTER, carries_adapters, load_lora, lora_layers, merge_lora, remove_lora
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """The UNet's adapter at some time; false without one.
+
+    Attributes:
+        weights: name -> copy of every weight.
+        scales: layer -> its alpha and its scale.
+        config: peft's settings.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, tuple[float, float]] = field(default_factory=dict)
+    config: Any = None
+
+    def __bool__(self) -> bool:
+        return bool(self.weights)
 
 
 def adapted_parts(pipeline: Any) -> dict[str, nn.Module]:
     """Name -> network of those that carry adapters."""
-    return {name: part for name, part in pipeline.components.items() if getattr(part, "peft_config", None)}
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: network for name, network in networks.items() if carries_adapters(network)}
 
 
 def frozen_dtype(pipeline: Any) -> torch.dtype:
@@ -34,48 +55,50 @@ def put_on(pipeline: Any, lora: str | Path, model: str) -> None:
         model: what the pipeline was loaded from, for errors.
 
     Raises:
-        UserError: there is nothing, or it does not fit the pipeline.
+        UserError: there is nothing, or some of it does not fit the pipeline.
     """
-    from diffusers.utils import logging
-
-    path = Path(lora).expanduser()
-    if not path.exists():
-        raise UserError(f"lora={str(lora)!r}: there is no such file or folder")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that there is nothing for the text encoders is as it should be
-    try:
-        pipeline.load_lora_weights(str(path), adapter_name="default", use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {first_line(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
+    for name, part in read_lora(lora, pipeline, model).items():
+        try:
+            load_lora(getattr(pipeline, name), part.config, part.weights)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {first_line(error)}") from error
 
 
 def merge_adapters(pipeline: Any) -> None:
     """Add the adapters to the weights; no adapter layers are left."""
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
+    for network in adapted_parts(pipeline).values():
+        merge_lora(network)
 
 
 def take_off(pipeline: Any) -> None:
     """Leave the pipeline as it was before adapters were put on it."""
-    if adapted_parts(pipeline):
-        pipeline.unload_lora_weights()
+    for network in adapted_parts(pipeline).values():
+        remove_lora(network)
 
 
-def adapter_weights(pipeline: Any) -> dict[str, Tensor]:
-    """Name -> copy of every weight of the UNet's adapters; empty without one."""
-    return {name: p.detach().clone() for name, p in pipeline.unet.named_parameters() if ".lora_" in name}
+def adapter_weights(pipeline: Any) -> AdapterState:
+    """A copy of the UNet's adapter."""
+    if "unet" not in adapted_parts(pipeline):
+        return AdapterState()
+    named = pipeline.unet.named_parameters()
+    weights = {name: p.detach().clone() for name, p in named if ".lora_" in name}
+    layers = lora_layers(pipeline.unet).items()
+    scales = {name: (layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER]) for name, layer in layers}
+    return AdapterState(weights, scales, pipeline.unet.peft_config[ADAPTER])
 
 
 @torch.no_grad()
-def put_back(pipeline: Any, weights: dict[str, Tensor]) -> None:
-    """Undo what has happened to the UNet's adapters since ``adapter_weights``; without any then, take them off."""
-    if not weights:
+def put_back(pipeline: Any, state: AdapterState) -> None:
+    """Undo what has happened to the UNet's adapter since ``adapter_weights``; without any then, take it off."""
+    if not state:
         take_off(pipeline)
+        return
+    pipeline.unet.peft_config[ADAPTER] = state.config
+    for name, layer in lora_layers(pipeline.unet).items():
+        layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = state.scales[name]
     for name, parameter in pipeline.unet.named_parameters():
-        if name in weights:
-            parameter.data = weights[name].to(parameter.device)
+        if name in state.weights:
+            parameter.data = state.weights[name].to(parameter.device)
 
 
 @contextlib.contextmanager
@@ -85,8 +108,7 @@ def merged(pipeline: Any) -> Iterator[None]:
     for name, part in trained.items():
         setattr(pipeline, name, copy.deepcopy(part))
     try:
-        if trained:
-            merge_adapters(pipeline)
+        merge_adapters(pipeline)
         yield
     finally:
         for name, part in trained.items():

@@ -17,8 +17,9 @@ from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.footprint import unet_inputs
 from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.diffusion.lora_file import save_lora
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
-from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images, save_lora
+from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images
 from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines import adapters
@@ -424,6 +425,7 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
             dtype=getattr(torch, config.dtype),
             variant=config.weights_variant or plan.variant,
             base_config=config.base_config or plan.base_config,
+            to_train=True,
         )
         for adapter in plan.adapters:
             adapters.put_on(pipeline, adapter, plan.base)

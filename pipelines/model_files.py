@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.footprint import parameter_counts
-from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE
+from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE, unet_problem
 from diffusion_align.diffusion.published import PUBLISHED
 from diffusion_align.diffusion.runs import ModelPlan, model_plan
 from diffusion_align.diffusion.settings import DenoisingConfig
@@ -107,6 +107,8 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
     family = index.get("_class_name")
     if index and family not in FAMILIES:
         problems.append(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(FAMILIES)}")
+    elif index and (problem := unet_problem(f"model={model!r}", family, _read(folder / "unet" / "config.json"))):
+        problems.append(problem)
     parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"]
     configs, here = {}, bool(parts)
     sizes: dict[str, int] = {}

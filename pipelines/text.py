@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_align.llm.collection import WeightedRewards, trainer_state
 from diffusion_align.llm.data import (
@@ -45,6 +45,7 @@ from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, 
 from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError
+from diffusion_align.training.lora import carries_adapters, remove_lora
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import BadRow, open_rows
 from diffusion_align.training.tables import TableSource, first_rows, open_table
@@ -125,13 +126,13 @@ class TextAlignmentPipeline:
             raise UserError(f"dtype={settings['dtype']!r} is for loading a model: give it to from_pretrained")
         raw = {"method": method, "model": self.name, "output_dir": output_dir}
         config = cast(PolicyConfig, check_config(raw | settings))
-        adapted = bool(getattr(self.model, "peft_config", None))
+        adapted = carries_adapters(self.model)
         model = copy.deepcopy(self.model) if config.lora is None else self.model
         try:
             trainer = run(config, model=model, tokenizer=self.tokenizer)
         except BaseException:
             if not adapted:
-                _drop_adapters(self.model)
+                remove_lora(self.model)
             raise
         trainer.keep_average()
         self.model, self.name = merged(model), str(config.output_dir)
@@ -394,14 +395,6 @@ def _seconds_a_pass(model: Any, narrow: bool) -> float:
     """Of a forward pass of two short texts."""
     ids = torch.zeros(2, 32, dtype=torch.int64)
     return best_seconds(lambda: model(input_ids=ids, use_cache=False), narrow)
-
-
-def _drop_adapters(model: Any) -> None:
-    """Leave ``model`` as it was before adapters were added to it."""
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            nn.init.zeros_(parameter)  # so that merging changes nothing
-    merged(model)
 
 
 def _several(prompts: Text | Sequence[Text]) -> list[Text]:

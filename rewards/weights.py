@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.text.loading import place
 
@@ -24,8 +23,7 @@ def weights_file(weights: str | Path | None, repository: str, file: str) -> Path
     try:
         from huggingface_hub import hf_hub_download
 
-        with hub_or_cache():
-            return Path(hf_hub_download(repository, file))
+        return Path(hf_hub_download(repository, file))
     except Exception as error:
         raise RewardError(
             f"{file} could not be downloaded from {repository} ({describe_exception(error)}): "
@@ -127,8 +125,7 @@ def fitting_tokenizer(name: str, vocabulary: int) -> Any:
 
     advice = "give a folder that holds the network's own, or check the connection for a Hub id"
     try:
-        with hub_or_cache(place(name)):
-            tokenizer = AutoTokenizer.from_pretrained(place(name))
+        tokenizer = AutoTokenizer.from_pretrained(place(name))
     except Exception as error:
         raise RewardError(f"'{name}' has no tokenizer that loads ({describe_exception(error)}): {advice}") from error
     if len(tokenizer) < vocabulary // 2:

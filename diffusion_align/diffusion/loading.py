@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.diffusion.single_file import family_of, is_one_file, load_single_file, single_file_problem
-from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
@@ -95,8 +95,49 @@ def _variant_problem(model: str, variant: str | None) -> str | None:
     return None
 
 
+def unet_problem(subject: str, family: str | None, unet: Mapping[str, Any]) -> str | None:
+    """One sentence about why a UNet cannot be trained here: it takes an input that training does not feed.
+
+    Args:
+        subject: of the sentence, what the UNet is of.
+        family: class of its pipeline.
+        unet: its configuration.
+    """
+    fed = {
+        "time_cond_proj_dim": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None, "text_time") if family == "StableDiffusionXLPipeline" else (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+    }
+    for name, values in fed.items():
+        if unet.get(name) not in values:
+            return (
+                f"{subject} has a UNet with {name}={unet[name]!r}, an input that training does not feed: use a plain "
+                "Stable Diffusion 1.x, 2 or XL model"
+            )
+    return None
+
+
+def folder_unet_problem(model: str) -> str | None:
+    """``unet_problem`` of a folder or an embedded model; None where the configuration is not at hand."""
+    folder = Path(_source(model))
+    try:
+        index, unet = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_index.json", "unet/config.json")
+        )
+        return unet_problem(f"model={model!r}", index.get("_class_name"), unet)
+    except (OSError, ValueError, AttributeError):  # which loading will say
+        return None
+
+
 def load_pipeline(
-    model: str, *, dtype: torch.dtype = torch.float32, variant: str | None = None, base_config: str | None = None
+    model: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    base_config: str | None = None,
+    to_train: bool = False,
 ) -> Any:
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
 
@@ -107,6 +148,7 @@ def load_pipeline(
         variant: weight files of a folder or hub id to choose, e.g. "fp16".
         base_config: of a model in one file, folder or hub id of a pipeline whose configuration files describe it, the
             scheduler's too; diffusers' guess, which it asks the hub for, when not given.
+        to_train: refuse a UNet that cannot be trained before its weights are read.
 
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
@@ -114,8 +156,7 @@ def load_pipeline(
     problem = model_problem(model, variant=variant, base_config=base_config)
     if problem:
         raise UserError(problem)
-    described_by = base_config if is_one_file(model) else _source(model)
-    with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
+    with _quiet():
         if is_one_file(model):
             family, base = family_of(model), None
             if base_config is not None:
@@ -125,7 +166,7 @@ def load_pipeline(
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {family}")
             pipeline = load_single_file(model, dtype=dtype, base_config=base, options=FAMILIES[family])
         else:
-            pipeline = _load_folder(model, dtype, variant)
+            pipeline = _load_folder(model, dtype, variant, to_train=to_train)
         if pipeline.vae.config.force_upcast:
             _accept_any_dtype(pipeline.vae)
         else:
@@ -133,13 +174,17 @@ def load_pipeline(
     return pipeline
 
 
-def _load_folder(model: str, dtype: torch.dtype, variant: str | None) -> Any:
+def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_train: bool) -> Any:
     """The pipeline of a folder or hub id, its VAE in float32."""
     import diffusers
 
     source = _source(model)
     family = _checked_family(model, source, name="model")
     try:
+        if to_train:
+            unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")
+            if problem := unet_problem(f"model={model!r}", family, unet):
+                raise UserError(problem)
         return load_in_dtype(
             getattr(diffusers, family).from_pretrained,
             source,
@@ -149,7 +194,7 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None) -> Any:
             use_safetensors=True,
             **FAMILIES[family],
         )
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
 
 

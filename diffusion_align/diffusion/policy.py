@@ -16,10 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.diffusion.loading import unet_problem
+from diffusion_align.diffusion.lora_file import save_lora
 from diffusion_align.training.config import Section
 from diffusion_align.training.errors import TrainingError, UserError
 from diffusion_align.training.finite import all_finite
-from diffusion_align.training.lora import adapter_layers, add_lora, carries_adapters, switched_off
+from diffusion_align.training.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 
 Conditioning = dict[str, Tensor]
 """UNet keyword -> (B, ...): ``encoder_hidden_states`` and, for SDXL, ``text_embeds`` and ``time_ids``."""
@@ -69,6 +71,8 @@ class DenoisingPolicy:
             raise UserError(f"{family} is not supported: use one of {', '.join(_ENCODERS)}")
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
             raise UserError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
+        if problem := unet_problem("the model", family, pipeline.unet.config):
+            raise UserError(problem)
         adapted = _check_adapter(pipeline.unet, lora)
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
@@ -96,6 +100,9 @@ class DenoisingPolicy:
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
+        if lora is not None and adapted:
+            # Files hold a scale of 1; the settings say at which scale it is trained.
+            rescale_lora(pipeline.unet, peft_config(lora).lora_alpha)
 
     @property
     def unet(self) -> nn.Module:
@@ -269,29 +276,20 @@ def finite_images(pipeline: Any) -> Iterator[None]:
         raise TrainingError(problem)
 
 
-def save_lora(pipeline: Any, folder: Path) -> None:
-    """Write the UNet's adapter: ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads."""
-    from peft.utils import get_peft_model_state_dict
-
-    # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with names
-    # of both kinds load_lora_weights drops the attention layers.
-    layers = get_peft_model_state_dict(pipeline.unet)
-    metadata = {"unet_lora_adapter_metadata": pipeline.unet.peft_config["default"].to_dict()}
-    pipeline.save_lora_weights(str(folder), unet_lora_layers=layers, **metadata)
-
-
 def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
-    """Whether ``unet`` already carries the adapter that ``lora`` describes, which is then trained on."""
+    """Whether ``unet`` already carries an adapter of the shape that ``lora`` describes, which is then trained on."""
     if not carries_adapters(unet):
         return False
     adapters = unet.peft_config
     if set(adapters) != {"default"} or lora is None:
         raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
     carried, wanted = adapters["default"], peft_config(lora)
+    if carried.use_dora or carried.lora_bias:
+        raise UserError("the model already carries an adapter of another kind than plain LoRA: merge it first")
+    if carried.rank_pattern:
+        raise UserError("the model already carries an adapter of several ranks: merge it first")
     if carried.r != wanted.r:
         raise UserError(f"the model already carries an adapter of rank {carried.r}: set lora.rank to that")
-    if carried.lora_alpha != wanted.lora_alpha:
-        raise UserError(f"the model already carries an adapter of alpha {carried.lora_alpha}: set lora.alpha to that")
     endings = tuple(f".{layer}" for layer in wanted.target_modules)
     if any(f".{name}".endswith(endings) != hasattr(part, "lora_A") for name, part in _layers(unet)):
         raise UserError(f"the model already carries an adapter of other layers than lora.layers={lora.layers!r}")

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, model_problem
+from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, folder_unet_problem, model_problem
+from diffusion_align.diffusion.lora_file import LORA_FILE
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.places import found_from
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def image_model_problem(model: str, *, variant: str | None = None, base_config: 
     except UserError as error:
         return str(error)
     variant, base_config = variant or plan.variant, base_config or plan.base_config
-    problem = model_problem(plan.base, variant=variant, base_config=base_config)
+    problem = model_problem(plan.base, variant=variant, base_config=base_config) or folder_unet_problem(plan.base)
     if problem and plan.run is not None:
         return f"model={model!r} is a run whose base cannot be used: {problem}"
     return problem

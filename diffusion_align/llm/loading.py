@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
-from diffusion_align.hub import hub_or_cache
 from diffusion_align.llm.encoding import context_length, ends_of
 from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.training.lora import forget_adapters, load_peft
 from diffusion_align.training.places import found_from
 
 Kind = Literal["causal", "classifier"]
@@ -61,7 +61,7 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
         UserError: the model is not there, is not a causal language model, or cannot be read.
     """
     plan = _plan(name, ("causal",))
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
+    with _quietly(), _in_one_sentence(name):
         model = _full_model(name, plan.base, dtype, ("causal",))
         for folder in plan.adapters:
             model = _merged(model, folder)
@@ -78,7 +78,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         UserError: as ``load_language_model``.
     """
     plan = _plan(name, ("causal", "classifier"))
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
+    with _quietly(), _in_one_sentence(name):
         config = _config(name, plan.base, ("causal", "classifier"))
         return _tokenizer(name, plan, config.get_text_config().vocab_size), context_length(config)
 
@@ -96,7 +96,7 @@ def load_ends(name: str, tokenizer: Any) -> list[int]:
     from transformers import GenerationConfig
 
     plan = _plan(name, ("causal",))
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
+    with _quietly(), _in_one_sentence(name):
         config = _config(name, plan.base, ("causal",))
         try:
             settings = GenerationConfig.from_pretrained(plan.base)
@@ -122,7 +122,7 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
     """
     kinds: tuple[Kind, ...] = ("causal", "classifier")
     plan = _plan(name, kinds)
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
+    with _quietly(), _in_one_sentence(name):
         model = _full_model(name, plan.base, dtype, kinds)
         for folder in plan.adapters:
             if _adapter_kind(_json(name, folder / "adapter_config.json")) == "classifier":
@@ -279,12 +279,11 @@ def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, .
 
 def _merged(model: Any, folder: Path) -> Any:
     """The model with the adapter added to its weights; it is called after the adapter's folder from now on."""
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, str(folder))
+    adapted = load_peft(model, folder)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise UserError(f"{folder} is an adapter that cannot be merged into a model: use one of LoRA's kind")
     model = adapted.merge_and_unload(safe_merge=True)
+    forget_adapters(model)  # peft's settings stay on it
     model.name_or_path = model.config.name_or_path = str(folder)
     return model
 

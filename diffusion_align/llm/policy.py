@@ -334,6 +334,23 @@ def _vocabulary(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def _called_otherwise(model: Any) -> list[str]:
+    """Names of linear layers that an adapter cannot stand in for, as their model does not just call them.
+
+    A router that returns more than a product (Llama 4), and the output of a Mamba block, whose kernel takes the bare
+    weight: peft refuses that in models of these types.
+    """
+    kernels = {"out_proj"} if model.config.model_type in ("falcon_h1", "falcon_mamba", "nemotron_h") else set()
+    own = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and type(module).forward is not nn.Linear.forward
+        and type(module).__module__.startswith("transformers.models.")
+    }
+    return sorted(kernels | own)
+
+
 def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: Sequence[str] = ()) -> Any:
     """peft's settings for adapters on ``model``; the modules ``also_trained`` are trained whole and saved with them."""
     from peft import LoraConfig
@@ -343,6 +360,7 @@ def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: S
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
         target_modules="all-linear" if lora.layers == "all-linear" else None,
+        exclude_modules=_called_otherwise(model) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
         task_type=task_type,
         base_model_name_or_path=model.name_or_path,

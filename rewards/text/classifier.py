@@ -17,6 +17,7 @@ from diffusion_align.rewards.text.loading import (
     token_limit,
     tokens_of,
 )
+from diffusion_align.training.lora import load_peft
 
 ABOUT = {
     "classifier": {
@@ -197,7 +198,6 @@ def _load(model: str, base: str | None, dtype: str, device: str | torch.device) 
 
 def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torch.device) -> tuple[Any, str]:
     """An adapter over its base, and the name of the base. The head is the adapter's, or the base's if it has none."""
-    from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -223,7 +223,7 @@ def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torc
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(network, str(folder), torch_device=str(network.device))
+            adapted = load_peft(network, folder, torch_device=str(network.device))
     except Exception as error:
         raise RewardError(f"the adapter in '{folder}' does not fit '{base}' ({describe_exception(error)})") from error
     return adapted.eval().requires_grad_(False), base

@@ -1,12 +1,18 @@
 """Guidance, conditioning and decoding against diffusers' own pipelines, which are run as they come."""
 
+import json
+import re
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.diffusion.loading import load_pipeline, unet_problem
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.published import PUBLISHED
 from diffusion_align.diffusion.rollout import rollout
+from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.training.errors import UserError
 
@@ -201,6 +207,42 @@ def test_other_pipelines_and_inpainting_networks_are_refused(tiny_sd, tiny_inpai
         DenoisingPolicy(other, lora=None)
     with pytest.raises(UserError, match="inpainting"):
         DenoisingPolicy(load_pipeline(str(tiny_inpainting)), lora=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("time_cond_proj_dim", 256),  # of latent consistency models: the guidance
+        ("class_embed_type", "timestep"),
+        ("num_class_embeds", 10),
+        ("addition_embed_type", "text_image"),
+        ("addition_embed_type", "text_time"),  # which a StableDiffusionPipeline does not feed
+        ("encoder_hid_dim_type", "image_proj"),
+    ],
+)
+def test_a_network_with_inputs_that_are_not_fed_is_refused_before_its_weights_are_read(tiny_sd, tmp_path, name, value):
+    """Without them it would compute something else, or end in a traceback."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {name: value}))
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(b"")
+    wanted = f"has a UNet with {name}={value!r}, an input that training does not feed: use a plain Stable Diffusion"
+    assert image_model_problem(str(folder)).startswith(f"model={str(folder)!r} {wanted}")
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        load_pipeline(str(folder), to_train=True)
+    pipeline = load_pipeline(str(tiny_sd))
+    pipeline.unet.register_to_config(**{name: value})
+    with pytest.raises(UserError, match="^the model " + re.escape(wanted)):
+        DenoisingPolicy(pipeline, lora=LoRAConfig())
+
+
+def test_the_published_families_have_no_input_that_is_not_fed(tiny_sd, tiny_sd2, tiny_sdxl):
+    assert not any(image_model_problem(str(folder)) for folder in (tiny_sd, tiny_sd2, tiny_sdxl, "emoji-sd"))
+    for model, configs in PUBLISHED.items():
+        family = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
+        assert unet_problem(model, family, configs["unet"]) is None
 
 
 def test_an_adapter_that_is_there_is_trained_on_and_another_one_refused(make_policy, model_path):

@@ -1,12 +1,14 @@
 """Runs as models: which weights are meant, what they were before, where a base is looked for; adapters gone on with."""
 
 import pytest
+import torch
 import yaml
 
 from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig, peft_config
 from diffusion_align.diffusion.runs import image_model_problem, model_plan
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.lora import adapter_layers, add_lora
 
 
 @pytest.fixture
@@ -64,17 +66,26 @@ def test_a_base_is_looked_for_from_where_the_run_was_started(run, tmp_path, monk
         ({"rank": 2, "alpha": 1}, {"rank": 2, "alpha": 1}, None),
         ({"rank": 2, "layers": "attention+convolutions"}, {"rank": 2, "layers": "attention+convolutions"}, None),
         ({"rank": 2}, {"rank": 4}, "adapter of rank 2: set lora.rank"),
-        ({"rank": 2, "alpha": 1}, {"rank": 2}, "adapter of alpha 1: set lora.alpha"),
+        ({"rank": 2, "alpha": 1}, {"rank": 2}, None),
+        ({"rank": 2}, {"rank": 2, "alpha": 5}, None),
         ({"rank": 2}, {"rank": 2, "layers": "attention+convolutions"}, "of other layers than lora.layers="),
         ({"rank": 2, "layers": "attention+convolutions"}, {"rank": 2}, "of other layers than lora.layers="),
     ],
 )
 def test_an_adapter_is_trained_further_only_as_the_settings_say(tiny_sd, carried, asked, wanted):
-    """A resumed run builds its adapter from the settings: another scale would be another model."""
+    """A resumed run builds its adapter from the settings; another alpha than the file's changes no layer."""
     pipeline = load_pipeline(str(tiny_sd))
-    pipeline.unet.add_adapter(peft_config(LoRAConfig(**carried)))
+    add_lora(pipeline.unet, peft_config(LoRAConfig(**carried)))
     if wanted is None:
-        DenoisingPolicy(pipeline, lora=LoRAConfig(**asked))
+        layer = next(layer for layer in adapter_layers(pipeline.unet))
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        before = layer.get_delta_weight("default")
+        config = LoRAConfig(**asked)
+        DenoisingPolicy(pipeline, lora=config)
+        torch.testing.assert_close(layer.get_delta_weight("default"), before, rtol=1e-5, atol=1e-7)
+        alpha = config.alpha or config.rank
+        assert layer.scaling["default"] == alpha / config.rank
+        assert pipeline.unet.peft_config["default"].lora_alpha == alpha
         return
     with pytest.raises(UserError, match=wanted):
         DenoisingPolicy(pipeline, lora=LoRAConfig(**asked))

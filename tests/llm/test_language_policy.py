@@ -174,3 +174,42 @@ def test_a_reference_with_other_tokens_is_refused(make_language_policy, tiny_lm)
     other.resize_token_embeddings(44)
     with pytest.raises(UserError, match="the reference has a vocabulary of 44 tokens and the model one of 40: use a"):
         make_language_policy(reference=other)
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "falcon_h1"])
+def test_layers_that_their_model_does_not_just_call_get_no_adapter(family, tmp_path):
+    """Llama 4's router returns more than a product, and the kernel of a Mamba block takes the weight of out_proj."""
+    from types import SimpleNamespace
+
+    from peft import PeftModel
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    own = {
+        "llama4_text": {"intermediate_size_mlp": 16, "num_local_experts": 2, "interleave_moe_layer_step": 1},
+        "falcon_h1": {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1}
+        | {"mamba_d_state": 4, "mamba_chunk_size": 4},
+    }[family]
+    config = CONFIG_MAPPING[family](**sizes, num_attention_heads=2, num_key_value_heads=1, **own)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    tokens = SimpleNamespace(eos_token_id=3, pad_token_id=None, save_pretrained=lambda _: None)
+    policy = LanguagePolicy(model, tokens, lora=LoRAConfig(rank=2))
+    adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in policy.trainable}
+    assert {"q_proj", "o_proj"} <= adapted
+    assert not adapted & {"router", "out_proj"}
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    some = pack([[5, 6], [7, 8]], [[9, 3], [10, 11]], pad=3)
+    logp = policy.log_probs(policy.score(some))
+    logp.sum().backward()
+    assert all(p.grad is not None for p in policy.trainable.values())
+    with torch.no_grad(), policy.reference():
+        assert (policy.log_probs(policy.score(some)) - logp).abs().max() > 1e-3
+    policy.save(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    policy.model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(policy.log_probs(policy.score(some)), logp)
