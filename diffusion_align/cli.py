@@ -23,6 +23,16 @@ app = typer.Typer(
 _console = Console()
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="print the traceback of an error; may stand after the command, too")
+    ] = False,
+) -> None:
+    pass  # main() reads --debug wherever it stands
+
+
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
 PromptFile = Annotated[
     str | None,
@@ -267,9 +277,10 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
     from diffusion_align.report import write_report
 
     try:
-        _print(f"wrote {write_report(folder)}")
+        written = write_report(folder)
     except (OSError, ValueError) as error:
         raise _user_error(str(error)) from None
+    _print(f"wrote {written}")
 
 
 @app.command()
@@ -345,31 +356,35 @@ def _print_aligned(lines: list[tuple[str, str]]) -> None:
 
 
 def main() -> None:
-    """Run a command; the exit status is 0, 2 (a user's error) or 130 (interrupted)."""
+    """Run a command; the exit status is 0, 2 (a user's error), 130 (interrupted) or 1 (anything unexpected)."""
     from diffusion_align import interrupt
     from diffusion_align.streams import LastingStreams
     from diffusion_align.training.errors import Interrupted, UserError
 
     streams = LastingStreams()
+    arguments, debug = _without_debug(sys.argv[1:])
     try:
-        status = app(standalone_mode=False, prog_name="diffusion-align")
+        status = app(arguments, standalone_mode=False, prog_name="diffusion-align")
+        if status == interrupt.INTERRUPTED:  # what typer makes of Ctrl-C in its newer versions
+            _errors.print("stopped")
     except Interrupted as stop:
         _errors.print(str(stop), markup=False)
         status = interrupt.INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         _errors.print("stopped")
         status = interrupt.INTERRUPTED
-    except UserError as error:
-        status = _say(_with_notes(error))
-    except SystemExit as stop:  # never ours, so nothing was finished, whatever its code
-        status = _say(f"sys.exit({stop.code!r}) was called by code outside this package: let it raise an error instead")
-    except Exception as error:
-        if _is_a(error, "ClickException"):
-            status = _usage(error)
-        elif _is_a(error, "RewardError", "OutOfMemoryError"):
+    except BaseException as error:
+        if debug:
+            _errors.print(_traceback(error), markup=False)
+        if isinstance(error, UserError) or _is_a(error, "RewardError", "OutOfMemoryError"):
             status = _say(_with_notes(error))
+        elif isinstance(error, SystemExit):  # never ours, so nothing was finished, whatever its code
+            called = f"sys.exit({error.code!r}) was called by code outside this package"
+            status = _say(f"{called}: let it raise an error instead")
+        elif _is_a(error, "ClickException"):
+            status = _usage(error)
         else:
-            raise
+            status = _unexpected(error, debug)
     lost = streams.close()
     if lost is not None:
         failed = _say(f"what was printed was cut off ({lost}): make room where it goes")
@@ -378,6 +393,43 @@ def main() -> None:
     if interrupt.left_behind:
         os._exit(status)
     sys.exit(status)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The command line without --debug, and whether it was there; what stands behind "--" are values."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    kept = [word for word in options if word != "--debug"]
+    return kept + arguments[len(options) :], len(kept) < len(options)
+
+
+def _unexpected(error: BaseException, debug: bool) -> int:
+    """One sentence about an error that nobody foresaw, and its traceback in a file that only the user can read."""
+    import tempfile
+
+    from diffusion_align.training.errors import first_line
+
+    try:
+        what = f"{type(error).__name__}: {first_line(error)}"
+    except Exception:  # even its text fails
+        what = type(error).__name__
+    place = "above"
+    if not debug:
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", prefix="diffusion-align-", suffix=".txt", delete=False
+            ) as file:  # with mode 0600
+                file.write(_traceback(error))
+            place = f"in {file.name} (--debug prints it)"
+        except OSError:
+            _errors.print(_traceback(error), markup=False)
+    _say(f"unexpected {what}; the traceback is {place}")
+    return 1
+
+
+def _traceback(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))
 
 
 def _hide_loading_bars() -> None:
@@ -398,7 +450,7 @@ def _say(sentences: str) -> int:
     return 2
 
 
-def _with_notes(error: Exception) -> str:
+def _with_notes(error: BaseException) -> str:
     """The sentence and what was noted about it on the way, unless it says so itself."""
     notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" not in str(error)]
     return "; ".join([str(error), *notes])
@@ -413,7 +465,7 @@ def _usage(error: Any) -> int:
     return _say(f"{error.format_message().rstrip('.')}: see {command} --help")
 
 
-def _is_a(error: Exception, *names: str) -> bool:
+def _is_a(error: BaseException, *names: str) -> bool:
     """By name: neither torch for `--help`, nor the click that typer has in this version (its own or the package)."""
     return any(cls.__name__ in names for cls in type(error).__mro__)
 

@@ -29,7 +29,10 @@ def load_in_dtype(
     Raises:
         UserError: a weight came back in another dtype.
     """
-    loaded = load(*source, **{_keyword(load): dtype}, **options)
+    reads = getattr(load, "__name__", "") != "from_config"
+    # transformers 4 draws initial weights even for what it reads from a file.
+    with torch.random.fork_rng(devices=[], enabled=reads):
+        loaded = load(*source, **{_keyword(load): dtype}, **options)
     found = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
     if isinstance(found, nn.Module):
         _check(type(found).__name__, found, dtype["default"] if isinstance(dtype, Mapping) else dtype)

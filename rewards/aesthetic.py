@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, ClipEncoder, clip_problem, is_emoji_sd, load_clip
 
@@ -160,7 +161,8 @@ def head_file(variant: str) -> Path:
         if variant == "v2":
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(V2_REPOSITORY, V2_FILE))
+            with hub_or_cache():
+                path = Path(hf_hub_download(V2_REPOSITORY, V2_FILE))
         else:
             path = Path(torch.hub.get_dir()) / "checkpoints" / V1_URL.rsplit("/", 1)[1]
             if not path.exists():

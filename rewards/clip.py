@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -156,7 +157,8 @@ def load_clip(
         from diffusion_align.rewards.clip_backends import load_open_clip, load_transformers
 
         if name.startswith(OPEN_CLIP):
-            return load_open_clip(name, device, dtype)
+            with hub_or_cache():
+                return load_open_clip(name, device, dtype)
         return load_transformers(name, device, dtype, tokenizer)
 
     return share_encoder(name, load, device=device, dtype=dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
@@ -30,11 +31,13 @@ def load_transformers(
         source = str(asset_path(EMOJI_CLIP))
     else:
         source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    config = AutoConfig.from_pretrained(source)
+    with hub_or_cache(source):
+        config = AutoConfig.from_pretrained(source)
     if config.model_type != "clip":
         raise RewardError(f"clip='{name}' holds a model of type '{config.model_type}': a CLIPModel ('clip') is needed")
     options = {"config": config, "output_loading_info": True}
-    model, loading = load_in_dtype(CLIPModel.from_pretrained, source, dtype=torch.float32, **options)
+    with hub_or_cache(source):
+        model, loading = load_in_dtype(CLIPModel.from_pretrained, source, dtype=torch.float32, **options)
     if loading["missing_keys"]:
         raise RewardError(f"clip='{name}' lacks weights ({sorted(loading['missing_keys'])[0]}, ...): download it again")
     scale = model.logit_scale.exp().item()  # in float32: rounded to bfloat16 it would be off by up to 2 %
@@ -86,7 +89,9 @@ def _normalisation(source: str) -> tuple[Sequence[float], Sequence[float]]:
     if Path(source).name == EMOJI_CLIP:
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     try:
-        settings = json.loads(Path(str(cached_file(source, "preprocessor_config.json"))).read_text(encoding="utf-8"))
+        with hub_or_cache(source):
+            file = cached_file(source, "preprocessor_config.json")
+        settings = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except OSError:
         return CLIP_MEAN, CLIP_STD
     return settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.text.loading import place
 
@@ -23,7 +24,8 @@ def weights_file(weights: str | Path | None, repository: str, file: str) -> Path
     try:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(repository, file))
+        with hub_or_cache():
+            return Path(hf_hub_download(repository, file))
     except Exception as error:
         raise RewardError(
             f"{file} could not be downloaded from {repository} ({describe_exception(error)}): "
@@ -125,7 +127,8 @@ def fitting_tokenizer(name: str, vocabulary: int) -> Any:
 
     advice = "give a folder that holds the network's own, or check the connection for a Hub id"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place(name))
+        with hub_or_cache(place(name)):
+            tokenizer = AutoTokenizer.from_pretrained(place(name))
     except Exception as error:
         raise RewardError(f"'{name}' has no tokenizer that loads ({describe_exception(error)}): {advice}") from error
     if len(tokenizer) < vocabulary // 2:

@@ -1,16 +1,24 @@
-# Sourced by the other scripts: enter the project's root and a virtual environment with this package and "$1" (extras).
-# An environment that is already active is used as it is; otherwise .venv is made.
+# Sourced by the other scripts: enter the project's root and a virtual environment with this package.
+#   . environment.sh EXTRAS [VERSIONS [FOLDER [PACKAGE...]]]
+# EXTRAS is e.g. "[dev]"; VERSIONS names a file in constraints/ and is "tested" when not given. With FOLDER the
+# environment is the one there; without it one that is already active is used, otherwise .venv is made.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -z "${VIRTUAL_ENV:-}" ]; then
-  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+extras="$1" versions="constraints/${2:-tested}.txt" folder="${3:-}"
+shift $(($# < 3 ? $# : 3))
+if [ -n "$folder" ] || [ -z "${VIRTUAL_ENV:-}" ]; then
+  folder="${folder:-.venv}"
+  [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
   # shellcheck disable=SC1091
-  . .venv/bin/activate
+  . "$folder/bin/activate"
 fi
 # The stamp says for which requirements this environment was made, so that a second start takes no time.
-stamp="$VIRTUAL_ENV/.diffusion-align-$1"
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-  echo "installing diffusion-align$1 (about 3 minutes the first time)"
+stamp="$VIRTUAL_ENV/.diffusion-align-$extras"
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$versions" -nt "$stamp" ]; then
+  echo "installing diffusion-align$extras at the versions in $versions (1 to 3 minutes the first time)"
   # Of these gigabytes little is ever imported: a module is compiled when it is, not here.
-  python -m pip install --quiet --disable-pip-version-check --no-compile -e ".$1"
+  python -m pip install --quiet --disable-pip-version-check --no-compile -c "$versions" uv
+  # uv takes a fifth of pip's time, but does not read pip's settings (an index of your own, say): then pip installs.
+  python -m uv pip install --quiet -c "$versions" -e ".$extras" "$@" ||
+    python -m pip install --quiet --disable-pip-version-check --no-compile -c "$versions" -e ".$extras" "$@"
   touch "$stamp"
 fi

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.diffusion.single_file import family_of, is_one_file, load_single_file, single_file_problem
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
 from diffusion_align.training.errors import UserError, first_line
@@ -156,7 +157,8 @@ def load_pipeline(
     problem = model_problem(model, variant=variant, base_config=base_config)
     if problem:
         raise UserError(problem)
-    with _quiet():
+    described_by = base_config if is_one_file(model) else _source(model)
+    with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
         if is_one_file(model):
             family, base = family_of(model), None
             if base_config is not None:
@@ -194,7 +196,7 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_trai
             use_safetensors=True,
             **FAMILIES[family],
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
         raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
 
 

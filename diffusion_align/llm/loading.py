@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.llm.encoding import context_length, ends_of
 from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
 from diffusion_align.pretrained import load_in_dtype
@@ -61,7 +62,7 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
         UserError: the model is not there, is not a causal language model, or cannot be read.
     """
     plan = _plan(name, ("causal",))
-    with _quietly(), _in_one_sentence(name):
+    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
         model = _full_model(name, plan.base, dtype, ("causal",))
         for folder in plan.adapters:
             model = _merged(model, folder)
@@ -78,7 +79,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
         UserError: as ``load_language_model``.
     """
     plan = _plan(name, ("causal", "classifier"))
-    with _quietly(), _in_one_sentence(name):
+    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
         config = _config(name, plan.base, ("causal", "classifier"))
         return _tokenizer(name, plan, config.get_text_config().vocab_size), context_length(config)
 
@@ -96,7 +97,7 @@ def load_ends(name: str, tokenizer: Any) -> list[int]:
     from transformers import GenerationConfig
 
     plan = _plan(name, ("causal",))
-    with _quietly(), _in_one_sentence(name):
+    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
         config = _config(name, plan.base, ("causal",))
         try:
             settings = GenerationConfig.from_pretrained(plan.base)
@@ -122,7 +123,7 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
     """
     kinds: tuple[Kind, ...] = ("causal", "classifier")
     plan = _plan(name, kinds)
-    with _quietly(), _in_one_sentence(name):
+    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
         model = _full_model(name, plan.base, dtype, kinds)
         for folder in plan.adapters:
             if _adapter_kind(_json(name, folder / "adapter_config.json")) == "classifier":

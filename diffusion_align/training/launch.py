@@ -30,6 +30,7 @@ ENVIRONMENT: dict[str, Treatment] = {
     "ACCELERATE_LOG_LEVEL": "honoured",
     "ACCELERATE_ENABLE_RICH": "honoured",
     "ACCELERATE_INIT_INCLUDE_BUFFERS": "honoured",
+    "ACCELERATE_USE_IPEX": "honoured",  # by accelerate 1.10
     # micro_batch_size and updates_per_epoch say what is accumulated; accelerate would divide every gradient by it.
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "overruled",
     # The setting of that name decides. ``accelerate launch`` writes "no" where it was told nothing.

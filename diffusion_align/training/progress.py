@@ -21,13 +21,21 @@ class _LastingConsole(Console):
         self.quiet = True
 
 
+class _Bars(Progress):
+    """Disabled it prints nothing; rich before 13.9 ends with an empty line all the same."""
+
+    def stop(self) -> None:
+        if not self.disable:
+            super().stop()
+
+
 def progress_bars(**options: Any) -> Progress:
     """rich's ``Progress`` with what is done, of how much, and the time; ``options`` are its own."""
     if (options.get("console") or get_console()).is_jupyter:
         # IPython flushes what rich has put in the place of stdout and stderr, and rich then displays, without end.
         options = {"redirect_stdout": False, "redirect_stderr": False} | options
     options.setdefault("console", _LastingConsole())
-    return Progress(
+    return _Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),

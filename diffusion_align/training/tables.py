@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.training.errors import ConfigError, first_line
 
 FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
@@ -282,7 +283,8 @@ def _loading(source: TableSource) -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         if silence:
             datasets.disable_progress_bars()
-        yield
+        with hub_or_cache() if is_hub(source.source) else nullcontext():
+            yield
     except Exception as error:  # builders, pyarrow, the Hub and the network each raise their own
         reason = first_line(error.__cause__ or error)
         remedy = "check the name, the network and your access to it" if is_hub(source.source) else "mend it"

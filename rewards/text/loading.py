@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import DTYPES
@@ -42,7 +43,8 @@ def load_network(
     try:
         options = {"use_safetensors": True, "output_loading_info": True} | settings
         load = getattr(transformers, auto).from_pretrained
-        network, loading = load_in_dtype(load, place(name), dtype=DTYPES[dtype], **options)
+        with hub_or_cache(place(name)):
+            network, loading = load_in_dtype(load, place(name), dtype=DTYPES[dtype], **options)
     except Exception as error:
         raise RewardError(
             f"'{name}' could not be loaded ({describe_exception(error)}): give a folder or hub id that holds the "
@@ -61,7 +63,8 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place(name))
+        with hub_or_cache(place(name)):
+            return AutoTokenizer.from_pretrained(place(name))
     except Exception as error:
         raise RewardError(
             f"'{name}' has no tokenizer that loads ({describe_exception(error)}): save one there"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.text.base import Text, column_of, text_of
 from diffusion_align.rewards.text.loading import (
@@ -167,9 +168,9 @@ def _trained_length(source: str) -> int | None:
     from transformers.utils import cached_file
 
     try:
-        settings = json.loads(
-            Path(str(cached_file(place(source), "sentence_bert_config.json"))).read_text(encoding="utf-8")
-        )
+        with hub_or_cache(place(source)):
+            file = cached_file(place(source), "sentence_bert_config.json")
+        settings = json.loads(Path(str(file)).read_text(encoding="utf-8"))
     except OSError:
         return None
     return settings.get("max_seq_length")

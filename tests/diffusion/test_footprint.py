@@ -130,6 +130,7 @@ def test_what_real_tensors_keep_for_the_backward_pass(lora, attention):
         assert cost.kept == found
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 needs a driver for fake CUDA tensors")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
     """Fake CUDA tensors go through torch's own autocast, on a machine without a GPU too."""

@@ -107,7 +107,7 @@ def test_ddpo_trains_saves_and_what_is_saved_draws_the_same(name, form, publishe
     trained = draw(ImageAlignmentPipeline(policy.pipeline, model="trained", sampler=config.sampler))
     plain = plainly(name, form, published)
     change = abs(draw_plainly(plain) - trained).mean()
-    plain.load_lora_weights(tmp_path / "run" / "final")
+    plain.load_lora_weights(tmp_path / "run" / "final", weight_name="pytorch_lora_weights.safetensors")
     again = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", dtype=dtype, device="cpu")
     assert again.pipeline.scheduler.config.prediction_type == trainer.schedule.prediction_type
     for pictures in (draw(again), draw_plainly(plain)):
@@ -173,5 +173,5 @@ def test_the_shipped_recipe_with_the_published_aesthetic_head(published, clip_76
     assert (tmp_path / "run" / "samples" / "before_after.png").is_file()
     plain = DiffusionPipeline.from_pretrained(published("sd15"))
     before = draw_plainly(plain)
-    plain.load_lora_weights(tmp_path / "run" / "final")
+    plain.load_lora_weights(tmp_path / "run" / "final", weight_name="pytorch_lora_weights.safetensors")
     assert abs(draw_plainly(plain) - before).max() > 0

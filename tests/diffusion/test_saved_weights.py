@@ -41,7 +41,7 @@ def test_lora_loads_in_plain_diffusers(model, lora, tmp_path, model_path, make_p
     assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     pipeline = DiffusionPipeline.from_pretrained(model_path(model))
     untrained = draw_plainly(pipeline, streams, 3.0)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     theirs = draw_plainly(pipeline, streams, 3.0)
     torch.testing.assert_close(draw(policy, streams), theirs, atol=1e-4, rtol=0)
     assert (theirs - untrained).abs().max() > 0.01

@@ -428,7 +428,7 @@ def test_a_killed_conversion_leaves_nothing_that_counts_and_the_next_one_is_whol
 
     asked = []
 
-    class Tokenizer(type(_tokenizer())):
+    class PreTrainedTokenizerFast(type(_tokenizer())):  # its name is saved, and loaded by
         def save_pretrained(self, folder, **_):
             assert not smollm2.smollm2_folder().exists()
             if len(asked) == 1:
@@ -444,7 +444,9 @@ def test_a_killed_conversion_leaves_nothing_that_counts_and_the_next_one_is_whol
     gguf = cache.parent / smollm2.GGUF
     monkeypatch.setattr(smollm2, "installed_weights", lambda: gguf)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", model_of)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Tokenizer(**_tokenizer_arguments()))
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *_, **__: PreTrainedTokenizerFast(**_tokenizer_arguments())
+    )
     with pytest.raises(KeyboardInterrupt):
         smollm2.convert_smollm2()
     assert not smollm2.smollm2_folder().exists()

@@ -146,7 +146,7 @@ def test_what_is_trained_is_what_everyone_loads(load, base, tiny_sd, tmp_path, k
     assert (pipe.run, pipe.model) == (folder, str(tiny_sd))
     if settings["lora"]:
         theirs = plain(tiny_sd)
-        theirs.load_lora_weights(folder / "final")
+        theirs.load_lora_weights(folder / "final", weight_name="pytorch_lora_weights.safetensors")
     else:
         theirs = plain(folder / "final")
     assert_same_unet(theirs, pipe)
@@ -672,7 +672,7 @@ def test_an_adapter_is_uploaded_with_its_card(load, tiny_sd, first_run, tmp_path
     assert 'pipeline.load_lora_weights("me/red")' in card
     assert "hf_x" not in card
     theirs = plain(tiny_sd)
-    theirs.load_lora_weights(tmp_path / "hub")
+    theirs.load_lora_weights(tmp_path / "hub", weight_name="pytorch_lora_weights.safetensors")
     assert_same_unet(theirs, pipe)
 
 

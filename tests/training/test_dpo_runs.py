@@ -349,7 +349,7 @@ def test_an_adapter_loads_in_plain_diffusers(train, model_path, tmp_path, model)
     assert all(p.dtype == torch.float32 and p.abs().max() > 0 for p in moved)
 
     before = predict_plainly(plain)
-    plain.load_lora_weights(tmp_path / "run" / "final")
+    plain.load_lora_weights(tmp_path / "run" / "final", weight_name="pytorch_lora_weights.safetensors")
     after = predict_plainly(plain)
     ours = predict(trainer.policy)
     torch.testing.assert_close(ours, after, atol=1e-5, rtol=0)

@@ -1,5 +1,6 @@
 """How a run ends where something fails: a disk, a folder, a tracker, a reward that does not answer; on a toy."""
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -442,6 +443,19 @@ def test_code_that_python_cannot_reach_ends_the_process_with_a_checkpoint(tmp_pa
         "stopped, as something did not answer; the newest checkpoint is step_00000002; "
         f"go on with resume=true output_dir={folder}\n"
     )
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_only_a_process_that_waits_for_others_in_vain_is_ended(quick, monkeypatch, waits):
+    """Work of our own, an epoch's last batch say, may take as long as it does."""
+    monkeypatch.setattr(interrupt, "PATIENCE_WITH_OTHERS", 0.2)
+    left = threading.Event()
+    with interrupt.InterruptFlag(0.05, left.set) as flag:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with interrupt.waiting_for_others() if waits else contextlib.nullcontext():
+            assert left.wait(10 if waits else 0.6) is waits
+        assert flag.raised
+        assert flag.overdue
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(quick):
