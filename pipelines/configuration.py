@@ -31,6 +31,7 @@ from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.launch import launch_problems
+from diffusion_align.training.lock import LOCK_FILE, lock_problem
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.prompts import PromptsConfig, prompts_problems
 
@@ -223,9 +224,12 @@ def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
         with tempfile.TemporaryDirectory(dir=existing, prefix=_PROBE):
             pass
         # Another process of this run may be probing the same folder.
-        used = folder.exists() and any(not path.name.startswith(_PROBE) for path in folder.iterdir())
+        inside = [path.name for path in folder.iterdir()] if folder.exists() else []
+        used = any(name != LOCK_FILE and not name.startswith(_PROBE) for name in inside)
     except OSError as error:
         return [f"output_dir={str(folder)!r} is not writable: {error.strerror}"]
+    if problem := lock_problem(folder):
+        return [f"output_dir: {problem}"]
     if used:
         if raw.get("resume") is True:
             if not (folder / "config.yaml").is_file():

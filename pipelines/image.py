@@ -25,11 +25,14 @@ from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines import adapters
 from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config, shipped_prompts
 from diffusion_align.pipelines.hub import upload
+from diffusion_align.pipelines.identity import image_identity
 from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, usable_pairs
 from diffusion_align.pipelines.machine import best_seconds, start
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
 from diffusion_align.rewards import build_reward
+from diffusion_align.rewards.places import recorded
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.prompts import load_prompts
 from diffusion_align.writing import make_folder, new_folder
 
@@ -177,7 +180,8 @@ class ImageAlignmentPipeline:
         raw |= {"weights_variant": self._variant, "base_config": self._base_config}
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
-        config = cast(ImageConfig, check_config(raw | settings)).model_copy(update={"model": below})
+        checked = check_config(raw | settings)
+        config = cast(ImageConfig, checked.model_copy(update=absolute_paths({"model": below})))
 
         unet, weights, was_below = self.pipeline.unet, adapters.adapter_weights(self.pipeline), self._below
         merges = self.run is not None and not goes_on and bool(weights)
@@ -440,8 +444,10 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     )
     prompts = load_prompts(config.prompts, shipped=shipped_prompts()) if config.prompts is not None else []
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
-    reward = checked_reward(config.reward, plan.origin, policy, known, weights=config.reward_weights)
-    evaluation = None if config.evaluation is None else evaluation_of(config.evaluation, plan.origin, policy, known)
+    with recorded() as reward_places:
+        reward = checked_reward(config.reward, plan.origin, policy, known, weights=config.reward_weights)
+    with recorded() as evaluation_places:
+        evaluation = None if config.evaluation is None else evaluation_of(config.evaluation, plan.origin, policy, known)
     trainer: ImageTrainer
     if isinstance(config, DDPOConfig):
         assert reward is not None
@@ -456,6 +462,15 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
             evaluation=evaluation,
             accelerator=accelerator,
         )
+    trainer.identity = image_identity(
+        config,
+        plan,
+        prompts=prompts,
+        pairs=pairs,
+        evaluation=evaluation,
+        reward_places=reward_places,
+        evaluation_places=evaluation_places,
+    )
     trainer.train()
     return trainer
 

@@ -6,10 +6,12 @@ whose pictures all scored alike), ``pictures/``, ``pairs_settings.yaml`` and, wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,16 @@ from PIL import Image
 
 from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, call_reward, reward_problem
 from diffusion_align.rewards.base import reward_name
+from diffusion_align.rewards.places import recorded
 from diffusion_align.training.config import load_yaml
+from diffusion_align.training.digests import Identity, changed_content
 from diffusion_align.training.errors import ConfigError, Interrupted, UserError
+from diffusion_align.training.lock import LOCK_FILE, FolderLock
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
@@ -88,54 +94,73 @@ def make_pairs(
     settings = drawing | {"judge": _plain(judge), "prompts": _digest(prompts)}
     _check(prompts, judge, drawing)
     _check_folder(output, settings, resume)
-    pairs, ties = _read_rows(output / PAIRS), _read_rows(output / TIES)
-    seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
-    done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
+    with contextlib.ExitStack() as stack:
+        held = output.is_dir()
+        if held:
+            stack.enter_context(FolderLock(output))
+        pairs, ties = _read_rows(output / PAIRS), _read_rows(output / TIES)
+        seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
+        done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
 
-    pipeline = ImageAlignmentPipeline.from_pretrained(model)
-    reward = build_reward(judge, model=pipeline.origin, device=pipeline.pipeline.device)
-    try:
-        for index in range(done, len(prompts)):
+        pipeline = ImageAlignmentPipeline.from_pretrained(model)
+        with recorded() as places:
+            reward = build_reward(judge, model=pipeline.origin, device=pipeline.pipeline.device)
+        content = pairs_identity(str(model), judge, places)
+        _check_content(output, content)
+        try:
+            for index in range(done, len(prompts)):
+                if on_prompt is not None:
+                    on_prompt(index)
+                text, metadata = prompts[index]
+                first = seed + index * per_prompt
+                images = pipeline([text] * per_prompt, seed=first, **sampling).images
+                scores = _scores(reward, images, text, metadata)
+                best, worst = scores.index(max(scores)), scores.index(min(scores))
+                if not held:
+                    make_folder(output, parents=True)
+                    stack.enter_context(FolderLock(output))
+                    held = True
+                _begin(
+                    output, settings | {"content": {name: list(map(list, found)) for name, found in content.items()}}
+                )
+                if scores[best] == scores[worst]:
+                    ties.append({"prompt": text, "score": scores[best], "seed": first})
+                    _append(output / TIES, ties[-1])
+                    continue
+                row: Row = {
+                    "prompt": text,
+                    "chosen": f"pictures/{index:05d}_chosen.png",
+                    "rejected": f"pictures/{index:05d}_rejected.png",
+                    "score_chosen": scores[best],
+                    "score_rejected": scores[worst],
+                    "seed_chosen": first + best,
+                    "seed_rejected": first + worst,
+                }
+                save_png(images[best], output / row["chosen"])
+                save_png(images[worst], output / row["rejected"])
+                _append(output / PAIRS, row)
+                pairs.append(row)
             if on_prompt is not None:
-                on_prompt(index)
-            text, metadata = prompts[index]
-            first = seed + index * per_prompt
-            images = pipeline([text] * per_prompt, seed=first, **sampling).images
-            scores = _scores(reward, images, text, metadata)
-            best, worst = scores.index(max(scores)), scores.index(min(scores))
-            _begin(output, settings)
-            if scores[best] == scores[worst]:
-                ties.append({"prompt": text, "score": scores[best], "seed": first})
-                _append(output / TIES, ties[-1])
-                continue
-            row: Row = {
-                "prompt": text,
-                "chosen": f"pictures/{index:05d}_chosen.png",
-                "rejected": f"pictures/{index:05d}_rejected.png",
-                "score_chosen": scores[best],
-                "score_rejected": scores[worst],
-                "seed_chosen": first + best,
-                "seed_rejected": first + worst,
-            }
-            save_png(images[best], output / row["chosen"])
-            save_png(images[worst], output / row["rejected"])
-            _append(output / PAIRS, row)
-            pairs.append(row)
-        if on_prompt is not None:
-            on_prompt(len(prompts))
-        if pairs:
-            save_png(_grid(output, pairs[:_SHOWN]), output / "pairs.png")
-    except KeyboardInterrupt:
-        kept = f"{len(pairs)} pairs are in {output}: resume (--resume) to go on" if pairs or ties else "nothing written"
-        raise Interrupted(f"stopped; {kept}") from None
-    except WriteError as error:
-        if pairs or ties:
-            error.add_note(f"{len(pairs)} pairs are in {output}: resume (--resume) to go on")
-        raise
-    except OSError as error:
-        raise UserError(f"output={str(output)!r}: {error.filename or 'a file'}: {error.strerror or error}") from error
-    gaps = [row["score_chosen"] - row["score_rejected"] for row in pairs]
-    return PairsWritten(len(pairs), len(ties), sum(gaps) / len(gaps) if gaps else math.nan)
+                on_prompt(len(prompts))
+            if pairs:
+                save_png(_grid(output, pairs[:_SHOWN]), output / "pairs.png")
+        except KeyboardInterrupt:
+            kept = (
+                f"{len(pairs)} pairs are in {output}: resume (--resume) to go on"
+                if pairs or ties
+                else "nothing written"
+            )
+            raise Interrupted(f"stopped; {kept}") from None
+        except WriteError as error:
+            if pairs or ties:
+                error.add_note(f"{len(pairs)} pairs are in {output}: resume (--resume) to go on")
+            raise
+        except OSError as error:
+            raise UserError(
+                f"output={str(output)!r}: {error.filename or 'a file'}: {error.strerror or error}"
+            ) from error
+        gaps = [row["score_chosen"] - row["score_rejected"] for row in pairs]
+        return PairsWritten(len(pairs), len(ties), sum(gaps) / len(gaps) if gaps else math.nan)
 
 
 def _check(prompts: Sequence[Prompt], judge: Any, drawing: Mapping[str, Any]) -> None:
@@ -165,7 +190,7 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
         raise UserError(f"output={str(output)!r} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise UserError(f"output={str(output)!r}: {existing} is not writable: choose another folder")
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or all(path.name == LOCK_FILE for path in output.iterdir()):
         return
     if not resume:
         raise UserError(f"output={str(output)!r} is already used: choose another folder, or resume (--resume) to go on")
@@ -177,6 +202,20 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
         was, now = (", ".join(f"{key}={values.get(key)!r}" for key in differing) for values in (begun, settings))
         raise UserError(f"output={str(output)!r} was begun with {was}, not {now}: use those, or choose another folder")
     sweep(output)
+
+
+def _check_content(output: Path, content: Identity) -> None:
+    """The model and the judge of pairs that are gone on with must hold what they held."""
+    if not (output / SETTINGS).is_file():
+        return
+    begun = load_yaml(output / SETTINGS).get("content")
+    if begun is None:
+        print(f"{output}: whether its model and judge are the same was not checked: it does not say", file=sys.stderr)
+    if changed := changed_content(begun or {}, content):
+        what = " and ".join(f"{name} ({', '.join(places)})" for name, places in changed.items())
+        raise UserError(
+            f"output={str(output)!r} was begun with other content of {what}: put it back, or choose another folder"
+        )
 
 
 def _begin(output: Path, settings: Mapping[str, Any]) -> None:

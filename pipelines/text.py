@@ -42,7 +42,9 @@ from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, text_data
+from diffusion_align.pipelines.identity import text_identity
 from diffusion_align.pipelines.machine import best_seconds, processes, start
+from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.lora import carries_adapters, remove_lora
@@ -250,7 +252,8 @@ def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
     prompts = read(prompt_rows, "prompts")
     dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
     shown = read.shown(prompts)
-    rewards = _rewards(config, prompts or dataset, read.encoder, processes().device)
+    with recorded() as places:
+        rewards = _rewards(config, prompts or dataset, read.encoder, processes().device)
     if config.reference_model is not None:
         _check_same_tokens(config, tokenizer)
     dtype = getattr(torch, config.dtype)
@@ -281,6 +284,7 @@ def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
             trainer = DPOTrainer(config, policy, rows=dataset or None, prompts=prompts or None, **common)
         case _:
             trainer = KTOTrainer(config, policy, rows=dataset or None, prompts=prompts or None, **common)
+    trainer.identity = text_identity(config, {"prompts": prompts, "dataset": dataset}, places)
     trainer.train()
     return trainer
 
@@ -372,6 +376,7 @@ def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
     scorer = RewardModel(model, tokenizer, lora=config.lora, device=accelerator.device, autocast=accelerator.autocast)
     trainer = RewardModelTrainer(config, scorer, rows, eval_rows=eval_rows, accelerator=accelerator)
+    trainer.identity = text_identity(config, {"dataset": rows, "eval_dataset": eval_rows}, ())
     trainer.train()
     return trainer
 

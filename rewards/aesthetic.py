@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, ClipEncoder, clip_problem, is_emoji_sd, load_clip
+from diffusion_align.rewards.places import note
 
 ABOUT = {
     "aesthetic": {
@@ -85,7 +86,9 @@ def aesthetic(
     if problem:
         raise RewardError(problem)
     variant = variant or ("embedded" if is_emoji_sd(model) else "v2")
-    scorer = load_head(Path(head).expanduser() if head else head_file(variant))  # before CLIP: smaller, fails sooner
+    file = Path(head).expanduser() if head else head_file(variant)
+    note(file)
+    scorer = load_head(file)  # before CLIP: smaller, fails sooner
     encoder = load_clip(clip or VARIANTS[variant], device=device, dtype=dtype)
     if scorer[0].in_features != encoder.dim:
         raise RewardError(

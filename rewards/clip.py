@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.places import note, recorded
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
 EMOJI_CLIP = "emoji-clip"
@@ -103,6 +104,7 @@ class ClipEncoder:
         self._image_features, self._text_features = image_features, text_features
         self._size, self._mean, self._std, self._fit = size, mean, std, fit
         self.scale = scale
+        self.places: list[str] = []  # what it was loaded from
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +179,9 @@ def share_encoder(
     encoder = _loaded.get(key) if _shared.get() else None
     if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
         try:
-            encoder = load(device, wanted)
+            with recorded() as places:
+                encoder = load(device, wanted)
+            encoder.places = places
         except RewardError:
             raise
         except Exception as error:
@@ -187,6 +191,8 @@ def share_encoder(
             ) from error
         if _shared.get():
             _loaded[key] = encoder
+    for place in encoder.places:
+        note(place)
     return encoder
 
 

@@ -13,6 +13,7 @@ from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
+from diffusion_align.rewards.places import note
 from diffusion_align.rewards.weights import fitting_tokenizer
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -31,6 +32,7 @@ def load_transformers(
         source = str(asset_path(EMOJI_CLIP))
     else:
         source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    note(source)
     with hub_or_cache(source):
         config = AutoConfig.from_pretrained(source)
     if config.model_type != "clip":
@@ -101,6 +103,8 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipE
     import open_clip
 
     architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+    if Path(weights).is_file():
+        note(weights)
     # OpenAI's and some other weights were trained with QuickGELU, which open_clip knows but only warns of.
     quick = bool((open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu"))
     model = open_clip.create_model(architecture, pretrained=weights, precision="fp32", force_quick_gelu=quick)

@@ -98,6 +98,21 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
     return attribute, target, None
 
 
+def user_modules(spec: Any, kind: Kind) -> list[Any]:
+    """The modules of the user's own rewards that ``spec`` names by strings, imported already, in order."""
+    if isinstance(spec, Mapping):
+        named = [*([spec["name"]] if "name" in spec else []), *spec.get("rewards", ())]
+        return [module for one in named for module in user_modules(one, kind)]
+    if isinstance(spec, list | tuple):
+        return [module for one in spec for module in user_modules(one, kind)]
+    place, colon, _ = spec.strip().rpartition(":") if isinstance(spec, str) else ("", "", "")
+    if not colon or spec in kind.table:
+        return []
+    if place.endswith(".py"):
+        return [_import_file(Path(place).expanduser())]
+    return [importlib.import_module(place)]
+
+
 def _import_file(path: Path) -> Any:
     """The module in a file, run once per version of the file: checking a spec and building it share it."""
     if not path.is_file():

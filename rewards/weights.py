@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.places import note
 from diffusion_align.rewards.text.loading import place
 
 
@@ -20,17 +21,20 @@ def weights_file(weights: str | Path | None, repository: str, file: str) -> Path
         RewardError: it cannot be downloaded.
     """
     if weights is not None:
-        return Path(weights).expanduser()
-    try:
-        from huggingface_hub import hf_hub_download
+        path = Path(weights).expanduser()
+    else:
+        try:
+            from huggingface_hub import hf_hub_download
 
-        with hub_or_cache():
-            return Path(hf_hub_download(repository, file))
-    except Exception as error:
-        raise RewardError(
-            f"{file} could not be downloaded from {repository} ({describe_exception(error)}): "
-            "connect once, or give a local file as weights"
-        ) from error
+            with hub_or_cache():
+                path = Path(hf_hub_download(repository, file))
+        except Exception as error:
+            raise RewardError(
+                f"{file} could not be downloaded from {repository} ({describe_exception(error)}): "
+                "connect once, or give a local file as weights"
+            ) from error
+    note(path)
+    return path
 
 
 def weights_problem(weights: Any) -> str | None:
@@ -126,6 +130,7 @@ def fitting_tokenizer(name: str, vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
     advice = "give a folder that holds the network's own, or check the connection for a Hub id"
+    note(place(name))
     try:
         with hub_or_cache(place(name)):
             tokenizer = AutoTokenizer.from_pretrained(place(name))

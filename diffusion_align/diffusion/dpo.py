@@ -180,6 +180,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     config: DiffusionDPOConfig
     headline = "rewards/accuracies"
+    keeps = ("latents",)
 
     def __init__(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from diffusion_align.diffusion.pairs import PairSet
 from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
 from diffusion_align.training.checkpoint import open_tensors
+from diffusion_align.training.digests import content_digest
 from diffusion_align.training.errors import CheckpointError, UserError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.writing import make_folder, new_file
@@ -25,25 +24,23 @@ _SHARD = 256  # pairs in a file
 class LatentCache:
     """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs a file.
 
-    A file that is there is not made again, so an interrupted encoding goes on where it stopped. The folder belongs to
-    one run, whose settings (model, pairs) cannot change on resume; every file says which pairs it is of.
+    A file that is there is not made again, so an interrupted encoding goes on where it stopped. Every file holds a
+    digest of what it was made from, the content of its pairs and of the model: a file of others is made again.
     """
 
     def __init__(self, folder: Path, pairs: PairSet, policy: DenoisingPolicy) -> None:
         self.folder, self.pairs, self.policy = folder, pairs, policy
         self._full = False
+        self._model: Any = None  # digests of the model that encodes
 
     def fill(self, trainer: Trainer[Any]) -> None:
         """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped.
 
         Captions are encoded too; more of them than the policy can keep are encoded as they come.
-
-        Raises:
-            CheckpointError: the files are of other pairs.
         """
         if self._full:
             return
-        self._check_files()
+        self._model = [digest for _, digest in trainer.identity.get("model", ())]
         captions = list(dict.fromkeys(self.pairs.prompts))
         if len(captions) <= CACHED_PROMPTS:
             with trainer.progress("  encoding prompts", len(captions)) as bar:
@@ -51,7 +48,7 @@ class LatentCache:
                     self.policy.encode([caption])
                     trainer.advance(bar)
         accelerator, size = trainer.accelerator, trainer.config.sample_batch_size
-        numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._path(n).is_file()]
+        numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._is_made(n)]
         accelerator.wait_for_everyone()  # all have looked before the first file is written
         own = numbers[accelerator.process_index :: accelerator.num_processes]
         rounds = -(-len(numbers) // accelerator.num_processes)
@@ -90,18 +87,16 @@ class LatentCache:
         latents = self.policy.encode_images(torch.stack(chosen + rejected)).cpu()
         return latents[: len(batch)], latents[len(batch) :]
 
-    def _check_files(self) -> None:
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with open_tensors(path) as file:
-                if (file.metadata() or {}).get("pairs") != self._digest(int(path.stem)):
-                    raise CheckpointError(
-                        f"the pairs are not those that this run began with ({path} is of others): put them back or "
-                        "choose a new output_dir"
-                    )
+    def _is_made(self, number: int) -> bool:
+        try:
+            with open_tensors(self._path(number)) as file:
+                return (file.metadata() or {}).get("pairs") == self._digest(number)
+        except CheckpointError:  # it is not there, or not whole
+            return False
 
     def _digest(self, number: int) -> str:
         places = range(number * _SHARD, min((number + 1) * _SHARD, len(self.pairs)))
-        return hashlib.sha256(json.dumps([self.pairs.identity(i) for i in places]).encode()).hexdigest()
+        return content_digest([self._model, self.policy.image_size, *(self.pairs.identity(i) for i in places)])
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
         make_folder(self.folder)

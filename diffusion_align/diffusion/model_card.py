@@ -48,7 +48,16 @@ _GIVEN = {
     "kl_coef": "kl_coef, the price of a nat of KL",
 }
 # Where a run was and how it was watched is nobody else's business and changes no weight.
-_LEFT_OUT = ("output_dir", "resume", "num_threads", "trackers", "checkpoint_every", "keep_checkpoints", "grid_every")
+_LEFT_OUT = (
+    "output_dir",
+    "resume",
+    "accept_changed",
+    "num_threads",
+    "trackers",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "grid_every",
+)
 _LONG_LIST = 12
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
 _DTYPE = "dtype=torch.float32"

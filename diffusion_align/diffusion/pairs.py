@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffusion_align.diffusion.pair_sources import EMBEDDED, LAYOUTS, open_table, table_source
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.training.digests import content_digest, file_digest
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.rows import BadRow, RowsConfig, bad_rows_error, checked_prompt, open_rows, rows_problems
 from diffusion_align.training.tables import FILES, SHOWN, StreamedTable, Table, short
@@ -55,6 +56,7 @@ class PairSet:
     _table: Table = field(repr=False)
     _columns: list[str] = field(repr=False)
     _first_wins: list[bool] = field(repr=False)
+    _contents: dict[int, list[str]] = field(default_factory=dict, repr=False)  # row -> digests of its images
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,14 +78,9 @@ class PairSet:
         return chosen, rejected
 
     def identity(self, i: int) -> list[Any]:
-        """What tells pair ``i`` from others: row, prompt and, of both pictures, the path or a digest of the content."""
-        found: list[Any] = [self.rows[i], self.prompts[i]]
-        for _, value in self._cells(i):
-            content = (value.get("bytes") or value.get("path")) if isinstance(value, Mapping) else value
-            if isinstance(content, bytes):
-                content = [len(content), hashlib.sha256(content[:4096]).hexdigest()]
-            found.append(None if isinstance(content, Tensor) else content)
-        return found
+        """What tells pair ``i`` from others: row, prompt and digests of both images' content."""
+        row = self.rows[i]
+        return [row, self.prompts[i], *(self._contents.get(row) or self._digests(i))]
 
     def check_pictures(self, advance: Callable[[], None] = lambda: None) -> PairSet:
         """The pairs whose pictures can all be used; decodes each once and calls ``advance`` after each pair.
@@ -92,13 +89,15 @@ class PairSet:
             ConfigError: bad rows without ``skip_bad_rows``, or no pair is left.
         """
         bad: dict[int, str] = {}
+        contents: dict[int, list[str]] = {}
         executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             for start in range(0, len(self), 1024):
                 block = range(start, min(start + 1024, len(self)))
-                for i, problem in zip(block, executor.map(self._picture_problem, block)):
+                for i, (problem, digests) in zip(block, executor.map(self._looked_at, block)):
                     if problem:
                         bad[self.rows[i]] = problem
+                    contents[self.rows[i]] = digests
                     advance()
         finally:
             executor.shutdown(cancel_futures=True)
@@ -109,12 +108,25 @@ class PairSet:
             rows=list(compress(self.rows, good)),
             skipped=dict(sorted((self.skipped | bad).items())),
             _first_wins=list(compress(self._first_wins, good)),
+            _contents=contents,
         )
         return _usable(checked, bad)
 
     def _cells(self, i: int) -> list[tuple[str, Any]]:
         first, second = self._table.cells(self.rows[i], self._columns)
         return list(zip(("chosen", "rejected"), (first, second) if self._first_wins[i] else (second, first)))
+
+    def _looked_at(self, i: int) -> tuple[str | None, list[str]]:
+        problem = self._picture_problem(i)
+        return problem, [] if problem else self._digests(i)
+
+    def _digests(self, i: int) -> list[str]:
+        """Of the content of the chosen and the rejected image of pair ``i``."""
+        try:
+            sources = [_picture_source(value, side, self._table.folder) for side, value in self._cells(i)]
+            return [_digest(source) for source in sources]
+        except (BadRow, OSError) as error:  # it has vanished
+            raise ConfigError([f"pairs: row {self.rows[i]}: {error}"]) from None
 
     def _picture_problem(self, i: int) -> str | None:
         try:
@@ -206,6 +218,13 @@ def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | byte
     if not os.path.isfile(path):
         raise BadRow(f"the picture {short(value)[1:-1]} is missing")
     return path
+
+
+def _digest(source: Tensor | bytes | Path) -> str:
+    """Of an image's file, be it on its own or inside a table; of a tensor's numbers."""
+    if isinstance(source, Tensor):
+        return content_digest([source])
+    return file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
 
 
 def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:

@@ -145,9 +145,11 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
     ab_t = source.alphas_cumprod.double()[timesteps]
     ab_s = _next_alphas_cumprod(source, sampler, timesteps)
     if source.config.prediction_type == "epsilon" and bool((ab_t <= 0).any()):
+        # Where every step is trained on, as by Diffusion-DPO, no spacing leaves the first one out.
+        spacing = "timestep_spacing='leading' or " if steps < config["num_train_timesteps"] else ""
         raise UserError(
             "the scheduler starts without signal (rescale_betas_zero_snr) but the model predicts epsilon, from which "
-            "x_0 cannot be recovered there: use timestep_spacing='leading' or rescale_betas_zero_snr=False"
+            f"x_0 cannot be recovered there: use {spacing}rescale_betas_zero_snr=False"
         )
     weights = _ddim_weights(ab_t, ab_s, eta) if sampler == "ddim" else _ddpm_weights(source, timesteps, ab_t, ab_s)
     x_0_weight, eps_weight, x_t_weight, std = weights

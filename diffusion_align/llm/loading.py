@@ -50,6 +50,16 @@ def language_model_problem(name: str, *, or_classifier: bool = False) -> str | N
     return None
 
 
+def model_places(name: str) -> list[str]:
+    """The full model's folder or Hub id that ``name`` stands for, then the folders of the adapters on it.
+
+    Raises:
+        UserError: as ``load_sequence_classifier``.
+    """
+    plan = _plan(name, ("causal", "classifier"))
+    return [plan.base, *map(str, plan.adapters)]
+
+
 def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The model ``name`` stands for, adapters merged into it, in eval mode on the CPU; and its tokenizer.
 

@@ -64,6 +64,14 @@ def save_checkpoint(
     return target
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and (p / _MANIFEST).exists()]

@@ -45,6 +45,9 @@ class TrainingConfig(Section):
     resume: bool = Field(
         False, strict=True, description="continue the run in output_dir from its newest checkpoint, bit for bit"
     )
+    accept_changed: list[
+        Literal["model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation"]
+    ] = Field(default_factory=list, description="resume although the content of these is not what the run began with")
     seed: int = Field(0, ge=0, lt=2**32)
     epochs: int = Field(100, ge=1, description="rounds of collect, score, estimate, update")
 

@@ -31,9 +31,11 @@ from diffusion_align import __version__
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue, waiting_for_others
 from diffusion_align.training import checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
+from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.finite import largest, loss_problem, weights_problem
 from diffusion_align.training.launch import accelerator_problems
+from diffusion_align.training.lock import LOCK_FILE, FolderLock
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.progress import progress_bars
 from diffusion_align.training.randomness import generator
@@ -49,6 +51,7 @@ UNTRAINED_EPOCHS = 3
 _FREE_ON_RESUME = {
     "output_dir",
     "resume",
+    "accept_changed",
     "epochs",
     "checkpoint_every",
     "checkpoint_minutes",
@@ -59,6 +62,24 @@ _FREE_ON_RESUME = {
     "grid_every",
     "stop_when",
 }
+# Settings whose content is compared instead of their name, where it is known.
+_KNOWN_BY_CONTENT = {"model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs"}
+# What lies in a folder that no run has used yet.
+_NO_RUN = {LOCK_FILE}
+# What a run writes into its folder.
+_TRACES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples",
+    "checkpoints",
+    "best",
+    "final",
+    "report.html",
+    "evaluation.json",
+    "diffusion-align",
+)
+# Settings that fit a run into a machine's memory: they may change, and the last bits of what is computed with them.
+_FREE_BUT_FOR_BITS = {"micro_batch_size", "sample_batch_size", "mixed_precision"}
 # Where a reward is computed and how long it is waited for: a server may come back under another address.
 _FREE_IN_REWARDS = {"url", "timeout", "patience", "token_file", "concurrency", "cache", "device", "offload"}
 
@@ -90,6 +111,7 @@ class Trainer(ABC, Generic[Batch]):
     """
 
     headline = "reward"  # the metric that the progress bar shows
+    keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config = config
@@ -98,7 +120,9 @@ class Trainer(ABC, Generic[Batch]):
         self.epoch = 0  # finished epochs
         self.step = 0  # optimizer steps, skipped ones counted
         self.stopped: str | None = None  # why the run ended before its last epoch
+        self.identity: Identity = {}  # what the run is made of, if whoever built this trainer has said so
         self._flag = InterruptFlag()
+        self._log = MetricsLog(self.folder / "metrics.jsonl", accelerator)
         self._failed_together = self._can_be_saved = False
         self._steps_taken = 0  # optimizer steps, skipped ones not counted
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
@@ -187,7 +211,7 @@ class Trainer(ABC, Generic[Batch]):
         """
         config = self.config
         flag = InterruptFlag(config.interrupt_grace, self._leave)
-        with flag as self._flag, self._progress() as self._bars, self._resumable_if_not_written():
+        with flag as self._flag, self._progress() as self._bars, self._own_folder(), self._resumable_if_not_written():
             self._prepare()
             while self.epoch < config.epochs and self.stopped is None:
                 self._rng_at_start = checkpoint.rng_state()
@@ -337,16 +361,16 @@ class Trainer(ABC, Generic[Batch]):
 
             self._ema = EMAModel(self._parameters, decay=config.ema_decay)
         self._saved_at = time.monotonic()
-        self._log = MetricsLog(self.folder / "metrics.jsonl", self.accelerator)
         newest = self._checkpoints()[-1:] if config.resume else []
         if newest:
             self._load(newest[0])
         elif (self.folder / "config.yaml").is_file():
             self._check_same_run(load_yaml(self.folder / "config.yaml"), self.folder)
+        self._began = self.epoch
         self.accelerator.wait_for_everyone()  # all have read the folder before the main process writes to it
+        self.on_main_process(self._open_folder)  # before any tracker writes there: with config.yaml it can be resumed
         if config.trackers:
             self._log.start_trackers({"config": dump_config(config)})
-        self.on_main_process(self._open_folder)
         step = self.step if newest else -1
         self.on_main_process(lambda: self._log.rewind(step, unmeasured=self._unmeasured is not None))
         self._epochs_bar = self._bars.add_task("starting", total=config.epochs, completed=self.epoch)
@@ -367,7 +391,6 @@ class Trainer(ABC, Generic[Batch]):
                 self._write_row({"step": 0, "epoch": 0, **first})
 
     def _open_folder(self) -> None:
-        make_folder(self.folder, parents=True)
         sweep(self.folder)
         write_text(self.folder / "config.yaml", dump_config(self.config))
 
@@ -533,10 +556,12 @@ class Trainer(ABC, Generic[Batch]):
         except Exception as error:
             if isinstance(error, TrainingError) and self.epoch == 0:
                 raise  # the model is not fit for these settings: there is nothing to go on with
-            if self.accelerator.num_processes == 1 or self._failed_together:  # saving needs every process
+            together = self.accelerator.num_processes == 1 or self._failed_together  # saving needs every process
+            if together and not self._leaves_nothing():
                 with contextlib.suppress(WriteError):  # what failed first is what is said; the last checkpoint stands
                     self.save()
-                if not isinstance(error, WriteError):
+                failed_before = not self._fresh and self.epoch == self._began  # and would again
+                if not isinstance(error, WriteError) and not failed_before:
                     error.add_note(self._how_to_resume)
             raise
         finally:
@@ -548,7 +573,7 @@ class Trainer(ABC, Generic[Batch]):
         try:
             yield
         except WriteError as error:
-            if (self.folder / "config.yaml").is_file():
+            if (self.folder / "config.yaml").is_file() and not self._nothing_trained():
                 stands = "the last checkpoint stands, " if self._checkpoints() else ""
                 error.add_note(stands + self._how_to_resume)
             raise
@@ -623,13 +648,58 @@ class Trainer(ABC, Generic[Batch]):
                 "unmeasured": self._unmeasured,
                 "ema_steps": self._ema.optimization_step if self._ema else 0,
                 "config": self.config.model_dump(mode="json"),
+                "identity": self.identity,
                 "extra": self.extra_state(),
             },
             keep=self.config.keep_checkpoints,
         )
 
-    def _check_same_run(self, theirs: Mapping[str, Any], path: Path) -> None:
-        """Settings that decide what is trained must be those the run was started with."""
+    @contextlib.contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Inside, no other run uses the folder; one that fails before anything was trained leaves it as it was found.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        absent = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        self._fresh = bool(absent) or not any(path.name not in _NO_RUN for path in self.folder.iterdir())
+        self.accelerator.wait_for_everyone()  # all have looked before the main process makes it
+        with contextlib.ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                for place in reversed(absent):
+                    stack.callback(_remove_if_empty, place)
+            self.on_main_process(lambda: stack.enter_context(self._lock()))
+            try:
+                yield
+            except Interrupted:
+                raise
+            except Exception:
+                if self.accelerator.is_main_process and self._nothing_trained():
+                    for name in _TRACES:
+                        checkpoint.remove(self.folder / name)
+                raise
+
+    def _lock(self) -> FolderLock:
+        return FolderLock(make_folder(self.folder, parents=True))
+
+    def _nothing_trained(self) -> bool:
+        """Whether this process began the run, made no update, and nothing is there that took long to make."""
+        kept = any((self.folder / name).exists() for name in self.keeps)
+        return self._fresh and self.epoch == 0 and not kept and not any(row["step"] for row in self._log.rows())
+
+    def _leaves_nothing(self) -> bool:
+        """``_nothing_trained`` of the main process, on all."""
+        decision = [self._nothing_trained() if self.accelerator.is_main_process else None]
+        return bool(broadcast_object_list(decision)[0])
+
+    def _check_same_run(self, theirs: Mapping[str, Any], path: Path, identity: Mapping[str, Any] | None = None) -> None:
+        """What decides what is trained must be as it was when the run was started: settings, and content.
+
+        Args:
+            theirs: the run's settings.
+            path: where they are from.
+            identity: what the run was made of, if that is known.
+        """
         with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
             theirs = type(self.config).model_validate(theirs).model_dump(mode="json")
         mine, theirs = (
@@ -637,14 +707,39 @@ class Trainer(ABC, Generic[Batch]):
             for config in (self.config.model_dump(mode="json"), theirs)
         )
         free = _FREE_ON_RESUME if self.config.lr_schedule == "constant" else _FREE_ON_RESUME - {"epochs"}
-        changed = [k for k in mine if k not in free and mine[k] != theirs.get(k)]
+        accepted = set(self.config.accept_changed)
+        moved = (same_content(identity or {}, self.identity) & _KNOWN_BY_CONTENT) | accepted
+        changed = [k for k in mine if k not in free | moved | _FREE_BUT_FOR_BITS and mine[k] != theirs.get(k)]
         if changed:
             what = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)
             raise CheckpointError(f"{path} belongs to another run: {what}; put it back or choose a new output_dir")
+        resized = [k for k in mine if k in _FREE_BUT_FOR_BITS and mine[k] != theirs.get(k)]
+        if resized and self.accelerator.is_main_process:
+            what = ", ".join(f"{k}={mine[k]} (was {theirs.get(k)})" for k in resized)
+            print(
+                f"resumed with {what}: from here on numbers may differ in their bits from the run's own",
+                file=sys.stderr,
+            )
+        if not self.identity:
+            return
+        others = {k: v for k, v in changed_content(identity or {}, self.identity).items() if k not in accepted}
+        failure = None
+        if others:
+            what = " and ".join(f"{setting} ({', '.join(places)})" for setting, places in others.items())
+            failure = CheckpointError(
+                f"{path} belongs to a run with other content of {what}: put it back, choose a new output_dir, or set "
+                f"accept_changed=[{', '.join(others)}] to resume with what is there now"
+            )
+        self.raise_together(failure, CheckpointError)  # a process on another machine reads other files
 
     def _load(self, path: Path) -> None:
         weights, tensors, state = checkpoint.load_checkpoint(path)
-        self._check_same_run(state["config"], path)
+        self._check_same_run(state["config"], path, state.get("identity"))
+        if self.identity and not state.get("identity") and self.accelerator.is_main_process:
+            print(
+                f"{path} does not say what its model, data and rewards held: whether they are the same was not checked",
+                file=sys.stderr,
+            )
         trainable = self.trainable
         if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in trainable.items()}:
             raise CheckpointError(
@@ -670,6 +765,11 @@ class Trainer(ABC, Generic[Batch]):
         self.load_extra_state(state["extra"])
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.accelerator.process_index, len(own) - 1)])
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def what_is_trained(config: Mapping[str, Any]) -> dict[str, Any]:

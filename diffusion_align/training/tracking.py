@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -48,15 +49,21 @@ class MetricsLog:
         """
         if not self._accelerator.is_main_process or not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
-            if row["step"] <= step and not (unmeasured and row["step"] == step and "time/epoch" in row):
-                kept.append(line)
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        kept = [
+            row
+            for row in self.rows()
+            if row["step"] <= step and not (unmeasured and row["step"] == step and "time/epoch" in row)
+        ]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What has been written; a row that a kill has cut off is left out."""
+        found = []
+        text = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; ``row["step"]`` is the optimizer step.

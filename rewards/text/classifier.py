@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.places import note
 from diffusion_align.rewards.text.base import Text, text_of, words_left_out
 from diffusion_align.rewards.text.loading import (
     load_network,
@@ -206,6 +207,7 @@ def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torc
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, not a dict
     except (OSError, ValueError, SafetensorError) as error:
         raise RewardError(f"'{folder}' does not hold an adapter ({describe_exception(error)})") from error
+    note(folder)
     base = base or settings.get("base_model_name_or_path")
     if not base:
         raise RewardError(f"the adapter in '{folder}' does not say what it was trained over: give its base")

@@ -11,6 +11,7 @@ from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import DTYPES
+from diffusion_align.rewards.places import note
 
 
 def load_network(
@@ -38,6 +39,7 @@ def load_network(
 
     if torch.device(device).type == "cpu" and dtype != "float32":
         raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU rewards run in float32")
+    note(place(name))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # of missing weights it warns even where an adapter brings them
     try:

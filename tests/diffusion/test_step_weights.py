@@ -331,7 +331,10 @@ def test_zero_terminal_snr(kind):
 def test_zero_terminal_snr_with_epsilon_is_refused():
     with pytest.raises(UserError, match="starts without signal") as caught:
         training_schedule(DDIMScheduler(**BETAS, rescale_betas_zero_snr=True))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("there: use rescale_betas_zero_snr=False")  # no spacing leaves a step out here
+    trailing = DDIMScheduler(**BETAS, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(UserError, match="use timestep_spacing='leading' or rescale_betas_zero_snr=False"):
+        build_schedule(trailing, 10)
 
 
 def test_flow_matching_is_refused_with_one_sentence():

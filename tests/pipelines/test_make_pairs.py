@@ -14,6 +14,7 @@ from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.pipelines.pairs import PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
 from diffusion_align.training.errors import ConfigError, Interrupted, UserError
+from diffusion_align.training.lock import FolderLock
 from diffusion_align.training.prompts import load_prompts
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]
@@ -173,6 +174,22 @@ def test_a_run_is_not_resumed_with_other_settings(whole, change, wanted):
     with pytest.raises(UserError, match=wanted):
         make(whole[1], **({"judge": undecided_about_apples, "resume": True} | change))
     assert content(whole[1]) == before
+
+
+def test_a_judge_whose_code_was_changed_is_another_and_a_folder_in_use_is_refused(tmp_path):
+    folder, file = tmp_path / "pairs", tmp_path / "judge.py"
+    file.write_text("def f(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    make(folder, PROMPTS[:1], f"{file}:f")
+    before = file.read_text()
+    file.write_text(before.replace("return ", "return -"))
+    with pytest.raises(UserError, match=rf"was begun with other content of judge \({file}\): put it back"):
+        make(folder, PROMPTS[:1], f"{file}:f", resume=True)
+    file.write_text(before)
+    kept = content(folder)
+    with FolderLock(folder), pytest.raises(UserError, match="is in use by process"):
+        make(folder, PROMPTS[:1], f"{file}:f", resume=True)
+    make(folder, PROMPTS[:1], f"{file}:f", resume=True)
+    assert content(folder) == kept
 
 
 def test_a_damaged_folder_is_not_resumed(whole, tmp_path):

@@ -542,4 +542,4 @@ def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(change, forked, ca
     assert "Traceback" not in run.error
     assert run.status == 2
     assert len(run.error.splitlines()) == 1
-    assert "the pairs are not those that this run began with" in run.error
+    assert f"belongs to a run with other content of pairs ({source}): put it back" in run.error

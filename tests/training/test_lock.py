@@ -1,0 +1,80 @@
+"""One run at a time in a folder."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_align.training import lock
+from diffusion_align.training.errors import UserError
+from diffusion_align.training.lock import LOCK_FILE, FolderLock, lock_problem
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from diffusion_align.training.lock import FolderLock
+with FolderLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_one_is_told_who_holds_it_and_a_killed_one_blocks_nobody(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        wanted = f"{str(tmp_path)!r} is in use by process {holder.pid} on {socket.gethostname()}: wait until it ends"
+        for _ in range(2):  # looking and trying leave it as it is
+            assert lock_problem(tmp_path).startswith(wanted)
+            with pytest.raises(UserError) as refused, FolderLock(tmp_path):
+                pass
+            assert str(refused.value).startswith(wanted)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    assert (tmp_path / LOCK_FILE).is_file()  # what it left behind
+    assert lock_problem(tmp_path) is None
+    with FolderLock(tmp_path):
+        assert f"process {os.getpid()} on" in lock_problem(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forked_child_does_not_keep_it(tmp_path):
+    with FolderLock(tmp_path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
+    def unsupported(descriptor, *, shared=False):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_lock", unsupported)
+    with FolderLock(tmp_path):
+        assert lock_problem(tmp_path) is None
+        said = capsys.readouterr().err
+        assert said.startswith(f"{tmp_path}: its file system knows no locks (No locks available): see to it")
+        assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_moved_meanwhile_loses_only_its_own_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    with FolderLock(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        with FolderLock(tmp_path / "run"):
+            pass
