@@ -71,7 +71,7 @@ def run(command: list[str], folder: Path, until: float) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             timeout=max(until - time.monotonic(), 1),
         )
     except subprocess.TimeoutExpired:

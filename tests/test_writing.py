@@ -33,7 +33,7 @@ def written_past_us(text):
             mode = str(next((a.value for a in node.args[-1:] if isinstance(a, ast.Constant)), ""))
             if (
                 name in ("os.replace", "torch.save", "save_file", "shutil.copyfile", "shutil.copytree")
-                or attribute in ("write_text", "write_bytes", "rename", "NamedTemporaryFile")
+                or attribute in ("write_text", "write_bytes", "rename")
                 or (attribute == "save_pretrained" and name != "self.save_pretrained")
                 or (attribute == "open" and mode[:1] in ("w", "a", "x"))
             ):
