@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
+
+from diffusion_align.bounds import LARGEST, MOST
 
 app = typer.Typer(
     help="Align diffusion models and language models with rewards and preferences.",
@@ -33,6 +36,24 @@ def _options(
     pass  # main() reads --debug wherever it stands
 
 
+def _number(value: float | None) -> float | None:
+    """Of an option: nan lies between any two bounds."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number that can be used")
+    return value
+
+
+def _path(text: str | Path) -> Path:
+    """Of an option: ``Path("")`` would be the folder that we are in."""
+    if not str(text).strip():
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
+
+
+def _place(*names: str, help: str | None = None) -> Any:
+    return typer.Option(*names, parser=_path, metavar="PATH", help=help)
+
+
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
 PromptFile = Annotated[
     str | None,
@@ -42,9 +63,11 @@ PromptFile = Annotated[
 ]
 RewardOptions = Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
-Steps = Annotated[int | None, typer.Option(min=1)]
-GuidanceScale = Annotated[float | None, typer.Option(min=0)]
-Eta = Annotated[float | None, typer.Option(min=0, max=1)]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST)]
+GuidanceScale = Annotated[float | None, typer.Option(min=0, max=LARGEST, callback=_number)]
+Eta = Annotated[float | None, typer.Option(min=0, max=1, callback=_number)]
+Gaussian = tuple[float, float]
+_Q, _P = (0.1, 0.2), (0.0, 1.0)
 
 
 @app.command()
@@ -70,7 +93,7 @@ def sample(
     model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the pictures")] = Path("samples"),
+    output: Annotated[Path, _place("--output", "-o", help="folder for the pictures")] = Path("samples"),
     seed: Seed = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
@@ -80,7 +103,7 @@ def sample(
     from diffusion_align.pipelines import ImageAlignmentPipeline
 
     texts = _texts(prompt, prompts)
-    _check_folder(output)
+    _check_output(output, "folder")
     _hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
     drawn = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
@@ -95,25 +118,29 @@ def complete(
         list[str] | None, typer.Option("--prompt", "-p", help="text to go on with; repeat for more")
     ] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help=".jsonl file to write as well")] = None,
+    output: Annotated[Path | None, _place("--output", "-o", help=".jsonl file to write as well")] = None,
     seed: Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01, max=1000, callback=_number)] = 1.0,
 ) -> None:
     """Let a language model go on with each prompt."""
     import json
 
     from diffusion_align.pipelines import TextAlignmentPipeline
-    from diffusion_align.pipelines.text import read_prompts
+    from diffusion_align.pipelines.text import check_completions, read_prompts
     from diffusion_align.streams import printable
-    from diffusion_align.writing import write_text
+    from diffusion_align.training.prompts import check_unicode
+    from diffusion_align.writing import make_folder, write_text
 
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     if not texts:
         raise _user_error("no prompt: give -p TEXT or --prompts FILE")
+    check_unicode(prompt or [])
     if output is not None:
-        _make_folder(output.parent)
+        _check_output(output.parent, "folder")
+        _check_output(output, "file")
     _hide_loading_bars()
+    check_completions(model, texts, max_new_tokens)
     pipeline = TextAlignmentPipeline.from_pretrained(model)
     written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
     for text, completion in zip(texts, written, strict=True):
@@ -123,13 +150,14 @@ def complete(
         _console.print(shown, highlight=False, soft_wrap=True)
     if output is not None:
         rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
+        make_folder(output.parent, parents=True)
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @app.command()
 def score(
     reward: Annotated[str, typer.Argument(help="name or module:function")],
-    images: Annotated[list[Path], typer.Argument(help="picture files")],
+    images: Annotated[list[Path], typer.Argument(parser=_path, metavar="IMAGES...", help="picture files")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
     option: RewardOptions = None,
@@ -163,18 +191,22 @@ def serve_reward(
     host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
     token_file: Annotated[
-        Path | None, typer.Option(help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set")
+        Path | None,
+        typer.Option(parser=_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set"),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="pictures a request")] = 64,
-    max_bytes: Annotated[int, typer.Option(min=1000, help="bytes a request")] = 64_000_000,
-    max_pixels: Annotated[int, typer.Option(min=1, help="pixels a request, of all images together")] = 8 * 1024 * 1024,
-    threads: Annotated[int, typer.Option(min=1, help="of torch; a training run scores with one")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="pictures a request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes a request")] = 64_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, max=10**10, help="pixels a request, of all images together")] = 8
+    * 1024
+    * 1024,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="of torch; a training run scores with one")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
     prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
 ) -> None:
     """Serve a reward over HTTP; runs elsewhere ask it with reward: {name: remote, url: ...}."""
     import torch
 
+    from diffusion_align.devices import device_problem
     from diffusion_align.rewards import check_reward, reward_name
     from diffusion_align.rewards.endpoints import read_token
 
@@ -184,10 +216,8 @@ def serve_reward(
         raise _user_error(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
     token = read_token(token_file, serving.TOKEN)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without CUDA
-        raise _user_error(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if problem := device_problem(device):
+        raise _user_error(f"--device {device} {problem}")
     texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
     with serving.bind(host, port, token=token) as bound:
         _hide_loading_bars()
@@ -207,17 +237,18 @@ def compare(
     judge: Annotated[str, typer.Option(help="reward that decides")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="pictures a prompt by each model")] = 1,
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("compare.png"),
+    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="pictures a prompt by each model")] = 1,
+    output: Annotated[Path, _place("--output", "-o")] = Path("compare.png"),
     seed: Seed = 0,
 ) -> None:
     """Draw the same prompts with the same seeds by two models and let a reward judge."""
     from diffusion_align.pipelines.compare import compare_models
 
     texts, metadata = zip(*_prompts(prompt, prompts), strict=True)
-    if output.is_dir():
+    if os.path.isdir(output):
         raise _user_error(f"--output {output} is a folder: name the picture to write")
-    _make_folder(output.parent)
+    _check_output(output.parent, "folder")
+    _check_output(output, "file")
     _hide_loading_bars()
     with _bar("pictures", 2 * per_prompt * len(texts)) as update:
         result = compare_models(
@@ -238,10 +269,10 @@ def compare(
 def pairs(
     model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
     judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst picture")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for the pairs")],
+    output: Annotated[Path, _place("--output", "-o", help="folder for the pairs")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    per_prompt: Annotated[int, typer.Option(min=2, help="pictures a prompt")] = 4,
+    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="pictures a prompt")] = 4,
     seed: Seed = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
@@ -272,7 +303,7 @@ def pairs(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+def report(folder: Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER", help="run folder")]) -> None:
     """Write report.html of a run anew, also while it is running."""
     from diffusion_align.report import write_report
 
@@ -285,13 +316,13 @@ def report(folder: Annotated[Path, typer.Argument(help="run folder")]) -> None:
 
 @app.command()
 def estimators(
-    q: Annotated[tuple[float, float], typer.Option(help="mean and std of the Gaussian that is sampled")] = (0.1, 0.2),
-    p: Annotated[tuple[float, float], typer.Option(help="mean and std of the reference")] = (0.0, 1.0),
+    q: Annotated[Gaussian, typer.Option(help="mean and std of the Gaussian that is sampled")] = _Q,
+    p: Annotated[Gaussian, typer.Option(help="mean and std of the reference")] = _P,
     samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="drawn from q")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the samples")] = 0,
     actions: Annotated[int, typer.Option(min=2, max=1000, help="of the softmax policy; 4 is a fixed example")] = 4,
     softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="draw its logits")] = None,
-    plot: Annotated[Path | None, typer.Option(help="folder for two figures")] = None,
+    plot: Annotated[Path | None, _place(help="folder for two figures")] = None,
 ) -> None:
     """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
     from diffusion_align.report.estimator_gradients import EXAMPLE, random_softmax
@@ -318,9 +349,10 @@ def list_(
 ) -> None:
     """What can be named in a configuration."""
     from diffusion_align.pipelines.listing import LISTINGS
+    from diffusion_align.shown import short
 
     if what and what not in LISTINGS:
-        raise _user_error(f"there is no list {what!r}: choose one of {', '.join(LISTINGS)}")
+        raise _user_error(f"there is no list {short(what)}: choose one of {', '.join(LISTINGS)}")
     for name in [what] if what else LISTINGS:
         _console.print(f"[bold]{name}[/bold]")
         for entry, lines in LISTINGS[name]():
@@ -507,9 +539,10 @@ def _texts(prompt: list[str] | None, prompts: str | None) -> list[str]:
 
 def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, dict[str, Any]]]:
     from diffusion_align.pipelines.configuration import shipped_prompts
-    from diffusion_align.training.prompts import load_prompts
+    from diffusion_align.training.prompts import check_image_prompts, load_prompts
 
     found: list[tuple[str, dict[str, Any]]] = [(text, {}) for text in prompt or []]
+    check_image_prompts(prompt or [])
     if prompts is not None:
         found += load_prompts(prompts, shipped=shipped_prompts())
     if not found:
@@ -519,7 +552,11 @@ def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, d
 
 def _open(path: Path) -> Any:
     from diffusion_align.images import UnreadableImage, open_image
+    from diffusion_align.paths import path_problem
+    from diffusion_align.shown import short
 
+    if problem := path_problem(path):
+        raise _user_error(f"picture {short(str(path))} {problem}")
     if not path.exists():
         raise _user_error(f"there is no picture {path}")
     try:
@@ -528,19 +565,18 @@ def _open(path: Path) -> Any:
         raise _user_error(f"{path} {problem}") from None
 
 
-def _check_folder(path: Path, option: str = "--output") -> None:
-    """Whether files can be written there, or in a folder made there; nothing is left behind."""
-    import tempfile
+def _check_output(path: Path, want: Literal["file", "folder"], option: str = "--output") -> None:
+    """Whether it can be written, or made; nothing is left behind."""
+    from diffusion_align.paths import output_problem
+    from diffusion_align.shown import short
 
-    there = next(place for place in (path, *path.parents) if place.exists())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise _user_error(f"{option}: the folder {path} cannot be used: {error.strerror}") from None
+    if problem := output_problem(path, want):
+        shown = path if len(str(path)) <= 80 and str(path).isprintable() else short(str(path))
+        raise _user_error(f"{option}: the {want} {shown} cannot be used: it {problem}")
 
 
 def _make_folder(path: Path, option: str = "--output") -> None:
-    _check_folder(path, option)
+    _check_output(path, "folder", option)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusion_align.training.errors import UserError
+from diffusion_align.paths import path_problem
+from diffusion_align.training.errors import UserError, short
 
 _count = itertools.count()
 _BLOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -137,6 +138,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def make_folder(path: str | Path, *, parents: bool = False) -> Path:
     """Make a folder unless it is there. Without ``parents``, what it is in must exist: a run's folder that was moved
     or deleted while the run goes on is not made anew behind somebody's back."""
+    if problem := path_problem(path, to="writable"):
+        raise WriteError(f"the folder {short(str(path))} {problem}")
     with writing(path):
         Path(path).mkdir(parents=parents, exist_ok=True)
     return Path(path)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_align.diffusion.lora_file import read_lora
-from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.paths import path_problem
+from diffusion_align.training.errors import UserError, first_line, short
 from diffusion_align.training.lora import ADAPTER, carries_adapters, load_lora, lora_layers, merge_lora, remove_lora
 
 
@@ -57,6 +58,8 @@ def put_on(pipeline: Any, lora: str | Path, model: str) -> None:
     Raises:
         UserError: there is nothing, or some of it does not fit the pipeline.
     """
+    if problem := path_problem(lora):
+        raise UserError(f"lora={short(str(lora))} {problem}")
     for name, part in read_lora(lora, pipeline, model).items():
         try:
             load_lora(getattr(pipeline, name), part.config, part.weights)

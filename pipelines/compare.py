@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.report import before_after, save_png
-from diffusion_align.rewards import build_reward
-from diffusion_align.training.errors import UserError
+from diffusion_align.rewards import build_reward, reward_problem
+from diffusion_align.training.errors import ConfigError, UserError
+from diffusion_align.training.prompts import check_image_prompts
 from diffusion_align.writing import WriteError, make_folder
 
 _BATCH = 8
@@ -109,6 +111,11 @@ def compare_models(
         raise UserError(f"{len(prompts)} prompts and {len(metadata)} metadata: give lists of one length")
     if per_prompt < 1:
         raise UserError(f"per_prompt={per_prompt} must be at least 1")
+    check_image_prompts(prompts)
+    named = [str(model) for model in (first, second) if not isinstance(model, ImageAlignmentPipeline)]
+    problems = [*(image_model_problem(model) for model in named), reward_problem(judge)]
+    if any(problems):
+        raise ConfigError([problem for problem in dict.fromkeys(problems) if problem])
     pipelines = [_loaded(model) for model in (first, second)]
     sampler = pipelines[1].sampler
     reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)

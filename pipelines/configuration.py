@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from diffusion_align.assets import asset_path
@@ -25,11 +23,19 @@ from diffusion_align.llm.kto import KTOConfig
 from diffusion_align.llm.loading import language_model_problem
 from diffusion_align.llm.ppo import PPOConfig
 from diffusion_align.llm.reward_model import RewardModelConfig
+from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
 from diffusion_align.rewards.clip import clip_problem
 from diffusion_align.rewards.text import text_reward_problem
-from diffusion_align.training.config import TrainingConfig, apply_overrides, load_yaml, nearest, parse_config
-from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.config import (
+    TrainingConfig,
+    apply_overrides,
+    load_yaml,
+    nearest,
+    parse_config,
+    read_as,
+)
+from diffusion_align.training.errors import ConfigError, short
 from diffusion_align.training.launch import launch_problems
 from diffusion_align.training.lock import LOCK_FILE, lock_problem
 from diffusion_align.training.places import absolute_paths
@@ -45,7 +51,6 @@ TEXT_METHODS: dict[str, type[TrainingConfig]] = {
 }
 METHODS = IMAGE_METHODS | TEXT_METHODS
 _CONFIGS = Path(__file__).parent.parent / "configs"
-_PROBE = ".diffusion-align-"
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -69,11 +74,24 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     Raises:
         ConfigError: with every problem that can be found without loading a model.
     """
-    path = shipped_configs().get(source) or Path(source).expanduser()
+    return check_config(read_settings(source, overrides))
+
+
+def read_settings(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same as they are written: words in them are ``Unread``, but for the method.
+
+    Raises:
+        ConfigError: there is no such file or recipe, or it or an override cannot be read.
+    """
+    shipped = shipped_configs().get(source)
+    if shipped is None and (problem := path_problem(source)):
+        raise ConfigError([f"config {short(source)} {problem}"])
+    path = shipped or Path(os.path.expanduser(source))
     if not path.is_file():
         hint = nearest(source, list(shipped_configs()))
-        raise ConfigError([f"config {source!r} is neither a file nor a shipped recipe: {hint}"])
-    return check_config(apply_overrides(load_yaml(path), overrides))
+        raise ConfigError([f"config {short(source)} is neither a file nor a shipped recipe: {hint}"])
+    raw = apply_overrides(load_yaml(path, unread=True), overrides, unread=True)
+    return raw | read_as(dict[str, Any], {key: raw[key] for key in ("method",) if key in raw})
 
 
 def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
@@ -84,12 +102,13 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     """
     method = raw.get("method", "ddpo")
     if not isinstance(method, str) or method not in METHODS:
-        raise ConfigError([f"method={method!r} is unknown: {nearest(str(method), list(METHODS))}"])
+        raise ConfigError([f"method={short(method)} is unknown: {nearest(str(method), list(METHODS))}"])
     own = (
         [_check_model, _check_pairs, _check_reward, _check_prompts, _check_evaluation]
         if method in IMAGE_METHODS
         else [_check_language_model, _check_text_data, _check_text_rewards]
     )
+    raw = read_as(METHODS[method], raw)
     checks = [*own, _check_precision, _check_trackers, _check_output_dir]
     problems = [problem for check in checks for problem in check(raw)]  # of the paths as they were given
     return parse_config(METHODS[method], absolute_paths(raw), checks=[lambda _: problems])
@@ -214,20 +233,15 @@ def _check_precision(raw: Mapping[str, Any]) -> list[str]:
 def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
     if not isinstance(raw.get("output_dir"), str | Path):
         return []
+    if problem := output_problem(raw["output_dir"], "folder"):
+        return [f"output_dir={short(os.path.expanduser(raw['output_dir']), 320)} {problem}"]
     folder = Path(os.path.expanduser(raw["output_dir"]))
     try:
-        existing = folder
-        while not existing.exists() and existing != existing.parent:
-            existing = existing.parent
-        if not existing.is_dir():
-            return [f"output_dir={str(folder)!r} cannot be made: {existing} is a file"]
-        with tempfile.TemporaryDirectory(dir=existing, prefix=_PROBE):
-            pass
         # Another process of this run may be probing the same folder.
         inside = [path.name for path in folder.iterdir()] if folder.exists() else []
-        used = any(name != LOCK_FILE and not name.startswith(_PROBE) for name in inside)
+        used = any(name != LOCK_FILE and not name.startswith(PROBE) for name in inside)
     except OSError as error:
-        return [f"output_dir={str(folder)!r} is not writable: {error.strerror}"]
+        return [f"output_dir={str(folder)!r} is not readable: {error.strerror}"]
     if problem := lock_problem(folder):
         return [f"output_dir: {problem}"]
     if used:
@@ -243,8 +257,8 @@ def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
 
 def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
     try:
-        method = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["method"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        method = load_yaml(folder / "config.yaml")["method"]
+    except (ConfigError, KeyError):
         return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
     if method != raw.get("method", "ddpo"):
         return [f"resume=true, but {folder} is a run of method={method!r}: choose a new output_dir"]

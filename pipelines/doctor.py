@@ -23,7 +23,7 @@ from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.footprint import latent_shape
 from diffusion_align.diffusion.schedule import part_of_steps
 from diffusion_align.llm.data import TextDataConfig
-from diffusion_align.pipelines.configuration import METHODS, read_config, shipped_configs
+from diffusion_align.pipelines.configuration import METHODS, read_config, read_settings
 from diffusion_align.pipelines.costs import describe_costs
 from diffusion_align.pipelines.model_files import cached_repositories, find_model, gigabytes
 from diffusion_align.pipelines.workload import (
@@ -36,7 +36,7 @@ from diffusion_align.pipelines.workload import (
 )
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.clip import default_clip, is_emoji_sd
-from diffusion_align.training.config import apply_overrides, as_numbers, load_yaml
+from diffusion_align.training.config import read_as
 from diffusion_align.training.errors import ConfigError, UserError, first_line
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -98,12 +98,12 @@ def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[
 def _what_can_be_read(source: str, overrides: Sequence[str]) -> Any:
     """The settings without those that are not allowed; None where they cannot be read at all or name no model."""
     try:
-        given = load_yaml(shipped_configs().get(source) or Path(source).expanduser())
-        raw = as_numbers(apply_overrides(given, overrides))
+        raw = read_settings(source, overrides)
+        method = METHODS.get(str(raw.get("method", "ddpo")))
+        if method is None:
+            return None
+        raw = read_as(method, raw)
     except ConfigError:
-        return None
-    method = METHODS.get(str(raw.get("method", "ddpo")))
-    if method is None:
         return None
     for _ in range(100):  # each time there is less to complain about
         try:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_align.devices import device_problem
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.footprint import unet_inputs
@@ -22,6 +23,7 @@ from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images
 from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.paths import path_problem
 from diffusion_align.pipelines import adapters
 from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config, shipped_prompts
 from diffusion_align.pipelines.hub import upload
@@ -31,9 +33,9 @@ from diffusion_align.pipelines.machine import best_seconds, start
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
 from diffusion_align.rewards import build_reward
 from diffusion_align.rewards.places import recorded
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import UserError, short
 from diffusion_align.training.places import absolute_paths
-from diffusion_align.training.prompts import load_prompts
+from diffusion_align.training.prompts import check_image_prompts, load_prompts
 from diffusion_align.writing import make_folder, new_folder
 
 if TYPE_CHECKING:
@@ -108,8 +110,11 @@ class ImageAlignmentPipeline:
         Raises:
             UserError: the model or the LoRA cannot be loaded.
         """
+        if problem := device_problem(device):
+            raise UserError(f"device={str(device)!r} {problem}")
         plan = model_plan(str(model))
-        variant, base_config = variant or plan.variant, base_config or plan.base_config
+        variant = plan.variant if variant is None else variant
+        base_config = plan.base_config if base_config is None else base_config
         pipeline = load_pipeline(plan.base, dtype=dtype, variant=variant, base_config=base_config)
         stack = [*plan.adapters, *([lora] if lora is not None else [])]
         for i, adapter in enumerate(stack):
@@ -165,6 +170,8 @@ class ImageAlignmentPipeline:
         for name, argument in _OF_LOADING.items():
             if name in settings:
                 raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
+        if problem := path_problem(output_dir, to="writable"):
+            raise UserError(f"output_dir={short(str(output_dir))} {problem}")
         own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
         goes_on = own and settings.get("resume") is True
         if goes_on and not adapters.adapted_parts(self.pipeline):
@@ -231,6 +238,7 @@ class ImageAlignmentPipeline:
         from diffusers import DDIMScheduler, DDPMScheduler
 
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_image_prompts(texts)
         original = self.pipeline.scheduler
         most = original.config.num_train_timesteps
         if steps is not None and not (isinstance(steps, int) and 1 <= steps <= most):

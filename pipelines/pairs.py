@@ -10,18 +10,18 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
+from diffusion_align import yaml_text
 from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.paths import output_problem, path_problem
 from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.report import before_after, save_png
@@ -30,9 +30,9 @@ from diffusion_align.rewards.base import reward_name
 from diffusion_align.rewards.places import recorded
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
-from diffusion_align.training.errors import ConfigError, Interrupted, UserError
+from diffusion_align.training.errors import ConfigError, Interrupted, UserError, short
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
-from diffusion_align.training.prompts import Prompt
+from diffusion_align.training.prompts import Prompt, check_image_prompts
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"
@@ -88,6 +88,8 @@ def make_pairs(
         RewardError: a judge that cannot be built, raises, or gives anything but one finite score a picture.
         Interrupted: Ctrl-C.
     """
+    if problem := path_problem(output):
+        raise UserError(f"output={short(str(output))} {problem}")
     output = Path(output).expanduser()
     sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
     drawing = {"model": str(model), "per_prompt": per_prompt, "seed": seed, **sampling}
@@ -166,6 +168,7 @@ def make_pairs(
 def _check(prompts: Sequence[Prompt], judge: Any, drawing: Mapping[str, Any]) -> None:
     """Raise everything that is wrong with the settings, before anything is loaded."""
     model, per_prompt, seed, steps, guidance, eta = drawing.values()
+    check_image_prompts([text for text, _ in prompts])
     blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
     wrong = {
         "prompts is empty: give at least one": not prompts,
@@ -183,13 +186,8 @@ def _check(prompts: Sequence[Prompt], judge: Any, drawing: Mapping[str, Any]) ->
 
 
 def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    existing = output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"output={str(output)!r} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"output={str(output)!r}: {existing} is not writable: choose another folder")
+    if problem := output_problem(output, "folder"):
+        raise UserError(f"output={short(str(output), 320)} {problem}")
     if not output.is_dir() or all(path.name == LOCK_FILE for path in output.iterdir()):
         return
     if not resume:
@@ -222,7 +220,7 @@ def _begin(output: Path, settings: Mapping[str, Any]) -> None:
     """Settings are kept with the first result: a judge that fails at once leaves no used folder behind."""
     if not (output / SETTINGS).exists():
         make_folder(output, parents=True)
-        write_text(output / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False))
+        write_text(output / SETTINGS, yaml_text.dump(dict(settings), sort_keys=False))
 
 
 def _scores(reward: Any, images: Sequence[Image.Image], prompt: str, metadata: Mapping[str, Any]) -> list[float]:

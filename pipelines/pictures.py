@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ class DrawnImages:
         Raises:
             UserError: there are no pictures, or they cannot be written.
         """
-        target, grid = Path(folder).expanduser(), self.grid()
+        target, grid = Path(os.path.expanduser(folder)), self.grid()
         make_folder(target, parents=True)
         for i, image in enumerate(self.images):
             save_png(image, target / f"{i:04d}.png")

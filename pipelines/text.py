@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from diffusion_align.devices import device_problem
 from diffusion_align.llm.collection import WeightedRewards, trainer_state
 from diffusion_align.llm.data import (
     LAYOUTS,
@@ -36,17 +37,24 @@ from diffusion_align.llm.encoding import (
 )
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer
-from diffusion_align.llm.loading import load_ends, load_language_model, load_sequence_classifier, load_tokenizer
+from diffusion_align.llm.loading import (
+    language_model_problem,
+    load_ends,
+    load_language_model,
+    load_sequence_classifier,
+    load_tokenizer,
+)
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.llm.rollout import rollout
+from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, text_data
 from diffusion_align.pipelines.identity import text_identity
 from diffusion_align.pipelines.machine import best_seconds, processes, start
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
-from diffusion_align.training.errors import ConfigError, UserError
+from diffusion_align.training.errors import ConfigError, UserError, short
 from diffusion_align.training.lora import carries_adapters, remove_lora
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import BadRow, open_rows
@@ -95,6 +103,8 @@ class TextAlignmentPipeline:
         Raises:
             UserError: the model cannot be loaded.
         """
+        if problem := device_problem(device):
+            raise UserError(f"device={str(device)!r} {problem}")
         loaded, tokenizer = load_language_model(str(model), dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(loaded, tokenizer, name=str(model))
@@ -168,15 +178,7 @@ class TextAlignmentPipeline:
                 f"max_new_tokens={max_new_tokens}, temperature={temperature}, batch_size={batch_size}: the first and "
                 "the last must be at least 1, the temperature above 0"
             )
-        encoder = TextEncoder(self.tokenizer, max_completion_length=max_new_tokens)
-        rows = _bare_rows(_several(prompts), encoder, name="prompts")
-        context = context_length(self.model.config)
-        longest = max((len(row.ids) for row in rows), default=0)
-        if rows and context is not None and longest + max_new_tokens > context:
-            raise UserError(
-                f"max_new_tokens={max_new_tokens} does not fit behind a prompt of {longest} tokens in the model's "
-                f"context of {context}: make one of them shorter"
-            )
+        rows = _fitting_rows(_several(prompts), self.tokenizer, context_length(self.model.config), max_new_tokens)
         policy = LanguagePolicy.for_sampling(self.model, self.tokenizer, temperature=temperature)
         texts: list[str] = []
         for begin in range(0, len(rows), batch_size):
@@ -334,6 +336,30 @@ def _bare_rows(prompts: Sequence[Any], encoder: TextEncoder, *, name: str) -> li
         raise ConfigError([problem for problem in error.problems if "skip_bad_rows" not in problem]) from None
 
 
+def _fitting_rows(prompts: Sequence[Text], tokenizer: Any, context: int | None, max_new_tokens: int) -> list[PromptRow]:
+    """The rows of prompts behind which there is room for a completion."""
+    encoder = TextEncoder(tokenizer, max_completion_length=max_new_tokens)
+    rows = _bare_rows(prompts, encoder, name="prompts")
+    longest = max((len(row.ids) for row in rows), default=0)
+    if rows and context is not None and longest + max_new_tokens > context:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} does not fit behind a prompt of {longest} tokens in the model's "
+            f"context of {context}: make one of them shorter"
+        )
+    return rows
+
+
+def check_completions(model: str, prompts: Sequence[Text], max_new_tokens: int) -> None:
+    """What can be seen of ``TextAlignmentPipeline.from_pretrained(model)(prompts, ...)`` before weights are read.
+
+    Raises:
+        UserError: there is no such language model, or its context or chat template does not take the prompts.
+    """
+    if problem := language_model_problem(model):
+        raise UserError(problem)
+    _fitting_rows(prompts, *load_tokenizer(model), max_new_tokens)
+
+
 def _check_same_tokens(config: PolicyConfig, tokenizer: Any) -> None:
     other, _ = load_tokenizer(str(config.reference_model))
     if other.get_vocab() != tokenizer.get_vocab():
@@ -387,6 +413,8 @@ def read_prompts(source: str) -> list[Text]:
     Raises:
         ConfigError: there is nothing of that name, or it holds no prompts.
     """
+    if problem := path_problem(source):
+        raise ConfigError([f"prompts.source={short(source)} {problem}"])
     data = text_data(TextDataConfig(source=source))
     problems = columns_problems(data, "prompts", name="prompts")
     if problems:

@@ -23,6 +23,7 @@ from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, ClipEncoder, clip_problem, is_emoji_sd, load_clip
 from diffusion_align.rewards.places import note
+from diffusion_align.rewards.weights import file_problem
 
 ABOUT = {
     "aesthetic": {
@@ -110,8 +111,8 @@ def aesthetic_problem(
     """What is wrong with these options, in one sentence, or None. Loads nothing."""
     if variant is not None and variant not in VARIANTS:
         return f"variant={variant!r} is unknown: choose one of {', '.join(VARIANTS)}"
-    if head is not None and (not isinstance(head, str | Path) or not Path(head).expanduser().is_file()):
-        return f"head={str(head)!r} is not a file: give a local .pth or .safetensors file, or leave it out"
+    if wrong := file_problem("head", head, "give a local .pth or .safetensors file, or leave it out"):
+        return wrong
     return clip_problem(VIT_L_14 if clip is None else clip, dtype=dtype, batch_size=batch_size)
 
 

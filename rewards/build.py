@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST
+from diffusion_align.devices import device_problem
 from diffusion_align.rewards.base import Reward, RewardError, as_scores, check_prompts, describe_exception, reward_name
 from diffusion_align.rewards.clip import unshared
+from diffusion_align.rewards.options import is_coefficient
 from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find, is_builder
+from diffusion_align.shown import short
 
 
 class ScaledReward:
@@ -169,8 +173,8 @@ def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
     if "name" not in options:
         raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
     source, scale = options.pop("name"), options.pop("scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < abs(scale) < 1e30:
-        raise RewardError(f"scale={scale!r} of a reward must be a finite number other than 0")
+    if not is_coefficient(scale) or scale == 0:
+        raise RewardError(f"scale={short(scale)} of a reward must be a finite number other than 0, at most {LARGEST:g}")
     if isinstance(source, str):
         label, target, find_problem = find(source.strip(), kind)
     elif callable(source):
@@ -180,6 +184,9 @@ def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
             f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
         )
     check_options(label, target, options, kind)
+    built_in = is_builder(target) and not inspect.isclass(target)
+    if built_in and (problem := device_problem(options.get("device"))):
+        raise RewardError(f"reward '{label}': device={options['device']!r} {problem}")
     try:
         wrong = find_problem(**options) if find_problem else None
     except RewardError:

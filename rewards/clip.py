@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.options import count_problem
 from diffusion_align.rewards.places import note, recorded
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -238,9 +239,7 @@ def running_problem(*, dtype: Any, batch_size: Any) -> str | None:
     """What is wrong with how to run a network, in one sentence, or None."""
     if dtype not in tuple(DTYPES):
         return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        return f"batch_size={batch_size!r} must be a whole number of at least 1"
-    return None
+    return count_problem(1, batch_size=batch_size)
 
 
 def is_missing_folder(name: str) -> bool:

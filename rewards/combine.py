@@ -4,7 +4,6 @@ What a trainer does with the parts is its own: DDPO can also normalise each by i
 (``multi_objective_aggregation: normalize_then_sum``), which needs more than the pictures of one call.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, as_scores, check_prompts, reward_name
 from diffusion_align.rewards.build import build_reward, reward_problem
+from diffusion_align.rewards.options import is_coefficient
 
 ABOUT = {
     "combine": {
@@ -81,9 +81,7 @@ def combine_problem(*, rewards: Any = (), weights: Any = None, device: Any = Non
             return problem
     if weights is None:
         return None
-    numbers = isinstance(weights, list | tuple) and all(
-        isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in weights
-    )
+    numbers = isinstance(weights, list | tuple) and all(map(is_coefficient, weights))
     if not numbers or len(weights) != len(rewards):
         return f"weights={weights!r} must be {len(rewards)} finite numbers, one for each reward"
     return None

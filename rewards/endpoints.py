@@ -26,7 +26,9 @@ import numpy as np
 from PIL import Image
 
 from diffusion_align.interrupt import interrupted
+from diffusion_align.paths import path_problem
 from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.shown import short
 from diffusion_align.streams import printable
 
 LARGEST_ANSWER = 1_000_000  # bytes
@@ -269,22 +271,6 @@ def url_problem(url: Any) -> str | None:
     return None
 
 
-def number_problem(**numbers: Any) -> str | None:
-    """Which of these settings is not a finite number above 0, in one sentence, or None."""
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            return f"{name}={value!r} must be a number above 0"
-    return None
-
-
-def count_problem(minimum: int, **counts: Any) -> str | None:
-    """Which of these settings is not a whole number of at least ``minimum``, in one sentence, or None."""
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            return f"{name}={value!r} must be a whole number of at least {minimum}"
-    return None
-
-
 def is_loopback(url: str) -> bool:
     """Whether the address is this machine's own, so that nobody else can listen or answer."""
     try:
@@ -304,7 +290,9 @@ def read_token(file: str | Path | None, variable: str) -> str | None:
         RewardError: the file cannot be read, or the token has characters that no header may hold.
     """
     if file is not None:
-        place = f"token_file={str(file)!r}"
+        place = f"token_file={short(str(file))}"
+        if isinstance(file, str | Path) and (problem := path_problem(file, "file")):
+            raise RewardError(f"{place} {problem}")
         try:
             token = Path(file).expanduser().read_text(encoding="ascii").strip()
         except (OSError, ValueError, TypeError) as error:

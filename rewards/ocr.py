@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, to_uint8
+from diffusion_align.rewards.options import count_problem
 
 ABOUT = {
     "ocr": {
@@ -92,8 +93,8 @@ def ocr_problem(*, extra_text: Any = "count", min_side: Any = 512, num_threads: 
         return f"extra_text={extra_text!r} is unknown: choose one of {', '.join(EXTRA_TEXT)}"
     if isinstance(min_side, bool) or not isinstance(min_side, int) or not 32 <= min_side <= 2000:
         return f"min_side={min_side!r} must be a whole number of pixels from 32 to 2000"
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-        return f"num_threads={num_threads!r} must be a whole number of at least 1"
+    if wrong := count_problem(1, most=1024, num_threads=num_threads):
+        return wrong
     for package in ("rapidocr", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install 'diffusion-align[ocr]'"

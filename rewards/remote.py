@@ -19,12 +19,12 @@ from diffusion_align.rewards.endpoints import (
     Endpoint,
     ask,
     in_parallel,
-    number_problem,
     png,
     read_token,
     token_problem,
     url_problem,
 )
+from diffusion_align.rewards.options import number_problem
 from diffusion_align.streams import printable
 
 ABOUT = {

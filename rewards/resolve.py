@@ -13,7 +13,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from diffusion_align.paths import path_problem
 from diffusion_align.rewards.base import RewardError, describe_exception, parameters_of
+from diffusion_align.shown import short
 
 # name: (module, function that builds it). The module says the rest in ABOUT[function].
 REWARDS: dict[str, tuple[str, str]] = {
@@ -71,6 +73,8 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
         module_name, function = kind.table[source]
         module = importlib.import_module(module_name)
         return source, getattr(module, function), getattr(module, f"{function}_problem", None)
+    if source and (problem := path_problem(source)):
+        raise RewardError(f"reward {short(source)} {problem}")
     place, colon, attribute = source.rpartition(":")
     if not colon:
         ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
@@ -82,6 +86,8 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
         raise RewardError(f"unknown reward '{source}': {meant} {ours}")
     if not place or not attribute:
         raise RewardError(f"reward '{source}' must read 'package.module:function' or 'path/to/file.py:function'")
+    if place.endswith(".py") and (problem := path_problem(place, "file")):
+        raise RewardError(f"reward file {short(place)} {problem}")
     try:
         module = _import_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     except RewardError:

@@ -1,6 +1,5 @@
 """A reward as a field of a configuration."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -30,6 +29,4 @@ def several_rewards_problems(reward: Any, weights: Sequence[float] | None) -> li
         problems.append(
             f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"
         )
-    if weights is not None and not all(map(math.isfinite, weights)):
-        problems.append(f"reward_weights={weights} must be finite")
     return problems

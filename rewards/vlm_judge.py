@@ -19,19 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_align.paths import output_problem
 from diffusion_align.rewards.base import RewardError, to_uint8
 from diffusion_align.rewards.endpoints import (
     Endpoint,
     ask,
-    count_problem,
     in_parallel,
     is_loopback,
-    number_problem,
     png,
     read_token,
     token_problem,
     url_problem,
 )
+from diffusion_align.rewards.options import count_problem, number_problem
+from diffusion_align.shown import short
 from diffusion_align.streams import printable
 from diffusion_align.writing import WriteError, make_folder, write_text
 
@@ -254,12 +255,14 @@ def vlm_judge_problem(
         return f"range={range!r} must begin with its lower end"
     if temperature is not None and (type(temperature) not in (int, float) or not 0 <= temperature <= 2):
         return f"temperature={temperature!r} must be a number from 0 to 2, or null to send none"
-    if seed is not None and type(seed) is not int:
-        return f"seed={seed!r} must be a whole number, or null to send none"
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
+        return f"seed={short(seed)} must be a whole number, or null to send none"
     if request is not None and not isinstance(request, Mapping):
         return f"request={request!r} must be a mapping of further fields, such as {{max_tokens: 20}}"
-    if cache is not None and (not isinstance(cache, str | Path) or Path(cache).expanduser().is_file()):
-        return f"cache={cache!r} must be a folder"
+    if cache is not None and not isinstance(cache, str | Path):
+        return f"cache={short(cache)} must be a folder"
+    if cache is not None and (wrong := output_problem(cache, "folder")):
+        return f"cache={short(str(cache))} must be a folder: it {wrong}"
     return (
         url_problem(url)
         or number_problem(timeout=timeout, patience=patience)

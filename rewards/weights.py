@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_align.hub import hub_or_cache
+from diffusion_align.paths import path_problem
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.places import note
 from diffusion_align.rewards.text.loading import place
+from diffusion_align.shown import short
 
 
 def weights_file(weights: str | Path | None, repository: str, file: str) -> Path:
@@ -37,11 +39,20 @@ def weights_file(weights: str | Path | None, repository: str, file: str) -> Path
     return path
 
 
+def file_problem(option: str, file: Any, remedy: str) -> str | None:
+    """What is wrong with an option that names a file that has to be there, in one sentence, or None; None is well."""
+    if file is None:
+        return None
+    if isinstance(file, str | Path) and (problem := path_problem(file, "file")):
+        return f"{option}={short(str(file))} {problem}"
+    if not isinstance(file, str | Path) or not Path(file).expanduser().is_file():
+        return f"{option}={short(str(file), 200)} is not a file: {remedy}"
+    return None
+
+
 def weights_problem(weights: Any) -> str | None:
     """What is wrong with the option ``weights``, in one sentence, or None."""
-    if weights is not None and (not isinstance(weights, str | Path) or not Path(weights).expanduser().is_file()):
-        return f"weights={str(weights)!r} is not a file: give a local .pt or .safetensors file, or leave it out"
-    return None
+    return file_problem("weights", weights, "give a local .pt or .safetensors file, or leave it out")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
@@ -38,6 +39,7 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import Prompt, PromptsConfig, items_of_epoch
@@ -56,32 +58,38 @@ class DDPOConfig(DenoisingConfig):
     reward: RewardSetting = Field(
         description="name, 'module:function', {name: ..., options}, a function, or a list of these"
     )
-    reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
 
     objective: Literal["ratio", "score_function"] = "ratio"
     logp_reduction: Literal["mean", "sum"] = Field(
         "mean", description="over latent dimensions: log-prob, ratio and KL alike"
     )
     clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
-    clip_range_nats: float | None = Field(None, gt=0, description="bound on the joint log-ratio; replaces clip_range")
-    timestep_range: tuple[float, float] = Field(
+    clip_range_nats: OrInfinite | None = Field(
+        None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
+    )
+    timestep_range: tuple[Weight, Weight] = Field(
         (0.0, 1.0), description="part of the stochastic steps, from noise (0) to picture (1), that is trained on"
     )
     timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, drawn per picture")
 
-    group_size: int = Field(1, ge=1, description="pictures a prompt in an epoch")
+    group_size: int = Field(1, ge=1, le=MOST, description="pictures a prompt in an epoch")
     advantages: Literal["prompt_history", "group"] = "prompt_history"
-    history_size: int = Field(32, ge=1, description="rewards a prompt keeps; the 4096 prompts seen last are remembered")
-    history_min_count: int = Field(16, ge=1)
-    clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std a group is divided by")
+    history_size: int = Field(
+        32, ge=1, le=MOST, description="rewards a prompt keeps; the 4096 prompts seen last are remembered"
+    )
+    history_min_count: int = Field(16, ge=1, le=MOST)
+    clip_std: tuple[OrInfinite, OrInfinite] = Field(
+        (0.0, math.inf), description="bounds on the std a group is divided by"
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
         "sum_then_normalize",
         description="of several rewards: the advantage of their sum, or the sum of each one's",
     )
-    advantage_clip: float = Field(5.0, gt=0)
+    advantage_clip: OrInfinite = Field(5.0, gt=0)
 
     kl_coef: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="price of one nat of KL to the reference, in units of the advantage"
+        0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference, in units of the advantage"
     )
     kl: Literal["closed_form", "k1_reward"] = "closed_form"
     credit: Literal["step", "to_go"] = Field(

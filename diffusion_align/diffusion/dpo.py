@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
@@ -43,6 +44,7 @@ from diffusion_align.estimators import (
     ipo_loss,
 )
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import Prompt, PromptsConfig
@@ -60,40 +62,42 @@ class DiffusionDPOConfig(DenoisingConfig):
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
     )
     reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown pictures")
-    reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-    group_size: int = Field(4, ge=2, description="online: pictures a prompt; the best and the worst are a pair")
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    group_size: int = Field(
+        4, ge=2, le=MOST, description="online: pictures a prompt; the best and the worst are a pair"
+    )
 
     variant: Literal["original", "corrected"] = "original"
     loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
-    beta: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="price of one nat, as weighed by `weighting`"
-    )
+    beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighed by `weighting`")
     beta_dpo: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="the field's beta (2000 to 5000), for mean squared errors"
+        None, gt=0, le=LARGEST, description="the field's beta (2000 to 5000), for mean squared errors"
     )
     weighting: Weighting = Field("uniform", description="of the steps: exact, uniform (the field's) or share")
-    timestep_range: tuple[float, float] = Field(
+    timestep_range: tuple[Weight, Weight] = Field(
         (0.0, 1.0), description="part of the stochastic steps, from noise (0) to picture (1), that is trained on"
     )
-    decisions_per_pair: int = Field(1, ge=1, description="steps drawn for a pair in an epoch, each with its own noise")
+    decisions_per_pair: int = Field(
+        1, ge=1, le=MOST, description="steps drawn for a pair in an epoch, each with its own noise"
+    )
     target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
         "posterior_mean", description="x_s: given x_0, drawn given x_0, or online as the sampler drew it"
     )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
 
     kl_coef: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="price of one nat of KL; 2 beta (corrected) or 0 when not given"
+        None, ge=0, le=LARGEST, description="price of one nat of KL; 2 beta (corrected) or 0 when not given"
     )
     reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
         "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
     )
     old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
-    loser_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the rejected picture's error")
-    loser_clip: float | None = Field(
+    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected picture's error")
+    loser_clip: OrInfinite | None = Field(
         None, gt=0, description="the rejected picture's error counts up to the reference's and so many nats"
     )
-    max_winner_error: float = Field(
+    max_winner_error: OrInfinite = Field(
         2.0, gt=1, description="stop when the chosen pictures' error is so many times the reference's"
     )
 

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.diffusion.part_configs import folder_problem, pipeline_problem
 from diffusion_align.diffusion.single_file import family_of, is_one_file, load_single_file, single_file_problem
 from diffusion_align.hub import hub_or_cache
+from diffusion_align.paths import path_problem
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
-from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.training.errors import UserError, first_line, short
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
 FAMILIES: dict[str, dict[str, Any]] = {  # class -> arguments for what is not used here
     "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes model_index.json may name
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # model.safetensors, model.fp16.safetensors and their shards
 WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
@@ -38,6 +40,9 @@ def model_problem(model: str, *, variant: str | None = None, base_config: str | 
         model, variant, base_config: see ``load_pipeline``. Of a folder the names of its files are read, and of a file
             those of its tensors.
     """
+    for name, path in {"model": model, "base_config": base_config}.items():
+        if path is not None and (problem := path_problem(path)):
+            return f"{name}={short(path)} {problem}"
     if not is_one_file(model):
         if base_config is not None:
             return (
@@ -128,7 +133,7 @@ def folder_unet_problem(model: str) -> str | None:
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_index.json", "unet/config.json")
         )
         return unet_problem(f"model={model!r}", index.get("_class_name"), unet)
-    except (OSError, ValueError, AttributeError):  # which loading will say
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # which loading will say
         return None
 
 
@@ -169,6 +174,8 @@ def load_pipeline(
             pipeline = load_single_file(model, dtype=dtype, base_config=base, options=FAMILIES[family])
         else:
             pipeline = _load_folder(model, dtype, variant, to_train=to_train)
+        if problem := pipeline_problem(pipeline):
+            raise UserError(f"model={model!r}: {problem}")
         if pipeline.vae.config.force_upcast:
             _accept_any_dtype(pipeline.vae)
         else:
@@ -196,7 +203,9 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_trai
             use_safetensors=True,
             **FAMILIES[family],
         )
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever a wrong value leads to
         raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
 
 
@@ -212,7 +221,7 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
 
     try:
         index = DiffusionPipeline.load_config(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a file that holds something else
         raise UserError(f"{name}={model!r} could not be loaded: {first_line(error)}") from error
     family = index.get("_class_name") if isinstance(index, dict) else None
     if family not in FAMILIES:
@@ -220,10 +229,17 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
             f"{name}={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(FAMILIES))}"
         )
     # transformers makes up an empty tokenizer where there is none.
-    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0] and part != "safety_checker"]
+    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[:1] and kind[0]]
+    foreign = [(part, index[part][0]) for part in parts if index[part][0] not in _LIBRARIES]
+    if foreign:
+        part, library = foreign[0]
+        raise UserError(f"{name}={model!r}: its {part} is of {short(library)}, of which nothing is loaded")
+    parts = [part for part in parts if part != "safety_checker"]
     absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
     if absent:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
+    if os.path.isdir(source) and (problem := folder_problem(Path(source))):
+        raise UserError(f"{name}={model!r}: {problem}")
     return family
 
 

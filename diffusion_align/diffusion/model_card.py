@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
-from diffusion_align import __version__
+from diffusion_align import __version__, yaml_text
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
 from diffusion_align.diffusion.runs import ModelPlan, model_plan
 from diffusion_align.diffusion.single_file import is_one_file
@@ -128,7 +127,7 @@ def _front_matter(base: str, method: str, lora: bool) -> str:
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if _is_hub_id(base):  # the hub refuses a card whose base_model is not one of its own
         front = {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} | front
-    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(front, sort_keys=False, allow_unicode=True)
 
 
 def _opening(below: ModelPlan, lora: bool) -> str:
@@ -250,7 +249,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     for key in ("prompts", "show_prompts"):
         if isinstance(kept.get(key), list) and len(kept[key]) > _LONG_LIST:
             kept[key] = [*kept[key][:_LONG_LIST], f"... {len(kept[key])} in all"]
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:

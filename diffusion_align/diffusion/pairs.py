@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.diffusion.pair_sources import EMBEDDED, LAYOUTS, open_table, table_source
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.training.digests import content_digest, file_digest
@@ -40,7 +41,10 @@ class PairsConfig(RowsConfig):
         None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
     )
     max_pairs: int | None = Field(
-        None, ge=1, description="use the first so many pairs only; of a Hub dataset no more than these are downloaded"
+        None,
+        ge=1,
+        le=MOST_ROWS,
+        description="use the first so many pairs only; of a Hub dataset no more than these are downloaded",
     )
 
 

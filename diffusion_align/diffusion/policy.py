@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.diffusion.loading import unet_problem
 from diffusion_align.diffusion.lora_file import save_lora
 from diffusion_align.training.config import Section
@@ -35,8 +36,8 @@ CACHED_PROMPTS = 2048
 class LoRAConfig(Section):
     """Low-rank adapters on the UNet."""
 
-    rank: int = Field(8, ge=1, description="rank of every adapter")
-    alpha: int | None = Field(None, ge=1, description="scale is alpha / rank; the rank itself when not given")
+    rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
+    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; the rank itself when not given")
     layers: Literal["attention", "attention+convolutions"] = Field(
         "attention", description="small models need the convolutions of the residual blocks as well"
     )

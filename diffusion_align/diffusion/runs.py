@@ -10,8 +10,9 @@ from typing import Any
 
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES, folder_unet_problem, model_problem
 from diffusion_align.diffusion.lora_file import LORA_FILE
+from diffusion_align.paths import path_problem
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import UserError, short
 from diffusion_align.training.places import found_from
 
 
@@ -50,6 +51,8 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         UserError: a run that is not finished, of a language model, or whose base cannot be found. Nothing is said
             here about models that are no runs.
     """
+    if problem := path_problem(model):
+        raise UserError(f"model={short(model)} {problem}")
     found = _run_folder(model)
     if found is None:
         return ModelPlan(model, below=model, origin=model)
@@ -115,7 +118,8 @@ def image_model_problem(model: str, *, variant: str | None = None, base_config: 
         plan = model_plan(model)
     except UserError as error:
         return str(error)
-    variant, base_config = variant or plan.variant, base_config or plan.base_config
+    variant = plan.variant if variant is None else variant
+    base_config = plan.base_config if base_config is None else base_config
     problem = model_problem(plan.base, variant=variant, base_config=base_config) or folder_unet_problem(plan.base)
     if problem and plan.run is not None:
         return f"model={model!r} is a run whose base cannot be used: {problem}"

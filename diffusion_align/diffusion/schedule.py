@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.training.config import Section
 from diffusion_align.training.errors import UserError
 
@@ -32,9 +33,9 @@ class SamplerConfig(Section):
     """How pictures are sampled, in training and for the grids."""
 
     name: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = Field(50, ge=1)
+    steps: int = Field(50, ge=1, le=MOST)
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
-    guidance_scale: float = Field(5.0, ge=1, allow_inf_nan=False, description="1 switches guidance off")
+    guidance_scale: float = Field(5.0, ge=1, le=LARGEST, description="1 switches guidance off")
 
 
 @dataclass(frozen=True)

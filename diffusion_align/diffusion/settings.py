@@ -6,11 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.rewards.setting import RewardSetting
-from diffusion_align.training.config import Section, TrainingConfig
-from diffusion_align.training.prompts import PromptsConfig
+from diffusion_align.training.config import OrInfinite, Section, TrainingConfig
+from diffusion_align.training.errors import ConfigError
+from diffusion_align.training.prompts import PromptsConfig, check_image_prompts
 
 
 class EvaluationConfig(Section):
@@ -18,8 +20,8 @@ class EvaluationConfig(Section):
 
     reward: RewardSetting = Field(None, description="the gold reward, held out; null measures diversity alone")
     prompts: PromptsConfig | None = Field(None, description="as for training; the prompts of the training if null")
-    pictures: int = Field(32, ge=2, description="how many; the prompts take turns")
-    every: int = Field(1, ge=1, description="epochs")
+    pictures: int = Field(32, ge=2, le=MOST, description="how many; the prompts take turns")
+    every: int = Field(1, ge=1, le=MOST, description="epochs")
     diversity: str = Field(
         "clip", description="distance between two pictures: pixels, the CLIP that suits the model (clip) or another one"
     )
@@ -28,9 +30,11 @@ class EvaluationConfig(Section):
 class StopConfig(Section):
     """When a run ends before its last epoch: as soon as one of these holds."""
 
-    kl_above: float | None = Field(None, gt=0, description="nats of a whole path, the metric kl_path")
-    gold_falling: int | None = Field(None, ge=1, description="evaluations in a row in which gold is below its best")
-    diversity_below: float | None = Field(None, gt=0, description="in the unit of evaluation.diversity")
+    kl_above: OrInfinite | None = Field(None, gt=0, description="nats of a whole path, the metric kl_path")
+    gold_falling: int | None = Field(
+        None, ge=1, le=MOST, description="evaluations in a row in which gold is below its best"
+    )
+    diversity_below: float | None = Field(None, gt=0, le=LARGEST, description="in the unit of evaluation.diversity")
 
 
 class DenoisingConfig(TrainingConfig):
@@ -54,6 +58,10 @@ class DenoisingConfig(TrainingConfig):
         problems = super().cross_checks()
         if self.show_prompts is not None and not self.show_prompts:
             problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
+        try:
+            check_image_prompts(self.show_prompts or [], name="show_prompts")
+        except ConfigError as error:
+            problems += error.problems
         if self.dtype != "float32" and self.lora is None:
             problems.append(f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out")
         needed = [name for name in ("gold_falling", "diversity_below") if getattr(self.stop_when, name) is not None]

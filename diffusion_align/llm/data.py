@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.llm.encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.rows import (
@@ -47,7 +48,10 @@ class TextDataConfig(RowsConfig):
         None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
     )
     max_rows: int | None = Field(
-        None, ge=1, description="use the first so many rows only; of a Hub dataset no more than these are downloaded"
+        None,
+        ge=1,
+        le=MOST_ROWS,
+        description="use the first so many rows only; of a Hub dataset no more than these are downloaded",
     )
 
 

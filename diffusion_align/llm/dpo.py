@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.bounds import LARGEST
 from diffusion_align.estimators import (
     dpo_loss,
     hinge_loss,
@@ -49,6 +50,7 @@ from diffusion_align.llm.preference_batches import (
     judged_preferences,
 )
 from diffusion_align.llm.reference_file import ReferenceFile
+from diffusion_align.training.config import Weight
 from diffusion_align.training.loop import Work
 
 # What only some losses have: setting -> those losses.
@@ -67,10 +69,10 @@ class DPOConfig(PreferenceConfig):
     method: Literal["dpo"] = "dpo"
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = "sigmoid"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
-    simpo_margin: float = Field(0.0, allow_inf_nan=False, description="simpo: by how much beta h has to be above 0")
-    orpo_weight: float = Field(0.1, ge=0, allow_inf_nan=False, description="orpo: of the odds ratio")
+    simpo_margin: Weight = Field(0.0, description="simpo: by how much beta h has to be above 0")
+    orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: of the odds ratio")
     gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount a token")
-    sft_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="of the chosen one's mean log-prob")
+    sft_weight: float = Field(0.0, ge=0, le=LARGEST, description="of the chosen one's mean log-prob")
     precompute_ref_log_probs: bool = Field(
         False, strict=True, description="ask the reference once; a fully trained model then needs no frozen copy"
     )
@@ -81,7 +83,7 @@ class DPOConfig(PreferenceConfig):
         "best_worst",
         description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
     )
-    rso_beta: float = Field(0.5, gt=0, allow_inf_nan=False, description="rso: reward that is worth a factor e")
+    rso_beta: float = Field(0.5, ge=1e-6, le=LARGEST, description="rso: reward that is worth a factor e")
 
     @property
     def reference_free(self) -> bool:

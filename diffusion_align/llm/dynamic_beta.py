@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.bounds import HIGHEST_RANK, LARGEST
 from diffusion_align.estimators import (
     BetaNetwork,
     beta_entropy_penalty,
@@ -24,15 +25,13 @@ from diffusion_align.training.randomness import generator
 class DynamicBetaConfig(Section):
     """beta(x), which is ``beta`` for every prompt before training; see ``estimators.dynamic_beta``."""
 
-    beta_min: float = Field(0.01, ge=0, allow_inf_nan=False)
-    beta_max: float = Field(1.0, gt=0, allow_inf_nan=False)
-    range_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of leaving [beta_min, beta_max]")
-    smoothness_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="of the squared slope in the embedding"
-    )
-    entropy_weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="of the distance to alpha x entropy")
-    alpha: float = Field(0.05, ge=0, allow_inf_nan=False, description="beta for a nat of the reference's entropy")
-    hidden: int = Field(64, ge=1, description="width of the network")
+    beta_min: float = Field(0.01, ge=0, le=LARGEST)
+    beta_max: float = Field(1.0, gt=0, le=LARGEST)
+    range_weight: float = Field(1.0, ge=0, le=LARGEST, description="of leaving [beta_min, beta_max]")
+    smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the squared slope in the embedding")
+    entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the distance to alpha x entropy")
+    alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta for a nat of the reference's entropy")
+    hidden: int = Field(64, ge=1, le=HIGHEST_RANK, description="width of the network")
     convention: Literal["product", "inverse"] = Field(
         "product", description="the loss has beta(x) h, or h / beta(x) as [003] prints it"
     )

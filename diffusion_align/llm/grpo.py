@@ -21,6 +21,7 @@ import torch
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.estimators import (
     categorical_kl,
     group_advantages,
@@ -34,6 +35,8 @@ from diffusion_align.llm.collection import reference_log_probs
 from diffusion_align.llm.policy import Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
+from diffusion_align.shown import short
+from diffusion_align.training.config import OrInfinite
 from diffusion_align.training.loop import Work
 from diffusion_align.training.statistics import equal_reward_metric
 
@@ -56,6 +59,7 @@ class GRPOConfig(PolicyGradientConfig):
     inner_epochs: int = Field(
         1,
         ge=1,
+        le=MOST,
         validation_alias=AliasChoices("inner_epochs", "num_iterations"),
         description="passes over an epoch's samples; `num_iterations` is the same",
     )
@@ -64,11 +68,13 @@ class GRPOConfig(PolicyGradientConfig):
     loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
 
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    clip_std: tuple[float, float] = Field((0.0, math.inf), description="bounds on the std that rewards are divided by")
+    clip_std: tuple[OrInfinite, OrInfinite] = Field(
+        (0.0, math.inf), description="bounds on the std that rewards are divided by"
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
 
-    beta: float = Field(0.0, ge=0, allow_inf_nan=False, description="price of a nat of KL to the reference; 0 for none")
+    beta: float = Field(0.0, ge=0, le=LARGEST, description="price of a nat of KL to the reference; 0 for none")
     kl: KLForm = Field("k1_reward", description="where the KL stands and how it is estimated")
     kl_gradient: Literal["unbiased", "direct"] = Field("unbiased", description="of the KL as a loss, see `kl_loss`")
     credit: Literal["step", "to_go"] = Field("step", description="k1_reward: to_go charges a token with later ones' KL")
@@ -85,7 +91,7 @@ class GRPOConfig(PolicyGradientConfig):
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
             problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
         if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
-            setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={self.reference_model!r}"
+            setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={short(self.reference_model)}"
             problems.append(f"{setting} has no effect while beta=0: set beta above 0, or leave it out")
         if self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
             problems.append("clip_std bounds a std by which scale_rewards=none does not divide: leave one out")

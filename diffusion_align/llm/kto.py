@@ -20,11 +20,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.collection import in_batches
 from diffusion_align.llm.data import LabelledRow
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
+from diffusion_align.training.config import Weight
 from diffusion_align.training.loop import Work
 from diffusion_align.training.statistics import equal_reward_metric
 
@@ -34,12 +36,14 @@ class KTOConfig(PreferenceConfig):
 
     method: Literal["kto"] = "kto"
     desirable_weight: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="times their number, 1 to 4/3 of the same of the undesirable"
+        1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
     )
-    undesirable_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    kl_samples: int = Field(64, ge=1, description="at most so many mismatched pairs an epoch for the reference point")
-    desirable_above: float | None = Field(
-        None, allow_inf_nan=False, description="online: reward; the mean of its prompt's completions when not given"
+    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST)
+    kl_samples: int = Field(
+        64, ge=1, le=MOST, description="at most so many mismatched pairs an epoch for the reference point"
+    )
+    desirable_above: Weight | None = Field(
+        None, description="online: reward; the mean of its prompt's completions when not given"
     )
 
     @property

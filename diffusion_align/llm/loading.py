@@ -10,24 +10,25 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import yaml
-from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.llm.encoding import context_length, ends_of
 from diffusion_align.llm.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
+from diffusion_align.paths import path_problem
 from diffusion_align.pretrained import load_in_dtype
-from diffusion_align.training.config import nearest
-from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.training.config import load_yaml, nearest
+from diffusion_align.training.errors import UserError, first_line, short
 from diffusion_align.training.lora import forget_adapters, load_peft
 from diffusion_align.training.places import found_from
 
 Kind = Literal["causal", "classifier"]
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _P
     """What has to be loaded for ``name``; ``above`` are the adapters and runs that led here."""
     subject = f"model={name!r}"
     embedded = ", ".join(LANGUAGE_MODELS)
+    if problem := path_problem(name, "folder"):
+        raise UserError(f"model={short(name)} {problem}")
     if name in above:
         raise UserError(f"{subject} is trained on itself: correct base_model_name_or_path, or model in config.yaml")
     if name == "tiny-lm":
@@ -191,6 +194,9 @@ def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[
         return _on_base(name, folder, config.get("base_model_name_or_path"), kinds, above)
     if (folder / "config.json").is_file():
         config = _json(name, folder / "config.json")
+        layers = config.get("num_hidden_layers", config.get("n_layer", 1))
+        if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # they would be built one by one
+            raise UserError(f"{subject}: config.json has {short(layers)} layers, not 1 to {MOST_LAYERS}")
         problem = _kind_problem(config.get("model_type"), config.get("architectures"), kinds)
         if problem:
             raise UserError(f"{subject} {problem}")
@@ -201,13 +207,12 @@ def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[
     if not final.is_dir():
         raise UserError(f"{subject} is a run that has no final/ yet: let it finish, or give the model it trains")
     try:
-        run = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        run = load_yaml(folder / "config.yaml")
+    except UserError as error:
         raise UserError(f"{subject}: config.yaml cannot be read: {first_line(error)}") from error
-    base = run.get("model") if isinstance(run, dict) else None
+    base = run.get("model")
     if not any((final / file).is_file() for file in ("config.json", "adapter_config.json")):
-        method = run.get("method") if isinstance(run, dict) else None
-        raise UserError(f"{subject} is a run of method={method!r} whose final/ holds no language model")
+        raise UserError(f"{subject} is a run of method={run.get('method')!r} whose final/ holds no language model")
     if base is None or (final / "config.json").is_file():
         return _folder_plan(str(final), final, kinds, above)
     config = _json(name, final / "adapter_config.json")
@@ -285,6 +290,13 @@ def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, .
     model, found = load_in_dtype(family.from_pretrained, source, dtype=dtype, **options)
     if found["missing_keys"]:  # transformers would go on with random ones
         raise UserError(f"model={name!r} is incomplete: its weights lack {min(found['missing_keys'])}")
+    try:
+        ends_of(SimpleNamespace(eos_token_id=None), getattr(model, "generation_config", None))
+    except (TypeError, ValueError):
+        shown = short(model.generation_config.eos_token_id)
+        raise UserError(
+            f"model={name!r}: eos_token_id={shown} of generation_config.json must be a token's number"
+        ) from None
     return model
 
 
@@ -327,13 +339,16 @@ def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
         raise UserError(
             f"model={name!r}: its tokenizer has {len(tokenizer)} tokens and the model {rows}: they must fit"
         )
+    if not isinstance(tokenizer.model_max_length, int | float):
+        shown = short(tokenizer.model_max_length)
+        raise UserError(f"model={name!r}: model_max_length={shown} of its tokenizer must be a number")
     return tokenizer
 
 
 def _json(name: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model={name!r}: {file.name} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"model={name!r}: {file.name} holds no JSON object")
@@ -362,5 +377,7 @@ def _quietly() -> Iterator[None]:
 def _in_one_sentence(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # transformers and peft raise whatever a wrong value leads to
         raise UserError(f"model={name!r} could not be loaded: {first_line(error)}") from error

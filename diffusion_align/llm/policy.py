@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.estimators import token_log_probs
 from diffusion_align.llm.encoding import context_length, ends_of
 from diffusion_align.training.config import Section
@@ -42,8 +43,8 @@ _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
 class LoRAConfig(Section):
     """Low-rank adapters on the language model."""
 
-    rank: int = Field(16, ge=1, description="rank of every adapter")
-    alpha: int | None = Field(None, ge=1, description="scale is alpha / rank; twice the rank when not given")
+    rank: int = Field(16, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
+    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; twice the rank when not given")
     layers: Literal["all-linear", "attention"] = "all-linear"
 
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST
 from diffusion_align.estimators import categorical_entropy, clipped_surrogate
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, sample_groups
@@ -26,7 +27,7 @@ class PolicyGradientConfig(TextConfig, OnlineSettings):
     """Prompts, rewards and the clip of the ratio."""
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
-    epsilon_high: float | None = Field(None, gt=0, allow_inf_nan=False, description="clip of the ratio above 1")
+    epsilon_high: float | None = Field(None, gt=0, le=LARGEST, description="clip of the ratio above 1")
 
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
+from diffusion_align.bounds import LARGEST, MOST, MOST_ROWS
 from diffusion_align.estimators import (
     gae,
     kl_reward,
@@ -33,6 +34,7 @@ from diffusion_align.llm.collection import in_batches, reference_log_probs
 from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
+from diffusion_align.training.config import OrInfinite
 from diffusion_align.training.loop import Work
 
 
@@ -40,10 +42,11 @@ class PPOConfig(PolicyGradientConfig):
     """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
     method: Literal["ppo"] = "ppo"
-    num_generations: int = Field(1, ge=1, description="completions a prompt in an epoch")
+    num_generations: int = Field(1, ge=1, le=MOST, description="completions a prompt in an epoch")
     inner_epochs: int = Field(
         1,
         ge=1,
+        le=MOST,
         validation_alias=AliasChoices("inner_epochs", "num_ppo_epochs"),
         description="passes over an epoch's samples; `num_ppo_epochs` is the same",
     )
@@ -51,14 +54,18 @@ class PPOConfig(PolicyGradientConfig):
     gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
     lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
     whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
-    value_coef: float = Field(0.1, ge=0, allow_inf_nan=False, description="weight of the value loss")
-    value_clip: float | None = Field(0.2, ge=0, description="how far a value may go from that of sampling; null: free")
+    value_coef: float = Field(0.1, ge=0, le=LARGEST, description="weight of the value loss")
+    value_clip: OrInfinite | None = Field(
+        0.2, ge=0, description="how far a value may go from that of sampling; null: free"
+    )
 
-    kl_coef: float = Field(0.05, ge=0, allow_inf_nan=False, description="price of a nat of KL to the reference")
-    kl_target: float | None = Field(None, gt=0, allow_inf_nan=False, description="nats a completion; moves kl_coef")
-    kl_horizon: int = Field(10_000, ge=1, description="completions in which kl_coef changes by a fifth at most")
+    kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of a nat of KL to the reference")
+    kl_target: float | None = Field(None, gt=0, le=LARGEST, description="nats a completion; moves kl_coef")
+    kl_horizon: int = Field(
+        10_000, ge=1, le=MOST_ROWS, description="completions in which kl_coef changes by a fifth at most"
+    )
     missing_eos_penalty: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="taken from the reward of a completion without an end"
+        0.0, ge=0, le=LARGEST, description="taken from the reward of a completion without an end"
     )
 
     @property

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.estimators import rso_accept
 from diffusion_align.llm.collection import (
     Collected,
@@ -40,8 +41,8 @@ class PreferenceConfig(TextConfig, OnlineSettings):
     """
 
     dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or hub id")
-    num_generations: int = Field(4, ge=1, description="online: completions a prompt in an epoch")
-    beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="price of a nat of log-ratio to the reference")
+    num_generations: int = Field(4, ge=1, le=MOST, description="online: completions a prompt in an epoch")
+    beta: float = Field(0.1, gt=0, le=LARGEST, description="price of a nat of log-ratio to the reference")
 
     @property
     def online(self) -> bool:

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.data import PreferenceRow, TextDataConfig
 from diffusion_align.llm.encoding import context_length, continuation_tokens
@@ -47,10 +48,10 @@ class RewardModelConfig(TrainingConfig):
     dataset: TextDataConfig = Field(description="preferences: list, file or hub id")
     eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    max_prompt_length: int | None = Field(None, ge=1, description="tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, description="tokens; longer completions are cut")
-    center_coef: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of (r_w + r_l)², draws them to 0")
+    learning_rate: float = Field(1e-4, gt=0, le=1000)
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
+    center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², draws them to 0")
 
 
 class RewardModel:

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from diffusion_align.bounds import MOST
 from diffusion_align.llm.data import TextDataConfig
 from diffusion_align.llm.policy import LoRAConfig
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
-from diffusion_align.training.config import Section, TrainingConfig
+from diffusion_align.training.config import Section, TrainingConfig, Weight
 
 
 class TextConfig(TrainingConfig):
@@ -22,10 +23,10 @@ class TextConfig(TrainingConfig):
     reference_model: str | None = Field(
         None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
     )
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="of sampling and of every log-prob alike")
-    max_prompt_length: int | None = Field(None, ge=1, description="tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, description="tokens; longer completions are cut")
+    learning_rate: float = Field(1e-4, gt=0, le=1000)
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
     show_prompts: list[Any] | None = Field(
         None, description="prompts of the samples; the first of the data when not given"
     )
@@ -46,8 +47,8 @@ class OnlineSettings(Section):
     reward: RewardSetting = Field(
         None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
     )
-    reward_weights: list[float] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-    num_generations: int = Field(8, ge=1, description="completions a prompt in an epoch")
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    num_generations: int = Field(8, ge=1, le=MOST, description="completions a prompt in an epoch")
 
     def online_problems(self, samples_per_epoch: int) -> list[str]:
         """Sentences about settings that do not fit each other."""

@@ -14,12 +14,14 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from PIL import Image
 
+from diffusion_align import yaml_text
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.paths import path_problem
 from diffusion_align.report import plots, texts
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
+from diffusion_align.shown import short
 from diffusion_align.writing import write_text
 
 MAX_GRIDS = 6
@@ -112,6 +114,8 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         ValueError: the folder holds nothing of a run, or its ``metrics.jsonl`` is damaged.
     """
+    if problem := path_problem(run_dir):
+        raise ValueError(f"the run folder {short(str(run_dir))} {problem}")
     run_dir = Path(run_dir)
     if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "samples")):
         raise ValueError(
@@ -199,8 +203,12 @@ def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
             f"The held-out (gold) reward was {gold[0]:.4g} after epoch {epochs[0]:.0f}, {gold[best]:.4g} at its best "
             f"after epoch {epochs[best]:.0f} and {gold[-1]:.4g} after epoch {epochs[-1]:.0f}."
         )
-    if path.is_file() and (stopped := json.loads(path.read_text(encoding="utf-8"))["stopped"]):
-        sentences.append(f"The run was stopped by a rule: {stopped}.")
+    if path.is_file():
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError(f"{path} was not written by a run: remove it")
+        if stopped := summary.get("stopped"):
+            sentences.append(f"The run was stopped by a rule: {stopped}.")
     return sentences
 
 
@@ -335,8 +343,8 @@ def _source(config: dict) -> Any:
 
 def _load_config(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml_text.parse(text)
+    except yaml_text.YamlProblem:
         return None
 
 
@@ -346,7 +354,7 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+            text = yaml_text.dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
             yield f"{prefix}{key}", text.removesuffix("\n").removesuffix("\n...")
 
 

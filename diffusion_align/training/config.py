@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from diffusion_align import yaml_text
+from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.interrupt import GRACE
-from diffusion_align.training.errors import ConfigError
+from diffusion_align.paths import path_problem
+from diffusion_align.training.errors import ConfigError, short
+from diffusion_align.yaml_text import EXPONENT, Unread, YamlProblem, odd_number
 
-_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+def _finite_enough(value: float) -> float:
+    if not (-LARGEST <= value <= LARGEST or value == math.inf):
+        raise ValueError(f"it must lie below {LARGEST:g}, or be .inf for no bound")
+    return value
+
+
+OrInfinite = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_finite_enough)]
+"""A bound that .inf takes away."""
+Weight = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # Absolute from the beginning: a reward may change the working directory.
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
@@ -26,14 +38,17 @@ Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.pat
 class Section(BaseModel):
     """A group of settings; unknown keys are errors, and neither text nor true/false is taken for a number."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    stands_for: ClassVar[str | None] = None
+    """The field that a bare word or list in its place is, if there is one."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _only_numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         wanted = _flatten(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool | str) and {int, float} & set(wanted) and type(value) not in wanted:
-            raise ValueError("it must be a number")
+            odd = odd_number(value) if isinstance(value, str) else None
+            raise ValueError(odd or "it must be a number")
         return value
 
 
@@ -49,20 +64,22 @@ class TrainingConfig(Section):
         Literal["model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation"]
     ] = Field(default_factory=list, description="resume although the content of these is not what the run began with")
     seed: int = Field(0, ge=0, lt=2**32)
-    epochs: int = Field(100, ge=1, description="rounds of collect, score, estimate, update")
+    epochs: int = Field(100, ge=1, le=MOST, description="rounds of collect, score, estimate, update")
 
-    samples_per_epoch: int = Field(64, ge=1)
-    sample_batch_size: int = Field(8, ge=1, description="samples a process draws at once")
-    micro_batch_size: int = Field(8, ge=1, description="(sample, decision) pairs in one forward and backward pass")
-    updates_per_epoch: int = Field(2, ge=1, description="optimizer steps in one pass over an epoch's samples")
-    inner_epochs: int = Field(1, ge=1, description="passes over an epoch's samples")
+    samples_per_epoch: int = Field(64, ge=1, le=MOST)
+    sample_batch_size: int = Field(8, ge=1, le=MOST, description="samples a process draws at once")
+    micro_batch_size: int = Field(
+        8, ge=1, le=MOST, description="(sample, decision) pairs in one forward and backward pass"
+    )
+    updates_per_epoch: int = Field(2, ge=1, le=MOST, description="optimizer steps in one pass over an epoch's samples")
+    inner_epochs: int = Field(1, ge=1, le=MOST, description="passes over an epoch's samples")
 
-    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(3e-4, gt=0, le=1000)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST)
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(1e-4, ge=0, le=1000)
+    max_grad_norm: OrInfinite = Field(1.0, gt=0)
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
     )
@@ -73,7 +90,7 @@ class TrainingConfig(Section):
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of torch; its own default when not given"
     )
-    checkpoint_every: int = Field(10, ge=1, description="epochs")
+    checkpoint_every: int = Field(10, ge=1, le=MOST, description="epochs")
     checkpoint_minutes: float | None = Field(
         10.0,
         gt=0,
@@ -83,8 +100,10 @@ class TrainingConfig(Section):
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer once the run was asked to stop"
     )
-    keep_checkpoints: int = Field(2, ge=1)
-    grid_every: int = Field(1, ge=0, description="epochs between pictures (or texts) of the fixed prompts; 0 for none")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST)
+    grid_every: int = Field(
+        1, ge=0, le=MOST, description="epochs between pictures (or texts) of the fixed prompts; 0 for none"
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
 
     @field_validator("mixed_precision", mode="before")
@@ -108,49 +127,69 @@ class TrainingConfig(Section):
         return problems
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, or a ConfigError with one sentence."""
+def load_yaml(path: Path, *, unread: bool = False) -> dict[str, Any]:
+    """The mapping in a YAML file, or a ConfigError with one sentence; ``unread`` as in ``yaml_text.parse``."""
+    if problem := path_problem(path, "file"):
+        raise ConfigError([f"{short(str(path))} {problem}"])
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml_text.read(path, unread=unread)
     except FileNotFoundError:
         raise ConfigError([f"there is no configuration file {path}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path} cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise ConfigError([f"{path} is not valid YAML{where}: {_problem(error)}"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
+    except YamlProblem as error:
+        raise ConfigError([f"{path} is not valid YAML{error.where}: {error}"]) from None
     if not isinstance(raw, dict):
-        raise ConfigError([f"{path} must hold a mapping of settings, not {type(raw).__name__}"])
+        kind = "text" if isinstance(raw, Unread) else type(raw).__name__
+        raise ConfigError([f"{path} must hold a mapping of settings, not {kind}"])
     return raw
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``raw`` with ``dotted.key=value`` strings applied; values are parsed as YAML."""
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str], *, unread: bool = False) -> dict[str, Any]:
+    """``raw`` with ``dotted.key=value`` strings applied; values are YAML, ``unread`` as in ``yaml_text.parse``."""
     result = _copy(raw)
     problems = []
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            problems.append(f"{override!r} is not of the form key=value")
+            problems.append(f"{short(override)} is not of the form key=value")
             continue
+        *parents, last = key.split(".")
         try:
-            value = as_numbers({key: yaml.safe_load(text)})[key]
-        except yaml.YAMLError:
-            problems.append(f"the value of {override!r} is not valid YAML")
+            value = yaml_text.parse(text, unread=True)
+            if not unread:
+                value = yaml_text.natural({last: value})[last]
+        except YamlProblem as error:
+            problems.append(f"the value of {short(override)} is not valid YAML: {error}")
             continue
         target = result
-        *parents, last = key.split(".")
         for parent in parents:
             target = target.setdefault(parent, {}) if isinstance(target, dict) else None  # type: ignore[assignment]
             if not isinstance(target, dict):
-                problems.append(f"{key!r} cannot be set: {parent!r} is not a section")
+                problems.append(f"{short(key)} cannot be set: {short(parent)} is not a section")
                 break
         else:
             target[last] = value
     if problems:
         raise ConfigError(problems)
     return result
+
+
+def read_as(wanted: Any, value: Any) -> Any:
+    """``value`` with every ``Unread`` word in it text, a number, true or false, as what is wanted says.
+
+    Args:
+        wanted: a type as annotations have it, or a ``Section``.
+        value: from ``load_yaml(..., unread=True)``. Of what is read already, texts like 1e-4 become numbers where
+            numbers are wanted.
+
+    Raises:
+        ConfigError: a word in a place of which no type is known may be read as more than one number.
+    """
+    try:
+        return _read_as(wanted, value)
+    except YamlProblem as error:
+        raise ConfigError([f"{'.'.join(error.place)}: {error}{error.where}".removeprefix(": ")]) from None
 
 
 def parse_config(
@@ -172,7 +211,7 @@ def parse_config(
     problems: list[str] = []
     config = None
     try:
-        config = model.model_validate(as_numbers(_copy(raw)))
+        config = model.model_validate(read_as(model, raw))
     except ValidationError as error:
         problems += [_sentence(model, dict(e)) for e in error.errors()]
     if config is not None:
@@ -187,7 +226,7 @@ def parse_config(
 
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml_text.dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -200,10 +239,10 @@ def _sentence(model: type[BaseModel], error: dict[str, Any]) -> str:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}: {nearest(path[-1], _known_keys(model, path[:-1]))}"
+        return f"unknown setting {short(name)}: {nearest(path[-1], _known_keys(model, path[:-1]))}"
     if error["type"] == "missing":
         return f"{name} is missing: it has to be given"
-    return f"{name}={error.get('input')!r} is not allowed: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name}={short(error.get('input'), 200)} is not allowed: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
@@ -217,7 +256,11 @@ def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 
 def _flatten(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    """The types that a union stands for, without what is only annotated."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _flatten(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
         return [t for arg in typing.get_args(annotation) for t in _flatten(arg)]
     return [annotation]
 
@@ -226,20 +269,63 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return getattr(error, "problem", None) or str(error).splitlines()[0]
-
-
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _copy(v) for k, v in value.items()}
     return list(value) if isinstance(value, list) else value
 
 
-def as_numbers(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` as text; people mean the number, but in prompts."""
-    if isinstance(value, dict):
-        return {k: v if k in ("prompts", "show_prompts") else as_numbers(v) for k, v in value.items()}
+def _read_as(wanted: Any, value: Any) -> Any:
+    kinds = _flatten(wanted)
+    section = next((kind for kind in kinds if _is_model(kind)), None)
+    if isinstance(value, Mapping):
+        if section is not None:
+            fields = section.model_fields
+            return {k: _read_below(fields[k].annotation if k in fields else Any, k, v) for k, v in value.items()}
+        inner = next((typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict), Any)
+        if inner is Any:
+            return yaml_text.natural(_copy(value))
+        return {k: _read_below(inner, k, v) for k, v in value.items()}
+    if section is not None and section.stands_for is not None and isinstance(value, Unread | list):
+        return _read_as(section.model_fields[section.stands_for].annotation, value)
     if isinstance(value, list):
-        return [as_numbers(v) for v in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+        return _read_list(kinds, value)
+    if isinstance(value, str):
+        exponent = {int, float} & set(kinds) and EXPONENT.fullmatch(value)
+        number = Unread(value, 0).number() if exponent else None
+        return value if number is None else number
+    if not isinstance(value, Unread):
+        return value
+    if value.is_null:
+        return None
+    if {int, float} & set(kinds):
+        number = value.number()
+        return value.text if number is None and odd_number(value.text) else value.natural()
+    if bool not in kinds and any(_is_text(kind) for kind in kinds):
+        return value.text
+    return value.natural()
+
+
+def _read_below(wanted: Any, key: Any, value: Any) -> Any:
+    try:
+        return _read_as(wanted, value)
+    except YamlProblem as problem:
+        problem.place.insert(0, str(key))
+        raise
+
+
+def _read_list(kinds: list[Any], value: list[Any]) -> list[Any]:
+    for kind in kinds:
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is list and inner[0] is Any:
+            return list(yaml_text.natural(value, rows=True))
+        if typing.get_origin(kind) is list:
+            return [_read_as(inner[0], item) for item in value]
+        if typing.get_origin(kind) is tuple and Ellipsis not in inner:
+            return [_read_as(inner[i] if i < len(inner) else inner[-1], item) for i, item in enumerate(value)]
+    return list(yaml_text.natural(value))
+
+
+def _is_text(kind: Any) -> bool:
+    literal = typing.get_origin(kind) is Literal
+    return kind in (str, Path) or (literal and all(isinstance(one, str) for one in typing.get_args(kind)))

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diffusion_align.shown import short
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Interrupted",
+    "TrainingError",
+    "UserError",
+    "first_line",
+    "short",
+]
+
 
 class UserError(Exception):
     """One sentence: the setting, its value, what is allowed, what to do."""
@@ -39,4 +51,9 @@ def first_line(error: BaseException) -> str:
         if type(cause).__name__ == "LocalEntryNotFoundError":  # huggingface_hub's, which is not imported for this
             return "it is not in the cache and the hub is out of reach, check the name and the network or give a folder"
         cause = cause.__cause__ or cause.__context__
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    if "ignore_mismatched_sizes" in str(error):  # transformers' word for it, and its details are in a log
+        return "the shapes of its weights are not those that its configuration says"
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if first.rstrip().endswith(":") and more:  # a heading
+        first = f"{first.rstrip()} {more[0].strip()}"
+    return first.rstrip(".") if len(first) <= 400 else first[:397] + "..."

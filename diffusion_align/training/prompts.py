@@ -13,6 +13,8 @@ from uuid import UUID
 import torch
 from pydantic import Field, ValidationError, model_serializer
 
+from diffusion_align.bounds import LONGEST_PROMPT, MOST_ROWS
+from diffusion_align.paths import path_problem
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import (
@@ -54,7 +56,10 @@ class PromptsConfig(RowsConfig):
         None, description="our name -> the source's: prompt; it is prompt, caption or text if not given"
     )
     max_prompts: int | None = Field(
-        None, ge=1, description="use the first so many prompts only; of a Hub dataset no more than these are downloaded"
+        None,
+        ge=1,
+        le=MOST_ROWS,
+        description="use the first so many prompts only; of a Hub dataset no more than these are downloaded",
     )
 
     @model_serializer(mode="wrap")
@@ -82,6 +87,8 @@ def load_prompts(
     Raises:
         ConfigError: everything that is wrong, at once.
     """
+    if isinstance(source, str | Path) and str(source) and (problem := path_problem(source)):
+        raise ConfigError([f"prompts.source={short(str(source))} {problem}"])
     config = _checked(source)
     place = _place(config, shipped or {})
     table, names = open_rows(place.name, LAYOUTS, config.columns, lambda: open_table(place))
@@ -91,7 +98,7 @@ def load_prompts(
     with closing(_rows(table, column)) as rows:
         for number, (prompt, metadata) in enumerate(rows):
             try:
-                prompts.append((checked_prompt(prompt), _plain_row(metadata)))
+                prompts.append((_short_enough(checked_prompt(prompt)), _plain_row(metadata)))
             except BadRow as problem:
                 bad.append(f"prompts: row {number}: {problem}")
                 if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(bad) == SHOWN:
@@ -103,6 +110,41 @@ def load_prompts(
     what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
     nothing = f"prompts.source={short(config.source)} holds no {what}: give at least one"
     raise bad_rows_error("prompts", bad, any_usable=bool(prompts), nothing=nothing)
+
+
+def check_image_prompts(prompts: Sequence[str], *, name: str = "prompts") -> None:
+    """Look at prompts that come from no source of rows.
+
+    Raises:
+        ConfigError: one is no text of a length that a text encoder has use for.
+    """
+    check_unicode(prompts, name=name)
+    for i, prompt in enumerate(prompts):
+        try:
+            _short_enough(prompt)
+        except BadRow as problem:
+            raise ConfigError([f"{name}: entry {i}: {problem}"]) from None
+
+
+def check_unicode(prompts: Sequence[Any], *, name: str = "prompts") -> None:
+    """Look at prompts of the command line, where bytes that are no text become lone surrogates.
+
+    Raises:
+        ConfigError: one is not text.
+    """
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ConfigError([f"{name}: entry {i} is {short(prompt)}, not a text"])
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ConfigError([f"{name}: entry {i}, {short(prompt)}, is not valid Unicode"]) from None
+
+
+def _short_enough(prompt: str) -> str:
+    if len(prompt) > LONGEST_PROMPT:
+        raise BadRow(f"the prompt has {len(prompt):,} characters, and at most {LONGEST_PROMPT:,} are taken: shorten it")
+    return prompt
 
 
 def prompts_problems(config: PromptsConfig, *, shipped: Mapping[str, Path] | None = None) -> list[str]:

@@ -26,6 +26,7 @@ class BadRow(Exception):
 class RowsConfig(Section):
     """Where rows come from; a bare list, file or name stands for its ``source``."""
 
+    stands_for: ClassVar[str] = "source"
     places: ClassVar[str] = f"a list of rows, {FILES}"
     """What ``source`` may be, for messages."""
 

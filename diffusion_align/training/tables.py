@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from diffusion_align.hub import hub_or_cache
-from diffusion_align.training.errors import ConfigError, first_line
+from diffusion_align.paths import path_problem
+from diffusion_align.training.errors import ConfigError, first_line, short
 
 FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
 FILES = f"a {FORMATS} file, a folder, or a Hub dataset owner/name"
@@ -201,6 +202,8 @@ def open_table(source: TableSource) -> Table:
     if not isinstance(source.source, str):
         _one_split(source, "list")
         return ListTable(_mappings(source, source.source), None)
+    if problem := path_problem(source.source):
+        raise ConfigError([f"{source.name}.source={short(source.source)} {problem}"])
     if is_hub(source.source):
         check_hub(source)
         return StreamedTable(source) if source.max_rows is not None else _mapped(source, source.source, None)
@@ -359,12 +362,6 @@ def listed(sentences: list[str], name: str, what: str = "row") -> list[str]:
     more = len(sentences) - SHOWN
     rest = [f"{name}: {more} more {what}{'s are' if more > 1 else ' is'} bad"] if more > 0 else []
     return sentences[:SHOWN] + rest
-
-
-def short(value: Any) -> str:
-    """``repr(value)`` in at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def scalar(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from diffusion_align.bounds import LARGEST
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.text.base import Text, text_of
 
@@ -49,7 +50,7 @@ def length(*, target: float | None = None, unit: str = "words") -> Length:
 
 def length_problem(*, target: Any = None, unit: Any = "words") -> str | None:
     """What is wrong with these options, in one sentence, or None."""
-    number = isinstance(target, int | float) and not isinstance(target, bool) and 0 < target < float("inf")
+    number = isinstance(target, int | float) and not isinstance(target, bool) and 0 < target <= LARGEST
     if target is not None and not number:
         return f"target={target!r} must be a number of {unit} above 0, or left out"
     if unit not in UNITS:

@@ -11,6 +11,7 @@ from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.clip import DTYPES
+from diffusion_align.rewards.options import count_problem
 from diffusion_align.rewards.places import note
 
 
@@ -107,7 +108,4 @@ def network_problem(option: str, name: Any, *, dtype: Any, batch_size: Any, max_
         return f"{option}='{name}' is not a folder: give one that holds a transformers model"
     if dtype not in tuple(DTYPES):
         return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
-    for key, value in {"batch_size": batch_size, "max_length": 1 if max_length is None else max_length}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            return f"{key}={value!r} must be a whole number of at least 1"
-    return None
+    return count_problem(1, batch_size=batch_size, max_length=1 if max_length is None else max_length)

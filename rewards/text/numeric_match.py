@@ -4,8 +4,10 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from diffusion_align.bounds import LARGEST
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.text.base import Text, column_of, text_of
+from diffusion_align.shown import short
 
 ABOUT = {
     "numeric_match": {
@@ -76,8 +78,8 @@ def numeric_match_problem(*, column: Any = "answer", which: Any = "last", tolera
     """What is wrong with these options, in one sentence, or None."""
     if which not in tuple(WHICH):
         return f"which={which!r} is unknown: choose one of {', '.join(WHICH)}"
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < float("inf"):
-        return f"tolerance={tolerance!r} must be a number of at least 0"
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance <= LARGEST:
+        return f"tolerance={short(tolerance)} must be a number of at least 0, at most {LARGEST:g}"
     if not isinstance(column, str) or not column:
         return f"column={column!r} must be the name of a column of the data"
     return None

@@ -142,7 +142,7 @@ SETTINGS = {
     "key of pairs unknown": ({"pairs": {"source": "emoji_style", "max": 3}}, r"unknown setting 'pairs\.max'"),
     "pairs without a source": ({"pairs": {"split": "train"}}, r"pairs\.source is missing"),
     "no pairs at most": ({"pairs": {"source": "emoji_style", "max_pairs": 0}}, r"pairs\.max_pairs=0 is not allowed"),
-    "pairs a number": ({"pairs": 3}, r"pairs=3 is not allowed"),
+    "pairs a number": ({"pairs": 3}, r"pairs.source='3': there is no such file"),
     "beta zero": ({"beta": 0}, r"beta=0 is not allowed: Input should be greater than 0"),
     "beta negative": ({"beta": -1}, r"beta=-1 is not allowed: Input should be greater than 0"),
     "beta infinite": ({"beta": float("inf")}, r"beta=inf is not allowed"),

@@ -154,7 +154,7 @@ def edit_scheduler(**changes):
         (lambda p: next((p / "unet").glob("*.safetensors")).unlink(), "/model' could not be loaded: "),
         (lambda p: shutil.rmtree(p / "vae"), "/model' is incomplete: the folder has no vae/"),
         (lambda p: shutil.rmtree(p / "tokenizer"), "/model' is incomplete: .* no tokenizer/"),
-        (lambda p: (p / "unet" / "config.json").write_text("{"), "/model' could not be loaded: "),
+        (lambda p: (p / "unet" / "config.json").write_text("{"), "/model': unet/config.json is not a valid JSON file"),
         (lambda p: (p / "model_index.json").write_text("{"), "/model' could not be loaded: "),
         (lambda p: (p / "model_index.json").write_text("[]"), "/model' "),
         (edit_scheduler(prediction_type="flow"), "prediction_type='flow' is not one of"),

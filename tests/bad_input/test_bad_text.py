@@ -125,7 +125,7 @@ EARLY = {
     "negative beta of grpo": ("grpo", {"beta": -0.1}, ["beta=-0.1 is not allowed: .*greater than or equal to 0"]),
     "negative beta of kto": ("kto", {"beta": -1}, ["beta=-1 is not allowed: .*greater than 0"]),
     "negative kl": ("ppo", {"kl_coef": -1}, ["kl_coef=-1 is not allowed"]),
-    "no temperature": ("grpo", {"temperature": 0}, ["temperature=0 is not allowed: .*greater than 0"]),
+    "no temperature": ("grpo", {"temperature": 0}, ["temperature=0 is not allowed: .*greater than or equal to 0.001"]),
     "no completion": ("ppo", {"max_completion_length": 0}, ["max_completion_length=0 is not allowed"]),
     "a group of one": (
         "grpo",
@@ -147,7 +147,7 @@ EARLY = {
         {"reward_weights": [1.0, 2.0]},
         [r"reward_weights=\[1.0, 2.0\] are 2 numbers for 1 rewards: give one for each"],
     ),
-    "infinite weight": ("grpo", {"reward_weights": [float("inf")]}, [r"reward_weights=\[inf\] must be finite"]),
+    "infinite weight": ("grpo", {"reward_weights": [float("inf")]}, [r"reward_weights.0=inf is not allowed: .*finite"]),
     "kl_target without a coefficient": ("ppo", {"kl_target": 1, "kl_coef": 0}, ["kl_target moves kl_coef by a factor"]),
     # data that is missing or too much
     "no prompts": ("grpo", {"prompts": ...}, ["prompts and reward must both be given"]),
@@ -162,7 +162,7 @@ EARLY = {
     "no dataset for a reward model": ("reward_model", {"dataset": ...}, ["dataset is missing: it has to be given"]),
     "no rewards in the list": ("grpo", {"reward": []}, ["reward is an empty list: give at least one"]),
     "no prompts in the list": ("grpo", {"prompts": []}, [r"prompts.source=\[\] is not allowed: give a list of rows"]),
-    "prompts that are a number": ("grpo", {"prompts": 3}, ["prompts=3 is not allowed"]),
+    "prompts that are a number": ("grpo", {"prompts": 3}, ["prompts.source='3': there is no such file"]),
     "a file that is absent": ("grpo", {"prompts": "absent.jsonl"}, ["prompts.source='absent.jsonl': there is no such"]),
     "a dataset that is absent": ("kto", {"dataset": "./absent"}, ["dataset.source='./absent': there is no such"]),
     "no prompts to show": ("grpo", {"show_prompts": []}, ["show_prompts is empty: leave it out"]),
@@ -339,9 +339,7 @@ def test_refused_before_weights_are_read(cli, write, tree, no_weights, case):
 
 def test_a_reference_with_other_tokens(cli, write, tree, no_weights, tmp_path, make_language_model):
     make_language_model(tmp_path / "other", extra="!")
-    wanted = (
-        r"reference_model='other' has 47 tokens, not the 46 of model='.*': use a reference with the model's own tokens"
-    )
+    wanted = r"reference_model='.*other' has 47 tokens, not the 46 of model='.*': use a reference with the model's own"
     refused(cli, tree, "train", write("dpo", reference_model="other"), wanted=wanted)
 
 
@@ -383,10 +381,10 @@ def image_pipeline(path):
 
 DAMAGES = {
     "empty": (lambda path: [file.unlink() for file in path.iterdir()], "model='model': the folder has no config.json"),
-    "weights cut off": (cut_weights, "model='model' "),
-    "weights missing": (lambda path: (path / "model.safetensors").unlink(), "model='model' "),
+    "weights cut off": (cut_weights, "model='.*model' "),
+    "weights missing": (lambda path: (path / "model.safetensors").unlink(), "model='.*model' "),
     "configuration broken": (lambda path: (path / "config.json").write_text("{"), "model='model'"),
-    "tokenizer missing": (lambda path: [f.unlink() for f in path.glob("*token*")], "model='model'.* tokenizer"),
+    "tokenizer missing": (lambda path: [f.unlink() for f in path.glob("*token*")], "model='.*model'.* tokenizer"),
     "no end of sequence": (without_end, "the tokenizer has no end-of-sequence token: set tokenizer.eos_token"),
     "an encoder": (encoder, "model='model' is a BertModel, not a causal language model"),
     "an image pipeline": (image_pipeline, "model='model' is the folder of a text-to-image pipeline, not of a language"),
@@ -404,7 +402,7 @@ def test_a_model_folder_that_cannot_be_used(cli, write, tree, model, damage, met
 DATA_THAT_DOES_NOT_FIT = {
     "one prompt for kto": (
         "kto",
-        {"dataset": [LABELS[0], LABELS[0]]},
+        {"dataset": [LABELS[0], dict(LABELS[0])]},
         "dataset holds one prompt, and KTO's reference point needs two or more: add some",
     ),
     "several rejected": (
@@ -508,7 +506,8 @@ def test_rows_that_have_changed_since(cli, write, tmp_path):
     rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(PAIRS)))
     outcome = cli("train", config, "resume=true", "epochs=2")
     assert (outcome.status, len(outcome.sentences)) == (2, 1), outcome.err
-    assert outcome.sentences[0].startswith("the rows are not those that this run began with (run/reference.safetensors")
+    wanted = r"the rows are not those that this run began with \(.*run/reference\.safetensors"
+    assert re.match(wanted, outcome.sentences[0])
 
 
 def test_a_damaged_file_of_the_reference(cli, tree, finished, tmp_path):

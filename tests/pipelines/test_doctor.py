@@ -415,7 +415,7 @@ def test_what_is_wrong_is_listed_beside_the_rest(report, write, tiny_sd, tmp_pat
         assert found["clip in nats"].startswith(f"{256 * math.log1p(2e-4):.3g},")
 
 
-@pytest.mark.parametrize("changes", [{"model": ...}, {"model": 3}, {"method": "magic"}])
+@pytest.mark.parametrize("changes", [{"model": ...}, {"model": [3]}, {"method": "magic"}])
 def test_without_a_model_there_is_nothing_to_say(tmp_path, changes):
     settings = SETTINGS | {"output_dir": "run", "model": "emoji-sd"} | changes
     path = tmp_path / "own.yaml"

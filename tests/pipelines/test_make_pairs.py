@@ -235,7 +235,7 @@ PAIRS = ["pairs", "emoji-sd", "--judge", "jpeg_compressibility", "-p", "a cat"]
         ([*PAIRS, "-o", "note.txt"], "output='note.txt' cannot be made: note.txt is a file"),
         ([*PAIRS, "-o", "note.txt/deep"], "output='note.txt/deep' cannot be made: note.txt is a file"),
         ([*PAIRS, "-o", "new", "--steps", "2000"], "steps=2000 must lie between 1 and"),
-        ([*PAIRS, "-o", "new", "--guidance-scale", "inf"], "guidance_scale=inf must be a number from 0"),
+        ([*PAIRS, "-o", "new", "--guidance-scale", "inf"], "Invalid value for '--guidance-scale'"),
         ([*PAIRS, "-o", "new", "--seed", str(2**63)], "--seed"),
         (PAIRS, "Missing option '--output'"),
         ([*PAIRS[:4], "-o", "new"], "no prompt given: use --prompt TEXT"),

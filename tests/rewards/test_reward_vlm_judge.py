@@ -296,7 +296,7 @@ def test_endpoints_that_are_something_else(judge, tmp_path):
     with pytest.raises(RewardError, match=r"has 2 models: give one as model_name .a, b."):
         judge(["5"], models=("a", "b"), model_name=None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RewardError, match="cannot be written"):
+    with pytest.raises(RewardError, match="cannot be made"):
         score(judge(["5"], cache=str(tmp_path / "file" / "below")))
 
 

@@ -9,7 +9,6 @@ from diffusion_align.training.config import (
     Section,
     TrainingConfig,
     apply_overrides,
-    as_numbers,
     dump_config,
     load_yaml,
     nearest,
@@ -132,4 +131,3 @@ def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
 
 def test_a_prompt_that_looks_like_a_number_stays_a_text():
     assert apply_overrides({}, ["prompts=[1e5, 2e3]", "rate=1e-4"]) == {"prompts": ["1e5", "2e3"], "rate": 1e-4}
-    assert as_numbers({"prompts": {"source": ["1e5"]}, "x": ["1e5"]}) == {"prompts": {"source": ["1e5"]}, "x": [1e5]}
