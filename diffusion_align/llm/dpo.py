@@ -136,6 +136,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     """
 
     config: DPOConfig
+    keeps = ("reference.safetensors",)
     rows: Sequence[PreferenceRow]
 
     def data_problems(self) -> list[str]:

@@ -19,6 +19,7 @@ from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
 from diffusion_align.training.checkpoint import open_tensors
+from diffusion_align.training.digests import content_digest
 from diffusion_align.training.errors import CheckpointError
 from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.loop import Trainer
@@ -30,8 +31,9 @@ _FEATURES = ("embeddings", "entropy")
 class ReferenceFile:
     """What the reference says about all rows, computed once before the first update and kept in one file.
 
-    The file belongs to one run, whose settings (model, temperature) cannot change on resume, and says which rows it is
-    of. Before the first update a policy without a reference is its own.
+    The file belongs to one run, whose settings (temperature) cannot change on resume, and says of which rows and, by
+    content, of which model it is: one of others is made again. Before the first update a policy without a reference is
+    its own.
 
     Args:
         path: of the file; its folder is the run's.
@@ -47,29 +49,40 @@ class ReferenceFile:
         tokens = [sum(map(len, (row.chosen, *row.rejected))) for row in rows]
         self._ends = [0, *torch.tensor(tokens).cumsum(0).tolist()]  # row i's log-probs are those from end i to end i+1
         self._full = False
+        self._model = ""  # digest of the models that the rows are looked at with
 
     def fill(self, trainer: Trainer[Any]) -> None:
-        """Write the file unless it is there, every process computing its part; between batches the run can be stopped.
+        """Write the file unless one of these rows is there, every process its part; between batches it can be stopped.
 
         Raises:
-            CheckpointError: the file is of other rows or damaged, or is gone and cannot be made again.
+            CheckpointError: the file is damaged, or it is gone or of other rows and cannot be made again.
             Interrupted: the run was asked to stop.
         """
         if self._full:
             return
-        there = self.path.is_file()
+        models = [trainer.identity.get(name) for name in ("model", "reference_model")]
+        self._model = content_digest([[digest for _, digest in places] for places in models if places])
+        # Other rows were accepted, or the checkpoint refused them, unless the trainer does not say what it is made of.
+        accepted = bool(trainer.identity) and self._can_be_made(trainer)
+        there = self.path.is_file() and (not accepted or self._is_of_these())
         trainer.accelerator.wait_for_everyone()  # all have looked before it is written
         if not there:
             tensors = self._compute(trainer)
             trainer.on_main_process(lambda: self._write(tensors))
-        with open_tensors(self.path) as file:
-            identity = file.metadata()
-        if identity != self._identity():
+        if not self._is_of_these():
             raise CheckpointError(
                 f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "
                 "a new output_dir"
             )
         self._full = True
+
+    def _can_be_made(self, trainer: Trainer[Any]) -> bool:
+        return self.policy.has_reference or trainer.step == 0
+
+    def _is_of_these(self) -> bool:
+        with open_tensors(self.path) as file:
+            found = file.metadata() or {}
+        return {"model": self._model, **found} == self._identity()  # older versions did not say the model
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         with new_file(self.path) as aside:
@@ -89,7 +102,7 @@ class ReferenceFile:
     @torch.no_grad()
     def _compute(self, trainer: Trainer[Any]) -> dict[str, Tensor]:
         policy, size, accelerator = self.policy, trainer.config.sample_batch_size, trainer.accelerator
-        if not policy.has_reference and trainer.step > 0:
+        if not self._can_be_made(trainer):
             raise CheckpointError(f"{self.path} is gone and the model has been trained since: choose a new output_dir")
         share = -(-len(self.rows) // accelerator.num_processes)
         own = self.rows[share * accelerator.process_index : share * (accelerator.process_index + 1)]
@@ -118,4 +131,5 @@ class ReferenceFile:
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps([row.ids, row.chosen, row.rejected]).encode())
-        return {"rows": str(len(self.rows)), "sha256": digest.hexdigest(), "features": str(self.with_features)}
+        rows = {"rows": str(len(self.rows)), "sha256": digest.hexdigest(), "features": str(self.with_features)}
+        return rows | {"model": self._model}
