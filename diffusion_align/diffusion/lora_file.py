@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.lora import ADAPTER, adapter_state, plain_config, some_of, unfit, write_tensors
+from diffusion_align.writing import make_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -44,7 +45,7 @@ def save_lora(pipeline: Any, folder: Path) -> None:
     layers = {f"unet.{name}": weight for name, weight in adapter_state(pipeline.unet, baked=True).items()}
     settings = plain_config(pipeline.unet.peft_config[ADAPTER], baked=True)
     header = json.dumps({f"unet.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, parents=True)
     write_tensors(folder / LORA_FILE, layers, {"format": "pt", _HEADER: header})
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from diffusion_align.training.errors import UserError, first_line
+from diffusion_align.writing import make_folder, write_bytes, write_text
 
 ADAPTER = "default"
 """peft's name of the only adapter that a network carries here."""
@@ -152,11 +153,11 @@ def save_peft(network: Any, folder: Path) -> None:
     Equal adapters give equal bytes. The scale stays in ``lora_alpha`` of the configuration, without which no reader
     of this layout can put the weights on a model.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapter_state(network).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    make_folder(folder, parents=True)
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter_state(network).items()}
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     text = json.dumps(plain_config(network.peft_config[ADAPTER]), indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    write_text(folder / "adapter_config.json", text)
 
 
 def load_peft(model: Any, folder: Path, **options: Any) -> Any:
@@ -224,7 +225,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     ordered += b" " * (-len(ordered) % 8)  # the tensors begin at a multiple of 8
-    path.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
+    write_bytes(path, len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:
