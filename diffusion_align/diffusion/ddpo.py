@@ -17,16 +17,19 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.evaluation import Evaluation
+from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule, part_of_steps
 from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.step_weights import nats_per_squared_error
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.estimators import (
@@ -41,10 +44,11 @@ from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.errors import ConfigError, TrainingError
+from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.loop import Work
 from diffusion_align.training.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.ratios import ratio_statistics
+from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
 from diffusion_align.training.statistics import equal_reward_metric
 
 
@@ -169,6 +173,32 @@ class DDPOBatch:
     reference_mean: Tensor | None = None
 
 
+@dataclass
+class KLProbes:
+    """n decisions of an epoch, of all processes, at which the policy is compared with the reference; on the CPU.
+
+    Attributes:
+        batch: this process's part of the epoch.
+        samples, decisions, steps: (n,) global sample, which of its decisions, and the step of that.
+        update: (n,) before which of the epoch's updates each is looked at.
+        looked: (n,) bool, those of this process that were.
+        found: step and KL of those.
+        updates: so many have been made.
+    """
+
+    batch: DDPOBatch
+    samples: Tensor
+    decisions: Tensor
+    steps: Tensor
+    update: Tensor
+    looked: Tensor = field(init=False)
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.looked = torch.zeros(len(self.samples), dtype=torch.bool)
+
+
 class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     """Fine-tune a Stable Diffusion pipeline towards a reward.
 
@@ -207,9 +237,11 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         self.weights = part_weights(reward) if apart else torch.ones(1)
         self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
+        self._kl_weights = nats_per_squared_error(schedule)[self.trained_steps]
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high = clip_bounds(config, self.dimensions)
-        self._kl_seen_at = -1
+        self._probes: KLProbes | None = None
+        self._priced: list[tuple[Tensor, Tensor]] = []  # step and KL of the decisions of an update
         self.show_with(self.schedule, prompts)
 
     def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
@@ -217,7 +249,6 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         config = self.config
         chosen = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
         samples = [prompt for prompt in chosen for _ in range(config.group_size)]
-        kept = max(1, round(config.timestep_fraction * len(self.trained_steps)))
         assert self.reward is not None
         collected = collect_scored(
             self,
@@ -225,7 +256,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             self.schedule,
             self.reward,
             samples,
-            record=lambda i: _some_steps(self.trained_steps, kept, config.seed, self.epoch, i),
+            record=self._recorded_steps,
             reduction=config.logp_reduction,
         )
         path = collected.trajectory
@@ -265,6 +296,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             batch.advantages = batch.advantages - config.kl_coef * self._kl_in_reward(batch)
         # A picture without advantage has no policy gradient; with a KL term it still has that one.
         keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
+        self._probes = None if uses_reference or not len(keep) else self._choose_probes(batch, keep)
         return Work(keep, decisions, counted=len(advantages)), metrics
 
     def loss(self, batch: DDPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -288,21 +320,30 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             losses = score_function_loss(logp, advantages)
         statistics = {"loss/policy": losses.detach()}
         statistics |= ratio_statistics(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
-        # Without a KL term the reference is asked about one micro-batch an update, to see how far the policy has gone.
-        if config.kl_coef > 0 or self._kl_seen_at != self.step:
-            self._kl_seen_at = self.step
+        if config.kl_coef > 0:  # without one, ``check_update`` looks how far the policy has gone
             reference = self._reference(batch, x_t, steps, conditioning, samples, decisions)
-            if config.kl_coef > 0 and config.kl == "closed_form":
+            if config.kl == "closed_form":
                 penalty = now.kl(reference, reduction=config.logp_reduction)
                 losses = losses + config.kl_coef * penalty
             statistics["kl"] = now.detach().kl(reference)
             statistics["kl_path"] = statistics["kl"] * len(self.trained_steps)
+            self._priced.append((steps, statistics["kl"]))
         return losses, statistics
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed."""
+        """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed.
+
+        Looks at some decisions' KL before the step, or says how well that of all of them is known.
+        """
+        metrics = {}
+        if self._probes is not None:
+            self._look_at(self._probes, self._probes.updates)
+            self._probes.updates += 1
+        elif self.config.kl_coef > 0:
+            metrics["kl_path_stderr"] = self._path_kl(self._priced)[1]
+        self._priced = []
         if not first:
-            return {}
+            return metrics
         low, high = statistics["ratio/min"], statistics["ratio/max"]
         if self.config.objective == "ratio" and (low < 1 - self.clip or high > 1 + self.clip_high):
             raise TrainingError(
@@ -310,7 +351,21 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
                 f"[{1 - self.clip:.7f}, {1 + self.clip_high:.7f}]: use mixed_precision=no, a wider clip_range or "
                 f"micro_batch_size={self.config.sample_batch_size} (that of sampling)"
             )
-        return {"ratio/first_pass_deviation": max(high - 1, 1 - low), "clip_nats": self.clip_nats}
+        return metrics | {
+            "ratio/first_pass_deviation": first_pass_deviation(statistics),
+            "clip_nats": self.clip_nats,
+        }
+
+    def after_updates(self) -> dict[str, float]:
+        """Without a price of the KL: ``kl_path`` of the decisions looked at over the epoch, and its standard error."""
+        probes = self._probes
+        if probes is None:
+            return {}
+        self._look_at(probes, None)  # what belonged to updates without samples
+        path, error = self._path_kl(probes.found)
+        if not math.isfinite(path):
+            raise TrainingError(f"the KL to the reference is {path} after step {self.step}: {MORE_ROOM}")
+        return {"kl": path / len(self.trained_steps), "kl_path": path, "kl_path_stderr": error}
 
     def loss_coefficients(self) -> dict[str, float]:
         return {"kl_coef": self.config.kl_coef}
@@ -327,6 +382,54 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     def clip_nats(self) -> float:
         """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
         return clip_nats(self.config, self.dimensions)
+
+    def _recorded_steps(self, sample: int) -> Tensor:
+        """(K,) those of the trained steps that are recorded of global ``sample`` in this epoch."""
+        config = self.config
+        count = max(1, round(config.timestep_fraction * len(self.trained_steps)))
+        return _some_steps(self.trained_steps, count, config.seed, self.epoch, sample)
+
+    def _choose_probes(self, batch: DDPOBatch, keep: Tensor) -> KLProbes:
+        """Which decisions of the epoch's samples ``keep`` to look at, each before one of the updates.
+
+        Each costs two passes, of the policy and the reference in one batch shape, so that equal weights have a KL of
+        exactly 0 in every precision. Together they are at most 2 % of the epoch's, a backward pass counted as two, or
+        one decision a step if that is more.
+        """
+        config = self.config
+        steps = torch.stack([self._recorded_steps(int(i)) for i in keep])
+        passes = config.samples_per_epoch * len(self.schedule) + 3 * config.inner_epochs * steps.numel()
+        stream = generator(config.seed, "kl", self.epoch)
+        chosen = choose_decisions(steps, self.trained_steps, int(0.01 * passes), stream)
+        rows, columns = chosen.unbind(1)
+        updates = torch.arange(len(chosen)) % (config.inner_epochs * config.updates_per_epoch)
+        return KLProbes(batch, keep[rows], columns, steps[rows, columns], updates)
+
+    @torch.no_grad()
+    def _look_at(self, probes: KLProbes, update: int | None) -> None:
+        """Compare the policy as it is now with the reference, at this process's decisions of ``update`` or all left."""
+        batch, own = probes.batch, self.local_samples
+        ours = (probes.samples >= own.start) & (probes.samples < own.stop) & ~probes.looked
+        wanted = ours if update is None else ours & (probes.update == update)
+        probes.looked |= wanted
+        for places in wanted.nonzero().squeeze(1).split(self.config.micro_batch_size):
+            samples = (probes.samples[places] - own.start).to(batch.x_t.device)
+            decisions = probes.decisions[places].to(batch.x_t.device)
+            x_t, steps = batch.x_t[samples, decisions], batch.steps[samples, decisions]
+            conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
+            now = transition(self.policy, self.schedule, x_t, steps, conditioning)
+            reference = self._reference(batch, x_t, steps, conditioning, samples, decisions)
+            probes.found.append((steps, now.kl(reference)))
+
+    def _path_kl(self, found: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """``path_kl`` of (step, KL) of all processes, in an order that does not depend on how many there are."""
+        steps = torch.cat([s for s, _ in found]).cpu() if found else torch.empty(0, dtype=torch.int64)
+        kl = torch.cat([k for _, k in found]).double().cpu() if found else torch.empty(0, dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            parts = gather_object([(steps, kl)])
+            steps, kl = torch.cat([s for s, _ in parts]), torch.cat([k for _, k in parts])
+        order = (kl.argsort(stable=True))[steps[kl.argsort(stable=True)].argsort(stable=True)]
+        return path_kl(steps[order], kl[order], self.trained_steps, self._kl_weights)
 
     def _reference(
         self,

@@ -274,6 +274,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             "kl/loser": kl_l,
             "kl": (kl_w + kl_l) / 2,
             "kl_path": (kl_w + kl_l) / 2 * len(self.trained_steps),
+            "kl_path_stderr": (kl_w + kl_l) / 2 * len(self.trained_steps),
         }
         if self.kl_coef > 0:
             losses = losses + self.kl_coef * (seen.scale * kl).view(2, -1).mean(0)

@@ -132,9 +132,10 @@ def write_summary(folder: Path, evaluation: Evaluation | None, stopped: str | No
 def stop_reason(rules: StopConfig, row: dict[str, Any], evaluation: Evaluation | None) -> str | None:
     """Which of the rules an epoch's metrics break, as a sentence, or None."""
     reasons = []
-    kl, diversity = row.get("kl_path"), row.get("diversity")
-    if rules.kl_above is not None and kl is not None and kl > rules.kl_above:
-        reasons.append(f"the KL to the reference is {kl:.4g} nats, above stop_when.kl_above={rules.kl_above:g}")
+    kl, error, diversity = row.get("kl_path"), row.get("kl_path_stderr", 0.0), row.get("diversity")
+    if rules.kl_above is not None and kl is not None and kl - 2 * error > rules.kl_above:
+        known = f"{kl:.4g} nats" + (f" (standard error {error:.2g})" if error else "")
+        reasons.append(f"the KL to the reference is {known}, above stop_when.kl_above={rules.kl_above:g}")
     best = None if evaluation is None else evaluation.best
     if rules.gold_falling is not None and evaluation is not None and best and evaluation.falling >= rules.gold_falling:
         epoch, gold = best

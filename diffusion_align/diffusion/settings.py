@@ -30,7 +30,9 @@ class EvaluationConfig(Section):
 class StopConfig(Section):
     """When a run ends before its last epoch: as soon as one of these holds."""
 
-    kl_above: OrInfinite | None = Field(None, gt=0, description="nats of a whole path, the metric kl_path")
+    kl_above: OrInfinite | None = Field(
+        None, gt=0, description="nats of a whole path, kl_path less two standard errors"
+    )
     gold_falling: int | None = Field(
         None, ge=1, le=MOST, description="evaluations in a row in which gold is below its best"
     )

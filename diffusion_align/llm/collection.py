@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,10 +27,14 @@ from diffusion_align.training.scoring import BackgroundScores, reward_metrics
 
 @dataclass(frozen=True)
 class WeightedRewards:
-    """K text rewards and the weight of each."""
+    """K text rewards and the weight of each.
+
+    ``may_be_silent``: a completion about which none has anything to say has no reward (nan), instead of an error.
+    """
 
     functions: Sequence[Callable[..., Any]]
     weights: Tensor
+    may_be_silent: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +85,8 @@ class WeightedRewards:
 
     def total(self, rows: Sequence[PromptRow], scores: Tensor) -> Tensor:
         """(B,) the weighted sum of scores (B, K) of completions of ``rows``."""
-        return weighted_sum(scores, self.weights, prompts=[row.prompt for row in rows])
+        prompts = [row.prompt for row in rows]
+        return weighted_sum(scores, self.weights, prompts=prompts, may_be_silent=self.may_be_silent)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Collected:
         completions: of this process, on the device.
         finished: (N,) bool on the CPU, False where the length limit cut the completion off.
         scores: (N, K) float32 on the CPU, nan where a reward has nothing to say.
-        rewards: (N,) their weighted sum.
+        rewards: (N,) their weighted sum; nan where none has anything to say and that is allowed.
         metrics: rewards, lengths and ``time/score``, the seconds spent waiting for rewards.
     """
 
@@ -155,7 +160,10 @@ def collect_scored(
     own_finished = torch.cat([part.finished for part in parts])
     lengths, finished = (trainer.accelerator.gather(x).cpu() for x in (own_lengths, own_finished))
     total = rewards.total(rows, found)
-    metrics = reward_metrics(total) | {
+    silent = total.isnan()
+    if silent.all():  # of no sample at all: an error after all
+        replace(rewards, may_be_silent=False).total(rows, found)
+    metrics = reward_metrics(total[~silent]) | {
         "completions/mean_length": lengths.double().mean().item(),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -163,6 +171,8 @@ def collect_scored(
         "completions/tokens": float(lengths.sum()),
         "time/score": scores.waited,
     }
+    if silent.any():
+        metrics["frac_without_reward"] = silent.double().mean().item()
     for name, column in zip(rewards.names, found.unbind(1), strict=True):
         metrics[f"rewards/{name}/mean"] = column.nanmean().item()
     return Collected(_joined(parts, policy.pad), finished, found, total, _finite(metrics))

@@ -14,7 +14,7 @@ RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of a nat:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from diffusion_align.estimators import (
     reward_to_go,
     several_rewards_advantages,
 )
-from diffusion_align.llm.collection import reference_log_probs
+from diffusion_align.llm.collection import reference_log_probs, require_finite_reference
 from diffusion_align.llm.policy import Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
@@ -124,6 +124,11 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
 
     config: GRPOConfig
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.rewards is not None:  # the advantage of a completion without a reward is 0
+            self.rewards = replace(self.rewards, may_be_silent=True)
+
     def collect(self) -> tuple[GRPOBatch, dict[str, float]]:
         """Sample and score this process's completions."""
         collected = self.sample()
@@ -142,7 +147,9 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         config, mask = self.config, batch.sequences.mask
         groups = torch.arange(len(batch.rewards)) // config.num_generations
         how: dict[str, Any] = {"scale": config.scale_rewards, "clip_std": config.clip_std}
-        if config.multi_objective_aggregation == "sum_then_normalize":
+        if batch.rewards.isnan().any() and config.multi_objective_aggregation == "sum_then_normalize":
+            advantages = several_rewards_advantages(batch.rewards[:, None], groups, **how)
+        elif config.multi_objective_aggregation == "sum_then_normalize":
             advantages = group_advantages(batch.rewards, groups, **how)
         else:
             assert self.rewards is not None
@@ -189,16 +196,26 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         return {"beta": self.config.beta}
 
     def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
-        """Its log-probs; without a KL term of one micro-batch only, to see how far the policy has gone."""
+        """Its log-probs; without a KL term of a few completions only, to see how far the policy has gone.
+
+        Those are spread over the epoch's prompts: 2 % of its passes (a backward pass counts as two), or four.
+        """
         if not self.policy.has_reference:
             return {}
-        size = len(batch.sequences) if self.config.beta > 0 else self.config.micro_batch_size
-        some = batch.sequences[torch.arange(min(size, len(batch.sequences)), device=self.policy.device)]
-        logp_ref = reference_log_probs(self, self.policy, some)
-        if self.config.beta > 0:
+        config, own = self.config, self.local_samples
+        every = config.samples_per_epoch
+        few = every if config.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * config.inner_epochs))))
+        places = torch.arange(few) * every // few
+        rows = (places[(places >= own.start) & (places < own.stop)] - own.start).to(self.policy.device)
+        some = batch.sequences[rows]
+        if len(rows):
+            logp_ref = reference_log_probs(self, self.policy, some)
+        else:
+            logp_ref = torch.zeros(some.mask.shape, device=self.policy.device)
+            require_finite_reference(self, logp_ref)  # where the other processes wait
+        if config.beta > 0:
             batch.logp_ref = widened(logp_ref, batch.logp_old.shape[1], 0.0)
-        logp_old = batch.logp_old[: len(some), : some.mask.shape[1]]
-        return kl_metrics(self, logp_old, logp_ref, some.mask)
+        return kl_metrics(self, batch.logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask)
 
     def _kl_in_reward(self, batch: GRPOBatch, logp_ref: Tensor) -> Tensor:
         """(B, T) what is subtracted from the advantage, times beta."""

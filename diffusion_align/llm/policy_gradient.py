@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,12 +16,15 @@ from diffusion_align.estimators import categorical_entropy, clipped_surrogate
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, sample_groups
 from diffusion_align.llm.data import PromptRow
-from diffusion_align.llm.policy import LanguagePolicy, Scored
+from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
 from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.ratios import ratio_statistics
+from diffusion_align.training.errors import TrainingError
+from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")
+MOST_DEVIATION = 1e-2
+"""Of the ratio from 1 on the first pass in float32; rounding is some 1e-5."""
 
 
 class PolicyGradientConfig(TextConfig, OnlineSettings):
@@ -28,6 +32,10 @@ class PolicyGradientConfig(TextConfig, OnlineSettings):
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
     epsilon_high: float | None = Field(None, gt=0, le=LARGEST, description="clip of the ratio above 1")
+    logp_old: Literal["rollout", "recomputed"] = Field(
+        "rollout",
+        description="log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)",
+    )
 
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
@@ -68,7 +76,29 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
     def sample(self) -> Collected:
         """This process's completions of the epoch and the rewards of all."""
         assert self.rewards is not None
-        return sample_groups(self, self.policy, self.prompts, self.rewards)[1]
+        collected = sample_groups(self, self.policy, self.prompts, self.rewards)[1]
+        return collected if self.config.logp_old == "rollout" else self._scored_again(collected)
+
+    @torch.no_grad()
+    def _scored_again(self, collected: Collected) -> Collected:
+        """With ``logp_old`` of a forward pass as in training instead of the sampler's, token by token with a cache.
+
+        In narrow floats the two differ by some hundredths of a nat, which a ratio then starts from.
+        """
+        completions, size = collected.completions, self.config.micro_batch_size
+        sequences, sampled = completions.sequences, completions.logp_old
+        parts = []
+        with self.progress("  scoring", len(sequences)) as bar:
+            for rows in torch.arange(len(sequences), device=sequences.ids.device).split(size):
+                some = sequences[rows]
+                parts.append(widened(self.policy.log_probs(self.policy.score(some)), sampled.shape[1], 0.0))
+                self.advance(bar, len(rows))
+        logp = torch.cat(parts).to(sampled)
+        worst = torch.expm1((logp - sampled)[sequences.mask]).abs().max()
+        if self.accelerator.num_processes > 1:
+            worst = self.accelerator.gather(worst[None]).max()
+        metrics = collected.metrics | {"ratio/rollout_deviation": worst.item()}
+        return replace(collected, completions=replace(completions, logp_old=logp), metrics=metrics)
 
     def surrogate(
         self,
@@ -91,7 +121,19 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         )
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        """How far the ratio is from 1 where no weight has changed yet: only rounding should be left."""
+        """How far the ratio is from 1 where no weight has changed yet: only rounding should be left.
+
+        Raises:
+            TrainingError: more is, although everything is float32.
+        """
         if not first:
             return {}
-        return {"ratio/first_pass_deviation": max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])}
+        deviation = first_pass_deviation(statistics)
+        if deviation > MOST_DEVIATION and self.config.mixed_precision == "no" and self.config.dtype == "float32":
+            again = self.config.logp_old == "recomputed"
+            raise TrainingError(
+                f"the ratio is {deviation:.3g} off 1 before any update although all is float32: the model does not "
+                f"score completions as it {'scored them before' if again else 'sampled them'}, use another model"
+                + ("" if again else ", or logp_old=recomputed to start from its scores")
+            )
+        return {"ratio/first_pass_deviation": deviation}

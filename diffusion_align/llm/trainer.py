@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
@@ -90,7 +91,11 @@ def kl_metrics(trainer: TextTrainer, logp: Tensor, logp_ref: Tensor, mask: Tenso
     """``kl`` in nats a token and ``kl_path`` in nats a completion, of all processes' samples of ``logp``.
 
     k1: unbiased, and unlike k3 of finite variance however far the policy is; near 0 it may be a little negative.
+    ``kl_path_stderr`` is the standard error over completions.
     """
     values = kl_value(logp, logp_ref, "k1", mask=mask)
     total, tokens, samples = (trainer.global_sum(x) for x in (values.sum(), mask.sum(), mask.any(1).sum()))
-    return {"kl": total / max(tokens, 1), "kl_path": total / max(samples, 1)}
+    path = total / max(samples, 1)
+    deviations = (values.sum(1) - path)[mask.any(1)].to(widest_float(values.device))
+    error = math.sqrt(trainer.global_sum(deviations.square().sum()) / max(samples - 1, 1) / max(samples, 1))
+    return {"kl": total / max(tokens, 1), "kl_path": path, "kl_path_stderr": error}

@@ -29,6 +29,7 @@ _NAMES = {
     "diversity": ("Diversity of the fixed pictures", "mean distance of two"),
     "kl": ("KL to the reference, per step", "nats"),
     "kl_path": ("KL to the reference, a whole path", "nats"),
+    "kl_path_stderr": ("Uncertainty of the KL of a whole path", "standard error"),
     "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
     "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
     "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),

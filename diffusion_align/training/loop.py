@@ -168,6 +168,10 @@ class Trainer(ABC, Generic[Batch]):
         """
         return {}
 
+    def after_updates(self) -> dict[str, float]:
+        """Metrics of what the epoch's updates looked at; called on every process."""
+        return {}
+
     def measure(self) -> dict[str, float]:
         """Metrics after ``self.epoch`` epochs, such as those of held-out data; called on every process."""
         return {}
@@ -222,6 +226,7 @@ class Trainer(ABC, Generic[Batch]):
                 work, estimated = self.estimate(batch)
                 steps_before = self._steps_taken
                 last = self._update(batch, work)
+                estimated |= self.after_updates()
                 updated = time.perf_counter()
                 self.epoch += 1
                 row = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from diffusion_align.estimators import clip_fractions, importance_ratio
@@ -37,3 +39,8 @@ def ratio_statistics(
         "clip_ratio/region_mean": (low | high).float(),
     }
     return {name: value if mask is None else value[mask] for name, value in statistics.items()}
+
+
+def first_pass_deviation(statistics: Mapping[str, float]) -> float:
+    """How far from 1 the ratios of an update are that no weight has changed before; only rounding is right."""
+    return max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])

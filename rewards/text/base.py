@@ -207,13 +207,16 @@ def check_text_reward(
     )
 
 
-def weighted_sum(scores: Tensor, weights: Tensor, *, prompts: Sequence[Text] | None = None) -> Tensor:
+def weighted_sum(
+    scores: Tensor, weights: Tensor, *, prompts: Sequence[Text] | None = None, may_be_silent: bool = False
+) -> Tensor:
     """``sum_k weights[k] * scores[:, k]`` over the rewards that had something to say, (B,) in the dtype of ``scores``.
 
     Args:
         scores: (B, K), nan where reward k had nothing to say.
         weights: (K,).
         prompts: B of them, for the sentence of the error.
+        may_be_silent: a sample about which no reward had anything to say is nan and no error.
 
     Raises:
         RewardError: a sample about which no reward had anything to say.
@@ -222,13 +225,13 @@ def weighted_sum(scores: Tensor, weights: Tensor, *, prompts: Sequence[Text] | N
     if scores.ndim != 2 or weights.shape != scores.shape[1:]:
         raise ValueError(f"scores {tuple(scores.shape)} must be (B, K) and weights {tuple(weights.shape)} (K,)")
     silent = scores.isnan()
-    if (nothing := silent.all(dim=1)).any():
+    if (nothing := silent.all(dim=1)).any() and not may_be_silent:
         first = int(nothing.nonzero()[0])
         where = f" {_after(prompts[first])}" if prompts is not None else ""
         raise RewardError(
             f"no reward has anything to say about sample {first}{where}: at least one must return a number for it"
         )
-    return (scores.masked_fill(silent, 0.0) * weights.to(scores)).sum(dim=1)
+    return (scores.masked_fill(silent, 0.0) * weights.to(scores)).sum(dim=1).masked_fill(nothing, torch.nan)
 
 
 def extras_of(reward: Any) -> list[str]:

@@ -143,15 +143,10 @@ def assert_same(read_rows, folders, gradients, *, without=()):
         torch.testing.assert_close(value, b[name], atol=1e-6, rtol=0)
 
 
-def without_kl(changes):
-    """Without a KL term the KL is measured on one micro-batch of each process."""
-    return ("kl", "kl_path") if changes["method"] == "grpo" and not changes.get("beta") else ()
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_do_what_one_does(forked, write, tmp_path, read_rows, case):
     folders, gradients = run_both(forked, write(**CASES[case]), tmp_path)
-    assert_same(read_rows, folders, gradients, without=without_kl(CASES[case]))
+    assert_same(read_rows, folders, gradients)
 
 
 # Half of the completions, those of process 1 or all, count as cut off by the limit of length.
@@ -194,7 +189,7 @@ def test_a_process_without_work_is_not_waited_for(forked, write, tmp_path, read_
     if used == 0:
         assert gradients == [[], [], []]
     else:
-        assert_same(read_rows, folders, gradients, without=without_kl(changes))
+        assert_same(read_rows, folders, gradients)
 
 
 WIDTHS = """
@@ -231,7 +226,7 @@ def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, m
 
 
 def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tmp_path):
-    config = write(**ONLINE | {"method": "grpo", "reward": ["silent"]})
+    config = write(**ONLINE | {"method": "kto", "reward": ["silent"]})
     run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
     assert not run.timed_out
     assert run.statuses == [2, 2], run.errors

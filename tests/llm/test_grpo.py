@@ -14,6 +14,7 @@ from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
 from diffusion_align.llm.trainer import per_sample
 from diffusion_align.training.errors import TrainingError
+from diffusion_align.training.statistics import equal_reward_metric
 
 sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
@@ -421,3 +422,58 @@ def test_a_batch_that_cannot_be_sampled_ends_the_run(make_run):
         next(iter(trainer.trainable.values())).fill_(torch.nan)
     with pytest.raises(TrainingError, match="the language model gives log-probs that are not finite"):
         trainer.collect()
+
+
+def test_a_first_pass_off_one_is_refused_in_float32_only(make_run):
+    off = {"ratio/max": 1.02, "ratio/min": 0.97}
+    with pytest.raises(TrainingError, match=r"the ratio is 0.03 off 1 before any update.*logp_old=recomputed"):
+        make_run().check_update(off, first=True)
+    with pytest.raises(TrainingError, match=r"as it scored them before, use another model$"):
+        make_run(logp_old="recomputed").check_update(off, first=True)
+    assert make_run().check_update(off, first=False) == {}
+    rounded = {"ratio/max": 1.009, "ratio/min": 1.0}
+    assert make_run().check_update(rounded, first=True)["ratio/first_pass_deviation"] == pytest.approx(0.009)
+    for narrow in ({"mixed_precision": "bf16"}, {"dtype": "bfloat16"}):
+        found = make_run(**narrow).check_update(off, first=True)
+        assert found["ratio/first_pass_deviation"] == pytest.approx(0.03)
+
+
+def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_policy):
+    """In bf16 the sampler's, with its cache, are off by some hundredths; scored once more they start from 1."""
+    deviations = {}
+    for kind in ("rollout", "recomputed"):
+        policy = make_language_policy(noise=0.05)
+        policy.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+        trainer = make_run(policy=policy, logp_old=kind, mixed_precision="bf16", micro_batch_size=16)
+        batch, _, metrics = collected(trainer)
+        every = torch.arange(16)
+        _, statistics = trainer.loss(batch, every, torch.zeros_like(every))
+        ratios = {f"ratio/{end}": getattr(statistics["ratio/mean"], end)().item() for end in ("min", "max")}
+        deviations[kind] = trainer.check_update(ratios, first=True)["ratio/first_pass_deviation"]
+        if kind == "recomputed":
+            assert metrics["ratio/rollout_deviation"] > 1e-3
+        else:
+            assert "ratio/rollout_deviation" not in metrics
+    assert deviations["recomputed"] == 0 < 1e-3 < deviations["rollout"]
+
+
+def test_a_completion_without_a_reward_has_no_advantage(make_run):
+    """None from the only reward: left out of its group's mean and std, of the epoch's reward and of the updates."""
+
+    def hesitant(prompts, completions, **columns):
+        return [None if i % 4 == 1 else float(i % 4) for i in range(len(completions))]
+
+    batch, keep, metrics = collected(make_run(rewards=((hesitant, 2.0),), beta=0.0))
+    advantages = batch.advantages[:, 0].view(-1, 4)
+    root = math.sqrt(7 / 3)  # of 0, 4 and 6: the mean is 10/3, the variance 28/3
+    expected = torch.tensor([-10 / 3, 0.0, 2 / 3, 8 / 3]) / (2 * root)
+    torch.testing.assert_close(advantages, expected.expand_as(advantages).to(advantages), atol=1e-6, rtol=1e-6)
+    assert keep.tolist() == [i for i in range(16) if i % 4 != 1]
+    assert metrics["frac_without_reward"] == 0.25
+    assert metrics["reward"] == pytest.approx(10 / 3)
+    assert metrics["frac_reward_zero_std"] == 0
+
+
+def test_groups_with_equal_rewards_are_counted_without_those_that_have_none():
+    rewards = torch.tensor([[1, 1, math.nan], [1, math.nan, 2], [math.nan] * 3, [2, 3, 3]])
+    assert equal_reward_metric(rewards.flatten(), 3)["frac_reward_zero_std"] == 0.5

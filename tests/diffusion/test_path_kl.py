@@ -1,0 +1,206 @@
+"""The KL of a path from few decisions: which, the estimate, its error, and what it costs."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
+from diffusion_align.diffusion.evaluation import stop_reason
+from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
+from diffusion_align.diffusion.rollout import rollout
+from diffusion_align.diffusion.settings import StopConfig
+from diffusion_align.training.errors import TrainingError
+from diffusion_align.training.statistics import UpdateStatistics
+
+PROMPTS = ["a red apple", "a cat"]
+# Of the embedded model in ten steps, docs/ddpo.md: the last step outweighs all others.
+WEIGHTS = torch.tensor([0.002, 0.008, 0.02, 0.04, 0.08, 0.13, 0.20, 0.33, 0.67, 65.0], dtype=torch.float64)
+STEPS = torch.arange(3, 13)
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("samples", "most", "each"), [(40, 0, 1), (40, 29, 2), (20, 40, 4), (5, 30, 3), (3, 90, 3)])
+def test_every_step_is_looked_at_in_different_samples(samples, most, each):
+    steps = STEPS.expand(samples, -1)
+    chosen = choose_decisions(steps, STEPS, most, stream())
+    assert torch.equal(chosen, choose_decisions(steps, STEPS, most, stream()))
+    assert not torch.equal(chosen, choose_decisions(steps, STEPS, most, stream(1)))
+    looked = steps[chosen[:, 0], chosen[:, 1]]
+    assert torch.bincount(looked)[3:].tolist() == [min(each, samples)] * 10
+    assert len({tuple(pair) for pair in chosen.tolist()}) == len(chosen)
+    taken = torch.bincount(chosen[:, 0], minlength=samples)
+    assert taken.max() - taken.min() <= 1
+
+
+def test_only_what_was_recorded_is_looked_at():
+    steps = torch.stack([STEPS[torch.randperm(10, generator=stream(i))[:3].sort().values] for i in range(30)])
+    chosen = choose_decisions(steps, STEPS, 20, stream())
+    looked = steps[chosen[:, 0], chosen[:, 1]]
+    assert torch.bincount(looked)[3:].tolist() == [2] * 10
+    assert choose_decisions(STEPS[:1].expand(4, -1), STEPS[:1], 1, stream()).shape == (2, 2)  # an error needs two
+
+
+@pytest.mark.parametrize("most", [10, 20, 40])
+def test_the_estimate_is_unbiased_and_its_error_is_what_it_says(most):
+    samples = 400
+    spread = torch.randn(samples, 10, generator=stream(), dtype=torch.float64)
+    kl = WEIGHTS * (0.5 * spread).exp() * torch.linspace(2, 1, 10, dtype=torch.float64)  # 53 % between samples
+    whole = kl.mean(0).sum().item()
+    found = []
+    for seed in range(300):
+        rows, columns = choose_decisions(STEPS.expand(samples, -1), STEPS, most, stream(seed)).unbind(1)
+        found.append(path_kl(STEPS[columns], kl[rows, columns], STEPS, WEIGHTS))
+    estimates, errors = torch.tensor(found, dtype=torch.float64).unbind(1)
+    true_error = estimates.std().item()
+    assert estimates.mean().item() == pytest.approx(whole, abs=3 * true_error / math.sqrt(300))
+    assert 0.8 * true_error < errors.square().mean().sqrt().item() < 1.6 * true_error
+    # Skewed as the KLs are, a low estimate has a low error. What a rule stops at is hardly ever more than the truth.
+    assert ((estimates - whole).abs() < 2 * errors).double().mean() > 0.75
+    assert (estimates - 2 * errors > whole).double().mean() < 0.025
+    assert true_error < 0.6 * whole / math.sqrt(most / 10)
+
+
+def test_what_is_all_known_has_the_plain_error_and_gaps_are_filled_by_weight():
+    kl = torch.tensor([1.0, 3.0, 10.0, 14.0])
+    steps = torch.tensor([5, 5, 7, 7])
+    estimate, error = path_kl(steps, kl, torch.tensor([5, 7]), torch.ones(2))
+    assert estimate == 14
+    assert error >= math.sqrt(2 / 2 + 8 / 2)
+    assert path_kl(steps[:2], kl[:2], torch.tensor([5, 7]), torch.tensor([1.0, 3.0]))[0] == pytest.approx(8)
+    assert path_kl(steps[:1], kl[:1], steps[:1], torch.ones(1)) == (1.0, 1.0)  # of one decision nothing is known
+    assert path_kl(steps, 0 * kl, torch.tensor([5, 7]), torch.ones(2)) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="kl is empty"):
+        path_kl(steps[:0], kl[:0], steps[:1], torch.ones(1))
+
+
+# -- on the tiny model -------------------------------------------------------------------------------------------------
+
+
+def make_trainer(policy, folder, **settings):
+    config = DDPOConfig(
+        **{
+            "model": "tiny",
+            "output_dir": folder,
+            "prompts": PROMPTS,
+            "reward": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)),
+            "sampler": {"steps": 6, "guidance_scale": 1.0},
+            "samples_per_epoch": 16,
+            "sample_batch_size": 16,
+            "micro_batch_size": 7,
+        }
+        | settings
+    )
+    assert config.cross_checks() == []
+    return DDPOTrainer(config, policy, config.reward, [(p, {}) for p in PROMPTS])
+
+
+@pytest.fixture
+def recorded(make_policy, tmp_path, streams):
+    """``recorded(noise, **settings)``: a trainer and an epoch of it, of which nothing is trained."""
+    from diffusion_align.diffusion.ddpo import DDPOBatch
+
+    def make(noise=0.05, **settings):
+        trainer = make_trainer(make_policy("tiny_sd", noise=noise), tmp_path / "run", **settings)
+        texts = [PROMPTS[i % 2] for i in range(16)]
+        conditioning = trainer.policy.encode(texts)
+        rewards = torch.arange(16.0)
+        record = torch.stack([trainer._recorded_steps(i) for i in range(16)])
+        path = rollout(trainer.policy, trainer.schedule, conditioning, streams(16), record=record)
+        return trainer, DDPOBatch(
+            path.x_t, path.x_s, path.steps, path.logp_old, conditioning, texts, rewards[:, None], rewards
+        )
+
+    return make
+
+
+def estimated(trainer, batch, updates):
+    trainer.estimate(batch)
+    for _ in range(updates):
+        trainer.check_update({}, first=False)
+    return trainer.after_updates()
+
+
+@pytest.mark.parametrize("settings", [{}, {"timestep_fraction": 0.5}, {"inner_epochs": 12}])
+def test_the_estimate_agrees_with_the_whole_and_costs_little(recorded, monkeypatch, settings):
+    trainer, batch = recorded(**settings)
+    steps = len(trainer.trained_steps)
+    looked, reference, predict = [], [False], trainer.policy.predict
+
+    @contextlib.contextmanager
+    def watched(enter=trainer.policy.reference):
+        reference[0] = True
+        with enter():
+            yield
+        reference[0] = False
+
+    monkeypatch.setattr(trainer.policy, "reference", watched)
+    monkeypatch.setattr(
+        trainer.policy, "predict", lambda x, *a, **k: (looked.append((len(x), reference[0])), predict(x, *a, **k))[1]
+    )
+    found = estimated(trainer, batch, 2 * settings.get("inner_epochs", 1))
+    count = sum(n for n, of_reference in looked if of_reference)
+    assert count == sum(n for n, of_reference in looked if not of_reference)
+    trained = batch.steps.numel() * settings.get("inner_epochs", 1)
+    assert count <= max(steps, 0.01 * (16 * 6 + 3 * trained))
+    assert count == (5 * steps if "inner_epochs" in settings else steps)
+
+    priced, _ = recorded(kl_coef=1e-9, **settings)
+    every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.steps.shape[1]))
+    priced.estimate(batch)
+    _, statistics = priced.loss(batch, *every.unbind(1))
+    by_step = [statistics["kl"][batch.steps.flatten() == s].mean().item() for s in trainer.trained_steps]
+    assert found["kl_path_stderr"] > 0
+    assert abs(found["kl_path"] - sum(by_step)) < 2 * found["kl_path_stderr"]
+    assert found["kl_path_stderr"] < found["kl_path"]
+    assert found["kl"] == pytest.approx(found["kl_path"] / steps)
+
+
+def test_equal_weights_have_a_kl_of_exactly_0_and_updates_without_samples_lose_nothing(recorded):
+    trainer, batch = recorded(noise=0.0)
+    assert estimated(trainer, batch, 1) == {"kl": 0.0, "kl_path": 0.0, "kl_path_stderr": 0.0}
+    assert trainer._probes.looked.all()
+
+
+def test_micro_batches_do_not_change_the_estimate(recorded):
+    values = [estimated(*recorded(micro_batch_size=size), 2)["kl_path"] for size in (1, 7)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_a_priced_kl_has_its_error_too_and_one_that_is_not_finite_ends_the_run(recorded):
+    trainer, batch = recorded(kl_coef=0.1)
+    trainer.estimate(batch)
+    every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.steps.shape[1]))
+    _, statistics = trainer.loss(batch, *every.unbind(1))
+    error = trainer.check_update({}, first=False)["kl_path_stderr"]
+    assert 0 < error < statistics["kl_path"].mean().item()
+    assert trainer.after_updates() == {}
+    trainer, batch = recorded()
+    trainer.estimate(batch)
+    trainer._probes.found.append((trainer.trained_steps[:1], torch.tensor([math.nan])))
+    with pytest.raises(TrainingError, match="the KL to the reference is nan"):
+        trainer.after_updates()
+
+
+def test_the_rule_waits_until_the_estimate_is_sure():
+    rules = StopConfig(kl_above=8)
+    assert stop_reason(rules, {"kl_path": 9.0, "kl_path_stderr": 0.5}, None) is None
+    reason = stop_reason(rules, {"kl_path": 9.0, "kl_path_stderr": 0.49}, None)
+    assert "is 9 nats (standard error 0.49), above stop_when.kl_above=8" in reason
+
+
+def test_standard_errors_of_an_update_do_not_depend_on_micro_batches():
+    class One:
+        num_processes = 1
+
+    values = torch.tensor([1e6, 1e6 + 1, 1e6 + 3, 1e6 + 4], dtype=torch.float64)
+    statistics = UpdateStatistics()
+    for part in values.split(3):
+        statistics.add({"kl_path": part, "kl_path_stderr": part})
+    found = statistics.over_processes(One())
+    assert found["kl_path_stderr"] == pytest.approx(values.std().item() / 2)
+    assert found["kl_path"] == pytest.approx(values.mean().item())
