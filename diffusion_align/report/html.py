@@ -372,7 +372,7 @@ def _figures(rows: Sequence[Row], method: object) -> Iterator[dict[str, Any]]:
 
 def _other_metrics(rows: Sequence[Row], method: object) -> dict[str, Any] | None:
     """Every metric that no plot above shows, so that a text run or a new algorithm is reported as well."""
-    shown = {key for _, _, keys, _ in _plots(method) for key in keys} | {"reward_stderr"}
+    shown = {key for _, _, keys, _ in _plots(method) for key in keys} | {"reward_stderr", "kl_path_stderr"}
     components = plots.reward_component_keys(rows)
     keys = [key for key in numeric_keys(rows) if key not in shown and key not in components]
     keys = [key for key in keys if len(series(rows, key, x=natural_x([rows], key))[0])]
