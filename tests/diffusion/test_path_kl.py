@@ -62,7 +62,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_what_it_says(most):
     # Skewed as the KLs are, a low estimate has a low error. What a rule stops at is hardly ever more than the truth.
     assert ((estimates - whole).abs() < 2 * errors).double().mean() > 0.75
     assert (estimates - 2 * errors > whole).double().mean() < 0.025
-    assert true_error < 0.6 * whole / math.sqrt(most / 10)
+    assert true_error < 0.75 * whole / math.sqrt(most / 10)
 
 
 def test_what_is_all_known_has_the_plain_error_and_gaps_are_filled_by_weight():

@@ -438,12 +438,21 @@ def test_a_first_pass_off_one_is_refused_in_float32_only(make_run):
         assert found["ratio/first_pass_deviation"] == pytest.approx(0.03)
 
 
-def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_policy):
-    """In bf16 the sampler's, with its cache, are off by some hundredths; scored once more they start from 1."""
+def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_policy, monkeypatch):
+    """Whatever the sampler's log-probs are off by, as in bf16 with its cache: scored once more, ratios start at 1."""
+    from diffusion_align.llm import policy_gradient
+
+    sample = policy_gradient.sample_groups
+
+    def off(*arguments):
+        rows, found = sample(*arguments)
+        found.completions.logp_old.add_(0.05 * found.completions.sequences.mask)
+        return rows, found
+
+    monkeypatch.setattr(policy_gradient, "sample_groups", off)
     deviations = {}
     for kind in ("rollout", "recomputed"):
         policy = make_language_policy(noise=0.05)
-        policy.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
         trainer = make_run(policy=policy, logp_old=kind, mixed_precision="bf16", micro_batch_size=16)
         batch, _, metrics = collected(trainer)
         every = torch.arange(16)
@@ -451,10 +460,12 @@ def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_polic
         ratios = {f"ratio/{end}": getattr(statistics["ratio/mean"], end)().item() for end in ("min", "max")}
         deviations[kind] = trainer.check_update(ratios, first=True)["ratio/first_pass_deviation"]
         if kind == "recomputed":
-            assert metrics["ratio/rollout_deviation"] > 1e-3
+            assert metrics["ratio/rollout_deviation"] == pytest.approx(1 - math.exp(-0.05), abs=1e-4)
         else:
             assert "ratio/rollout_deviation" not in metrics
-    assert deviations["recomputed"] == 0 < 1e-3 < deviations["rollout"]
+        assert batch.logp_old.masked_select(~batch.sequences.mask).abs().sum() == 0
+    assert deviations["recomputed"] == 0
+    assert deviations["rollout"] == pytest.approx(1 - math.exp(-0.05), abs=1e-4)
 
 
 def test_a_completion_without_a_reward_has_no_advantage(make_run):
