@@ -400,7 +400,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         steps = torch.stack([self._recorded_steps(int(i)) for i in keep])
         passes = config.samples_per_epoch * len(self.schedule) + 3 * config.inner_epochs * steps.numel()
         stream = generator(config.seed, "kl", self.epoch)
-        chosen = choose_decisions(steps, self.trained_steps, int(0.01 * passes), stream)
+        chosen = choose_decisions(steps, self.trained_steps, self._kl_weights, int(0.01 * passes), stream)
         rows, columns = chosen.unbind(1)
         updates = torch.arange(len(chosen)) % (config.inner_epochs * config.updates_per_epoch)
         return KLProbes(batch, keep[rows], columns, steps[rows, columns], updates)

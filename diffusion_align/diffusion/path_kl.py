@@ -12,23 +12,29 @@ import torch
 from torch import Tensor
 
 
-def choose_decisions(steps: Tensor, trained: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """(n, 2) int64 (row, column) of ``steps``: every trained step that occurs, ``most // S`` times but once at least.
+def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """(n, 2) int64 (row, column) of ``steps``: every trained step that occurs, and what is left by weight.
 
-    A step is looked at in different samples, those taken least so far first, so that n samples or fewer serve n
-    decisions once each. In random order.
+    The step whose KL is largest decides how well the sum is known (Neyman's allocation). A step is looked at in
+    different samples, those taken least so far first, so that n samples or more serve n decisions once each. In random
+    order.
 
     Args:
         steps: (M, K) the steps that M samples have recorded, each once.
         trained: (S,) those there are.
+        weights: (S,) in what proportion their KLs are, roughly.
         most: how many decisions may be looked at, if that is more than S.
         generator: on the CPU.
     """
-    each = max(most // len(trained), 1 if len(trained) > 1 else 2)
+    left = max(most - len(trained), 0 if len(trained) > 1 else 1)  # an error needs two
+    share = weights.double().cpu() / weights.sum().item() * left
+    counts = 1 + share.floor().long()
+    rest = left - int(share.floor().sum())
+    counts[(share - share.floor()).sort(descending=True, stable=True).indices[:rest]] += 1
     order = torch.randperm(len(steps), generator=generator)
     taken = torch.zeros(len(steps), dtype=torch.int64)
     found = []
-    for step in trained.tolist():
+    for step, each in zip(trained.tolist(), counts.tolist(), strict=True):
         places, columns = (steps[order] == step).nonzero(as_tuple=True)
         rows = order[places]
         for choice in taken[rows].sort(stable=True).indices[:each].tolist():
@@ -74,7 +80,7 @@ def path_kl(steps: Tensor, kl: Tensor, trained: Tensor, weights: Tensor) -> tupl
         pairs = (level[1:] + level[:-1]) / 2
         known = pairs > 0
         relative = ((level.diff()[known] / pairs[known]).square() / 2).mean() if known.any() else float(len(level) < 2)
-    variance = (relative * means[seen].square() / counts[seen]).sum()
-    if bool(several[seen].all()):
-        variance = torch.maximum(variance, (squares[seen] / (counts[seen] - 1) / counts[seen]).sum())
-    return scale * float(means.sum()), scale * math.sqrt(float(variance))
+    variance = relative * means.square() / counts.clamp(min=1)
+    own = squares / (counts - 1).clamp(min=1) / counts.clamp(min=1)
+    variance = torch.where(several, variance.maximum(own), variance)
+    return scale * float(means.sum()), scale * math.sqrt(float(variance.sum()))

@@ -798,6 +798,7 @@ def test_metrics_by_hand(variant, make_trainer):
         "kl/loser": kl_l,
         "kl": (kl_w + kl_l) / 2,
         "kl_path": count * (kl_w + kl_l) / 2,
+        "kl_path_stderr": count * (kl_w + kl_l) / 2,
         "weight": torch.sigmoid(weight),
     }
     assert set(found) == {*expected, "loss/preference"}

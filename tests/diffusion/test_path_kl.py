@@ -24,12 +24,12 @@ def stream(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(("samples", "most", "each"), [(40, 0, 1), (40, 29, 2), (20, 40, 4), (5, 30, 3), (3, 90, 3)])
+@pytest.mark.parametrize(("samples", "most", "each"), [(40, 0, 1), (40, 20, 2), (20, 40, 4), (5, 30, 3), (3, 90, 3)])
 def test_every_step_is_looked_at_in_different_samples(samples, most, each):
     steps = STEPS.expand(samples, -1)
-    chosen = choose_decisions(steps, STEPS, most, stream())
-    assert torch.equal(chosen, choose_decisions(steps, STEPS, most, stream()))
-    assert not torch.equal(chosen, choose_decisions(steps, STEPS, most, stream(1)))
+    chosen = choose_decisions(steps, STEPS, torch.ones(10), most, stream())
+    assert torch.equal(chosen, choose_decisions(steps, STEPS, torch.ones(10), most, stream()))
+    assert not torch.equal(chosen, choose_decisions(steps, STEPS, torch.ones(10), most, stream(1)))
     looked = steps[chosen[:, 0], chosen[:, 1]]
     assert torch.bincount(looked)[3:].tolist() == [min(each, samples)] * 10
     assert len({tuple(pair) for pair in chosen.tolist()}) == len(chosen)
@@ -39,10 +39,13 @@ def test_every_step_is_looked_at_in_different_samples(samples, most, each):
 
 def test_only_what_was_recorded_is_looked_at():
     steps = torch.stack([STEPS[torch.randperm(10, generator=stream(i))[:3].sort().values] for i in range(30)])
-    chosen = choose_decisions(steps, STEPS, 20, stream())
+    chosen = choose_decisions(steps, STEPS, torch.ones(10), 20, stream())
     looked = steps[chosen[:, 0], chosen[:, 1]]
     assert torch.bincount(looked)[3:].tolist() == [2] * 10
-    assert choose_decisions(STEPS[:1].expand(4, -1), STEPS[:1], 1, stream()).shape == (2, 2)  # an error needs two
+    one = STEPS[:1]  # of a single step an error needs two decisions
+    assert choose_decisions(one.expand(4, -1), one, torch.ones(1), 1, stream()).shape == (2, 2)
+    weighted = choose_decisions(STEPS.expand(40, -1), STEPS, WEIGHTS, 20, stream())
+    assert torch.bincount(weighted[:, 1]).tolist() == [1] * 9 + [11]
 
 
 @pytest.mark.parametrize("most", [10, 20, 40])
@@ -53,7 +56,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_what_it_says(most):
     whole = kl.mean(0).sum().item()
     found = []
     for seed in range(300):
-        rows, columns = choose_decisions(STEPS.expand(samples, -1), STEPS, most, stream(seed)).unbind(1)
+        rows, columns = choose_decisions(STEPS.expand(samples, -1), STEPS, WEIGHTS, most, stream(seed)).unbind(1)
         found.append(path_kl(STEPS[columns], kl[rows, columns], STEPS, WEIGHTS))
     estimates, errors = torch.tensor(found, dtype=torch.float64).unbind(1)
     true_error = estimates.std().item()
@@ -62,7 +65,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_what_it_says(most):
     # Skewed as the KLs are, a low estimate has a low error. What a rule stops at is hardly ever more than the truth.
     assert ((estimates - whole).abs() < 2 * errors).double().mean() > 0.75
     assert (estimates - 2 * errors > whole).double().mean() < 0.025
-    assert true_error < 0.75 * whole / math.sqrt(most / 10)
+    assert true_error < 0.75 * whole / math.sqrt(most - 9)  # most are spent on the last step
 
 
 def test_what_is_all_known_has_the_plain_error_and_gaps_are_filled_by_weight():
@@ -147,7 +150,7 @@ def test_the_estimate_agrees_with_the_whole_and_costs_little(recorded, monkeypat
     assert count == sum(n for n, of_reference in looked if not of_reference)
     trained = batch.steps.numel() * settings.get("inner_epochs", 1)
     assert count <= max(steps, 0.01 * (16 * 6 + 3 * trained))
-    assert count == (5 * steps if "inner_epochs" in settings else steps)
+    assert 2 * steps < count if "inner_epochs" in settings else count == steps
 
     priced, _ = recorded(kl_coef=1e-9, **settings)
     every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.steps.shape[1]))

@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from diffusion_align.diffusion import ddpo
 from diffusion_align.diffusion.evaluation import Evaluation, mean_pairwise_distance, stop_reason
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
@@ -212,7 +213,8 @@ def test_a_stopped_run_stays_stopped_until_the_rules_change(train, tmp_path):
     assert rows(tmp_path / "run", "gold") == list(enumerate([0.0, 3.0, 2.0, 4.0, 5.0]))
 
 
-def test_a_run_that_goes_on_is_no_longer_called_stopped(train, tmp_path):
+def test_a_run_that_goes_on_is_no_longer_called_stopped(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(ddpo, "path_kl", lambda *known: (1.0, 0.4))
     train(stop_when={"kl_above": 1e-9}, evaluation=None)
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["stopped"]
     train(stop_when={}, resume=True, epochs=4, evaluation=None)
@@ -252,11 +254,12 @@ def test_an_epoch_without_its_evaluation_is_resumed_any_number_of_times(train, t
 @pytest.mark.parametrize(
     ("rules", "epoch", "expected"),
     [
-        ({"kl_above": 1e-9}, 2, "above stop_when.kl_above"),  # at the first update it still is 0
+        ({"kl_above": 0.1}, 1, "the KL to the reference is 1 nats (standard error 0.4), above stop_when.kl_above"),
         ({"diversity_below": 0.9}, 1, "below stop_when.diversity_below"),
     ],
 )
-def test_the_other_rules_end_a_run(train, rules, epoch, expected):
+def test_the_other_rules_end_a_run(train, rules, epoch, expected, monkeypatch):
+    monkeypatch.setattr(ddpo, "path_kl", lambda *known: (1.0, 0.4))
     trainer = train(stop_when=rules)
     assert trainer.epoch == epoch
     assert expected in trainer.stopped
