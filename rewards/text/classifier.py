@@ -17,6 +17,7 @@ from diffusion_align.rewards.text.loading import (
     network_problem,
     token_limit,
     tokens_of,
+    without_token_types,
 )
 from diffusion_align.training.lora import load_peft
 
@@ -192,6 +193,7 @@ def _load(model: str, base: str | None, dtype: str, device: str | torch.device) 
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
     # Decoders are read at their last token that is no padding, which they tell by this number.
     config.pad_token_id = tokenizer.pad_token_id
+    without_token_types(tokenizer, config)
     # Padding on the right, because positions are counted from the left; what is too long loses its oldest part.
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
     return network, tokenizer

@@ -74,6 +74,15 @@ def load_tokenizer(name: str) -> Any:
         ) from error
 
 
+def without_token_types(tokenizer: Any, config: Any) -> None:
+    """Let ``tokenizer`` give no ``token_type_ids`` to a network without such embeddings, as transformers 4 does.
+
+    GPT-2 would add the embedding of token 0 to every token; most others ignore them.
+    """
+    if not getattr(config, "type_vocab_size", None):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+
+
 def tokens_of(
     tokenizer: Any, texts: list[Any], *, limit: int | None, device: torch.device, **settings: Any
 ) -> dict[str, Tensor]:

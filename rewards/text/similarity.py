@@ -26,6 +26,7 @@ from diffusion_align.rewards.text.loading import (
     place,
     token_limit,
     tokens_of,
+    without_token_types,
 )
 
 ABOUT = {
@@ -45,6 +46,7 @@ class SentenceEncoder:
     def __init__(self, network: Any, tokenizer: Any, *, limit: int | None, batch_size: int):
         self.network, self.tokenizer, self.limit, self.batch_size = network, tokenizer, limit, batch_size
         self.tokenizer.padding_side = "right"  # positions are counted from the left
+        without_token_types(self.tokenizer, network.config)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from diffusion_align.rewards import RewardError, build_text_reward, call_text_reward, text_reward_problem
 from diffusion_align.rewards.text import similarity as similarity_module
 from diffusion_align.rewards.text.classifier import layout
+from diffusion_align.rewards.text.loading import without_token_types
 from diffusion_align.training.lora import add_lora, save_peft
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>", "a", "red", "green", "apple", "pear", "is", "good", "bad", "very"]
@@ -419,3 +421,13 @@ def test_wrong_options_are_one_sentence_before_anything_is_loaded(spec, sentence
     with pytest.raises(RewardError, match=sentence) as caught:
         build_text_reward(spec)
     assert text_reward_problem(spec) == str(caught.value)
+
+
+@pytest.mark.parametrize(("config", "given"), [({}, False), ({"type_vocab_size": 2}, True)])
+def test_token_types_are_given_to_networks_that_have_them_alone(llama_judge, config, given):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(llama_judge)
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # what transformers 4 makes of it
+    without_token_types(tokenizer, SimpleNamespace(**config))
+    assert ("token_type_ids" in tokenizer("ab")) == given
