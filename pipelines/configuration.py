@@ -40,6 +40,7 @@ from diffusion_align.training.launch import launch_problems
 from diffusion_align.training.lock import LOCK_FILE, lock_problem
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.prompts import PromptsConfig, prompts_problems
+from diffusion_align.training.tables import in_python, splits_problem
 
 IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
 TEXT_METHODS: dict[str, type[TrainingConfig]] = {
@@ -100,6 +101,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     Raises:
         ConfigError: with every problem that can be found without loading a model.
     """
+    raw = _readable_again(raw)
     method = raw.get("method", "ddpo")
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError([f"method={short(method)} is unknown: {nearest(str(method), list(METHODS))}"])
@@ -112,6 +114,24 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     checks = [*own, _check_precision, _check_trackers, _check_output_dir]
     problems = [problem for check in checks for problem in check(raw)]  # of the paths as they were given
     return parse_config(METHODS[method], absolute_paths(raw), checks=[lambda _: problems])
+
+
+def _readable_again(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw`` with rows that can be read more than once: a generator cannot."""
+
+    def held(value: Any) -> Any:
+        if problem := splits_problem(value):
+            raise ConfigError([f"a {type(value).__name__} is no list of rows: {problem}"])
+        if isinstance(value, Mapping):
+            return {**value, "source": in_python(value["source"])} if "source" in value else value
+        return in_python(value)
+
+    names = ("prompts", "dataset", "eval_dataset", "pairs", "show_prompts")
+    result = {name: held(value) if name in names else value for name, value in raw.items()}
+    evaluation = raw.get("evaluation")
+    if isinstance(evaluation, Mapping) and "prompts" in evaluation:
+        result["evaluation"] = {**evaluation, "prompts": held(evaluation["prompts"])}
+    return result
 
 
 def _check_model(raw: Mapping[str, Any]) -> list[str]:

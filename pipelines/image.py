@@ -150,8 +150,9 @@ class ImageAlignmentPipeline:
 
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(images, prompts, metadata) -> (B,)``;
-                - prompts: list of texts, file, or shipped list;
-                - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub;
+                - prompts: list of texts, file, or shipped list; a generator, ``datasets.Dataset`` or pandas DataFrame;
+                - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub; or rows, as for
+                  prompts, with PIL images;
                 - resume: go on with the run in ``output_dir`` from its newest checkpoint.
 
         Returns:

@@ -120,7 +120,8 @@ class TextAlignmentPipeline:
 
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(prompts, completions, **columns) -> list of floats (or None)``; or a list of these;
-                - prompts, dataset: a list, a file or the id of a data set on the hub, with TRL's columns.
+                - prompts, dataset: a list, a generator, a ``datasets.Dataset``, a pandas DataFrame, a file or the id of
+                  a data set on the hub, with TRL's columns.
 
         Returns:
             This pipeline, whose ``name`` is the run folder from now on.

@@ -7,6 +7,7 @@ whether picture 0 wins. Pictures are decoded when asked for and never kept.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,23 +20,31 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.diffusion.pair_sources import EMBEDDED, LAYOUTS, open_table, table_source
-from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.images import UnreadableImage, open_image, to_rgb
 from diffusion_align.training.digests import content_digest, file_digest
 from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.rows import BadRow, RowsConfig, bad_rows_error, checked_prompt, open_rows, rows_problems
-from diffusion_align.training.tables import FILES, SHOWN, StreamedTable, Table, short
+from diffusion_align.training.rows import (
+    BadRow,
+    RowsConfig,
+    Source,
+    bad_rows_error,
+    checked_prompt,
+    open_rows,
+    rows_problems,
+)
+from diffusion_align.training.tables import FILES, SHOWN, GivenRows, ListTable, StreamedTable, Table, short
 
 
 class PairsConfig(RowsConfig):
     """Where the pairs come from."""
 
     places = f"{EMBEDDED}, {FILES}"
-    source: str = Field(min_length=1, description=f"{EMBEDDED}, {FILES}")
+    source: Source = Field(description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
@@ -46,6 +55,15 @@ class PairsConfig(RowsConfig):
         le=MOST_ROWS,
         description="use the first so many pairs only; of a Hub dataset no more than these are downloaded",
     )
+
+    @field_validator("source", mode="after")
+    @classmethod
+    def _as_files(cls, source: Any) -> Any:
+        """Images in a list or a DataFrame as the bytes of a file, which is what rows hold everywhere else."""
+        if not isinstance(source, GivenRows) or not isinstance(source.table, ListTable):
+            return source
+        rows = [{name: _as_file(cell) for name, cell in row.items()} for row in source.table.rows]
+        return GivenRows(ListTable(rows, source.table.folder))
 
 
 @dataclass(frozen=True)
@@ -192,7 +210,7 @@ def _usable(pairs: PairSet, bad: Mapping[int, str]) -> PairSet:
     if pairs.rows and (config.skip_bad_rows or not bad):
         return pairs
     counts = f"{len(pairs._table)} rows, {pairs.ties} ties, {len(pairs.skipped)} bad rows"
-    nothing = f"pairs.source={config.source!r} holds no usable pair ({counts}): give at least one"
+    nothing = f"{table_source(config)} holds no usable pair ({counts}): give at least one"
     raise bad_rows_error("pairs", list(bad.values()), any_usable=bool(pairs.rows), nothing=nothing)
 
 
@@ -208,6 +226,21 @@ def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
     chosen, rejected = (_picture_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
     if isinstance(chosen, Path) and chosen == rejected:
         raise BadRow("chosen and rejected are the same picture")
+
+
+def _as_file(cell: Any) -> Any:
+    """A PIL image, or an array (H, W, 3) of 8 bits, as the bytes of a PNG; anything else as it is."""
+    if isinstance(cell, np.ndarray) and cell.dtype == np.uint8 and cell.ndim == 3 and cell.shape[2] == 3:
+        cell = Image.fromarray(cell)
+    if not isinstance(cell, Image.Image):
+        return cell
+    try:
+        image = to_rgb(cell)
+    except UnreadableImage:
+        return cell  # which the row that holds it is then refused for
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes | Path:

@@ -20,6 +20,7 @@ from diffusion_align.training.rows import (
     BadRow,
     Layouts,
     RowsConfig,
+    Source,
     bad_rows_error,
     bare_prompts,
     open_rows,
@@ -43,7 +44,7 @@ class TextDataConfig(RowsConfig):
     """Where the rows come from."""
 
     places = _PLACES
-    source: str | list[Any] = Field(description=_PLACES)
+    source: Source = Field(description=_PLACES)
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
     )

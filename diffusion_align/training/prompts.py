@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import date, time, timedelta
 from decimal import Decimal
@@ -20,6 +20,7 @@ from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import (
     BadRow,
     RowsConfig,
+    Source,
     bad_rows_error,
     bare_prompts,
     checked_prompt,
@@ -51,7 +52,7 @@ class PromptsConfig(RowsConfig):
     """Where the prompts for pictures come from; a bare list, file or name stands for its ``source``."""
 
     places = _PLACES
-    source: str | list[Any] = Field(description=f"a shipped list, {_PLACES}")
+    source: Source = Field(description=f"a shipped list, {_PLACES}")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt; it is prompt, caption or text if not given"
     )
@@ -65,11 +66,12 @@ class PromptsConfig(RowsConfig):
     @model_serializer(mode="wrap")
     def _as_short_as_possible(self, whole: Any) -> Any:
         """The source alone if nothing else was set, so that config.yaml says what the user did."""
-        return self.source if self == PromptsConfig.model_construct(source=self.source) else whole(self)
+        settings = whole(self)
+        return settings["source"] if self == PromptsConfig.model_construct(source=self.source) else settings
 
 
 def load_prompts(
-    source: PromptsConfig | str | Path | Sequence[Any] | Mapping[str, Any], *, shipped: Mapping[str, Path] | None = None
+    source: PromptsConfig | str | Path | Iterable[Any] | Mapping[str, Any], *, shipped: Mapping[str, Path] | None = None
 ) -> list[Prompt]:
     """Prompts with their metadata: a row's other columns, for the reward. Equal prompts are all kept.
 
@@ -78,7 +80,8 @@ def load_prompts(
     are left out and not read. A row of a list or of a .jsonl file has only the keys it was given.
 
     Args:
-        source: ``PromptsConfig``, or what stands for it: a list of texts and of mappings, a .txt file (one prompt a
+        source: ``PromptsConfig``, or what stands for it: texts and mappings (a list, a generator, a
+            ``datasets.Dataset``, a pandas DataFrame), a .txt file (one prompt a
             line, blanks at its ends and all), a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder of such (or
             with one called prompts), a Hub dataset, the name of a shipped list, or a mapping with ``source`` and the
             other settings.
@@ -179,7 +182,7 @@ def _place(config: PromptsConfig, shipped: Mapping[str, Path]) -> TableSource:
     if isinstance(source, list):
         known = [column for layout in LAYOUTS for column in layout.values()]
         source = bare_prompts(source, config.columns, known=known, all_but_mappings=True)
-    else:
+    elif isinstance(source, str):
         source = str(shipped.get(source, source))
     names = f"one of {', '.join(sorted(shipped))}, " if shipped else ""
     return TableSource(

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
 
 from diffusion_align.training.config import Section, nearest
 from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.tables import FILES, Table, TableSource, check_hub, is_hub, listed, short
+from diffusion_align.training.tables import (
+    FILES,
+    GivenRows,
+    Table,
+    TableSource,
+    check_hub,
+    in_python,
+    is_hub,
+    listed,
+    short,
+    splits_problem,
+)
 
 MOST_CHARACTERS = 1_000_000
 """Of one prompt or completion."""
+Source = str | list[Any] | Annotated[InstanceOf[GivenRows], PlainSerializer(str, return_type=str, when_used="json")]
+"""A file, folder, Hub dataset or shipped name; rows; or rows of which ``config.yaml`` holds a digest only."""
 Layouts = Sequence[Mapping[str, str]]
 """Our name -> the name that is looked for by default; a source has the columns of one of them."""
 
@@ -30,7 +43,7 @@ class RowsConfig(Section):
     places: ClassVar[str] = f"a list of rows, {FILES}"
     """What ``source`` may be, for messages."""
 
-    source: str | list[Any]
+    source: Source
     split: str = Field("train", min_length=1, description="a dataset's own split")
     columns: dict[str, str] | None = None
     skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
@@ -38,18 +51,21 @@ class RowsConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _source_alone(cls, value: Any) -> Any:
-        if isinstance(value, str | Path | list | tuple):
-            return {"source": value}
-        if not isinstance(value, Mapping | cls):
+        if problem := splits_problem(value):
+            raise ValueError(problem)
+        if isinstance(value, Mapping | cls):
+            return value
+        if not isinstance(value, Iterable | Path | GivenRows):
             raise ValueError(f"give {cls.places}")
-        return value
+        return {"source": value}
 
     @field_validator("source", mode="before")
     @classmethod
     def _a_place_or_rows(cls, value: Any) -> Any:
-        if not isinstance(value, str | Path | list | tuple) or value in ("", [], ()):
+        rows = in_python(value)
+        if not isinstance(rows, str | Path | list | GivenRows) or (not isinstance(rows, Path) and not len(rows)):
             raise ValueError(f"give {cls.places}")
-        return str(value) if isinstance(value, Path) else value
+        return str(rows) if isinstance(rows, Path) else rows
 
 
 def open_rows(

@@ -1,4 +1,4 @@
-"""Tables of rows: a list in Python, a file with rows, a folder or a Hugging Face dataset.
+"""Tables of rows: what Python holds, a file with rows, a folder or a Hugging Face dataset.
 
 A parquet file or folder, and a Hub dataset without ``max_rows``, becomes a table mapped from disk. With ``max_rows``
 the rows of a Hub dataset are streamed, no more of them than are asked for.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import io
 import json
 import logging
@@ -17,13 +18,15 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.progress import Progress
 
@@ -47,7 +50,7 @@ class TableSource:
     Attributes:
         name: of the section: the sentences are about ``name.source``, ``name.split`` and ``name.columns``.
         source: path, Hub dataset or rows.
-        split: of a dataset in the format of ``datasets``; a file or a list has one, train.
+        split: of a dataset in the format of ``datasets``; a file or what Python holds has one, train.
         max_rows: set if no more than the first rows are wanted; a Hub dataset is then streamed.
         limit: what the setting behind ``max_rows`` is called.
         stem: a folder with a file of this name (and a known suffix) stands for the file.
@@ -56,7 +59,7 @@ class TableSource:
     """
 
     name: str
-    source: str | Sequence[Any]
+    source: str | Sequence[Any] | GivenRows
     split: str = "train"
     max_rows: int | None = None
     limit: str = "max_rows"
@@ -150,6 +153,88 @@ class StreamedTable(ArrowTable):
 Table = ListTable | ArrowTable
 
 
+@dataclass(frozen=True, eq=False)
+class GivenRows:
+    """Rows from Python that YAML cannot hold, or should not: a configuration names them by their content."""
+
+    table: Table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __repr__(self) -> str:
+        return f"{len(self)} rows given in Python, sha256 {self._digest[:16]}"
+
+    __str__ = __repr__
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of all rows; of an Arrow table with more than 64 MB, of 4096 evenly spaced ones."""
+        names, count = self.table.names, len(self)
+        large = isinstance(self.table, ArrowTable) and self.table.table.nbytes > 64_000_000
+        digest = hashlib.sha256(repr((names, count)).encode())
+        for row in sorted({i * count // 4096 for i in range(4096)}) if large else range(count):
+            _add_to(digest, self.table.cells(row, names))
+        return digest.hexdigest()
+
+
+def splits_problem(value: Any) -> str | None:
+    """One sentence about a dataset of which a split has to be chosen, None of anything else."""
+    if type(value).__name__ not in ("DatasetDict", "IterableDatasetDict"):
+        return None
+    return f"it holds the splits {', '.join(value)}: give one of them, as in data[{next(iter(value), 'train')!r}]"
+
+
+def in_python(value: Any) -> Any:
+    """Rows that Python hands over, such that they can be read more than once; whatever holds no rows stays as it is.
+
+    A ``datasets.Dataset`` or a pandas DataFrame is ``GivenRows``. Anything else that can be gone through (a list, a
+    generator, a column) is a list, with numpy's numbers as Python's own; it is ``GivenRows`` if there is more in it
+    than YAML can hold.
+    """
+    if isinstance(value, str | bytes | Path | Mapping | GivenRows) or not isinstance(value, Iterable):
+        return value
+    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(value).__mro__}
+    if "datasets.Dataset" in kinds:
+        return GivenRows(ArrowTable(value.with_format("arrow")[:]))  # type: ignore[attr-defined]
+    if "pandas.DataFrame" in kinds:
+        frame: Any = value
+        frame = frame.astype(object).where(frame.notna(), None)
+        return GivenRows(ListTable([_plain_python(row) for row in frame.to_dict("records")], None))
+    rows = [_plain_python(row) for row in value]
+    try:
+        to_jsonable_python(rows)
+    except ValueError:
+        return GivenRows(ListTable(rows, None)) if all(isinstance(row, Mapping) for row in rows) else rows
+    return rows
+
+
+def _plain_python(value: Any) -> Any:
+    """``value`` with numpy's single numbers, and its arrays of objects, as Python's own."""
+    if isinstance(value, Mapping):
+        return {key: _plain_python(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple) or str(getattr(value, "dtype", "")) == "object":
+        return [_plain_python(inner) for inner in value]
+    return scalar(value)
+
+
+def _add_to(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = [part for item in value.items() for part in item]
+    if isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for inner in value:
+            _add_to(digest, inner)
+    elif isinstance(value, bytes):
+        digest.update(f"b{len(value)}".encode() + value)
+    elif hasattr(value, "tobytes"):  # an array, a PIL image
+        digest.update(repr([str(getattr(value, name, "")) for name in ("dtype", "shape", "mode", "size")]).encode())
+        digest.update(value.tobytes())
+    else:
+        text = repr(value)
+        digest.update(f"{type(value).__name__}{text if ' at 0x' not in text else ''},".encode())
+
+
 def _scan(table: Any, names: Sequence[str], outlined: Sequence[str]) -> Cells:
     yield from zip(
         *(_outline(table.column(name)) if name in outlined else table.column(name).to_pylist() for name in names)
@@ -172,7 +257,7 @@ def _outline(column: Any) -> list[Any]:
     return [b"." if length else None for length in pc.binary_length(column).to_pylist()]
 
 
-def is_hub(source: str | Sequence[Any]) -> bool:
+def is_hub(source: str | Sequence[Any] | GivenRows) -> bool:
     """Whether ``source`` is the name of a Hub dataset: owner/name, and nothing here is called so."""
     if not isinstance(source, str) or source.endswith((*_SUFFIXES, ".txt")):
         return False
@@ -199,6 +284,9 @@ def open_table(source: TableSource) -> Table:
     Raises:
         ConfigError: it is not there, cannot be read, or does not fit the other settings.
     """
+    if isinstance(source.source, GivenRows):
+        _one_split(source, "table")
+        return source.source.table
     if not isinstance(source.source, str):
         _one_split(source, "list")
         return ListTable(_mappings(source, source.source), None)
