@@ -29,7 +29,7 @@ from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config,
 from diffusion_align.pipelines.hub import upload
 from diffusion_align.pipelines.identity import image_identity
 from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, usable_pairs
-from diffusion_align.pipelines.machine import best_seconds, start
+from diffusion_align.pipelines.machine import agreed, best_seconds, start
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
 from diffusion_align.rewards import build_reward
 from diffusion_align.rewards.places import recorded
@@ -430,7 +430,8 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    pairs = usable_pairs(config.pairs) if isinstance(config, DiffusionDPOConfig) and config.pairs else None
+    given = config.pairs if isinstance(config, DiffusionDPOConfig) else None
+    pairs = None if given is None else agreed(lambda: usable_pairs(given))
     plan = model_plan(config.model)
     if pipeline is None:
         pipeline = load_pipeline(
@@ -451,7 +452,8 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
         device=accelerator.device,
         autocast=accelerator.autocast,
     )
-    prompts = load_prompts(config.prompts, shipped=shipped_prompts()) if config.prompts is not None else []
+    listed = config.prompts
+    prompts = [] if listed is None else agreed(lambda: load_prompts(listed, shipped=shipped_prompts()))
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     with recorded() as reward_places:
         reward = checked_reward(config.reward, plan.origin, policy, known, weights=config.reward_weights)

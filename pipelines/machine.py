@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 
 from diffusion_align.training.config import TrainingConfig, load_yaml
+from diffusion_align.training.errors import UserError, first_line
 from diffusion_align.training.launch import launched_precision, make_accelerator
 
 Config = TypeVar("Config", bound=TrainingConfig)
+Result = TypeVar("Result")
 
 
 def processes() -> PartialState:
     """What Accelerator will find; made before it, PartialState does not ask the environment for a CPU by itself."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def agreed(prepare: Callable[[], Result]) -> Result:
+    """What ``prepare`` returns; where it fails on one process it fails on all, and none waits for it.
+
+    Raises:
+        UserError: of another process, with its number; whatever ``prepare`` raised itself goes on as it is.
+    """
+    failure, result = None, None
+    try:
+        result = prepare()
+    except Exception as error:
+        failure = error
+    if processes().num_processes > 1:
+        said = gather_object([None if failure is None else first_line(failure)])
+        first = next((rank for rank, sentence in enumerate(said) if sentence is not None), None)
+        if failure is None and first is not None:
+            raise UserError(f"process {first}: {said[first]}")
+    if failure is not None:
+        raise failure
+    return cast(Result, result)
 
 
 def start(config: Config, seconds_a_pass: Callable[[bool], float]) -> tuple[Config, Accelerator]:

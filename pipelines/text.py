@@ -51,7 +51,7 @@ from diffusion_align.llm.rollout import rollout
 from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, text_data
 from diffusion_align.pipelines.identity import text_identity
-from diffusion_align.pipelines.machine import best_seconds, processes, start
+from diffusion_align.pipelines.machine import agreed, best_seconds, processes, start
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
 from diffusion_align.training.errors import ConfigError, UserError, short
@@ -246,17 +246,22 @@ def run(config: TextMethodConfig, *, model: Any = None, tokenizer: Any = None) -
 
 
 def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
-    if tokenizer is None:
-        tokenizer, context = load_tokenizer(config.model)
-        ends = load_ends(config.model, tokenizer)
-    else:
-        context, ends = context_length(model.config), ends_of(tokenizer, getattr(model, "generation_config", None))
-    read = _Reader(config, tokenizer, context, ends)  # before any weights are loaded
-    prompts = read(prompt_rows, "prompts")
-    dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
-    shown = read.shown(prompts)
+    def data() -> tuple[TextEncoder, list[PromptRow], list[Any], list[PromptRow] | None]:
+        if tokenizer is None:
+            tokens, context = load_tokenizer(config.model)
+            ends = load_ends(config.model, tokens)
+        else:
+            tokens, context = tokenizer, context_length(model.config)
+            ends = ends_of(tokens, getattr(model, "generation_config", None))
+        read = _Reader(config, tokens, context, ends)
+        prompts = read(prompt_rows, "prompts")
+        dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
+        return read.encoder, prompts, dataset, read.shown(prompts)
+
+    encoder, prompts, dataset, shown = agreed(data)  # before any weights are loaded
+    tokenizer = encoder.tokenizer
     with recorded() as places:
-        rewards = _rewards(config, prompts or dataset, read.encoder, processes().device)
+        rewards = _rewards(config, prompts or dataset, encoder, processes().device)
     if config.reference_model is not None:
         _check_same_tokens(config, tokenizer)
     dtype = getattr(torch, config.dtype)
@@ -396,9 +401,12 @@ def _rewards(
 
 
 def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
-    tokenizer, context = load_tokenizer(config.model)
-    read = _Reader(config, tokenizer, context, ends=())  # it samples nothing that could end
-    rows, eval_rows = read(preference_rows, "dataset"), read(preference_rows, "eval_dataset")
+    def data() -> tuple[list[PreferenceRow], list[PreferenceRow]]:
+        tokenizer, context = load_tokenizer(config.model)
+        read = _Reader(config, tokenizer, context, ends=())  # it samples nothing that could end
+        return read(preference_rows, "dataset"), read(preference_rows, "eval_dataset")
+
+    rows, eval_rows = agreed(data)
     model, tokenizer = load_sequence_classifier(config.model)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
     scorer = RewardModel(model, tokenizer, lora=config.lora, device=accelerator.device, autocast=accelerator.autocast)
