@@ -404,7 +404,7 @@ def no_model(monkeypatch):
     from diffusers import DiffusionPipeline
 
     def load(*arguments, **options):
-        raise AssertionError("a model was loaded")
+        pytest.fail("a model was loaded")  # no Exception, which would be put into a sentence
 
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", load)
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel", "CLIPModel"):
@@ -426,6 +426,12 @@ def test_there_are_three_hundred_of_every_command():
     assert len(CASES) == sum(map(len, GROUPS.values())) >= 300
     commands = "train sample complete score compare pairs report estimators list doctor serve-reward"
     assert {arguments[0] for arguments, _ in CASES.values()} == set(commands.split())
+
+
+def test_that_no_model_is_loaded_is_a_claim_that_can_fail(here, no_model, call_cli, monkeypatch):
+    monkeypatch.chdir(here)
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        call_cli("sample", "emoji-sd", "-p", "a", "-o", "new")
 
 
 @pytest.mark.parametrize("case", CASES)
