@@ -225,9 +225,10 @@ def serve_reward(
         function = _reward(reward, option, model, device)
         check_reward(function, image_size=256, device=device, prompts=texts, metadata=metadata)
         limits = serving.Limits(max_batch, max_bytes, max_pixels)
-        served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device)
+        calls = serving.CallsHere()
+        served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device, calls=calls)
         line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
-        serving.RewardServer(served, lambda: _print(line)).serve_on(bound)
+        serving.RewardServer(served, lambda: _print(line)).serve_on(bound, calls)
 
 
 @app.command()

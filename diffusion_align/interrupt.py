@@ -33,6 +33,11 @@ def interrupted() -> bool:
     return any(flag.raised for flag in _entered)
 
 
+def interruptible() -> bool:
+    """Whether a loop in this process takes Ctrl-C as a flag, so that it raises no KeyboardInterrupt."""
+    return bool(_entered)
+
+
 @contextlib.contextmanager
 def breakable() -> Iterator[None]:
     """Around a call of foreign code, or the waiting for it: Overdue is raised in it once the grace period is over.

@@ -385,7 +385,7 @@ def _rewards(
     if config.reward is None:
         return None
     specs = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
-    weights = torch.tensor(config.reward_weights or [1.0] * len(specs))
+    weights = torch.tensor(config.reward_weights or [1.0] * len(specs), dtype=torch.float64)
     rewards = WeightedRewards([build_text_reward(spec, device=device) for spec in specs], weights)
     some = list(prompts[:4])
     names = dict.fromkeys(name for row in some for name in row.columns)

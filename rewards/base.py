@@ -8,23 +8,30 @@ A reward scores finished pictures. Any callable will do::
 Nothing a reward answers is trusted: `call_reward` checks it at every call, `check_reward` once before training starts.
 """
 
-import functools
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion_align.interrupt import Overdue, breakable
+from diffusion_align.rewards.foreign import (
+    RewardError,
+    answer_of,
+    copied,
+    describe_exception,
+    foreign_code,
+    in_its_thread,
+    reward_name,
+    runs_in_background,
+)
 
+__all__ = ["RewardError", "describe_exception", "reward_name", "runs_in_background"]  # what others take from here
 _PROMPTS = ('a sign that says "stop"', 'a red apple, called "Jonagold"', 'a blue car with the letters "AB"')
-
-
-class RewardError(ValueError):
-    """A reward that cannot be built, raised, or answered something other than one finite score a picture."""
 
 
 class Reward(Protocol):
@@ -41,15 +48,6 @@ class Reward(Protocol):
         ...
 
 
-def reward_name(reward: Any) -> str:
-    """The name of a reward: its ``name`` attribute, else the function's or the class's name."""
-    if isinstance(getattr(reward, "name", None), str):
-        return reward.name
-    if isinstance(reward, functools.partial):
-        return reward_name(reward.func)
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
 def call_reward(
     reward: Reward,
     images: Tensor,
@@ -58,12 +56,14 @@ def call_reward(
     *,
     differentiable: bool = False,
 ) -> Tensor:
-    """Scores of one batch, float32 (B,) on the CPU, checked: exactly B of them and every one finite.
+    """Scores of one batch, (B,) on the CPU, checked: exactly B of them and every one finite.
+
+    float32 where the reward returns that or less, else float64. It gets copies: what it changes in place is its own.
 
     Without gradients the pictures are rounded to 8 bits, as their files hold them: training, a reward behind HTTP and
     a later look at the saved files then give one and the same score.
 
-    Gradients are off (in this thread, so it may run in a worker) unless ``differentiable=True``, which only a reward
+    Gradients are off unless ``differentiable=True``, which only a reward
     with ``differentiable = True`` accepts; the scores then keep their graph.
 
     Raises:
@@ -80,28 +80,50 @@ def call_reward(
 
     if not differentiable:
         images = (images.detach().float() * 255).round().clamp(0, 255) / 255
-    with torch.set_grad_enabled(differentiable):
-        try:
-            with breakable():
-                answer = reward(images, list(prompts), list(metadata))
-        except RewardError:
-            raise
-        except Overdue as error:
-            raise RewardError(f"reward '{name}' did not answer when the run was asked to stop") from error
-        except Exception as error:
-            raise RewardError(f"reward '{name}' raised {describe_exception(error)}") from error
-        scores = as_scores(answer, batch, name)
 
-    finite = torch.isfinite(scores)
-    if not finite.all():
-        first = int((~finite).nonzero()[0])
-        raise RewardError(
-            f"reward '{name}' returned {scores[first].item()} for image {first} (prompt {str(prompts[first])[:80]!r}): "
-            "every score must be finite"
-        )
+    def called() -> Tensor:
+        with torch.set_grad_enabled(differentiable):
+            return ask_reward(reward, images, prompts, metadata)
+
+    scores = in_its_thread(reward, called)
     if differentiable and images.requires_grad and not scores.requires_grad:
         raise RewardError(f"reward '{name}' says it is differentiable but its scores carry no gradient")
     return scores if differentiable else scores.detach()
+
+
+def ask_reward(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    """Scores (B,) on the CPU as ``as_scores`` has them, finite; called with copies, its graph kept.
+
+    What every call of a reward for images comes to, those inside of other rewards too. A reward may leave out
+    ``metadata``, or take it by that name alone.
+
+    Raises:
+        RewardError: see `call_reward`.
+    """
+    name = reward_name(reward)
+    place = metadata_place(parameters_of(reward))
+    more = [list(metadata)] if place == "third" else []
+    named = {"metadata": list(metadata)} if place == "named" else {}
+    answer = in_its_thread(reward, lambda: answer_of(reward, images, list(prompts), *more, **named))
+    with foreign_code(f"reward '{name}' returned what cannot be read: "):
+        scores = as_scores(answer, len(images), name)
+    check_finite(scores, name, lambda i: f"image {i} (prompt {str(prompts[i])[:80]!r})")
+    return scores
+
+
+def metadata_place(parameters: Sequence[inspect.Parameter] | None) -> str | None:
+    """How a reward of these parameters takes its metadata: as the "third" argument, "named", or not at all (None).
+
+    A third one that has a default is metadata if that is None or its name says so, and an option otherwise.
+    """
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return "third"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) > 2 and (
+        positional[2].default in (inspect.Parameter.empty, None) or "meta" in positional[2].name
+    ):
+        return "third"
+    return "named" if any(p.name == "metadata" and p.kind is p.KEYWORD_ONLY for p in parameters) else None
 
 
 def reward_parts(reward: Reward) -> dict[str, Reward]:
@@ -116,8 +138,8 @@ def reward_parts(reward: Reward) -> dict[str, Reward]:
 
 
 def part_weights(reward: Reward) -> Tensor:
-    """(K,) float32: what the scores of ``reward_parts`` are multiplied with before they are summed."""
-    return torch.tensor(list(getattr(reward, "weights", ())) if _is_sum(reward) else [1.0])
+    """(K,) float64: what the scores of ``reward_parts`` are multiplied with, in their dtype, before they are summed."""
+    return torch.tensor(list(getattr(reward, "weights", ())) if _is_sum(reward) else [1.0], dtype=torch.float64)
 
 
 def _is_sum(reward: Any) -> bool:
@@ -142,42 +164,62 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Tensor:
-    """``answer`` of a reward as float32 (B,) on the CPU; its graph is kept, nothing is broadcast.
+    """``answer`` of a reward as (B,) on the CPU; its graph is kept, nothing is broadcast.
 
-    ``subject`` says in sentences what the B things are.
+    float32 of what is float32 or narrower; float64 of all else, so of Python's own numbers. Of TRL's ``(scores, info)``
+    the scores. ``subject`` says in sentences what the B things are.
 
     Raises:
         RewardError: not numbers, or not of shape (B,).
     """
     wanted = f"return a tensor, a list of floats or a numpy array of shape ({batch},)"
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
-        raise RewardError(f"reward '{name}' returned a pair (scores, info): return the scores alone")
+        answer = answer[0]
     if isinstance(answer, list | tuple):
         if any(value is None for value in answer):
             raise RewardError(f"reward '{name}' returned None at index {list(answer).index(None)}: {wanted}")
         if answer and all(isinstance(value, Tensor) and value.ndim == 0 for value in answer):
             answer = torch.stack(list(answer))  # keeps the graph, which a conversion through numpy would cut
     if not isinstance(answer, Tensor):
-        if not isinstance(answer, list | tuple | np.ndarray):
+        if not isinstance(answer, list | tuple | np.ndarray) and not hasattr(answer, "__array__"):
             raise RewardError(f"reward '{name}' returned {type(answer).__name__}: {wanted}")
+        kind = type(answer).__name__
         try:
             array = np.asarray(answer)
+            if array.dtype.kind == "O" and array.ndim == 1 and all(isinstance(v, Real | Decimal) for v in array):
+                array = array.astype(np.float64)
         except Exception as error:
-            raise RewardError(
-                f"reward '{name}' returned a {type(answer).__name__} of unequal parts: {wanted}"
-            ) from error
+            raise RewardError(f"reward '{name}' returned a {kind} of unequal parts: {wanted}") from error
+        if array.dtype.kind == "c":
+            raise RewardError(f"reward '{name}' returned complex numbers: {wanted}")
         if array.dtype.kind not in "biuf":
-            raise RewardError(f"reward '{name}' returned a {type(answer).__name__} that is not all numbers: {wanted}")
-        answer = torch.from_numpy(array.astype(np.float32))
+            raise RewardError(f"reward '{name}' returned a {kind} that is not all numbers: {wanted}")
+        narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 4
+        answer = torch.from_numpy(array.astype(np.float32 if narrow else np.float64))
     if answer.is_complex():
         raise RewardError(f"reward '{name}' returned complex numbers: {wanted}")
+    if answer.layout != torch.strided or answer.is_meta or answer.is_quantized:
+        odd = "meta" if answer.is_meta else "quantized" if answer.is_quantized else "sparse or nested"
+        raise RewardError(f"reward '{name}' returned a {odd} tensor: {wanted}")
     if answer.ndim != 1:
         raise RewardError(f"reward '{name}' returned shape {tuple(answer.shape)} for {batch} {subject}: {wanted}")
     if len(answer) != batch:
         hint = "; a single value is not broadcast" if len(answer) == 1 else ""
         scores = "1 score" if len(answer) == 1 else f"{len(answer)} scores"
         raise RewardError(f"reward '{name}' returned {scores} for {batch} {subject}: {wanted}{hint}")
-    return answer.to("cpu", torch.float32, copy=True)  # a copy: the reward may reuse its buffer at the next call
+    narrow = answer.is_floating_point() and answer.dtype.itemsize <= 4
+    # A copy: the reward may reuse its buffer at the next call.
+    return answer.to("cpu", torch.float32 if narrow else torch.float64, copy=True)
+
+
+def check_finite(scores: Tensor, name: str, where: Callable[[int], str], otherwise: str = "") -> None:
+    """RewardError at the first of scores (B,) that is not finite or beyond float32; ``where(i)`` says what it is of."""
+    good = scores.detach().abs() <= torch.finfo(torch.float32).max
+    if not good.all():
+        first = int((~good).nonzero()[0])
+        raise RewardError(
+            f"reward '{name}' returned {scores[first].item()} for {where(first)}: every score must be finite{otherwise}"
+        )
 
 
 def check_reward(
@@ -219,12 +261,12 @@ def check_prompts(reward: Any, prompts: Sequence[str], metadata: Sequence[dict[s
     look = getattr(reward, "check_prompts", None)
     if look is None:
         return
-    try:
-        look(prompts, metadata)
-    except RewardError:
-        raise
-    except Exception as error:
-        raise RewardError(f"reward '{reward_name(reward)}' refused the prompts: {describe_exception(error)}") from error
+
+    def called() -> None:
+        with foreign_code(f"reward '{reward_name(reward)}' refused the prompts: "):
+            look(copied(list(prompts)), copied(list(metadata)))
+
+    in_its_thread(reward, called)
 
 
 def parameters_of(reward: Any) -> list[inspect.Parameter] | None:
@@ -234,9 +276,3 @@ def parameters_of(reward: Any) -> list[inspect.Parameter] | None:
         return list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
         return None
-
-
-def describe_exception(error: BaseException) -> str:
-    """``TypeError: the first line of its message``, for one-sentence errors."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
 from diffusion_align.devices import device_problem
-from diffusion_align.rewards.base import Reward, RewardError, as_scores, check_prompts, describe_exception, reward_name
+from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts, describe_exception, reward_name
 from diffusion_align.rewards.clip import unshared
+from diffusion_align.rewards.foreign import foreign_code, runs_in_background
 from diffusion_align.rewards.options import is_coefficient
 from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find, is_builder
 from diffusion_align.shown import short
@@ -26,10 +27,10 @@ class ScaledReward:
         self.reward, self.scale = reward, scale
         self.name = f"{scale:g}*{reward_name(reward)}"
         self.differentiable = bool(getattr(reward, "differentiable", False))
+        self.background = runs_in_background(reward)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        answer = self.reward(images, prompts, metadata)
-        return self.scale * as_scores(answer, len(images), reward_name(self.reward))
+        return self.scale * ask_reward(self.reward, images, prompts, metadata)
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         check_prompts(self.reward, prompts, metadata)
@@ -47,12 +48,13 @@ class OffloadedReward:
 
     def __init__(self, reward: Any, device: str | torch.device):
         self.reward, self.device, self.name = reward, device, reward_name(reward)
+        self.background = runs_in_background(reward)
         reward.to("cpu")
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
         self.reward.to(self.device)
         try:
-            return self.reward(images, prompts, metadata)
+            return ask_reward(self.reward, images, prompts, metadata)
         finally:
             self.reward.to("cpu")
 
@@ -76,7 +78,8 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
               them;
             - a callable;
             - a mapping ``{"name": any of these, **options}``. Options go to the builder or class, or, for a function,
-              into every call. Two are for all: ``scale`` multiplies the scores, so ``scale: -1.0`` turns the sign;
+              into every call. Three are for all: ``scale`` multiplies the scores, so ``scale: -1.0`` turns the sign;
+              ``background: true`` calls it in a thread of its own, in training while the next batch is sampled;
               ``offload: true`` keeps the reward's model in main memory and on ``device`` only while it scores;
             - a list of these: their sum, see `combine`.
         model: name or path of the diffusion model being trained; the default CLIP depends on it.
@@ -84,7 +87,7 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
     Raises:
         RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
     """
-    spec, offload = _offload(_combined(spec))
+    spec, offload = _without(_combined(spec), "offload")
     with unshared() if offload else nullcontext():
         reward, scale = build(IMAGES, spec, {"model": model, "device": device})
     if offload:
@@ -97,24 +100,48 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
 def reward_problem(spec: Any) -> str | None:
     """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model."""
     try:
-        spec, _ = _offload(_combined(spec))
+        spec, _ = _without(_combined(spec), "offload")
     except RewardError as error:
         return str(error)
     return problem(IMAGES, spec)
 
 
 def _combined(spec: Any) -> Any:
-    """A list of rewards as the mapping that it stands for."""
-    return {"name": "combine", "rewards": list(spec)} if isinstance(spec, list | tuple) else spec
+    """A list of rewards as the mapping that it stands for; the thread of a sum is for those of its parts to say."""
+    if isinstance(spec, list | tuple):
+        return {"name": "combine", "rewards": list(spec)}
+    if not isinstance(spec, Mapping) or spec.get("name") != "combine" or "background" not in spec:
+        return spec
+    spec, background = _without(spec, "background")
+    parts = spec.get("rewards")
+    if isinstance(parts, list | tuple):
+        named = [dict(one) if isinstance(one := _combined(part), Mapping) else {"name": one} for part in parts]
+        spec["rewards"] = [{"background": background, **one} for one in named]
+    return spec
 
 
-def _offload(spec: Any) -> tuple[Any, bool]:
-    """``spec`` without the option that is for every reward with a model, and its value."""
-    if not isinstance(spec, Mapping) or "offload" not in spec:
-        return spec, False
-    if not isinstance(spec["offload"], bool):
-        raise RewardError(f"offload={spec['offload']!r} of a reward must be true or false")
-    return {key: value for key, value in spec.items() if key != "offload"}, spec["offload"]
+def _without(spec: Any, option: str) -> tuple[Any, bool | None]:
+    """``spec`` without an option that is for rewards of every kind, and its value, None where it has none."""
+    if not isinstance(spec, Mapping) or option not in spec:
+        return spec, None
+    if not isinstance(spec[option], bool):
+        raise RewardError(f"{option}={spec[option]!r} of a reward must be true or false")
+    return {key: value for key, value in spec.items() if key != option}, spec[option]
+
+
+def _called_in(reward: Any, background: bool | None) -> Any:
+    """``reward``, to be called in the background or not; a function is left as it is and a copy of it returned."""
+    if background is None or runs_in_background(reward) is background:
+        return reward
+    if inspect.isroutine(reward):
+        wrapped: Any = functools.partial(reward)
+        vars(wrapped).update(vars(reward) if hasattr(reward, "__dict__") else {}, name=reward_name(reward))
+        reward = wrapped
+    try:
+        reward.background = background
+    except AttributeError:
+        raise RewardError(f"reward '{reward_name(reward)}' takes no attribute 'background': set it there") from None
+    return reward
 
 
 def describe_rewards() -> list[dict[str, Any]]:
@@ -127,10 +154,11 @@ def build(kind: Kind, spec: Any, context: Mapping[str, Any]) -> tuple[Any, float
 
     ``context``, with the key ``device``: for builders and classes that name its keys.
     """
+    spec, background = _without(spec, "background")
     label, target, options, scale = _prepare(kind, spec)
     reward: Any = target
     given: dict[str, Any] = {}
-    try:
+    with foreign_code(f"reward '{label}' could not be built: "):
         if is_builder(target):
             given = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
             reward = target(**given | options)
@@ -138,20 +166,17 @@ def build(kind: Kind, spec: Any, context: Mapping[str, Any]) -> tuple[Any, float
             reward.to(context["device"])
         if options and not is_builder(target):
             reward = functools.partial(target, **options)
+            reward.background = runs_in_background(target)
             reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
-    except RewardError:
-        raise
-    except Exception as error:
-        raise RewardError(f"reward '{label}' could not be built: {describe_exception(error)}") from error
     if not callable(reward):
         raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
-    return reward, scale
+    return _called_in(reward, background), scale
 
 
 def problem(kind: Kind, spec: Any) -> str | None:
     """What is wrong with ``spec`` as a reward of ``kind``, in one sentence, or None."""
     try:
-        _prepare(kind, spec)
+        _prepare(kind, _without(spec, "background")[0])
     except RewardError as error:
         return str(error)
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.rewards.base import Reward, RewardError, as_scores, check_prompts, reward_name
+from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts
 from diffusion_align.rewards.build import build_reward, reward_problem
 from diffusion_align.rewards.options import is_coefficient
 
@@ -37,8 +37,8 @@ class Combined:
         self.differentiable = all(getattr(part, "differentiable", False) for part in parts)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        scores = [as_scores(part(images, prompts, metadata), len(images), reward_name(part)) for part in self.parts]
-        return (torch.stack(scores, dim=1) * torch.tensor(self.weights)).sum(dim=1)
+        scores = torch.stack([ask_reward(part, images, prompts, metadata) for part in self.parts], dim=1)
+        return (scores * torch.tensor(self.weights, dtype=scores.dtype)).sum(dim=1)
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         for part in self.parts:

@@ -62,6 +62,7 @@ class Remote:
 
     name = "remote"
     differentiable = False
+    background = True  # it waits for others while this process samples
 
     def __init__(self, endpoints: Sequence[Endpoint], limits: Limits, *, patience: float) -> None:
         self.endpoints, self.limits, self.patience = list(endpoints), limits, patience
@@ -86,15 +87,14 @@ class Remote:
             )
         parts = split(len(rows), limit, len(self.endpoints))
 
-        def score(part: int, stop: Any) -> list[float]:
+        def score(part: int, stop: Any) -> Tensor:
             start, end = parts[part]
             first = part % len(self.endpoints)
             body = _body(rows[start:end])
             answer = ask(self.endpoints, "POST", "/score", body, patience=self.patience, first=first, stop=stop)
             return _scores(answer, end - start, self.endpoints)
 
-        scores = in_parallel(score, range(len(parts)), len(self.endpoints))
-        return torch.tensor([value for part in scores for value in part], dtype=torch.float32)
+        return torch.cat(in_parallel(score, range(len(parts)), len(self.endpoints)))
 
 
 def remote(
@@ -177,12 +177,13 @@ def _body(rows: Sequence[tuple[str, str, str]]) -> bytes:
     return ("{" + ", ".join(f'"{name}": [{", ".join(column)}]' for name, column in columns) + "}").encode()
 
 
-def _scores(answer: Any, count: int, endpoints: Sequence[Endpoint]) -> list[float]:
+def _scores(answer: Any, count: int, endpoints: Sequence[Endpoint]) -> Tensor:
+    """(B,) in the dtype that the reward returned over there; an older server does not say it."""
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list) or len(scores) != count or not all(map(_is_score, scores)):
         who = ", ".join(map(str, endpoints))
         raise RewardError(f"{who} did not answer {count} scores: is it a diffusion-align serve-reward?")
-    return scores
+    return torch.tensor(scores, dtype=torch.float64 if answer.get("dtype") == "float64" else torch.float32)
 
 
 def _is_score(value: Any) -> bool:

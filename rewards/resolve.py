@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.paths import path_problem
-from diffusion_align.rewards.base import RewardError, describe_exception, parameters_of
+from diffusion_align.rewards.base import RewardError, metadata_place, parameters_of
+from diffusion_align.rewards.foreign import foreign_code
 from diffusion_align.shown import short
 
 # name: (module, function that builds it). The module says the rest in ABOUT[function].
@@ -88,13 +89,9 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
         raise RewardError(f"reward '{source}' must read 'package.module:function' or 'path/to/file.py:function'")
     if place.endswith(".py") and (problem := path_problem(place, "file")):
         raise RewardError(f"reward file {short(place)} {problem}")
-    try:
+    hint = f"; for a file in this folder write '{place}.py:{attribute}'" if Path(f"{place}.py").is_file() else ""
+    with foreign_code(f"reward '{source}' cannot be imported (", f"){hint}"):
         module = _import_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    except RewardError:
-        raise
-    except Exception as error:
-        hint = f"; for a file in this folder write '{place}.py:{attribute}'" if Path(f"{place}.py").is_file() else ""
-        raise RewardError(f"reward '{source}' cannot be imported ({describe_exception(error)}){hint}") from error
     target = getattr(module, attribute, None)
     if target is None:
         near = get_close_matches(attribute, [name for name in vars(module) if not name.startswith("_")], n=1)
@@ -185,11 +182,14 @@ def _check_call(label: str, parameters: list[inspect.Parameter], kind: Kind) -> 
             raise RewardError(f"reward '{label}' must take the argument '{kind.key}' by name")
         return given
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(positional) < len(kind.arguments) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise RewardError(
-            f"reward '{label}' must take three arguments ({', '.join(kind.arguments)}), it takes {len(positional)}"
+            f"reward '{label}' must take three arguments ({', '.join(kind.arguments)}), of which the last may be left "
+            f"out, it takes {len(positional)}"
         )
-    return positional[: len(kind.arguments)]
+    metadata = metadata_place(parameters)
+    named = [p for p in parameters if p.name == "metadata"] if metadata == "named" else []
+    return [*positional[: 3 if metadata == "third" else 2], *named]
 
 
 def _is_built_in(target: Any, kind: Kind) -> bool:

@@ -1,9 +1,10 @@
 """A reward behind HTTP: what `diffusion-align serve-reward` runs and the reward `remote` asks.
 
 ``POST /score`` takes ``{"prompts": [text], "metadata": [object], "images": [base64 of an 8-bit RGB PNG]}``, all of one
-length and the images of one size, and answers ``{"scores": [number]}``, each the shortest decimal that gives the same
-bits back. ``GET /health`` says what is served and the limits. Errors are ``{"detail": one sentence}``: 401 token, 403
-another host's name, 408 too slow, 413 too large, 415 not JSON, 422 malformed, 500 the reward raised, 503 ask later.
+length and the images of one size, and answers ``{"scores": [number], "dtype": "float32" or "float64"}``, each the
+shortest decimal that gives the same bits back. ``GET /health`` says what is served and the limits. Errors are
+``{"detail": one sentence}``: 401 token, 403 another host's name, 408 too slow, 413 too large, 415 not JSON, 422
+malformed, 500 the reward raised, 503 ask later.
 
 With a token every request needs ``Authorization: Bearer``; without one only requests that name this machine's own
 address are answered, as a page in a browser could otherwise have its own name point here. Whoever connects and says
@@ -18,14 +19,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hmac
 import ipaddress
+import queue
 import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import h11
@@ -69,18 +72,20 @@ def create_app(
     limits: Limits | None = None,
     threads: int = 1,
     device: str | torch.device = "cpu",
+    calls: Executor | None = None,
 ) -> FastAPI:
-    """The application that serves ``reward``, one request at a time in a thread of its own.
+    """The application that serves ``reward``, one request at a time.
 
     Args:
         token: what every request must bring; None for open doors.
         limits: of one request.
         threads: of torch while it scores; with 1 the scores equal those of a training run, which scores with one.
         device: where the reward gets its pictures.
+        calls: where the reward is called; a thread of its own if not given.
     """
     limits = limits or Limits()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    worker = ThreadPoolExecutor(1, "reward", initializer=_set_threads, initargs=(threads,))
+    worker = calls or ThreadPoolExecutor(1, "reward", initializer=_set_threads, initargs=(threads,))
     turn, bodies = asyncio.Lock(), Bodies(BODIES * limits.max_bytes)
 
     def check_access(request: Request) -> None:
@@ -111,17 +116,20 @@ def create_app(
                 if await request.is_disconnected():  # it gave up waiting and may have asked again
                     return Response(status_code=400)
                 try:
-                    scores = await asyncio.get_running_loop().run_in_executor(worker, answer, body)
+                    scored = await asyncio.get_running_loop().run_in_executor(worker, answer, body)
                 except asyncio.CancelledError:  # of a second Ctrl-C: the client may ask again
                     return JSONResponse({"detail": "the server is stopping"}, 503)
-        return JSONResponse({"scores": scores})
+        return JSONResponse(scored)
 
-    def answer(body: bytes) -> list[float]:
+    def answer(body: bytes) -> dict[str, Any]:
         images, prompts, metadata = parse_request(body, limits)
         try:
-            return call_reward(reward, images.to(device), prompts, metadata).tolist()
+            scores = call_reward(reward, images.to(device), prompts, metadata)
         except RewardError as error:
             raise HTTPException(500, str(error)) from error
+        except KeyboardInterrupt as error:  # not of a Ctrl-C, which the server has handlers for
+            raise HTTPException(500, f"reward '{reward_name(reward)}' raised KeyboardInterrupt") from error
+        return {"scores": scores.tolist(), "dtype": str(scores.dtype).removeprefix("torch.")}
 
     return app
 
@@ -364,15 +372,53 @@ class RewardServer(uvicorn.Server):
             raise RewardError(f"the address cannot be used: {error.strerror}") from error
         self._on_ready()
 
-    def serve_on(self, bound: socket.socket) -> None:
-        """Returns when it is over. uvicorn raises a signal that ended it again afterwards; it finds a deaf ear."""
+    def serve_on(self, bound: socket.socket, calls: CallsHere | None = None) -> None:
+        """Returns when it is over. uvicorn raises a signal that ended it again afterwards; it finds a deaf ear.
+
+        Args:
+            calls: those of the application, which are then made in this thread while the server runs in another.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._leave)
-        self.run(sockets=[bound])
+        if calls is None:
+            self.run(sockets=[bound])
+            return
+        with ThreadPoolExecutor(1, "server") as pool:
+            running = pool.submit(self.run, [bound])
+            running.add_done_callback(lambda _: calls.stop())
+            calls.work()
+        running.result()
 
-    def _leave(self, *_: object) -> None:
+    def _leave(self, number: int, frame: object) -> None:
+        self.force_exit = self.should_exit and number == signal.SIGINT  # as uvicorn does in the main thread
         self.should_exit = True
+
+
+class CallsHere(Executor):
+    """Runs what is submitted in the thread that calls ``work``: rewards are code that may want the main one."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._jobs.put((future, functools.partial(function, *arguments, **named)))
+        return future
+
+    def stop(self) -> None:
+        """``work`` returns after what has been submitted so far."""
+        self._jobs.put(None)
+
+    def work(self) -> None:
+        """Until ``stop``."""
+        while job := self._jobs.get():
+            future, function = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
 
 
 def _set_threads(threads: int) -> None:

@@ -79,6 +79,7 @@ class VlmJudge:
 
     name = "vlm_judge"
     differentiable = False
+    background = True  # it waits for others while this process samples
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import Reduction
-from diffusion_align.rewards.base import RewardError, call_reward_parts, part_weights, reward_parts
+from diffusion_align.rewards.base import RewardError, call_reward, part_weights, reward_parts, runs_in_background
 from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.scoring import BackgroundScores, reward_metrics
+from diffusion_align.training.scoring import BatchScores, reward_metrics
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,10 @@ class Collected:
 
     Attributes:
         trajectory: B samples of this process, K decisions each.
-        scores: (N, K) float32 on the CPU, of all N samples in their global order by each of K rewards.
+        scores: (N, K) float32 or float64 on the CPU, of all N samples in their global order by each of K rewards.
         rewards: (N,) their weighted sum.
         metrics: ``reward``, its spread, ``rewards/<name>/mean`` of several, and ``time/score``, the seconds spent
-            waiting for rewards.
+            on rewards and waiting for those in the background.
     """
 
     trajectory: Trajectory
@@ -49,7 +50,7 @@ def collect_scored(
     record: Callable[[int], Tensor],
     reduction: Reduction,
 ) -> Collected:
-    """Sample this process's part of ``samples``; a thread scores each batch while the next one is sampled.
+    """Sample this process's part of ``samples`` and score each batch, in the background where a reward is called there.
 
     Args:
         trainer: gives the epoch, this process's part, progress and interruption.
@@ -67,9 +68,10 @@ def collect_scored(
     config = trainer.config
     own = trainer.local_samples
     batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
+    parts = reward_parts(reward)
     trajectories: list[Trajectory] = []
     with (
-        BackgroundScores(trainer, RewardError) as scoring,
+        BatchScores(trainer, RewardError) as scoring,
         trainer.progress("  sampling", len(batches) * len(schedule)) as bar,
     ):
         for batch in batches:
@@ -91,11 +93,14 @@ def collect_scored(
             except TrainingError as error:
                 scoring.fail(error)
                 continue
-            scoring.submit(call_reward_parts, reward, images, texts, [samples[i][1] for i in batch])
+            arguments = images, texts, [samples[i][1] for i in batch]
+            scoring.submit(
+                [(runs_in_background(part), partial(call_reward, part, *arguments)) for part in parts.values()]
+            )
         scores = scoring.gather()
     columns = {name: torch.cat([getattr(t, name) for t in trajectories]) for name in Trajectory.__dataclass_fields__}
-    rewards = (scores * part_weights(reward)).sum(dim=1)
+    rewards = (scores * part_weights(reward).to(scores)).sum(dim=1)
     metrics = {**reward_metrics(rewards), "time/score": scoring.waited}
     if scores.shape[1] > 1:
-        metrics |= {f"rewards/{name}/mean": c.mean().item() for name, c in zip(reward_parts(reward), scores.unbind(1))}
+        metrics |= {f"rewards/{name}/mean": c.mean().item() for name, c in zip(parts, scores.unbind(1))}
     return Collected(Trajectory(**columns), scores, rewards, metrics)

@@ -281,7 +281,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             advantages = several_rewards_advantages(columns, groups, self.weights, clip_std=config.clip_std)
         else:
             measured = [one.update(batch.all_prompts, c) for one, c in zip(self.statistics, columns.unbind(1))]
-            advantages = torch.stack(measured, dim=1) @ self.weights
+            advantages = torch.stack(measured, dim=1) @ self.weights.to(columns)
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         metrics = equal_reward_metric(batch.all_rewards, config.group_size)
 

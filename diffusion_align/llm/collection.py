@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.encoding import completion_of
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, widened
 from diffusion_align.llm.rollout import Completions, rollout
-from diffusion_align.rewards.base import RewardError, reward_name
+from diffusion_align.rewards.base import RewardError, reward_name, runs_in_background
 from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.errors import TrainingError
@@ -22,7 +23,7 @@ from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.loop import Trainer
 from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.scoring import BackgroundScores, reward_metrics
+from diffusion_align.training.scoring import BatchScores, reward_metrics
 
 
 @dataclass(frozen=True)
@@ -54,34 +55,32 @@ class WeightedRewards:
         ids: Sequence[Sequence[int]] | None = None,
         state: TrainerState | None = None,
     ) -> Tensor:
-        """(B, K) float32 on the CPU, nan where a reward has nothing to say.
+        """(B, K) on the CPU, nan where a reward has nothing to say; see ``call_text_reward``.
 
         Args:
             rows, completions: B prompts with their columns, and the texts that complete them.
             ids: the tokens of the completions, if ``want_ids``.
             state: of the run; None where nothing is trained.
         """
-        prompts = [row.prompt for row in rows]
-        answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
-        names = dict.fromkeys(name for row in rows for name in row.columns)
-        columns = {name: [row.columns.get(name) for row in rows] for name in names}
-        found = [
-            call_text_reward(f, prompts, answers, columns, completion_ids=ids, trainer_state=state)
-            for f in self.functions
-        ]
-        return torch.stack(found, dim=1)
+        return torch.stack([call() for _, call in self.calls(rows, completions, ids, state)], dim=1)
 
-    def judged(
+    def calls(
         self,
         rows: Sequence[PromptRow],
         completions: Sequence[str],
         ids: Sequence[Sequence[int]] | None = None,
         state: TrainerState | None = None,
-    ) -> Tensor:
-        """As ``scores``; RewardError if no reward has anything to say about a row."""
-        scores = self.scores(rows, completions, ids, state)
-        self.total(rows, scores)
-        return scores
+    ) -> list[tuple[bool, Callable[[], Tensor]]]:
+        """Of each reward whether it is called in the background, and a function that gives its scores (B,)."""
+        prompts = [row.prompt for row in rows]
+        answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
+        names = dict.fromkeys(name for row in rows for name in row.columns)
+        columns = {name: [row.columns.get(name) for row in rows] for name in names}
+        extras: dict[str, Any] = {"completion_ids": ids, "trainer_state": state}
+        return [
+            (runs_in_background(f), partial(call_text_reward, f, prompts, answers, columns, **extras))
+            for f in self.functions
+        ]
 
     def total(self, rows: Sequence[PromptRow], scores: Tensor) -> Tensor:
         """(B,) the weighted sum of scores (B, K) of completions of ``rows``."""
@@ -96,9 +95,10 @@ class Collected:
     Attributes:
         completions: of this process, on the device.
         finished: (N,) bool on the CPU, False where the length limit cut the completion off.
-        scores: (N, K) float32 on the CPU, nan where a reward has nothing to say.
+        scores: (N, K) float32 or float64 on the CPU, nan where a reward has nothing to say.
         rewards: (N,) their weighted sum; nan where none has anything to say and that is allowed.
-        metrics: rewards, lengths and ``time/score``, the seconds spent waiting for rewards.
+        metrics: rewards, lengths and ``time/score``, the seconds spent on rewards and waiting for those in
+            the background.
     """
 
     completions: Completions
@@ -116,7 +116,7 @@ def collect_scored(
     *,
     max_completion_length: int,
 ) -> Collected:
-    """Sample this process's part of the epoch; a thread scores each batch while the next one is sampled.
+    """Sample this process's part of the epoch and score each batch, in the background where a reward is called there.
 
     Args:
         trainer: gives the epoch, this process's part, progress and interruption.
@@ -133,7 +133,7 @@ def collect_scored(
     parts: list[Completions] = []
     state = trainer_state(config, step=trainer.step, epoch=trainer.epoch)
     with (
-        BackgroundScores(trainer, RewardError) as scores,
+        BatchScores(trainer, RewardError) as scores,
         trainer.progress("  sampling", len(batches) * max_completion_length) as bar,
     ):
         for batch in batches:
@@ -154,8 +154,8 @@ def collect_scored(
             trainer.advance(bar, max_completion_length - sampled.logp_old.shape[1])
             parts.append(sampled)
             ids = completion_ids(sampled.sequences) if rewards.want_ids else None
-            scores.submit(rewards.judged, some, policy.decode(sampled.sequences), ids, state)
-        found = scores.gather()
+            scores.submit(rewards.calls(some, policy.decode(sampled.sequences), ids, state))
+        found = scores.gather(lambda scored: rewards.total([rows[i] for i in own], scored))
     own_lengths = torch.cat([part.sequences.mask.sum(1) for part in parts])
     own_finished = torch.cat([part.finished for part in parts])
     lengths, finished = (trainer.accelerator.gather(x).cpu() for x in (own_lengths, own_finished))

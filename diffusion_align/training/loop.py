@@ -81,7 +81,17 @@ _TRACES = (
 # Settings that fit a run into a machine's memory: they may change, and the last bits of what is computed with them.
 _FREE_BUT_FOR_BITS = {"micro_batch_size", "sample_batch_size", "mixed_precision"}
 # Where a reward is computed and how long it is waited for: a server may come back under another address.
-_FREE_IN_REWARDS = {"url", "timeout", "patience", "token_file", "concurrency", "cache", "device", "offload"}
+_FREE_IN_REWARDS = {
+    "url",
+    "timeout",
+    "patience",
+    "token_file",
+    "concurrency",
+    "cache",
+    "device",
+    "offload",
+    "background",
+}
 
 
 class Work(NamedTuple):

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_align.interrupt import Overdue, breakable
-from diffusion_align.rewards.base import RewardError, as_scores, describe_exception, parameters_of, reward_name
+from diffusion_align.rewards.base import RewardError, as_scores, check_finite, parameters_of, reward_name
+from diffusion_align.rewards.foreign import answer_of, foreign_code, in_its_thread
 
 Text = str | list[dict[str, Any]]
 """A prompt or a completion: plain text, or messages ``[{"role": ..., "content": ...}, ...]``."""
@@ -116,9 +116,10 @@ def call_text_reward(
     completion_ids: Sequence[Sequence[int]] | None = None,
     trainer_state: TrainerState | None = None,
 ) -> Tensor:
-    """Scores of one batch, float32 (B,) on the CPU, nan where the reward answered None; all others finite.
+    """Scores of one batch, (B,) on the CPU, nan where the reward answered None; all others finite.
 
-    The reward gets the columns that it names, or all of them if it takes ``**columns``. Gradients are off.
+    float32 where the reward returns that or less, else float64. It gets the columns that it names, or all of them if it
+    takes ``**columns``, as copies. Gradients are off.
 
     Args:
         reward: what is called.
@@ -146,27 +147,22 @@ def call_text_reward(
     if "completion_ids" in named and completion_ids is not None:
         extras["completion_ids"] = [list(ids) for ids in completion_ids]
     arguments = _arguments(reward, prompts, completions, columns, extras)
-    try:
-        with torch.no_grad(), breakable():
-            answer: Any = reward(**arguments)
-    except RewardError:
-        raise
-    except Overdue as error:
-        raise RewardError(f"reward '{name}' did not answer when the run was asked to stop") from error
-    except Exception as error:
-        raise RewardError(f"reward '{name}' raised {describe_exception(error)}") from error
 
+    def called() -> Any:
+        with torch.no_grad():
+            return answer_of(reward, **arguments)
+
+    answer = in_its_thread(reward, called)
     silent = torch.zeros(batch, dtype=torch.bool)
-    if isinstance(answer, list | tuple) and len(answer) == batch:
-        silent = torch.tensor([value is None for value in answer], dtype=torch.bool)
-        answer = [0.0 if value is None else value for value in map(_number, answer)]
-    scores = as_scores(answer, batch, name, "completions").detach()
-    if not torch.isfinite(scores).all():
-        first = int((~torch.isfinite(scores)).nonzero()[0])
-        raise RewardError(
-            f"reward '{name}' returned {scores[first].item()} for completion {first} {_after(prompts[first])}: "
-            "every score must be finite, or None where the reward has nothing to say"
-        )
+    with foreign_code(f"reward '{name}' returned what cannot be read: "):
+        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
+            answer = answer[0]  # TRL's (scores, info)
+        if isinstance(answer, list | tuple) and len(answer) == batch:
+            silent = torch.tensor([value is None for value in answer], dtype=torch.bool)
+            answer = [0.0 if value is None else value for value in map(_number, answer)]
+        scores = as_scores(answer, batch, name, "completions").detach()
+    otherwise = ", or None where the reward has nothing to say"
+    check_finite(scores, name, lambda i: f"completion {i} {_after(prompts[i])}", otherwise)
     return scores.masked_fill(silent, torch.nan)
 
 

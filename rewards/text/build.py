@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffusion_align.rewards.base import parameters_of, reward_name
+from diffusion_align.rewards.base import parameters_of, reward_name, runs_in_background
 from diffusion_align.rewards.build import build, describe, problem
 from diffusion_align.rewards.resolve import TEXT
 from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward, extras_of
@@ -18,6 +18,7 @@ class ScaledTextReward:
     def __init__(self, reward: Any, scale: float):
         self.reward, self.scale = reward, scale
         self.name = f"{scale:g}*{reward_name(reward)}"
+        self.background = runs_in_background(reward)
         # Besides the columns it names what the reward inside does, and is given no more than that.
         *own, columns = inspect.signature(self).parameters.values()
         inside = [p for p in parameters_of(reward) or () if p.name in extras_of(reward)]
@@ -40,9 +41,9 @@ def build_text_reward(spec: Any, *, device: str | torch.device = "cpu") -> TextR
 
     Args:
         spec: as for `build_reward`: a name from `TEXT_REWARDS`, ``"package.module:function"``,
-            ``"path/to/file.py:function"``, a callable, or a mapping ``{"name": any of these, **options}``; ``scale``
-            may be among the options. A function is the reward itself and must take ``completions`` by name; a class is
-            built first, given ``device`` if it names it.
+            ``"path/to/file.py:function"``, a callable, or a mapping ``{"name": any of these, **options}``, among
+            them ``scale`` and ``background``. A function is the reward itself and must take ``completions`` by name; a
+            class is built first, given ``device`` if it names it.
 
     Raises:
         RewardError: whatever `text_reward_problem` reports, or the reward's model cannot be loaded.

@@ -40,9 +40,6 @@ def column(images, prompts, metadata):
 def scalar(images, prompts, metadata):
     return images.mean()
 
-def pair(images, prompts, metadata):
-    return torch.ones(len(images)), {}
-
 def raises(images, prompts, metadata):
     raise KeyError("label")
 
@@ -89,7 +86,6 @@ def refused(cli, tree, *arguments, wanted):
         ("words", "reward 'words' returned a list that is not all numbers"),
         ("column", r"reward 'column' returned shape \(3, 1\) for 3 images"),
         ("scalar", r"reward 'scalar' returned shape \(\) for 3 images"),
-        ("pair", r"reward 'pair' returned a pair \(scores, info\)"),
         ("raises", "reward 'raises' raised KeyError: 'label'"),
         ("needs_option", "reward 'needs_option' needs the option 'weight'"),
         ("NoCall", "reward 'NoCall' gives a NoCall, which is not callable"),

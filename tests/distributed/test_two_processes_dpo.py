@@ -230,7 +230,7 @@ def test_a_judge_that_fails_on_one_process_stops_both(forked, write, tmp_path):
     assert run.statuses == [2, 2], run.errors
     for error in run.errors:
         said = [line for line in error.splitlines() if line.startswith("error: ")]
-        assert said == ["error: reward 'only_one_fails' raised RuntimeError: no answer"]
+        assert said == ["error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 5)"]
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()  # nothing was trained, so the same command can be run again
 

@@ -220,7 +220,7 @@ def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, m
     assert run.statuses == [2, 2], run.errors
     for error in run.errors:
         said = error.strip().splitlines()[-1]
-        assert said == "error: reward 'only_one_fails' raised RuntimeError: no answer"
+        assert said == "error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 16)"
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()  # nothing was trained, so the same command can be run again
 

@@ -24,7 +24,7 @@ calls = 0
 def redness(images, prompts, metadata, gain=1.0):
     return (gain * images[:, 0].mean(dim=(1, 2))).tolist()
 
-def two(images, prompts):
+def one(images):
     return [0.0] * len(images)
 
 def needy(images, prompts, metadata, *, target):
@@ -65,15 +65,15 @@ def scores(reward):
 
 def test_a_file_a_function_and_its_options(file):
     expected = images()[:, 0].mean(dim=(1, 2))
-    torch.testing.assert_close(scores(build_reward(f"{file}:redness")), expected)
+    torch.testing.assert_close(scores(build_reward(f"{file}:redness")).float(), expected)
     doubled = build_reward({"name": f"{file}:redness", "gain": 2.0})
-    torch.testing.assert_close(scores(doubled), 2 * expected)
+    torch.testing.assert_close(scores(doubled).float(), 2 * expected)
     assert doubled.name == "redness"
 
 
 def test_scale_turns_the_sign_of_any_reward(file):
     flipped = build_reward({"name": f"{file}:redness", "scale": -1.0})
-    torch.testing.assert_close(scores(flipped), -images()[:, 0].mean(dim=(1, 2)))
+    torch.testing.assert_close(scores(flipped).float(), -images()[:, 0].mean(dim=(1, 2)))
     assert flipped.name == "-1*redness"
     compress, bloat = build_reward("jpeg_compressibility"), build_reward("jpeg_incompressibility")
     assert torch.equal(scores(build_reward({"name": "jpeg_compressibility", "scale": -1})), scores(bloat))
@@ -145,7 +145,10 @@ def test_a_model_held_by_a_callable_is_moved():
         ("os:environ", "name a function or a class"),
         ("nowhere/x.py:f", "reward file 'nowhere/x.py' does not exist"),
         ("{file}:rednes", "has no 'rednes': did you mean 'redness'"),
-        ("{file}:two", "must take three arguments .images, prompts, metadata., it takes 2"),
+        (
+            "{file}:one",
+            "must take three arguments .images, prompts, metadata., of which the last may be left out, it takes 1",
+        ),
         ("{file}:needy", "needs the option 'target'"),
         ({"name": "{file}:redness", "gian": 2.0}, "has no option 'gian': did you mean 'gain'. It takes gain, scale"),
         ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),

@@ -1,12 +1,27 @@
 """call_reward and check_reward: what they let through, and the sentence for everything else."""
 
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
 from diffusion_align.rewards import RewardError, call_reward, check_reward, reward_name
+
+HERE = r"\(test_reward_protocol.py, line \d+\)"
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise SystemExit
+
+
+class Unreadable:
+    def __float__(self):
+        raise SystemExit
+
 
 PROMPTS = ["a red apple", "a blue car", "a cat", "a dog"]
 
@@ -17,30 +32,39 @@ def images(count=4):
 
 def call(answer, count=4, **options):
     def probe(images, prompts, metadata):
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer(images) if callable(answer) else answer
 
     return call_reward(probe, images(count), PROMPTS[:count], [{}] * count, **options)
 
 
+WIDE, NARROW = torch.float64, torch.float32
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "dtype"),
     [
-        torch.arange(4),
-        torch.arange(4, dtype=torch.float64),
-        torch.arange(4, dtype=torch.bfloat16),
-        [0.0, 1.0, 2.0, 3.0],
-        (0, 1, 2, 3),
-        [torch.tensor(float(i)) for i in range(4)],
-        [np.float64(i) for i in range(4)],
-        np.arange(4)[::-1][::-1],
+        (torch.arange(4), WIDE),
+        (torch.arange(4, dtype=torch.float64), WIDE),
+        (torch.arange(4, dtype=torch.float32), NARROW),
+        (torch.arange(4, dtype=torch.bfloat16), NARROW),
+        ([0.0, 1.0, 2.0, 3.0], WIDE),
+        ((0, 1, 2, 3), WIDE),
+        ([torch.tensor(float(i)) for i in range(4)], NARROW),
+        ([np.float64(i) for i in range(4)], WIDE),
+        ([np.float32(i) for i in range(4)], NARROW),
+        (np.arange(4)[::-1][::-1], WIDE),
+        (np.arange(4, dtype=np.float16), NARROW),
+        ([Decimal(i) for i in range(4)], WIDE),
+        ([False, True, Fraction(4, 2), np.int8(3)], WIDE),
+        ((torch.arange(4.0), {"raw": 1}), NARROW),
+        (([0.0, 1.0, 2.0, 3.0], {}), WIDE),
     ],
-    ids=["int", "double", "bfloat16", "list", "tuple", "scalars", "numpy scalars", "numpy"],
 )
-def test_every_documented_answer_becomes_float32_on_the_cpu(answer):
+def test_every_documented_answer_is_float32_or_wider_on_the_cpu(answer, dtype):
     scores = call(answer)
-    assert scores.dtype == torch.float32
+    assert scores.dtype == dtype
     assert scores.device.type == "cpu"
     assert scores.tolist() == [0, 1, 2, 3]
 
@@ -62,17 +86,29 @@ def test_every_documented_answer_becomes_float32_on_the_cpu(answer):
         (["good"] * 4, "not all numbers"),
         ([1.0, None, 2.0, 3.0], "returned None at index 1"),
         ({"reward": [1.0] * 4}, "returned dict"),
-        ((torch.ones(4), {}), r"pair \(scores, info\): return the scores alone"),
+        ((torch.ones(3), {}), "returned 3 scores for 4 images"),
+        (torch.ones(4, device="meta"), "returned a meta tensor"),
+        ([torch.ones((), device="meta")] * 4, "returned a meta tensor"),
+        (torch.ones(4).to_sparse(), "returned a sparse or nested tensor"),
+        (np.ones(4, dtype=np.complex64), "complex"),
+        ([1j] * 4, "complex"),
+        ([Unreadable()] * 4, "not all numbers"),
+        (Unreadable(), "returned Unreadable"),
+        (3.4e38 * torch.ones(4, dtype=torch.float64) * 2, "returned 6.8e.38 for image 0"),
         (torch.ones(4, dtype=torch.complex64), "complex"),
         ([0.0, 1.0, float("nan"), float("inf")], r"returned nan for image 2 \(prompt 'a cat'\)"),
         ([0.0, float("-inf"), 2.0, 3.0], r"returned -inf for image 1 \(prompt 'a blue car'\)"),
-        (np.array([0.0, 0.0, 0.0, 1e300]), "returned inf for image 3"),
+        (np.array([0.0, 0.0, 0.0, 1e300]), "returned 1e.300 for image 3"),
         (KeyError("label"), "raised KeyError: 'label'"),
-        (RuntimeError("first line\nsecond line"), "raised RuntimeError: first line$"),
-        (ZeroDivisionError(), "raised ZeroDivisionError$"),
+        (RuntimeError("first line\nsecond line"), rf"raised RuntimeError: first line {HERE}$"),
+        (ZeroDivisionError(), f"raised ZeroDivisionError {HERE}$"),
+        (SystemExit(0), f"raised SystemExit: 0 {HERE}$"),
+        (SystemExit(), f"raised SystemExit {HERE}$"),
+        (GeneratorExit(), f"raised GeneratorExit {HERE}$"),
+        (StopIteration(3), f"raised StopIteration: 3 {HERE}$"),
+        (Unprintable(), f"raised Unprintable, whose text cannot be read {HERE}$"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_every_other_answer_is_refused_in_one_sentence_naming_the_reward(answer, sentence):
     with pytest.raises(RewardError, match=sentence) as caught:
         call(answer)

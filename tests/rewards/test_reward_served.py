@@ -32,7 +32,7 @@ from diffusion_align.rewards import RewardError, build_reward, call_reward, rewa
 from diffusion_align.rewards.base import to_uint8
 from diffusion_align.rewards.endpoints import Endpoint, Unanswered, ask, png, read_token, retry_after
 from diffusion_align.rewards.remote import Limits, split
-from diffusion_align.rewards.serving import Bodies, RewardServer, address_of, bind, create_app, read_body
+from diffusion_align.rewards.serving import Bodies, CallsHere, RewardServer, address_of, bind, create_app, read_body
 
 
 def odd(images, prompts, metadata):
@@ -140,6 +140,33 @@ def score(reward, count=5, seed=0, **metadata):
         [f"prompt {i}" for i in range(count)],
         [metadata or {} for _ in range(count)],
     )
+
+
+def test_a_served_reward_is_called_in_the_thread_that_serves_and_its_exits_are_details():
+    def leaves(images, prompts, metadata):
+        threads.append(threading.current_thread())
+        if prompts[0] == "leave":
+            sys.exit(0)
+        if prompts[0] == "interrupt":
+            raise KeyboardInterrupt
+        return [0.1] * len(images)
+
+    threads, calls, ready = [], CallsHere(), threading.Event()
+    bound = bind("127.0.0.1", 0, token=None)
+    server = RewardServer(create_app(leaves, calls=calls), ready.set)
+    thread = threading.Thread(target=server.serve_on, args=(bound, calls))
+    thread.start()
+    assert ready.wait(60)
+    url = address_of(bound)
+    for prompt, said in (("leave", "SystemExit: 0"), ("interrupt", "KeyboardInterrupt")):
+        answer = httpx2.post(url + "/score", json=body(prompts=[prompt]))
+        assert answer.status_code == 500
+        assert answer.json()["detail"].startswith(f"reward 'leaves' raised {said}")
+    assert score(remote(url)).tolist() == [0.1] * 5, "Python's own numbers keep their digits on the way"
+    server.should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+    assert set(threads) == {thread}
 
 
 def test_eight_bits():
@@ -835,7 +862,7 @@ def test_a_signal_ends_the_server_after_the_request_that_it_works_on(forked, tmp
         os.kill(pids[0], number)
         request.join()
     run = forked.wait(pids)
-    assert answers[0].json() == {"scores": [0.0]}
+    assert answers[0].json() == {"scores": [0.0], "dtype": "float32"}
     assert (run.status, run.error) == (0, "")
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(url + "/health")

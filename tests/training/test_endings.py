@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from diffusion_align.training.config import TrainingConfig, dump_config
 from diffusion_align.training.errors import Interrupted
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.scoring import BackgroundScores
+from diffusion_align.training.scoring import BatchScores
 from diffusion_align.writing import WriteError, make_folder, new_folder, write_text
 
 
@@ -60,10 +61,10 @@ class Toy(Trainer):
             except RewardError as error:
                 failure = error
             self.raise_together(failure, RewardError)
-        with BackgroundScores(self, RewardError) as scores:
+        with BatchScores(self, RewardError) as scores:
             for _ in range(2):
                 scores.go_on()
-                scores.submit(score_of, self.reward, images)
+                scores.submit([(True, partial(score_of, self.reward, images))])
             return scores.gather(), {}
 
     def estimate(self, batch):
@@ -375,9 +376,9 @@ def test_a_reward_that_fails_while_others_wait_in_line_ends_the_run(tmp_path):
     trainer = Toy(tmp_path / "run", reward)
 
     def collect():
-        with BackgroundScores(trainer, RewardError) as scores:
+        with BatchScores(trainer, RewardError) as scores:
             for _ in range(3):
-                scores.submit(score_of, reward, torch.rand(2, 3, 4, 4))
+                scores.submit([(True, partial(score_of, reward, torch.rand(2, 3, 4, 4)))])
             started.set()
             raise RewardError("another")
 

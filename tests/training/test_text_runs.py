@@ -100,7 +100,7 @@ LOOP, COLLECTION = "diffusion_align.training.loop", "diffusion_align.llm.collect
 BETWEEN_UPDATES = place(LOOP, "Trainer", "_optimizer_step", 2)
 BEFORE_THE_CHECKPOINT = place(LOOP, "Trainer", "save", 1)
 SAMPLING = place(COLLECTION, "", "rollout", 4)
-SCORING = place(COLLECTION, "WeightedRewards", "scores", 2)
+SCORING = place(COLLECTION, "WeightedRewards", "calls", 2)
 ASKING = place("diffusion_align.llm.reference_file", "ReferenceFile", "put_into", 1)
 WRITING_REFERENCE = place("diffusion_align.llm.reference_file", "ReferenceFile", "_identity", 1)
 READING = place(LOOP, "Trainer", "_accumulate", 3)
@@ -255,7 +255,7 @@ def test_a_kill_while_the_reference_is_asked_or_written_changes_nothing(forked, 
 
 
 def test_a_kill_while_a_reward_thinks_changes_nothing(forked, calm, tmp_path, read_rows):
-    """It runs in a thread of its own, and draws from the global random states."""
+    """It draws from the global random states."""
     (config, left_alone), harried = calm("grpo"), tmp_path / "harried"
     prelude = QUICK + KILL + SCORING + HOOK
     assert forked("train", config, f"output_dir={harried}", prelude=prelude).status == -signal.SIGKILL
