@@ -128,6 +128,7 @@ def complete(
 
     from diffusion_align.pipelines import TextAlignmentPipeline
     from diffusion_align.pipelines.text import check_completions, read_prompts
+    from diffusion_align.rewards.text import text_of
     from diffusion_align.streams import printable
     from diffusion_align.training.prompts import check_unicode
     from diffusion_align.writing import make_folder, write_text
@@ -144,7 +145,7 @@ def complete(
     pipeline = TextAlignmentPipeline.from_pretrained(model)
     written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
     for text, completion in zip(texts, written, strict=True):
-        last = text if isinstance(text, str) else str(text[-1]["content"])
+        last = text if isinstance(text, str) else text_of(text[-1:])
         asked, said = (printable(one, keep="\n\t") for one in (last, completion))
         shown = Text(asked, style="dim").append(said, "not dim")
         _console.print(shown, highlight=False, soft_wrap=True)

@@ -19,6 +19,8 @@ from diffusion_align.paths import path_problem
 from diffusion_align.training.errors import UserError, short
 
 _count = itertools.count()
+_UMASK = os.umask(0)  # it can be read by setting it only
+os.umask(_UMASK)
 _BLOCKED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENODEV)
 _IN_THE_WAY = (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
@@ -98,6 +100,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     with writing(named):
         try:
             yield aside
+            _share(aside)
             _sync(aside)
             rename(aside, path)
         except BaseException:
@@ -121,6 +124,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             yield aside
             files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
             for file in files:
+                _share(file)
                 _sync(file)
             if not path.is_dir():
                 rename(aside, path)
@@ -170,6 +174,12 @@ def sweep(folder: str | Path) -> None:
 def _aside(path: Path) -> Path:
     # A name may have 255 bytes; several threads may write one path.
     return path.with_name(f".{path.name[:40]}.{os.getpid()}-{next(_count)}.tmp")
+
+
+def _share(file: Path) -> None:
+    """Give a new file the rights of any other; safetensors leaves its files to their owner alone."""
+    with contextlib.suppress(OSError):  # of file systems that have no rights
+        file.chmod(0o666 & ~_UMASK)
 
 
 def _sync(path: Path) -> None:

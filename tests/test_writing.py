@@ -316,3 +316,14 @@ def test_commands_say_it_in_one_sentence(call_cli, tiny_language_model, tmp_path
         assert err.splitlines()[-1] == said
         assert out.startswith("a cat") or path != "a.jsonl"
     assert names(tmp_path) == before
+
+
+def test_what_is_written_can_be_read_by_others(tmp_path):
+    """As far as the umask says; safetensors alone would keep it for its owner."""
+    (tmp_path / "plain").touch()
+    with new_folder(tmp_path / "final") as folder:
+        save_file({"a": torch.ones(1)}, folder / "a.safetensors")
+    with new_file(tmp_path / "b.safetensors") as file:
+        save_file({"a": torch.ones(1)}, file)
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert [(tmp_path / name).stat().st_mode for name in ("final/a.safetensors", "b.safetensors")] == [wanted] * 2

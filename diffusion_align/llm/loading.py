@@ -332,6 +332,9 @@ def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
 
     own = [str(folder) for folder in reversed(plan.adapters) if (folder / "tokenizer_config.json").is_file()]
     tokenizer = AutoTokenizer.from_pretrained([*own, plan.base][0], trust_remote_code=False)
+    if isinstance(tokenizer.model_max_length, str | list | dict):  # transformers compares whatever is written there
+        found = f"its tokenizer's model_max_length is {tokenizer.model_max_length!r}, not a number"
+        raise UserError(f"model={name!r}: {found}: correct tokenizer_config.json")
     # Some models have special tokens of their pictures beyond those of their text.
     known = [i for i, token in tokenizer.added_tokens_decoder.items() if i < rows or not token.special]
     tokens = max(tokenizer.vocab_size, *(i + 1 for i in known)) if known else tokenizer.vocab_size

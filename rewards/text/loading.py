@@ -98,7 +98,8 @@ def tokens_of(
 def token_limit(tokenizer: Any, config: Any, max_length: int | None) -> int | None:
     """The most tokens of one text that the option, the tokenizer and the network all allow; None for no end."""
     limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    known = [limit for limit in limits if limit is not None and limit < 10**9]  # a tokenizer writes 10**30 for no limit
+    # A tokenizer writes 10**30 for no limit, some configurations -1.
+    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < 10**9]
     return min(known, default=None)
 
 

@@ -2,19 +2,25 @@
 chat template must not leave out; and the forms in which words are given."""
 
 import itertools
+import json
+import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from diffusion_align.assets import asset_path
 from diffusion_align.llm.data import TextDataConfig, preference_rows, prompt_rows
-from diffusion_align.llm.encoding import TextEncoder, checked_text, continuation_tokens, tokens_of
+from diffusion_align.llm.encoding import TextEncoder, checked_text, context_length, continuation_tokens, tokens_of
 from diffusion_align.llm.loading import load_ends, load_tokenizer
+from diffusion_align.pipelines.text import read_prompts
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.text.base import words_left_out
+from diffusion_align.rewards.text.base import text_of, words_left_out
 from diffusion_align.rewards.text.classifier import layout
-from diffusion_align.training.errors import ConfigError
+from diffusion_align.rewards.text.loading import token_limit
+from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.rows import MOST_CHARACTERS, BadRow
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<0x0A>", "[INST]", "[/INST]"]
@@ -274,3 +280,36 @@ def test_the_ends_are_those_that_the_loaded_model_has(tmp_path):
     assert load_ends(str(tmp_path), tokenizer) == sorted({eos, 7})
     GenerationConfig(eos_token_id=[eos, 9]).save_pretrained(tmp_path)
     assert load_ends(str(tmp_path), tokenizer) == sorted({eos, 9})
+
+
+# What a tokenizer and a configuration need not say
+
+
+@pytest.mark.parametrize("limit", [None, 1e30, 10**30, -1, 0, "512", [3]])
+def test_a_tokenizer_with_any_limit_of_its_own(tmp_path, limit):
+    shutil.copytree(asset_path("tiny-lm"), tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"model_max_length": limit}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if isinstance(limit, str | list):
+        with pytest.raises(UserError, match=r"model_max_length is .*, not a number: correct tokenizer_config\.json$"):
+            load_tokenizer(str(tmp_path))
+        return
+    tokenizer, context = load_tokenizer(str(tmp_path))
+    assert len(encoded(tokenizer, "the king " * 200, "said").ids) > 512
+    assert (context, token_limit(tokenizer, SimpleNamespace(max_position_embeddings=context), None)) == (512, 512)
+    assert token_limit(tokenizer, SimpleNamespace(), None) is None
+
+
+@pytest.mark.parametrize(("said", "found"), [(64, 64), (None, None), (-1, None), (0, None), ("64", None)])
+def test_a_configuration_may_say_nothing_about_its_context(said, found):
+    config = SimpleNamespace(max_position_embeddings=said)
+    config.get_text_config = lambda: config
+    assert context_length(config) == found
+    assert context_length(SimpleNamespace(get_text_config=SimpleNamespace)) is None
+
+
+def test_complete_reads_content_in_parts(tmp_path):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "king"}]}]
+    (tmp_path / "a.json").write_text(json.dumps([{"prompt": parts}]))
+    [prompt] = read_prompts(str(tmp_path / "a.json"))
+    assert text_of(prompt[-1:]) == "the king"

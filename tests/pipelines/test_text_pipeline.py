@@ -178,13 +178,13 @@ def test_a_reward_is_learned(load, tmp_path):
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])
 def test_bf16_trains_and_says_how_far_the_ratio_is_off(load, tmp_path, lora):
-    """Sampling and scoring round differently in bf16: that is logged, and small; weights stay float32."""
+    """Sampling and scoring may round differently in bf16: how far is logged, and small; weights stay float32."""
     pipe = load()
     settings = SETTINGS | ONLINE | {"lora": lora, "mixed_precision": "bf16", "reward": letters}
     pipe.align("grpo", output_dir=tmp_path / "run", **settings)
     found = [row["ratio/first_pass_deviation"] for row in rows(tmp_path / "run") if "ratio/first_pass_deviation" in row]
     assert len(found) == 2
-    assert all(1e-5 < deviation < 0.3 for deviation in found)
+    assert all(0 <= deviation < 0.3 for deviation in found)  # on some CPUs they round alike
     assert {p.dtype for p in pipe.model.parameters()} == {torch.float32}
     exact = load()
     exact.align("grpo", output_dir=tmp_path / "exact", **settings | {"mixed_precision": "no"})
