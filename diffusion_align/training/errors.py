@@ -51,7 +51,7 @@ def first_line(error: BaseException) -> str:
         if type(cause).__name__ == "LocalEntryNotFoundError":  # huggingface_hub's, which is not imported for this
             return "it is not in the cache and the hub is out of reach, check the name and the network or give a folder"
         cause = cause.__cause__ or cause.__context__
-    if "ignore_mismatched_sizes" in str(error):  # transformers' word for it, and its details are in a log
+    if str(error).startswith("You set `ignore_mismatched_sizes`"):  # transformers, which has the details in a log
         return "the shapes of its weights are not those that its configuration says"
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
     if first.rstrip().endswith(":") and more:  # a heading

@@ -89,10 +89,10 @@ def test_a_damaged_folder_gives_one_sentence(damage, tiny_sd, tmp_path):
         ("emoji-clip", "not a text-to-image pipeline"),
         ("./nothing/here", "neither an embedded model, nor a folder"),
         ("/nothing/here", "neither an embedded model, nor a folder"),
-        ("~no_such_user_here/model", "neither an embedded model, nor a folder"),
+        ("~no_such_user_here/model", "no user of that name"),
         ("a/b/c", "neither an embedded model, nor a folder"),
-        ("x" * 300, "neither an embedded model, nor a folder"),
-        ("", "no model_index.json"),
+        ("x" * 300, "File name too long"),
+        ("", "is empty"),
     ],
 )
 def test_a_name_that_is_nothing_gives_one_sentence_without_loading(model, expected, monkeypatch, tmp_path):
