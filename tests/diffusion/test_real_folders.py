@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusion_align.pipelines.configuration import check_config, read_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
+from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.report import plots, read_metrics
 
 HEAD = Path(__file__).resolve().parents[3] / "shared/data/aesthetic/sac+logos+ava1-l14-linearMSE.pth"
@@ -59,9 +60,10 @@ def plainly(name, form, published):
     dtype = getattr(torch, FORMS[form].get("dtype", "float32"))
     if form == "file":
         kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
-        return kind.from_single_file(str(published(name, form)), config=str(published(name)), dtype=dtype)
+        source, config = str(published(name, form)), str(published(name))
+        return load_in_dtype(kind.from_single_file, source, config=config, dtype=dtype)
     variant = FORMS[form].get("weights_variant")
-    return DiffusionPipeline.from_pretrained(published(name, form), dtype=dtype, variant=variant)
+    return load_in_dtype(DiffusionPipeline.from_pretrained, published(name, form), dtype=dtype, variant=variant)
 
 
 def draw_plainly(pipeline):
