@@ -412,6 +412,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         ours = (probes.samples >= own.start) & (probes.samples < own.stop) & ~probes.looked
         wanted = ours if update is None else ours & (probes.update == update)
         probes.looked |= wanted
+        if not wanted.any():  # split() would give one part, an empty one
+            return
         for places in wanted.nonzero().squeeze(1).split(self.config.micro_batch_size):
             samples = (probes.samples[places] - own.start).to(batch.x_t.device)
             decisions = probes.decisions[places].to(batch.x_t.device)
