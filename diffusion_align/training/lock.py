@@ -66,10 +66,15 @@ class FolderLock:
             if _is_still(descriptor, self.path):
                 break
             os.close(descriptor)  # the one before removed the file while we waited for it
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
         _held.add(descriptor)
         self._descriptor = descriptor
+        try:
+            with writing(self.path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -133,7 +133,7 @@ class Trainer(ABC, Generic[Batch]):
         self.identity: Identity = {}  # what the run is made of, if whoever built this trainer has said so
         self._flag = InterruptFlag()
         self._log = MetricsLog(self.folder / "metrics.jsonl", accelerator)
-        self._failed_together = self._can_be_saved = False
+        self._failed_together = self._unfit_together = self._can_be_saved = False
         self._steps_taken = 0  # optimizer steps, skipped ones not counted
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
@@ -290,14 +290,14 @@ class Trainer(ABC, Generic[Batch]):
 
         Where a process was asked to stop, that is the cause of the failure, or will do for one: Interrupted is raised.
         """
-        interrupted = self._flag.raised
+        interrupted, unfit = self._flag.raised, isinstance(failure, TrainingError)
         if self.accelerator.num_processes > 1:
             with waiting_for_others():
-                told = gather_object([(None if failure is None else str(failure), interrupted)])
-            messages = [message for message, _ in told if message is not None]
+                told = gather_object([(None if failure is None else str(failure), unfit, interrupted)])
+            messages = [message for message, _, _ in told if message is not None]
             failure = failure or (kind(messages[0]) if messages else None)
-            interrupted = any(raised for _, raised in told)
-            self._failed_together = bool(messages)
+            interrupted = any(raised for _, _, raised in told)
+            self._failed_together, self._unfit_together = bool(messages), any(unfit for _, unfit, _ in told)
         if failure is not None:
             raise Interrupted if interrupted else failure
 
@@ -569,7 +569,8 @@ class Trainer(ABC, Generic[Batch]):
         except (Interrupted, Overdue):
             self._stop()
         except Exception as error:
-            if isinstance(error, TrainingError) and self.epoch == 0:
+            # Of any process: where one saves nothing, the others would wait for it.
+            if (isinstance(error, TrainingError) or self._unfit_together) and self.epoch == 0:
                 raise  # the model is not fit for these settings: there is nothing to go on with
             together = self.accelerator.num_processes == 1 or self._failed_together  # saving needs every process
             if together and not self._leaves_nothing():

@@ -53,7 +53,8 @@ class UpdateStatistics:
         """Name -> number, the same on every process; one transfer to the host."""
         sums = torch.stack([v.float() for v in self._values.values()]).tolist() if self._values else []
         parts = [{name: (value, self._counts[name]) for name, value in zip(self._values, sums, strict=True)}]
-        spread = [{name: torch.cat([v for n, v in self._moments if n == name]).cpu() for name, _ in self._moments}]
+        names = dict.fromkeys(name for name, _ in self._moments)
+        spread = [{name: torch.cat([v for n, v in self._moments if n == name]).cpu() for name in names}]
         if accelerator.num_processes > 1:
             parts, spread = gather_object(parts), gather_object(spread)
         result: dict[str, float] = {}

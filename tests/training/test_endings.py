@@ -11,6 +11,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from torch import nn
 
 from diffusion_align import interrupt, writing
 from diffusion_align.rewards import RewardError, call_reward
+from diffusion_align.training import loop
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config
-from diffusion_align.training.errors import Interrupted
+from diffusion_align.training.errors import Interrupted, TrainingError
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.scoring import BatchScores
@@ -467,3 +469,16 @@ def test_a_hangup_that_is_ignored_stays_ignored(quick):
             assert not flag.raised
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_no_process_waits_to_save_what_another_says_is_not_fit(tmp_path, monkeypatch):
+    """At the first epoch, of latents that are not finite on one process: the others have another kind of error."""
+    told = []
+    monkeypatch.setattr(loop, "gather_object", lambda mine: told.extend(mine) or list(told))
+    trainers = [Toy(tmp_path / "run") for _ in range(2)]
+    for trainer, failure in zip(trainers, (TrainingError("not finite"), None), strict=True):
+        trainer.accelerator = SimpleNamespace(num_processes=2, is_main_process=False)
+        monkeypatch.setattr(trainer, "_leaves_nothing", lambda: pytest.fail("waits for the first process"))
+        wanted = pytest.raises(TrainingError if failure else RewardError, match="not finite")
+        with wanted, trainer._saved_if_broken_off():
+            trainer.raise_together(failure, RewardError)

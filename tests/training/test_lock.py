@@ -12,6 +12,7 @@ import pytest
 from diffusion_align.training import lock
 from diffusion_align.training.errors import UserError
 from diffusion_align.training.lock import LOCK_FILE, FolderLock, lock_problem
+from diffusion_align.writing import WriteError
 
 HOLD = """
 import sys, time
@@ -78,3 +79,16 @@ def test_a_folder_moved_meanwhile_loses_only_its_own_lock(tmp_path):
         (tmp_path / "run").mkdir()
         with FolderLock(tmp_path / "run"):
             pass
+
+
+def test_without_room_for_it_nothing_is_left_or_held(tmp_path, monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lock.os, "write", full)
+        with pytest.raises(WriteError, match=r"\.lock cannot be written \(No space left"), FolderLock(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+    with FolderLock(tmp_path):
+        pass
