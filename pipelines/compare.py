@@ -105,6 +105,7 @@ def compare_models(
         on_pictures: called with the number of pictures drawn, of ``2 * per_prompt * len(prompts)``.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    output = None if output is None else Path(output).absolute()  # whatever folder a judge changes to
     if not prompts:
         raise UserError("prompts is empty: give at least one")
     if metadata is not None and len(metadata) != len(prompts):

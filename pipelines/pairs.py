@@ -96,10 +96,12 @@ def make_pairs(
     settings = drawing | {"judge": _plain(judge), "prompts": _digest(prompts)}
     _check(prompts, judge, drawing)
     _check_folder(output, settings, resume)
+    output = output.absolute()  # whatever folder a judge changes to
     with contextlib.ExitStack() as stack:
         held = output.is_dir()
         if held:
             stack.enter_context(FolderLock(output))
+            sweep(output)  # what is left there is a killed writer's only now
         pairs, ties = _read_rows(output / PAIRS), _read_rows(output / TIES)
         seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
         done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
@@ -199,7 +201,6 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
     if differing:
         was, now = (", ".join(f"{key}={values.get(key)!r}" for key in differing) for values in (begun, settings))
         raise UserError(f"output={str(output)!r} was begun with {was}, not {now}: use those, or choose another folder")
-    sweep(output)
 
 
 def _check_content(output: Path, content: Identity) -> None:

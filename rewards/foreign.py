@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from diffusion_align.background import LongLivedThread, background
@@ -52,11 +53,17 @@ def runs_in_background(reward: Any) -> bool:
 
 
 def in_its_thread(reward: Any, function: Callable[[], Result]) -> Result:
-    """``function()`` in the thread where ``reward`` is called: this one, or the long-lived one."""
+    """``function()`` in the thread where ``reward`` is called: this one, or the long-lived one; gradients as here."""
     if not runs_in_background(reward):
         return function()
+    gradients = torch.is_grad_enabled()  # each thread has its own switch
+
+    def called() -> Result:
+        with torch.set_grad_enabled(gradients):
+            return function()
+
     with _breakable(reward):
-        return background.run(function)
+        return background.run(called)
 
 
 def answer_of(reward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

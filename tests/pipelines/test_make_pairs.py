@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from diffusion_align.assets import asset_path
 from diffusion_align.assets.preferences import load_preferences
 from diffusion_align.pipelines import ImageAlignmentPipeline
+from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.pipelines.pairs import PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
@@ -185,11 +188,28 @@ def test_a_judge_whose_code_was_changed_is_another_and_a_folder_in_use_is_refuse
     with pytest.raises(UserError, match=rf"was begun with other content of judge \({file}\): put it back"):
         make(folder, PROMPTS[:1], f"{file}:f", resume=True)
     file.write_text(before)
-    kept = content(folder)
+    kept, half = content(folder), folder / ".pairs.png.1-0.tmp"
+    half.write_bytes(b"what the process that holds the lock is writing")
     with FolderLock(folder), pytest.raises(UserError, match="is in use by process"):
         make(folder, PROMPTS[:1], f"{file}:f", resume=True)
+    assert half.exists()
     make(folder, PROMPTS[:1], f"{file}:f", resume=True)
     assert content(folder) == kept
+
+
+def test_a_judge_that_changes_the_folder_sends_nothing_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def goes(images, prompts, metadata):
+        os.chdir(tmp_path / "elsewhere")
+        return brightness(images, prompts, metadata)
+
+    make("pairs", PROMPTS[:1], goes)
+    monkeypatch.chdir(tmp_path)
+    compare_models("emoji-sd", "emoji-sd", ["a cat"], goes, output=Path("compared.png"))
+    assert {"pairs/pairs.png", "compared.png"} <= content(tmp_path).keys()
+    assert not content(tmp_path / "elsewhere")
 
 
 def test_a_damaged_folder_is_not_resumed(whole, tmp_path):

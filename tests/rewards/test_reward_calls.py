@@ -284,6 +284,18 @@ def test_a_reward_is_always_called_in_its_thread_and_scores_with_one(function, a
     assert (WHERE[0] is threading.main_thread()) is not aside
 
 
+@pytest.mark.parametrize("aside", BACKGROUND)
+def test_a_part_of_a_sum_is_called_without_gradients_in_either_thread(aside):
+    network = torch.nn.Linear(3, 1)
+
+    def scored(images, prompts, metadata):
+        return network(images.mean(dim=(2, 3))).squeeze(1).numpy()  # which a tensor with a graph refuses
+
+    reward = build_reward([{"name": scored, "background": aside}, brightness])
+    check_reward(reward, image_size=8)
+    assert not call_reward(reward, IMAGES, PROMPTS, notes()).requires_grad
+
+
 def test_the_same_bits_in_both_threads():
     weights = torch.randn(3 * 64, 64, generator=torch.Generator().manual_seed(1))
 
