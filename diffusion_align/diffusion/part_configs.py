@@ -59,7 +59,7 @@ def pipeline_problem(pipeline: Any) -> str | None:
 def part_problem(part: str, config: Mapping[str, Any]) -> str | None:
     """What is wrong with the settings of one part, in one sentence, or None."""
     for key, value in _numbers(config) if part in _NETWORKS else ():  # a scheduler may be infinite on purpose
-        if not math.isfinite(value) or abs(value) > MOST:
+        if abs(value) > MOST or not math.isfinite(value):  # whole numbers may be beyond what a float holds
             return f"{key}={short(value)} is too large"
     if part == "unet":
         size = config.get("sample_size")

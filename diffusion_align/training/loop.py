@@ -496,7 +496,7 @@ class Trainer(ABC, Generic[Batch]):
                     statistics = self._accumulate(batch, pairs, divisor * decisions, bar)
                     statistics |= self.check_update(statistics, first=inner == 0 and update == 0)
                     statistics["grad_norm"] = self._optimizer_step()
-                    self._steps_taken += not self._optimizer.step_was_skipped
+                    self._steps_taken += math.isfinite(statistics["grad_norm"])
                     row = {
                         "step": self.step,
                         "epoch": self.epoch + 1,
@@ -548,14 +548,15 @@ class Trainer(ABC, Generic[Batch]):
         norm = self.accelerator.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        if self._ema is not None and not self._optimizer.step_was_skipped:
-            self._ema.step(self._parameters)
         total, weights = torch.stack([norm.float(), largest(self._parameters).to(norm.device).float()]).tolist()
         if not math.isfinite(weights) or not (math.isfinite(total) or self.accelerator.scaler):
             config = self.config
             raise TrainingError(
                 weights_problem(step=self.step, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
             )
+        # accelerate's ``step_was_skipped`` does not know: a fused optimizer is called and skips the step by itself.
+        if self._ema is not None and math.isfinite(total):
+            self._ema.step(self._parameters)
         return total
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

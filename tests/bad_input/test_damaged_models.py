@@ -43,6 +43,7 @@ IMAGE = {
     "no list of channels": (edit(UNET, block_out_channels=5), "could not be loaded"),
     "width a text": (edit(UNET, cross_attention_dim="16"), "could not be loaded"),
     "width endless": (edit(UNET, cross_attention_dim=10**12), "cross_attention_dim=1000000000000 is too large"),
+    "width of 400 digits": (edit(UNET, cross_attention_dim=10**400), "cross_attention_dim=1000.* is too large"),
     "no heads": (edit(UNET, attention_head_dim=0), "could not be loaded"),
     "unet a list": (write(UNET, b"[]"), "unet/config.json holds no JSON object"),
     "unet null": (write(UNET, b"null"), "unet/config.json holds no JSON object"),

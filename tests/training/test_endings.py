@@ -482,3 +482,22 @@ def test_no_process_waits_to_save_what_another_says_is_not_fit(tmp_path, monkeyp
         wanted = pytest.raises(TrainingError if failure else RewardError, match="not finite")
         with wanted, trainer._saved_if_broken_off():
             trainer.raise_together(failure, RewardError)
+
+
+def test_a_step_that_a_fused_optimizer_skips_trains_nothing(tmp_path, monkeypatch):
+    """As on a GPU in fp16, where the scaler leaves the skipping to the optimizer."""
+
+    class Steep(Toy):
+        def loss(self, batch, samples, decisions):
+            losses, statistics = super().loss(batch, samples, decisions)
+            return 1e4 * losses, statistics
+
+    make = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **more: make(*args, fused=True, **more))
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer = Steep(tmp_path / "run", accelerator=accelerator, ema_decay=0.5)
+    trainer.train()
+    assert not trainer.weights.any()
+    assert (trainer.step, trainer._steps_taken, trainer._ema.optimization_step) == (6, 0, 0)
+    assert [row["untrained_epochs"] for row in trainer._log.rows() if "time/epoch" in row] == [1, 2, 3]
