@@ -19,7 +19,6 @@ from diffusion_align.rewards.text.loading import (
     tokens_of,
     without_token_types,
 )
-from diffusion_align.training.lora import load_peft
 
 ABOUT = {
     "classifier": {
@@ -224,6 +223,8 @@ def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torc
         may_lack=lambda key: any(name.endswith(f".{key}") for name in heads),
         **({} if labels is None else {"num_labels": labels}),
     )
+    from diffusion_align.training.lora import load_peft
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")

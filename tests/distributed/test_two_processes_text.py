@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from diffusion_align.training.prompts import items_of_epoch
+from diffusion_align.yaml_text import dump
 
 GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
 PLAIN_STEPS = runpy.run_path(str(Path(__file__).parent / "test_two_processes_dpo.py"))["PLAIN_STEPS"]
@@ -102,7 +102,7 @@ def write(tmp_path, tiny_language_model):
         if settings.get("reward"):
             settings["reward"] = [f"{tmp_path}/mine.py:{name}" for name in settings["reward"]]
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(settings))
+        path.write_text(dump(settings))
         return path
 
     return make
@@ -136,7 +136,7 @@ def assert_same(read_rows, folders, gradients, *, without=()):
         # Before the first update rounding decides whether a completion is ahead of another.
         unsure = without | {"rewards/accuracies"} if mine["step"] == 1 else without
         mine, theirs = ({k: v for k, v in row.items() if k not in unsure} for row in (mine, theirs))
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=5e-6)  # differences of float32 sums of tens of nats
     a, b = (load_file(sorted((f / "checkpoints").iterdir())[-1] / "trained.safetensors") for f in folders)
     assert a.keys() == b.keys()
     for name, value in a.items():

@@ -11,6 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from diffusion_align.yaml_text import dump
+
 _here = Path(__file__).parent
 _shared = runpy.run_path(str(_here / "conftest.py"))
 _interrupted = runpy.run_path(str(_here / "test_interrupt_and_resume.py"))
@@ -121,7 +123,7 @@ def write(folder, model, kind):
         noisy = f"{folder}/noisy.py:noisy"
         changes["reward"] = [noisy, f"{folder}/noisy.py:wanted"] if kind == "grpo" else noisy
     config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(SETTINGS | {"model": str(model), "output_dir": "run"} | changes))
+    config.write_text(dump(SETTINGS | {"model": str(model), "output_dir": "run"} | changes))
     return config
 
 
