@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +81,9 @@ class TextShow:
         if self.rewards is None:
             return [{} for _ in shown.texts]
         try:
-            total = self.rewards.total(self.rows, self.rewards.scores(self.rows, shown.texts, shown.ids))
-            return [{"reward": score} for score in total.tolist()]
+            scores = self.rewards.scores(self.rows, shown.texts, shown.ids)
+            total = replace(self.rewards, may_be_silent=True).total(self.rows, scores)
+            return [{} if math.isnan(score) else {"reward": score} for score in total.tolist()]
         except RewardError:
             return [{} for _ in shown.texts]
 

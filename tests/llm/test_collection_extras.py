@@ -177,6 +177,14 @@ def test_shown_texts_have_no_reward_where_it_needs_a_state(make_language_policy,
     assert [set(line) for line in lines] == [{"prompt", "completion"}] * 2
 
 
+def test_a_shown_text_about_which_no_reward_says_anything_takes_none_from_the_others(make_language_policy, tmp_path):
+    rewards = WeightedRewards([lambda completions: [None, *[2.0] * (len(completions) - 1)]], torch.ones(1))
+    policy = make_language_policy("gpt2")
+    TextShow(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2).write(tmp_path / "shown.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
+    assert [line.get("reward") for line in lines] == [None, 2.0]
+
+
 def test_the_length_of_a_run_counts_every_optimizer_step():
     config = SimpleNamespace(epochs=5, updates_per_epoch=3, inner_epochs=2)
     assert trainer_state(config) == TrainerState(0, 0.0, 30)
