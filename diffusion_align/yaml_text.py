@@ -65,6 +65,10 @@ class Unread:
     def is_null(self) -> bool:
         return self.text in _NULL
 
+    @property
+    def is_false(self) -> bool:
+        return _TRUTH.get(self.text, _WORDS.get(self.text)) is False
+
     def number(self) -> int | float | None:
         """The number that it is, None if it is none or not plainly one."""
         if ODD_NUMBER.fullmatch(self.text):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from diffusion_align import yaml_text
-from diffusion_align.training.config import read_as
+from diffusion_align.training.config import TrainingConfig, read_as
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import PromptsConfig
 from diffusion_align.yaml_text import Unread, YamlProblem, parse
@@ -102,6 +102,12 @@ def test_text_stays_text_where_text_is_wanted(word):
     assert read_as(dict[str, str], {"k": unread}) == {"k": word}
     assert read_as(PromptsConfig, {"source": unread}) == {"source": word}
     assert read_as(PromptsConfig, unread) == word
+
+
+@pytest.mark.parametrize("word", ["no", "No", "NO", "off", "Off", "false", "False"])
+def test_every_word_for_no_is_no_where_no_is_a_choice(word):
+    raw = parse(f"{{mixed_precision: {word}, output_dir: {word}}}", unread=True)
+    assert read_as(TrainingConfig, raw) == {"mixed_precision": "no", "output_dir": word}
 
 
 def test_numbers_are_numbers_where_numbers_are_wanted():

@@ -302,7 +302,9 @@ def _read_as(wanted: Any, value: Any) -> Any:
         number = value.number()
         return value.text if number is None and odd_number(value.text) else value.natural()
     if bool not in kinds and any(_is_text(kind) for kind in kinds):
-        return value.text
+        # YAML 1.1 has several words for `no`.
+        is_no = value.is_false and any("no" in typing.get_args(kind) for kind in kinds)
+        return "no" if is_no else value.text
     return value.natural()
 
 
