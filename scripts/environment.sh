@@ -16,9 +16,10 @@ stamp="$VIRTUAL_ENV/.diffusion-align-$extras"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$versions" -nt "$stamp" ]; then
   echo "installing diffusion-align$extras at the versions in $versions (1 to 3 minutes the first time)"
   # Of these gigabytes little is ever imported: a module is compiled when it is, not here.
-  python -m pip install --quiet --disable-pip-version-check --no-compile -c "$versions" uv
-  # uv takes a fifth of pip's time, but does not read pip's settings (an index of your own, say): then pip installs.
-  python -m uv pip install --quiet -c "$versions" -e ".$extras" "$@" ||
-    python -m pip install --quiet --disable-pip-version-check --no-compile -c "$versions" -e ".$extras" "$@"
+  pip=(python -m pip install --quiet --disable-pip-version-check --no-compile -c "$versions")
+  # uv takes a fifth of pip's time, but is not there for every machine and does not read pip's settings (an index of
+  # your own, say): then pip installs.
+  { "${pip[@]}" uv && python -m uv pip install --quiet -c "$versions" -e ".$extras" "$@"; } ||
+    "${pip[@]}" -e ".$extras" "$@"
   touch "$stamp"
 fi

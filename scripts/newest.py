@@ -91,10 +91,10 @@ def install(folder: Path, until: float) -> Path:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     run([sys.executable, "-m", "venv", str(folder / "venv")], folder, until)
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    run([str(python), *pip, "uv"], folder, until)
     try:
+        run([str(python), *pip, "uv"], folder, until)
         run([str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python), str(source)], folder, until)
-    except Failure:  # uv does not read pip's settings, such as an index of one's own
+    except Failure:  # uv is not there for every machine and does not read pip's settings (an index of one's own)
         run([str(python), *pip, str(source)], folder, until)
     return python
 

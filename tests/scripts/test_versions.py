@@ -1,6 +1,8 @@
 """The bounds in pyproject.toml, the files in constraints/, and the scripts that install by them and by none."""
 
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -98,3 +100,35 @@ def test_a_failed_newest_install_is_one_line_with_packages_and_versions(monkeypa
 def test_the_newest_install_ends_in_time(tmp_path, monkeypatch):
     with pytest.raises(newest.Failure, match="not done after 600 s in all"):
         newest.run([sys.executable, "-c", "import time; time.sleep(30)"], tmp_path, 0)
+
+
+@pytest.mark.parametrize("missing", ["uv", ""])
+def test_where_uv_cannot_be_installed_pip_installs(tmp_path, missing):
+    python, log = tmp_path / "bin" / "python", tmp_path / "log"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$@" >> {log}\nfor last; do :; done\n[ "$last" != "{missing}" ]\n')
+    python.chmod(0o755)
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path), "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    command = 'set -euo pipefail; . scripts/environment.sh "[dev]"'
+    for _ in range(2):  # the second finds the stamp
+        subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True, capture_output=True)
+    installer = "-m pip install" if missing else "-m uv pip install"
+    asked = log.read_text().splitlines()
+    assert len(asked) == 2
+    assert asked[0].endswith(" uv")
+    assert asked[1].startswith(installer)
+    assert asked[1].endswith(" -c constraints/tested.txt -e .[dev]")
+
+
+def test_the_newest_install_needs_no_uv(tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, folder, until):
+        ran.append(command[1:])
+        if command[-1] == "uv":
+            raise newest.Failure("no uv for this machine")
+
+    monkeypatch.setattr(newest, "run", run)
+    newest.install(tmp_path, 0)
+    assert ran[-1][:3] == ["-m", "pip", "install"]
+    assert ran[-1][-1] == str(tmp_path / "source")
