@@ -20,6 +20,7 @@ from diffusion_align.training.tables import (
     in_python,
     is_hub,
     listed,
+    named_if_long,
     short,
     splits_problem,
 )
@@ -65,7 +66,7 @@ class RowsConfig(Section):
         rows = in_python(value)
         if not isinstance(rows, str | Path | list | GivenRows) or (not isinstance(rows, Path) and not len(rows)):
             raise ValueError(f"give {cls.places}")
-        return str(rows) if isinstance(rows, Path) else rows
+        return str(rows) if isinstance(rows, Path) else named_if_long(rows)
 
 
 def open_rows(

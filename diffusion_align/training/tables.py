@@ -38,6 +38,7 @@ FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
 FILES = f"a {FORMATS} file, a folder, or a Hub dataset owner/name"
 Cells = Generator[Sequence[Any], None, None]
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+_MOST_IN_YAML = 1_000_000  # characters of a list; it takes seconds to read again, and ten times as much is refused
 _LINE_END = re.compile(r"\r\n|\r|\n")  # str.splitlines also splits at form feeds, U+0085, U+2028 and others
 SHOWN = 10
 _BLOCK = 1000
@@ -207,6 +208,16 @@ def in_python(value: Any) -> Any:
     except ValueError:
         return GivenRows(ListTable(rows, None)) if all(isinstance(row, Mapping) for row in rows) else rows
     return rows
+
+
+def named_if_long(rows: Any) -> Any:
+    """A list of texts (prompts) or of mappings that is too long for ``config.yaml`` as ``GivenRows``; else ``rows``."""
+    if not isinstance(rows, list) or len(json.dumps(rows, default=str, skipkeys=True)) <= _MOST_IN_YAML:
+        return rows
+    kind = next((kind for kind in (str, Mapping) if all(isinstance(row, kind) for row in rows)), None)
+    if kind is None:
+        return rows
+    return GivenRows(ListTable([{"prompt": row} if kind is str else row for row in rows], None))
 
 
 def _plain_python(value: Any) -> Any:

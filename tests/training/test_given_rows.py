@@ -85,6 +85,21 @@ def test_texts_alone():
     assert config.prompts.source == ["a", "b", "c"]
 
 
+def test_a_list_too_long_for_a_configuration_is_named_in_it(encoder):
+    """Which is read again on resume and to load the run, and up to 10 MB only."""
+    texts = [f"{i} {'x' * 1000}" for i in range(1001)]
+    for rows, given in ((texts, texts), ([{"prompt": text, "n": 1} for text in texts], {"max_prompts": 1001})):
+        source = rows if given is rows else {"source": rows, **given}
+        config = check_config(RUN | {"prompts": source})
+        assert load_prompts(config.prompts) == [(text, {} if rows is texts else {"n": 1}) for text in texts]
+        written = dump_config(config)
+        assert "1001 rows given in Python, sha256" in written
+        assert len(written) < 10_000
+        again = type(config).model_validate(config.model_dump(mode="json") | {"prompts": source})
+        assert dump_config(again) == written, "as checkpoints of older versions hold it"
+    assert [row.prompt for row in prompt_rows(TextDataConfig(source=texts), encoder).rows] == texts
+
+
 PAIRS = [
     {"prompt": [{"role": "user", "content": "hi"}], "chosen": "yes", "rejected": "no"},
     {"prompt": [{"role": "user", "content": "ho"}], "chosen": "no", "rejected": "yes"},
