@@ -159,11 +159,16 @@ def rename(source: Path, target: Path) -> None:
             raise
 
 
-def sweep(folder: str | Path) -> None:
-    """Remove what killed writers have left in ``folder`` and the folders in it; nobody else may be writing there."""
-    for place in (Path(folder), *(p for p in Path(folder).glob("*") if p.is_dir() and not p.is_symlink())):
-        # .tmpXXXXXX is the name that safetensors itself gives to what it has not finished.
-        for left in [*place.glob(".*.tmp"), *place.glob(".tmp??????")]:
+def sweep(folder: str | Path, *, of: str | None = None) -> None:
+    """Remove what killed writers have left in ``folder`` and the folders in it; nobody else may be writing there.
+
+    ``of``: only what writers of this name in ``folder`` have left, which others may use.
+    """
+    inside = [p for p in Path(folder).glob("*") if p.is_dir() and not p.is_symlink()]
+    # .tmpXXXXXX is the name that safetensors itself gives to the files that it has not finished.
+    names = [".*.tmp", ".tmp??????"] if of is None else [f".{of}.*.tmp"]
+    for place in [Path(folder), *(inside if of is None else [])]:
+        for left in [path for name in names for path in place.glob(name)]:
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
             else:

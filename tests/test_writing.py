@@ -286,6 +286,15 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     sweep(tmp_path / "nowhere")
 
 
+def test_in_a_folder_of_others_only_what_is_named_is_swept(tmp_path):
+    kept = [".a.7-1.tmp", "run/.config.yaml.7-1.tmp", "run/.tmpAbC123"]
+    for name in [*kept, ".smollm2.7-1.tmp/model.safetensors"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    sweep(tmp_path, of="smollm2")
+    assert names(tmp_path) == sorted(kept)
+
+
 def test_commands_say_it_in_one_sentence(call_cli, tiny_language_model, tmp_path, monkeypatch):
     """What was computed is printed all the same; nothing is left of what could not be written."""
     (tmp_path / "run").mkdir()

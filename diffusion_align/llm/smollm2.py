@@ -82,7 +82,7 @@ def convert_smollm2() -> None:
             model = AutoModelForCausalLM.from_config(config)
             model.load_state_dict(read.state_dict())
             tokenizer.model_max_length = config.max_position_embeddings
-            sweep(target.parent)
+            sweep(target.parent, of=target.name)  # the cache folder may be one that others use
             with new_folder(target) as aside:
                 model.half().save_pretrained(str(aside))
                 tokenizer.save_pretrained(str(aside))
