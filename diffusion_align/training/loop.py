@@ -407,7 +407,8 @@ class Trainer(ABC, Generic[Batch]):
 
     def _open_folder(self) -> None:
         sweep(self.folder)
-        write_text(self.folder / "config.yaml", dump_config(self.config))
+        # What was accepted this once belongs to the run from now on; a change after that is to be accepted again.
+        write_text(self.folder / "config.yaml", dump_config(self.config.model_copy(update={"accept_changed": []})))
 
     def _write_row(self, row: Mapping[str, Any]) -> None:
         self.on_main_process(lambda: self._log.write(row))

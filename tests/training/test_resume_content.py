@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.rewards.base import RewardError
+from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
 
@@ -139,6 +140,7 @@ def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted
     with pytest.raises(CheckpointError, match=r"accept_changed=\[reward\]"):
         run(**settings_in(begun, **changes))
     assert run(**settings_in(begun, **changes, accept_changed=["reward"])).epoch == 3
+    assert load_yaml(begun / "run" / "config.yaml")["accept_changed"] == [], "it accepts nothing that comes later"
     changes |= {"epochs": 4}
     capfd.readouterr()
     assert run(**settings_in(begun, **changes)).epoch == 4  # it belongs to the run from now on
