@@ -13,6 +13,7 @@ from diffusion_align.llm.data import TextDataConfig, labelled_rows, preference_r
 from diffusion_align.llm.encoding import TextEncoder
 from diffusion_align.llm.loading import load_tokenizer
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.training import tables
 from diffusion_align.training.config import dump_config
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.prompts import PromptsConfig, load_prompts, prompts_problems
@@ -85,15 +86,16 @@ def test_texts_alone():
     assert config.prompts.source == ["a", "b", "c"]
 
 
-def test_a_list_too_long_for_a_configuration_is_named_in_it(encoder):
+def test_a_list_too_long_for_a_configuration_is_named_in_it(encoder, monkeypatch):
     """Which is read again on resume and to load the run, and up to 10 MB only."""
-    texts = [f"{i} {'x' * 1000}" for i in range(1001)]
-    for rows, given in ((texts, texts), ([{"prompt": text, "n": 1} for text in texts], {"max_prompts": 1001})):
+    monkeypatch.setattr(tables, "_MOST_IN_YAML", tables._MOST_IN_YAML // 40)
+    texts = [f"{i} {'x' * 1000}" for i in range(101)]
+    for rows, given in ((texts, texts), ([{"prompt": text, "n": 1} for text in texts], {"max_prompts": 101})):
         source = rows if given is rows else {"source": rows, **given}
         config = check_config(RUN | {"prompts": source})
         assert load_prompts(config.prompts) == [(text, {} if rows is texts else {"n": 1}) for text in texts]
         written = dump_config(config)
-        assert "1001 rows given in Python, sha256" in written
+        assert "101 rows given in Python, sha256" in written
         assert len(written) < 10_000
         again = type(config).model_validate(config.model_dump(mode="json") | {"prompts": source})
         assert dump_config(again) == written, "as checkpoints of older versions hold it"
