@@ -147,14 +147,6 @@ def _is_sum(reward: Any) -> bool:
     return getattr(reward, "is_weighted_sum", False) is True
 
 
-def call_reward_parts(
-    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]
-) -> Tensor:
-    """Scores (B, K) of ``reward_parts``, each checked as ``call_reward`` does; without gradients."""
-    parts = reward_parts(reward).values()
-    return torch.stack([call_reward(part, images, prompts, metadata) for part in parts], dim=1)
-
-
 def to_uint8(images: Tensor) -> Tensor:
     """Pictures as files hold them, uint8 (B, H, W, 3) on the CPU, from float (B, 3, H, W) in [0, 1]; no gradient.
 

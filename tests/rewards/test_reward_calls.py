@@ -31,7 +31,7 @@ from diffusion_align.rewards import (
     check_text_reward,
     reward_problem,
 )
-from diffusion_align.rewards.base import call_reward_parts, check_prompts, runs_in_background
+from diffusion_align.rewards.base import check_prompts, reward_parts, runs_in_background
 from diffusion_align.training.scoring import BatchScores
 
 IMAGES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
@@ -62,11 +62,16 @@ def notes():
     return [shared, shared, {"tags": {"n": 2}}, {"tags": {"n": 3}}]
 
 
+def scores_of_parts(reward, images, prompts, metadata):
+    """(B, K): each part asked by itself, as training does."""
+    return torch.stack([call_reward(part, images, prompts, metadata) for part in reward_parts(reward).values()], dim=1)
+
+
 def every_path(reward):
     """Scores of the four images by each way in which a reward is called without a model."""
     images, prompts, metadata = IMAGES.clone(), list(PROMPTS), notes()
     drawn = to_pil(images)
-    yield "training", call_reward_parts(reward, images, prompts, metadata).sum(1)
+    yield "training", scores_of_parts(reward, images, prompts, metadata).sum(1)
     yield "evaluation", call_reward(reward, images, prompts, metadata)
     yield "score", score_images(reward, drawn, prompts, metadata)
     yield "pairs", torch.tensor([_scores(reward, [x], p, m)[0] for x, p, m in zip(drawn, prompts, metadata)])
@@ -442,7 +447,7 @@ def test_async_rewards_are_run_also_where_a_loop_runs(aside):
 def test_float64_is_kept_to_the_sum():
     fine = [1.0, 1.0 + 1e-12, 1.0, 1.0]
     reward = build_reward([lambda images, prompts: fine, "jpeg_compressibility"])
-    apart = call_reward_parts(reward, IMAGES, PROMPTS, notes())
+    apart = scores_of_parts(reward, IMAGES, PROMPTS, notes())
     assert apart[:, 0].tolist() == fine
     assert call_text_reward(lambda completions: fine, PROMPTS, PROMPTS, {}).tolist() == fine
     assert call_reward(build_reward("jpeg_compressibility"), IMAGES, PROMPTS, notes()).dtype == torch.float32

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, reward_problem
-from diffusion_align.rewards.base import call_reward_parts, part_weights, reward_parts
+from diffusion_align.rewards.base import part_weights, reward_parts
 
 PICTURES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
 
@@ -43,11 +43,10 @@ def test_parts_are_asked_one_by_one_and_keep_their_own_scale():
     reward = build_reward({"name": "combine", "rewards": [red, wide, red], "weights": [1, 2, 3]})
     assert list(reward_parts(reward)) == ["red", "wide", "red_2"]
     assert part_weights(reward).tolist() == [1, 2, 3]
-    scores = call_reward_parts(reward, PICTURES, [""] * 4, [{}] * 4)
-    torch.testing.assert_close(scores, torch.stack([score(red), score(wide), score(red)], dim=1))
+    for part, own in zip(reward_parts(reward).values(), (red, wide, red), strict=True):
+        torch.testing.assert_close(score(part), score(own))
     assert list(reward_parts(red)) == ["red"]
     assert part_weights(red).tolist() == [1]
-    assert call_reward_parts(red, PICTURES, [""] * 4, [{}] * 4).shape == (4, 1)
 
 
 def test_a_part_that_fails_is_named():
@@ -55,7 +54,7 @@ def test_a_part_that_fails_is_named():
         return [1.0]
 
     with pytest.raises(RewardError, match="reward 'broken' returned 1 score for 4 images"):
-        call_reward_parts(build_reward([red, broken]), PICTURES, [""] * 4, [{}] * 4)
+        score(reward_parts(build_reward([red, broken]))["broken"])
     with pytest.raises(RewardError, match="reward 'broken' returned 1 score for 4 images"):
         score(build_reward([red, broken]))
 
