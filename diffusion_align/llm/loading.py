@@ -332,8 +332,8 @@ def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
 
     own = [str(folder) for folder in reversed(plan.adapters) if (folder / "tokenizer_config.json").is_file()]
     tokenizer = AutoTokenizer.from_pretrained([*own, plan.base][0], trust_remote_code=False)
-    if isinstance(tokenizer.model_max_length, str | list | dict):  # transformers compares whatever is written there
-        found = f"its tokenizer's model_max_length is {tokenizer.model_max_length!r}, not a number"
+    if not isinstance(tokenizer.model_max_length, int | float):  # transformers compares whatever is written there
+        found = f"model_max_length={short(tokenizer.model_max_length)} of its tokenizer must be a number"
         raise UserError(f"model={name!r}: {found}: correct tokenizer_config.json")
     # Some models have special tokens of their pictures beyond those of their text.
     known = [i for i, token in tokenizer.added_tokens_decoder.items() if i < rows or not token.special]
@@ -342,9 +342,6 @@ def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
         raise UserError(
             f"model={name!r}: its tokenizer has {len(tokenizer)} tokens and the model {rows}: they must fit"
         )
-    if not isinstance(tokenizer.model_max_length, int | float):
-        shown = short(tokenizer.model_max_length)
-        raise UserError(f"model={name!r}: model_max_length={shown} of its tokenizer must be a number")
     return tokenizer
 
 
