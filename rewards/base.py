@@ -155,6 +155,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
+def without_info(answer: Any) -> Any:
+    """Of TRL's ``(scores, info)`` the scores; any other answer as it is."""
+    return answer[0] if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict) else answer
+
+
 def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Tensor:
     """``answer`` of a reward as (B,) on the CPU; its graph is kept, nothing is broadcast.
 
@@ -165,8 +170,7 @@ def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Te
         RewardError: not numbers, or not of shape (B,).
     """
     wanted = f"return a tensor, a list of floats or a numpy array of shape ({batch},)"
-    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
-        answer = answer[0]
+    answer = without_info(answer)
     if isinstance(answer, list | tuple):
         if any(value is None for value in answer):
             raise RewardError(f"reward '{name}' returned None at index {list(answer).index(None)}: {wanted}")

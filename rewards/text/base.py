@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_align.rewards.base import RewardError, as_scores, check_finite, parameters_of, reward_name
+from diffusion_align.rewards.base import RewardError, as_scores, check_finite, parameters_of, reward_name, without_info
 from diffusion_align.rewards.foreign import answer_of, foreign_code, in_its_thread
 
 Text = str | list[dict[str, Any]]
@@ -155,8 +155,7 @@ def call_text_reward(
     answer = in_its_thread(reward, called)
     silent = torch.zeros(batch, dtype=torch.bool)
     with foreign_code(f"reward '{name}' returned what cannot be read: "):
-        if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], dict):
-            answer = answer[0]  # TRL's (scores, info)
+        answer = without_info(answer)
         if isinstance(answer, list | tuple) and len(answer) == batch:
             silent = torch.tensor([value is None for value in answer], dtype=torch.bool)
             answer = [0.0 if value is None else value for value in map(_number, answer)]
