@@ -222,7 +222,7 @@ def _describe_text(config: Any) -> Lines:
     local = config.model in LANGUAGE_MODELS or Path(config.model).expanduser().is_dir()
     samples, prompts = config.samples_per_epoch, getattr(config, "prompts", None)
     if prompts is None:
-        what = f"{samples} rows of {_place(config.dataset)}"
+        what = f"{samples} rows of {_place(getattr(config, 'dataset', None))}"
     else:
         what = f"{samples} completions of at most {config.max_completion_length} tokens, of {_place(prompts)}"
     each = math.ceil(samples / config.updates_per_epoch)

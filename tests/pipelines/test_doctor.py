@@ -473,6 +473,12 @@ def test_text_methods(report, tmp_path):
     assert found["settings"] == "no problem found"
 
 
+def test_a_text_recipe_without_its_prompts(report, tmp_path):
+    found, problems = report(f"output_dir={tmp_path / 'run'}", "prompts=", source="grpo_tiny")
+    assert problems == ["prompts and reward must both be given"]
+    assert found["text an epoch"] == "64 rows of nothing"
+
+
 def test_part_of_the_steps():
     from diffusion_align.diffusion.schedule import part_of_steps
 
