@@ -13,6 +13,7 @@ from diffusion_align.llm.data import TextDataConfig, labelled_rows, preference_r
 from diffusion_align.llm.encoding import TextEncoder
 from diffusion_align.llm.loading import load_tokenizer
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.shown import short
 from diffusion_align.training import tables
 from diffusion_align.training.config import dump_config
 from diffusion_align.training.errors import ConfigError
@@ -199,3 +200,11 @@ def test_a_split_has_to_be_chosen():
         load_prompts(both)
     with pytest.raises(ConfigError, match="a table holds one split, train; leave it out"):
         load_prompts({"source": both["train"], "split": "test"})
+
+
+def test_a_value_of_several_lines_is_shown_in_one():
+    assert short(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
+    assert short("a \n b") == r"'a \n b'"
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(datasets.Dataset.from_list(ROWS).select([]))
+    assert "\n" not in str(caught.value)
