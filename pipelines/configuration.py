@@ -75,7 +75,13 @@ def read_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
     Raises:
         ConfigError: with every problem that can be found without loading a model.
     """
-    return check_config(read_settings(source, overrides))
+    config = check_config(read_settings(source, overrides))
+    folder = Path(os.path.abspath(os.path.expanduser(source))).parent
+    given = any(override.startswith("output_dir=") for override in overrides)
+    if config.resume and not given and (folder / "checkpoints").is_dir() and not config.output_dir.exists():
+        was = short(str(config.output_dir), 320)
+        raise ConfigError([f"resume=true, but output_dir={was} is not there: if it was moved, set output_dir={folder}"])
+    return config
 
 
 def read_settings(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import pytest
 
 from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.llm.loading import _plan
-from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.configuration import check_config, read_config, read_settings
 from diffusion_align.training.config import dump_config, load_yaml
-from diffusion_align.training.errors import UserError
+from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.places import absolute_paths, found_from
 
 
@@ -129,3 +129,15 @@ def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
         (run / "final" / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
         with pytest.raises(UserError, match=r"whose base cannot be used: '\./gone' lies neither around its folder nor"):
             _plan(name, ("causal",))
+
+
+def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(tmp_path):
+    moved, settings = tmp_path / "moved", read_settings("grpo_tiny", [f"output_dir={tmp_path / 'run'}"])
+    (moved / "checkpoints").mkdir(parents=True)
+    (moved / "config.yaml").write_text(dump_config(check_config(settings)))
+    source = str(moved / "config.yaml")
+    with pytest.raises(ConfigError, match=rf"/run' is not there: if it was moved, set output_dir={moved}$"):
+        read_config(source, ["resume=true"])
+    assert read_config(source).output_dir == tmp_path / "run"
+    assert read_config(source, ["resume=true", f"output_dir={moved}"]).output_dir == moved
+    assert read_config(source, ["resume=true", f"output_dir={tmp_path / 'new'}"]).output_dir == tmp_path / "new"
