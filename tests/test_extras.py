@@ -16,7 +16,12 @@ PLACES = ("diffusion_align", "pipelines", "rewards", "configs", "docs", "scripts
 ENDINGS = {".py", ".md", ".yaml", ".sh", ".ipynb", ".toml", ".j2", ".html"}
 # Which package brings a module where the name does not say it.
 PACKAGE = {"PIL": "pillow", "yaml": "pyyaml", "open-clip": "open-clip-torch", "vadersentiment": "vadersentiment"}
-PACKAGE |= {"starlette": "fastapi", "pyarrow": "datasets", "h11": "uvicorn"}  # which cannot be without them
+PACKAGE |= {
+    "starlette": "fastapi",
+    "pyarrow": "datasets",
+    "h11": "uvicorn",
+    "pydantic_core": "pydantic",
+}  # which cannot be without them
 
 
 def texts():

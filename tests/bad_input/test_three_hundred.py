@@ -271,7 +271,7 @@ NUMBER_CASES = [
 # -- devices, prompts, names, run folders ------------------------------------------------------------------------------
 
 REWARD_FILES = {
-    "a reward file that exits": ("exits", r"sys.exit\(0\)"),
+    "a reward file that exits": ("exits", r"cannot be imported \(SystemExit: 0"),
     "a reward file cut off": ("broken", "cannot be imported"),
     "a reward file that needs more": ("needs", "cannot be imported"),
     "a reward file of nothing": ("nothing", "has no 'f'"),

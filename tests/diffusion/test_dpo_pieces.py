@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,7 @@ def make_trainer(make_policy, tmp_path):
             defaults["beta"] = BETA
         config = DiffusionDPOConfig(**(defaults | settings))
         assert config.cross_checks() == []
+        Path(config.output_dir).mkdir(exist_ok=True)  # train() makes it
         trainer = DiffusionDPOTrainer(config, policy, pairs=pairs, reward=reward, prompts=prompts)
         trainer._flag = SimpleNamespace(raised=False)
         trainer._bars = trainer._progress()

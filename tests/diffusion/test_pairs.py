@@ -222,14 +222,22 @@ def test_missing_package(monkeypatch, folder):
     assert len(open_(write_rows(folder / "a.csv", direct_rows(2)))) == 2
 
 
-@pytest.mark.parametrize("source", ["nothing", "no/such/folder/at/all", "a/b.jsonl", " ", "x" * 5000, "a\0b", "~"])
-def test_a_source_that_is_not_there(source, monkeypatch, tmp_path):
+NOT_THERE = "there is no such file or folder: give emoji_style, a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        *((source, NOT_THERE) for source in ("nothing", "no/such/folder/at/all", "a/b.jsonl", "~")),
+        (" ", "is empty: give a path"),
+        ("x" * 5000, "is not readable: File name too long"),
+        ("a\0b", "holds a NUL character: give a path without it"),
+    ],
+)
+def test_a_source_that_is_not_there(source, sentence, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "none"))
     [problem] = problems(source)
-    assert (
-        "there is no such file or folder: give emoji_style, a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
-        in problem
-    )
+    assert sentence in problem
     assert len(problem) < 300
 
 
