@@ -23,6 +23,7 @@ from diffusion_align.diffusion.transitions import add_noise, posterior
 from diffusion_align.estimators import beta_in_nats
 from diffusion_align.training.config import parse_config
 from diffusion_align.training.errors import ConfigError, Interrupted, TrainingError
+from diffusion_align.training.scoring import BatchScores
 
 F64 = torch.float64
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -615,8 +616,10 @@ def test_winners_are_global_and_losers_this_processs_own(make_trainer, monkeypat
     trainer = make_trainer(reward=redness, samples_per_epoch=8, group_size=4)
     trainer.local_samples = range(4, 8)
     others = torch.tensor([[0.0], [9.0], [1.0], [-9.0]])
-    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([others, own]))
-    batch, metrics = trainer.collect()
+    gather = BatchScores.gather
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchScores, "gather", lambda *arguments: torch.cat([others, gather(*arguments)]))
+        batch, metrics = trainer.collect()
     scores = redness(trainer.policy.decode(batch.x_0), None, None)
     assert batch.keep.tolist() == [1, 4 + int(scores.argmax())]
     assert batch.chosen.tolist() == [0, 1, 2, 3]
