@@ -145,4 +145,4 @@ def as_picture(image: Picture, index: int = 0) -> Tensor:
 def as_batch(images: Sequence[Image.Image]) -> Tensor:
     """Float (B, 3, H, W) in [0, 1] of PIL pictures of one size, as rewards take them."""
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float() / 255
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 255

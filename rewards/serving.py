@@ -250,7 +250,7 @@ def parse_request(body: bytes, limits: Limits) -> tuple[Tensor, list[str], list[
             sizes = " and ".join(f"{one.shape[1]} x {one.shape[0]}" for one in (pictures[0], picture))
             raise HTTPException(422, f"images 0 and {index} are {sizes}: all must be of one size")
         pictures.append(picture)
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # as in a run
     return pixels.float() / 255, content.prompts, content.metadata
 
 

@@ -215,7 +215,7 @@ def test_the_reward_sees_what_it_would_see_here(serve):
         call_reward(reward, pictures(2), ['a \U0001f34e\n"red" apple', ""], notes)
     (there, *rest), (here, *expected) = seen
     assert torch.equal(there, here)
-    assert there.dtype == torch.float32
+    assert (there.dtype, there.stride()) == (torch.float32, here.stride())
     assert rest[:2] == expected[:2]
     assert rest[2:] == [1, False]
 
