@@ -27,7 +27,8 @@ from diffusion_align.training.tables import (
 
 MOST_CHARACTERS = 1_000_000
 """Of one prompt or completion."""
-Source = str | list[Any] | Annotated[InstanceOf[GivenRows], PlainSerializer(str, return_type=str, when_used="json")]
+_AS_TEXT = PlainSerializer(lambda rows: str(rows), return_type=str, when_used="json")
+Source = str | list[Any] | Annotated[InstanceOf[GivenRows], _AS_TEXT]
 """A file, folder, Hub dataset or shipped name; rows; or rows of which ``config.yaml`` holds a digest only."""
 Layouts = Sequence[Mapping[str, str]]
 """Our name -> the name that is looked for by default; a source has the columns of one of them."""
