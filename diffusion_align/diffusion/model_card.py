@@ -15,6 +15,7 @@ import jinja2
 
 from diffusion_align import __version__, yaml_text
 from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
+from diffusion_align.diffusion.lora_file import LORA_FILE
 from diffusion_align.diffusion.runs import ModelPlan, model_plan
 from diffusion_align.diffusion.single_file import is_one_file
 from diffusion_align.report import read_metrics
@@ -220,15 +221,20 @@ def _code(below: ModelPlan, settings: Mapping[str, Any], location: str, lora: bo
             lines.insert(2, "from diffusion_align.assets import asset_path")
         lines.append(f"pipeline = {_load_base(below, settings, pipeline_class)}")
         for adapter in below.adapters:
-            lines.append(f"pipeline.load_lora_weights({_quoted(str(adapter))})")
+            lines.append(_load_lora(str(adapter)))
             lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
-        lines.append(f"pipeline.load_lora_weights({_quoted(location)})")
+        lines.append(_load_lora(location))
     lines += [
         f'pipeline.scheduler = {scheduler}.from_config({{"clip_sample": False, **pipeline.scheduler.config}})',
         f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
         f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}).images[0]",
     ]
     return "\n".join(lines)
+
+
+def _load_lora(location: str) -> str:
+    """With the file's name, without which diffusers 0.36 asks the Hub."""
+    return f"pipeline.load_lora_weights({_quoted(location)}, weight_name={_quoted(LORA_FILE)})"
 
 
 def _load_base(below: ModelPlan, settings: Mapping[str, Any], pipeline_class: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,11 @@ class LanguagePolicy:
             raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
         if carries_adapters(model):
             raise UserError("the model carries adapters already: merge or unload them before training")
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind == "recurrent_gemma" and importlib.metadata.version("transformers").startswith("4."):
+            raise UserError(
+                "transformers 4 keeps the states of RecurrentGemma's last batch: install transformers 5 or newer"
+            )
         if reference is not None and _vocabulary(reference) != _vocabulary(model):
             raise UserError(
                 f"the reference has a vocabulary of {_vocabulary(reference)} tokens and the model one of "

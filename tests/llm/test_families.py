@@ -3,10 +3,12 @@ row alone without either give the same log-probs."""
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
+from diffusion_align.training.errors import UserError
 from diffusion_align.training.randomness import generator
 
 TINY = {
@@ -161,5 +163,9 @@ def test_padding_and_cache_change_no_log_prob(family):
 
 @pytest.mark.parametrize("family", WITHOUT_CACHE)
 def test_families_whose_state_sees_the_padding_are_sampled_without_it(family):
+    if family == "recurrent_gemma" and transformers.__version__.startswith("4."):
+        with pytest.raises(UserError, match="transformers 4 keeps the states of RecurrentGemma's last batch"):
+            policy_of(family, WITHOUT_CACHE[family])
+        return
     assert not policy_of(family, WITHOUT_CACHE[family]).keeps_cache
     check(family, WITHOUT_CACHE[family])

@@ -210,7 +210,7 @@ def test_markup_in_settings_is_shown_and_not_obeyed(card, tmp_path):
             {"location": "me/red", "merged": True},
             'DiffusionPipeline.from_pretrained("me/red", dtype=torch.float32)',
         ),
-        ({}, {"location": "me/red"}, 'pipeline.load_lora_weights("me/red")'),
+        ({}, {"location": "me/red"}, 'load_lora_weights("me/red", weight_name="pytorch_lora_weights.safetensors")'),
         ({"sampler": {"name": "ddpm", "steps": 4, "eta": 1.0, "guidance_scale": 1.0}}, {}, "DDPMScheduler.from_config"),
         ({}, {}, 'pipeline("a red apple", num_inference_steps=7, guidance_scale=3.0, eta=0.5)'),
         ({"show_prompts": ["a dog"]}, {}, 'pipeline("a dog"'),

@@ -171,7 +171,8 @@ def test_the_pictures_do_not_depend_on_the_sampling_batch(train):
     _, rows = train("pairs", epochs=1)
     _, other = train("all", epochs=1, sample_batch_size=4)
     for key in ("reward", "reward_min", "reward_max"):
-        assert other[-1][key] == pytest.approx(rows[-1][key], rel=1e-5)
+        # Of images in 8 bits: rounding in the network may move a pixel by one level.
+        assert other[-1][key] == pytest.approx(rows[-1][key], rel=2e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_sentence(train, monkeypatch):
