@@ -669,7 +669,7 @@ def test_an_adapter_is_uploaded_with_its_card(load, tiny_sd, first_run, tmp_path
     files = sorted(str(p.relative_to(tmp_path / "hub")) for p in (tmp_path / "hub").rglob("*") if p.is_file())
     assert files == ["README.md", "before_after.png", "pytorch_lora_weights.safetensors"]
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert 'pipeline.load_lora_weights("me/red")' in card
+    assert 'pipeline.load_lora_weights("me/red", weight_name=' in card
     assert "hf_x" not in card
     theirs = plain(tiny_sd)
     theirs.load_lora_weights(tmp_path / "hub", weight_name="pytorch_lora_weights.safetensors")
