@@ -124,6 +124,7 @@ def test_the_state_has_a_bound_and_resumes_exactly():
         assert list(resumed.state_dict()["history"].items()) == list(few.state_dict()["history"].items())
     with pytest.raises(ValueError, match="max_prompts=0"):
         PromptStatistics(4, 2, max_prompts=0)
+    assert PromptStatistics(4, 2, max_prompts=1).max_prompts == 1  # the least that is allowed
 
 
 def test_an_old_state_with_more_prompts_is_cut():
