@@ -241,7 +241,6 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high = clip_bounds(config, self.dimensions)
         self._probes: KLProbes | None = None
-        self._priced: list[tuple[Tensor, Tensor]] = []  # step and KL of the decisions of an update
         self.show_with(self.schedule, prompts)
 
     def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
@@ -327,23 +326,19 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
                 losses = losses + config.kl_coef * penalty
             statistics["kl"] = now.detach().kl(reference)
             statistics["kl_path"] = statistics["kl"] * len(self.trained_steps)
-            self._priced.append((steps, statistics["kl"]))
+            statistics["kl_path_stderr"] = statistics["kl_path"]
         return losses, statistics
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
         """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed.
 
-        Looks at some decisions' KL before the step, or says how well that of all of them is known.
+        Without a price of the KL, looks at that of some decisions before the step.
         """
-        metrics = {}
         if self._probes is not None:
             self._look_at(self._probes, self._probes.updates)
             self._probes.updates += 1
-        elif self.config.kl_coef > 0:
-            metrics["kl_path_stderr"] = self._path_kl(self._priced)[1]
-        self._priced = []
         if not first:
-            return metrics
+            return {}
         low, high = statistics["ratio/min"], statistics["ratio/max"]
         if self.config.objective == "ratio" and (low < 1 - self.clip or high > 1 + self.clip_high):
             raise TrainingError(
@@ -351,10 +346,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
                 f"[{1 - self.clip:.7f}, {1 + self.clip_high:.7f}]: use mixed_precision=no, a wider clip_range or "
                 f"micro_batch_size={self.config.sample_batch_size} (that of sampling)"
             )
-        return metrics | {
-            "ratio/first_pass_deviation": first_pass_deviation(statistics),
-            "clip_nats": self.clip_nats,
-        }
+        return {"ratio/first_pass_deviation": first_pass_deviation(statistics), "clip_nats": self.clip_nats}
 
     def after_updates(self) -> dict[str, float]:
         """Without a price of the KL: ``kl_path`` of the decisions looked at over the epoch, and its standard error."""

@@ -518,7 +518,7 @@ class Trainer(ABC, Generic[Batch]):
             samples, steps = micro_batch.to(device).unbind(1)
             losses, observed = self.loss(batch, samples, steps)
             self.accelerator.backward(losses.sum() / total)
-            statistics.add({"loss": losses.detach(), **observed})
+            statistics.add({"loss": losses.detach(), **observed}, samples)
             self._bars.advance(bar, len(micro_batch))
         result = statistics.over_processes(self.accelerator)
         if not math.isfinite(result["loss"]):

@@ -27,20 +27,20 @@ def equal_reward_metric(rewards: Tensor, group_size: int) -> dict[str, float]:
 class UpdateStatistics:
     """Collects (n,) tensors by name; a name ending in ``/min`` or ``/max`` keeps its extreme, others their mean.
 
-    One ending in ``_stderr`` is the standard error of the mean of what is given, which is taken to be independent. A
-    statistic may cover only some of the micro-batches.
+    One ending in ``_stderr`` is the standard error of the mean of what is given, of independent samples: several values
+    of one sample, whose steps go together, are averaged first. A statistic may cover only some of the micro-batches.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._moments: list[tuple[str, Tensor]] = []
+        self._moments: list[tuple[str, Tensor, Tensor]] = []  # name, samples, values
 
-    def add(self, statistics: Mapping[str, Tensor]) -> None:
-        """Take in the statistics of one micro-batch."""
+    def add(self, statistics: Mapping[str, Tensor], samples: Tensor) -> None:
+        """Take in the statistics of one micro-batch; ``samples`` (n,) says which of this process's each value is of."""
         for name, values in list(statistics.items()):
             if name.endswith("_stderr"):
-                self._moments.append((name, values.detach()))
+                self._moments.append((name, samples, values.detach()))
                 continue
             reduce = _EXTREMES.get(name.rpartition("/")[2], torch.sum)
             reduced = reduce(values)
@@ -53,8 +53,7 @@ class UpdateStatistics:
         """Name -> number, the same on every process; one transfer to the host."""
         sums = torch.stack([v.float() for v in self._values.values()]).tolist() if self._values else []
         parts = [{name: (value, self._counts[name]) for name, value in zip(self._values, sums, strict=True)}]
-        names = dict.fromkeys(name for name, _ in self._moments)
-        spread = [{name: torch.cat([v for n, v in self._moments if n == name]).cpu() for name in names}]
+        spread = [{name: self._of_samples(name) for name in dict.fromkeys(name for name, _, _ in self._moments)}]
         if accelerator.num_processes > 1:
             parts, spread = gather_object(parts), gather_object(spread)
         result: dict[str, float] = {}
@@ -65,7 +64,14 @@ class UpdateStatistics:
             else:
                 result[name] = sum(found) / sum(counts)
         for name in dict.fromkeys(name for part in spread for name in part):
-            values = torch.cat([part[name] for part in spread if name in part]).double()
+            values = torch.cat([part[name] for part in spread if name in part])
             if len(values) > 1:
                 result[name] = (values.std() / len(values) ** 0.5).item()
         return result
+
+    def _of_samples(self, name: str) -> Tensor:
+        """The mean of the values of each of this process's samples, float64 on the CPU."""
+        given = [(samples, values) for known, samples, values in self._moments if known == name]
+        samples, values = (torch.cat(column).cpu() for column in zip(*given, strict=True))
+        kept, places, counts = samples.unique(return_inverse=True, return_counts=True)
+        return torch.zeros(len(kept), dtype=torch.float64).index_add(0, places, values.double()) / counts

@@ -179,9 +179,8 @@ def test_a_priced_kl_has_its_error_too_and_one_that_is_not_finite_ends_the_run(r
     trainer.estimate(batch)
     every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.steps.shape[1]))
     _, statistics = trainer.loss(batch, *every.unbind(1))
-    error = trainer.check_update({}, first=False)["kl_path_stderr"]
-    assert 0 < error < statistics["kl_path"].mean().item()
-    assert trainer.after_updates() == {}
+    assert torch.equal(statistics["kl_path_stderr"], statistics["kl_path"])  # see the test of UpdateStatistics
+    assert trainer.check_update({}, first=False) == trainer.after_updates() == {}
     trainer, batch = recorded()
     trainer.estimate(batch)
     trainer._probes.found.append((trainer.trained_steps[:1], torch.tensor([math.nan])))
@@ -196,14 +195,31 @@ def test_the_rule_waits_until_the_estimate_is_sure():
     assert "is 9 nats (standard error 0.49), above stop_when.kl_above=8" in reason
 
 
-def test_standard_errors_of_an_update_do_not_depend_on_micro_batches():
-    class One:
-        num_processes = 1
+class OneProcess:
+    num_processes = 1
 
+
+def test_standard_errors_of_an_update_do_not_depend_on_micro_batches():
     values = torch.tensor([1e6, 1e6 + 1, 1e6 + 3, 1e6 + 4], dtype=torch.float64)
     statistics = UpdateStatistics()
-    for part in values.split(3):
-        statistics.add({"kl_path": part, "kl_path_stderr": part})
-    found = statistics.over_processes(One())
+    for part, samples in zip(values.split(3), torch.arange(4).split(3), strict=True):
+        statistics.add({"kl_path": part, "kl_path_stderr": part}, samples)
+    found = statistics.over_processes(OneProcess())
     assert found["kl_path_stderr"] == pytest.approx(values.std().item() / 2)
     assert found["kl_path"] == pytest.approx(values.mean().item())
+
+
+def test_the_steps_of_a_sample_go_together_in_its_standard_error():
+    """A sample that has gone far has gone far in every step: its steps are no independent values."""
+    level = torch.rand(50, 1, generator=stream(), dtype=torch.float64)
+    kl = (level + 0.1 * torch.rand(50, 8, generator=stream(1), dtype=torch.float64)).flatten()
+    order = torch.randperm(400, generator=stream(2))
+    statistics = UpdateStatistics()
+    for places in order.split(7):
+        statistics.add({"kl_path_stderr": kl[places]}, places // 8)
+    found = statistics.over_processes(OneProcess())["kl_path_stderr"]
+    assert found == pytest.approx(kl.view(50, 8).mean(1).std().item() / math.sqrt(50))
+    assert found > 2.5 * kl.std().item() / math.sqrt(400)
+    statistics = UpdateStatistics()
+    statistics.add({"kl_path_stderr": kl[:8]}, torch.zeros(8))
+    assert "kl_path_stderr" not in statistics.over_processes(OneProcess())  # of one sample nothing is known
