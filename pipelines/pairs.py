@@ -101,6 +101,7 @@ def make_pairs(
         held = output.is_dir()
         if held:
             stack.enter_context(FolderLock(output))
+            _check_folder(output, settings, resume)  # another process may have begun, and ended, since
             sweep(output)  # what is left there is a killed writer's only now
         pairs, ties = _read_rows(output / PAIRS), _read_rows(output / TIES)
         seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
@@ -123,6 +124,7 @@ def make_pairs(
                 if not held:
                     make_folder(output, parents=True)
                     stack.enter_context(FolderLock(output))
+                    _check_folder(output, settings, resume=False)
                     held = True
                 _begin(
                     output, settings | {"content": {name: list(map(list, found)) for name, found in content.items()}}

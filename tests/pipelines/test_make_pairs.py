@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,26 @@ def test_a_judge_whose_code_was_changed_is_another_and_a_folder_in_use_is_refuse
     assert half.exists()
     make(folder, PROMPTS[:1], f"{file}:f", resume=True)
     assert content(folder) == kept
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_begun_on_one_folder_do_not_mix(whole, tmp_path, monkeypatch, there, resume):
+    """The other one begins after this one has looked at the folder, and has ended before this one writes."""
+    folder, load = tmp_path / "pairs", FolderLock.__enter__
+
+    def others_first(lock):
+        if not (folder / "pairs.jsonl").exists():
+            shutil.copytree(whole[1], folder, dirs_exist_ok=True)
+        return load(lock)
+
+    monkeypatch.setattr(FolderLock, "__enter__", others_first)
+    if there:
+        folder.mkdir()
+    wanted = "was begun with judge=.*prompts=" if there and resume else "is already used"
+    with pytest.raises(UserError, match=wanted):
+        make(folder, PROMPTS[:1], resume=resume)
+    assert content(folder) == content(whole[1])
 
 
 def test_a_judge_that_changes_the_folder_sends_nothing_elsewhere(tmp_path, monkeypatch):
