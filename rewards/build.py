@@ -4,7 +4,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
 from diffusion_align.devices import device_problem
-from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts, describe_exception, reward_name
+from diffusion_align.rewards.base import (
+    Reward,
+    RewardError,
+    ask_reward,
+    check_prompts,
+    describe_exception,
+    parameters_of,
+    reward_name,
+)
 from diffusion_align.rewards.clip import unshared
 from diffusion_align.rewards.foreign import foreign_code, runs_in_background
 from diffusion_align.rewards.options import is_coefficient
@@ -129,19 +137,31 @@ def _without(spec: Any, option: str) -> tuple[Any, bool | None]:
     return {key: value for key, value in spec.items() if key != option}, spec[option]
 
 
-def _called_in(reward: Any, background: bool | None) -> Any:
-    """``reward``, to be called in the background or not; a function is left as it is and a copy of it returned."""
+class _WithFlag(functools.partial):
+    """A reward of the user's and attributes of its own; what it lacks is asked of that reward."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.func, name)
+
+
+def _called_in(reward: Any, background: bool | None, *, own: bool) -> Any:
+    """``reward``, to be called in the background or not. What is not our ``own`` is left as it is and wrapped."""
     if background is None or runs_in_background(reward) is background:
         return reward
-    if inspect.isroutine(reward):
-        wrapped: Any = functools.partial(reward)
-        vars(wrapped).update(vars(reward) if hasattr(reward, "__dict__") else {}, name=reward_name(reward))
-        reward = wrapped
-    try:
-        reward.background = background
-    except AttributeError:
-        raise RewardError(f"reward '{reward_name(reward)}' takes no attribute 'background': set it there") from None
-    return reward
+    if own:
+        with suppress(AttributeError):  # a class with __slots__
+            reward.background = background
+            return reward
+    wrapped: Any = _WithFlag(reward)
+    if isinstance(reward, functools.partial):  # flat, so that its options are known for such
+        wrapped = _WithFlag(reward.func, *reward.args, **reward.keywords)
+        vars(wrapped).update(vars(reward))
+    if (parameters := parameters_of(reward)) is not None:
+        wrapped.__signature__ = inspect.Signature(parameters)
+    wrapped.name, wrapped.background = reward_name(reward), background
+    return wrapped
 
 
 def describe_rewards() -> list[dict[str, Any]]:
@@ -170,7 +190,7 @@ def build(kind: Kind, spec: Any, context: Mapping[str, Any]) -> tuple[Any, float
             reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
     if not callable(reward):
         raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
-    return _called_in(reward, background), scale
+    return _called_in(reward, background, own=reward is not target), scale
 
 
 def problem(kind: Kind, spec: Any) -> str | None:

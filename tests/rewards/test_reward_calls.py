@@ -31,7 +31,7 @@ from diffusion_align.rewards import (
     check_text_reward,
     reward_problem,
 )
-from diffusion_align.rewards.base import check_prompts, reward_parts, runs_in_background
+from diffusion_align.rewards.base import check_prompts, reward_name, reward_parts, runs_in_background
 from diffusion_align.training.scoring import BatchScores
 
 IMAGES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
@@ -371,6 +371,57 @@ def test_options_that_say_where():
 
     assert Remote.background
     assert VlmJudge.background
+
+
+class Mine:
+    """An object of the user's, with state, a class attribute and methods."""
+
+    __slots__ = ("asked", "seen")
+    differentiable = True
+
+    def __init__(self):
+        self.asked, self.seen = 0, []
+
+    def check_prompts(self, prompts, metadata):
+        self.seen += prompts
+
+    def __call__(self, images, prompts):
+        self.asked += 1
+        return images.mean(dim=(1, 2, 3))
+
+
+class Network(torch.nn.Module):
+    def forward(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("make_it", [Mine, Network, lambda: partial(with_option, gain=2.0), lambda: two])
+def test_where_it_is_called_is_no_change_of_the_users_object(make_it):
+    mine = make_it()
+    reward = build_reward({"name": mine, "background": True, "scale": 2.0})
+    assert runs_in_background(reward)
+    assert not runs_in_background(mine)
+    assert reward.name == f"2*{reward_name(mine)}"
+    alone = build_reward({"name": mine, "background": True})
+    before = call_reward(mine, IMAGES, PROMPTS, notes())
+    assert torch.equal(call_reward(alone, IMAGES, PROMPTS, notes()), before)
+    if isinstance(mine, Mine):
+        check_prompts(alone, ["a"], [{}])
+        assert (mine.asked, mine.seen) == (2, ["a"]), "its state is one, whoever calls it"
+        assert call_reward(alone, IMAGES, PROMPTS, notes(), differentiable=True).shape == (4,)
+    if isinstance(mine, Network):
+        assert alone.to("cpu") is mine
+    assert not runs_in_background(build_reward(mine))
+
+
+def test_options_of_a_users_partial_stay_known_in_the_background():
+    def scored(completions, gain):
+        return [gain] * len(completions)
+
+    mine = partial(scored, gain=3.0)
+    text = build_text_reward({"name": mine, "background": True})
+    assert call_text_reward(text, ["p"], ["x"], {"gain": ["a column"]}).tolist() == [3.0]
+    assert not hasattr(mine, "background")
 
 
 # -- what rewards may look like ----------------------------------------------------------------------------------------
