@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffusion_align.training.errors import UserError
@@ -66,7 +66,7 @@ def read_lora(lora: str | Path, pipeline: Any, model: str) -> dict[str, PartOfLo
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         parts, left_out = _parts(tensors, header, file, pipeline)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # diffusers and peft raise whatever names and settings of others lead to
         said = " ".join(str(error).split())  # diffusers names what it cannot convert in lines of its own
         raise UserError(f"{subject}: {textwrap.shorten(said, 300, placeholder=' …')}") from error
     for name, part in parts.items():
@@ -199,7 +199,8 @@ def _config_of(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> An
     """peft's settings of weights that come without: a layer's scale is its alpha over its rank, 1 without an alpha."""
     from peft import LoraConfig
 
-    ranks = {_layer(name): tensor.shape[1] for name, tensor in weights.items() if name.endswith(".lora_B.weight")}
+    ups = {_layer(name): tensor for name, tensor in weights.items() if name.endswith(".lora_B.weight")}
+    ranks = {layer: tensor.shape[1] for layer, tensor in ups.items() if tensor.ndim > 1}
     if not ranks:
         return LoraConfig(target_modules=["-"])
     of_layers = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}

@@ -180,6 +180,10 @@ BAD = {
         {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(2)},
         r"left over are 1 \(lora_unet_mid_block_attentions_0_proj_in\.dora_scale\)",
     ),
+    "of one dimension": (
+        {f"unet.{UNET[1]}.lora_A.weight": torch.zeros(8), f"unet.{UNET[1]}.lora_B.weight": torch.zeros(8)},
+        "none of its 2 tensors fit a layer, left over are 2",
+    ),
     "with a middle": (
         {kohya("unet", UNET[1], "down"): torch.zeros(2, 8), kohya("unet", UNET[1], "up"): torch.zeros(8, 2)}
         | {"lora_unet_mid_block_resnets_0_conv1.lora_mid.weight": torch.zeros(2, 2)},
@@ -211,6 +215,41 @@ def test_part_of_a_file_that_fits_is_not_enough(tiny_sd, tmp_path, make_policy):
     save_file(tensors, tmp_path / LORA_FILE)
     with pytest.raises(UserError, match=rf"not all of its {known + 1} tensors fit a layer, left over are 1 \(unet"):
         put_on(load_pipeline(str(tiny_sd)), tmp_path, "tiny")
+
+
+PEFT_SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["conv1"]}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "[]",
+        "[" * 100_000,
+        json.dumps(PEFT_SETTINGS | {"r": "two"}),
+        json.dumps(PEFT_SETTINGS | {"lora_alpha": None}),
+        json.dumps(PEFT_SETTINGS | {"rank_pattern": ["x"]}),
+        json.dumps(PEFT_SETTINGS | {"alpha_pattern": {"(": 2}}),
+        json.dumps(PEFT_SETTINGS | {"target_modules": 3}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["peft", "header"])
+def test_settings_that_are_none_are_one_sentence(tiny_sd, tmp_path, settings, layout):
+    pipeline = load_pipeline(str(tiny_sd))
+    a, b = low_rank(weight_of(pipeline.unet, UNET[1]), 2)
+    prefix = "base_model.model." if layout == "peft" else "unet."
+    tensors = {f"{prefix}{UNET[1]}.lora_{which}.weight": tensor for which, tensor in (("A", a), ("B", b))}
+    if layout == "peft":
+        (tmp_path / "adapter_config.json").write_text(settings)
+        metadata = None
+    else:
+        given = json.loads(settings) if settings.startswith("{") else None
+        header = settings if given is None else json.dumps({f"unet.{name}": v for name, v in given.items()})
+        metadata = {"lora_adapter_metadata": header}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata)
+    with pytest.raises(UserError, match=r"^lora='.*' could not be loaded into tiny: ") as caught:
+        put_on(pipeline, tmp_path, "tiny")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_which_file_of_a_folder_is_meant(tiny_sd, tmp_path, written):
