@@ -93,7 +93,7 @@ def sample(
     model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    output: Annotated[Path, _place("--output", "-o", help="folder for the pictures")] = Path("samples"),
+    output: Annotated[Path, _place("--output", "-o", help="folder for the images")] = Path("samples"),
     seed: Seed = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
@@ -158,7 +158,7 @@ def complete(
 @app.command()
 def score(
     reward: Annotated[str, typer.Argument(help="name or module:function")],
-    images: Annotated[list[Path], typer.Argument(parser=_path, metavar="IMAGES...", help="picture files")],
+    images: Annotated[list[Path], typer.Argument(parser=_path, metavar="IMAGES...", help="image files")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
     option: RewardOptions = None,
@@ -195,9 +195,9 @@ def serve_reward(
         Path | None,
         typer.Option(parser=_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set"),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="pictures a request")] = 64,
-    max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes a request")] = 64_000_000,
-    max_pixels: Annotated[int, typer.Option(min=1, max=10**10, help="pixels a request, of all images together")] = 8
+    max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="images per request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes per request")] = 64_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, max=10**10, help="pixels per request, of all images together")] = 8
     * 1024
     * 1024,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="of torch; a training run scores with one")] = 1,
@@ -210,15 +210,16 @@ def serve_reward(
     from diffusion_align.devices import device_problem
     from diffusion_align.rewards import check_reward, reward_name
     from diffusion_align.rewards.endpoints import read_token
+    from diffusion_align.shown import short
 
     try:
         from diffusion_align.rewards import serving
     except ImportError as error:
         raise _user_error(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
     token = read_token(token_file, serving.TOKEN)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     if problem := device_problem(device):
-        raise _user_error(f"--device {device} {problem}")
+        raise _user_error(f"--device {device if len(device) < 80 else short(device)} {problem}")
     texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
     with serving.bind(host, port, token=token) as bound:
         _hide_loading_bars()
@@ -239,7 +240,7 @@ def compare(
     judge: Annotated[str, typer.Option(help="reward that decides")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="pictures a prompt by each model")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="images per prompt by each model")] = 1,
     output: Annotated[Path, _place("--output", "-o")] = Path("compare.png"),
     seed: Seed = 0,
 ) -> None:
@@ -274,7 +275,7 @@ def pairs(
     output: Annotated[Path, _place("--output", "-o", help="folder for the pairs")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="pictures a prompt")] = 4,
+    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="images per prompt")] = 4,
     seed: Seed = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
@@ -515,7 +516,10 @@ def _reward(name: str, options: list[str] | None, model: str, device: str) -> An
     from diffusion_align.rewards import build_reward
     from diffusion_align.training.config import apply_overrides
 
-    return build_reward(apply_overrides({}, options or []) | {"name": name}, model=model, device=device)
+    given = apply_overrides({}, options or [])
+    if "name" in given:
+        raise _user_error(f"--option name={given['name']!r}: the reward is named already, '{name}': leave this out")
+    return build_reward(given | {"name": name}, model=model, device=device)
 
 
 def _user_error(sentence: str) -> Exception:

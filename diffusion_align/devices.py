@@ -20,5 +20,5 @@ def device_problem(device: Any) -> str | None:
             return "cannot be used: it holds no numbers"
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # the second: torch was built without CUDA
-        return f"cannot be used: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}"
+        return f"cannot be used: {(str(error).splitlines() or [type(error).__name__])[0][:300].rstrip('.')}"
     return None

@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import struct
+import warnings
 from pathlib import Path
 from typing import cast
 
@@ -38,7 +39,10 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     if not isinstance(source, bytes) and not os.path.isfile(source):  # a FIFO would be waited for
         raise UnreadableImage("is not a picture file")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+        with (
+            warnings.catch_warnings(action="ignore"),  # of a damaged EXIF block, of many pixels
+            Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file,
+        ):
             if file.width * file.height > max_pixels:
                 raise UnreadableImage(f"is {file.width} x {file.height}: at most {max_pixels} pixels are read")
             bits = _bits(file, source)

@@ -104,7 +104,8 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
 def user_modules(spec: Any, kind: Kind) -> list[Any]:
     """The modules of the user's own rewards that ``spec`` names by strings, imported already, in order."""
     if isinstance(spec, Mapping):
-        named = [*([spec["name"]] if "name" in spec else []), *spec.get("rewards", ())]
+        parts = spec.get("rewards", ()) if spec.get("name") == "combine" else ()  # an option like any other elsewhere
+        named = [*([spec["name"]] if "name" in spec else []), *parts]
         return [module for one in named for module in user_modules(one, kind)]
     if isinstance(spec, list | tuple):
         return [module for one in spec for module in user_modules(one, kind)]

@@ -23,6 +23,7 @@ import functools
 import hmac
 import ipaddress
 import queue
+import re
 import signal
 import socket
 import struct
@@ -47,8 +48,11 @@ from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.rewards.base import Reward, RewardError, call_reward, reward_name
 from diffusion_align.rewards.endpoints import is_loopback
 from diffusion_align.rewards.remote import TOKEN, Limits
+from diffusion_align.streams import printable
 
 BODY_SECONDS = 60.0  # to send a request; whoever takes longer would keep the server from ending
+VALUES = 1_000_000  # of a request besides its images; each takes some hundred bytes of memory and a microsecond
+_HOST = re.compile(r"(?:\[[\da-f:.]+\]|[\w.-]+)(?::\d*)?", re.ASCII | re.IGNORECASE)  # of RFC 9110, what has our names
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # then width, height, depth and kind of colours
 HEADER_SECONDS = 10.0  # to say what is wanted
 BODIES = 8  # of the largest size, in memory at a time
@@ -89,7 +93,8 @@ def create_app(
     turn, bodies = asyncio.Lock(), Bodies(BODIES * limits.max_bytes)
 
     def check_access(request: Request) -> None:
-        if token is None and not is_loopback(f"http://{request.headers.get('host', '')}"):
+        host = request.headers.get("host", "")
+        if token is None and not (_HOST.fullmatch(host) and is_loopback(f"http://{host}")):
             raise HTTPException(403, "without a token only this machine's own address is served: use 127.0.0.1")
         given = request.headers.get("authorization", "").encode()
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
@@ -226,13 +231,15 @@ def parse_request(body: bytes, limits: Limits) -> tuple[Tensor, list[str], list[
     """Pictures float (B, 3, H, W) in [0, 1], prompts and metadata of a request.
 
     Raises:
-        HTTPException: 413 for too many pictures or pixels, 422 for whatever is malformed.
+        HTTPException: 413 for too many images, pixels or values, 422 for whatever is malformed.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > VALUES:  # each value but the first is behind one of these
+        raise HTTPException(413, f"the request holds more than {VALUES} values: send less metadata, or fewer at once")
     try:
         content = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the body"
+        place = printable(".".join(map(str, first["loc"])))[:80] or "the body"
         raise HTTPException(422, f"{place}: {first['msg']}") from None
     counts = {len(content.prompts), len(content.metadata), len(content.images)}
     if len(counts) > 1 or counts == {0}:

@@ -58,7 +58,8 @@ INSTRUCTIONS = (
 )
 AGAIN = "Answer with one number from {low} to {high} and nothing else."
 
-_NUMBER = r"(?<![\d.,])(-?\d+(?:[.,]\d+)?)(?:\s*(?:/|out\s+of)\s*(\d+(?:[.,]\d+)?))?"
+_WHOLE = r"\d+(?:[.,]\d+)?(?![\da-z]|[.,]\d)"  # with no letter at it: neither "3D" nor "GPT-4" is a score
+_NUMBER = rf"(?<![\da-z.,])(?<![a-z]-)(-?{_WHOLE})(?:\s*(?:/|out\s+of)\s*({_WHOLE}))?"
 _LABELLED = re.compile(r"""\b(?:score|rating)["'*_\s]*[:=]["'*_\s]*""" + _NUMBER, re.IGNORECASE)
 _PLAIN = re.compile(_NUMBER, re.IGNORECASE)
 # A template may have opened the thoughts already, and an answer that was cut off may never end them.
@@ -67,7 +68,11 @@ _THOUGHT = re.compile(r"\A.*</think>|<think>.*\Z", re.DOTALL)
 _QUOTED = re.compile(
     r""""(?:[^"\\]|\\.)*"|“[^”]*”|„[^“”]*[“”]|«[^»]*»|(?<!`)`[^`\n]+`(?!`)|(?<!\w)['‘][^'’]*['’](?!\w)""", re.DOTALL
 )
-_REPORTED = re.compile(r"\b(?:says|said|saying|reads|reading|written|writes|claims|asks|demands)\b", re.IGNORECASE)
+_REPORTED = re.compile(
+    r"\b(?:says|said|saying|reads|reading|written|writes|claims|asks|demands|tells|telling|told|instructs|orders|"
+    r"(?:the|with|a) words?)\b",
+    re.IGNORECASE,
+)
 _LONGEST = 10_000  # characters of an answer without its thoughts; none that gives a number needs them
 _RANGE = r"\s*-?\d+\s*(?:-|–|to)\s*-?\d+\s*"
 _SCALE = re.compile(rf"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)\b{_RANGE}|\({_RANGE}\)", re.IGNORECASE)
@@ -278,9 +283,10 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
 
     A number called score or rating counts before others ("Score: 7.5", ``{"score": 7}``), then one with what it is out
     of ("8/10"), then any other. What is not understood: one that is out of something else than ``high``, different
-    numbers of equal standing ("8. It shows 2 cats"), and thousands ("1,000"). Thoughts (``<think>``), words about the
-    scale ("on a scale from 0 to 10") and a score that somebody else gives ('the sign says "score: 10"', with or without
-    quotation marks) do not count.
+    numbers of equal standing ("8. It shows 2 cats"), a score beside another one out of ``high`` ("A banner has score:
+    10, I give 2/10"), and thousands ("1,000"). Thoughts (``<think>``), words about the scale ("on a scale from 0 to
+    10") and a score that somebody else gives ('the sign says "score: 10"', with or without quotation marks) do not
+    count.
     """
     answer = _THOUGHT.sub("", answer).replace("−", "-")
     if len(answer) > _LONGEST:
@@ -294,10 +300,18 @@ def parse_score(answer: str, low: float, high: float) -> float | None:
     found = labelled or [match for match in plain if match[2]] or plain
     if len({match.groups() for match in found}) != 1:
         return None
-    value, most = (float(part.replace(",", ".")) if part else None for part in found[-1].groups())
-    if value is None or most not in (None, high) or not low <= value <= high:
+    (value, most), *others = {_numbers(match): None for match in [*found, *(match for match in plain if match[2])]}
+    if most not in (None, high) or not low <= value <= high:
+        return None
+    if any(of == high and other != value for other, of in others):
         return None
     return value
+
+
+def _numbers(match: re.Match[str]) -> tuple[float, float | None]:
+    """The number found, and what it is out of."""
+    value, most = match.groups()
+    return float(value.replace(",", ".")), float(most.replace(",", ".")) if most else None
 
 
 def _is_reported(before: str) -> bool:

@@ -72,6 +72,7 @@ def run(command: list[str], folder: Path, until: float) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
+            errors="replace",
             timeout=max(until - time.monotonic(), 1),
         )
     except subprocess.TimeoutExpired:

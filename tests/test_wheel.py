@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import IMAGE_RUN
 
 ROOT = Path(__file__).parent.parent
 INSIDE = [
@@ -43,20 +44,7 @@ INSIDE = [
     "pipelines/text.py",
     "configs/quickstart.yaml",
 ]
-TINY = {
-    "model": "emoji-sd",
-    "reward": "jpeg_compressibility",
-    "prompts": "emoji_concepts",
-    "output_dir": "run",
-    "epochs": 1,
-    "samples_per_epoch": 2,
-    "sample_batch_size": 2,
-    "updates_per_epoch": 1,
-    "sampler": {"steps": 2, "guidance_scale": 1.0},
-    "lora": {"rank": 2},
-    "show_prompts": ["a cat"],
-    "num_threads": 1,
-}
+TINY = IMAGE_RUN | {"prompts": "emoji_concepts", "show_prompts": ["a cat"], "grid_every": 1}
 
 
 @pytest.fixture(scope="module")

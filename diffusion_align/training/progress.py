@@ -8,6 +8,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,17 +30,13 @@ class _Bars(Progress):
             super().stop()
 
 
-def progress_bars(**options: Any) -> Progress:
-    """rich's ``Progress`` with what is done, of how much, and the time; ``options`` are its own."""
+def progress_bars(*columns: str | ProgressColumn, **options: Any) -> Progress:
+    """rich's ``Progress`` with ``columns``, else what is done, of how much, and the time; ``options`` are its own."""
     if (options.get("console") or get_console()).is_jupyter:
         # IPython flushes what rich has put in the place of stdout and stderr, and rich then displays, without end.
         options = {"redirect_stdout": False, "redirect_stderr": False} | options
     options.setdefault("console", _LastingConsole())
-    return _Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        **options,
-    )
+    if not columns:
+        done = BarColumn(), MofNCompleteColumn()
+        columns = TextColumn("{task.description}"), *done, TimeElapsedColumn(), TimeRemainingColumn()
+    return _Bars(*columns, **options)

@@ -28,11 +28,11 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 from rich.console import Console
-from rich.progress import Progress
 
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.paths import path_problem
 from diffusion_align.training.errors import ConfigError, first_line, short
+from diffusion_align.training.progress import progress_bars
 
 FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
 FILES = f"a {FORMATS} file, a folder, or a Hub dataset owner/name"
@@ -133,7 +133,7 @@ class StreamedTable(ArrowTable):
         if first is None:
             return
         console = Console(stderr=True)
-        bar = Progress(
+        bar = progress_bars(
             "{task.completed} rows downloaded", console=console, transient=True, disable=not console.is_terminal
         )
         with _loading(self._source):
@@ -425,6 +425,10 @@ def _csv_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(max(len(text), 1))  # Python's own is 128 kB a cell
     try:
+        names = [name for name in reader.fieldnames or () if name]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:  # the last would be read
+            raise ConfigError([f"{source}: two columns are called {short(twice)}: rename or remove one"])
         return list(reader)
     except csv.Error as error:
         line = f"line {reader.reader.line_num} is not valid CSV ({error})"

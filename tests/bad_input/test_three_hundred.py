@@ -13,23 +13,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny_runs import IMAGE_RUN
 
 LONG = "x" * 5000
 MEGABYTES = "ab " * 10**6
 JPEG = "jpeg_compressibility"
-IMAGE_RUN = {
-    "method": "ddpo",
-    "model": "emoji-sd",
-    "reward": JPEG,
-    "prompts": ["a red apple", "a cat"],
-    "output_dir": "run",
-    "epochs": 1,
-    "samples_per_epoch": 2,
-    "sample_batch_size": 2,
-    "updates_per_epoch": 1,
-    "sampler": {"steps": 2, "guidance_scale": 1.0},
-    "num_threads": 1,
-}
 TEXT_RUN = {
     "method": "grpo",
     "model": "tiny-lm",
@@ -270,16 +258,18 @@ NUMBER_CASES = [
 
 # -- devices, prompts, names, run folders ------------------------------------------------------------------------------
 
-REWARD_FILES = {
-    "a reward file that exits": ("exits", r"cannot be imported \(SystemExit: 0"),
-    "a reward file cut off": ("broken", "cannot be imported"),
-    "a reward file that needs more": ("needs", "cannot be imported"),
-    "a reward file of nothing": ("nothing", "has no 'f'"),
-    "a reward of one argument": ("short", "must take three arguments"),
+REWARD_FILES = {  # what is in them
+    "exits": ("import sys\nsys.exit(0)\n", r"cannot be imported \(SystemExit: 0"),
+    "broken": ("def f(images\n", "cannot be imported"),
+    "needs": ("import no_such_package\n", "cannot be imported"),
+    "nothing": ("", "has no 'f'"),
+    "short": ("def f(images):\n    return [0.0] * len(images)\n", "must take three arguments"),
 }
 OTHER_CASES = [
     ("serve-reward --device cuda", f"serve-reward {JPEG} --device cuda:99", "--device cuda:99 cannot be used"),
     ("serve-reward --device word", f"serve-reward {JPEG} --device toaster", "--device toaster cannot be used"),
+    ("serve-reward --device empty", ["serve-reward", JPEG, "--device", ""], "must not be empty"),
+    ("serve-reward --device of 5000 characters", f"serve-reward {JPEG} --device {LONG}", "cannot be used"),
     ("serve-reward --device meta", f"serve-reward {JPEG} --device meta", "holds no numbers"),
     ("train reward device", option("aesthetic", "device: 'cuda:99'"), "device='cuda:99' cannot be used"),
     ("train reward device list", option("aesthetic", "device: [1]"), "device="),
@@ -294,6 +284,8 @@ OTHER_CASES = [
     ("complete a surrogate", "complete tiny-lm -p a\udcff", "not valid Unicode"),
     ("pairs a surrogate", f"pairs emoji-sd --judge {JPEG} -o x -p a\udcff", "not valid Unicode"),
     ("score a surrogate", f"score {JPEG} red.png -p a\udcff", "not valid Unicode"),
+    ("score option: another name", f"score {JPEG} red.png --option name=aesthetic", "the reward is named already"),
+    ("train prompts of two columns of one name", "train image.yaml prompts=twice.csv", "columns are called 'prompt'"),
     ("sample no prompt in a file", "sample emoji-sd --prompts empty.txt", "holds no prompt"),
     ("complete no prompt in a file", "complete tiny-lm --prompts empty.txt", "no prompt"),
     ("complete no prompt", "complete tiny-lm", "no prompt"),
@@ -324,15 +316,15 @@ OTHER_CASES = [
     ("train resume=perhaps", "train image.yaml resume=perhaps", "resume='perhaps' is not allowed"),
     ("train into a used folder", "train image.yaml output_dir=folder/used", "is already used"),
     *(
-        (f"{' '.join(command.split()[:2])}: {what}", f"{command}{name}.py:f", wanted)
+        (f"{' '.join(command.split()[:2])}: a reward file, {name}", f"{command}{name}.py:f", wanted)
         for command in (
             "train image.yaml reward=",
             "train text.yaml reward=",
             "compare emoji-sd emoji-sd -p a --judge ",
             "pairs emoji-sd -p a -o x --judge ",
         )
-        for what, (name, wanted) in REWARD_FILES.items()
-        if "text" not in command or what != "a reward of one argument"
+        for name, (_, wanted) in REWARD_FILES.items()
+        if "text" not in command or name != "short"
     ),
     ("train method NUL", ["train", "image.yaml", 'method="a\\0b"'], "method="),
     ("train method of 5000 characters", f"train image.yaml method={LONG}", "method="),
@@ -366,16 +358,10 @@ def here(tmp_path_factory):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "float.tiff")
     for name in ("empty.png", "empty.txt", "m.safetensors"):
         (folder / name).write_bytes(b"")
-    rewards = {
-        "exits": "import sys\nsys.exit(0)\n",
-        "broken": "def f(images\n",
-        "needs": "import no_such_package\n",
-        "nothing": "",
-        "short": "def f(images):\n    return [0.0] * len(images)\n",
-    }
-    for name, text in rewards.items():
+    for name, (text, _) in REWARD_FILES.items():
         (folder / f"{name}.py").write_text(text)
     (folder / "note.txt").write_text("a cat\n- a dog: [\n")
+    (folder / "twice.csv").write_text("prompt,prompt\na,b\n")
     (folder / "long.txt").write_text("ab " * 10_000 + "c\n")
     (folder / "folder" / "used").mkdir(parents=True)
     (folder / "folder" / "used" / "thesis.tex").write_text("mine")

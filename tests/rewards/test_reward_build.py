@@ -17,6 +17,7 @@ from diffusion_align.rewards import (
     reward_problem,
 )
 from diffusion_align.rewards.base import reward_parts
+from diffusion_align.rewards.resolve import IMAGES, user_modules
 
 CODE = """
 calls = 0
@@ -280,3 +281,12 @@ def test_the_bare_name_is_refused():
     answer = subprocess.run([sys.executable, "-c", "import rewards"], cwd=root, capture_output=True, text=True)
     assert answer.returncode != 0
     assert "import diffusion_align.rewards, not rewards" in answer.stderr
+
+
+def test_an_option_called_rewards_is_one_of_a_sum_alone(file):
+    """Of your own reward it is whatever you make of it: no module is looked for in it."""
+    ours = f"{file}:redness"
+    (module,) = user_modules(ours, IMAGES)
+    assert user_modules({"name": "combine", "rewards": [ours, "jpeg_compressibility"]}, IMAGES) == [module]
+    for value in (3, ["http://127.0.0.1:9/x"], None):
+        assert user_modules({"name": ours, "rewards": value}, IMAGES) == [module]

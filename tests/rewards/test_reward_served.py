@@ -32,7 +32,16 @@ from diffusion_align.rewards import RewardError, build_reward, call_reward, rewa
 from diffusion_align.rewards.base import to_uint8
 from diffusion_align.rewards.endpoints import Endpoint, Unanswered, ask, png, read_token, retry_after
 from diffusion_align.rewards.remote import Limits, split
-from diffusion_align.rewards.serving import Bodies, CallsHere, RewardServer, address_of, bind, create_app, read_body
+from diffusion_align.rewards.serving import (
+    Bodies,
+    CallsHere,
+    RewardServer,
+    address_of,
+    bind,
+    create_app,
+    parse_request,
+    read_body,
+)
 
 
 def odd(images, prompts, metadata):
@@ -245,6 +254,7 @@ MALFORMED = {
     "a list": ([], 422, "the body"),
     "a key missing": ({"prompts": [], "images": []}, 422, "metadata: Field required"),
     "a key too many": (body(prompt="a cat"), 422, "prompt: Extra"),
+    "a key that is long and steers a terminal": (body(**{"\x1b" + "k" * 10_000: 1}), 422, f" {'k' * 79}: Extra"),
     "prompts of numbers": (body(prompts=[3]), 422, "prompts.0"),
     "lengths": (body(2, prompts=["a"]), 422, "2 images, 1 prompts and 2 metadata entries"),
     "empty": (body(0), 422, "at least one"),
@@ -277,6 +287,20 @@ def test_malformed_requests_are_refused_in_one_sentence_and_the_server_goes_on(s
         assert client.get(url).status_code == 405
         assert client.get(url.replace("/score", "/docs")).status_code == 404
         assert client.post(url, content=json.dumps(body(4))).status_code == 200
+
+
+def test_a_request_of_many_values_is_refused_before_they_are_made():
+    """A value takes up to a hundred times its bytes in memory."""
+    values = b"[" + b"[]," * 499_998 + b"[]]"
+
+    def asked(notes):
+        return json.dumps(body(metadata=[{"a": 0}])).encode().replace(b'{"a": 0}', notes)
+
+    with pytest.raises(HTTPException, match="413: the request holds more than 1000000 values"):
+        parse_request(asked(b'{"a": ' + values + b"}"), Limits())
+    with pytest.raises(HTTPException, match="413"):
+        parse_request(asked(b"{" + b'"a":0,' * 10**6 + b'"a":0}'), Limits())
+    assert len(parse_request(asked(b'{"a": ' + values[:1] + values[-1803:] + b"}"), Limits())[0]) == 1
 
 
 def test_a_long_request_is_refused(serve):
@@ -723,7 +747,20 @@ def test_an_interruption_breaks_a_request_off(raw):
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "[::", "", "10.0.0.1:8901"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example:80",
+        "[::",
+        "",
+        "10.0.0.1:8901",
+        "localhost/.evil.example",
+        "127.0.0.1?.evil.example",
+        "evil.example\\@127.0.0.1",
+        "127.0.0.1:x",
+    ],
+)
 def test_without_a_token_only_this_machines_own_names_are_answered(serve, host):
     url, own = serve(), {"Host": host}
     for answer in (httpx2.get(url + "/health", headers=own), httpx2.post(url + "/score", json=body(), headers=own)):

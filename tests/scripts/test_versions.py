@@ -89,7 +89,8 @@ def test_a_failed_newest_install_is_one_line_with_packages_and_versions(monkeypa
     assert "with torch 2.15.0, peft 0.22.0: x" in newest.sentence("a", "x", found, ["torch", "peft"], {})
     monkeypatch.setattr(newest, "install", lambda folder, until: Path(sys.executable))
     # An environment that lacks what the project needs, as an incompatible release would leave it.
-    monkeypatch.setattr(newest, "STEPS", {"importing it": ["-c", "print('hello'); import no_such_module"]})
+    code = "import os; os.write(1, bytes([255, 10])); import no_such_module"
+    monkeypatch.setattr(newest, "STEPS", {"importing it": ["-c", code]})
     assert newest.main() == 1
     error = capsys.readouterr().err
     assert error.startswith("unconstrained install failed at importing it with ")

@@ -145,6 +145,9 @@ def test_sources_that_cannot_be_read(tmp_path):
     ]
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n')
     assert "line 2 is not valid CSV (" in problems(str(tmp_path / "a.csv"))[0]
+    (tmp_path / "a.csv").write_text("a,b,a,,\n1,2,3,,\n")
+    twice = f"data.source='{tmp_path / 'a.csv'}': two columns are called 'a': rename or remove one"
+    assert problems(str(tmp_path / "a.csv")) == [twice]
 
 
 def test_files_of_rows_that_are_none(tmp_path):
