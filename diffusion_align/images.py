@@ -26,7 +26,7 @@ _UNTOLD = 0x4000  # of 0x10000; below it, the brightest value of 16 bits is like
 
 
 class UnreadableImage(ValueError):
-    """What is wrong with an image, to stand behind its name: "is not a picture that can be read"."""
+    """What is wrong with an image, to stand behind its name: "has more pixels than …"."""
 
 
 def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -55,7 +55,8 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     except MemoryError:
         raise UnreadableImage("does not fit into this machine's memory") from None
     except Exception:  # PIL's decoders raise whatever they meet in a damaged file
-        raise UnreadableImage("is not a picture that can be read") from None
+        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UnreadableImage(f"is no {known} image that can be read") from None
 
 
 def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Image:

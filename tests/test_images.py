@@ -300,7 +300,7 @@ def test_what_is_no_image_or_of_no_known_format(data, tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (tmp_path / "x.png").write_bytes(data)
     for source in (data, tmp_path / "x.png", str(tmp_path / "x.png")):
-        with pytest.raises(UnreadableImage, match=r"^is not a picture that can be read$"):
+        with pytest.raises(UnreadableImage, match=r"^is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read$"):
             open_image(source)
 
 

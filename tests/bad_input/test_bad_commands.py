@@ -47,9 +47,12 @@ CASES = {
     "sample too many steps": (["sample", "emoji-sd", "-p", "a cat", "--steps", "2000"], "steps=2000"),
     # score
     "score a missing picture": (["score", "jpeg_compressibility", "no.png"], "there is no picture no.png"),
-    "score no picture": (["score", "jpeg_compressibility", "note.txt"], "note.txt is not a picture that can be read"),
-    "score a broken picture": (["score", "jpeg_compressibility", "broken.png"], "broken.png is not a picture"),
-    "score a cut picture": (["score", "jpeg_compressibility", "cut.png"], "cut.png is not a picture"),
+    "score no picture": (
+        ["score", "jpeg_compressibility", "note.txt"],
+        "note.txt is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read",
+    ),
+    "score a broken picture": (["score", "jpeg_compressibility", "broken.png"], "broken.png is no PNG, JPEG"),
+    "score a cut picture": (["score", "jpeg_compressibility", "cut.png"], "cut.png is no PNG, JPEG"),
     "score a folder": (["score", "jpeg_compressibility", "folder"], "folder is not a picture"),
     "score with nothing": (
         ["score", "jpeg_compresibility", "red.png"],

@@ -74,8 +74,8 @@ ROWS = {
         ["pairs: row 1: the picture gone.png is missing", re.escape(MEND)],
         1,
     ),
-    "a truncated picture": ([{}, {"rejected": "cut.png"}], ["row 1: rejected is not a picture", re.escape(MEND)], 1),
-    "no picture": ([{}, {"chosen": "note.png"}], ["row 1: chosen is not a picture", re.escape(MEND)], 1),
+    "a truncated picture": ([{}, {"rejected": "cut.png"}], ["row 1: rejected is no PNG, JPEG", re.escape(MEND)], 1),
+    "no picture": ([{}, {"chosen": "note.png"}], ["row 1: chosen is no PNG, JPEG", re.escape(MEND)], 1),
     "one picture twice": ([{}, {"rejected": "red.png"}], ["row 1: .* are the same picture", re.escape(MEND)], 1),
     "two equal pictures": ([{}, {"rejected": "same.png"}], ["row 1: .* are the same picture", re.escape(MEND)], 1),
     "unequal sizes": ([{}, {"rejected": "large.png"}], ["row 1: chosen is 16x16 and rejected 24x24", "mend"], 1),
@@ -105,7 +105,7 @@ def test_rows_that_cannot_be_used(refused, config, no_model, case):
 
 
 def test_pictures_that_cannot_be_used_and_none_is_left(refused, config, no_model):
-    wanted = [r"row 0: chosen is not a picture", r"holds no usable pair \(1 rows, 0 ties, 1 bad rows\)"]
+    wanted = [r"row 0: chosen is no PNG, JPEG", r"holds no usable pair \(1 rows, 0 ties, 1 bad rows\)"]
     path = config([{"chosen": "cut.png"}])
     refused("train", path, wanted=wanted)
     skip = "pairs={source: pairs/pairs.jsonl, skip_bad_rows: true}"

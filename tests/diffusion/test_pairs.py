@@ -486,7 +486,11 @@ UNREADABLE = {
 def test_files_that_are_no_pictures(folder, case, side):
     (folder / "odd.png").write_bytes(UNREADABLE[case])
     source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {side: "odd.png"}, GOOD])
-    what = "has more pixels than the 178956970 that are read" if case == "bomb" else "is not a picture that can be read"
+    what = (
+        "has more pixels than the 178956970 that are read"
+        if case == "bomb"
+        else "is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read"
+    )
     sentence = f"pairs: row 1: {side} {what}"
     assert pairs_problems(PairsConfig(source=source)) == []
     assert problems(source, decode=True) == [sentence, HINT]
@@ -518,7 +522,7 @@ def test_no_pair_is_left_after_decoding(folder):
     (folder / "odd.png").write_bytes(b"")
     source = write_rows(folder / "a.jsonl", [GOOD | {"rejected": "odd.png"}, GOOD | {"prompt": ""}])
     assert problems(source, decode=True, skip_bad_rows=True) == [
-        "pairs: row 0: rejected is not a picture that can be read",
+        "pairs: row 0: rejected is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read",
         f"pairs.source='{source}' holds no usable pair (2 rows, 0 ties, 2 bad rows): give at least one",
     ]
 

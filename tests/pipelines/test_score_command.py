@@ -73,7 +73,10 @@ def test_pictures_that_cannot_be_read(score, tmp_path):
     (tmp_path / "broken.png").write_bytes(data)
     Image.new("L", (30000, 30000)).save(tmp_path / "bomb.png")
     Image.fromarray(torch.full((8, 8), 4095).numpy().astype("uint16")).save(tmp_path / "deep.png")
-    assert score("jpeg_compressibility", "broken.png") == (2, "error: broken.png is not a picture that can be read")
+    assert score("jpeg_compressibility", "broken.png") == (
+        2,
+        "error: broken.png is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read",
+    )
     status, error = score("jpeg_compressibility", "bomb.png")
     assert (status, error.count("\n")) == (2, 0)
     assert error == "error: bomb.png has more pixels than the 178956970 that are read"
