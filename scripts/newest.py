@@ -1,7 +1,8 @@
 """What a plain install gives today still works: the newest versions in a fresh environment, a few steps of each kind.
 
 Imports, a text epoch with LoRA and one without, an image epoch. A failure is one line that names the packages and their
-versions. The environment is removed afterwards. Run it with any Python: ``python scripts/newest.py``.
+versions. The environment is removed afterwards, also where this is stopped. Run it with any Python:
+``python scripts/newest.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,23 +65,27 @@ def last_line(output: str) -> str:
 def run(command: list[str], folder: Path, until: float) -> str:
     """The output of a command in ``folder``, which ends by the time ``until``; Failure where it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": ""},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=max(until - time.monotonic(), 1),
-        )
-    except subprocess.TimeoutExpired:
-        raise Failure(f"not done after {SECONDS} s in all") from None
-    if done.returncode:
-        raise Failure(last_line(done.stdout))
-    return done.stdout
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "", "TMPDIR": str(folder)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=max(until - time.monotonic(), 1))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which would go on writing
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Failure(f"not done after {SECONDS} s in all") from None
+            raise
+    if process.returncode:
+        raise Failure(last_line(output))
+    return output
 
 
 def install(folder: Path, until: float) -> Path:
@@ -123,4 +129,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -119,6 +121,25 @@ def test_where_uv_cannot_be_installed_pip_installs(tmp_path, missing):
     assert asked[0].endswith(" uv")
     assert asked[1].startswith(installer)
     assert asked[1].endswith(" -c constraints/tested.txt -e .[dev]")
+
+
+def test_a_stopped_newest_install_leaves_nothing(tmp_path):
+    """Stopped while a child of its child is writing into the environment."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    script = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "newest.py")], env=environment)
+    try:
+        until = time.monotonic() + 30
+        while not list(tmp_path.glob("*/venv/lib/*/site-packages")):
+            assert script.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        time.sleep(0.3)
+        script.terminate()
+        assert script.wait(timeout=30) == 128 + signal.SIGTERM
+    finally:
+        script.kill()
+    time.sleep(0.3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_newest_install_needs_no_uv(tmp_path, monkeypatch):
