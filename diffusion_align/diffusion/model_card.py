@@ -60,7 +60,8 @@ _LEFT_OUT = (
 )
 _LONG_LIST = 12
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
-_DTYPE = "dtype=torch.float32"
+# By the name that diffusers 0.36 knows and later ones, before 1.0, still take; what they do not know they ignore.
+_DTYPE = "torch_dtype=torch.float32"
 
 
 def model_card(
@@ -259,16 +260,19 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which files of this machine are called by their names, but for what loads the model."""
+    """Settings in which files of this machine are called by their names, but for what loads the model.
 
-    def named(value: Any) -> Any:
+    Lists of prompts hold texts, whatever these begin with.
+    """
+
+    def named(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: named(inner) for key, inner in value.items()}
+            return {inner: named(inner, one) for inner, one in value.items()}
         if isinstance(value, list):
-            return [named(inner) for inner in value]
+            return value if key in ("prompts", "show_prompts", "source") else [named(key, one) for one in value]
         return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
-    return {key: value if key in ("model", "base_config") else named(value) for key, value in settings.items()}
+    return {key: value if key in ("model", "base_config") else named(key, value) for key, value in settings.items()}
 
 
 def _example(settings: Mapping[str, Any]) -> str:

@@ -189,31 +189,33 @@ def test_markup_in_settings_is_shown_and_not_obeyed(card, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "wanted"),
     [
-        ({}, {}, 'DiffusionPipeline.from_pretrained("owner/sd", dtype=torch.float32)'),
+        ({}, {}, 'DiffusionPipeline.from_pretrained("owner/sd", torch_dtype=torch.float32)'),
         (
             {"weights_variant": "fp16"},
             {},
-            'DiffusionPipeline.from_pretrained("owner/sd", variant="fp16", dtype=torch.float32)',
+            'DiffusionPipeline.from_pretrained("owner/sd", variant="fp16", torch_dtype=torch.float32)',
         ),
         (
             {"model": "x.safetensors"},
             {},
-            'StableDiffusionPipeline.from_single_file("x.safetensors", dtype=torch.float32)',
+            'StableDiffusionPipeline.from_single_file("x.safetensors", torch_dtype=torch.float32)',
         ),
         (
             {"model": "x.safetensors", "base_config": "a/b"},
             {"pipeline_class": "StableDiffusionXLPipeline"},
-            'StableDiffusionXLPipeline.from_single_file("x.safetensors", config="a/b", dtype=torch.float32)',
+            'StableDiffusionXLPipeline.from_single_file("x.safetensors", config="a/b", torch_dtype=torch.float32)',
         ),
         (
             {},
             {"location": "me/red", "merged": True},
-            'DiffusionPipeline.from_pretrained("me/red", dtype=torch.float32)',
+            'DiffusionPipeline.from_pretrained("me/red", torch_dtype=torch.float32)',
         ),
         ({}, {"location": "me/red"}, 'load_lora_weights("me/red", weight_name="pytorch_lora_weights.safetensors")'),
         ({"sampler": {"name": "ddpm", "steps": 4, "eta": 1.0, "guidance_scale": 1.0}}, {}, "DDPMScheduler.from_config"),
         ({}, {}, 'pipeline("a red apple", num_inference_steps=7, guidance_scale=3.0, eta=0.5)'),
         ({"show_prompts": ["a dog"]}, {}, 'pipeline("a dog"'),
+        ({"show_prompts": ["/imagine a dog/cat"]}, {}, 'pipeline("/imagine a dog/cat"'),
+        ({"prompts": {"source": ["/imagine a dog/cat"]}}, {}, 'pipeline("/imagine a dog/cat"'),
         ({"prompts": "animals"}, {}, 'pipeline("a cat"'),
         ({"sampler": {"name": "ddim", "steps": 4, "eta": 1.0, "guidance_scale": 1.0}}, {}, f"eta={LARGEST_ETA})"),
     ],
@@ -298,6 +300,8 @@ def test_the_lines_of_a_real_card_draw_the_runs_picture(runs, name):
     found: dict = {}
     exec(code_of(text), found)
     assert isinstance(found["image"], Image.Image)
+    networks = [part for part in found["pipeline"].components.values() if isinstance(part, torch.nn.Module)]
+    assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}  # emoji-sd is in float16
     options = {"guidance_scale": 2.0, "eta": LARGEST_ETA}
     ours = np.asarray(pipe("a cat", seed=5).images[0], int)
     assert np.abs(drawn(found["pipeline"], **options) - ours).max() <= 1
