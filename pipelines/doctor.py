@@ -147,7 +147,7 @@ def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
         problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
     dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None
     decisions, epoch = describe_epoch(config, steps)
-    passes = count_passes(config, decisions)
+    passes = count_passes(config, decisions, steps)
     lines += [*epoch, *describe_nats(config, schedule, steps, dimensions)]
     if not unet or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems

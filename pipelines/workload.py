@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion_align.diffusion.ddpo import DDPOConfig, clip_nats
+from diffusion_align.diffusion.ddpo import DDPOConfig, clip_nats, kl_probes
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule, training_schedule
 from diffusion_align.diffusion.step_weights import nats_per_squared_error
@@ -28,12 +28,13 @@ class Passes:
     sampling: int
     reference: int
     trained: int
+    probed: int
     evaluation: float
     decoded: float
 
     @property
     def forward(self) -> float:
-        return self.sampling + self.reference + self.evaluation
+        return self.sampling + self.reference + self.probed + self.evaluation
 
 
 def trained_schedule(config: ImageConfig, scheduler: Mapping[str, Any]) -> DiffusionSchedule:
@@ -61,10 +62,11 @@ def describe_epoch(config: ImageConfig, steps: Tensor | None) -> tuple[int, Line
         source = "" if config.pairs is None else config.pairs.source
         judged = f"the best and the worst of {config.group_size} pictures each"
         what = ("pairs an epoch", f"{whole}, {judged}" if config.online else f"{whole} from {source}")
-    passes = count_passes(config, decisions)
+    passes = count_passes(config, decisions, steps)
     used = [
         f"{passes.sampling} forward while sampling" if passes.sampling else "",
         f"{passes.reference} forward for the reference" if passes.reference else "",
+        f"{passes.probed} forward to estimate kl_path" if passes.probed else "",
         f"{passes.evaluation:g} forward for the evaluation" if passes.evaluation else "",
         f"{passes.trained} forward and backward while training",
     ]
@@ -85,7 +87,8 @@ def describe_epoch(config: ImageConfig, steps: Tensor | None) -> tuple[int, Line
     ]
 
 
-def count_passes(config: ImageConfig, decisions: int) -> Passes:
+def count_passes(config: ImageConfig, decisions: int, steps: Tensor | None) -> Passes:
+    """``decisions`` of an epoch, as ``describe_epoch`` counts them; the trained ``steps``, None if not known."""
     guided = 2 if config.sampler.guidance_scale > 1 else 1
     drawn = guided * config.samples_per_epoch * config.sampler.steps
     seen = config.evaluation.pictures / config.evaluation.every if config.evaluation else 0
@@ -93,13 +96,16 @@ def count_passes(config: ImageConfig, decisions: int) -> Passes:
     if isinstance(config, DDPOConfig):
         trained = guided * decisions
         reference = trained if config.kl_coef > 0 else 0
-        return Passes(drawn, reference, trained * config.inner_epochs, evaluation, config.samples_per_epoch + seen)
+        looked = kl_probes(config, config.sampler.steps if steps is None else len(steps), decisions)
+        probed = 2 * guided * min(looked, decisions)  # the policy and the reference
+        decoded = config.samples_per_epoch + seen
+        return Passes(drawn, reference, trained * config.inner_epochs, probed, evaluation, decoded)
     trained = 2 * decisions * (guided if config.target == "logged" else 1)
     # Where the reference is asked once for all inner epochs, so is the policy as it is at the epoch's beginning.
     looks = 2 if config.inner_epochs > 1 or config.old_refresh == "epoch" else 1
     decoded = seen + (config.samples_per_epoch if config.online else 0)
     drawn = drawn if config.online else 0
-    return Passes(drawn, trained * looks, trained * config.inner_epochs, evaluation, decoded)
+    return Passes(drawn, trained * looks, trained * config.inner_epochs, 0, evaluation, decoded)
 
 
 def describe_nats(

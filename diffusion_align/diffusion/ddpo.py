@@ -24,7 +24,7 @@ from torch import Tensor
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.evaluation import Evaluation
-from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
+from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule, part_of_steps
@@ -171,6 +171,20 @@ class DDPOBatch:
     all_rewards: Tensor
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     reference_mean: Tensor | None = None
+
+
+def kl_probes(config: DDPOConfig, steps: int, decisions: int) -> int:
+    """How many decisions of an epoch ``kl_path`` is estimated from; none where every one is compared.
+
+    Args:
+        config: checked settings.
+        steps: trained ones of a path.
+        decisions: those of an epoch that are trained on.
+    """
+    if config.kl_coef > 0:
+        return 0
+    passes = config.samples_per_epoch * config.sampler.steps + 3 * config.inner_epochs * decisions
+    return looked_at(steps, passes)
 
 
 @dataclass
@@ -385,14 +399,13 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         """Which decisions of the epoch's samples ``keep`` to look at, each before one of the updates.
 
         Each costs two passes, of the policy and the reference in one batch shape, so that equal weights have a KL of
-        exactly 0 in every precision. Together they are at most 2 % of the epoch's, a backward pass counted as two, or
-        one decision a step if that is more.
+        exactly 0 in every precision.
         """
         config = self.config
         steps = torch.stack([self._recorded_steps(int(i)) for i in keep])
-        passes = config.samples_per_epoch * len(self.schedule) + 3 * config.inner_epochs * steps.numel()
+        most = kl_probes(config, len(self.trained_steps), steps.numel())
         stream = generator(config.seed, "kl", self.epoch)
-        chosen = choose_decisions(steps, self.trained_steps, self._kl_weights, int(0.01 * passes), stream)
+        chosen = choose_decisions(steps, self.trained_steps, self._kl_weights, most, stream)
         rows, columns = chosen.unbind(1)
         updates = torch.arange(len(chosen)) % (config.inner_epochs * config.updates_per_epoch)
         return KLProbes(batch, keep[rows], columns, steps[rows, columns], updates)

@@ -12,6 +12,18 @@ import torch
 from torch import Tensor
 
 
+def looked_at(steps: int, passes: float) -> int:
+    """How many decisions to look at: 1 % of an epoch's passes or, if that is more, one a step, and two for an error.
+
+    Each costs two passes: at most 2 % of the epoch's, if not so few.
+
+    Args:
+        steps: S trained ones.
+        passes: those of an epoch while sampling and training, a backward pass counted as two.
+    """
+    return max(int(0.01 * passes), steps, 2)
+
+
 def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """(n, 2) int64 (row, column) of ``steps``: every trained step that occurs, and what is left by weight.
 
@@ -26,7 +38,7 @@ def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int,
         most: how many decisions may be looked at, if that is more than S.
         generator: on the CPU.
     """
-    left = max(most - len(trained), 0 if len(trained) > 1 else 1)  # an error needs two
+    left = max(most - len(trained), 0)
     share = weights.double().cpu() / weights.sum().item() * left
     counts = 1 + share.floor().long()
     rest = left - int(share.floor().sum())

@@ -8,7 +8,7 @@ import torch
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.evaluation import stop_reason
-from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
+from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.training.errors import TrainingError
@@ -43,7 +43,7 @@ def test_only_what_was_recorded_is_looked_at():
     looked = steps[chosen[:, 0], chosen[:, 1]]
     assert torch.bincount(looked)[3:].tolist() == [2] * 10
     one = STEPS[:1]  # of a single step an error needs two decisions
-    assert choose_decisions(one.expand(4, -1), one, torch.ones(1), 1, stream()).shape == (2, 2)
+    assert choose_decisions(one.expand(4, -1), one, torch.ones(1), looked_at(1, 1), stream()).shape == (2, 2)
     weighted = choose_decisions(STEPS.expand(40, -1), STEPS, WEIGHTS, 20, stream())
     assert torch.bincount(weighted[:, 1]).tolist() == [1] * 9 + [11]
 

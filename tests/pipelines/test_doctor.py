@@ -87,8 +87,10 @@ def test_a_folder(report, make_policy, model_path, name):
     decisions = 8 * len(trainer.trained_steps)
     assert found["decisions an update"].startswith(f"{decisions // 2} of all processes")
     assert found["micro-batches an update"].startswith(f"{decisions // 4} of 2,")
+    looked = 2 * 2 * len(trainer.trained_steps)  # one a step is more than 1 % here; guided, and the reference too
     assert found["UNet passes an epoch"] == (
-        f"{2 * 8 * 6} forward while sampling, {2 * decisions} forward and backward while training"
+        f"{2 * 8 * 6} forward while sampling, {looked} forward to estimate kl_path, "
+        f"{2 * decisions} forward and backward while training"
     )
     assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on a decision's 256 dimensions")
     parameters = {
@@ -151,6 +153,18 @@ def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd):
+    """Nothing where every decision is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
+    settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
+    priced, _ = report(**settings, kl_coef=0.1)
+    assert priced["UNet passes an epoch"] == (
+        f"{2 * 8 * 6} forward while sampling, {2 * 40} forward for the reference, "
+        f"{2 * 20 * 40} forward and backward while training"
+    )
+    assert f", {2 * 2 * 24} forward to estimate kl_path, " in report(**settings)[0]["UNet passes an epoch"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_evaluation_is_counted(report, tiny_sd):
     found, _ = report(model=str(tiny_sd), evaluation={"pictures": 6, "every": 2, "reward": "jpeg_incompressibility"})
     assert f"{2 * 6 * 6 // 2} forward for the evaluation" in found["UNet passes an epoch"]
@@ -182,9 +196,11 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert re.search(r"^  clip in nats +1\.64, the joint bound on a decision's 16384 dimensions", out, re.MULTILINE)
     assert "1600 of 4" in out
     assert re.search(r"^  recorded latents +1\.7 GB", out, re.MULTILINE)
-    # 256 pictures of 50 guided steps, sampled (one pass) and trained on (two), at 0.8 TFLOPs; and their decoding
+    # 256 pictures of 50 guided steps, sampled (one pass) and trained on (two), at 0.8 TFLOPs; 512 of their decisions
+    # again, and by the reference, for kl_path; and their decoding
     operations = float(re.search(r"operations +([\d.]+) PFLOPs", out)[1]) * 1e15
-    assert operations == pytest.approx(256 * (50 * 2 * 3 * 0.803e12 + 2.51e12), rel=0.01)
+    passes = 256 * 50 * 2 * 3 + 512 * 2 * 2
+    assert operations == pytest.approx(passes * 0.803e12 + 256 * 2.51e12, rel=0.01)
     minutes = float(re.search(r"one A100, 80 GB +([\d.]+) min", out)[1])
     assert minutes == pytest.approx(operations / (0.4 * 312e12) / 60, rel=0.05)
     assert not list(tmp_path.iterdir())
