@@ -44,10 +44,10 @@ def _number(value: float | None) -> float | None:
 
 
 def _path(text: str | Path) -> Path:
-    """Of an option: ``Path("")`` would be the folder that we are in."""
+    """Of an option: ``Path("")`` would be the folder that we are in, and no shell expands the ~ of ``--output=~/a``."""
     if not str(text).strip():
         raise typer.BadParameter("the path is empty")
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def _place(*names: str, help: str | None = None) -> Any:

@@ -149,6 +149,19 @@ def make_folder(path: str | Path, *, parents: bool = False) -> Path:
     return Path(path)
 
 
+def output_folder(path: str | Path) -> Path:
+    """``path``, its ``~`` expanded, as a folder that ``new_folder`` can fill: what it is in is made.
+
+    Raises:
+        UserError: it is a file, or cannot be written.
+    """
+    folder = Path(os.path.expanduser(path))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{str(path)!r} is a file: name a folder")
+    make_folder(folder.parent, parents=True)
+    return folder
+
+
 def rename(source: Path, target: Path) -> None:
     """Give what is at ``source`` the name ``target``, on the disk too."""
     os.replace(source, target)

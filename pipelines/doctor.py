@@ -26,6 +26,7 @@ from diffusion_align.llm.data import TextDataConfig
 from diffusion_align.pipelines.configuration import METHODS, read_config, read_settings
 from diffusion_align.pipelines.costs import describe_costs
 from diffusion_align.pipelines.model_files import cached_repositories, find_model, gigabytes
+from diffusion_align.pipelines.text import check_rows
 from diffusion_align.pipelines.workload import (
     ImageConfig,
     Lines,
@@ -88,9 +89,9 @@ def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[
             raise
     if isinstance(config, DDPOConfig | DiffusionDPOConfig):
         lines, found = _describe_pictures(config)
-        problems = list(dict.fromkeys(problems + found))
     else:
-        lines = _describe_text(config)
+        lines, found = _describe_text(config)
+    problems = list(dict.fromkeys(problems + found))
     many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return [*lines, ("verdict", ""), ("settings", f"{many}, see below" if problems else "no problem found")], problems
 
@@ -218,7 +219,7 @@ def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
     return lines
 
 
-def _describe_text(config: Any) -> Lines:
+def _describe_text(config: Any) -> tuple[Lines, list[str]]:
     local = config.model in LANGUAGE_MODELS or Path(config.model).expanduser().is_dir()
     samples, prompts = config.samples_per_epoch, getattr(config, "prompts", None)
     if prompts is None:
@@ -226,7 +227,8 @@ def _describe_text(config: Any) -> Lines:
     else:
         what = f"{samples} completions of at most {config.max_completion_length} tokens, of {_place(prompts)}"
     each = math.ceil(samples / config.updates_per_epoch)
-    return [
+    counts, problems = check_rows(config)
+    lines = [
         ("model", ""),
         ("model", f"{config.model} ({'here' if local else 'from the hub, downloaded or cached when training starts'})"),
         ("trained", "the whole model" if config.lora is None else f"LoRA of rank {config.lora.rank}"),
@@ -236,6 +238,9 @@ def _describe_text(config: Any) -> Lines:
         ("text an epoch", what),
         ("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"),
     ]
+    if counts:
+        lines.append(("rows checked", ", ".join(f"{count} of {name}" for name, count in counts.items())))
+    return lines, problems
 
 
 def _place(data: TextDataConfig | None) -> str:

@@ -36,7 +36,7 @@ from diffusion_align.rewards.places import recorded
 from diffusion_align.training.errors import UserError, short
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.prompts import check_image_prompts, load_prompts
-from diffusion_align.writing import make_folder, new_folder
+from diffusion_align.writing import new_folder, output_folder
 
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
@@ -345,9 +345,7 @@ class ImageAlignmentPipeline:
         if "unet" not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
-        _refuse_file(folder)
-        make_folder(Path(folder).parent, parents=True)
-        with new_folder(folder) as aside:
+        with new_folder(output_folder(folder)) as aside:
             save_lora(self.pipeline, aside)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -361,11 +359,10 @@ class ImageAlignmentPipeline:
         Raises:
             UserError: it is a file.
         """
-        _refuse_file(folder)
-        make_folder(Path(folder).parent, parents=True)
-        with adapters.merged(self.pipeline), new_folder(folder) as aside:
+        target = output_folder(folder)
+        with adapters.merged(self.pipeline), new_folder(target) as aside:
             self.pipeline.save_pretrained(str(aside))
-        self._write_card(Path(folder), location=str(folder), merged=True)
+        self._write_card(target, location=str(target), merged=True)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
         """Upload the adapter and its model card, or the whole pipeline, to the Hugging Face Hub.
@@ -403,11 +400,6 @@ class ImageAlignmentPipeline:
         if self.run is not None and Path(self._called).name != "best":
             family = type(self.pipeline).__name__
             write_model_card(self.run, target, location=location, merged=merged, pipeline_class=family)
-
-
-def _refuse_file(folder: str | Path) -> None:
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise UserError(f"{str(folder)!r} is a file: name a folder")
 
 
 def _refuse_other_parts(pipeline: Any) -> None:

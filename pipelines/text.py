@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from diffusion_align.llm.loading import (
     load_language_model,
     load_sequence_classifier,
     load_tokenizer,
+    model_places,
 )
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
@@ -58,8 +60,10 @@ from diffusion_align.training.errors import ConfigError, UserError, short
 from diffusion_align.training.lora import carries_adapters, remove_lora
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import BadRow, open_rows
-from diffusion_align.training.tables import TableSource, first_rows, open_table
-from diffusion_align.writing import make_folder
+from diffusion_align.training.tables import TableSource, first_rows, is_hub, open_table
+from diffusion_align.writing import output_folder
+
+MOST_CHECKED = 10_000
 
 PolicyConfig = GRPOConfig | PPOConfig | DPOConfig | KTOConfig
 TextMethodConfig = PolicyConfig | RewardModelConfig
@@ -225,9 +229,15 @@ class TextAlignmentPipeline:
             raise UserError(f"{problem}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model, adapters merged, and its tokenizer, for plain transformers."""
-        make_folder(Path(folder).parent, parents=True)
-        save_model(self.model, self.tokenizer, Path(folder))
+        """Write the whole model, adapters merged, and its tokenizer, for plain transformers.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            UserError: it is a file.
+        """
+        save_model(self.model, self.tokenizer, output_folder(folder))
 
 
 def run(config: TextMethodConfig, *, model: Any = None, tokenizer: Any = None) -> TextMethodTrainer:
@@ -248,14 +258,11 @@ def run(config: TextMethodConfig, *, model: Any = None, tokenizer: Any = None) -
 def _run(config: PolicyConfig, model: Any, tokenizer: Any) -> TextMethodTrainer:
     def data() -> tuple[TextEncoder, list[PromptRow], list[Any], list[PromptRow] | None]:
         if tokenizer is None:
-            tokens, context = load_tokenizer(config.model)
-            ends = load_ends(config.model, tokens)
+            read = _Reader.of(config)
         else:
-            tokens, context = tokenizer, context_length(model.config)
-            ends = ends_of(tokens, getattr(model, "generation_config", None))
-        read = _Reader(config, tokens, context, ends)
-        prompts = read(prompt_rows, "prompts")
-        dataset = read(labelled_rows if isinstance(config, KTOConfig) else preference_rows, "dataset")
+            ends = ends_of(tokenizer, getattr(model, "generation_config", None))
+            read = _Reader(config, tokenizer, context_length(model.config), ends)
+        prompts, dataset = read("prompts"), read("dataset")
         return read.encoder, prompts, dataset, read.shown(prompts)
 
     encoder, prompts, dataset, shown = agreed(data)  # before any weights are loaded
@@ -310,16 +317,31 @@ class _Reader:
             ends=ends,
         )
 
-    def __call__(self, kind: Callable[..., Rows[Any]], name: str) -> list[Any]:
+    @classmethod
+    def of(cls, config: Any) -> _Reader:
+        """With the tokenizer of ``config.model``, whose weights are not read."""
+        tokenizer, context = load_tokenizer(config.model)
+        # A reward model samples nothing that could end.
+        ends = () if isinstance(config, RewardModelConfig) else load_ends(config.model, tokenizer)
+        return cls(config, tokenizer, context, ends)
+
+    def __call__(self, name: str) -> list[Any]:
         """The rows of the setting ``name``; none where it is not given."""
         data = getattr(self.config, name, None)
         if data is None:
             return []
-        found = kind(text_data(data), self.encoder, name=name)
+        found = self.read(name, text_data(data))
         cut = found.truncation
         if processes().is_main_process and (cut.prompts or cut.completions or cut.left_out):
             Console(stderr=True).print(f"{name}: {cut}", highlight=False, markup=False, soft_wrap=True)
         return found.rows
+
+    def read(self, name: str, data: TextDataConfig) -> Rows[Any]:
+        """The rows of ``data`` as those of the setting ``name``."""
+        kind: Callable[..., Rows[Any]] = prompt_rows
+        if name != "prompts":
+            kind = labelled_rows if isinstance(self.config, KTOConfig) else preference_rows
+        return kind(data, self.encoder, name=name)
 
     def shown(self, prompts: Sequence[PromptRow]) -> list[PromptRow] | None:
         """The rows of ``show_prompts``, with the other columns of the same prompt in ``prompts``."""
@@ -338,8 +360,9 @@ def _bare_rows(prompts: Sequence[Any], encoder: TextEncoder, *, name: str) -> li
         data = TextDataConfig(source=[{"prompt": prompt} for prompt in prompts])
         return prompt_rows(data, encoder, name=name).rows
     except ConfigError as error:
-        # There is no source of which bad rows could be left out.
-        raise ConfigError([problem for problem in error.problems if "skip_bad_rows" not in problem]) from None
+        # There is no source of which bad rows could be left out, or that would hold no others.
+        of_a_source = f"{name}.source=", f"{name}: mend"
+        raise ConfigError([problem for problem in error.problems if not problem.startswith(of_a_source)]) from None
 
 
 def _fitting_rows(prompts: Sequence[Text], tokenizer: Any, context: int | None, max_new_tokens: int) -> list[PromptRow]:
@@ -402,9 +425,8 @@ def _rewards(
 
 def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
     def data() -> tuple[list[PreferenceRow], list[PreferenceRow]]:
-        tokenizer, context = load_tokenizer(config.model)
-        read = _Reader(config, tokenizer, context, ends=())  # it samples nothing that could end
-        return read(preference_rows, "dataset"), read(preference_rows, "eval_dataset")
+        read = _Reader.of(config)
+        return read("dataset"), read("eval_dataset")
 
     rows, eval_rows = agreed(data)
     model, tokenizer = load_sequence_classifier(config.model)
@@ -414,6 +436,36 @@ def _run_reward_model(config: RewardModelConfig) -> RewardModelTrainer:
     trainer.identity = text_identity(config, {"dataset": rows, "eval_dataset": eval_rows}, ())
     trainer.train()
     return trainer
+
+
+def check_rows(config: TextMethodConfig) -> tuple[dict[str, int], list[str]]:
+    """How many rows of each setting can be read as a run reads them, and sentences about those that cannot.
+
+    Nothing is downloaded: with a tokenizer or rows on the Hub there is nothing to read. Of each setting it is the first
+    ``MOST_CHECKED`` rows.
+    """
+    try:
+        if not os.path.isdir(model_places(config.model)[0]):
+            return {}, []
+        read = _Reader.of(config)
+    except UserError as error:
+        return {}, [str(error)]
+    counts, problems = {}, []
+    for name in ("prompts", "dataset", "eval_dataset"):
+        data = getattr(config, name, None)
+        if data is None or is_hub((data := text_data(data)).source):
+            continue
+        most = min(data.max_rows or MOST_CHECKED, MOST_CHECKED)
+        try:
+            counts[name] = len(read.read(name, data.model_copy(update={"max_rows": most})).rows)
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        if not isinstance(config, RewardModelConfig):
+            read.shown([])
+    except ConfigError as error:
+        problems += error.problems
+    return counts, problems
 
 
 def read_prompts(source: str) -> list[Text]:

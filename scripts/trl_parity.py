@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow
@@ -40,6 +41,7 @@ PAIRS = [
     ("Now", " therefore hear", " then the days of the years"),
     ("The sons of", " Levi", " men, and all the people that were"),
 ]
+PAIR_ROWS = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
 LENGTH = 48
 BETA = 0.3
 Gradient = dict[str, Tensor]
@@ -109,18 +111,19 @@ class Bench:
         from trl import DPOConfig as TheirConfig
         from trl import DPOTrainer as TheirTrainer
 
-        data = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
         arguments = self.arguments(TheirConfig, len(PAIRS), max_length=None, beta=BETA, **theirs)
-        model = copy.deepcopy(self.policy)
-        trainer = TheirTrainer(
-            model,
-            ref_model=copy.deepcopy(self.base),
-            args=arguments,
-            train_dataset=data,
-            processing_class=self.tokenizer,
-        )
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        return distance(self.preference(loss_type, **settings), gradient(model, trainer.compute_loss(model, batch)))
+        found = self.theirs(TheirTrainer, arguments, PAIR_ROWS, ref_model=copy.deepcopy(self.base))
+        return distance(self.preference(loss_type, **settings), found)
+
+    def theirs(
+        self, trainer: type, arguments: Any, rows: list[dict[str, Any]], model: Any = None, **options: Any
+    ) -> Gradient:
+        """The gradient of one of TRL's trainers on ``rows``, of a copy of the policy unless another model is given."""
+        model = copy.deepcopy(self.policy) if model is None else model
+        data = Dataset.from_list(rows)
+        made = trainer(model, args=arguments, train_dataset=data, processing_class=self.tokenizer, **options)
+        batch = made._prepare_inputs(next(iter(made.get_train_dataloader())))
+        return gradient(model, made.compute_loss(model, batch))
 
     def preference(self, loss_type: str, *, bos: bool = False, **settings: Any) -> Gradient:
         """Our DPO family's gradient on ``PAIRS``; ``bos`` puts a beginning of sequence before the prompts."""
@@ -164,14 +167,10 @@ class Bench:
             own = {"beta": 1.0}
             heavy, light = (self.preference("orpo", bos=True, orpo_weight=w) for w in (1.0, 0.0))
             ours = {name: heavy[name] - light[name] for name in heavy}
-        data = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
         grads = []
         for beta in (own["beta"], 0.0) if loss_type == "orpo" else (own["beta"],):
-            model = copy.deepcopy(self.policy)
             arguments = self.arguments(TheirConfig, len(PAIRS), max_length=256, **own | {"beta": beta})
-            trainer = TheirTrainer(model, args=arguments, train_dataset=data, processing_class=self.tokenizer)
-            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-            grads.append(gradient(model, trainer.compute_loss(model, batch)))
+            grads.append(self.theirs(TheirTrainer, arguments, PAIR_ROWS))
         theirs = grads[0]
         if loss_type == "orpo":
             theirs = {name: grads[0][name] - grads[1][name] for name in theirs}
@@ -182,18 +181,9 @@ class Bench:
         from trl import KTOTrainer as TheirTrainer
 
         rows = [(*PAIRS[0][:2], True), (PAIRS[1][0], PAIRS[1][2], False)]
-        data = Dataset.from_list([{"prompt": p, "completion": c, "label": good} for p, c, good in rows])
-        model = copy.deepcopy(self.policy)
+        data = [{"prompt": p, "completion": c, "label": good} for p, c, good in rows]
         arguments = self.arguments(TheirConfig, 2, beta=BETA, max_length=None, train_sampling_strategy="sequential")
-        trainer = TheirTrainer(
-            model,
-            ref_model=copy.deepcopy(self.base),
-            args=arguments,
-            train_dataset=data,
-            processing_class=self.tokenizer,
-        )
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        theirs = gradient(model, trainer.compute_loss(model, batch))
+        theirs = self.theirs(TheirTrainer, arguments, data, ref_model=copy.deepcopy(self.base))
         encoded = [
             LabelledRow(
                 p,
@@ -217,12 +207,8 @@ class Bench:
         with torch.no_grad():
             classifier.score.weight.normal_(0, 0.1, generator=noise)
         rows = [self.row(*pair) for pair in PAIRS]
-        model = copy.deepcopy(classifier)
-        data = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
         arguments = self.arguments(TheirConfig, len(PAIRS), max_length=None)
-        trainer = TheirTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        theirs = gradient(model, trainer.compute_loss(model, batch))
+        theirs = self.theirs(TheirTrainer, arguments, PAIR_ROWS, copy.deepcopy(classifier))
         config = RewardModelConfig(**self.settings(len(rows), dataset=["x"]))  # type: ignore[arg-type]
         scorer = RewardModel(classifier, tokenizer, lora=None)
         if with_end:
@@ -232,7 +218,7 @@ class Bench:
 
     # -- policy gradients --------------------------------------------------------------------------------------------
 
-    def grpo(self, theirs: Mapping[str, Any], *, advantages: Tensor | None = None, **settings: Any) -> float:
+    def grpo(self, theirs: Mapping[str, Any], **settings: Any) -> float:
         """The loss and its gradient on given completions, old log-probs and rewards."""
         from trl import GRPOConfig as TheirConfig
         from trl import GRPOTrainer as TheirTrainer
@@ -370,6 +356,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     disable_progress_bars()
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     print(f"TRL {trl.__version__}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:

@@ -101,7 +101,7 @@ class TextEncoder:
         return Encoded(ids, kept, ids != whole, cut)
 
     def answer_ids(self, prompt: Text, answer: str) -> list[int]:
-        """Tokens of an answer of any length as they would be sampled behind ``prompt``, with their end; () is none.
+        """Tokens of an answer of any length as they would be sampled behind ``prompt``, with their end.
 
         Raises:
             BadRow: a conversation that the chat template does not take.

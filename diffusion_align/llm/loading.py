@@ -29,6 +29,8 @@ from diffusion_align.training.places import found_from
 
 Kind = Literal["causal", "classifier"]
 MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What families call their number in config.json."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def load_ends(name: str, tokenizer: Any) -> list[int]:
             settings = GenerationConfig.from_pretrained(plan.base)
         except OSError:  # there is no such file: transformers then takes them from the model's configuration
             settings = GenerationConfig.from_model_config(config)
-        return ends_of(tokenizer, settings)
+        return _ends(name, tokenizer, settings)
 
 
 def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -194,9 +196,11 @@ def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[
         return _on_base(name, folder, config.get("base_model_name_or_path"), kinds, above)
     if (folder / "config.json").is_file():
         config = _json(name, folder / "config.json")
-        layers = config.get("num_hidden_layers", config.get("n_layer", 1))
-        if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # they would be built one by one
-            raise UserError(f"{subject}: config.json has {short(layers)} layers, not 1 to {MOST_LAYERS}")
+        text = config.get("text_config")
+        for part in (config, text if isinstance(text, dict) else {}):
+            for layers in (part[key] for key in _LAYERS if key in part):
+                if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # they would be built one by one
+                    raise UserError(f"{subject}: config.json has {short(layers)} layers, not 1 to {MOST_LAYERS}")
         problem = _kind_problem(config.get("model_type"), config.get("architectures"), kinds)
         if problem:
             raise UserError(f"{subject} {problem}")
@@ -290,14 +294,16 @@ def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, .
     model, found = load_in_dtype(family.from_pretrained, source, dtype=dtype, **options)
     if found["missing_keys"]:  # transformers would go on with random ones
         raise UserError(f"model={name!r} is incomplete: its weights lack {min(found['missing_keys'])}")
-    try:
-        ends_of(SimpleNamespace(eos_token_id=None), getattr(model, "generation_config", None))
-    except (TypeError, ValueError):
-        shown = short(model.generation_config.eos_token_id)
-        raise UserError(
-            f"model={name!r}: eos_token_id={shown} of generation_config.json must be a token's number"
-        ) from None
+    _ends(name, SimpleNamespace(eos_token_id=None), getattr(model, "generation_config", None))
     return model
+
+
+def _ends(name: str, tokenizer: Any, settings: Any) -> list[int]:
+    try:
+        return ends_of(tokenizer, settings)
+    except (TypeError, ValueError):
+        found = f"eos_token_id={short(settings.eos_token_id)} of generation_config.json must be a token's number"
+        raise UserError(f"model={name!r}: {found}") from None
 
 
 def _merged(model: Any, folder: Path) -> Any:

@@ -38,6 +38,7 @@ IGNORED = -100
 # Models without a key-value cache, or whose state sees the padding. What is not known here is found by the first pass's
 # deviation of the ratio from 1.
 _WITHOUT_CACHE = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "openai-gpt"}
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
 
 
@@ -344,29 +345,49 @@ def _vocabulary(model: Any) -> int:
 def _called_otherwise(model: Any) -> list[str]:
     """Names of linear layers that an adapter cannot stand in for, as their model does not just call them.
 
-    A router that returns more than a product (Llama 4), and the output of a Mamba block, whose kernel takes the bare
-    weight: peft refuses that in models of these types.
+    A router that returns more than a product (Llama 4), and what Mamba blocks take the bare weight of: the step size's
+    layer, whose adapter would get no gradient, and in some the output's, which peft refuses in models of these types.
     """
-    kernels = {"out_proj"} if model.config.model_type in ("falcon_h1", "falcon_mamba", "nemotron_h") else set()
-    own = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and type(module).__module__.startswith("transformers.models.")
-    }
-    return sorted(kernels | own)
+    bare = {"out_proj", "dt_proj"} if model.config.model_type in _MAMBA else {"dt_proj"}
+    found = set()
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and (name in bare or _returns_more(module)):
+            found.add(name)
+    return sorted(found)
+
+
+@torch.no_grad()
+def _returns_more(layer: nn.Linear) -> bool:
+    """Whether a layer whose class has a forward pass of its own gives something else than a linear layer does.
+
+    Falcon's layers are written anew and give the same.
+    """
+    kind = type(layer)
+    if kind.forward is nn.Linear.forward or not kind.__module__.startswith("transformers.models."):
+        return False
+    one = torch.zeros_like(layer.weight[:1])
+    one[0, 0] = 1.0  # a product of one term: no order of summation
+    expected = nn.functional.linear(one, layer.weight, layer.bias)
+    try:
+        found = layer(one)
+    except Exception:  # it takes something else, too
+        return True
+    same = isinstance(found, Tensor) and found.shape == expected.shape
+    return not same or not torch.allclose(found, expected, rtol=0.01)
 
 
 def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: Sequence[str] = ()) -> Any:
     """peft's settings for adapters on ``model``; the modules ``also_trained`` are trained whole and saved with them."""
     from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as ATTENTION
     from transformers.pytorch_utils import Conv1D
 
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
-        target_modules="all-linear" if lora.layers == "all-linear" else None,
+        # peft looks them up by itself, but not in models of experts, whose settings it rewrites first.
+        target_modules="all-linear" if lora.layers == "all-linear" else ATTENTION.get(model.config.model_type),
         exclude_modules=_called_otherwise(model) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
         task_type=task_type,

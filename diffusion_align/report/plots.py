@@ -320,10 +320,11 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure as a PNG, whole or not at all; returns the path, whose folder is made."""
-    make_folder(Path(path).parent, parents=True)
-    write_bytes(path, figure_png(figure))
-    return Path(path)
+    """Write the figure as a PNG, whole or not at all; returns the path, ``~`` expanded, whose folder is made."""
+    target = Path(path).expanduser()
+    make_folder(target.parent, parents=True)
+    write_bytes(target, figure_png(figure))
+    return target
 
 
 def _as_list(folders: RunDirs) -> list[str | Path]:

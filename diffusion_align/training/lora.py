@@ -32,10 +32,11 @@ def add_lora(network: Any, config: Any) -> None:
     """
     from peft import inject_adapter_in_model
 
+    unknown = config.target_modules is None  # peft may set it before it finds that out
     try:
         inject_adapter_in_model(config, network, ADAPTER)
     except (ValueError, TypeError, NotImplementedError) as error:
-        if config.target_modules is None:
+        if unknown:
             raise UserError(
                 f"peft does not know the attention layers of a {type(network).__name__}: use lora.layers=all-linear"
             ) from error

@@ -1,14 +1,17 @@
 """Families of causal language models: ragged prompts sampled left-padded with a cache, scored right-padded, and each
-row alone without either give the same log-probs."""
+row alone without either give the same log-probs; and so does an adapter trained, loaded and merged."""
+
+import copy
 
 import pytest
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from diffusion_align.llm.policy import LanguagePolicy
+from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, merged, pack
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.training.errors import UserError
+from diffusion_align.training.lora import load_peft
 from diffusion_align.training.randomness import generator
 
 TINY = {
@@ -124,8 +127,11 @@ PROMPTS = [[1, 5, 9], [1, 7, 3, 4, 11, 12, 13, 20, 33], [1, 8, 22, 31, 6, 9, 14]
 class Tokens:
     eos_token_id, pad_token_id = 2, 0
 
+    def save_pretrained(self, folder):
+        pass
 
-def policy_of(family, options):
+
+def model_of(family, options):
     """Weights so large that padding that is seen, or a place that is off, changes log-probs by whole nats."""
     settings = {key: value for key, value in (TINY | options).items() if value is not None}
     try:
@@ -138,7 +144,11 @@ def policy_of(family, options):
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
-    return LanguagePolicy(model, Tokens(), lora=None, temperature=0.9, needs_reference=False)
+    return model
+
+
+def policy_of(family, options):
+    return LanguagePolicy(model_of(family, options), Tokens(), lora=None, temperature=0.9, needs_reference=False)
 
 
 @torch.no_grad()
@@ -169,3 +179,32 @@ def test_families_whose_state_sees_the_padding_are_sampled_without_it(family):
         return
     assert not policy_of(family, WITHOUT_CACHE[family]).keeps_cache
     check(family, WITHOUT_CACHE[family])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_CACHE])
+def test_an_adapter_gives_the_same_trained_loaded_and_merged(family, tmp_path):
+    """And every weight of it has a gradient, and switched off it changes nothing."""
+    model = model_of(family, (FAMILIES | WITHOUT_CACHE)[family])
+    bare, loaded = copy.deepcopy(model), copy.deepcopy(model)
+    some = pack([[5, 6], [7, 8, 9]], [[9, 3, 4], [10, 11]], pad=0)
+    policy = LanguagePolicy(model, Tokens(), lora=LoRAConfig(rank=2))
+
+    def log_probs(model):
+        policy.model = model
+        return policy.log_probs(policy.score(some))
+
+    log_probs(model).sum().backward()
+    assert all(parameter.grad is not None for parameter in policy.trainable.values())
+    with torch.no_grad():
+        for parameter in policy.trainable.values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        trained = log_probs(model)
+        with policy.reference():
+            off = policy.log_probs(policy.score(some))
+        policy.save(tmp_path / "adapter")
+        torch.testing.assert_close(log_probs(bare), off, rtol=0, atol=1e-5)
+        assert (trained - off).abs().max() > 0.01
+        adapted = load_peft(loaded, tmp_path / "adapter")
+        for other in (adapted, adapted.merge_and_unload(safe_merge=True), merged(model)):
+            torch.testing.assert_close(log_probs(other), trained, rtol=0, atol=5e-5)

@@ -176,29 +176,49 @@ def test_a_reference_with_other_tokens_is_refused(make_language_policy, tiny_lm)
         make_language_policy(reference=other)
 
 
-@pytest.mark.parametrize("family", ["llama4_text", "falcon_h1"])
-def test_layers_that_their_model_does_not_just_call_get_no_adapter(family, tmp_path):
-    """Llama 4's router returns more than a product, and the kernel of a Mamba block takes the weight of out_proj."""
+FAMILIES = {
+    "llama4_text": {"intermediate_size_mlp": 16, "num_local_experts": 2, "interleave_moe_layer_step": 1},
+    "falcon_h1": {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1}
+    | {"mamba_d_state": 4, "mamba_chunk_size": 4},
+    "mamba": {"state_size": 4},
+    "mamba2": {"num_heads": 4, "state_size": 4, "n_groups": 1, "chunk_size": 4},
+    "falcon": {},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "wanted"),
+    [
+        ("llama4_text", "all-linear", {"q_proj", "o_proj"}),
+        ("falcon_h1", "all-linear", {"q_proj", "o_proj"}),
+        ("mamba", "all-linear", {"in_proj", "x_proj"}),
+        ("mamba2", "all-linear", {"in_proj"}),
+        ("falcon", "all-linear", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        ("mixtral", "attention", {"q_proj", "v_proj"}),
+    ],
+)
+def test_layers_that_their_model_does_not_just_call_get_no_adapter(family, layers, wanted, tmp_path):
+    """Llama 4's router returns more than a product, and the kernel of a Mamba block takes the weight of out_proj.
+
+    Falcon's own linear layers are linear layers, and peft itself does not find the attention of a mixture of experts.
+    """
     from types import SimpleNamespace
 
     from peft import PeftModel
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    own = {
-        "llama4_text": {"intermediate_size_mlp": 16, "num_local_experts": 2, "interleave_moe_layer_step": 1},
-        "falcon_h1": {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1}
-        | {"mamba_d_state": 4, "mamba_chunk_size": 4},
-    }[family]
-    config = CONFIG_MAPPING[family](**sizes, num_attention_heads=2, num_key_value_heads=1, **own)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1} | ({} if family == "falcon" else {"head_dim": 8})
+    config = CONFIG_MAPPING[family](**sizes | FAMILIES[family])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / "base")
     tokens = SimpleNamespace(eos_token_id=3, pad_token_id=None, save_pretrained=lambda _: None)
-    policy = LanguagePolicy(model, tokens, lora=LoRAConfig(rank=2))
+    policy = LanguagePolicy(model, tokens, lora=LoRAConfig(rank=2, layers=layers))
     adapted = {name.partition(".lora_")[0].rpartition(".")[2] for name in policy.trainable}
-    assert {"q_proj", "o_proj"} <= adapted
-    assert not adapted & {"router", "out_proj"}
+    assert wanted <= adapted
+    assert not adapted & {"router", "out_proj", "dt_proj"}
     with torch.no_grad():
         for parameter in policy.trainable.values():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -280,6 +280,11 @@ def test_the_ends_are_those_that_the_loaded_model_has(tmp_path):
     assert load_ends(str(tmp_path), tokenizer) == sorted({eos, 7})
     GenerationConfig(eos_token_id=[eos, 9]).save_pretrained(tmp_path)
     assert load_ends(str(tmp_path), tokenizer) == sorted({eos, 9})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["seven"]}')
+    with pytest.raises(
+        UserError, match=r": eos_token_id=\['seven'\] of generation_config.json must be a token's number$"
+    ):
+        load_ends(str(tmp_path), tokenizer)
 
 
 # What a tokenizer and a configuration need not say

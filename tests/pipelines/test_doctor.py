@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from diffusion_align.diffusion.footprint import UNetCost
-from diffusion_align.pipelines import costs, doctor
+from diffusion_align.pipelines import costs, doctor, text
 from diffusion_align.pipelines.model_files import gigabytes
 from diffusion_align.training.errors import ConfigError
 
@@ -487,6 +487,35 @@ def test_text_methods(report, tmp_path):
     assert found["model"] == "tiny-lm (here)"
     assert found["text an epoch"] == "64 completions of at most 96 tokens, of verses"
     assert found["settings"] == "no problem found"
+
+
+def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, monkeypatch):
+    out = f"output_dir={tmp_path / 'run'}"
+    found, problems = report(out, "prompts=[a: b, c]", "show_prompts=['']", source="grpo_tiny")
+    assert problems == [
+        "prompts: row 0: the prompt is a mapping, {'a': 'b'}: quote the text, or give a list of messages",
+        "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out",
+        "show_prompts: row 0: the prompt is empty",
+    ]
+    assert found["settings"] == "3 problems, see below"
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    settings = {"model": "tiny-lm", "output_dir": str(tmp_path / "run"), "dataset": str(tmp_path / "pairs.jsonl")}
+
+    def examined(method, *overrides):
+        (tmp_path / "text.yaml").write_text(yaml.safe_dump(settings | {"method": method}))
+        return report(*overrides, source=str(tmp_path / "text.yaml"))
+
+    for method in ("dpo", "reward_model"):
+        found, problems = examined(method)
+        assert problems[0] == "dataset: row 1: chosen and rejected are the same"
+        found, problems = examined(method, f"dataset={{source: {settings['dataset']}, skip_bad_rows: true}}")
+        assert (problems, found["rows checked"]) == ([], "1 of dataset")
+    monkeypatch.setattr(text, "MOST_CHECKED", 1)
+    found, problems = examined("dpo")
+    assert (problems, found["rows checked"]) == ([], "1 of dataset")
+    for on_the_hub in ("model=some/one", "dataset=some/rows"):
+        assert "rows checked" not in examined("dpo", on_the_hub)[0]
 
 
 def test_a_text_recipe_without_its_prompts(report, tmp_path):

@@ -266,12 +266,19 @@ def test_an_align_that_fails_leaves_the_adapter_of_the_one_before(load, tmp_path
     pipe.align(reward=redness, output_dir=tmp_path / "first", resume=True, **SETTINGS | {"epochs": 3})
 
 
-def test_nothing_is_saved_in_the_place_of_a_file(load, tmp_path):
+def test_nothing_is_saved_in_the_place_of_a_file(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     pipe = load().align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
     (tmp_path / "file").touch()
-    for save in (pipe.save_lora, pipe.save_pretrained):
+    for save, written in (
+        (pipe.save_lora, "pytorch_lora_weights.safetensors"),
+        (pipe.save_pretrained, "model_index.json"),
+    ):
         with pytest.raises(UserError, match="is a file: name a folder"):
             save(tmp_path / "file")
+        save("~/home/saved")
+        assert (tmp_path / "home" / "saved" / written).is_file()
+    assert str(tmp_path / "home" / "saved") in (tmp_path / "home" / "saved" / "README.md").read_text()
 
 
 def test_training_in_another_thread(load, tmp_path):

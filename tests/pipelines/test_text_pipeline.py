@@ -125,6 +125,16 @@ def test_what_is_trained_is_what_everyone_loads(load, tiny_language_model, tmp_p
     assert_same_model(plain(tmp_path / "saved"), pipe.model, tolerance=0)
 
 
+def test_where_a_model_is_saved(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pipe = load()
+    pipe.save_pretrained("~/new/saved")
+    assert_same_model(plain(tmp_path / "new" / "saved"), pipe.model, tolerance=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^'~/file' is a file: name a folder$"):
+        pipe.save_pretrained("~/file")
+
+
 def test_a_reward_in_trls_signature(load, tmp_path):
     """Texts, and the other columns of the data as lists; None where it has nothing to say."""
     seen = []
