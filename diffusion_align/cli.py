@@ -36,11 +36,19 @@ def _options(
     pass  # main() reads --debug wherever it stands
 
 
-def _number(value: float | None) -> float | None:
-    """Of an option: nan lies between any two bounds."""
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is not a number that can be used")
-    return value
+def _between(low: float, high: float) -> Any:
+    """An option that is a number; nan, which some comparisons let through, lies between no two bounds."""
+
+    def number(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise typer.BadParameter(f"{str(text)[:40]!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return typer.Option(parser=number, metavar=f"FLOAT from {low:g} to {high:g}")
 
 
 def _path(text: str | Path) -> Path:
@@ -64,8 +72,8 @@ PromptFile = Annotated[
 RewardOptions = Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Steps = Annotated[int | None, typer.Option(min=1, max=MOST)]
-GuidanceScale = Annotated[float | None, typer.Option(min=0, max=LARGEST, callback=_number)]
-Eta = Annotated[float | None, typer.Option(min=0, max=1, callback=_number)]
+GuidanceScale = Annotated[float | None, _between(0, LARGEST)]
+Eta = Annotated[float | None, _between(0, 1)]
 Gaussian = tuple[float, float]
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
 
@@ -121,7 +129,7 @@ def complete(
     output: Annotated[Path | None, _place("--output", "-o", help=".jsonl file to write as well")] = None,
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.01, max=1000, callback=_number)] = 1.0,
+    temperature: Annotated[float, _between(0.01, 1000)] = 1.0,
 ) -> None:
     """Let a language model go on with each prompt."""
     import json

@@ -1,11 +1,12 @@
 """What users, models and servers write reaches a terminal as text: nothing in it steers the terminal."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from diffusion_align.cli import main
+from diffusion_align.cli import _path, main
 from diffusion_align.pipelines import TextAlignmentPipeline
 from diffusion_align.streams import printable
 
@@ -52,3 +53,9 @@ def test_sentences_about_bad_input(monkeypatch, capsys, tmp_path, arguments):
     said = capsys.readouterr()
     assert "error: " in said.err
     assert all(c.isprintable() or c == "\n" for c in said.out + said.err)
+
+
+def test_a_place_that_no_shell_has_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _path("~/a") == tmp_path / "a"
+    assert _path("a~/b") == Path("a~/b")

@@ -318,13 +318,39 @@ class LanguagePolicy:
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model, or what is trained of it, and its tokenizer, for plain transformers (with peft)."""
     with new_folder(folder) as aside:
-        if carries_adapters(model):
-            save_peft(model, aside)
-            if model.can_generate():
-                model.generation_config.save_pretrained(str(aside))
-        else:
-            model.save_pretrained(str(aside))
+        with _settings_that_are_written(model, aside):
+            if carries_adapters(model):
+                save_peft(model, aside)
+                if model.can_generate():
+                    model.generation_config.save_pretrained(str(aside))
+            else:
+                model.save_pretrained(str(aside))
         tokenizer.save_pretrained(str(aside))
+
+
+@contextlib.contextmanager
+def _settings_that_are_written(model: Any, folder: Path) -> Iterator[None]:
+    """Settings of generation that transformers reads, trains and samples with are written as well, as they are.
+
+    Many a published model has a temperature and no ``do_sample``, which transformers then refuses to save.
+    """
+    settings: Any = getattr(model, "generation_config", None)
+    refused = False
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError:
+        refused = True
+    if not refused:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    if model.can_generate():
+        settings.to_json_file(str(folder / "generation_config.json"))
 
 
 def merged(model: Any) -> Any:

@@ -238,7 +238,11 @@ NUMBER_CASES = [
         "complete tiny-lm -p a --max-new-tokens 5000",
         "does not fit behind",
     ),
-    ("complete --temperature nan", "complete tiny-lm -p a --temperature nan", "'--temperature'"),
+    (
+        "complete --temperature nan",
+        "complete tiny-lm -p a --temperature nan",
+        "'nan' is not a number from 0.01 to 1000",
+    ),
     ("complete --temperature 1e300", "complete tiny-lm -p a --temperature 1e300", "'--temperature'"),
     ("compare --per-prompt", f"compare a/b c/d --judge {JPEG} -p a --per-prompt 2000000000", "'--per-prompt'"),
     ("pairs --per-prompt", f"pairs a/b --judge {JPEG} -p a -o x --per-prompt 2000000000", "'--per-prompt'"),

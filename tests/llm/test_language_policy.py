@@ -176,6 +176,19 @@ def test_a_reference_with_other_tokens_is_refused(make_language_policy, tiny_lm)
         make_language_policy(reference=other)
 
 
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
+def test_settings_of_generation_are_saved_as_they_are(lora, make_language_policy, tmp_path):
+    """Those of some published models are ones that transformers refuses to save: after hours of training."""
+    from transformers import GenerationConfig
+
+    policy = make_language_policy(lora=lora)
+    settings = policy.model.generation_config = GenerationConfig(temperature=0.9, eos_token_id=[3, 5])
+    policy.save(tmp_path / "final")
+    assert policy.model.generation_config is settings
+    found = GenerationConfig.from_pretrained(tmp_path / "final")
+    assert (found.temperature, found.eos_token_id) == (0.9, [3, 5])
+
+
 FAMILIES = {
     "llama4_text": {"intermediate_size_mlp": 16, "num_local_experts": 2, "interleave_moe_layer_step": 1},
     "falcon_h1": {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_n_groups": 1}
