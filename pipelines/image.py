@@ -25,17 +25,17 @@ from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.paths import path_problem
 from diffusion_align.pipelines import adapters
-from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config, shipped_prompts
+from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config
 from diffusion_align.pipelines.hub import upload
 from diffusion_align.pipelines.identity import image_identity
-from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, usable_pairs
+from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, prompts_of, usable_pairs
 from diffusion_align.pipelines.machine import agreed, best_seconds, start
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
 from diffusion_align.rewards import build_reward
 from diffusion_align.rewards.places import recorded
 from diffusion_align.training.errors import UserError, short
 from diffusion_align.training.places import absolute_paths
-from diffusion_align.training.prompts import check_image_prompts, load_prompts
+from diffusion_align.training.prompts import check_image_prompts
 from diffusion_align.writing import new_folder, output_folder
 
 if TYPE_CHECKING:
@@ -424,6 +424,8 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
         torch.set_num_threads(config.num_threads)
     given = config.pairs if isinstance(config, DiffusionDPOConfig) else None
     pairs = None if given is None else agreed(lambda: usable_pairs(given))
+    prompts = prompts_of(config.prompts)
+    asked = None if config.evaluation is None else prompts_of(config.evaluation.prompts)
     plan = model_plan(config.model)
     if pipeline is None:
         pipeline = load_pipeline(
@@ -444,13 +446,12 @@ def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
         device=accelerator.device,
         autocast=accelerator.autocast,
     )
-    listed = config.prompts
-    prompts = [] if listed is None else agreed(lambda: load_prompts(listed, shipped=shipped_prompts()))
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     with recorded() as reward_places:
         reward = checked_reward(config.reward, plan.origin, policy, known, weights=config.reward_weights)
     with recorded() as evaluation_places:
-        evaluation = None if config.evaluation is None else evaluation_of(config.evaluation, plan.origin, policy, known)
+        judged = config.evaluation
+        evaluation = None if judged is None else evaluation_of(judged, plan.origin, policy, asked or known)
     trainer: ImageTrainer
     if isinstance(config, DDPOConfig):
         assert reward is not None

@@ -10,11 +10,11 @@ from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.settings import EvaluationConfig
 from diffusion_align.pipelines.configuration import shipped_prompts
-from diffusion_align.pipelines.machine import processes
+from diffusion_align.pipelines.machine import agreed, processes
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.clip import default_clip, load_clip
 from diffusion_align.training.progress import progress_bars
-from diffusion_align.training.prompts import Prompt, load_prompts
+from diffusion_align.training.prompts import Prompt, PromptsConfig, load_prompts
 
 
 def checked_reward(
@@ -32,11 +32,15 @@ def checked_reward(
     return reward
 
 
+def prompts_of(setting: PromptsConfig | None) -> list[Prompt]:
+    """The prompts that a setting names, of a Hub dataset too: read before any model is loaded."""
+    return [] if setting is None else agreed(lambda: load_prompts(setting, shipped=shipped_prompts()))
+
+
 def evaluation_of(
-    settings: EvaluationConfig, model: str, policy: DenoisingPolicy, known: Sequence[Prompt]
+    settings: EvaluationConfig, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt]
 ) -> Evaluation:
-    """The gold reward and the distance of pictures, ready. ``known``: prompts where the settings name none."""
-    prompts = known if settings.prompts is None else load_prompts(settings.prompts, shipped=shipped_prompts())
+    """The gold reward and the distance of images of ``prompts``, ready."""
     embed = None
     if settings.diversity != "pixels":
         clip = default_clip(model) if settings.diversity == "clip" else settings.diversity

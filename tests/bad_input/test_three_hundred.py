@@ -290,6 +290,12 @@ OTHER_CASES = [
     ("score a surrogate", f"score {JPEG} red.png -p a\udcff", "not valid Unicode"),
     ("score option: another name", f"score {JPEG} red.png --option name=aesthetic", "the reward is named already"),
     ("train prompts of two columns of one name", "train image.yaml prompts=twice.csv", "columns are called 'prompt'"),
+    ("train prompts of no dataset", "train image.yaml prompts=nobody/no-such", "cannot be loaded .*nobody"),
+    (
+        "train evaluation prompts of no dataset",
+        ["train", "image.yaml", f"evaluation={{prompts: {{source: nobody/no-such}}, reward: {JPEG}}}"],
+        "cannot be loaded .*nobody",
+    ),
     ("sample no prompt in a file", "sample emoji-sd --prompts empty.txt", "holds no prompt"),
     ("complete no prompt in a file", "complete tiny-lm --prompts empty.txt", "no prompt"),
     ("complete no prompt", "complete tiny-lm", "no prompt"),
