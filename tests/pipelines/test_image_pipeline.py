@@ -691,7 +691,7 @@ def test_a_whole_pipeline_is_uploaded(load, first_run, tmp_path, hub):
         p.name for p in (tmp_path / "hub").iterdir()
     }
     assert (
-        'StableDiffusionPipeline.from_pretrained("me/red", dtype=torch.float32)'
+        'StableDiffusionPipeline.from_pretrained("me/red", torch_dtype=torch.float32)'
         in (tmp_path / "hub" / "README.md").read_text()
     )
     assert_same_unet(plain(tmp_path / "hub"), pipe)
