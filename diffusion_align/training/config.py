@@ -127,6 +127,10 @@ class TrainingConfig(Section):
         return problems
 
 
+_ROWS = ("prompts", "dataset", "eval_dataset", "pairs")
+"""Settings of which a source alone stands for a section, see ``RowsConfig``."""
+
+
 def load_yaml(path: Path, *, unread: bool = False) -> dict[str, Any]:
     """The mapping in a YAML file, or a ConfigError with one sentence; ``unread`` as in ``yaml_text.parse``."""
     if problem := path_problem(path, "file"):
@@ -146,7 +150,10 @@ def load_yaml(path: Path, *, unread: bool = False) -> dict[str, Any]:
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str], *, unread: bool = False) -> dict[str, Any]:
-    """``raw`` with ``dotted.key=value`` strings applied; values are YAML, ``unread`` as in ``yaml_text.parse``."""
+    """``raw`` with ``dotted.key=value`` strings applied; values are YAML, ``unread`` as in ``yaml_text.parse``.
+
+    Where rows are given by their source alone (``prompts: verses``), ``prompts.max_rows=8`` is set beside it.
+    """
     result = _copy(raw)
     problems = []
     for override in overrides:
@@ -164,6 +171,9 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str], *, unread:
             continue
         target = result
         for parent in parents:
+            given = target.get(parent) if isinstance(target, dict) else None
+            if parent in _ROWS and given is not None and not isinstance(given, dict):
+                target[parent] = {"source": given}
             target = target.setdefault(parent, {}) if isinstance(target, dict) else None  # type: ignore[assignment]
             if not isinstance(target, dict):
                 problems.append(f"{short(key)} cannot be set: {short(parent)} is not a section")

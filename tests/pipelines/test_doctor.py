@@ -509,7 +509,7 @@ def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, mon
     for method in ("dpo", "reward_model"):
         found, problems = examined(method)
         assert problems[0] == "dataset: row 1: chosen and rejected are the same"
-        found, problems = examined(method, f"dataset={{source: {settings['dataset']}, skip_bad_rows: true}}")
+        found, problems = examined(method, "dataset.skip_bad_rows=true")
         assert (problems, found["rows checked"]) == ([], "1 of dataset")
     monkeypatch.setattr(text, "MOST_CHECKED", 1)
     found, problems = examined("dpo")

@@ -131,3 +131,14 @@ def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
 
 def test_a_prompt_that_looks_like_a_number_stays_a_text():
     assert apply_overrides({}, ["prompts=[1e5, 2e3]", "rate=1e-4"]) == {"prompts": ["1e5", "2e3"], "rate": 1e-4}
+
+
+@pytest.mark.parametrize("source", ["verses", ["a", "b"]])
+def test_a_setting_beside_a_source_that_stands_alone(source):
+    """As errors advise: "set prompts.skip_bad_rows=true"."""
+    raw = {"prompts": source, "evaluation": {"prompts": source}}
+    assert apply_overrides(raw, ["prompts.skip_bad_rows=true", "evaluation.prompts.max_rows=2"]) == {
+        "prompts": {"source": source, "skip_bad_rows": True},
+        "evaluation": {"prompts": {"source": source, "max_rows": 2}},
+    }
+    assert raw["prompts"] == source
