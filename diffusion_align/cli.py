@@ -146,8 +146,7 @@ def complete(
         raise _user_error("no prompt: give -p TEXT or --prompts FILE")
     check_unicode(prompt or [])
     if output is not None:
-        _check_output(output.parent, "folder")
-        _check_output(output, "file")
+        _check_output_file(output)
     _hide_loading_bars()
     check_completions(model, texts, max_new_tokens)
     pipeline = TextAlignmentPipeline.from_pretrained(model)
@@ -258,8 +257,7 @@ def compare(
     texts, metadata = zip(*_prompts(prompt, prompts), strict=True)
     if os.path.isdir(output):
         raise _user_error(f"--output {output} is a folder: name the picture to write")
-    _check_output(output.parent, "folder")
-    _check_output(output, "file")
+    _check_output_file(output)
     _hide_loading_bars()
     with _bar("pictures", 2 * per_prompt * len(texts)) as update:
         result = compare_models(
@@ -587,6 +585,15 @@ def _check_output(path: Path, want: Literal["file", "folder"], option: str = "--
     if problem := output_problem(path, want):
         shown = path if len(str(path)) <= 80 and str(path).isprintable() else short(str(path))
         raise _user_error(f"{option}: the {want} {shown} cannot be used: it {problem}")
+
+
+def _check_output_file(path: Path) -> None:
+    """Its folder first, unless all is well: into that of /dev/stdout nobody else may write."""
+    from diffusion_align.paths import output_problem
+
+    if output_problem(path, "file"):
+        _check_output(path.parent, "folder")
+        _check_output(path, "file")
 
 
 def _make_folder(path: Path, option: str = "--output") -> None:

@@ -47,7 +47,8 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, WriteError) or (number := _number(error)) is None:
+        # A sentence is one already, whatever the error was that it is about.
+        if isinstance(error, UserError) or (number := _number(error)) is None:
             raise
         # 0: torch says that its stream failed and not why.
         why = os.strerror(number) if number else "the write failed"
@@ -102,7 +103,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
             yield aside
             _share(aside)
             _sync(aside)
-            rename(aside, path)
+            _take_place(aside, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -187,6 +188,18 @@ def sweep(folder: str | Path, *, of: str | None = None) -> None:
             else:
                 with contextlib.suppress(OSError):
                     left.unlink()
+
+
+def _take_place(source: Path, target: Path) -> None:
+    """``rename`` of a file, or where that cannot be, as of one that a container mounts, a copy of what is in it."""
+    try:
+        rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        shutil.copyfile(source, target)
+        _sync(target)
+        source.unlink()
 
 
 def _aside(path: Path) -> Path:

@@ -27,6 +27,19 @@ def test_printable():
     assert printable("é 猫 🍎\n\tx", keep="\n\t") == "é 猫 🍎\n\tx"
 
 
+def test_whoever_may_not_write_to_dev_may_write_to_stdout(monkeypatch):
+    from diffusion_align import cli, paths
+    from diffusion_align.training.errors import UserError
+
+    def denied(dir, prefix):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(paths.tempfile, "TemporaryFile", denied)
+    cli._check_output_file(Path("/dev/stdout"))
+    with pytest.raises(UserError, match="--output: the folder /dev cannot be used: it is not writable: Permission"):
+        cli._check_output_file(Path("/dev/no-stream"))
+
+
 def test_completions_and_prompts(monkeypatch, capsys):
     def written(texts, **options):
         return SimpleNamespace(texts=[f"{STEERS}\n\tend" for _ in texts])

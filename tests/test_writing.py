@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from diffusion_align import writing
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from diffusion_align.training.errors import UserError
 from diffusion_align.writing import WriteError, append_line, make_folder, new_file, new_folder, sweep, write_text
 
 
@@ -185,6 +186,10 @@ def test_other_errors_stay_what_they_are(tmp_path):
     for error in (ValueError("no number"), RuntimeError("CUDA error"), TimeoutError("no answer"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             half_of(new_file(tmp_path / "a"), error)
+    about_another = UserError("the model's file is damaged: load it anew")
+    about_another.__context__ = OSError(errno.ENOENT, "No such file or directory")
+    with pytest.raises(UserError, match="the model's file is damaged"):
+        half_of(new_folder(tmp_path / "a"), about_another)
     assert names(tmp_path) == []
 
 
@@ -256,6 +261,20 @@ def test_links_stay_and_pipes_are_written_to(tmp_path):
     with pytest.raises(WriteError, match=r"folder cannot be written \(Is a directory\): something else of that name"):
         write_text(tmp_path / "folder", "new")
     assert names(tmp_path) == ["dangling.txt", "folder/a.txt", "folder/b.txt", "link.txt"]
+
+
+def test_a_file_that_is_mounted_itself_is_written_in_place(tmp_path, monkeypatch):
+    (tmp_path / "mounted.jsonl").write_text("the old, which is longer")
+
+    def busy(source, target):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(writing.os, "replace", busy)
+    inode = (tmp_path / "mounted.jsonl").stat().st_ino
+    write_text(tmp_path / "mounted.jsonl", "new")
+    assert (tmp_path / "mounted.jsonl").read_text() == "new"
+    assert (tmp_path / "mounted.jsonl").stat().st_ino == inode
+    assert names(tmp_path) == ["mounted.jsonl"]
 
 
 def test_names_of_255_bytes(tmp_path):

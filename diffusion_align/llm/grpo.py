@@ -168,6 +168,8 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         batch.mean_length = max(self.global_sum(tokens) / max(int(counted.sum()), 1), 1.0)
         # A mean over tokens is of those that count; a mean over completions is of all, those left out adding 0.
         among = counted if config.loss_type == "dapo" else torch.ones_like(counted)
+        cut = "every completion was cut off at max_completion_length, and mask_truncated_completions leaves those out"
+        self.none_left = super().none_left if counted.any() else cut
         return Work(used.nonzero().squeeze(1), counted=int(among.sum())), metrics
 
     def loss(self, batch: GRPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -34,6 +34,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 # Absolute from the beginning: a reward may change the working directory.
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
 
+Content = Literal["model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation"]
+"""Settings that name what lies elsewhere and may change there."""
+
 
 class Section(BaseModel):
     """A group of settings; unknown keys are errors, and neither text nor true/false is taken for a number."""
@@ -60,9 +63,9 @@ class TrainingConfig(Section):
     resume: bool = Field(
         False, strict=True, description="continue the run in output_dir from its newest checkpoint, bit for bit"
     )
-    accept_changed: list[
-        Literal["model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation"]
-    ] = Field(default_factory=list, description="resume although the content of these is not what the run began with")
+    accept_changed: list[Content] = Field(
+        default_factory=list, description="resume although the content of these is not what the run began with"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     epochs: int = Field(100, ge=1, le=MOST, description="rounds of collect, score, estimate, update")
 
@@ -143,8 +146,10 @@ def load_yaml(path: Path, *, unread: bool = False) -> dict[str, Any]:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from None
     except YamlProblem as error:
         raise ConfigError([f"{path} is not valid YAML{error.where}: {error}"]) from None
+    if raw is None:
+        raise ConfigError([f"{path} holds no settings: write a mapping of them, as in epochs: 3"])
     if not isinstance(raw, dict):
-        kind = "text" if isinstance(raw, Unread) else type(raw).__name__
+        kind = "text" if isinstance(raw, Unread | str) else f"a {type(raw).__name__}"
         raise ConfigError([f"{path} must hold a mapping of settings, not {kind}"])
     return raw
 
@@ -223,7 +228,7 @@ def parse_config(
     try:
         config = model.model_validate(read_as(model, raw))
     except ValidationError as error:
-        problems += [_sentence(model, dict(e)) for e in error.errors()]
+        problems += sentences(model, error)
     if config is not None:
         problems += config.cross_checks()
     for check in checks:
@@ -245,14 +250,41 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
-def _sentence(model: type[BaseModel], error: dict[str, Any]) -> str:
+def sentences(model: type[BaseModel], error: ValidationError, *, section: str | None = None) -> list[str]:
+    """One about each thing that is wrong with the settings of ``model``, which are those of ``section``."""
+    return [_sentence(model, dict(one), section) for one in error.errors()]
+
+
+def _sentence(model: type[BaseModel], error: dict[str, Any], section: str | None) -> str:
     path = [str(part) for part in error["loc"]]
-    name = ".".join(path)
+    name = ".".join(path if section is None else [section, *path])
     if error["type"] == "extra_forbidden":
         return f"unknown setting {short(name)}: {nearest(path[-1], _known_keys(model, path[:-1]))}"
     if error["type"] == "missing":
         return f"{name} is missing: it has to be given"
-    return f"{name}={short(error.get('input'), 200)} is not allowed: {error['msg'].removeprefix('Value error, ')}"
+    return f"{name}={short(error.get('input'), 200)} is not allowed: {_reason(name, error)}"
+
+
+def _reason(name: str, error: dict[str, Any]) -> str:
+    """What pydantic says, in words of settings where it has those of Python."""
+    kind, value = error["type"], error.get("input")
+    if kind == "list_type" and isinstance(value, str):
+        return f"it must be a list, as in {name}=[{short(value)[1:-1]}]"
+    if kind in ("model_type", "dict_type"):
+        return "it must be a section of settings, as in {key: value}"
+    return _REASONS.get(kind) or error["msg"].removeprefix("Value error, ")
+
+
+_REASONS = {
+    "list_type": "it must be a list",
+    "tuple_type": "it must be a list",
+    "string_type": "it must be text",
+    "path_type": "it must be a path",
+    "bool_type": "it must be true or false",
+    "int_type": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number",
+}
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -91,7 +91,7 @@ def place_digest(place: str | os.PathLike[str]) -> str | None:
             return model_digest(Path(path))
         if os.path.isfile(path):
             return file_digest(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # also of a damaged model's configuration
         return None
     return hub_commit(os.fspath(place)) if os.fspath(place).count("/") <= 1 else None  # gpt2 has no owner
 

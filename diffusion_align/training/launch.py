@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
+from diffusion_align.devices import device_problem
 from diffusion_align.training.errors import ConfigError
 
 Treatment = Literal["honoured", "overruled", "compared", "refused", "idle"]
@@ -93,11 +93,9 @@ def launch_problems(mixed_precision: Any = "no", environment: Mapping[str, str] 
     for name in _FLAGS:
         if name in given and given[name].lower() not in _TRUE | _FALSE:
             problems.append(f"{name}={given[name]!r} must be true or false: set it to one, or unset it")
-    if (device := given.get("ACCELERATE_TORCH_DEVICE")) is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError):
-            problems.append(f"ACCELERATE_TORCH_DEVICE={device!r} is no device of this machine: correct or unset it")
+    device = given.get("ACCELERATE_TORCH_DEVICE")
+    if problem := device_problem(device):
+        problems.append(f"ACCELERATE_TORCH_DEVICE={device!r} {problem}: correct or unset it")
     launched = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     wanted = "no" if mixed_precision is False else mixed_precision
     if launched == "fp8" or (launched not in ("", "no", wanted) and wanted != "auto"):

@@ -20,7 +20,7 @@ from diffusion_align.writing import writing
 LOCK_FILE = ".lock"
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _FAR = 1 << 30  # on Windows a locked byte cannot be read, so it is one far behind what the file says
-_held: set[int] = set()
+_held: set[FolderLock] = set()
 
 
 class FolderLock:
@@ -66,7 +66,7 @@ class FolderLock:
             if _is_still(descriptor, self.path):
                 break
             os.close(descriptor)  # the one before removed the file while we waited for it
-        _held.add(descriptor)
+        _held.add(self)
         self._descriptor = descriptor
         try:
             with writing(self.path):
@@ -81,7 +81,7 @@ class FolderLock:
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
-        _held.discard(descriptor)
+        _held.discard(self)
         if sys.platform == "win32":  # where an open file cannot be removed
             os.close(descriptor)
             self._remove()
@@ -150,9 +150,11 @@ def _lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def _let_go() -> None:
-    """A forked child shares its parent's locks: it must not keep them when the parent is killed."""
-    for descriptor in _held:
-        os.close(descriptor)
+    """A forked child shares its parent's locks: it must not keep them when the parent is killed, nor end them."""
+    for lock in _held:
+        if lock._descriptor is not None:
+            os.close(lock._descriptor)
+            lock._descriptor = None
     _held.clear()
 
 

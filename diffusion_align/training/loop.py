@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from diffusion_align import __version__
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue, waiting_for_others
 from diffusion_align.training import checkpoint
-from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
+from diffusion_align.training.config import Content, TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.finite import largest, loss_problem, weights_problem
@@ -121,6 +122,7 @@ class Trainer(ABC, Generic[Batch]):
     """
 
     headline = "reward"  # the metric that the progress bar shows
+    none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
     keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -134,6 +136,7 @@ class Trainer(ABC, Generic[Batch]):
         self._flag = InterruptFlag()
         self._log = MetricsLog(self.folder / "metrics.jsonl", accelerator)
         self._failed_together = self._unfit_together = self._can_be_saved = False
+        self._saving = threading.Lock()  # held while a checkpoint is written, and to change ``_can_be_saved``
         self._steps_taken = 0  # optimizer steps, skipped ones not counted
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
@@ -329,14 +332,16 @@ class Trainer(ABC, Generic[Batch]):
             yield
             return
         parameters = list(self.trainable.values())
-        could, self._can_be_saved = self._can_be_saved, False
+        with self._saving:
+            could, self._can_be_saved = self._can_be_saved, False
         self._ema.store(parameters)
         self._ema.copy_to(parameters)
         try:
             yield
         finally:
             self._ema.restore(parameters)
-            self._can_be_saved = could
+            with self._saving:
+                self._can_be_saved = could
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[TaskID]:
@@ -434,7 +439,7 @@ class Trainer(ABC, Generic[Batch]):
         if trained:
             return {}
         if len(work.samples) == 0:
-            self._why_untrained = "no sample was left to train on (equal rewards, or ties, have no gradient)"
+            self._why_untrained = f"no sample was left to train on ({self.none_left})"
         else:
             self._why_untrained = "every step overflowed in fp16 and was skipped"
         if self.accelerator.is_main_process:
@@ -457,9 +462,9 @@ class Trainer(ABC, Generic[Batch]):
             return reason
         self._untrained = 0
         self.save()
-        remedy = "set mixed_precision=bf16 or no" if "fp16" in reason else "use another reward, more samples a group"
-        if "fp16" not in reason:
-            remedy += " or other prompts"
+        remedies = {"fp16": "set mixed_precision=bf16 or no", "max_completion_length": "raise max_completion_length"}
+        other = "use another reward, more samples a group or other prompts"
+        remedy = next((remedy for cause, remedy in remedies.items() if cause in reason), other)
         raise TrainingError(f"{reason}: {remedy}")
 
     @property
@@ -565,25 +570,30 @@ class Trainer(ABC, Generic[Batch]):
     @contextlib.contextmanager
     def _saved_if_broken_off(self) -> Iterator[None]:
         """Collecting changes no weights, so whatever breaks it off, the epoch's beginning can still be saved."""
-        self._can_be_saved = True
+        with self._saving:
+            self._can_be_saved = True
         try:
             yield
         except (Interrupted, Overdue):
             self._stop()
         except Exception as error:
             # Of any process: where one saves nothing, the others would wait for it.
-            if (isinstance(error, TrainingError) or self._unfit_together) and self.epoch == 0:
-                raise  # the model is not fit for these settings: there is nothing to go on with
+            unfit = isinstance(error, TrainingError) or self._unfit_together  # the weights, for these settings
+            if unfit and self.epoch == 0:
+                raise  # there is nothing to go on with
             together = self.accelerator.num_processes == 1 or self._failed_together  # saving needs every process
             if together and not self._leaves_nothing():
                 with contextlib.suppress(WriteError):  # what failed first is what is said; the last checkpoint stands
                     self.save()
                 failed_before = not self._fresh and self.epoch == self._began  # and would again
-                if not isinstance(error, WriteError) and not failed_before:
+                if unfit and self.accelerator.mixed_precision == "fp16":
+                    error.add_note(f"{self._how_to_resume} mixed_precision=no")
+                elif not (unfit or failed_before or isinstance(error, WriteError)):
                     error.add_note(self._how_to_resume)
             raise
         finally:
-            self._can_be_saved = False
+            with self._saving:  # what ``_leave`` has begun to write is not trained on meanwhile
+                self._can_be_saved = False
 
     @contextlib.contextmanager
     def _resumable_if_not_written(self) -> Iterator[None]:
@@ -612,8 +622,9 @@ class Trainer(ABC, Generic[Batch]):
     def _leave(self) -> None:
         """In another thread: end this process, whose main thread is in foreign code or waits for other processes and
         cannot be reached. Without others, and where the epoch's beginning can still be saved, it is."""
-        if self.accelerator.num_processes == 1 and self._can_be_saved:
-            saving = threading.Thread(target=self.save, daemon=True)  # of its own: on a GPU that hangs it would, too
+        if self.accelerator.num_processes == 1:
+            # In a thread of its own: on a GPU that hangs it would, too.
+            saving = threading.Thread(target=self._save_beginning, daemon=True)
             saving.start()
             saving.join(_LAST_SAVE)
         newest = "".join(path.name for path in self._checkpoints()[-1:]) or "none"
@@ -624,13 +635,20 @@ class Trainer(ABC, Generic[Batch]):
     def _checkpoints(self) -> list[Path]:
         return checkpoint.list_checkpoints(self.folder / "checkpoints")
 
+    def _save_beginning(self) -> None:
+        """For ``_leave``: wait for a checkpoint that is being written, and write the epoch's beginning if it can be."""
+        with self._saving:
+            if self._can_be_saved:
+                self._write_checkpoint([self._rng_at_start])
+
     def save(self) -> None:
         """Write a checkpoint of the last finished epoch."""
         self._saved_at = time.monotonic()
         rng = [self._rng_at_start]
         if self.accelerator.num_processes > 1:
             rng = gather_object(rng)
-        self.on_main_process(lambda: self._write_checkpoint(rng))
+        with self._saving:
+            self.on_main_process(lambda: self._write_checkpoint(rng))
 
     def _checkpoint_overdue(self) -> bool:
         """Whether ``checkpoint_minutes`` have passed since the last one, by the clock of the main process."""
@@ -674,7 +692,7 @@ class Trainer(ABC, Generic[Batch]):
 
     @contextlib.contextmanager
     def _own_folder(self) -> Iterator[None]:
-        """Inside, no other run uses the folder; one that fails before anything was trained leaves it as it was found.
+        """Inside, no other run uses the folder; one that fails in its first epoch leaves it as it was found.
 
         Raises:
             UserError: another process holds it.
@@ -694,16 +712,16 @@ class Trainer(ABC, Generic[Batch]):
             except Exception:
                 if self.accelerator.is_main_process and self._nothing_trained():
                     for name in _TRACES:
-                        checkpoint.remove(self.folder / name)
+                        with contextlib.suppress(OSError):  # what failed first is what is said
+                            checkpoint.remove(self.folder / name)
                 raise
 
     def _lock(self) -> FolderLock:
         return FolderLock(make_folder(self.folder, parents=True))
 
     def _nothing_trained(self) -> bool:
-        """Whether this process began the run, made no update, and nothing is there that took long to make."""
-        kept = any((self.folder / name).exists() for name in self.keeps)
-        return self._fresh and self.epoch == 0 and not kept and not any(row["step"] for row in self._log.rows())
+        """Whether this process began the run, finished no epoch, and nothing is there that took long to make."""
+        return self._fresh and self.epoch == 0 and not any((self.folder / name).exists() for name in self.keeps)
 
     def _leaves_nothing(self) -> bool:
         """``_nothing_trained`` of the main process, on all."""
@@ -728,9 +746,22 @@ class Trainer(ABC, Generic[Batch]):
         accepted = set(self.config.accept_changed)
         moved = (same_content(identity or {}, self.identity) & _KNOWN_BY_CONTENT) | accepted
         changed = [k for k in mine if k not in free | moved | _FREE_BUT_FOR_BITS and mine[k] != theirs.get(k)]
-        if changed:
+        others = {k: v for k, v in changed_content(identity or {}, self.identity).items() if k not in accepted}
+        failure = None
+        if changed or others:
+            acceptable = [k for k in typing.get_args(Content) if k in accepted | set(changed) | others.keys()]
+            remedy = "put it back or choose a new output_dir"
+            # Another model may be this run's own result, whose adapters would be added once more.
+            if set(changed) <= set(acceptable) - {"model", "reference_model"}:
+                remedy = (
+                    f"put it back, choose a new output_dir, or set accept_changed=[{', '.join(acceptable)}] to resume "
+                    "with what is there now"
+                )
             what = ", ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)
-            raise CheckpointError(f"{path} belongs to another run: {what}; put it back or choose a new output_dir")
+            content = " and ".join(f"{setting} ({', '.join(places)})" for setting, places in others.items())
+            which = f"another run: {what};" if changed else f"a run with other content of {content}:"
+            failure = CheckpointError(f"{path} belongs to {which} {remedy}")
+        self.raise_together(failure, CheckpointError)  # a process on another machine reads other files
         resized = [k for k in mine if k in _FREE_BUT_FOR_BITS and mine[k] != theirs.get(k)]
         if resized and self.accelerator.is_main_process:
             what = ", ".join(f"{k}={mine[k]} (was {theirs.get(k)})" for k in resized)
@@ -738,17 +769,6 @@ class Trainer(ABC, Generic[Batch]):
                 f"resumed with {what}: from here on numbers may differ in their bits from the run's own",
                 file=sys.stderr,
             )
-        if not self.identity:
-            return
-        others = {k: v for k, v in changed_content(identity or {}, self.identity).items() if k not in accepted}
-        failure = None
-        if others:
-            what = " and ".join(f"{setting} ({', '.join(places)})" for setting, places in others.items())
-            failure = CheckpointError(
-                f"{path} belongs to a run with other content of {what}: put it back, choose a new output_dir, or set "
-                f"accept_changed=[{', '.join(others)}] to resume with what is there now"
-            )
-        self.raise_together(failure, CheckpointError)  # a process on another machine reads other files
 
     def _load(self, path: Path) -> None:
         weights, tensors, state = checkpoint.load_checkpoint(path)

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_serializer
 
 from diffusion_align.bounds import LONGEST_PROMPT, MOST_ROWS
 from diffusion_align.paths import path_problem
+from diffusion_align.training.config import sentences
 from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.rows import (
@@ -168,13 +169,7 @@ def _checked(source: Any) -> PromptsConfig:
     try:
         return PromptsConfig.model_validate(source)
     except ValidationError as error:
-        raise ConfigError(
-            [
-                f"{'.'.join(map(str, ('prompts', *one['loc'])))}={short(one['input'])} is not allowed: "
-                + one["msg"].removeprefix("Value error, ")
-                for one in error.errors()
-            ]
-        ) from None
+        raise ConfigError(sentences(PromptsConfig, error, section="prompts")) from None
 
 
 def _place(config: PromptsConfig, shipped: Mapping[str, Path]) -> TableSource:

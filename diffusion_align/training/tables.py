@@ -300,7 +300,9 @@ def open_table(source: TableSource) -> Table:
         return source.source.table
     if not isinstance(source.source, str):
         _one_split(source, "list")
-        return ListTable(_mappings(source, source.source), None)
+        return ListTable(
+            _mappings(source, source.source, f"{source.name}.source", "a mapping of column to value"), None
+        )
     if problem := path_problem(source.source):
         raise ConfigError([f"{source.name}.source={short(source.source)} {problem}"])
     if is_hub(source.source):
@@ -341,9 +343,10 @@ def _one_split(source: TableSource, what: str) -> None:
         raise ConfigError([f"{start}: a {what} holds one split, train; leave it out"])
 
 
-def _mappings(source: TableSource, rows: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+def _mappings(source: TableSource, rows: Sequence[Any], where: str, what: str) -> Sequence[Any]:
+    """``rows`` of ``where``, each of which must be ``what``: a mapping, in the words of its format."""
     problems = [
-        f"{source.name}.source: row {i} is {short(row)}, not a mapping of column to value: mend or remove it"
+        f"{where}: row {i} is {short(row)}, not {what}: mend or remove it"
         for i, row in enumerate(rows)
         if not isinstance(row, Mapping)
     ]
@@ -398,7 +401,7 @@ def _loading(source: TableSource) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _read(source: TableSource, path: Path) -> list[dict[str, Any]]:
+def _read(source: TableSource, path: Path) -> Sequence[dict[str, Any]]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             text = file.read().decode("utf-8-sig")
@@ -437,19 +440,12 @@ def _csv_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
         csv.field_size_limit(limit)
 
 
-def _json_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
+def _json_rows(source: TableSource, text: str) -> Sequence[dict[str, Any]]:
     rows = _json(text)
     if not isinstance(rows, list):
         remedy = "give a list of rows, [{...}, ...], or call a file of one object a line .jsonl"
         raise ConfigError([f"{source} is not a JSON list: {remedy}"])
-    problems = [
-        f"{source}: row {number} is not a JSON object: mend or remove it"
-        for number, row in enumerate(rows)
-        if not isinstance(row, dict)
-    ]
-    if problems:
-        raise ConfigError(listed(problems, source.name))
-    return rows
+    return _mappings(source, rows, str(source), "a JSON object")
 
 
 def _json(text: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from tiny_runs import TINY
 
 from diffusion_align.pipelines.configuration import check_config, read_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
@@ -27,21 +28,13 @@ FORMS = {  # what is loaded -> settings that say so
     "bf16": {"dtype": "bfloat16", "mixed_precision": "auto"},
     "file": {},
 }
-SETTINGS = {
+SETTINGS = TINY | {
     "method": "ddpo",
     "reward": "jpeg_compressibility",
     "prompts": PROMPTS,
     "show_prompts": PROMPTS[:1],
-    "epochs": 1,
-    "samples_per_epoch": 2,
-    "sample_batch_size": 2,
-    "micro_batch_size": 2,
-    "updates_per_epoch": 1,
     "learning_rate": 0.3,
     "sampler": {"steps": 2, "guidance_scale": 3.0},
-    "lora": {"rank": 2},
-    "grid_every": 0,
-    "num_threads": 1,
 }
 
 

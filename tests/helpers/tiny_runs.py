@@ -1,11 +1,6 @@
 """Settings of runs of seconds, with models of the package."""
 
-IMAGE_RUN = {
-    "method": "ddpo",
-    "model": "emoji-sd",
-    "reward": "jpeg_compressibility",
-    "prompts": ["a red apple", "a cat"],
-    "output_dir": "run",
+TINY = {
     "epochs": 1,
     "samples_per_epoch": 2,
     "sample_batch_size": 2,
@@ -15,4 +10,12 @@ IMAGE_RUN = {
     "lora": {"rank": 2},
     "grid_every": 0,
     "num_threads": 1,
+}
+IMAGE_RUN = {
+    "method": "ddpo",
+    "model": "emoji-sd",
+    "reward": "jpeg_compressibility",
+    "prompts": ["a red apple", "a cat"],
+    "output_dir": "run",
+    **TINY,
 }

@@ -322,6 +322,12 @@ def test_truncated_completions_are_left_out(make_run):
     assert trainer.estimate(batch)[0].counted == len(keep)
     lengths = batch.sequences.mask[batch.finished].sum(1)
     assert batch.mean_length == pytest.approx(lengths.double().mean().item())
+    batch.finished = torch.zeros_like(batch.finished)
+    assert len(trainer.estimate(batch)[0].samples) == 0
+    assert trainer.none_left.startswith("every completion was cut off at max_completion_length")
+    batch.finished = torch.ones_like(batch.finished)
+    trainer.estimate(batch)
+    assert trainer.none_left.startswith("equal rewards"), "what is said of one epoch is not said of the next"
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])

@@ -107,6 +107,13 @@ def test_what_of_a_models_folder_counts(tmp_path):
     assert model_digest(plain) != before
 
 
+@pytest.mark.parametrize("index", ["[]", "7", "{", '{"unet": "x"}', '["a"]', "[" * 100_000])
+def test_of_a_damaged_model_nothing_is_known(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(index)
+    digest = place_digest(tmp_path)
+    assert (digest is None) == (index != '{"unet": "x"}')
+
+
 def test_a_hub_id_is_its_commit(tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffusion_align import interrupt, writing
@@ -156,6 +158,39 @@ def test_without_room_at_the_start_there_is_nothing_to_resume(tmp_path, full_dis
         Toy(tmp_path / "run").train()
     assert notes(caught.value) == []
     assert left_aside(tmp_path) == []
+
+
+class Diverging(Toy):
+    """The loss of the second update is not a number."""
+
+    def loss(self, batch, samples, decisions):
+        losses, statistics = super().loss(batch, samples, decisions)
+        return losses * (math.nan if self.step == 2 else 1), statistics
+
+
+def test_a_run_that_fails_within_its_first_epoch_leaves_the_folder_to_the_next(tmp_path, monkeypatch):
+    with pytest.raises(TrainingError, match="the loss became nan at step 2") as caught:
+        Diverging(tmp_path / "run").train()
+    assert notes(caught.value) == []
+    assert list(tmp_path.iterdir()) == []
+
+    def read_only(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(loop.checkpoint, "remove", read_only)
+    with pytest.raises(TrainingError, match="the loss became nan at step 2"):  # what failed first is what is said
+        Diverging(tmp_path / "run").train()
+
+
+def test_a_run_that_finished_an_epoch_keeps_its_folder(tmp_path):
+    class Later(Toy):
+        def loss(self, batch, samples, decisions):
+            losses, statistics = super().loss(batch, samples, decisions)
+            return losses * (math.nan if self.step == 3 else 1), statistics
+
+    with pytest.raises(TrainingError, match="the loss became nan at step 3"):
+        Later(tmp_path / "run").train()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_what_a_killed_run_left_is_swept_at_the_next_start(tmp_path):
@@ -469,6 +504,106 @@ def test_a_hangup_that_is_ignored_stays_ignored(quick):
             assert not flag.raised
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("ends", ["in time", "by a signal"])
+def test_nothing_else_is_done_while_a_process_that_must_end_saves(tmp_path, monkeypatch, ends):
+    """Its main thread may come back from foreign code just then: to train on what is being written, or to save too."""
+    trainer, begun, done = Toy(tmp_path / "run"), threading.Event(), []
+
+    def write(rng):
+        begun.set()
+        done.append("begins")
+        time.sleep(0.2)
+        done.append("ends")
+
+    monkeypatch.setattr(trainer, "_write_checkpoint", write)
+    monkeypatch.setattr(loop, "os", SimpleNamespace(_exit=lambda status: done.append(f"left with {status}")))
+    trainer._rng_at_start = None
+    leaving = threading.Thread(target=trainer._leave)
+    with contextlib.suppress(Interrupted), trainer._saved_if_broken_off():
+        leaving.start()
+        assert begun.wait(10)
+        if ends == "by a signal":
+            raise Interrupted
+    done.append("trains")
+    leaving.join()
+    assert [what for what in done if "left" not in what] == ["begins", "ends"] * (1 + (ends != "in time")) + ["trains"]
+    assert "left with 130" in done
+
+
+def test_a_process_that_must_end_saves_no_averaged_weights(tmp_path, monkeypatch):
+    trainer = Toy(tmp_path / "run", ema_decay=0.5)
+    trainer._parameters, trainer._rng_at_start = list(trainer.trainable.values()), None
+    trainer._ema = EMAModel(trainer._parameters, decay=0.5)
+    monkeypatch.setattr(trainer, "_write_checkpoint", lambda rng: pytest.fail("saved"))
+    with trainer._saved_if_broken_off(), trainer.averaged_weights():
+        trainer._save_beginning()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_only_what_helps_is_advised_where_trained_weights_are_not_fit(tmp_path, monkeypatch, precision):
+    """They will be no fitter the next time, but for other numbers."""
+
+    class Unfit(Toy):
+        def collect(self):
+            if self.epoch == 1:
+                monkeypatch.setattr(Accelerator, "mixed_precision", precision)
+                raise TrainingError("the latents are not finite")
+            return super().collect()
+
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match="not finite") as caught:
+        Unfit(folder).train()
+    advice = [f"go on with resume=true output_dir={folder} mixed_precision=no"]
+    assert notes(caught.value) == (advice if precision == "fp16" else [])
+    assert steps_of(folder) == [2]
+
+
+def test_epochs_in_which_all_is_masked_say_so_and_what_to_do(tmp_path, capsys):
+    class Masked(Toy):
+        none_left = "every completion was cut off at max_completion_length"
+
+        def estimate(self, batch):
+            return Work(torch.arange(0)), {}
+
+    with pytest.raises(TrainingError, match=r"no sample was left .*cut off .*: raise max_completion_length$"):
+        Masked(tmp_path / "run").train()
+    assert "equal rewards" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "content", "accepted", "advised"),
+    [
+        ({"prompts": "b.txt"}, "a", [], "[prompts]"),
+        ({"prompts": "b.txt"}, "b", [], "[prompts, reward]"),
+        ({}, "b", [], "[reward]"),
+        ({"prompts": "b.txt"}, "b", ["prompts"], "[prompts, reward]"),  # what is accepted already is still to be
+        ({"prompts": "b.txt"}, "b", ["reward", "prompts"], None),
+        ({"learning_rate": 1.0}, "a", [], ""),
+        ({"learning_rate": 1.0, "prompts": "b.txt"}, "b", [], ""),
+        ({"model": "another"}, "a", [], ""),
+    ],
+)
+def test_all_that_has_to_be_accepted_is_named_at_once(tmp_path, monkeypatch, settings, content, accepted, advised):
+    class WithPrompts(TrainingConfig):
+        prompts: str = "a.txt"
+
+    trainer = Toy(tmp_path / "run")
+    trainer.config = WithPrompts(model="toy", output_dir=tmp_path / "run", accept_changed=accepted)
+    trainer.identity = {"reward": [("mine.py", content)]}
+    theirs = trainer.config.model_dump(mode="json") | settings
+    asked = []
+    monkeypatch.setattr(trainer, "raise_together", lambda failure, kind: asked.append(failure))
+    trainer._check_same_run(theirs, tmp_path, {"reward": [("mine.py", "a")]})
+    [failure] = asked  # one process alone would leave the others waiting
+    if advised is None:
+        assert failure is None
+    elif advised:
+        remedy = f"put it back, choose a new output_dir, or set accept_changed={advised} to resume with what is there"
+        assert remedy in str(failure)
+    else:
+        assert str(failure).endswith("put it back or choose a new output_dir")
 
 
 def test_no_process_waits_to_save_what_another_says_is_not_fit(tmp_path, monkeypatch):

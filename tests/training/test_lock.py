@@ -59,6 +59,29 @@ def test_a_forked_child_does_not_keep_it(tmp_path):
         os.waitpid(child, 0)
 
 
+def test_a_forked_child_that_goes_on_ends_only_its_own(tmp_path):
+    """It leaves the block of its parent, whose file's number may by then be another file's."""
+    reader, writer = os.pipe()
+    with FolderLock(tmp_path):
+        child = os.fork()
+        if child:
+            os.close(writer)
+            said = os.read(reader, 1000)
+            os.waitpid(child, 0)
+            assert lock_problem(tmp_path) is not None
+            assert (tmp_path / LOCK_FILE).is_file()
+        else:
+            reused = os.dup(writer)
+    if not child:
+        try:
+            os.write(reused, b"still open")
+        finally:
+            os._exit(0)
+    os.close(reader)
+    assert said == b"still open"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
     def unsupported(descriptor, *, shared=False):
         raise OSError(errno.ENOLCK, "No locks available")

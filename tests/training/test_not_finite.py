@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_runs import TINY
 
 from diffusion_align.diffusion.ddpo import DDPOTrainer
 from diffusion_align.diffusion.loading import load_pipeline
@@ -17,19 +18,13 @@ from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.finite import all_finite, largest, loss_problem, weights_problem
 
-SETTINGS = {
+SETTINGS = TINY | {
     "reward": "jpeg_compressibility",
     "prompts": ["a red apple", "a cat"],
     "epochs": 5,
-    "samples_per_epoch": 2,
-    "sample_batch_size": 2,
     "micro_batch_size": 6,
-    "updates_per_epoch": 1,
     "learning_rate": 1e-3,
     "sampler": {"steps": 3, "guidance_scale": 1.0},
-    "lora": {"rank": 2},
-    "grid_every": 0,
-    "num_threads": 1,
 }
 FP16 = "set dtype=bfloat16 or dtype=float32"
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_runs import TINY
 
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
@@ -19,17 +20,6 @@ from diffusion_align.training.config import load_yaml
 from diffusion_align.training.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
 
-SETTINGS = {
-    "epochs": 1,
-    "samples_per_epoch": 2,
-    "sample_batch_size": 2,
-    "micro_batch_size": 2,
-    "updates_per_epoch": 1,
-    "sampler": {"steps": 2, "guidance_scale": 1.0},
-    "lora": {"rank": 2},
-    "grid_every": 0,
-    "num_threads": 1,
-}
 REWARD = """import scale_of_mine
 
 def f(images, prompts, metadata):
@@ -39,7 +29,7 @@ def f(images, prompts, metadata):
 
 def run(**settings):
     try:
-        return image.run(check_config(SETTINGS | settings))
+        return image.run(check_config(TINY | settings))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -252,7 +242,7 @@ def test_a_kill_while_trackers_start_leaves_a_run_that_can_be_resumed(place, mon
         with pytest.raises(KeyboardInterrupt):
             run(**settings)
     with pytest.raises(ConfigError, match="is already used: choose another, or set resume=true"):
-        check_config(SETTINGS | settings)
+        check_config(TINY | settings)
     assert run(**settings, resume=True).epoch == 1
 
 
@@ -262,9 +252,9 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_free_one_is_
     folder.mkdir()
     in_use = rf"is in use by process {os.getpid()} on .*: wait until it ends"
     with FolderLock(folder), pytest.raises(ConfigError, match=in_use):
-        check_config(SETTINGS | settings | {"resume": True})
+        check_config(TINY | settings | {"resume": True})
     (folder / LOCK_FILE).write_text("1 elsewhere\n")  # of a process that was killed
-    config = check_config(SETTINGS | settings)
+    config = check_config(TINY | settings)
     with FolderLock(folder), pytest.raises(UserError, match="is in use by process"):
         image.run(config)  # both began at once
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -160,7 +160,8 @@ def test_files_of_rows_that_are_none(tmp_path):
         ]
     path.write_text('[{"a": 1}, 7, null]')
     assert problems(str(path)) == [
-        f"data.source='{path}': row {i} is not a JSON object: mend or remove it" for i in (1, 2)
+        f"data.source='{path}': row {i} is {value}, not a JSON object: mend or remove it"
+        for i, value in ((1, "7"), (2, "None"))
     ]
     whole = gzip.compress(b'{"a": 1}\n' * 100)
     for content in (b'{"a": 1}\n', whole[:-12], whole[:12] + b"\0" * 9 + whole[12:], gzip.compress(b"\xff\xfe")):

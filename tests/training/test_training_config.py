@@ -96,6 +96,26 @@ def test_all_problems_at_once_and_each_only_once():
     )
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("trackers", "wandb", "it must be a list, as in trackers=[wandb]"),
+        ("accept_changed", "reward", "it must be a list, as in accept_changed=[reward]"),
+        ("accept_changed", 3, "it must be a list"),
+        ("adam_betas", 0.9, "it must be a list"),
+        ("inner", 3, "it must be a section of settings, as in {key: value}"),
+        ("resume", "maybe", "it must be true or false"),
+        ("epochs", 1.5, "it must be a whole number"),
+        ("epochs", None, "it must be a whole number"),
+        ("learning_rate", [1], "it must be a number"),
+        ("model", ["a"], "it must be text"),
+        ("output_dir", 3, "it must be a path"),
+    ],
+)
+def test_what_is_of_another_kind_is_said_in_words_of_settings(setting, value, reason):
+    assert problems({setting: value}) == [f"{setting}={value!r} is not allowed: {reason}"]
+
+
 def test_missing_settings_are_named():
     with pytest.raises(ConfigError) as caught:
         parse_config(Config, {})
