@@ -463,7 +463,8 @@ def _unexpected(error: BaseException, debug: bool) -> int:
             place = f"in {file.name} (--debug prints it)"
         except OSError:
             _errors.print(_traceback(error), markup=False)
-    _say(f"unexpected {what}; the traceback is {place}")
+    notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" in note]  # other libraries write some
+    _say("; ".join([f"unexpected {what}; the traceback is {place}", *notes]))
     return 1
 
 

@@ -56,6 +56,15 @@ def test_it_is_one_sentence_and_the_traceback_is_in_a_file_of_ones_own(fail, tmp
     assert "in write_report" in text
 
 
+def test_how_to_resume_is_said_here_too(fail):
+    error = RuntimeError("no device")
+    error.add_note("For debugging consider CUDA_LAUNCH_BLOCKING=1\nand more")
+    error.add_note("go on with resume=true output_dir=run")
+    _, _, err = fail(error)
+    assert err.endswith("(--debug prints it); go on with resume=true output_dir=run\n")
+    assert "CUDA_LAUNCH" not in err
+
+
 @pytest.mark.parametrize("arguments", [("--debug", "report", "run"), ("report", "--debug", "run")])
 def test_debug_prints_the_traceback_and_writes_no_file(fail, tmp_path, arguments):
     status, _, err = fail(KeyError("x"), *arguments)
