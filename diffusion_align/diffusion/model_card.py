@@ -19,9 +19,9 @@ from diffusion_align.diffusion.lora_file import LORA_FILE
 from diffusion_align.diffusion.runs import ModelPlan, model_plan
 from diffusion_align.diffusion.single_file import is_one_file
 from diffusion_align.report import read_metrics
-from diffusion_align.report.metrics import Row, is_number, series
+from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.loop import what_is_trained
+from diffusion_align.training.loop import WATCHING, what_is_trained
 from diffusion_align.training.places import found_from
 from diffusion_align.writing import new_file, write_text
 
@@ -47,17 +47,6 @@ _GIVEN = {
     "beta_dpo": "beta_dpo",
     "kl_coef": "kl_coef, the price of a nat of KL",
 }
-# Where a run was and how it was watched is nobody else's business and changes no weight.
-_LEFT_OUT = (
-    "output_dir",
-    "resume",
-    "accept_changed",
-    "num_threads",
-    "trackers",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "grid_every",
-)
 _LONG_LIST = 12
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
 # By the name that diffusers 0.36 knows and later ones, before 1.0, still take; what they do not know they ignore.
@@ -83,7 +72,7 @@ def model_card(
     settings = _named(what_is_trained(load_yaml(folder / "config.yaml")))
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.is_file() else []
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if (folder / SUMMARY).is_file() else {}
+    summary = read_evaluation(folder / SUMMARY)
     model = str(settings.get("model"))
     below = model_plan(found_from(folder, model) or model)
     lora = bool(settings.get("lora")) and not merged
@@ -252,7 +241,7 @@ def _load_base(below: ModelPlan, settings: Mapping[str, Any], pipeline_class: st
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in settings.items() if key not in _LEFT_OUT}
+    kept = {key: value for key, value in settings.items() if key not in WATCHING}  # nobody else's business
     for key in ("prompts", "show_prompts"):
         if isinstance(kept.get(key), list) and len(kept[key]) > _LONG_LIST:
             kept[key] = [*kept[key][:_LONG_LIST], f"... {len(kept[key])} in all"]

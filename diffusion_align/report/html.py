@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from diffusion_align import yaml_text
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.paths import path_problem
 from diffusion_align.report import plots, texts
-from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
+from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_evaluation, read_metrics, series
 from diffusion_align.shown import short
 from diffusion_align.writing import write_text
 
@@ -203,12 +202,8 @@ def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
             f"The held-out (gold) reward was {gold[0]:.4g} after epoch {epochs[0]:.0f}, {gold[best]:.4g} at its best "
             f"after epoch {epochs[best]:.0f} and {gold[-1]:.4g} after epoch {epochs[-1]:.0f}."
         )
-    if path.is_file():
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary, dict):
-            raise ValueError(f"{path} was not written by a run: remove it")
-        if stopped := summary.get("stopped"):
-            sentences.append(f"The run was stopped by a rule: {stopped}.")
+    if stopped := read_evaluation(path).get("stopped"):
+        sentences.append(f"The run was stopped by a rule: {stopped}.")
     return sentences
 
 

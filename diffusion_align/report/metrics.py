@@ -41,6 +41,24 @@ def read_metrics(path: str | Path) -> list[Row]:
     return rows
 
 
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """``evaluation.json``: ``best``, None or its ``epoch`` and ``gold``, and why the run ``stopped``; {} if not there.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    best = found.get("best") if isinstance(found, dict) else 0
+    if best is None or (isinstance(best, dict) and all(is_number(best.get(key)) for key in ("epoch", "gold"))):
+        return found
+    raise ValueError(f"{path} was not written by a run: remove it")
+
+
 def is_number(value: object) -> bool:
     """True for ints and floats, NaN included; False for bools, strings, lists and None."""
     return isinstance(value, int | float) and not isinstance(value, bool)

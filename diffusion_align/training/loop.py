@@ -49,11 +49,10 @@ _LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must en
 UNTRAINED_EPOCHS = 3
 """After so many epochs in a row in which nothing was trained a run ends."""
 # Settings that may change on resume: where and how long, never what.
-_FREE_ON_RESUME = {
+WATCHING = {
     "output_dir",
     "resume",
     "accept_changed",
-    "epochs",
     "checkpoint_every",
     "checkpoint_minutes",
     "interrupt_grace",
@@ -61,8 +60,9 @@ _FREE_ON_RESUME = {
     "trackers",
     "num_threads",
     "grid_every",
-    "stop_when",
 }
+"""Settings of where a run is and how it is watched, which change no weight."""
+_FREE_ON_RESUME = WATCHING | {"epochs", "stop_when"}
 # Settings whose content is compared instead of their name, where it is known.
 _KNOWN_BY_CONTENT = {"model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs"}
 # What lies in a folder that no run has used yet.

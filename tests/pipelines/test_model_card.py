@@ -12,6 +12,7 @@ from PIL import Image
 from diffusion_align import __version__
 from diffusion_align.diffusion.model_card import LARGEST_ETA, model_card, write_model_card
 from diffusion_align.pipelines import ImageAlignmentPipeline
+from diffusion_align.report import write_report
 from diffusion_align.training.errors import ConfigError
 
 SETTINGS = {
@@ -109,6 +110,24 @@ def test_how_it_ended_and_where_it_was_best(card, tmp_path):
     said = table(card()[0])
     assert said["highest gold reward"] == ["0.9877, after epoch 2"]
     assert said["ended early"] == ["the KL is 9 nats"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1]", "[" * 100_000, '{"best": 3}', '{"best": {"epoch": 1}}', '{"best": {"epoch": 1, "gold": "x"}}'],
+)
+def test_an_evaluation_that_is_none_is_one_sentence(card, tmp_path, content):
+    card()
+    (tmp_path / "run" / "evaluation.json").write_text(content)
+    for read in (card, lambda: write_report(tmp_path / "run")):
+        with pytest.raises(ValueError, match=r"evaluation\.json was not written by a run: remove it$"):
+            read()
+
+
+def test_how_a_run_was_watched_is_left_out(card):
+    watched = {"checkpoint_minutes": 3.0, "interrupt_grace": 9.0, "trackers": ["wandb"], "grid_every": 7, "epochs": 5}
+    assert "num_threads" in SETTINGS
+    assert settings_of(card(**watched)[0]).keys() == (SETTINGS.keys() | {"epochs"}) - {"num_threads", "output_dir"}
 
 
 def test_a_run_from_pairs(card):
