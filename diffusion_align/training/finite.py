@@ -54,6 +54,11 @@ def loss_problem(
     return f"the loss became {metrics['loss']} at step {step}{where}: {remedy}"
 
 
+def gradient_problem(*, step: int) -> str:
+    """One sentence about a gradient whose norm is not finite, and whose clipped parts did not harm the weights."""
+    return f"the norm of the gradient is not finite at step {step}: lower learning_rate"
+
+
 def weights_problem(*, step: int, learning_rate: float, weight_decay: float) -> str:
     """One sentence about trained weights that are not finite after a step."""
     remedy = "lower learning_rate"

@@ -34,7 +34,7 @@ from diffusion_align.training import checkpoint
 from diffusion_align.training.config import Content, TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
-from diffusion_align.training.finite import largest, loss_problem, weights_problem
+from diffusion_align.training.finite import gradient_problem, largest, loss_problem, weights_problem
 from diffusion_align.training.launch import accelerator_problems
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
 from diffusion_align.training.places import absolute_paths
@@ -555,11 +555,13 @@ class Trainer(ABC, Generic[Batch]):
         self._optimizer.step()
         self._optimizer.zero_grad()
         total, weights = torch.stack([norm.float(), largest(self._parameters).to(norm.device).float()]).tolist()
-        if not math.isfinite(weights) or not (math.isfinite(total) or self.accelerator.scaler):
+        if not math.isfinite(weights):
             config = self.config
             raise TrainingError(
                 weights_problem(step=self.step, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
             )
+        if not (math.isfinite(total) or self.accelerator.scaler):
+            raise TrainingError(gradient_problem(step=self.step))
         # accelerate's ``step_was_skipped`` does not know: a fused optimizer is called and skips the step by itself.
         if self._ema is not None and math.isfinite(total):
             self._ema.step(self._parameters)

@@ -182,6 +182,17 @@ def test_a_run_that_fails_within_its_first_epoch_leaves_the_folder_to_the_next(t
         Diverging(tmp_path / "run").train()
 
 
+def test_a_gradient_that_overflows_is_not_said_to_be_weights(tmp_path):
+    """Each of its parts is finite, their norm is not, and clipped by that they are 0."""
+
+    class Steep(Toy):
+        def loss(self, batch, samples, decisions):
+            return (3e38 * self.weights.sum()).expand(len(samples)), {}
+
+    with pytest.raises(TrainingError, match="the norm of the gradient is not finite at step 1: lower"):
+        Steep(tmp_path / "run").train()
+
+
 def test_a_run_that_finished_an_epoch_keeps_its_folder(tmp_path):
     class Later(Toy):
         def loss(self, batch, samples, decisions):
