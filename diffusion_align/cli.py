@@ -504,7 +504,10 @@ def _usage(error: Any) -> int:
         error.show()
         return 2
     command = error.ctx.command_path if getattr(error, "ctx", None) else "diffusion-align"
-    return _say(f"{error.format_message().rstrip('.')}: see {command} --help")
+    message = error.format_message().rstrip(".")
+    if len(message) > 500:  # whatever was typed is in it
+        message = message[:500] + "..."
+    return _say(f"{message}: see {command} --help")
 
 
 def _is_a(error: BaseException, *names: str) -> bool:

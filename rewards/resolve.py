@@ -54,6 +54,7 @@ class Kind:
         arguments: what every call passes; ``key`` is the one that the other kind has not.
         by_name: whether arguments are passed by name, the columns of the data among them (text), or by position.
         context: given at building to builders and classes that name them.
+        for_all: the options that every reward takes.
     """
 
     subject: str
@@ -62,10 +63,12 @@ class Kind:
     key: str
     by_name: bool
     context: tuple[str, ...]
+    for_all: tuple[str, ...]
 
 
-IMAGES = Kind("images", REWARDS, ("images", "prompts", "metadata"), "images", False, ("model", "device"))
-TEXT = Kind("text", TEXT_REWARDS, ("prompts", "completions"), "completions", True, ("device",))
+_ARGUMENTS, _FOR_ALL = ("images", "prompts", "metadata"), ("background", "scale")
+IMAGES = Kind("images", REWARDS, _ARGUMENTS, "images", False, ("model", "device"), (*_FOR_ALL, "offload"))
+TEXT = Kind("text", TEXT_REWARDS, ("prompts", "completions"), "completions", True, ("device",), _FOR_ALL)
 
 
 def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] | None]:
@@ -159,11 +162,10 @@ def check_options(label: str, target: Any, options: Mapping[str, Any], kind: Kin
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in options:
             if key not in allowed:
-                near = get_close_matches(str(key), [*allowed, "scale"], n=1, cutoff=0.5)
+                known = sorted([*allowed, *kind.for_all])
+                near = get_close_matches(str(key), known, n=1, cutoff=0.5)
                 meant = f"did you mean '{near[0]}'? It takes" if near else "it takes"
-                raise RewardError(
-                    f"reward '{label}' has no option '{key}': {meant} {', '.join(sorted([*allowed, 'scale']))}"
-                )
+                raise RewardError(f"reward '{label}' has no option '{key}': {meant} {', '.join(known)}")
     if kind.by_name and not is_builder(target):
         return  # what is missing may be a column of the data
     missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]

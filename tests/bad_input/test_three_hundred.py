@@ -316,6 +316,8 @@ OTHER_CASES = [
     ("pairs resume nothing", f"pairs emoji-sd --judge {JPEG} -p a -o folder/used --resume", "cannot be resumed"),
     ("complete by an image model", "complete emoji-sd -p a", "image model"),
     ("sample by a language model", "sample tiny-lm -p a", "language model"),
+    ("list with an option of 5000 characters", f"list --{LONG}", "No such option: --xxx"),
+    ("score option: misspelt for all", f"score {JPEG} red.png --option backgruond=true", "did you mean 'background'"),
     ("list of nothing", "list sampler", "there is no list 'sampler'"),
     ("list of 5000 characters", ["list", LONG], "there is no list"),
     ("list of NUL", ["list", "a\0b"], "there is no list"),

@@ -151,7 +151,10 @@ def test_a_model_held_by_a_callable_is_moved():
             "must take three arguments .images, prompts, metadata., of which the last may be left out, it takes 1",
         ),
         ("{file}:needy", "needs the option 'target'"),
-        ({"name": "{file}:redness", "gian": 2.0}, "has no option 'gian': did you mean 'gain'. It takes gain, scale"),
+        (
+            {"name": "{file}:redness", "gian": 2.0},
+            "did you mean 'gain'. It takes background, gain, offload, scale",
+        ),
         ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),
         ({"name": "{file}:redness", "sclae": -1.0}, "did you mean 'scale'"),
         (3, "got int"),

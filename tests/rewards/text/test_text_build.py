@@ -138,7 +138,7 @@ def test_scale_and_device_reach_a_wrapped_model():
         ("{file}:shuot", "has no 'shuot': did you mean 'shout'"),
         (
             {"name": "{file}:correct", "anwser": 1},
-            "has no option 'anwser': did you mean 'answer'. It takes answer, scale",
+            "has no option 'anwser': did you mean 'answer'. It takes answer, background, scale",
         ),
         ({"name": "{file}:Judge", "wieght": 1}, "did you mean 'weight'"),
         ({"name": "length", "traget": 3}, "has no option 'traget': did you mean 'target'"),
