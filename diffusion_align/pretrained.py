@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion_align.training.errors import UserError
+from diffusion_align.errors import UserError
 
 
 def load_in_dtype(

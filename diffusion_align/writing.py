@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.errors import UserError, short
 from diffusion_align.paths import path_problem
-from diffusion_align.training.errors import UserError, short
 
 _count = itertools.count()
 _UMASK = os.umask(0)  # it can be read by setting it only

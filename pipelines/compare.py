@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffusion_align.diffusion.runs import image_model_problem
+from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.models.runs import image_model_problem
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, reward_problem
-from diffusion_align.training.errors import ConfigError, UserError
-from diffusion_align.training.prompts import check_image_prompts
 from diffusion_align.writing import WriteError, make_folder
 
 _BATCH = 8

@@ -12,17 +12,20 @@ import torch
 from pydantic import ValidationError
 
 from diffusion_align.assets import asset_path
+from diffusion_align.data.image_pairs import PairsConfig, pairs_problems
+from diffusion_align.data.prompts import PromptsConfig, prompts_problems
+from diffusion_align.data.sources import in_python, splits_problem
+from diffusion_align.data.text_rows import TextDataConfig, columns_problems
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
-from diffusion_align.diffusion.pairs import PairsConfig, pairs_problems
-from diffusion_align.diffusion.runs import image_model_problem
-from diffusion_align.llm.data import TextDataConfig, columns_problems
+from diffusion_align.errors import ConfigError, short
 from diffusion_align.llm.dpo import DPOConfig
 from diffusion_align.llm.grpo import GRPOConfig
 from diffusion_align.llm.kto import KTOConfig
-from diffusion_align.llm.loading import language_model_problem
 from diffusion_align.llm.ppo import PPOConfig
 from diffusion_align.llm.reward_model import RewardModelConfig
+from diffusion_align.models.language_models import language_model_problem
+from diffusion_align.models.runs import image_model_problem
 from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
 from diffusion_align.rewards.clip import clip_problem
@@ -35,12 +38,9 @@ from diffusion_align.training.config import (
     parse_config,
     read_as,
 )
-from diffusion_align.training.errors import ConfigError, short
 from diffusion_align.training.launch import launch_problems
 from diffusion_align.training.lock import LOCK_FILE, lock_problem
 from diffusion_align.training.places import absolute_paths
-from diffusion_align.training.prompts import PromptsConfig, prompts_problems
-from diffusion_align.training.tables import in_python, splits_problem
 
 IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
 TEXT_METHODS: dict[str, type[TrainingConfig]] = {

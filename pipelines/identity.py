@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
+from diffusion_align.data.image_pairs import PairSet
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.evaluation import Evaluation
-from diffusion_align.diffusion.pairs import PairSet
-from diffusion_align.diffusion.runs import ModelPlan, model_plan
-from diffusion_align.llm.loading import model_places
+from diffusion_align.errors import UserError
+from diffusion_align.models.language_models import model_places
+from diffusion_align.models.runs import ModelPlan, model_plan
 from diffusion_align.rewards.resolve import IMAGES, TEXT, Kind, user_modules
 from diffusion_align.training.digests import Identity, code_files, content_digest, file_digest, place_digest
-from diffusion_align.training.errors import UserError
-from diffusion_align.training.prompts import Prompt
 
 Places = list[tuple[str, str | None]]
 

@@ -13,29 +13,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.devices import device_problem
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
-from diffusion_align.diffusion.footprint import unet_inputs
-from diffusion_align.diffusion.loading import load_pipeline
-from diffusion_align.diffusion.lora_file import save_lora
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images
-from diffusion_align.diffusion.runs import model_plan
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.errors import UserError, short
+from diffusion_align.models import adapters
+from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.models.lora_file import save_lora
+from diffusion_align.models.part_configs import unet_inputs
+from diffusion_align.models.runs import model_plan
+from diffusion_align.models.upload import upload
 from diffusion_align.paths import path_problem
-from diffusion_align.pipelines import adapters
 from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config
-from diffusion_align.pipelines.hub import upload
 from diffusion_align.pipelines.identity import image_identity
 from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, prompts_of, usable_pairs
-from diffusion_align.pipelines.machine import agreed, best_seconds, start
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
 from diffusion_align.rewards import build_reward
 from diffusion_align.rewards.places import recorded
-from diffusion_align.training.errors import UserError, short
+from diffusion_align.training.accelerator import agreed, best_seconds, start
 from diffusion_align.training.places import absolute_paths
-from diffusion_align.training.prompts import check_image_prompts
 from diffusion_align.writing import new_folder, output_folder
 
 if TYPE_CHECKING:

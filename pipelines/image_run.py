@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
+from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import Evaluation
-from diffusion_align.diffusion.pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.settings import EvaluationConfig
 from diffusion_align.pipelines.configuration import shipped_prompts
-from diffusion_align.pipelines.machine import agreed, processes
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.clip import default_clip, load_clip
+from diffusion_align.training.accelerator import agreed, processes
 from diffusion_align.training.progress import progress_bars
-from diffusion_align.training.prompts import Prompt, PromptsConfig, load_prompts
 
 
 def checked_reward(

@@ -19,8 +19,10 @@ from typing import Any
 from PIL import Image
 
 from diffusion_align import yaml_text
-from diffusion_align.diffusion.runs import image_model_problem
+from diffusion_align.data.prompts import Prompt, check_image_prompts
+from diffusion_align.errors import ConfigError, Interrupted, UserError, short
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.models.runs import image_model_problem
 from diffusion_align.paths import output_problem, path_problem
 from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
@@ -30,9 +32,7 @@ from diffusion_align.rewards.base import reward_name
 from diffusion_align.rewards.places import recorded
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
-from diffusion_align.training.errors import ConfigError, Interrupted, UserError, short
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
-from diffusion_align.training.prompts import Prompt, check_image_prompts
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"

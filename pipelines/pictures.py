@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_align.errors import UserError, first_line
 from diffusion_align.images import UnreadableImage, to_rgb
 from diffusion_align.report import image_grid, save_png
-from diffusion_align.training.errors import UserError, first_line
 from diffusion_align.writing import make_folder
 
 Picture = Image.Image | Tensor | np.ndarray

@@ -13,9 +13,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from diffusion_align.devices import device_problem
-from diffusion_align.llm.collection import WeightedRewards, trainer_state
-from diffusion_align.llm.data import (
+from diffusion_align.data.schemas import BadRow, open_rows
+from diffusion_align.data.sources import TableSource, first_rows, is_hub, open_table
+from diffusion_align.data.text_encoding import (
+    Messages,
+    Text,
+    TextEncoder,
+    checked_text,
+    context_length,
+    ends_of,
+)
+from diffusion_align.data.text_rows import (
     LAYOUTS,
     LabelledRow,
     PreferenceRow,
@@ -27,18 +35,17 @@ from diffusion_align.llm.data import (
     preference_rows,
     prompt_rows,
 )
+from diffusion_align.devices import device_problem
+from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.llm.collection import WeightedRewards, trainer_state
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.encoding import (
-    Messages,
-    Text,
-    TextEncoder,
-    checked_text,
-    context_length,
-    ends_of,
-)
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer
-from diffusion_align.llm.loading import (
+from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
+from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
+from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
+from diffusion_align.llm.rollout import rollout
+from diffusion_align.models.language_models import (
     language_model_problem,
     load_ends,
     load_language_model,
@@ -46,21 +53,14 @@ from diffusion_align.llm.loading import (
     load_tokenizer,
     model_places,
 )
-from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
-from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
-from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
-from diffusion_align.llm.rollout import rollout
+from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, text_data
 from diffusion_align.pipelines.identity import text_identity
-from diffusion_align.pipelines.machine import agreed, best_seconds, processes, start
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
-from diffusion_align.training.errors import ConfigError, UserError, short
-from diffusion_align.training.lora import carries_adapters, remove_lora
+from diffusion_align.training.accelerator import agreed, best_seconds, processes, start
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.rows import BadRow, open_rows
-from diffusion_align.training.tables import TableSource, first_rows, is_hub, open_table
 from diffusion_align.writing import output_folder
 
 MOST_CHECKED = 10_000

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 import diffusion_align.diffusion.dpo as dpo
 from diffusion_align.diffusion.schedule import DiffusionSchedule, Step
+from diffusion_align.errors import TrainingError
 from diffusion_align.report import save_figure
-from diffusion_align.training.errors import TrainingError
 
 F64 = torch.float64
 T = 25

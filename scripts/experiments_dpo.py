@@ -18,10 +18,10 @@ import typer
 from training_runs import folder_name, side_by_side, train
 
 from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.data.prompts import load_prompts
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.report import compare_runs, read_metrics
-from diffusion_align.training.prompts import load_prompts
 
 ROOT = Path(__file__).parent.parent
 # name -> recipe, overrides, seeds. DDPO's epochs take as long as dpo_emoji_style's 40.

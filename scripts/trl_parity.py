@@ -25,15 +25,15 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from diffusion_align.data.text_encoding import TextEncoder
+from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.encoding import TextEncoder
 from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer
-from diffusion_align.llm.loading import load_language_model, load_sequence_classifier
 from diffusion_align.llm.policy import LanguagePolicy, pack
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
+from diffusion_align.models.language_models import load_language_model, load_sequence_classifier
 
 PAIRS = [
     ("And the king said", " unto them, Go.", " nothing"),

@@ -306,8 +306,8 @@ def model_path(request):
 @pytest.fixture(scope="session")
 def make_policy(model_path):
     """``make_policy(name, noise=0, **settings)``: a new DenoisingPolicy; ``noise`` moves its adapters off zero."""
-    from diffusion_align.diffusion.loading import load_pipeline
     from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+    from diffusion_align.models.image_pipelines import load_pipeline
 
     def make(name, *, noise=0.0, seed=0, **settings):
         pipeline = load_pipeline(model_path(name))  # the first time it is made, which draws random numbers

@@ -6,7 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from diffusion_align.pipelines import doctor
+from diffusion_align.doctor import describe as doctor
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 
 ROOT = Path(__file__).parent.parent

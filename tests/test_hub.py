@@ -85,12 +85,12 @@ def test_nobody_is_asked_about_what_is_here_or_when_off_line_anyway(asked, tmp_p
 
 @pytest.mark.parametrize("what", ["image", "text", "clip", "weights", "judge", "tokenizer", "prompts"])
 def test_an_uncached_id_is_one_sentence_at_once(asked, capfd, what):
-    from diffusion_align.diffusion.loading import load_pipeline
-    from diffusion_align.llm.loading import load_language_model
+    from diffusion_align.data.prompts import load_prompts
+    from diffusion_align.models.image_pipelines import load_pipeline
+    from diffusion_align.models.language_models import load_language_model
     from diffusion_align.rewards.clip import load_clip
     from diffusion_align.rewards.text.loading import load_network, load_tokenizer
     from diffusion_align.rewards.weights import weights_file
-    from diffusion_align.training.prompts import load_prompts
 
     calls = asked(unreachable)
     load = {

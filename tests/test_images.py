@@ -346,7 +346,7 @@ def special_images():
 def test_pairs_score_notebooks_and_the_server_see_the_same(name, data, tmp_path, call_cli):
     import base64
 
-    from diffusion_align.diffusion.pairs import _decoded
+    from diffusion_align.data.image_pairs import _decoded
     from diffusion_align.pipelines.pictures import as_picture
     from diffusion_align.report.grids import to_pil
 
@@ -387,8 +387,8 @@ def test_pairs_score_notebooks_and_the_server_see_the_same(name, data, tmp_path,
     ids=["int32", "float", "12 bits"],
 )
 def test_pairs_and_score_refuse_the_same(data, side, tmp_path, call_cli):
-    from diffusion_align.diffusion.pairs import PairsConfig, open_pairs
-    from diffusion_align.training.errors import ConfigError
+    from diffusion_align.data.image_pairs import PairsConfig, open_pairs
+    from diffusion_align.errors import ConfigError
 
     (tmp_path / "odd.png").write_bytes(data)
     (tmp_path / "good.png").write_bytes(encoded(Image.new("RGB", (8, 8))))

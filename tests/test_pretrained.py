@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import diffusion_align.pretrained as pretrained
+from diffusion_align.errors import UserError
 from diffusion_align.pretrained import load_in_dtype
-from diffusion_align.training.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

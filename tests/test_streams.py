@@ -118,7 +118,7 @@ def test_commands_end_quietly_and_say_what_was_lost(monkeypatch, as_stdout, capf
 
 @pytest.mark.parametrize("code", [0, None, 3])
 def test_code_that_exits_is_no_success(call_cli, monkeypatch, code):
-    from diffusion_align.pipelines import listing
+    from diffusion_align.cli import listing
 
     def leave():
         sys.exit(code)

@@ -29,7 +29,7 @@ def test_printable():
 
 def test_whoever_may_not_write_to_dev_may_write_to_stdout(monkeypatch):
     from diffusion_align import cli, paths
-    from diffusion_align.training.errors import UserError
+    from diffusion_align.errors import UserError
 
     def denied(dir, prefix):
         raise PermissionError(13, "Permission denied")

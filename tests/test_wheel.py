@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 INSIDE = [
     "__init__.py",
     "py.typed",
-    "cli.py",
+    "cli/__init__.py",
     "estimators/policy.py",
     "training/loop.py",
     "diffusion/ddpo.py",

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion_align import writing
+from diffusion_align.errors import UserError
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from diffusion_align.training.errors import UserError
 from diffusion_align.writing import WriteError, append_line, make_folder, new_file, new_folder, sweep, write_text
 
 
@@ -46,7 +46,7 @@ def written_past_us(text):
 
 
 # writing.py itself; a function that is called within ``new_folder``.
-PAST_US = {"diffusion_align/writing.py", "diffusion_align/training/lora.py"}
+PAST_US = {"diffusion_align/writing.py", "diffusion_align/models/lora.py"}
 
 
 def test_everything_is_written_in_the_one_way():

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from diffusion_align import yaml_text
+from diffusion_align.data.prompts import PromptsConfig
+from diffusion_align.errors import ConfigError
 from diffusion_align.training.config import TrainingConfig, read_as
-from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.prompts import PromptsConfig
 from diffusion_align.yaml_text import Unread, YamlProblem, parse
 
 REFUSED = {

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import Reduction
+from diffusion_align.errors import TrainingError
 from diffusion_align.rewards.base import RewardError, call_reward, part_weights, reward_parts, runs_in_background
-from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.loop import Trainer
-from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.scoring import BatchScores, reward_metrics
 

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
@@ -32,6 +33,7 @@ from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step_weights import nats_per_squared_error
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition
+from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     PromptStatistics,
     clipped_surrogate,
@@ -43,10 +45,8 @@ from diffusion_align.estimators import (
 from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import OrInfinite, Weight
-from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.loop import Work
-from diffusion_align.training.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
 from diffusion_align.training.statistics import equal_reward_metric

@@ -25,10 +25,11 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.image_pairs import PairsConfig, PairSet
+from diffusion_align.data.prompts import Prompt, PromptsConfig
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
-from diffusion_align.diffusion.pairs import PairsConfig, PairSet
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
 from diffusion_align.diffusion.schedule import build_schedule, part_of_steps, training_schedule
@@ -36,6 +37,7 @@ from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition, add_noise, posterior
+from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     beta_in_nats,
     corrected_diffusion_dpo_loss,
@@ -45,9 +47,7 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import OrInfinite, Weight
-from diffusion_align.training.errors import ConfigError, TrainingError
 from diffusion_align.training.loop import Work
-from diffusion_align.training.prompts import Prompt, PromptsConfig
 
 
 class DiffusionDPOConfig(DenoisingConfig):

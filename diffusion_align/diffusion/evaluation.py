@@ -15,14 +15,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
+from diffusion_align.errors import TrainingError
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.loop import Trainer
-from diffusion_align.training.prompts import Prompt
 from diffusion_align.writing import write_text
 
 SUMMARY = "evaluation.json"

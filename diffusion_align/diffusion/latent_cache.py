@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_align.diffusion.pairs import PairSet
+from diffusion_align.data.image_pairs import PairSet
 from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
+from diffusion_align.errors import CheckpointError, UserError
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import content_digest
-from diffusion_align.training.errors import CheckpointError, UserError
 from diffusion_align.training.loop import Trainer
 from diffusion_align.writing import make_folder, new_file
 

@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 
 from diffusion_align import __version__, yaml_text
-from diffusion_align.diffusion.loading import EMBEDDED_PIPELINES
-from diffusion_align.diffusion.lora_file import LORA_FILE
-from diffusion_align.diffusion.runs import ModelPlan, model_plan
-from diffusion_align.diffusion.single_file import is_one_file
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
+from diffusion_align.models.lora_file import LORA_FILE
+from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.models.single_file import is_one_file
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
 from diffusion_align.training.config import load_yaml

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.diffusion.collection import collect_scored
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning
-from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 

@@ -17,12 +17,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import HIGHEST_RANK, MOST
-from diffusion_align.diffusion.loading import unet_problem
-from diffusion_align.diffusion.lora_file import save_lora
+from diffusion_align.errors import TrainingError, UserError
+from diffusion_align.models.image_pipelines import unet_problem
+from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
+from diffusion_align.models.lora_file import save_lora
 from diffusion_align.training.config import Section
-from diffusion_align.training.errors import TrainingError, UserError
 from diffusion_align.training.finite import all_finite
-from diffusion_align.training.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 
 Conditioning = dict[str, Tensor]
 """UNet keyword -> (B, ...): ``encoder_hidden_states`` and, for SDXL, ``text_embeds`` and ``time_ids``."""

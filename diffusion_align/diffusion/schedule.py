@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.errors import UserError
 from diffusion_align.training.config import Section
-from diffusion_align.training.errors import UserError
 
 SAMPLERS = ("ddim", "ddpm")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

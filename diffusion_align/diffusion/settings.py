@@ -7,12 +7,12 @@ from typing import Literal
 from pydantic import Field
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.errors import ConfigError
 from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import OrInfinite, Section, TrainingConfig
-from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.prompts import PromptsConfig, check_image_prompts
 
 
 class EvaluationConfig(Section):

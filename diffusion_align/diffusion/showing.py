@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.model_card import write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.report import before_after, image_grid, save_png, write_report
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.training.prompts import Prompt
 from diffusion_align.training.randomness import generator
 from diffusion_align.writing import new_folder
 

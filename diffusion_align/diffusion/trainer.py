@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from torch import nn
 
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.evaluation import SUMMARY, Evaluation, stop_reason, write_summary
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import DiffusionSchedule
@@ -15,7 +16,6 @@ from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.training.launch import make_accelerator
 from diffusion_align.training.loop import Trainer
-from diffusion_align.training.prompts import Prompt
 
 Batch = TypeVar("Batch")
 SHOWN = 16

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.llm.data import PromptRow
-from diffusion_align.llm.encoding import completion_of
+from diffusion_align.data.prompts import items_of_epoch
+from diffusion_align.data.text_encoding import completion_of
+from diffusion_align.data.text_rows import PromptRow
+from diffusion_align.errors import TrainingError
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, widened
 from diffusion_align.llm.rollout import Completions, rollout
 from diffusion_align.rewards.base import RewardError, reward_name, runs_in_background
 from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.loop import Trainer
-from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.scoring import BatchScores, reward_metrics
 

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import LARGEST
+from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.estimators import (
     dpo_loss,
     hinge_loss,
@@ -39,7 +40,6 @@ from diffusion_align.estimators import (
     simpo_loss,
     trajectory_dpo_loss,
 )
-from diffusion_align.llm.data import PreferenceRow
 from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
 from diffusion_align.llm.preference_batches import (
     PreferenceBatch,

@@ -21,9 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.text_rows import LabelledRow
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.collection import in_batches
-from diffusion_align.llm.data import LabelledRow
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.config import Weight

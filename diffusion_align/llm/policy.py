@@ -20,11 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import HIGHEST_RANK, MOST
+from diffusion_align.data.text_encoding import context_length, ends_of
+from diffusion_align.errors import UserError
 from diffusion_align.estimators import token_log_probs
-from diffusion_align.llm.encoding import context_length, ends_of
-from diffusion_align.training.config import Section
-from diffusion_align.training.errors import UserError
-from diffusion_align.training.lora import (
+from diffusion_align.models.lora import (
     adapter_layers,
     add_lora,
     carries_adapters,
@@ -32,6 +31,7 @@ from diffusion_align.training.lora import (
     save_peft,
     switched_off,
 )
+from diffusion_align.training.config import Section
 from diffusion_align.writing import new_folder
 
 IGNORED = -100

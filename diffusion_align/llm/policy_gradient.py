@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
+from diffusion_align.data.text_rows import PromptRow
+from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import categorical_entropy, clipped_surrogate
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, sample_groups
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
 from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")

@@ -13,6 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.prompts import items_of_epoch
+from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
+from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import rso_accept
 from diffusion_align.llm.collection import (
     Collected,
@@ -21,12 +24,9 @@ from diffusion_align.llm.collection import (
     require_finite_reference,
     sample_groups,
 )
-from diffusion_align.llm.data import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
 from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.prompts import items_of_epoch
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 

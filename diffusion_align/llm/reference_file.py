@@ -14,13 +14,13 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_align.llm.data import PreferenceRow
+from diffusion_align.data.text_rows import PreferenceRow
+from diffusion_align.errors import CheckpointError
 from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import content_digest
-from diffusion_align.training.errors import CheckpointError
 from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.loop import Trainer
 from diffusion_align.writing import new_file

@@ -24,18 +24,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.prompts import items_of_epoch
+from diffusion_align.data.text_encoding import context_length, continuation_tokens
+from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig
+from diffusion_align.errors import TrainingError, UserError
 from diffusion_align.estimators import bradley_terry_loss
-from diffusion_align.llm.data import PreferenceRow, TextDataConfig
-from diffusion_align.llm.encoding import context_length, continuation_tokens
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
+from diffusion_align.models.lora import add_lora, carries_adapters
 from diffusion_align.report import write_report
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.errors import TrainingError, UserError
 from diffusion_align.training.finite import MORE_ROOM, all_finite
 from diffusion_align.training.launch import make_accelerator
 from diffusion_align.training.loop import Trainer, Work
-from diffusion_align.training.lora import add_lora, carries_adapters
-from diffusion_align.training.prompts import items_of_epoch
 
 
 class RewardModelConfig(TrainingConfig):

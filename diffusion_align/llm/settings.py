@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from diffusion_align.bounds import MOST
-from diffusion_align.llm.data import TextDataConfig
+from diffusion_align.data.text_rows import TextDataConfig
 from diffusion_align.llm.policy import LoRAConfig
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import Section, TrainingConfig, Weight

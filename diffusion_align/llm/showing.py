@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.llm.collection import WeightedRewards, completion_ids
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.rewards.base import RewardError

@@ -9,9 +9,9 @@ from typing import Literal, TypeVar
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.policy import LanguagePolicy, widest_float
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.llm.showing import SHOWN, TextShow

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_align import writing
-from diffusion_align.training.errors import CheckpointError, first_line
+from diffusion_align.errors import CheckpointError, first_line
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d+)")

@@ -15,9 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from diffusion_align import yaml_text
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.errors import ConfigError, short
 from diffusion_align.interrupt import GRACE
 from diffusion_align.paths import path_problem
-from diffusion_align.training.errors import ConfigError, short
 from diffusion_align.yaml_text import EXPONENT, Unread, YamlProblem, odd_number
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from diffusion_align.training.errors import TrainingError
+from diffusion_align.errors import TrainingError
 
 MORE_ROOM = "use bfloat16 or float32 where float16 is set (dtype, mixed_precision), or a lower learning_rate"
 """What to do about text whose numbers overflow."""

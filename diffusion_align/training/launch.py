@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from diffusion_align.devices import device_problem
-from diffusion_align.training.errors import ConfigError
+from diffusion_align.errors import ConfigError
 
 Treatment = Literal["honoured", "overruled", "compared", "refused", "idle"]
 ENVIRONMENT: dict[str, Treatment] = {

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffusion_align.training.errors import UserError
+from diffusion_align.errors import UserError
 from diffusion_align.writing import writing
 
 LOCK_FILE = ".lock"

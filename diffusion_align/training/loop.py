@@ -29,11 +29,11 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from diffusion_align import __version__
+from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue, waiting_for_others
 from diffusion_align.training import checkpoint
 from diffusion_align.training.config import Content, TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.digests import Identity, changed_content, same_content
-from diffusion_align.training.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.training.finite import gradient_problem, largest, loss_problem, weights_problem
 from diffusion_align.training.launch import accelerator_problems
 from diffusion_align.training.lock import LOCK_FILE, FolderLock

@@ -11,8 +11,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from diffusion_align.errors import first_line
 from diffusion_align.interrupt import Overdue, breakable
-from diffusion_align.training.errors import first_line
 from diffusion_align.writing import append_line, write_text
 
 

@@ -223,7 +223,7 @@ def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torc
         may_lack=lambda key: any(name.endswith(f".{key}") for name in heads),
         **({} if labels is None else {"num_labels": labels}),
     )
-    from diffusion_align.training.lora import load_peft
+    from diffusion_align.models.lora import load_peft
 
     try:
         with warnings.catch_warnings():

@@ -148,8 +148,8 @@ def test_no_argument_at_all_is_answered_with_the_help(cli):
 
 
 def test_a_lora_of_another_model(here):
+    from diffusion_align.errors import UserError
     from diffusion_align.pipelines import ImageAlignmentPipeline
-    from diffusion_align.training.errors import UserError
 
     for lora, wanted in (("nowhere", "there is no such file or folder"), ("lora", "could not be loaded into emoji-sd")):
         with pytest.raises(UserError, match=wanted) as caught:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from diffusion_align.errors import UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
-from diffusion_align.training.errors import UserError
 
 
 def edit(file, **changes):

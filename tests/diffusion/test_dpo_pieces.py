@@ -20,9 +20,9 @@ from diffusion_align.diffusion.rollout import replay
 from diffusion_align.diffusion.schedule import training_schedule
 from diffusion_align.diffusion.step_weights import nats_per_squared_error, step_scales
 from diffusion_align.diffusion.transitions import add_noise, posterior
+from diffusion_align.errors import ConfigError, Interrupted, TrainingError
 from diffusion_align.estimators import beta_in_nats
 from diffusion_align.training.config import parse_config
-from diffusion_align.training.errors import ConfigError, Interrupted, TrainingError
 from diffusion_align.training.scoring import BatchScores
 
 F64 = torch.float64

@@ -11,7 +11,7 @@ from diffusion_align.diffusion.evaluation import stop_reason
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.settings import StopConfig
-from diffusion_align.training.errors import TrainingError
+from diffusion_align.errors import TrainingError
 from diffusion_align.training.statistics import UpdateStatistics
 
 PROMPTS = ["a red apple", "a cat"]

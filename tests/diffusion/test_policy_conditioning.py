@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusion_align.diffusion.loading import load_pipeline, unet_problem
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
-from diffusion_align.diffusion.published import PUBLISHED
 from diffusion_align.diffusion.rollout import rollout
-from diffusion_align.diffusion.runs import image_model_problem
 from diffusion_align.diffusion.schedule import build_schedule
-from diffusion_align.training.errors import UserError
+from diffusion_align.doctor.known_models import PUBLISHED
+from diffusion_align.errors import UserError
+from diffusion_align.models.image_pipelines import load_pipeline, unet_problem
+from diffusion_align.models.runs import image_model_problem
 
 MODELS = ["tiny_sd", "tiny_sd2", "tiny_sdxl", "emoji-sd"]
 PROMPTS = ["red apple", "a cat"]

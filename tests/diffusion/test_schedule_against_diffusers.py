@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDM
 
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.transitions import denoise
-from diffusion_align.training.errors import UserError
+from diffusion_align.errors import UserError
 
 SPACINGS = ["leading", "linspace", "trailing"]
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]

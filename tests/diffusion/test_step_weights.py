@@ -15,8 +15,8 @@ from diffusers import (
 from diffusion_align.diffusion.schedule import build_schedule, training_schedule
 from diffusion_align.diffusion.step_weights import nats_per_squared_error, share_of_signal, step_scales
 from diffusion_align.diffusion.transitions import GaussianTransition, add_noise, denoise, posterior
+from diffusion_align.errors import UserError
 from diffusion_align.estimators import beta_in_nats
-from diffusion_align.training.errors import UserError
 
 F64 = torch.float64
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_align.training.prompts import items_of_epoch
+from diffusion_align.data.prompts import items_of_epoch
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 # Writes the summed gradients of every optimizer step, before clipping, and skips the report.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_align.training.prompts import items_of_epoch
+from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.yaml_text import dump
 
 GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]

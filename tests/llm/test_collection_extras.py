@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
+from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.llm import collection
 from diffusion_align.llm.collection import WeightedRewards, completion_ids, trainer_state
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.policy import Sequences
 from diffusion_align.llm.rollout import rollout

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_align.data.text_rows import PreferenceRow, PromptRow
+from diffusion_align.errors import CheckpointError, ConfigError
 from diffusion_align.estimators import (
     dpo_loss,
     hinge_loss,
@@ -22,12 +24,10 @@ from diffusion_align.estimators import (
     trajectory_dpo_loss,
 )
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import PreferenceRow, PromptRow
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.preference_batches import best_against, rso_pairs
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import parse_config
-from diffusion_align.training.errors import CheckpointError, ConfigError
 from diffusion_align.training.randomness import generator
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_align.data.text_rows import PreferenceRow
+from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import dpo_loss
-from diffusion_align.llm.data import PreferenceRow
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, pack
 from diffusion_align.training.config import parse_config
-from diffusion_align.training.errors import ConfigError
 
 F64 = torch.float64
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [4, 4]]

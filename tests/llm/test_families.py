@@ -8,10 +8,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from diffusion_align.errors import UserError
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, merged, pack
 from diffusion_align.llm.rollout import rollout
-from diffusion_align.training.errors import UserError
-from diffusion_align.training.lora import load_peft
+from diffusion_align.models.lora import load_peft
 from diffusion_align.training.randomness import generator
 
 TINY = {

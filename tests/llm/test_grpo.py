@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_align.data.text_rows import PromptRow
+from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import aggregate
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
 from diffusion_align.llm.trainer import per_sample
-from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.statistics import equal_reward_metric
 
 sys.path.insert(0, str(Path(__file__).parent))

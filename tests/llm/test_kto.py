@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion_align.data.text_rows import LabelledRow, PromptRow
+from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import kto_loss
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import LabelledRow, PromptRow
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer, mismatched_prompts
 from diffusion_align.training.config import parse_config
-from diffusion_align.training.errors import ConfigError
 
 F64 = torch.float64
 BETA = 0.3

@@ -11,16 +11,16 @@ import torch
 import yaml
 
 from diffusion_align.assets import asset_path
-from diffusion_align.llm import smollm2
-from diffusion_align.llm.loading import (
+from diffusion_align.errors import UserError
+from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig
+from diffusion_align.models import smollm2
+from diffusion_align.models.language_models import (
     language_model_problem,
     load_language_model,
     load_sequence_classifier,
     load_tokenizer,
 )
-from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig
-from diffusion_align.training.errors import UserError
-from diffusion_align.training.lora import add_lora, save_peft
+from diffusion_align.models.lora import add_lora, save_peft
 
 HELDOUT = [  # verses that tiny-lm was not trained on
     "Then I said, I shall die in my nest, and I shall multiply my days as the sand.",

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion_align.errors import UserError
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, Sequences, pack
-from diffusion_align.training.errors import UserError
 
 FAMILIES = ["gpt2", "llama", "qwen2"]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.estimators import gae, masked_whiten
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.llm.ppo import PPOBatch, PPOConfig, PPOTrainer, adapted
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from diffusion_align.llm.data import PreferenceRow, TextDataConfig, preference_rows
-from diffusion_align.llm.encoding import TextEncoder
+from diffusion_align.data.text_encoding import TextEncoder
+from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, preference_rows
+from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.llm.policy import LoRAConfig, Sequences
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.rewards.text.build import build_text_reward
 from diffusion_align.training.config import parse_config
-from diffusion_align.training.errors import ConfigError, UserError
 
 EOS, PAD = 3, 2
 HOW = {"lora": LoRAConfig(rank=4), "full": None}

@@ -9,7 +9,8 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from diffusion_align.llm.data import (
+from diffusion_align.data.text_encoding import TextEncoder, completion_of, ends_of
+from diffusion_align.data.text_rows import (
     LabelledRow,
     PreferenceRow,
     PromptRow,
@@ -19,9 +20,8 @@ from diffusion_align.llm.data import (
     preference_rows,
     prompt_rows,
 )
-from diffusion_align.llm.encoding import TextEncoder, completion_of, ends_of
+from diffusion_align.errors import ConfigError
 from diffusion_align.llm.policy import pack
-from diffusion_align.training.errors import ConfigError
 
 BOS, EOS = 0, 1
 MESSAGES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>\n{% endfor %}"

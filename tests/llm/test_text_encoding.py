@@ -12,16 +12,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from diffusion_align.assets import asset_path
-from diffusion_align.llm.data import TextDataConfig, preference_rows, prompt_rows
-from diffusion_align.llm.encoding import TextEncoder, checked_text, context_length, continuation_tokens, tokens_of
-from diffusion_align.llm.loading import load_ends, load_tokenizer
+from diffusion_align.data.schemas import MOST_CHARACTERS, BadRow
+from diffusion_align.data.text_encoding import TextEncoder, checked_text, context_length, continuation_tokens, tokens_of
+from diffusion_align.data.text_rows import TextDataConfig, preference_rows, prompt_rows
+from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.models.language_models import load_ends, load_tokenizer
 from diffusion_align.pipelines.text import read_prompts
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.text.base import text_of, words_left_out
 from diffusion_align.rewards.text.classifier import layout
 from diffusion_align.rewards.text.loading import token_limit
-from diffusion_align.training.errors import ConfigError, UserError
-from diffusion_align.training.rows import MOST_CHARACTERS, BadRow
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<0x0A>", "[INST]", "[/INST]"]
 WORDS = [

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import importance_ratio
 from diffusion_align.llm.policy import LoRAConfig
 from diffusion_align.llm.rollout import _draw, rollout
-from diffusion_align.training.errors import TrainingError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
 

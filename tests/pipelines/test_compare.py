@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.errors import UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import (
     _summary,
@@ -17,7 +18,6 @@ from diffusion_align.pipelines.compare import (
     wilson_interval,
 )
 from diffusion_align.report import before_after
-from diffusion_align.training.errors import UserError
 from diffusion_align.writing import WriteError
 
 PROMPTS = ["a cat", "a red apple", "a rocket"]

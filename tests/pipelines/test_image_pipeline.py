@@ -15,15 +15,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion_align.diffusion.runs import image_model_problem, model_plan
+from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.interrupt import InterruptFlag
+from diffusion_align.models.runs import image_model_problem, model_plan
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import run
 from diffusion_align.pipelines.pictures import DrawnImages, as_picture
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.training.errors import ConfigError, Interrupted, UserError
 
 PROMPTS = ["a red apple", "a cat"]
 SETTINGS = {

@@ -12,14 +12,14 @@ from PIL import Image
 
 from diffusion_align.assets import asset_path
 from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.data.prompts import load_prompts
+from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.pipelines.pairs import PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
-from diffusion_align.training.errors import ConfigError, Interrupted, UserError
 from diffusion_align.training.lock import FolderLock
-from diffusion_align.training.prompts import load_prompts
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]
 FAST = {"steps": 2, "guidance_scale": 1.0, "per_prompt": 2, "seed": 10}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.models.lora import add_lora
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.training.errors import ConfigError, UserError
-from diffusion_align.training.lora import add_lora
 
 SETTINGS = {
     "epochs": 2,

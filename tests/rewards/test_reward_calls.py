@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from diffusion_align.background import background
+from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.data import PromptRow
 from diffusion_align.pipelines.pairs import _scores
 from diffusion_align.pipelines.pictures import score_images
 from diffusion_align.report.grids import to_pil

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusion_align.pipelines import machine
-from diffusion_align.training.errors import ConfigError, UserError
+from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.training import accelerator as machine
 
 
 def raising(error):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_align.errors import CheckpointError
 from diffusion_align.training import checkpoint
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from diffusion_align.training.errors import CheckpointError
 
 
 def save(folder, step, value=1.0, keep=2):

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from diffusion_align.diffusion import pair_batches
 from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
-from diffusion_align.diffusion.loading import load_pipeline
+from diffusion_align.errors import TrainingError
+from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.training.errors import TrainingError
 
 _here = Path(__file__).parent
 NOISY = runpy.run_path(str(_here / "conftest.py"))["NOISY"]

@@ -21,11 +21,11 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffusion_align import interrupt, writing
+from diffusion_align.errors import Interrupted, TrainingError
 from diffusion_align.rewards import RewardError, call_reward
 from diffusion_align.training import loop
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_align.training.config import TrainingConfig, dump_config
-from diffusion_align.training.errors import Interrupted, TrainingError
 from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.scoring import BatchScores
@@ -251,7 +251,7 @@ def test_a_reward_that_changes_the_working_directory_moves_nothing(tmp_path, mon
 def test_pictures_of_pairs_are_found_wherever_a_reward_goes(tmp_path, monkeypatch):
     from PIL import Image
 
-    from diffusion_align.diffusion.pairs import PairsConfig, open_pairs
+    from diffusion_align.data.image_pairs import PairsConfig, open_pairs
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs").mkdir()

@@ -13,11 +13,11 @@ from diffusion_align.diffusion import ddpo
 from diffusion_align.diffusion.evaluation import Evaluation, mean_pairwise_distance, stop_reason
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
+from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.rewards import RewardError
 from diffusion_align.training.checkpoint import list_checkpoints
-from diffusion_align.training.errors import ConfigError
 
 SETTINGS = {
     "prompts": ["a red apple", "a cat"],

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
+from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.training.errors import ConfigError
 from diffusion_align.training.launch import (
     BEHIND_A_SWITCH,
     ENVIRONMENT,

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from diffusion_align.errors import UserError
 from diffusion_align.training import lock
-from diffusion_align.training.errors import UserError
 from diffusion_align.training.lock import LOCK_FILE, FolderLock, lock_problem
 from diffusion_align.writing import WriteError
 

@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 import torch
 
+from diffusion_align.data.prompts import items_of_epoch, load_prompts
+from diffusion_align.errors import ConfigError
 from diffusion_align.interrupt import InterruptFlag
-from diffusion_align.training.errors import ConfigError
-from diffusion_align.training.prompts import items_of_epoch, load_prompts
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.tracking import MetricsLog
 

@@ -10,12 +10,12 @@ from accelerate.state import AcceleratorState
 from tiny_runs import TINY
 
 from diffusion_align.diffusion.ddpo import DDPOTrainer
-from diffusion_align.diffusion.loading import load_pipeline
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.errors import TrainingError
+from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
-from diffusion_align.training.errors import TrainingError
 from diffusion_align.training.finite import all_finite, largest, loss_problem, weights_problem
 
 SETTINGS = TINY | {

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from diffusion_align.diffusion.runs import model_plan
-from diffusion_align.llm.loading import _plan
+from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.models.language_models import _plan
+from diffusion_align.models.runs import model_plan
 from diffusion_align.pipelines.configuration import check_config, read_config, read_settings
 from diffusion_align.training.config import dump_config, load_yaml
-from diffusion_align.training.errors import ConfigError, UserError
 from diffusion_align.training.places import absolute_paths, found_from
 
 

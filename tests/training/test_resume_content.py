@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY
 
+from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
 
 REWARD = """import scale_of_mine

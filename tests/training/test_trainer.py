@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from diffusion_align.errors import TrainingError
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.training.errors import TrainingError
 
 SETTINGS = {
     "reward": "jpeg_compressibility",

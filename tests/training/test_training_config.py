@@ -5,6 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
+from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.training.config import (
     Section,
     TrainingConfig,
@@ -14,7 +15,6 @@ from diffusion_align.training.config import (
     nearest,
     parse_config,
 )
-from diffusion_align.training.errors import ConfigError, UserError
 
 
 class Inner(Section):

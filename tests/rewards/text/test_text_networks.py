@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from diffusion_align.models.lora import add_lora, save_peft
 from diffusion_align.rewards import RewardError, build_text_reward, call_text_reward, text_reward_problem
 from diffusion_align.rewards.text import similarity as similarity_module
 from diffusion_align.rewards.text.classifier import layout
 from diffusion_align.rewards.text.loading import without_token_types
-from diffusion_align.training.lora import add_lora, save_peft
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>", "a", "red", "green", "apple", "pear", "is", "good", "bad", "very"]
 WORDS += ["user", "assistant", "."]

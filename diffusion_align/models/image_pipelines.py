@@ -1,0 +1,270 @@
+"""From a name, folder, file or hub id to a diffusers pipeline. Weights are read from safetensors only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.errors import UserError, first_line, short
+from diffusion_align.hub import hub_or_cache
+from diffusion_align.models.part_configs import folder_problem, pipeline_problem
+from diffusion_align.models.single_file import family_of, is_one_file, load_single_file, single_file_problem
+from diffusion_align.paths import path_problem
+from diffusion_align.pretrained import load_in_dtype
+from diffusion_align.training.config import nearest
+
+EMBEDDED_PIPELINES = ["emoji-sd"]
+FAMILIES: dict[str, dict[str, Any]] = {  # class -> arguments for what is not used here
+    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes model_index.json may name
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# model.safetensors, model.fp16.safetensors and their shards
+WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
+
+
+def model_problem(model: str, *, variant: str | None = None, base_config: str | None = None) -> str | None:
+    """One sentence about why ``model`` cannot be a text-to-image pipeline, found without loading or downloading.
+
+    Args:
+        model, variant, base_config: see ``load_pipeline``. Of a folder the names of its files are read, and of a file
+            those of its tensors.
+    """
+    for name, path in {"model": model, "base_config": base_config}.items():
+        if path is not None and (problem := path_problem(path)):
+            return f"{name}={short(path)} {problem}"
+    if not is_one_file(model):
+        if base_config is not None:
+            return (
+                f"base_config={base_config!r} is for a model in one .safetensors file, and model={model!r} is not "
+                "one: leave it out"
+            )
+        return _pipeline_problem(model) or _variant_problem(model, variant)
+    if variant is not None:
+        return f"weights_variant={variant!r} is for a folder or a hub id, and model={model!r} is a file: leave it out"
+    if base_config is not None and is_one_file(base_config):
+        return f"base_config={base_config!r} is a file: give a folder or hub id of a diffusers pipeline"
+    problem = _pipeline_problem(base_config) if base_config is not None else None
+    if problem:
+        return problem.replace("model=", "base_config=", 1)
+    return single_file_problem(model, has_base_config=base_config is not None)
+
+
+def _pipeline_problem(model: str) -> str | None:
+    if model in EMBEDDED_PIPELINES:
+        return None
+    if model in LANGUAGE_MODELS:
+        return f"model={model!r} is a language model, not a text-to-image pipeline: use a text method such as grpo"
+    if model in EMBEDDED_MODELS:
+        return f"model={model!r} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}"
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
+        if (folder / "model_index.json").is_file():
+            return None
+        one_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+        hint = ": it holds one model, and a language model needs a text method such as grpo" if one_model else ""
+        return f"model={model!r}: the folder has no model_index.json{hint}"
+    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_like_path:
+        hint = nearest(model, EMBEDDED_PIPELINES)
+        return f"model={model!r} is neither an embedded model, nor a folder, nor a hub id 'owner/name': {hint}"
+    return None
+
+
+def _variant_problem(model: str, variant: str | None) -> str | None:
+    """Whether a folder lacks the weights asked for but has others; ``model_problem`` has seen the folder."""
+    folder = Path(_source(model))
+    parts = [folder / name for name in NETWORKS if os.path.isdir(folder / name)]
+    held = {
+        part.name: {m["variant"] for f in part.iterdir() if (m := WEIGHTS_FILE.fullmatch(f.name))} for part in parts
+    }
+    variants = sorted(set().union(*held.values()) - {None})
+    if variant is not None and held and variant not in variants:
+        others = f"only {', '.join(variants)}" if variants else "none at all"
+        return f"weights_variant={variant!r}: of variants the folder {model!r} has {others}"
+    lacking = [name for name, found in held.items() if found and not found & {None, variant}]
+    if lacking:
+        return (
+            f"weights_variant={variant!r}: {lacking[0]}/ of the folder {model!r} has weights of the variants "
+            f"{', '.join(sorted(held[lacking[0]] - {None}))} only: name one of them"
+        )
+    return None
+
+
+def unet_problem(subject: str, family: str | None, unet: Mapping[str, Any]) -> str | None:
+    """One sentence about why a UNet cannot be trained here: it takes an input that training does not feed.
+
+    Args:
+        subject: of the sentence, what the UNet is of.
+        family: class of its pipeline.
+        unet: its configuration.
+    """
+    fed = {
+        "time_cond_proj_dim": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None, "text_time") if family == "StableDiffusionXLPipeline" else (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+    }
+    for name, values in fed.items():
+        if unet.get(name) not in values:
+            return (
+                f"{subject} has a UNet with {name}={unet[name]!r}, an input that training does not feed: use a plain "
+                "Stable Diffusion 1.x, 2 or XL model"
+            )
+    return None
+
+
+def folder_unet_problem(model: str) -> str | None:
+    """``unet_problem`` of a folder or an embedded model; None where the configuration is not at hand."""
+    folder = Path(_source(model))
+    try:
+        index, unet = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_index.json", "unet/config.json")
+        )
+        return unet_problem(f"model={model!r}", index.get("_class_name"), unet)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # which loading will say
+        return None
+
+
+def load_pipeline(
+    model: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    base_config: str | None = None,
+    to_train: bool = False,
+) -> Any:
+    """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
+
+    Args:
+        model: "emoji-sd", a folder written by ``save_pretrained``, a hub id, or a ``.safetensors`` file with the
+            original names of its tensors.
+        dtype: of the weights; a VAE that overflows in half precision is float32 and takes any.
+        variant: weight files of a folder or hub id to choose, e.g. "fp16".
+        base_config: of a model in one file, folder or hub id of a pipeline whose configuration files describe it, the
+            scheduler's too; diffusers' guess, which it asks the hub for, when not given.
+        to_train: refuse a UNet that cannot be trained before its weights are read.
+
+    Raises:
+        UserError: the model is not there, cannot be read, or is of a class that is not supported.
+    """
+    problem = model_problem(model, variant=variant, base_config=base_config)
+    if problem:
+        raise UserError(problem)
+    described_by = base_config if is_one_file(model) else _source(model)
+    with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
+        if is_one_file(model):
+            family, base = family_of(model), None
+            if base_config is not None:
+                base = _source(base_config)
+                described = _checked_family(base_config, base, name="base_config")
+                if described != family:
+                    raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {family}")
+            pipeline = load_single_file(model, dtype=dtype, base_config=base, options=FAMILIES[family])
+        else:
+            pipeline = _load_folder(model, dtype, variant, to_train=to_train)
+        if problem := pipeline_problem(pipeline):
+            raise UserError(f"model={model!r}: {problem}")
+        if pipeline.vae.config.force_upcast:
+            _accept_any_dtype(pipeline.vae)
+        else:
+            pipeline.vae.to(dtype)
+    return pipeline
+
+
+def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_train: bool) -> Any:
+    """The pipeline of a folder or hub id, its VAE in float32."""
+    import diffusers
+
+    source = _source(model)
+    family = _checked_family(model, source, name="model")
+    try:
+        if to_train:
+            unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")
+            if problem := unet_problem(f"model={model!r}", family, unet):
+                raise UserError(problem)
+        return load_in_dtype(
+            getattr(diffusers, family).from_pretrained,
+            source,
+            # float32 as it is in the file, not as it comes back from half precision
+            dtype={"default": dtype, "vae": torch.float32},
+            variant=variant,
+            use_safetensors=True,
+            **FAMILIES[family],
+        )
+    except UserError:
+        raise
+    except Exception as error:  # diffusers and transformers raise whatever a wrong value leads to
+        raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
+
+
+def _source(model: str) -> str:
+    """What diffusers is given for ``model``: a folder that exists, or a hub id."""
+    folder = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
+    return str(folder) if os.path.isdir(folder) else model
+
+
+def _checked_family(model: str, source: str, *, name: str) -> str:
+    """The supported pipeline class of a folder or hub id, all of whose parts are there."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except Exception as error:  # of a file that holds something else
+        raise UserError(f"{name}={model!r} could not be loaded: {first_line(error)}") from error
+    family = index.get("_class_name") if isinstance(index, dict) else None
+    if family not in FAMILIES:
+        raise UserError(
+            f"{name}={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(FAMILIES))}"
+        )
+    # transformers makes up an empty tokenizer where there is none.
+    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[:1] and kind[0]]
+    foreign = [(part, index[part][0]) for part in parts if index[part][0] not in _LIBRARIES]
+    if foreign:
+        part, library = foreign[0]
+        raise UserError(f"{name}={model!r}: its {part} is of {short(library)}, of which nothing is loaded")
+    parts = [part for part in parts if part != "safety_checker"]
+    absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
+    if absent:
+        raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
+    if os.path.isdir(source) and (problem := folder_problem(Path(source))):
+        raise UserError(f"{name}={model!r}: {problem}")
+    return family
+
+
+def _accept_any_dtype(vae: Any) -> None:
+    """Let a VAE in float32 be given latents and pictures in the dtype of the UNet, as diffusers' pipelines do."""
+    for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv, vae.decoder):
+        if part is not None:
+            part.register_forward_pre_hook(_cast_to_weights)
+
+
+def _cast_to_weights(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks that diffusers logs before it raises, and what it makes huggingface_hub warn of."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,146 @@
+"""Configurations of a pipeline's parts, which people edit and downloads cut off: looked at before weights are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_align.shown import short
+
+LARGEST_FILE = 10_000_000
+MOST = 1_000_000
+"""No number in the configuration of a network is larger; a billion layers would be built one by one."""
+MOST_TIMESTEPS = 100_000
+LARGEST_LATENT = 4096
+_SPACINGS = ("leading", "trailing", "linspace")
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+def folder_problem(folder: Path) -> str | None:
+    """What is wrong with a configuration file of a pipeline's folder, to stand behind the model's name, or None."""
+    for part in (*_NETWORKS, "scheduler"):
+        name = f"{part}/{'scheduler_config.json' if part == 'scheduler' else 'config.json'}"
+        if not os.path.isfile(folder / name):
+            continue  # which the loading says
+        try:
+            with (folder / name).open("rb") as file:
+                content = json.loads(file.read(LARGEST_FILE))
+        except (OSError, ValueError, RecursionError):
+            return f"{name} is not a valid JSON file: download it again"
+        if not isinstance(content, dict):
+            return f"{name} holds no JSON object: download it again"
+        if problem := part_problem(part, content):
+            return f"{name}: {problem}"
+    return None
+
+
+def pipeline_problem(pipeline: Any) -> str | None:
+    """The same of a pipeline that is loaded, wherever its configuration comes from; and of its tokenizers."""
+    for part in ("unet", "vae", "scheduler"):
+        if problem := part_problem(part, dict(getattr(pipeline, part).config)):
+            return f"{part}: {problem}"
+    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        tokenizer, network = getattr(pipeline, name, None), getattr(pipeline, encoder, None)
+        if tokenizer is None or network is None:
+            continue
+        length, most = tokenizer.model_max_length, network.config.max_position_embeddings
+        if not isinstance(length, int) or not 1 <= length <= most:
+            return (
+                f"{name}: model_max_length={short(length)} must be a whole number from 1 to the {most} tokens that "
+                f"{encoder} reads"
+            )
+    return None
+
+
+def part_problem(part: str, config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the settings of one part, in one sentence, or None."""
+    for key, value in _numbers(config) if part in _NETWORKS else ():  # a scheduler may be infinite on purpose
+        if abs(value) > MOST or not math.isfinite(value):  # whole numbers may be beyond what a float holds
+            return f"{key}={short(value)} is too large"
+    if part == "unet":
+        size = config.get("sample_size")
+        sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
+        if not all(_is_whole(side, 1, LARGEST_LATENT) for side in sides):
+            return (
+                f"sample_size={short(size)} must be the side of its latents, a whole number from 1 to {LARGEST_LATENT} "
+                "(64 for images of 512 pixels)"
+            )
+    if part == "vae":
+        factor = config.get("scaling_factor", 0.18215)
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+            return f"scaling_factor={short(factor)} must be a number above 0"
+    if part == "scheduler":
+        return _scheduler_problem(config)
+    return None
+
+
+def _scheduler_problem(config: Mapping[str, Any]) -> str | None:
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing not in _SPACINGS:
+        return f"timestep_spacing={short(spacing)} must be one of {', '.join(_SPACINGS)}"
+    count = config.get("num_train_timesteps", 1000)
+    if not _is_whole(count, 1, MOST_TIMESTEPS):
+        return f"num_train_timesteps={short(count)} must be a whole number from 1 to {MOST_TIMESTEPS}"
+    for key in ("beta_start", "beta_end"):
+        beta = config.get(key, 0.01)
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
+            return f"{key}={short(beta)} must be a number from 0 to 1"
+    if not _is_whole(offset := config.get("steps_offset", 0), 0, count):
+        return f"steps_offset={short(offset)} must be a whole number from 0 to num_train_timesteps={count}"
+    betas = config.get("trained_betas")
+    if betas is not None and not (
+        isinstance(betas, list | tuple)
+        and len(betas) == count
+        and all(isinstance(beta, int | float) and 0 <= beta <= 1 for beta in betas)
+    ):
+        return f"trained_betas={short(betas)} must be null, or num_train_timesteps={count} numbers from 0 to 1"
+    limit = config.get("clip_sample_range", 1.0)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        return f"clip_sample_range={short(limit)} must be a number above 0"
+    return None
+
+
+def _is_whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every number in a configuration, with the key that it is under."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers(inner, str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def latent_shape(unet: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of one latent at the resolution of a UNet's configuration."""
+    size = unet["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet["in_channels"], height, width
+
+
+def unet_inputs(
+    unet: Mapping[str, Any], batch: int, *, tokens: int = 77, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Keyword arguments of one pass of ``batch`` samples through a UNet of configuration ``unet``, all zeros."""
+    zeros: dict[str, Any] = {"device": device, "dtype": dtype}
+    added = None
+    if unet.get("addition_embed_type") == "text_time":
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        added = {"text_embeds": torch.zeros(batch, pooled, **zeros), "time_ids": torch.zeros(batch, 6, **zeros)}
+    return {
+        "sample": torch.zeros(batch, *latent_shape(unet), **zeros),
+        "timestep": torch.zeros(batch, dtype=torch.int64, device=device),
+        "encoder_hidden_states": torch.zeros(batch, tokens, unet["cross_attention_dim"], **zeros),
+        "added_cond_kwargs": added,
+    }

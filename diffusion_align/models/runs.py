@@ -1,0 +1,142 @@
+"""Run folders as models. A run with LoRA is its adapter on the model it was trained on, which may be a run as well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.errors import UserError, short
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, folder_unet_problem, model_problem
+from diffusion_align.models.lora_file import LORA_FILE
+from diffusion_align.paths import path_problem
+from diffusion_align.training.config import load_yaml
+from diffusion_align.training.places import found_from
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What has to be loaded for a model.
+
+    Attributes:
+        base: an embedded pipeline, a folder or file, or a hub id.
+        adapters: folders of the LoRA weights that go on it, one merged after the other.
+        below: the model under the last adapter, as it is called in its run's configuration; the model itself if it
+            has none.
+        origin: what it was before anything was trained, by which rewards choose their CLIP.
+        run: the run folder, if the model is one; with its ``settings``.
+        variant, base_config: with which the base has to be loaded.
+    """
+
+    base: str
+    adapters: tuple[Path, ...] = ()
+    below: str = ""
+    origin: str = ""
+    run: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+    base_config: str | None = None
+
+
+def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
+    """What to load for ``model``: whatever ``load_pipeline`` takes, or a run folder, or its ``final/`` or ``best/``.
+
+    Args:
+        model: as in a configuration.
+        above: the runs that led here.
+
+    Raises:
+        UserError: a run that is not finished, of a language model, or whose base cannot be found. Nothing is said
+            here about models that are no runs.
+    """
+    if problem := path_problem(model):
+        raise UserError(f"model={short(model)} {problem}")
+    found = _run_folder(model)
+    if found is None:
+        return ModelPlan(model, below=model, origin=model)
+    (run, which), subject = found, f"model={model!r}"
+    final = run / which
+    if run.resolve() in above:
+        raise UserError(f"{subject} is a run trained on itself: correct model in {run / 'config.yaml'}")
+    settings = load_yaml(run / "config.yaml")
+    below = settings.get("model")
+    named, below = below, found_from(run, below) if isinstance(below, str) else below
+    if (final / "model_index.json").is_file():
+        plan = ModelPlan(str(final), below=model, origin=str(below or named), run=run, settings=settings)
+        try:
+            return replace(plan, origin=model_plan(plan.origin, above=(*above, run.resolve())).origin)
+        except UserError:  # what it was trained on is not needed any more
+            return plan
+    if which == "best" and not final.is_dir():
+        raise UserError(
+            f"{subject}: the run has no best/, which a held-out reward (evaluation.reward) leaves once it rises above "
+            f"where it began: use {str(run)!r}"
+        )
+    if not final.is_dir():
+        raise UserError(
+            f"{subject} is a run that has not finished, it has no {which}/: go on with it (resume=true) first"
+        )
+    if not (final / LORA_FILE).is_file():
+        method = settings.get("method")
+        raise UserError(
+            f"{subject} is a run of method={method!r} without weights of a text-to-image pipeline in {which}/"
+        )
+    if named is not None and below is None:
+        raise UserError(
+            f"{subject} is a run whose base cannot be used: {named!r} lies neither around the run nor in the current "
+            f"folder: correct model in {run / 'config.yaml'}"
+        )
+    if not isinstance(below, str):
+        raise UserError(f"{subject} does not say what it was trained on: set model in {run / 'config.yaml'}")
+    try:
+        plan = model_plan(below, above=(*above, run.resolve()))
+    except UserError as error:
+        raise UserError(f"{subject} is a run whose base cannot be used: {error}") from None
+    own = plan.run is None  # a run below says itself how its base is loaded
+    return ModelPlan(
+        plan.base,
+        (*plan.adapters, final),
+        below=below,
+        origin=plan.origin,
+        run=run,
+        settings=settings,
+        variant=settings.get("weights_variant") if own else plan.variant,
+        base_config=_found(run, settings.get("base_config")) if own else plan.base_config,
+    )
+
+
+def image_model_problem(model: str, *, variant: str | None = None, base_config: str | None = None) -> str | None:
+    """One sentence about why ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
+
+    Args:
+        model: as for ``model_plan``.
+        variant, base_config: as for ``load_pipeline``; those of a run if not given.
+    """
+    try:
+        plan = model_plan(model)
+    except UserError as error:
+        return str(error)
+    variant = plan.variant if variant is None else variant
+    base_config = plan.base_config if base_config is None else base_config
+    problem = model_problem(plan.base, variant=variant, base_config=base_config) or folder_unet_problem(plan.base)
+    if problem and plan.run is not None:
+        return f"model={model!r} is a run whose base cannot be used: {problem}"
+    return problem
+
+
+def _run_folder(model: str) -> tuple[Path, str] | None:
+    """The run, and which of its weights are meant."""
+    folder = Path(os.path.expanduser(model))
+    if folder.name in ("final", "best") and os.path.isfile(folder.parent / "config.yaml"):
+        return folder.parent, folder.name
+    if model in EMBEDDED_PIPELINES or os.path.isfile(folder / "model_index.json"):  # they answer about any text
+        return None
+    if os.path.isfile(folder / "config.yaml"):
+        return folder, "final"
+    return None
+
+
+def _found(run: Path, place: Any) -> Any:
+    return (found_from(run, place) or place) if isinstance(place, str) else place

@@ -1,0 +1,697 @@
+"""Preference pairs: every source and layout, every bad row, pictures against an independent computation."""
+
+import gc
+import io
+import json
+import struct
+import sys
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rows_on_disk import write_rows
+
+from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs, pairs_problems
+from diffusion_align.errors import ConfigError
+
+HINT = "pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
+
+
+def colour(i):
+    return (37 * i % 256, 91 * i % 256, (200 + 53 * i) % 256)
+
+
+def encoded(picture, kind="PNG"):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def plain(i, size=(8, 8)):
+    return encoded(Image.new("RGB", size, colour(i)))
+
+
+def noise(size, seed=0, low=0, high=256):
+    return Image.fromarray(np.random.default_rng(seed).integers(low, high, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures 0.png ... 29.png of one colour each."""
+    for i in range(30):
+        (tmp_path / f"{i}.png").write_bytes(plain(i))
+    return tmp_path
+
+
+def binary_rows(labels):
+    return [
+        {"caption": f"c{i}", "jpg_0": f"{2 * i}.png", "jpg_1": f"{2 * i + 1}.png", "label_0": label}
+        for i, label in enumerate(labels)
+    ]
+
+
+def direct_rows(count):
+    return [{"prompt": f"c{i}", "chosen": f"{2 * i}.png", "rejected": f"{2 * i + 1}.png"} for i in range(count)]
+
+
+def packed(rows, how):
+    """``rows`` with the pictures in place of their names."""
+
+    def cell(name, value):
+        if name not in ("chosen", "rejected", "jpg_0", "jpg_1"):
+            return value
+        data = plain(int(value.split(".")[0]))
+        return {"bytes": data, "path": value} if how == "struct" else data
+
+    return [{name: cell(name, value) for name, value in row.items()} for row in rows]
+
+
+def open_(source, **settings):
+    return open_pairs(PairsConfig(source=str(source), **settings))
+
+
+def shown(pairs, size=(8, 8)):
+    """(colour of chosen, colour of rejected) of each pair, as 8-bit numbers."""
+    corner = [
+        [tuple((side[:, 0, 0] * 255).round().int().tolist()) for side in pairs.pictures(i, size)]
+        for i in range(len(pairs))
+    ]
+    return [tuple(pair) for pair in corner]
+
+
+def problems(source, *, decode=False, **settings):
+    config = PairsConfig(source=str(source), **settings)
+    check = open_pairs(config).check_pictures if decode else lambda: open_pairs(config)
+    with pytest.raises(ConfigError) as caught:
+        check()
+    assert pairs_problems(config) == ([] if decode else caught.value.problems)
+    return caught.value.problems
+
+
+# Sources
+
+
+def test_embedded_pairs_are_the_shipped_ones():
+    for split in ("heldout", "all"):
+        pairs, wanted = open_("emoji_style", split=split), load_preferences(split)
+        assert pairs.prompts == [pair.prompt for pair in wanted]
+        assert pairs.rows == list(range(len(wanted)))
+        assert (pairs.ties, pairs.skipped) == (0, {})
+        for i in range(0, len(wanted), 7):
+            chosen, rejected = pairs.pictures(i, (64, 64))
+            assert torch.equal(chosen, wanted[i].chosen)
+            assert torch.equal(rejected, wanted[i].rejected)
+    assert len(open_("emoji_style")) == len(load_preferences("train"))
+
+
+def test_embedded_pictures_are_resized_and_cannot_be_spoilt():
+    pairs = open_("emoji_style", split="heldout", max_pairs=2).check_pictures()
+    assert len(pairs) == 2
+    first = pairs.pictures(0, (64, 64))[0].clone()
+    pairs.pictures(0, (64, 64))[0].zero_()
+    assert torch.equal(pairs.pictures(0, (64, 64))[0], first)
+    small = pairs.pictures(0, (32, 32))[0]
+    assert small.shape == (3, 32, 32)
+    assert small.dtype == torch.float32
+    torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(first, 2), atol=0.25, rtol=0)
+
+
+def test_embedded_settings_that_do_not_fit():
+    assert problems("emoji_style", split="test", columns={"prompt": "x"}) == [
+        "pairs.columns cannot be used with emoji_style: leave it out",
+        "pairs.split='test' is not known: choose train, heldout or all",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_both_layouts_in_every_kind_of_file(folder, suffix, as_folder):
+    path = folder / f"pairs{suffix}"
+    source = folder if as_folder else path
+    write_rows(path, direct_rows(3))
+    direct = open_(source)
+    assert (direct.prompts, direct.rows, direct.ties) == (["c0", "c1", "c2"], [0, 1, 2], 0)
+    assert shown(direct) == [(colour(2 * i), colour(2 * i + 1)) for i in range(3)]
+    write_rows(path, binary_rows([1, 0.5, 0, 1.0, 0.5]))
+    binary = open_(source)
+    assert (binary.prompts, binary.rows, binary.ties, len(binary)) == (["c0", "c2", "c3"], [0, 2, 3], 2, 3)
+    assert shown(binary) == [(colour(0), colour(1)), (colour(5), colour(4)), (colour(6), colour(7))]
+    assert pairs_problems(PairsConfig(source=str(source))) == []
+    assert isinstance(binary.check_pictures(), PairSet)
+
+
+@pytest.mark.parametrize("how", ["struct", "bytes"])
+def test_parquet_with_the_pictures_inside(tmp_path, how):
+    pairs = open_(write_rows(tmp_path / "p[1]*.parquet", packed(binary_rows([0, 0.5, 1]), how)))
+    assert (pairs.rows, pairs.ties) == ([0, 2], 1)
+    assert shown(pairs.check_pictures()) == [(colour(1), colour(0)), (colour(4), colour(5))]
+
+
+def test_a_changed_parquet_file_is_read_again(tmp_path):
+    source = write_rows(tmp_path / "a.parquet", packed(direct_rows(2), "bytes"))
+    assert len(open_(source)) == 2
+    write_rows(tmp_path / "a.parquet", packed(direct_rows(5), "bytes"))
+    assert len(open_(source)) == 5
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_folder_that_datasets_can_load(tmp_path, declared):
+    """What the Hub's path does, without a network; ``declared`` as Image columns, as Pick-a-Pic is on the Hub."""
+    from datasets import Dataset, Image
+
+    (tmp_path / "data").mkdir()
+    for split, labels in (("train", [1.0, 0.0, 0.5]), ("validation", [0.0])):
+        dataset = Dataset.from_list(packed(binary_rows(labels), "struct"))
+        if declared:
+            dataset = dataset.cast_column("jpg_0", Image()).cast_column("jpg_1", Image())
+        dataset.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    pairs = open_(tmp_path)
+    assert (pairs.prompts, pairs.ties) == (["c0", "c1"], 1)
+    assert shown(pairs.check_pictures()) == [(colour(0), colour(1)), (colour(3), colour(2))]
+    assert shown(open_(tmp_path, split="validation")) == [(colour(1), colour(0))]
+    assert open_(tmp_path, split="train[1:]").prompts == ["c1"]
+    [problem] = problems(tmp_path, split="heldout")
+    assert problem.startswith(f"pairs.source='{tmp_path}', split 'heldout', cannot be loaded (Unknown split")
+    assert "validation" in problem
+
+
+def test_a_picture_folder_with_metadata(folder):
+    rows = [{"prompt": "x", "chosen_file_name": "0.png", "rejected_file_name": "1.png"}]
+    write_rows(folder / "metadata.jsonl", rows)
+    assert shown(open_(folder)) == [(colour(0), colour(1))]
+
+
+def test_a_folder_without_pairs(tmp_path):
+    [problem] = problems(tmp_path)
+    assert problem.startswith(f"pairs.source='{tmp_path}', split 'train', cannot be loaded (")
+    assert "\n" not in problem
+
+
+def test_a_folder_with_two_lists(folder):
+    write_rows(folder / "pairs.jsonl", direct_rows(1))
+    write_rows(folder / "pairs.csv", direct_rows(1))
+    assert problems(folder) == [f"pairs.source='{folder}' holds pairs.jsonl and pairs.csv: give the file that is meant"]
+
+
+def test_a_hub_dataset_is_not_touched_by_the_cheap_check():
+    config = PairsConfig(source="yuvalkirstain/pickapic_v2")
+    assert pairs_problems(config) == []
+    mapped = PairsConfig(source="yuvalkirstain/pickapic_v2", columns={"promt": "caption"})
+    assert pairs_problems(mapped) == ["pairs.columns: unknown name 'promt': did you mean 'prompt'?"]
+    with pytest.raises(
+        ConfigError, match=r"^pairs.source='yuvalkirstain/pickapic_v2', split 'train', cannot be loaded"
+    ):
+        open_pairs(config)  # the tests are offline
+
+
+def test_missing_package(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    config = PairsConfig(source="a/b")
+    sentence = "pairs.source='a/b' needs the package datasets: pip install 'diffusion-align[datasets]'"
+    assert pairs_problems(config) == [sentence]
+    with pytest.raises(ConfigError) as caught:
+        open_pairs(config)
+    assert caught.value.problems == [sentence]
+    (folder / "a.parquet").write_bytes(b"")
+    assert "pip install 'diffusion-align[datasets]'" in problems(folder / "a.parquet")[0]
+    assert len(open_(write_rows(folder / "a.csv", direct_rows(2)))) == 2
+
+
+NOT_THERE = "there is no such file or folder: give emoji_style, a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        *((source, NOT_THERE) for source in ("nothing", "no/such/folder/at/all", "a/b.jsonl", "~")),
+        (" ", "is empty: give a path"),
+        ("x" * 5000, "is not readable: File name too long"),
+        ("a\0b", "holds a NUL character: give a path without it"),
+    ],
+)
+def test_a_source_that_is_not_there(source, sentence, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    [problem] = problems(source)
+    assert sentence in problem
+    assert len(problem) < 300
+
+
+def test_other_files(folder):
+    assert problems(folder / "0.png") == [
+        f"pairs.source='{folder / '0.png'}': use a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
+    ]
+    source = write_rows(folder / "a.jsonl", direct_rows(1))
+    [problem] = problems(source, split="test")
+    assert problem.startswith("pairs.split='test' is not known: a file holds one split, train")
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    write_rows(folder / "a.jsonl", direct_rows(2))
+    assert shown(open_("~/a.jsonl"))[0] == (colour(0), colour(1))
+
+
+# Files
+
+
+def test_lines_that_are_not_json(folder):
+    good = json.dumps(direct_rows(1)[0])
+    (folder / "a.jsonl").write_text(f"{good}\n\n{{\n[1]\n{good}\n" + "[" * 100_000)
+    assert problems(folder / "a.jsonl") == [
+        f"pairs.source='{folder / 'a.jsonl'}': line {n} is not a JSON object: mend or remove it" for n in (3, 4, 6)
+    ]
+    (folder / "a.jsonl").write_text("?\n" * 15)
+    found = problems(folder / "a.jsonl")
+    assert len(found) == 11
+    assert found[-1] == "pairs: 5 more lines are bad"
+
+
+def test_line_separators_inside_a_caption_do_not_end_the_line(folder):
+    row = direct_rows(1)[0] | {"prompt": "a\u2028b\x85c"}
+    (folder / "a.jsonl").write_text(
+        "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline=""
+    )
+    assert open_(folder / "a.jsonl").prompts == ["a\u2028b\x85c"]
+
+
+def test_damaged_files(folder):
+    (folder / "a.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert problems(folder / "a.jsonl")[0].startswith(f"pairs.source='{folder / 'a.jsonl'}' cannot be read: ")
+    (folder / "a.csv").write_text('prompt,chosen,rejected\nx,0.png,1.png\n"y,0.png,1.png\n')
+    assert problems(folder / "a.csv")[0].startswith(f"pairs.source='{folder / 'a.csv'}': line 3 is not valid CSV (")
+    (folder / "a.parquet").write_bytes(b"PAR1 no")
+    [problem] = problems(folder / "a.parquet")
+    assert problem.startswith(f"pairs.source='{folder / 'a.parquet'}', split 'train', cannot be loaded (")
+    assert problem.endswith("): mend it")
+
+
+@pytest.mark.parametrize("text", ["", "\n", "prompt,chosen,rejected\n"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_no_rows(folder, suffix, text):
+    if suffix == ".jsonl" and text.strip():
+        return
+    (folder / f"a{suffix}").write_text(text)
+    assert problems(folder / f"a{suffix}") == [
+        f"pairs.source='{folder / f'a{suffix}'}' holds no usable pair (0 rows, 0 ties, 0 bad rows): give at least one"
+    ]
+
+
+def test_parquet_without_rows(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    [problem] = problems(tmp_path / "a.parquet")  # datasets refuses a file and a slice without rows
+    assert problem.endswith("): mend it")
+    write_rows(tmp_path / "a.parquet", [{"x": "y"}])
+    [problem] = problems(tmp_path, split="train[1:]")
+    assert "no data" in problem
+
+
+# Columns
+
+
+def test_columns_are_mapped(folder):
+    rows = [{"text": "t", "good": "0.png", "bad": "1.png", "a": "2.png", "b": "3.png", "left": 0}]
+    source = write_rows(folder / "a.jsonl", rows)
+    direct = open_(source, columns={"prompt": "text", "chosen": "good", "rejected": "bad"})
+    assert shown(direct) == [(colour(0), colour(1))]
+    binary = open_(source, columns={"prompt": "text", "first": "a", "second": "b", "first_wins": "left"})
+    assert shown(binary) == [(colour(3), colour(2))]
+
+
+def test_names_left_out_of_the_mapping_keep_their_default(folder):
+    rows = [{name if name != "caption" else "text": value for name, value in binary_rows([0])[0].items()}]
+    assert shown(open_(write_rows(folder / "a.csv", rows), columns={"prompt": "text"})) == [(colour(1), colour(0))]
+
+
+def test_mappings_that_do_not_fit(folder):
+    source = write_rows(folder / "a.jsonl", [{"text": "t", "good": "0.png", "bad": "1.png"}])
+    found = "the columns found are 'text', 'good', 'bad': map our names to these"
+    assert problems(source) == [
+        "pairs.columns: the columns prompt, chosen, rejected or caption, jpg_0, jpg_1, label_0 are needed; " + found
+    ]
+    assert problems(source, columns={"prompt": "txt", "chosen": "good", "rejected": "bad"}) == [
+        "pairs.columns: there is no column 'txt'; " + found
+    ]
+    assert problems(source, columns={"prompt": "text", "chosen": "good"}) == [
+        "pairs.columns: the columns text, good, rejected are needed; " + found
+    ]
+    assert problems(source, columns={"prompt": "text", "chosen": "good", "first": "bad"}) == [
+        "pairs.columns: give prompt, chosen, rejected or prompt, first, second, first_wins, not both"
+    ]
+    assert problems(source, columns={"prompt": "text", "chosen": "good", "rejected": "good"}) == [
+        "pairs.columns: two names stand for one column: give each its own"
+    ]
+    assert len(problems("nothing", columns={"promt": "text", "chosn": "good"})) == 3
+
+
+# Bad rows
+
+
+GOOD = {"prompt": "fine", "chosen": "20.png", "rejected": "21.png"}
+CASES = {
+    "missing": ({"chosen": "a/b.png"}, "the picture a/b.png is missing"),
+    "folder": ({"rejected": "."}, "the picture . is missing"),
+    "too long": ({"chosen": "x" * 9999}, f"the picture {'x' * 76}.. is missing"),
+    "nul": ({"chosen": "a\0.png"}, r"the picture a\x00.png is missing"),
+    "surrogate": ({"chosen": "\ud800.png"}, r"the picture \ud800.png is missing"),
+    "none": ({"chosen": None}, "chosen is None, not the path or the bytes of a picture"),
+    "number": ({"rejected": 3}, "rejected is 3, not the path or the bytes of a picture"),
+    "list": ({"rejected": [1]}, "rejected is [1], not the path or the bytes of a picture"),
+    "blank": ({"rejected": " "}, "rejected is ' ', not the path or the bytes of a picture"),
+    "same file": ({"rejected": "20.png"}, "chosen and rejected are the same picture"),
+    "no prompt": ({"prompt": ""}, "the prompt is empty"),
+    "blank prompt": ({"prompt": " \t"}, "the prompt is empty"),
+    "null prompt": ({"prompt": None}, "the prompt is empty"),
+    "captions": ({"prompt": ["a", "b"]}, "the prompt is ['a', 'b'], not a text"),
+    "half a character": ({"prompt": "\ud800"}, r"the prompt '\ud800' is not valid Unicode"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_row_is_named_and_can_be_left_out(folder, case):
+    change, sentence = CASES[case]
+    source = write_rows(folder / "a.jsonl", [GOOD, GOOD, GOOD | change, GOOD])
+    assert problems(source) == [f"pairs: row 2: {sentence}", HINT]
+    pairs = open_(source, skip_bad_rows=True)
+    assert pairs.rows == [0, 1, 3]
+    assert pairs.skipped == {2: f"pairs: row 2: {sentence}"}
+    assert pairs_problems(PairsConfig(source=source, skip_bad_rows=True)) == []
+
+
+@pytest.mark.parametrize("label", [0.7, 2, -1, None, "", "yes", float("nan"), [1], 10**400])
+def test_labels_that_are_none(folder, label):
+    rows = binary_rows([1, 0, 0.5])
+    rows[1]["label_0"] = label
+    [problem, hint] = problems(write_rows(folder / "a.jsonl", rows))
+    assert problem.startswith("pairs: row 1: label_0 is ")
+    assert problem.endswith(", not one of 0, 0.5, 1")
+    assert len(problem) < 160
+    assert hint == HINT
+    if label == 0.7:
+        assert problem == "pairs: row 1: label_0 is 0.7, not one of 0, 0.5, 1"
+
+
+def test_a_tie_is_dropped_whatever_else_its_row_holds(folder):
+    rows = [*binary_rows([1]), {"caption": "", "jpg_0": None, "jpg_1": "no.png", "label_0": 0.5}]
+    pairs = open_(write_rows(folder / "a.jsonl", rows))
+    assert (len(pairs), pairs.ties, pairs.skipped) == (1, 1, {})
+
+
+def test_labels_and_sides_of_a_bad_picture_agree(folder):
+    rows = binary_rows([0, 1, 1])
+    rows[0]["jpg_0"], rows[1]["jpg_0"] = 5, 5
+    assert problems(write_rows(folder / "a.jsonl", rows))[:2] == [
+        "pairs: row 0: rejected is 5, not the path or the bytes of a picture",
+        "pairs: row 1: chosen is 5, not the path or the bytes of a picture",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "more"), [(10, []), (11, ["pairs: 1 more row is bad"]), (13, ["pairs: 3 more rows are bad"])]
+)
+def test_only_ten_bad_rows_are_listed(folder, count, more):
+    source = write_rows(folder / "a.jsonl", [GOOD] + [GOOD | {"prompt": ""}] * count)
+    assert problems(source) == [f"pairs: row {i}: the prompt is empty" for i in range(1, 11)] + more + [HINT]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_no_usable_pair(folder, skip):
+    rows = binary_rows([0.5, 0.5, 7])
+    source = write_rows(folder / "a.jsonl", rows)
+    assert problems(source, skip_bad_rows=skip) == [
+        "pairs: row 2: label_0 is 7, not one of 0, 0.5, 1",
+        f"pairs.source='{source}' holds no usable pair (3 rows, 2 ties, 1 bad rows): give at least one",
+    ]
+
+
+@pytest.mark.parametrize("how", ["struct", "bytes"])
+def test_bad_rows_of_a_parquet_file(folder, how):
+    rows = packed(direct_rows(3), how)
+    rows[0]["chosen"] = None
+    rows[1]["rejected"] = {"bytes": None, "path": None} if how == "struct" else b""
+    rows[2]["prompt"] = None
+    assert problems(write_rows(folder / "a.parquet", rows))[:3] == [
+        "pairs: row 0: chosen is None, not the path or the bytes of a picture",
+        "pairs: row 1: rejected is None, not the path or the bytes of a picture",
+        "pairs: row 2: the prompt is empty",
+    ]
+    for odd in (7, [1, 2], {"x": 1}, {"bytes": None}, {"bytes": 3, "path": "0.png"}, {"bytes": [1]}, {"path": 4}, None):
+        rows = [row | {"chosen": odd} for row in direct_rows(2)]
+        found = problems(write_rows(folder / "b.parquet", rows))
+        assert found[0].startswith("pairs: row 0: chosen is ")
+        assert found[0].endswith(", not the path or the bytes of a picture")
+        assert len(found) == 3
+
+
+def test_pictures_by_path_inside_structs(folder):
+    rows = [
+        {name: value if name == "prompt" else {"path": value, "bytes": None} for name, value in row.items()}
+        for row in direct_rows(2)
+    ]
+    for name in ("a.parquet", "a.jsonl"):
+        assert shown(open_(write_rows(folder / name, rows)))[1] == (colour(2), colour(3))
+
+
+# Pictures that cannot be read
+
+
+def bomb():
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+UNREADABLE = {
+    "text": b"not a picture",
+    "empty": b"",
+    "truncated": encoded(noise((64, 64)))[:-2000],
+    "truncated jpeg": encoded(noise((64, 64)), "JPEG")[:1500],
+    "bomb": bomb(),
+    "pickle": b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins\x94\x8c\x05print\x94\x93\x94)R\x94.",
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_files_that_are_no_pictures(folder, case, side):
+    (folder / "odd.png").write_bytes(UNREADABLE[case])
+    source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {side: "odd.png"}, GOOD])
+    what = (
+        "has more pixels than the 178956970 that are read"
+        if case == "bomb"
+        else "is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read"
+    )
+    sentence = f"pairs: row 1: {side} {what}"
+    assert pairs_problems(PairsConfig(source=source)) == []
+    assert problems(source, decode=True) == [sentence, HINT]
+    with pytest.raises(ConfigError) as caught:
+        open_(source).pictures(1, (8, 8))
+    assert caught.value.problems == [sentence]
+    left = open_(source, skip_bad_rows=True).check_pictures()
+    assert (left.rows, left.skipped) == ([0, 2], {1: sentence})
+    assert shown(left) == [(colour(20), colour(21))] * 2
+
+
+def test_pairs_whose_pictures_do_not_compare(folder):
+    (folder / "narrow.png").write_bytes(plain(1, (4, 8)))
+    (folder / "copy.png").write_bytes(encoded(Image.new("RGBA", (8, 8), (*colour(20), 255))))
+    rows = [GOOD, GOOD | {"rejected": "narrow.png"}, GOOD | {"rejected": "copy.png"}, GOOD | {"prompt": ""}]
+    source = write_rows(folder / "a.jsonl", rows)
+    wanted = [
+        "pairs: row 1: chosen is 8x8 and rejected 4x8: both must have one size",
+        "pairs: row 2: chosen and rejected are the same picture",
+    ]
+    assert problems(write_rows(folder / "b.jsonl", rows[:3]), decode=True) == [*wanted, HINT]
+    left = open_(source, skip_bad_rows=True).check_pictures()
+    assert left.rows == [0]
+    assert left.skipped == {1: wanted[0], 2: wanted[1], 3: "pairs: row 3: the prompt is empty"}
+    assert list(left.skipped) == [1, 2, 3]
+
+
+def test_no_pair_is_left_after_decoding(folder):
+    (folder / "odd.png").write_bytes(b"")
+    source = write_rows(folder / "a.jsonl", [GOOD | {"rejected": "odd.png"}, GOOD | {"prompt": ""}])
+    assert problems(source, decode=True, skip_bad_rows=True) == [
+        "pairs: row 0: rejected is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read",
+        f"pairs.source='{source}' holds no usable pair (2 rows, 0 ties, 2 bad rows): give at least one",
+    ]
+
+
+def test_labels_stay_with_their_rows_when_a_row_is_left_out(folder):
+    (folder / "0.png").write_bytes(b"")
+    left = open_(write_rows(folder / "a.jsonl", binary_rows([1, 0, 0.5, 1, 0])), skip_bad_rows=True).check_pictures()
+    assert (left.prompts, left.rows, left.ties) == (["c1", "c3", "c4"], [1, 3, 4], 1)
+    assert shown(left) == [(colour(3), colour(2)), (colour(6), colour(7)), (colour(9), colour(8))]
+
+
+def test_a_picture_that_vanishes(folder):
+    pairs = open_(write_rows(folder / "a.jsonl", [GOOD, GOOD]))
+    (folder / "21.png").unlink()
+    with pytest.raises(ConfigError, match=r"^pairs: row 1: the picture 21\.png is missing$"):
+        pairs.pictures(1, (8, 8))
+    with pytest.raises(ConfigError, match=r"row 0: the picture 21\.png is missing\n.*row 1: the picture"):
+        pairs.check_pictures()
+
+
+def test_every_pair_advances_once_also_a_bad_one(folder):
+    (folder / "odd.png").write_bytes(b"")
+    source = write_rows(folder / "a.jsonl", [*direct_rows(5), GOOD | {"chosen": "odd.png"}, GOOD | {"prompt": ""}])
+    calls = []
+    left = open_(source, skip_bad_rows=True).check_pictures(lambda: calls.append(1))
+    assert (len(calls), len(left)) == (6, 5)
+
+
+# Pictures
+
+
+def by_hand(picture, size):
+    """Scale the whole picture until it covers ``size``, then cut the middle out."""
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    whole = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+    left, top = (whole.width - width) // 2, (whole.height - height) // 2
+    return torch.tensor(np.asarray(whole)[top : top + height, left : left + width] / 255.0).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("source", [(64, 64), (96, 64), (64, 97), (131, 57), (20, 33)])
+@pytest.mark.parametrize("size", [(64, 64), (32, 48), (50, 33)])
+def test_pictures_are_scaled_and_cut_in_the_middle(folder, source, size):
+    both = [noise(source, seed, 80, 176) for seed in (0, 1)]  # nothing is clipped between PIL's two passes
+    for name, picture in zip(("x.png", "y.png"), both):
+        picture.save(folder / name)
+    pairs = open_(write_rows(folder / "a.jsonl", [{"prompt": "p", "chosen": "x.png", "rejected": "y.png"}]))
+    for result, picture in zip(pairs.pictures(0, size), both):
+        assert (result.shape, result.dtype) == ((3, *size), torch.float32)
+        torch.testing.assert_close(result, by_hand(picture, size), atol=1.01 / 255, rtol=0)
+
+
+def test_a_picture_of_the_right_height_is_cut_to_the_pixel(folder):
+    picture = noise((97, 64))
+    picture.save(folder / "x.png")
+    pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
+    wanted = torch.tensor(np.asarray(picture)[:, 16:80]).permute(2, 0, 1) / 255
+    assert torch.equal(pairs.pictures(0, (64, 64))[0], wanted)
+
+
+def test_a_very_long_picture_takes_no_more_memory_than_it_has_to(folder):
+    noise((1, 40_000)).save(folder / "x.png")
+    pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
+    assert pairs.pictures(0, (512, 512))[0].shape == (3, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("picture", "wanted"),
+    [
+        (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 51)), (255, 204, 204)),
+        (Image.new("LA", (8, 8), (0, 0)), (255, 255, 255)),
+        (Image.new("L", (8, 8), 70), (70, 70, 70)),
+        (Image.new("1", (8, 8), 1), (255, 255, 255)),
+        (Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
+    ],
+)
+def test_other_kinds_of_picture(folder, picture, wanted):
+    picture.save(folder / "x.png")
+    assert shown(open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == wanted
+
+
+def test_a_transparent_palette_goes_on_white(folder):
+    picture = Image.new("P", (8, 8), 3)
+    picture.putpalette([9] * 30)
+    picture.save(folder / "x.png", transparency=3)
+    assert shown(open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == (255, 255, 255)
+
+
+def test_a_turned_photograph_is_put_upright(folder):
+    picture = Image.new("RGB", (16, 8))
+    picture.paste((255, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise: the left half is on top
+    picture.save(folder / "x.png", exif=exif)
+    result = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])).pictures(0, (16, 8))[0]
+    assert result[0, :8].min() == 1
+    assert result[0, 8:].max() == 0
+
+
+# The whole
+
+
+def test_the_first_pairs_only(folder):
+    rows = binary_rows([0.5, 1, 1, 0.5, 1, 1])
+    rows[5]["caption"] = ""
+    source = write_rows(folder / "a.jsonl", rows)
+    pairs = open_(source, max_pairs=2)
+    assert (pairs.rows, pairs.ties) == ([1, 2], 1)
+    assert open_(source, max_pairs=3).rows == [1, 2, 4]
+    assert problems(source, max_pairs=4)[0] == "pairs: row 5: the prompt is empty"
+    assert len(open_(source, max_pairs=100, skip_bad_rows=True)) == 3
+
+
+@pytest.mark.parametrize("how", ["path", "bytes", "struct"])
+def test_pictures_are_read_when_asked_for(tmp_path, how):
+    """60 pictures of 110 kB: neither opening nor looking at all of them holds a third of them."""
+    import pyarrow as pa
+
+    size, rows = (192, 192), []
+    for i in range(30):
+        both = {side: encoded(noise(size, 2 * i + j)) for j, side in enumerate(("chosen", "rejected"))}
+        if how == "path":
+            for side, data in both.items():
+                (tmp_path / f"{side}{i}.png").write_bytes(data)
+        cells = {
+            side: {"path": f"{side}{i}.png", "bytes": data, "struct": {"bytes": data, "path": None}}[how]
+            for side, data in both.items()
+        }
+        rows.append({"prompt": f"p{i}", **cells})
+    source = write_rows(tmp_path / "a.parquet", rows)
+    open_(source)  # the cache of datasets is built, its modules are loaded
+    del rows, cells, both
+    gc.collect()
+    arrow = pa.total_allocated_bytes()
+    tracemalloc.start()
+    pairs = open_(source)
+    held = [tracemalloc.get_traced_memory()[1]]
+    pairs = pairs.check_pictures()
+    for i in range(len(pairs)):
+        pairs.pictures(i, (64, 64))
+    gc.collect()
+    held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    held.append(pa.total_allocated_bytes() - arrow)
+    assert len(pairs) == 30
+    assert max(held) < 2_000_000, held
+
+
+def test_the_same_every_time(folder):
+    source = write_rows(folder / "a.jsonl", binary_rows([1, 0.5, 0] * 5))
+    first, second = (open_(source, skip_bad_rows=True).check_pictures() for _ in range(2))
+    assert (first.prompts, first.rows, first.ties) == (second.prompts, second.rows, second.ties)
+    for i in range(len(first)):
+        for a, b in zip(first.pictures(i, (5, 7)), second.pictures(i, (5, 7))):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"skip_bad_rows": "yes"},
+        {"skip_bad_rows": 1},
+        {"max_pairs": 0},
+        {"max_pairs": True},
+        {"source": ""},
+        {"colums": {}},
+    ],
+)
+def test_settings_that_are_not_allowed(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        PairsConfig(**({"source": "emoji_style"} | settings))

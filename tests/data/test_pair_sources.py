@@ -1,0 +1,212 @@
+"""Pairs streamed from the Hub, for which a local folder stands in, and what `datasets` may say meanwhile: nothing."""
+
+import gc
+import io
+import logging
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_align.data.image_pairs import PairsConfig, open_pairs, pairs_problems
+from diffusion_align.errors import ConfigError
+
+HUB = "some/pairs"
+START = f"pairs.source='{HUB}', split 'train', cannot be loaded ("
+END = "): check the name, the network and your access to it"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder that is downloaded as ``some/pairs``; ``hub.cache`` is where downloads are kept."""
+    folder, cache, load = tmp_path / "hub", tmp_path / "cache", datasets.load_dataset
+    folder.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **kw: load(str(folder) if name == HUB else name, **kw))
+    return folder
+
+
+@pytest.fixture
+def bars():
+    """Progress bars as they are without the other tests' doing."""
+    before = datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()
+    yield
+    (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
+def picture(seed, size=8):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def rows(labels, start=0, size=8):
+    return [
+        {
+            "caption": f"c{i}",
+            "jpg_0": picture(2 * i, size),
+            "jpg_1": picture(2 * i + 1, size),
+            "label_0": label,
+            "more": [i],
+        }
+        for i, label in enumerate(labels, start)
+    ]
+
+
+def write(folder, shards, kind="image", split="train", block=3):
+    """One parquet file for each list of rows; a shard that is bytes is written as it is."""
+    for number, shard in enumerate(shards):
+        path = folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+        if isinstance(shard, bytes):
+            path.write_bytes(shard)
+            continue
+        if kind == "bytes":
+            shard = [row | {side: row[side]["bytes"] for side in ("jpg_0", "jpg_1")} for row in shard]
+        dataset = datasets.Dataset.from_list(shard)
+        for side in ("jpg_0", "jpg_1") if kind == "image" else ():
+            dataset = dataset.cast_column(side, datasets.Image())
+        dataset.to_parquet(path, batch_size=block)
+
+
+def open_(source=HUB, **settings):
+    return open_pairs(PairsConfig(source=str(source), **settings))
+
+
+def kept(hub):
+    """What is left in the cache folder, but for the locks of `datasets`."""
+    return [path.name for path in (hub.parent / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def problems(**settings):
+    with pytest.raises(ConfigError) as caught:
+        open_(**settings)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("kind", ["image", "struct", "bytes"])
+def test_a_streamed_prefix_is_the_prefix_of_the_whole(hub, kind):
+    labels = [0.5, 1.0, 0.0, 7.0, 0.5, 1.0, 1.0, 0.0, 0.5]
+    write(hub, [rows(labels[:4]), rows(labels[4:], 4)], kind)
+    for count in (1, 2, 3, 5, 100):
+        streamed, whole = (open_(source, max_pairs=count, skip_bad_rows=True) for source in (HUB, hub))
+        assert (streamed.prompts, streamed.rows, streamed.ties, streamed.skipped) == (
+            (whole.prompts, whole.rows, whole.ties, whole.skipped)
+        )
+        assert len(streamed) == min(count, 5)
+        assert len(streamed._table) == (len(labels) if count == 100 else streamed.rows[-1] + 1)
+        streamed = streamed.check_pictures()
+        for i in range(len(streamed)):
+            for a, b in zip(streamed.pictures(i, (8, 8)), whole.pictures(i, (8, 8))):
+                assert torch.equal(a, b)
+
+
+def test_later_files_are_not_read(hub):
+    write(hub, [rows([1.0, 0.5, 0.0]), b"PAR1 no"])
+    assert open_(max_pairs=2).rows == [0, 2]
+    [problem] = problems(max_pairs=3)
+    assert problem.startswith(START)
+    assert problem.endswith(END)
+    [problem] = problems()  # a whole download
+    assert problem.startswith(START)
+
+
+def test_only_the_pictures_in_use_are_in_memory(hub):
+    write(hub, [rows([1.0] * 20, size=192)], block=20)
+    open_(max_pairs=1)
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    pairs = open_(max_pairs=20).check_pictures()
+    gc.collect()
+    assert len(pairs) == 20
+    assert pa.total_allocated_bytes() - before < 1_000_000  # of 4.4 MB
+    assert kept(hub) == []
+
+
+def test_splits(hub):
+    write(hub, [rows([1.0])])
+    write(hub, [rows([0.0, 1.0], 5)], split="validation")
+    assert open_(split="validation", max_pairs=9).prompts == ["c5", "c6"]
+    assert open_(split="validation").prompts == ["c5", "c6"]
+    [problem] = problems(split="heldout", max_pairs=9)
+    assert problem == (
+        f"pairs.source='{HUB}', split 'heldout', cannot be loaded "
+        f"(Bad split: heldout. Available splits: ['train', 'validation']{END}"
+    )
+    sliced = PairsConfig(source=HUB, split="train[:5]", max_pairs=9)
+    sentence = "pairs.split='train[:5]' cannot be used with pairs.max_pairs: name the split without [...]"
+    assert pairs_problems(sliced) == problems(split="train[:5]", max_pairs=9) == [sentence]
+    assert pairs_problems(PairsConfig(source=HUB, split="train[:5]")) == []
+
+
+def test_columns(hub):
+    write(hub, [rows([0.0, 0.0])])
+    names = {"prompt": "caption", "chosen": "jpg_1", "rejected": "jpg_0"}
+    assert open_(columns=names, max_pairs=1)._first_wins == [True]
+    [problem] = problems(columns={"prompt": "text"}, max_pairs=1)
+    assert "there is no column 'text'; the columns found are 'caption', 'jpg_0', 'jpg_1'" in problem
+    assert problems(columns={"promt": "text"}, max_pairs=1) == [
+        "pairs.columns: unknown name 'promt': did you mean 'prompt'?"
+    ]
+
+
+def test_bad_rows_end_the_download(hub):
+    write(hub, [rows([1.0] + [3.0] * 12), b"PAR1 no"])
+    found = problems(max_pairs=50)
+    assert found[:10] == [f"pairs: row {i}: label_0 is 3.0, not one of 0, 0.5, 1" for i in range(1, 11)]
+    assert found[10:] == ["pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"]
+
+
+def test_no_usable_pair(hub):
+    write(hub, [rows([0.5] * 3)])
+    assert problems(max_pairs=50) == [
+        f"pairs.source='{HUB}' holds no usable pair (3 rows, 3 ties, 0 bad rows): give at least one"
+    ]
+    write(hub, [rows([0.5])[:0]])
+    assert len(problems(max_pairs=50)) == 1
+
+
+def test_a_connection_that_breaks(hub, monkeypatch):
+    write(hub, [rows([1.0] * 5)])
+    whole = datasets.IterableDataset.iter
+
+    def breaking(self, batch_size):
+        for number, batch in enumerate(whole(self, batch_size)):
+            if number == at:
+                raise ConnectionError("the line is dead\nreally")
+            yield batch
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", breaking)
+    for at in (0, 2):  # noqa: B007
+        assert problems(max_pairs=4) == [f"{START}the line is dead{END}"]
+    at = 4
+    assert len(open_(max_pairs=4)) == 4
+    assert kept(hub) == []
+
+
+def test_nothing_is_printed(hub, bars, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
+    write(hub, [rows([1.0] * 5)])
+    write(hub, [b"PAR1 no"], split="test")
+    levels = [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")]
+    capfd.readouterr()
+    for settings in ({"source": hub / "train-00000-of-00001.parquet"}, {"max_pairs": 2}):
+        assert open_(**settings)
+    for settings in ({"source": hub}, {"split": "test", "max_pairs": 1}, {"split": "test"}):
+        assert len(problems(**settings)) == 1
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+    assert not datasets.are_progress_bars_disabled()
+    assert [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")] == levels
+
+
+def test_the_rows_are_counted_on_a_terminal(hub, monkeypatch, capfd):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    write(hub, [rows([1.0] * 5)])
+    open_(max_pairs=3)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "3 rows downloaded" in err

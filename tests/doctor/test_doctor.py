@@ -1,0 +1,551 @@
+"""What doctor says before anything is downloaded or loaded, against what trainers and files say."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from diffusion_align.doctor import cost_report as costs
+from diffusion_align.doctor import describe as doctor
+from diffusion_align.doctor.memory import UNetCost
+from diffusion_align.doctor.model_files import gigabytes
+from diffusion_align.errors import ConfigError
+from diffusion_align.pipelines import text
+
+SETTINGS = {
+    "method": "ddpo",
+    "reward": "jpeg_compressibility",
+    "prompts": ["a red apple", "a cat"],
+    "epochs": 3,
+    "samples_per_epoch": 8,
+    "sample_batch_size": 4,
+    "micro_batch_size": 2,
+    "sampler": {"steps": 6, "guidance_scale": 5.0},
+    "lora": {"rank": 2},
+    "num_threads": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    """What HF_HOME=(a new folder) gives; the variable itself is read when the hub's package is imported."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(**changes):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(SETTINGS | {"output_dir": str(tmp_path / "run")} | changes))
+        return str(path)
+
+    return to_file
+
+
+@pytest.fixture
+def report(write):
+    """``report(**settings)``: (name -> value, problems); values of one name are joined."""
+
+    def examine(*overrides, **settings):
+        source = settings.pop("source", None) or write(**settings)
+        lines, problems = doctor.describe_config(source, overrides)
+        found = {}
+        for name, value in ((name, value) for name, value in lines if value):
+            found[name] = f"{found[name]}; {value}" if name in found else value
+        return found, problems
+
+    return examine
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Nothing is counted or timed, for tests about something else."""
+    monkeypatch.setattr(costs, "unet_cost", lambda unet, *_, **__: UNetCost(unet["sample_size"], 10, 10, 10, 10))
+    monkeypatch.setattr(costs, "_time_here", lambda config, model, *_: [("this CPU", "fast")] if model.here else [])
+
+
+# -- a model that is here ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd2", "tiny_sdxl"])
+def test_a_folder(report, make_policy, model_path, name):
+    from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
+
+    found, problems = report(model=model_path(name), timestep_range=[0.2, 1.0])
+    assert problems == []
+    assert found["settings"] == "no problem found"
+    assert found["unet"].startswith("found, ")
+    assert ("text_encoder_2" in found) == (name == "tiny_sdxl")
+    policy = make_policy(name, lora=None)
+    settings = SETTINGS | {"model": name, "output_dir": "run", "timestep_range": [0.2, 1.0]}
+    trainer = DDPOTrainer(DDPOConfig(**settings), policy, lambda *_: None, [("a", {})])
+    decisions = 8 * len(trainer.trained_steps)
+    assert found["decisions an update"].startswith(f"{decisions // 2} of all processes")
+    assert found["micro-batches an update"].startswith(f"{decisions // 4} of 2,")
+    looked = 2 * 2 * len(trainer.trained_steps)  # one a step is more than 1 % here; guided, and the reference too
+    assert found["UNet passes an epoch"] == (
+        f"{2 * 8 * 6} forward while sampling, {looked} forward to estimate kl_path, "
+        f"{2 * decisions} forward and backward while training"
+    )
+    assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on a decision's 256 dimensions")
+    parameters = {
+        part: sum(p.numel() for p in network.parameters())
+        for part, network in policy.pipeline.components.items()
+        if isinstance(network, torch.nn.Module)
+    }
+    assert found["frozen weights"].startswith(gigabytes(4 * sum(parameters.values())) + ": UNet ")
+    assert f"vae {gigabytes(4 * parameters['vae'])}" in found["frozen weights"]
+    assert found["recorded latents"].startswith(gigabytes(2 * 4 * 256 * decisions))
+    assert re.match(r"\d.* in float32, 4 samples", found["training pass"])
+    assert found["this CPU"].endswith(" for 3 epochs")
+    assert found[""].startswith("from a pass of 8 samples timed now")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("target", ["posterior_mean", "logged"])
+def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, target):
+    from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+
+    settings = {"method": "diffusion_dpo", "beta_dpo": 2000, "group_size": 4, "target": target, "kl_coef": 0.1}
+    found, problems = report(model=str(tiny_sd), **settings)
+    assert problems == []
+    config = DiffusionDPOConfig(**SETTINGS | settings | {"model": "tiny", "output_dir": tmp_path / "x"})
+    trainer = DiffusionDPOTrainer(config, make_policy("tiny_sd"), reward=lambda *_: None, prompts=[("a", {})])
+    assert found["beta in nats"].startswith(f"{trainer.beta:.3g}, which beta_dpo=2000 is")
+    assert found["pairs an epoch"] == "2, the best and the worst of 4 pictures each"
+    guided = 2 if target == "logged" else 1
+    assert f"{2 * 2 * guided} forward for the reference" in found["UNet passes an epoch"]
+    assert f"{2 * 2 * guided} samples with" in found["training pass"]
+
+
+def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_policy):
+    from diffusion_align.diffusion.policy import LoRAConfig
+
+    found, _ = report(model=str(tiny_sd), lora=None)
+    adapted, _ = report(model=str(tiny_sd))
+    averaged, _ = report(model=str(tiny_sd), ema_decay=0.9)
+    whole = make_policy("tiny_sd", lora=None).trainable.values()
+    adapter = make_policy("tiny_sd", lora=LoRAConfig(rank=2)).trainable.values()
+    whole, adapter = (sum(p.numel() for p in parameters) for parameters in (whole, adapter))
+    assert f"reference UNet {gigabytes(4 * whole)}," in found["frozen weights"]
+    assert found["trained"].startswith(f"{gigabytes(16 * whole)}: whole UNet")
+    assert adapted["trained"].startswith(f"{gigabytes(16 * adapter)}: LoRA of rank 2")
+    assert averaged["trained"].startswith(f"{gigabytes(20 * adapter)}: ")
+    assert "3 forward passes" in found["operations"]
+    assert "2 forward passes" in adapted["operations"]
+
+
+def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
+    shorter = ["num_threads=1", "sample_batch_size=1", "mixed_precision=no"]
+    status, out, err = call_cli("doctor", "quickstart", f"output_dir={tmp_path / 'run'}", *shorter)
+    assert (status, err) == (0, "")
+    assert "no problem found" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert re.search(r"^  unet +found, 11 MB$", out, re.MULTILINE)
+    assert re.search(r"^  clip in nats +1\.64, ", out, re.MULTILINE)
+    assert re.search(r"^  this CPU +[\d.]+ (s|min), ", out, re.MULTILINE)
+    assert "one A100" not in out  # a network this small does not keep one busy
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd):
+    """Nothing where every decision is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
+    settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
+    priced, _ = report(**settings, kl_coef=0.1)
+    assert priced["UNet passes an epoch"] == (
+        f"{2 * 8 * 6} forward while sampling, {2 * 40} forward for the reference, "
+        f"{2 * 20 * 40} forward and backward while training"
+    )
+    assert f", {2 * 2 * 24} forward to estimate kl_path, " in report(**settings)[0]["UNet passes an epoch"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_evaluation_is_counted(report, tiny_sd):
+    found, _ = report(model=str(tiny_sd), evaluation={"pictures": 6, "every": 2, "reward": "jpeg_incompressibility"})
+    assert f"{2 * 6 * 6 // 2} forward for the evaluation" in found["UNet passes an epoch"]
+    assert found["jpeg_incompressibility"] == "installed, held out"
+
+
+@pytest.mark.usefixtures("quick")
+def test_dtype_halves_frozen_weights_only(report, tiny_sd):
+    wide, _ = report(model=str(tiny_sd))
+    narrow, _ = report(model=str(tiny_sd), dtype="bfloat16")
+    encoder = [float(re.search(r"text_encoder ([\d.]+) MB", found["frozen weights"])[1]) for found in (wide, narrow)]
+    assert encoder[1] == pytest.approx(encoder[0] / 2, rel=0.3)
+    vae = [re.search(r"vae ([\d.]+ MB)", found["frozen weights"])[1] for found in (wide, narrow)]
+    assert vae[0] == vae[1]  # force_upcast
+    assert wide["trained"] == narrow["trained"]
+
+
+# -- a model that is not here ------------------------------------------------------------------------------------------
+
+
+def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
+    """4.3 GB are the float32 files of the UNet, the VAE and the text encoder."""
+    status, out, err = call_cli("doctor", "ddpo_sd15_aesthetic", f"output_dir={tmp_path / 'run'}")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 100
+    assert "missing: 4.3 GB will be downloaded" in out
+    assert re.search(r"^  unet +missing, 3\.4 GB$", out, re.MULTILINE)
+    assert re.search(r"^  aesthetic +installed", out, re.MULTILINE)
+    assert re.search(r"^  clip in nats +1\.64, the joint bound on a decision's 16384 dimensions", out, re.MULTILINE)
+    assert "1600 of 4" in out
+    assert re.search(r"^  recorded latents +1\.7 GB", out, re.MULTILINE)
+    # 256 pictures of 50 guided steps, sampled (one pass) and trained on (two), at 0.8 TFLOPs; 512 of their decisions
+    # again, and by the reference, for kl_path; and their decoding
+    operations = float(re.search(r"operations +([\d.]+) PFLOPs", out)[1]) * 1e15
+    passes = 256 * 50 * 2 * 3 + 512 * 2 * 2
+    assert operations == pytest.approx(passes * 0.803e12 + 256 * 2.51e12, rel=0.01)
+    minutes = float(re.search(r"one A100, 80 GB +([\d.]+) min", out)[1])
+    assert minutes == pytest.approx(operations / (0.4 * 312e12) / 60, rel=0.05)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_unknown_hub_id(report):
+    found, problems = report(model="somebody/something")
+    assert problems == []
+    assert found["files"].startswith("missing, size unknown")
+    assert found["memory and time"] == "not estimated: the model's configuration is not here"
+    assert found["pictures an epoch"] == "8, each 6 steps"
+
+
+def cache(hub, folder, model):
+    snapshot = hub / f"models--{model.replace('/', '--')}" / "snapshots" / "0123"
+    shutil.copytree(folder, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    return snapshot
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_hub_id_in_the_cache(report, empty_cache, tiny_sd):
+    snapshot = cache(empty_cache, tiny_sd, "somebody/something")
+    found, problems = report(model="somebody/something")
+    assert problems == []
+    assert found["model"] == "somebody/something (hub id, in the cache)"
+    assert found["unet"].startswith("found, ")
+    assert "this CPU" in found
+    (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    found, problems = report(model="somebody/something")
+    assert problems == []
+    assert found["unet"] == "missing: it will be downloaded"
+    assert "at the peak" in found
+    assert "this CPU" not in found
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_published_model_half_in_the_cache(report, empty_cache, tiny_sd):
+    snapshot = cache(empty_cache, tiny_sd, "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    shutil.rmtree(snapshot / "vae")
+    found, problems = report(model="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert problems == []
+    assert found["vae"] == "missing, 335 MB: it will be downloaded"
+
+
+# -- files that are missing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_that_lacks_a_part(call_cli, write, tiny_sd, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    shutil.rmtree(folder / "vae")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    status, out, err = call_cli("doctor", write(model=str(folder)))
+    assert status == 2
+    assert err.splitlines() == [
+        f"error: model={str(folder)!r} is incomplete: unet/ has no .safetensors file",
+        f"error: model={str(folder)!r} is incomplete: the folder has no vae/",
+    ]
+    assert re.search(r"^  vae +missing: no folder$", out, re.MULTILINE)
+    assert re.search(r"^  text_encoder +found, ", out, re.MULTILINE)
+    assert "2 problems, see below" in out
+
+
+@pytest.mark.usefixtures("quick")
+def test_variants(report, tiny_sd, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    unet = folder / "unet"
+    (unet / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(20_000_000))
+    plain, _ = report(model=str(folder))
+    assert plain["unet"] == f"found, {gigabytes((unet / 'diffusion_pytorch_model.safetensors').stat().st_size)}"
+    found, problems = report(model=str(folder), weights_variant="fp16")
+    assert problems == []
+    assert found["unet"] == "found, 20 MB, fp16"
+    assert found["vae"] == plain["vae"]  # diffusers takes the plain files of a part without the variant
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_family_that_cannot_be_trained(report, tiny_sd, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    _, problems = report(model=str(folder))
+    assert len(problems) == 1
+    assert "is a FluxPipeline, which is not supported" in problems[0]
+
+
+def test_a_damaged_configuration_is_no_traceback(report, tiny_sd, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sd, folder)
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(unet | {"block_out_channels": [8, 17]}))
+    found, _ = report(model=str(folder))
+    assert found["memory and time"].startswith("not estimated: ")
+    (folder / "unet" / "config.json").write_text("{")
+    found, _ = report(model=str(folder))
+    assert found["memory and time"] == "not estimated: the model's configuration is not here"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(500_000)}, path)
+    found, _ = report(model=str(path), base_config=str(tiny_sd))
+    assert found["model"] == f"{path} (one file, 2.0 MB)"
+    assert found["base_config"] == f"{tiny_sd} (found)"
+    assert "at the peak" in found
+    found, _ = report(model=str(path))
+    assert found["base_config"] == "not given: what to build is asked of the hub"
+    assert "at the peak" not in found
+
+
+# -- settings and rewards ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_is_known_by_its_base(report, tiny_sd, tmp_path, quick):
+    base, none = report(model=str(tiny_sd))
+    below, above = tmp_path / "below", tmp_path / "above"
+    for folder, model in ((below, tiny_sd), (above, below)):
+        (folder / "final").mkdir(parents=True)
+        (folder / "final" / "pytorch_lora_weights.safetensors").touch()
+        (folder / "config.yaml").write_text(yaml.safe_dump({"method": "ddpo", "model": str(model)}))
+    found, problems = report(model=str(above))
+    assert problems == none == []
+    assert found.pop("model") == f"{above} (a run: LoRA of 2 on its base)"
+    assert found.pop("base") == base.pop("model") == f"{tiny_sd} (a folder)"
+    assert found == base
+    shutil.rmtree(above / "final")
+    shutil.copytree(tiny_sd, above / "final")
+    found, _ = report(model=str(above))
+    assert found["model"] == f"{above} (a run that trained the whole UNet)"
+    assert found["base"] == f"{above / 'final'} (a folder)"
+    shutil.rmtree(above / "final")
+    found, problems = report(model=str(above))
+    assert found["model"] == f"{above} (a run that cannot be used)"
+    assert [problem for problem in problems if "has not finished" in problem]
+
+
+def test_the_reward_of_a_run_is_that_of_what_it_was(report, tmp_path, quick):
+    for name, trained in (("lora", "pytorch_lora_weights.safetensors"), ("whole", "model_index.json")):
+        final = tmp_path / name / "final"
+        final.mkdir(parents=True)
+        (final / trained).write_text("{}")
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump({"method": "ddpo", "model": "emoji-sd"}))
+        found, _ = report(model=str(tmp_path / name), reward="aesthetic", evaluation={"reward": "jpeg_compressibility"})
+        assert "files" not in found, "the embedded CLIP is taken"
+        assert found["diversity"] == "by emoji-clip"
+    found, _ = report(model="nobody/model", reward="jpeg_compressibility", evaluation={"diversity": "clip"})
+    assert found["diversity"] == "by openai/clip-vit-large-patch14"
+    assert found["  files"] == "openai/clip-vit-large-patch14: not in the cache"
+
+
+def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
+    settings = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 2, "target": "logged"}
+    _, problems = report(model=str(tiny_sd), **settings, decisions_per_pair=20)
+    assert problems == [
+        "timestep_range=[0.0, 1.0] leaves 6 of the steps to train on, fewer than decisions_per_pair=20: use a wider "
+        "range"
+    ]
+
+
+def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
+    settings = {"timestep_fraction": 0.34, "updates_per_epoch": 3}  # 2 of 6 steps
+    found, _ = report(model=str(tiny_sd), samples_per_epoch=10, sample_batch_size=2, **settings)
+    assert found["decisions an update"].startswith("8 ")
+    online = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 16}
+    found, problems = report(model=str(tiny_sd), **online)
+    assert found["pairs an epoch"].startswith("0, ")
+    assert problems
+
+
+def test_configurations_that_leave_things_out(report, tiny_sd, tmp_path, quick):
+    folder = tmp_path / "partial"
+    shutil.copytree(tiny_sd, folder)
+    for path, key in (("unet/config.json", "sample_size"), ("scheduler/scheduler_config.json", "num_train_timesteps")):
+        config = json.loads((folder / path).read_text())
+        del config[key]
+        (folder / path).write_text(json.dumps(config))
+    found, problems = report(model=str(folder))
+    assert problems == []
+    assert found["memory and time"].startswith("not estimated")
+    assert found["UNet passes an epoch"] == report(model=str(tiny_sd))[0]["UNet passes an epoch"]
+
+
+def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
+    status, out, err = call_cli("doctor", write(model=str(tiny_sd), learning_rat=1), "sampler.step=3", "epochs=none")
+    assert status == 2
+    assert sorted(line[:40] for line in err.splitlines()) == [
+        "error: epochs='none' is not allowed: it ",
+        "error: unknown setting 'learning_rat': d",
+        "error: unknown setting 'sampler.step': d",
+    ]
+    assert "3 problems, see below" in out
+    assert re.search(r"^  pictures an epoch +8, each 6 steps$", out, re.MULTILINE)
+    assert "at the peak" in out
+    assert "no problem found" not in out
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"prompts": ...}, "prompts is missing"),
+        ({"sampler": 3}, "sampler=3 is not allowed"),
+        ({"prompts": "nowhere.txt"}, "'nowhere.txt': there is no such file"),
+        ({"adam_betas": [0.9, 2.0]}, "adam_betas.1=2.0 is not allowed"),
+        ({"reward": "beauty"}, "unknown reward 'beauty'"),
+        ({"sampler": {"steps": 6, "eta": 0.0}}, "sampler.eta=0 makes every step deterministic"),
+        ({"sampler": {"steps": 2000}}, "sampler.steps=2000 must lie between 1 and"),
+        ({"clip_range": "2e-4", "learning_rate": -1}, "learning_rate=-1 is not allowed"),
+    ],
+)
+def test_what_is_wrong_is_listed_beside_the_rest(report, write, tiny_sd, tmp_path, changes, wanted):
+    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "model": str(tiny_sd)} | changes
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
+    found, problems = report(source=str(path))
+    assert any(wanted in problem for problem in problems), problems
+    assert found["unet"].startswith("found")
+    assert found["settings"].endswith("see below")
+    if changes.get("clip_range"):
+        assert found["clip in nats"].startswith(f"{256 * math.log1p(2e-4):.3g},")
+
+
+@pytest.mark.parametrize("changes", [{"model": ...}, {"model": [3]}, {"method": "magic"}])
+def test_without_a_model_there_is_nothing_to_say(tmp_path, changes):
+    settings = SETTINGS | {"output_dir": "run", "model": "emoji-sd"} | changes
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
+    with pytest.raises(ConfigError):
+        doctor.describe_config(str(path), [])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_missing_extra(report, tiny_sd, monkeypatch):
+    from diffusion_align.rewards import clip
+
+    monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
+    spec = [{"name": "clip_score", "clip": "open_clip:ViT-B-32/laion2b_s34b_b79k"}, "jpeg_compressibility"]
+    found, problems = report(model=str(tiny_sd), reward=spec)
+    assert found["clip_score"] == "missing: pip install 'diffusion-align[open-clip]'"
+    assert found["jpeg_compressibility"] == "installed"
+    assert any("pip install 'diffusion-align[open-clip]'" in problem for problem in problems)
+    assert "at the peak" in found
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypatch):
+    from diffusion_align.rewards import aesthetic
+
+    about = {"model": "openai/clip-vit-large-patch14 and a head from owner/heads; emoji-clip for emoji-sd"}
+    monkeypatch.setitem(aesthetic.ABOUT, "aesthetic", about)
+    cache(empty_cache, tiny_sd, "owner/heads")
+    found, _ = report(model=str(tiny_sd), reward="aesthetic")
+    assert found["  model"] == about["model"]
+    first, second = found["  files"].split("; ")
+    assert first == "openai/clip-vit-large-patch14: not in the cache"
+    assert re.fullmatch(r"owner/heads: in the cache, [\d.]+ MB", second)
+    assert "  files" not in report(model="emoji-sd", reward="aesthetic")[0]
+    head = tmp_path / "head.safetensors"
+    save_file({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, head)
+    found, _ = report(model=str(tiny_sd), reward={"name": "aesthetic", "head": str(head), "clip": "some/clip"})
+    assert found["  head"] == f"{head} (here)"
+    assert found["  files"] == "some/clip: not in the cache"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_reward_of_ones_own(report, tiny_sd, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    found, problems = report(model=str(tiny_sd), reward=f"{tmp_path / 'mine.py'}:score")
+    assert problems == []
+    assert found[f"{tmp_path / 'mine.py'}:score"] == "installed"
+
+
+def test_text_methods(report, tmp_path):
+    found, problems = report(f"output_dir={tmp_path / 'run'}", source="grpo_tiny")
+    assert problems == []
+    assert found["model"] == "tiny-lm (here)"
+    assert found["text an epoch"] == "64 completions of at most 96 tokens, of verses"
+    assert found["settings"] == "no problem found"
+
+
+def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, monkeypatch):
+    out = f"output_dir={tmp_path / 'run'}"
+    found, problems = report(out, "prompts=[a: b, c]", "show_prompts=['']", source="grpo_tiny")
+    assert problems == [
+        "prompts: row 0: the prompt is a mapping, {'a': 'b'}: quote the text, or give a list of messages",
+        "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out",
+        "show_prompts: row 0: the prompt is empty",
+    ]
+    assert found["settings"] == "3 problems, see below"
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    settings = {"model": "tiny-lm", "output_dir": str(tmp_path / "run"), "dataset": str(tmp_path / "pairs.jsonl")}
+
+    def examined(method, *overrides):
+        (tmp_path / "text.yaml").write_text(yaml.safe_dump(settings | {"method": method}))
+        return report(*overrides, source=str(tmp_path / "text.yaml"))
+
+    for method in ("dpo", "reward_model"):
+        found, problems = examined(method)
+        assert problems[0] == "dataset: row 1: chosen and rejected are the same"
+        found, problems = examined(method, "dataset.skip_bad_rows=true")
+        assert (problems, found["rows checked"]) == ([], "1 of dataset")
+    monkeypatch.setattr(text, "MOST_CHECKED", 1)
+    found, problems = examined("dpo")
+    assert (problems, found["rows checked"]) == ([], "1 of dataset")
+    for on_the_hub in ("model=some/one", "dataset=some/rows"):
+        assert "rows checked" not in examined("dpo", on_the_hub)[0]
+
+
+def test_a_text_recipe_without_its_prompts(report, tmp_path):
+    found, problems = report(f"output_dir={tmp_path / 'run'}", "prompts=", source="grpo_tiny")
+    assert problems == ["prompts and reward must both be given"]
+    assert found["text an epoch"] == "64 rows of nothing"
+
+
+def test_part_of_the_steps():
+    from diffusion_align.diffusion.schedule import part_of_steps
+
+    assert part_of_steps(torch.arange(10, 20), (0.2, 0.7)).tolist() == [12, 13, 14, 15, 16]
+
+
+def test_durations_and_sizes_are_readable():
+    assert [costs.duration(s) for s in (0.25, 7, 40, 119, 300, 3600, 86400, 1e6)] == [
+        "0.25 s",
+        "7 s",
+        "40 s",
+        "119 s",
+        "5 min",
+        "60 min",
+        "24 h",
+        "12 days",
+    ]
+    assert [gigabytes(n) for n in (1e4, 1_234_567, 335e6, 3.44e9)] == ["0.1 MB", "1.2 MB", "335 MB", "3.4 GB"]
+
+
+@pytest.mark.gpu
+def test_the_gpu_of_this_machine(report, tiny_sd):
+    assert 1e12 < costs._gpu_rate() < 1e16
