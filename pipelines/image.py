@@ -207,7 +207,7 @@ class ImageAlignmentPipeline:
             self.pipeline.unet, self._below = unet.to(self.pipeline.device), was_below
             adapters.put_back(self.pipeline, weights)
             raise
-        trainer.keep_average()
+        trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
         self._below = below if config.lora else str(config.output_dir)
         return self

@@ -151,7 +151,7 @@ class TextAlignmentPipeline:
             if not adapted:
                 remove_lora(self.model)
             raise
-        trainer.keep_average()
+        trainer.optimization.load_ema_weights()
         self.model, self.name = merged(model), str(config.output_dir)
         # What is trained next is trained on this, and its adapter's configuration has to say so.
         self.model.name_or_path = self.model.config.name_or_path = str(config.output_dir / "final")

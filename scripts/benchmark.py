@@ -174,7 +174,7 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _called_before_collecting(call: Callable[[Any], None]) -> Iterator[None]:
     """Inside, every trainer first tells ``call`` that an epoch begins."""
-    from diffusion_align.training.loop import Trainer
+    from diffusion_align.training.trainer import Trainer
 
     classes: list[Any] = [Trainer]
     for parent in classes:  # grows while it is gone through

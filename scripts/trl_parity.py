@@ -147,7 +147,7 @@ class Bench:
     def backward(trainer: Any, model: nn.Module, count: int) -> Gradient:
         alone(trainer)
         batch, _ = trainer.collect()
-        trainer.estimate(batch)
+        batch, *_ = trainer.estimate(batch)
         samples = torch.arange(count)
         losses, _ = trainer.loss(batch, samples, torch.zeros_like(samples))
         return gradient(model, losses.mean())
@@ -254,7 +254,7 @@ class Bench:
             advantages=torch.empty(0),
         )
         alone(own)
-        own.estimate(batch)
+        batch, *_ = own.estimate(batch)
         samples = torch.arange(8)
         losses, _ = own.loss(batch, samples, torch.zeros_like(samples))
         ours = gradient(policy.model, losses.mean())

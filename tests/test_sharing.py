@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from diffusion_align import estimators
-from diffusion_align.diffusion import showing
 from diffusion_align.estimators import diffusion_preference, kl, policy, preference
-from diffusion_align.llm import trainer
 
 ROOT = Path(__file__).parent.parent
 PREFERENCES = {"dpo_loss", "ipo_loss", "hinge_loss"}
@@ -45,8 +43,7 @@ def called_in(work):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """``train(**settings)``: what a run of one epoch calls, but for its report."""
-    for module in (showing, trainer):
-        monkeypatch.setattr(module, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def run_with(**settings):
         from diffusion_align.pipelines.configuration import check_config

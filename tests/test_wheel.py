@@ -17,7 +17,7 @@ INSIDE = [
     "py.typed",
     "cli/__init__.py",
     "estimators/policy.py",
-    "training/loop.py",
+    "training/trainer.py",
     "diffusion/ddpo.py",
     "report/report.html.j2",
     "assets/NOTICE",
@@ -155,7 +155,7 @@ def test_doctor_reads_a_shipped_recipe(installed):
 def test_a_training_run(installed):
     (installed.elsewhere / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     code = (
-        "import sys, diffusion_align.training.loop as loop\n"
+        "import sys, diffusion_align.training.trainer as loop\n"
         "from diffusion_align.cli import main\n"
         "print(loop.__file__)\nsys.argv = ['diffusion-align', 'train', 'tiny.yaml']\nmain()"
     )

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
-from diffusion_align.diffusion.collection import collect_scored
+from diffusion_align.diffusion.collection import Collected
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
@@ -46,10 +45,10 @@ from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.finite import MORE_ROOM
-from diffusion_align.training.loop import Work
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
 from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.trainer import TrainingPlan
 
 
 class DDPOConfig(DenoisingConfig):
@@ -157,19 +156,24 @@ def clip_nats(config: DDPOConfig, dimensions: int) -> float:
     return math.log1p(clip_bounds(config, dimensions)[1]) * dimensions_in_mean(config, dimensions)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DDPOBatch:
-    """An epoch's pictures of one process: B samples with K recorded decisions each, on the device."""
+    """What one process trains on in an epoch: B samples with K recorded steps each, on the device.
+
+    Attributes:
+        x_t, x_s: (B, K, C, H, W), the latents before and after each step.
+        steps: (B, K) int64.
+        logp_old, advantages: (B, K).
+        conditioning: of the B samples.
+        reference_mean: (B, K, C, H, W) where it is known beforehand.
+    """
 
     x_t: Tensor
     x_s: Tensor
     steps: Tensor
     logp_old: Tensor
+    advantages: Tensor
     conditioning: Conditioning
-    all_prompts: list[str]
-    all_scores: Tensor
-    all_rewards: Tensor
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
     reference_mean: Tensor | None = None
 
 
@@ -193,7 +197,7 @@ class KLProbes:
 
     Attributes:
         batch: this process's part of the epoch.
-        samples, decisions, steps: (n,) global sample, which of its decisions, and the step of that.
+        samples, actions, steps: (n,) global sample, which of its actions, and the step of that.
         update: (n,) before which of the epoch's updates each is looked at.
         looked: (n,) bool, those of this process that were.
         found: step and KL of those.
@@ -202,7 +206,7 @@ class KLProbes:
 
     batch: DDPOBatch
     samples: Tensor
-    decisions: Tensor
+    actions: Tensor
     steps: Tensor
     update: Tensor
     looked: Tensor = field(init=False)
@@ -257,76 +261,65 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         self._probes: KLProbes | None = None
         self.show_with(self.schedule, prompts)
 
-    def collect(self) -> tuple[DDPOBatch, dict[str, float]]:
-        """Sample and score this process's pictures, recording the steps that will be trained on."""
+    def collect(self) -> tuple[Collected, dict[str, float]]:
+        """Sample and score this process's images, recording the steps that will be trained on."""
         config = self.config
         chosen = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
         samples = [prompt for prompt in chosen for _ in range(config.group_size)]
-        assert self.reward is not None
-        collected = collect_scored(
-            self,
-            self.policy,
-            self.schedule,
-            self.reward,
-            samples,
-            record=self._recorded_steps,
-            reduction=config.logp_reduction,
-        )
-        path = collected.trajectory
-        return DDPOBatch(
+        collected = self.sample(self.schedule, samples, record=self._recorded_steps, reduction=config.logp_reduction)
+        return collected, collected.metrics
+
+    def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:
+        """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
+        config, path = self.config, collected.trajectory
+        groups = torch.arange(len(collected.rewards)) // config.group_size
+        apart = config.multi_objective_aggregation == "normalize_then_sum"
+        columns = collected.scores if apart else collected.rewards[:, None]
+        if config.advantages == "group":
+            advantages = several_rewards_advantages(columns, groups, self.weights, clip_std=config.clip_std)
+        else:
+            texts = [text for text, _ in collected.samples]
+            measured = [one.update(texts, c) for one, c in zip(self.statistics, columns.unbind(1))]
+            advantages = torch.stack(measured, dim=1) @ self.weights.to(columns)
+        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        metrics = equal_reward_metric(collected.rewards, config.group_size)
+
+        steps_per_sample = path.steps.shape[1]
+        local = advantages[self.local_samples.start : self.local_samples.stop].to(path.logp_old)
+        batch = DDPOBatch(
             x_t=path.x_t,
             x_s=path.x_s,
             steps=path.steps,
             logp_old=path.logp_old,
-            conditioning=self.policy.encode([samples[i][0] for i in self.local_samples]),
-            all_prompts=[text for text, _ in samples],
-            all_scores=collected.scores,
-            all_rewards=collected.rewards,
-        ), collected.metrics
-
-    def estimate(self, batch: DDPOBatch) -> tuple[Work, dict[str, float]]:
-        """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
-        config = self.config
-        groups = torch.arange(len(batch.all_rewards)) // config.group_size
-        apart = config.multi_objective_aggregation == "normalize_then_sum"
-        columns = batch.all_scores if apart else batch.all_rewards[:, None]
-        if config.advantages == "group":
-            advantages = several_rewards_advantages(columns, groups, self.weights, clip_std=config.clip_std)
-        else:
-            measured = [one.update(batch.all_prompts, c) for one, c in zip(self.statistics, columns.unbind(1))]
-            advantages = torch.stack(measured, dim=1) @ self.weights.to(columns)
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-        metrics = equal_reward_metric(batch.all_rewards, config.group_size)
-
-        decisions = batch.steps.shape[1]
-        local = advantages[self.local_samples.start : self.local_samples.stop].to(batch.logp_old)
-        batch.advantages = local[:, None].expand(-1, decisions)
+            advantages=local[:, None].expand(-1, steps_per_sample),
+            conditioning=collected.conditioning,
+        )
         uses_reference = config.kl_coef > 0
         in_reward = uses_reference and (config.kl == "k1_reward" or config.credit == "to_go")
         if uses_reference and (in_reward or config.inner_epochs > 1):
-            batch.reference_mean = self._reference_means(batch)
+            batch = replace(batch, reference_mean=self._reference_means(batch))
         if in_reward:
-            batch.advantages = batch.advantages - config.kl_coef * self._kl_in_reward(batch)
-        # A picture without advantage has no policy gradient; with a KL term it still has that one.
+            batch = replace(batch, advantages=batch.advantages - config.kl_coef * self._kl_in_reward(batch))
+        # An image without advantage has no policy gradient; with a KL term it still has that one.
         keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
         self._probes = None if uses_reference or not len(keep) else self._choose_probes(batch, keep)
-        return Work(keep, decisions, counted=len(advantages)), metrics
+        return batch, TrainingPlan(keep, steps_per_sample, normalizer=len(advantages)), metrics
 
-    def loss(self, batch: DDPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: DDPOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; both terms in the unit of ``logp_reduction``."""
         config = self.config
-        x_t, steps = batch.x_t[samples, decisions], batch.steps[samples, decisions]
+        x_t, steps = batch.x_t[samples, actions], batch.steps[samples, actions]
         conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
         logp, now = replay(
             self.policy,
             self.schedule,
             x_t,
-            batch.x_s[samples, decisions],
+            batch.x_s[samples, actions],
             steps,
             conditioning,
             reduction=config.logp_reduction,
         )
-        logp_old, advantages = batch.logp_old[samples, decisions], batch.advantages[samples, decisions]
+        logp_old, advantages = batch.logp_old[samples, actions], batch.advantages[samples, actions]
         if config.objective == "ratio":
             losses = clipped_surrogate(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         else:
@@ -334,7 +327,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         statistics = {"loss/policy": losses.detach()}
         statistics |= ratio_statistics(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         if config.kl_coef > 0:  # without one, ``check_update`` looks how far the policy has gone
-            reference = self._reference(batch, x_t, steps, conditioning, samples, decisions)
+            reference = self._reference(batch, x_t, steps, conditioning, samples, actions)
             if config.kl == "closed_form":
                 penalty = now.kl(reference, reduction=config.logp_reduction)
                 losses = losses + config.kl_coef * penalty
@@ -421,20 +414,19 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             return
         for places in wanted.nonzero().squeeze(1).split(self.config.micro_batch_size):
             samples = (probes.samples[places] - own.start).to(batch.x_t.device)
-            decisions = probes.decisions[places].to(batch.x_t.device)
-            x_t, steps = batch.x_t[samples, decisions], batch.steps[samples, decisions]
+            actions = probes.actions[places].to(batch.x_t.device)
+            x_t, steps = batch.x_t[samples, actions], batch.steps[samples, actions]
             conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
             now = transition(self.policy, self.schedule, x_t, steps, conditioning)
-            reference = self._reference(batch, x_t, steps, conditioning, samples, decisions)
+            reference = self._reference(batch, x_t, steps, conditioning, samples, actions)
             probes.found.append((steps, now.kl(reference)))
 
     def _path_kl(self, found: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """``path_kl`` of (step, KL) of all processes, in an order that does not depend on how many there are."""
         steps = torch.cat([s for s, _ in found]).cpu() if found else torch.empty(0, dtype=torch.int64)
         kl = torch.cat([k for _, k in found]).double().cpu() if found else torch.empty(0, dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            parts = gather_object([(steps, kl)])
-            steps, kl = torch.cat([s for s, _ in parts]), torch.cat([k for _, k in parts])
+        parts = self.processes.gather_in_order([(steps, kl)])
+        steps, kl = torch.cat([s for s, _ in parts]), torch.cat([k for _, k in parts])
         order = (kl.argsort(stable=True))[steps[kl.argsort(stable=True)].argsort(stable=True)]
         return path_kl(steps[order], kl[order], self.trained_steps, self._kl_weights)
 
@@ -445,10 +437,10 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         steps: Tensor,
         conditioning: Conditioning,
         samples: Tensor,
-        decisions: Tensor,
+        actions: Tensor,
     ) -> GaussianTransition:
         if batch.reference_mean is not None:
-            return GaussianTransition(batch.reference_mean[samples, decisions], self.schedule.at(steps).std.flatten())
+            return GaussianTransition(batch.reference_mean[samples, actions], self.schedule.at(steps).std.flatten())
         with torch.no_grad(), self.policy.reference():
             return transition(self.policy, self.schedule, x_t, steps, conditioning)
 
@@ -458,11 +450,11 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         means = torch.empty_like(batch.x_t)
         pairs = torch.cartesian_prod(*(torch.arange(n, device=means.device) for n in batch.steps.shape))
         with self.policy.reference():
-            for samples, decisions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
+            for samples, actions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
                 conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
-                steps = batch.steps[samples, decisions]
-                means[samples, decisions] = transition(
-                    self.policy, self.schedule, batch.x_t[samples, decisions], steps, conditioning
+                steps = batch.steps[samples, actions]
+                means[samples, actions] = transition(
+                    self.policy, self.schedule, batch.x_t[samples, actions], steps, conditioning
                 ).mean
         return means
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,11 +26,10 @@ from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.image_pairs import PairsConfig, PairSet
-from diffusion_align.data.prompts import Prompt, PromptsConfig
+from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
-from diffusion_align.diffusion.pair_batches import PairBatch, given_pairs, judged_pairs
-from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
 from diffusion_align.diffusion.schedule import build_schedule, part_of_steps, training_schedule
 from diffusion_align.diffusion.settings import DenoisingConfig
@@ -47,7 +46,9 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import OrInfinite, Weight
-from diffusion_align.training.loop import Work
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.trainer import TrainingPlan
 
 
 class DiffusionDPOConfig(DenoisingConfig):
@@ -143,7 +144,37 @@ class DiffusionDPOConfig(DenoisingConfig):
 
 
 @dataclass(frozen=True)
-class Decisions:
+class PairBatch:
+    """An epoch's pairs of one process: B samples, K steps each, R images; on the device.
+
+    Of sample i, image ``chosen[i]`` was preferred to ``rejected[i]``.
+
+    Attributes:
+        steps: (B, K) int64.
+        conditioning: of the B samples.
+        keep: global indices of the samples to train on, on the CPU.
+        x_0: (R, C, H, W).
+        noise: (n, B, K, C, H, W), which makes x_t of x_0 and, for a drawn target, x_s.
+        x_t, x_s: (R, K, C, H, W), the sampler's own where those are the target.
+        reference_mean: (2, B, K, C, H, W), of chosen and rejected, where it is known beforehand.
+        implicit_reward: (2, B, K), r of the policy at the beginning of the epoch, where that is used.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    steps: Tensor
+    conditioning: Conditioning
+    keep: Tensor
+    x_0: Tensor
+    noise: Tensor | None = None
+    x_t: Tensor | None = None
+    x_s: Tensor | None = None
+    reference_mean: Tensor | None = None
+    implicit_reward: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PairTransitions:
     """n steps of the chosen pictures and then n of the rejected ones, (2n, ...), with the gradient in ``now``."""
 
     now: GaussianTransition
@@ -227,19 +258,19 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         self.show_with(self.drawing, self.prompts or [(text, {}) for text in (pairs.prompts if pairs else [])])
 
     def collect(self) -> tuple[PairBatch, dict[str, float]]:
-        """This process's pairs of the epoch: read, or drawn and judged; then a step and a noise for each decision."""
-        return judged_pairs(self) if self.latents is None else given_pairs(self, self.latents)
+        """This process's pairs of the epoch: read, or sampled and judged; then a step and a noise for each action."""
+        return self._judged() if self.latents is None else self._given(self.latents)
 
-    def estimate(self, batch: PairBatch) -> tuple[Work, dict[str, float]]:
+    def estimate(self, batch: PairBatch) -> tuple[PairBatch, TrainingPlan, dict[str, float]]:
         """The reference's means where they are used more than once, and the reward of the policy as it is now."""
         if self.config.inner_epochs > 1 or self.config.old_refresh == "epoch":
-            self._look_back(batch)
-        return Work(batch.keep, batch.steps.shape[1]), {"beta_nats": self.beta}
+            batch = self._with_reference_means(batch)
+        return batch, TrainingPlan(batch.keep, batch.steps.shape[1]), {"beta_nats": self.beta}
 
-    def loss(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PairBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""
         config, beta = self.config, self.beta
-        seen = self._decisions(batch, samples, decisions)
+        seen = self._transitions(batch, samples, actions)
         (err_w, err_l), (ref_w, ref_l), kl = seen.error.chunk(2), seen.reference_error.chunk(2), seen.kl
         gain_w, gain_l = (ref_w - err_w).detach(), (ref_l - err_l).detach()
         if config.loser_clip is not None:
@@ -248,7 +279,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         statistics = {}
         if config.variant == "corrected":
             if batch.implicit_reward is not None:
-                r_w, r_l = batch.implicit_reward[:, samples, decisions]
+                r_w, r_l = batch.implicit_reward[:, samples, actions]
             else:
                 r_w, r_l = self._implicit_reward(seen).chunk(2)
             losses = corrected_diffusion_dpo_loss(err_w, err_l, r_w, r_l, beta)
@@ -296,53 +327,136 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         beta = {"beta": config.beta} if config.beta is not None else {"beta_dpo": config.beta_dpo or 0.0}
         return {"kl_coef": self.kl_coef, "loser_weight": config.loser_weight, **beta}
 
-    # -- decisions -------------------------------------------------------------------------------------------------
+    # -- where pairs come from -------------------------------------------------------------------------------------
 
-    def _decisions(self, batch: PairBatch, samples: Tensor, decisions: Tensor) -> Decisions:
-        """One forward pass of 2n pictures for the policy and, unless it is known, one for the reference."""
-        pictures = torch.cat([batch.chosen[samples], batch.rejected[samples]])
+    def _given(self, latents: LatentCache) -> tuple[PairBatch, dict[str, float]]:
+        """This process's part of the epoch's pairs, in a new random order each time all have been seen; metrics."""
+        config, pairs = self.config, latents.pairs
+        latents.fill(self.identity, batch_size=config.sample_batch_size, processes=self.processes, bars=self.bars)
+        epoch = items_of_epoch(range(len(pairs)), config.seed, self.epoch, config.samples_per_epoch)
+        own = [epoch[i] for i in self.local_samples]
+        rows = torch.arange(2 * len(own), device=self.processes.device)
+        batch = PairBatch(
+            chosen=rows[: len(own)],
+            rejected=rows[len(own) :],
+            steps=torch.stack([self._drawn_steps(i) for i in self.local_samples]).to(rows.device),
+            conditioning=self._conditioning([pairs.prompts[i] for i in own]),
+            keep=torch.arange(config.samples_per_epoch),
+            x_0=torch.cat(latents.read(own)),
+            noise=self._noise(),
+        )
+        return batch, {
+            "data_epochs": (self.epoch + 1) * config.samples_per_epoch / len(pairs),
+            "pairs": len(pairs),
+            "pairs_tied": pairs.ties,
+            "pairs_skipped": len(pairs.skipped),
+        }
+
+    def _judged(self) -> tuple[PairBatch, dict[str, float]]:
+        """Of every prompt's images, sampled now, the best and the worst; prompts whose images tie are left out."""
+        config, own, device = self.config, self.local_samples, self.processes.device
+        groups = config.samples_per_epoch // config.group_size
+        prompts = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
+        samples = [prompt for prompt in prompts for _ in range(config.group_size)]
+        logged = config.target == "logged"
+        nothing = torch.empty(0, dtype=torch.int64)
+        collected = self.sample(
+            self.drawing,
+            samples,
+            record=lambda i: self._drawn_steps(i // config.group_size) if logged else nothing,
+            reduction="sum",
+        )
+        path = collected.trajectory
+        scores = collected.rewards.view(groups, config.group_size)
+        first = torch.arange(groups) * config.group_size
+        best, worst = first + scores.argmax(1), first + scores.argmin(1)
+        gaps = scores.amax(1) - scores.amin(1)
+        rejected_of = torch.zeros(config.samples_per_epoch, dtype=torch.int64)
+        rejected_of[best] = worst
+        batch = PairBatch(
+            chosen=torch.arange(len(own), device=device),
+            rejected=(rejected_of[own.start : own.stop] - own.start).to(device),
+            steps=torch.stack([self._drawn_steps(i // config.group_size) for i in own]).to(device),
+            conditioning=self._conditioning([samples[i][0] for i in own], collected.conditioning),
+            keep=best[gaps > 0],
+            x_0=path.latents,
+            noise=None if logged else self._noise(),
+            x_t=path.x_t if logged else None,
+            x_s=path.x_s if logged else None,
+        )
+        equal = equal_reward_metric(collected.rewards, config.group_size)
+        return batch, collected.metrics | equal | {"reward_gap": gaps.mean().item()}
+
+    def _drawn_steps(self, sample: int) -> Tensor:
+        """(K,) one step at random from each of K equal parts of the trained ones."""
+        count, steps = self.config.decisions_per_pair, self.trained_steps
+        places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))
+        return steps[((torch.arange(count) + places) * len(steps) / count).long().clamp(max=len(steps) - 1)]
+
+    def _noise(self) -> Tensor:
+        """(n, B, K, C, H, W), shared by the two images of a pair; n = 2 where x_s is drawn as well."""
+        config = self.config
+        shape = (2 if config.target == "posterior_sample" else 1, config.decisions_per_pair, *self.policy.latent_shape)
+        streams = [generator(config.seed, "pair noise", self.epoch, i) for i in self.local_samples]
+        return torch.stack([torch.randn(shape, generator=s) for s in streams], dim=1).to(self.processes.device)
+
+    def _conditioning(self, texts: list[str], known: Conditioning | None = None) -> Conditioning:
+        """One for both images of a pair, so that captions are dropped from both; ``known``: where none is dropped."""
+        config = self.config
+        if known is not None and not config.caption_dropout:
+            return known
+        for place, i in enumerate(self.local_samples if config.caption_dropout else ()):
+            drawn = torch.rand((), generator=generator(config.seed, "caption dropout", self.epoch, i))
+            texts[place] = "" if drawn < config.caption_dropout else texts[place]
+        return self.policy.encode(texts)
+
+    # -- transitions -----------------------------------------------------------------------------------------------
+
+    def _transitions(self, batch: PairBatch, samples: Tensor, actions: Tensor) -> PairTransitions:
+        """One forward pass of 2n images for the policy and, unless it is known, one for the reference."""
+        images = torch.cat([batch.chosen[samples], batch.rejected[samples]])
         side = torch.arange(2, device=samples.device).repeat_interleave(len(samples))
-        samples, decisions = samples.repeat(2), decisions.repeat(2)
-        steps = batch.steps[samples, decisions]
-        x_t, target = self._states(batch, pictures, samples, decisions)
+        samples, actions = samples.repeat(2), actions.repeat(2)
+        steps = batch.steps[samples, actions]
+        x_t, target = self._states(batch, images, samples, actions)
         conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
 
-        def decide() -> GaussianTransition:
+        def step() -> GaussianTransition:
             return transition(self.policy, self.schedule, x_t, steps, conditioning, guidance_scale=self.guidance_scale)
 
         if batch.reference_mean is None:
             with torch.no_grad(), self.policy.reference():
-                reference = decide()
+                reference = step()
         else:
-            reference = GaussianTransition(batch.reference_mean[side, samples, decisions], target.std)
-        return Decisions(decide(), reference, target, self.scales[steps])
+            reference = GaussianTransition(batch.reference_mean[side, samples, actions], target.std)
+        return PairTransitions(step(), reference, target, self.scales[steps])
 
     def _states(
-        self, batch: PairBatch, pictures: Tensor, samples: Tensor, decisions: Tensor
+        self, batch: PairBatch, images: Tensor, samples: Tensor, actions: Tensor
     ) -> tuple[Tensor, GaussianTransition]:
         """x_t, and the step from there that the policy is measured against."""
-        steps = batch.steps[samples, decisions]
+        steps = batch.steps[samples, actions]
         std = self.schedule.at(steps).std.flatten()
         if batch.x_t is not None and batch.x_s is not None:
-            return batch.x_t[pictures, decisions], GaussianTransition(batch.x_s[pictures, decisions], std)
+            return batch.x_t[images, actions], GaussianTransition(batch.x_s[images, actions], std)
         assert batch.noise is not None
-        x_0, eps = batch.x_0[pictures], batch.noise[0, samples, decisions]
+        x_0, eps = batch.x_0[images], batch.noise[0, samples, actions]
         x_t = add_noise(x_0, eps, steps, self.schedule)
         target = posterior(x_t, x_0, eps, steps, self.schedule)
         if self.config.target == "posterior_sample":
-            target = GaussianTransition(target.sample(batch.noise[1, samples, decisions]), std)
+            target = GaussianTransition(target.sample(batch.noise[1, samples, actions]), std)
         return x_t, target
 
-    def _implicit_reward(self, decisions: Decisions) -> Tensor:
+    def _implicit_reward(self, seen: PairTransitions) -> Tensor:
         """r of the corrected loss, (2n,) nats times the step's scale, without beta."""
         if self.config.reward_mode == "kl":
-            return decisions.scale * decisions.kl.detach()
-        gain = (decisions.reference_error - decisions.error).detach()
-        return gain if self.config.reward_mode == "logratio" else decisions.scale * decisions.kl.detach() * gain.sign()
+            return seen.scale * seen.kl.detach()
+        gain = (seen.reference_error - seen.error).detach()
+        return gain if self.config.reward_mode == "logratio" else seen.scale * seen.kl.detach() * gain.sign()
 
     @torch.no_grad()
-    def _look_back(self, batch: PairBatch) -> None:
-        """Keep the reference's means, and r of the policy at the epoch's beginning, of every decision trained on."""
+    def _with_reference_means(self, batch: PairBatch) -> PairBatch:
+        """With the reference's means, and r of the policy at the epoch's beginning, of every action trained on."""
         own = self.local_samples
         kept = batch.keep[(batch.keep >= own.start) & (batch.keep < own.stop)] - own.start
         shape = (2, *batch.steps.shape)
@@ -350,10 +464,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         rewards = batch.x_0.new_zeros(shape)
         pairs = torch.cartesian_prod(kept, torch.arange(shape[2])).to(means.device)
         micro_batches = pairs.split(self.config.micro_batch_size) if len(pairs) else ()
-        for samples, decisions in (p.unbind(1) for p in micro_batches):
-            seen = self._decisions(batch, samples, decisions)
-            means[:, samples, decisions] = seen.reference.mean.unflatten(0, (2, -1))
-            rewards[:, samples, decisions] = self._implicit_reward(seen).view(2, -1)
-        batch.reference_mean = means
-        if self.config.old_refresh == "epoch":
-            batch.implicit_reward = rewards
+        for samples, actions in (p.unbind(1) for p in micro_batches):
+            seen = self._transitions(batch, samples, actions)
+            means[:, samples, actions] = seen.reference.mean.unflatten(0, (2, -1))
+            rewards[:, samples, actions] = self._implicit_reward(seen).view(2, -1)
+        of_old = rewards if self.config.old_refresh == "epoch" else None
+        return replace(batch, reference_mean=means, implicit_reward=of_old)

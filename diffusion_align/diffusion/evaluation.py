@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion_align.data.prompts import Prompt
@@ -22,7 +21,8 @@ from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
 from diffusion_align.errors import TrainingError
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
 from diffusion_align.writing import write_text
 
 SUMMARY = "evaluation.json"
@@ -74,26 +74,43 @@ class Evaluation:
         return epoch % self.every == 0 or epoch == last
 
     @torch.no_grad()
-    def measure(self, trainer: Trainer[Any], policy: DenoisingPolicy, schedule: DiffusionSchedule) -> dict[str, float]:
-        """``gold``, ``gold_stderr``, ``diversity`` and ``time/evaluation``, of pictures drawn by all processes.
+    def measure(
+        self,
+        policy: DenoisingPolicy,
+        schedule: DiffusionSchedule,
+        *,
+        epoch: int,
+        seed: int,
+        batch_size: int,
+        processes: Processes,
+        bars: Bars,
+    ) -> dict[str, float]:
+        """``gold``, ``gold_stderr``, ``diversity`` and ``time/evaluation``, of images sampled by all processes.
+
+        Args:
+            policy, schedule: what samples.
+            epoch: how many are finished, for ``history``.
+            seed: of the run.
+            batch_size: images sampled at once.
+            processes, bars: of the run.
 
         Raises:
-            RewardError: on every process, if the gold reward failed on any.
+            RewardError: on every process, if the held-out reward failed on any.
             TrainingError: the images are not finite.
         """
-        started, accelerator, config = time.perf_counter(), trainer.accelerator, trainer.config
-        share = [round(self.pictures * k / accelerator.num_processes) for k in range(accelerator.num_processes + 1)]
-        own = range(share[accelerator.process_index], share[accelerator.process_index + 1])
+        started = time.perf_counter()
+        share = [round(self.pictures * k / processes.count) for k in range(processes.count + 1)]
+        own = range(share[processes.index], share[processes.index + 1])
         scores, features = [], []
         failure: Exception | None = None
-        with trainer.averaged_weights(), trainer.progress("  evaluating", len(own)) as bar:
-            for start in range(own.start, own.stop, config.sample_batch_size):
-                places = range(start, min(start + config.sample_batch_size, own.stop))
+        with bars.task("  evaluating", len(own)) as advance:
+            for start in range(own.start, own.stop, batch_size):
+                places = range(start, min(start + batch_size, own.stop))
                 some = [self.prompts[i % len(self.prompts)] for i in places]
                 texts, metadata = [text for text, _ in some], [notes for _, notes in some]
                 try:
                     images = sample_images(
-                        policy, schedule, texts, config.seed, "evaluation", batch_size=len(texts), first=start
+                        policy, schedule, texts, seed, "evaluation", batch_size=len(texts), first=start
                     )
                     features.append((images if self.embed is None else self.embed(images)).cpu())
                     if self.gold is not None:
@@ -101,13 +118,13 @@ class Evaluation:
                 except (RewardError, TrainingError) as error:
                     failure = error
                     break
-                trainer.advance(bar, len(some))
-        trainer.raise_together(failure, RewardError)
-        measured = {"diversity": mean_pairwise_distance(torch.cat(_everyones(features)))}
+                advance(len(some))
+        processes.raise_together(failure, RewardError)
+        measured = {"diversity": mean_pairwise_distance(torch.cat(processes.gather_in_order(features)))}
         if self.gold is not None:
-            golds = torch.cat(_everyones(scores)).double()
+            golds = torch.cat(processes.gather_in_order(scores)).double()
             measured |= {"gold": golds.mean().item(), "gold_stderr": golds.std().item() / math.sqrt(len(golds))}
-            self.history.append((trainer.epoch, measured["gold"]))
+            self.history.append((epoch, measured["gold"]))
         return measured | {"time/evaluation": time.perf_counter() - started}
 
     @property
@@ -146,8 +163,3 @@ def stop_reason(rules: StopConfig, row: dict[str, Any], evaluation: Evaluation |
     if rules.diversity_below is not None and diversity is not None and diversity < rules.diversity_below:
         reasons.append(f"the diversity is {diversity:.4g}, below stop_when.diversity_below={rules.diversity_below:g}")
     return "; ".join(reasons) or None
-
-
-def _everyones(parts: list[Tensor]) -> list[Tensor]:
-    """Those of all processes, in the order of the pictures."""
-    return gather_object(parts)

@@ -14,8 +14,9 @@ from diffusion_align.data.image_pairs import PairSet
 from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
 from diffusion_align.errors import CheckpointError, UserError
 from diffusion_align.training.checkpoint import open_tensors
-from diffusion_align.training.digests import content_digest
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.digests import Identity, content_digest
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
 from diffusion_align.writing import make_folder, new_file
 
 _SHARD = 256  # pairs in a file
@@ -33,43 +34,47 @@ class LatentCache:
         self._full = False
         self._model: Any = None  # digests of the model that encodes
 
-    def fill(self, trainer: Trainer[Any]) -> None:
+    def fill(self, identity: Identity, *, batch_size: int, processes: Processes, bars: Bars) -> None:
         """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped.
 
         Captions are encoded too; more of them than the policy can keep are encoded as they come.
+
+        Args:
+            identity: what the run is made of.
+            batch_size: pairs encoded at once.
+            processes, bars: of the run.
         """
         if self._full:
             return
-        self._model = [digest for _, digest in trainer.identity.get("model", ())]
+        self._model = [digest for _, digest in identity.get("model", ())]
         captions = list(dict.fromkeys(self.pairs.prompts))
         if len(captions) <= CACHED_PROMPTS:
-            with trainer.progress("  encoding prompts", len(captions)) as bar:
+            with bars.task("  encoding prompts", len(captions)) as advance:
                 for caption in captions:
                     self.policy.encode([caption])
-                    trainer.advance(bar)
-        accelerator, size = trainer.accelerator, trainer.config.sample_batch_size
+                    advance(1)
         numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._is_made(n)]
-        accelerator.wait_for_everyone()  # all have looked before the first file is written
-        own = numbers[accelerator.process_index :: accelerator.num_processes]
-        rounds = -(-len(numbers) // accelerator.num_processes)
+        processes.wait()  # all have looked before the first file is written
+        own = numbers[processes.index :: processes.count]
+        rounds = -(-len(numbers) // processes.count)
         parts_of = {n: range(n * _SHARD, min((n + 1) * _SHARD, len(self.pairs))) for n in own}
-        with trainer.progress("  encoding pictures", sum(map(len, parts_of.values()))) as bar:
+        with bars.task("  encoding images", sum(map(len, parts_of.values()))) as advance:
             for turn in range(rounds):
-                trainer.stop_if_interrupted()
+                processes.stop_if_interrupted()
                 failure = None
                 try:
                     if turn < len(own):
                         pairs, parts = parts_of[own[turn]], []
-                        for start in range(pairs.start, pairs.stop, size):
-                            batch = range(start, min(start + size, pairs.stop))
+                        for start in range(pairs.start, pairs.stop, batch_size):
+                            batch = range(start, min(start + batch_size, pairs.stop))
                             parts.append(self._encode(batch))
-                            trainer.advance(bar, len(batch))
+                            advance(len(batch))
                         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
                         self._write(own[turn], {"chosen": chosen, "rejected": rejected})
                 except UserError as error:  # a picture has vanished since it was looked at, or the disk is full
                     failure = error
-                trainer.raise_together(failure, UserError)
-        accelerator.wait_for_everyone()
+                processes.raise_together(failure, UserError)
+        processes.wait()
         self._full = True
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from diffusion_align.models.single_file import is_one_file
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.loop import WATCHING, what_is_trained
 from diffusion_align.training.places import found_from
+from diffusion_align.training.resume import WATCHING, resume_fingerprint
 from diffusion_align.writing import new_file, write_text
 
 PICTURE = "before_after.png"
@@ -69,7 +69,7 @@ def model_card(
         ValueError: ``metrics.jsonl`` or ``evaluation.json`` is damaged.
         ConfigError: there is no ``config.yaml``, or it cannot be read.
     """
-    settings = _named(what_is_trained(load_yaml(folder / "config.yaml")))
+    settings = _named(resume_fingerprint(load_yaml(folder / "config.yaml")))
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(metrics) if metrics.is_file() else []
     summary = read_evaluation(folder / SUMMARY)

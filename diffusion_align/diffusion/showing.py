@@ -14,7 +14,7 @@ from diffusion_align.diffusion.model_card import write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.report import before_after, image_grid, save_png, write_report
+from diffusion_align.report import before_after, image_grid, save_png
 from diffusion_align.rewards.base import RewardError, call_reward
 from diffusion_align.training.randomness import generator
 from diffusion_align.writing import new_folder
@@ -81,7 +81,7 @@ class ImageShow:
                 self.policy.save_lora(aside)
 
     def finish(self, folder: Path, reward: Callable[..., Any] | None) -> None:
-        """Write ``final/`` (what diffusers loads, and its card), ``samples/before_after.png`` and ``report.html``."""
+        """Write ``final/`` (what diffusers loads, and its card) and ``samples/before_after.png``."""
         final = folder / "final"
         after = self.draw()  # before anything is written: these weights may give no images
         with self.policy.reference():
@@ -96,4 +96,3 @@ class ImageShow:
         )
         save_png(picture, folder / "samples" / "before_after.png")
         write_model_card(folder, final, pipeline_class=type(self.policy.pipeline).__name__)
-        write_report(folder)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_align.data.prompts import Prompt
+from diffusion_align.diffusion.collection import Collected, collect_scored
 from diffusion_align.diffusion.evaluation import SUMMARY, Evaluation, stop_reason, write_summary
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.showing import ImageShow
-from diffusion_align.training.launch import make_accelerator
-from diffusion_align.training.loop import Trainer
+from diffusion_align.diffusion.transitions import Reduction
+from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.trainer import Trainer
 
 Batch = TypeVar("Batch")
 SHOWN = 16
@@ -29,7 +33,7 @@ class DenoisingTrainer(Trainer[Batch]):
         policy: the model with its adapter, on ``accelerator.device``.
         reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
         evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
     """
 
     config: DenoisingConfig
@@ -42,8 +46,9 @@ class DenoisingTrainer(Trainer[Batch]):
         *,
         evaluation: Evaluation | None = None,
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, accelerator or make_accelerator())
+        super().__init__(config, accelerator, callbacks=callbacks)
         self.policy, self.reward, self.evaluation = policy, reward, evaluation
 
     def show_with(self, schedule: DiffusionSchedule, prompts: Sequence[Prompt]) -> None:
@@ -57,6 +62,30 @@ class DenoisingTrainer(Trainer[Batch]):
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.policy.trainable
+
+    def sample(
+        self,
+        schedule: DiffusionSchedule,
+        samples: Sequence[Prompt],
+        *,
+        record: Callable[[int], Tensor],
+        reduction: Reduction,
+    ) -> Collected:
+        """Sample and score this process's part of the epoch's N ``samples``; see ``collect_scored``."""
+        assert self.reward is not None
+        return collect_scored(
+            self.policy,
+            schedule,
+            self.reward,
+            samples,
+            own=self.local_samples,
+            batch_size=self.config.sample_batch_size,
+            stream=partial(generator, self.config.seed, "noise", self.epoch),
+            record=record,
+            reduction=reduction,
+            processes=self.processes,
+            bars=self.bars,
+        )
 
     def show(self, name: str) -> None:
         self._show.write(self.folder / "samples" / f"{name}.png")
@@ -92,9 +121,18 @@ class DenoisingTrainer(Trainer[Batch]):
 
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluation is not None
-        measured = self.evaluation.measure(self, self.policy, self._drawing)
+        with self.ema_weights():
+            measured = self.evaluation.measure(
+                self.policy,
+                self._drawing,
+                epoch=self.epoch,
+                seed=self.config.seed,
+                batch_size=self.config.sample_batch_size,
+                processes=self.processes,
+                bars=self.bars,
+            )
         best = self.evaluation.best
         if best is not None and best[0] == self.epoch > 0:
-            with self.averaged_weights():
-                self.on_main_process(lambda: self._show.write_weights(self.folder / "best"))
+            with self.ema_weights():
+                self.processes.on_main(lambda: self._show.write_weights(self.folder / "best"))
         return measured

@@ -1,4 +1,4 @@
-"""One epoch's completions, sampled and scored: what every online text method starts from."""
+"""One epoch's completions, sampled and scored."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.data.text_encoding import completion_of
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import TrainingError
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, widened
 from diffusion_align.llm.rollout import Completions, rollout
-from diffusion_align.rewards.base import RewardError, reward_name, runs_in_background
+from diffusion_align.rewards.base import reward_name, runs_in_background
 from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
+from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.finite import require_finite_logits
-from diffusion_align.training.loop import Trainer
-from diffusion_align.training.randomness import generator
-from diffusion_align.training.scoring import BatchScores, reward_metrics
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
 
 
 @dataclass(frozen=True)
@@ -109,56 +108,59 @@ class Collected:
 
 
 def collect_scored(
-    trainer: Trainer[Any],
     policy: LanguagePolicy,
     rewards: WeightedRewards,
     rows: Sequence[PromptRow],
     *,
+    own: range,
+    batch_size: int,
+    stream: Callable[[int], torch.Generator],
     max_completion_length: int,
+    state: TrainerState | None,
+    processes: Processes,
+    bars: Bars,
 ) -> Collected:
     """Sample this process's part of the epoch and score each batch, in the background where a reward is called there.
 
     Args:
-        trainer: gives the epoch, this process's part, progress and interruption.
         policy: what samples; under ``policy.reference()`` the reference does.
         rewards: what scores.
         rows: the prompts of all N samples of the epoch.
+        own: this process's part of them.
+        batch_size: completions sampled at once.
+        stream: global sample index -> its stream of random numbers.
+        max_completion_length: tokens.
+        state: what rewards may know of the run.
+        processes, bars: of the run.
 
     Raises:
-        RewardError: on every process, if a reward failed on any.
-        Interrupted: the run was asked to stop.
+        RewardError, TrainingError, Interrupted: see ``sample_and_score``.
     """
-    config, own = trainer.config, trainer.local_samples
-    batches = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
-    parts: list[Completions] = []
-    state = trainer_state(config, step=trainer.step, epoch=trainer.epoch)
-    with (
-        BatchScores(trainer, RewardError) as scores,
-        trainer.progress("  sampling", len(batches) * max_completion_length) as bar,
-    ):
-        for batch in batches:
-            if not scores.go_on():
-                break
-            some = [rows[i] for i in batch]
-            try:
-                sampled = rollout(
-                    policy,
-                    [row.ids for row in some],
-                    [generator(config.seed, "tokens", trainer.epoch, i) for i in batch],
-                    max_new_tokens=max_completion_length,
-                    on_token=lambda: trainer.advance(bar),
-                )
-            except TrainingError as error:
-                scores.fail(error)
-                continue
-            trainer.advance(bar, max_completion_length - sampled.logp_old.shape[1])
-            parts.append(sampled)
-            ids = completion_ids(sampled.sequences) if rewards.want_ids else None
-            scores.submit(rewards.calls(some, policy.decode(sampled.sequences), ids, state))
-        found = scores.gather(lambda scored: rewards.total([rows[i] for i in own], scored))
+
+    def sample(batch: range) -> tuple[Completions, Calls]:
+        some = [rows[i] for i in batch]
+        sampled = rollout(
+            policy,
+            [row.ids for row in some],
+            [stream(i) for i in batch],
+            max_new_tokens=max_completion_length,
+            on_token=lambda: advance(1),
+        )
+        advance(max_completion_length - sampled.logp_old.shape[1])
+        ids = completion_ids(sampled.sequences) if rewards.want_ids else None
+        return sampled, rewards.calls(some, policy.decode(sampled.sequences), ids, state)
+
+    with bars.task("  sampling", -(-len(own) // batch_size) * max_completion_length) as advance:
+        parts, found, waited = sample_and_score(
+            own,
+            batch_size,
+            sample,
+            processes,
+            check=lambda scored: rewards.total([rows[i] for i in own], scored),
+        )
     own_lengths = torch.cat([part.sequences.mask.sum(1) for part in parts])
     own_finished = torch.cat([part.finished for part in parts])
-    lengths, finished = (trainer.accelerator.gather(x).cpu() for x in (own_lengths, own_finished))
+    lengths, finished = (processes.accelerator.gather(x).cpu() for x in (own_lengths, own_finished))
     total = rewards.total(rows, found)
     silent = total.isnan()
     if silent.all():  # of no sample at all: an error after all
@@ -169,7 +171,7 @@ def collect_scored(
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": (~finished).double().mean().item(),
         "completions/tokens": float(lengths.sum()),
-        "time/score": scores.waited,
+        "time/score": waited,
     }
     if silent.any():
         metrics["frac_without_reward"] = silent.double().mean().item()
@@ -189,44 +191,41 @@ def completion_ids(sequences: Sequences) -> list[list[int]]:
     return [ids[:length] for ids, length in rows]
 
 
-def sample_groups(
-    trainer: Trainer[Any], policy: LanguagePolicy, prompts: Sequence[PromptRow], rewards: WeightedRewards
-) -> tuple[list[PromptRow], Collected]:
-    """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions as in ``collect_scored``."""
-    config: Any = trainer.config
-    chosen = items_of_epoch(prompts, config.seed, trainer.epoch, config.samples_per_epoch // config.num_generations)
-    rows = [row for row in chosen for _ in range(config.num_generations)]
-    return rows, collect_scored(trainer, policy, rewards, rows, max_completion_length=config.max_completion_length)
+def reference_log_probs(
+    policy: LanguagePolicy, sequences: Sequences, *, batch_size: int, processes: Processes, bars: Bars
+) -> Tensor:
+    """Log-probs (B, T) of the reference for completions of this process; B may be 0.
 
-
-@torch.no_grad()
-def reference_log_probs(trainer: Trainer[Any], policy: LanguagePolicy, sequences: Sequences) -> Tensor:
-    """Log-probs (B, T) of the reference for completions of this process, in batches as they are sampled."""
-    with policy.reference():
-        found = in_batches(trainer, "  reference", sequences, lambda some: policy.log_probs(policy.score(some)))
-    require_finite_reference(trainer, found)
+    Raises:
+        TrainingError: on every process, if they are not finite on any.
+    """
+    with torch.no_grad(), policy.reference():
+        found = in_batches(
+            sequences,
+            lambda some: policy.log_probs(policy.score(some)),
+            batch_size=batch_size,
+            bars=bars,
+            what="  reference",
+        )
+    failure = None
+    try:
+        require_finite_logits(found, what="the reference")
+    except TrainingError as error:
+        failure = error
+    processes.raise_together(failure, TrainingError)
     return found
 
 
-def require_finite_reference(trainer: Trainer[Any], logp: Tensor) -> None:
-    """TrainingError on every process, at the same place, if the reference's log-probs are not finite on any."""
-    failure = None
-    try:
-        require_finite_logits(logp, what="the reference")
-    except TrainingError as error:
-        failure = error
-    trainer.raise_together(failure, TrainingError)
-
-
 def in_batches(
-    trainer: Trainer[Any], what: str, sequences: Sequences, compute: Callable[[Sequences], Tensor]
+    sequences: Sequences, compute: Callable[[Sequences], Tensor], *, batch_size: int, bars: Bars, what: str
 ) -> Tensor:
     """(B, T) of ``compute``'s values for batches of ``sequences``, with a progress bar; 0 beyond their ends."""
-    parts = []
-    with trainer.progress(what, len(sequences)) as bar:
-        for rows in torch.arange(len(sequences), device=sequences.ids.device).split(trainer.config.sample_batch_size):
-            parts.append(widened(compute(sequences[rows]), sequences.mask.shape[1], 0.0))
-            trainer.advance(bar, len(rows))
+    shape = sequences.mask.shape
+    parts = [torch.zeros(0, shape[1], device=sequences.ids.device)] if not len(sequences) else []
+    with bars.task(what, len(sequences)) as advance:
+        for rows in torch.arange(len(sequences), device=sequences.ids.device).split(batch_size) if shape[0] else ():
+            parts.append(widened(compute(sequences[rows]), shape[1], 0.0))
+            advance(len(rows))
     return torch.cat(parts)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -51,7 +52,7 @@ from diffusion_align.llm.preference_batches import (
 )
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import Weight
-from diffusion_align.training.loop import Work
+from diffusion_align.training.trainer import TrainingPlan
 
 # What only some losses have: setting -> those losses.
 _BELONGS = {
@@ -179,8 +180,14 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
                 device=self.accelerator.device,
             )
             if self.reference_file is not None:
-                self.reference_file.fill(self)
-                self.reference_file.put_into(batch, own)
+                self.reference_file.fill(
+                    self.identity,
+                    untrained=self.step == 0,
+                    batch_size=config.sample_batch_size,
+                    processes=self.processes,
+                    bars=self.bars,
+                )
+                batch = self.reference_file.put_into(batch, own)
             return batch, metrics
         return judged_preferences(
             self,
@@ -189,20 +196,20 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             rso_beta=config.rso_beta,
         )
 
-    def estimate(self, batch: PreferenceBatch) -> tuple[Work, dict[str, float]]:
+    def estimate(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, TrainingPlan, dict[str, float]]:
         """What the reference says, where it is needed more than once or of the prompts."""
         config, own = self.config, self.local(batch.keep)
         if config.inner_epochs > 1 and batch.logp_ref is None and not config.reference_free:
             places = torch.cat([batch.chosen[own], batch.rejected[own][batch.counts[own]]])
-            batch.logp_ref = self.look_at_reference(batch.sequences, places)
+            batch = replace(batch, logp_ref=self.reference_of_places(batch.sequences, places))
         if self.dynamic_beta is not None and batch.embeddings is None and len(own):
-            self._look_at_prompts(batch, own)
-        return Work(batch.keep), {}
+            batch = self._with_prompt_features(batch, own)
+        return batch, TrainingPlan(batch.keep), {}
 
     def loss_coefficients(self) -> dict[str, float]:
         return {name: getattr(self.config, name) for name in ("beta", "orpo_weight", "sft_weight", "simpo_margin")}
 
-    def loss(self, batch: PreferenceBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PreferenceBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; one forward pass over all completions of the samples.
 
         ``rewards/`` are beta l (simpo: beta times the mean log-prob, orpo: that) without a discount, of several
@@ -282,18 +289,20 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             case _:
                 return orpo_loss(chosen, first, config.orpo_weight)
 
-    def _look_at_prompts(self, batch: PreferenceBatch, samples: Tensor) -> None:
-        """Keep the reference's features of the prompts of ``samples``."""
+    def _with_prompt_features(self, batch: PreferenceBatch, samples: Tensor) -> PreferenceBatch:
+        """With the reference's features of the prompts of ``samples``."""
         with self.policy.reference():
             parts = [
                 prompt_features(self.policy, batch.sequences[batch.chosen[some]])
                 for some in samples.split(self.config.sample_batch_size)
             ]
         embeddings, entropy = (torch.cat(found) for found in zip(*parts, strict=True))
-        batch.embeddings = embeddings.new_zeros(len(batch.chosen), embeddings.shape[1]).index_copy(
-            0, samples, embeddings
+        size = len(batch.chosen)
+        return replace(
+            batch,
+            embeddings=embeddings.new_zeros(size, embeddings.shape[1]).index_copy(0, samples, embeddings),
+            entropy=entropy.new_zeros(size).index_copy(0, samples, entropy),
         )
-        batch.entropy = entropy.new_zeros(len(batch.chosen)).index_copy(0, samples, entropy)
 
 
 def _sides(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,14 +31,14 @@ from diffusion_align.estimators import (
     reward_to_go,
     several_rewards_advantages,
 )
-from diffusion_align.llm.collection import reference_log_probs, require_finite_reference
+from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
 from diffusion_align.shown import short
 from diffusion_align.training.config import OrInfinite
-from diffusion_align.training.loop import Work
 from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.trainer import TrainingPlan
 
 KLForm = Literal[
     "k1_reward",
@@ -102,18 +102,22 @@ class GRPOConfig(PolicyGradientConfig):
         return problems
 
 
-@dataclass
+@dataclass(frozen=True)
 class GRPOBatch:
-    """An epoch's completions of one process: B of at most T tokens; on the device."""
+    """What one process trains on in an epoch: B completions of at most T tokens; on the device.
+
+    Attributes:
+        sequences: the completions.
+        logp_old, advantages: (B, T).
+        mean_length: of the epoch's completions, tokens.
+        logp_ref: (B, T) of the reference, where a nat of KL has a price.
+    """
 
     sequences: Sequences
     logp_old: Tensor
-    scores: Tensor
-    rewards: Tensor
-    finished: Tensor
     advantages: Tensor
+    mean_length: float
     logp_ref: Tensor | None = None
-    mean_length: float = 1.0
 
 
 class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
@@ -129,50 +133,39 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         if self.rewards is not None:  # the advantage of a completion without a reward is 0
             self.rewards = replace(self.rewards, may_be_silent=True)
 
-    def collect(self) -> tuple[GRPOBatch, dict[str, float]]:
-        """Sample and score this process's completions."""
-        collected = self.sample()
-        completions = collected.completions
-        return GRPOBatch(
-            sequences=completions.sequences,
-            logp_old=completions.logp_old,
-            scores=collected.scores,
-            rewards=collected.rewards,
-            finished=collected.finished,
-            advantages=torch.empty(0),
-        ), collected.metrics
-
-    def estimate(self, batch: GRPOBatch) -> tuple[Work, dict[str, float]]:
+    def estimate(self, collected: Collected) -> tuple[GRPOBatch, TrainingPlan, dict[str, float]]:
         """Group advantages over all processes, less the KL where it stands in the reward."""
-        config, mask = self.config, batch.sequences.mask
-        groups = torch.arange(len(batch.rewards)) // config.num_generations
+        config, rewards = self.config, collected.rewards
+        sequences, logp_old = collected.completions.sequences, collected.completions.logp_old
+        groups = torch.arange(len(rewards)) // config.num_generations
         how: dict[str, Any] = {"scale": config.scale_rewards, "clip_std": config.clip_std}
-        if batch.rewards.isnan().any() and config.multi_objective_aggregation == "sum_then_normalize":
-            advantages = several_rewards_advantages(batch.rewards[:, None], groups, **how)
+        if rewards.isnan().any() and config.multi_objective_aggregation == "sum_then_normalize":
+            of_group = several_rewards_advantages(rewards[:, None], groups, **how)
         elif config.multi_objective_aggregation == "sum_then_normalize":
-            advantages = group_advantages(batch.rewards, groups, **how)
+            of_group = group_advantages(rewards, groups, **how)
         else:
             assert self.rewards is not None
-            advantages = several_rewards_advantages(batch.scores, groups, self.rewards.weights, **how)
-        metrics = equal_reward_metric(batch.rewards, config.num_generations)
+            of_group = several_rewards_advantages(collected.scores, groups, self.rewards.weights, **how)
+        metrics = equal_reward_metric(rewards, config.num_generations)
 
         own = slice(self.local_samples.start, self.local_samples.stop)
-        batch.advantages = advantages[own].to(batch.logp_old)[:, None].expand(mask.shape)
-        metrics |= self._look_at_reference(batch)
-        if batch.logp_ref is not None and config.kl.endswith("_reward"):
-            batch.advantages = batch.advantages - config.beta * self._kl_in_reward(batch, batch.logp_ref)
-        counted = batch.finished if config.mask_truncated_completions else torch.ones_like(batch.finished)
+        advantages = of_group[own].to(logp_old)[:, None].expand(sequences.mask.shape)
+        logp_ref, found = self._reference(sequences, logp_old)
+        if logp_ref is not None and config.kl.endswith("_reward"):
+            advantages = advantages - config.beta * self._kl_in_reward(logp_old, logp_ref, sequences.mask)
+        counted = collected.finished if config.mask_truncated_completions else torch.ones_like(collected.finished)
         # Without an advantage there is no policy gradient; with a KL term there still is that one.
-        used = counted & ((advantages != 0) | torch.tensor(config.beta > 0))
-        tokens = mask[counted[own].to(mask.device)].sum()
-        batch.mean_length = max(self.global_sum(tokens) / max(int(counted.sum()), 1), 1.0)
+        used = counted & ((of_group != 0) | torch.tensor(config.beta > 0))
+        tokens = self.processes.sum(sequences.mask[counted[own].to(sequences.mask.device)].sum())
+        mean_length = max(tokens / max(int(counted.sum()), 1), 1.0)
         # A mean over tokens is of those that count; a mean over completions is of all, those left out adding 0.
         among = counted if config.loss_type == "dapo" else torch.ones_like(counted)
         cut = "every completion was cut off at max_completion_length, and mask_truncated_completions leaves those out"
         self.none_left = super().none_left if counted.any() else cut
-        return Work(used.nonzero().squeeze(1), counted=int(among.sum())), metrics
+        batch = GRPOBatch(sequences, logp_old, advantages, mean_length, logp_ref)
+        return batch, TrainingPlan(used.nonzero().squeeze(1), normalizer=int(among.sum())), metrics | found
 
-    def loss(self, batch: GRPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: GRPOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""
         config, policy = self.config, self.policy
         sequences = batch.sequences[samples]
@@ -197,34 +190,30 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
     def loss_coefficients(self) -> dict[str, float]:
         return {"beta": self.config.beta}
 
-    def _look_at_reference(self, batch: GRPOBatch) -> dict[str, float]:
-        """Its log-probs; without a KL term of a few completions only, to see how far the policy has gone.
+    def _reference(self, sequences: Sequences, logp_old: Tensor) -> tuple[Tensor | None, dict[str, float]]:
+        """The reference's log-probs (B, T), None where a nat of KL has no price, and metrics of the KL.
 
-        Those are spread over the epoch's prompts: 2 % of its passes (a backward pass counts as two), or four.
+        Without a price only some completions are looked at, to see how far the policy has gone: 2 % of the epoch's
+        passes (a backward pass counts as two), or four, spread over its prompts.
         """
         if not self.policy.has_reference:
-            return {}
+            return None, {}
         config, own = self.config, self.local_samples
         every = config.samples_per_epoch
         few = every if config.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * config.inner_epochs))))
         places = torch.arange(few) * every // few
         rows = (places[(places >= own.start) & (places < own.stop)] - own.start).to(self.policy.device)
-        some = batch.sequences[rows]
-        if len(rows):
-            logp_ref = reference_log_probs(self, self.policy, some)
-        else:
-            logp_ref = torch.zeros(some.mask.shape, device=self.policy.device)
-            require_finite_reference(self, logp_ref)  # where the other processes wait
-        if config.beta > 0:
-            batch.logp_ref = widened(logp_ref, batch.logp_old.shape[1], 0.0)
-        return kl_metrics(self, batch.logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask)
+        some = sequences[rows]
+        logp_ref = self.reference_log_probs(some)
+        metrics = kl_metrics(logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask, self.processes)
+        return (widened(logp_ref, logp_old.shape[1], 0.0) if config.beta > 0 else None), metrics
 
-    def _kl_in_reward(self, batch: GRPOBatch, logp_ref: Tensor) -> Tensor:
+    def _kl_in_reward(self, logp_old: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:
         """(B, T) what is subtracted from the advantage, times beta."""
-        kind, mask = self.config.kl.removesuffix("_reward"), batch.sequences.mask
+        kind = self.config.kl.removesuffix("_reward")
         if kind == "k3_gradient":
-            return kl_gradient_coefficient(batch.logp_old, logp_ref, "k3", mask=mask)
-        penalty = kl_reward(batch.logp_old, logp_ref, kind, mask=mask, allow_biased=True)  # type: ignore[arg-type]
+            return kl_gradient_coefficient(logp_old, logp_ref, "k3", mask=mask)
+        penalty = kl_reward(logp_old, logp_ref, kind, mask=mask, allow_biased=True)  # type: ignore[arg-type]
         return reward_to_go(penalty, mask) if self.config.credit == "to_go" else penalty
 
     def _kl_as_loss(

@@ -13,7 +13,7 @@ Labels come from a data set, or from rewards of completions sampled in every epo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,12 +23,11 @@ from torch import Tensor
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.text_rows import LabelledRow
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
-from diffusion_align.llm.collection import in_batches
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.config import Weight
-from diffusion_align.training.loop import Work
 from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.trainer import TrainingPlan
 
 
 class KTOConfig(PreferenceConfig):
@@ -66,7 +65,7 @@ class KTOConfig(PreferenceConfig):
         return problems
 
 
-@dataclass
+@dataclass(frozen=True)
 class KTOBatch:
     """An epoch's completions of one process; on the device.
 
@@ -108,22 +107,22 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         """This process's completions of the epoch with their labels: given, or sampled and judged."""
         return self._judged() if self.config.online else self._given()
 
-    def estimate(self, batch: KTOBatch) -> tuple[Work, dict[str, float]]:
+    def estimate(self, batch: KTOBatch) -> tuple[KTOBatch, TrainingPlan, dict[str, float]]:
         """The reference point, and the reference's log-probs where they are needed more than once."""
         total = torch.zeros((), dtype=widest_float(self.policy.device), device=self.policy.device)
         if batch.mismatched is not None:
             with torch.no_grad():
-                total += in_batches(self, "  reference point", batch.mismatched, self._log_ratios).to(total).sum()
-        mean = self.global_sum(total) / max(batch.pairs, 1)
-        batch.reference_point = total.new_tensor(mean)
+                total += self.in_batches(batch.mismatched, self._log_ratios, "  reference point").to(total).sum()
+        mean = self.processes.sum(total) / max(batch.pairs, 1)
+        batch = replace(batch, reference_point=total.new_tensor(mean))
         if self.config.inner_epochs > 1:
-            batch.logp_ref = self.look_at_reference(batch.sequences, self.local(batch.keep))
-        return Work(batch.keep), {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
+            batch = replace(batch, logp_ref=self.reference_of_places(batch.sequences, self.local(batch.keep)))
+        return batch, TrainingPlan(batch.keep), {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
 
     def loss_coefficients(self) -> dict[str, float]:
         return {name: getattr(self.config, name) for name in ("beta", "desirable_weight", "undesirable_weight")}
 
-    def loss(self, batch: KTOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: KTOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring.
 
         ``rewards/chosen`` is beta l of the desirable, ``rewards/rejected`` of the others; accuracy is the share of
@@ -170,7 +169,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         return batch, metrics | {"desirable": desirable.double().mean().item()}
 
     def _judged(self) -> tuple[KTOBatch, dict[str, float]]:
-        rows, collected = self.sample()
+        rows, collected = self.sample(self.prompts, self.config.num_generations)
         groups = collected.rewards.double().view(-1, self.config.num_generations)
         limit = self.config.desirable_above
         # Measured from the first, equal rewards are exactly at their mean.

@@ -16,10 +16,11 @@ from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import categorical_entropy, clipped_surrogate
 from diffusion_align.estimators.policy import Level
-from diffusion_align.llm.collection import Collected, WeightedRewards, sample_groups
+from diffusion_align.llm.collection import Collected, WeightedRewards, in_batches
 from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
 from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")
@@ -53,7 +54,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         prompts: what to complete, with the columns that the rewards receive.
         rewards: what scores completions, already checked.
         shown: prompts to show; the first of ``prompts`` when not given.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
     """
 
     config: PolicyGradientConfig
@@ -67,17 +68,19 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         *,
         shown: Sequence[PromptRow] | None = None,
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         shown = prompts if shown is None else shown
-        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
+        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator, callbacks=callbacks)
         self.prompts = prompts
         self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
 
-    def sample(self) -> Collected:
-        """This process's completions of the epoch and the rewards of all."""
-        assert self.rewards is not None
-        collected = sample_groups(self, self.policy, self.prompts, self.rewards)[1]
-        return collected if self.config.logp_old == "rollout" else self._scored_again(collected)
+    def collect(self) -> tuple[Collected, dict[str, float]]:
+        """Sample and score this process's completions of the epoch."""
+        _, collected = self.sample(self.prompts, self.config.num_generations)
+        if self.config.logp_old == "recomputed":
+            collected = self._scored_again(collected)
+        return collected, collected.metrics
 
     @torch.no_grad()
     def _scored_again(self, collected: Collected) -> Collected:
@@ -85,17 +88,18 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
 
         In narrow floats the two differ by some hundredths of a nat, which a ratio then starts from.
         """
-        completions, size = collected.completions, self.config.micro_batch_size
-        sequences, sampled = completions.sequences, completions.logp_old
-        parts = []
-        with self.progress("  scoring", len(sequences)) as bar:
-            for rows in torch.arange(len(sequences), device=sequences.ids.device).split(size):
-                some = sequences[rows]
-                parts.append(widened(self.policy.log_probs(self.policy.score(some)), sampled.shape[1], 0.0))
-                self.advance(bar, len(rows))
-        logp = torch.cat(parts).to(sampled)
+        completions, sampled = collected.completions, collected.completions.logp_old
+        sequences = completions.sequences
+        logp = in_batches(
+            sequences,
+            lambda some: self.policy.log_probs(self.policy.score(some)),
+            batch_size=self.config.micro_batch_size,
+            bars=self.bars,
+            what="  scoring",
+        )
+        logp = widened(logp, sampled.shape[1], 0.0).to(sampled)
         worst = torch.expm1((logp - sampled)[sequences.mask]).abs().max()
-        if self.accelerator.num_processes > 1:
+        if self.processes.count > 1:
             worst = self.accelerator.gather(worst[None]).max()
         metrics = collected.metrics | {"ratio/rollout_deviation": worst.item()}
         return replace(collected, completions=replace(completions, logp_old=logp), metrics=metrics)

@@ -14,28 +14,30 @@ that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import Accelerator
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import LARGEST, MOST, MOST_ROWS
+from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.estimators import (
     gae,
     kl_reward,
     masked_whiten,
     value_loss,
 )
-from diffusion_align.llm.collection import in_batches, reference_log_probs
+from diffusion_align.llm.collection import Collected, WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
+from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite
-from diffusion_align.training.loop import Work
+from diffusion_align.training.trainer import TrainingPlan
 
 
 class PPOConfig(PolicyGradientConfig):
@@ -82,29 +84,35 @@ class PPOConfig(PolicyGradientConfig):
         return problems
 
 
-@dataclass
+@dataclass(frozen=True)
 class PPOBatch:
-    """An epoch's completions of one process: B of at most T tokens, (B, T) each; on the device."""
+    """What one process trains on in an epoch: B completions of at most T tokens, (B, T) each; on the device."""
 
     sequences: Sequences
     logp_old: Tensor
-    rewards: Tensor
     values_old: Tensor
     advantages: Tensor
     returns: Tensor
-    mean_length: float = 1.0
+    mean_length: float
 
 
 class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
-    """Train a language model towards rewards, with a value for every token.
-
-    See ``PolicyGradientTrainer`` for the arguments.
-    """
+    """Train a language model towards rewards, with a value for every token; see ``PolicyGradientTrainer``."""
 
     config: PPOConfig
 
-    def __init__(self, config: PPOConfig, policy: LanguagePolicy, *arguments: Any, **options: Any) -> None:
-        super().__init__(config, policy, *arguments, **options)
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: LanguagePolicy,
+        prompts: Sequence[PromptRow],
+        rewards: WeightedRewards,
+        *,
+        shown: Sequence[PromptRow] | None = None,
+        accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        super().__init__(config, policy, prompts, rewards, shown=shown, accelerator=accelerator, callbacks=callbacks)
         self.kl_coef = config.kl_coef
         self.value_head = nn.Linear(policy.hidden_size, 1, device=policy.device)
         for parameter in self.value_head.parameters():
@@ -115,46 +123,35 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         head = {f"value_head.{name}": parameter for name, parameter in self.value_head.named_parameters()}
         return self.policy.trainable | head
 
-    def collect(self) -> tuple[PPOBatch, dict[str, float]]:
-        """Sample and score this process's completions."""
-        config, collected = self.config, self.sample()
-        completions, nothing = collected.completions, torch.empty(0)
-        own = slice(self.local_samples.start, self.local_samples.stop)
-        penalty = config.missing_eos_penalty * (~completions.finished).float()
-        return PPOBatch(
-            sequences=completions.sequences,
-            logp_old=completions.logp_old,
-            rewards=collected.rewards[own].to(completions.logp_old) - penalty,
-            values_old=nothing,
-            advantages=nothing,
-            returns=nothing,
-        ), collected.metrics
-
     @torch.no_grad()
-    def estimate(self, batch: PPOBatch) -> tuple[Work, dict[str, float]]:
+    def estimate(self, collected: Collected) -> tuple[PPOBatch, TrainingPlan, dict[str, float]]:
         """Values, rewards of tokens, advantages and returns; and the next epoch's ``kl_coef``."""
-        config, sequences, mask = self.config, batch.sequences, batch.sequences.mask
+        config, completions = self.config, collected.completions
+        sequences, logp_old, mask = completions.sequences, completions.logp_old, completions.sequences.mask
+        penalty = config.missing_eos_penalty * (~completions.finished).float()
+        own = collected.rewards[self.local_samples.start : self.local_samples.stop].to(logp_old) - penalty
         last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-        rewards = torch.where(last, batch.rewards[:, None], 0.0)
+        rewards = torch.where(last, own[:, None], 0.0)
         metrics: dict[str, float] = {}
         if config.kl_coef > 0:
-            logp_ref = reference_log_probs(self, self.policy, sequences)
-            rewards = rewards - self.kl_coef * kl_reward(batch.logp_old, logp_ref, "k1", mask=mask)
-            metrics = {"kl_coef": self.kl_coef, **kl_metrics(self, batch.logp_old, logp_ref, mask)}
-        batch.values_old = in_batches(self, "  values", sequences, lambda some: self._values(self.policy.hidden(some)))
-        batch.advantages, batch.returns = gae(rewards, batch.values_old, mask, gamma=config.gamma, lam=config.lam)
-        metrics["value/mean"] = self._mean(batch.values_old, mask)
-        metrics["returns/mean"] = self._mean(batch.returns, mask)
+            logp_ref = self.reference_log_probs(sequences)
+            rewards = rewards - self.kl_coef * kl_reward(logp_old, logp_ref, "k1", mask=mask)
+            metrics = {"kl_coef": self.kl_coef, **kl_metrics(logp_old, logp_ref, mask, self.processes)}
+        values = self.in_batches(sequences, lambda some: self._values(self.policy.hidden(some)), "  values")
+        advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
+        metrics["value/mean"] = self._mean(values, mask)
+        metrics["returns/mean"] = self._mean(returns, mask)
         if config.whiten_advantages:
-            batch.advantages = self._whitened(batch.advantages, mask)
-        batch.mean_length = max(self.global_sum(mask.sum()) / config.samples_per_epoch, 1.0)
+            advantages = self._whitened(advantages, mask)
+        mean_length = max(self.processes.sum(mask.sum()) / config.samples_per_epoch, 1.0)
         if config.kl_target is not None:
             self.kl_coef = adapted(
                 self.kl_coef, metrics["kl_path"], config.kl_target, config.samples_per_epoch / config.kl_horizon
             )
-        return Work(torch.arange(config.samples_per_epoch)), metrics
+        batch = PPOBatch(sequences, logp_old, values, advantages, returns, mean_length)
+        return batch, TrainingPlan(torch.arange(config.samples_per_epoch)), metrics
 
-    def loss(self, batch: PPOBatch, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: PPOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""
         config, policy = self.config, self.policy
         sequences = batch.sequences[samples]
@@ -191,13 +188,13 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         return scored.of_tokens(self.value_head(scored.hidden.to(self.value_head.weight.dtype)).squeeze(-1))
 
     def _mean(self, x: Tensor, mask: Tensor) -> float:
-        return self.global_sum(x[mask].sum()) / max(self.global_sum(mask.sum()), 1)
+        return self.processes.sum(x[mask].sum()) / max(self.processes.sum(mask.sum()), 1)
 
     def _whitened(self, x: Tensor, mask: Tensor) -> Tensor:
         """Over the tokens of all processes."""
-        if self.accelerator.num_processes == 1:
+        if self.processes.count == 1:
             return masked_whiten(x, mask, (0, 1))
-        parts = gather_object([(x.cpu(), mask.cpu())])
+        parts = self.processes.gather_in_order([(x.cpu(), mask.cpu())])
         width = max(part.shape[1] for part, _ in parts)
         all_x = torch.cat([widened(part, width, 0.0) for part, _ in parts])
         all_mask = torch.cat([widened(counts, width, False) for _, counts in parts])

@@ -17,16 +17,11 @@ from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
 from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import rso_accept
-from diffusion_align.llm.collection import (
-    Collected,
-    WeightedRewards,
-    reference_log_probs,
-    require_finite_reference,
-    sample_groups,
-)
+from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
 from diffusion_align.llm.settings import OnlineSettings, TextConfig
 from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 
@@ -74,7 +69,7 @@ class PreferenceTrainer(TextTrainer[Batch]):
         prompts: online, what to complete, with the columns that the rewards receive.
         rewards: online the judges; with ``rows`` they score only what is shown.
         shown: prompts to show; the first of the data when not given.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
 
     Raises:
         ConfigError: data that the method cannot use, or a prompt's completions would be divided among processes.
@@ -93,11 +88,12 @@ class PreferenceTrainer(TextTrainer[Batch]):
         rewards: WeightedRewards | None = None,
         shown: Sequence[PromptRow] | None = None,
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         if shown is None:
             others = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(rows or ())}
             shown = prompts or list(reversed(others.values()))
-        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator)
+        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator, callbacks=callbacks)
         self.rows, self.prompts = rows or (), prompts or ()
         problems = self.data_problems()
         if config.online and len(self.local_samples) % config.num_generations:
@@ -111,11 +107,6 @@ class PreferenceTrainer(TextTrainer[Batch]):
     def data_problems(self) -> list[str]:
         """Sentences about rows or prompts that the method cannot use."""
         return []
-
-    def sample(self) -> tuple[list[PromptRow], Collected]:
-        """Online: the prompt of each of the epoch's N samples, and this process's completions with all scores."""
-        assert self.rewards is not None
-        return sample_groups(self, self.policy, self.prompts, self.rewards)
 
     def given(self) -> tuple[list[int], dict[str, float]]:
         """Offline: which row each of the epoch's N samples is, in a new random order once all were seen; metrics."""
@@ -135,19 +126,15 @@ class PreferenceTrainer(TextTrainer[Batch]):
         with torch.no_grad(), self.policy.reference():
             return self.policy.log_probs(self.policy.score(sequences))
 
-    def look_at_reference(self, sequences: Sequences, places: Tensor) -> Tensor:
-        """Log-probs (B, T) of the reference; 0 for all but ``places``."""
-        if not len(places):
-            nothing = torch.zeros(sequences.mask.shape, device=sequences.ids.device)
-            require_finite_reference(self, nothing)  # the other processes wait for this one there
-            return nothing
-        found = reference_log_probs(self, self.policy, sequences[places])
+    def reference_of_places(self, sequences: Sequences, places: Tensor) -> Tensor:
+        """Log-probs (B, T) of the reference; 0 for all but ``places``. Called on every process."""
+        found = self.reference_log_probs(sequences[places])
         known = found.new_zeros(sequences.mask.shape)
         known[places, : found.shape[1]] = found
         return known
 
 
-@dataclass
+@dataclass(frozen=True)
 class PreferenceBatch:
     """An epoch's preferences of one process: B samples, at most M rejected each, R completions; on the device.
 
@@ -210,7 +197,7 @@ def judged_preferences(
     """Of every prompt's completions, sampled now, one chosen and others rejected; ties are left out."""
     config, own, device = trainer.config, trainer.local_samples, trainer.accelerator.device
     with trainer.policy.reference() if by_reference else contextlib.nullcontext():
-        _, collected = trainer.sample()
+        _, collected = trainer.sample(trainer.prompts, config.num_generations)
     rewards = collected.rewards.view(-1, config.num_generations)
     first = torch.arange(len(rewards)) * config.num_generations
     metrics = {

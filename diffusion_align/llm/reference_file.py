@@ -6,11 +6,10 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,9 +19,10 @@ from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
 from diffusion_align.training.checkpoint import open_tensors
-from diffusion_align.training.digests import content_digest
+from diffusion_align.training.digests import Identity, content_digest
 from diffusion_align.training.finite import require_finite_logits
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
 from diffusion_align.writing import new_file
 
 _FEATURES = ("embeddings", "entropy")
@@ -51,8 +51,14 @@ class ReferenceFile:
         self._full = False
         self._model = ""  # digest of the models that the rows are looked at with
 
-    def fill(self, trainer: Trainer[Any]) -> None:
+    def fill(self, identity: Identity, *, untrained: bool, batch_size: int, processes: Processes, bars: Bars) -> None:
         """Write the file unless one of these rows is there, every process its part; between batches it can be stopped.
+
+        Args:
+            identity: what the run is made of.
+            untrained: whether no update was made, so that a policy without a reference is its own.
+            batch_size: rows looked at at once.
+            processes, bars: of the run.
 
         Raises:
             CheckpointError: the file is damaged, or it is gone or of other rows and cannot be made again.
@@ -60,24 +66,26 @@ class ReferenceFile:
         """
         if self._full:
             return
-        models = [trainer.identity.get(name) for name in ("model", "reference_model")]
+        models = [identity.get(name) for name in ("model", "reference_model")]
         self._model = content_digest([[digest for _, digest in places] for places in models if places])
         # Other rows were accepted, or the checkpoint refused them, unless the trainer does not say what it is made of.
-        accepted = bool(trainer.identity) and self._can_be_made(trainer)
+        can_be_made = self.policy.has_reference or untrained
+        accepted = bool(identity) and can_be_made
         there = self.path.is_file() and (not accepted or self._is_of_these())
-        trainer.accelerator.wait_for_everyone()  # all have looked before it is written
+        processes.wait()  # all have looked before it is written
         if not there:
-            tensors = self._compute(trainer)
-            trainer.on_main_process(lambda: self._write(tensors))
+            if not can_be_made:
+                raise CheckpointError(
+                    f"{self.path} is gone and the model has been trained since: choose a new output_dir"
+                )
+            tensors = self._compute(batch_size, processes, bars)
+            processes.on_main(lambda: self._write(tensors))
         if not self._is_of_these():
             raise CheckpointError(
                 f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "
                 "a new output_dir"
             )
         self._full = True
-
-    def _can_be_made(self, trainer: Trainer[Any]) -> bool:
-        return self.policy.has_reference or trainer.step == 0
 
     def _is_of_these(self) -> bool:
         with open_tensors(self.path) as file:
@@ -88,40 +96,37 @@ class ReferenceFile:
         with new_file(self.path) as aside:
             save_file(tensors, aside, self._identity())
 
-    def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> None:
-        """Fill in what is known of a batch of rows ``indices`` that ``pack_rows`` packed."""
+    def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> PreferenceBatch:
+        """A batch of rows ``indices`` that ``pack_rows`` packed, with what is known of them."""
         device, mask = self.policy.device, batch.sequences.mask
         with open_tensors(self.path) as file:
             logp = file.get_slice("logp")
             flat = torch.cat([logp[self._ends[i] : self._ends[i + 1]] for i in indices]).to(device)
-            batch.logp_ref = torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)
-            if self.with_features:
-                embeddings, entropy = (file.get_tensor(name) for name in _FEATURES)
-                batch.embeddings, batch.entropy = embeddings[indices].to(device), entropy[indices].to(device)
+            logp_ref = torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)
+            features = {name: file.get_tensor(name)[indices].to(device) for name in _FEATURES if self.with_features}
+        return replace(batch, logp_ref=logp_ref, **features)
 
     @torch.no_grad()
-    def _compute(self, trainer: Trainer[Any]) -> dict[str, Tensor]:
-        policy, size, accelerator = self.policy, trainer.config.sample_batch_size, trainer.accelerator
-        if not self._can_be_made(trainer):
-            raise CheckpointError(f"{self.path} is gone and the model has been trained since: choose a new output_dir")
-        share = -(-len(self.rows) // accelerator.num_processes)
-        own = self.rows[share * accelerator.process_index : share * (accelerator.process_index + 1)]
+    def _compute(self, batch_size: int, processes: Processes, bars: Bars) -> dict[str, Tensor]:
+        policy = self.policy
+        share = -(-len(self.rows) // processes.count)
+        own = self.rows[share * processes.index : share * (processes.index + 1)]
         parts: dict[str, list[Tensor]] = {name: [] for name in (*_FEATURES, "logp")}
         with (
             policy.reference() if policy.has_reference else contextlib.nullcontext(),
-            trainer.progress("  reference", len(own)) as bar,
+            bars.task("  reference", len(own)) as advance,
         ):
-            for start in range(0, share, size):
-                trainer.stop_if_interrupted()
-                if some := own[start : start + size]:
+            for start in range(0, share, batch_size):
+                processes.stop_if_interrupted()
+                if some := own[start : start + batch_size]:
                     sequences = pack_rows(some, pad=policy.pad, device=policy.device)
                     parts["logp"].append(policy.log_probs(policy.score(sequences))[sequences.mask].cpu())
                     if self.with_features:
                         chosen = sequences[places_of(some)[0].to(policy.device)]
                         for name, feature in zip(_FEATURES, prompt_features(policy, chosen), strict=True):
                             parts[name].append(feature.cpu())
-                    trainer.advance(bar, len(some))
-        everyones = gather_object([parts]) if accelerator.num_processes > 1 else [parts]
+                    advance(len(some))
+        everyones = processes.gather_in_order([parts])
         joined = {name: [x for part in everyones for x in part[name]] for name in parts}
         tensors = {name: torch.cat(found) for name, found in joined.items() if found}
         require_finite_logits(tensors["logp"], what="the reference")

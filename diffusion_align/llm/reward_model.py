@@ -31,11 +31,10 @@ from diffusion_align.errors import TrainingError, UserError
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
 from diffusion_align.models.lora import add_lora, carries_adapters
-from diffusion_align.report import write_report
+from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.finite import MORE_ROOM, all_finite
-from diffusion_align.training.launch import make_accelerator
-from diffusion_align.training.loop import Trainer, Work
+from diffusion_align.training.trainer import Trainer, TrainingPlan
 
 
 class RewardModelConfig(TrainingConfig):
@@ -147,7 +146,7 @@ class RewardModel:
         return tails
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScoredPairs:
     """B pairs of one process, on the device.
 
@@ -172,7 +171,7 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         model: what is trained, on ``accelerator.device``.
         rows: preferences; every rejected completion is one pair.
         eval_rows: preferences to score after every epoch, without training on them.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
     """
 
     config: RewardModelConfig
@@ -186,8 +185,9 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         *,
         eval_rows: Sequence[PreferenceRow] = (),
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, accelerator or make_accelerator())
+        super().__init__(config, accelerator, callbacks=callbacks)
         self.model = model
         self.pairs, self.eval_pairs = (
             [(row, rejected) for row in some for rejected in row.rejected] for some in (rows, eval_rows)
@@ -203,11 +203,11 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         chosen = items_of_epoch(self.pairs, self.config.seed, self.epoch, count)
         return self._packed([chosen[i] for i in self.local_samples]), {"pairs_used": float(count)}
 
-    def estimate(self, batch: ScoredPairs) -> tuple[Work, dict[str, float]]:
+    def estimate(self, batch: ScoredPairs) -> tuple[ScoredPairs, TrainingPlan, dict[str, float]]:
         """Nothing is estimated: all pairs count."""
-        return Work(torch.arange(self.config.samples_per_epoch)), {}
+        return batch, TrainingPlan(torch.arange(self.config.samples_per_epoch)), {}
 
-    def loss(self, batch: ScoredPairs, samples: Tensor, decisions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: ScoredPairs, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; chosen and rejected go through the model together."""
         both = batch.sequences[torch.cat([samples, samples + len(batch.labels)])]
         chosen, rejected = self.model.score(both).chunk(2)
@@ -232,9 +232,8 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         return {"center_coef": self.config.center_coef}
 
     def finish(self) -> None:
-        """Write ``final/`` (what transformers and peft load, and the reward ``classifier``) and the report."""
+        """Write ``final/``: what transformers and peft load, and the reward ``classifier``."""
         self.model.save(self.folder / "final")
-        write_report(self.folder)
 
     def measure(self) -> dict[str, float]:
         return self._evaluate() if self.eval_pairs else {}
@@ -242,17 +241,17 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Means over ``eval_pairs`` of all processes, with the weights that ``final/`` would hold."""
-        own = self.eval_pairs[self.accelerator.process_index :: self.accelerator.num_processes]
+        own = self.eval_pairs[self.processes.index :: self.processes.count]
         size = self.config.sample_batch_size
         names = ("loss/preference", "accuracy", "margin")
         sums = torch.zeros(len(names), device=self.accelerator.device)
-        with self.averaged_weights(), self.progress("  evaluating", len(own)) as bar:
+        with self.ema_weights(), self.bars.task("  evaluating", len(own)) as advance:
             for start in range(0, len(own), size):
                 some = self._packed(own[start : start + size])
                 every = torch.arange(len(some.labels), device=sums.device)
                 _, statistics = self.loss(some, every, torch.zeros_like(every))
                 sums += torch.stack([statistics[name].sum() for name in names])
-                self.advance(bar, len(every))
+                advance(len(every))
         means = self.accelerator.reduce(sums, reduction="sum") / len(self.eval_pairs)
         if not all_finite(means)[0]:
             raise TrainingError(f"the scores of eval_dataset are not finite: {MORE_ROOM}")

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
-from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.policy import LanguagePolicy, widest_float
+from diffusion_align.llm.collection import (
+    Collected,
+    WeightedRewards,
+    collect_scored,
+    in_batches,
+    reference_log_probs,
+    trainer_state,
+)
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, widest_float
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.llm.showing import SHOWN, TextShow
-from diffusion_align.report import write_report
-from diffusion_align.training.launch import make_accelerator
-from diffusion_align.training.loop import Trainer
+from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.trainer import Trainer
 
 Batch = TypeVar("Batch")
 LossType = Literal["grpo", "dapo", "dr_grpo"]
@@ -31,7 +41,7 @@ class TextTrainer(Trainer[Batch]):
         policy: the language model, on ``accelerator.device``.
         rewards: what scores completions, already checked.
         shown: fixed prompts to show; the first ``SHOWN`` of them.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
     """
 
     config: TextConfig
@@ -44,8 +54,9 @@ class TextTrainer(Trainer[Batch]):
         rewards: WeightedRewards | None = None,
         shown: Sequence[PromptRow] = (),
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, accelerator or make_accelerator())
+        super().__init__(config, accelerator, callbacks=callbacks)
         self.policy, self.rewards = policy, rewards
         self._show = TextShow(
             policy,
@@ -64,15 +75,38 @@ class TextTrainer(Trainer[Batch]):
         self._show.write(self.folder / "samples" / f"{name}.jsonl")
 
     def finish(self) -> None:
-        """Write ``final/`` (what transformers and peft load), the samples before and after, and the report."""
+        """Write ``final/`` (what transformers and peft load), and the samples before and after."""
         self.policy.save(self.folder / "final")
         if self.policy.has_reference:
             self._show.write_before_after(self.folder / "samples" / "before_after.jsonl")
-        write_report(self.folder)
 
-    def global_sum(self, value: Tensor) -> float:
-        """Of a number of every process."""
-        return float(self.accelerator.reduce(value.to(widest_float(value.device)), reduction="sum"))
+    def sample(self, prompts: Sequence[PromptRow], num_generations: int) -> tuple[list[PromptRow], Collected]:
+        """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions, scored."""
+        assert self.rewards is not None
+        config = self.config
+        chosen = items_of_epoch(prompts, config.seed, self.epoch, config.samples_per_epoch // num_generations)
+        rows = [row for row in chosen for _ in range(num_generations)]
+        return rows, collect_scored(
+            self.policy,
+            self.rewards,
+            rows,
+            own=self.local_samples,
+            batch_size=config.sample_batch_size,
+            stream=partial(generator, config.seed, "tokens", self.epoch),
+            max_completion_length=config.max_completion_length,
+            state=trainer_state(config, step=self.step, epoch=self.epoch),
+            processes=self.processes,
+            bars=self.bars,
+        )
+
+    def reference_log_probs(self, sequences: Sequences) -> Tensor:
+        """Log-probs (B, T) of the reference for completions of this process; called on every process, B may be 0."""
+        size = self.config.sample_batch_size
+        return reference_log_probs(self.policy, sequences, batch_size=size, processes=self.processes, bars=self.bars)
+
+    def in_batches(self, sequences: Sequences, compute: Callable[[Sequences], Tensor], what: str) -> Tensor:
+        """(B, T) of ``compute``'s values for ``sequences``, as many at once as are sampled; see ``in_batches``."""
+        return in_batches(sequences, compute, batch_size=self.config.sample_batch_size, bars=self.bars, what=what)
 
 
 def per_sample(losses: Tensor, mask: Tensor, loss_type: LossType, *, mean_length: float, max_length: int) -> Tensor:
@@ -87,15 +121,15 @@ def per_sample(losses: Tensor, mask: Tensor, loss_type: LossType, *, mean_length
     return masked_sum(losses, mask, 1) / (mean_length if loss_type == "dapo" else max_length)
 
 
-def kl_metrics(trainer: TextTrainer, logp: Tensor, logp_ref: Tensor, mask: Tensor) -> dict[str, float]:
+def kl_metrics(logp: Tensor, logp_ref: Tensor, mask: Tensor, processes: Processes) -> dict[str, float]:
     """``kl`` in nats a token and ``kl_path`` in nats a completion, of all processes' samples of ``logp``.
 
     k1: unbiased, and unlike k3 of finite variance however far the policy is; near 0 it may be a little negative.
     ``kl_path_stderr`` is the standard error over completions.
     """
     values = kl_value(logp, logp_ref, "k1", mask=mask)
-    total, tokens, samples = (trainer.global_sum(x) for x in (values.sum(), mask.sum(), mask.any(1).sum()))
+    total, tokens, samples = (processes.sum(x) for x in (values.sum(), mask.sum(), mask.any(1).sum()))
     path = total / max(samples, 1)
     deviations = (values.sum(1) - path)[mask.any(1)].to(widest_float(values.device))
-    error = math.sqrt(trainer.global_sum(deviations.square().sum()) / max(samples - 1, 1) / max(samples, 1))
+    error = math.sqrt(processes.sum(deviations.square().sum()) / max(samples - 1, 1) / max(samples, 1))
     return {"kl": total / max(tokens, 1), "kl_path": path, "kl_path_stderr": error}

@@ -1,5 +1,7 @@
 """Progress bars that look alike everywhere."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import get_console
@@ -9,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -40,3 +43,26 @@ def progress_bars(*columns: str | ProgressColumn, **options: Any) -> Progress:
         done = BarColumn(), MofNCompleteColumn()
         columns = TextColumn("{task.description}"), *done, TimeElapsedColumn(), TimeRemainingColumn()
     return _Bars(*columns, **options)
+
+
+class Bars:
+    """The progress bars of a run; disabled they print nothing. Tasks may be opened before the bars are shown."""
+
+    def __init__(self, *, disable: bool = False) -> None:
+        self.progress = progress_bars(disable=disable)
+        self._epochs: TaskID | None = None
+
+    def show_epochs(self, done: int, total: int, description: str) -> None:
+        """The topmost bar: ``done`` of ``total`` epochs."""
+        if self._epochs is None:
+            self._epochs = self.progress.add_task(description, total=total)
+        self.progress.update(self._epochs, completed=done, description=description)
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar below the others while inside; call what is given with how much has been done since."""
+        task = self.progress.add_task(description, total=total)
+        try:
+            yield lambda count: self.progress.advance(task, count)
+        finally:
+            self.progress.remove_task(task)

@@ -64,10 +64,9 @@ def later(completions, **columns):
 @pytest.fixture(scope="module", autouse=True)
 def _without_report():
     """The few runs that are finished here need none."""
-    from diffusion_align.llm import trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_report", lambda folder: None)
+        patch.setattr("diffusion_align.report.write_report", lambda folder: None)
         yield
 
 

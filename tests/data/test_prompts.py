@@ -346,9 +346,8 @@ def test_the_listing_says_how_many_and_which_metadata():
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv"])
 def test_metadata_reach_the_reward(tmp_path, monkeypatch, kind):
-    from diffusion_align.diffusion import showing
 
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
     seen = []
 
     def counted(images, prompts, metadata):

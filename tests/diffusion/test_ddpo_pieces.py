@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
+from diffusion_align.diffusion.collection import Collected
 from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.rollout import rollout, transition
 from diffusion_align.estimators import PromptStatistics
@@ -52,16 +54,9 @@ def recorded(trainer, streams, rewards=(1.0, 3.0, 2.0, 2.0)):
     texts = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     conditioning = trainer.policy.encode(texts)
     path = rollout(trainer.policy, trainer.schedule, conditioning, streams(4), reduction=trainer.config.logp_reduction)
-    return DDPOBatch(
-        x_t=path.x_t,
-        x_s=path.x_s,
-        steps=path.steps,
-        logp_old=path.logp_old,
-        conditioning=conditioning,
-        all_prompts=texts,
-        all_scores=torch.tensor(rewards)[:, None],
-        all_rewards=torch.tensor(rewards),
-    )
+    samples = [(text, {}) for text in texts]
+    scores = torch.tensor(rewards)
+    return Collected(samples, path, conditioning, scores[:, None], scores, {})
 
 
 def everything(batch):
@@ -103,9 +98,8 @@ def test_several_rewards_are_summed_before_or_after_they_are_normalised(advantag
     apart = how == "normalize_then_sum"
     trainer.weights = WEIGHTS if apart else torch.ones(1)
     trainer.statistics = [PromptStatistics(8, 2) for _ in trainer.weights]
-    batch = recorded(trainer, streams, rewards=(SCORES @ WEIGHTS).tolist())
-    batch.all_scores = SCORES
-    trainer.estimate(batch)
+    batch = replace(recorded(trainer, streams, rewards=(SCORES @ WEIGHTS).tolist()), scores=SCORES)
+    batch, *_ = trainer.estimate(batch)
     columns, weights = (SCORES, WEIGHTS) if apart else ((SCORES @ WEIGHTS)[:, None], torch.ones(1))
     groups = columns.double().view(2, 2, -1)
     std = groups.std(dim=1, correction=1 if advantages == "group" else 0, keepdim=True)
@@ -141,7 +135,7 @@ def test_groups_of_one_have_no_spread_to_log(size, expected):
 def test_pictures_without_advantage_are_left_out(make_trainer, streams):
     trainer = make_trainer()
     batch = recorded(trainer, streams)
-    (keep, decisions, _), metrics = trainer.estimate(batch)
+    batch, (keep, decisions, _), metrics = trainer.estimate(batch)
     assert keep.tolist() == [0, 1]
     assert decisions == 4
     assert metrics["frac_reward_zero_std"] == 0.5
@@ -153,21 +147,21 @@ def test_pictures_without_advantage_are_left_out(make_trainer, streams):
 
 def test_with_a_kl_every_picture_counts(make_trainer, streams):
     trainer = make_trainer(kl_coef=0.1)
-    (keep, _, _), _ = trainer.estimate(recorded(trainer, streams))
+    _, (keep, _, _), _ = trainer.estimate(recorded(trainer, streams))
     assert keep.tolist() == [0, 1, 2, 3]
 
 
 def test_advantages_are_clipped(make_trainer, streams):
     trainer = make_trainer(advantage_clip=0.5)
     batch = recorded(trainer, streams)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     assert batch.advantages[:, 0].tolist() == [-0.5, 0.5, 0.0, 0.0]
 
 
 def test_prompt_history_is_per_prompt(make_trainer, streams):
     trainer = make_trainer(advantages="prompt_history", history_size=8, history_min_count=2)
     batch = recorded(trainer, streams)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     torch.testing.assert_close(batch.advantages[:, 0], torch.tensor([-1.0, 1.0, 0.0, 0.0]))
 
 
@@ -177,7 +171,7 @@ def test_loss_is_the_formula(objective, reduction, make_trainer, streams):
     """eq. 26 (or 22-24) plus kl_coef times eq. 71, per decision, in one unit."""
     trainer = make_trainer(kl_coef=0.3, objective=objective, logp_reduction=reduction)
     batch = recorded(trainer, streams)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     now, reference, std = means(trainer, batch)
     samples, decisions = everything(batch)
     losses, statistics = trainer.loss(batch, samples, decisions)
@@ -196,11 +190,11 @@ def test_loss_is_the_formula(objective, reduction, make_trainer, streams):
 def test_cached_reference_equals_the_reference_on_the_fly(make_trainer, streams):
     trainer = make_trainer(kl_coef=0.3, inner_epochs=2)
     batch = recorded(trainer, streams)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     assert batch.reference_mean is not None
     samples, decisions = everything(batch)
     cached, with_cache = trainer.loss(batch, samples, decisions)
-    batch.reference_mean = None
+    batch = replace(batch, reference_mean=None)
     fresh, without = trainer.loss(batch, samples, decisions)
     torch.testing.assert_close(cached, fresh, atol=1e-6, rtol=0)
     torch.testing.assert_close(with_cache["kl"], without["kl"], atol=1e-5, rtol=1e-3)
@@ -210,7 +204,7 @@ def test_cached_reference_equals_the_reference_on_the_fly(make_trainer, streams)
 def test_one_pass_asks_the_reference_as_it_goes(make_trainer, streams):
     trainer = make_trainer(kl_coef=0.3, inner_epochs=1)
     batch = recorded(trainer, streams)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     assert batch.reference_mean is None
 
 
@@ -220,7 +214,7 @@ def test_kl_in_the_reward_by_hand(kl, credit, reduction, make_trainer, streams):
     """k1 of this step, of this and the later ones, or of the later ones where the closed form has this one."""
     trainer = make_trainer(kl_coef=0.2, kl=kl, credit=credit, logp_reduction=reduction)
     batch = recorded(trainer, streams)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     now, reference, std = means(trainer, batch)
     x_s = batch.x_s.double()
     k1 = reduced(Normal(now, std).log_prob(x_s) - Normal(reference, std).log_prob(x_s), "sum")  # always nats
@@ -315,14 +309,14 @@ def test_k1_in_the_reward_and_the_closed_form_have_one_expected_gradient(reducti
     gradients = {}
     for kl in ("closed_form", "k1_reward"):
         trainer = make_trainer(kl_coef=0.2, kl=kl, logp_reduction=reduction, objective="score_function")
-        batch = recorded(trainer, streams)
+        collected = recorded(trainer, streams)
         d = trainer.dimensions
         rule = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).view(-1, *trainer.policy.latent_shape)
-        index = batch.steps[:1, 1].expand(len(rule))
+        index = collected.trajectory.steps[:1, 1].expand(len(rule))
         conditioning = {
-            name: value[:1].expand(len(rule), *value.shape[1:]) for name, value in batch.conditioning.items()
+            name: value[:1].expand(len(rule), *value.shape[1:]) for name, value in collected.conditioning.items()
         }
-        x_t = batch.x_t[:1, 1].expand(len(rule), *trainer.policy.latent_shape)
+        x_t = collected.trajectory.x_t[:1, 1].expand(len(rule), *trainer.policy.latent_shape)
         with torch.no_grad():
             decision = transition(trainer.policy, trainer.schedule, x_t, index, conditioning)
             x_s = decision.sample(rule)
@@ -332,15 +326,12 @@ def test_k1_in_the_reward_and_the_closed_form_have_one_expected_gradient(reducti
             x_s=x_s[:, None],
             steps=index[:, None],
             logp_old=logp_old[:, None],
+            advantages=torch.zeros(len(rule), 1),
             conditioning=conditioning,
-            all_prompts=["-"] * len(rule),
-            all_scores=torch.zeros(len(rule), 1),
-            all_rewards=torch.zeros(len(rule)),
         )
-        batch.advantages = torch.zeros(len(rule), 1)
         if kl == "k1_reward":
-            batch.reference_mean = trainer._reference_means(batch)
-            batch.advantages = -0.2 * trainer._kl_in_reward(batch)
+            batch = replace(batch, reference_mean=trainer._reference_means(batch))
+            batch = replace(batch, advantages=-0.2 * trainer._kl_in_reward(batch))
         losses, _ = trainer.loss(batch, torch.arange(len(rule)), torch.zeros(len(rule), dtype=torch.int64))
         gradients[kl] = torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), trainer.trainable.values())])
     assert gradients["closed_form"].norm() > 0

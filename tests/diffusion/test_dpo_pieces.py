@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,6 @@ from diffusers import DDPMScheduler
 from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
-from diffusion_align.diffusion import pair_batches
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.rollout import replay
@@ -22,8 +22,8 @@ from diffusion_align.diffusion.step_weights import nats_per_squared_error, step_
 from diffusion_align.diffusion.transitions import add_noise, posterior
 from diffusion_align.errors import ConfigError, Interrupted, TrainingError
 from diffusion_align.estimators import beta_in_nats
+from diffusion_align.training.collection import BatchScores
 from diffusion_align.training.config import parse_config
-from diffusion_align.training.scoring import BatchScores
 
 F64 = torch.float64
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -96,8 +96,6 @@ def make_trainer(make_policy, tmp_path):
         assert config.cross_checks() == []
         Path(config.output_dir).mkdir(exist_ok=True)  # train() makes it
         trainer = DiffusionDPOTrainer(config, policy, pairs=pairs, reward=reward, prompts=prompts)
-        trainer._flag = SimpleNamespace(raised=False)
-        trainer._bars = trainer._progress()
         return trainer
 
     return make
@@ -116,10 +114,8 @@ def widened(trainer, batch):
     scales = step_scales(trainer.schedule, trainer.trained_steps, trainer.config.weighting)
     torch.testing.assert_close(trainer.scales.double(), scales, atol=0, rtol=1e-6)
     trainer.scales = scales
-    for name in ("x_0", "noise", "x_t", "x_s"):
-        if getattr(batch, name) is not None:
-            setattr(batch, name, getattr(batch, name).double())
-    return batch
+    named = {name: getattr(batch, name) for name in ("x_0", "noise", "x_t", "x_s")}
+    return replace(batch, **{name: value.double() for name, value in named.items() if value is not None})
 
 
 def collected(trainer):
@@ -364,7 +360,7 @@ def test_beta_dpo_is_the_fields(timestep_range, model, make_trainer, make_policy
     assert trainer.trained_steps.tolist() == list(range(first, last))
     weights = nats_per_squared_error(trainer.schedule)[first:last]
     nats = beta_in_nats(2000, dimensions=DIMENSIONS, weight_sum=weights.sum().item())
-    assert trainer.estimate(batch)[1]["beta_nats"] == pytest.approx(nats, rel=1e-9)
+    assert trainer.estimate(batch)[2]["beta_nats"] == pytest.approx(nats, rel=1e-9)
     again = make_trainer(policy=policy, beta=nats, **common)
     batch = collected(again)
     others, _ = again.loss(batch, samples, decisions)
@@ -456,7 +452,7 @@ def test_steps_fall_one_into_each_part_evenly(make_trainer):
     trainer = make_trainer(decisions_per_pair=4, timestep_range=(0.2, 0.9), samples_per_epoch=4000)
     first, count = 200, 699
     assert trainer.trained_steps.tolist() == list(range(first, first + count))
-    steps = torch.stack([pair_batches._steps(trainer, i) for i in range(4000)]).double()
+    steps = torch.stack([trainer._drawn_steps(i) for i in range(4000)]).double()
     places = (steps - first) / count
     for part in range(4):
         inside = 4 * places[:, part] - part
@@ -472,7 +468,7 @@ def test_timestep_range_goes_from_noise_to_picture(make_trainer, make_policy):
     policy = make_policy("tiny_sd")
     for timestep_range, first, last in (((0.0, 0.5), 0, 500), ((0.5, 1.0), 500, 999), ((0.0, 1.0), 0, 999)):
         trainer = make_trainer(policy=policy, timestep_range=timestep_range, samples_per_epoch=64)
-        steps = torch.stack([pair_batches._steps(trainer, i) for i in range(64)])
+        steps = torch.stack([trainer._drawn_steps(i) for i in range(64)])
         assert first <= steps.min() < first + 40
         assert last - 40 <= steps.max() < last
         assert trainer.scales[first:last].tolist() == [last - first] * (last - first)
@@ -516,7 +512,7 @@ def test_posterior_sample_has_the_posteriors_mean_and_std(make_trainer):
     trainer = make_trainer(target="posterior_sample", samples_per_epoch=16, decisions_per_pair=4)
     batch = collected(trainer)
     samples, decisions = everything(batch)
-    target = trainer._decisions(batch, samples, decisions).target
+    target = trainer._transitions(batch, samples, decisions).target
     steps, eps = batch.steps[samples, decisions], batch.noise[0, samples, decisions]
     draws = []
     for x_s, std, pictures in zip(target.mean.chunk(2), target.std.chunk(2), (batch.chosen, batch.rejected)):
@@ -555,7 +551,7 @@ def test_epochs_go_through_all_pairs_and_their_pictures_are_read(make_trainer):
             "pairs_tied": 2,
             "pairs_skipped": 3,
         }
-        assert trainer.estimate(batch)[0].samples.tolist() == [0, 1, 2, 3]
+        assert trainer.estimate(batch)[1].sample_indices.tolist() == [0, 1, 2, 3]
     assert sorted(seen[:6]) == sorted(seen[6:]) == list(range(6))
 
 
@@ -569,7 +565,7 @@ def test_the_best_and_the_worst_are_the_pair(target, sign, make_trainer):
         reward=lambda *a: sign * redness(*a), samples_per_epoch=12, group_size=4, decisions_per_pair=2, target=target
     )
     batch, metrics = trainer.collect()
-    (keep, decisions, _), _ = trainer.estimate(batch)
+    batch, (keep, decisions, _), _ = trainer.estimate(batch)
     assert decisions == 2
     assert len(keep) == 3
     seen = (trainer.policy.decode(batch.x_0) * 255).round() / 255  # as rewards see pictures
@@ -664,7 +660,7 @@ def test_logged_log_ratios_are_those_of_the_sampler(guidance, sampler, make_trai
     batch, _ = trainer.collect()
     samples = batch.keep.repeat_interleave(3)
     decisions = torch.arange(3).repeat(len(batch.keep))
-    seen = trainer._decisions(batch, samples, decisions)
+    seen = trainer._transitions(batch, samples, decisions)
     logps, twice = [], torch.cat([batch.chosen[samples], batch.rejected[samples]])
     steps = batch.steps[samples, decisions].repeat(2)
     assert torch.equal(batch.steps[twice, decisions.repeat(2)], steps)  # the pair was recorded at one step
@@ -702,12 +698,12 @@ SOURCES = {
 def test_the_kept_reference_gives_the_same_losses(source, make_trainer):
     trainer = make_trainer(inner_epochs=2, decisions_per_pair=2, variant="corrected", kl_coef=0.1, **source)
     batch, _ = trainer.collect()
-    (keep, decisions, _), _ = trainer.estimate(batch)
+    batch, (keep, decisions, _), _ = trainer.estimate(batch)
     assert batch.reference_mean is not None
     assert batch.implicit_reward is None
     samples, decisions = torch.cartesian_prod(keep, torch.arange(decisions)).unbind(1)
     kept, with_cache = trainer.loss(batch, samples, decisions)
-    batch.reference_mean = None
+    batch = replace(batch, reference_mean=None)
     fresh, without = trainer.loss(batch, samples, decisions)
     torch.testing.assert_close(kept, fresh, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(with_cache["kl"], without["kl"], atol=1e-4, rtol=1e-3)
@@ -718,7 +714,7 @@ def test_the_kept_reference_gives_the_same_losses(source, make_trainer):
 def test_one_pass_asks_the_reference_as_it_goes(make_trainer):
     trainer = make_trainer()
     batch, _ = trainer.collect()
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     assert batch.reference_mean is None
     assert batch.implicit_reward is None
 
@@ -731,8 +727,7 @@ def test_old_refresh(reward_mode, make_trainer, make_policy):
     trainers = {old: make_trainer(**common, old_refresh=old) for old in ("epoch", "update")}
     batches, weights = {}, {}
     for old, trainer in trainers.items():
-        batches[old] = collected(trainer)
-        trainer.estimate(batches[old])
+        batches[old], *_ = trainer.estimate(collected(trainer))
     everyone = everything(batches["epoch"])
     start = [[T * v.detach() for v in side] for side in by_hand(trainer, batches["epoch"], *everyone)]
     with torch.no_grad():
@@ -762,10 +757,9 @@ def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_p
     for size in (1, 3, 100):
         trainer = make_trainer(policy=policy, micro_batch_size=size, decisions_per_pair=2, kl_coef=0.02, **settings)
         batch = collected(trainer)
-        trainer.estimate(batch)
+        batch, *_ = trainer.estimate(batch)
         pairs = torch.stack(everything(batch), dim=1)
-        bar = trainer._bars.add_task("", total=None)
-        statistics = trainer._accumulate(batch, pairs, len(pairs), bar)
+        statistics = trainer.accumulate(batch, pairs, len(pairs)).over_processes(trainer.accelerator)
         flat = torch.cat([p.grad.flatten() for p in trainer.trainable.values()])
         policy.unet.zero_grad()
         found.append((flat, statistics))
@@ -912,6 +906,9 @@ def test_latents_are_kept_in_files_of_256_pairs_and_made_once(make_trainer, monk
         calls.append(len(images))
         return encode(images)
 
+    def fill(one):
+        one.fill({}, batch_size=60, processes=trainer.processes, bars=trainer.bars)
+
     rounds = iter([None, None, Interrupted("stop")])
 
     def stop(**_):
@@ -921,21 +918,21 @@ def test_latents_are_kept_in_files_of_256_pairs_and_made_once(make_trainer, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.policy, "encode_images", watched)
-        patch.setattr(trainer, "stop_if_interrupted", stop)
+        patch.setattr(trainer.processes, "stop_if_interrupted", stop)
         with pytest.raises(Interrupted):
-            cache.fill(trainer)
+            fill(cache)
         assert sorted(p.name for p in folder.iterdir()) == ["00000.safetensors", "00001.safetensors"]
         assert calls == [120] * 4 + [32] + [120] * 4 + [32]
         (folder / "00000.safetensors").unlink()
         written = (folder / "00001.safetensors").stat().st_mtime_ns
-        patch.setattr(trainer, "stop_if_interrupted", lambda **_: False)
+        patch.setattr(trainer.processes, "stop_if_interrupted", lambda **_: False)
         calls.clear()
-        cache.fill(trainer)
+        fill(cache)
         assert calls == [120] * 4 + [32] + [16]  # the file that was there is not made again
         assert (folder / "00001.safetensors").stat().st_mtime_ns == written
         calls.clear()
-        cache.fill(trainer)
-        LatentCache(folder, pairs, trainer.policy).fill(trainer)
+        fill(cache)
+        fill(LatentCache(folder, pairs, trainer.policy))
         assert calls == []
     assert sorted(p.name for p in folder.iterdir()) == [f"0000{i}.safetensors" for i in range(3)]
     rows = [519, 0, 256, 255, 300, 0, 512]
@@ -1067,7 +1064,7 @@ def test_groups_must_not_be_split_between_processes(make_policy, tmp_path):
 
     config = DiffusionDPOConfig(**ONLINE | {"output_dir": tmp_path, "samples_per_epoch": 12, "sample_batch_size": 6})
     accelerator = Accelerator()
-    two = SimpleNamespace(num_processes=2, process_index=0, device=accelerator.device)
+    two = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True, device=accelerator.device)
     with pytest.raises(ConfigError) as caught:
         DiffusionDPOTrainer(config, make_policy("tiny_sd"), reward=redness, prompts=[("a", {})], accelerator=two)
     assert caught.value.problems == ["samples_per_epoch=12 must be a multiple of group_size=4 x 2 processes"]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from diffusion_align.diffusion.collection import Collected
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.evaluation import stop_reason
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
@@ -105,7 +106,6 @@ def make_trainer(policy, folder, **settings):
 @pytest.fixture
 def recorded(make_policy, tmp_path, streams):
     """``recorded(noise, **settings)``: a trainer and an epoch of it, of which nothing is trained."""
-    from diffusion_align.diffusion.ddpo import DDPOBatch
 
     def make(noise=0.05, **settings):
         trainer = make_trainer(make_policy("tiny_sd", noise=noise), tmp_path / "run", **settings)
@@ -114,15 +114,14 @@ def recorded(make_policy, tmp_path, streams):
         rewards = torch.arange(16.0)
         record = torch.stack([trainer._recorded_steps(i) for i in range(16)])
         path = rollout(trainer.policy, trainer.schedule, conditioning, streams(16), record=record)
-        return trainer, DDPOBatch(
-            path.x_t, path.x_s, path.steps, path.logp_old, conditioning, texts, rewards[:, None], rewards
-        )
+        samples = [(text, {}) for text in texts]
+        return trainer, Collected(samples, path, conditioning, rewards[:, None], rewards, {})
 
     return make
 
 
-def estimated(trainer, batch, updates):
-    trainer.estimate(batch)
+def estimated(trainer, collected, updates):
+    trainer.estimate(collected)
     for _ in range(updates):
         trainer.check_update({}, first=False)
     return trainer.after_updates()
@@ -130,7 +129,7 @@ def estimated(trainer, batch, updates):
 
 @pytest.mark.parametrize("settings", [{}, {"timestep_fraction": 0.5}, {"inner_epochs": 12}])
 def test_the_estimate_agrees_with_the_whole_and_costs_little(recorded, monkeypatch, settings):
-    trainer, batch = recorded(**settings)
+    trainer, collected = recorded(**settings)
     steps = len(trainer.trained_steps)
     looked, reference, predict = [], [False], trainer.policy.predict
 
@@ -145,16 +144,16 @@ def test_the_estimate_agrees_with_the_whole_and_costs_little(recorded, monkeypat
     monkeypatch.setattr(
         trainer.policy, "predict", lambda x, *a, **k: (looked.append((len(x), reference[0])), predict(x, *a, **k))[1]
     )
-    found = estimated(trainer, batch, 2 * settings.get("inner_epochs", 1))
+    found = estimated(trainer, collected, 2 * settings.get("inner_epochs", 1))
     count = sum(n for n, of_reference in looked if of_reference)
     assert count == sum(n for n, of_reference in looked if not of_reference)
-    trained = batch.steps.numel() * settings.get("inner_epochs", 1)
+    trained = collected.trajectory.steps.numel() * settings.get("inner_epochs", 1)
     assert count <= max(steps, 0.01 * (16 * 6 + 3 * trained))
     assert 2 * steps < count if "inner_epochs" in settings else count == steps
 
     priced, _ = recorded(kl_coef=1e-9, **settings)
-    every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.steps.shape[1]))
-    priced.estimate(batch)
+    every = torch.cartesian_prod(torch.arange(16), torch.arange(collected.trajectory.steps.shape[1]))
+    batch, *_ = priced.estimate(collected)
     _, statistics = priced.loss(batch, *every.unbind(1))
     by_step = [statistics["kl"][batch.steps.flatten() == s].mean().item() for s in trainer.trained_steps]
     assert found["kl_path_stderr"] > 0
@@ -175,14 +174,14 @@ def test_micro_batches_do_not_change_the_estimate(recorded):
 
 
 def test_a_priced_kl_has_its_error_too_and_one_that_is_not_finite_ends_the_run(recorded):
-    trainer, batch = recorded(kl_coef=0.1)
-    trainer.estimate(batch)
+    trainer, collected = recorded(kl_coef=0.1)
+    batch, *_ = trainer.estimate(collected)
     every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.steps.shape[1]))
     _, statistics = trainer.loss(batch, *every.unbind(1))
     assert torch.equal(statistics["kl_path_stderr"], statistics["kl_path"])  # see the test of UpdateStatistics
     assert trainer.check_update({}, first=False) == trainer.after_updates() == {}
-    trainer, batch = recorded()
-    trainer.estimate(batch)
+    trainer, collected = recorded()
+    trainer.estimate(collected)
     trainer._probes.found.append((trainer.trained_steps[:1], torch.tensor([math.nan])))
     with pytest.raises(TrainingError, match="the KL to the reference is nan"):
         trainer.after_updates()

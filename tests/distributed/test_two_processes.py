@@ -117,7 +117,8 @@ def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path,
     [
         "Accelerator.reduce = lambda self, tensor, reduction: tensor",
         "reduce = Accelerator.reduce\nAccelerator.reduce = lambda self, tensor, reduction: reduce(self, tensor) / 2",
-        "import diffusion_align.training.scoring as scoring\nscoring.gather_object = lambda scores: 2 * scores",
+        "from diffusion_align.training.processes import Processes\n"
+        "Processes.gather_in_order = lambda self, parts: 2 * parts",
     ],
     ids=["gradients not summed", "gradients averaged", "rewards not gathered"],
 )
@@ -162,17 +163,17 @@ def test_a_killed_run_of_two_processes_resumes_bit_for_bit(forked, settings, tmp
         history_min_count=2,
     )
     calm, harried = tmp_path / "calm", tmp_path / "harried"
-    quick = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
+    quick = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
     die = """
 import os, signal
-from diffusion_align.training.loop import Trainer
-step, calls = Trainer._optimizer_step, [0]
-def die_at_the_second(self):
+from diffusion_align.training.optimization import Optimization
+step, calls = Optimization.step, [0]
+def die_at_the_second(self, number):
     calls[0] += 1
     if calls[0] == 2 and self.accelerator.process_index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self)
-Trainer._optimizer_step = die_at_the_second
+    return step(self, number)
+Optimization.step = die_at_the_second
 """
     assert forked("train", config, f"output_dir={calm}", processes=2, prelude=quick).statuses == [0, 0]
     killed = forked("train", config, f"output_dir={harried}", processes=2, prelude=die, timeout=60)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
+QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 DPO = {
@@ -145,7 +145,7 @@ def test_half_the_pairs_each_is_the_same_run(forked, write, tmp_path, read_rows,
 
 
 FAULTS = {
-    "streams by place in the process": "import diffusion_align.diffusion.pair_batches as dpo\n"
+    "streams by place in the process": "import diffusion_align.diffusion.dpo as dpo\n"
     "real = dpo.generator\n"
     "dpo.generator = lambda seed, name, epoch, i: real(seed, name, epoch, i % 4 if os.environ.get('RANK') else i)\n",
     "gradients not summed": "Accelerator.reduce = lambda self, tensor, reduction: tensor\n",
@@ -163,8 +163,8 @@ def test_groups_stay_on_one_process(forked, write, tmp_path):
     """Every pair is two pictures of one prompt, drawn where it is trained on."""
     note = f"""
 import json, os
-import diffusion_align.diffusion.dpo as dpo
-judged = dpo.judged_pairs
+from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
+judged = DiffusionDPOTrainer._judged
 def noted(self):
     batch, metrics = judged(self)
     own, kept = self.local_samples, batch.keep.tolist()
@@ -172,7 +172,7 @@ def noted(self):
     with open({str(tmp_path)!r} + f"/{{self.accelerator.process_index}}", "w") as file:
         json.dump({{"own": [own.start, own.stop], "keep": kept, "pairs": pairs}}, file)
     return batch, metrics
-dpo.judged_pairs = noted
+DiffusionDPOTrainer._judged = noted
 """
     config = write(**ONLINE | {"epochs": 1, "updates_per_epoch": 1})
     run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK + note, timeout=90)

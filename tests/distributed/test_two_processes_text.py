@@ -13,11 +13,7 @@ from diffusion_align.yaml_text import dump
 
 GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
 PLAIN_STEPS = runpy.run_path(str(Path(__file__).parent / "test_two_processes_dpo.py"))["PLAIN_STEPS"]
-QUICK = """
-import diffusion_align.llm.reward_model as reward_model
-import diffusion_align.llm.trainer as trainer
-reward_model.write_report = trainer.write_report = lambda folder: None
-"""
+QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 REWARDS = """
 import os
 from diffusion_align.rewards.text import text_of
@@ -152,13 +148,13 @@ def test_two_processes_do_what_one_does(forked, write, tmp_path, read_rows, case
 # Half of the completions, those of process 1 or all, count as cut off by the limit of length.
 CUT_OFF = """
 import dataclasses
-import diffusion_align.llm.collection as collection
-collect = collection.collect_scored
+import diffusion_align.llm.trainer as trainer
+collect = trainer.collect_scored
 def cut(*arguments, **options):
     collected = collect(*arguments, **options)
     finished = torch.arange(len(collected.finished)) < {first}
     return dataclasses.replace(collected, finished=finished)
-collection.collect_scored = cut
+trainer.collect_scored = cut
 """
 IDLE = {
     "grpo, tied on process 1": (ONLINE | {"method": "grpo", "reward": ["flat"]}, "", 4),

@@ -67,14 +67,6 @@ def gradient(value, policy):
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found)])
 
 
-class NoProgress:
-    """In place of ``Trainer.progress`` where no run has begun."""
-
-    def __init__(self, what, total): ...
-    def __enter__(self): ...
-    def __exit__(self, *error): ...
-
-
 def nothing(prompts, completions, **columns):
     return [0.0] * len(prompts)
 

@@ -42,9 +42,7 @@ def _quick(monkeypatch):
     """No report; and each test with an Accelerator of its own."""
     from accelerate.state import AcceleratorState
 
-    from diffusion_align.llm import trainer
-
-    monkeypatch.setattr(trainer, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -247,7 +245,7 @@ def test_two_processes_give_rewards_what_one_does(forked, tiny_language_model, t
     }
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(SETTINGS | changes))
-    quick = "import diffusion_align.llm.trainer as trainer\ntrainer.write_report = lambda folder: None\n"
+    quick = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
     alone, both = tmp_path / "in_1", tmp_path / "in_2"
     pipe = TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu")
     pipe.align(output_dir=alone, **{name: value for name, value in (SETTINGS | changes).items() if name != "model"})

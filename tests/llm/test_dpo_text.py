@@ -65,7 +65,7 @@ def score(prompts, completions):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """It is tested elsewhere and takes seconds."""
-    monkeypatch.setattr("diffusion_align.llm.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
 
 @pytest.fixture
@@ -92,8 +92,6 @@ def make(make_language_policy, tmp_path):
         data = {"rows": rows} if reward is None else {"prompts": prompts}
         rewards = None if reward is None else WeightedRewards([reward], torch.ones(1))
         trainer = DPOTrainer(config, policy, rewards=rewards, accelerator=accelerator, **data)
-        trainer._flag = SimpleNamespace(raised=False)
-        trainer._bars = trainer._progress()
         return trainer
 
     return build
@@ -102,7 +100,7 @@ def make(make_language_policy, tmp_path):
 def losses_of(trainer, samples=None):
     """Losses and statistics of the epoch's local samples, in the order of ``epoch_rows``."""
     batch, _ = trainer.collect()
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     samples = torch.arange(len(batch.chosen)) if samples is None else torch.tensor(samples)
     return trainer.loss(batch, samples, torch.zeros_like(samples))
 
@@ -307,7 +305,7 @@ def test_looking_once_an_epoch_is_looking_every_time(make):
     policy = make().policy
     every, once = make(RAGGED, policy), make(RAGGED, policy, inner_epochs=2)
     batch, _ = once.collect()
-    once.estimate(batch)
+    batch, *_ = once.estimate(batch)
     policy.reference = None  # any further look would fail
     known = once.loss(batch, torch.arange(4), torch.zeros(4))[0].detach()
     del policy.reference
@@ -504,7 +502,7 @@ def test_a_process_finds_its_own_rejected_ones(make, monkeypatch):
     halves = []
     for index in (0, 1):
         part = make(trainer.rows, trainer.policy, reward=score, prompts=PROMPTS, accelerator=Parts(index), **ONLINE)
-        monkeypatch.setattr(part, "sample", lambda part=part: _own_part(trainer, part))
+        monkeypatch.setattr(part, "sample", lambda *_, part=part: _own_part(trainer, part))
         halves.append(part.collect()[0])
     for index, half in enumerate(halves):
         assert torch.equal(half.keep, batch.keep)
@@ -514,7 +512,7 @@ def test_a_process_finds_its_own_rejected_ones(make, monkeypatch):
 
 def _own_part(whole, part):
     """What the whole run sampled, of which a process holds its part."""
-    rows, collected = whole.sample()
+    rows, collected = whole.sample(whole.prompts, whole.config.num_generations)
     own = torch.arange(part.local_samples.start, part.local_samples.stop)
     completions = SimpleNamespace(sequences=collected.completions.sequences[own])
     return rows, SimpleNamespace(completions=completions, rewards=collected.rewards, metrics={})

@@ -1,7 +1,6 @@
 """A beta for each prompt: what the network sees, what trains it, and where its weights are kept."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ ROWS = [PreferenceRow("x", p, w, [r]) for p, w, r in zip(PROMPTS, CHOSEN, REJECT
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("diffusion_align.llm.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
 
 @pytest.fixture
@@ -36,8 +35,6 @@ def make(make_language_policy, tmp_path):
         config = DPOConfig(**(defaults | {"dynamic_beta": beta or {}} | settings))
         assert config.cross_checks() == []
         trainer = DPOTrainer(config, policy or make_language_policy(noise=0.1, dtype=F64), rows=ROWS)
-        trainer._flag = SimpleNamespace(raised=False)
-        trainer._bars = trainer._progress()
         if trainer.policy.model.dtype == F64:
             trainer.dynamic_beta.network.double()
         return trainer
@@ -47,7 +44,7 @@ def make(make_language_policy, tmp_path):
 
 def ready(trainer):
     batch, _ = trainer.collect()
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     return batch
 
 

@@ -11,8 +11,9 @@ import torch
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import aggregate
-from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
+from diffusion_align.llm.collection import Collected, WeightedRewards
+from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
+from diffusion_align.llm.rollout import Completions
 from diffusion_align.llm.trainer import per_sample
 from diffusion_align.training.statistics import equal_reward_metric
 
@@ -20,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
     PROMPT,
     REWARDS,
-    NoProgress,
     enumerable_policy,
     gradient,
     log_tables,
@@ -55,8 +55,6 @@ def trainer_of(policy, tmp_path, **settings):
     )
     rewards = WeightedRewards([nothing], torch.ones(1))
     trainer = GRPOTrainer(config, policy, [PromptRow("x", PROMPT, {})], rewards)
-    trainer.progress = NoProgress
-    trainer.advance = lambda bar, count=1: None
     return trainer
 
 
@@ -65,15 +63,10 @@ def expected_gradient(trainer, policy, behaviour):
     indices = [i for pair in PAIRS for i in pair]
     logp_old = token_log_probs(behaviour).detach()
     chances = logp_old.sum(1).exp()
-    batch = GRPOBatch(
-        sequences=sequences_of(indices),
-        logp_old=logp_old[indices],
-        scores=REWARDS[indices, None],
-        rewards=REWARDS[indices],
-        finished=torch.ones(len(indices), dtype=torch.bool),
-        advantages=torch.empty(0),
-    )
-    (keep, decisions, _), metrics = trainer.estimate(batch)
+    finished = torch.ones(len(indices), dtype=torch.bool)
+    completions = Completions(sequences_of(indices), logp_old[indices], finished)
+    collected = Collected(completions, finished, REWARDS[indices, None], REWARDS[indices], {})
+    batch, (keep, decisions, _), metrics = trainer.estimate(collected)
     assert decisions == 1
     losses = torch.zeros(len(indices), dtype=torch.float64)
     computed, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
@@ -257,17 +250,15 @@ def test_the_first_pass_has_ratio_one(family, make_run):
 
 
 def collected(trainer):
-    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
-    trainer.stop_if_interrupted = lambda failed=False: failed
-    batch, metrics = trainer.collect()
-    (keep, _, _), estimated = trainer.estimate(batch)
-    return batch, keep, metrics | estimated
+    sampled, metrics = trainer.collect()
+    batch, plan, estimated = trainer.estimate(sampled)
+    return batch, plan, metrics | estimated
 
 
 def test_loss_and_gradient_do_not_depend_on_micro_batches_and_padding(make_run, make_language_policy):
     policy = make_language_policy(noise=0.05, dtype=torch.float64)
     trainer = make_run(policy=policy, kl="k2_loss", loss_type="grpo", max_completion_length=20)
-    batch, keep, _ = collected(trainer)
+    batch, (keep, _, _), _ = collected(trainer)
     assert batch.sequences.mask.sum(1).unique().numel() > 1
 
     def total(parts):
@@ -287,7 +278,7 @@ def test_groups_without_spread_are_counted_and_skipped(make_run):
         return [0.0 if prompt == "[9]" else float(len(text)) for prompt, text in zip(prompts, completions)]
 
     trainer = make_run(rewards=((by_prompt, 1.0),), beta=0.0)
-    batch, keep, metrics = collected(trainer)
+    batch, (keep, _, _), metrics = collected(trainer)
     assert metrics["frac_reward_zero_std"] == 0.25
     assert len(keep) <= 12
     assert (batch.advantages[keep] != 0).any(1).all()
@@ -304,9 +295,8 @@ def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, los
     for beta in (0.0, 1e-14):  # with a price of KL nothing is skipped
         settings = {"beta": beta, "loss_type": loss_type, "max_completion_length": 20, "temperature": 1.5}
         trainer = make_run(policy=policy, rewards=((by_prompt, 1.0),), **settings)
-        batch, keep, _ = collected(trainer)
+        batch, (keep, _, counted), _ = collected(trainer)
         losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
-        counted = trainer.estimate(batch)[0].counted
         gradients.append(gradient(losses.sum() / counted, policy))
         assert (len(keep) == 16) == (beta > 0)
         assert counted == 16
@@ -316,11 +306,12 @@ def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, los
 
 def test_truncated_completions_are_left_out(make_run):
     trainer = make_run(mask_truncated_completions=True, max_completion_length=20)
-    batch, keep, metrics = collected(trainer)
+    batch, (keep, _, counted), metrics = collected(trainer)
     assert 0 < metrics["completions/clipped_ratio"] < 1
-    assert keep.tolist() == batch.finished.nonzero().squeeze(1).tolist()
-    assert trainer.estimate(batch)[0].counted == len(keep)
-    lengths = batch.sequences.mask[batch.finished].sum(1)
+    finished = trainer.collect()[0].finished
+    assert keep.tolist() == finished.nonzero().squeeze(1).tolist()
+    assert counted == len(keep)
+    lengths = batch.sequences.mask[finished].sum(1)
     assert batch.mean_length == pytest.approx(lengths.double().mean().item())
     batch.finished = torch.zeros_like(batch.finished)
     assert len(trainer.estimate(batch)[0].samples) == 0
@@ -335,27 +326,26 @@ def test_truncated_completions_add_nothing_and_are_counted_among_all(loss_type, 
     """Means over completions divide by all of them, as if those cut off had a loss of 0; one over tokens does not."""
     policy = make_language_policy(noise=0.05, dtype=torch.float64)
     trainer = make_run(policy=policy, mask_truncated_completions=True, max_completion_length=20, loss_type=loss_type)
-    batch, keep, _ = collected(trainer)
+    batch, (keep, _, counted), _ = collected(trainer)
     assert 0 < len(keep) < 16
     losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
     scored = policy.score(batch.sequences)
     tokens, _ = trainer.surrogate(scored, policy.log_probs(scored), batch.logp_old, batch.advantages)
-    ended = scored.mask & batch.finished[:, None]
+    ended = scored.mask & trainer.collect()[0].finished[:, None]
     if loss_type == "dapo":
         expected = tokens[ended].mean()
     else:
         lengths = scored.mask.sum(1) if loss_type == "grpo" else 20
         expected = (torch.where(ended, tokens, 0.0).sum(1) / lengths).sum() / 16
-    counted = trainer.estimate(batch)[0].counted
     torch.testing.assert_close(losses.sum() / counted, expected, atol=1e-12, rtol=1e-9)
 
 
 def test_two_rewards_with_weights(make_run):
     trainer = make_run(rewards=((short, 0.5), (even, 2.0)), temperature=2.0)
-    batch, _, metrics = collected(trainer)
-    expected = 0.5 * batch.scores[:, 0] + 2.0 * batch.scores[:, 1].nan_to_num(0.0)
-    torch.testing.assert_close(batch.rewards, expected)
-    assert metrics["rewards/short/mean"] == pytest.approx(batch.scores[:, 0].mean().item())
+    sampled, metrics = trainer.collect()
+    expected = 0.5 * sampled.scores[:, 0] + 2.0 * sampled.scores[:, 1].nan_to_num(0.0)
+    torch.testing.assert_close(sampled.rewards, expected)
+    assert metrics["rewards/short/mean"] == pytest.approx(sampled.scores[:, 0].mean().item())
 
     each = make_run(
         rewards=((short, 0.5), (short, 2.0)), temperature=2.0, multi_objective_aggregation="normalize_then_sum", beta=0
@@ -370,7 +360,7 @@ def test_two_rewards_with_weights(make_run):
 def test_extreme_log_probs_under_padding_leave_gradients_finite(make_run, make_language_policy):
     policy = make_language_policy(noise=0.05)
     trainer = make_run(policy=policy, kl="k3_loss", kl_gradient="direct", max_completion_length=20)
-    batch, keep, _ = collected(trainer)
+    batch, (keep, _, _), _ = collected(trainer)
     outside = ~batch.sequences.mask
     assert outside.any()
     batch.logp_old[outside], batch.logp_ref[outside] = -math.inf, 1e30
@@ -412,18 +402,14 @@ def test_a_reference_that_is_not_finite_is_named(make_run, beta, monkeypatch):
     from diffusion_align.llm.policy import LanguagePolicy
 
     trainer = make_run(beta=beta)
-    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
-    trainer.stop_if_interrupted = lambda failed=False: failed
-    batch, _ = trainer.collect()
+    sampled, _ = trainer.collect()
     monkeypatch.setattr(LanguagePolicy, "log_probs", lambda self, scored: torch.full(scored.mask.shape, torch.nan))
     with pytest.raises(TrainingError, match="the reference gives log-probs that are not finite"):
-        trainer.estimate(batch)
+        trainer.estimate(sampled)
 
 
 def test_a_batch_that_cannot_be_sampled_ends_the_run(make_run):
     trainer = make_run()
-    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
-    trainer.stop_if_interrupted = lambda failed=False: failed
     with torch.no_grad():
         next(iter(trainer.trainable.values())).fill_(torch.nan)
     with pytest.raises(TrainingError, match="the language model gives log-probs that are not finite"):
@@ -446,16 +432,16 @@ def test_a_first_pass_off_one_is_refused_in_float32_only(make_run):
 
 def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_policy, monkeypatch):
     """Whatever the sampler's log-probs are off by, as in bf16 with its cache: scored once more, ratios start at 1."""
-    from diffusion_align.llm import policy_gradient
+    from diffusion_align.llm import trainer as text_trainer
 
-    sample = policy_gradient.sample_groups
+    sample = text_trainer.collect_scored
 
-    def off(*arguments):
-        rows, found = sample(*arguments)
+    def off(*arguments, **named):
+        found = sample(*arguments, **named)
         found.completions.logp_old.add_(0.05 * found.completions.sequences.mask)
-        return rows, found
+        return found
 
-    monkeypatch.setattr(policy_gradient, "sample_groups", off)
+    monkeypatch.setattr(text_trainer, "collect_scored", off)
     deviations = {}
     for kind in ("rollout", "recomputed"):
         policy = make_language_policy(noise=0.05)
@@ -480,7 +466,7 @@ def test_a_completion_without_a_reward_has_no_advantage(make_run):
     def hesitant(prompts, completions, **columns):
         return [None if i % 4 == 1 else float(i % 4) for i in range(len(completions))]
 
-    batch, keep, metrics = collected(make_run(rewards=((hesitant, 2.0),), beta=0.0))
+    batch, (keep, _, _), metrics = collected(make_run(rewards=((hesitant, 2.0),), beta=0.0))
     advantages = batch.advantages[:, 0].view(-1, 4)
     root = math.sqrt(7 / 3)  # of 0, 4 and 6: the mean is 10/3, the variance 28/3
     expected = torch.tensor([-10 / 3, 0.0, 2 / 3, 8 / 3]) / (2 * root)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,7 @@ def score(completions):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("diffusion_align.llm.trainer.write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
 
 @pytest.fixture
@@ -51,8 +52,6 @@ def make(make_language_policy, tmp_path):
         data = {"rows": rows} if reward is None else {"prompts": PROMPTS}
         rewards = None if reward is None else WeightedRewards([reward], torch.ones(1))
         trainer = KTOTrainer(config, policy, rewards=rewards, accelerator=accelerator, **data)
-        trainer._flag = SimpleNamespace(raised=False)
-        trainer._bars = trainer._progress()
         return trainer
 
     return build
@@ -93,7 +92,7 @@ def test_value_and_gradient_are_those_of_plain_forward_passes(make, inner_epochs
     trainer = make(desirable_weight=1.3, undesirable_weight=0.6, inner_epochs=inner_epochs)
     policy = trainer.policy
     batch, _ = trainer.collect()
-    (keep, decisions, _), metrics = trainer.estimate(batch)
+    batch, (keep, decisions, _), metrics = trainer.estimate(batch)
     assert (len(keep), decisions) == (6, 1)
     rows = rows_of(batch)
     z = reference_point(policy, rows)
@@ -119,8 +118,8 @@ def test_value_and_gradient_are_those_of_plain_forward_passes(make, inner_epochs
 def test_the_loss_is_the_estimators_with_the_epochs_reference_point(make, point):
     trainer = make()
     batch, _ = trainer.collect()
-    trainer.estimate(batch)
-    batch.reference_point = torch.tensor(point, dtype=F64)
+    batch, *_ = trainer.estimate(batch)
+    batch = replace(batch, reference_point=torch.tensor(point, dtype=F64))
     losses, _ = trainer.loss(batch, torch.arange(6), torch.zeros(6))
     l = torch.stack([ratio(trainer.policy, *one) for one in rows_of(batch)])  # noqa: E741
     torch.testing.assert_close(losses, kto_loss(l, batch.desirable, torch.tensor(max(point, 0.0)), BETA), **EXACT)
@@ -129,7 +128,7 @@ def test_the_loss_is_the_estimators_with_the_epochs_reference_point(make, point)
 def test_at_the_reference_the_loss_is_one_half(make, make_language_policy):
     trainer = make(policy=make_language_policy(dtype=F64))
     batch, _ = trainer.collect()
-    _, metrics = trainer.estimate(batch)
+    batch, _, metrics = trainer.estimate(batch)
     losses, statistics = trainer.loss(batch, torch.arange(6), torch.zeros(6))
     assert metrics["reference_point_raw"] == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(losses, torch.full((6,), 0.5, dtype=F64), atol=1e-12, rtol=0)
@@ -140,13 +139,13 @@ def test_neither_batches_nor_their_order_change_the_point_the_loss_or_the_gradie
     whole = make()
     policy = whole.policy
     batch, _ = whole.collect()
-    whole.estimate(batch)
+    batch, *_ = whole.estimate(batch)
     losses, _ = whole.loss(batch, torch.arange(6), torch.zeros(6))
     slope = gradient(losses.sum(), policy)
     for size in (1, 2, 3):
         other = make(policy=policy, sample_batch_size=size, micro_batch_size=size)
         again, _ = other.collect()
-        other.estimate(again)
+        again, *_ = other.estimate(again)
         torch.testing.assert_close(again.reference_point, batch.reference_point, atol=1e-12, rtol=0)
     order = torch.tensor([4, 0, 5, 2, 3, 1])
     parts = torch.cat([whole.loss(batch, some, some * 0)[0] for some in order.split(2)])
@@ -172,12 +171,12 @@ class Part:
 def test_two_processes_have_the_sum_of_one_between_them(make, most):
     whole = make(sample_batch_size=1, kl_samples=most)
     batch, _ = whole.collect()
-    whole.estimate(batch)
+    batch, *_ = whole.estimate(batch)
     parts = [Part(0), Part(1)]
     for part in parts:
         trainer = make(policy=whole.policy, sample_batch_size=1, accelerator=part, kl_samples=most)
         own, _ = trainer.collect()
-        trainer.estimate(own)
+        own, *_ = trainer.estimate(own)
         assert own.pairs == batch.pairs == min(most, 6)
         assert len(own.sequences) == 3
         torch.testing.assert_close(own.reference_point * batch.pairs, part.reduced[0])  # of all, not of its own
@@ -199,7 +198,7 @@ def test_a_long_prompt_of_another_row_is_cut_to_fit(make):
     rows = [LabelledRow("x", long, [7, 8, 3], True), LabelledRow("x", short, [9] * 20 + [3], False)]
     trainer = make(rows)
     batch, _ = trainer.collect()
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(batch)
     found = {tuple(c): p for p, c in rows_of(SimpleNamespace(sequences=batch.mismatched))}
     assert found == {(7, 8, 3): short, (*[9] * 20, 3): long[-43:]}
 

@@ -1,6 +1,7 @@
 """PPO: rewards of tokens, values, whitening, the adaptive coefficient; its expected gradient by enumeration."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,14 @@ import torch
 
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.estimators import gae, masked_whiten
-from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.ppo import PPOBatch, PPOConfig, PPOTrainer, adapted
+from diffusion_align.llm.collection import Collected, WeightedRewards
+from diffusion_align.llm.ppo import PPOConfig, PPOTrainer, adapted
+from diffusion_align.llm.rollout import Completions
 
 sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
     PROMPT,
     REWARDS,
-    NoProgress,
     enumerable_policy,
     gradient,
     log_tables,
@@ -28,12 +29,6 @@ from enumerable import (
 )
 
 BETA = 0.4
-
-
-def quiet(trainer):
-    trainer.progress, trainer.advance = NoProgress, lambda bar, count=1: None
-    trainer.stop_if_interrupted = lambda failed=False: failed
-    return trainer
 
 
 def exact_trainer(policy, tmp_path, **settings):
@@ -51,24 +46,19 @@ def exact_trainer(policy, tmp_path, **settings):
         "kl_coef": BETA,
         "grid_every": 0,
     } | settings
-    trainer = quiet(
-        PPOTrainer(
-            PPOConfig(**settings), policy, [PromptRow("x", PROMPT, {})], WeightedRewards([nothing], torch.ones(1))
-        )
-    )
+    rewards = WeightedRewards([nothing], torch.ones(1))
+    trainer = PPOTrainer(PPOConfig(**settings), policy, [PromptRow("x", PROMPT, {})], rewards)
     trainer.value_head.double()
     return trainer
 
 
 def all_completions(behaviour):
-    return PPOBatch(
-        sequences=sequences_of(list(range(16))),
-        logp_old=token_log_probs(behaviour).detach(),
-        rewards=REWARDS,
-        values_old=torch.empty(0),
-        advantages=torch.empty(0),
-        returns=torch.empty(0),
-    )
+    return sampled(sequences_of(list(range(16))), token_log_probs(behaviour).detach(), REWARDS)
+
+
+def sampled(sequences, logp_old, rewards):
+    finished = torch.ones(len(rewards), dtype=torch.bool)
+    return Collected(Completions(sequences, logp_old, finished), finished, rewards[:, None], rewards, {})
 
 
 def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
@@ -79,7 +69,7 @@ def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
         trainer.value_head.weight.normal_()
     tables, reference = log_tables(policy), reference_tables(policy)
     batch = all_completions(tables)
-    (keep, decisions, _), metrics = trainer.estimate(batch)
+    batch, (keep, decisions, _), metrics = trainer.estimate(batch)
     assert (keep.tolist(), decisions) == (list(range(16)), 1)
     assert batch.values_old.abs().min() > 0
     losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
@@ -96,9 +86,9 @@ def test_the_value_loss_draws_to_the_returns(tmp_path):
     policy = enumerable_policy()
     trainer = exact_trainer(policy, tmp_path, value_coef=0.7, value_clip=None, kl_coef=0.0)
     batch = all_completions(log_tables(policy))
-    (keep, _, _), _ = trainer.estimate(batch)
+    batch, (keep, _, _), _ = trainer.estimate(batch)
     torch.testing.assert_close(batch.returns, REWARDS[:, None].expand(16, 2))  # no KL, gamma = 1, values 0
-    batch.advantages = torch.zeros_like(batch.advantages)
+    batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
     losses, statistics = trainer.loss(batch, keep, torch.zeros_like(keep))
     torch.testing.assert_close(losses, 0.7 * REWARDS.square() / 2)
     slope = torch.autograd.grad(losses.sum(), trainer.value_head.bias)[0]
@@ -116,8 +106,7 @@ def test_the_last_token_that_counts_gets_the_reward(tmp_path, make_language_poli
     sequences = pack([[5], [6, 7], [8]], [[9, 10, 3], [11], [12, 13, 14, 15]], pad=3)
     logp_old = torch.where(sequences.mask, -1.5, 0.0).double()
     rewards = torch.tensor([1.0, -2.0, 0.5]).double()
-    batch = PPOBatch(sequences, logp_old, rewards, *[torch.empty(0)] * 3)
-    trainer.estimate(batch)
+    batch, *_ = trainer.estimate(sampled(sequences, logp_old, rewards))
     with torch.no_grad(), policy.reference():
         logp_ref = policy.log_probs(policy.score(sequences))
     token_rewards = -BETA * torch.where(sequences.mask, logp_old - logp_ref, 0.0)
@@ -187,11 +176,11 @@ def test_the_first_pass_has_ratio_one(family, make_run):
 
 
 def test_advantages_are_whitened_over_the_epoch(make_run):
-    trainer, plain = (quiet(make_run(whiten_advantages=white, temperature=2.0)) for white in (True, False))
+    trainer, plain = (make_run(whiten_advantages=white, temperature=2.0) for white in (True, False))
     batches = []
     for one in (trainer, plain):
         batch, _ = one.collect()
-        one.estimate(batch)
+        batch, *_ = one.estimate(batch)
         batches.append(batch)
     whitened, raw = batches
     mask = raw.sequences.mask
@@ -203,9 +192,13 @@ def test_advantages_are_whitened_over_the_epoch(make_run):
 
 def test_a_completion_without_an_end_is_penalised(make_run):
     settings = {"max_completion_length": 3, "temperature": 3.0}
-    plain, _ = quiet(make_run(**settings)).collect()
-    fined, metrics = quiet(make_run(missing_eos_penalty=2.5, **settings)).collect()
-    difference = plain.rewards - fined.rewards
+    returns = []
+    for trainer in (make_run(**settings), make_run(missing_eos_penalty=2.5, **settings)):
+        collected, metrics = trainer.collect()
+        batch, *_ = trainer.estimate(collected)
+        mask = batch.sequences.mask
+        returns.append(batch.returns.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1))  # of the last token
+    difference = (returns[0] - returns[1]).round(decimals=5)
     assert set(difference.tolist()) == {0.0, 2.5}
     assert metrics["completions/clipped_ratio"] == pytest.approx((difference > 0).double().mean().item())
 
@@ -230,10 +223,10 @@ def test_the_coefficient_is_adapted_and_resumed(make_run):
 
 
 def test_loss_and_gradient_do_not_depend_on_micro_batches(make_run, make_language_policy):
-    trainer = quiet(make_run(policy=make_language_policy(noise=0.05, dtype=torch.float64)))
+    trainer = make_run(policy=make_language_policy(noise=0.05, dtype=torch.float64))
     trainer.value_head.double()
     batch, _ = trainer.collect()
-    (keep, _, _), _ = trainer.estimate(batch)
+    batch, (keep, _, _), _ = trainer.estimate(batch)
 
     def total(parts):
         value = torch.cat([trainer.loss(batch, part, torch.zeros_like(part))[0] for part in parts]).sum()

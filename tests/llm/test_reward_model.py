@@ -189,7 +189,7 @@ def test_every_rejected_completion_is_a_pair_and_a_pass_shows_each_once(make_mod
     assert (len(batch.sequences), len(batch.labels)) == (12, 6)
     seen = {tuple(pair) for pair in zip(batch.sequences.ids[:6, 1].tolist(), batch.sequences.ids[6:, 1].tolist())}
     assert seen == {(30 + i, other + i) for i in range(3) for other in (10, 20)}
-    (keep, decisions, _), _ = trainer.estimate(batch)
+    batch, (keep, decisions, _), _ = trainer.estimate(batch)
     assert (keep.tolist(), decisions) == ([0, 1, 2, 3, 4, 5], 1)
 
 
@@ -211,7 +211,7 @@ def encoded(source, tokenizer):
 @pytest.fixture
 def train(make_model, make_trainer, characters, monkeypatch):
     """``train(**settings)``: the finished trainer of a small run on separable preferences."""
-    monkeypatch.setattr("diffusion_align.llm.reward_model.write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def run(*, lora="lora", family="llama", flip=False, tokenizer=None, **settings):
         tokenizer = tokenizer or characters(pad="<pad>", template=CHATML)

@@ -293,7 +293,7 @@ def runs(tmp_path_factory, tiny_sdxl):
     scratch, made = tmp_path_factory.mktemp("runs"), {}
     plan = [("one", "emoji-sd", TINY), ("two", scratch / "one", TINY), ("whole", tiny_sdxl, TINY | {"lora": None})]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion_align.diffusion.showing.write_report", lambda folder: None)
+        patch.setattr("diffusion_align.report.write_report", lambda folder: None)
         for name, model, settings in plan:
             pipe = ImageAlignmentPipeline.from_pretrained(model, device="cpu")
             made[name] = pipe.align(reward=brightness, output_dir=scratch / name, **settings)

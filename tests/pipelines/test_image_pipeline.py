@@ -54,9 +54,7 @@ def _quick(monkeypatch):
     """No report; and each test with an Accelerator of its own."""
     from accelerate.state import AcceleratorState
 
-    from diffusion_align.diffusion import showing
-
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -267,7 +267,7 @@ def test_importing_is_light_and_reaches_no_trainer():
         "transformers",
         "open_clip",
         "diffusers",
-        *(f"diffusion_align.{x}" for x in ("diffusion", "llm", "training.loop")),
+        *(f"diffusion_align.{x}" for x in ("diffusion", "llm", "training.trainer")),
     ]
     code = (
         "import sys, diffusion_align.rewards as r; r.reward_problem('clip_score'); r.describe_rewards();"

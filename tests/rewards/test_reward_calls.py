@@ -32,7 +32,7 @@ from diffusion_align.rewards import (
     reward_problem,
 )
 from diffusion_align.rewards.base import check_prompts, reward_name, reward_parts, runs_in_background
-from diffusion_align.training.scoring import BatchScores
+from diffusion_align.training.collection import BatchScores
 
 IMAGES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
 PROMPTS = ["a", "b", "c", "d"]
@@ -157,12 +157,12 @@ class Batches(BatchScores):
             if failure is not None:
                 raise failure
 
-        trainer = SimpleNamespace(
+        processes = SimpleNamespace(
             stop_if_interrupted=lambda *, failed: failed,
             raise_together=raise_together,
-            accelerator=SimpleNamespace(num_processes=1),
+            gather_in_order=lambda parts: parts,
         )
-        super().__init__(trainer, RewardError)
+        super().__init__(processes, RewardError)
 
 
 def collected(reward, batches=3):

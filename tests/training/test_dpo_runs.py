@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion_align.diffusion import pair_batches
 from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
 from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.training.optimization import Optimization
 
 _here = Path(__file__).parent
 NOISY = runpy.run_path(str(_here / "conftest.py"))["NOISY"]
@@ -87,8 +87,8 @@ ENCODING = {
     "after latents are renamed": REPLACE.format(part="latents/", after=True),
 }
 TRAINING = {
-    "between two updates": place("diffusion_align.training.loop.Trainer", "_optimizer_step", 2),
-    "after the row, before the checkpoint": place("diffusion_align.training.loop.Trainer", "save", 1),
+    "between two updates": place("diffusion_align.training.optimization.Optimization", "step", 2),
+    "after the row, before the checkpoint": place("diffusion_align.training.trainer.Trainer", "save", 1),
     "before a checkpoint is renamed": REPLACE.format(part="checkpoints/step_", after=False),
     "after a checkpoint is renamed": REPLACE.format(part="checkpoints/step_", after=True),
 }
@@ -96,8 +96,8 @@ READING = {"while reading": place(f"{CACHE}.LatentCache", "read", 2)}
 DRAWING = {"while drawing": place("diffusion_align.diffusion.policy.DenoisingPolicy", "decode", 3)}
 OFFLINE_PLACES = {"after latents are renamed": ENCODING["after latents are renamed"]} | TRAINING | READING
 LOOKING_BACK = {
-    "between the two passes over an epoch": place("diffusion_align.training.loop.Trainer", "_optimizer_step", 7),
-    "while looking back": place("diffusion_align.diffusion.dpo.DiffusionDPOTrainer", "_look_back", 2),
+    "between the two passes over an epoch": place("diffusion_align.training.optimization.Optimization", "step", 7),
+    "while looking back": place("diffusion_align.diffusion.dpo.DiffusionDPOTrainer", "_with_reference_means", 2),
 }
 STOP = """
 import os, signal
@@ -240,9 +240,8 @@ def picture_pairs(tmp_path_factory):
 @pytest.fixture
 def train(model_path, picture_pairs, tmp_path, monkeypatch):
     """``train(model, **changes)``: the finished trainer and its rows."""
-    from diffusion_align.diffusion import showing
 
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def run(model="tiny_sd", name="run", **changes):
         source = {} if "prompts" in changes else {"pairs": str(picture_pairs)}
@@ -440,14 +439,14 @@ def test_a_reward_is_optional_where_pairs_are_given(train, tmp_path, reward, mon
 
 def test_captions_are_dropped_from_their_share_of_pairs(train, monkeypatch):
     seen = []
-    conditioning = pair_batches._conditioning
+    conditioning = DiffusionDPOTrainer._conditioning
 
-    def record(trainer, texts):
-        result = conditioning(trainer, texts)
+    def record(trainer, texts, *known):
+        result = conditioning(trainer, texts, *known)
         seen.extend(texts)
         return result
 
-    monkeypatch.setattr(pair_batches, "_conditioning", record)
+    monkeypatch.setattr(DiffusionDPOTrainer, "_conditioning", record)
     train(caption_dropout=0.4, samples_per_epoch=200, sample_batch_size=50, micro_batch_size=50, epochs=1)
     assert 0.28 < seen.count("") / 200 < 0.52  # 3.5 standard errors
     assert set(seen) - {""} == set(PROMPTS)
@@ -517,8 +516,8 @@ def test_the_guard_names_what_helps_each_variant(train):
 
 def test_the_weights_are_those_before_the_diverging_update(train, monkeypatch):
     steps = []
-    step = DiffusionDPOTrainer._optimizer_step
-    monkeypatch.setattr(DiffusionDPOTrainer, "_optimizer_step", lambda self: steps.append(self.step) or step(self))
+    step = Optimization.step
+    monkeypatch.setattr(Optimization, "step", lambda self, number: steps.append(number) or step(self, number))
     with pytest.raises(TrainingError, match="the policy diverges"):
         train(**DIVERGES)
     assert steps == [1]

@@ -17,18 +17,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffusion_align import interrupt, writing
 from diffusion_align.errors import Interrupted, TrainingError
 from diffusion_align.rewards import RewardError, call_reward
-from diffusion_align.training import loop
+from diffusion_align.training import checkpoint
+from diffusion_align.training import processes as training_processes
+from diffusion_align.training import trainer as training_trainer
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
+from diffusion_align.training.collection import BatchScores
 from diffusion_align.training.config import TrainingConfig, dump_config
-from diffusion_align.training.loop import Trainer, Work
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.scoring import BatchScores
+from diffusion_align.training.resume import check_same_run
+from diffusion_align.training.trainer import Trainer, TrainingPlan
 from diffusion_align.writing import WriteError, make_folder, new_folder, write_text
 
 
@@ -64,17 +66,17 @@ class Toy(Trainer):
                 return score_of(self.reward, images), {}
             except RewardError as error:
                 failure = error
-            self.raise_together(failure, RewardError)
-        with BatchScores(self, RewardError) as scores:
+            self.processes.raise_together(failure, RewardError)
+        with BatchScores(self.processes, RewardError) as scores:
             for _ in range(2):
                 scores.go_on()
                 scores.submit([(True, partial(score_of, self.reward, images))])
             return scores.gather(), {}
 
-    def estimate(self, batch):
-        return Work(torch.arange(4)), {}
+    def estimate(self, collected):
+        return collected, TrainingPlan(torch.arange(4)), {}
 
-    def loss(self, batch, samples, decisions):
+    def loss(self, batch, samples, actions):
         return (self.weights.sum() - batch.mean()).square().expand(len(samples)), {}
 
     def show(self, name):
@@ -89,13 +91,20 @@ class Toy(Trainer):
             score = score_of(self.reward, torch.ones(1, 3, 4, 4))
         except RewardError as error:
             failure = error
-        self.raise_together(failure, RewardError)
+        self.processes.raise_together(failure, RewardError)
         return {"held_out": score.item()}
 
     def finish(self):
         with new_folder(self.folder / "final") as aside:
             (aside / "weights.txt").write_text(str(self.weights.tolist()))
-        write_text(self.folder / "report.html", "done")
+
+
+@pytest.fixture(autouse=True)
+def _short_report():
+    with pytest.MonkeyPatch.context() as patch:
+        report = "diffusion_align.report.write_report"
+        patch.setattr(report, lambda folder: write_text(folder / "report.html", "done"))
+        yield
 
 
 def left_aside(folder):
@@ -177,7 +186,7 @@ def test_a_run_that_fails_within_its_first_epoch_leaves_the_folder_to_the_next(t
     def read_only(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(loop.checkpoint, "remove", read_only)
+    monkeypatch.setattr(checkpoint, "remove", read_only)
     with pytest.raises(TrainingError, match="the loss became nan at step 2"):  # what failed first is what is said
         Diverging(tmp_path / "run").train()
 
@@ -327,10 +336,8 @@ def test_a_python_program_outlives_who_reads_its_progress(monkeypatch):
 
 
 def test_a_checkpoint_is_due_after_minutes_and_changes_no_bit(tmp_path, monkeypatch):
-    from diffusion_align.training import loop
-
     clock = iter(range(0, 10_000, 7 * 60))  # seconds; the clock is read at the start, at each epoch's end and each save
-    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(training_trainer.time, "monotonic", lambda: next(clock))
     settings = {"epochs": 4, "checkpoint_every": 100, "keep_checkpoints": 9}
     for name, minutes in (("often", 6), ("seldom", 13), ("never", None)):
         Toy(tmp_path / name, checkpoint_minutes=minutes, **settings).train()
@@ -424,7 +431,7 @@ def test_a_reward_that_fails_while_others_wait_in_line_ends_the_run(tmp_path):
     trainer = Toy(tmp_path / "run", reward)
 
     def collect():
-        with BatchScores(trainer, RewardError) as scores:
+        with BatchScores(trainer.processes, RewardError) as scores:
             for _ in range(3):
                 scores.submit([(True, partial(score_of, reward, torch.rand(2, 3, 4, 4)))])
             started.set()
@@ -529,10 +536,12 @@ def test_nothing_else_is_done_while_a_process_that_must_end_saves(tmp_path, monk
         done.append("ends")
 
     monkeypatch.setattr(trainer, "_write_checkpoint", write)
-    monkeypatch.setattr(loop, "os", SimpleNamespace(_exit=lambda status: done.append(f"left with {status}")))
+    monkeypatch.setattr(
+        training_trainer, "os", SimpleNamespace(_exit=lambda status: done.append(f"left with {status}"))
+    )
     trainer._rng_at_start = None
     leaving = threading.Thread(target=trainer._leave)
-    with contextlib.suppress(Interrupted), trainer._saved_if_broken_off():
+    with contextlib.suppress(Interrupted), trainer._checkpoint_on_failure():
         leaving.start()
         assert begun.wait(10)
         if ends == "by a signal":
@@ -545,10 +554,8 @@ def test_nothing_else_is_done_while_a_process_that_must_end_saves(tmp_path, monk
 
 def test_a_process_that_must_end_saves_no_averaged_weights(tmp_path, monkeypatch):
     trainer = Toy(tmp_path / "run", ema_decay=0.5)
-    trainer._parameters, trainer._rng_at_start = list(trainer.trainable.values()), None
-    trainer._ema = EMAModel(trainer._parameters, decay=0.5)
     monkeypatch.setattr(trainer, "_write_checkpoint", lambda rng: pytest.fail("saved"))
-    with trainer._saved_if_broken_off(), trainer.averaged_weights():
+    with trainer._checkpoint_on_failure(), trainer.ema_weights():
         trainer._save_beginning()
 
 
@@ -575,8 +582,8 @@ def test_epochs_in_which_all_is_masked_say_so_and_what_to_do(tmp_path, capsys):
     class Masked(Toy):
         none_left = "every completion was cut off at max_completion_length"
 
-        def estimate(self, batch):
-            return Work(torch.arange(0)), {}
+        def estimate(self, collected):
+            return collected, TrainingPlan(torch.arange(0)), {}
 
     with pytest.raises(TrainingError, match=r"no sample was left .*cut off .*: raise max_completion_length$"):
         Masked(tmp_path / "run").train()
@@ -596,17 +603,16 @@ def test_epochs_in_which_all_is_masked_say_so_and_what_to_do(tmp_path, capsys):
         ({"model": "another"}, "a", [], ""),
     ],
 )
-def test_all_that_has_to_be_accepted_is_named_at_once(tmp_path, monkeypatch, settings, content, accepted, advised):
+def test_all_that_has_to_be_accepted_is_named_at_once(tmp_path, settings, content, accepted, advised):
     class WithPrompts(TrainingConfig):
         prompts: str = "a.txt"
 
-    trainer = Toy(tmp_path / "run")
-    trainer.config = WithPrompts(model="toy", output_dir=tmp_path / "run", accept_changed=accepted)
-    trainer.identity = {"reward": [("mine.py", content)]}
-    theirs = trainer.config.model_dump(mode="json") | settings
+    config = WithPrompts(model="toy", output_dir=tmp_path / "run", accept_changed=accepted)
+    theirs = config.model_dump(mode="json") | settings
     asked = []
-    monkeypatch.setattr(trainer, "raise_together", lambda failure, kind: asked.append(failure))
-    trainer._check_same_run(theirs, tmp_path, {"reward": [("mine.py", "a")]})
+    together = SimpleNamespace(raise_together=lambda failure, kind: asked.append(failure), is_main=True)
+    mine, was = ({"reward": [("mine.py", content)]} for content in (content, "a"))
+    check_same_run(config, mine, theirs, was, tmp_path, together)
     [failure] = asked  # one process alone would leave the others waiting
     if advised is None:
         assert failure is None
@@ -620,22 +626,22 @@ def test_all_that_has_to_be_accepted_is_named_at_once(tmp_path, monkeypatch, set
 def test_no_process_waits_to_save_what_another_says_is_not_fit(tmp_path, monkeypatch):
     """At the first epoch, of latents that are not finite on one process: the others have another kind of error."""
     told = []
-    monkeypatch.setattr(loop, "gather_object", lambda mine: told.extend(mine) or list(told))
+    monkeypatch.setattr(training_processes, "gather_object", lambda mine: told.extend(mine) or list(told))
     trainers = [Toy(tmp_path / "run") for _ in range(2)]
     for trainer, failure in zip(trainers, (TrainingError("not finite"), None), strict=True):
-        trainer.accelerator = SimpleNamespace(num_processes=2, is_main_process=False)
-        monkeypatch.setattr(trainer, "_leaves_nothing", lambda: pytest.fail("waits for the first process"))
+        trainer.processes.accelerator = SimpleNamespace(num_processes=2, is_main_process=False)
+        monkeypatch.setattr(trainer.processes, "from_main", lambda _: pytest.fail("waits for the first process"))
         wanted = pytest.raises(TrainingError if failure else RewardError, match="not finite")
-        with wanted, trainer._saved_if_broken_off():
-            trainer.raise_together(failure, RewardError)
+        with wanted, trainer._checkpoint_on_failure():
+            trainer.processes.raise_together(failure, RewardError)
 
 
 def test_a_step_that_a_fused_optimizer_skips_trains_nothing(tmp_path, monkeypatch):
     """As on a GPU in fp16, where the scaler leaves the skipping to the optimizer."""
 
     class Steep(Toy):
-        def loss(self, batch, samples, decisions):
-            losses, statistics = super().loss(batch, samples, decisions)
+        def loss(self, batch, samples, actions):
+            losses, statistics = super().loss(batch, samples, actions)
             return 1e4 * losses, statistics
 
     make = torch.optim.AdamW
@@ -645,5 +651,5 @@ def test_a_step_that_a_fused_optimizer_skips_trains_nothing(tmp_path, monkeypatc
     trainer = Steep(tmp_path / "run", accelerator=accelerator, ema_decay=0.5)
     trainer.train()
     assert not trainer.weights.any()
-    assert (trainer.step, trainer._steps_taken, trainer._ema.optimization_step) == (6, 0, 0)
-    assert [row["untrained_epochs"] for row in trainer._log.rows() if "time/epoch" in row] == [1, 2, 3]
+    assert (trainer.step, trainer.optimization.steps, trainer.optimization.ema_steps) == (6, 0, 0)
+    assert [row["untrained_epochs"] for row in trainer.log.rows() if "time/epoch" in row] == [1, 2, 3]

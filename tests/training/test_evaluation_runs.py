@@ -58,9 +58,8 @@ class Scripted:
 @pytest.fixture
 def train(tiny_sd, tmp_path, monkeypatch):
     """``train(name, gold=None, **changes)``: the finished trainer."""
-    from diffusion_align.diffusion import showing
 
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def run(name="run", gold=None, **changes):
         settings = (
@@ -279,7 +278,7 @@ def test_diffusion_dpo_is_evaluated_too(train, tmp_path):
 
 def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
     trainer = train(gold=Scripted(0.0, 1.0), epochs=1, ema_decay=0.5)
-    with trainer.averaged_weights():
+    with trainer.ema_weights():
         average = {n.replace(".default.", "."): p.detach().clone() for n, p in trainer.trainable.items()}
     assert same(trained(tmp_path / "run/best"), average)
 

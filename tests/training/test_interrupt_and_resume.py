@@ -33,7 +33,7 @@ def epochs_kept(folder):
     return int(newest.removeprefix("step_")) // SETTINGS["updates_per_epoch"]
 
 
-QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
+QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 
 
 def test_three_kills_at_random_moments_change_nothing(forked, settings, tiny_sd, tmp_path, assert_same_run):
@@ -72,11 +72,11 @@ from diffusion_align.diffusion.policy import DenoisingPolicy as owner
 name, n, after = "decode", 4, False
 """,
     "between two optimizer steps": """
-from diffusion_align.training.loop import Trainer as owner
-name, n, after = "_optimizer_step", 2, False
+from diffusion_align.training.optimization import Optimization as owner
+name, n, after = "step", 2, False
 """,
     "after the row, before the checkpoint": """
-from diffusion_align.training.loop import Trainer as owner
+from diffusion_align.training.trainer import Trainer as owner
 name, n, after = "save", 1, False
 """,
     "before a checkpoint is renamed": """
@@ -96,7 +96,7 @@ writing.rename = lambda a, b: (owner.chosen if "checkpoints/step_" in str(b) els
     "within a row": """
 from diffusion_align.training.tracking import MetricsLog as owner
 def torn(self, row):
-    with self._path.open("a") as file:
+    with self.path.open("a") as file:
         file.write('{"step": 1')
 owner.torn = torn
 name, n, after = "write", 2, False
@@ -161,7 +161,7 @@ FAULTS = {
     "learning rate": "import torch\ntorch.optim.lr_scheduler.LambdaLR.load_state_dict = lambda *a: None",
     "random state": "from diffusion_align.training import checkpoint\ncheckpoint.set_rng_state = lambda s: None",
     "ema": "import diffusers.training_utils as t\nload = t.EMAModel.step\n"
-    "import diffusion_align.training.loop as loop\nkept = loop.checkpoint.load_checkpoint\n"
+    "import diffusion_align.training.trainer as loop\nkept = loop.checkpoint.load_checkpoint\n"
     "def without(path):\n w, t, s = kept(path)\n w['ema'] = w['trained']\n return w, t, s\n"
     "loop.checkpoint.load_checkpoint = without",
 }

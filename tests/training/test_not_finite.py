@@ -32,9 +32,8 @@ FP16 = "set dtype=bfloat16 or dtype=float32"
 @pytest.fixture
 def run(tiny_sd, tmp_path, monkeypatch):
     """``run(damage, **changes)``: the trainer of a run whose pipeline ``damage`` has changed."""
-    from diffusion_align.diffusion import showing
 
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def train(damage=lambda pipeline: None, also=None, **changes):
         settings = SETTINGS | {"model": str(tiny_sd), "output_dir": str(tmp_path / "run")} | changes
@@ -227,5 +226,6 @@ class Overflowing:
 def test_skipped_steps_of_fp16_end_a_run_when_no_scale_fits(run, scale, ends):
     trainer = copy.copy(run(epochs=1))
     trainer._untrained, trainer._why_untrained = 3, "every step overflowed in fp16 and was skipped"
-    trainer.accelerator = type("Fake", (), {"scaler": Overflowing(scale)})()
+    trainer.optimization = copy.copy(trainer.optimization)
+    trainer.optimization.accelerator = type("Fake", (), {"scaler": Overflowing(scale)})()
     assert bool(trainer._nothing_left_to_train()) == ends

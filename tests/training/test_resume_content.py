@@ -36,9 +36,8 @@ def run(**settings):
 
 @pytest.fixture(autouse=True)
 def _no_reports(monkeypatch):
-    from diffusion_align.diffusion import showing
 
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
 
 @pytest.fixture

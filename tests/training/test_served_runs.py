@@ -18,7 +18,7 @@ SERVED = {
     "epochs": 2,
     "sampler": {"steps": 2, "guidance_scale": 1.0},
 }
-QUICK = "import diffusion_align.diffusion.showing as showing\nshowing.write_report = lambda folder: None\n"
+QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 # Requests: one before training, then two an epoch. The process dies with a request of the second epoch in its hands.
 DIES = """
 import os, signal

@@ -85,11 +85,7 @@ KINDS = {
     "kto, online": ONLINE | {"method": "kto", "desirable_above": 6.0},
     "reward_model": {"method": "reward_model", "dataset": PREFERENCES, "eval_dataset": PREFERENCES[:3]},
 }
-QUICK = """
-import diffusion_align.llm.reward_model as reward_model
-import diffusion_align.llm.trainer as trainer
-reward_model.write_report = trainer.write_report = lambda folder: None
-"""
+QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 
 
 def place(module, owner, name, n, *, after=False):
@@ -98,14 +94,14 @@ def place(module, owner, name, n, *, after=False):
     return f"{what}\nname, n, after = {name!r}, {n}, {after}\n"
 
 
-LOOP, COLLECTION = "diffusion_align.training.loop", "diffusion_align.llm.collection"
-BETWEEN_UPDATES = place(LOOP, "Trainer", "_optimizer_step", 2)
+LOOP, COLLECTION = "diffusion_align.training.trainer", "diffusion_align.llm.collection"
+BETWEEN_UPDATES = place("diffusion_align.training.optimization", "Optimization", "step", 2)
 BEFORE_THE_CHECKPOINT = place(LOOP, "Trainer", "save", 1)
 SAMPLING = place(COLLECTION, "", "rollout", 4)
 SCORING = place(COLLECTION, "WeightedRewards", "calls", 2)
 ASKING = place("diffusion_align.llm.reference_file", "ReferenceFile", "put_into", 1)
 WRITING_REFERENCE = place("diffusion_align.llm.reference_file", "ReferenceFile", "_identity", 1)
-READING = place(LOOP, "Trainer", "_accumulate", 3)
+READING = place(LOOP, "Trainer", "accumulate", 3)
 # Asks the run to stop instead, as a batch system does.
 TERMINATE = """
 import os, signal

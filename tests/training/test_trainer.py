@@ -37,9 +37,8 @@ def flat(images, prompts, metadata):
 @pytest.fixture
 def train(tiny_sd, tmp_path, monkeypatch):
     """``train(**changes)``: the finished trainer and its rows."""
-    from diffusion_align.diffusion import showing
 
-    monkeypatch.setattr(showing, "write_report", lambda folder: None)
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def run(name="run", **changes):
         settings = (
@@ -91,7 +90,7 @@ def test_the_average_follows_the_weights(train):
     trainer, _ = train(ema_decay=0.5)
     parameters = list(trainer.trainable.values())
     trained = [p.detach().clone() for p in parameters]
-    with trainer.averaged_weights():
+    with trainer.ema_weights():
         averaged = [p.detach().clone() for p in parameters]
     assert all(torch.equal(a, p.detach()) for a, p in zip(trained, parameters)), "the weights did not come back"
     assert any(not torch.equal(a, b) for a, b in zip(trained, averaged))
@@ -141,19 +140,19 @@ def test_what_is_skipped_changes_no_gradient(train):
 def test_updates_divide_by_equal_shares_of_what_counts(train, monkeypatch, kept, counted, divisors):
     """Each of two updates by half of the samples that count, however few it trains on; three decisions each."""
     from diffusion_align.diffusion.ddpo import DDPOTrainer
-    from diffusion_align.training.loop import Work
+    from diffusion_align.training.trainer import TrainingPlan
 
-    seen, accumulate, estimate = [], DDPOTrainer._accumulate, DDPOTrainer.estimate
+    seen, accumulate, estimate = [], DDPOTrainer.accumulate, DDPOTrainer.estimate
 
-    def spied(self, batch, pairs, total, bar):
-        seen.append(total)
-        return accumulate(self, batch, pairs, total, bar)
+    def spied(self, batch, indices, normalizer, *further):
+        seen.append(normalizer)
+        return accumulate(self, batch, indices, normalizer, *further)
 
-    def chosen(self, batch):
-        work, metrics = estimate(self, batch)
-        return Work(torch.arange(kept), work.decisions, counted), metrics
+    def chosen(self, collected):
+        batch, plan, metrics = estimate(self, collected)
+        return batch, TrainingPlan(torch.arange(kept), plan.steps_per_sample, counted), metrics
 
-    monkeypatch.setattr(DDPOTrainer, "_accumulate", spied)
+    monkeypatch.setattr(DDPOTrainer, "accumulate", spied)
     monkeypatch.setattr(DDPOTrainer, "estimate", chosen)
     train(epochs=1)
     assert seen == divisors

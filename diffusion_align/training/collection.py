@@ -1,4 +1,4 @@
-"""An epoch's rewards, batch by batch: here, or in the background while the next batch is sampled; and their metrics."""
+"""One epoch's samples and their rewards, for images and for text: what every online method starts from."""
 
 from __future__ import annotations
 
@@ -7,30 +7,87 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion_align.background import background, one_torch_thread, settle
+from diffusion_align.errors import TrainingError
 from diffusion_align.interrupt import Overdue, breakable
-from diffusion_align.training.loop import Trainer
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.training.processes import Processes
+
+Part = TypeVar("Part")
+Calls = Sequence[tuple[bool, Callable[[], Tensor]]]
+"""Of each of K rewards: whether it is called in the background, and a function that gives its scores (B,)."""
+
+
+class Scored(NamedTuple, Generic[Part]):
+    """What ``sample_and_score`` gives.
+
+    Attributes:
+        parts: of this process, one for each batch.
+        scores: (N, K) on the CPU, of all processes in their global order.
+        waited: seconds spent on rewards and waiting for those in the background.
+    """
+
+    parts: list[Part]
+    scores: Tensor
+    waited: float
+
+
+def sample_and_score(
+    own: range,
+    batch_size: int,
+    sample: Callable[[range], tuple[Part, Calls]],
+    processes: Processes,
+    *,
+    check: Callable[[Tensor], object] = lambda scores: None,
+) -> Scored[Part]:
+    """Sample batch by batch and score each, in the background where a reward is called there.
+
+    Args:
+        own: global indices of this process's samples.
+        batch_size: samples drawn at once.
+        sample: indices of a batch -> what was sampled, and the calls that score it.
+        processes: all raise if any fails; between batches the run can be stopped.
+        check: raises RewardError for this process's scores (B, K) that cannot be used.
+
+    Raises:
+        RewardError: on every process, if a reward failed on any.
+        TrainingError: what was sampled is not finite; a RewardError that says so on the other processes.
+        Interrupted: the run was asked to stop.
+    """
+    parts: list[Part] = []
+    with BatchScores(processes, RewardError) as scores:
+        for start in range(own.start, own.stop, batch_size):
+            if not scores.go_on():
+                break
+            try:
+                part, calls = sample(range(start, min(start + batch_size, own.stop)))
+            except TrainingError as error:
+                scores.fail(error)
+                continue
+            parts.append(part)
+            scores.submit(calls)
+        found = scores.gather(check)
+    return Scored(parts, found, scores.waited)
 
 
 class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
     """Inside, ``submit`` batch by batch; ``gather`` waits for what is not there yet.
 
     Args:
-        trainer: whose processes the scores are of.
+        processes: whose scores they are.
         kind: of the error that every process raises when one has failed.
 
     Attributes:
         waited: seconds spent in calls made here, and waiting in ``gather``.
     """
 
-    def __init__(self, trainer: Trainer[Any], kind: type[Exception]) -> None:
-        self.trainer, self.kind, self.waited = trainer, kind, 0.0
+    def __init__(self, processes: Processes, kind: type[Exception]) -> None:
+        self.processes, self.kind, self.waited = processes, kind, 0.0
         self._batches: list[list[Future[Tensor]]] = []
         self._failed: Exception | None = None
         self._threads = torch.get_num_threads()  # asking for it also fixes it for this thread
@@ -47,8 +104,8 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
         # The long-lived thread sets its own number, but torch keeps one default for all beside each thread's value.
         torch.set_num_threads(self._threads)
 
-    def submit(self, parts: Sequence[tuple[bool, Callable[[], Tensor]]]) -> None:
-        """Score a batch by K rewards: each a function that gives (B,), and whether it is called in the background."""
+    def submit(self, parts: Calls) -> None:
+        """Score a batch by K rewards."""
         started: list[Future[Tensor]] = [background.submit(part) if aside else Future() for aside, part in parts]
         self._batches.append(started)
         start = time.perf_counter()
@@ -78,7 +135,7 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
         Raises:
             Interrupted: the run was asked to stop.
         """
-        return not self.trainer.stop_if_interrupted(failed=self._failure() is not None)
+        return not self.processes.stop_if_interrupted(failed=self._failure() is not None)
 
     def gather(self, check: Callable[[Tensor], object] = lambda scores: None) -> Tensor:
         """Scores (N, K) of all processes in their global order, on the CPU, in the widest of their dtypes.
@@ -106,9 +163,8 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
                 check(scores)
             except self.kind as error:
                 failure = error
-        self.trainer.raise_together(failure, self.kind)
-        if self.trainer.accelerator.num_processes > 1:
-            scores = torch.cat(gather_object([scores]))
+        self.processes.raise_together(failure, self.kind)
+        scores = torch.cat(self.processes.gather_in_order([scores]))
         self.waited += time.perf_counter() - start
         return scores
 

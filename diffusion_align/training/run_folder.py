@@ -1,0 +1,95 @@
+"""The folder of a run: who holds it, what is in it, and what a run that failed before it trained leaves of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from diffusion_align.errors import Interrupted
+from diffusion_align.training import checkpoint
+from diffusion_align.training.lock import LOCK_FILE, FolderLock
+from diffusion_align.training.processes import Processes
+from diffusion_align.writing import make_folder
+
+# What lies in a folder that no run has used yet.
+_NO_RUN = {LOCK_FILE}
+# What a run writes into its folder.
+_TRACES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples",
+    "checkpoints",
+    "best",
+    "final",
+    "report.html",
+    "evaluation.json",
+    "diffusion-align",
+)
+
+
+class RunFolder:
+    """``output_dir`` of a run.
+
+    Args:
+        path: need not be there yet.
+        processes: the main one writes.
+        keeps: names in it that took long to make: with one of these it is not emptied.
+    """
+
+    def __init__(self, path: Path, processes: Processes, keeps: tuple[str, ...] = ()) -> None:
+        self.path, self.processes, self.keeps = path, processes, keeps
+        self.is_new = False  # whether this process found it absent or empty
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Finished ones, oldest first."""
+        return checkpoint.list_checkpoints(self.path / "checkpoints")
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def how_to_resume(self) -> str:
+        return f"go on with resume=true output_dir={self.path}"
+
+    @contextlib.contextmanager
+    def held(self, epochs: Callable[[], int]) -> Iterator[None]:
+        """Inside, no other run uses the folder; one that fails in its first epoch leaves it as it was found.
+
+        ``epochs``: how many are finished.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        absent = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        self.is_new = bool(absent) or not any(path.name not in _NO_RUN for path in self.path.iterdir())
+        self.processes.wait()  # all have looked before the main process makes it
+        with contextlib.ExitStack() as stack:
+            if self.processes.is_main:
+                for place in reversed(absent):
+                    stack.callback(_remove_if_empty, place)
+            self.processes.on_main(lambda: stack.enter_context(self._lock()))
+            try:
+                yield
+            except Interrupted:
+                raise
+            except Exception:
+                if self.processes.is_main and self.nothing_trained(epochs()):
+                    for name in _TRACES:
+                        with contextlib.suppress(OSError):  # what failed first is what is said
+                            checkpoint.remove(self.path / name)
+                raise
+
+    def nothing_trained(self, epochs: int) -> bool:
+        """Whether this process began the run, no epoch is finished, and nothing is there that took long to make."""
+        return self.is_new and epochs == 0 and not any((self.path / name).exists() for name in self.keeps)
+
+    def _lock(self) -> FolderLock:
+        return FolderLock(make_folder(self.path, parents=True))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,580 @@
+"""The loop every trainer shares: collect -> estimate -> update -> measure.
+
+A trainer supplies what it samples, what it estimates from the scores and its loss per action; order, gradient
+accumulation, processes, callbacks, checkpoints, resume and interruption are here.
+
+Randomness is drawn from streams named by (seed, purpose, epoch, sample), and every process knows the global plan, so a
+run does not depend on how its work is divided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from diffusion_align import __version__
+from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
+from diffusion_align.training import checkpoint
+from diffusion_align.training.callbacks import Callback, Preview, Report, Row, Track, WriteMetrics
+from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
+from diffusion_align.training.digests import Identity
+from diffusion_align.training.finite import loss_problem
+from diffusion_align.training.launch import accelerator_problems, make_accelerator
+from diffusion_align.training.optimization import Optimization
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.resume import check_same_run
+from diffusion_align.training.run_folder import RunFolder
+from diffusion_align.training.statistics import UpdateStatistics
+from diffusion_align.training.tracking import MetricsLog
+from diffusion_align.writing import WriteError, sweep, write_text
+
+Batch = TypeVar("Batch")
+_LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
+UNTRAINED_EPOCHS = 3
+"""After so many epochs in a row in which nothing was trained a run ends."""
+
+
+class TrainingPlan(NamedTuple):
+    """What an epoch trains on.
+
+    Attributes:
+        sample_indices: (K,) int64 global indices of the samples worth training on.
+        steps_per_sample: actions of each that are trained on together: denoising steps; 1 for a whole completion.
+        normalizer: number of samples the loss is averaged over, split equally among the epoch's updates; larger than K
+            when samples without a gradient were dropped, so dropping them leaves the gradient unchanged. When it is
+            not given, each update averages over its own samples. Logged statistics are of the samples trained on.
+    """
+
+    sample_indices: Tensor
+    steps_per_sample: int = 1
+    normalizer: int | None = None
+
+
+class Trainer(ABC, Generic[Batch]):
+    """One run of one method in one folder.
+
+    A subclass gives ``trainable``, ``collect``, ``estimate``, ``loss`` and ``finish``; ``train`` does the rest. Those
+    methods and ``save`` may also be called on a trainer that does not train.
+
+    Args:
+        config: checked settings.
+        accelerator: devices, precision, processes and trackers; a plain one when not given.
+        callbacks: called after the project's own, in this order.
+
+    Attributes:
+        epoch: finished epochs.
+        step: optimizer steps, skipped ones counted.
+        resumed: whether a checkpoint was loaded.
+        stopped: why the run ended before its last epoch.
+        identity: what the run is made of, by content, if whoever built this trainer has said so.
+        local_samples: this process's part of an epoch's global samples.
+        processes, bars, folder, run_folder, log: what helpers are given.
+    """
+
+    headline = "reward"  # the metric that the progress bar shows
+    none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
+    keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
+
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator | None = None, *, callbacks: Sequence[Callback] = ()
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator or make_accelerator()
+        self.processes = Processes(self.accelerator)
+        self.bars = Bars(disable=not self.processes.is_main)
+        self.folder = config.output_dir
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.run_folder = RunFolder(self.folder, self.processes, self.keeps)
+        track = [Track()] if config.trackers else []
+        self.callbacks: list[Callback] = [Preview(), *callbacks, WriteMetrics(self.log), *track, Report()]
+        self.epoch = self.step = self._began = 0
+        self.resumed = False
+        self.stopped: str | None = None
+        self.identity: Identity = {}
+        self._can_be_saved = False
+        self._saving = threading.Lock()  # held while a checkpoint is written, and to change ``_can_be_saved``
+        self._saved_at = time.monotonic()
+        self._rng_at_start = checkpoint.rng_state()
+        self._steps_before = 0  # optimizer steps taken before the epoch's updates
+        self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
+        # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
+        self._unmeasured: tuple[Row, Row] | None = None
+        if problems := accelerator_problems(self.accelerator):
+            raise ConfigError(problems)
+        if config.samples_per_epoch % (self.processes.count * config.sample_batch_size):
+            raise ConfigError(
+                [
+                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of {self.processes.count} "
+                    f"processes x sample_batch_size={config.sample_batch_size}"
+                ]
+            )
+        share = config.samples_per_epoch // self.processes.count
+        first = share * self.processes.index
+        self.local_samples = range(first, first + share)
+
+    # -- what a method supplies ------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that is trained."""
+
+    @abstractmethod
+    def collect(self) -> tuple[Any, dict[str, float]]:
+        """Sample and score ``local_samples`` of epoch ``self.epoch``; metrics of the whole epoch."""
+
+    @abstractmethod
+    def estimate(self, collected: Any) -> tuple[Batch, TrainingPlan, dict[str, float]]:
+        """A batch of what was collected, with advantages, references and so on; what of it to train on; metrics."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (n,) and detached statistics (n,) of n actions, given local sample and action indices (n,).
+
+        A statistic is averaged over actions; one whose name ends in ``/min`` or ``/max`` keeps its extreme.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write ``final/``; called on the main process."""
+
+    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
+        """Metrics to add to an update's, before its step; TrainingError where training should not go on.
+
+        ``first``: of the epoch, so the weights still equal the sampler's.
+        """
+        return {}
+
+    def after_updates(self) -> dict[str, float]:
+        """Metrics of what the epoch's updates looked at; called on every process."""
+        return {}
+
+    def measure(self) -> dict[str, float]:
+        """Metrics after ``self.epoch`` epochs, such as those of held-out data; called on every process."""
+        return {}
+
+    def measure_first(self) -> dict[str, float]:
+        """Like ``measure``, before the first epoch. An empty dict writes no row."""
+        return {}
+
+    def stop_reason(self, row: Mapping[str, float]) -> str | None:
+        """Why the run should end now, given an epoch's metrics and those of its last update; the same everywhere."""
+        return None
+
+    def checkpoint_wanted(self) -> bool:
+        """Whether to write a checkpoint of this epoch although none is due; the same everywhere."""
+        return False
+
+    def loss_coefficients(self) -> dict[str, float]:
+        """Setting -> value of those that a term of the loss is multiplied by; named where the loss overflows."""
+        return {}
+
+    def show(self, name: str) -> None:
+        """Write images or texts of the fixed prompts; called on the main process."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """JSON values a trainer needs back on resume."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``extra_state`` returned."""
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Run until ``config.epochs`` epochs are finished and return the run folder.
+
+        Raises:
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint has been written.
+            UserError: a TrainingError, CheckpointError, RewardError or WriteError; the last checkpoint stands.
+        """
+        with self._running():
+            self._begin()  # 1. resume or start, config.yaml, the first previews and measurement
+            while self.epoch < self.config.epochs and self.stopped is None:
+                started = time.perf_counter()
+                collected, metrics = self._collect()  # 2. sample and score
+                sampled = time.perf_counter()
+                batch, plan, estimated = self.estimate(collected)  # 3. advantages, references
+                last = self._update(batch, plan)  # 4. optimizer steps
+                row = metrics | estimated | self.after_updates() | self._trained(plan)
+                row["time/sample"] = sampled - started - metrics.get("time/score", 0.0)
+                row["time/update"] = time.perf_counter() - sampled
+                self._end_epoch(row, last, started)  # 5. measure, callbacks, stop rules, checkpoint
+            self._end()  # 6. final/, the report
+        return self.folder
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Inside, signals are a flag, bars are shown, and the folder is this run's."""
+        flag = InterruptFlag(self.config.interrupt_grace, self._leave)
+        with flag, self.bars.progress, self.run_folder.held(lambda: self.epoch), self._resumable_if_not_written():
+            self.processes.flag = flag
+            yield
+
+    def _begin(self) -> None:
+        config = self.config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        newest = self.run_folder.checkpoints[-1:] if config.resume else []
+        if newest:
+            self._load(newest[0])
+        elif self.run_folder.config_file.is_file():
+            theirs = load_yaml(self.run_folder.config_file)
+            check_same_run(config, self.identity, theirs, None, self.folder, self.processes)
+        self.resumed, self._began = bool(newest), self.epoch
+        self.processes.wait()  # all have read the folder before the main process writes to it
+        self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
+        self.bars.show_epochs(self.epoch, config.epochs, "starting")
+        for callback in self.callbacks:
+            callback.on_start(self)
+        if self._unmeasured is not None:
+            row, last = self._unmeasured
+            asked = self._measure(row, last)
+            self.stopped = self.stop_reason(last | row) or asked or self._nothing_left_to_train()
+        if not newest:
+            try:
+                first = self.measure_first()
+            except (Interrupted, Overdue):  # nothing to save yet
+                self._close()
+                raise Interrupted(f"stopped before the first epoch; {self.run_folder.how_to_resume}") from None
+            if first:
+                self._write({"step": 0, "epoch": 0, **first})
+
+    def _open_folder(self, step: int) -> None:
+        """``config.yaml`` first: with it the run can be resumed, whatever a tracker or callback does."""
+        sweep(self.folder)
+        # What was accepted this once belongs to the run from now on; a change after that is to be accepted again.
+        write_text(self.run_folder.config_file, dump_config(self.config.model_copy(update={"accept_changed": []})))
+        self.log.rewind(step, unmeasured=self._unmeasured is not None)
+
+    def _collect(self) -> tuple[Any, dict[str, float]]:
+        self._rng_at_start = checkpoint.rng_state()
+        with self._checkpoint_on_failure():
+            return self.collect()
+
+    def _trained(self, plan: TrainingPlan) -> Row:
+        """The counters of an epoch that ends here."""
+        self.epoch += 1
+        counted = {"step": self.step, "epoch": self.epoch, "samples_used": len(plan.sample_indices)}
+        return counted | self._untrained_epochs(plan)
+
+    def _end_epoch(self, row: Row, last: Row, started: float) -> None:
+        config = self.config
+        row["time/epoch"] = time.perf_counter() - started
+        asked = self._measure(row, last)
+        self.bars.show_epochs(self.epoch, config.epochs, _headline(last | row, self.headline))
+        self._rng_at_start = checkpoint.rng_state()
+        self.stopped = self.stop_reason(last | row) or asked or self._nothing_left_to_train()
+        due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
+        if due or self.stopped or self.checkpoint_wanted() or self._checkpoint_overdue():
+            self.save()
+        if self.epoch < config.epochs and not self.stopped:
+            with self._checkpoint_on_failure():
+                self.processes.stop_if_interrupted()
+
+    def _end(self) -> None:
+        self.bars.show_epochs(self.epoch, self.config.epochs, "writing final/ and the report")
+        with self.ema_weights():
+            self.processes.on_main(self.finish)
+        for callback in self.callbacks:
+            callback.on_end(self)
+        self.processes.wait()
+        self._close()
+
+    def _close(self) -> None:
+        for callback in self.callbacks:
+            callback.on_close(self)
+        self.accelerator.end_training()
+
+    def _write(self, row: Row) -> None:
+        for callback in self.callbacks:
+            callback.on_update(self, row)
+
+    def _call_back(self, row: Row) -> str | None:
+        """What the callbacks give as reasons to stop, of all processes."""
+        reasons = [callback.on_epoch_end(self, row) for callback in self.callbacks]
+        everyones = self.processes.gather_in_order([reason for reason in reasons if reason])
+        return "; ".join(dict.fromkeys(everyones)) or None
+
+    def _measure(self, row: Row, last: Row) -> str | None:
+        """``measure()`` of the epoch that ``row`` is about, and the callbacks, which may give a reason to stop.
+
+        What breaks off is made up for on resume, and the epoch is not lost.
+        """
+        started = time.perf_counter()
+        self._rng_at_start = checkpoint.rng_state()
+        self._unmeasured = (dict(row), last)
+        with self._checkpoint_on_failure():
+            row |= self.measure()
+            row["time/epoch"] += time.perf_counter() - started
+            reason = self._call_back(row)
+        self._unmeasured = None
+        return reason
+
+    def _untrained_epochs(self, plan: TrainingPlan) -> dict[str, float]:
+        """``untrained_epochs``, those in a row up to this one without any step, and a line about it; or nothing."""
+        trained = self.optimization.steps > self._steps_before
+        self._untrained = 0 if trained else self._untrained + 1
+        if trained:
+            return {}
+        if len(plan.sample_indices) == 0:
+            self._why_untrained = f"no sample was left to train on ({self.none_left})"
+        else:
+            self._why_untrained = "every step overflowed in fp16 and was skipped"
+        if self.processes.is_main:
+            print(f"epoch {self.epoch}: nothing was trained, {self._why_untrained}", file=sys.stderr, flush=True)
+        return {"untrained_epochs": self._untrained}
+
+    def _nothing_left_to_train(self) -> str | None:
+        """Why a run ends whose last ``UNTRAINED_EPOCHS`` epochs trained nothing; the same everywhere.
+
+        What was trained before is kept as ``stop_when`` would. Where nothing ever was, the run fails; its checkpoint
+        does not count the epochs so far, so that going on with it gives as many again.
+        """
+        if self._untrained < UNTRAINED_EPOCHS:
+            return None
+        if "fp16" in self._why_untrained and self.optimization.scale_may_fall:
+            return None
+        reason = f"nothing was trained in {self._untrained} epochs in a row: {self._why_untrained}"
+        if self.optimization.steps:
+            return reason
+        self._untrained = 0
+        self.save()
+        remedies = {"fp16": "set mixed_precision=bf16 or no", "max_completion_length": "raise max_completion_length"}
+        other = "use another reward, more samples a group or other prompts"
+        remedy = next((remedy for cause, remedy in remedies.items() if cause in reason), other)
+        raise TrainingError(f"{reason}: {remedy}")
+
+    # -- update ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def optimization(self) -> Optimization:
+        """Made when it is first needed: what is trained is then complete."""
+        return Optimization(self.trainable, self.config, self.processes)
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, the trained parameters are their EMA, if one is kept, and no checkpoint is written."""
+        with self._saving:
+            could, self._can_be_saved = self._can_be_saved, False
+        try:
+            with self.optimization.ema_weights():
+                yield
+        finally:
+            with self._saving:
+                self._can_be_saved = could
+
+    def _update(self, batch: Batch, plan: TrainingPlan) -> Row:
+        """All optimizer steps of one epoch; the metrics of the last one."""
+        config, (keep, steps, normalizer) = self.config, plan
+        self._steps_before = self.optimization.steps
+        row: Row = {}
+        own = torch.tensor([self.local_samples.start, self.local_samples.stop])
+        with self.bars.task("  training", config.inner_epochs * len(keep) * steps // self.processes.count) as advance:
+            for inner in range(config.inner_epochs):
+                order = keep[torch.randperm(len(keep), generator=generator(config.seed, "order", self.epoch, inner))]
+                for update, chunk in enumerate(order.tensor_split(config.updates_per_epoch)):
+                    self.step += 1
+                    if len(chunk) == 0:
+                        continue
+                    local = chunk[(chunk >= own[0]) & (chunk < own[1])] - own[0]
+                    indices = (
+                        torch.cartesian_prod(local, torch.arange(steps))
+                        if len(local)
+                        else torch.empty(0, 2, dtype=torch.int64)
+                    )
+                    mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.processes.index)
+                    indices = indices[torch.randperm(len(indices), generator=mixing)]
+                    divisor = len(chunk) if normalizer is None else normalizer / config.updates_per_epoch
+                    statistics = self.accumulate(batch, indices, divisor * steps, advance)
+                    row = {"step": self.step, "epoch": self.epoch + 1, **self._checked(statistics)}
+                    row |= self.check_update(row, first=inner == 0 and update == 0)
+                    row["grad_norm"] = self.optimization.step(self.step)
+                    row["learning_rate"] = self.optimization.learning_rate
+                    self.optimization.advance_schedule()
+                    self._write(row)
+        return row
+
+    def accumulate(
+        self,
+        batch: Batch,
+        indices: Tensor,
+        normalizer: float,
+        on_actions: Callable[[int], object] = lambda count: None,
+    ) -> UpdateStatistics:
+        """Add the gradient of the losses of ``indices`` over ``normalizer`` to what is there.
+
+        Args:
+            batch: from ``estimate``.
+            indices: (n, 2) int64, local sample and which of its actions.
+            normalizer: what the sum of the losses of all processes is divided by.
+            on_actions: called after each micro-batch with its size.
+        """
+        statistics = UpdateStatistics()
+        for micro_batch in indices.split(self.config.micro_batch_size) if len(indices) else ():
+            samples, actions = micro_batch.to(self.processes.device).unbind(1)
+            losses, observed = self.loss(batch, samples, actions)
+            self.optimization.backward(losses.sum() / normalizer)
+            statistics.add({"loss": losses.detach(), **observed}, samples)
+            on_actions(len(samples))
+        return statistics
+
+    def _checked(self, statistics: UpdateStatistics) -> dict[str, float]:
+        result = statistics.over_processes(self.accelerator)
+        if not math.isfinite(result["loss"]):
+            raise TrainingError(
+                loss_problem(
+                    result,
+                    step=self.step,
+                    coefficients=self.loss_coefficients(),
+                    mixed_precision=self.config.mixed_precision,
+                )
+            )
+        return result
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _checkpoint_on_failure(self) -> Iterator[None]:
+        """Inside, no weights change, so whatever breaks it off, the state at its beginning can still be saved."""
+        with self._saving:
+            self._can_be_saved = True
+        try:
+            yield
+        except (Interrupted, Overdue):
+            self._stop()
+        except Exception as error:
+            processes, folder = self.processes, self.run_folder
+            # Of any process: where one saves nothing, the others would wait for it.
+            unfit = isinstance(error, TrainingError) or processes.unfit_together  # the weights, for these settings
+            if unfit and self.epoch == 0:
+                raise  # there is nothing to go on with
+            together = processes.count == 1 or processes.failed_together  # saving needs every process
+            if together and not processes.from_main(processes.is_main and folder.nothing_trained(self.epoch)):
+                with contextlib.suppress(WriteError):  # what failed first is what is said; the last checkpoint stands
+                    self.save()
+                failed_before = not folder.is_new and self.epoch == self._began  # and would again
+                if unfit and self.accelerator.mixed_precision == "fp16":
+                    error.add_note(f"{folder.how_to_resume} mixed_precision=no")
+                elif not (unfit or failed_before or isinstance(error, WriteError)):
+                    error.add_note(folder.how_to_resume)
+            raise
+        finally:
+            with self._saving:  # what ``_leave`` has begun to write is not trained on meanwhile
+                self._can_be_saved = False
+
+    @contextlib.contextmanager
+    def _resumable_if_not_written(self) -> Iterator[None]:
+        """What could not be written, a full disk say, is said with how the run is resumed from its last checkpoint."""
+        try:
+            yield
+        except WriteError as error:
+            folder = self.run_folder
+            if folder.config_file.is_file() and not folder.nothing_trained(self.epoch):
+                error.add_note(("the last checkpoint stands, " if folder.checkpoints else "") + folder.how_to_resume)
+            raise
+
+    def _stop(self) -> None:
+        self.save()
+        self._close()
+        how = self.run_folder.how_to_resume
+        raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; {how}")
+
+    def _leave(self) -> None:
+        """In another thread: end this process, whose main thread is in foreign code or waits for other processes and
+        cannot be reached. Without others, and where the epoch's beginning can still be saved, it is."""
+        if self.processes.count == 1:
+            # In a thread of its own: on a GPU that hangs it would, too.
+            saving = threading.Thread(target=self._save_beginning, daemon=True)
+            saving.start()
+            saving.join(_LAST_SAVE)
+        newest = "".join(path.name for path in self.run_folder.checkpoints[-1:]) or "none"
+        how = self.run_folder.how_to_resume
+        print(f"stopped, as something did not answer; the newest checkpoint is {newest}; {how}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+    def _save_beginning(self) -> None:
+        """For ``_leave``: wait for a checkpoint that is being written, and write the epoch's beginning if it can be."""
+        with self._saving:
+            if self._can_be_saved:
+                self._write_checkpoint([self._rng_at_start])
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished epoch."""
+        self._saved_at = time.monotonic()
+        rng = self.processes.gather_in_order([self._rng_at_start])
+        with self._saving:
+            self.processes.on_main(lambda: self._write_checkpoint(rng))
+
+    def _checkpoint_overdue(self) -> bool:
+        """Whether ``checkpoint_minutes`` have passed since the last one, by the clock of the main process."""
+        minutes = self.config.checkpoint_minutes
+        return minutes is not None and self.processes.from_main(time.monotonic() - self._saved_at > 60 * minutes)
+
+    def _write_checkpoint(self, rng: Sequence[Any]) -> None:
+        optimization = self.optimization
+        checkpoint.save_checkpoint(
+            self.folder / "checkpoints",
+            self.step,
+            weights=optimization.weights(),
+            tensors={**optimization.tensors(), "rng": rng},
+            state={
+                "version": __version__,
+                "epoch": self.epoch,
+                "step": self.step,
+                "stopped": self.stopped,
+                "steps_taken": optimization.steps,
+                "untrained": [self._untrained, self._why_untrained],
+                "unmeasured": self._unmeasured,
+                "ema_steps": optimization.ema_steps,
+                "config": self.config.model_dump(mode="json"),
+                "identity": self.identity,
+                "extra": self.extra_state(),
+            },
+            keep=self.config.keep_checkpoints,
+        )
+
+    def _load(self, path: Path) -> None:
+        weights, tensors, state = checkpoint.load_checkpoint(path)
+        check_same_run(self.config, self.identity, state["config"], state.get("identity") or {}, path, self.processes)
+        if self.identity and not state.get("identity") and self.processes.is_main:
+            print(
+                f"{path} does not say what its model, data and rewards held: whether they are the same was not checked",
+                file=sys.stderr,
+            )
+        if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in self.trainable.items()}:
+            raise CheckpointError(
+                f"checkpoint {path} holds other weights than this model trains: was the model's folder changed?"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.optimization.load(
+            weights, tensors, steps=state.get("steps_taken", self.step), ema_steps=state["ema_steps"]
+        )
+        self._untrained, self._why_untrained = state.get("untrained", (0, ""))
+        self._unmeasured = state.get("unmeasured")
+        if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):
+            self.stopped = state.get("stopped")  # under other rules the run goes on
+        self.load_extra_state(state["extra"])
+        own = tensors["rng"]
+        checkpoint.set_rng_state(own[min(self.processes.index, len(own) - 1)])
+
+
+def _headline(row: Mapping[str, float], key: str) -> str:
+    return f"{key} {row[key]:.4g}" if key in row else f"step {row['step']}"
