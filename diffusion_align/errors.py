@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Interrupted",
+    "RewardError",
     "TrainingError",
     "UserError",
     "first_line",
@@ -35,6 +36,10 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: a ratio off 1 on the first pass, a loss that is not finite."""
+
+
+class RewardError(UserError, ValueError):
+    """A reward that cannot be built, raised, or answered something other than one finite score per image or text."""
 
 
 class Interrupted(Exception):

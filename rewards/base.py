@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.errors import RewardError
+from diffusion_align.foreign import describe_exception
 from diffusion_align.rewards.foreign import (
-    RewardError,
     answer_of,
     copied,
-    describe_exception,
     foreign_code,
     in_its_thread,
     reward_name,

@@ -1,4 +1,4 @@
-"""The one place where code of users is called: with copies, in a known thread; every end but an answer is a sentence.
+"""The one place where rewards are called: with copies, in a known thread; every end but an answer is a sentence.
 
 Rewards for images and text, their checks and their construction all come here, whoever calls them: training, held-out
 evaluation, ``compare``, ``pairs``, ``score``, a server, Python.
@@ -13,29 +13,24 @@ import inspect
 import io
 import os
 import sys
-import sysconfig
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from diffusion_align import foreign
 from diffusion_align.background import LongLivedThread, background
-from diffusion_align.interrupt import Overdue, breakable, interrupted, interruptible
+from diffusion_align.errors import RewardError
+from diffusion_align.interrupt import Overdue, breakable
 
 Result = TypeVar("Result")
 
 _PLAIN = (str, int, float, bool, bytes, type(None))
-_LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _local = threading.local()
 _asynchronous = LongLivedThread("diffusion-align event loop")  # where this thread has a loop that runs: notebooks
-
-
-class RewardError(ValueError):
-    """A reward that cannot be built, raised, or answered something other than one finite score a picture."""
+foreign_code = functools.partial(foreign.foreign_code, error=RewardError)
 
 
 def reward_name(reward: Any) -> str:
@@ -98,32 +93,6 @@ def _breakable(reward: Any) -> Iterator[None]:
         raise RewardError(f"reward '{reward_name(reward)}' did not answer when the run was asked to stop") from error
 
 
-@contextlib.contextmanager
-def foreign_code(what: str, after: str = "") -> Iterator[None]:
-    """Whatever is raised inside becomes a RewardError that begins with ``what``, SystemExit and its like too.
-
-    A RewardError stays as it is, and so does a Ctrl-C: KeyboardInterrupt where a loop that counts Ctrl-C has been asked
-    to stop, or where there is none.
-    """
-    try:
-        yield
-    except (RewardError, Overdue):
-        raise
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and (interrupted() or not interruptible()):
-            raise
-        raise RewardError(f"{what}{describe_exception(error)}{_place(error.__traceback__)}{after}") from error
-
-
-def describe_exception(error: BaseException) -> str:
-    """``TypeError: the first line of its message``, for one-sentence errors."""
-    try:
-        lines = str(error).strip().splitlines()
-    except BaseException:  # the text of an exception is code of its author's
-        return f"{type(error).__name__}, whose text cannot be read"
-    return f"{type(error).__name__}: {lines[0][:1000]}" if lines else type(error).__name__
-
-
 def copied(value: Any) -> Any:
     """A copy that shares nothing that can be changed, item by item of a list; what cannot be copied is as it is."""
     if isinstance(value, _PLAIN):
@@ -157,17 +126,6 @@ def _awaited(answer: Awaitable[Any]) -> Any:
             with contextlib.suppress(BaseException):
                 _local.loop.run_until_complete(task)
         raise
-
-
-def _place(traceback: TracebackType | None) -> str:
-    """ " (file, line)" of the innermost frame that is neither a library's nor ours, for who has to repair it."""
-    found = ""
-    while traceback is not None:
-        code, module = traceback.tb_frame.f_code, str(traceback.tb_frame.f_globals.get("__name__"))
-        if not code.co_filename.startswith((*_LIBRARIES, "<")) and module.split(".")[0] != "diffusion_align":
-            found = f" ({Path(code.co_filename).name}, line {traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    return found
 
 
 def _closed_streams() -> set[str]:

@@ -4,19 +4,16 @@ Rewards for images and for text differ by their table of names and by how they a
 """
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
+from diffusion_align.errors import RewardError
 from diffusion_align.paths import path_problem
-from diffusion_align.rewards.base import RewardError, metadata_place, parameters_of
-from diffusion_align.rewards.foreign import foreign_code
-from diffusion_align.shown import short
+from diffusion_align.references import module_of, resolve
+from diffusion_align.rewards.base import metadata_place, parameters_of
 
 # name: (module, function that builds it). The module says the rest in ABOUT[function].
 REWARDS: dict[str, tuple[str, str]] = {
@@ -77,10 +74,7 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
         module_name, function = kind.table[source]
         module = importlib.import_module(module_name)
         return source, getattr(module, function), getattr(module, f"{function}_problem", None)
-    if source and (problem := path_problem(source)):
-        raise RewardError(f"reward {short(source)} {problem}")
-    place, colon, attribute = source.rpartition(":")
-    if not colon:
+    if ":" not in source and not (source and path_problem(source)):
         ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
         other = _other(kind)
         if source in other.table:
@@ -88,20 +82,10 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
         near = get_close_matches(source, kind.table, n=1, cutoff=0.5)
         meant = f"did you mean '{near[0]}'? There are" if near else "there are"
         raise RewardError(f"unknown reward '{source}': {meant} {ours}")
-    if not place or not attribute:
-        raise RewardError(f"reward '{source}' must read 'package.module:function' or 'path/to/file.py:function'")
-    if place.endswith(".py") and (problem := path_problem(place, "file")):
-        raise RewardError(f"reward file {short(place)} {problem}")
-    hint = f"; for a file in this folder write '{place}.py:{attribute}'" if Path(f"{place}.py").is_file() else ""
-    with foreign_code(f"reward '{source}' cannot be imported (", f"){hint}"):
-        module = _import_file(Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
-    target = getattr(module, attribute, None)
-    if target is None:
-        near = get_close_matches(attribute, [name for name in vars(module) if not name.startswith("_")], n=1)
-        raise RewardError(f"'{place}' has no '{attribute}'" + (f": did you mean '{near[0]}'?" if near else ""))
+    target = resolve(source, "reward", error=RewardError)
     if not callable(target):
         raise RewardError(f"reward '{source}' is a {type(target).__name__}: name a function or a class")
-    return attribute, target, None
+    return source.rpartition(":")[2], target, None
 
 
 def user_modules(spec: Any, kind: Kind) -> list[Any]:
@@ -112,32 +96,9 @@ def user_modules(spec: Any, kind: Kind) -> list[Any]:
         return [module for one in named for module in user_modules(one, kind)]
     if isinstance(spec, list | tuple):
         return [module for one in spec for module in user_modules(one, kind)]
-    place, colon, _ = spec.strip().rpartition(":") if isinstance(spec, str) else ("", "", "")
-    if not colon or spec in kind.table:
+    if not isinstance(spec, str) or ":" not in spec:
         return []
-    if place.endswith(".py"):
-        return [_import_file(Path(place).expanduser())]
-    return [importlib.import_module(place)]
-
-
-def _import_file(path: Path) -> Any:
-    """The module in a file, run once per version of the file: checking a spec and building it share it."""
-    if not path.is_file():
-        raise RewardError(f"reward file '{path}' does not exist")
-    name = f"diffusion_align_reward_{path.stem}_{abs(hash((path.resolve(), path.stat().st_mtime_ns)))}"
-    if name in sys.modules:
-        return sys.modules[name]
-    specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    try:
-        specification.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return [module_of(spec.strip(), "reward", error=RewardError)]
 
 
 def is_builder(target: Any) -> bool:

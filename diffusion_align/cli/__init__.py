@@ -417,7 +417,7 @@ def main() -> None:
     except BaseException as error:
         if debug:
             _errors.print(_traceback(error), markup=False)
-        if isinstance(error, UserError) or _is_a(error, "RewardError", "OutOfMemoryError"):
+        if isinstance(error, UserError) or _is_a(error, "OutOfMemoryError"):
             status = _say(_with_notes(error))
         elif isinstance(error, SystemExit):  # never ours, so nothing was finished, whatever its code
             called = f"sys.exit({error.code!r}) was called by code outside this package"

@@ -1,0 +1,83 @@
+"""References to a user's own code, ``package.module:name`` or ``path/to/file.py:name``: rewards, methods, callbacks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffusion_align.errors import UserError, short
+from diffusion_align.foreign import foreign_code
+from diffusion_align.paths import path_problem
+
+
+def resolve(reference: Any, what: str, *, noun: str = "function", error: type[UserError] = UserError) -> Any:
+    """The object that a reference names; anything but text is that object itself.
+
+    Args:
+        reference: ``package.module:name``, ``path/to/file.py:name`` (``~`` is expanded), or an object.
+        what: what it is for, as sentences begin: "reward", "method", "callback".
+        noun: what sentences call the object, such as "function" or "Class".
+        error: what is raised.
+
+    Raises:
+        UserError: an ``error`` of one sentence: no such file, module or name in it, or its code raised.
+    """
+    if not isinstance(reference, str):
+        return reference
+    module = module_of(reference, what, noun=noun, error=error)
+    place, _, name = reference.rpartition(":")
+    found = getattr(module, name, None)
+    if found is None:
+        public = (one for one in vars(module) if not one.startswith("_"))
+        raise error(f"'{place}' has no '{name}'{_near(name, public)}")
+    return found
+
+
+def module_of(reference: str, what: str, *, noun: str = "function", error: type[UserError] = UserError) -> ModuleType:
+    """The module that a reference leads to; see ``resolve``."""
+    if reference and (problem := path_problem(reference)):
+        raise error(f"{what} {short(reference)} {problem}")
+    place, _, name = reference.rpartition(":")
+    if not place or not name:
+        raise error(f"{what} '{reference}' must read 'package.module:{noun}' or 'path/to/file.py:{noun}'")
+    if not place.endswith(".py"):
+        here = f"; for a file in this folder write '{place}.py:{name}'" if Path(f"{place}.py").is_file() else ""
+        with foreign_code(f"{what} '{reference}' cannot be imported (", f"){here}", error=error):
+            return importlib.import_module(place)
+    path = Path(place).expanduser()
+    if problem := path_problem(place, "file"):
+        raise error(f"{what} file {short(place)} {problem}")
+    if not path.is_file():
+        near = _near(path.name, (one.name for one in path.parent.glob("*.py")))
+        raise error(f"{what} file '{path}' does not exist{near}")
+    with foreign_code(f"{what} '{reference}' cannot be imported (", ")", error=error):
+        return _run_once(path)
+
+
+def _run_once(path: Path) -> ModuleType:
+    """The module in a file, run once per version of the file: whoever refers to it shares it."""
+    name = f"diffusion_align_file_{path.stem}_{abs(hash((path.resolve(), path.stat().st_mtime_ns)))}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look their module up
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f": did you mean '{near[0]}'?" if near else ""
