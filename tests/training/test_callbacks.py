@@ -1,0 +1,97 @@
+"""Callbacks see a run as it is, may add to an epoch's row, end the run, and lose nothing where they fail."""
+
+import json
+
+import pytest
+import torch
+from toy import Toy
+
+from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.checkpoint import list_checkpoints
+
+
+@pytest.fixture(autouse=True)
+def _short_report(monkeypatch):
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+
+
+class Noted(Callback):
+    """Writes down what it is called with."""
+
+    def __init__(self, stop_after=None, fail_at=None):
+        self.calls, self.stop_after, self.fail_at = [], stop_after, fail_at
+
+    def on_start(self, trainer):
+        self.calls.append(("start", trainer.epoch, trainer.resumed))
+
+    def on_update(self, trainer, row):
+        self.calls.append(("update", row["step"]))
+
+    def on_epoch_end(self, trainer, row):
+        self.calls.append(("epoch", row["epoch"], trainer.epoch))
+        if self.fail_at == trainer.epoch:
+            raise RuntimeError("my own fault")
+        row["mine"] = 10.0 * row["epoch"]
+        return "enough" if self.stop_after == trainer.epoch else None
+
+    def on_end(self, trainer):
+        self.calls.append(("end", (trainer.folder / "final").is_dir()))
+
+    def on_close(self, trainer):
+        self.calls.append(("close",))
+
+
+def epochs_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "time/epoch" in row]
+
+
+def test_they_are_called_in_order_and_what_they_add_is_logged(tmp_path):
+    noted = Noted()
+    Toy(tmp_path / "run", epochs=2, callbacks=[noted]).train()
+    epochs = [[("update", 2 * n - 1), ("update", 2 * n), ("epoch", n, n)] for n in (1, 2)]
+    assert noted.calls == [("start", 0, False), *epochs[0], *epochs[1], ("end", True), ("close",)]
+    assert [row["mine"] for row in epochs_of(tmp_path / "run")] == [10.0, 20.0]
+
+
+def test_a_reason_ends_the_run_which_is_then_finished(tmp_path):
+    noted = Noted(stop_after=2)
+    trainer = Toy(tmp_path / "run", epochs=5, callbacks=[noted])
+    trainer.train()
+    assert (trainer.epoch, trainer.stopped) == (2, "enough")
+    assert noted.calls[-2:] == [("end", True), ("close",)]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
+
+
+def test_one_that_fails_loses_no_epoch(tmp_path):
+    with pytest.raises(RuntimeError, match="my own fault") as caught:
+        Toy(tmp_path / "run", checkpoint_every=100, callbacks=[Noted(fail_at=2)]).train()
+    assert caught.value.__notes__ == [f"go on with resume=true output_dir={tmp_path / 'run'}"]
+    noted = Noted()
+    Toy(tmp_path / "run", checkpoint_every=100, resume=True, callbacks=[noted]).train()
+    assert noted.calls[:2] == [("start", 2, True), ("epoch", 2, 2)]  # which is made up for
+    Toy(tmp_path / "calm", checkpoint_every=100, callbacks=[Noted()]).train()
+    without_times = [
+        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in epochs_of(tmp_path / name)]
+        for name in ("run", "calm")
+    ]
+    assert without_times[0] == without_times[1]
+    weights = [(tmp_path / name / "final" / "weights.txt").read_text() for name in ("run", "calm")]
+    assert weights[0] == weights[1]
+
+
+def test_the_parts_of_an_epoch_can_be_called_on_a_fresh_trainer(tmp_path):
+    trainer = Toy(tmp_path / "run")
+    collected, metrics = trainer.collect()
+    batch, plan, estimated = trainer.estimate(collected)
+    assert metrics == estimated == {}
+    losses, _ = trainer.loss(batch, plan.sample_indices, torch.zeros_like(plan.sample_indices))
+    assert losses.shape == (4,)
+    indices = torch.stack([plan.sample_indices, torch.zeros_like(plan.sample_indices)], dim=1)
+    found = trainer.accumulate(batch, indices, 4).over_processes(trainer.accelerator)
+    assert found["loss"] == pytest.approx(losses.mean().item())
+    expected = torch.autograd.grad(losses.mean(), trainer.weights)[0]
+    torch.testing.assert_close(trainer.weights.grad, expected)
+    trainer.folder.mkdir()
+    trainer.save()
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000000"]
