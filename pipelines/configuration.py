@@ -16,14 +16,8 @@ from diffusion_align.data.image_pairs import PairsConfig, pairs_problems
 from diffusion_align.data.prompts import PromptsConfig, prompts_problems
 from diffusion_align.data.sources import in_python, splits_problem
 from diffusion_align.data.text_rows import TextDataConfig, columns_problems
-from diffusion_align.diffusion.ddpo import DDPOConfig
-from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.errors import ConfigError, short
-from diffusion_align.llm.dpo import DPOConfig
-from diffusion_align.llm.grpo import GRPOConfig
-from diffusion_align.llm.kto import KTOConfig
-from diffusion_align.llm.ppo import PPOConfig
-from diffusion_align.llm.reward_model import RewardModelConfig
+from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.language_models import language_model_problem
 from diffusion_align.models.runs import image_model_problem
 from diffusion_align.paths import PROBE, output_problem, path_problem
@@ -42,15 +36,6 @@ from diffusion_align.training.launch import launch_problems
 from diffusion_align.training.lock import LOCK_FILE, lock_problem
 from diffusion_align.training.places import absolute_paths
 
-IMAGE_METHODS: dict[str, type[TrainingConfig]] = {"ddpo": DDPOConfig, "diffusion_dpo": DiffusionDPOConfig}
-TEXT_METHODS: dict[str, type[TrainingConfig]] = {
-    "grpo": GRPOConfig,
-    "ppo": PPOConfig,
-    "dpo": DPOConfig,
-    "kto": KTOConfig,
-    "reward_model": RewardModelConfig,
-}
-METHODS = IMAGE_METHODS | TEXT_METHODS
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -108,18 +93,16 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
         ConfigError: with every problem that can be found without loading a model.
     """
     raw = _readable_again(raw)
-    method = raw.get("method", "ddpo")
-    if not isinstance(method, str) or method not in METHODS:
-        raise ConfigError([f"method={short(method)} is unknown: {nearest(str(method), list(METHODS))}"])
+    method = method_of(raw.get("method", DEFAULT))
     own = (
         [_check_model, _check_pairs, _check_reward, _check_prompts, _check_evaluation]
-        if method in IMAGE_METHODS
+        if method.model_kind == "image"
         else [_check_language_model, _check_text_data, _check_text_rewards]
     )
-    raw = read_as(METHODS[method], raw)
+    raw = read_as(method.config_class, raw)
     checks = [*own, _check_precision, _check_trackers, _check_output_dir]
     problems = [problem for check in checks for problem in check(raw)]  # of the paths as they were given
-    return parse_config(METHODS[method], absolute_paths(raw), checks=[lambda _: problems])
+    return parse_config(method.config_class, absolute_paths(raw), checks=[lambda _: problems])
 
 
 def _readable_again(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +142,7 @@ def _check_language_model(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in ("model", "reference_model"):
         model = raw.get(name)
-        classifier = raw.get("method") == "reward_model"
+        classifier = method_of(raw["method"]).model_kind == "classifier"
         problem = language_model_problem(model, or_classifier=classifier) if isinstance(model, str) else None
         if problem:
             problems.append(problem.replace("model=", f"{name}=", 1))
@@ -175,7 +158,7 @@ def _check_text_data(raw: Mapping[str, Any]) -> list[str]:
             config = TextDataConfig.model_validate(raw[name])
         except ValidationError:
             continue  # said where the whole configuration is read
-        kind = "prompts" if name == "prompts" else "labels" if raw.get("method") == "kto" else "preferences"
+        kind = "prompts" if name == "prompts" else method_of(raw["method"]).dataset_kind
         problems += columns_problems(text_data(config), kind, name=name)
     return problems
 
@@ -239,7 +222,7 @@ def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
 
 def _is_empty(raw: Mapping[str, Any], name: str) -> bool:
     """Whether a setting is there without a value although the method cannot do without it."""
-    return name in raw and METHODS[raw.get("method", "ddpo")].model_fields[name].is_required()
+    return name in raw and method_of(raw.get("method", DEFAULT)).config_class.model_fields[name].is_required()
 
 
 def _check_trackers(raw: Mapping[str, Any]) -> list[str]:
@@ -286,6 +269,6 @@ def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
         method = load_yaml(folder / "config.yaml")["method"]
     except (ConfigError, KeyError):
         return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
-    if method != raw.get("method", "ddpo"):
+    if method != raw.get("method", DEFAULT):
         return [f"resume=true, but {folder} is a run of method={method!r}: choose a new output_dir"]
     return []

@@ -21,6 +21,7 @@ from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.errors import UserError, short
+from diffusion_align.methods import method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora_file import save_lora
@@ -28,7 +29,7 @@ from diffusion_align.models.part_configs import unet_inputs
 from diffusion_align.models.runs import model_plan
 from diffusion_align.models.upload import upload
 from diffusion_align.paths import path_problem
-from diffusion_align.pipelines.configuration import IMAGE_METHODS, check_config
+from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.identity import image_identity
 from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, prompts_of, usable_pairs
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
@@ -162,10 +163,7 @@ class ImageAlignmentPipeline:
             ConfigError: everything that is wrong with the settings, before anything is trained.
             RewardError, TrainingError, Interrupted: see ``Trainer.train``; the pipeline then draws as it did before.
         """
-        if method not in IMAGE_METHODS:
-            raise UserError(
-                f"method={method!r} does not train a text-to-image model: use one of {', '.join(IMAGE_METHODS)}"
-            )
+        method_of(method, "image")
         if "model" in settings:
             raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
         for name, argument in _OF_LOADING.items():

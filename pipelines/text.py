@@ -45,6 +45,7 @@ from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.llm.rollout import rollout
+from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import (
     language_model_problem,
     load_ends,
@@ -55,7 +56,7 @@ from diffusion_align.models.language_models import (
 )
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.paths import path_problem
-from diffusion_align.pipelines.configuration import TEXT_METHODS, check_config, text_data
+from diffusion_align.pipelines.configuration import check_config, text_data
 from diffusion_align.pipelines.identity import text_identity
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
@@ -134,9 +135,7 @@ class TextAlignmentPipeline:
             ConfigError: everything that is wrong with the settings, before anything is trained.
             RewardError, TrainingError, Interrupted: see ``Trainer.train``; the model is then as it was before.
         """
-        if method == "reward_model" or method not in TEXT_METHODS:
-            methods = ", ".join(name for name in TEXT_METHODS if name != "reward_model")
-            raise UserError(f"method={method!r} does not train this language model: use one of {methods}")
+        method_of(method, "text")
         if "model" in settings:
             raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
         if "dtype" in settings:

@@ -128,7 +128,8 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
     """Run ``epochs`` epochs after one to warm up; seconds, ratios, peak memory and, of text, tokens a second."""
     from bare_passes import LanguagePasses, UNetPasses
 
-    from diffusion_align.pipelines.configuration import IMAGE_METHODS, read_config
+    from diffusion_align.methods import method_of
+    from diffusion_align.pipelines.configuration import read_config
     from diffusion_align.pipelines.run import run
 
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +151,8 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
             passes.clear()
             began.append(time.perf_counter())
 
-        counting: Any = UNetPasses() if config.method in IMAGE_METHODS else LanguagePasses()
+        of_images = method_of(config.method).model_kind == "image"
+        counting: Any = UNetPasses() if of_images else LanguagePasses()
         with counting as passes, _called_before_collecting(before_collecting):
             run(config)
     measured = results[1:]  # the first epoch warms up
@@ -164,8 +166,8 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
         "high": max(ratios),
         "peak_mib": _peak_mib(),
     }
-    if config.method in IMAGE_METHODS:
-        row["steps"] = config.decisions_per_pair if config.method == "diffusion_dpo" else config.sampler.steps
+    if of_images:
+        row["steps"] = getattr(config, "decisions_per_pair", config.sampler.steps)
     else:
         row["tokens_per_second"] = statistics.median(tokens / epoch for epoch, _, tokens in measured)
     return row

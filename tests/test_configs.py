@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from diffusion_align.pipelines.configuration import TEXT_METHODS, read_config, shipped_configs
+from diffusion_align.methods import method_of
+from diffusion_align.pipelines.configuration import read_config, shipped_configs
 from diffusion_align.pipelines.run import run
 from diffusion_align.report import plots, read_metrics
 from diffusion_align.training.config import load_yaml
@@ -81,7 +82,8 @@ def test_it_is_valid_and_writes_to_a_folder_of_its_own(name, tmp_path, monkeypat
 def test_its_first_epoch_runs(name, tmp_path, request, monkeypatch):
     if name not in DRAWN:
         monkeypatch.setattr(plots, "figure_png", lambda figure: b"")
-    short = SHORT_TEXTS if load_yaml(shipped_configs()[name])["method"] in TEXT_METHODS else SHORT_PICTURES
+    text = method_of(load_yaml(shipped_configs()[name])["method"]).model_kind != "image"
+    short = SHORT_TEXTS if text else SHORT_PICTURES
     few = ["pairs.max_pairs=16"] if name.startswith("dpo_emoji_style") else []
     overrides = [f"output_dir={tmp_path / 'run'}", *short, *few, *OTHER_MODEL.get(name, [])]
     if name in REAL:
@@ -96,9 +98,9 @@ def test_its_first_epoch_runs(name, tmp_path, request, monkeypatch):
     if config.method in ("ddpo", "grpo", "ppo"):
         # Texts are sampled with a cache and padded on the left, scored without and on the right: logits of size 20
         # then differ by a few float32 roundings, 1e-6 each. Pictures are replayed by the very same pass.
-        assert updates[0]["ratio/first_pass_deviation"] < (3e-5 if config.method in TEXT_METHODS else 1e-5)
+        assert updates[0]["ratio/first_pass_deviation"] < (3e-5 if text else 1e-5)
     else:
         assert updates[0]["rewards/accuracies"] == 0.5
-    written = "adapter_model" if config.method in TEXT_METHODS else "pytorch_lora_weights"
+    written = "adapter_model" if text else "pytorch_lora_weights"
     assert (tmp_path / "run" / "final" / f"{written}.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file()

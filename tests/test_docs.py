@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import diffusion_align.estimators as estimators
-from diffusion_align.pipelines.configuration import METHODS, TEXT_METHODS, shipped_configs, shipped_prompts
+from diffusion_align.methods import SHIPPED, method_of
+from diffusion_align.pipelines.configuration import shipped_configs, shipped_prompts
 from diffusion_align.rewards import REWARDS
 from diffusion_align.training.config import load_yaml
 
@@ -77,7 +78,8 @@ def _run_blocks(found: list[tuple[str, str]], tmp_path: Path, forked: Any, serve
                     Path(words[place]).write_text("\n".join(few))
                 call = words[1:]
                 call += ["pairs.max_pairs=16"] if words[1:] == ["train", "dpo_emoji_style"] else []
-                text = words[1] == "train" and load_yaml(shipped_configs()[words[2]])["method"] in TEXT_METHODS
+                method = load_yaml(shipped_configs()[words[2]])["method"] if words[1] == "train" else "ddpo"
+                text = method_of(method).model_kind != "image"
                 short = {"train": SHORT_TEXTS if text else SHORT_PICTURES}
                 call += (short | {"pairs": ["--steps=2", "--guidance-scale=1"]}).get(words[1], [])
                 done = forked(*call, cwd=tmp_path, timeout=300)
@@ -112,7 +114,7 @@ def test_links_files_and_functions_exist(page: Path) -> None:
         assert (page.parent / target).is_file(), target
     for path in re.findall(r"`(?:diffusion_align/)?((?:tests|diffusion|estimators|training)/[\w/]+\.py)`", text):
         assert (ROOT / path).is_file() or (ROOT / "diffusion_align" / path).is_file(), path
-    settings = {name for config in METHODS.values() for name in config.model_fields}
+    settings = {name for method in SHIPPED for name in method_of(method).config_class.model_fields}
     kinds = "loss|kl|reward|value|advantages|penalty|probs|factor"
     for name in re.findall(rf"`(?:estimators\.)?([a-z_]+_(?:{kinds}))`", text):
         assert hasattr(estimators, name) or name in settings or name in REWARDS, name

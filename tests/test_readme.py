@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from diffusion_align.pipelines.configuration import TEXT_METHODS, shipped_configs, shipped_prompts
+from diffusion_align.methods import method_of
+from diffusion_align.pipelines.configuration import shipped_configs, shipped_prompts
 from diffusion_align.report import plots
 from diffusion_align.training.config import load_yaml
 
@@ -35,7 +36,8 @@ def shortened(words: list[str]) -> list[str]:
     if words[:2] == ["diffusion-align", "train"]:
         epochs = "epochs=2" if "resume=true" in words else "epochs=1"
         few = ["pairs.max_pairs=16"] if words[2:] == ["dpo_emoji_style"] else []
-        short = SHORT_TEXTS if load_yaml(shipped_configs()[words[2]])["method"] in TEXT_METHODS else SHORT_PICTURES
+        image = method_of(load_yaml(shipped_configs()[words[2]])["method"]).model_kind == "image"
+        short = SHORT_PICTURES if image else SHORT_TEXTS
         return [word for word in words if not word.startswith("epochs=")] + [epochs, *few, *short]
     if words[:2] == ["diffusion-align", "pairs"]:
         words = [*words, "--steps=2", "--guidance-scale=1"]

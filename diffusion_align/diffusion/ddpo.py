@@ -233,6 +233,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     """
 
     config: DDPOConfig
+    config_class = DDPOConfig
 
     def __init__(
         self,

@@ -214,6 +214,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     """
 
     config: DiffusionDPOConfig
+    config_class = DiffusionDPOConfig
     headline = "rewards/accuracies"
     keeps = ("latents",)
 

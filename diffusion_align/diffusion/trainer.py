@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
 
@@ -37,6 +38,8 @@ class DenoisingTrainer(Trainer[Batch]):
     """
 
     config: DenoisingConfig
+    config_class: ClassVar[type[TrainingConfig]] = DenoisingConfig
+    model_kind = "image"
 
     def __init__(
         self,

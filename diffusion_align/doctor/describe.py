@@ -33,8 +33,9 @@ from diffusion_align.doctor.epoch_cost import (
 )
 from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line
+from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.part_configs import latent_shape
-from diffusion_align.pipelines.configuration import METHODS, read_config, read_settings
+from diffusion_align.pipelines.configuration import read_config, read_settings
 from diffusion_align.pipelines.text import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.clip import default_clip, is_emoji_sd
@@ -100,9 +101,7 @@ def _what_can_be_read(source: str, overrides: Sequence[str]) -> Any:
     """The settings without those that are not allowed; None where they cannot be read at all or name no model."""
     try:
         raw = read_settings(source, overrides)
-        method = METHODS.get(str(raw.get("method", "ddpo")))
-        if method is None:
-            return None
+        method = method_of(raw.get("method", DEFAULT)).config_class
         raw = read_as(method, raw)
     except ConfigError:
         return None

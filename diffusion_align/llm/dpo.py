@@ -137,6 +137,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     """
 
     config: DPOConfig
+    config_class = DPOConfig
     keeps = ("reference.safetensors",)
     rows: Sequence[PreferenceRow]
 

@@ -127,6 +127,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
     """
 
     config: GRPOConfig
+    config_class = GRPOConfig
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

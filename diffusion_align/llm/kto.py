@@ -95,6 +95,8 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     """
 
     config: KTOConfig
+    config_class = KTOConfig
+    dataset_kind = "labels"
     rows: Sequence[LabelledRow]
 
     def data_problems(self) -> list[str]:

@@ -100,6 +100,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
     """Train a language model towards rewards, with a value for every token; see ``PolicyGradientTrainer``."""
 
     config: PPOConfig
+    config_class = PPOConfig
 
     def __init__(
         self,

@@ -175,6 +175,8 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
     """
 
     config: RewardModelConfig
+    config_class = RewardModelConfig
+    model_kind = "classifier"
     headline = "accuracy"
 
     def __init__(

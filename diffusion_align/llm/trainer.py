@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from diffusion_align.llm.policy import LanguagePolicy, Sequences, widest_float
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.llm.showing import SHOWN, TextShow
 from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
@@ -45,6 +46,8 @@ class TextTrainer(Trainer[Batch]):
     """
 
     config: TextConfig
+    config_class: ClassVar[type[TrainingConfig]] = TextConfig
+    model_kind = "text"
 
     def __init__(
         self,

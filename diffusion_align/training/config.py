@@ -58,6 +58,7 @@ class Section(BaseModel):
 class TrainingConfig(Section):
     """What every trainer shares. Counts are global: with P processes each does a P-th of them."""
 
+    method: str = Field("", description="what trains: a shipped method's name, module:Class or file.py:Class")
     model: str = Field(description="embedded name, folder or hub id of the model to align")
     output_dir: Folder = Field(description="the run folder; must be new or empty unless `resume` is set")
     resume: bool = Field(

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -87,6 +87,9 @@ class Trainer(ABC, Generic[Batch]):
         processes, bars, folder, run_folder, log: what helpers are given.
     """
 
+    config_class: ClassVar[type[TrainingConfig]] = TrainingConfig  # its settings
+    model_kind: ClassVar[Literal["image", "text", "classifier"] | None] = None  # what is loaded for it to train
+    dataset_kind: ClassVar[Literal["preferences", "labels"]] = "preferences"  # what a row of its dataset says
     headline = "reward"  # the metric that the progress bar shows
     none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
     keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet

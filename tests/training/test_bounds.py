@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from diffusion_align.pipelines.configuration import METHODS
+from diffusion_align.methods import SHIPPED, method_of
 
 # Bounds and limits that .inf takes away.
 MAY_BE_INFINITE = {
@@ -47,7 +47,11 @@ def kinds(annotation):
     return [annotation]
 
 
-CASES = {f"{method}.{name}": (kind, wrap) for method, model in METHODS.items() for name, kind, wrap in numbers(model)}
+CASES = {
+    f"{method}.{name}": (kind, wrap)
+    for method in SHIPPED
+    for name, kind, wrap in numbers(method_of(method).config_class)
+}
 
 
 def allowed(kind, value):
