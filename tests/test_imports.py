@@ -1,4 +1,4 @@
-"""Imports point left only: estimators <- training, data <- models <- diffusion, llm <- pipelines <- doctor <- cli."""
+"""Imports point left: estimators <- training, data <- models <- diffusion, llm <- methods <- pipelines <- doctor."""
 
 import ast
 import subprocess
@@ -15,6 +15,7 @@ FOLDERS = {
     "models": ROOT / "diffusion_align" / "models",
     "diffusion": ROOT / "diffusion_align" / "diffusion",
     "llm": ROOT / "diffusion_align" / "llm",
+    "methods": ROOT / "diffusion_align" / "methods.py",
     "report": ROOT / "diffusion_align" / "report",
     "assets": ROOT / "diffusion_align" / "assets",
     "rewards": ROOT / "rewards",
@@ -22,6 +23,7 @@ FOLDERS = {
     "doctor": ROOT / "diffusion_align" / "doctor",
     "cli": ROOT / "diffusion_align" / "cli",
 }
+BELOW_PIPELINES = set(FOLDERS) - {"pipelines", "doctor", "cli"}
 # What each part may import of the project; a part always may import itself and the bare package (its version).
 ALLOWED = {
     "estimators": set(),
@@ -33,9 +35,10 @@ ALLOWED = {
     "rewards": {"assets", "models"},
     "diffusion": {"estimators", "training", "data", "models", "assets", "report", "rewards"},
     "llm": {"estimators", "training", "data", "models", "assets", "report", "rewards"},
-    "pipelines": {"estimators", "training", "data", "models", "diffusion", "llm", "assets", "report", "rewards"},
-    "doctor": {"estimators", "training", "data", "models", "diffusion", "llm", "assets", "rewards", "pipelines"},
-    "cli": {"training", "data", "models", "assets", "report", "rewards", "pipelines", "doctor"},
+    "methods": {"training", "diffusion", "llm"},
+    "pipelines": BELOW_PIPELINES,
+    "doctor": BELOW_PIPELINES - {"report"} | {"pipelines"},
+    "cli": {"training", "data", "models", "assets", "report", "rewards", "methods", "pipelines", "doctor"},
 }
 # The protocol, and how a configuration holds one, are all that a policy needs to know about rewards.
 REWARDS_SEEN_FROM_BELOW = {f"diffusion_align.rewards.{name}" for name in ("base", "setting", "text.base")}
