@@ -17,7 +17,7 @@ import torch
 import typer
 from training_runs import folder_name, side_by_side, train
 
-from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import load_prompts
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import shipped_prompts

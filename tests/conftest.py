@@ -43,6 +43,25 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """Built from a tree without symbolic links."""
+    from installed import build_wheel, tree_without_links
+
+    return build_wheel(tree_without_links(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def unpacked(wheel, tmp_path_factory):
+    """A folder with the installed copy, to come first on ``PYTHONPATH``."""
+    import zipfile
+
+    target = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+@pytest.fixture(scope="session")
 def forked(tmp_path_factory):
     """The command line in processes of its own."""
     from forked_cli import ForkedCli

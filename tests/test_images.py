@@ -330,7 +330,7 @@ def test_nobody_else_opens_images():
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", "") == "Image":
                     found.append(path.relative_to(ROOT).as_posix())
-    assert sorted(set(found)) == ["diffusion_align/assets/preferences.py", "diffusion_align/images.py"]
+    assert sorted(set(found)) == ["diffusion_align/data/drawings.py", "diffusion_align/images.py"]
 
 
 def special_images():

@@ -17,7 +17,7 @@ FOLDERS = {
     "llm": ROOT / "diffusion_align" / "llm",
     "methods": ROOT / "diffusion_align" / "methods.py",
     "report": ROOT / "diffusion_align" / "report",
-    "assets": ROOT / "diffusion_align" / "assets",
+    "assets": ROOT / "diffusion_align" / "assets.py",
     "rewards": ROOT / "rewards",
     "pipelines": ROOT / "pipelines",
     "doctor": ROOT / "diffusion_align" / "doctor",

@@ -1,7 +1,6 @@
 """The wheel: one top-level name, every asset inside, and it works where it is installed, far from this repository."""
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from installed import build_wheel, environment_with, tree_without_links
 from tiny_runs import IMAGE_RUN
 
 ROOT = Path(__file__).parent.parent
@@ -48,26 +48,9 @@ TINY = IMAGE_RUN | {"prompts": "emoji_concepts", "show_prompts": ["a cat"], "gri
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built as pip would build it, with what is installed here and no network."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("diffusion_align", "pipelines", "rewards", "configs"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    target = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    built = subprocess.run([*command, "-w", target, source], capture_output=True, text=True, timeout=240)
-    assert built.returncode == 0, built.stderr
-    return next(target.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory):
+def installed(unpacked, tmp_path_factory):
     """A function that runs Python far away with the installed copy first on its path, and that copy's folder."""
-    target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", target, wheel]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    target = unpacked
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     for name in ("rewards", "pipelines", "configs"):  # a user's own folders of the same names
         (elsewhere / name).mkdir()
@@ -105,12 +88,60 @@ def test_is_inside(wheel, name):
 
 
 def test_every_file_of_the_package_is_inside(wheel):
-    package = ROOT / "diffusion_align"
     wanted = set()
-    for folder in (package, *(package / name for name in ("pipelines", "rewards", "configs"))):
+    for name in ("", "pipelines", "rewards", "configs"):  # the folders themselves, whether or not the links are there
+        folder = ROOT / (name or "diffusion_align")
         found = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-        wanted |= {path.relative_to(ROOT).as_posix() for path in found}
-    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
+        wanted |= {(Path("diffusion_align") / name / path.relative_to(folder)).as_posix() for path in found}
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    links = {f"diffusion_align/{name}" for name in ("pipelines", "rewards", "configs")}  # files where there are none
+    assert wanted - links <= inside
+    assert not links & inside
+
+
+def test_data_folders_hold_no_code_and_the_assets_cannot_be_imported(installed):
+    for name in ("assets", "configs"):
+        assert not list((installed.target / "diffusion_align" / name).rglob("*.py"))
+    result = installed("-c", "import diffusion_align.assets.prompts")
+    assert result.stderr.strip().endswith("'diffusion_align.assets' is not a package")
+
+
+def places(python, cwd):
+    """Where Python finds the package and two of its linked folders."""
+    modules = ("diffusion_align", "diffusion_align.pipelines", "diffusion_align.rewards")
+    code = f"from importlib.util import find_spec\nfor name in {modules}: print(find_spec(name).origin)"
+    result = subprocess.run([python, "-I", "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return [Path(line) for line in result.stdout.splitlines()]
+
+
+def test_an_editable_installation_without_links_finds_the_folders_themselves(tmp_path):
+    (tmp_path / "tree").mkdir()
+    tree = tree_without_links(tmp_path / "tree")
+    python = environment_with(tmp_path / "environment", "-e", tree)
+    folders = ("diffusion_align", "pipelines", "rewards")
+    assert places(python, tmp_path) == [tree / name / "__init__.py" for name in folders]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("links", ["true", "false"])
+@pytest.mark.parametrize("editable", [True, False])
+def test_a_clone_installs_and_trains(links, editable, wheel, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", "-c", f"core.symlinks={links}", ROOT, clone], check=True, timeout=60)
+    assert (clone / "diffusion_align/pipelines").is_symlink() == (links == "true")
+    if editable:
+        python = environment_with(tmp_path / "environment", "-e", clone)
+    else:
+        (tmp_path / "wheel").mkdir()
+        built = build_wheel(clone, tmp_path / "wheel")
+        assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+        python = environment_with(tmp_path / "environment", built)
+    assert places(python, tmp_path)[0].is_relative_to(clone if editable else tmp_path / "environment")
+    command = [python, "-I", "-m", "diffusion_align", "train", "quickstart", "epochs=1", "output_dir=run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run/final/pytorch_lora_weights.safetensors").is_file()
 
 
 def test_licences_are_in_the_metadata(wheel):

@@ -23,9 +23,9 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffusion_align.assets.preferences import load_preferences
 from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.data import sources
+from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.schemas import (
     BadRow,
     RowsConfig,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion_align.assets.preferences import BACKGROUNDS, composite
+from diffusion_align.data.drawings import BACKGROUNDS, composite
 
 from .common import chance, choose
 

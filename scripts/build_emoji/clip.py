@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusion_align.assets.preferences import BACKGROUNDS, composite
+from diffusion_align.data.drawings import BACKGROUNDS, composite
 
 from .augment import degrade, move
 from .captions import COLOURS, TEMPLATES, Look, caption, matches, random_caption

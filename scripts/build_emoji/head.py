@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import trange
 
-from diffusion_align.assets.preferences import BACKGROUNDS, composite, decode_drawing
+from diffusion_align.data.drawings import BACKGROUNDS, composite, decode_drawing
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.pretrained import load_in_dtype
 

@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from diffusion_align.assets.preferences import encode_drawing
+from diffusion_align.data.drawings import encode_drawing
 
 from .common import Build, written_aside
 from .data import Concept, load_drawings

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_align.assets.preferences import BACKGROUNDS, composite
+from diffusion_align.data.drawings import BACKGROUNDS, composite
 from diffusion_align.pretrained import load_in_dtype
 
 from .captions import COLOURS, Look, random_caption

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_align.assets.preferences import BACKGROUNDS, composite
+from diffusion_align.data.drawings import BACKGROUNDS, composite
 
 from .augment import move
 from .common import Build, chance, choose, mean_of_last, train, written_aside

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from rows_on_disk import write_rows
 
-from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs, pairs_problems
 from diffusion_align.errors import ConfigError
 

@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from rows_on_disk import write_rows
 
 from diffusion_align.assets import asset_path
-from diffusion_align.assets.preferences import load_preferences
 from diffusion_align.cli.listing import LISTINGS
+from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import PromptsConfig, load_prompts, prompts_problems
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.errors import ConfigError

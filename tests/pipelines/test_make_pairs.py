@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffusion_align.assets import asset_path
-from diffusion_align.assets.preferences import load_preferences
+from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import load_prompts
 from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline

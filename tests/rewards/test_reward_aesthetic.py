@@ -212,7 +212,7 @@ def test_the_embedded_head_is_the_default_for_emoji_sd():
 
 
 def test_the_embedded_head_prefers_the_chosen_drawings_of_unseen_concepts():
-    from diffusion_align.assets.preferences import composite, load_drawing_pairs
+    from diffusion_align.data.drawings import composite, load_drawing_pairs
 
     reward = build_reward("aesthetic", model="emoji-sd")
     pairs = load_drawing_pairs("heldout")

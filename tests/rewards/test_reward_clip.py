@@ -81,7 +81,7 @@ def test_emoji_clip_knows_the_background_of_a_hand_made_drawing(emoji):
 
 
 def test_real_drawings_fit_their_own_caption_better_than_anothers(emoji):
-    from diffusion_align.assets.preferences import composite, load_drawing_pairs
+    from diffusion_align.data.drawings import composite, load_drawing_pairs
 
     pairs = load_drawing_pairs("heldout")
     captions = [f"a {label}" for label, *_ in pairs]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(SCRIPTS))
 from build_emoji import augment, captions, clip, common, data, evaluate, head, models, preferences, tokenizer  # noqa: E402
 
 from diffusion_align.assets import ASSETS, asset_path  # noqa: E402
-from diffusion_align.assets.preferences import (  # noqa: E402
+from diffusion_align.data.drawings import (  # noqa: E402
     BACKGROUNDS,
     composite,
     decode_drawing,

@@ -1,11 +1,16 @@
-"""The embedded models, their prompt lists and the preference data; sources and licences in ``NOTICE``."""
+"""The embedded models, their prompt lists and the preference data: files in ``assets/``, which holds no code.
+
+Sources and licences are in its ``NOTICE``.
+"""
 
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
+FOLDER = Path(__file__).parent / "assets"
+"""Of the files. Beside this module of the same name, it cannot be imported."""
+
 EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip", "tiny-lm": "tiny-lm"}
-"""Model name -> folder below this package."""
+"""Model name -> folder below ``FOLDER``."""
 
 LANGUAGE_MODELS = ("tiny-lm", "smollm2")
 """Names of the language models; the second one comes from a wheel of its own."""
@@ -21,20 +26,18 @@ ASSETS = {
     "aesthetic-head": "aesthetic_head.safetensors",
     "notice": "NOTICE",
 }
-"""Asset name -> file or folder below this package."""
+"""Asset name -> file or folder below ``FOLDER``."""
 
 
 def asset_path(name: str) -> Path:
     """Path of an embedded asset, by its name in ``ASSETS`` (a model's path is a folder).
-
-    The package must be installed as files on disk, as pip does; diffusers loads folders, not zip members.
 
     Raises:
         ValueError: ``name`` is not an asset; the sentence lists those there are.
     """
     if name not in ASSETS:
         raise ValueError(f"there is no embedded asset {name!r}: choose one of {', '.join(sorted(ASSETS))}")
-    return Path(str(files(__name__).joinpath(*ASSETS[name].split("/"))))
+    return FOLDER / ASSETS[name]
 
 
 @cache
