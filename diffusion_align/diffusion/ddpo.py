@@ -37,6 +37,7 @@ from diffusion_align.estimators import (
     PromptStatistics,
     clipped_surrogate,
     kl_reward,
+    leave_one_out_advantages,
     reward_to_go,
     score_function_loss,
     several_rewards_advantages,
@@ -77,7 +78,11 @@ class DDPOConfig(DenoisingConfig):
     timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, drawn per picture")
 
     group_size: int = Field(1, ge=1, le=MOST, description="pictures a prompt in an epoch")
-    advantages: Literal["prompt_history", "group"] = "prompt_history"
+    advantages: Literal["prompt_history", "group", "leave_one_out"] = Field(
+        "prompt_history",
+        description="deviation from a prompt's mean reward in units of its std, over past epochs or the group of this "
+        "one; or reward minus the mean of the rest of the group (RLOO)",
+    )
     history_size: int = Field(
         32, ge=1, le=MOST, description="rewards a prompt keeps; the 4096 prompts seen last are remembered"
     )
@@ -89,7 +94,9 @@ class DDPOConfig(DenoisingConfig):
         "sum_then_normalize",
         description="of several rewards: the advantage of their sum, or the sum of each one's",
     )
-    advantage_clip: OrInfinite = Field(5.0, gt=0)
+    advantage_clip: OrInfinite = Field(
+        5.0, gt=0, description="bound on an advantage; one of leave_one_out is in the unit of the reward"
+    )
 
     kl_coef: float = Field(
         0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference, in units of the advantage"
@@ -111,8 +118,10 @@ class DDPOConfig(DenoisingConfig):
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
                 "change one of them"
             )
-        if self.advantages == "group" and self.group_size < 2:
-            problems.append("advantages=group compares pictures of one prompt: set group_size to 2 or more")
+        if self.advantages != "prompt_history" and self.group_size < 2:
+            problems.append(f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more")
+        if self.advantages == "leave_one_out" and self.clip_std != (0.0, math.inf):
+            problems.append("clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out")
         if self.history_min_count > self.history_size:
             problems.append(
                 f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
@@ -276,7 +285,9 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         groups = torch.arange(len(collected.rewards)) // config.group_size
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         columns = collected.scores if apart else collected.rewards[:, None]
-        if config.advantages == "group":
+        if config.advantages == "leave_one_out":
+            advantages = several_rewards_advantages(columns, groups, self.weights, estimator=leave_one_out_advantages)
+        elif config.advantages == "group":
             advantages = several_rewards_advantages(columns, groups, self.weights, clip_std=config.clip_std)
         else:
             texts = [text for text, _ in collected.samples]

@@ -9,6 +9,8 @@ yields an advantage of exactly zero. [002] "Rethinking KL Divergence in RLHF", 2
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -89,9 +91,14 @@ def group_advantages(
 
 
 def several_rewards_advantages(
-    rewards: Tensor, group_ids: Tensor, weights: Tensor | None = None, **settings: Any
+    rewards: Tensor,
+    group_ids: Tensor,
+    weights: Tensor | None = None,
+    *,
+    estimator: Callable[..., Tensor] | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """Sum over K rewards of ``weight_k * group_advantages(rewards[:, k], group_ids, **settings)``.
+    """Sum over K rewards of ``weight_k * estimator(rewards[:, k], group_ids, **settings)``.
 
     Each is normalised by itself; normalising their sum lets the one that varies most decide alone (GDPO,
     arXiv:2601.05242, whose second whitening over the batch is not done here). nan means that a reward has nothing to
@@ -100,22 +107,24 @@ def several_rewards_advantages(
     Args:
         rewards: (B, K) finite or nan; no gradient flows.
         weights: (K,), or None for ones.
+        estimator: ``group_advantages`` if None, or ``leave_one_out_advantages``.
 
-    Returns (B,), float32 or wider. Raises ValueError as ``group_advantages``, or on weights that are not (K,).
+    Returns (B,), float32 or wider. Raises ValueError as the estimator, or on weights that are not (K,).
     """
     if rewards.ndim != 2 or rewards.shape[1] == 0 or (weights is not None and weights.shape != rewards.shape[1:]):
         found = (tuple(rewards.shape), None if weights is None else tuple(weights.shape))
         raise ValueError(f"expected rewards (B, K) with K > 0 and weights (K,) or None, got {found}.")
     columns = rewards.unbind(1)
-    advantages = torch.stack([_advantages_where_said(column, group_ids, settings) for column in columns], 1)
+    estimate = partial(estimator or group_advantages, **settings)
+    advantages = torch.stack([_advantages_where_said(column, group_ids, estimate) for column in columns], 1)
     return advantages.sum(1) if weights is None else (advantages * weights.detach().to(advantages)).sum(1)
 
 
-def _advantages_where_said(rewards: Tensor, group_ids: Tensor, settings: dict[str, Any]) -> Tensor:
-    """``group_advantages`` of the rewards (B,) that are not nan, and 0 for the others."""
+def _advantages_where_said(rewards: Tensor, group_ids: Tensor, estimate: Callable[..., Tensor]) -> Tensor:
+    """``estimate`` of the rewards (B,) that are not nan, and 0 for the others."""
     check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)
     said = ~rewards.isnan()
-    found = group_advantages(rewards[said], group_ids[said.to(group_ids.device)], **settings)
+    found = estimate(rewards[said], group_ids[said.to(group_ids.device)])
     return found.new_zeros(len(rewards)).masked_scatter(said, found)
 
 

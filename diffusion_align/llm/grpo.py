@@ -14,7 +14,9 @@ RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of a nat:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +30,7 @@ from diffusion_align.estimators import (
     kl_gradient_coefficient,
     kl_loss,
     kl_reward,
+    leave_one_out_advantages,
     reward_to_go,
     several_rewards_advantages,
 )
@@ -67,6 +70,11 @@ class GRPOConfig(PolicyGradientConfig):
     ratio_level: Literal["decision", "sequence"] = Field("decision", description="sequence: one ratio a completion")
     loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
 
+    advantages: Literal["group", "leave_one_out"] = Field(
+        "group",
+        description="reward minus its group's mean, divided by what scale_rewards says; or minus the mean of "
+        "the rest of its group, undivided (RLOO)",
+    )
     scale_rewards: Literal["group", "batch", "none"] = "group"
     clip_std: tuple[OrInfinite, OrInfinite] = Field(
         (0.0, math.inf), description="bounds on the std that rewards are divided by"
@@ -93,7 +101,10 @@ class GRPOConfig(PolicyGradientConfig):
         if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
             setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={short(self.reference_model)}"
             problems.append(f"{setting} has no effect while beta=0: set beta above 0, or leave it out")
-        if self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
+        if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or self.clip_std != (0.0, math.inf)):
+            setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "clip_std"
+            problems.append(f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out")
+        elif self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
             problems.append("clip_std bounds a std by which scale_rewards=none does not divide: leave one out")
         if self.credit == "to_go" and self.kl != "k1_reward":
             problems.append(f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them")
@@ -139,14 +150,16 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         config, rewards = self.config, collected.rewards
         sequences, logp_old = collected.completions.sequences, collected.completions.logp_old
         groups = torch.arange(len(rewards)) // config.num_generations
-        how: dict[str, Any] = {"scale": config.scale_rewards, "clip_std": config.clip_std}
+        estimator: Callable[..., Tensor] = leave_one_out_advantages
+        if config.advantages == "group":
+            estimator = partial(group_advantages, scale=config.scale_rewards, clip_std=config.clip_std)
         if rewards.isnan().any() and config.multi_objective_aggregation == "sum_then_normalize":
-            of_group = several_rewards_advantages(rewards[:, None], groups, **how)
+            of_group = several_rewards_advantages(rewards[:, None], groups, estimator=estimator)
         elif config.multi_objective_aggregation == "sum_then_normalize":
-            of_group = group_advantages(rewards, groups, **how)
+            of_group = estimator(rewards, groups)
         else:
             assert self.rewards is not None
-            of_group = several_rewards_advantages(collected.scores, groups, self.rewards.weights, **how)
+            of_group = several_rewards_advantages(collected.scores, groups, self.rewards.weights, estimator=estimator)
         metrics = equal_reward_metric(rewards, config.num_generations)
 
         own = slice(self.local_samples.start, self.local_samples.stop)

@@ -83,7 +83,14 @@ CASES = {
         ["samples_per_epoch=8", "group_size=3", "advantages=group"],
         ["samples_per_epoch=8 is not a multiple of group_size=3"],
     ),
-    "groups of one": (["advantages=group"], ["advantages=group compares pictures of one prompt: set group_size to 2"]),
+    "leave one out of one": (
+        ["advantages=leave_one_out", "clip_std=[0.1, 1.0]"],
+        [
+            "advantages=leave_one_out compares images of one prompt: set group_size to 2",
+            "clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out",
+        ],
+    ),
+    "groups of one": (["advantages=group"], ["advantages=group compares images of one prompt: set group_size to 2"]),
     "history smaller than its minimum": (
         ["history_size=4", "history_min_count=5"],
         ["history_min_count=5.*history_size=4"],

@@ -326,6 +326,16 @@ EARLY = {
             "credit=to_go belongs to kl=k1_reward",
         ],
     ),
+    "leave one out of a batch": (
+        "grpo",
+        {"advantages": "leave_one_out", "scale_rewards": "batch"},
+        ["scale_rewards=batch is of a std by which advantages=leave_one_out does not divide: leave one out"],
+    ),
+    "leave one out of clipped groups": (
+        "grpo",
+        {"advantages": "leave_one_out", "clip_std": [0.5, 1.0]},
+        ["clip_std is of a std by which advantages=leave_one_out does not divide: leave one out"],
+    ),
 }
 
 

@@ -91,7 +91,7 @@ SCORES = torch.tensor([[1.0, 50.0], [3.0, 20.0], [2.0, 10.0], [6.0, 90.0]])
 WEIGHTS = torch.tensor([2.0, -0.5])
 
 
-@pytest.mark.parametrize("advantages", ["group", "prompt_history"])
+@pytest.mark.parametrize("advantages", ["group", "prompt_history", "leave_one_out"])
 @pytest.mark.parametrize("how", ["sum_then_normalize", "normalize_then_sum"])
 def test_several_rewards_are_summed_before_or_after_they_are_normalised(advantages, how, make_trainer, streams):
     trainer = make_trainer(advantages=advantages, multi_objective_aggregation=how, reward=[redness, redness])
@@ -104,6 +104,8 @@ def test_several_rewards_are_summed_before_or_after_they_are_normalised(advantag
     groups = columns.double().view(2, 2, -1)
     std = groups.std(dim=1, correction=1 if advantages == "group" else 0, keepdim=True)
     expected = ((groups - groups.mean(dim=1, keepdim=True)) / std).flatten(0, 1) @ weights.double()
+    if advantages == "leave_one_out":  # of two: less the other one
+        expected = (groups - groups.flip(1)).flatten(0, 1) @ weights.double()
     torch.testing.assert_close(batch.advantages[:, 0].double(), expected, rtol=1e-6, atol=1e-6)
     assert (batch.advantages[:, 0] != batch.advantages[0, 0]).any()
 

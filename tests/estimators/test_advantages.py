@@ -85,6 +85,16 @@ def test_several_rewards_are_normalised_one_by_one_and_then_weighed(settings_):
     assert torch.equal(several_rewards_advantages(rewards[:, :1], IDS, **settings_), columns[0])
 
 
+def test_several_rewards_less_the_mean_of_the_others_that_have_something_to_say():
+    rewards, weights = _random(6, 2), torch.tensor([1.5, -2.0], dtype=F64)
+    rewards[0, 0] = math.nan
+    said = torch.arange(6) > 0
+    first = torch.zeros(6, dtype=F64)
+    first[said] = leave_one_out_advantages(rewards[said, 0], IDS[said])
+    result = several_rewards_advantages(rewards, IDS, weights, estimator=leave_one_out_advantages)
+    torch.testing.assert_close(result, 1.5 * first - 2 * leave_one_out_advantages(rewards[:, 1], IDS), **EXACT)
+
+
 def test_several_rewards_by_hand_and_whatever_their_units():
     ids, root = torch.zeros(2, dtype=torch.long), math.sqrt(0.5)
     rewards = torch.tensor([[0.0, 500.0, 3.0], [1.0, 100.0, 3.0]], dtype=F64)

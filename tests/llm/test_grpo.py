@@ -116,6 +116,15 @@ def test_expected_gradient_on_policy(name, tmp_path):
     assert metrics["frac_reward_zero_std"] == pytest.approx(16 / 256)
 
 
+def test_leave_one_out_has_the_whole_gradient_of_the_expected_reward(tmp_path):
+    """Where a completion is no part of its own baseline, nothing of grad E r is lost."""
+    policy = enumerable_policy()
+    trainer = trainer_of(policy, tmp_path, beta=0.0, advantages="leave_one_out", scale_rewards="group")
+    tables = log_tables(policy)
+    found, _ = expected_gradient(trainer, policy, tables)
+    torch.testing.assert_close(found, -gradient(expected_reward(tables), policy) / 2, atol=1e-12, rtol=1e-9)
+
+
 BIASED = {  # the coefficient of grad log pi, of each token
     "k2_reward": ({}, lambda x: x.square() / 2),
     "k3_reward": ({}, lambda x: (-x).expm1() + x),
