@@ -126,7 +126,7 @@ def test_an_editable_installation_without_links_finds_the_folders_themselves(tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("links", ["true", "false"])
 @pytest.mark.parametrize("editable", [True, False])
-def test_a_clone_installs_and_trains(links, editable, wheel, tmp_path):
+def test_a_clone_installs_and_trains(links, editable, tmp_path):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", "-c", f"core.symlinks={links}", ROOT, clone], check=True, timeout=60)
     assert (clone / "diffusion_align/pipelines").is_symlink() == (links == "true")
@@ -135,7 +135,6 @@ def test_a_clone_installs_and_trains(links, editable, wheel, tmp_path):
     else:
         (tmp_path / "wheel").mkdir()
         built = build_wheel(clone, tmp_path / "wheel")
-        assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
         python = environment_with(tmp_path / "environment", built)
     assert places(python, tmp_path)[0].is_relative_to(clone if editable else tmp_path / "environment")
     command = [python, "-I", "-m", "diffusion_align", "train", "quickstart", "epochs=1", "output_dir=run"]
