@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
@@ -15,6 +16,7 @@ from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.errors import UserError
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.references import module_of
 from diffusion_align.rewards.resolve import IMAGES, TEXT, Kind, user_modules
 from diffusion_align.training.digests import Identity, code_files, content_digest, file_digest, place_digest
 
@@ -50,6 +52,8 @@ def image_identity(
     if evaluation is not None and config.evaluation is not None:
         judged = _of_rows(config.evaluation.prompts or config.prompts, evaluation.prompts)
         identity["evaluation"] = [judged, *_of_reward(config.evaluation.reward, IMAGES, evaluation_places)]
+    if ":" in config.sampler.name:
+        identity["sampler"] = _of_code([module_of(config.sampler.name, "sampler")])
     return identity
 
 
@@ -105,9 +109,14 @@ def _of_reward(spec: Any, kind: Kind, places: Sequence[str]) -> Places:
     A function given in Python is known by its name alone: its source says nothing of the values it has closed over,
     bytecode differs between versions of Python, and a notebook defines it anew in every session.
     """
-    files = dict.fromkeys(file for module in user_modules(spec, kind) for file in code_files(module))
     others = [option for option in _texts(spec) if option not in places and _is_file(option)]
-    return [(str(file), file_digest(file)) for file in files] + _of_places([*places, *others])
+    return _of_code(user_modules(spec, kind)) + _of_places([*places, *others])
+
+
+def _of_code(modules: Iterable[ModuleType]) -> Places:
+    """The user's own files that ``modules`` are made of."""
+    files = dict.fromkeys(file for module in modules for file in code_files(module))
+    return [(str(file), file_digest(file)) for file in files]
 
 
 def _texts(spec: Any) -> list[str]:

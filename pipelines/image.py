@@ -20,6 +20,7 @@ from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTraine
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.diffusion.table_scheduler import scheduler_of
 from diffusion_align.errors import UserError, short
 from diffusion_align.methods import method_of
 from diffusion_align.models import adapters
@@ -220,7 +221,7 @@ class ImageAlignmentPipeline:
         eta: float | None = None,
         batch_size: int = 8,
     ) -> DrawnImages:
-        """Draw one picture a prompt with diffusers' own sampler.
+        """Draw one image per prompt by diffusers' own call.
 
         Args:
             prompts: texts.
@@ -234,8 +235,6 @@ class ImageAlignmentPipeline:
         Raises:
             UserError: a number is out of its range, or the images are not finite.
         """
-        from diffusers import DDIMScheduler, DDPMScheduler
-
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_image_prompts(texts)
         original = self.pipeline.scheduler
@@ -248,8 +247,8 @@ class ImageAlignmentPipeline:
             raise UserError(f"guidance_scale={guidance_scale} must be a number from 0")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
-        kind = DDPMScheduler if self.sampler.name == "ddpm" else DDIMScheduler
-        self.pipeline.scheduler = kind.from_config({"clip_sample": False, **original.config})
+        chosen = {"steps": steps or self.sampler.steps, "eta": self.sampler.eta if eta is None else eta}
+        self.pipeline.scheduler = scheduler_of(self.sampler.model_copy(update=chosen), original)
         images: list[Image.Image] = []
         try:
             for start in range(0, len(texts), batch_size):
@@ -257,9 +256,9 @@ class ImageAlignmentPipeline:
                 with finite_images(self.pipeline):
                     images += self.pipeline(
                         some,
-                        num_inference_steps=steps or self.sampler.steps,
+                        num_inference_steps=chosen["steps"],
                         guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
-                        eta=min(self.sampler.eta if eta is None else eta, LARGEST_ETA),
+                        eta=min(chosen["eta"], LARGEST_ETA),
                         generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
                     ).images
         finally:

@@ -22,7 +22,8 @@ import torch
 from matplotlib.figure import Figure
 
 import diffusion_align.diffusion.dpo as dpo
-from diffusion_align.diffusion.schedule import DiffusionSchedule, Step
+from diffusion_align.diffusion.samplers import Step
+from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
 from diffusion_align.errors import TrainingError
 from diffusion_align.report import save_figure
 
@@ -44,7 +45,7 @@ class Chain:
         zeros = torch.zeros(T, dtype=F64)
         timestep = torch.arange(T)
         table = Step(timestep, self.alpha_t, (1 - ab_t).sqrt(), self.x_0_weight, zeros, x_t_weight, self.var.sqrt())
-        self.schedule = DiffusionSchedule("ddpm", "sample", 1.0, None, table)
+        self.schedule = DiffusionSchedule("sample", None, table)
 
     def attained(self, shift, slope):
         """(E r, variance of x_0, KL of the paths in nats), by recursion."""
@@ -137,8 +138,8 @@ def train(
 
     stopped = None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
-        for name in ("training_schedule", "build_schedule"):
-            patches.enter_context(mock.patch.object(dpo, name, return_value=chain.schedule))
+        for owner, name in ((dpo, "training_schedule"), (SamplerConfig, "schedule")):
+            patches.enter_context(mock.patch.object(owner, name, return_value=chain.schedule))
         patches.enter_context(mock.patch.object(dpo, "LatentCache", return_value=pairs))
         config = dpo.DiffusionDPOConfig(
             **{

@@ -27,7 +27,7 @@ from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule, part_of_steps
+from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step_weights import nats_per_squared_error
 from diffusion_align.diffusion.trainer import DenoisingTrainer
@@ -108,7 +108,7 @@ class DDPOConfig(DenoisingConfig):
 
     def cross_checks(self) -> list[str]:
         problems = super().cross_checks() + several_rewards_problems(self.reward, self.reward_weights)
-        if self.sampler.name == "ddim" and self.sampler.eta == 0:
+        if self.sampler.is_deterministic:
             problems.append(
                 "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
                 "smaller positive value), and eta=0 only for sampling"
@@ -256,9 +256,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     ) -> None:
         super().__init__(config, policy, reward, evaluation=evaluation, accelerator=accelerator)
         self.prompts = prompts
-        sampler = config.sampler
-        schedule = build_schedule(policy.pipeline.scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
-        self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
+        schedule = config.sampler.schedule(policy.pipeline.scheduler)
+        self.trained_steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
         if problem := config.steps_problem(len(self.trained_steps)):
             raise ConfigError([problem])
         self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
@@ -398,7 +397,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         """(K,) those of the trained steps that are recorded of global ``sample`` in this epoch."""
         config = self.config
         count = max(1, round(config.timestep_fraction * len(self.trained_steps)))
-        return _some_steps(self.trained_steps, count, config.seed, self.epoch, sample)
+        return sample_step_indices(self.trained_steps, count, config.seed, self.epoch, sample)
 
     def _choose_probes(self, batch: DDPOBatch, keep: Tensor) -> KLProbes:
         """Which decisions of the epoch's samples ``keep`` to look at, each before one of the updates.
@@ -489,6 +488,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return to_go if self.config.kl == "k1_reward" else to_go - k1
 
 
-def _some_steps(steps: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
+def sample_step_indices(steps: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
+    """(count,) of ``steps`` (S,), sorted, drawn for global ``sample`` of an epoch."""
     chosen = torch.randperm(len(steps), generator=generator(seed, "steps", epoch, sample))[:count]
     return steps[chosen.sort().values]

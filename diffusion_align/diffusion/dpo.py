@@ -31,7 +31,7 @@ from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
-from diffusion_align.diffusion.schedule import build_schedule, part_of_steps, training_schedule
+from diffusion_align.diffusion.schedule import select_step_range, training_schedule
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
 from diffusion_align.diffusion.trainer import DenoisingTrainer
@@ -119,7 +119,7 @@ class DiffusionDPOConfig(DenoisingConfig):
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
                 "change one of them"
             )
-        if self.target == "logged" and (not self.online or (self.sampler.name == "ddim" and self.sampler.eta == 0)):
+        if self.target == "logged" and (not self.online or self.sampler.is_deterministic):
             problems.append("target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0")
         if self.target == "logged" and self.caption_dropout:
             problems.append("target=logged trains on steps drawn with the caption: leave caption_dropout out")
@@ -238,10 +238,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
                     f"{config.group_size} x {self.accelerator.num_processes} processes"
                 ]
             )
-        scheduler, sampler, device = policy.pipeline.scheduler, config.sampler, self.accelerator.device
-        drawing = build_schedule(scheduler, sampler.steps, sampler=sampler.name, eta=sampler.eta)
+        scheduler, device = policy.pipeline.scheduler, self.accelerator.device
+        drawing = config.sampler.schedule(scheduler)
         schedule = drawing if config.target == "logged" else training_schedule(scheduler)
-        self.trained_steps = part_of_steps(schedule.stochastic_steps, config.timestep_range)
+        self.trained_steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
         if problem := config.steps_problem(len(self.trained_steps)):
             raise ConfigError([problem])
         self.drawing, self.schedule = drawing.to(device), schedule.to(device)
@@ -254,7 +254,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         default_kl_coef = 2 * self.beta if config.variant == "corrected" else 0.0
         self.kl_coef = default_kl_coef if config.kl_coef is None else config.kl_coef
         # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
-        self.guidance_scale = sampler.guidance_scale if config.target == "logged" else 1.0
+        self.guidance_scale = config.sampler.guidance_scale if config.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
         self.show_with(self.drawing, self.prompts or [(text, {}) for text in (pairs.prompts if pairs else [])])
 

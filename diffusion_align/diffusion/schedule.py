@@ -1,67 +1,74 @@
-"""The numbers of a sampler, read once from a diffusers scheduler and never changed.
+"""The numbers of a sampler, tabulated once from a diffusers scheduler and never changed.
 
 diffusers' ``step()`` keeps state, rounds its coefficients to float32 and draws its own noise, so it cannot replay a
-decision. Here every coefficient is computed in float64 when the schedule is built; sampling and replay gather from the
-same table.
-
-Symbols: ``x_t`` is the noisier latent, ``x_s`` the next one; ``ab`` is ``alphas_cumprod``; a latent is
-``alpha * x_0 + sigma * eps`` with ``alpha = sqrt(ab)`` and ``sigma = sqrt(1 - ab)``.
+step. Here every coefficient is computed in float64 when the schedule is built; sampling and replay gather from the same
+table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.diffusion.samplers import SAMPLERS, Sampler, Step, find_sampler, scheduler_config
 from diffusion_align.errors import UserError
+from diffusion_align.foreign import foreign_code
 from diffusion_align.training.config import Section
 
-SAMPLERS = ("ddim", "ddpm")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-_DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
-# diffusers clamps a vanishing DDPM variance to 1e-20; such a step is deterministic in every sense that matters.
-_SMALLEST_STD = 1e-8
 
 
 class SamplerConfig(Section):
-    """How pictures are sampled, in training and for the grids."""
+    """How images are sampled, in training and for the grids."""
 
-    name: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = Field(50, ge=1, le=MOST)
+    name: str = Field("ddim", description="ddim, ddpm, or a function of your own: module:function, file.py:function")
+    steps: int = Field(50, ge=1, le=MOST, description="denoising steps per image")
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
     guidance_scale: float = Field(5.0, ge=1, le=LARGEST, description="1 switches guidance off")
+    options: dict[str, Any] = Field(default_factory=dict, description="further options of a sampler of your own")
 
+    @field_validator("name")
+    @classmethod
+    def _found(cls, name: str) -> str:
+        try:
+            find_sampler(name)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix(f"sampler={name!r} is unknown: ")) from error
+        return name
 
-@dataclass(frozen=True)
-class Step:
-    """Coefficients of one decision for each of B samples, (B, 1, 1, 1) each, except ``timestep`` (B,)."""
+    @model_validator(mode="after")
+    def _takes_options(self) -> SamplerConfig:
+        if self.options and self.name in SAMPLERS:
+            raise ValueError(f"{self.name} takes no options: leave them out")
+        return self
 
-    timestep: Tensor
-    alpha_t: Tensor
-    sigma_t: Tensor
-    x_0_weight: Tensor
-    eps_weight: Tensor
-    x_t_weight: Tensor
-    std: Tensor
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no step has a density; of a sampler of one's own its table says so."""
+        return self.name == "ddim" and self.eta == 0
+
+    def schedule(self, scheduler: Any) -> DiffusionSchedule:
+        """``build_schedule`` with these settings; the sampler's options are ``eta`` and those of ``options``."""
+        return build_schedule(scheduler, self.steps, sampler=self.name, options={"eta": self.eta, **self.options})
 
 
 @dataclass(frozen=True)
 class DiffusionSchedule:
-    """The T decisions of one sampler setting; index 0 is the first (noisiest) step.
+    """The T steps of one sampler setting; index 0 is the first (noisiest) step.
 
     ``table`` holds the columns of ``Step`` as (T,) tensors. ``std[i] == 0`` marks a deterministic step: it is sampled
     but has no density, so it takes no part in log-prob, ratio, loss or KL.
     """
 
-    sampler: str
     prediction_type: str
-    eta: float
     clip_range: float | None
     table: Step
 
@@ -72,6 +79,12 @@ class DiffusionSchedule:
     def stochastic_steps(self) -> Tensor:
         """(S,) int64, on the CPU: indices of the steps that have a density."""
         return (self.table.std.cpu() > 0).nonzero().squeeze(1)
+
+    @cached_property
+    def terms(self) -> tuple[str, ...]:
+        """The weights that are not 0 at every step. A term of 0 would still turn -0 to 0, and infinities to NaN."""
+        weights = ("x_0_weight", "eps_weight", "x_t_weight")
+        return tuple(name for name in weights if bool(getattr(self.table, name).any()))
 
     def at(self, index: Tensor) -> Step:
         """The coefficients of steps ``index`` (B,), shaped to multiply (B, C, H, W)."""
@@ -91,35 +104,37 @@ class DiffusionSchedule:
         return replace(self, table=Step(**moved))
 
 
-def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: float = 1.0) -> DiffusionSchedule:
-    """The schedule that diffusers' DDIM or DDPM scheduler with this configuration would follow.
-
-    One departure: with ``timestep_spacing="linspace"`` DDIM's x_s is at the next timestep of the list, not one constant
-    stride below x_t, by which diffusers leaves the list.
+def build_schedule(
+    scheduler: Any,
+    steps: int,
+    *,
+    sampler: str | Sampler = "ddim",
+    eta: float = 1.0,
+    options: Mapping[str, Any] | None = None,
+) -> DiffusionSchedule:
+    """The schedule of a sampler on the noising process of a diffusers scheduler.
 
     Args:
         scheduler: any diffusers scheduler of the DDPM family; only its configuration is read, so a pipeline's
             PNDM, Euler or DPM-solver scheduler serves as well.
         steps: number of denoising steps T.
-        sampler: "ddim" (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16) or "ddpm" (ancestral, Ho et al. 2020,
-            arXiv:2006.11239, eq. 7).
-        eta: DDIM's noise scale, 0 <= eta <= 1; "ddpm" ignores it. 0 gives no density and is fit for sampling only.
+        sampler: "ddim", "ddpm", a function ``(scheduler, steps, options) -> Step`` or a reference to one.
+        eta: DDIM's noise scale, 0 <= eta <= 1; 0 gives no density and is fit for sampling only.
+        options: of the sampler, instead of ``{"eta": eta}``.
 
     Returns:
         Columns in float64 on the CPU.
 
     Raises:
-        ValueError: an unknown sampler, or eta out of range.
-        UserError: what this model cannot do: its prediction type or variance, dynamic thresholding, too many steps, or
-            a step without signal (zero terminal SNR) while it predicts epsilon.
+        ValueError: an option out of range.
+        UserError: an unknown sampler, or one whose table does not fit; or what this model cannot do: its prediction
+            type or variance, dynamic thresholding, too many steps, or a step without signal (zero terminal SNR) while
+            it predicts epsilon.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler
+    from diffusers import DDIMScheduler
 
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler={sampler!r} is unknown: use one of {', '.join(SAMPLERS)}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta={eta} is out of range: DDIM needs 0 <= eta <= 1")
-    config = dict(scheduler.config)
+    tabulate = find_sampler(sampler) if isinstance(sampler, str) else sampler
+    config = scheduler_config(scheduler)
     if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         raise UserError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(PREDICTION_TYPES)}")
     if "beta_schedule" not in config:
@@ -133,34 +148,40 @@ def build_schedule(scheduler: Any, steps: int, *, sampler: str = "ddim", eta: fl
             f"sampler.steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}"
         )
 
-    # Other samplers' configurations carry no clip_sample; diffusers would then fill in DDIM's default, which is True.
-    config.setdefault("clip_sample", False)
-    source = (DDIMScheduler if sampler == "ddim" else DDPMScheduler).from_config(config)
-    source.set_timesteps(steps)
-    timesteps = source.timesteps.to(torch.int64).cpu()
-    if int(timesteps.max()) >= config["num_train_timesteps"]:
-        raise UserError(
-            f"sampler.steps={steps} with the scheduler's steps_offset={config['steps_offset']} is one too many: "
-            "use fewer"
-        )
-    ab_t = source.alphas_cumprod.double()[timesteps]
-    ab_s = _next_alphas_cumprod(source, sampler, timesteps)
-    if source.config.prediction_type == "epsilon" and bool((ab_t <= 0).any()):
+    options = {"eta": eta} if options is None else options
+    if tabulate in SAMPLERS.values():
+        table = tabulate(scheduler, steps, options)
+    else:
+        with foreign_code(f"sampler {sampler!r} raised "):
+            table = tabulate(scheduler, steps, options)
+        if problem := _table_problem(table, steps):
+            raise UserError(f"sampler {sampler!r} {problem}")
+    filled = DDIMScheduler.from_config(config).config  # with diffusers' defaults
+    if filled.prediction_type == "epsilon" and bool((table.alpha_t <= 0).any()):
         # Where every step is trained on, as by Diffusion-DPO, no spacing leaves the first one out.
         spacing = "timestep_spacing='leading' or " if steps < config["num_train_timesteps"] else ""
         raise UserError(
             "the scheduler starts without signal (rescale_betas_zero_snr) but the model predicts epsilon, from which "
             f"x_0 cannot be recovered there: use {spacing}rescale_betas_zero_snr=False"
         )
-    weights = _ddim_weights(ab_t, ab_s, eta) if sampler == "ddim" else _ddpm_weights(source, timesteps, ab_t, ab_s)
-    x_0_weight, eps_weight, x_t_weight, std = weights
     return DiffusionSchedule(
-        sampler=sampler,
-        prediction_type=source.config.prediction_type,
-        eta=eta,
-        clip_range=float(source.config.clip_sample_range) if source.config.clip_sample else None,
-        table=Step(timesteps, ab_t.sqrt(), (1 - ab_t).sqrt(), x_0_weight, eps_weight, x_t_weight, std),
+        prediction_type=filled.prediction_type,
+        clip_range=float(filled.clip_sample_range) if filled.clip_sample else None,
+        table=table,
     )
+
+
+def _table_problem(table: Any, steps: int) -> str | None:
+    """What is wrong with what a sampler returned, to stand behind its name, or None."""
+    if not isinstance(table, Step):
+        return f"must return a Step, see diffusion/samplers.py, and returned a {type(table).__name__}"
+    for name, column in vars(table).items():
+        wanted = torch.int64 if name == "timestep" else torch.float64
+        if not isinstance(column, Tensor) or column.shape != (steps,) or column.dtype != wanted:
+            return f"must return {name} as {steps} numbers, {wanted}"
+        if not bool(column.isfinite().all()):
+            return f"returned {name} with numbers that are not finite: it must give every step a finite one"
+    return "returned a negative std: it must be at least 0" if bool((table.std < 0).any()) else None
 
 
 def training_schedule(scheduler: Any) -> DiffusionSchedule:
@@ -175,45 +196,7 @@ def training_schedule(scheduler: Any) -> DiffusionSchedule:
     return build_schedule(plain, config.get("num_train_timesteps", 1), sampler="ddpm")
 
 
-def _next_alphas_cumprod(source: Any, sampler: str, timesteps: Tensor) -> Tensor:
-    """ab at x_s. diffusers' two samplers disagree about which timestep that is, and both are followed.
-
-    But not DDIM's stride with linspace spacing: its 10 timesteps are 999, 888, ..., 0 and ``step`` goes down by 100, so
-    that the UNet would be told 888 of a latent with the noise of 899; here x_s has the noise of the next timestep.
-    """
-    alphas_cumprod = source.alphas_cumprod.double()
-    following = torch.cat([timesteps[1:], torch.tensor([-1])])
-    last = torch.ones((), dtype=torch.float64)
-    if sampler == "ddim":
-        last = source.final_alpha_cumprod.double()
-        if source.config.timestep_spacing != "linspace":
-            following = timesteps - source.config.num_train_timesteps // len(timesteps)
-    return torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], last)
-
-
-def _ddim_weights(ab_t: Tensor, ab_s: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """DDIM: mean = sqrt(ab_s) x_0 + sqrt(1 - ab_s - std^2) eps, std = eta * sqrt(eq. 16)."""
-    variance = ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)).clamp(min=0)
-    std = eta * variance.sqrt()
-    std = torch.where(std < _SMALLEST_STD, 0.0, std)
-    return ab_s.sqrt(), (1 - ab_s - std**2).clamp(min=0).sqrt(), torch.zeros_like(std), std
-
-
-def _ddpm_weights(source: Any, timesteps: Tensor, ab_t: Tensor, ab_s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """DDPM: mean = sqrt(ab_s) beta / (1 - ab_t) x_0 + sqrt(alpha) (1 - ab_s) / (1 - ab_t) x_t."""
-    kind = source.config.variance_type
-    if kind not in _DDPM_VARIANCES:
-        raise UserError(f"variance_type={kind!r} is not supported: use one of {', '.join(_DDPM_VARIANCES)}")
-    alpha = ab_t / ab_s
-    beta = 1 - alpha
-    variance = beta if kind == "fixed_large" else (1 - ab_s) / (1 - ab_t) * beta
-    std = variance.clamp(min=0).sqrt()
-    std = torch.where((timesteps == 0) | (std < _SMALLEST_STD), 0.0, std)  # diffusers adds no noise at t = 0
-    x_0_weight = ab_s.sqrt() * beta / (1 - ab_t)
-    return x_0_weight, torch.zeros_like(std), alpha.sqrt() * (1 - ab_s) / (1 - ab_t), std
-
-
-def part_of_steps(steps: Tensor, part: tuple[float, float]) -> Tensor:
-    """Those of ``steps`` (S,) from share ``part[0]`` of them to share ``part[1]``."""
-    first, last = (round(share * len(steps)) for share in part)
+def select_step_range(steps: Tensor, fractions: tuple[float, float]) -> Tensor:
+    """Those of ``steps`` (S,) from fraction ``fractions[0]`` of them to fraction ``fractions[1]``."""
+    first, last = (round(fraction * len(steps)) for fraction in fractions)
     return steps[first:last]

@@ -1,4 +1,4 @@
-"""The Gaussian decision of a denoising policy: the only place where a mean and a std are made.
+"""The Gaussian step of a denoising policy: the only place where a mean and a std are made.
 
 The sampler draws from a ``GaussianTransition``, the ratio scores with it and the KL compares two of them.
 """
@@ -6,12 +6,14 @@ The sampler draws from a ``GaussianTransition``, the ratio scores with it and th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusion_align.diffusion.schedule import DiffusionSchedule, Step
+from diffusion_align.diffusion.samplers import Step
+from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
 
 Reduction = Literal["sum", "mean"]
@@ -59,8 +61,7 @@ def predicted_x_0_and_eps(x_t: Tensor, prediction: Tensor, step: Step, predictio
 def denoise(x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionSchedule) -> GaussianTransition:
     """p(x_s | x_t) of the sampler that ``schedule`` describes; a pure function, used by sampling and by replay.
 
-    DDIM (arXiv:2010.02502, eq. 12) weighs x_0 and eps, DDPM (arXiv:2006.11239, eq. 7) x_0 and x_t; a clipped x_0
-    leaves eps as predicted, as diffusers does.
+    A clipped x_0 leaves eps as predicted, as diffusers does.
 
     Args:
         x_t: (B, C, H, W).
@@ -85,13 +86,15 @@ def denoise(x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionS
 
 
 def posterior(x_t: Tensor, x_0: Tensor, eps: Tensor, index: Tensor, schedule: DiffusionSchedule) -> GaussianTransition:
-    """q(x_s | x_t, x_0), the decision of a sampler that knows the clean latent and the noise of ``x_t``.
+    """The step of a sampler that knows the clean latent and the noise of ``x_t``: ``a x_0 + b eps + c x_t``, and std.
 
-    DDPM's is the exact posterior of the noising process (arXiv:2006.11239, eq. 7); all (B, C, H, W), ``index`` (B,).
+    DDPM's is q(x_s | x_t, x_0), the exact posterior of the noising process (arXiv:2006.11239, eq. 7). All are
+    (B, C, H, W), ``index`` (B,).
     """
     step = schedule.at(index)
-    other = step.eps_weight * eps if schedule.sampler == "ddim" else step.x_t_weight * x_t
-    return GaussianTransition(step.x_0_weight * x_0 + other, step.std.flatten())
+    values = {"x_0_weight": x_0, "eps_weight": eps, "x_t_weight": x_t}
+    mean = reduce(torch.add, [getattr(step, name) * values[name] for name in schedule.terms])
+    return GaussianTransition(mean, step.std.flatten())
 
 
 def add_noise(x_0: Tensor, eps: Tensor, index: Tensor, schedule: DiffusionSchedule) -> Tensor:

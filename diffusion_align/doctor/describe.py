@@ -21,7 +21,7 @@ from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.data.text_rows import TextDataConfig
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
-from diffusion_align.diffusion.schedule import part_of_steps
+from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.doctor.cost_report import describe_costs
 from diffusion_align.doctor.epoch_cost import (
     ImageConfig,
@@ -142,7 +142,7 @@ def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
         problems.append(str(error))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("steps", f"not known: {first_line(error)}"))
-    steps = None if schedule is None else part_of_steps(schedule.stochastic_steps, config.timestep_range)
+    steps = None if schedule is None else select_step_range(schedule.stochastic_steps, config.timestep_range)
     if steps is not None:
         problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
     dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, clip_nats, kl_probes
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
-from diffusion_align.diffusion.schedule import DiffusionSchedule, build_schedule, training_schedule
+from diffusion_align.diffusion.schedule import DiffusionSchedule, training_schedule
 from diffusion_align.diffusion.step_weights import nats_per_squared_error
 from diffusion_align.estimators import beta_in_nats
 
@@ -43,8 +43,7 @@ def trained_schedule(config: ImageConfig, scheduler: Mapping[str, Any]) -> Diffu
 
     kind = getattr(diffusers, str(scheduler.get("_class_name")), diffusers.DDIMScheduler)
     bare = SimpleNamespace(config=dict(kind.from_config(dict(scheduler)).config))  # with the defaults of its class
-    sampler = config.sampler
-    drawing = build_schedule(bare, sampler.steps, sampler=sampler.name, eta=sampler.eta)
+    drawing = config.sampler.schedule(bare)
     logged = isinstance(config, DDPOConfig) or config.target == "logged"
     return drawing if logged else training_schedule(bare)
 

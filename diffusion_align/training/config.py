@@ -34,7 +34,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 # Absolute from the beginning: a reward may change the working directory.
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
 
-Content = Literal["model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation"]
+Content = Literal[
+    "model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation", "sampler"
+]
 """Settings that name what lies elsewhere and may change there."""
 
 

@@ -84,6 +84,8 @@ def absolute_paths(settings: Mapping[str, Any], run: Path | None = None) -> dict
         result |= {name: of_data(section[name]) for name in _DATA if name in section}
         if "reward" in section:
             result["reward"] = of_reward(section["reward"])
+        if "sampler" in section:
+            result["sampler"] = of_reward(section["sampler"])
         if isinstance(section.get("evaluation"), Mapping):
             result["evaluation"] = of_section(section["evaluation"])
         return result

@@ -527,9 +527,9 @@ def test_a_text_recipe_without_its_prompts(report, tmp_path):
 
 
 def test_part_of_the_steps():
-    from diffusion_align.diffusion.schedule import part_of_steps
+    from diffusion_align.diffusion.schedule import select_step_range
 
-    assert part_of_steps(torch.arange(10, 20), (0.2, 0.7)).tolist() == [12, 13, 14, 15, 16]
+    assert select_step_range(torch.arange(10, 20), (0.2, 0.7)).tolist() == [12, 13, 14, 15, 16]
 
 
 def test_durations_and_sizes_are_readable():

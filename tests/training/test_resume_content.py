@@ -26,6 +26,12 @@ def f(images, prompts, metadata):
     return scale_of_mine.SCALE * images.mean((1, 2, 3))
 """
 
+SAMPLER = """from diffusion_align.diffusion.samplers import ddim
+
+def sampler(scheduler, steps, options):
+    return ddim(scheduler, steps, {"eta": 0.5})
+"""
+
 
 def run(**settings):
     try:
@@ -47,6 +53,7 @@ def place(tmp_path, tiny_sd, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red apple\na cat\n")
     (tmp_path / "judged.txt").write_text("a dog\n")
     (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "steps.py").write_text(SAMPLER)
     (tmp_path / "gold.py").write_text("def g(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
     (tmp_path / "scale_of_mine.py").write_text("SCALE = 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -60,6 +67,7 @@ def settings_in(folder, **changes):
         "model": f"{folder}/model",
         "prompts": f"{folder}/prompts.txt",
         "reward": f"{folder}/mine.py:f",
+        "sampler": TINY["sampler"] | {"name": f"{folder}/steps.py:sampler"},
         "evaluation": evaluation | {"diversity": "pixels"},
         "output_dir": f"{folder}/run",
     } | changes
@@ -86,6 +94,7 @@ CHANGES = {
     "prompts": (write("prompts.txt", "a red apple\na dog\n"), "prompts.txt"),
     "reward": (write("mine.py", REWARD.replace("return ", "return -100 * ")), "mine.py"),
     "reward's other file": (write("scale_of_mine.py", "SCALE = 3\n"), "scale_of_mine.py"),
+    "sampler": (write("steps.py", SAMPLER.replace("0.5", "0.4")), "steps.py"),
     "evaluation": (write("judged.txt", "a cat\n"), "judged.txt"),
     "evaluation's reward": (write("gold.py", "def g(images, *_):\n    return images.sum((1, 2, 3))\n"), "gold.py"),
 }
@@ -137,7 +146,7 @@ def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted
 
     newest = sorted((begun / "run" / "checkpoints").iterdir())[-1]
     state = json.loads((newest / "state.json").read_text())
-    assert set(state.pop("identity")) == {"model", "prompts", "reward", "evaluation"}
+    assert set(state.pop("identity")) == {"model", "prompts", "reward", "sampler", "evaluation"}
     state["config"] = {
         k: v for k, v in state["config"].items() if k != "accept_changed"
     }  # as an older version wrote it
