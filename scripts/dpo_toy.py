@@ -102,7 +102,7 @@ class ToyPairs:
     def __len__(self):
         return N_PAIRS
 
-    def fill(self, trainer):
+    def fill(self, identity, **options):
         pass
 
     def read(self, indices):
