@@ -81,11 +81,11 @@ def texts():
 def test_policy_gradients_share_ratio_surrogate_advantages_and_kl(train, pictures, texts):
     drawn = train(method="ddpo", advantages="group", kl="k1_reward", kl_coef=0.1, **pictures)
     written = train(method="grpo", beta=0.1, **texts)
-    shared = {"importance_ratio", "clipped_surrogate", "clip_fractions", "group_advantages", "kl_reward"}
+    shared = {"importance_ratio", "clipped_ratio_loss", "clipped_ratios", "group_advantages", "kl_reward"}
     assert shared <= drawn & written
     assert {"gaussian_log_prob"} <= drawn - written
     assert {"token_log_probs", "categorical_log_probs"} <= written - drawn
-    assert {"clipped_surrogate", "kl_reward", "gae", "value_loss"} <= train(method="ppo", kl_coef=0.1, **texts)
+    assert {"clipped_ratio_loss", "kl_reward", "gae", "value_loss"} <= train(method="ppo", kl_coef=0.1, **texts)
 
 
 def test_preferences_share_their_loss(train, pictures, texts):

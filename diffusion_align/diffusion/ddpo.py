@@ -35,7 +35,8 @@ from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     PromptStatistics,
-    clipped_surrogate,
+    clipped_ratio_loss,
+    importance_ratio,
     kl_reward,
     leave_one_out_advantages,
     reward_to_go,
@@ -331,12 +332,13 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             reduction=config.logp_reduction,
         )
         logp_old, advantages = batch.logp_old[samples, actions], batch.advantages[samples, actions]
+        ratio = importance_ratio(logp, logp_old)
         if config.objective == "ratio":
-            losses = clipped_surrogate(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
+            losses = clipped_ratio_loss(ratio, advantages, clip=self.clip, clip_high=self.clip_high)
         else:
             losses = score_function_loss(logp, advantages)
         statistics = {"loss/policy": losses.detach()}
-        statistics |= ratio_statistics(logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
+        statistics |= ratio_statistics(ratio, logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         if config.kl_coef > 0:  # without one, ``check_update`` looks how far the policy has gone
             reference = self._reference(batch, x_t, steps, conditioning, samples, actions)
             if config.kl == "closed_form":

@@ -34,6 +34,8 @@ from diffusion_align.estimators.kl import kl_gradient_coefficient, kl_loss, kl_r
 from diffusion_align.estimators.masked import aggregate, masked_mean, masked_sum, masked_whiten
 from diffusion_align.estimators.policy import (
     clip_fractions,
+    clipped_ratio_loss,
+    clipped_ratios,
     clipped_surrogate,
     importance_ratio,
     score_function_loss,

@@ -100,10 +100,27 @@ def clipped_surrogate(
         level: "decision" or "sequence", see ``importance_ratio``.
     """
     check_shapes(logp=logp, logp_old=logp_old, advantages=advantages, mask=mask)
+    ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
+    return clipped_ratio_loss(ratio, advantages, clip=clip, clip_high=clip_high, dual_clip=dual_clip, mask=mask)
+
+
+def clipped_ratio_loss(
+    ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """``clipped_surrogate`` of a ratio that is known: (B, T) of ``importance_ratio``; the only input with a gradient.
+
+    Other args as there.
+    """
+    check_shapes(ratio=ratio, advantages=advantages, mask=mask)
     low, high = _check_clip(clip, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip} is not allowed: it must be > 1, or None to switch it off.")
-    ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
     advantages = counted(advantages.detach(), mask)
     free, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
     # Not torch.minimum: it halves the gradient at a tie, which is every first pass if clip is 0.
@@ -132,8 +149,21 @@ def clip_fractions(
     Args as in ``clipped_surrogate``; no gradient flows. Returns two bool tensors (B, T); False where masked.
     """
     check_shapes(logp=logp, logp_old=logp_old, advantages=advantages, mask=mask)
-    bound_low, bound_high = _check_clip(clip, clip_high)
     ratio = importance_ratio(logp.detach(), logp_old, mask=mask, level=level)
+    return clipped_ratios(ratio, clip=clip, clip_high=clip_high, advantages=advantages, mask=mask)
+
+
+def clipped_ratios(
+    ratio: Tensor,
+    *,
+    clip: float,
+    clip_high: float | None = None,
+    advantages: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``clip_fractions`` of a ratio that is known: (B, T) of ``importance_ratio``. Other args as there."""
+    check_shapes(ratio=ratio, advantages=advantages, mask=mask)
+    bound_low, bound_high = _check_clip(clip, clip_high)
     low, high = ratio < bound_low, ratio > bound_high
     if advantages is not None:
         low, high = low & (advantages < 0), high & (advantages > 0)

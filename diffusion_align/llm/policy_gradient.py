@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_align.bounds import LARGEST
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import TrainingError
-from diffusion_align.estimators import categorical_entropy, clipped_surrogate
+from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, importance_ratio
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, in_batches
 from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
@@ -115,13 +115,14 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
         clip, clip_high, mask = self.config.epsilon, self.clip_high, scored.mask
-        losses = clipped_surrogate(logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level)
+        ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
+        losses = clipped_ratio_loss(ratio, advantages, clip=clip, clip_high=clip_high, mask=mask)
         statistics = {"loss/policy": losses.detach()[mask]}
         with torch.no_grad():  # one sample at a time: there are four numbers for each entry of the vocabulary
             entropy = [categorical_entropy(logits, temperature=self.policy.temperature) for logits in scored.logits]
         statistics["entropy"] = scored.of_tokens(torch.stack(entropy))[mask]
         return losses, statistics | ratio_statistics(
-            logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask, level=level
+            ratio, logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask
         )
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from diffusion_align.estimators import clip_fractions, importance_ratio
-from diffusion_align.estimators.policy import LOG_CLAMP, Level
+from diffusion_align.estimators import clipped_ratios
+from diffusion_align.estimators.policy import LOG_CLAMP
 
 
 def ratio_statistics(
+    ratio: Tensor,
     logp: Tensor,
     logp_old: Tensor,
     advantages: Tensor,
@@ -18,22 +19,18 @@ def ratio_statistics(
     clip: float,
     clip_high: float,
     mask: Tensor | None = None,
-    level: Level = "decision",
 ) -> dict[str, Tensor]:
-    """Ratios, and which of them are clipped or clamped, of the decisions that count, (n,) each, detached.
+    """Ratios, and which of them are clipped or clamped, of the actions that count, (n,) each, detached.
 
-    Args as in ``clipped_surrogate``.
+    ``ratio`` is ``importance_ratio``'s of ``logp`` and ``logp_old``; args as in ``clipped_surrogate``.
     """
-    logp = logp.detach()
-    ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
-    low, high = clip_fractions(
-        logp, logp_old, clip=clip, clip_high=clip_high, advantages=advantages, mask=mask, level=level
-    )
+    ratio = ratio.detach()
+    low, high = clipped_ratios(ratio, clip=clip, clip_high=clip_high, advantages=advantages, mask=mask)
     statistics = {
         "ratio/mean": ratio,
         "ratio/min": ratio,
         "ratio/max": ratio,
-        "ratio/clamped": ((logp - logp_old).abs() > LOG_CLAMP).float(),
+        "ratio/clamped": ((logp.detach() - logp_old).abs() > LOG_CLAMP).float(),
         "clip_ratio/low_mean": low.float(),
         "clip_ratio/high_mean": high.float(),
         "clip_ratio/region_mean": (low | high).float(),
