@@ -18,8 +18,8 @@ PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 GRADIENTS = """
 import os, torch
 from accelerate import Accelerator
-import diffusion_align.diffusion.showing as showing
-showing.write_report = lambda folder: None
+import diffusion_align.report as report
+report.write_report = lambda folder: None
 clip, steps = Accelerator.clip_grad_norm_, []
 def record(self, parameters, *arguments):
     steps.append(torch.cat([p.grad.flatten().clone() for p in parameters]))

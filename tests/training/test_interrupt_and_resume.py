@@ -98,7 +98,6 @@ from diffusion_align.training.tracking import MetricsLog as owner
 def torn(self, row):
     with self.path.open("a") as file:
         file.write('{"step": 1')
-owner.torn = torn
 name, n, after = "write", 2, False
 die_now = die
 def die():
