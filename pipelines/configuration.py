@@ -16,13 +16,13 @@ from diffusion_align.data.image_pairs import PairsConfig, pairs_problems
 from diffusion_align.data.prompts import PromptsConfig, prompts_problems
 from diffusion_align.data.sources import in_python, splits_problem
 from diffusion_align.data.text_rows import TextDataConfig, columns_problems
-from diffusion_align.errors import ConfigError, short
+from diffusion_align.errors import ConfigError, UserError, short
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.language_models import language_model_problem
 from diffusion_align.models.runs import image_model_problem
 from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
-from diffusion_align.rewards.clip import clip_problem
+from diffusion_align.rewards.clip import check_clip
 from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import (
     TrainingConfig,
@@ -215,8 +215,11 @@ def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
     if given.get("prompts") is not None:
         problems += [f"evaluation.{problem}" for problem in _check_prompts(given)]
     clip = given.get("diversity", "clip")
-    if clip not in ("clip", "pixels") and (problem := clip_problem(clip)):
-        problems.append(f"evaluation.diversity: {problem}")
+    try:
+        if clip not in ("clip", "pixels"):
+            check_clip(clip)
+    except UserError as error:
+        problems.append(f"evaluation.diversity: {error}")
     return problems
 
 

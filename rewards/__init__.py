@@ -8,6 +8,7 @@ or None (see `text.base`).
 from diffusion_align.rewards.base import Reward, RewardError, call_reward, check_reward, reward_name
 from diffusion_align.rewards.build import build_reward, describe_rewards, reward_problem
 from diffusion_align.rewards.resolve import REWARDS, TEXT_REWARDS
+from diffusion_align.rewards.settings import RewardSettings
 from diffusion_align.rewards.text import (
     TextReward,
     build_text_reward,
@@ -27,6 +28,7 @@ __all__ = [
     "TEXT_REWARDS",
     "Reward",
     "RewardError",
+    "RewardSettings",
     "TextReward",
     "build_reward",
     "build_text_reward",

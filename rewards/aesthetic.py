@@ -14,27 +14,19 @@
 import hashlib
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, ClipEncoder, clip_problem, is_emoji_sd, load_clip
+from diffusion_align.rewards.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipEncoder, is_emoji_sd, load_clip
 from diffusion_align.rewards.places import note
-from diffusion_align.rewards.weights import file_problem
+from diffusion_align.rewards.settings import NetworkSettings
+from diffusion_align.rewards.weights import LocalFile
 
-ABOUT = {
-    "aesthetic": {
-        "model": "CLIP openai/clip-vit-large-patch14 with LAION's V2 or V1 head; or emoji-clip and an embedded head",
-        "range": "about 1 to 10 (v1, v2); unbounded, 0 is average (embedded)",
-        "cost": "1.7 GB to download, 0.16 TFLOPs a picture (v2, v1); nothing to download (embedded)",
-        "extra": None,
-        "licence": "Apache-2.0 (v2, embedded), MIT (v1, CLIP ViT-L/14)",
-        "differentiable": True,
-    },
-}
 VARIANTS = {"v2": VIT_L_14, "v1": VIT_L_14, "embedded": EMOJI_CLIP}
 V2_REPOSITORY, V2_FILE = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
 V1_URL = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
@@ -45,7 +37,7 @@ SHA256 = {
 
 
 class Aesthetic:
-    """The head's score as a reward. Build it with `aesthetic`."""
+    """The head's score as a reward. `AestheticSettings` builds it."""
 
     name = "aesthetic"
     differentiable = True
@@ -63,57 +55,40 @@ class Aesthetic:
         return self
 
 
-def aesthetic(
-    *,
-    variant: str | None = None,
-    clip: str | None = None,
-    head: str | None = None,
-    dtype: str = "float32",
-    batch_size: int = 64,
-    model: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Aesthetic:
+class AestheticSettings(NetworkSettings):
     """Aesthetic score from a head on the unit-length CLIP image embedding.
 
-    Args:
-        variant: "v2", "v1" or "embedded"; default: "embedded" when ``model`` is emoji-sd, else "v2".
-        clip: another CLIP (see `diffusion_align.rewards.clip`); it must be the one that the head was trained on.
-        head: a local file in place of the download; a missing network then does not matter.
-        dtype: of the CLIP; "float16" and "bfloat16" only on a GPU. The head is always float32.
-        batch_size: pictures a forward pass.
-        model: the diffusion model being trained.
+    The head is always float32.
     """
-    problem = aesthetic_problem(variant=variant, clip=clip, head=head, dtype=dtype, batch_size=batch_size)
-    if problem:
-        raise RewardError(problem)
-    variant = variant or ("embedded" if is_emoji_sd(model) else "v2")
-    file = Path(head).expanduser() if head else head_file(variant)
-    note(file)
-    scorer = load_head(file)  # before CLIP: smaller, fails sooner
-    encoder = load_clip(clip or VARIANTS[variant], device=device, dtype=dtype)
-    if scorer[0].in_features != encoder.dim:
-        raise RewardError(
-            f"the aesthetic head '{head or variant}' takes {scorer[0].in_features} numbers but CLIP '{encoder.name}' "
-            f"gives {encoder.dim}: choose the CLIP that the head was trained on"
-        )
-    return Aesthetic(encoder, scorer, batch_size=batch_size)
 
+    name: ClassVar[str] = "aesthetic"
+    about: ClassVar[dict[str, Any]] = {
+        "model": "CLIP openai/clip-vit-large-patch14 with LAION's V2 or V1 head; or emoji-clip and an embedded head",
+        "range": "about 1 to 10 (v1, v2); unbounded, 0 is average (embedded)",
+        "cost": "1.7 GB to download, 0.16 TFLOPs per image (v2, v1); nothing to download (embedded)",
+        "extra": None,
+        "licence": "Apache-2.0 (v2, embedded), MIT (v1, CLIP ViT-L/14)",
+        "differentiable": True,
+    }
 
-def aesthetic_problem(
-    *,
-    variant: Any = None,
-    clip: Any = None,
-    head: Any = None,
-    dtype: Any = "float32",
-    batch_size: Any = 64,
-    device: Any = None,
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    if variant is not None and variant not in VARIANTS:
-        return f"variant={variant!r} is unknown: choose one of {', '.join(VARIANTS)}"
-    if wrong := file_problem("head", head, "give a local .pth or .safetensors file, or leave it out"):
-        return wrong
-    return clip_problem(VIT_L_14 if clip is None else clip, dtype=dtype, batch_size=batch_size)
+    variant: Literal["v2", "v1", "embedded"] | None = Field(
+        None, description="LAION's head, or ours; by default embedded for the model emoji-sd, else v2"
+    )
+    clip: Clip | None = Field(None, description="another CLIP; it must be the one that the head was trained on")
+    head: LocalFile = Field(None, description="a local .pth or .safetensors file in place of the download")
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Aesthetic:
+        variant = self.variant or ("embedded" if is_emoji_sd(model) else "v2")
+        file = Path(self.head).expanduser() if self.head else head_file(variant)
+        note(file)
+        scorer = load_head(file)  # before CLIP: smaller, fails sooner
+        encoder = load_clip(self.clip or VARIANTS[variant], device=device, dtype=self.dtype)
+        if scorer[0].in_features != encoder.dim:
+            raise RewardError(
+                f"the aesthetic head '{self.head or variant}' takes {scorer[0].in_features} numbers but CLIP "
+                f"'{encoder.name}' gives {encoder.dim}: choose the CLIP that the head was trained on"
+            )
+        return Aesthetic(encoder, scorer, batch_size=self.batch_size)
 
 
 def load_head(path: Path) -> nn.Sequential:

@@ -23,24 +23,16 @@ import hashlib
 import importlib.util
 import pickletools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.settings import RewardSettings
 
-ABOUT = {
-    "brisque": {
-        "model": "BRISQUE's support vectors (LIVE, C++ release), from the package brisque",
-        "range": "about -100 to 10: clean photographs -40 to 10, a flat picture -123; unbounded in principle",
-        "cost": "no download (0.4 MB in the package); 50 ms per picture of 512x512, 2 ms of 64x64 on one CPU core",
-        "extra": "brisque",
-        "licence": "Apache-2.0 (brisque); LIVE's own permissive terms (support vectors)",
-        "differentiable": False,
-    },
-}
 SHA256 = {
     "svm.txt": "19526fb799c4c7992ccc109fcfecddb25976ba024b194cd3ee275d27e8909c8d",
     "normalize.pickle": "a91753fe7088efe0b40e4d091315201fdb067966fc6785cf465e1eab060acda9",
@@ -68,7 +60,7 @@ class Regression(NamedTuple):
 
 
 class Brisque:
-    """Minus the BRISQUE score as a reward. Build it with `brisque`."""
+    """Minus the BRISQUE score as a reward. `BrisqueSettings` builds it."""
 
     name = "brisque"
     differentiable = False
@@ -81,17 +73,29 @@ class Brisque:
         return -self.regression(torch.cat([features(luma(part)) for part in images.split(together)]))
 
 
-def brisque() -> Brisque:
-    """Minus the BRISQUE score of the picture: how far its local contrast is from that of clean photographs."""
-    folder = data_folder()
-    if folder is None:
-        raise RewardError(MISSING)
-    return Brisque(load_regression(folder))
+class BrisqueSettings(RewardSettings):
+    """Minus the BRISQUE score of the image: how far its local contrast is from that of clean photographs."""
 
+    name: ClassVar[str] = "brisque"
+    about: ClassVar[dict[str, Any]] = {
+        "model": "BRISQUE's support vectors (LIVE, C++ release), from the package brisque",
+        "range": "about -100 to 10: clean photographs -40 to 10, a flat image -123; unbounded in principle",
+        "cost": "no download (0.4 MB in the package); 50 ms per image of 512x512, 2 ms of 64x64 on one CPU core",
+        "extra": "brisque",
+        "licence": "Apache-2.0 (brisque); LIVE's own permissive terms (support vectors)",
+        "differentiable": False,
+    }
 
-def brisque_problem() -> str | None:
-    """What is missing, in one sentence, or None."""
-    return MISSING if data_folder() is None else None
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        if data_folder() is None:
+            raise RewardError(MISSING)
+        return self
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Brisque:
+        folder = data_folder()
+        assert folder is not None
+        return Brisque(load_regression(folder))
 
 
 def data_folder() -> Path | None:

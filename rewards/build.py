@@ -1,7 +1,6 @@
 """From what a config or a caller says to a reward: names, references to your own code, options, scale."""
 
 import functools
-import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -11,20 +10,18 @@ import torch
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
-from diffusion_align.devices import device_problem
 from diffusion_align.rewards.base import (
     Reward,
     RewardError,
     ask_reward,
     check_prompts,
-    describe_exception,
     parameters_of,
     reward_name,
 )
 from diffusion_align.rewards.clip import unshared
 from diffusion_align.rewards.foreign import foreign_code, runs_in_background
-from diffusion_align.rewards.options import is_coefficient
-from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find, is_builder
+from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find
+from diffusion_align.rewards.settings import RewardSettings, describe_options, description
 from diffusion_align.shown import short
 
 
@@ -165,29 +162,34 @@ def _called_in(reward: Any, background: bool | None, *, own: bool) -> Any:
 
 
 def describe_rewards() -> list[dict[str, Any]]:
-    """One dict a built-in reward: name, description, range, extra, licence, differentiable."""
+    """One dict a built-in reward: name, description, range, extra, licence, differentiable, options."""
     return describe(IMAGES)
 
 
 def build(kind: Kind, spec: Any, context: Mapping[str, Any]) -> tuple[Any, float]:
     """The reward of ``kind`` that ``spec`` describes, and the scale to multiply its scores with.
 
-    ``context``, with the key ``device``: for builders and classes that name its keys.
+    ``context``, with the key ``device``: for ``RewardSettings.build``, and for classes that name its keys.
     """
     spec, background = _without(spec, "background")
     label, target, options, scale = _prepare(kind, spec)
     reward: Any = target
-    given: dict[str, Any] = {}
+    is_placed = False
     with foreign_code(f"reward '{label}' could not be built: "):
-        if is_builder(target):
+        if isinstance(target, RewardSettings):
+            device = getattr(target, "device", None)
+            reward = target.build(**(context if device is None else {**context, "device": device}))
+            is_placed = reward is not target
+        elif inspect.isclass(target):
             given = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
             reward = target(**given | options)
-        if hasattr(reward, "to") and "device" not in given:
-            reward.to(context["device"])
-        if options and not is_builder(target):
+            is_placed = "device" in given
+        elif options:
             reward = functools.partial(target, **options)
             reward.background = runs_in_background(target)
             reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
+        if hasattr(reward, "to") and not is_placed:
+            reward.to(context["device"])
     if not callable(reward):
         raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
     return _called_in(reward, background, own=reward is not target), scale
@@ -203,41 +205,34 @@ def problem(kind: Kind, spec: Any) -> str | None:
 
 
 def describe(kind: Kind) -> list[dict[str, Any]]:
-    """One dict a built-in reward of ``kind``: name, description and what its module says ABOUT it."""
+    """One dict per built-in reward of ``kind``: name, description, what is said ``about`` it, and its options."""
     rows = []
-    for name, (module_name, function) in kind.table.items():
-        module = importlib.import_module(module_name)
-        first_line = (inspect.getdoc(getattr(module, function)) or "").splitlines()[0]
-        rows.append({"name": name, "description": first_line, **module.ABOUT[function]})
+    for name in kind.table:
+        _, settings = find(name, kind)
+        options = describe_options(settings)
+        rows.append({"name": name, "description": description(settings), **settings.about, "options": options})
     return rows
 
 
 def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
-    """Label, builder or callable, checked options, scale. Every check that needs no model is made here."""
+    """Label, settings or class or callable, checked options, scale. Every check that needs no model is made here."""
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     if "name" not in options:
         raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
     source, scale = options.pop("name"), options.pop("scale", 1.0)
-    if not is_coefficient(scale) or scale == 0:
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or scale == 0 or not -LARGEST <= scale <= LARGEST:
         raise RewardError(f"scale={short(scale)} of a reward must be a finite number other than 0, at most {LARGEST:g}")
     if isinstance(source, str):
-        label, target, find_problem = find(source.strip(), kind)
-    elif callable(source):
-        label, target, find_problem = reward_name(source), source, None
+        label, target = find(source.strip(), kind)
+    elif callable(source) or isinstance(source, RewardSettings):
+        label, target = reward_name(source), source
     else:
         raise RewardError(
             f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
         )
     check_options(label, target, options, kind)
-    built_in = is_builder(target) and not inspect.isclass(target)
-    if built_in and (problem := device_problem(options.get("device"))):
-        raise RewardError(f"reward '{label}': device={options['device']!r} {problem}")
-    try:
-        wrong = find_problem(**options) if find_problem else None
-    except RewardError:
-        raise
-    except Exception as error:  # a value of a kind that nobody thought of
-        raise RewardError(f"reward '{label}': an option cannot be used ({describe_exception(error)})") from error
-    if wrong:
-        raise RewardError(wrong if wrong.startswith("reward '") else f"reward '{label}': {wrong}")  # a part's own
+    if inspect.isclass(target) and issubclass(target, RewardSettings):
+        with foreign_code(f"reward '{label}': an option cannot be used (", ")"):
+            target, options = target(**options), {}
     return label, target, options, float(scale)

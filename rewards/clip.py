@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import PlainValidator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.options import count_problem
 from diffusion_align.rewards.places import note, recorded
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -152,9 +152,7 @@ def load_clip(
     Raises:
         RewardError: unknown, not found, damaged, or not a CLIP; an extra is missing.
     """
-    problem = clip_problem(name, dtype=dtype)
-    if problem:
-        raise RewardError(problem)
+    check_clip(name)
 
     def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
         from diffusion_align.rewards.clip_backends import load_open_clip, load_transformers
@@ -214,32 +212,30 @@ def torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def clip_problem(name: Any, *, dtype: Any = "float32", batch_size: Any = 64) -> str | None:
-    """What is wrong with the name of a CLIP or its options, in one sentence, or None. Loads nothing."""
-    problem = running_problem(dtype=dtype, batch_size=batch_size)
-    if problem:
-        return problem
+def check_clip(name: str) -> str:
+    """The name of a CLIP as it is; nothing is loaded.
+
+    Raises:
+        RewardError: it cannot be one, or the package that it needs is missing.
+    """
     if not isinstance(name, str) or not name:
-        return f"clip={name!r} must be '{EMOJI_CLIP}', a folder, a Hub id or '{OPEN_CLIP}ARCHITECTURE/WEIGHTS'"
+        raise RewardError(
+            f"clip={name!r} must be '{EMOJI_CLIP}', a folder, a Hub id or '{OPEN_CLIP}ARCHITECTURE/WEIGHTS'"
+        )
     if name.startswith(OPEN_CLIP):
         architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
         if not architecture or not weights:
-            return (
+            raise RewardError(
                 f"clip='{name}' must read '{OPEN_CLIP}ARCHITECTURE/WEIGHTS', e.g. {OPEN_CLIP}ViT-B-32/laion2b_s34b_b79k"
             )
         if importlib.util.find_spec("open_clip") is None:
-            return f"clip='{name}' needs open_clip: pip install 'diffusion-align[open-clip]'"
-        return None
-    if is_missing_folder(name):
-        return f"clip='{name}' is not a folder: give one that holds a transformers CLIPModel"
-    return None
+            raise RewardError(f"clip='{name}' needs open_clip: pip install 'diffusion-align[open-clip]'")
+    elif is_missing_folder(name):
+        raise RewardError(f"clip='{name}' is not a folder: give one that holds a transformers CLIPModel")
+    return name
 
 
-def running_problem(*, dtype: Any, batch_size: Any) -> str | None:
-    """What is wrong with how to run a network, in one sentence, or None."""
-    if dtype not in tuple(DTYPES):
-        return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
-    return count_problem(1, batch_size=batch_size)
+Clip = Annotated[str, PlainValidator(check_clip)]
 
 
 def is_missing_folder(name: str) -> bool:

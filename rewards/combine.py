@@ -5,25 +5,16 @@ What a trainer does with the parts is its own: DDPO can also normalise each by i
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts
 from diffusion_align.rewards.build import build_reward, reward_problem
-from diffusion_align.rewards.options import is_coefficient
-
-ABOUT = {
-    "combine": {
-        "model": "those of its parts",
-        "range": "the weighted sum of its parts' ranges",
-        "cost": "the sum of its parts'",
-        "extra": None,
-        "licence": "those of its parts",
-        "differentiable": True,
-    },
-}
+from diffusion_align.rewards.settings import Device, RewardSettings
+from diffusion_align.training.config import Weight
 
 
 class Combined:
@@ -51,37 +42,33 @@ class Combined:
         return self
 
 
-def combine(
-    *,
-    rewards: Sequence[Any],
-    weights: Sequence[float] | None = None,
-    model: str | None = None,
-    device: str | torch.device = "cpu",
-) -> Combined:
-    """The weighted sum of several rewards, as their scores are.
+class Combine(RewardSettings):
+    """The weighted sum of several rewards, as their scores are."""
 
-    Args:
-        rewards: what `build_reward` takes, each.
-        weights: one for each; all 1 when not given. Scores differ in scale: a CLIP cosine varies by hundredths, a
-            JPEG size by kilobytes.
-        model: the diffusion model being trained.
-    """
-    problem = combine_problem(rewards=rewards, weights=weights)
-    if problem:
-        raise RewardError(problem)
-    return Combined([build_reward(one, model=model, device=device) for one in rewards], weights or [1.0] * len(rewards))
+    name: ClassVar[str] = "combine"
+    about: ClassVar[dict[str, Any]] = {
+        "model": "those of its parts",
+        "range": "the weighted sum of its parts' ranges",
+        "cost": "the sum of its parts'",
+        "extra": None,
+        "licence": "those of its parts",
+        "differentiable": True,
+    }
 
+    rewards: list[Any] = Field(strict=False, min_length=1, description="each is a name, a reference or has options")
+    # Scores differ in scale: a CLIP cosine varies by hundredths, a JPEG size by kilobytes.
+    weights: list[Weight] | None = Field(None, strict=False, description="one per reward; by default all are 1")
+    device: Device = None
 
-def combine_problem(*, rewards: Any = (), weights: Any = None, device: Any = None) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    if not isinstance(rewards, list | tuple) or not rewards:
-        return f"rewards={rewards!r} must be a list of at least one reward"
-    for one in rewards:
-        if problem := reward_problem(one):
-            return problem
-    if weights is None:
-        return None
-    numbers = isinstance(weights, list | tuple) and all(map(is_coefficient, weights))
-    if not numbers or len(weights) != len(rewards):
-        return f"weights={weights!r} must be {len(rewards)} finite numbers, one for each reward"
-    return None
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        for one in self.rewards:
+            if problem := reward_problem(one):
+                raise RewardError(problem)
+        if self.weights is not None and len(self.weights) != len(self.rewards):
+            raise RewardError(f"weights={self.weights} must be {len(self.rewards)} numbers, one for each reward")
+        return self
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Combined:
+        parts = [build_reward(one, model=model, device=device) for one in self.rewards]
+        return Combined(parts, self.weights or [1.0] * len(parts))

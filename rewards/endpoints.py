@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
+from pydantic import PlainValidator
 
 from diffusion_align.interrupt import interrupted
 from diffusion_align.paths import path_problem
@@ -254,21 +255,27 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def url_problem(url: Any) -> str | None:
-    """What is wrong with an address, in one sentence, or None. Asks nobody."""
-    wanted = f"url={url!r} is not an address of a server: give one like http://127.0.0.1:8901"
+def check_url(url: str) -> str:
+    """The address of a server as it is; nobody is asked.
+
+    Raises:
+        RewardError: it is none; a password in it is not repeated.
+    """
+    wrong = RewardError(f"url={url!r} is not an address of a server: give one like http://127.0.0.1:8901")
     if not isinstance(url, str) or not url.isascii() or not url.isprintable() or " " in url:
-        return wanted
+        raise wrong
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        return wanted
+        raise wrong from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
-        return wanted
+        raise wrong
     if parts.username is not None or parts.password is not None:
-        return f"url with the user {parts.username!r} in it: put the token into a file and name it as token_file"
-    return None
+        raise RewardError(
+            f"url with the user {parts.username!r} in it: put the token into a file and name it as token_file"
+        )
+    return url
 
 
 def is_loopback(url: str) -> bool:
@@ -308,13 +315,14 @@ def read_token(file: str | Path | None, variable: str) -> str | None:
     return token
 
 
-def token_problem(file: Any, variable: str) -> str | None:
-    """What is wrong with a token's place, in one sentence, or None."""
-    try:
+def readable_token(variable: str) -> PlainValidator:
+    """For the option ``token_file``: the token is read as ``read_token`` will read it."""
+
+    def check(file: str | Path | None) -> str | Path | None:
         read_token(file, variable)
-    except RewardError as error:
-        return str(error)
-    return None
+        return file
+
+    return PlainValidator(check)
 
 
 def retry_after(header: str | None) -> float:

@@ -7,89 +7,65 @@ through torchvision, which antialiases since version 0.17 and did not before; he
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import ClipEncoder, running_problem, share_encoder
+from diffusion_align.rewards.clip import ClipEncoder, share_encoder
 from diffusion_align.rewards.clip_score import ClipScore
-from diffusion_align.rewards.weights import load_tensors, read_tensors, unfilled, weights_file, weights_problem
+from diffusion_align.rewards.settings import NetworkSettings
+from diffusion_align.rewards.weights import LocalFile, load_tensors, read_tensors, unfilled, weights_file
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2": "HPS_v2_compressed.pt"}
-ABOUT = {
-    "hps_v2": {
-        "model": f"{REPOSITORY}, {FILES['v2.1']}",
-        "range": "-1 to 1, in practice 0.15 to 0.35",
-        "cost": "2 GB to download, 0.4 TFLOPs a picture",
-        "extra": "open-clip",
-        "licence": "Apache-2.0",
-        "differentiable": True,
-    },
-}
 
 
 class HpsV2(ClipScore):
-    """The cosine as a reward. Build it with `hps_v2`."""
+    """The cosine as a reward. `HpsV2Settings` builds it."""
 
     name = "hps_v2"
 
 
-def hps_v2(
-    *,
-    version: str = "v2.1",
-    weights: str | None = None,
-    architecture: str = "ViT-H-14",
-    dtype: str = "float32",
-    batch_size: int = 64,
-    model: str | None = None,
-    device: str | torch.device = "cpu",
-) -> HpsV2:
-    """How much people prefer the picture for its prompt: cosine of the embeddings by HPS v2.1 or v2.
+class HpsV2Settings(NetworkSettings):
+    """How much people prefer the image for its prompt: cosine of the embeddings by HPS v2.1 or v2.
 
     The authors' tables print it times 100.
-
-    Args:
-        version: "v2.1" or "v2"; their values do not compare.
-        weights: a local file in place of the download (.pt or .safetensors); ``version`` then does not matter.
-        architecture: what open_clip calls the network; the published weights are of "ViT-H-14".
-        dtype: of the network; "float16" and "bfloat16" only on a GPU.
-        batch_size: pictures a forward pass.
-        model: the diffusion model being trained; the score does not depend on it.
     """
-    problem = hps_v2_problem(
-        version=version, weights=weights, architecture=architecture, dtype=dtype, batch_size=batch_size
+
+    name: ClassVar[str] = "hps_v2"
+    about: ClassVar[dict[str, Any]] = {
+        "model": f"{REPOSITORY}, {FILES['v2.1']}",
+        "range": "-1 to 1, in practice 0.15 to 0.35",
+        "cost": "2 GB to download, 0.4 TFLOPs per image",
+        "extra": "open-clip",
+        "licence": "Apache-2.0",
+        "differentiable": True,
+    }
+
+    version: Literal["v2.1", "v2"] = Field("v2.1", description="their values do not compare")
+    weights: LocalFile = Field(None, description="a local .pt or .safetensors file in place of the download")
+    architecture: str = Field(
+        "ViT-H-14", min_length=1, description="open_clip's name for the network; the published weights are of ViT-H-14"
     )
-    if problem:
-        raise RewardError(problem)
 
-    def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
-        return load_hps(weights_file(weights, REPOSITORY, FILES[version]), architecture, device, dtype)
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        if importlib.util.find_spec("open_clip") is None:
+            raise RewardError("it needs open_clip: pip install 'diffusion-align[open-clip]'")
+        return self
 
-    name = f"{architecture} with {weights or FILES[version]}"
-    return HpsV2(share_encoder(name, load, device=device, dtype=dtype), batch_size=batch_size)
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> HpsV2:
+        def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
+            return load_hps(
+                weights_file(self.weights, REPOSITORY, FILES[self.version]), self.architecture, device, dtype
+            )
 
-
-def hps_v2_problem(
-    *,
-    version: Any = "v2.1",
-    weights: Any = None,
-    architecture: Any = "ViT-H-14",
-    dtype: Any = "float32",
-    batch_size: Any = 64,
-    device: Any = None,
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    if version not in tuple(FILES):
-        return f"version={version!r} is unknown: choose one of {', '.join(FILES)}"
-    if not isinstance(architecture, str) or not architecture:
-        return f"architecture={architecture!r} must be a name that open_clip knows, such as 'ViT-H-14'"
-    if importlib.util.find_spec("open_clip") is None:
-        return "it needs open_clip: pip install 'diffusion-align[open-clip]'"
-    return weights_problem(weights) or running_problem(dtype=dtype, batch_size=batch_size)
+        name = f"{self.architecture} with {self.weights or FILES[self.version]}"
+        return HpsV2(share_encoder(name, load, device=device, dtype=self.dtype), batch_size=self.batch_size)
 
 
 def load_hps(path: Path, architecture: str, device: torch.device, dtype: torch.dtype) -> ClipEncoder:

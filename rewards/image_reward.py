@@ -9,35 +9,27 @@ published model.
 
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import is_missing_folder, preprocess, running_problem, torch_dtype
+from diffusion_align.rewards.clip import is_missing_folder, preprocess, torch_dtype
+from diffusion_align.rewards.settings import NetworkSettings
 from diffusion_align.rewards.weights import (
+    LocalFile,
     fitting_tokenizer,
     load_tensors,
     read_tensors,
     shape_of,
     unfilled,
     weights_file,
-    weights_problem,
 )
 
 REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
-ABOUT = {
-    "image_reward": {
-        "model": f"{REPOSITORY}, {FILE} (tokenizer: {TOKENIZER})",
-        "range": "unbounded, 0 is average and 1 a standard deviation; in practice -2.3 to 2",
-        "cost": "1.8 GB to download, 0.14 TFLOPs a picture",
-        "extra": None,
-        "licence": "Apache-2.0",
-        "differentiable": True,
-    },
-}
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 PROMPT_TOKENS = 35
 HEAD_WIDTH = 64
@@ -55,7 +47,7 @@ VISION_NAMES = {  # part of a key in transformers: the same in the published fil
 
 
 class ImageReward:
-    """The head's score as a reward. Build it with `image_reward`."""
+    """The head's score as a reward. `ImageRewardSettings` builds it."""
 
     name = "image_reward"
     differentiable = True
@@ -91,47 +83,42 @@ class ImageReward:
         return self
 
 
-def image_reward(
-    *,
-    weights: str | None = None,
-    tokenizer: str | None = None,
-    dtype: str = "float32",
-    batch_size: int = 64,
-    model: str | None = None,
-    device: str | torch.device = "cpu",
-) -> ImageReward:
-    """How well the picture serves its prompt by ImageReward-v1.0, in standard deviations from the average.
+class ImageRewardSettings(NetworkSettings):
+    """How well the image serves its prompt by ImageReward-v1.0, in standard deviations from the average.
 
-    Prompts lose what is beyond 35 tokens, as with the authors.
-
-    Args:
-        weights: a local file in place of the download (.pt or .safetensors), with the published names.
-        tokenizer: folder or Hub id of the tokenizer; default: BERT's, which the published weights need.
-        dtype: of both networks; "float16" and "bfloat16" only on a GPU. The head is always float32.
-        batch_size: pictures a forward pass.
-        model: the diffusion model being trained; the score does not depend on it.
+    Prompts lose what is beyond 35 tokens, as with the authors. The head is always float32.
     """
-    problem = image_reward_problem(weights=weights, tokenizer=tokenizer, dtype=dtype, batch_size=batch_size)
-    if problem:
-        raise RewardError(problem)
-    wanted = torch_dtype(dtype, device)
-    path = weights_file(weights, REPOSITORY, FILE)
-    vision, text, head = load_image_reward(path)
-    words = fitting_tokenizer(tokenizer or TOKENIZER, text.config.vocab_size)
-    return ImageReward(
-        vision.to(device, wanted), text.to(device, wanted), head.to(device), words, batch_size=batch_size
+
+    name: ClassVar[str] = "image_reward"
+    about: ClassVar[dict[str, Any]] = {
+        "model": f"{REPOSITORY}, {FILE} (tokenizer: {TOKENIZER})",
+        "range": "unbounded, 0 is average and 1 a standard deviation; in practice -2.3 to 2",
+        "cost": "1.8 GB to download, 0.14 TFLOPs per image",
+        "extra": None,
+        "licence": "Apache-2.0",
+        "differentiable": True,
+    }
+
+    weights: LocalFile = Field(
+        None, description="a local .pt or .safetensors file with the published names, in place of the download"
+    )
+    tokenizer: str = Field(
+        TOKENIZER, min_length=1, description="folder or Hub id; the published weights need the default's"
     )
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _there(cls, tokenizer: str) -> str:
+        if is_missing_folder(tokenizer):
+            raise ValueError(f"it is not a folder: give one that holds the tokenizer of {TOKENIZER}")
+        return tokenizer
 
-def image_reward_problem(
-    *, weights: Any = None, tokenizer: Any = None, dtype: Any = "float32", batch_size: Any = 64, device: Any = None
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    if tokenizer is not None and (not isinstance(tokenizer, str) or not tokenizer):
-        return f"tokenizer={tokenizer!r} must be a folder or a Hub id"
-    if tokenizer is not None and is_missing_folder(tokenizer):
-        return f"tokenizer='{tokenizer}' is not a folder: give one that holds the tokenizer of {TOKENIZER}"
-    return weights_problem(weights) or running_problem(dtype=dtype, batch_size=batch_size)
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> ImageReward:
+        wanted = torch_dtype(self.dtype, device)
+        vision, text, head = load_image_reward(weights_file(self.weights, REPOSITORY, FILE))
+        words = fitting_tokenizer(self.tokenizer, text.config.vocab_size)
+        parts = vision.to(device, wanted), text.to(device, wanted), head.to(device)
+        return ImageReward(*parts, words, batch_size=self.batch_size)
 
 
 def load_image_reward(path: Path) -> tuple[Any, Any, nn.Module]:

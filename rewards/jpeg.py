@@ -1,32 +1,15 @@
 """JPEG file size as a reward: the two compressibility tasks of DDPO (Black et al. 2023, arXiv:2305.13301)."""
 
 import io
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.rewards.base import RewardError, to_uint8
-
-ABOUT = {
-    "jpeg_compressibility": {
-        "model": "no model",
-        "range": "below 0, in kB",
-        "cost": "one JPEG encoding a picture",
-        "extra": None,
-        "licence": "no model",
-        "differentiable": False,
-    },
-    "jpeg_incompressibility": {
-        "model": "no model",
-        "range": "above 0, in kB",
-        "cost": "one JPEG encoding a picture",
-        "extra": None,
-        "licence": "no model",
-        "differentiable": False,
-    },
-}
+from diffusion_align.rewards.base import to_uint8
+from diffusion_align.rewards.settings import RewardSettings
 
 
 def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
@@ -44,36 +27,30 @@ def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
     return torch.tensor(sizes, dtype=torch.float32)
 
 
-class JpegSize:
-    """``sign`` times the JPEG size in kB."""
+class JpegCompressibility(RewardSettings):
+    """Minus the JPEG file size in kB: small files score high."""
 
-    differentiable = False
+    name: ClassVar[str] = "jpeg_compressibility"
+    differentiable: ClassVar[bool] = False
+    sign: ClassVar[float] = -1.0
+    about: ClassVar[dict[str, Any]] = {
+        "model": "no model",
+        "range": "below 0, in kB",
+        "cost": "one JPEG encoding per image",
+        "extra": None,
+        "licence": "no model",
+        "differentiable": False,
+    }
 
-    def __init__(self, name: str, sign: float, quality: int):
-        problem = jpeg_problem(quality=quality)
-        if problem:
-            raise RewardError(problem)
-        self.name, self.sign, self.quality = name, sign, quality
+    quality: int = Field(95, ge=1, le=100, description="PIL's scale")
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return self.sign * jpeg_sizes(images, quality=self.quality)
 
 
-def jpeg_compressibility(*, quality: int = 95) -> JpegSize:
-    """Minus the JPEG file size in kB: small files score high."""
-    return JpegSize("jpeg_compressibility", -1.0, quality)
-
-
-def jpeg_incompressibility(*, quality: int = 95) -> JpegSize:
+class JpegIncompressibility(JpegCompressibility):
     """The JPEG file size in kB: large files score high."""
-    return JpegSize("jpeg_incompressibility", 1.0, quality)
 
-
-def jpeg_problem(*, quality: Any = 95) -> str | None:
-    """What is wrong with these options, in one sentence, or None."""
-    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
-        return f"quality={quality!r} is not a JPEG quality: give a whole number from 1 to 100"
-    return None
-
-
-jpeg_compressibility_problem = jpeg_incompressibility_problem = jpeg_problem
+    name = "jpeg_incompressibility"
+    sign = 1.0
+    about: ClassVar[dict[str, Any]] = JpegCompressibility.about | {"range": "above 0, in kB"}

@@ -14,40 +14,57 @@ import re
 import threading
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, to_uint8
-from diffusion_align.rewards.options import count_problem
+from diffusion_align.rewards.settings import RewardSettings
 
-ABOUT = {
-    "ocr": {
-        "model": "PP-OCRv6 small, from the package rapidocr",
-        "range": "0 to 1",
-        "cost": "no download (31 MB in the package); 0.2 s per picture of any size up to 512x512 on one CPU core",
-        "extra": "ocr",
-        "licence": "Apache-2.0 (rapidocr, PP-OCRv6)",
-        "differentiable": False,
-    },
-}
-EXTRA_TEXT = ("count", "ignore")
 PLAIN = str.maketrans("‘’‚“”„«»", '\'\'\'"""""')
 DOUBLE = re.compile(r'(?<!\d)"([^"]*)"|“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»')  # not after a digit: 5" is a length
 SINGLE = re.compile(r"(?<!\w)['‘‚](?!\s)(.*?)(?<!\s)['‘’](?!\w)")  # not inside a word: don't
 
 
-class Ocr:
-    """How much of the target can be read, as a reward. Build it with `ocr`."""
+class Ocr(RewardSettings):
+    """Share of the text asked for (in quotation marks in the prompt, or metadata "text") that the image shows."""
 
-    name = "ocr"
-    differentiable = False
+    name: ClassVar[str] = "ocr"
+    differentiable: ClassVar[bool] = False
+    about: ClassVar[dict[str, Any]] = {
+        "model": "PP-OCRv6 small, from the package rapidocr",
+        "range": "0 to 1",
+        "cost": "no download (31 MB in the package); 0.2 s per image of any size up to 512x512 on one CPU core",
+        "extra": "ocr",
+        "licence": "Apache-2.0 (rapidocr, PP-OCRv6)",
+        "differentiable": False,
+    }
 
-    def __init__(self, *, extra_text: str, min_side: int, num_threads: int):
-        self.extra_text, self.min_side, self.num_threads = extra_text, min_side, num_threads
-        self._engine: Any = None
-        self._lock = threading.Lock()  # the engine keeps state between its steps
+    # With "ignore" an image crowded with letters is as good as the one asked for, which a policy finds out.
+    extra_text: Literal["count", "ignore"] = Field(
+        "count",
+        description="whatever else is read adds to the edit distance; or 1 for an image whose text contains the target",
+    )
+    min_side: int = Field(
+        512,
+        ge=32,
+        le=2000,
+        description="pixels to which the shorter side is enlarged first; more finds smaller letters and takes longer",
+    )
+    num_threads: int = Field(
+        1, ge=1, le=1024, description="of the reader; one leaves the other cores to the sampler that runs beside it"
+    )
+    _engine: Any = None
+    _lock: Any = PrivateAttr(default_factory=threading.Lock)  # the engine keeps state between its steps
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        for package in ("rapidocr", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise RewardError(f"{package} is not installed: pip install 'diffusion-align[ocr]'")
+        return self
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         targets = [target_text(prompt, notes) for prompt, notes in zip(prompts, metadata)]  # fails before anything runs
@@ -68,37 +85,6 @@ class Ocr:
                 self._engine = load_engine(min_side=self.min_side, num_threads=self.num_threads)
             lines = self._engine(np.ascontiguousarray(picture[..., ::-1])).txts  # it wants BGR
         return "\n".join(lines or ())
-
-
-def ocr(*, extra_text: str = "count", min_side: int = 512, num_threads: int = 1) -> Ocr:
-    """Share of the text asked for (in quotation marks in the prompt, or metadata "text") that the picture shows.
-
-    Args:
-        extra_text: "count": whatever else is read adds to the edit distance. "ignore": a picture whose text contains
-            the target scores 1, as in Flow-GRPO; then a picture crowded with letters, or with the target among other
-            things, is as good as the one asked for, which a policy finds out, so it is not the default.
-        min_side: pixels to which smaller pictures are enlarged, by their shorter side, before text is looked for;
-            more finds smaller letters and takes longer.
-        num_threads: of the reader. One leaves the other cores to the sampler that runs beside it.
-    """
-    problem = ocr_problem(extra_text=extra_text, min_side=min_side, num_threads=num_threads)
-    if problem:
-        raise RewardError(problem)
-    return Ocr(extra_text=extra_text, min_side=min_side, num_threads=num_threads)
-
-
-def ocr_problem(*, extra_text: Any = "count", min_side: Any = 512, num_threads: Any = 1) -> str | None:
-    """What is wrong with these options, or missing, in one sentence, or None. Loads nothing."""
-    if extra_text not in EXTRA_TEXT:
-        return f"extra_text={extra_text!r} is unknown: choose one of {', '.join(EXTRA_TEXT)}"
-    if isinstance(min_side, bool) or not isinstance(min_side, int) or not 32 <= min_side <= 2000:
-        return f"min_side={min_side!r} must be a whole number of pixels from 32 to 2000"
-    if wrong := count_problem(1, most=1024, num_threads=num_threads):
-        return wrong
-    for package in ("rapidocr", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed: pip install 'diffusion-align[ocr]'"
-    return None
 
 
 def load_engine(*, min_side: int, num_threads: int) -> Any:
@@ -145,7 +131,7 @@ def target_text(prompt: str, metadata: dict[str, Any]) -> str:
 
 
 def text_score(found: str, target: str, *, extra_text: str = "count") -> float:
-    """Score in [0, 1] of having read ``found`` where ``target`` was asked for; see `ocr`."""
+    """Score in [0, 1] of having read ``found`` where ``target`` was asked for; see `Ocr`."""
     found, target = plain(found), plain(target)
     if extra_text == "ignore" and target in found:
         return 1.0

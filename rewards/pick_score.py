@@ -4,31 +4,22 @@ PickScore_v1 is CLIP ViT-H/14 trained on choices between two pictures made for o
 transformers CLIPModel; the tokenizer is that of the CLIP it started from.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import clip_problem, load_clip
+from diffusion_align.rewards.clip import Clip, load_clip
 from diffusion_align.rewards.clip_score import ClipScore
+from diffusion_align.rewards.settings import NetworkSettings
 
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-ABOUT = {
-    "pick_score": {
-        "model": f"{PICK_SCORE} (tokenizer: {VIT_H_14})",
-        "range": "-100 to 100, in practice 17 to 24",
-        "cost": "3.9 GB to download, 0.4 TFLOPs a picture",
-        "extra": None,
-        "licence": "MIT",
-        "differentiable": True,
-    },
-}
 
 
 class PickScore(ClipScore):
-    """The scaled cosine as a reward. Build it with `pick_score`."""
+    """The scaled cosine as a reward. `PickScoreSettings` builds it."""
 
     name = "pick_score"
 
@@ -36,35 +27,27 @@ class PickScore(ClipScore):
         return self.encoder.scale * super().__call__(images, prompts, metadata)
 
 
-def pick_score(
-    *,
-    clip: str | None = None,
-    dtype: str = "float32",
-    batch_size: int = 64,
-    model: str | None = None,
-    device: str | torch.device = "cpu",
-) -> PickScore:
-    """How likely people are to pick the picture for its prompt: ``exp(logit_scale) * cosine`` of PickScore_v1.
+class PickScoreSettings(NetworkSettings):
+    """How likely people are to pick the image for its prompt: ``exp(logit_scale) * cosine`` of PickScore_v1.
 
-    The authors' score: of two pictures for one prompt, the sigmoid of the difference is the share of people who pick
+    The authors' score: of two images for one prompt, the sigmoid of the difference is the share of people who pick
     the first. Some trainers divide it by 26; ``scale: 0.0385`` does that.
-
-    Args:
-        clip: a local copy of PickScore_v1, or another CLIP (see `diffusion_align.rewards.clip`). Where it has no
-            tokenizer of its own, that of CLIP ViT-H/14 is downloaded.
-        dtype: of the CLIP; "float16" and "bfloat16" only on a GPU.
-        batch_size: pictures a forward pass.
-        model: the diffusion model being trained; the score does not depend on it.
     """
-    problem = pick_score_problem(clip=clip, dtype=dtype, batch_size=batch_size)
-    if problem:
-        raise RewardError(problem)
-    encoder = load_clip(PICK_SCORE if clip is None else clip, device=device, dtype=dtype, tokenizer=VIT_H_14)
-    return PickScore(encoder, batch_size=batch_size)
 
+    name: ClassVar[str] = "pick_score"
+    about: ClassVar[dict[str, Any]] = {
+        "model": f"{PICK_SCORE} (tokenizer: {VIT_H_14})",
+        "range": "-100 to 100, in practice 17 to 24",
+        "cost": "3.9 GB to download, 0.4 TFLOPs per image",
+        "extra": None,
+        "licence": "MIT",
+        "differentiable": True,
+    }
 
-def pick_score_problem(
-    *, clip: Any = None, dtype: Any = "float32", batch_size: Any = 64, device: Any = None
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    return clip_problem(PICK_SCORE if clip is None else clip, dtype=dtype, batch_size=batch_size)
+    clip: Clip = Field(
+        PICK_SCORE, description="a local copy, or another CLIP; without a tokenizer of its own it gets CLIP ViT-H/14's"
+    )
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> PickScore:
+        encoder = load_clip(self.clip, device=device, dtype=self.dtype, tokenizer=VIT_H_14)
+        return PickScore(encoder, batch_size=self.batch_size)

@@ -9,34 +9,26 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, to_uint8
 from diffusion_align.rewards.endpoints import (
     Endpoint,
     ask,
+    check_url,
     in_parallel,
     png,
     read_token,
-    token_problem,
-    url_problem,
+    readable_token,
 )
-from diffusion_align.rewards.options import number_problem
+from diffusion_align.rewards.settings import RewardSettings, Seconds
 from diffusion_align.streams import printable
 
-ABOUT = {
-    "remote": {
-        "model": "no model here; the server's",
-        "range": "that of the reward served",
-        "cost": "nothing to download; one request a batch and server",
-        "extra": None,
-        "licence": "that of the reward served",
-        "differentiable": False,
-    },
-}
 URL = "http://127.0.0.1:8901"
 TOKEN = "DIFFUSION_ALIGN_TOKEN"
 # 500 is not among them: the served reward raised, and would again.
@@ -58,7 +50,7 @@ class Limits(NamedTuple):
 
 
 class Remote:
-    """Scores from servers. Build it with `remote`."""
+    """Scores from servers. `RemoteSettings` builds it."""
 
     name = "remote"
     differentiable = False
@@ -97,60 +89,60 @@ class Remote:
         return torch.cat(in_parallel(score, range(len(parts)), len(self.endpoints)))
 
 
-def remote(
-    *,
-    url: str | Sequence[str] = URL,
-    token_file: str | None = None,
-    timeout: float = 300.0,
-    patience: float = 300.0,
-) -> Remote:
+def _check_urls(url: Any) -> str | list[str]:
+    if isinstance(url, str):
+        return check_url(url)
+    if not isinstance(url, list | tuple) or not url:
+        raise RewardError(f"url={url!r} must be an address like {URL}, or a list of them")
+    return [check_url(one) for one in url]
+
+
+class RemoteSettings(RewardSettings):
     """Scores from one or several `diffusion-align serve-reward`.
 
     A batch is cut into equal contiguous parts, one for each server (and smaller where a server's limits say so), which
     are sent at the same time; the part of a server that is away goes to the others. How it is cut depends on the
     number of servers and their limits alone, never on which of them answers.
-
-    Args:
-        url: address of a server, or a list of them; all must serve the same reward.
-        token_file: file with the servers' token; without it the environment's ``DIFFUSION_ALIGN_TOKEN``, if set.
-        timeout: seconds a request may take, the time it waits for its turn included; a server whose machine is gone is
-            noticed within ten.
-        patience: seconds to wait for a server that is down or restarting, before the reward fails.
-
-    Raises:
-        RewardError: a server does not answer, refuses the token, or is no reward server.
     """
-    problem = remote_problem(url=url, token_file=token_file, timeout=timeout, patience=patience)
-    if problem:
-        raise RewardError(problem)
-    token = read_token(token_file, TOKEN)
-    urls = [url] if isinstance(url, str) else list(url)
-    endpoints = [
-        Endpoint(one, label="reward server", token=token, timeout=timeout, transient=TRANSIENT) for one in urls
-    ]
-    found = in_parallel(lambda one, stop: _served(one, patience, stop), endpoints, len(endpoints))
-    names = sorted({name for name, _ in found})
-    if len(names) > 1:
-        raise RewardError(f"the reward servers serve different rewards ({', '.join(names)}): all must serve the same")
-    limits = [limits for _, limits in found]
-    return Remote(endpoints, Limits(*map(min, zip(*limits, strict=True))), patience=patience)
 
+    name: ClassVar[str] = "remote"
+    about: ClassVar[dict[str, Any]] = {
+        "model": "no model here; the server's",
+        "range": "that of the reward served",
+        "cost": "nothing to download; one request per batch and server",
+        "extra": None,
+        "licence": "that of the reward served",
+        "differentiable": False,
+    }
 
-def remote_problem(
-    *,
-    url: Any = URL,
-    token_file: Any = None,
-    timeout: Any = 300.0,
-    patience: Any = 300.0,
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Asks no server."""
-    urls = [url] if isinstance(url, str) else url
-    if not isinstance(urls, list | tuple) or not urls:
-        return f"url={url!r} must be an address like {URL}, or a list of them"
-    wrong = [problem for problem in map(url_problem, urls) if problem]
-    if wrong:
-        return wrong[0]
-    return number_problem(timeout=timeout, patience=patience) or token_problem(token_file, TOKEN)
+    url: Annotated[str | list[str], PlainValidator(_check_urls)] = Field(
+        URL, description="address of a server, or a list of them; all must serve the same reward"
+    )
+    token_file: Annotated[str | Path | None, readable_token(TOKEN)] = Field(
+        None, description=f"file with the servers' token; without it the environment's {TOKEN}, if set"
+    )
+    timeout: Seconds = Field(
+        300.0,
+        description="seconds per request, the time it waits for its turn included; a server whose machine is gone is "
+        "noticed within ten",
+    )
+    patience: Seconds = Field(300.0, description="seconds to wait for a server that is down or restarting")
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Remote:
+        """RewardError: a server does not answer, refuses the token, or is no reward server."""
+        token = read_token(self.token_file, TOKEN)
+        urls = [self.url] if isinstance(self.url, str) else self.url
+        endpoints = [
+            Endpoint(one, label="reward server", token=token, timeout=self.timeout, transient=TRANSIENT) for one in urls
+        ]
+        found = in_parallel(lambda one, stop: _served(one, self.patience, stop), endpoints, len(endpoints))
+        names = sorted({name for name, _ in found})
+        if len(names) > 1:
+            raise RewardError(
+                f"the reward servers serve different rewards ({', '.join(names)}): all must serve the same"
+            )
+        limits = Limits(*map(min, zip(*(limits for _, limits in found), strict=True)))
+        return Remote(endpoints, limits, patience=self.patience)
 
 
 def split(count: int, limit: int, servers: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ Rewards for images and for text differ by their table of names and by how they a
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -15,29 +15,29 @@ from diffusion_align.paths import path_problem
 from diffusion_align.references import module_of, resolve
 from diffusion_align.rewards.base import metadata_place, parameters_of
 
-# name: (module, function that builds it). The module says the rest in ABOUT[function].
+# name: (module, the class of its settings), see ``settings.RewardSettings``.
 REWARDS: dict[str, tuple[str, str]] = {
-    "aesthetic": ("diffusion_align.rewards.aesthetic", "aesthetic"),
-    "brisque": ("diffusion_align.rewards.brisque", "brisque"),
-    "clip_score": ("diffusion_align.rewards.clip_score", "clip_score"),
-    "combine": ("diffusion_align.rewards.combine", "combine"),
-    "hps_v2": ("diffusion_align.rewards.hps_v2", "hps_v2"),
-    "image_reward": ("diffusion_align.rewards.image_reward", "image_reward"),
-    "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "jpeg_compressibility"),
-    "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "jpeg_incompressibility"),
-    "ocr": ("diffusion_align.rewards.ocr", "ocr"),
-    "pick_score": ("diffusion_align.rewards.pick_score", "pick_score"),
-    "remote": ("diffusion_align.rewards.remote", "remote"),
-    "vlm_judge": ("diffusion_align.rewards.vlm_judge", "vlm_judge"),
+    "aesthetic": ("diffusion_align.rewards.aesthetic", "AestheticSettings"),
+    "brisque": ("diffusion_align.rewards.brisque", "BrisqueSettings"),
+    "clip_score": ("diffusion_align.rewards.clip_score", "ClipSettings"),
+    "combine": ("diffusion_align.rewards.combine", "Combine"),
+    "hps_v2": ("diffusion_align.rewards.hps_v2", "HpsV2Settings"),
+    "image_reward": ("diffusion_align.rewards.image_reward", "ImageRewardSettings"),
+    "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "JpegCompressibility"),
+    "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "JpegIncompressibility"),
+    "ocr": ("diffusion_align.rewards.ocr", "Ocr"),
+    "pick_score": ("diffusion_align.rewards.pick_score", "PickScoreSettings"),
+    "remote": ("diffusion_align.rewards.remote", "RemoteSettings"),
+    "vlm_judge": ("diffusion_align.rewards.vlm_judge", "VlmJudgeSettings"),
 }
 TEXT_REWARDS: dict[str, tuple[str, str]] = {
-    "classifier": ("diffusion_align.rewards.text.classifier", "classifier"),
-    "exact_match": ("diffusion_align.rewards.text.exact_match", "exact_match"),
-    "length": ("diffusion_align.rewards.text.length", "length"),
-    "numeric_match": ("diffusion_align.rewards.text.numeric_match", "numeric_match"),
-    "regex": ("diffusion_align.rewards.text.regex", "regex"),
-    "sentiment": ("diffusion_align.rewards.text.sentiment", "sentiment"),
-    "similarity": ("diffusion_align.rewards.text.similarity", "similarity"),
+    "classifier": ("diffusion_align.rewards.text.classifier", "ClassifierSettings"),
+    "exact_match": ("diffusion_align.rewards.text.exact_match", "ExactMatch"),
+    "length": ("diffusion_align.rewards.text.length", "Length"),
+    "numeric_match": ("diffusion_align.rewards.text.numeric_match", "NumericMatch"),
+    "regex": ("diffusion_align.rewards.text.regex", "Regex"),
+    "sentiment": ("diffusion_align.rewards.text.sentiment", "Sentiment"),
+    "similarity": ("diffusion_align.rewards.text.similarity", "SimilaritySettings"),
 }
 
 
@@ -50,7 +50,7 @@ class Kind:
         table: the built-in ones.
         arguments: what every call passes; ``key`` is the one that the other kind has not.
         by_name: whether arguments are passed by name, the columns of the data among them (text), or by position.
-        context: given at building to builders and classes that name them.
+        context: given at building to classes that name them.
         for_all: the options that every reward takes.
     """
 
@@ -68,12 +68,11 @@ IMAGES = Kind("images", REWARDS, _ARGUMENTS, "images", False, ("model", "device"
 TEXT = Kind("text", TEXT_REWARDS, ("prompts", "completions"), "completions", True, ("device",), _FOR_ALL)
 
 
-def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] | None]:
-    """What a string names: label, object, and the function that checks its options (built-in rewards only)."""
+def find(source: str, kind: Kind) -> tuple[str, Any]:
+    """What a string names: label and object; of a built-in reward the class of its settings."""
     if source in kind.table:
-        module_name, function = kind.table[source]
-        module = importlib.import_module(module_name)
-        return source, getattr(module, function), getattr(module, f"{function}_problem", None)
+        module, settings = kind.table[source]
+        return source, getattr(importlib.import_module(module), settings)
     if ":" not in source and not (source and path_problem(source)):
         ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
         other = _other(kind)
@@ -85,7 +84,7 @@ def find(source: str, kind: Kind) -> tuple[str, Any, Callable[..., str | None] |
     target = resolve(source, "reward", error=RewardError)
     if not callable(target):
         raise RewardError(f"reward '{source}' is a {type(target).__name__}: name a function or a class")
-    return source.rpartition(":")[2], target, None
+    return source.rpartition(":")[2], target
 
 
 def user_modules(spec: Any, kind: Kind) -> list[Any]:
@@ -101,11 +100,6 @@ def user_modules(spec: Any, kind: Kind) -> list[Any]:
     return [module_of(spec.strip(), "reward", error=RewardError)]
 
 
-def is_builder(target: Any) -> bool:
-    """Whether ``target`` makes a reward (a class, or one of our builders) rather than being one."""
-    return inspect.isclass(target) or _is_built_in(target, IMAGES) or _is_built_in(target, TEXT)
-
-
 def check_options(label: str, target: Any, options: Mapping[str, Any], kind: Kind) -> None:
     """Refuse options that ``target`` does not take, naming the nearest one that it does, and required ones left out."""
     other = _other(kind)
@@ -115,11 +109,10 @@ def check_options(label: str, target: Any, options: Mapping[str, Any], kind: Kin
     if parameters is None:
         return
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if not is_builder(target):
+    if not inspect.isclass(target):
         given = _check_call(label, parameters, kind)
         named = [p for p in named if p not in given]
-    set_by_us = set() if inspect.isclass(target) else set(kind.context) - {"device"}
-    allowed = [p.name for p in named if p.name not in set_by_us]
+    allowed = [p.name for p in named]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         for key in options:
             if key not in allowed:
@@ -127,7 +120,7 @@ def check_options(label: str, target: Any, options: Mapping[str, Any], kind: Kin
                 near = get_close_matches(str(key), known, n=1, cutoff=0.5)
                 meant = f"did you mean '{near[0]}'? It takes" if near else "it takes"
                 raise RewardError(f"reward '{label}' has no option '{key}': {meant} {', '.join(known)}")
-    if kind.by_name and not is_builder(target):
+    if kind.by_name and not inspect.isclass(target):
         return  # what is missing may be a column of the data
     missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]
     if missing:

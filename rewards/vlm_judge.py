@@ -13,39 +13,32 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field, PlainValidator, ValidatorFunctionWrapHandler, WrapValidator, field_validator
 from torch import Tensor
 
+from diffusion_align.bounds import MOST
 from diffusion_align.paths import output_problem
 from diffusion_align.rewards.base import RewardError, to_uint8
 from diffusion_align.rewards.endpoints import (
     Endpoint,
     ask,
+    check_url,
     in_parallel,
     is_loopback,
     png,
     read_token,
-    token_problem,
-    url_problem,
+    readable_token,
 )
-from diffusion_align.rewards.options import count_problem, number_problem
+from diffusion_align.rewards.settings import RewardSettings, Seconds
 from diffusion_align.shown import short
 from diffusion_align.streams import printable
+from diffusion_align.training.config import Weight
 from diffusion_align.writing import WriteError, make_folder, write_text
 
-ABOUT = {
-    "vlm_judge": {
-        "model": "whatever the endpoint serves",
-        "range": "0 to 1",
-        "cost": "nothing to download here; one question a picture, at the endpoint's price and speed",
-        "extra": None,
-        "licence": "that of the model asked",
-        "differentiable": False,
-    },
-}
 URL = "http://127.0.0.1:8000/v1"
 TOKEN = "OPENAI_API_KEY"
 TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -79,38 +72,110 @@ _SCALE = re.compile(rf"\b(?:(?:on|using) (?:a|the) scale(?: of| from)?|from)\b{_
 _THOUSANDS = re.compile(r"\d,\d{3}\b")
 
 
+def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """Checked, but 0 stays 0 and does not become 0.0: the request is part of the key of the cache."""
+    check(value)
+    return value
+
+
+def _writable_folder(cache: str | Path | None) -> str | Path | None:
+    if cache is not None and not isinstance(cache, str | Path):
+        raise RewardError(f"cache={short(cache)} must be a folder")
+    if cache is not None and (wrong := output_problem(cache, "folder")):
+        raise RewardError(f"cache={short(str(cache))} must be a folder: it {wrong}")
+    return cache
+
+
+class VlmJudgeSettings(RewardSettings):
+    """What a vision-language model thinks of the image, asked through an OpenAI-compatible endpoint."""
+
+    name: ClassVar[str] = "vlm_judge"
+    about: ClassVar[dict[str, Any]] = {
+        "model": "whatever the endpoint serves",
+        "range": "0 to 1",
+        "cost": "nothing to download here; one question per image, at the endpoint's price and speed",
+        "extra": None,
+        "licence": "that of the model asked",
+        "differentiable": False,
+    }
+
+    url: Annotated[str, PlainValidator(check_url)] = Field(
+        URL, description="where /chat/completions is, e.g. https://api.openai.com/v1"
+    )
+    model_name: str | None = Field(
+        None, min_length=1, description="of the model to ask; None for the only one that the endpoint lists"
+    )
+    instructions: str = Field(INSTRUCTIONS, description="the question; {prompt}, {low} and {high} are filled in")
+    range: tuple[Weight, Weight] = Field(
+        (0.0, 10.0), strict=False, description="lowest and highest number asked for; they become 0 and 1"
+    )
+    token_file: Annotated[str | Path | None, readable_token(TOKEN)] = Field(
+        None,
+        description=f"file with the key; without it, for https and this machine, the environment's {TOKEN}",
+    )
+    timeout: Seconds = Field(60.0, description="seconds an answer may take")
+    patience: Seconds = Field(
+        300.0, description="seconds to wait for an endpoint that is away, overloaded or says to come later"
+    )
+    retries: int = Field(
+        3, ge=0, le=MOST, description="how often to ask again when an answer holds no number in the range"
+    )
+    concurrency: int = Field(4, ge=1, le=MOST, description="questions at the same time")
+    cache: Annotated[str | Path | None, PlainValidator(_writable_folder)] = Field(
+        None, description="folder in which answers are kept and looked up; runs and processes may share it"
+    )
+    temperature: Annotated[float | None, WrapValidator(_as_given)] = Field(
+        0.0, ge=0, le=2, description="sent along; None leaves it out, as some models demand"
+    )
+    seed: int | None = Field(0, ge=-(2**63), le=2**63 - 1, description="sent along; None leaves it out")
+    request: dict[str, Any] | None = Field(None, description="further fields of the request, such as {max_tokens: 20}")
+
+    @field_validator("instructions")
+    @classmethod
+    def _not_empty(cls, instructions: str) -> str:
+        if not instructions.strip():
+            raise ValueError("it must be the question to ask, with {prompt} where the prompt belongs")
+        return instructions
+
+    @field_validator("range")
+    @classmethod
+    def _rising(cls, range: tuple[float, float]) -> tuple[float, float]:
+        if not range[0] < range[1]:
+            raise ValueError("it must begin with its lower end")
+        return range
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> "VlmJudge":
+        """RewardError: the endpoint refused, or was away for longer than ``patience``."""
+        base = self.url.rstrip("/").removesuffix("/chat/completions")
+        # The environment's key is not sent over a network in the clear.
+        private = is_loopback(self.url) or self.url.lower().startswith("https://")
+        token = read_token(self.token_file, TOKEN) if self.token_file is not None or private else None
+        endpoint = Endpoint(base, label="the judge at", token=token, timeout=self.timeout, transient=TRANSIENT)
+        name = self.model_name or _only_model(endpoint, self.patience)
+        fields = {"model": name, "temperature": self.temperature, "seed": self.seed, **(self.request or {})}
+        return VlmJudge(endpoint, {key: value for key, value in fields.items() if value is not None}, self)
+
+
 class VlmJudge:
-    """A judge's scores as a reward. Build it with `vlm_judge`."""
+    """A judge's scores as a reward. `VlmJudgeSettings` builds it."""
 
     name = "vlm_judge"
     differentiable = False
     background = True  # it waits for others while this process samples
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        request: Mapping[str, Any],
-        *,
-        instructions: str,
-        low: float,
-        high: float,
-        patience: float,
-        retries: int,
-        concurrency: int,
-        cache: Path | None,
-    ) -> None:
-        self.endpoint, self.request, self.instructions = endpoint, dict(request), instructions
-        self.low, self.high, self.patience, self.retries = low, high, patience, retries
-        self.concurrency, self.cache = concurrency, cache
+    def __init__(self, endpoint: Endpoint, request: Mapping[str, Any], settings: VlmJudgeSettings) -> None:
+        self.endpoint, self.request, self.settings = endpoint, dict(request), settings
+        self.low, self.high = settings.range
+        self.cache = Path(settings.cache).expanduser().absolute() if settings.cache is not None else None
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         pairs = list(zip(to_uint8(images).numpy(), prompts, strict=True))
-        scores = in_parallel(lambda pair, stop: self._score(*pair, stop), pairs, self.concurrency)
+        scores = in_parallel(lambda pair, stop: self._score(*pair, stop), pairs, self.settings.concurrency)
         return torch.tensor([(score - self.low) / (self.high - self.low) for score in scores], dtype=torch.float32)
 
     def _score(self, pixels: np.ndarray, prompt: str, stop: threading.Event) -> float:
         """The number that the judge gives, from the cache if it is known."""
-        question = self._filled(self.instructions, prompt)
+        question = self._filled(self.settings.instructions, prompt)
         kept = self.cache / f"{self._key(pixels, question)}.json" if self.cache else None
         if kept is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file is written anew
@@ -119,13 +184,13 @@ class VlmJudge:
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": picture}}]
         asked: list[dict[str, Any]] = [{"role": "user", "content": content}]
         answer, score = self._ask(asked, stop)
-        for _ in range(self.retries):
+        for _ in range(self.settings.retries):
             if score is not None:
                 break
             again = {"role": "user", "content": self._filled(AGAIN, prompt)}
             answer, score = self._ask([*asked, {"role": "assistant", "content": answer or "(nothing)"}, again], stop)
         if score is None:
-            times = f"{self.retries + 1} times" if self.retries else "once"
+            times = f"{self.settings.retries + 1} times" if self.settings.retries else "once"
             raise RewardError(
                 f"reward '{self.name}' asked {times} and got no number from {self.low:g} to {self.high:g}, the last "
                 f"time {answer[:80]!r}: change instructions, or choose another model"
@@ -137,7 +202,7 @@ class VlmJudge:
     def _ask(self, messages: Sequence[Mapping[str, Any]], stop: threading.Event) -> tuple[str, float | None]:
         """The judge's words, and the score if there is one in them."""
         body = json.dumps(self.request | {"messages": messages}).encode()
-        reply = ask([self.endpoint], "POST", "/chat/completions", body, patience=self.patience, stop=stop)
+        reply = ask([self.endpoint], "POST", "/chat/completions", body, patience=self.settings.patience, stop=stop)
         try:
             answer = reply["choices"][0]["message"]["content"] or ""
         except (LookupError, TypeError):
@@ -159,123 +224,6 @@ class VlmJudge:
         if not self.low <= score <= self.high:
             raise ValueError(score)
         return float(score)
-
-
-def vlm_judge(
-    *,
-    url: str = URL,
-    model_name: str | None = None,
-    instructions: str = INSTRUCTIONS,
-    range: Sequence[float] = (0.0, 10.0),
-    token_file: str | None = None,
-    timeout: float = 60.0,
-    patience: float = 300.0,
-    retries: int = 3,
-    concurrency: int = 4,
-    cache: str | None = None,
-    temperature: float | None = 0.0,
-    seed: int | None = 0,
-    request: Mapping[str, Any] | None = None,
-) -> VlmJudge:
-    """What a vision-language model thinks of the picture, asked through an OpenAI-compatible endpoint.
-
-    Args:
-        url: where ``/chat/completions`` is, e.g. ``https://api.openai.com/v1``.
-        model_name: of the model to ask; None for the only one that the endpoint lists.
-        instructions: the question; ``{prompt}``, ``{low}`` and ``{high}`` are filled in.
-        range: lowest and highest number asked for; they become 0 and 1.
-        token_file: file with the key; without it, for https and this machine, the environment's ``OPENAI_API_KEY``.
-        timeout: seconds an answer may take.
-        patience: seconds to wait for an endpoint that is away, overloaded or says to come later.
-        retries: how often to ask again when an answer holds no number in the range.
-        concurrency: questions at the same time.
-        cache: folder in which answers are kept and looked up; it may be shared by runs and processes.
-        temperature, seed: sent along; None leaves one out, as some models demand.
-        request: further fields of the request, such as ``{max_tokens: 20}``.
-
-    Raises:
-        RewardError: the endpoint refused, was away for longer than ``patience``, or its answers hold no number.
-    """
-    wrong = vlm_judge_problem(
-        url=url,
-        model_name=model_name,
-        instructions=instructions,
-        range=range,
-        token_file=token_file,
-        timeout=timeout,
-        patience=patience,
-        retries=retries,
-        concurrency=concurrency,
-        cache=cache,
-        temperature=temperature,
-        seed=seed,
-        request=request,
-    )
-    if wrong:
-        raise RewardError(wrong)
-    base = url.rstrip("/").removesuffix("/chat/completions")
-    # The environment's key is not sent over a network in the clear.
-    private = is_loopback(url) or url.lower().startswith("https://")
-    token = read_token(token_file, TOKEN) if token_file is not None or private else None
-    endpoint = Endpoint(base, label="the judge at", token=token, timeout=timeout, transient=TRANSIENT)
-    name = model_name or _only_model(endpoint, patience)
-    fields = {"model": name, "temperature": temperature, "seed": seed, **(request or {})}
-    return VlmJudge(
-        endpoint,
-        {key: value for key, value in fields.items() if value is not None},
-        instructions=instructions,
-        low=float(range[0]),
-        high=float(range[1]),
-        patience=patience,
-        retries=retries,
-        concurrency=concurrency,
-        cache=Path(cache).expanduser().absolute() if cache is not None else None,
-    )
-
-
-def vlm_judge_problem(
-    *,
-    url: Any = URL,
-    model_name: Any = None,
-    instructions: Any = INSTRUCTIONS,
-    range: Any = (0.0, 10.0),
-    token_file: Any = None,
-    timeout: Any = 60.0,
-    patience: Any = 300.0,
-    retries: Any = 3,
-    concurrency: Any = 4,
-    cache: Any = None,
-    temperature: Any = 0.0,
-    seed: Any = 0,
-    request: Any = None,
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Asks nobody."""
-    if model_name is not None and (not isinstance(model_name, str) or not model_name):
-        return f"model_name={model_name!r} must be a name, or left out for the only model that the endpoint lists"
-    if not isinstance(instructions, str) or not instructions.strip():
-        return f"instructions={instructions!r} must be the question to ask, with {{prompt}} where the prompt belongs"
-    edges = list(range) if isinstance(range, list | tuple) else []
-    if len(edges) != 2 or not all(type(edge) in (int, float) and abs(edge) < 1e9 for edge in edges):
-        return f"range={range!r} must be two numbers, the lowest and the highest score"
-    if not edges[0] < edges[1]:
-        return f"range={range!r} must begin with its lower end"
-    if temperature is not None and (type(temperature) not in (int, float) or not 0 <= temperature <= 2):
-        return f"temperature={temperature!r} must be a number from 0 to 2, or null to send none"
-    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**63):
-        return f"seed={short(seed)} must be a whole number, or null to send none"
-    if request is not None and not isinstance(request, Mapping):
-        return f"request={request!r} must be a mapping of further fields, such as {{max_tokens: 20}}"
-    if cache is not None and not isinstance(cache, str | Path):
-        return f"cache={short(cache)} must be a folder"
-    if cache is not None and (wrong := output_problem(cache, "folder")):
-        return f"cache={short(str(cache))} must be a folder: it {wrong}"
-    return (
-        url_problem(url)
-        or number_problem(timeout=timeout, patience=patience)
-        or count_problem(0, retries=retries)
-        or count_problem(1, concurrency=concurrency)
-        or token_problem(token_file, TOKEN)
-    )
 
 
 def parse_score(answer: str, low: float, high: float) -> float | None:

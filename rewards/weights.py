@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainValidator, ValidationInfo
 from torch import Tensor, nn
 
 from diffusion_align.hub import hub_or_cache
@@ -39,20 +40,20 @@ def weights_file(weights: str | Path | None, repository: str, file: str) -> Path
     return path
 
 
-def file_problem(option: str, file: Any, remedy: str) -> str | None:
-    """What is wrong with an option that names a file that has to be there, in one sentence, or None; None is well."""
+def _existing_file(file: str | Path | None, info: ValidationInfo) -> str | Path | None:
     if file is None:
         return None
     if isinstance(file, str | Path) and (problem := path_problem(file, "file")):
-        return f"{option}={short(str(file))} {problem}"
+        raise RewardError(f"{info.field_name}={short(str(file))} {problem}")
     if not isinstance(file, str | Path) or not Path(file).expanduser().is_file():
-        return f"{option}={short(str(file), 200)} is not a file: {remedy}"
-    return None
+        raise RewardError(
+            f"{info.field_name}={short(str(file), 200)} is not a file: give a local file of tensors, or leave it out"
+        )
+    return file
 
 
-def weights_problem(weights: Any) -> str | None:
-    """What is wrong with the option ``weights``, in one sentence, or None."""
-    return file_problem("weights", weights, "give a local .pt or .safetensors file, or leave it out")
+LocalFile = Annotated[str | Path | None, PlainValidator(_existing_file)]
+"""An option that is a local file in place of a download."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

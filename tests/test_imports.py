@@ -32,7 +32,7 @@ ALLOWED = {
     "training": {"estimators", "assets", "report", "rewards"},
     "data": {"training", "assets", "rewards"},
     "models": {"training", "data", "assets"},
-    "rewards": {"assets", "models"},
+    "rewards": {"assets", "models", "training"},
     "diffusion": {"estimators", "training", "data", "models", "assets", "report", "rewards"},
     "llm": {"estimators", "training", "data", "models", "assets", "report", "rewards"},
     "methods": {"training", "diffusion", "llm"},
@@ -88,6 +88,11 @@ def test_the_check_finds_an_import_to_the_right():
     assert any(
         "diffusion_align.training" in text for text in violations("diffusion", ALLOWED["diffusion"] - {"training"})
     )
+
+
+def test_rewards_know_of_training_how_settings_are_written_only():
+    seen = {module for path in files("rewards") for module, _ in imported(path) if part_of(module) == "training"}
+    assert seen == {"diffusion_align.training.config"}
 
 
 def test_estimators_import_torch_and_nothing_else():

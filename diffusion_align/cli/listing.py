@@ -60,16 +60,12 @@ def _pairs() -> Entries:
 
 
 def _rewards() -> Entries:
-    return [
-        (
-            row["name"],
-            [
-                row["description"],
-                *(f"{key}: {value}" for key, value in row.items() if key not in ("name", "description")),
-            ],
-        )
-        for row in describe_rewards() + describe_text_rewards()
-    ]
+    entries = []
+    for row in describe_rewards() + describe_text_rewards():
+        about = [f"{key}: {value}" for key, value in row.items() if key not in ("name", "description", "options")]
+        options = [f"option {name} {option}" for name, option in row["options"].items()]
+        entries.append((row["name"], [row["description"], *about, *options]))
+    return entries
 
 
 LISTINGS: dict[str, Callable[[], Entries]] = {

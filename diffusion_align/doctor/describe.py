@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import math
@@ -39,6 +38,7 @@ from diffusion_align.pipelines.configuration import read_config, read_settings
 from diffusion_align.pipelines.text import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.clip import default_clip, is_emoji_sd
+from diffusion_align.rewards.resolve import IMAGES, find
 from diffusion_align.training.config import read_as
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
@@ -195,8 +195,7 @@ def _reward_specs(reward: Any) -> Iterator[Any]:
 
 def _reward_model(name: str, options: Mapping[str, Any], model: str, cached: Mapping[str, int]) -> Lines:
     """The model of a built-in reward, as its module names it, and what of it is in the cache."""
-    module, function = REWARDS[name]
-    about = str(importlib.import_module(module).ABOUT.get(function, {}).get("model") or "")
+    about = str(find(name, IMAGES)[1].about.get("model") or "")
     chosen = {k: v for k, v in options.items() if k in _WEIGHTS and isinstance(v, str)}
     given = {k: v for k, v in chosen.items() if os.path.exists(os.path.expanduser(v))}
     lines: Lines = [(f"  {key}", f"{value} (here)") for key, value in given.items()]

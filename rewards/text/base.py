@@ -21,10 +21,11 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, as_scores, check_finite, parameters_of, reward_name, without_info
@@ -234,6 +235,10 @@ def extras_of(reward: Any) -> list[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = {p.name for p in parameters_of(reward) or () if p.kind in kinds} - set(_bound(reward))
     return [name for name in EXTRAS if name in names]
+
+
+Column = Annotated[str, Field(min_length=1)]
+"""An option that is the name of a column of the data."""
 
 
 def column_of(columns: Mapping[str, list[Any]], column: str, reward: str) -> list[Any]:

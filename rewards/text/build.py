@@ -61,5 +61,5 @@ def text_reward_problem(spec: Any) -> str | None:
 
 
 def describe_text_rewards() -> list[dict[str, Any]]:
-    """One dict a built-in text reward: name, description, range, extra, licence."""
+    """One dict a built-in text reward: name, description, range, extra, licence, options."""
     return describe(TEXT)

@@ -3,37 +3,31 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, PlainValidator, model_validator
 from torch import Tensor
 
+from diffusion_align.bounds import MOST
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.places import note
 from diffusion_align.rewards.text.base import Text, text_of, words_left_out
 from diffusion_align.rewards.text.loading import (
+    NetworkName,
+    TextNetworkSettings,
     load_network,
     load_tokenizer,
-    network_problem,
     token_limit,
     tokens_of,
     without_token_types,
 )
 
-ABOUT = {
-    "classifier": {
-        "range": "unbounded (logit), 0 to 1 (probability)",
-        "extra": None,
-        "licence": "that of the model given",
-    },
-}
-READS = ("joined", "pair", "completion")
-OUTPUTS = ("logit", "probability")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Classifier:
-    """One logit or probability as a reward. Build it with `classifier`."""
+    """One logit or probability as a reward. `ClassifierSettings` builds it."""
 
     name = "classifier"
 
@@ -92,87 +86,66 @@ def layout(tokenizer: Any, prompts: list[Text], completions: list[Text], reads: 
     return texts, False
 
 
-def classifier(
-    *,
-    model: str,
-    base: str | None = None,
-    label: int | str | None = None,
-    output: str = "logit",
-    reads: str = "joined",
-    dtype: str = "float32",
-    batch_size: int = 16,
-    max_length: int | None = None,
-    device: str | torch.device = "cpu",
-) -> Classifier:
+def _number_or_name(label: Any) -> int | str | None:
+    if isinstance(label, bool) or not isinstance(label, int | str | None):
+        raise ValueError("it must be the number or the name of a label")
+    return label
+
+
+class ClassifierSettings(TextNetworkSettings):
     """The logit or probability that a sequence classifier, such as a reward model, gives to a label.
 
-    Args:
-        model: folder or hub id for transformers' ``AutoModelForSequenceClassification``, or a folder that PEFT saved
-            over one. Only safetensors are read.
-        base: where an adapter's base is, if not where the adapter says.
-        label: number or name of the label; may be left out where there is but one.
-        output: "logit", or "probability": the sigmoid of the only logit (and of each, in a model of several labels
-            at once), else the softmax.
-        reads: "joined", the conversation: messages by the tokenizer's chat template, text one behind the other;
-            "pair", prompt and completion as the two segments that encoders know; "completion" alone.
-        dtype: of the network; "float16" and "bfloat16" only on a GPU.
-        batch_size: samples a forward pass.
-        max_length: tokens that count; default: as many as the model can take. Longer input loses its beginning.
+    "probability" is the sigmoid of the only logit (and of each, in a model of several labels at once), else the
+    softmax. Input longer than ``max_length`` loses its beginning.
     """
-    problem = classifier_problem(
-        model=model,
-        base=base,
-        label=label,
-        output=output,
-        reads=reads,
-        dtype=dtype,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
-    if problem:
-        raise RewardError(problem)
-    network, tokenizer = _load(model, base, dtype, device)
-    return Classifier(
-        network,
-        tokenizer,
-        label=_label_index(network.config, label, model),
-        output=output,
-        reads=reads,
-        limit=token_limit(tokenizer, network.config, max_length),
-        batch_size=batch_size,
-    )
 
+    name: ClassVar[str] = "classifier"
+    about: ClassVar[dict[str, Any]] = {
+        "range": "unbounded (logit), 0 to 1 (probability)",
+        "extra": None,
+        "licence": "that of the model given",
+    }
 
-def classifier_problem(
-    *,
-    model: Any,
-    base: Any = None,
-    label: Any = None,
-    output: Any = "logit",
-    reads: Any = "joined",
-    dtype: Any = "float32",
-    batch_size: Any = 16,
-    max_length: Any = None,
-    device: Any = None,
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    if output not in OUTPUTS:
-        return f"output={output!r} is unknown: choose one of {', '.join(OUTPUTS)}"
-    if reads not in READS:
-        return f"reads={reads!r} is unknown: choose one of {', '.join(READS)}"
-    if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
-        return f"label={label!r} must be the number or the name of a label"
-    for option, name in {"model": model, "base": model if base is None else base}.items():
-        problem = network_problem(option, name, dtype=dtype, batch_size=batch_size, max_length=max_length)
-        if problem:
-            return problem
-    folder = Path(model).expanduser()
-    adapter = (folder / ADAPTER_CONFIG).is_file()
-    if base is not None and not adapter:
-        return f"base='{base}' is for adapters, but model='{model}' is no folder with an {ADAPTER_CONFIG}: leave it out"
-    if adapter and not (folder / ADAPTER_WEIGHTS).is_file():
-        return f"model='{model}' has no {ADAPTER_WEIGHTS}: save the adapter as safetensors"
-    return None
+    model: NetworkName = Field(
+        description="folder or hub id for AutoModelForSequenceClassification, or a folder that PEFT saved over one; "
+        "only safetensors are read"
+    )
+    base: NetworkName | None = Field(None, description="where an adapter's base is, if not where the adapter says")
+    label: Annotated[int | str | None, PlainValidator(_number_or_name)] = Field(
+        None, description="number or name of the label; may be left out where there is but one"
+    )
+    output: Literal["logit", "probability"] = Field("logit", description="what is returned of the label")
+    reads: Literal["joined", "pair", "completion"] = Field(
+        "joined",
+        description="the conversation (messages by the chat template, text one behind the other), prompt and "
+        "completion as an encoder's two segments, or the completion alone",
+    )
+    batch_size: int = Field(16, ge=1, le=MOST, description="samples per forward pass")
+
+    @model_validator(mode="after")
+    def _adapter_is_whole(self) -> Self:
+        folder = Path(self.model).expanduser()
+        adapter = (folder / ADAPTER_CONFIG).is_file()
+        if self.base is not None and not adapter:
+            raise RewardError(
+                f"base='{self.base}' is for adapters, but model='{self.model}' is no folder with an {ADAPTER_CONFIG}: "
+                "leave it out"
+            )
+        if adapter and not (folder / ADAPTER_WEIGHTS).is_file():
+            raise RewardError(f"model='{self.model}' has no {ADAPTER_WEIGHTS}: save the adapter as safetensors")
+        return self
+
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Classifier:
+        network, tokenizer = _load(self.model, self.base, self.dtype, device)
+        return Classifier(
+            network,
+            tokenizer,
+            label=_label_index(network.config, self.label, self.model),
+            output=self.output,
+            reads=self.reads,
+            limit=token_limit(tokenizer, network.config, self.max_length),
+            batch_size=self.batch_size,
+        )
 
 
 def _load(model: str, base: str | None, dtype: str, device: str | torch.device) -> tuple[Any, Any]:

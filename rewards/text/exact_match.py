@@ -2,29 +2,34 @@
 
 import re
 import unicodedata
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.text.base import Text, column_of, text_of
-from diffusion_align.rewards.text.regex import pattern_problem
+from pydantic import Field
 
-ABOUT = {
-    "exact_match": {
-        "range": "0 or 1",
-        "extra": None,
-        "licence": "no model",
-    },
-}
+from diffusion_align.rewards.settings import RewardSettings
+from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
+from diffusion_align.rewards.text.regex import Pattern
 
 
-class ExactMatch:
-    """Equality as a reward. Build it with `exact_match`."""
+class ExactMatch(RewardSettings):
+    """1 where the completion equals the answer, else 0; white space at the ends and its amount never count.
 
-    name = "exact_match"
+    A sample whose answer is None gets no score.
+    """
 
-    def __init__(self, column: str, ignore_case: bool, ignore_punctuation: bool, extract: str | None):
-        self.column, self.ignore_case, self.ignore_punctuation = column, ignore_case, ignore_punctuation
-        self.extract = re.compile(extract) if extract else None
+    name: ClassVar[str] = "exact_match"
+    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "extra": None, "licence": "no model"}
+
+    column: Column = Field(
+        "answer", description="of the data, that holds the answer, or a list of answers any of which will do"
+    )
+    ignore_case: bool = Field(False, description="upper and lower case are equal")
+    ignore_punctuation: bool = Field(False, description="every punctuation mark counts as white space")
+    extract: Pattern | None = Field(
+        None,
+        description="what the last match's first group holds (the whole match if it has none) is compared in place of "
+        "the whole completion, e.g. (?s)<answer>(.*?)</answer>; no match scores 0",
+    )
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
         answers = column_of(columns, self.column, self.name)
@@ -33,11 +38,12 @@ class ExactMatch:
     def _score(self, text: str, answer: Any) -> float | None:
         if answer is None:
             return None
-        if self.extract:
-            found = list(self.extract.finditer(text))
+        if self.extract is not None:
+            pattern = re.compile(self.extract)
+            found = list(pattern.finditer(text))
             if not found:
                 return 0.0
-            text = (found[-1].group(1) if self.extract.groups else found[-1].group()) or ""
+            text = (found[-1].group(1) if pattern.groups else found[-1].group()) or ""
         accepted = answer if isinstance(answer, list | tuple) else [answer]
         return float(self._normalised(text) in {self._normalised(str(one)) for one in accepted})
 
@@ -48,41 +54,3 @@ class ExactMatch:
         if self.ignore_punctuation:
             text = "".join(" " if unicodedata.category(character)[0] == "P" else character for character in text)
         return " ".join(text.split())
-
-
-def exact_match(
-    *,
-    column: str = "answer",
-    ignore_case: bool = False,
-    ignore_punctuation: bool = False,
-    extract: str | None = None,
-) -> ExactMatch:
-    """1 where the completion equals the answer, else 0; white space at the ends and its amount never count.
-
-    Nothing is said about a sample whose answer is None.
-
-    Args:
-        column: of the data, that holds the answer, or a list of answers any of which will do; numbers as they print.
-        ignore_case: upper and lower case are equal.
-        ignore_punctuation: every punctuation mark counts as white space.
-        extract: a regular expression; what the last match's first group holds (the whole match if it has none) is
-            compared in place of the whole completion, e.g. ``(?s)<answer>(.*?)</answer>``. No match scores 0.
-    """
-    problem = exact_match_problem(
-        column=column, ignore_case=ignore_case, ignore_punctuation=ignore_punctuation, extract=extract
-    )
-    if problem:
-        raise RewardError(problem)
-    return ExactMatch(column, ignore_case, ignore_punctuation, extract)
-
-
-def exact_match_problem(
-    *, column: Any = "answer", ignore_case: Any = False, ignore_punctuation: Any = False, extract: Any = None
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None."""
-    for option, value in {"ignore_case": ignore_case, "ignore_punctuation": ignore_punctuation}.items():
-        if not isinstance(value, bool):
-            return f"{option}={value!r} must be true or false"
-    if not isinstance(column, str) or not column:
-        return f"column={column!r} must be the name of a column of the data"
-    return None if extract is None else pattern_problem("extract", extract)

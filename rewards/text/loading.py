@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from diffusion_align.bounds import MOST
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.clip import DTYPES
-from diffusion_align.rewards.options import count_problem
+from diffusion_align.rewards.clip import DTYPES, is_missing_folder
 from diffusion_align.rewards.places import note
+from diffusion_align.rewards.settings import NetworkSettings
 
 
 def load_network(
@@ -109,13 +111,19 @@ def place(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
-def network_problem(option: str, name: Any, *, dtype: Any, batch_size: Any, max_length: Any) -> str | None:
-    """What is wrong with the name of a network or how to run it, in one sentence, or None. Loads nothing."""
-    if not isinstance(name, str) or not name:
-        return f"{option}={name!r} must be a folder or a hub id"
-    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_like_a_path and not Path(name).expanduser().is_dir():
-        return f"{option}='{name}' is not a folder: give one that holds a transformers model"
-    if dtype not in tuple(DTYPES):
-        return f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}"
-    return count_problem(1, batch_size=batch_size, max_length=1 if max_length is None else max_length)
+class TextNetworkSettings(NetworkSettings):
+    """The options of every reward that reads text with a network."""
+
+    max_length: int | None = Field(
+        None, ge=1, le=MOST, description="tokens of a text that count; by default as many as the network can take"
+    )
+
+
+def _folder_or_id(name: str) -> str:
+    if is_missing_folder(name):
+        raise ValueError("it is not a folder: give one that holds a transformers model")
+    return name
+
+
+NetworkName = Annotated[str, Field(min_length=1), AfterValidator(_folder_or_id)]
+"""An option that is a folder or a hub id."""

@@ -2,21 +2,14 @@
 
 import re
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 
 from diffusion_align.bounds import LARGEST
-from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.text.base import Text, column_of, text_of
-from diffusion_align.shown import short
+from diffusion_align.rewards.settings import RewardSettings
+from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
 
-ABOUT = {
-    "numeric_match": {
-        "range": "0 or 1",
-        "extra": None,
-        "licence": "no model",
-    },
-}
-WHICH = {"last": -1, "first": 0}
 # A sign is one only where nothing is subtracted from a number or a bracket; digits within words (H2O) are no numbers.
 NUMBER = re.compile(
     r"(?:(?<![\w)\]])(?P<sign>[-+\u2212]))?[$€£¥]?(?<!\w)(?<!\w\.)"
@@ -38,13 +31,22 @@ def numbers_in(text: str) -> list[Decimal]:
     return found
 
 
-class NumericMatch:
-    """Equality of numbers as a reward. Build it with `numeric_match`."""
+class NumericMatch(RewardSettings):
+    """1 where the last (or first) number in the completion equals the answer, else 0.
 
-    name = "numeric_match"
+    A sample whose answer holds no number gets no score; a completion without one scores 0.
+    """
 
-    def __init__(self, column: str, which: str, tolerance: float):
-        self.column, self.place, self.tolerance = column, WHICH[which], Decimal(str(tolerance))
+    name: ClassVar[str] = "numeric_match"
+    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "extra": None, "licence": "no model"}
+
+    column: Column = Field(
+        "answer", description="of the data, that holds the answer: a number, or text whose last number it is (GSM8K)"
+    )
+    which: Literal["last", "first"] = Field("last", description="number of the completion")
+    tolerance: float = Field(
+        0.0, ge=0, le=LARGEST, description="how far apart the two may be; compared in decimals, without rounding"
+    )
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
         answers = column_of(columns, self.column, self.name)
@@ -55,31 +57,5 @@ class NumericMatch:
         if not wanted:
             return None
         given = numbers_in(text)
-        return float(bool(given) and abs(given[self.place] - wanted[-1]) <= self.tolerance)
-
-
-def numeric_match(*, column: str = "answer", which: str = "last", tolerance: float = 0.0) -> NumericMatch:
-    """1 where the last (or first) number in the completion equals the answer, else 0.
-
-    Nothing is said about a sample whose answer holds no number; a completion without one scores 0.
-
-    Args:
-        column: of the data, that holds the answer: a number, or text whose last number it is (as in GSM8K).
-        which: "last" or "first" number of the completion.
-        tolerance: how far apart the two may be, both ends included; compared in decimals, without rounding.
-    """
-    problem = numeric_match_problem(column=column, which=which, tolerance=tolerance)
-    if problem:
-        raise RewardError(problem)
-    return NumericMatch(column, which, tolerance)
-
-
-def numeric_match_problem(*, column: Any = "answer", which: Any = "last", tolerance: Any = 0.0) -> str | None:
-    """What is wrong with these options, in one sentence, or None."""
-    if which not in tuple(WHICH):
-        return f"which={which!r} is unknown: choose one of {', '.join(WHICH)}"
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance <= LARGEST:
-        return f"tolerance={short(tolerance)} must be a number of at least 0, at most {LARGEST:g}"
-    if not isinstance(column, str) or not column:
-        return f"column={column!r} must be the name of a column of the data"
-    return None
+        place = -1 if self.which == "last" else 0
+        return float(bool(given) and abs(given[place] - wanted[-1]) <= Decimal(str(self.tolerance)))

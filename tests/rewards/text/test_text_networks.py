@@ -401,18 +401,33 @@ def test_pickles_are_never_read(encoder, tmp_path):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ({"name": "similarity", "encoder": "/no/such/folder"}, "encoder='/no/such/folder' is not a folder"),
-        ({"name": "similarity", "encoder": "{}", "text": ""}, "text='' must be the text to compare with"),
-        ({"name": "similarity", "encoder": "{}", "column": 3}, "column=3 must be the name"),
-        ({"name": "similarity", "encoder": "{}", "dtype": ["float32"]}, "dtype=.'float32'. is unknown"),
-        ({"name": "similarity", "encoder": "{}", "batch_size": 0}, "batch_size=0 must be a whole number"),
-        ({"name": "similarity", "encoder": "{}", "max_length": True}, "max_length=True must be a whole number"),
-        ({"name": "classifier", "model": ""}, "model='' must be a folder or a hub id"),
-        ({"name": "classifier", "model": "./nowhere"}, "model='./nowhere' is not a folder"),
-        ({"name": "classifier", "model": "{}", "output": "score"}, "output='score' is unknown: choose one of logit"),
-        ({"name": "classifier", "model": "{}", "reads": "all"}, "reads='all' is unknown: choose one of joined, pair"),
-        ({"name": "classifier", "model": "{}", "label": 1.5}, "label=1.5 must be the number or the name"),
-        ({"name": "classifier", "model": "{}", "base": "~/nowhere"}, "base='~/nowhere' is not a folder"),
+        (
+            {"name": "similarity", "encoder": "/no/such/folder"},
+            "encoder='/no/such/folder' is not allowed: .* not a folder",
+        ),
+        ({"name": "similarity", "encoder": "{}", "text": ""}, "text='' is not allowed: .* at least 1 character"),
+        ({"name": "similarity", "encoder": "{}", "column": 3}, "column=3 is not allowed: it must be text"),
+        ({"name": "similarity", "encoder": "{}", "dtype": ["float32"]}, "dtype=.'float32'. is not allowed"),
+        (
+            {"name": "similarity", "encoder": "{}", "batch_size": 0},
+            "batch_size=0 is not allowed: .* or equal to 1",
+        ),
+        (
+            {"name": "similarity", "encoder": "{}", "max_length": True},
+            "max_length=True is not allowed: .* a whole number",
+        ),
+        ({"name": "classifier", "model": ""}, "model='' is not allowed: .* at least 1 character"),
+        ({"name": "classifier", "model": "./nowhere"}, "model='./nowhere' is not allowed: it is not a folder"),
+        ({"name": "classifier", "model": "{}", "output": "score"}, "output='score' is not allowed: .* 'logit' or"),
+        ({"name": "classifier", "model": "{}", "reads": "all"}, "reads='all' is not allowed: .* 'joined', 'pair' or"),
+        (
+            {"name": "classifier", "model": "{}", "label": 1.5},
+            "label=1.5 is not allowed: .* the number or the name",
+        ),
+        (
+            {"name": "classifier", "model": "{}", "base": "~/nowhere"},
+            "base='~/nowhere' is not allowed: .* not a folder",
+        ),
     ],
 )
 def test_wrong_options_are_one_sentence_before_anything_is_loaded(spec, sentence, encoder, monkeypatch):

@@ -1,0 +1,172 @@
+"""Options declared in a class: check, builder and listing come from it, for shipped rewards and a user's."""
+
+import pytest
+import torch
+
+from diffusion_align.rewards import (
+    REWARDS,
+    TEXT_REWARDS,
+    RewardError,
+    RewardSettings,
+    build_reward,
+    build_text_reward,
+    call_reward,
+    call_text_reward,
+    describe_rewards,
+    describe_text_rewards,
+    reward_problem,
+    text_reward_problem,
+)
+from diffusion_align.rewards.foreign import runs_in_background
+from diffusion_align.rewards.jpeg import JpegCompressibility
+from diffusion_align.rewards.remote import RemoteSettings
+from diffusion_align.rewards.resolve import IMAGES, TEXT, find
+from diffusion_align.rewards.settings import describe_options
+
+CODE = '''
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from diffusion_align.rewards import RewardError, RewardSettings
+
+
+class Brightness(RewardSettings):
+    """How close the mean brightness is to a target."""
+
+    target: float = Field(0.5, ge=0, le=1, description="wanted brightness")
+    channel: Literal["red", "green"] = Field("red", description="which is looked at")
+
+    def __call__(self, images, prompts, metadata):
+        return -(images[:, ["red", "green"].index(self.channel)].mean((1, 2)) - self.target).abs()
+
+
+class Loaded(RewardSettings):
+    size: int = Field(gt=0, description="of its network")
+
+    @field_validator("size")
+    @classmethod
+    def _even(cls, size):
+        if size == 7:
+            raise RewardError("sevens are never even")
+        if size % 2:
+            raise ValueError("it must be even")
+        return size if 1 / (size - 2) else 0
+
+    def build(self, *, model=None, device="cpu"):
+        network = lambda images, prompts: [float(self.size)] * len(images)
+        network.came_with = (model, device)
+        return network
+
+
+class Shout(RewardSettings):
+    gain: float = Field(1.0, description="per capital")
+
+    def __call__(self, completions, level, **columns):
+        return [self.gain * sum(map(str.isupper, text)) + more for text, more in zip(completions, level)]
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CODE)
+    return path
+
+
+def scores(reward):
+    images = torch.full((2, 3, 8, 8), 0.4)
+    return call_reward(reward, images, ["a", "b"], [{}, {}]).tolist()
+
+
+def test_a_class_that_can_be_called_is_the_reward(file):
+    assert scores(build_reward(f"{file}:Brightness")) == pytest.approx([-0.1, -0.1])
+    reward = build_reward({"name": f"{file}:Brightness", "target": 0, "scale": 2.0})
+    assert scores(reward) == pytest.approx([-0.8, -0.8])
+    assert reward.name == "2*Brightness"
+    aside = build_reward({"name": f"{file}:Brightness", "background": True})
+    assert runs_in_background(aside)
+    assert scores(aside) == pytest.approx([-0.1, -0.1])
+
+
+def test_a_class_that_builds_gets_the_model_and_the_device(file):
+    reward = build_reward({"name": f"{file}:Loaded", "size": 4}, model="emoji-sd", device="cpu")
+    assert scores(reward) == [4, 4]
+    assert reward.came_with == ("emoji-sd", "cpu")
+
+
+def test_a_text_reward_with_settings(file):
+    reward = build_text_reward({"name": f"{file}:Shout", "gain": 3})
+    assert call_text_reward(reward, ["p", "p"], ["AbC", ""], {"level": [1, 2]}).tolist() == [7, 2]
+    assert "gain='much' is not allowed: it must be a number" in text_reward_problem(
+        {"name": f"{file}:Shout", "gain": "much"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            {"name": "Brightness", "target": 2},
+            "'Brightness': target=2 is not allowed: .* less than or equal to 1",
+        ),
+        ({"name": "Brightness", "target": True}, "target=True is not allowed: it must be a number"),
+        ({"name": "Brightness", "target": 10**400}, "reward 'Brightness': target=1000"),
+        (
+            {"name": "Brightness", "chanel": "red"},
+            "has no option 'chanel': did you mean 'channel'. It takes backgr",
+        ),
+        ({"name": "Brightness", "channel": "blue"}, "channel='blue' is not allowed: .* 'red' or 'green'"),
+        ({"name": "Loaded"}, "reward 'Loaded' needs the option 'size'"),
+        ({"name": "Loaded", "size": 3}, "reward 'Loaded': size=3 is not allowed: it must be even"),
+        ({"name": "Loaded", "size": 7}, "^reward 'Loaded': sevens are never even$"),
+        ({"name": "Loaded", "size": 2}, r"'Loaded': an option cannot be used \(ZeroDivisionError: .* \(mine.py, line"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(spec, sentence, file):
+    spec = {**spec, "name": f"{file}:{spec['name']}"}
+    with pytest.raises(RewardError, match=sentence) as caught:
+        build_reward(spec)
+    assert reward_problem(spec) == str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_from_python_the_sentences_are_the_same():
+    with pytest.raises(RewardError) as caught:
+        JpegCompressibility(quality=0)
+    assert str(caught.value) == reward_problem({"name": "jpeg_compressibility", "quality": 0})
+    ours = build_reward(JpegCompressibility(quality=30))
+    assert scores(ours) == scores(build_reward({"name": "jpeg_compressibility", "quality": 30}))
+
+
+def test_settings_that_are_no_reward_are_built(file):
+    settings = find(f"{file}:Loaded", IMAGES)[1](size=6)
+    assert scores(build_reward(settings)) == [6, 6]
+
+
+def test_a_password_in_an_address_is_not_repeated():
+    with pytest.raises(RewardError) as caught:
+        RemoteSettings(url="http://me:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_options_are_described_with_their_values(file):
+    assert describe_options(find(f"{file}:Brightness", IMAGES)[1]) == {
+        "target": "(number from 0 to 1, default 0.5): wanted brightness",
+        "channel": "(red or green, default 'red'): which is looked at",
+    }
+    assert describe_options(find(f"{file}:Loaded", IMAGES)[1]) == {
+        "size": "(whole number above 0, required): of its network"
+    }
+    [jpeg] = [row for row in describe_rewards() if row["name"] == "jpeg_compressibility"]
+    assert jpeg["options"] == {"quality": "(whole number from 1 to 100, default 95): PIL's scale"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((n, IMAGES) for n in REWARDS), *((n, TEXT) for n in TEXT_REWARDS)])
+def test_every_shipped_reward_declares_its_options(name, kind):
+    _, settings = find(name, kind)
+    assert issubclass(settings, RewardSettings)
+    assert settings.name == name
+    assert all(field.description for field in settings.model_fields.values())
+    [row] = [row for row in describe_rewards() + describe_text_rewards() if row["name"] == name]
+    assert list(row["options"]) == list(settings.model_fields)
