@@ -124,7 +124,7 @@ CASES = {
     ),
     "reward option out of range": (
         ["reward={name: jpeg_compressibility, quality: 101}"],
-        ["quality=101 is not a JPEG"],
+        ["quality=101 is not allowed: "],
     ),
     "reward scale 0": (
         ["reward={name: jpeg_compressibility, scale: 0}"],
