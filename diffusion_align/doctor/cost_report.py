@@ -22,6 +22,7 @@ from diffusion_align.doctor.memory import (
     unet_cost,
 )
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
+from diffusion_align.models.lora import add_lora
 from diffusion_align.models.part_configs import latent_shape, unet_inputs
 from diffusion_align.training.accelerator import best_seconds
 
@@ -211,7 +212,7 @@ def _random_unet(unet: Mapping[str, Any], config: ImageConfig) -> Any:
         network = UNet2DConditionModel.from_config(dict(unet))
         network.set_attn_processor(AttnProcessor())
         if config.lora is not None:
-            network.add_adapter(peft_config(config.lora))
+            add_lora(network, peft_config(config.lora))
     return network.eval()
 
 

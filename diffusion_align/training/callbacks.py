@@ -52,23 +52,21 @@ class WriteMetrics(Callback):
 class Track(Callback):
     """Rows go to accelerate's trackers (TensorBoard, W&B)."""
 
-    def __init__(self) -> None:
-        self.trackers: Trackers | None = None
+    def __init__(self, trackers: Trackers) -> None:
+        self.trackers = trackers
 
     def on_start(self, trainer: Trainer[Any]) -> None:
-        self.trackers = Trackers(trainer.accelerator)
         self.trackers.start({"config": dump_config(trainer.config)})
 
     def on_update(self, trainer: Trainer[Any], row: Row) -> None:
-        if self.trackers is not None and trainer.processes.is_main:
+        if trainer.processes.is_main:
             self.trackers.log(row)
 
     def on_epoch_end(self, trainer: Trainer[Any], row: Row) -> None:
         self.on_update(trainer, row)
 
     def on_close(self, trainer: Trainer[Any]) -> None:
-        if self.trackers is not None:
-            self.trackers.end()
+        self.trackers.end()
 
 
 class Preview(Callback):

@@ -41,7 +41,7 @@ from diffusion_align.training.randomness import generator
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.run_folder import RunFolder
 from diffusion_align.training.statistics import UpdateStatistics
-from diffusion_align.training.tracking import MetricsLog
+from diffusion_align.training.tracking import MetricsLog, Trackers
 from diffusion_align.writing import WriteError, sweep, write_text
 
 Batch = TypeVar("Batch")
@@ -104,7 +104,7 @@ class Trainer(ABC, Generic[Batch]):
         self.folder = config.output_dir
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.run_folder = RunFolder(self.folder, self.processes, self.keeps)
-        track = [Track()] if config.trackers else []
+        track = [Track(Trackers(self.accelerator))] if config.trackers else []
         self.callbacks: list[Callback] = [Preview(), *callbacks, WriteMetrics(self.log), *track, Report()]
         self.epoch = self.step = self._began = 0
         self.resumed = False

@@ -118,7 +118,7 @@ def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path,
         "Accelerator.reduce = lambda self, tensor, reduction: tensor",
         "reduce = Accelerator.reduce\nAccelerator.reduce = lambda self, tensor, reduction: reduce(self, tensor) / 2",
         "from diffusion_align.training.processes import Processes\n"
-        "Processes.gather_in_order = lambda self, parts: 2 * parts",
+        "Processes.gather_in_order = lambda self, parts: self.count * parts",
     ],
     ids=["gradients not summed", "gradients averaged", "rewards not gathered"],
 )

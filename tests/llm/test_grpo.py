@@ -1,5 +1,6 @@
 """GRPO: its expected gradient is the enumerated gradient of its objective; what is skipped, counted and invariant."""
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -322,11 +323,11 @@ def test_truncated_completions_are_left_out(make_run):
     assert counted == len(keep)
     lengths = batch.sequences.mask[finished].sum(1)
     assert batch.mean_length == pytest.approx(lengths.double().mean().item())
-    batch.finished = torch.zeros_like(batch.finished)
-    assert len(trainer.estimate(batch)[0].samples) == 0
+    sampled, _ = trainer.collect()
+    _, plan, _ = trainer.estimate(dataclasses.replace(sampled, finished=torch.zeros_like(finished)))
+    assert len(plan.sample_indices) == 0
     assert trainer.none_left.startswith("every completion was cut off at max_completion_length")
-    batch.finished = torch.ones_like(batch.finished)
-    trainer.estimate(batch)
+    trainer.estimate(dataclasses.replace(sampled, finished=torch.ones_like(finished)))
     assert trainer.none_left.startswith("equal rewards"), "what is said of one epoch is not said of the next"
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from diffusion_align.data.prompts import items_of_epoch, load_prompts
 from diffusion_align.errors import ConfigError
 from diffusion_align.interrupt import InterruptFlag
+from diffusion_align.training.callbacks import Track, WriteMetrics
+from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.tracking import MetricsLog
+from diffusion_align.training.tracking import MetricsLog, Trackers
 
 SEVEN = [(f"prompt {i}", {"i": i}) for i in range(7)]
 
@@ -79,7 +82,7 @@ class FakeAccelerator:
 
 
 def test_the_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", FakeAccelerator())
+    log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in (1, 2, 2, 3, 4):
         log.write({"step": step, "reward": step / 3})
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -93,19 +96,20 @@ def test_the_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_trackers_get_the_numbers_of_every_row(tmp_path):
+def test_trackers_get_the_numbers_of_every_row():
     accelerator = FakeAccelerator()
-    MetricsLog(tmp_path / "metrics.jsonl", accelerator).write({"step": 3, "reward": 0.5, "note": "text"})
+    Trackers(accelerator).log({"step": 3, "reward": 0.5, "note": "text"})
     assert accelerator.logged == [(3, {"reward": 0.5})]
 
 
 def test_only_the_main_process_writes(tmp_path):
     accelerator = FakeAccelerator()
-    accelerator.is_main_process = False
-    log = MetricsLog(tmp_path / "metrics.jsonl", accelerator)
-    log.rewind(0)
-    log.write({"step": 1})
+    accelerator.is_main_process, accelerator.num_processes = False, 1
+    trainer = SimpleNamespace(processes=Processes(accelerator))
+    WriteMetrics(MetricsLog(tmp_path / "metrics.jsonl")).on_update(trainer, {"step": 1})
+    Track(Trackers(accelerator)).on_update(trainer, {"step": 1})
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert accelerator.logged == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
