@@ -40,8 +40,17 @@ def asset_path(name: str) -> Path:
     return FOLDER / ASSETS[name]
 
 
+def shipped_prompts() -> dict[str, Path]:
+    """Name -> file of the prompt lists for image models."""
+    return {path.stem: path for path in sorted(asset_path("emoji-prompts").parent.iterdir())}
+
+
+def shipped_text_prompts() -> dict[str, Path]:
+    """Name -> file of the prompt lists for language models."""
+    return {path.stem: path for path in sorted(asset_path("verses").parent.iterdir())}
+
+
 @cache
 def embedded_names() -> frozenset[str]:
     """What a configuration may name that is neither a path nor a Hub id: models, prompt lists and the pairs."""
-    lists = [path.stem for name in ("emoji-prompts", "verses") for path in asset_path(name).parent.iterdir()]
-    return frozenset([*EMBEDDED_MODELS, *LANGUAGE_MODELS, *lists, "emoji_style"])
+    return frozenset([*EMBEDDED_MODELS, *LANGUAGE_MODELS, *shipped_prompts(), *shipped_text_prompts(), "emoji_style"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from diffusion_align.shown import short
 
@@ -15,6 +16,7 @@ __all__ = [
     "UserError",
     "first_line",
     "short",
+    "together",
 ]
 
 
@@ -28,6 +30,23 @@ class ConfigError(UserError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """What each of ``checks`` returns.
+
+    Raises:
+        ConfigError: with the problems of all that raise one.
+    """
+    results, problems = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return results
 
 
 class CheckpointError(UserError):

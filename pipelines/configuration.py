@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from diffusion_align.assets import asset_path
-from diffusion_align.data.image_pairs import PairsConfig, pairs_problems
-from diffusion_align.data.prompts import PromptsConfig, prompts_problems
+from diffusion_align.data.schemas import RowsConfig
 from diffusion_align.data.sources import in_python, splits_problem
-from diffusion_align.data.text_rows import TextDataConfig, columns_problems
 from diffusion_align.errors import ConfigError, UserError, short
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.language_models import language_model_problem
@@ -31,6 +28,7 @@ from diffusion_align.training.config import (
     nearest,
     parse_config,
     read_as,
+    section_of,
 )
 from diffusion_align.training.launch import launch_problems
 from diffusion_align.training.lock import LOCK_FILE, lock_problem
@@ -42,16 +40,6 @@ _CONFIGS = Path(__file__).parent.parent / "configs"
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of the recipes that come with the package."""
     return {path.stem: path for path in sorted(_CONFIGS.glob("*.yaml"))}
-
-
-def shipped_prompts() -> dict[str, Path]:
-    """Name -> file of the prompt lists that come with the package."""
-    return {path.stem: path for path in sorted(asset_path("emoji-prompts").parent.iterdir())}
-
-
-def shipped_text_prompts() -> dict[str, Path]:
-    """Name -> file of the prompt lists for language models that come with the package."""
-    return {path.stem: path for path in sorted(asset_path("verses").parent.iterdir())}
 
 
 def read_config(source: str, overrides: Sequence[str] = ()) -> TrainingConfig:
@@ -92,35 +80,47 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     Raises:
         ConfigError: with every problem that can be found without loading a model.
     """
-    raw = _readable_again(raw)
+    _refuse_splits(raw)
     method = method_of(raw.get("method", DEFAULT))
-    own = (
-        [_check_model, _check_pairs, _check_reward, _check_prompts, _check_evaluation]
-        if method.model_kind == "image"
-        else [_check_language_model, _check_text_data, _check_text_rewards]
-    )
     raw = read_as(method.config_class, raw)
-    checks = [*own, _check_precision, _check_trackers, _check_output_dir]
-    problems = [problem for check in checks for problem in check(raw)]  # of the paths as they were given
-    return parse_config(method.config_class, absolute_paths(raw), checks=[lambda _: problems])
+    images = method.model_kind == "image"
+    checks = [_check_reward, _check_evaluation] if images else [_check_text_rewards]
+    checks += [_check_precision, _check_trackers, _check_output_dir]
+    problems = _check_model(raw) if images else _check_language_model(raw)
+    opened, of_rows = _opened(method.config_class, raw, method.dataset_kind)
+    problems += [*of_rows, *(problem for check in checks for problem in check(raw))]  # of the paths as they were given
+    return parse_config(method.config_class, absolute_paths(opened), problems=problems)
 
 
-def _readable_again(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """``raw`` with rows that can be read more than once: a generator cannot."""
-
-    def held(value: Any) -> Any:
+def _refuse_splits(raw: Mapping[str, Any]) -> None:
+    for name, value in raw.items():
         if problem := splits_problem(value):
-            raise ConfigError([f"a {type(value).__name__} is no list of rows: {problem}"])
+            raise ConfigError([f"{name}: {problem}"])
         if isinstance(value, Mapping):
-            return {**value, "source": in_python(value["source"])} if "source" in value else value
-        return in_python(value)
+            _refuse_splits(value)
 
-    names = ("prompts", "dataset", "eval_dataset", "pairs", "show_prompts")
-    result = {name: held(value) if name in names else value for name, value in raw.items()}
-    evaluation = raw.get("evaluation")
-    if isinstance(evaluation, Mapping) and "prompts" in evaluation:
-        result["evaluation"] = {**evaluation, "prompts": held(evaluation["prompts"])}
-    return result
+
+def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str) -> tuple[dict[str, Any], list[str]]:
+    """``raw`` with its sources of rows opened, and what is wrong with the rows."""
+    result, problems = dict(raw), []
+    for name, field in sections.model_fields.items():
+        section, value = section_of(field.annotation), raw.get(name)
+        if section is not None and issubclass(section, RowsConfig) and value is not None:
+            if isinstance(value, Mapping) and "source" in value:  # a generator can be read once
+                value = {**value, "source": in_python(value["source"])}
+            result[name] = in_python(value)
+            try:
+                rows = section.model_validate(result[name])
+                rows.open_ahead(name, name if name in section.layouts else dataset_kind)
+                result[name] = rows.model_copy(update={"source": absolute_paths({name: rows.source})[name]})
+            except ValidationError:
+                pass  # said where the whole configuration is read
+            except ConfigError as error:
+                problems += error.problems
+        elif section is not None and isinstance(value, Mapping):
+            result[name], found = _opened(section, value, dataset_kind)
+            problems += [f"{name}.{problem}" for problem in found]
+    return result, problems
 
 
 def _check_model(raw: Mapping[str, Any]) -> list[str]:
@@ -149,20 +149,6 @@ def _check_language_model(raw: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _check_text_data(raw: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name in ("prompts", "dataset", "eval_dataset"):
-        if raw.get(name) is None:
-            continue
-        try:
-            config = TextDataConfig.model_validate(raw[name])
-        except ValidationError:
-            continue  # said where the whole configuration is read
-        kind = "prompts" if name == "prompts" else method_of(raw["method"]).dataset_kind
-        problems += columns_problems(text_data(config), kind, name=name)
-    return problems
-
-
 def _check_text_rewards(raw: Mapping[str, Any]) -> list[str]:
     given = raw.get("reward")
     if given is None:
@@ -171,38 +157,9 @@ def _check_text_rewards(raw: Mapping[str, Any]) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def text_data(data: TextDataConfig) -> TextDataConfig:
-    """``data`` with the file of a shipped list in place of its name."""
-    shipped = shipped_text_prompts().get(data.source) if isinstance(data.source, str) else None
-    return data if shipped is None else data.model_copy(update={"source": str(shipped)})
-
-
-def _check_pairs(raw: Mapping[str, Any]) -> list[str]:
-    given = raw.get("pairs")
-    if given is None:
-        return []
-    try:
-        config = PairsConfig.model_validate(given)
-    except ValidationError:
-        return []  # said where the whole configuration is read
-    return pairs_problems(config)
-
-
 def _check_reward(raw: Mapping[str, Any]) -> list[str]:
-    if raw.get("reward") is None:
-        return ["reward is empty: give a name, 'module:function' or a mapping"] if _is_empty(raw, "reward") else []
-    problem = reward_problem(raw["reward"])
+    problem = None if raw.get("reward") is None else reward_problem(raw["reward"])
     return [problem] if problem else []
-
-
-def _check_prompts(raw: Mapping[str, Any]) -> list[str]:
-    if raw.get("prompts") is None:
-        return []
-    try:
-        config = PromptsConfig.model_validate(raw["prompts"])
-    except ValidationError:
-        return []  # said where the whole configuration is read
-    return prompts_problems(config, shipped=shipped_prompts())
 
 
 def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
@@ -212,8 +169,6 @@ def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     if given.get("reward") is not None and (problem := reward_problem(given["reward"])):
         problems.append(f"evaluation.{problem}")
-    if given.get("prompts") is not None:
-        problems += [f"evaluation.{problem}" for problem in _check_prompts(given)]
     clip = given.get("diversity", "clip")
     try:
         if clip not in ("clip", "pixels"):
@@ -221,11 +176,6 @@ def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
     except UserError as error:
         problems.append(f"evaluation.diversity: {error}")
     return problems
-
-
-def _is_empty(raw: Mapping[str, Any], name: str) -> bool:
-    """Whether a setting is there without a value although the method cannot do without it."""
-    return name in raw and method_of(raw.get("method", DEFAULT)).config_class.model_fields[name].is_required()
 
 
 def _check_trackers(raw: Mapping[str, Any]) -> list[str]:

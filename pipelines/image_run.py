@@ -10,7 +10,6 @@ from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.settings import EvaluationConfig
-from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.clip import default_clip, load_clip
 from diffusion_align.training.accelerator import agreed, processes
@@ -34,7 +33,7 @@ def checked_reward(
 
 def prompts_of(setting: PromptsConfig | None) -> list[Prompt]:
     """The prompts that a setting names, of a Hub dataset too: read before any model is loaded."""
-    return [] if setting is None else agreed(lambda: load_prompts(setting, shipped=shipped_prompts()))
+    return [] if setting is None else agreed(lambda: load_prompts(setting))
 
 
 def evaluation_of(

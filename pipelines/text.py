@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from diffusion_align.data.schemas import BadRow, open_rows
-from diffusion_align.data.sources import TableSource, first_rows, is_hub, open_table
+from diffusion_align.data.schemas import BadRow
+from diffusion_align.data.sources import first_rows, is_hub
 from diffusion_align.data.text_encoding import (
     Messages,
     Text,
@@ -24,13 +24,11 @@ from diffusion_align.data.text_encoding import (
     ends_of,
 )
 from diffusion_align.data.text_rows import (
-    LAYOUTS,
     LabelledRow,
     PreferenceRow,
     PromptRow,
     Rows,
     TextDataConfig,
-    columns_problems,
     labelled_rows,
     preference_rows,
     prompt_rows,
@@ -56,7 +54,7 @@ from diffusion_align.models.language_models import (
 )
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.paths import path_problem
-from diffusion_align.pipelines.configuration import check_config, text_data
+from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.identity import text_identity
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
@@ -329,7 +327,7 @@ class _Reader:
         data = getattr(self.config, name, None)
         if data is None:
             return []
-        found = self.read(name, text_data(data))
+        found = self.read(name, data)
         cut = found.truncation
         if processes().is_main_process and (cut.prompts or cut.completions or cut.left_out):
             Console(stderr=True).print(f"{name}: {cut}", highlight=False, markup=False, soft_wrap=True)
@@ -452,7 +450,7 @@ def check_rows(config: TextMethodConfig) -> tuple[dict[str, int], list[str]]:
     counts, problems = {}, []
     for name in ("prompts", "dataset", "eval_dataset"):
         data = getattr(config, name, None)
-        if data is None or is_hub((data := text_data(data)).source):
+        if data is None or is_hub(data.source):
             continue
         most = min(data.max_rows or MOST_CHECKED, MOST_CHECKED)
         try:
@@ -475,12 +473,7 @@ def read_prompts(source: str) -> list[Text]:
     """
     if problem := path_problem(source):
         raise ConfigError([f"prompts.source={short(source)} {problem}"])
-    data = text_data(TextDataConfig(source=source))
-    problems = columns_problems(data, "prompts", name="prompts")
-    if problems:
-        raise ConfigError(problems)
-    place = TableSource("prompts", data.source, lines="prompt")
-    table, _ = open_rows("prompts", LAYOUTS["prompts"], None, lambda: open_table(place))
+    table, _ = TextDataConfig(source=source).open("prompts", "prompts")
     return [row["prompt"] for row in first_rows(table, None)]
 
 

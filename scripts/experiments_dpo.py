@@ -20,7 +20,6 @@ from training_runs import folder_name, side_by_side, train
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import load_prompts
 from diffusion_align.pipelines.compare import Comparison, compare_models
-from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.report import compare_runs, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +47,7 @@ def main(
     names = [name for name in EXPERIMENTS if not only or name in only]
     jobs = [(name, seed) for name in names for seed in range(EXPERIMENTS[name][2])]
     folders = side_by_side(lambda job: _train(runs, *job), jobs, at_once)
-    prompts = [text for text, _ in load_prompts("emoji_heldout", shipped=shipped_prompts())]
+    prompts = [text for text, _ in load_prompts("emoji_heldout")]
     torch.set_num_threads(at_once)
     print("experiment                  seed  seconds  wins (95 % interval)      score (s.e.)  KL, nats")
     for (name, seed), folder in folders.items():

@@ -18,9 +18,10 @@ from typing import Annotated
 import typer
 from training_runs import folder_name, side_by_side, train
 
+from diffusion_align.assets import shipped_text_prompts
 from diffusion_align.data.sources import TableSource, first_rows, open_table
 from diffusion_align.pipelines import TextAlignmentPipeline
-from diffusion_align.pipelines.configuration import shipped_configs, shipped_text_prompts
+from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.report import compare_runs, read_metrics
 from diffusion_align.training.config import load_yaml
 

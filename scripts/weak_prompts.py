@@ -12,7 +12,6 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.showing import sample_images
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.rewards import build_reward, call_reward
 
 COUNT, PICTURES = 32, 3
@@ -20,7 +19,7 @@ COUNT, PICTURES = 32, 3
 
 def main(output: str) -> None:
     """Score ``PICTURES`` samples of each concept and write the ``COUNT`` worst prompts."""
-    prompts = [text for text, _ in load_prompts("emoji_concepts", shipped=shipped_prompts())]
+    prompts = [text for text, _ in load_prompts("emoji_concepts")]
     policy = DenoisingPolicy(load_pipeline("emoji-sd"), lora=None)
     schedule = build_schedule(policy.pipeline.scheduler, 10).to("cpu")
     reward = build_reward("clip_score", model="emoji-sd")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import diffusion_align.estimators as estimators
+from diffusion_align.assets import shipped_prompts
 from diffusion_align.methods import SHIPPED, method_of
-from diffusion_align.pipelines.configuration import shipped_configs, shipped_prompts
+from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import REWARDS
 from diffusion_align.training.config import load_yaml
 

@@ -100,7 +100,7 @@ def test_an_uncached_id_is_one_sentence_at_once(asked, capfd, what):
         "weights": lambda: weights_file(None, "no/such", "model.pt"),
         "judge": lambda: load_network("AutoModel", "no/such", dtype="float32", device="cpu"),
         "tokenizer": lambda: load_tokenizer("no/such"),
-        "prompts": lambda: load_prompts("no/such", shipped={}),
+        "prompts": lambda: load_prompts("no/such"),
     }[what]
     with pytest.raises(Exception, match="no/such") as caught:  # of several kinds, each of them printed as a sentence
         load()

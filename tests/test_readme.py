@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from diffusion_align.assets import shipped_prompts
 from diffusion_align.methods import method_of
-from diffusion_align.pipelines.configuration import shipped_configs, shipped_prompts
+from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.report import plots
 from diffusion_align.training.config import load_yaml
 

@@ -555,12 +555,11 @@ def _texts(prompt: list[str] | None, prompts: str | None) -> list[str]:
 
 def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, dict[str, Any]]]:
     from diffusion_align.data.prompts import check_image_prompts, load_prompts
-    from diffusion_align.pipelines.configuration import shipped_prompts
 
     found: list[tuple[str, dict[str, Any]]] = [(text, {}) for text in prompt or []]
     check_image_prompts(prompt or [])
     if prompts is not None:
-        found += load_prompts(prompts, shipped=shipped_prompts())
+        found += load_prompts(prompts)
     if not found:
         raise _user_error("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
     return found

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffusion_align.assets import LANGUAGE_MODELS
+from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
 from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
-from diffusion_align.pipelines.configuration import (
-    shipped_configs,
-    shipped_prompts,
-    shipped_text_prompts,
-)
+from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 
 Entries = list[tuple[str, list[str]]]

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,18 +24,27 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffusion_align.bounds import MOST_ROWS
-from diffusion_align.data import sources
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.schemas import (
     BadRow,
+    Layouts,
     RowsConfig,
     Source,
     bad_rows_error,
     checked_prompt,
     open_rows,
-    rows_problems,
 )
-from diffusion_align.data.sources import FILES, SHOWN, GivenRows, ListTable, StreamedTable, Table, TableSource, short
+from diffusion_align.data.sources import (
+    FILES,
+    SHOWN,
+    GivenRows,
+    ListTable,
+    StreamedTable,
+    Table,
+    TableSource,
+    open_table,
+    short,
+)
 from diffusion_align.errors import ConfigError
 from diffusion_align.images import UnreadableImage, open_image, to_rgb
 from diffusion_align.training.digests import content_digest, file_digest
@@ -51,6 +60,7 @@ class PairsConfig(RowsConfig):
     """Where the pairs come from."""
 
     places = f"{EMBEDDED}, {FILES}"
+    layouts: ClassVar[Mapping[str, Layouts]] = {"pairs": LAYOUTS}
     source: Source = Field(description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
     columns: dict[str, str] | None = Field(
@@ -62,6 +72,18 @@ class PairsConfig(RowsConfig):
         le=MOST_ROWS,
         description="use the first so many pairs only; of a Hub dataset no more than these are downloaded",
     )
+
+    def table_source(self, name: str) -> TableSource:
+        """Of anything but the embedded drawings; a folder may hold a file called pairs."""
+        return TableSource(
+            name, self.source, self.split, self.max_pairs, limit="max_pairs", stem="pairs", allowed=self.places
+        )
+
+    def read(self, name: str, kind: str) -> PairSet:
+        def table() -> Table:
+            return _embedded(self) if self.source == EMBEDDED else open_table(self.table_source(name))
+
+        return _pair_set(self, *open_rows(name, self.layouts[kind], self.columns, table))
 
     @field_validator("source", mode="after")
     @classmethod
@@ -169,18 +191,17 @@ class PairSet:
         return f"pairs: row {self.rows[i]}: chosen and rejected are the same picture" if same else None
 
 
-def pairs_problems(config: PairsConfig) -> list[str]:
-    """Sentences about what can be seen without decoding a picture and without a download; [] if all is well."""
-    return rows_problems(table_source(config), LAYOUTS, config.columns, lambda: open_pairs(config))
-
-
 def open_pairs(config: PairsConfig) -> PairSet:
     """The pairs of ``config.source``; labels, prompts and the presence of the pictures are checked here.
 
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    table, names = open_rows("pairs", LAYOUTS, config.columns, lambda: open_table(config))
+    pairs: PairSet = config.open("pairs", "pairs")
+    return pairs
+
+
+def _pair_set(config: PairsConfig, table: Table, names: Mapping[str, str]) -> PairSet:
     if not names:
         return _usable(PairSet([], [], 0, {}, config, table, [], []), {})
     sides = [names[side] for side in (("chosen", "rejected") if "chosen" in names else ("first", "second"))]
@@ -217,7 +238,7 @@ def _usable(pairs: PairSet, bad: Mapping[int, str]) -> PairSet:
     if pairs.rows and (config.skip_bad_rows or not bad):
         return pairs
     counts = f"{len(pairs._table)} rows, {pairs.ties} ties, {len(pairs.skipped)} bad rows"
-    nothing = f"{table_source(config)} holds no usable pair ({counts}): give at least one"
+    nothing = f"{config.table_source('pairs')} holds no usable pair ({counts}): give at least one"
     raise bad_rows_error("pairs", list(bad.values()), any_usable=bool(pairs.rows), nothing=nothing)
 
 
@@ -293,28 +314,6 @@ def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -
     box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
     pixels = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float() / 255
-
-
-def table_source(config: PairsConfig) -> TableSource:
-    """Where the rows of anything but the embedded drawings are; a folder may hold a file called pairs."""
-    return TableSource(
-        "pairs",
-        config.source,
-        config.split,
-        config.max_pairs,
-        limit="max_pairs",
-        stem="pairs",
-        allowed=f"{EMBEDDED}, {FILES}",
-    )
-
-
-def open_table(config: PairsConfig) -> Table:
-    """The rows of ``config.source``, pictures neither looked at nor decoded.
-
-    Raises:
-        ConfigError: it is not there, cannot be read, or does not fit the other settings.
-    """
-    return _embedded(config) if config.source == EMBEDDED else sources.open_table(table_source(config))
 
 
 def _embedded(config: PairsConfig) -> ListTable:

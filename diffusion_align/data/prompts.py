@@ -7,22 +7,23 @@ from contextlib import closing
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
 import torch
 from pydantic import Field, ValidationError, model_serializer
 
+from diffusion_align.assets import shipped_prompts
 from diffusion_align.bounds import LONGEST_PROMPT, MOST_ROWS
 from diffusion_align.data.schemas import (
     BadRow,
+    Layouts,
     RowsConfig,
     Source,
     bad_rows_error,
     bare_prompts,
     checked_prompt,
     open_rows,
-    rows_problems,
 )
 from diffusion_align.data.sources import (
     FILES,
@@ -53,6 +54,7 @@ class PromptsConfig(RowsConfig):
     """Where the prompts for pictures come from; a bare list, file or name stands for its ``source``."""
 
     places = _PLACES
+    layouts: ClassVar[Mapping[str, Layouts]] = {"prompts": LAYOUTS}
     source: Source = Field(description=f"a shipped list, {_PLACES}")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt; it is prompt, caption or text if not given"
@@ -64,6 +66,45 @@ class PromptsConfig(RowsConfig):
         description="use the first so many prompts only; of a Hub dataset no more than these are downloaded",
     )
 
+    def table_source(self, name: str) -> TableSource:
+        source, shipped = self.source, shipped_prompts()
+        if isinstance(source, list):
+            known = [column for layout in LAYOUTS for column in layout.values()]
+            source = bare_prompts(source, self.columns, known=known, all_but_mappings=True)
+        elif isinstance(source, str):
+            source = str(shipped.get(source, source))
+        return TableSource(
+            name,
+            source,
+            self.split,
+            self.max_prompts,
+            limit="max_prompts",
+            stem="prompts",
+            allowed=f"one of {', '.join(shipped)}, {_PLACES}",
+            lines="prompt",
+        )
+
+    def read(self, name: str, kind: str) -> list[Prompt]:
+        table, names = open_rows(name, self.layouts[kind], self.columns, lambda: open_table(self.table_source(name)))
+        column = names.get("prompt", "prompt")
+        prompts: list[Prompt] = []
+        bad: list[str] = []
+        with closing(_rows(table, column)) as rows:
+            for number, (prompt, metadata) in enumerate(rows):
+                try:
+                    prompts.append((_short_enough(checked_prompt(prompt)), _plain_row(metadata)))
+                except BadRow as problem:
+                    bad.append(f"{name}: row {number}: {problem}")
+                    if isinstance(table, StreamedTable) and not self.skip_bad_rows and len(bad) == SHOWN:
+                        break  # nothing is downloaded for a list that would not be shown
+                if len(prompts) == self.max_prompts:
+                    break
+        if prompts and (self.skip_bad_rows or not bad):
+            return prompts
+        what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
+        nothing = f"{name}.source={short(self.source)} holds no {what}: give at least one"
+        raise bad_rows_error(name, bad, any_usable=bool(prompts), nothing=nothing)
+
     @model_serializer(mode="wrap")
     def _as_short_as_possible(self, whole: Any) -> Any:
         """The source alone if nothing else was set, so that config.yaml says what the user did."""
@@ -71,9 +112,7 @@ class PromptsConfig(RowsConfig):
         return settings["source"] if self == PromptsConfig.model_construct(source=self.source) else settings
 
 
-def load_prompts(
-    source: PromptsConfig | str | Path | Iterable[Any] | Mapping[str, Any], *, shipped: Mapping[str, Path] | None = None
-) -> list[Prompt]:
+def load_prompts(source: PromptsConfig | str | Path | Iterable[Any] | Mapping[str, Any]) -> list[Prompt]:
     """Prompts with their metadata: a row's other columns, for the reward. Equal prompts are all kept.
 
     Metadata are plain values: text, numbers, true, false, None, lists and mappings of these. A .csv file holds text
@@ -86,34 +125,16 @@ def load_prompts(
             line, blanks at its ends and all), a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder of such (or
             with one called prompts), a Hub dataset, the name of a shipped list, or a mapping with ``source`` and the
             other settings.
-        shipped: name -> file of the lists that come with the package.
 
     Raises:
         ConfigError: everything that is wrong, at once.
     """
     if isinstance(source, str | Path) and str(source) and (problem := path_problem(source)):
         raise ConfigError([f"prompts.source={short(str(source))} {problem}"])
-    config = _checked(source)
-    place = _place(config, shipped or {})
-    table, names = open_rows(place.name, LAYOUTS, config.columns, lambda: open_table(place))
-    column = names.get("prompt", "prompt")
-    prompts: list[Prompt] = []
-    bad: list[str] = []
-    with closing(_rows(table, column)) as rows:
-        for number, (prompt, metadata) in enumerate(rows):
-            try:
-                prompts.append((_short_enough(checked_prompt(prompt)), _plain_row(metadata)))
-            except BadRow as problem:
-                bad.append(f"prompts: row {number}: {problem}")
-                if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(bad) == SHOWN:
-                    break  # nothing is downloaded for a list that would not be shown
-            if len(prompts) == config.max_prompts:
-                break
-    if prompts and (config.skip_bad_rows or not bad):
-        return prompts
-    what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
-    nothing = f"prompts.source={short(config.source)} holds no {what}: give at least one"
-    raise bad_rows_error("prompts", bad, any_usable=bool(prompts), nothing=nothing)
+    try:
+        return PromptsConfig.model_validate(source).open("prompts", "prompts")
+    except ValidationError as error:
+        raise ConfigError(sentences(PromptsConfig, error, section="prompts")) from None
 
 
 def check_image_prompts(prompts: Sequence[str], *, name: str = "prompts") -> None:
@@ -151,45 +172,12 @@ def _short_enough(prompt: str) -> str:
     return prompt
 
 
-def prompts_problems(config: PromptsConfig, *, shipped: Mapping[str, Path] | None = None) -> list[str]:
-    """Sentences about what can be seen without a model and without a download; [] if all is well."""
-    place = _place(config, shipped or {})
-    return rows_problems(place, LAYOUTS, config.columns, lambda: load_prompts(config, shipped=shipped))
-
-
 def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> list[Item]:
     """``count`` prompts (or pairs) of ``epoch``: all in a new random order each pass, without gaps between epochs."""
     places = range(epoch * count, (epoch + 1) * count)
     turns = {place // len(items) for place in places}
     orders = {turn: torch.randperm(len(items), generator=generator(seed, "prompts", turn)).tolist() for turn in turns}
     return [items[orders[place // len(items)][place % len(items)]] for place in places]
-
-
-def _checked(source: Any) -> PromptsConfig:
-    try:
-        return PromptsConfig.model_validate(source)
-    except ValidationError as error:
-        raise ConfigError(sentences(PromptsConfig, error, section="prompts")) from None
-
-
-def _place(config: PromptsConfig, shipped: Mapping[str, Path]) -> TableSource:
-    source = config.source
-    if isinstance(source, list):
-        known = [column for layout in LAYOUTS for column in layout.values()]
-        source = bare_prompts(source, config.columns, known=known, all_but_mappings=True)
-    elif isinstance(source, str):
-        source = str(shipped.get(source, source))
-    names = f"one of {', '.join(sorted(shipped))}, " if shipped else ""
-    return TableSource(
-        "prompts",
-        source,
-        config.split,
-        config.max_prompts,
-        limit="max_prompts",
-        stem="prompts",
-        allowed=names + _PLACES,
-        lines="prompt",
-    )
 
 
 def _rows(table: Table, column: str) -> Generator[tuple[Any, dict[Any, Any]], None, None]:

@@ -22,7 +22,7 @@ from diffusion_align.data.sources import (
     short,
     splits_problem,
 )
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, together
 from diffusion_align.training.config import Section, nearest
 
 MOST_CHARACTERS = 1_000_000
@@ -44,10 +44,12 @@ class RowsConfig(Section):
     stands_for: ClassVar[str] = "source"
     places: ClassVar[str] = f"a list of rows, {FILES}"
     """What ``source`` may be, for messages."""
+    layouts: ClassVar[Mapping[str, Layouts]] = {}
+    """The columns of each kind of rows that there may be."""
 
-    source: Source
+    source: Source = Field(description="where the rows are, or the rows themselves")
     split: str = Field("train", min_length=1, description="a dataset's own split")
-    columns: dict[str, str] | None = None
+    columns: dict[str, str] | None = Field(None, description="our name -> the source's")
     skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
 
     @model_validator(mode="before")
@@ -69,47 +71,53 @@ class RowsConfig(Section):
             raise ValueError(f"give {cls.places}")
         return str(rows) if isinstance(rows, Path) else named_if_long(rows)
 
+    def table_source(self, name: str) -> TableSource:
+        """Where the rows of the setting ``name`` are."""
+        raise NotImplementedError
+
+    def read(self, name: str, kind: str) -> Any:
+        """What ``open`` returns."""
+        raise NotImplementedError
+
+    def open(self, name: str, kind: str) -> Any:
+        """The rows, as far as they can be read without a model: what ``open_ahead`` opened, for the first who asks.
+
+        Args:
+            name: what the setting is called, for messages.
+            kind: of rows, one of ``layouts``.
+
+        Raises:
+            ConfigError: everything that is wrong with the rows and the settings, at once.
+        """
+        ahead = self.__dict__.pop("_ahead", None)
+        return self.read(name, kind) if ahead is None else ahead
+
+    def open_ahead(self, name: str, kind: str) -> None:
+        """Open rows that are on this machine; of a Hub dataset only what is wrong without the network is found.
+
+        Args, Raises: as of ``open``.
+        """
+        source = self.table_source(name)
+        if is_hub(source.source):
+            together(lambda: check_columns(name, self.layouts[kind], self.columns), lambda: check_hub(source))
+        else:
+            self.__dict__["_ahead"] = self.read(name, kind)
+
 
 def open_rows(
-    name: str,
-    layouts: Layouts,
-    columns: Mapping[str, str] | None,
-    opened: Callable[[], Table],
-    problems: Sequence[str] = (),
+    name: str, layouts: Layouts, columns: Mapping[str, str] | None, opened: Callable[[], Table]
 ) -> tuple[Table, dict[str, str]]:
     """A table and its names of our columns, {} if it has none.
 
     Args:
-        name, layouts, columns: as of ``mapping_problems``.
+        name, layouts, columns: as of ``check_columns``.
         opened: opens the table.
-        problems: what is known to be wrong already.
 
     Raises:
-        ConfigError: ``problems`` and all that is wrong here, at once.
+        ConfigError: all that is wrong, at once.
     """
-    problems = [*problems, *mapping_problems(name, layouts, columns)]
-    try:
-        table = opened()
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    if problems:
-        raise ConfigError(problems)
+    _, table = together(lambda: check_columns(name, layouts, columns), opened)
     return table, mapping(name, layouts, columns, table.names) if table.names else {}
-
-
-def rows_problems(
-    source: TableSource, layouts: Layouts, columns: Mapping[str, str] | None, read: Callable[[], object]
-) -> list[str]:
-    """Sentences about what can be seen without a download; [] if all is well.
-
-    ``read`` reads them, and is called if they are on this machine.
-    """
-    problems = mapping_problems(source.name, layouts, columns) if is_hub(source.source) else []
-    try:
-        check_hub(source) if is_hub(source.source) else read()
-    except ConfigError as error:
-        return problems + error.problems
-    return problems
 
 
 def bad_rows_error(name: str, bad: list[str], *, any_usable: bool, nothing: str) -> ConfigError:
@@ -170,13 +178,16 @@ def checked_prompt(prompt: Any) -> str:
     return prompt
 
 
-def mapping_problems(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> list[str]:
-    """Sentences about what is wrong with the setting ``name.columns`` whatever the source holds.
+def check_columns(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> None:
+    """Look at the setting ``name.columns``, whatever the source holds.
 
     Args:
         name: the section.
         layouts: our name -> the name that is looked for by default; a source has the columns of one of them.
         columns: our name -> the source's, as the user has set it.
+
+    Raises:
+        ConfigError: it cannot be right.
     """
     columns, start = columns or {}, f"{name}.columns"
     known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
@@ -185,7 +196,8 @@ def mapping_problems(name: str, layouts: Layouts, columns: Mapping[str, str] | N
         problems.append(f"{start}: give {' or '.join(', '.join(layout) for layout in layouts)}, not both")
     if len(set(columns.values())) < len(columns):
         problems.append(f"{start}: two names stand for one column: give each its own")
-    return problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def mapping(name: str, layouts: Layouts, columns: Mapping[str, str] | None, found: Sequence[str]) -> dict[str, str]:

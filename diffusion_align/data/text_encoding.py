@@ -63,8 +63,12 @@ class TextEncoder:
         bos, plain, default = tokenizer.bos_token_id, tokens_of(tokenizer, "a"), tokenizer("a").input_ids
         self.bos = bos if default[:1] == [bos] and plain[:1] != [bos] else None
 
-    def problems(self) -> list[str]:
-        """Sentences about the tokenizer and the limits, whatever the rows hold."""
+    def check(self) -> None:
+        """Look at the tokenizer and the limits, whatever the rows hold.
+
+        Raises:
+            ConfigError: everything that is wrong with them.
+        """
         problems = []
         if self.tokenizer.eos_token_id is None:
             problems.append("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
@@ -77,7 +81,8 @@ class TextEncoder:
                 f"max_completion_length={self.max_completion} leaves no room for a prompt in the model's context of "
                 f"{self.context} tokens: set it lower"
             )
-        return problems
+        if problems:
+            raise ConfigError(problems)
 
     def encode(self, prompt: Text, completions: Sequence[Text]) -> Encoded:
         """Tokens of a prompt and its completions, all texts or all conversations.

@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from diffusion_align.assets import shipped_text_prompts
 from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.data.schemas import (
     BadRow,
@@ -22,11 +23,10 @@ from diffusion_align.data.schemas import (
     bad_rows_error,
     bare_prompts,
     open_rows,
-    rows_problems,
 )
-from diffusion_align.data.sources import FILES, TableSource, first_rows, open_table, scalar, short
+from diffusion_align.data.sources import FILES, Table, TableSource, first_rows, open_table, scalar, short
 from diffusion_align.data.text_encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, together
 
 Row = TypeVar("Row")
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
@@ -44,6 +44,7 @@ class TextDataConfig(RowsConfig):
     """Where the rows come from."""
 
     places = _PLACES
+    layouts = LAYOUTS
     source: Source = Field(description=_PLACES)
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
@@ -54,6 +55,18 @@ class TextDataConfig(RowsConfig):
         le=MOST_ROWS,
         description="use the first so many rows only; of a Hub dataset no more than these are downloaded",
     )
+
+    def table_source(self, name: str) -> TableSource:
+        rows = self.source
+        if isinstance(rows, list):
+            rows = bare_prompts(rows, self.columns, known=_PROMPT)
+        elif isinstance(rows, str):
+            rows = str(shipped_text_prompts().get(rows, rows))
+        return TableSource(name, rows, self.split, self.max_rows, allowed=_PLACES, lines="prompt")
+
+    def read(self, name: str, kind: str) -> tuple[Table, dict[str, str]]:
+        """The table and its names of our columns; the rows want a tokenizer."""
+        return open_rows(name, self.layouts[kind], self.columns, lambda: open_table(self.table_source(name)))
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ def prompt_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str = "da
         encoded = encoder.encode(prompt, [])
         return PromptRow(prompt, encoded.ids, columns), encoded
 
-    return _rows(config, encoder, name, LAYOUTS["prompts"], make)
+    return _rows(config, encoder, name, "prompts", make)
 
 
 def preference_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str = "data") -> Rows[PreferenceRow]:
@@ -159,7 +172,7 @@ def preference_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str =
             raise BadRow(f"chosen and rejected are the same{where or ' tokens'}")
         return PreferenceRow(prompt, encoded.ids, chosen, rejected, label, columns), encoded
 
-    return _rows(config, encoder, name, LAYOUTS["preferences"], make)
+    return _rows(config, encoder, name, "preferences", make)
 
 
 def labelled_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str = "data") -> Rows[LabelledRow]:
@@ -180,39 +193,18 @@ def labelled_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str = "
         encoded = encoder.encode(prompt, sides)
         return LabelledRow(prompt, encoded.ids, encoded.completions[0], desirable, columns), encoded
 
-    return _rows(config, encoder, name, LAYOUTS["labels"], make)
-
-
-def columns_problems(config: TextDataConfig, kind: str, *, name: str = "data") -> list[str]:
-    """Sentences about what can be seen without a tokenizer and without a download; [] if all is well.
-
-    ``kind`` is one of ``LAYOUTS``.
-    """
-    source, layouts = _source(config, name), LAYOUTS[kind]
-
-    def read() -> object:
-        return open_rows(name, layouts, config.columns, lambda: open_table(source))
-
-    return rows_problems(source, layouts, config.columns, read)
-
-
-def _source(config: TextDataConfig, name: str) -> TableSource:
-    rows = config.source
-    if isinstance(rows, list):
-        rows = bare_prompts(rows, config.columns, known=_PROMPT)
-    return TableSource(name, rows, config.split, config.max_rows, allowed=_PLACES, lines="prompt")
+    return _rows(config, encoder, name, "labels", make)
 
 
 def _rows(
     config: TextDataConfig,
     encoder: TextEncoder,
     name: str,
-    layouts: Layouts,
+    kind: str,
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[Row, Encoded]],
 ) -> Rows[Row]:
     """What ``make`` makes of the cells, by our names, and of the other columns of each row."""
-    source = _source(config, name)
-    table, names = open_rows(name, layouts, config.columns, lambda: open_table(source), encoder.problems())
+    _, (table, names) = together(encoder.check, lambda: config.open(name, kind))
     made: list[tuple[Row, Encoded]] = []
     bad: list[str] = []
     for number, row in enumerate(first_rows(table, config.max_rows) if names else ()):
@@ -227,7 +219,7 @@ def _rows(
         encoded = [one for _, one in made]
         cuts = (sum(one.prompt_cut for one in encoded), sum(one.completion_cut for one in encoded))
         return Rows([row for row, _ in made], Truncation(len(made), *cuts, left_out=len(bad)))
-    nothing = f"{source} holds no usable row ({len(bad)} bad rows): give at least one"
+    nothing = f"{config.table_source(name)} holds no usable row ({len(bad)} bad rows): give at least one"
     raise bad_rows_error(name, bad, any_usable=bool(made), nothing=nothing)
 
 

@@ -11,7 +11,7 @@ The decisions are the Gaussian steps of the sampler. Loss of one decision, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ from diffusion_align.training.trainer import TrainingPlan
 class DDPOConfig(DenoisingConfig):
     """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
 
-    method: Literal["ddpo"] = "ddpo"
+    method: Literal["ddpo"] = Field("ddpo", description="the training method")
     prompts: PromptsConfig = Field(
         description="list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"
     )
@@ -65,7 +65,9 @@ class DDPOConfig(DenoisingConfig):
     )
     reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
 
-    objective: Literal["ratio", "score_function"] = "ratio"
+    objective: Literal["ratio", "score_function"] = Field(
+        "ratio", description="clipped importance ratio, or the score function, which has no ratio"
+    )
     logp_reduction: Literal["mean", "sum"] = Field(
         "mean", description="over latent dimensions: log-prob, ratio and KL alike"
     )
@@ -87,7 +89,9 @@ class DDPOConfig(DenoisingConfig):
     history_size: int = Field(
         32, ge=1, le=MOST, description="rewards a prompt keeps; the 4096 prompts seen last are remembered"
     )
-    history_min_count: int = Field(16, ge=1, le=MOST)
+    history_min_count: int = Field(
+        16, ge=1, le=MOST, description="rewards a prompt needs for its own history; before, all of the epoch's are used"
+    )
     clip_std: tuple[OrInfinite, OrInfinite] = Field(
         (0.0, math.inf), description="bounds on the std a group is divided by"
     )
@@ -102,41 +106,44 @@ class DDPOConfig(DenoisingConfig):
     kl_coef: float = Field(
         0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference, in units of the advantage"
     )
-    kl: Literal["closed_form", "k1_reward"] = "closed_form"
+    kl: Literal["closed_form", "k1_reward"] = Field(
+        "closed_form", description="KL as a loss in closed form, or its k1 estimate subtracted from the reward"
+    )
     credit: Literal["step", "to_go"] = Field(
         "step", description="to_go charges a step with the KL of the later ones too"
     )
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks() + several_rewards_problems(self.reward, self.reward_weights)
+    def cross_checks(self) -> Iterator[str]:
+        yield from several_rewards_problems(self.reward, self.reward_weights)
+        if self.reward is None:
+            yield "reward is empty: give a name, 'module:function' or a mapping"
         if self.sampler.is_deterministic:
-            problems.append(
+            yield (
                 "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
                 "smaller positive value), and eta=0 only for sampling"
             )
         if self.samples_per_epoch % self.group_size:
-            problems.append(
+            yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
                 "change one of them"
             )
         if self.advantages != "prompt_history" and self.group_size < 2:
-            problems.append(f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more")
+            yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
         if self.advantages == "leave_one_out" and self.clip_std != (0.0, math.inf):
-            problems.append("clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out")
+            yield "clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out"
         if self.history_min_count > self.history_size:
-            problems.append(
+            yield (
                 f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
                 "would ever use its own history"
             )
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
-            problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
+            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            problems.append(f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1")
+            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
         if self.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
-            problems.append(
+            yield (
                 "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
             )
-        return problems
 
     def steps_problem(self, count: int) -> str | None:
         """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""

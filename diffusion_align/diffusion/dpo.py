@@ -14,7 +14,7 @@ Pairs come from a data set, or are drawn by the policy and judged by a reward in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -57,7 +57,7 @@ class DiffusionDPOConfig(DenoisingConfig):
     ``samples_per_epoch`` counts pairs, or with online judging pictures.
     """
 
-    method: Literal["diffusion_dpo"] = "diffusion_dpo"
+    method: Literal["diffusion_dpo"] = Field("diffusion_dpo", description="the training method")
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
@@ -68,8 +68,10 @@ class DiffusionDPOConfig(DenoisingConfig):
         4, ge=2, le=MOST, description="online: pictures a prompt; the best and the worst are a pair"
     )
 
-    variant: Literal["original", "corrected"] = "original"
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    variant: Literal["original", "corrected"] = Field(
+        "original", description="the loss of the Diffusion-DPO paper, or eq. 36 of [000]"
+    )
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the difference of log-ratios")
     label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
     beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighed by `weighting`")
     beta_dpo: float | None = Field(
@@ -106,32 +108,31 @@ class DiffusionDPOConfig(DenoisingConfig):
     def online(self) -> bool:
         return self.pairs is None
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks() + several_rewards_problems(self.reward, self.reward_weights)
+    def cross_checks(self) -> Iterator[str]:
+        yield from several_rewards_problems(self.reward, self.reward_weights)
         if (self.beta is None) == (self.beta_dpo is None):
-            problems.append("give either beta (a nat) or beta_dpo (the field's, for mean squared errors)")
+            yield "give either beta (a nat) or beta_dpo (the field's, for mean squared errors)"
         if self.online and (self.prompts is None or self.reward is None):
-            problems.append("give pairs, or prompts and a reward to draw and judge pairs online")
+            yield "give pairs, or prompts and a reward to draw and judge pairs online"
         if not self.online and self.prompts is not None:
-            problems.append("prompts are drawn and judged online, pairs bring their own: leave one of the two out")
+            yield "prompts are drawn and judged online, pairs bring their own: leave one of the two out"
         if self.online and self.samples_per_epoch % self.group_size:
-            problems.append(
+            yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
                 "change one of them"
             )
         if self.target == "logged" and (not self.online or self.sampler.is_deterministic):
-            problems.append("target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0")
+            yield "target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
         if self.target == "logged" and self.caption_dropout:
-            problems.append("target=logged trains on steps drawn with the caption: leave caption_dropout out")
+            yield "target=logged trains on steps drawn with the caption: leave caption_dropout out"
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            problems.append(f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1")
+            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
-            problems.append("variant=corrected has a loss of its own: leave loss_type and label_smoothing out")
+            yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
         if self.loss_type != "sigmoid" and self.label_smoothing:
-            problems.append(f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out")
+            yield f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out"
         if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
-            problems.append("reward_mode and old_refresh belong to variant=corrected: leave them out or set that")
-        return problems
+            yield "reward_mode and old_refresh belong to variant=corrected: leave them out or set that"
 
     def steps_problem(self, count: int) -> str | None:
         """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""

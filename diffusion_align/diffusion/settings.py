@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
+from diffusion_align.data.sources import in_python
 from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.errors import ConfigError
@@ -43,7 +45,8 @@ class DenoisingConfig(TrainingConfig):
     """What every method that trains a diffusion model has."""
 
     show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
-    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    _listed = field_validator("show_prompts", mode="before")(in_python)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of frozen weights, which halves their memory; what is trained is float32"
@@ -56,19 +59,17 @@ class DenoisingConfig(TrainingConfig):
     evaluation: EvaluationConfig | None = Field(None, description="a held-out reward and the diversity of pictures")
     stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks()
+    def cross_checks(self) -> Iterator[str]:
         if self.show_prompts is not None and not self.show_prompts:
-            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no grids")
+            yield "show_prompts is empty: leave it out, or set grid_every=0 for no grids"
         try:
             check_image_prompts(self.show_prompts or [], name="show_prompts")
         except ConfigError as error:
-            problems += error.problems
+            yield from error.problems
         if self.dtype != "float32" and self.lora is None:
-            problems.append(f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out")
+            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
         needed = [name for name in ("gold_falling", "diversity_below") if getattr(self.stop_when, name) is not None]
         if needed and self.evaluation is None:
-            problems.append(f"stop_when.{needed[0]} looks at evaluations: set evaluation, or leave it out")
+            yield f"stop_when.{needed[0]} looks at evaluations: set evaluation, or leave it out"
         elif self.stop_when.gold_falling is not None and self.evaluation and self.evaluation.reward is None:
-            problems.append("stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out")
-        return problems
+            yield "stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out"

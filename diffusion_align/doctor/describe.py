@@ -39,7 +39,7 @@ from diffusion_align.pipelines.text import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.clip import default_clip, is_emoji_sd
 from diffusion_align.rewards.resolve import IMAGES, find
-from diffusion_align.training.config import read_as
+from diffusion_align.training.config import FIELDS_ALONE, read_as
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _EXTRAS = {
@@ -107,7 +107,7 @@ def _what_can_be_read(source: str, overrides: Sequence[str]) -> Any:
         return None
     for _ in range(100):  # each time there is less to complain about
         try:
-            return method.model_validate(raw)
+            return method.model_validate(raw, context=FIELDS_ALONE)
         except ValidationError as error:
             for problem in error.errors():
                 place, *below = problem["loc"] or ("model",)

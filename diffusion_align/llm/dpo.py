@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -67,8 +67,10 @@ _WITHOUT_REFERENCE = ("simpo", "orpo")
 class DPOConfig(PreferenceConfig):
     """Settings of DPOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
 
-    method: Literal["dpo"] = "dpo"
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = "sigmoid"
+    method: Literal["dpo"] = Field("dpo", description="the training method")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = Field(
+        "sigmoid", description="the preference loss; simpo and orpo need no reference"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
     simpo_margin: Weight = Field(0.0, description="simpo: by how much beta h has to be above 0")
     orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: of the odds ratio")
@@ -95,18 +97,17 @@ class DPOConfig(PreferenceConfig):
         """Whether the policy must keep a reference beside what is trained."""
         return self.sample_from == "reference" or not (self.reference_free or self.precompute_ref_log_probs)
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks() + self.source_problems(fewest_generations=2)
+    def cross_checks(self) -> Iterator[str]:
         for name, losses in _BELONGS.items():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and self.loss_type not in losses:
-                problems.append(f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out")
+                yield f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out"
         if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
-            problems.append(f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight")
+            yield f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight"
         if self.pair_selection != "rso" and self.rso_beta != type(self).model_fields["rso_beta"].default:
-            problems.append(f"rso_beta={self.rso_beta:g} belongs to pair_selection=rso: leave one of the two out")
+            yield f"rso_beta={self.rso_beta:g} belongs to pair_selection=rso: leave one of the two out"
         if self.loss_type == "orpo" and self.sft_weight:
-            problems.append("loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out")
+            yield "loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out"
         of_reference = {
             "precompute_ref_log_probs": self.precompute_ref_log_probs,
             "dynamic_beta": self.dynamic_beta is not None,
@@ -114,19 +115,18 @@ class DPOConfig(PreferenceConfig):
         }
         if self.reference_free and any(of_reference.values()):
             given = " and ".join(name for name, is_given in of_reference.items() if is_given)
-            problems.append(f"loss_type={self.loss_type} asks no reference: leave {given} out")
+            yield f"loss_type={self.loss_type} asks no reference: leave {given} out"
         if self.online and self.precompute_ref_log_probs:
-            problems.append("precompute_ref_log_probs is for a dataset: online every epoch has new completions")
+            yield "precompute_ref_log_probs is for a dataset: online every epoch has new completions"
         if not self.online and (self.sample_from != "policy" or self.pair_selection != "best_worst"):
-            problems.append("sample_from and pair_selection judge online, dataset has its pairs: leave them out")
+            yield "sample_from and pair_selection judge online, dataset has its pairs: leave them out"
         if self.pair_selection == "best_rest" and self.loss_type != "sigmoid":
-            problems.append(
+            yield (
                 f"pair_selection=best_rest gives several rejected, which loss_type={self.loss_type} cannot use: "
                 "use sigmoid"
             )
         if self.pair_selection == "rso" and self.sample_from != "reference":
-            problems.append("pair_selection=rso accepts completions of the reference: set sample_from=reference")
-        return problems + (self.dynamic_beta.problems() if self.dynamic_beta is not None else [])
+            yield "pair_selection=rso accepts completions of the reference: set sample_from=reference"
 
 
 class DPOTrainer(PreferenceTrainer[PreferenceBatch]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,8 +26,8 @@ from diffusion_align.training.randomness import generator
 class DynamicBetaConfig(Section):
     """beta(x), which is ``beta`` for every prompt before training; see ``estimators.dynamic_beta``."""
 
-    beta_min: float = Field(0.01, ge=0, le=LARGEST)
-    beta_max: float = Field(1.0, gt=0, le=LARGEST)
+    beta_min: float = Field(0.01, ge=0, le=LARGEST, description="below it beta(x) is penalized")
+    beta_max: float = Field(1.0, gt=0, le=LARGEST, description="above it beta(x) is penalized")
     range_weight: float = Field(1.0, ge=0, le=LARGEST, description="of leaving [beta_min, beta_max]")
     smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the squared slope in the embedding")
     entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the distance to alpha x entropy")
@@ -37,16 +38,11 @@ class DynamicBetaConfig(Section):
     )
     detach: bool = Field(True, strict=True, description="false: the preference loss trains beta too (it runs away)")
 
-    def problems(self) -> list[str]:
-        """Sentences about settings that do not fit each other."""
-        problems = []
+    def cross_checks(self) -> Iterator[str]:
         if self.beta_min > self.beta_max:
-            problems.append(
-                f"dynamic_beta.beta_min={self.beta_min:g} is more than beta_max={self.beta_max:g}: change one of them"
-            )
+            yield f"beta_min={self.beta_min:g} is more than beta_max={self.beta_max:g}: change one of them"
         if self.detach and not (self.range_weight or self.smoothness_weight or self.entropy_weight):
-            problems.append("dynamic_beta has no penalty to learn from: give range_, smoothness_ or entropy_weight")
-        return problems
+            yield "range_weight, smoothness_weight and entropy_weight are all 0, so nothing is learned: raise one"
 
 
 class DynamicBeta:

@@ -14,7 +14,7 @@ RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of a nat:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -58,7 +58,7 @@ KLForm = Literal[
 class GRPOConfig(PolicyGradientConfig):
     """Settings of GRPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
-    method: Literal["grpo"] = "grpo"
+    method: Literal["grpo"] = Field("grpo", description="the training method")
     inner_epochs: int = Field(
         1,
         ge=1,
@@ -75,11 +75,15 @@ class GRPOConfig(PolicyGradientConfig):
         description="reward minus its group's mean, divided by what scale_rewards says; or minus the mean of "
         "the rest of its group, undivided (RLOO)",
     )
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="whose std the rewards are divided by"
+    )
     clip_std: tuple[OrInfinite, OrInfinite] = Field(
         (0.0, math.inf), description="bounds on the std that rewards are divided by"
     )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="of several rewards: the advantage of their sum, or the sum of each one's"
+    )
     mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
 
     beta: float = Field(0.0, ge=0, le=LARGEST, description="price of a nat of KL to the reference; 0 for none")
@@ -92,25 +96,23 @@ class GRPOConfig(PolicyGradientConfig):
         """Whether the policy must keep a reference beside what is trained."""
         return self.beta > 0
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks()
+    def cross_checks(self) -> Iterator[str]:
         if self.num_generations < 2:
-            problems.append("num_generations=1 leaves nothing to compare a completion with: use 2 or more")
+            yield "num_generations=1 leaves nothing to compare a completion with: use 2 or more"
         if not 0 <= self.clip_std[0] <= self.clip_std[1]:
-            problems.append(f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high")
+            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
         if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
             setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={short(self.reference_model)}"
-            problems.append(f"{setting} has no effect while beta=0: set beta above 0, or leave it out")
+            yield f"{setting} has no effect while beta=0: set beta above 0, or leave it out"
         if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or self.clip_std != (0.0, math.inf)):
             setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "clip_std"
-            problems.append(f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out")
+            yield f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out"
         elif self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
-            problems.append("clip_std bounds a std by which scale_rewards=none does not divide: leave one out")
+            yield "clip_std bounds a std by which scale_rewards=none does not divide: leave one out"
         if self.credit == "to_go" and self.kl != "k1_reward":
-            problems.append(f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them")
+            yield f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them"
         if self.kl_gradient == "direct" and not self.kl.endswith("_loss"):
-            problems.append(f"kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them")
-        return problems
+            yield f"kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them"
 
 
 @dataclass(frozen=True)

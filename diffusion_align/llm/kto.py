@@ -12,7 +12,7 @@ Labels come from a data set, or from rewards of completions sampled in every epo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,11 +33,11 @@ from diffusion_align.training.trainer import TrainingPlan
 class KTOConfig(PreferenceConfig):
     """Settings of KTOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
 
-    method: Literal["kto"] = "kto"
+    method: Literal["kto"] = Field("kto", description="the training method")
     desirable_weight: float = Field(
         1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
     )
-    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST)
+    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
     kl_samples: int = Field(
         64, ge=1, le=MOST, description="at most so many mismatched pairs an epoch for the reference point"
     )
@@ -50,19 +50,20 @@ class KTOConfig(PreferenceConfig):
         """Whether the policy must keep a reference beside what is trained."""
         return True
 
-    def cross_checks(self) -> list[str]:
-        fewest = 2 if self.desirable_above is None else 1
-        problems = super().cross_checks() + self.source_problems(fewest_generations=fewest)
+    @property
+    def fewest_generations(self) -> int:
+        return 2 if self.desirable_above is None else 1
+
+    def cross_checks(self) -> Iterator[str]:
         if self.desirable_weight == self.undesirable_weight == 0:
-            problems.append("desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one")
+            yield "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one"
         if not self.online and self.desirable_above is not None:
-            problems.append("desirable_above judges online, dataset has labels: leave one of the two out")
+            yield "desirable_above judges online, dataset has labels: leave one of the two out"
         if self.samples_per_epoch < 2 * (self.num_generations if self.online else 1):
-            problems.append(
+            yield (
                 f"samples_per_epoch={self.samples_per_epoch} holds one prompt, and the reference point needs two: "
                 "raise it"
             )
-        return problems
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class LoRAConfig(Section):
 
     rank: int = Field(16, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
     alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; twice the rank when not given")
-    layers: Literal["all-linear", "attention"] = "all-linear"
+    layers: Literal["all-linear", "attention"] = Field("all-linear", description="that get an adapter")
 
 
 @dataclass(frozen=True)

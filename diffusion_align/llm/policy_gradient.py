@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -18,7 +18,7 @@ from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, 
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, in_batches
 from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
-from diffusion_align.llm.settings import OnlineSettings, TextConfig
+from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
@@ -28,7 +28,7 @@ MOST_DEVIATION = 1e-2
 """Of the ratio from 1 on the first pass in float32; rounding is some 1e-5."""
 
 
-class PolicyGradientConfig(TextConfig, OnlineSettings):
+class PolicyGradientConfig(OnlineConfig):
     """Prompts, rewards and the clip of the ratio."""
 
     epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
@@ -38,11 +38,9 @@ class PolicyGradientConfig(TextConfig, OnlineSettings):
         description="log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)",
     )
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks() + self.online_problems(self.samples_per_epoch)
+    def cross_checks(self) -> Iterator[str]:
         if self.prompts is None or self.reward is None:
-            problems.append("prompts and reward must both be given")
-        return problems
+            yield "prompts and reward must both be given"
 
 
 class PolicyGradientTrainer(TextTrainer[Batch]):

@@ -14,7 +14,7 @@ that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ from diffusion_align.training.trainer import TrainingPlan
 class PPOConfig(PolicyGradientConfig):
     """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
-    method: Literal["ppo"] = "ppo"
+    method: Literal["ppo"] = Field("ppo", description="the training method")
     num_generations: int = Field(1, ge=1, le=MOST, description="completions a prompt in an epoch")
     inner_epochs: int = Field(
         1,
@@ -75,13 +75,11 @@ class PPOConfig(PolicyGradientConfig):
         """Whether the policy must keep a reference beside what is trained."""
         return self.kl_coef > 0
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks()
+    def cross_checks(self) -> Iterator[str]:
         if self.kl_coef == 0 and self.reference_model is not None:
-            problems.append("reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out")
+            yield "reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out"
         if self.kl_target is not None and self.kl_coef == 0:
-            problems.append("kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from")
-        return problems
+            yield "kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import rso_accept
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
-from diffusion_align.llm.settings import OnlineSettings, TextConfig
+from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.randomness import generator
@@ -29,7 +29,7 @@ Batch = TypeVar("Batch")
 Selection = Literal["best_worst", "best_rest", "rso"]
 
 
-class PreferenceConfig(TextConfig, OnlineSettings):
+class PreferenceConfig(OnlineConfig):
     """Rows of a data set, or prompts whose completions a reward judges in every epoch (online).
 
     ``samples_per_epoch`` counts rows, or online completions.
@@ -43,20 +43,21 @@ class PreferenceConfig(TextConfig, OnlineSettings):
     def online(self) -> bool:
         return self.dataset is None
 
-    def source_problems(self, fewest_generations: int) -> list[str]:
-        """Sentences about where completions come from."""
-        problems = []
+    @property
+    def fewest_generations(self) -> int:
+        """Of which judged online something can be learned."""
+        return 2
+
+    def cross_checks(self) -> Iterator[str]:
         if self.online and (self.prompts is None or self.reward is None):
-            problems.append("give dataset, or prompts and a reward to sample and judge completions online")
+            yield "give dataset, or prompts and a reward to sample and judge completions online"
         if not self.online and self.prompts is not None:
-            problems.append("prompts are completed and judged online, dataset has completions: leave one of them out")
-        if self.online and self.num_generations < fewest_generations:
-            problems.append(
+            yield "prompts are completed and judged online, dataset has completions: leave one of them out"
+        if self.online and self.num_generations < self.fewest_generations:
+            yield (
                 f"num_generations={self.num_generations} leaves nothing to compare a completion with: "
-                f"use {fewest_generations} or more"
+                f"use {self.fewest_generations} or more"
             )
-        # Of given rows a reward only scores what is shown, and no number of completions belongs to a prompt.
-        return problems + self.online_problems(self.samples_per_epoch if self.online else 0)
 
 
 class PreferenceTrainer(TextTrainer[Batch]):

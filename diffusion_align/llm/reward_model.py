@@ -43,11 +43,11 @@ class RewardModelConfig(TrainingConfig):
     ``samples_per_epoch`` counts pairs; a row with several rejected completions is as many pairs.
     """
 
-    method: Literal["reward_model"] = "reward_model"
+    method: Literal["reward_model"] = Field("reward_model", description="the training method")
     dataset: TextDataConfig = Field(description="preferences: list, file or hub id")
     eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
-    learning_rate: float = Field(1e-4, gt=0, le=1000)
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
     max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
     max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
     center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², draws them to 0")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from diffusion_align.bounds import MOST
+from diffusion_align.data.sources import in_python
 from diffusion_align.data.text_rows import TextDataConfig
 from diffusion_align.llm.policy import LoRAConfig
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
-from diffusion_align.training.config import Section, TrainingConfig, Weight
+from diffusion_align.training.config import TrainingConfig, Weight
 
 
 class TextConfig(TrainingConfig):
@@ -23,25 +25,24 @@ class TextConfig(TrainingConfig):
     reference_model: str | None = Field(
         None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
     )
-    learning_rate: float = Field(1e-4, gt=0, le=1000)
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
     max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
     max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
     show_prompts: list[Any] | None = Field(
         None, description="prompts of the samples; the first of the data when not given"
     )
+    _listed = field_validator("show_prompts", mode="before")(in_python)
 
-    def cross_checks(self) -> list[str]:
-        problems = super().cross_checks()
+    def cross_checks(self) -> Iterator[str]:
         if self.show_prompts is not None and not self.show_prompts:
-            problems.append("show_prompts is empty: leave it out, or set grid_every=0 for no samples")
+            yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
         if self.dtype != "float32" and self.lora is None:
-            problems.append(f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out")
-        return problems
+            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
 
 
-class OnlineSettings(Section):
-    """Of methods that sample completions and ask rewards about them."""
+class OnlineConfig(TextConfig):
+    """What methods have that sample completions and ask rewards about them."""
 
     prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or hub id")
     reward: RewardSetting = Field(
@@ -50,12 +51,15 @@ class OnlineSettings(Section):
     reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
     num_generations: int = Field(8, ge=1, le=MOST, description="completions a prompt in an epoch")
 
-    def online_problems(self, samples_per_epoch: int) -> list[str]:
-        """Sentences about settings that do not fit each other."""
-        problems = several_rewards_problems(self.reward, self.reward_weights)
-        if samples_per_epoch % self.num_generations:
-            problems.append(
-                f"samples_per_epoch={samples_per_epoch} is not a multiple of num_generations={self.num_generations}: "
-                "change one of them"
+    @property
+    def online(self) -> bool:
+        """Whether completions are sampled, not given."""
+        return True
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from several_rewards_problems(self.reward, self.reward_weights)
+        if self.online and self.samples_per_epoch % self.num_generations:
+            yield (
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
+                f"num_generations={self.num_generations}: change one of them"
             )
-        return problems

@@ -5,13 +5,26 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined
 
 from diffusion_align import yaml_text
 from diffusion_align.bounds import LARGEST, MOST
@@ -40,21 +53,121 @@ Content = Literal[
 """Settings that name what lies elsewhere and may change there."""
 
 
+FIELDS_ALONE = {"cross_checks": False}
+"""The ``context`` for ``model_validate`` with which settings need not fit each other."""
+_UNKNOWN = object()
+"""Stands for the value of a setting that is wrong by itself, while the others are checked."""
+
+
 class Section(BaseModel):
-    """A group of settings; unknown keys are errors, and neither text nor true/false is taken for a number."""
+    """A group of settings; unknown keys are errors, and neither text nor true/false is taken for a number.
+
+    Whoever makes one is told of everything that is wrong at once, ``cross_checks`` included: ``Section(...)`` raises a
+    ConfigError with the sentences that YAML gets, ``model_validate`` pydantic's own error with the same problems.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     stands_for: ClassVar[str | None] = None
     """The field that a bare word or list in its place is, if there is one."""
 
-    @field_validator("*", mode="before")
+    def cross_checks(self) -> Iterator[str]:
+        """A generator of sentences about settings that do not fit each other; each begins with a setting's name.
+
+        A class states its own rules, without those of its bases, which are asked as well. Of a setting that is wrong by
+        itself they see the default, or None; the next sentence after it was asked for is not reported.
+        """
+        return iter(())
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ConfigError(sentences(type(self), error)) from None
+
+        __init__.__pydantic_base_init__ = True  # sections within others are not made by it: theirs are one error
+
+        def __getattr__(self, name: str) -> Any:
+            unknown = self.__dict__.get("_unknown", {})
+            if name not in unknown:
+                return super().__getattr__(name)
+            self.__dict__["_asked"] = True
+            return unknown[name]
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _only_numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _everything_at_once(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Self:
+        errors: list[InitErrorDetails] = []
+        config: Self | None
+        try:
+            config = handler(value)
+        except ValidationError as error:
+            config, errors = cls._without(error, value, handler), [_again(one) for one in error.errors()]
+        if config is not None and (info.context or {}).get("cross_checks", True):
+            broken = [{"type": _RULE, "msg": one, "loc": (), "input": None} for one in config._broken_rules()]
+            errors += [_again(one) for one in broken]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        assert config is not None
+        return config
+
+    @classmethod
+    def _without(cls, error: ValidationError, value: Any, handler: ValidatorFunctionWrapHandler) -> Self | None:
+        """The settings of ``value`` that are allowed, the others unknown; None if they cannot be told apart."""
+        errors = [(one["type"], one["loc"]) for one in error.errors()]
+        if not isinstance(value, Mapping) or any(not place for _, place in errors):
+            return None
+        extra = {place[0] for kind, place in errors if kind == "extra_forbidden" and len(place) == 1}
+        wrong = {place[0]: _UNKNOWN for _, place in errors if place[0] not in extra}
+        try:
+            config: Self = handler({name: one for name, one in value.items() if name not in extra} | wrong)
+        except Exception:  # a validator of somebody's own that cannot take what is no value
+            return None
+        instead = {}
+        for name in [name for name, one in config.__dict__.items() if one is _UNKNOWN]:
+            default = cls.model_fields[name].get_default(call_default_factory=True)
+            instead[name] = None if default is PydanticUndefined else default
+            del config.__dict__[name]  # so that __getattr__ is asked
+        config.__dict__["_unknown"] = instead
+        return config
+
+    def _broken_rules(self) -> Iterator[str]:
+        for kind in reversed(type(self).__mro__):
+            self.__dict__.pop("_asked", None)
+            rules = vars(kind)["cross_checks"](self) if "cross_checks" in vars(kind) else iter(())
+            while True:
+                try:
+                    sentence = next(rules)
+                except StopIteration:
+                    break
+                except Exception:
+                    if "_asked" not in self.__dict__:
+                        raise
+                    break  # of None, in place of a setting that is not known
+                if not self.__dict__.pop("_asked", False):
+                    yield sentence
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _only_numbers_are_numbers(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if value is _UNKNOWN:
+            return value
         wanted = _flatten(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool | str) and {int, float} & set(wanted) and type(value) not in wanted:
             odd = odd_number(value) if isinstance(value, str) else None
             raise ValueError(odd or "it must be a number")
-        return value
+        return handler(value)
+
+
+_RULE = "settings_do_not_fit"
+"""pydantic's type of the errors that ``cross_checks`` makes."""
+
+
+def _again(error: Any) -> InitErrorDetails:
+    """One of ``ValidationError.errors()`` as what another is made of."""
+    kind = PydanticCustomError(error["type"], "{sentence}", error.get("ctx", {}) | {"sentence": error["msg"]})
+    return InitErrorDetails(type=kind, loc=error["loc"], input=error["input"])
 
 
 class TrainingConfig(Section):
@@ -69,10 +182,10 @@ class TrainingConfig(Section):
     accept_changed: list[Content] = Field(
         default_factory=list, description="resume although the content of these is not what the run began with"
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of all randomness: the same seed gives the same run")
     epochs: int = Field(100, ge=1, le=MOST, description="rounds of collect, score, estimate, update")
 
-    samples_per_epoch: int = Field(64, ge=1, le=MOST)
+    samples_per_epoch: int = Field(64, ge=1, le=MOST, description="samples per epoch, of all processes together")
     sample_batch_size: int = Field(8, ge=1, le=MOST, description="samples a process draws at once")
     micro_batch_size: int = Field(
         8, ge=1, le=MOST, description="(sample, decision) pairs in one forward and backward pass"
@@ -80,12 +193,14 @@ class TrainingConfig(Section):
     updates_per_epoch: int = Field(2, ge=1, le=MOST, description="optimizer steps in one pass over an epoch's samples")
     inner_epochs: int = Field(1, ge=1, le=MOST, description="passes over an epoch's samples")
 
-    learning_rate: float = Field(3e-4, gt=0, le=1000)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0, le=MOST)
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(1e-4, ge=0, le=1000)
-    max_grad_norm: OrInfinite = Field(1.0, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up: linear and cosine fall to 0 at the last update"
+    )
+    warmup_steps: int = Field(0, ge=0, le=MOST, description="updates in which the learning rate rises from 0")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of AdamW's two moments per update")
+    weight_decay: float = Field(1e-4, ge=0, le=1000, description="of AdamW, decoupled from the gradient")
+    max_grad_norm: OrInfinite = Field(1.0, gt=0, description="longer gradients are scaled down to it; .inf for never")
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
     )
@@ -106,31 +221,30 @@ class TrainingConfig(Section):
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer once the run was asked to stop"
     )
-    keep_checkpoints: int = Field(2, ge=1, le=MOST)
+    keep_checkpoints: int = Field(2, ge=1, le=MOST, description="so many of the newest; older ones are deleted")
     grid_every: int = Field(
         1, ge=0, le=MOST, description="epochs between pictures (or texts) of the fixed prompts; 0 for none"
     )
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="where metrics are logged besides metrics.jsonl"
+    )
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
-    def cross_checks(self) -> list[str]:
-        """Sentences about settings that do not fit each other; subclasses add theirs."""
-        problems = []
+    def cross_checks(self) -> Iterator[str]:
         if self.samples_per_epoch % self.sample_batch_size:
-            problems.append(
+            yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
                 f"sample_batch_size={self.sample_batch_size}: change one of them"
             )
         if self.updates_per_epoch > self.samples_per_epoch:
-            problems.append(
+            yield (
                 f"updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}: "
                 "each update needs at least one sample"
             )
-        return problems
 
 
 _ROWS = ("prompts", "dataset", "eval_dataset", "pairs")
@@ -211,34 +325,24 @@ def read_as(wanted: Any, value: Any) -> Any:
 
 
 def parse_config(
-    model: type[TrainingConfig],
-    raw: Mapping[str, Any],
-    *,
-    checks: Sequence[Callable[[Mapping[str, Any]], list[str]]] = (),
+    model: type[TrainingConfig], raw: Mapping[str, Any], *, problems: Sequence[str] = ()
 ) -> TrainingConfig:
     """``model`` filled from ``raw``; every problem is reported at once.
 
     Args:
         model: the method's configuration.
         raw: nested mapping, as YAML gives it.
-        checks: functions of ``raw`` that name further problems (an unknown reward, a missing file).
+        problems: what else is known to be wrong (an unknown reward, a missing file).
 
     Raises:
         ConfigError: with one sentence for each problem.
     """
-    problems: list[str] = []
-    config = None
     try:
         config = model.model_validate(read_as(model, raw))
     except ValidationError as error:
-        problems += sentences(model, error)
-    if config is not None:
-        problems += config.cross_checks()
-    for check in checks:
-        problems += check(raw)
+        problems = [*sentences(model, error), *problems]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    assert config is not None
     return config
 
 
@@ -255,17 +359,25 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def sentences(model: type[BaseModel], error: ValidationError, *, section: str | None = None) -> list[str]:
     """One about each thing that is wrong with the settings of ``model``, which are those of ``section``."""
-    return [_sentence(model, dict(one), section) for one in error.errors()]
+    return list(dict.fromkeys(_sentence(model, dict(one), section) for one in error.errors()))
 
 
 def _sentence(model: type[BaseModel], error: dict[str, Any], section: str | None) -> str:
-    path = [str(part) for part in error["loc"]]
+    path, kind = [str(part) for part in error["loc"]], error["type"]
+    known = _fields_at(model, path[:-1])
+    length = None
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        *path, _ = path
+        length = len(typing.get_args(_fields_at(model, path[:-1])[path[-1]].annotation))
     name = ".".join(path if section is None else [section, *path])
-    if error["type"] == "extra_forbidden":
-        return f"unknown setting {short(name)}: {nearest(path[-1], _known_keys(model, path[:-1]))}"
-    if error["type"] == "missing":
-        return f"{name} is missing: it has to be given"
-    return f"{name}={short(error.get('input'), 200)} is not allowed: {_reason(name, error)}"
+    if kind == _RULE:
+        return f"{name}.{error['msg']}" if name else error["msg"]
+    if kind == "extra_forbidden":
+        return f"unknown setting {short(name)}: {nearest(path[-1], list(known))}"
+    if kind == "missing" and length is None:
+        return f"{name} is required: set it"
+    reason = _reason(name, error) if length is None else f"it must be a list of {length}"
+    return f"{name}={short(error.get('input'), 200)} is not allowed: {reason}"
 
 
 def _reason(name: str, error: dict[str, Any]) -> str:
@@ -275,9 +387,13 @@ def _reason(name: str, error: dict[str, Any]) -> str:
         return f"it must be a list, as in {name}=[{short(value)[1:-1]}]"
     if kind in ("model_type", "dict_type"):
         return "it must be a section of settings, as in {key: value}"
-    return _REASONS.get(kind) or error["msg"].removeprefix("Value error, ")
+    if kind == "too_long" and isinstance(value, list | tuple):
+        return f"it must be a list of {error['ctx']['max_length']}"
+    return _REASONS.get(kind) or _SUBJECT.sub("it must", error["msg"]).removeprefix("Value error, ")
 
 
+_SUBJECT = re.compile(r"^[A-Z]\w+ should")
+"""How pydantic begins: Input should, String should, Keys should, ..."""
 _REASONS = {
     "list_type": "it must be a list",
     "tuple_type": "it must be a list",
@@ -290,14 +406,21 @@ _REASONS = {
 }
 
 
-def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, FieldInfo]:
+    """The settings of the section at ``path`` below ``model``; {} if that is none."""
     for part in path:
         field = model.model_fields.get(part)
-        inner = [t for t in _flatten(field.annotation if field else None) if _is_model(t)]
-        if not inner:
-            return []
-        model = inner[0]
-    return list(model.model_fields)
+        inner = section_of(field.annotation) if field else None
+        if inner is None:
+            return {}
+        model = inner
+    return model.model_fields
+
+
+def section_of(annotation: Any) -> type[Any] | None:
+    """The section of settings that a field may hold, if it may hold one."""
+    kinds = _flatten(annotation)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _flatten(annotation: Any) -> list[Any]:
@@ -310,10 +433,6 @@ def _flatten(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _copy(v) for k, v in value.items()}
@@ -322,7 +441,7 @@ def _copy(value: Any) -> Any:
 
 def _read_as(wanted: Any, value: Any) -> Any:
     kinds = _flatten(wanted)
-    section = next((kind for kind in kinds if _is_model(kind)), None)
+    section = section_of(wanted)
     if isinstance(value, Mapping):
         if section is not None:
             fields = section.model_fields

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffusion_align.errors import CheckpointError
-from diffusion_align.training.config import Content, TrainingConfig
+from diffusion_align.training.config import FIELDS_ALONE, Content, TrainingConfig
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.processes import Processes
@@ -90,7 +90,7 @@ def check_same_run(
         CheckpointError: it is another run.
     """
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
-        theirs = type(config).model_validate(theirs).model_dump(mode="json")
+        theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
     mine, theirs = (
         resume_fingerprint(absolute_paths(one, config.output_dir)) for one in (config.model_dump(mode="json"), theirs)
     )

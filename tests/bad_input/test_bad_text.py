@@ -157,7 +157,7 @@ EARLY = {
         ONLINE,
         ["prompts are completed and judged online, dataset has completions: leave one of them out"],
     ),
-    "no dataset for a reward model": ("reward_model", {"dataset": ...}, ["dataset is missing: it has to be given"]),
+    "no dataset for a reward model": ("reward_model", {"dataset": ...}, ["dataset is required: set it"]),
     "no rewards in the list": ("grpo", {"reward": []}, ["reward is an empty list: give at least one"]),
     "no prompts in the list": ("grpo", {"prompts": []}, [r"prompts.source=\[\] is not allowed: give a list of rows"]),
     "prompts that are a number": ("grpo", {"prompts": 3}, ["prompts.source='3': there is no such file"]),
@@ -257,7 +257,7 @@ EARLY = {
     # models
     "unknown model": ("grpo", {"model": "tiny-ml"}, ["model='tiny-ml' is neither .*: did you mean 'tiny-lm'"]),
     "a folder that is absent": ("dpo", {"model": "./absent"}, ["model='./absent' is neither"]),
-    "no model": ("grpo", {"model": ...}, ["model is missing: it has to be given"]),
+    "no model": ("grpo", {"model": ...}, ["model is required: set it"]),
     "an image model": ("grpo", {"model": "emoji-sd"}, ["model='emoji-sd' is an image model, not a language model"]),
     "an image model for a reward model": (
         "reward_model",

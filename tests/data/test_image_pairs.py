@@ -15,7 +15,7 @@ from PIL import Image
 from rows_on_disk import write_rows
 
 from diffusion_align.data.drawings import load_preferences
-from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs, pairs_problems
+from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.errors import ConfigError
 
 HINT = "pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"
@@ -84,12 +84,20 @@ def shown(pairs, size=(8, 8)):
     return [tuple(pair) for pair in corner]
 
 
+def problems_ahead(config):
+    try:
+        config.open_ahead("pairs", "pairs")
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def problems(source, *, decode=False, **settings):
     config = PairsConfig(source=str(source), **settings)
     check = open_pairs(config).check_pictures if decode else lambda: open_pairs(config)
     with pytest.raises(ConfigError) as caught:
         check()
-    assert pairs_problems(config) == ([] if decode else caught.value.problems)
+    assert problems_ahead(config) == ([] if decode else caught.value.problems)
     return caught.value.problems
 
 
@@ -141,7 +149,7 @@ def test_both_layouts_in_every_kind_of_file(folder, suffix, as_folder):
     binary = open_(source)
     assert (binary.prompts, binary.rows, binary.ties, len(binary)) == (["c0", "c2", "c3"], [0, 2, 3], 2, 3)
     assert shown(binary) == [(colour(0), colour(1)), (colour(5), colour(4)), (colour(6), colour(7))]
-    assert pairs_problems(PairsConfig(source=str(source))) == []
+    assert problems_ahead(PairsConfig(source=str(source))) == []
     assert isinstance(binary.check_pictures(), PairSet)
 
 
@@ -200,9 +208,9 @@ def test_a_folder_with_two_lists(folder):
 
 def test_a_hub_dataset_is_not_touched_by_the_cheap_check():
     config = PairsConfig(source="yuvalkirstain/pickapic_v2")
-    assert pairs_problems(config) == []
+    assert problems_ahead(config) == []
     mapped = PairsConfig(source="yuvalkirstain/pickapic_v2", columns={"promt": "caption"})
-    assert pairs_problems(mapped) == ["pairs.columns: unknown name 'promt': did you mean 'prompt'?"]
+    assert problems_ahead(mapped) == ["pairs.columns: unknown name 'promt': did you mean 'prompt'?"]
     with pytest.raises(
         ConfigError, match=r"^pairs.source='yuvalkirstain/pickapic_v2', split 'train', cannot be loaded"
     ):
@@ -213,7 +221,7 @@ def test_missing_package(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "datasets", None)
     config = PairsConfig(source="a/b")
     sentence = "pairs.source='a/b' needs the package datasets: pip install 'diffusion-align[datasets]'"
-    assert pairs_problems(config) == [sentence]
+    assert problems_ahead(config) == [sentence]
     with pytest.raises(ConfigError) as caught:
         open_pairs(config)
     assert caught.value.problems == [sentence]
@@ -382,7 +390,7 @@ def test_a_bad_row_is_named_and_can_be_left_out(folder, case):
     pairs = open_(source, skip_bad_rows=True)
     assert pairs.rows == [0, 1, 3]
     assert pairs.skipped == {2: f"pairs: row 2: {sentence}"}
-    assert pairs_problems(PairsConfig(source=source, skip_bad_rows=True)) == []
+    assert problems_ahead(PairsConfig(source=source, skip_bad_rows=True)) == []
 
 
 @pytest.mark.parametrize("label", [0.7, 2, -1, None, "", "yes", float("nan"), [1], 10**400])
@@ -492,7 +500,7 @@ def test_files_that_are_no_pictures(folder, case, side):
         else "is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read"
     )
     sentence = f"pairs: row 1: {side} {what}"
-    assert pairs_problems(PairsConfig(source=source)) == []
+    assert problems_ahead(PairsConfig(source=source)) == []
     assert problems(source, decode=True) == [sentence, HINT]
     with pytest.raises(ConfigError) as caught:
         open_(source).pictures(1, (8, 8))
@@ -693,5 +701,5 @@ def test_the_same_every_time(folder):
     ],
 )
 def test_settings_that_are_not_allowed(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
         PairsConfig(**({"source": "emoji_style"} | settings))

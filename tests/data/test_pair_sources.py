@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_align.data.image_pairs import PairsConfig, open_pairs, pairs_problems
+from diffusion_align.data.image_pairs import PairsConfig, open_pairs
 from diffusion_align.errors import ConfigError
 
 HUB = "some/pairs"
@@ -138,8 +138,10 @@ def test_splits(hub):
     )
     sliced = PairsConfig(source=HUB, split="train[:5]", max_pairs=9)
     sentence = "pairs.split='train[:5]' cannot be used with pairs.max_pairs: name the split without [...]"
-    assert pairs_problems(sliced) == problems(split="train[:5]", max_pairs=9) == [sentence]
-    assert pairs_problems(PairsConfig(source=HUB, split="train[:5]")) == []
+    with pytest.raises(ConfigError) as caught:
+        sliced.open_ahead("pairs", "pairs")
+    assert caught.value.problems == problems(split="train[:5]", max_pairs=9) == [sentence]
+    PairsConfig(source=HUB, split="train[:5]").open_ahead("pairs", "pairs")
 
 
 def test_columns(hub):

@@ -15,14 +15,14 @@ import yaml
 from accelerate.state import AcceleratorState
 from rows_on_disk import write_rows
 
-from diffusion_align.assets import asset_path
+from diffusion_align.assets import asset_path, shipped_prompts
 from diffusion_align.cli.listing import LISTINGS
 from diffusion_align.data.drawings import load_preferences
-from diffusion_align.data.prompts import PromptsConfig, load_prompts, prompts_problems
+from diffusion_align.data.prompts import PromptsConfig, load_prompts
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines import image
-from diffusion_align.pipelines.configuration import check_config, shipped_prompts
+from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.training.config import dump_config
 
 ROWS = [{"prompt": "three apples", "count": 3}, {"prompt": "a, b", "count": 1}, {"prompt": "three apples", "count": 3}]
@@ -47,9 +47,9 @@ DDPO = {
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
-def problems(source, **options):
+def problems(source):
     with pytest.raises(ConfigError) as caught:
-        load_prompts(source, **options)
+        load_prompts(source)
     return caught.value.problems
 
 
@@ -78,13 +78,14 @@ def test_the_cells_of_a_csv_file_are_text(tmp_path):
     assert load_prompts(tmp_path / "short.csv") == [("a cat", {"count": None})]
 
 
-def test_texts_alone(tmp_path):
+def test_texts_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_align.data.prompts.shipped_prompts", lambda: {"mine": tmp_path / "a.txt"})
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog  \na cat\n", encoding="utf-8")
     expected = [("a cat", {}), ("  a dog  ", {}), ("a cat", {})]
     assert load_prompts(tmp_path / "a.txt") == load_prompts(["a cat", "  a dog  ", "a cat"]) == expected
-    assert load_prompts("mine", shipped={"mine": tmp_path / "a.txt"}) == expected
+    assert load_prompts("mine") == expected
     config = {"source": "mine", "max_prompts": 1}
-    assert load_prompts(config, shipped={"mine": tmp_path / "a.txt"}) == expected[:1]
+    assert load_prompts(config) == expected[:1]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +197,9 @@ def test_metadata_of_numpy_are_numbers_and_a_prompt_of_megabytes_is_none():
 
 
 def test_sources_that_cannot_be_used(tmp_path):
-    assert problems("no.csv") == [f"prompts.source='no.csv': there is no such file or folder: give {PLACES}"]
-    assert problems("animls", shipped=shipped_prompts())[0].endswith(
-        f"there is no such file or folder: give one of {', '.join(shipped_prompts())}, {PLACES}"
-    )
+    places = f"give one of {', '.join(shipped_prompts())}, {PLACES}"
+    missing = f"prompts.source='no.csv': there is no such file or folder: {places}"
+    assert problems("no.csv") == [missing]
     (tmp_path / "a.txt").write_text(" \n")
     empty = f"prompts.source='{tmp_path / 'a.txt'}' holds no prompt: give at least one"
     assert problems(tmp_path / "a.txt") == [empty]
@@ -207,7 +207,7 @@ def test_sources_that_cannot_be_used(tmp_path):
         assert problems(nothing) == [f"prompts.source={nothing!r} is not allowed: give {PLACES}"]
     assert problems(3) == [f"prompts=3 is not allowed: give {PLACES}"]
     assert problems({"source": ["a"], "max_prompts": 0}) == [
-        "prompts.max_prompts=0 is not allowed: Input should be greater than or equal to 1"
+        "prompts.max_prompts=0 is not allowed: it must be greater than or equal to 1"
     ]
     assert problems([{"words": "a cat", "n": 1}]) == [
         "prompts.columns: the column prompt or caption or text is needed; the columns found are 'words', 'n': "
@@ -215,9 +215,9 @@ def test_sources_that_cannot_be_used(tmp_path):
     ]
     assert problems({"source": "no.csv", "columns": {"promt": "a"}}) == [
         "prompts.columns: unknown name 'promt': did you mean 'prompt'?",
-        f"prompts.source='no.csv': there is no such file or folder: give {PLACES}",
+        missing,
     ]
-    assert problems({"source": "animals", "split": "test"}, shipped=shipped_prompts()) == [
+    assert problems({"source": "animals", "split": "test"}) == [
         "prompts.split='test' is not known: a file holds one split, train; leave it out"
     ]
 
@@ -230,16 +230,32 @@ def test_a_checked_configuration_opens_no_hub_dataset(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", opened)
     source = {"source": "some/rows", "columns": {"prompt": "x"}, "max_prompts": 3}
-    config = check_config(DDPO | {"output_dir": "run", "prompts": source})
-    assert prompts_problems(config.prompts) == []
+    check_config(DDPO | {"output_dir": "run", "prompts": source})
     wrong = PromptsConfig(source="some/rows", columns={"promt": "x"}, split="train[:3]", max_prompts=2)
-    assert prompts_problems(wrong) == [
+    assert problems_ahead(wrong) == [
         "prompts.columns: unknown name 'promt': did you mean 'prompt'?",
         "prompts.split='train[:3]' cannot be used with prompts.max_prompts: name the split without [...]",
     ]
     monkeypatch.setitem(sys.modules, "datasets", None)
     needs = "prompts.source='some/rows' needs the package datasets: pip install 'diffusion-align[datasets]'"
-    assert prompts_problems(PromptsConfig(source="some/rows")) == [needs]
+    assert problems_ahead(PromptsConfig(source="some/rows")) == [needs]
+
+
+def problems_ahead(config):
+    with pytest.raises(ConfigError) as caught:
+        config.open_ahead("prompts", "prompts")
+    return caught.value.problems
+
+
+def test_what_was_checked_is_what_is_used(tmp_path):
+    """A source is opened once: the run has the rows that were checked, and whoever asks again reads the file."""
+    path = tmp_path / "a.txt"
+    path.write_text("a cat")
+    config = check_config(DDPO | {"output_dir": str(tmp_path / "run"), "prompts": str(path)})
+    path.write_text("a dog")
+    assert config == DDPOConfig(**DDPO, output_dir=tmp_path / "run", prompts=str(path))
+    assert load_prompts(config.prompts) == [("a cat", {})]
+    assert load_prompts(config.prompts) == [("a dog", {})]
 
 
 def test_of_a_hub_dataset_no_more_is_downloaded_than_is_asked_for(hub_rows):
@@ -255,7 +271,7 @@ def test_all_that_is_wrong_with_a_configuration_at_once(tmp_path):
     with pytest.raises(ConfigError) as caught:
         check_config(DDPO | changes)
     assert sorted(caught.value.problems) == [
-        "epochs=0 is not allowed: Input should be greater than or equal to 1",
+        "epochs=0 is not allowed: it must be greater than or equal to 1",
         "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out",
         "prompts: row 1: the prompt is 3, not a text",
         "prompts: row 2: the prompt is empty",
@@ -287,7 +303,7 @@ def test_the_written_configuration_says_what_was_given_and_is_read_again(given):
 
 
 def shipped(name):
-    return load_prompts(name, shipped=shipped_prompts())
+    return load_prompts(name)
 
 
 def test_the_generated_lists_are_what_the_script_writes(tmp_path):

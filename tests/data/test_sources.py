@@ -9,7 +9,7 @@ import pytest
 import torch
 from rows_on_disk import write_rows
 
-from diffusion_align.data.schemas import mapping, mapping_problems
+from diffusion_align.data.schemas import check_columns, mapping
 from diffusion_align.data.sources import (
     ArrowTable,
     ListTable,
@@ -219,14 +219,19 @@ def test_columns_that_are_not_there():
     assert refused(None, ["a", "b"]) == "data.columns: the column chosen is needed" + end
     assert refused({"text": "a"}, ["a", "b"]) == "data.columns: the columns a, chosen are needed" + end
     assert refused({"good": "c"}, ["a", "b"]) == "data.columns: there is no column 'c'" + end
-    assert mapping_problems("data", LAYOUTS, {"goood": "a", "text": "a"}) == [
+
+    def unfit(layouts, columns):
+        with pytest.raises(ConfigError) as caught:
+            check_columns("data", layouts, columns)
+        return caught.value.problems
+
+    assert unfit(LAYOUTS, {"goood": "a", "text": "a"}) == [
         "data.columns: unknown name 'goood': did you mean 'good'?",
         "data.columns: two names stand for one column: give each its own",
     ]
-    assert mapping_problems("data", ({"a": "a"}, {"b": "b"}), {"a": "x", "b": "y"}) == [
-        "data.columns: give a or b, not both"
-    ]
-    assert mapping_problems("data", LAYOUTS, {"good": "x"}) == mapping_problems("data", LAYOUTS, None) == []
+    assert unfit(({"a": "a"}, {"b": "b"}), {"a": "x", "b": "y"}) == ["data.columns: give a or b, not both"]
+    for fine in ({"good": "x"}, None):
+        check_columns("data", LAYOUTS, fine)
 
 
 def test_lists_of_sentences_and_long_values():

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from pydantic import ValidationError
 from torch.nn.functional import logsigmoid
 
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -93,7 +92,6 @@ def make_trainer(make_policy, tmp_path):
         if "beta_dpo" not in settings:
             defaults["beta"] = BETA
         config = DiffusionDPOConfig(**(defaults | settings))
-        assert config.cross_checks() == []
         Path(config.output_dir).mkdir(exist_ok=True)  # train() makes it
         trainer = DiffusionDPOTrainer(config, policy, pairs=pairs, reward=reward, prompts=prompts)
         return trainer
@@ -1044,7 +1042,7 @@ def test_settings_that_fit(raw):
     ],
 )
 def test_values_out_of_range(settings):
-    with pytest.raises(ValidationError, match=next(iter(settings))):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
         DiffusionDPOConfig(**(OFFLINE | settings))
 
 

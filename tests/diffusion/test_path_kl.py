@@ -99,7 +99,6 @@ def make_trainer(policy, folder, **settings):
         }
         | settings
     )
-    assert config.cross_checks() == []
     return DDPOTrainer(config, policy, config.reward, [(p, {}) for p in PROMPTS])
 
 

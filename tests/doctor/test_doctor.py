@@ -411,7 +411,7 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"prompts": ...}, "prompts is missing"),
+        ({"prompts": ...}, "prompts is required"),
         ({"sampler": 3}, "sampler=3 is not allowed"),
         ({"prompts": "nowhere.txt"}, "'nowhere.txt': there is no such file"),
         ({"adam_betas": [0.9, 2.0]}, "adam_betas.1=2.0 is not allowed"),

@@ -23,6 +23,8 @@ END, OTHER_END = 3, 7  # of the tokenizer, and of the model besides
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {})]
 SETTINGS = {
     "model": "m",
+    "prompts": ["a", "b"],
+    "reward": "x",
     "epochs": 3,
     "samples_per_epoch": 8,
     "sample_batch_size": 4,

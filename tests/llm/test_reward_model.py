@@ -350,7 +350,6 @@ def test_settings_and_models_that_do_not_fit(make_model, characters, base):
     ]
     config = RewardModelConfig(model="x", output_dir="run", dataset="pairs.jsonl", eval_dataset=["row"])
     assert (config.dataset.source, config.eval_dataset.source, config.lora.rank) == ("pairs.jsonl", ["row"], 16)
-    assert config.cross_checks() == []
     several = AutoModelForSequenceClassification.from_pretrained(base(), num_labels=3)
     with pytest.raises(UserError, match="num_labels=3"):
         RewardModel(several, characters(), lora=None)

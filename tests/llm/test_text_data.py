@@ -15,7 +15,6 @@ from diffusion_align.data.text_rows import (
     PreferenceRow,
     PromptRow,
     TextDataConfig,
-    columns_problems,
     labelled_rows,
     preference_rows,
     prompt_rows,
@@ -581,22 +580,30 @@ def test_wrong_columns(plain):
         prompt_rows(TextDataConfig(source=source), TextEncoder(plain, max_completion_length=1), name="prompts")
 
 
+def problems_ahead(config, kind, name="data"):
+    try:
+        config.open_ahead(name, kind)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def test_columns_are_checked_without_a_tokenizer(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", None)  # a download would fail
     pairs = TextDataConfig(source=[{"prompt": "q", "chosen": "a", "rejected": ""}])
-    assert columns_problems(pairs, "preferences") == columns_problems(pairs, "prompts") == []
-    assert columns_problems(pairs, "labels", name="dataset") == [
+    assert problems_ahead(pairs, "preferences") == problems_ahead(pairs, "prompts") == []
+    assert problems_ahead(pairs, "labels", name="dataset") == [
         "dataset.columns: the columns prompt, completion, label are needed; the columns found are 'prompt', 'chosen', "
         "'rejected': map our names to these"
     ]
-    assert len(columns_problems(TextDataConfig(source="no.csv", columns={"promt": "x"}), "prompts")) == 2
-    assert columns_problems(TextDataConfig(source="some/rows"), "prompts") == []
-    assert columns_problems(TextDataConfig(source="some/rows", columns={"promt": "x"}), "prompts") == [
+    assert len(problems_ahead(TextDataConfig(source="no.csv", columns={"promt": "x"}), "prompts")) == 2
+    assert problems_ahead(TextDataConfig(source="some/rows"), "prompts") == []
+    assert problems_ahead(TextDataConfig(source="some/rows", columns={"promt": "x"}), "prompts") == [
         "data.columns: unknown name 'promt': did you mean 'prompt'?"
     ]
-    assert "without [...]" in columns_problems(TextDataConfig(source="a/b", split="a[1:]", max_rows=1), "prompts")[0]
+    assert "without [...]" in problems_ahead(TextDataConfig(source="a/b", split="a[1:]", max_rows=1), "prompts")[0]
 
 
 @pytest.mark.parametrize("value", ["", [], 3, None, {"source": True}, {"source": {"a": 1}}, {"split": "train"}])
@@ -642,4 +649,4 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path):
     config = TextDataConfig(source=str(tmp_path / "prompts.txt"))
     rows, _ = prompt_rows(config, TextEncoder(make_tokenizer(), max_completion_length=4))
     assert [row.prompt for row in rows] == ["one two", " three "]  # a blank at the end is part of what is completed
-    assert columns_problems(config, "preferences") != []
+    assert problems_ahead(config, "preferences") != []

@@ -16,7 +16,6 @@ from diffusion_align.data.prompts import load_prompts
 from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
-from diffusion_align.pipelines.configuration import shipped_prompts
 from diffusion_align.pipelines.pairs import PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
 from diffusion_align.training.lock import FolderLock
@@ -308,7 +307,7 @@ def test_the_grid_holds_chosen_above_rejected(whole):
 
 
 def test_the_heldout_list_is_the_preferences_held_out_prompts():
-    prompts = [text for text, _ in load_prompts("emoji_heldout", shipped=shipped_prompts())]
+    prompts = [text for text, _ in load_prompts("emoji_heldout")]
     assert prompts == [pair.prompt for pair in load_preferences("heldout")]
     assert len(set(prompts)) == 59
     assert not set(prompts) & {pair.prompt for pair in load_preferences("train")}

@@ -1,4 +1,4 @@
-"""Every number among the settings has a lower and an upper bound, and what overflows is refused by its own name."""
+"""Every setting has a description, every number two bounds, and what overflows is refused by its own name."""
 
 import math
 import types
@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from diffusion_align.methods import SHIPPED, method_of
+from diffusion_align.training.config import Section
 
 # Bounds and limits that .inf takes away.
 MAY_BE_INFINITE = {
@@ -60,6 +61,23 @@ def allowed(kind, value):
     except ValidationError:
         return False
     return True
+
+
+def sections_of(model):
+    inner = [kind for field in model.model_fields.values() for kind in kinds(field.annotation)]
+    return [model, *(one for kind in inner if _is_section(kind) for one in sections_of(kind))]
+
+
+def _is_section(kind):
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_every_setting_has_a_description(method):
+    classes = sections_of(method_of(method).config_class)
+    assert len(classes) > 2
+    fields = [(one.__name__, name, field) for one in classes for name, field in one.model_fields.items()]
+    assert [(section, name) for section, name, field in fields if not field.description] == []
 
 
 def test_the_walk_finds_numbers_of_every_depth():

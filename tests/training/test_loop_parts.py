@@ -58,15 +58,16 @@ def test_streams_are_named():
     assert torch.equal(state, torch.get_rng_state()), "the global state was touched"
 
 
-def test_prompts_of_every_kind(tmp_path):
+def test_prompts_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_align.data.prompts.shipped_prompts", lambda: {"mine": tmp_path / "a.txt"})
     (tmp_path / "a.txt").write_text("a cat\n\n  a dog  \n", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a cat", "label": 3}\n\n{"prompt": "a dog"}\n')
     assert load_prompts(tmp_path / "a.txt") == [("a cat", {}), ("  a dog  ", {})]
     assert load_prompts(str(tmp_path / "b.jsonl")) == [("a cat", {"label": 3}), ("a dog", {})]
     assert load_prompts(["a cat", {"prompt": "a dog", "k": [1]}]) == [("a cat", {}), ("a dog", {"k": [1]})]
-    assert load_prompts("mine", shipped={"mine": tmp_path / "a.txt"}) == [("a cat", {}), ("  a dog  ", {})]
+    assert load_prompts("mine") == [("a cat", {}), ("  a dog  ", {})]
     with pytest.raises(ConfigError, match="there is no such file or folder: give one of mine, "):
-        load_prompts("min", shipped={"mine": tmp_path / "a.txt"})
+        load_prompts("min")
 
 
 class FakeAccelerator:

@@ -5,6 +5,8 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
+from diffusion_align.diffusion.ddpo import DDPOConfig
+from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.training.config import (
     Section,
@@ -21,6 +23,10 @@ class Inner(Section):
     steps: int = Field(3, ge=1)
     scale: float = 1.0
 
+    def cross_checks(self):
+        if self.steps > 10 * max(self.scale, 1):
+            yield f"steps={self.steps} is more than ten times scale={self.scale:g}: change one of them"
+
 
 class Config(TrainingConfig):
     method: Literal["some"] = "some"
@@ -32,11 +38,16 @@ BASE = {"model": "m", "output_dir": "run"}
 
 
 def problems(raw, **options):
-    with pytest.raises(ConfigError) as caught:
-        parse_config(Config, BASE | raw, **options)
-    assert str(caught.value) == "\n".join(caught.value.problems)
-    assert isinstance(caught.value, UserError)
-    return caught.value.problems
+    """What is said of settings from YAML and, unless others check too, of the same from Python."""
+    found = []
+    for make in [lambda: parse_config(Config, BASE | raw, **options), *[lambda: Config(**BASE | raw)][: not options]]:
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert str(caught.value) == "\n".join(caught.value.problems)
+        assert isinstance(caught.value, UserError)
+        found.append(caught.value.problems)
+    assert found[0] == found[-1]
+    return found[0]
 
 
 def test_overrides_are_yaml_with_dotted_keys():
@@ -82,12 +93,12 @@ def test_a_name_that_only_looks_a_little_like_a_number_stays_a_name():
 def test_all_problems_at_once_and_each_only_once():
     found = problems(
         {"learning_rat": 1, "epochs": 0, "inner": {"step": 1}, "maybe": {"scal": 1}},
-        checks=[lambda raw: ["a check failed"], lambda raw: ["a check failed", "another"]],
+        problems=["a check failed", "a check failed", "another"],
     )
     assert sorted(found) == sorted(
         [
             "unknown setting 'learning_rat': did you mean 'learning_rate'?",
-            "epochs=0 is not allowed: Input should be greater than or equal to 1",
+            "epochs=0 is not allowed: it must be greater than or equal to 1",
             "unknown setting 'inner.step': did you mean 'steps'?",
             "unknown setting 'maybe.scal': did you mean 'scale'?",
             "a check failed",
@@ -103,6 +114,9 @@ def test_all_problems_at_once_and_each_only_once():
         ("accept_changed", "reward", "it must be a list, as in accept_changed=[reward]"),
         ("accept_changed", 3, "it must be a list"),
         ("adam_betas", 0.9, "it must be a list"),
+        ("adam_betas", [0.9, 0.9, 0.9], "it must be a list of 2"),
+        ("adam_betas", [], "it must be a list of 2"),
+        ("lr_schedule", "step", "it must be 'constant', 'linear' or 'cosine'"),
         ("inner", 3, "it must be a section of settings, as in {key: value}"),
         ("resume", "maybe", "it must be true or false"),
         ("epochs", 1.5, "it must be a whole number"),
@@ -120,8 +134,8 @@ def test_missing_settings_are_named():
     with pytest.raises(ConfigError) as caught:
         parse_config(Config, {})
     assert caught.value.problems == [
-        "model is missing: it has to be given",
-        "output_dir is missing: it has to be given",
+        "model is required: set it",
+        "output_dir is required: set it",
     ]
 
 
@@ -131,6 +145,65 @@ def test_cross_checks():
         "samples_per_epoch=5 is not a multiple of sample_batch_size=2",
         "updates_per_epoch=6 is more than samples_per_epoch=5",
     ]
+
+
+def test_cross_checks_of_what_is_valid_stand_beside_what_is_wrong_by_itself():
+    assert problems({"epochs": "x", "updates_per_epoch": 100, "inner": {"steps": 40}, "maybe": {"step": 1}}) == [
+        "epochs='x' is not allowed: it must be a number",
+        "inner.steps=40 is more than ten times scale=1: change one of them",
+        "unknown setting 'maybe.step': did you mean 'steps'?",
+        "updates_per_epoch=100 is more than samples_per_epoch=64: each update needs at least one sample",
+    ]
+
+
+def test_nothing_is_said_of_the_default_of_a_setting_that_is_wrong_by_itself():
+    wrong = {"samples_per_epoch": 0, "sample_batch_size": 7, "updates_per_epoch": 100}
+    assert problems(wrong) == ["samples_per_epoch=0 is not allowed: it must be greater than or equal to 1"]
+    with pytest.raises(ConfigError) as caught:
+        DiffusionDPOConfig(**BASE, pairs={"sourc": "a"}, samples_per_epoch=6, sample_batch_size=6, beta=1)
+    assert caught.value.problems == [
+        "pairs.source is required: set it",
+        "unknown setting 'pairs.sourc': did you mean 'source'?",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        DDPOConfig(**BASE | wrong, prompts=["a"], reward="r", sampler={"eta": 0})
+    assert [problem.partition("=")[0] for problem in caught.value.problems] == [
+        "samples_per_epoch",
+        "sampler.eta",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        Needy(**BASE | {"limit": None, "at": 5, "updates_per_epoch": 100})
+    assert caught.value.problems == [
+        "limit=None is not allowed: it must be a whole number",
+        "updates_per_epoch=100 is more than samples_per_epoch=64: each update needs at least one sample",
+    ]
+
+
+class Needy(Config):
+    limit: int
+    at: int
+
+    def cross_checks(self):
+        if self.at > self.limit:
+            yield "at is more than limit"
+
+
+def test_a_mistake_in_a_rule_itself_is_not_hidden():
+    class Broken(Config):
+        def cross_checks(self):
+            yield str(self.nothing)
+
+    with pytest.raises(AttributeError, match="nothing"):
+        Broken(**BASE)
+
+
+def test_a_section_made_in_python_is_checked_too():
+    with pytest.raises(ConfigError, match=r"^unknown setting 'step': did you mean 'steps'\?$"):
+        Inner(step=3)
+    with pytest.raises(ConfigError, match=r"^steps=30 is more than ten times"):
+        Inner(steps=30)
+    config = Config(**BASE, inner=Inner(steps=4))
+    assert Config.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_nearest():
