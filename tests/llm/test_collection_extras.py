@@ -217,7 +217,7 @@ def test_a_run_tries_rewards_with_tokens_and_its_state_before_it_starts(tiny_lan
     spy = Spy()
     pipe = TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu")
     settings = SETTINGS | {"prompts": ["a cat", "a dog"], "grid_every": 0, "epochs": 1}
-    del settings["model"]
+    del settings["model"], settings["reward"]
     pipe.align(method, reward=spy, output_dir=tmp_path / "run", inner_epochs=1, **settings)
     (texts, ids, state), *others = spy.calls
     assert state == TrainerState(0, 0.0, 2)
