@@ -251,7 +251,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
                 second_mask=mask[n:],
             )
         else:
-            losses = self._paired(chosen, rejected, counts, beta)
+            losses = self.pair_losses(chosen, rejected, counts, beta)
 
         scale = 1.0 if config.loss_type == "orpo" else beta.detach() if isinstance(beta, Tensor) else beta
         reward_w, reward_l = scale * chosen.detach(), scale * masked_mean(rejected.detach(), counts, 1)
@@ -273,8 +273,13 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             losses = losses + config.sft_weight * imitation
         return losses if penalty is None else losses + penalty, statistics
 
-    def _paired(self, chosen: Tensor, rejected: Tensor, counts: Tensor, beta: float | Tensor) -> Tensor:
-        """(n,) of what is compared of the chosen (n,) and the rejected (n, M); M is 1 but for sigmoid."""
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, counts: Tensor, beta: float | Tensor) -> Tensor:
+        """(n,) from log-ratios of the chosen (n,) and rejected (n, M), which is 1 but for sigmoid; yours to override.
+
+        Args:
+            counts: (n, M) bool, which of the rejected a sample has.
+            beta: of each sample (n,) where it is dynamic.
+        """
         config, first = self.config, rejected[:, 0]
         match config.loss_type:
             case "sigmoid":
