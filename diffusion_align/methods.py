@@ -1,15 +1,20 @@
 """A method is one object: the class of its trainer, which says what it needs, costs and logs (see ``Trainer``).
 
-No other file names the methods.
+It is found by name, by ``module:Class`` or ``file.py:Class``, or by an entry point of an installed package, group
+``diffusion_align.methods``. No other file names the methods.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import inspect
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, cast
 
-from diffusion_align.errors import ConfigError, short
-from diffusion_align.training.config import nearest
+from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.foreign import foreign_code
+from diffusion_align.references import resolve
+from diffusion_align.training.config import TrainingConfig, nearest
 
 if TYPE_CHECKING:
     from diffusion_align.training.trainer import Trainer
@@ -26,29 +31,97 @@ SHIPPED = {
     "reward_model": "diffusion_align.llm.reward_model:RewardModelTrainer",
 }
 """Name -> trainer class, imported when it is asked for."""
+GROUP = "diffusion_align.methods"
+"""Of entry points: a package that brings methods declares them there."""
 _MODELS = {"image": "a text-to-image model", "text": "this language model"}
 
 
-def method_of(name: Any, kind: str | None = None) -> type[Trainer[Any]]:
-    """The trainer class that ``method: name`` stands for.
+def method_of(method: Any, kind: str | None = None) -> type[Trainer[Any]]:
+    """The trainer class that a configuration's ``method`` stands for.
 
     Args:
-        name: as in a configuration.
+        method: a shipped method's name, ``package.module:Class``, ``path/to/file.py:Class``, the name of an entry point
+            of ``GROUP``, or the class itself.
         kind: the ``model_kind`` it must have, if any.
 
     Raises:
-        ConfigError: there is none of that name, or it trains another kind of model.
+        ConfigError: it is unknown, no trainer, or trains another kind of model.
     """
-    known = isinstance(name, str) and name in SHIPPED
-    if kind is not None and (not known or _imported(name).model_kind != kind):
-        fitting = ", ".join(other for other in SHIPPED if _imported(other).model_kind == kind)
-        raise ConfigError([f"method={short(name)} does not train {_MODELS[kind]}: use one of {fitting}"])
-    if not known:
-        raise ConfigError([f"method={short(name)} is unknown: {nearest(str(name), list(SHIPPED))}"])
-    return _imported(name)
+    found = _find(method)
+    if kind is not None and (found is None or found.model_kind != kind):
+        fitting = ", ".join(name for name in SHIPPED if _shipped(name).model_kind == kind)
+        raise ConfigError([f"method={_shown(method)} does not train {_MODELS[kind]}: use one of {fitting}"])
+    if found is None:
+        raise ConfigError([f"method={_shown(method)} is unknown: {nearest(str(method), [*SHIPPED, *plug_ins()])}"])
+    return found
 
 
-def _imported(name: str) -> type[Trainer[Any]]:
+def method_name(method: Any) -> Any:
+    """What stands in ``config.yaml`` for a method that may be given as a class."""
+    if not isinstance(method, type):
+        return method
+    path = f"{method.__module__}:{method.__qualname__}"
+    return next((name for name, shipped in SHIPPED.items() if shipped == path), path)
+
+
+def plug_ins() -> dict[str, EntryPoint]:
+    """Name -> entry point of the methods that installed packages bring."""
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in SHIPPED}
+
+
+def describe_methods() -> list[tuple[str, list[str]]]:
+    """(name, what it does and what it trains) of the shipped methods and of plug-ins."""
+    entries = []
+    for name in (*SHIPPED, *plug_ins()):
+        found = method_of(name)
+        about = (inspect.getdoc(found) or "").split("\n")[0].rstrip(".")
+        trained = {"image": "a text-to-image model", "text": "a language model", "classifier": "a reward model"}
+        entries.append((name, [about, f"trains: {trained.get(str(found.model_kind), 'what it loads itself')}"]))
+    return [*entries, ("any other", ["your own trainer class: module:Class or file.py:Class"])]
+
+
+def _find(method: Any) -> type[Trainer[Any]] | None:
+    """None where there is nothing of that name."""
+    if isinstance(method, str) and method in SHIPPED:
+        return _shipped(method)
+    found = method
+    if isinstance(method, str):
+        point = None if ":" in method else plug_ins().get(method)
+        if point is None and ":" not in method:
+            return None
+        try:
+            if point is None:
+                found = resolve(method, "method", noun="Class")
+            else:
+                with foreign_code(f"method '{method}' cannot be imported (", ")"):
+                    found = point.load()
+        except UserError as error:
+            raise ConfigError([str(error)]) from error
+    elif not isinstance(method, type):
+        return None
+    if problem := _problem(found):
+        raise ConfigError([f"method={_shown(method)} {problem}"])
+    return cast("type[Trainer[Any]]", found)
+
+
+def _problem(found: Any) -> str | None:
+    """Why an object cannot be a method; None if it can."""
+    from diffusion_align.training.trainer import Trainer
+
+    if not isinstance(found, type) or not issubclass(found, Trainer):
+        return "is not a trainer: write a subclass of DenoisingTrainer, TextTrainer or Trainer"
+    if missing := getattr(found, "__abstractmethods__", None):
+        return f"lacks {', '.join(sorted(missing))}: a trainer must define them"
+    if not isinstance(found.config_class, type) or not issubclass(found.config_class, TrainingConfig):
+        return f"has config_class={short(found.config_class)}: it must be a subclass of TrainingConfig"
+    return None
+
+
+def _shipped(name: str) -> type[Trainer[Any]]:
     module, _, attribute = SHIPPED[name].partition(":")
     found: type[Trainer[Any]] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def _shown(method: Any) -> str:
+    return short(method.__name__ if isinstance(method, type) else method)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,30 @@ def read_settings(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         hint = nearest(source, list(shipped_configs()))
         raise ConfigError([f"config {short(source)} is neither a file nor a shipped recipe: {hint}"])
-    raw = apply_overrides(load_yaml(path, unread=True), overrides, unread=True)
-    return raw | read_as(dict[str, Any], {key: raw[key] for key in ("method",) if key in raw})
+    recipe = load_yaml(path, unread=True)
+    raw = apply_overrides(recipe, overrides, unread=True)
+    of_recipe, of_run = (read_as(dict[str, Any], {k: one[k] for k in ("method",) if k in one}) for one in (recipe, raw))
+    raw |= of_run
+    if of_run == of_recipe:
+        return raw
+    typed = {override.partition("=")[0].partition(".")[0] for override in overrides}
+    return _switched(raw, recipe.keys() - typed)
+
+
+def _switched(raw: dict[str, Any], of_recipe: Set[str]) -> dict[str, Any]:
+    """``raw``, whose method is not its recipe's, without the settings ``of_recipe`` that the method does not have.
+
+    What it has, but not with that value, is left out as well; a line says what was.
+    """
+    model, problems = method_of(raw["method"]).config_class, []
+    try:
+        model.model_validate(read_as(model, raw))
+    except ValidationError as error:
+        problems = error.errors()
+    wrong = {str(one["loc"][0]) for one in problems if one["loc"] and one["type"] != "missing"}
+    if left_out := [key for key in raw if key in wrong and key in of_recipe]:
+        print(f"method={raw['method']} leaves out of the recipe: {', '.join(left_out)}", file=sys.stderr)
+    return {key: value for key, value in raw.items() if key not in left_out}
 
 
 def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
@@ -222,6 +245,6 @@ def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
         method = load_yaml(folder / "config.yaml")["method"]
     except (ConfigError, KeyError):
         return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
-    if method != raw.get("method", DEFAULT):
+    if method != absolute_paths({"method": raw.get("method", DEFAULT)})["method"]:
         return [f"resume=true, but {folder} is a run of method={method!r}: choose a new output_dir"]
     return []

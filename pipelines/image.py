@@ -15,38 +15,32 @@ from torch import Tensor
 
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.devices import device_problem
-from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
-from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
-from diffusion_align.diffusion.policy import DenoisingPolicy, finite_images
+from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.schedule import SamplerConfig
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.table_scheduler import scheduler_of
 from diffusion_align.errors import UserError, short
-from diffusion_align.methods import method_of
+from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora_file import save_lora
-from diffusion_align.models.part_configs import unet_inputs
 from diffusion_align.models.runs import model_plan
 from diffusion_align.models.upload import upload
 from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.identity import image_identity
-from diffusion_align.pipelines.image_run import checked_reward, evaluation_of, prompts_of, usable_pairs
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
+from diffusion_align.pipelines.run import run
 from diffusion_align.rewards import build_reward
-from diffusion_align.rewards.places import recorded
-from diffusion_align.training.accelerator import agreed, best_seconds, start
 from diffusion_align.training.places import absolute_paths
+from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import new_folder, output_folder
 
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
 
-__all__ = ["DrawnImages", "ImageAlignmentPipeline", "as_batch", "run", "score_images"]
+__all__ = ["DrawnImages", "ImageAlignmentPipeline", "as_batch", "score_images"]
 
-ImageConfig = DDPOConfig | DiffusionDPOConfig
-ImageTrainer = DDPOTrainer | DiffusionDPOTrainer
 # What has to be said before there are weights.
 _OF_LOADING = {"dtype": "dtype", "weights_variant": "variant", "base_config": "base_config"}
 
@@ -136,7 +130,9 @@ class ImageAlignmentPipeline:
         pipe._variant, pipe._base_config = variant, base_config
         return pipe
 
-    def align(self, method: str = "ddpo", *, output_dir: str | Path, **settings: Any) -> ImageAlignmentPipeline:
+    def align(
+        self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any
+    ) -> ImageAlignmentPipeline:
         """Train towards a reward or preferences; afterwards this pipeline draws with the trained weights.
 
         What is trained, and the reference it is held to, starts from the weights as they are: those of a run, or of an
@@ -146,15 +142,17 @@ class ImageAlignmentPipeline:
 
         Args:
             method: "ddpo", which needs a ``reward`` and ``prompts``, or "diffusion_dpo", which needs ``pairs`` or, to
-                draw and judge its own, a ``reward`` and ``prompts``.
+                draw and judge its own, a ``reward`` and ``prompts``. A trainer of your own is its class, or where
+                that is found, "module:Class" or "file.py:Class".
             output_dir: the run folder (see README for what it holds).
-            **settings: fields of ``DDPOConfig`` or ``DiffusionDPOConfig``; the same names as in YAML. Among them
+            **settings: fields of the method's configuration; the same names as in YAML. Among them
 
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(images, prompts, metadata) -> (B,)``;
                 - prompts: list of texts, file, or shipped list; a generator, ``datasets.Dataset`` or pandas DataFrame;
                 - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub; or rows, as for
                   prompts, with PIL images;
+                - callbacks: ``Callback`` objects, called as the run goes on, or where they are found, as in YAML;
                 - resume: go on with the run in ``output_dir`` from its newest checkpoint.
 
         Returns:
@@ -183,12 +181,12 @@ class ImageAlignmentPipeline:
         if below is None:
             raise UserError("the weights are in no folder, as a lora was merged: save_pretrained() them and load that")
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
-        raw: dict[str, Any] = {"method": method, "model": self.model, "output_dir": output_dir}
+        raw: dict[str, Any] = {"method": method_name(method), "model": self.model, "output_dir": output_dir}
         raw |= {"weights_variant": self._variant, "base_config": self._base_config}
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
         checked = check_config(raw | settings)
-        config = cast(ImageConfig, checked.model_copy(update=absolute_paths({"model": below})))
+        config = cast(DenoisingConfig, checked.model_copy(update=absolute_paths({"model": below})))
 
         unet, weights, was_below = self.pipeline.unet, adapters.adapter_weights(self.pipeline), self._below
         merges = self.run is not None and not goes_on and bool(weights)
@@ -407,76 +405,3 @@ def _refuse_other_parts(pipeline: Any) -> None:
             f"the lora also changes {', '.join(others)}, which the adapter of a UNet cannot hold: merge() it, "
             "save_pretrained() the pipeline and load that"
         )
-
-
-def run(config: ImageConfig, *, pipeline: Any = None) -> ImageTrainer:
-    """Train as ``config`` says and return the finished trainer.
-
-    Args:
-        config: checked settings, from ``read_config`` or ``check_config``.
-        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given. A run is trained on as it
-            ended: its adapters are merged, and a new one is trained with those weights as the reference.
-    """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    given = config.pairs if isinstance(config, DiffusionDPOConfig) else None
-    pairs = None if given is None else agreed(lambda: usable_pairs(given))
-    prompts = prompts_of(config.prompts)
-    asked = None if config.evaluation is None else prompts_of(config.evaluation.prompts)
-    plan = model_plan(config.model)
-    if pipeline is None:
-        pipeline = load_pipeline(
-            plan.base,
-            dtype=getattr(torch, config.dtype),
-            variant=config.weights_variant or plan.variant,
-            base_config=config.base_config or plan.base_config,
-            to_train=True,
-        )
-        for adapter in plan.adapters:
-            adapters.put_on(pipeline, adapter, plan.base)
-            adapters.merge_adapters(pipeline)
-    config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline.unet, narrow))
-    policy = DenoisingPolicy(
-        pipeline,
-        lora=config.lora,
-        guidance_scale=config.sampler.guidance_scale,
-        device=accelerator.device,
-        autocast=accelerator.autocast,
-    )
-    known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
-    with recorded() as reward_places:
-        reward = checked_reward(config.reward, plan.origin, policy, known, weights=config.reward_weights)
-    with recorded() as evaluation_places:
-        judged = config.evaluation
-        evaluation = None if judged is None else evaluation_of(judged, plan.origin, policy, asked or known)
-    trainer: ImageTrainer
-    if isinstance(config, DDPOConfig):
-        assert reward is not None
-        trainer = DDPOTrainer(config, policy, reward, prompts, accelerator, evaluation=evaluation)
-    else:
-        trainer = DiffusionDPOTrainer(
-            config,
-            policy,
-            pairs=pairs,
-            reward=reward,
-            prompts=prompts,
-            evaluation=evaluation,
-            accelerator=accelerator,
-        )
-    trainer.identity = image_identity(
-        config,
-        plan,
-        prompts=prompts,
-        pairs=pairs,
-        evaluation=evaluation,
-        reward_places=reward_places,
-        evaluation_places=evaluation_places,
-    )
-    trainer.train()
-    return trainer
-
-
-def _seconds_a_pass(unet: Any, narrow: bool) -> float:
-    """Of a forward pass of two samples."""
-    inputs = unet_inputs(unet.config, 2, tokens=8, dtype=unet.dtype)
-    return best_seconds(lambda: unet(**inputs), narrow)

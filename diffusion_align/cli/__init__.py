@@ -354,7 +354,9 @@ def estimators(
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="configs, models, prompts, pairs or rewards; all when not given")] = "",
+    what: Annotated[
+        str, typer.Argument(help="methods, configs, models, prompts, pairs or rewards; all when not given")
+    ] = "",
 ) -> None:
     """What can be named in a configuration."""
     from diffusion_align.cli.listing import LISTINGS

@@ -9,6 +9,7 @@ from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_tex
 from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
+from diffusion_align.methods import describe_methods
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
@@ -65,6 +66,7 @@ def _rewards() -> Entries:
 
 
 LISTINGS: dict[str, Callable[[], Entries]] = {
+    "methods": describe_methods,
     "configs": _configs,
     "models": _models,
     "prompts": _prompts,

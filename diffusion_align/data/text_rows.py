@@ -196,6 +196,13 @@ def labelled_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str = "
     return _rows(config, encoder, name, "labels", make)
 
 
+def rows_name(data: TextDataConfig | None) -> str:
+    """What sentences call the rows of a setting."""
+    if data is None:
+        return "nothing"
+    return data.source if isinstance(data.source, str) else f"{len(data.source)} given rows"
+
+
 def _rows(
     config: TextDataConfig,
     encoder: TextEncoder,

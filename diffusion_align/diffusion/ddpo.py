@@ -11,7 +11,7 @@ The decisions are the Gaussian steps of the sampler. Loss of one decision, with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -45,7 +45,9 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
+from diffusion_align.training.cost import EpochCost, Lines
 from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
@@ -56,7 +58,7 @@ from diffusion_align.training.trainer import TrainingPlan
 class DDPOConfig(DenoisingConfig):
     """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
 
-    method: Literal["ddpo"] = Field("ddpo", description="the training method")
+    method: str = Field("ddpo", description="the training method")
     prompts: PromptsConfig = Field(
         description="list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"
     )
@@ -242,7 +244,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         policy: the model with its adapter, on ``accelerator.device``.
         reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
         prompts: texts with the metadata that the reward receives.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
         evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
 
     Raises:
@@ -261,22 +263,42 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         accelerator: Accelerator | None = None,
         *,
         evaluation: Evaluation | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, policy, reward, evaluation=evaluation, accelerator=accelerator)
-        self.prompts = prompts
-        schedule = config.sampler.schedule(policy.pipeline.scheduler)
-        self.trained_steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
+        super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)
+        self.trained_steps = select_step_range(self.exact_schedule.stochastic_steps, config.timestep_range)
         if problem := config.steps_problem(len(self.trained_steps)):
             raise ConfigError([problem])
-        self.schedule: DiffusionSchedule = schedule.to(self.accelerator.device)
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         self.weights = part_weights(reward) if apart else torch.ones(1)
         self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
-        self._kl_weights = nats_per_squared_error(schedule)[self.trained_steps]
+        self._kl_weights = nats_per_squared_error(self.exact_schedule)[self.trained_steps]
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high = clip_bounds(config, self.dimensions)
         self._probes: KLProbes | None = None
-        self.show_with(self.schedule, prompts)
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        every = super().epoch_cost(config, steps)
+        count = config.sampler.steps if steps is None else len(steps)
+        actions = every.units * max(1, round(config.timestep_fraction * count))
+        passes = every.width * actions
+        return replace(
+            every,
+            actions=actions,
+            trained=passes * config.inner_epochs,
+            reference=passes if config.kl_coef > 0 else 0,
+            # Of the policy and of the reference.
+            probed=2 * every.width * min(kl_probes(config, count, actions), actions),
+            recorded=2 * actions,
+        )
+
+    @classmethod
+    def in_nats(cls, config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None, dimensions: int) -> Lines:
+        if config.objective != "ratio":
+            return []
+        nats = clip_nats(config, dimensions)
+        return [("clip in nats", f"{nats:.3g}, the joint bound on a decision's {dimensions} dimensions")]
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""

@@ -14,10 +14,10 @@ Pairs come from a data set, or are drawn by the policy and judged by a reward in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,7 @@ from diffusion_align.diffusion.evaluation import Evaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
-from diffusion_align.diffusion.schedule import select_step_range, training_schedule
+from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range, training_schedule
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
 from diffusion_align.diffusion.trainer import DenoisingTrainer
@@ -45,7 +45,10 @@ from diffusion_align.estimators import (
     ipo_loss,
 )
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.cost import EpochCost, Lines
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
@@ -57,7 +60,7 @@ class DiffusionDPOConfig(DenoisingConfig):
     ``samples_per_epoch`` counts pairs, or with online judging pictures.
     """
 
-    method: Literal["diffusion_dpo"] = Field("diffusion_dpo", description="the training method")
+    method: str = Field("diffusion_dpo", description="the training method")
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
@@ -208,7 +211,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         reward: online the judge, ``reward(images, prompts, metadata) -> (B,)``; with ``pairs`` optional.
         prompts: online, texts with the metadata that the reward receives.
         evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
-        accelerator: devices, precision and processes; a plain one when not given.
+        accelerator, callbacks: see ``Trainer``.
 
     Raises:
         ConfigError: the settings leave no step to train on, or do not fit the number of processes.
@@ -229,9 +232,11 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         prompts: list[Prompt] | None = None,
         evaluation: Evaluation | None = None,
         accelerator: Accelerator | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, policy, reward, evaluation=evaluation, accelerator=accelerator)
-        self.pairs, self.prompts = pairs, prompts or []
+        known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
+        super().__init__(config, policy, reward, known, accelerator, evaluation=evaluation, callbacks=callbacks)
+        self.pairs = pairs
         if config.online and len(self.local_samples) % config.group_size:
             raise ConfigError(
                 [
@@ -239,13 +244,11 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
                     f"{config.group_size} x {self.accelerator.num_processes} processes"
                 ]
             )
-        scheduler, device = policy.pipeline.scheduler, self.accelerator.device
-        drawing = config.sampler.schedule(scheduler)
-        schedule = drawing if config.target == "logged" else training_schedule(scheduler)
+        device = self.accelerator.device
+        schedule = self.exact_schedule
         self.trained_steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
         if problem := config.steps_problem(len(self.trained_steps)):
             raise ConfigError([problem])
-        self.drawing, self.schedule = drawing.to(device), schedule.to(device)
         self.scales = step_scales(schedule, self.trained_steps, config.weighting).to(device, torch.float32)
         self.beta = config.beta or beta_in_nats(
             config.beta_dpo or 0.0,
@@ -257,7 +260,59 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
         self.guidance_scale = config.sampler.guidance_scale if config.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
-        self.show_with(self.drawing, self.prompts or [(text, {}) for text in (pairs.prompts if pairs else [])])
+
+    @classmethod
+    def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
+        return (
+            super().trained_schedule(config, scheduler) if config.target == "logged" else training_schedule(scheduler)
+        )
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        drawn = super().epoch_cost(config, steps)
+        online, logged = config.online, config.target == "logged"
+        pairs = config.samples_per_epoch // (config.group_size if online else 1)
+        actions = pairs * config.decisions_per_pair
+        width = 2 * (drawn.width if logged else 1)
+        # Where the reference is asked once for all inner epochs, so is the policy as it is at the epoch's beginning.
+        looks = 2 if config.inner_epochs > 1 or config.old_refresh == "epoch" else 1
+        judged = f"{pairs}, the best and the worst of {config.group_size} pictures each"
+        source = "" if config.pairs is None else config.pairs.source
+        return EpochCost(
+            what=("pairs an epoch", judged if online else f"{pairs} from {source}"),
+            units=pairs,
+            actions=actions,
+            sampling=drawn.sampling if online else 0,
+            trained=width * actions * config.inner_epochs,
+            reference=width * actions * looks,
+            decoded=drawn.decoded if online else 0,
+            width=width,
+            # x_t and x_s of all that were judged; or the noise of an action, and the two images of a pair.
+            recorded=2 * actions * config.group_size if logged else actions + 2 * config.samples_per_epoch,
+        )
+
+    @classmethod
+    def in_nats(cls, config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None, dimensions: int) -> Lines:
+        if config.beta is not None:
+            return [("beta in nats", f"{config.beta:.3g}")]
+        if config.beta_dpo is None or schedule is None or steps is None or len(steps) == 0:
+            return []
+        weight_sum = float(nats_per_squared_error(schedule)[steps].sum())
+        beta = beta_in_nats(config.beta_dpo, dimensions=dimensions, weight_sum=weight_sum)
+        return [("beta in nats", f"{beta:.3g}, which beta_dpo={config.beta_dpo:g} is at this resolution and schedule")]
+
+    @classmethod
+    def from_run(cls, run: RunContext) -> Self:
+        return cls(
+            run.config,
+            run.policy,
+            pairs=run.data.get("pairs"),
+            reward=run.reward,
+            prompts=run.data.get("prompts"),
+            evaluation=run.evaluation,
+            accelerator=run.accelerator,
+            callbacks=run.callbacks,
+        )
 
     def collect(self) -> tuple[PairBatch, dict[str, float]]:
         """This process's pairs of the epoch: read, or sampled and judged; then a step and a noise for each action."""

@@ -59,6 +59,10 @@ class DenoisingConfig(TrainingConfig):
     evaluation: EvaluationConfig | None = Field(None, description="a held-out reward and the diversity of pictures")
     stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
 
+    def steps_problem(self, count: int) -> str | None:
+        """One sentence if ``count`` stochastic steps are too few to train on."""
+        return None
+
     def cross_checks(self) -> Iterator[str]:
         if self.show_prompts is not None and not self.show_prompts:
             yield "show_prompts is empty: leave it out, or set grid_every=0 for no grids"

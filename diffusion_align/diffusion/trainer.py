@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.cost import EpochCost, Lines
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
 
@@ -33,8 +35,12 @@ class DenoisingTrainer(Trainer[Batch]):
         config: checked settings.
         policy: the model with its adapter, on ``accelerator.device``.
         reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
+        prompts: texts with the metadata that the reward receives.
         evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
         accelerator, callbacks: see ``Trainer``.
+
+    Attributes:
+        drawing, schedule: of sampling, and of the steps that are trained on; on the device.
     """
 
     config: DenoisingConfig
@@ -45,14 +51,66 @@ class DenoisingTrainer(Trainer[Batch]):
         self,
         config: DenoisingConfig,
         policy: DenoisingPolicy,
-        reward: Callable[..., Any] | None,
+        reward: Callable[..., Any] | None = None,
+        prompts: Sequence[Prompt] = (),
+        accelerator: Accelerator | None = None,
         *,
         evaluation: Evaluation | None = None,
-        accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, accelerator, callbacks=callbacks)
-        self.policy, self.reward, self.evaluation = policy, reward, evaluation
+        self.policy, self.reward, self.evaluation, self.prompts = policy, reward, evaluation, list(prompts)
+        scheduler, device = policy.pipeline.scheduler, self.accelerator.device
+        self.drawing = DenoisingTrainer.trained_schedule(config, scheduler).to(device)
+        self.exact_schedule = self.trained_schedule(config, scheduler)
+        self.schedule = self.exact_schedule.to(device)
+        self.show_with(self.drawing, self.prompts)
+
+    @classmethod
+    def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
+        """Of the steps that are trained on, float64 and on the CPU: as sampled. ``scheduler``: what diffusers has."""
+        schedule: DiffusionSchedule = config.sampler.schedule(scheduler)
+        return schedule
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """Of a method that trains on every stochastic step of what it samples and asks no reference."""
+        samples, drawn = config.samples_per_epoch, config.sampler.steps
+        guided = 2 if config.sampler.guidance_scale > 1 else 1
+        actions = samples * (drawn if steps is None else len(steps))
+        return EpochCost(
+            what=("pictures an epoch", f"{samples}, each {drawn} steps"),
+            units=samples,
+            actions=actions,
+            sampling=guided * samples * drawn,
+            trained=guided * actions * config.inner_epochs,
+            decoded=samples,
+            width=guided,
+            recorded=2 * actions,  # x_t and x_s
+        )
+
+    @classmethod
+    def in_nats(cls, config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None, dimensions: int) -> Lines:
+        """What ``doctor`` says of settings that mean something else at another resolution or noise schedule.
+
+        Args:
+            config: settings, some of which may not be allowed.
+            schedule, steps: ``trained_schedule`` and which of its steps are trained on, if known.
+            dimensions: numbers in a latent.
+        """
+        return []
+
+    @classmethod
+    def from_run(cls, run: RunContext) -> Self:
+        return cls(
+            run.config,
+            run.policy,
+            reward=run.reward,
+            prompts=run.data.get("prompts", ()),
+            evaluation=run.evaluation,
+            accelerator=run.accelerator,
+            callbacks=run.callbacks,
+        )
 
     def show_with(self, schedule: DiffusionSchedule, prompts: Sequence[Prompt]) -> None:
         """Draw grids and evaluations with ``schedule``; show ``config.show_prompts``, else the first of ``prompts``."""

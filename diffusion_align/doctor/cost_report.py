@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from diffusion_align.diffusion.ddpo import DDPOConfig
-from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.policy import peft_config
-from diffusion_align.doctor.epoch_cost import ImageConfig, Lines, Passes
+from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.doctor.epoch_cost import evaluated, evaluation_passes
 from diffusion_align.doctor.memory import (
     DecoderCost,
     UNetCost,
@@ -25,6 +24,7 @@ from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
 from diffusion_align.models.part_configs import latent_shape, unet_inputs
 from diffusion_align.training.accelerator import best_seconds
+from diffusion_align.training.cost import EpochCost, Lines
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations a second, float32 accumulation, from the makers' data sheets."""
@@ -49,15 +49,13 @@ class Memory:
         return self.weights + self.trained + self.recorded + max(self.training, self.sampling, self.decoding)
 
 
-def describe_costs(config: ImageConfig, model: ModelFiles, passes: Passes, decisions: int) -> Lines:
+def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost) -> Lines:
     """Estimated memory on a GPU and time of an epoch."""
     unet, vae = model.configs["unet"], model.configs["vae"]
     dtype = getattr(torch, config.dtype)
     autocast = {"no": None, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
     guided = 2 if config.sampler.guidance_scale > 1 else 1
-    train_batch = config.micro_batch_size * guided
-    if isinstance(config, DiffusionDPOConfig):
-        train_batch = 2 * config.micro_batch_size * (guided if config.target == "logged" else 1)
+    train_batch = config.micro_batch_size * epoch.width
     cost = unet_cost(
         unet,
         config.lora,
@@ -71,10 +69,11 @@ def describe_costs(config: ImageConfig, model: ModelFiles, passes: Passes, decis
     decoding = decoder_cost(vae, latent_shape(unet), config.sample_batch_size, vae_dtype)
     sizes = {name: n * dtype.itemsize for name, n in parameter_counts(model.configs).items() if name != "unet"}
     sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
-    memory = _memory(config, cost, decoding, sizes, train_batch, guided, decisions, math.prod(latent_shape(unet)))
-    factor = 2 if config.lora else 3
-    flops: float = cost.flops * (passes.forward + factor * passes.trained)
-    flops += decoding.flops / config.sample_batch_size * passes.decoded
+    recorded = 4 * math.prod(latent_shape(unet)) * epoch.recorded
+    memory = _memory(config, cost, decoding, sizes, train_batch, guided, recorded)
+    forward = epoch.sampling + epoch.reference + epoch.probed + evaluation_passes(config)
+    passes = forward + (2 if config.lora else 3) * epoch.trained
+    flops = cost.flops * passes + decoding.flops / config.sample_batch_size * (epoch.decoded + evaluated(config))
     backward = (
         "a training pass counts as 2 forward passes: the weights below the LoRA need no gradient"
         if config.lora
@@ -85,31 +84,22 @@ def describe_costs(config: ImageConfig, model: ModelFiles, passes: Passes, decis
         ("time an epoch, estimated", ""),
         ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs a UNet pass; {backward}"),
         *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
-        *_time_here(config, model, cost, passes, factor),
+        *_time_here(config, model, cost, passes),
     ]
 
 
 def _memory(
-    config: ImageConfig,
+    config: DenoisingConfig,
     cost: UNetCost,
     decoding: DecoderCost,
     others: Mapping[str, int],
     train_batch: int,
     guided: int,
-    decisions: int,
-    dimensions: int,
+    recorded: int,
 ) -> Memory:
     frozen = cost.frozen * getattr(torch, config.dtype).itemsize + (0 if config.lora else 4 * cost.trained)
     averaged = 4 * cost.trained if config.ema_decay else 0
     trained = (4 + 4 + 8) * cost.trained + averaged  # weights and gradients in float32, Adam's two moments
-    # x_t and x_s of every decision, of all that were judged; or the noise of one, and the two pictures of a pair.
-    if isinstance(config, DDPOConfig):
-        kept = 2 * decisions
-    elif config.target == "logged":
-        kept = 2 * decisions * config.group_size
-    else:
-        kept = decisions + 2 * config.samples_per_epoch
-    recorded = 4 * dimensions * kept
     a_sample = cost.working // (config.sample_batch_size * guided)
     return Memory(
         weights=frozen + sum(others.values()),
@@ -122,7 +112,7 @@ def _memory(
 
 
 def _memory_lines(
-    config: ImageConfig, cost: UNetCost, memory: Memory, others: Mapping[str, int], train_batch: int, guided: int
+    config: DenoisingConfig, cost: UNetCost, memory: Memory, others: Mapping[str, int], train_batch: int, guided: int
 ) -> Lines:
     unet = memory.weights - sum(others.values())
     what = f"UNet {gigabytes(unet)}" if config.lora else f"reference UNet {gigabytes(unet)}"
@@ -147,7 +137,7 @@ def _memory_lines(
     ]
 
 
-def _gpu_times(config: ImageConfig, memory: Memory, flops: float) -> Lines:
+def _gpu_times(config: DenoisingConfig, memory: Memory, flops: float) -> Lines:
     lines = []
     for name, (size, peak) in GPUS.items():
         lines.append(
@@ -161,7 +151,7 @@ def _gpu_times(config: ImageConfig, memory: Memory, flops: float) -> Lines:
     return lines
 
 
-def _epoch_time(config: ImageConfig, seconds: float, memory: Memory, size: float) -> str:
+def _epoch_time(config: DenoisingConfig, seconds: float, memory: Memory, size: float) -> str:
     fits = "" if memory.peak + 1e9 <= size else f"; more than its {gigabytes(size)}"
     return f"{duration(seconds)}, {duration(seconds * config.epochs)} for {config.epochs} epochs{fits}"
 
@@ -179,7 +169,7 @@ def _gpu_rate() -> float:
     return 2 * 8192**3 / min(seconds)
 
 
-def _time_here(config: ImageConfig, model: ModelFiles, cost: UNetCost, passes: Passes, factor: int) -> Lines:
+def _time_here(config: DenoisingConfig, model: ModelFiles, cost: UNetCost, passes: float) -> Lines:
     """An epoch on this CPU, from a pass of a network of the model's shape that is timed now."""
     if torch.cuda.is_available() or not model.here:
         return []
@@ -196,14 +186,14 @@ def _time_here(config: ImageConfig, model: ModelFiles, cost: UNetCost, passes: P
         seconds = min(best_seconds(lambda: network(**inputs), narrow) for narrow in choices)
     finally:
         torch.set_num_threads(threads)
-    total = seconds / batch * (passes.forward + factor * passes.trained)
+    total = seconds / batch * passes
     return [
         ("this CPU", f"{duration(total)}, {duration(total * config.epochs)} for {config.epochs} epochs"),
         ("", f"from a pass of {batch} samples timed now: {seconds:.2g} s; without decoding and the reward"),
     ]
 
 
-def _random_unet(unet: Mapping[str, Any], config: ImageConfig) -> Any:
+def _random_unet(unet: Mapping[str, Any], config: DenoisingConfig) -> Any:
     """A network as the trainer has it on a CPU, with random weights; the global generator is left as it was."""
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor

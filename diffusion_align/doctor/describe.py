@@ -10,36 +10,28 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
 
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
-from diffusion_align.data.text_rows import TextDataConfig
-from diffusion_align.diffusion.ddpo import DDPOConfig
-from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.diffusion.schedule import select_step_range
+from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.doctor.cost_report import describe_costs
-from diffusion_align.doctor.epoch_cost import (
-    ImageConfig,
-    Lines,
-    count_passes,
-    describe_epoch,
-    describe_nats,
-    trained_schedule,
-)
+from diffusion_align.doctor.epoch_cost import as_scheduler, describe_epoch
 from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.part_configs import latent_shape
 from diffusion_align.pipelines.configuration import read_config, read_settings
-from diffusion_align.pipelines.text import check_rows
+from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.clip import default_clip, is_emoji_sd
 from diffusion_align.rewards.resolve import IMAGES, find
 from diffusion_align.training.config import FIELDS_ALONE, read_as
+from diffusion_align.training.cost import EpochCost, Lines
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _EXTRAS = {
@@ -88,10 +80,9 @@ def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[
         config = _what_can_be_read(source, overrides)
         if config is None:
             raise
-    if isinstance(config, DDPOConfig | DiffusionDPOConfig):
-        lines, found = _describe_pictures(config)
-    else:
-        lines, found = _describe_text(config)
+    kind = method_of(config.method).model_kind
+    describe = {"image": _describe_images, None: _describe_other}.get(kind, _describe_text)
+    lines, found = describe(config)
     problems = list(dict.fromkeys(problems + found))
     many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return [*lines, ("verdict", ""), ("settings", f"{many}, see below" if problems else "no problem found")], problems
@@ -130,38 +121,40 @@ def _leave_out(raw: dict[Any, Any], place: Sequence[Any]) -> None:
             del raw[key]
 
 
-def _describe_pictures(config: ImageConfig) -> tuple[Lines, list[str]]:
-    model = find_model(config)
+def _describe_images(config: Any) -> tuple[Lines, list[str]]:
+    method, model = cast(type[DenoisingTrainer[Any]], method_of(config.method)), find_model(config)
     lines: Lines = [("model", ""), *model.lines, *_rewards(config, model.origin or config.model)]
     problems = list(model.problems)
     unet, vae = model.configs.get("unet"), model.configs.get("vae")
     schedule = None
     try:
-        schedule = trained_schedule(config, model.configs["scheduler"]) if "scheduler" in model.configs else None
+        if "scheduler" in model.configs:
+            schedule = method.trained_schedule(config, as_scheduler(model.configs["scheduler"]))
     except UserError as error:
         problems.append(str(error))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("steps", f"not known: {first_line(error)}"))
-    steps = None if schedule is None else select_step_range(schedule.stochastic_steps, config.timestep_range)
+    trained = getattr(config, "timestep_range", (0.0, 1.0))
+    steps = None if schedule is None else select_step_range(schedule.stochastic_steps, trained)
     if steps is not None:
         problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
     dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None
-    decisions, epoch = describe_epoch(config, steps)
-    passes = count_passes(config, decisions, steps)
-    lines += [*epoch, *describe_nats(config, schedule, steps, dimensions)]
+    cost = method.epoch_cost(config, steps)
+    lines += describe_epoch(config, cost)
+    lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []
     if not unet or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
     try:
-        lines += describe_costs(config, model, passes, decisions)
+        lines += describe_costs(config, model, cost)
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("memory and time", f"not estimated: {first_line(error)}"))
     return lines, problems
 
 
-def _rewards(config: ImageConfig, origin: str) -> Lines:
+def _rewards(config: Any, origin: str) -> Lines:
     """Of the rewards, and of the CLIP that tells how different pictures are. ``origin``: see ``ModelFiles``."""
     held_out = config.evaluation.reward if config.evaluation else None
-    specs = [(spec, "") for spec in _reward_specs(config.reward)]
+    specs = [(spec, "") for spec in _reward_specs(getattr(config, "reward", None))]
     specs += [(spec, ", held out") for spec in _reward_specs(held_out)]
     cached = cached_repositories() if specs or config.evaluation else {}
     lines: Lines = [("reward", "")] if specs else []
@@ -219,12 +212,8 @@ def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
 
 def _describe_text(config: Any) -> tuple[Lines, list[str]]:
     local = config.model in LANGUAGE_MODELS or Path(config.model).expanduser().is_dir()
-    samples, prompts = config.samples_per_epoch, getattr(config, "prompts", None)
-    if prompts is None:
-        what = f"{samples} rows of {_place(getattr(config, 'dataset', None))}"
-    else:
-        what = f"{samples} completions of at most {config.max_completion_length} tokens, of {_place(prompts)}"
-    each = math.ceil(samples / config.updates_per_epoch)
+    cost = method_of(config.method).epoch_cost(config)
+    each = math.ceil(cost.units / config.updates_per_epoch)
     counts, problems = check_rows(config)
     lines = [
         ("model", ""),
@@ -233,7 +222,8 @@ def _describe_text(config: Any) -> tuple[Lines, list[str]]:
         ("an epoch", ""),
         ("epochs", str(config.epochs)),
         ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
-        ("text an epoch", what),
+        cost.what,
+        ("passes an epoch", _passes(cost)),
         ("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"),
     ]
     if counts:
@@ -241,7 +231,19 @@ def _describe_text(config: Any) -> tuple[Lines, list[str]]:
     return lines, problems
 
 
-def _place(data: TextDataConfig | None) -> str:
-    if data is None:
-        return "nothing"
-    return data.source if isinstance(data.source, str) else f"{len(data.source)} given rows"
+def _describe_other(config: Any) -> tuple[Lines, list[str]]:
+    """Of a method that loads by itself what it trains."""
+    cost = method_of(config.method).epoch_cost(config)
+    each = str(config.updates_per_epoch * config.inner_epochs)
+    return [
+        ("an epoch", ""),
+        ("epochs", str(config.epochs)),
+        ("optimizer steps an epoch", each),
+        cost.what,
+        ("passes an epoch", _passes(cost)),
+    ], []
+
+
+def _passes(cost: EpochCost) -> str:
+    parts = {"to sample": cost.sampling, "by the reference": cost.reference, "forward and backward": cost.trained}
+    return ", ".join(f"{count} {what}" for what, count in parts.items() if count)

@@ -22,7 +22,7 @@ __all__ = [
     "RewardModelTrainer",
 ]
 
-_HOME = {"DPO": "dpo", "GRPO": "grpo", "KTO": "kto", "PPO": "ppo", "RewardModel": "reward_model"}
+_HOME = {"RewardModel": "reward_model"}  # the others are called as their files are
 
 
 def __getattr__(name: str) -> Any:
@@ -31,5 +31,5 @@ def __getattr__(name: str) -> Any:
 
     if name in __all__:
         method = name.removesuffix("Config").removesuffix("Trainer")
-        return getattr(importlib.import_module(f"diffusion_align.llm.{_HOME[method]}"), name)
+        return getattr(importlib.import_module(f"diffusion_align.llm.{_HOME.get(method, method.lower())}"), name)
     raise AttributeError(f"module 'diffusion_align.llm' has no attribute {name!r}")

@@ -21,7 +21,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -52,6 +52,7 @@ from diffusion_align.llm.preference_batches import (
 )
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import Weight
+from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.trainer import TrainingPlan
 
 # What only some losses have: setting -> those losses.
@@ -67,7 +68,7 @@ _WITHOUT_REFERENCE = ("simpo", "orpo")
 class DPOConfig(PreferenceConfig):
     """Settings of DPOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
 
-    method: Literal["dpo"] = Field("dpo", description="the training method")
+    method: str = Field("dpo", description="the training method")
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = Field(
         "sigmoid", description="the preference loss; simpo and orpo need no reference"
     )
@@ -94,7 +95,6 @@ class DPOConfig(PreferenceConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the policy must keep a reference beside what is trained."""
         return self.sample_from == "reference" or not (self.reference_free or self.precompute_ref_log_probs)
 
     def cross_checks(self) -> Iterator[str]:
@@ -141,8 +141,18 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     keeps = ("reference.safetensors",)
     rows: Sequence[PreferenceRow]
 
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """Of a row both completions; online of all that are sampled those that make pairs."""
+        every = super().epoch_cost(config, steps)
+        best_worst = config.samples_per_epoch // config.num_generations * 2
+        kept = best_worst if config.pair_selection == "best_worst" else config.samples_per_epoch
+        compared = kept if config.online else 2 * config.samples_per_epoch
+        reference = compared if every.reference else 0
+        return replace(every, trained=compared * config.inner_epochs, reference=reference)
+
     def data_problems(self) -> list[str]:
-        return _unfit(self.rows, self.config.loss_type)
+        return super().data_problems() + _unfit(self.rows, self.config.loss_type)
 
     @functools.cached_property
     def dynamic_beta(self) -> DynamicBeta | None:

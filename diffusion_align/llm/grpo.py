@@ -58,7 +58,7 @@ KLForm = Literal[
 class GRPOConfig(PolicyGradientConfig):
     """Settings of GRPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
-    method: Literal["grpo"] = Field("grpo", description="the training method")
+    method: str = Field("grpo", description="the training method")
     inner_epochs: int = Field(
         1,
         ge=1,
@@ -93,7 +93,6 @@ class GRPOConfig(PolicyGradientConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the policy must keep a reference beside what is trained."""
         return self.beta > 0
 
     def cross_checks(self) -> Iterator[str]:

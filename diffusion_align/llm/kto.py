@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +32,7 @@ from diffusion_align.training.trainer import TrainingPlan
 class KTOConfig(PreferenceConfig):
     """Settings of KTOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
 
-    method: Literal["kto"] = Field("kto", description="the training method")
+    method: str = Field("kto", description="the training method")
     desirable_weight: float = Field(
         1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
     )
@@ -44,11 +43,6 @@ class KTOConfig(PreferenceConfig):
     desirable_above: Weight | None = Field(
         None, description="online: reward; the mean of its prompt's completions when not given"
     )
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the policy must keep a reference beside what is trained."""
-        return True
 
     @property
     def fewest_generations(self) -> int:
@@ -101,10 +95,11 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     rows: Sequence[LabelledRow]
 
     def data_problems(self) -> list[str]:
-        if len({tuple(row.ids) for row in self.rows} | {tuple(row.ids) for row in self.prompts}) > 1:
-            return []
-        source = "prompts" if self.config.online else "dataset"
-        return [f"{source} holds one prompt, and KTO's reference point needs two or more: add some"]
+        problems = super().data_problems()
+        if len({tuple(row.ids) for row in self.rows} | {tuple(row.ids) for row in self.prompts}) <= 1:
+            source = "prompts" if self.config.online else "dataset"
+            problems.append(f"{source} holds one prompt, and KTO's reference point needs two or more: add some")
+        return problems
 
     def collect(self) -> tuple[KTOBatch, dict[str, float]]:
         """This process's completions of the epoch with their labels: given, or sampled and judged."""

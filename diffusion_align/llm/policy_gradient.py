@@ -68,9 +68,15 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        shown = prompts if shown is None else shown
-        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator, callbacks=callbacks)
-        self.prompts = prompts
+        super().__init__(
+            config,
+            policy,
+            prompts=prompts,
+            rewards=rewards,
+            shown=shown,
+            accelerator=accelerator,
+            callbacks=callbacks,
+        )
         self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
@@ -129,7 +135,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         Raises:
             TrainingError: more is, although everything is float32.
         """
-        if not first:
+        if not first or "ratio/max" not in statistics:  # a loss of one's own may have no ratio
             return {}
         deviation = first_pass_deviation(statistics)
         if deviation > MOST_DEVIATION and self.config.mixed_precision == "no" and self.config.dtype == "float32":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +43,7 @@ from diffusion_align.training.trainer import TrainingPlan
 class PPOConfig(PolicyGradientConfig):
     """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
-    method: Literal["ppo"] = Field("ppo", description="the training method")
+    method: str = Field("ppo", description="the training method")
     num_generations: int = Field(1, ge=1, le=MOST, description="completions a prompt in an epoch")
     inner_epochs: int = Field(
         1,
@@ -72,7 +72,6 @@ class PPOConfig(PolicyGradientConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the policy must keep a reference beside what is trained."""
         return self.kl_coef > 0
 
     def cross_checks(self) -> Iterator[str]:

@@ -8,20 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, TextDataConfig
-from diffusion_align.errors import ConfigError
+from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig
 from diffusion_align.estimators import rso_accept
-from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, pack
+from diffusion_align.llm.policy import Sequences, pack
 from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 
@@ -61,16 +57,9 @@ class PreferenceConfig(OnlineConfig):
 
 
 class PreferenceTrainer(TextTrainer[Batch]):
-    """Rows, or prompts and rewards; the reference's log-probs where a loss needs them.
+    """Rows, or online prompts and rewards; the reference's log-probs where a loss needs them.
 
-    Args:
-        config: checked settings.
-        policy: the language model, on ``accelerator.device``.
-        rows: given completions, unless they are sampled and judged online.
-        prompts: online, what to complete, with the columns that the rewards receive.
-        rewards: online the judges; with ``rows`` they score only what is shown.
-        shown: prompts to show; the first of the data when not given.
-        accelerator, callbacks: see ``Trainer``.
+    The arguments are those of ``TextTrainer``; with ``rows``, rewards score only what is shown.
 
     Raises:
         ConfigError: data that the method cannot use, or a prompt's completions would be divided among processes.
@@ -79,35 +68,14 @@ class PreferenceTrainer(TextTrainer[Batch]):
     config: PreferenceConfig
     headline = "rewards/accuracies"
 
-    def __init__(
-        self,
-        config: PreferenceConfig,
-        policy: LanguagePolicy,
-        *,
-        rows: Sequence[PreferenceRow | LabelledRow] | None = None,
-        prompts: Sequence[PromptRow] | None = None,
-        rewards: WeightedRewards | None = None,
-        shown: Sequence[PromptRow] | None = None,
-        accelerator: Accelerator | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        if shown is None:
-            others = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(rows or ())}
-            shown = prompts or list(reversed(others.values()))
-        super().__init__(config, policy, rewards=rewards, shown=shown, accelerator=accelerator, callbacks=callbacks)
-        self.rows, self.prompts = rows or (), prompts or ()
-        problems = self.data_problems()
-        if config.online and len(self.local_samples) % config.num_generations:
-            problems.append(
-                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of num_generations="
-                f"{config.num_generations} x {self.accelerator.num_processes} processes"
-            )
-        if problems:
-            raise ConfigError(problems)
-
     def data_problems(self) -> list[str]:
-        """Sentences about rows or prompts that the method cannot use."""
-        return []
+        config = self.config
+        if not config.online or len(self.local_samples) % config.num_generations == 0:
+            return []
+        return [
+            f"samples_per_epoch={config.samples_per_epoch} must be a multiple of num_generations="
+            f"{config.num_generations} x {self.accelerator.num_processes} processes"
+        ]
 
     def given(self) -> tuple[list[int], dict[str, float]]:
         """Offline: which row each of the epoch's N samples is, in a new random order once all were seen; metrics."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.data.text_encoding import context_length, continuation_tokens
-from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig
+from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, rows_name
 from diffusion_align.errors import TrainingError, UserError
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
 from diffusion_align.models.lora import add_lora, carries_adapters
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.finite import MORE_ROOM, all_finite
 from diffusion_align.training.trainer import Trainer, TrainingPlan
 
@@ -43,7 +45,7 @@ class RewardModelConfig(TrainingConfig):
     ``samples_per_epoch`` counts pairs; a row with several rejected completions is as many pairs.
     """
 
-    method: Literal["reward_model"] = Field("reward_model", description="the training method")
+    method: str = Field("reward_model", description="the training method")
     dataset: TextDataConfig = Field(description="preferences: list, file or hub id")
     eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
@@ -193,6 +195,23 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         self.model = model
         self.pairs, self.eval_pairs = (
             [(row, rejected) for row in some for rejected in row.rejected] for some in (rows, eval_rows)
+        )
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        pairs = config.samples_per_epoch
+        what = ("text an epoch", f"{pairs} rows of {rows_name(config.dataset)}")
+        return EpochCost(what, units=pairs, actions=pairs, trained=2 * pairs * config.inner_epochs)
+
+    @classmethod
+    def from_run(cls, run: RunContext) -> Self:
+        return cls(
+            run.config,
+            run.policy,
+            run.data["dataset"],
+            eval_rows=run.data.get("eval_dataset", ()),
+            accelerator=run.accelerator,
+            callbacks=run.callbacks,
         )
 
     @property

@@ -34,6 +34,11 @@ class TextConfig(TrainingConfig):
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside what is trained."""
+        return True
+
     def cross_checks(self) -> Iterator[str]:
         if self.show_prompts is not None and not self.show_prompts:
             yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.data.text_rows import PromptRow
+from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, rows_name
+from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
 from diffusion_align.llm.collection import (
     Collected,
@@ -26,6 +27,8 @@ from diffusion_align.llm.settings import TextConfig
 from diffusion_align.llm.showing import SHOWN, TextShow
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
@@ -40,9 +43,14 @@ class TextTrainer(Trainer[Batch]):
     Args:
         config: checked settings.
         policy: the language model, on ``accelerator.device``.
+        prompts: what to complete, with the columns that the rewards receive.
+        rows: given completions.
         rewards: what scores completions, already checked.
-        shown: fixed prompts to show; the first ``SHOWN`` of them.
+        shown: prompts to show; the first of the data when not given.
         accelerator, callbacks: see ``Trainer``.
+
+    Raises:
+        ConfigError: data that the method cannot use.
     """
 
     config: TextConfig
@@ -54,13 +62,18 @@ class TextTrainer(Trainer[Batch]):
         config: TextConfig,
         policy: LanguagePolicy,
         *,
+        prompts: Sequence[PromptRow] | None = None,
+        rows: Sequence[PreferenceRow | LabelledRow] | None = None,
         rewards: WeightedRewards | None = None,
-        shown: Sequence[PromptRow] = (),
+        shown: Sequence[PromptRow] | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, accelerator, callbacks=callbacks)
-        self.policy, self.rewards = policy, rewards
+        self.policy, self.prompts, self.rows, self.rewards = policy, prompts or (), rows or (), rewards
+        if shown is None:
+            others = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(self.rows)}
+            shown = self.prompts or list(reversed(others.values()))
         self._show = TextShow(
             policy,
             shown[:SHOWN],
@@ -69,6 +82,42 @@ class TextTrainer(Trainer[Batch]):
             batch_size=config.sample_batch_size,
             max_completion_length=config.max_completion_length,
         )
+        if problems := self.data_problems():
+            raise ConfigError(problems)
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """In completions; each is scored once by the reference, if there is one, and trained on in every pass."""
+        count, prompts = config.samples_per_epoch, getattr(config, "prompts", None)
+        what = f"{count} completions of at most {config.max_completion_length} tokens, of {rows_name(prompts)}"
+        if prompts is None:
+            what = f"{count} rows of {rows_name(getattr(config, 'dataset', None))}"
+        return EpochCost(
+            what=("text an epoch", what),
+            units=count,
+            actions=count,
+            sampling=count if prompts is not None else 0,
+            trained=count * config.inner_epochs,
+            reference=count if config.needs_reference else 0,
+        )
+
+    @classmethod
+    def from_run(cls, run: RunContext) -> Self:
+        rows = {"rows": run.data["dataset"]} if "dataset" in run.data else {}
+        return cls(
+            run.config,
+            run.policy,
+            prompts=run.data.get("prompts", ()),
+            rewards=run.reward,
+            shown=run.shown,
+            accelerator=run.accelerator,
+            callbacks=run.callbacks,
+            **rows,
+        )
+
+    def data_problems(self) -> list[str]:
+        """Sentences about rows or prompts that the method cannot use."""
+        return []
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.foreign import foreign_code
+from diffusion_align.references import resolve
 from diffusion_align.training.config import dump_config
 from diffusion_align.training.tracking import MetricsLog, Trackers
 
@@ -34,6 +38,29 @@ class Callback:
 
     def on_close(self, trainer: Trainer[Any]) -> None:
         """The last call, also where the run is interrupted."""
+
+
+def named_callbacks(references: Sequence[Any]) -> list[Callback]:
+    """The callbacks that ``module:name`` or ``file.py:name``, each an object or a class without arguments, stand for.
+
+    Raises:
+        ConfigError: one sentence for each that cannot be had.
+    """
+    found, problems = [], []
+    for reference in references:
+        try:
+            one = resolve(reference, "callback", noun="Class")
+            if isinstance(one, type):
+                with foreign_code(f"callback {short(reference)} cannot be made (", ")"):
+                    one = one()
+            if not isinstance(one, Callback):
+                raise UserError(f"callback {short(reference)} is no Callback: write a subclass of it")
+            found.append(one)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    return found
 
 
 class WriteMetrics(Callback):

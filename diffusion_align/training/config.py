@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -48,7 +49,16 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Folder = Annotated[Path, AfterValidator(lambda path: Path(os.path.abspath(os.path.expanduser(path))))]
 
 Content = Literal[
-    "model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs", "reward", "evaluation", "sampler"
+    "method",
+    "model",
+    "reference_model",
+    "prompts",
+    "dataset",
+    "eval_dataset",
+    "pairs",
+    "reward",
+    "evaluation",
+    "sampler",
 ]
 """Settings that name what lies elsewhere and may change there."""
 
@@ -227,6 +237,9 @@ class TrainingConfig(Section):
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics are logged besides metrics.jsonl"
+    )
+    callbacks: Annotated[list[Any], PlainSerializer(lambda given: [one for one in given if isinstance(one, str)])] = (
+        Field(default_factory=list, description="module:Class or file.py:Class of each; in Python objects, too")
     )
 
     @field_validator("mixed_precision", mode="before")

@@ -10,6 +10,7 @@ from typing import Any
 from diffusion_align.assets import embedded_names
 
 _MODELS = ("model", "reference_model", "base_config")
+_CODE = ("method", "callbacks", "reward", "sampler")
 _DATA = ("prompts", "dataset", "eval_dataset", "pairs")
 # Options of rewards that name a file or a folder; of others a value with a separator in it does, where it is there.
 _REWARD_PLACES = {"weights", "head", "clip", "model", "base", "encoder", "token_file", "cache"}
@@ -82,10 +83,7 @@ def absolute_paths(settings: Mapping[str, Any], run: Path | None = None) -> dict
         result = dict(section)
         result |= {name: absolute(section[name]) for name in (*_MODELS, "diversity") if name in section}
         result |= {name: of_data(section[name]) for name in _DATA if name in section}
-        if "reward" in section:
-            result["reward"] = of_reward(section["reward"])
-        if "sampler" in section:
-            result["sampler"] = of_reward(section["sampler"])
+        result |= {name: of_reward(section[name]) for name in _CODE if name in section}
         if isinstance(section.get("evaluation"), Mapping):
             result["evaluation"] = of_section(section["evaluation"])
         return result

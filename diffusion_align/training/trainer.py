@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,8 @@ from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.training import checkpoint
 from diffusion_align.training.callbacks import Callback, Preview, Report, Row, Track, WriteMetrics
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import loss_problem
 from diffusion_align.training.launch import accelerator_problems, make_accelerator
@@ -130,6 +132,18 @@ class Trainer(ABC, Generic[Batch]):
         share = config.samples_per_epoch // self.processes.count
         first = share * self.processes.index
         self.local_samples = range(first, first + share)
+
+    @classmethod
+    def from_run(cls, run: RunContext) -> Self:
+        """The trainer of a run; override it where the constructor takes other arguments."""
+        return cls(run.config, run.accelerator, callbacks=run.callbacks)
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """What an epoch asks for, told without a model; ``steps``: those of an image that are trained on, if known."""
+        samples = config.samples_per_epoch
+        what = ("samples an epoch", str(samples))
+        return EpochCost(what, units=samples, actions=samples, trained=samples * config.inner_epochs)
 
     # -- what a method supplies ------------------------------------------------------------------------------------
 

@@ -36,12 +36,12 @@ def config(tmp_path, write_settings, tiny_sd):
 @pytest.fixture
 def no_model(monkeypatch):
     """Fails the test if a model is loaded."""
-    from diffusion_align.pipelines import image
+    from diffusion_align.pipelines import image_context
 
     def load(*arguments, **options):
         pytest.fail("a model was loaded")  # no Exception, which would be put into a sentence
 
-    monkeypatch.setattr(image, "load_pipeline", load)
+    monkeypatch.setattr(image_context, "load_pipeline", load)
 
 
 @pytest.fixture

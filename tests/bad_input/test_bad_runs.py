@@ -230,7 +230,7 @@ def finished_run(tiny_sd, tmp_path_factory):
     from accelerate.state import AcceleratorState
 
     from diffusion_align.pipelines.configuration import check_config
-    from diffusion_align.pipelines.image import run
+    from diffusion_align.pipelines.run import run
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     settings = SETTINGS | {"model": str(tiny_sd), "epochs": 2, "checkpoint_every": 1}

@@ -87,13 +87,13 @@ def write(tmp_path, tiny_language_model):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Whoever reads weights is wrong."""
-    from diffusion_align.pipelines import text
+    from diffusion_align.pipelines import text_context
 
     def read(*arguments, **options):
         raise AssertionError("weights are read though the fault could be seen before")
 
-    monkeypatch.setattr(text, "load_language_model", read)
-    monkeypatch.setattr(text, "load_sequence_classifier", read)
+    monkeypatch.setattr(text_context, "load_language_model", read)
+    monkeypatch.setattr(text_context, "load_sequence_classifier", read)
 
 
 # What is found without weights: changes of a configuration by method, and the sentences.
@@ -459,7 +459,7 @@ def finished_run(tiny_language_model, tmp_path_factory):
     from accelerate.state import AcceleratorState
 
     from diffusion_align.pipelines.configuration import check_config
-    from diffusion_align.pipelines.text import run
+    from diffusion_align.pipelines.run import run
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     settings = SETTINGS | METHODS["dpo"] | {"method": "dpo", "model": str(tiny_language_model)}

@@ -21,8 +21,8 @@ from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import PromptsConfig, load_prompts
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.errors import ConfigError
-from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.config import dump_config
 
 ROWS = [{"prompt": "three apples", "count": 3}, {"prompt": "a, b", "count": 1}, {"prompt": "three apples", "count": 3}]
@@ -375,7 +375,7 @@ def test_metadata_reach_the_reward(tmp_path, monkeypatch, kind):
     settings = {"prompts": source, "output_dir": str(tmp_path / "run"), "reward": counted}
     showing_two = {"show_prompts": ["six apples", "two apples"], "grid_every": 1}
     try:
-        image.run(check_config(DDPO | settings | showing_two))
+        train_as(check_config(DDPO | settings | showing_two))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

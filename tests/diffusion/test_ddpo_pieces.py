@@ -14,7 +14,8 @@ from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.rollout import rollout, transition
 from diffusion_align.estimators import PromptStatistics
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
+from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.run import run
 from diffusion_align.training.statistics import equal_reward_metric
 
 PROMPTS = ["red apple", "a cat"]

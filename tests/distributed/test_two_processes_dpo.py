@@ -48,7 +48,9 @@ class Plain(torch.optim.SGD):
 torch.optim.AdamW = Plain
 """
 # mixed_precision=auto means what is faster, and a busy machine would choose by chance.
-SAME_PRECISION = "import diffusion_align.pipelines.image as image\nimage._seconds_a_pass = lambda unet, narrow: 1.0\n"
+SAME_PRECISION = (
+    "import diffusion_align.pipelines.image_context as context\ncontext._seconds_a_pass = lambda unet, narrow: 1.0\n"
+)
 REWARD = """
 def only_one_fails(images, prompts, metadata):
     import os

@@ -16,7 +16,7 @@ from diffusion_align.doctor import describe as doctor
 from diffusion_align.doctor.memory import UNetCost
 from diffusion_align.doctor.model_files import gigabytes
 from diffusion_align.errors import ConfigError
-from diffusion_align.pipelines import text
+from diffusion_align.pipelines import text_context
 
 SETTINGS = {
     "method": "ddpo",
@@ -513,7 +513,7 @@ def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, mon
         assert problems[0] == "dataset: row 1: chosen and rejected are the same"
         found, problems = examined(method, "dataset.skip_bad_rows=true")
         assert (problems, found["rows checked"]) == ([], "1 of dataset")
-    monkeypatch.setattr(text, "MOST_CHECKED", 1)
+    monkeypatch.setattr(text_context, "MOST_CHECKED", 1)
     found, problems = examined("dpo")
     assert (problems, found["rows checked"]) == ([], "1 of dataset")
     for on_the_hub in ("model=some/one", "dataset=some/rows"):

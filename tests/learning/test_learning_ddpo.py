@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.configuration import read_config
-from diffusion_align.pipelines.image import run
+from diffusion_align.pipelines.run import run
 from diffusion_align.report import read_metrics
 
 PROMPTS = ["a lion", "a panda", "a red apple", "a pizza", "a rocket", "a guitar", "a crab", "an umbrella"]

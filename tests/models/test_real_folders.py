@@ -15,7 +15,8 @@ from PIL import Image
 from tiny_runs import TINY
 
 from diffusion_align.pipelines.configuration import check_config, read_config
-from diffusion_align.pipelines.image import ImageAlignmentPipeline, run
+from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.run import run
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.report import plots, read_metrics
 

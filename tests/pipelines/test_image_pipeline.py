@@ -21,8 +21,8 @@ from diffusion_align.models.runs import image_model_problem, model_plan
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.image import run
 from diffusion_align.pipelines.pictures import DrawnImages, as_picture
+from diffusion_align.pipelines.run import run
 from diffusion_align.rewards.base import RewardError
 
 PROMPTS = ["a red apple", "a cat"]
@@ -187,7 +187,7 @@ def test_rewards_judge_a_run_as_they_judge_its_base(first_run, tiny_sd, tmp_path
         seen.append(model)
         return redness
 
-    for place in ("image", "image_run"):
+    for place in ("image", "image_context"):
         monkeypatch.setattr(f"diffusion_align.pipelines.{place}.build_reward", build)
     pipe = ImageAlignmentPipeline.from_pretrained(first_run, device="cpu")
     pipe.align(reward="jpeg_compressibility", output_dir=tmp_path / "run", **SETTINGS)

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
+from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.pipelines import image
+from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.optimization import Optimization
 
 _here = Path(__file__).parent
@@ -246,7 +248,7 @@ def train(model_path, picture_pairs, tmp_path, monkeypatch):
     def run(model="tiny_sd", name="run", **changes):
         source = {} if "prompts" in changes else {"pairs": str(picture_pairs)}
         settings = SETTINGS | QUIET | {"model": model_path(model), "output_dir": str(tmp_path / name)}
-        trainer = image.run(check_config(settings | source | changes))
+        trainer = train_as(check_config(settings | source | changes))
         return trainer, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
     yield run
@@ -387,13 +389,13 @@ def predict_plainly(pipeline):
 def test_every_conditioning_of_sdxl_counts_in_training(train, monkeypatch, name):
     """Without the second encoder's embedding, or with other sizes, the run is another."""
     _, rows = train("tiny_sdxl", epochs=1)
-    encode = image.DenoisingPolicy.encode
+    encode = DenoisingPolicy.encode
 
     def without(self, prompts):
         conditioning = encode(self, prompts)
         return conditioning | {name: conditioning[name] + 1}
 
-    monkeypatch.setattr(image.DenoisingPolicy, "encode", without)
+    monkeypatch.setattr(DenoisingPolicy, "encode", without)
     _, other = train("tiny_sdxl", "other", epochs=1)
     assert other[0]["error/reference"] != rows[0]["error/reference"]
 
@@ -464,7 +466,7 @@ def test_kept_reference_means_are_those_of_the_reference(train):
 
 
 def test_align_from_python_then_draws_other_pictures(tiny_sd, picture_pairs, tmp_path):
-    pipe = image.ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu")
+    pipe = ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu")
     drawing = {"seed": 0, "steps": 3, "guidance_scale": 1.0, "eta": 0.0}
     before = pipe(PROMPTS[:2], **drawing).images
     settings = {k: v for k, v in (SETTINGS | QUIET).items() if k != "method"} | {"learning_rate": 0.05}
@@ -474,7 +476,7 @@ def test_align_from_python_then_draws_other_pictures(tiny_sd, picture_pairs, tmp
         AcceleratorState._reset_state(reset_partial_state=True)
     after = pipe(PROMPTS[:2], **drawing).images
     assert all(a.tobytes() != b.tobytes() for a, b in zip(before, after))
-    again = image.ImageAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
+    again = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
     for a, b in zip(after, again(PROMPTS[:2], **drawing).images):
         assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
     assert (tmp_path / "run" / "report.html").is_file()

@@ -14,8 +14,8 @@ from diffusion_align.diffusion.evaluation import Evaluation, mean_pairwise_dista
 from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.diffusion.showing import sample_images
 from diffusion_align.errors import ConfigError
-from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.rewards import RewardError
 from diffusion_align.training.checkpoint import list_checkpoints
 
@@ -68,7 +68,7 @@ def train(tiny_sd, tmp_path, monkeypatch):
         if gold is not None:
             settings["evaluation"] = settings["evaluation"] | {"reward": gold}
         try:
-            return image.run(check_config(settings))
+            return train_as(check_config(settings))
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -13,9 +13,9 @@ from diffusion_align.diffusion.ddpo import DDPOTrainer
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.finite import all_finite, largest, loss_problem, weights_problem
 
 SETTINGS = TINY | {
@@ -41,7 +41,7 @@ def run(tiny_sd, tmp_path, monkeypatch):
         pipeline = load_pipeline(str(tiny_sd), dtype=getattr(torch, config.dtype))
         damage(pipeline)
         try:
-            return image.run(config, pipeline=pipeline)
+            return train_as(config, pipeline=pipeline)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import TINY
 
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
-from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
@@ -35,7 +35,7 @@ def sampler(scheduler, steps, options):
 
 def run(**settings):
     try:
-        return image.run(check_config(TINY | settings))
+        return train_as(check_config(TINY | settings))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -264,7 +264,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_free_one_is_
     (folder / LOCK_FILE).write_text("1 elsewhere\n")  # of a process that was killed
     config = check_config(TINY | settings)
     with FolderLock(folder), pytest.raises(UserError, match="is in use by process"):
-        image.run(config)  # both began at once
+        train_as(config)  # both began at once
     AcceleratorState._reset_state(reset_partial_state=True)
     assert not list(folder.iterdir())
     seen = []

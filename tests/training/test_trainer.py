@@ -7,8 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from diffusion_align.errors import TrainingError
-from diffusion_align.pipelines import image
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.pipelines.run import run as train_as
 
 SETTINGS = {
     "reward": "jpeg_compressibility",
@@ -45,7 +45,7 @@ def train(tiny_sd, tmp_path, monkeypatch):
             SETTINGS | {"model": str(tiny_sd), "output_dir": str(tmp_path / name), "reward": brightness} | changes
         )
         try:
-            trainer = image.run(check_config(settings))
+            trainer = train_as(check_config(settings))
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         return trainer, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

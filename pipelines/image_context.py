@@ -1,0 +1,149 @@
+"""What a run on images is made from: rewards, evaluation, prompts and pairs, checked; and the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
+from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
+from diffusion_align.diffusion.evaluation import Evaluation
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.settings import DenoisingConfig, EvaluationConfig
+from diffusion_align.models import adapters
+from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.models.part_configs import unet_inputs
+from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.pipelines.identity import code_content, image_model_content, reward_content, rows_content
+from diffusion_align.references import module_of
+from diffusion_align.rewards import build_reward, check_reward
+from diffusion_align.rewards.clip import default_clip, load_clip
+from diffusion_align.rewards.places import recorded
+from diffusion_align.rewards.resolve import IMAGES
+from diffusion_align.training.accelerator import agreed, best_seconds, processes, start
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.digests import Identity
+from diffusion_align.training.progress import progress_bars
+
+
+def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
+    """Of a run on images.
+
+    Args:
+        config: checked settings.
+        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given. A run is trained on as it
+            ended: its adapters are merged, and a new one is trained with those weights as the reference.
+    """
+    setting = {name: getattr(config, name, None) for name in ("pairs", "prompts", "reward", "reward_weights")}
+    given, judged = setting["pairs"], config.evaluation
+    pairs = None if given is None else agreed(lambda: usable_pairs(given))
+    prompts = prompts_of(setting["prompts"])
+    asked = [] if judged is None else prompts_of(judged.prompts)
+    plan = model_plan(config.model)
+    if pipeline is None:
+        pipeline = _load(config, plan)
+    config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline.unet, narrow))
+    policy = DenoisingPolicy(
+        pipeline,
+        lora=config.lora,
+        guidance_scale=config.sampler.guidance_scale,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+    known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
+    identity: Identity = {"model": image_model_content(plan, config.base_config)}
+    if prompts:
+        identity["prompts"] = [rows_content(setting["prompts"], prompts)]
+    if pairs is not None:
+        identity["pairs"] = [rows_content(given, (pairs.identity(i) for i in range(len(pairs))))]
+    with recorded() as places:
+        reward = checked_reward(setting["reward"], plan.origin, policy, known, weights=setting["reward_weights"])
+    if reward is not None:
+        identity["reward"] = reward_content(setting["reward"], IMAGES, places)
+    evaluation = None
+    if judged is not None:
+        with recorded() as places:
+            evaluation = evaluation_of(judged, plan.origin, policy, asked or known)
+        fixed = rows_content(judged.prompts or setting["prompts"], evaluation.prompts)
+        identity["evaluation"] = [fixed, *reward_content(judged.reward, IMAGES, places)]
+    if ":" in config.sampler.name:
+        identity["sampler"] = code_content([module_of(config.sampler.name, "sampler")])
+    return RunContext(
+        config,
+        accelerator,
+        policy=policy,
+        data={"prompts": prompts} | ({} if pairs is None else {"pairs": pairs}),
+        reward=reward,
+        evaluation=evaluation,
+        identity=identity,
+    )
+
+
+def _load(config: DenoisingConfig, plan: ModelPlan) -> Any:
+    pipeline = load_pipeline(
+        plan.base,
+        dtype=getattr(torch, config.dtype),
+        variant=config.weights_variant or plan.variant,
+        base_config=config.base_config or plan.base_config,
+        to_train=True,
+    )
+    for adapter in plan.adapters:
+        adapters.put_on(pipeline, adapter, plan.base)
+        adapters.merge_adapters(pipeline)
+    return pipeline
+
+
+def _seconds_a_pass(unet: Any, narrow: bool) -> float:
+    """Of a forward pass of two samples."""
+    inputs = unet_inputs(unet.config, 2, tokens=8, dtype=unet.dtype)
+    return best_seconds(lambda: unet(**inputs), narrow)
+
+
+def checked_reward(
+    spec: Any, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt], *, weights: Sequence[float] | None = None
+) -> Any:
+    """The reward, or the weighted sum of several, asked once about a dummy batch; None if there is none."""
+    if spec is None:
+        return None
+    if isinstance(spec, list | tuple) or weights is not None:
+        rewards = list(spec) if isinstance(spec, list | tuple) else [spec]
+        spec = {"name": "combine", "rewards": rewards, "weights": weights}
+    reward = build_reward(spec, model=model, device=policy.device)
+    texts, metadata = zip(*prompts, strict=True)
+    check_reward(reward, image_size=policy.image_size, device=policy.device, prompts=texts, metadata=metadata)
+    return reward
+
+
+def prompts_of(setting: PromptsConfig | None) -> list[Prompt]:
+    """The prompts that a setting names, of a Hub dataset too: read before any model is loaded."""
+    return [] if setting is None else agreed(lambda: load_prompts(setting))
+
+
+def evaluation_of(
+    settings: EvaluationConfig, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt]
+) -> Evaluation:
+    """The gold reward and the distance of images of ``prompts``, ready."""
+    embed = None
+    if settings.diversity != "pixels":
+        clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
+        embed = load_clip(clip, device=policy.device).embed_images
+    gold = checked_reward(settings.reward, model, policy, prompts)
+    return Evaluation(prompts, settings.pictures, settings.every, gold, embed)
+
+
+def usable_pairs(settings: PairsConfig) -> PairSet:
+    """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
+    pairs = open_pairs(settings)
+    with progress_bars(transient=True, disable=not processes().is_main_process) as progress:
+        bar = progress.add_task("reading pictures", total=len(pairs))
+        pairs = pairs.check_pictures(lambda: progress.advance(bar))
+        if pairs.ties or pairs.skipped:
+            rows = ", ".join(map(str, list(pairs.skipped)[:10])) + (" ..." if len(pairs.skipped) > 10 else "")
+            progress.console.print(
+                f"{len(pairs)} pairs; left out: {pairs.ties} ties, {len(pairs.skipped)} bad rows"
+                + (f" ({rows})" if rows else ""),
+                highlight=False,
+            )
+    return pairs

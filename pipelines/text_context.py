@@ -1,0 +1,247 @@
+"""What a run on text is made from: rows, rewards and the policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from diffusion_align.data.sources import is_hub
+from diffusion_align.data.text_encoding import TextEncoder, context_length, ends_of
+from diffusion_align.data.text_rows import (
+    LabelledRow,
+    PreferenceRow,
+    PromptRow,
+    Rows,
+    TextDataConfig,
+    labelled_rows,
+    preference_rows,
+    prompt_rows,
+)
+from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.llm.collection import WeightedRewards, trainer_state
+from diffusion_align.llm.policy import LanguagePolicy
+from diffusion_align.llm.reward_model import RewardModel
+from diffusion_align.methods import method_of
+from diffusion_align.models.language_models import (
+    load_ends,
+    load_language_model,
+    load_sequence_classifier,
+    load_tokenizer,
+    model_places,
+)
+from diffusion_align.pipelines.identity import language_model_content, reward_content, rows_content
+from diffusion_align.rewards.places import recorded
+from diffusion_align.rewards.resolve import TEXT
+from diffusion_align.rewards.text import build_text_reward, check_text_reward
+from diffusion_align.training.accelerator import agreed, best_seconds, processes, start
+from diffusion_align.training.context import RunContext
+from diffusion_align.training.digests import Identity
+
+MOST_CHECKED = 10_000
+_DATA = ("prompts", "dataset", "eval_dataset")
+"""Settings that name rows."""
+
+
+def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunContext:
+    """Of a run on text.
+
+    Args:
+        config: checked settings of any text method.
+        model, tokenizer: loaded ones; ``config.model`` is loaded when not given.
+
+    Raises:
+        ConfigError, UserError: data or models that do not fit, in one sentence each.
+    """
+
+    def read() -> tuple[TextEncoder, dict[str, list[Any]], list[PromptRow] | None]:
+        if tokenizer is None:
+            reader = _Reader.of(config)
+        else:
+            ends = ends_of(tokenizer, getattr(model, "generation_config", None))
+            reader = _Reader(config, tokenizer, context_length(model.config), ends)
+        data = {name: reader(name) for name in _DATA if getattr(config, name, None) is not None}
+        return reader.encoder, data, reader.shown(data.get("prompts", ()))
+
+    encoder, data, shown = agreed(read)  # before any weights are loaded
+    spec, other = getattr(config, "reward", None), getattr(config, "reference_model", None)
+    with recorded() as places:
+        some = data.get("prompts") or data.get("dataset", [])
+        rewards = None if spec is None else _rewards(config, some, encoder, processes().device)
+    identity: Identity = {"model": language_model_content(config.model)}
+    if other is not None:
+        _check_same_tokens(config, encoder.tokenizer)
+        identity["reference_model"] = language_model_content(other)
+    identity |= {name: [rows_content(getattr(config, name), rows)] for name, rows in data.items() if rows}
+    if spec is not None:
+        identity["reward"] = reward_content(spec, TEXT, places)
+    config, accelerator, policy = _policy(config, model, encoder.tokenizer)
+    return RunContext(
+        config,
+        accelerator,
+        policy=policy,
+        data=data,
+        reward=rewards,
+        shown=shown,
+        identity=identity,
+    )
+
+
+def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, LanguagePolicy | RewardModel]:
+    """What is trained, with the settings and the accelerator of the run; the precision depends on the model."""
+    classifier = _trains_classifier(config)
+    reference = None
+    if classifier:
+        model, tokenizer = load_sequence_classifier(config.model)
+    elif model is None:
+        model, _ = load_language_model(config.model, dtype=getattr(torch, config.dtype))
+    if getattr(config, "reference_model", None) is not None:
+        reference, _ = load_language_model(config.reference_model, dtype=getattr(torch, config.dtype))
+    config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
+    common: dict[str, Any] = {"lora": config.lora, "device": accelerator.device, "autocast": accelerator.autocast}
+    if classifier:
+        return config, accelerator, RewardModel(model, tokenizer, **common)
+    policy = LanguagePolicy(
+        model,
+        tokenizer,
+        temperature=config.temperature,
+        needs_reference=config.needs_reference,
+        reference=reference,
+        **common,
+    )
+    return config, accelerator, policy
+
+
+def _trains_classifier(config: Any) -> bool:
+    return method_of(config.method).model_kind == "classifier"
+
+
+class _Reader:
+    """Reads the data of a run, and says on the main process what was shortened."""
+
+    def __init__(self, config: Any, tokenizer: Any, context: int | None, ends: Sequence[int]) -> None:
+        self.config = config
+        self.encoder = TextEncoder(
+            tokenizer,
+            max_completion_length=config.max_completion_length,
+            max_prompt_length=config.max_prompt_length,
+            context_length=context,
+            ends=ends,
+        )
+
+    @classmethod
+    def of(cls, config: Any) -> _Reader:
+        """With the tokenizer of ``config.model``, whose weights are not read."""
+        tokenizer, context = load_tokenizer(config.model)
+        # A reward model samples nothing that could end.
+        ends = () if _trains_classifier(config) else load_ends(config.model, tokenizer)
+        return cls(config, tokenizer, context, ends)
+
+    def __call__(self, name: str) -> list[Any]:
+        """The rows of the setting ``name``."""
+        found = self.read(name, getattr(self.config, name))
+        cut = found.truncation
+        if processes().is_main_process and (cut.prompts or cut.completions or cut.left_out):
+            Console(stderr=True).print(f"{name}: {cut}", highlight=False, markup=False, soft_wrap=True)
+        return found.rows
+
+    def read(self, name: str, data: TextDataConfig) -> Rows[Any]:
+        """The rows of ``data`` as those of the setting ``name``."""
+        kind: Callable[..., Rows[Any]] = prompt_rows
+        if name != "prompts":
+            labelled = method_of(self.config.method).dataset_kind == "labels"
+            kind = labelled_rows if labelled else preference_rows
+        return kind(data, self.encoder, name=name)
+
+    def shown(self, prompts: Sequence[PromptRow]) -> list[PromptRow] | None:
+        """The rows of ``show_prompts``, with the other columns of the same prompt in ``prompts``."""
+        shown = getattr(self.config, "show_prompts", None)
+        if shown is None:
+            return None
+        known = {str(row.prompt): row.columns for row in prompts}
+        rows = bare_rows(shown, self.encoder, name="show_prompts")
+        return [PromptRow(row.prompt, row.ids, known.get(str(row.prompt), {})) for row in rows]
+
+
+def bare_rows(prompts: Sequence[Any], encoder: TextEncoder, *, name: str) -> list[PromptRow]:
+    """The rows of prompts that are given as they are, without the settings of a source."""
+    if not prompts:
+        return []
+    try:
+        data = TextDataConfig(source=[{"prompt": prompt} for prompt in prompts])
+        return prompt_rows(data, encoder, name=name).rows
+    except ConfigError as error:
+        # There is no source of which bad rows could be left out, or that would hold no others.
+        of_a_source = f"{name}.source=", f"{name}: mend"
+        raise ConfigError([problem for problem in error.problems if not problem.startswith(of_a_source)]) from None
+
+
+def _check_same_tokens(config: Any, tokenizer: Any) -> None:
+    other, _ = load_tokenizer(str(config.reference_model))
+    if other.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"reference_model={config.reference_model!r} has {len(other)} tokens, not the {len(tokenizer)} of "
+            f"model={config.model!r}: use a reference with the model's own tokens"
+        )
+
+
+def _rewards(
+    config: Any,
+    prompts: Sequence[PromptRow | PreferenceRow | LabelledRow],
+    encoder: TextEncoder,
+    device: torch.device,
+) -> WeightedRewards:
+    """The rewards of a run, each tried on real prompts."""
+    specs = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
+    weights = torch.tensor(config.reward_weights or [1.0] * len(specs), dtype=torch.float64)
+    rewards = WeightedRewards([build_text_reward(spec, device=device) for spec in specs], weights)
+    some = list(prompts[:4])
+    names = dict.fromkeys(name for row in some for name in row.columns)
+    for reward in rewards.functions:
+        check_text_reward(
+            reward,
+            [row.prompt for row in some],
+            columns={name: [row.columns.get(name) for row in some] for name in names},
+            tokenize=lambda text: encoder.answer_ids("", text),
+            trainer_state=trainer_state(config),
+        )
+    return rewards
+
+
+def check_rows(config: Any) -> tuple[dict[str, int], list[str]]:
+    """How many rows of each setting can be read as a run reads them, and sentences about those that cannot.
+
+    Nothing is downloaded: with a tokenizer or rows on the Hub there is nothing to read. Of each setting it is the first
+    ``MOST_CHECKED`` rows.
+    """
+    try:
+        if not os.path.isdir(model_places(config.model)[0]):
+            return {}, []
+        read = _Reader.of(config)
+    except UserError as error:
+        return {}, [str(error)]
+    counts, problems = {}, []
+    for name in _DATA:
+        data = getattr(config, name, None)
+        if data is None or is_hub(data.source):
+            continue
+        most = min(data.max_rows or MOST_CHECKED, MOST_CHECKED)
+        try:
+            counts[name] = len(read.read(name, data.model_copy(update={"max_rows": most})).rows)
+        except ConfigError as error:
+            problems += error.problems
+    try:
+        read.shown([])
+    except ConfigError as error:
+        problems += error.problems
+    return counts, problems
+
+
+def _seconds_a_pass(model: Any, narrow: bool) -> float:
+    """Of a forward pass of two short texts."""
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    return best_seconds(lambda: model(input_ids=ids, use_cache=False), narrow)
