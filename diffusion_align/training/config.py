@@ -145,7 +145,7 @@ class Section(BaseModel):
     def _broken_rules(self) -> Iterator[str]:
         for kind in reversed(type(self).__mro__):
             self.__dict__.pop("_asked", None)
-            rules = vars(kind)["cross_checks"](self) if "cross_checks" in vars(kind) else iter(())
+            rules = iter(vars(kind)["cross_checks"](self) if "cross_checks" in vars(kind) else ())
             while True:
                 try:
                     sentence = next(rules)
