@@ -31,7 +31,7 @@ from diffusion_align.training.config import (
     read_as,
     section_of,
 )
-from diffusion_align.training.launch import launch_problems
+from diffusion_align.training.launch import check_launch
 from diffusion_align.training.lock import LOCK_FILE, lock_problem
 from diffusion_align.training.places import absolute_paths
 
@@ -209,7 +209,11 @@ def _check_trackers(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _check_precision(raw: Mapping[str, Any]) -> list[str]:
-    problems = launch_problems(raw.get("mixed_precision", "no"))
+    problems = []
+    try:
+        check_launch(raw.get("mixed_precision", "no"))
+    except ConfigError as error:
+        problems += error.problems
     if raw.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
         problems.append("mixed_precision='fp16' needs a GPU: use no, bf16 or auto")
     return problems

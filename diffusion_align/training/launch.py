@@ -64,12 +64,15 @@ _TRUE, _FALSE = {"y", "yes", "t", "true", "on", "1"}, {"n", "no", "f", "false", 
 _UNSUPPORTED_STATES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
-def launch_problems(mixed_precision: Any = "no", environment: Mapping[str, str] | None = None) -> list[str]:
-    """Sentences about what the environment asks of accelerate and a run cannot do.
+def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | None = None) -> None:
+    """Look at what the environment asks of accelerate.
 
     Args:
         mixed_precision: the setting; "auto" takes what the environment says.
         environment: ``os.environ`` when not given.
+
+    Raises:
+        ConfigError: with a sentence about each thing that a run cannot do.
     """
     given = os.environ if environment is None else environment
     problems = []
@@ -104,7 +107,8 @@ def launch_problems(mixed_precision: Any = "no", environment: Mapping[str, str] 
             f"accelerate was launched with mixed_precision={launched} and the settings have mixed_precision={wanted}: "
             f"{remedy}launch with --mixed_precision no"
         )
-    return problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def launched_precision() -> str | None:
@@ -121,11 +125,10 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
         options: of ``Accelerator``.
 
     Raises:
-        ConfigError: see ``launch_problems``.
+        ConfigError: see ``check_launch``.
     """
     begun = AcceleratorState().mixed_precision if AcceleratorState._shared_state else None
-    if problems := launch_problems(mixed_precision or begun or "no"):
-        raise ConfigError(problems)
+    check_launch(mixed_precision or begun or "no")
     return Accelerator(
         mixed_precision=mixed_precision or begun or "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -133,8 +136,12 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
     )
 
 
-def accelerator_problems(accelerator: Any) -> list[str]:
-    """Sentences about an ``Accelerator`` made elsewhere under which the numbers of a run would be wrong."""
+def check_accelerator(accelerator: Any) -> None:
+    """Look at an ``Accelerator`` made elsewhere.
+
+    Raises:
+        ConfigError: the numbers of a run would be wrong under it.
+    """
     problems = []
     if (steps := getattr(accelerator, "gradient_accumulation_steps", 1)) != 1:
         problems.append(
@@ -144,4 +151,5 @@ def accelerator_problems(accelerator: Any) -> list[str]:
     kind = getattr(getattr(accelerator, "distributed_type", None), "value", "NO")
     if kind in _UNSUPPORTED_STATES:
         problems.append(f"the Accelerator is one of {kind}, which is not supported: use plain processes")
-    return problems
+    if problems:
+        raise ConfigError(problems)

@@ -35,7 +35,7 @@ from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import loss_problem
-from diffusion_align.training.launch import accelerator_problems, make_accelerator
+from diffusion_align.training.launch import check_accelerator, make_accelerator
 from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
@@ -120,8 +120,7 @@ class Trainer(ABC, Generic[Batch]):
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[Row, Row] | None = None
-        if problems := accelerator_problems(self.accelerator):
-            raise ConfigError(problems)
+        check_accelerator(self.accelerator)
         if config.samples_per_epoch % (self.processes.count * config.sample_batch_size):
             raise ConfigError(
                 [

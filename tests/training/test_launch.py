@@ -15,8 +15,8 @@ from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.training.launch import (
     BEHIND_A_SWITCH,
     ENVIRONMENT,
-    accelerator_problems,
-    launch_problems,
+    check_accelerator,
+    check_launch,
     launched_precision,
     make_accelerator,
 )
@@ -62,14 +62,15 @@ def test_gradients_are_not_divided_by_what_the_environment_says(monkeypatch, ste
 
 def test_an_accelerator_that_divides_gradients_is_refused():
     made = Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=4))
-    assert re.search("gradient_accumulation_steps=4", accelerator_problems(made)[0])
-    assert accelerator_problems(make_accelerator()) == []
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps=4"):
+        check_accelerator(made)
+    check_accelerator(make_accelerator())
 
 
 @pytest.mark.parametrize("precision", ["no", False, "bf16", "auto"])
 def test_a_plain_launch_is_taken(precision):
-    assert launch_problems(precision, PLAIN) == []
-    assert launch_problems(precision, {}) == []
+    for environment in (PLAIN, {}):
+        check_launch(precision, environment)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,8 @@ def test_what_is_not_supported_is_refused_before_a_model_is_loaded(variables, se
 
 def test_the_settings_precision_may_be_the_launchs_or_take_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert launch_problems("bf16") == launch_problems("auto") == []
+    for precision in ("bf16", "auto"):
+        check_launch(precision)
     assert launched_precision() == "bf16"
     assert make_accelerator("bf16").mixed_precision == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
