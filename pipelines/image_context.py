@@ -10,11 +10,11 @@ import torch
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import Evaluation
+from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.settings import DenoisingConfig, EvaluationConfig
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.models.part_configs import unet_inputs
 from diffusion_align.models.runs import ModelPlan, model_plan
 from diffusion_align.pipelines.identity import code_content, image_model_content, reward_content, rows_content
 from diffusion_align.references import module_of
@@ -44,7 +44,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     plan = model_plan(config.model)
     if pipeline is None:
         pipeline = _load(config, plan)
-    config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline.unet, narrow))
+    config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline, narrow))
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
@@ -95,10 +95,12 @@ def _load(config: DenoisingConfig, plan: ModelPlan) -> Any:
     return pipeline
 
 
-def _seconds_a_pass(unet: Any, narrow: bool) -> float:
+def _seconds_a_pass(pipeline: Any, narrow: bool) -> float:
     """Of a forward pass of two samples."""
-    inputs = unet_inputs(unet.config, 2, tokens=8, dtype=unet.dtype)
-    return best_seconds(lambda: unet(**inputs), narrow)
+    family = family_of(pipeline)
+    network = getattr(pipeline, family.network)
+    inputs = family.zero_inputs(network.config, 2, tokens=8, dtype=network.dtype)
+    return best_seconds(lambda: network(**inputs), narrow)
 
 
 def checked_reward(

@@ -20,19 +20,19 @@ class UNetPasses:
         from diffusion_align.diffusion.policy import DenoisingPolicy
 
         self._passes: Counter[tuple[int, bool, bool]] = Counter()
-        self._run_unet = DenoisingPolicy._run_unet
+        self._run = DenoisingPolicy._run
 
         def counted(policy: Any, x_t: torch.Tensor, *arguments: Any) -> torch.Tensor:
-            self._passes[(len(x_t), torch.is_grad_enabled(), _is_reference(policy.unet))] += 1
-            return self._run_unet(policy, x_t, *arguments)
+            self._passes[(len(x_t), torch.is_grad_enabled(), _is_reference(policy.network))] += 1
+            return self._run(policy, x_t, *arguments)
 
-        DenoisingPolicy._run_unet = counted  # type: ignore[method-assign]
+        DenoisingPolicy._run = counted  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
         from diffusion_align.diffusion.policy import DenoisingPolicy
 
-        DenoisingPolicy._run_unet = self._run_unet  # type: ignore[method-assign]
+        DenoisingPolicy._run = self._run  # type: ignore[method-assign]
 
     trained_tokens = 0  # a denoising policy has none
 
@@ -48,10 +48,10 @@ class UNetPasses:
                 with policy.reference() if is_reference else contextlib.nullcontext():
                     for _ in range(count):
                         with torch.set_grad_enabled(with_gradient):
-                            output = self._run_unet(policy, *inputs[batch])
+                            output = self._run(policy, *inputs[batch])
                         if with_gradient:
                             output.sum().backward()
-        policy.unet.zero_grad()
+        policy.network.zero_grad()
         return watch.seconds
 
     @staticmethod

@@ -1,7 +1,6 @@
-"""A denoising policy: the UNet of a diffusers pipeline with guidance, LoRA (or full) training and a reference.
+"""A denoising policy: the network of a diffusers pipeline with guidance, LoRA (or full) training and a reference.
 
-Nothing here knows an algorithm. A pipeline family differs from another only in how it encodes prompts
-(``_encode_sd``, ``_encode_sdxl``); everything else is shared.
+Nothing here knows an algorithm; what sets one family of pipelines apart from another is in ``families``.
 """
 
 from __future__ import annotations
@@ -17,20 +16,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import HIGHEST_RANK, MOST
+from diffusion_align.diffusion.families import Conditioning, StableDiffusion, family_of
 from diffusion_align.errors import TrainingError, UserError
-from diffusion_align.models.image_pipelines import unet_problem
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 from diffusion_align.models.lora_file import save_lora
 from diffusion_align.training.config import Section
 from diffusion_align.training.finite import all_finite
 
-Conditioning = dict[str, Tensor]
-"""UNet keyword -> (B, ...): ``encoder_hidden_states`` and, for SDXL, ``text_embeds`` and ``time_ids``."""
-
-ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-CONVOLUTION_LAYERS = ["conv1", "conv2"]
 CACHED_PROMPTS = 2048
 """Embeddings of so many prompts are kept; beyond that they are made again."""
+_PROMPT_BATCH = 8
+"""Prompts in every pass of the text encoders, the last ones of which repeat one if there are fewer: with one shape for
+all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
 
 
 class LoRAConfig(Section):
@@ -48,9 +45,9 @@ class DenoisingPolicy:
 
     Args:
         pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``. Text encoders and VAE
-            are frozen; on a CPU the UNet gets eager attention, whose backward pass is faster there. What is frozen
+            are frozen; on a CPU the network gets eager attention, whose backward pass is faster there. What is frozen
             keeps its dtype, what is trained becomes float32.
-        lora: adapters to train; None trains the whole UNet and keeps a frozen copy as the reference.
+        lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
         autocast: context in which the network runs; decisions stay float32.
 
@@ -67,61 +64,52 @@ class DenoisingPolicy:
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        family = type(pipeline).__name__
-        if family not in _ENCODERS:
-            raise UserError(f"{family} is not supported: use one of {', '.join(_ENCODERS)}")
-        if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-            raise UserError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
-        if problem := unet_problem("the model", family, pipeline.unet.config):
+        self.family: StableDiffusion = family_of(pipeline)
+        if problem := self.family.problem(pipeline):
             raise UserError(problem)
-        adapted = _check_adapter(pipeline.unet, lora)
         self.pipeline = pipeline
+        adapted = _check_adapter(self.network, lora, self.family)
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)
         self.guidance_scale = guidance_scale
         self.autocast = autocast
         self.lora = lora
-        self._encode = _ENCODERS[family]
         self._prompt_cache: dict[str, Conditioning] = {}
         for part in _networks(pipeline):
             part.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cpu":
-            from diffusers.models.attention_processor import AttnProcessor
-
-            pipeline.unet.set_attn_processor(AttnProcessor())
-        self._frozen_unet: nn.Module | None = None
+            self.family.use_eager_attention(self.network)
+        self._frozen: nn.Module | None = None
         if lora is None:
             # What is trained is float32, and its reference has to round as it does.
-            self._frozen_unet = copy.deepcopy(pipeline.unet.float())
-            pipeline.unet.requires_grad_(True)
+            self._frozen = copy.deepcopy(self.network.float())
+            self.network.requires_grad_(True)
         elif not adapted:
-            add_lora(pipeline.unet, peft_config(lora))
-            pipeline.unet.eval()  # the new layers as well
-        self._adapter_layers = adapter_layers(pipeline.unet)
+            add_lora(self.network, peft_config(lora, self.family))
+            self.network.eval()  # the new layers as well
+        self._adapter_layers = adapter_layers(self.network)
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
         if lora is not None and adapted:
             # Files hold a scale of 1; the settings say at which scale it is trained.
-            rescale_lora(pipeline.unet, peft_config(lora).lora_alpha)
+            rescale_lora(self.network, peft_config(lora, self.family).lora_alpha)
 
     @property
-    def unet(self) -> nn.Module:
-        return self.pipeline.unet
+    def network(self) -> Any:
+        """The part of the pipeline that is trained; inside ``reference``, the frozen copy of it if there is one."""
+        return getattr(self.pipeline, self.family.network)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that is trained: the adapters, or the whole UNet."""
-        named = self.pipeline.unet.named_parameters()
+        """Name -> parameter of all that is trained: the adapters, or the whole network."""
+        named = self.network.named_parameters()
         return {name: p for name, p in named if self.lora is None or ".lora_" in name}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one latent at the model's own resolution."""
-        config = self.pipeline.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return self.family.latent_shape(self.network.config)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -130,12 +118,16 @@ class DenoisingPolicy:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is conditioned on, (B, ...); each different prompt goes through the text encoders once."""
+        """What the network is conditioned on, (B, ...); each different prompt goes through the text encoders once."""
         cached = {p: self._prompt_cache[p] for p in prompts if p in self._prompt_cache}
         missing = [p for p in dict.fromkeys(prompts) if p not in cached]
         if len(self._prompt_cache) + len(missing) > CACHED_PROMPTS:
             self._prompt_cache.clear()
-        cached |= {p: self._encode(self, p) for p in missing}  # SDXL's empty prompt comes back to this method
+        for start in range(0, len(missing), _PROMPT_BATCH):
+            some = missing[start : start + _PROMPT_BATCH]
+            padded = some + some[-1:] * (_PROMPT_BATCH - len(some))
+            encoded = self.family.encode(self.pipeline, padded, self.image_size)
+            cached |= {p: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, p in enumerate(some)}
         self._prompt_cache |= cached
         rows = [cached[p] for p in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -153,36 +145,29 @@ class DenoisingPolicy:
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if scale == 1:
-            return self._run_unet(x_t, timestep, conditioning)
+            return self._run(x_t, timestep, conditioning)
         unconditional = self.encode([""])
         both = {k: torch.cat([unconditional[k].expand(len(x_t), *v.shape[1:]), v]) for k, v in conditioning.items()}
-        output = self._run_unet(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
+        output = self._run(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
         without, with_prompt = output.chunk(2)
         return without + scale * (with_prompt - without)
 
-    def _run_unet(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        unet = self.pipeline.unet
-        added = {k: v for k, v in conditioning.items() if k != "encoder_hidden_states"}
+    def _run(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        network = self.network
         with self.autocast():
-            output = unet(
-                x_t.to(unet.dtype),
-                timestep,
-                encoder_hidden_states=conditioning["encoder_hidden_states"].to(unet.dtype),
-                added_cond_kwargs=added or None,
-                return_dict=False,
-            )[0]
+            output = self.family.predict(network, x_t.to(network.dtype), timestep, conditioning)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, ``predict`` is the reference policy: the adapter switched off, or the frozen copy."""
-        trained = self.pipeline.unet
+        trained = self.network
         with switched_off(self._adapter_layers):
-            self.pipeline.unet = trained if self._frozen_unet is None else self._frozen_unet
+            setattr(self.pipeline, self.family.network, trained if self._frozen is None else self._frozen)
             try:
                 yield
             finally:
-                self.pipeline.unet = trained
+                setattr(self.pipeline, self.family.network, trained)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -233,19 +218,21 @@ def overflow_problem(
     *,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> str | None:
-    """One sentence if the UNet's ``latents`` or what the VAE makes of them (``images``) are not finite, or None.
+    """One sentence if the network's ``latents`` or what the VAE makes of them (``images``) are not finite, or None.
 
-    ``autocast``: the context in which the UNet ran.
+    ``autocast``: the context in which the network ran.
     """
     if latents and images:
         return None
-    part, dtype = ("UNet", pipeline.unet.dtype) if not latents else ("VAE", pipeline.vae.dtype)
+    family = family_of(pipeline)
+    network = getattr(pipeline, family.network)
+    part, dtype = (family.network_title, network.dtype) if not latents else ("VAE", pipeline.vae.dtype)
     what = "latents" if not latents else "results"
     with autocast():
-        kind = pipeline.unet.device.type
+        kind = network.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if not latents and narrow == torch.float16:
-        return f"the UNet's {what} are not finite with mixed_precision=fp16: set mixed_precision=bf16 or no"
+        return f"the {part}'s {what} are not finite with mixed_precision=fp16: set mixed_precision=bf16 or no"
     if dtype != torch.float16:
         return (
             f"the {part}'s {what} are not finite: its weights are damaged, or were trained too far (lower "
@@ -277,14 +264,14 @@ def finite_images(pipeline: Any) -> Iterator[None]:
         raise TrainingError(problem)
 
 
-def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
-    """Whether ``unet`` already carries an adapter of the shape that ``lora`` describes, which is then trained on."""
-    if not carries_adapters(unet):
+def _check_adapter(network: Any, lora: LoRAConfig | None, family: StableDiffusion) -> bool:
+    """Whether ``network`` already carries an adapter of the shape that ``lora`` describes, which is then trained on."""
+    if not carries_adapters(network):
         return False
-    adapters = unet.peft_config
+    adapters = network.peft_config
     if set(adapters) != {"default"} or lora is None:
         raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
-    carried, wanted = adapters["default"], peft_config(lora)
+    carried, wanted = adapters["default"], peft_config(lora, family)
     if carried.use_dora or carried.lora_bias:
         raise UserError("the model already carries an adapter of another kind than plain LoRA: merge it first")
     if carried.rank_pattern:
@@ -292,14 +279,14 @@ def _check_adapter(unet: Any, lora: LoRAConfig | None) -> bool:
     if carried.r != wanted.r:
         raise UserError(f"the model already carries an adapter of rank {carried.r}: set lora.rank to that")
     endings = tuple(f".{layer}" for layer in wanted.target_modules)
-    if any(f".{name}".endswith(endings) != hasattr(part, "lora_A") for name, part in _layers(unet)):
+    if any(f".{name}".endswith(endings) != hasattr(part, "lora_A") for name, part in _layers(network)):
         raise UserError(f"the model already carries an adapter of other layers than lora.layers={lora.layers!r}")
     return True
 
 
-def _layers(unet: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What an adapter may be on, by the names without one."""
-    for name, part in unet.named_modules():
+    for name, part in network.named_modules():
         known = isinstance(part, nn.Linear | nn.Conv2d) or hasattr(part, "lora_A")
         if known and "lora_" not in name and not name.endswith(".base_layer"):
             yield name, part
@@ -309,30 +296,9 @@ def _networks(pipeline: Any) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
 
-def peft_config(lora: LoRAConfig) -> Any:
+def peft_config(lora: LoRAConfig, family: StableDiffusion) -> Any:
+    """peft's settings for adapters on the network of a pipeline of ``family``."""
     from peft import LoraConfig
 
-    layers = ATTENTION_LAYERS + (CONVOLUTION_LAYERS if lora.layers == "attention+convolutions" else [])
+    layers = list(family.lora_layers[lora.layers])
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=layers)
-
-
-def _encode_sd(policy: DenoisingPolicy, prompt: str) -> Conditioning:
-    embeds, _ = policy.pipeline.encode_prompt(prompt, policy.device, 1, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": embeds}
-
-
-def _encode_sdxl(policy: DenoisingPolicy, prompt: str) -> Conditioning:
-    pipeline = policy.pipeline
-    if prompt == "" and pipeline.config.get("force_zeros_for_empty_prompt"):
-        some = policy.encode(["-"])  # SDXL's unconditional embedding is zeros of the usual shape
-        return {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in some.items()}
-    embeds, _, pooled, _ = pipeline.encode_prompt(prompt, device=policy.device, do_classifier_free_guidance=False)
-    height, width = policy.image_size
-    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=policy.device)
-    return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size}
-
-
-_ENCODERS: dict[str, Callable[[DenoisingPolicy, str], Conditioning]] = {
-    "StableDiffusionPipeline": _encode_sd,
-    "StableDiffusionXLPipeline": _encode_sdxl,
-}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.epoch_cost import evaluated, evaluation_passes
@@ -22,7 +23,6 @@ from diffusion_align.doctor.memory import (
 )
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
-from diffusion_align.models.part_configs import latent_shape, unet_inputs
 from diffusion_align.training.accelerator import best_seconds
 from diffusion_align.training.cost import EpochCost, Lines
 
@@ -66,10 +66,11 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
         autocast=autocast,
     )
     vae_dtype = torch.float32 if vae.get("force_upcast", True) else dtype
-    decoding = decoder_cost(vae, latent_shape(unet), config.sample_batch_size, vae_dtype)
+    latents = family_of_network(unet).latent_shape(unet)
+    decoding = decoder_cost(vae, latents, config.sample_batch_size, vae_dtype)
     sizes = {name: n * dtype.itemsize for name, n in parameter_counts(model.configs).items() if name != "unet"}
     sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
-    recorded = 4 * math.prod(latent_shape(unet)) * epoch.recorded
+    recorded = 4 * math.prod(latents) * epoch.recorded
     memory = _memory(config, cost, decoding, sizes, train_batch, guided, recorded)
     forward = epoch.sampling + epoch.reference + epoch.probed + evaluation_passes(config)
     passes = forward + (2 if config.lora else 3) * epoch.trained
@@ -179,7 +180,7 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: UNetCost, passe
     choices = {"no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
     network = _random_unet(model.configs["unet"], config)
     tokens = model.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
-    inputs = unet_inputs(model.configs["unet"], batch, tokens=tokens, dtype=network.dtype)
+    inputs = family_of_network(network.config).zero_inputs(network.config, batch, tokens=tokens, dtype=network.dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or threads)
     try:
@@ -196,13 +197,13 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: UNetCost, passe
 def _random_unet(unet: Mapping[str, Any], config: DenoisingConfig) -> Any:
     """A network as the trainer has it on a CPU, with random weights; the global generator is left as it was."""
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention_processor import AttnProcessor
 
+    family = family_of_network(unet)
     with torch.random.fork_rng(devices=[]):
         network = UNet2DConditionModel.from_config(dict(unet))
-        network.set_attn_processor(AttnProcessor())
+        family.use_eager_attention(network)
         if config.lora is not None:
-            add_lora(network, peft_config(config.lora))
+            add_lora(network, peft_config(config.lora, family))
     return network.eval()
 
 

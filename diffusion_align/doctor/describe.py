@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
+from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.doctor.cost_report import describe_costs
@@ -24,7 +25,6 @@ from diffusion_align.doctor.epoch_cost import as_scheduler, describe_epoch
 from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line
 from diffusion_align.methods import DEFAULT, method_of
-from diffusion_align.models.part_configs import latent_shape
 from diffusion_align.pipelines.configuration import read_config, read_settings
 from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
@@ -138,7 +138,7 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     steps = None if schedule is None else select_step_range(schedule.stochastic_steps, trained)
     if steps is not None:
         problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
-    dimensions = math.prod(latent_shape(unet)) if unet and unet.get("sample_size") else None
+    dimensions = math.prod(family_of_network(unet).latent_shape(unet)) if unet and unet.get("sample_size") else None
     cost = method.epoch_cost(config, steps)
     lines += describe_epoch(config, cost)
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []

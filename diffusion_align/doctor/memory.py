@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
-from diffusion_align.models.part_configs import unet_inputs
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
 _WIDE = (functional.group_norm, functional.layer_norm)
@@ -74,18 +74,18 @@ def unet_cost(
     from diffusers import UNet2DConditionModel
     from peft import inject_adapter_in_model
 
-    network = _on_meta(UNet2DConditionModel, unet, dtype)
+    family, network = family_of_network(unet), _on_meta(UNet2DConditionModel, unet, dtype)
     with torch.no_grad(), GpuPass(autocast, network.parameters()) as sampling:
-        network(**unet_inputs(unet, sample_batch, tokens=tokens, device="meta", dtype=dtype))
+        network(**family.zero_inputs(unet, sample_batch, tokens=tokens, device="meta", dtype=dtype))
     if lora is None:
         network.requires_grad_(True)
     else:
-        inject_adapter_in_model(peft_config(lora), network, low_cpu_mem_usage=True)
+        inject_adapter_in_model(peft_config(lora, family), network, low_cpu_mem_usage=True)
         network.eval()
     frozen, trained = (
         sum(p.numel() for p in network.parameters() if p.requires_grad is wanted) for wanted in (False, True)
     )
-    inputs = unet_inputs(unet, train_batch, tokens=tokens, device="meta", dtype=dtype)
+    inputs = family.zero_inputs(unet, train_batch, tokens=tokens, device="meta", dtype=dtype)
     kept = saved_bytes(network, inputs, autocast=autocast)
     return UNetCost(frozen, trained, sampling.flops // sample_batch, kept, sampling.peak)
 

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffusion_align.shown import short
 
 LARGEST_FILE = 10_000_000
@@ -120,27 +118,3 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
             yield from _numbers(inner, key)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield key, value
-
-
-def latent_shape(unet: Mapping[str, Any]) -> tuple[int, int, int]:
-    """(C, H, W) of one latent at the resolution of a UNet's configuration."""
-    size = unet["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet["in_channels"], height, width
-
-
-def unet_inputs(
-    unet: Mapping[str, Any], batch: int, *, tokens: int = 77, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """Keyword arguments of one pass of ``batch`` samples through a UNet of configuration ``unet``, all zeros."""
-    zeros: dict[str, Any] = {"device": device, "dtype": dtype}
-    added = None
-    if unet.get("addition_embed_type") == "text_time":
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        added = {"text_embeds": torch.zeros(batch, pooled, **zeros), "time_ids": torch.zeros(batch, 6, **zeros)}
-    return {
-        "sample": torch.zeros(batch, *latent_shape(unet), **zeros),
-        "timestep": torch.zeros(batch, dtype=torch.int64, device=device),
-        "encoder_hidden_states": torch.zeros(batch, tokens, unet["cross_attention_dim"], **zeros),
-        "added_cond_kwargs": added,
-    }

@@ -105,7 +105,7 @@ def rows_of(trainer):
 
 def widened(trainer, batch):
     """Both in float64, the schedule and the scales from their float64 sources."""
-    for unet in (trainer.policy.unet, trainer.policy._frozen_unet):
+    for unet in (trainer.policy.network, trainer.policy._frozen):
         if unet is not None:
             unet.double()
     trainer.schedule = training_schedule(trainer.policy.pipeline.scheduler)
@@ -143,12 +143,12 @@ def assert_same_gradient(trainer, losses, others, tolerance=1e-9):
 @contextlib.contextmanager
 def the_reference(policy):
     """The pretrained UNet, without a method of the policy."""
-    if policy._frozen_unet is not None:
-        yield policy._frozen_unet
+    if policy._frozen is not None:
+        yield policy._frozen
         return
-    policy.unet.disable_adapters()
-    yield policy.unet
-    policy.unet.enable_adapters()
+    policy.network.disable_adapters()
+    yield policy.network
+    policy.network.enable_adapters()
 
 
 def outputs(trainer, batch, samples, decisions, pictures):
@@ -159,7 +159,7 @@ def outputs(trainer, batch, samples, decisions, pictures):
     x_t = DDPMScheduler(**BETAS).add_noise(x_0, eps, t)
     conditioning = {k: v[samples].double() for k, v in batch.conditioning.items()}
     text, added = conditioning.pop("encoder_hidden_states"), conditioning or None
-    now = policy.unet(x_t, t, text, added_cond_kwargs=added).sample
+    now = policy.network(x_t, t, text, added_cond_kwargs=added).sample
     with torch.no_grad(), the_reference(policy) as unet:
         reference = unet(x_t, t, text, added_cond_kwargs=added).sample
     return x_0, eps, x_t, t, now, reference
@@ -325,7 +325,7 @@ def test_only_what_is_trained_has_a_gradient(make_trainer):
         losses, statistics = trainer.loss(batch, *everything(batch))
         losses.sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trainer.trainable.values())
-        frozen = trainer.policy._frozen_unet or trainer.policy.unet
+        frozen = trainer.policy._frozen or trainer.policy.network
         assert all(p.grad is None for n, p in frozen.named_parameters() if ".lora_" not in n)
         assert not any(v.requires_grad for v in statistics.values())
 
@@ -759,7 +759,7 @@ def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_p
         pairs = torch.stack(everything(batch), dim=1)
         statistics = trainer.accumulate(batch, pairs, len(pairs)).over_processes(trainer.accelerator)
         flat = torch.cat([p.grad.flatten() for p in trainer.trainable.values()])
-        policy.unet.zero_grad()
+        policy.network.zero_grad()
         found.append((flat, statistics))
     for flat, statistics in found[1:]:
         assert (flat - found[0][0]).norm() < 1e-6 * flat.norm()

@@ -115,7 +115,7 @@ def test_lora_trains_its_adapters_only(layers, make_policy):
     assert any("conv1" in n for n in trained) == (layers == "attention+convolutions")
     assert any("to_out.0" in n for n in trained)
     assert not any(p.requires_grad for m in (policy.pipeline.vae, policy.pipeline.text_encoder) for p in m.parameters())
-    assert policy._frozen_unet is None  # the adapter switched off is the reference; no second copy in memory
+    assert policy._frozen is None  # the adapter switched off is the reference; no second copy in memory
     scales = {s for m in policy.pipeline.unet.modules() for s in getattr(m, "scaling", {}).values()}
     assert scales == {4.0}
 
@@ -124,9 +124,9 @@ def test_full_fine_tuning_trains_everything_and_keeps_a_frozen_copy(make_policy)
     policy = make_policy("tiny_sd", lora=None)
     assert set(policy.trainable) == {n for n, _ in policy.pipeline.unet.named_parameters()}
     assert all(p.requires_grad for p in policy.trainable.values())
-    assert not any(p.requires_grad for p in policy._frozen_unet.parameters())
+    assert not any(p.requires_grad for p in policy._frozen.parameters())
     own = {p.data_ptr() for p in policy.trainable.values()}
-    assert not own & {p.data_ptr() for p in policy._frozen_unet.parameters()}
+    assert not own & {p.data_ptr() for p in policy._frozen.parameters()}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffusion_align.assets import asset_path
+from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
 from diffusion_align.doctor.known_models import SD15, SD21, SDXL
 from diffusion_align.doctor.memory import (
@@ -20,7 +21,6 @@ from diffusion_align.doctor.memory import (
     storage_sizes,
     unet_cost,
 )
-from diffusion_align.models.part_configs import latent_shape, unet_inputs
 
 EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text())
 SMALL = {"train_batch": 2, "sample_batch": 2}
@@ -33,7 +33,7 @@ def unet_on(device, config, lora=None):
     with torch.device(device):
         network = UNet2DConditionModel.from_config(dict(config)).requires_grad_(False)
         if lora is not None:
-            inject_adapter_in_model(peft_config(lora), network)
+            inject_adapter_in_model(peft_config(lora, family_of_network(network.config)), network)
     return network.eval()
 
 
@@ -57,7 +57,7 @@ def test_stable_diffusion_15():
 
     cost = unet_cost(SD15["unet"], LoRAConfig(rank=16), **SMALL)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet_on("meta", SD15["unet"])(**unet_inputs(SD15["unet"], 1, device="meta"))
+        unet_on("meta", SD15["unet"])(**family_of_network(SD15["unet"]).zero_inputs(SD15["unet"], 1, device="meta"))
     assert cost.flops == counter.get_total_flops()
     products = (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution)
     outside = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in products)
@@ -120,9 +120,9 @@ def test_what_real_tensors_keep_for_the_backward_pass(lora, attention):
     real, counted = networks
     sizes = {}
     with torch.autograd.graph.saved_tensors_hooks(storage_sizes(real, sizes), lambda tensor: tensor):
-        output = real(**unet_inputs(EMOJI, 3, tokens=24))
+        output = real(**family_of_network(EMOJI).zero_inputs(EMOJI, 3, tokens=24))
     del output
-    found = saved_bytes(counted, unet_inputs(EMOJI, 3, tokens=24, device="meta"))
+    found = saved_bytes(counted, family_of_network(EMOJI).zero_inputs(EMOJI, 3, tokens=24, device="meta"))
     assert found == pytest.approx(sum(sizes.values()), rel=1e-3)
     if attention == "fused":
         cost = unet_cost(EMOJI, lora, train_batch=3, sample_batch=3, tokens=24)
@@ -143,7 +143,9 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else dtype)
-    counted = saved_bytes(network, unet_inputs(EMOJI, 3, device="meta", dtype=dtype), autocast=torch.bfloat16)
+    counted = saved_bytes(
+        network, family_of_network(EMOJI).zero_inputs(EMOJI, 3, device="meta", dtype=dtype), autocast=torch.bfloat16
+    )
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
     sizes = {}
     with FakeTensorMode():
@@ -153,7 +155,7 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
         }
         own = nn.ParameterList()
         own.parameters = lambda: weights.values()
-        inputs = unet_inputs(EMOJI, 3, device="cuda", dtype=dtype)
+        inputs = family_of_network(EMOJI).zero_inputs(EMOJI, 3, device="cuda", dtype=dtype)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
@@ -173,11 +175,11 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
 def test_what_is_trained_is_what_the_policy_trains(make_policy, model, layers):
     lora = LoRAConfig(rank=4, layers=layers)
     policy = make_policy(model, lora=lora)
-    config = dict(policy.unet.config)
+    config = dict(policy.network.config)
     cost = unet_cost(config, lora, **SMALL)
     assert cost.trained == sum(p.numel() for p in policy.trainable.values())
-    assert cost.frozen + cost.trained == sum(p.numel() for p in policy.unet.parameters())
-    assert latent_shape(config) == policy.latent_shape
+    assert cost.frozen + cost.trained == sum(p.numel() for p in policy.network.parameters())
+    assert family_of_network(config).latent_shape(config) == policy.latent_shape
     whole = unet_cost(config, None, **SMALL)
     assert (whole.frozen, whole.trained, whole.flops) == (0, cost.frozen, cost.flops)
     assert whole.working == cost.working

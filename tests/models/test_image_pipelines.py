@@ -238,8 +238,8 @@ def test_only_frozen_weights_are_narrow_and_the_first_ratio_is_one(model, dtype,
         for parameter in policy.trainable.values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     trained = {id(parameter) for parameter in policy.trainable.values()}
-    assert {p.dtype for p in policy.unet.parameters() if id(p) in trained} == {torch.float32}
-    assert {p.dtype for p in policy.unet.parameters() if id(p) not in trained} == {dtype}
+    assert {p.dtype for p in policy.network.parameters() if id(p) in trained} == {torch.float32}
+    assert {p.dtype for p in policy.network.parameters() if id(p) not in trained} == {dtype}
     schedule = build_schedule(policy.pipeline.scheduler, 3, eta=1.0)
     conditioning = policy.encode(["a red apple", "a cat"])
     path = rollout(policy, schedule, conditioning, streams(2))

@@ -110,7 +110,7 @@ def test_the_reference_is_switched_to_without_a_walk_over_the_modules(kind, mode
 
         tokens = SimpleNamespace(eos_token_id=3, pad_token_id=None)
         policy = LanguagePolicy(model, tokens, lora=LoRAConfig(rank=2))
-    network = policy.unet if kind == "image" else policy.model
+    network = policy.network if kind == "image" else policy.model
     layers = adapter_layers(network)
     assert layers
 

@@ -276,7 +276,7 @@ def test_a_reader_that_ignores_the_header_gets_the_whole_change(tiny_sd, tmp_pat
     policy.save_lora(tmp_path)
     plain = load_pipeline(str(tiny_sd))
     plain.load_lora_weights(load_file(tmp_path / LORA_FILE))  # the tensors alone
-    layers = lora_layers(policy.unet)
+    layers = lora_layers(policy.network)
     assert layers
     for name, layer in layers.items():
         theirs = plain.unet.get_submodule(name)

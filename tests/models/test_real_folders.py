@@ -86,7 +86,7 @@ def test_ddpo_trains_saves_and_what_is_saved_draws_the_same(name, form, publishe
     config = check_config(SETTINGS | settings | {"output_dir": tmp_path / "run"})
     trainer = run(config)
     policy, dtype = trainer.policy, getattr(torch, config.dtype)
-    assert policy.unet.dtype == policy.pipeline.text_encoder.dtype == dtype
+    assert policy.network.dtype == policy.pipeline.text_encoder.dtype == dtype
     assert policy.pipeline.vae.dtype == torch.float32
     assert {parameter.dtype for parameter in policy.trainable.values()} == {torch.float32}
     assert trainer.schedule.prediction_type == ("v_prediction" if name == "sd2" else "epsilon")

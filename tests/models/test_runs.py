@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig, peft_config
 from diffusion_align.errors import UserError
 from diffusion_align.models.image_pipelines import load_pipeline
@@ -75,7 +76,7 @@ def test_a_base_is_looked_for_from_where_the_run_was_started(run, tmp_path, monk
 def test_an_adapter_is_trained_further_only_as_the_settings_say(tiny_sd, carried, asked, wanted):
     """A resumed run builds its adapter from the settings; another alpha than the file's changes no layer."""
     pipeline = load_pipeline(str(tiny_sd))
-    add_lora(pipeline.unet, peft_config(LoRAConfig(**carried)))
+    add_lora(pipeline.unet, peft_config(LoRAConfig(**carried), family_of(pipeline)))
     if wanted is None:
         layer = next(layer for layer in adapter_layers(pipeline.unet))
         torch.nn.init.normal_(layer.lora_B["default"].weight)

@@ -339,7 +339,7 @@ def test_an_adapter_loads_in_plain_diffusers(train, model_path, tmp_path, model)
     trainer, rows = train(model, learning_rate=0.02)
     assert (trainer.epoch, trainer.step) == (2, 4)
     plain = DiffusionPipeline.from_pretrained(model_path(model))
-    named = dict(trainer.policy.unet.named_parameters())
+    named = dict(trainer.policy.network.named_parameters())
     for name, original in plain.unet.state_dict().items():
         stem, _, end = name.rpartition(".")
         assert torch.equal(named.get(name, named.get(f"{stem}.base_layer.{end}")), original), name
