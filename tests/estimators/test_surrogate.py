@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion_align.estimators import clip_fractions, clipped_surrogate, importance_ratio, score_function_loss
+from diffusion_align.estimators import (
+    clip_fractions,
+    clipped_ratio_loss,
+    clipped_ratios,
+    clipped_surrogate,
+    importance_ratio,
+    score_function_loss,
+)
 
 F64 = torch.float64
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -153,6 +160,10 @@ def test_wrong_shapes_and_settings_are_named():
                 call(x, x, x, **settings_)
     with pytest.raises(ValueError, match="dual_clip=1"):
         clipped_surrogate(x, x, x, clip=0.2, dual_clip=1.0)
+    for of_ratio in (clipped_ratio_loss, lambda a, b, **kw: clipped_ratios(a, advantages=b, **kw)):
+        for ratio, advantages, mask in ((column, x, None), (x, column, None), (x, x, column.bool())):
+            with pytest.raises(ValueError, match=r"ratio \(2, \d\), advantages \(2, \d\)"):
+                of_ratio(ratio, advantages, clip=0.2, mask=mask)
 
 
 @settings(deadline=None, max_examples=50)
