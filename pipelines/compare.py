@@ -18,7 +18,7 @@ from PIL import Image
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.errors import ConfigError, UserError
-from diffusion_align.models.runs import image_model_problem
+from diffusion_align.models.model_ref import image_model_problem
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.report import before_after, save_png

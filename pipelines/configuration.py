@@ -17,7 +17,7 @@ from diffusion_align.data.sources import in_python, splits_problem
 from diffusion_align.errors import ConfigError, UserError, short
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.language_models import language_model_problem
-from diffusion_align.models.runs import image_model_problem
+from diffusion_align.models.model_ref import image_model_problem
 from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
 from diffusion_align.rewards.clip import check_clip
@@ -107,7 +107,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     method = method_of(raw.get("method", DEFAULT))
     raw = read_as(method.config_class, raw)
     images = method.model_kind == "image"
-    checks = [_check_reward, _check_evaluation] if images else [_check_text_rewards]
+    checks = [_check_reward, _check_evaluation] if images else [_check_text_rewards, _check_text_evaluation]
     checks += [_check_precision, _check_trackers, _check_output_dir]
     problems = _check_model(raw) if images else _check_language_model(raw)
     opened, of_rows = _opened(method.config_class, raw, method.dataset_kind)
@@ -127,22 +127,24 @@ def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str
     """``raw`` with its sources of rows opened, and what is wrong with the rows."""
     result, problems = dict(raw), []
     for name, field in sections.model_fields.items():
-        section, value = section_of(field.annotation), raw.get(name)
+        names = [name, *getattr(field.validation_alias, "choices", ())]
+        key = next((one for one in names if raw.get(one) is not None), name)
+        section, value = section_of(field.annotation), raw.get(key)
         if section is not None and issubclass(section, RowsConfig) and value is not None:
             if isinstance(value, Mapping) and "source" in value:  # a generator can be read once
                 value = {**value, "source": in_python(value["source"])}
-            result[name] = in_python(value)
+            result[key] = in_python(value)
             try:
-                rows = section.model_validate(result[name])
-                rows.open_ahead(name, name if name in section.layouts else dataset_kind)
-                result[name] = rows.model_copy(update={"source": absolute_paths({name: rows.source})[name]})
+                rows = section.model_validate(result[key])
+                rows.open_ahead(key, name if name in section.layouts else dataset_kind)
+                result[key] = rows.model_copy(update={"source": absolute_paths({key: rows.source})[key]})
             except ValidationError:
                 pass  # said where the whole configuration is read
             except ConfigError as error:
                 problems += error.problems
         elif section is not None and isinstance(value, Mapping):
-            result[name], found = _opened(section, value, dataset_kind)
-            problems += [f"{name}.{problem}" for problem in found]
+            result[key], found = _opened(section, value, dataset_kind)
+            problems += [f"{key}.{problem}" for problem in found]
     return result, problems
 
 
@@ -178,6 +180,11 @@ def _check_text_rewards(raw: Mapping[str, Any]) -> list[str]:
         return []
     problems = [text_reward_problem(spec) for spec in (given if isinstance(given, list | tuple) else [given])]
     return [problem for problem in problems if problem]
+
+
+def _check_text_evaluation(raw: Mapping[str, Any]) -> list[str]:
+    given = raw.get("evaluation")  # what is no mapping is said where the whole configuration is read
+    return [f"evaluation.{problem}" for problem in _check_text_rewards(given)] if isinstance(given, Mapping) else []
 
 
 def _check_reward(raw: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError
 from diffusion_align.models.language_models import model_places
-from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.rewards.resolve import IMAGES, Kind, user_modules
 from diffusion_align.training.digests import Identity, code_files, content_digest, file_digest, place_digest
 
@@ -19,11 +19,11 @@ Places = list[tuple[str, str | None]]
 
 def pairs_identity(model: str, judge: Any, judge_places: Sequence[str]) -> Identity:
     """Of pairs made by a model and chosen between by a judge; ``judge_places`` by ``recorded``."""
-    plan = model_plan(model)
+    plan = image_model_ref(model)
     return {"model": image_model_content(plan, None), "judge": reward_content(judge, IMAGES, judge_places)}
 
 
-def image_model_content(plan: ModelPlan, base_config: str | None) -> Places:
+def image_model_content(plan: ModelRef, base_config: str | None) -> Places:
     described = base_config or plan.base_config
     return _of_places([plan.base, *([described] if described else []), *map(str, plan.adapters)])
 

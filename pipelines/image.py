@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.devices import device_problem
-from diffusion_align.diffusion.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.diffusion.settings import DenoisingConfig
@@ -25,7 +24,8 @@ from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora_file import save_lora
-from diffusion_align.models.runs import model_plan
+from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
+from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.models.upload import upload
 from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import check_config
@@ -108,7 +108,7 @@ class ImageAlignmentPipeline:
         """
         if problem := device_problem(device):
             raise UserError(f"device={str(device)!r} {problem}")
-        plan = model_plan(str(model))
+        plan = image_model_ref(str(model))
         variant = plan.variant if variant is None else variant
         base_config = plan.base_config if base_config is None else base_config
         pipeline = load_pipeline(plan.base, dtype=dtype, variant=variant, base_config=base_config)

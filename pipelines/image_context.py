@@ -9,13 +9,13 @@ import torch
 
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
-from diffusion_align.diffusion.evaluation import Evaluation
+from diffusion_align.diffusion.evaluation import ImageEvaluation, ImageEvaluationConfig
 from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import DenoisingPolicy
-from diffusion_align.diffusion.settings import DenoisingConfig, EvaluationConfig
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.pipelines.identity import code_content, image_model_content, reward_content, rows_content
 from diffusion_align.references import module_of
 from diffusion_align.rewards import build_reward, check_reward
@@ -41,7 +41,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     pairs = None if given is None else agreed(lambda: usable_pairs(given))
     prompts = prompts_of(setting["prompts"])
     asked = [] if judged is None else prompts_of(judged.prompts)
-    plan = model_plan(config.model)
+    plan = image_model_ref(config.model)
     if pipeline is None:
         pipeline = _load(config, plan)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline, narrow))
@@ -81,7 +81,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     )
 
 
-def _load(config: DenoisingConfig, plan: ModelPlan) -> Any:
+def _load(config: DenoisingConfig, plan: ModelRef) -> Any:
     pipeline = load_pipeline(
         plan.base,
         dtype=getattr(torch, config.dtype),
@@ -124,15 +124,15 @@ def prompts_of(setting: PromptsConfig | None) -> list[Prompt]:
 
 
 def evaluation_of(
-    settings: EvaluationConfig, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt]
-) -> Evaluation:
+    settings: ImageEvaluationConfig, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt]
+) -> ImageEvaluation:
     """The gold reward and the distance of images of ``prompts``, ready."""
     embed = None
     if settings.diversity != "pixels":
         clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
         embed = load_clip(clip, device=policy.device).embed_images
     gold = checked_reward(settings.reward, model, policy, prompts)
-    return Evaluation(prompts, settings.pictures, settings.every, gold, embed)
+    return ImageEvaluation(prompts, settings.pictures, settings.every, gold, embed)
 
 
 def usable_pairs(settings: PairsConfig) -> PairSet:

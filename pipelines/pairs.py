@@ -22,7 +22,7 @@ from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
 from diffusion_align.errors import ConfigError, Interrupted, UserError, short
 from diffusion_align.images import UnreadableImage, open_image
-from diffusion_align.models.runs import image_model_problem
+from diffusion_align.models.model_ref import image_model_problem
 from diffusion_align.paths import output_problem, path_problem
 from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +37,13 @@ from diffusion_align.llm.settings import TextConfig
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models.language_models import (
     language_model_problem,
+    language_model_ref,
     load_language_model,
     load_tokenizer,
 )
 from diffusion_align.models.lora import carries_adapters, remove_lora
+from diffusion_align.models.model_card import write_model_card
+from diffusion_align.models.upload import upload
 from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
@@ -45,7 +51,7 @@ from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards.text import build_text_reward
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
-from diffusion_align.writing import output_folder
+from diffusion_align.writing import output_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,13 @@ class TextAlignmentPipeline:
     Attributes:
         model: the transformers model; after ``align`` it holds the trained weights.
         tokenizer: its tokenizer.
+        name: what the model is called in a configuration; after ``align`` the run folder.
+        run: the run folder whose result this is, None if it is of no run.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.run: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -89,7 +98,9 @@ class TextAlignmentPipeline:
             raise UserError(f"device={str(device)!r} {problem}")
         loaded, tokenizer = load_language_model(str(model), dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(loaded, tokenizer, name=str(model))
+        pipe = cls(loaded, tokenizer, name=str(model))
+        pipe.run = language_model_ref(str(model)).run
+        return pipe
 
     def align(
         self, method: str | type[Trainer[Any]] = "grpo", *, output_dir: str | Path, **settings: Any
@@ -132,7 +143,7 @@ class TextAlignmentPipeline:
                 remove_lora(self.model)
             raise
         trainer.optimization.load_ema_weights()
-        self.model, self.name = merged(model), str(config.output_dir)
+        self.model, self.name, self.run = merged(model), str(config.output_dir), config.output_dir
         # What is trained next is trained on this, and its adapter's configuration has to say so.
         self.model.name_or_path = self.model.config.name_or_path = str(config.output_dir / "final")
         return self
@@ -211,13 +222,60 @@ class TextAlignmentPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model, adapters merged, and its tokenizer, for plain transformers.
 
+        The result of a run comes with a model card, README.md.
+
         Args:
             folder: made if it is not there.
 
         Raises:
             UserError: it is a file.
         """
-        save_model(self.model, self.tokenizer, output_folder(folder))
+        target = output_folder(folder)
+        save_model(self.model, self.tokenizer, target)
+        self._write_card(target, location=str(target), merged=True)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
+        """Upload the adapter of the run and its model card, or the whole model, to the Hugging Face Hub.
+
+        Args:
+            repo_id: "owner/name"; the repository is made if it is not there.
+            private: whether a new repository is seen by its owner only; one that is there keeps its visibility.
+            token: of the Hub; the one this machine is logged in with if not given.
+            merged: upload the whole model with the adapter merged in.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UserError: there is no adapter, or it does not stand on its own; or the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            if merged:
+                self.save_pretrained(folder)
+            else:
+                self._copy_adapter(folder)
+            self._write_card(folder, location=repo_id, merged=merged)
+            return upload(folder, repo_id, private=private, token=token)
+
+    def _copy_adapter(self, folder: Path) -> None:
+        """The adapter of the run, which names its base as others know it."""
+        ref = None if self.run is None else language_model_ref(str(self.run))
+        if ref is None or not ref.adapters:
+            raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
+        if len(ref.adapters) > 1:
+            raise UserError(
+                f"the adapter stands on {ref.below}, which is not on the Hub: give merged=True to upload the whole "
+                "model"
+            )
+        shutil.copytree(ref.adapters[0], folder)
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = ref.origin
+        write_text(folder / "adapter_config.json", json.dumps(settings, indent=2))
+
+    def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
+        if self.run is not None:
+            write_model_card(self.run, target, kind="text", location=location, merged=merged)
 
 
 def _fitting_rows(prompts: Sequence[Text], tokenizer: Any, context: int | None, max_new_tokens: int) -> list[PromptRow]:

@@ -21,9 +21,11 @@ from diffusion_align.data.text_rows import (
     labelled_rows,
     preference_rows,
     prompt_rows,
+    prompts_of,
 )
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.llm.collection import WeightedRewards, trainer_state
+from diffusion_align.llm.evaluation import TextEvaluation
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.reward_model import RewardModel
 from diffusion_align.methods import method_of
@@ -58,20 +60,29 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         ConfigError, UserError: data or models that do not fit, in one sentence each.
     """
 
-    def read() -> tuple[TextEncoder, dict[str, list[Any]], list[PromptRow] | None]:
+    held_out = getattr(config, "evaluation", None)
+
+    def read() -> tuple[TextEncoder, dict[str, list[Any]], list[PromptRow] | None, list[PromptRow]]:
         if tokenizer is None:
             reader = _Reader.of(config)
         else:
             ends = ends_of(tokenizer, getattr(model, "generation_config", None))
             reader = _Reader(config, tokenizer, context_length(model.config), ends)
-        data = {name: reader(name) for name in _DATA if getattr(config, name, None) is not None}
-        return reader.encoder, data, reader.shown(data.get("prompts", ()))
+        data: dict[str, list[Any]] = {}
+        for name in _DATA:
+            if (rows := getattr(config, name, None)) is not None:
+                data[name] = reader(name, rows)
+        asked: list[PromptRow] = []
+        if held_out is not None:
+            own = held_out.prompts
+            asked = reader("evaluation.prompts", own) if own else prompts_of(data.get("prompts") or data["dataset"])
+        return reader.encoder, data, reader.shown(data.get("prompts", ())), asked
 
-    encoder, data, shown = agreed(read)  # before any weights are loaded
+    encoder, data, shown, asked = agreed(read)  # before any weights are loaded
     spec, other = getattr(config, "reward", None), getattr(config, "reference_model", None)
     with recorded() as places:
         some = data.get("prompts") or data.get("dataset", [])
-        rewards = None if spec is None else _rewards(config, some, encoder, processes().device)
+        rewards = None if spec is None else _rewards(config, config, some, encoder)
     identity: Identity = {"model": language_model_content(config.model)}
     if other is not None:
         _check_same_tokens(config, encoder.tokenizer)
@@ -79,6 +90,13 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
     identity |= {name: [rows_content(getattr(config, name), rows)] for name, rows in data.items() if rows}
     if spec is not None:
         identity["reward"] = reward_content(spec, TEXT, places)
+    evaluation = None
+    if held_out is not None:
+        with recorded() as places:
+            gold = _rewards(held_out, config, asked, encoder)
+        evaluation = TextEvaluation(asked, held_out.samples, held_out.every, gold)
+        fixed = rows_content(held_out.prompts or config.prompts or getattr(config, "dataset", None), asked)
+        identity["evaluation"] = [fixed, *reward_content(held_out.reward, TEXT, places)]
     config, accelerator, policy = _policy(config, model, encoder.tokenizer)
     return RunContext(
         config,
@@ -86,6 +104,7 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         policy=policy,
         data=data,
         reward=rewards,
+        evaluation=evaluation,
         shown=shown,
         identity=identity,
     )
@@ -141,9 +160,9 @@ class _Reader:
         ends = () if _trains_classifier(config) else load_ends(config.model, tokenizer)
         return cls(config, tokenizer, context, ends)
 
-    def __call__(self, name: str) -> list[Any]:
-        """The rows of the setting ``name``."""
-        found = self.read(name, getattr(self.config, name))
+    def __call__(self, name: str, data: TextDataConfig) -> list[Any]:
+        """The rows of ``data``, the setting ``name``."""
+        found = self.read(name, data)
         cut = found.truncation
         if processes().is_main_process and (cut.prompts or cut.completions or cut.left_out):
             Console(stderr=True).print(f"{name}: {cut}", highlight=False, markup=False, soft_wrap=True)
@@ -152,7 +171,7 @@ class _Reader:
     def read(self, name: str, data: TextDataConfig) -> Rows[Any]:
         """The rows of ``data`` as those of the setting ``name``."""
         kind: Callable[..., Rows[Any]] = prompt_rows
-        if name != "prompts":
+        if not name.endswith("prompts"):
             labelled = method_of(self.config.method).dataset_kind == "labels"
             kind = labelled_rows if labelled else preference_rows
         return kind(data, self.encoder, name=name)
@@ -190,15 +209,15 @@ def _check_same_tokens(config: Any, tokenizer: Any) -> None:
 
 
 def _rewards(
+    settings: Any,
     config: Any,
     prompts: Sequence[PromptRow | PreferenceRow | LabelledRow],
     encoder: TextEncoder,
-    device: torch.device,
 ) -> WeightedRewards:
-    """The rewards of a run, each tried on real prompts."""
-    specs = config.reward if isinstance(config.reward, list | tuple) else [config.reward]
-    weights = torch.tensor(config.reward_weights or [1.0] * len(specs), dtype=torch.float64)
-    rewards = WeightedRewards([build_text_reward(spec, device=device) for spec in specs], weights)
+    """The rewards of a run, or of its evaluation, which has ``settings`` of its own; each tried on real prompts."""
+    specs = settings.reward if isinstance(settings.reward, list | tuple) else [settings.reward]
+    weights = torch.tensor(settings.reward_weights or [1.0] * len(specs), dtype=torch.float64)
+    rewards = WeightedRewards([build_text_reward(spec, device=processes().device) for spec in specs], weights)
     some = list(prompts[:4])
     names = dict.fromkeys(name for row in some for name in row.columns)
     for reward in rewards.functions:

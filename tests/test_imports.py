@@ -31,7 +31,7 @@ ALLOWED = {
     "assets": set(),
     "training": {"estimators", "assets", "report", "rewards"},
     "data": {"training", "assets", "rewards"},
-    "models": {"training", "data", "assets"},
+    "models": {"training", "data", "assets", "report"},
     "rewards": {"assets", "models", "training"},
     "diffusion": {"estimators", "training", "data", "models", "assets", "report", "rewards"},
     "llm": {"estimators", "training", "data", "models", "assets", "report", "rewards"},

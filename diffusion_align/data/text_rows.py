@@ -7,7 +7,7 @@ the row, for rewards. Differences from TRL are said where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -99,6 +99,12 @@ class LabelledRow:
     completion: list[int]
     desirable: bool
     columns: dict[str, Any] = field(default_factory=dict)
+
+
+def prompts_of(rows: Sequence[PromptRow | PreferenceRow | LabelledRow]) -> list[PromptRow]:
+    """Each prompt once, in the order of the rows, with the other columns of its first row."""
+    first = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(rows)}
+    return list(reversed(first.values()))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.collection import Collected
-from diffusion_align.diffusion.evaluation import Evaluation
+from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import replay, transition
@@ -262,7 +262,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         prompts: list[Prompt],
         accelerator: Accelerator | None = None,
         *,
-        evaluation: Evaluation | None = None,
+        evaluation: ImageEvaluation | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.image_pairs import PairsConfig, PairSet
 from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
-from diffusion_align.diffusion.evaluation import Evaluation
+from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import transition
@@ -230,7 +230,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         pairs: PairSet | None = None,
         reward: Callable[..., Any] | None = None,
         prompts: list[Prompt] | None = None,
-        evaluation: Evaluation | None = None,
+        evaluation: ImageEvaluation | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from accelerate import Accelerator
@@ -11,24 +12,27 @@ from torch import Tensor, nn
 
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.collection import Collected, collect_scored
-from diffusion_align.diffusion.evaluation import SUMMARY, Evaluation, stop_reason, write_summary
+from diffusion_align.diffusion.evaluation import ImageEvaluation, ImageStopConfig
 from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.previews import ImagePreviews, sample_images
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.showing import ImageShow
 from diffusion_align.diffusion.transitions import Reduction
+from diffusion_align.models.model_card import write_model_card
+from diffusion_align.rewards.base import call_reward
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.evaluation import Evaluation
+from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.trainer import Trainer
+from diffusion_align.writing import new_folder
 
 Batch = TypeVar("Batch")
-SHOWN = 16
 
 
-class DenoisingTrainer(Trainer[Batch]):
+class DenoisingTrainer(PolicyTrainer[Batch]):
     """A policy, a reward (if any), what is shown and what is evaluated of them.
 
     Args:
@@ -46,6 +50,7 @@ class DenoisingTrainer(Trainer[Batch]):
     config: DenoisingConfig
     config_class: ClassVar[type[TrainingConfig]] = DenoisingConfig
     model_kind = "image"
+    previews: ImagePreviews
 
     def __init__(
         self,
@@ -55,16 +60,24 @@ class DenoisingTrainer(Trainer[Batch]):
         prompts: Sequence[Prompt] = (),
         accelerator: Accelerator | None = None,
         *,
-        evaluation: Evaluation | None = None,
+        evaluation: ImageEvaluation | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, accelerator, callbacks=callbacks)
-        self.policy, self.reward, self.evaluation, self.prompts = policy, reward, evaluation, list(prompts)
+        super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
+        self.policy, self.reward, self.prompts = policy, reward, list(prompts)
         scheduler, device = policy.pipeline.scheduler, self.accelerator.device
         self.drawing = DenoisingTrainer.trained_schedule(config, scheduler).to(device)
         self.exact_schedule = self.trained_schedule(config, scheduler)
         self.schedule = self.exact_schedule.to(device)
-        self.show_with(self.drawing, self.prompts)
+        self.previews = ImagePreviews(
+            policy,
+            self.drawing,
+            self.prompts,
+            config.show_prompts,
+            reward=reward,
+            seed=config.seed,
+            batch_size=config.sample_batch_size,
+        )
 
     @classmethod
     def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
@@ -112,13 +125,9 @@ class DenoisingTrainer(Trainer[Batch]):
             callbacks=run.callbacks,
         )
 
-    def show_with(self, schedule: DiffusionSchedule, prompts: Sequence[Prompt]) -> None:
-        """Draw grids and evaluations with ``schedule``; show ``config.show_prompts``, else the first of ``prompts``."""
-        known = dict(prompts)
-        shown = self.config.show_prompts or list(known)[:SHOWN]
-        self._drawing = schedule
-        pairs = [(text, known.get(text, {})) for text in shown]
-        self._show = ImageShow(self.policy, schedule, pairs, self.config.seed, self.config.sample_batch_size)
+    @property
+    def rules(self) -> ImageStopConfig:
+        return self.config.stop_when
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -148,52 +157,31 @@ class DenoisingTrainer(Trainer[Batch]):
             bars=self.bars,
         )
 
-    def show(self, name: str) -> None:
-        self._show.write(self.folder / "samples" / f"{name}.png")
+    def sample_held_out(self, evaluation: Evaluation, indices: range) -> dict[str, Tensor]:
+        """``features`` (n, D), or the images, and ``gold`` (n,)."""
+        assert isinstance(evaluation, ImageEvaluation)
+        texts, metadata = zip(*evaluation.prompts_of(indices), strict=True)
+        images = sample_images(
+            self.policy,
+            self.previews.schedule,
+            texts,
+            self.config.seed,
+            "evaluation",
+            batch_size=len(texts),
+            first=indices.start,
+        )
+        found = {"features": images if evaluation.embed is None else evaluation.embed(images)}
+        if evaluation.gold is not None:
+            found["gold"] = call_reward(evaluation.gold, images.to(self.policy.device), list(texts), list(metadata))
+        return found
 
-    def finish(self) -> None:
-        """Write ``final/`` (what diffusers loads), the pictures before and after, and the report."""
-        if self.evaluation is not None or self.stopped or (self.folder / SUMMARY).exists():
-            write_summary(self.folder, self.evaluation, self.stopped)
-        self._show.finish(self.folder, self.reward)
+    def write_weights(self, folder: Path) -> None:
+        """Write the adapter, or the whole pipeline if all of the UNet is trained, as diffusers loads them."""
+        with new_folder(folder) as aside:
+            if self.policy.lora is None:
+                self.policy.pipeline.save_pretrained(str(aside))
+            else:
+                self.policy.save_lora(aside)
 
-    def measure_first(self) -> dict[str, float]:
-        return self._evaluate() if self.evaluation is not None else {}
-
-    def measure(self) -> dict[str, float]:
-        """The evaluation, where it is due; ``best/`` holds the weights with the highest gold reward so far."""
-        due = self.evaluation is not None and self.evaluation.due(self.epoch, self.config.epochs)
-        return self._evaluate() if due else {}
-
-    def stop_reason(self, row: Mapping[str, float]) -> str | None:
-        return stop_reason(self.config.stop_when, dict(row), self.evaluation)
-
-    def checkpoint_wanted(self) -> bool:
-        """So that a resumed run knows what ``best/`` holds."""
-        best = self.evaluation.best if self.evaluation is not None else None
-        return best is not None and best[0] == self.epoch
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"gold": self.evaluation.history} if self.evaluation is not None else {}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        if self.evaluation is not None:
-            self.evaluation.history = [(epoch, gold) for epoch, gold in state["gold"]]
-
-    def _evaluate(self) -> dict[str, float]:
-        assert self.evaluation is not None
-        with self.ema_weights():
-            measured = self.evaluation.measure(
-                self.policy,
-                self._drawing,
-                epoch=self.epoch,
-                seed=self.config.seed,
-                batch_size=self.config.sample_batch_size,
-                processes=self.processes,
-                bars=self.bars,
-            )
-        best = self.evaluation.best
-        if best is not None and best[0] == self.epoch > 0:
-            with self.ema_weights():
-                self.processes.on_main(lambda: self._show.write_weights(self.folder / "best"))
-        return measured
+    def write_card(self) -> None:
+        write_model_card(self.folder, self.folder / "final", pipeline_class=type(self.policy.pipeline).__name__)

@@ -14,7 +14,7 @@ from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.doctor.memory import parameter_counts
 from diffusion_align.errors import UserError
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE, unet_problem
-from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.models.model_ref import ModelRef, image_model_ref
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def find_model(config: DenoisingConfig) -> ModelFiles:
     """The files of ``config.model``: embedded, a folder, one file, a hub id in the cache or not, or a run's base."""
     model = config.model
     try:
-        plan = model_plan(model)
+        plan = image_model_ref(model)
     except UserError:  # which is among the settings' problems
         return ModelFiles({}, [("model", f"{model} (a run that cannot be used)")])
     if plan.run is not None and plan.base != model:
@@ -87,7 +87,7 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.{0 if count >= 1e7 else 1}f} MB"
 
 
-def _under_a_run(config: DenoisingConfig, plan: ModelPlan) -> ModelFiles:
+def _under_a_run(config: DenoisingConfig, plan: ModelRef) -> ModelFiles:
     loaded = {
         "model": plan.base,
         "weights_variant": config.weights_variant or plan.variant,

@@ -95,7 +95,8 @@ class DPOConfig(PreferenceConfig):
 
     @property
     def needs_reference(self) -> bool:
-        return self.sample_from == "reference" or not (self.reference_free or self.precompute_ref_log_probs)
+        asked = self.sample_from == "reference" or self.stop_when.kl_above is not None
+        return asked or not (self.reference_free or self.precompute_ref_log_probs)
 
     def cross_checks(self) -> Iterator[str]:
         for name, losses in _BELONGS.items():

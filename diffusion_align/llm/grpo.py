@@ -93,7 +93,11 @@ class GRPOConfig(PolicyGradientConfig):
 
     @property
     def needs_reference(self) -> bool:
-        return self.beta > 0
+        return self.beta > 0 or self.stop_when.kl_above is not None
+
+    @property
+    def logs_kl(self) -> bool:
+        return self.needs_reference or self.lora is not None
 
     def cross_checks(self) -> Iterator[str]:
         if self.num_generations < 2:

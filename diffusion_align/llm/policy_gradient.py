@@ -17,6 +17,7 @@ from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, importance_ratio
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, in_batches
+from diffusion_align.llm.evaluation import TextEvaluation
 from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
 from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
@@ -52,6 +53,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         prompts: what to complete, with the columns that the rewards receive.
         rewards: what scores completions, already checked.
         shown: prompts to show; the first of ``prompts`` when not given.
+        evaluation: see ``TextTrainer``.
         accelerator, callbacks: see ``Trainer``.
     """
 
@@ -65,6 +67,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         rewards: WeightedRewards,
         *,
         shown: Sequence[PromptRow] | None = None,
+        evaluation: TextEvaluation | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -74,6 +77,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
             prompts=prompts,
             rewards=rewards,
             shown=shown,
+            evaluation=evaluation,
             accelerator=accelerator,
             callbacks=callbacks,
         )

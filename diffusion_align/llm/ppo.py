@@ -32,6 +32,7 @@ from diffusion_align.estimators import (
     value_loss,
 )
 from diffusion_align.llm.collection import Collected, WeightedRewards
+from diffusion_align.llm.evaluation import TextEvaluation
 from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
@@ -72,6 +73,10 @@ class PPOConfig(PolicyGradientConfig):
 
     @property
     def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.stop_when.kl_above is not None
+
+    @property
+    def logs_kl(self) -> bool:
         return self.kl_coef > 0
 
     def cross_checks(self) -> Iterator[str]:
@@ -107,10 +112,20 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         rewards: WeightedRewards,
         *,
         shown: Sequence[PromptRow] | None = None,
+        evaluation: TextEvaluation | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, policy, prompts, rewards, shown=shown, accelerator=accelerator, callbacks=callbacks)
+        super().__init__(
+            config,
+            policy,
+            prompts,
+            rewards,
+            shown=shown,
+            evaluation=evaluation,
+            accelerator=accelerator,
+            callbacks=callbacks,
+        )
         self.kl_coef = config.kl_coef
         self.value_head = nn.Linear(policy.hidden_size, 1, device=policy.device)
         for parameter in self.value_head.parameters():
@@ -175,9 +190,10 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         return {"value_coef": self.config.value_coef, "kl_coef": self.kl_coef}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef}
+        return super().extra_state() | {"kl_coef": self.kl_coef}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
         self.kl_coef = state["kl_coef"]
 
     def _values(self, scored: Scored) -> Tensor:

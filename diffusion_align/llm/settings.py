@@ -10,9 +10,11 @@ from pydantic import Field, field_validator
 from diffusion_align.bounds import MOST
 from diffusion_align.data.sources import in_python
 from diffusion_align.data.text_rows import TextDataConfig
+from diffusion_align.llm.evaluation import TextEvaluationConfig
 from diffusion_align.llm.policy import LoRAConfig
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import TrainingConfig, Weight
+from diffusion_align.training.evaluation import StopConfig
 
 
 class TextConfig(TrainingConfig):
@@ -34,16 +36,30 @@ class TextConfig(TrainingConfig):
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
 
+    evaluation: TextEvaluationConfig | None = Field(None, description="a held-out reward on fixed prompts")
+    stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
+
     @property
     def needs_reference(self) -> bool:
         """Whether the policy must keep a reference beside what is trained."""
         return True
+
+    @property
+    def logs_kl(self) -> bool:
+        """Whether every epoch logs ``kl_path``; else evaluations do."""
+        return False
 
     def cross_checks(self) -> Iterator[str]:
         if self.show_prompts is not None and not self.show_prompts:
             yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
         if self.dtype != "float32" and self.lora is None:
             yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
+        if self.stop_when.kl_above is not None and not self.logs_kl and self.evaluation is None:
+            yield (
+                "stop_when.kl_above looks at a KL that this run measures in evaluations only: set evaluation, or leave "
+                "it out"
+            )
+        yield from self.stop_when.evaluation_problems(self.evaluation)
 
 
 class OnlineConfig(TextConfig):

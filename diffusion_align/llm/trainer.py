@@ -5,40 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, rows_name
+from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, prompts_of, rows_name
 from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
 from diffusion_align.llm.collection import (
     Collected,
     WeightedRewards,
     collect_scored,
+    completion_ids,
     in_batches,
     reference_log_probs,
     trainer_state,
 )
+from diffusion_align.llm.evaluation import TextEvaluation
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, widest_float
+from diffusion_align.llm.previews import TextPreviews
+from diffusion_align.llm.rollout import rollout
 from diffusion_align.llm.settings import TextConfig
-from diffusion_align.llm.showing import SHOWN, TextShow
+from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost
+from diffusion_align.training.evaluation import Evaluation, StopConfig
+from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.trainer import Trainer
 
 Batch = TypeVar("Batch")
 LossType = Literal["grpo", "dapo", "dr_grpo"]
 
 
-class TextTrainer(Trainer[Batch]):
-    """A policy, rewards (if any), and what is shown of them.
+class TextTrainer(PolicyTrainer[Batch]):
+    """A policy, rewards (if any), what is shown and what is evaluated of them.
 
     Args:
         config: checked settings.
@@ -47,6 +53,7 @@ class TextTrainer(Trainer[Batch]):
         rows: given completions.
         rewards: what scores completions, already checked.
         shown: prompts to show; the first of the data when not given.
+        evaluation: the held-out rewards and fixed prompts, if anything is to be evaluated.
         accelerator, callbacks: see ``Trainer``.
 
     Raises:
@@ -66,17 +73,17 @@ class TextTrainer(Trainer[Batch]):
         rows: Sequence[PreferenceRow | LabelledRow] | None = None,
         rewards: WeightedRewards | None = None,
         shown: Sequence[PromptRow] | None = None,
+        evaluation: TextEvaluation | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        super().__init__(config, accelerator, callbacks=callbacks)
+        super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
         self.policy, self.prompts, self.rows, self.rewards = policy, prompts or (), rows or (), rewards
         if shown is None:
-            others = {tuple(row.ids): PromptRow(row.prompt, row.ids, row.columns) for row in reversed(self.rows)}
-            shown = self.prompts or list(reversed(others.values()))
-        self._show = TextShow(
+            shown = self.prompts or prompts_of(self.rows)
+        self.previews = TextPreviews(
             policy,
-            shown[:SHOWN],
+            shown,
             rewards,
             seed=config.seed,
             batch_size=config.sample_batch_size,
@@ -110,6 +117,7 @@ class TextTrainer(Trainer[Batch]):
             prompts=run.data.get("prompts", ()),
             rewards=run.reward,
             shown=run.shown,
+            evaluation=run.evaluation,
             accelerator=run.accelerator,
             callbacks=run.callbacks,
             **rows,
@@ -123,14 +131,32 @@ class TextTrainer(Trainer[Batch]):
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.policy.trainable
 
-    def show(self, name: str) -> None:
-        self._show.write(self.folder / "samples" / f"{name}.jsonl")
+    @property
+    def rules(self) -> StopConfig:
+        return self.config.stop_when
 
-    def finish(self) -> None:
-        """Write ``final/`` (what transformers and peft load), and the samples before and after."""
-        self.policy.save(self.folder / "final")
-        if self.policy.has_reference:
-            self._show.write_before_after(self.folder / "samples" / "before_after.jsonl")
+    def sample_held_out(self, evaluation: Evaluation, indices: range) -> dict[str, Tensor]:
+        """``gold`` (n,); and ``kl_path`` (n,), log(pi/pi_ref) of each, where the method logs no KL of its own."""
+        rows = evaluation.prompts_of(indices)
+        streams = [generator(self.config.seed, "evaluation", i) for i in indices]
+        length = self.config.max_completion_length
+        completions = rollout(self.policy, [row.ids for row in rows], streams, max_new_tokens=length)
+        sequences, rewards = completions.sequences, evaluation.gold
+        ids = completion_ids(sequences) if rewards.want_ids else None
+        scores = rewards.scores(rows, self.policy.decode(sequences), ids)
+        found = {"gold": rewards.total(rows, scores)}
+        if self.policy.has_reference and not self.config.logs_kl:
+            with self.policy.reference():
+                logp_ref = self.policy.log_probs(self.policy.score(sequences))
+            found["kl_path"] = masked_sum(completions.logp_old - logp_ref, sequences.mask, 1)
+        return found
+
+    def write_weights(self, folder: Path) -> None:
+        """Write the adapter, or the whole model if all of it is trained, as transformers and peft load it."""
+        self.policy.save(folder)
+
+    def write_card(self) -> None:
+        write_model_card(self.folder, self.folder / "final", kind="text")
 
     def sample(self, prompts: Sequence[PromptRow], num_generations: int) -> tuple[list[PromptRow], Collected]:
         """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions, scored."""

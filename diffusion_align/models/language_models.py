@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from diffusion_align.data.text_encoding import context_length, ends_of
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.models.lora import forget_adapters, load_peft
+from diffusion_align.models.model_ref import ModelRef
 from diffusion_align.models.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
 from diffusion_align.paths import path_problem
 from diffusion_align.pretrained import load_in_dtype
@@ -33,21 +34,13 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What families call their number in config.json."""
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A full model's folder or hub id, and folders of the adapters that go on it, in this order."""
-
-    base: str
-    adapters: tuple[Path, ...] = ()
-
-
 def language_model_problem(name: str, *, or_classifier: bool = False) -> str | None:
     """One sentence about why ``name`` cannot be a causal language model, found without loading or downloading.
 
     ``or_classifier`` lets a saved sequence classifier pass, too.
     """
     try:
-        _plan(name, ("causal", "classifier") if or_classifier else ("causal",))
+        language_model_ref(name, ("causal", "classifier") if or_classifier else ("causal",))
     except UserError as error:
         return str(error)
     return None
@@ -59,8 +52,8 @@ def model_places(name: str) -> list[str]:
     Raises:
         UserError: as ``load_sequence_classifier``.
     """
-    plan = _plan(name, ("causal", "classifier"))
-    return [plan.base, *map(str, plan.adapters)]
+    ref = language_model_ref(name, ("causal", "classifier"))
+    return [ref.base, *map(str, ref.adapters)]
 
 
 def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -74,12 +67,12 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
     Raises:
         UserError: the model is not there, is not a causal language model, or cannot be read.
     """
-    plan = _plan(name, ("causal",))
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
-        model = _full_model(name, plan.base, dtype, ("causal",))
-        for folder in plan.adapters:
+    ref = language_model_ref(name, ("causal",))
+    with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
+        model = _full_model(name, ref.base, dtype, ("causal",))
+        for folder in ref.adapters:
             model = _merged(model, folder)
-        return model.eval(), _tokenizer(name, plan, model.get_input_embeddings().num_embeddings)
+        return model.eval(), _tokenizer(name, ref, model.get_input_embeddings().num_embeddings)
 
 
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
@@ -91,10 +84,10 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     Raises:
         UserError: as ``load_language_model``.
     """
-    plan = _plan(name, ("causal", "classifier"))
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
-        config = _config(name, plan.base, ("causal", "classifier"))
-        return _tokenizer(name, plan, config.get_text_config().vocab_size), context_length(config)
+    ref = language_model_ref(name, ("causal", "classifier"))
+    with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
+        config = _config(name, ref.base, ("causal", "classifier"))
+        return _tokenizer(name, ref, config.get_text_config().vocab_size), context_length(config)
 
 
 def load_ends(name: str, tokenizer: Any) -> list[int]:
@@ -109,11 +102,11 @@ def load_ends(name: str, tokenizer: Any) -> list[int]:
     """
     from transformers import GenerationConfig
 
-    plan = _plan(name, ("causal",))
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
-        config = _config(name, plan.base, ("causal",))
+    ref = language_model_ref(name, ("causal",))
+    with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
+        config = _config(name, ref.base, ("causal",))
         try:
-            settings = GenerationConfig.from_pretrained(plan.base)
+            settings = GenerationConfig.from_pretrained(ref.base)
         except OSError:  # there is no such file: transformers then takes them from the model's configuration
             settings = GenerationConfig.from_model_config(config)
         return _ends(name, tokenizer, settings)
@@ -135,15 +128,15 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
         UserError: the model is not there, of another kind, has another number of labels, or cannot be read.
     """
     kinds: tuple[Kind, ...] = ("causal", "classifier")
-    plan = _plan(name, kinds)
-    with _quietly(), _in_one_sentence(name), hub_or_cache(plan.base):
-        model = _full_model(name, plan.base, dtype, kinds)
-        for folder in plan.adapters:
+    ref = language_model_ref(name, kinds)
+    with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
+        model = _full_model(name, ref.base, dtype, kinds)
+        for folder in ref.adapters:
             if _adapter_kind(_json(name, folder / "adapter_config.json")) == "classifier":
                 model = _with_head(model, num_labels)
             model = _merged(model, folder)
         model = _with_head(model, num_labels)
-        tokenizer = _tokenizer(name, plan, model.get_input_embeddings().num_embeddings)
+        tokenizer = _tokenizer(name, ref, model.get_input_embeddings().num_embeddings)
     if model.config.num_labels != num_labels:
         raise UserError(
             f"model={name!r} is a classifier of {model.config.num_labels} labels, and {num_labels} are asked"
@@ -156,8 +149,17 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
     return model.eval(), tokenizer
 
 
-def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _Plan:
-    """What has to be loaded for ``name``; ``above`` are the adapters and runs that led here."""
+def language_model_ref(name: str, kinds: tuple[Kind, ...] = ("causal",), above: tuple[str, ...] = ()) -> ModelRef:
+    """What to load for ``name``.
+
+    Args:
+        name: as for ``load_language_model``, or ``load_sequence_classifier`` where ``kinds`` has classifiers.
+        kinds: of models.
+        above: the adapters and runs that led here.
+
+    Raises:
+        UserError: there is no such model, or it is of another kind. Nothing is loaded.
+    """
     subject = f"model={name!r}"
     embedded = ", ".join(LANGUAGE_MODELS)
     if problem := path_problem(name, "folder"):
@@ -165,25 +167,27 @@ def _plan(name: str, kinds: tuple[Kind, ...], above: tuple[str, ...] = ()) -> _P
     if name in above:
         raise UserError(f"{subject} is trained on itself: correct base_model_name_or_path, or model in config.yaml")
     if name == "tiny-lm":
-        return _Plan(str(asset_path(name)))
+        return ModelRef(str(asset_path(name)), origin=name)
     folder = Path(os.path.expanduser(name))
     if name == "smollm2" or folder == smollm2_folder():  # adapters on it name the folder
         if problem := smollm2_problem():
             raise UserError(problem)
-        return _Plan(str(smollm2_folder()))
+        return ModelRef(str(smollm2_folder()), origin="smollm2")
     if name in EMBEDDED_MODELS:
         raise UserError(f"{subject} is an image model, not a language model: embedded language models are {embedded}")
     if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
-        return _folder_plan(name, folder, kinds, (*above, name))
+        ref = _folder_ref(name, folder, kinds, (*above, name))
+        of_run = folder.name == "final" and (folder.parent / "config.yaml").is_file()
+        return replace(ref, run=folder.parent) if of_run else ref
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         hint = nearest(name, LANGUAGE_MODELS)
         raise UserError(
             f"{subject} is neither an embedded language model, nor a folder, nor a hub id 'owner/name': {hint}"
         )
-    return _Plan(name)
+    return ModelRef(name, origin=name)
 
 
-def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> _Plan:
+def _folder_ref(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> ModelRef:
     subject = f"model={name!r}"
     if (folder / "model_index.json").is_file():
         raise UserError(f"{subject} is the folder of a text-to-image pipeline, not of a language model")
@@ -204,7 +208,7 @@ def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[
         problem = _kind_problem(config.get("model_type"), config.get("architectures"), kinds)
         if problem:
             raise UserError(f"{subject} {problem}")
-        return _Plan(str(folder))
+        return ModelRef(str(folder), origin=str(folder))
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{subject}: the folder has no config.json, no adapter_config.json and no config.yaml of a run")
     final = folder / "final"
@@ -218,14 +222,14 @@ def _folder_plan(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[
     if not any((final / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise UserError(f"{subject} is a run of method={run.get('method')!r} whose final/ holds no language model")
     if base is None or (final / "config.json").is_file():
-        return _folder_plan(str(final), final, kinds, above)
+        return replace(_folder_ref(str(final), final, kinds, above), run=folder, settings=run)
     config = _json(name, final / "adapter_config.json")
     if _adapter_kind(config) not in kinds:
         raise UserError(f"{subject} trained an adapter for task_type={config.get('task_type')!r}, not a language model")
-    return _on_base(name, final, base, kinds, above)
+    return replace(_on_base(name, final, base, kinds, above), run=folder, settings=run)
 
 
-def _on_base(name: str, adapter: Path, base: Any, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> _Plan:
+def _on_base(name: str, adapter: Path, base: Any, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> ModelRef:
     if not isinstance(base, str) or not base:
         raise UserError(
             f"model={name!r} is an adapter that does not say on what: set base_model_name_or_path in {adapter}"
@@ -239,10 +243,10 @@ def _on_base(name: str, adapter: Path, base: Any, kinds: tuple[Kind, ...], above
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"model={name!r} has no adapter_model.safetensors in {adapter}: other formats are not read")
     try:
-        plan = _plan(found, kinds, above)
+        ref = language_model_ref(found, kinds, above)
     except UserError as error:
         raise UserError(f"model={name!r} is an adapter whose base cannot be used: {error}") from None
-    return _Plan(plan.base, (*plan.adapters, adapter))
+    return ModelRef(ref.base, (*ref.adapters, adapter), below=base, origin=ref.origin)
 
 
 def _adapter_kind(config: dict[str, Any]) -> Kind | None:
@@ -332,12 +336,12 @@ def _with_head(model: Any, num_labels: int) -> Any:
     return classifier
 
 
-def _tokenizer(name: str, plan: _Plan, rows: int) -> Any:
+def _tokenizer(name: str, ref: ModelRef, rows: int) -> Any:
     """Of the last adapter that brings one, else of the full model."""
     from transformers import AutoTokenizer
 
-    own = [str(folder) for folder in reversed(plan.adapters) if (folder / "tokenizer_config.json").is_file()]
-    tokenizer = AutoTokenizer.from_pretrained([*own, plan.base][0], trust_remote_code=False)
+    own = [str(folder) for folder in reversed(ref.adapters) if (folder / "tokenizer_config.json").is_file()]
+    tokenizer = AutoTokenizer.from_pretrained([*own, ref.base][0], trust_remote_code=False)
     if not isinstance(tokenizer.model_max_length, int | float):  # transformers compares whatever is written there
         found = f"model_max_length={short(tokenizer.model_max_length)} of its tokenizer must be a number"
         raise UserError(f"model={name!r}: {found}: correct tokenizer_config.json")

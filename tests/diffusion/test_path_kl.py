@@ -8,11 +8,10 @@ import torch
 
 from diffusion_align.diffusion.collection import Collected
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
-from diffusion_align.diffusion.evaluation import stop_reason
 from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
 from diffusion_align.diffusion.rollout import rollout
-from diffusion_align.diffusion.settings import StopConfig
 from diffusion_align.errors import TrainingError
+from diffusion_align.training.evaluation import StopConfig
 from diffusion_align.training.statistics import UpdateStatistics
 
 PROMPTS = ["a red apple", "a cat"]
@@ -188,8 +187,8 @@ def test_a_priced_kl_has_its_error_too_and_one_that_is_not_finite_ends_the_run(r
 
 def test_the_rule_waits_until_the_estimate_is_sure():
     rules = StopConfig(kl_above=8)
-    assert stop_reason(rules, {"kl_path": 9.0, "kl_path_stderr": 0.5}, None) is None
-    reason = stop_reason(rules, {"kl_path": 9.0, "kl_path_stderr": 0.49}, None)
+    assert rules.broken({"kl_path": 9.0, "kl_path_stderr": 0.5}, None) == []
+    [reason] = rules.broken({"kl_path": 9.0, "kl_path_stderr": 0.49}, None)
     assert "is 9 nats (standard error 0.49), above stop_when.kl_above=8" in reason
 
 

@@ -14,7 +14,7 @@ from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.errors import UserError
 from diffusion_align.models.image_pipelines import load_pipeline, unet_problem
-from diffusion_align.models.runs import image_model_problem
+from diffusion_align.models.model_ref import image_model_problem
 
 MODELS = ["tiny_sd", "tiny_sd2", "tiny_sdxl", "emoji-sd"]
 PROMPTS = ["red apple", "a cat"]

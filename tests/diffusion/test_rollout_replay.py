@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from diffusion_align.diffusion.previews import sample_images
 from diffusion_align.diffusion.rollout import replay, rollout, transition
 from diffusion_align.diffusion.schedule import build_schedule
-from diffusion_align.diffusion.showing import sample_images
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PROMPTS = ["red apple", "a cat", "blue car", "tree"]

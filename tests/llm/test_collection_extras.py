@@ -12,8 +12,8 @@ from diffusion_align.llm import collection
 from diffusion_align.llm.collection import WeightedRewards, completion_ids, trainer_state
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.policy import Sequences
+from diffusion_align.llm.previews import TextPreviews
 from diffusion_align.llm.rollout import rollout
-from diffusion_align.llm.showing import TextShow
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards import RewardError
 from diffusion_align.rewards.text import TrainerState
@@ -145,8 +145,9 @@ def test_a_reward_that_cannot_do_without_the_run_fails_in_one_sentence():
 
 def test_shown_texts_are_scored_with_their_tokens_and_without_a_state(make_language_policy, tmp_path):
     policy, spy = make_language_policy("gpt2", noise=0.1), Spy()
-    show = TextShow(policy, ROWS, WeightedRewards([spy], torch.ones(1)), seed=0, batch_size=1, max_completion_length=6)
-    show.write_before_after(tmp_path / "shown.jsonl")
+    rewards = WeightedRewards([spy], torch.ones(1))
+    previews = TextPreviews(policy, ROWS, rewards, seed=0, batch_size=1, max_completion_length=6)
+    previews.write_pairs(*previews.before_after(), tmp_path / "shown.jsonl")
 
     def expected():
         parts = [
@@ -172,7 +173,8 @@ def test_shown_texts_have_no_reward_where_it_needs_a_state(make_language_policy,
 
     rewards = WeightedRewards([needy], torch.ones(1))
     policy = make_language_policy("gpt2")
-    TextShow(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2).write(tmp_path / "shown.jsonl")
+    previews = TextPreviews(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2)
+    previews.write(previews.sample(), tmp_path / "shown.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
     assert [set(line) for line in lines] == [{"prompt", "completion"}] * 2
 
@@ -180,7 +182,8 @@ def test_shown_texts_have_no_reward_where_it_needs_a_state(make_language_policy,
 def test_a_shown_text_about_which_no_reward_says_anything_takes_none_from_the_others(make_language_policy, tmp_path):
     rewards = WeightedRewards([lambda completions: [None, *[2.0] * (len(completions) - 1)]], torch.ones(1))
     policy = make_language_policy("gpt2")
-    TextShow(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2).write(tmp_path / "shown.jsonl")
+    previews = TextPreviews(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2)
+    previews.write(previews.sample(), tmp_path / "shown.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
     assert [line.get("reward") for line in lines] == [None, 2.0]
 

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 from diffusion_align import __version__
-from diffusion_align.diffusion.model_card import LARGEST_ETA, model_card, write_model_card
 from diffusion_align.errors import ConfigError
+from diffusion_align.models.model_card import LARGEST_ETA, model_card, write_model_card
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.report import write_report
 
@@ -78,10 +78,10 @@ def test_the_figures_are_those_of_the_run(card):
     assert said["reward"] == ["1.235 (epoch 1)", "-2.5 (epoch 3)"]  # the second table's row comes last
     assert said["held-out (gold) reward"] == ["0.5 (epoch 1)", "0.25 (epoch 3)"]
     assert said["diversity"] == ["0.75 (epoch 1)", "the same"]
-    assert said["KL to the reference, last epoch"] == ["3.5 nats, over all trained steps of a picture"]
+    assert said["KL to the reference, last epoch"] == ["3.5 nats, over all trained steps of an image"]
     assert said["kl_coef, the price of a nat of KL"] == ["`0.25`"]
     assert said["epochs"] == ["3"]
-    assert said["pictures drawn"] == ["24"]
+    assert said["images sampled"] == ["24"]
     assert said["method"] == ["`ddpo`"]
     assert said["base model"] == ["`owner/sd`"]
     assert '| reward | `{"name": "clip_score", "scale": 2.0}` |' in body
@@ -95,12 +95,12 @@ def test_nothing_is_said_that_was_not_logged(card):
     body, _ = card([])
     assert not {"held-out (gold) reward", "diversity", "KL to the reference, last epoch"} & table(body).keys()
     assert table(body)["epochs"] == ["0"]
-    assert table(body)["pictures drawn"] == ["0"]
+    assert table(body)["images sampled"] == ["0"]
     assert "mean of an epoch" not in body
     assert "before_after.png" not in body
     short, _ = card(ROWS[:2])
     assert table(short)["reward"] == ["1.235 (epoch 1)", "the same"]
-    assert table(short)["pictures drawn"] == ["8"]
+    assert table(short)["images sampled"] == ["8"]
 
 
 def test_how_it_ended_and_where_it_was_best(card, tmp_path):
@@ -148,7 +148,7 @@ def test_a_run_from_pairs(card):
     assert said["pairs"] == ['`{"source": "emoji_style"}`']
     assert said["pairs trained on"] == ["16"]
     assert "reward" not in said
-    assert "has drawn" not in body
+    assert "has sampled" not in body
     assert "diffusion-dpo" in front["tags"]
 
 
@@ -184,7 +184,7 @@ def test_the_settings_without_what_is_nobody_elses_business(card):
 def test_awkward_names_break_neither_the_table_nor_the_code(card):
     prompt = 'a "red" \\ apple\nx'
     body, _ = card(reward="a|b\nc", prompts=[prompt])
-    assert table(body)["pictures drawn"] == ["24"]
+    assert table(body)["images sampled"] == ["24"]
     assert "| reward | `a\\|b c` |" in body
     compile(code_of(body), "card", "exec")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.interrupt import InterruptFlag
-from diffusion_align.models.runs import image_model_problem, model_plan
+from diffusion_align.models.model_ref import image_model_problem, image_model_ref
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import check_config
@@ -396,17 +396,17 @@ def test_what_lies_under_a_run_of_runs(tmp_path):
     lora = "pytorch_lora_weights.safetensors"
     a = written(tmp_path / "a", final=[lora], model="base.safetensors", weights_variant="fp16", base_config="owner/sd")
     b = written(tmp_path / "b", final=[lora], model=str(a))
-    plan = model_plan(str(b))
+    plan = image_model_ref(str(b))
     assert (plan.base, plan.variant, plan.base_config) == ("base.safetensors", "fp16", "owner/sd")
     assert plan.adapters == (a / "final", b / "final")
     assert (plan.below, plan.run) == (str(a), b)
-    assert model_plan(str(b / "final")) == plan
+    assert image_model_ref(str(b / "final")) == plan
     c = written(tmp_path / "c", final=["model_index.json"], model=str(b))
-    assert (model_plan(str(c)).base, model_plan(str(c)).adapters) == (str(c / "final"), ())
+    assert (image_model_ref(str(c)).base, image_model_ref(str(c)).adapters) == (str(c / "final"), ())
     d = written(tmp_path / "d", final=[lora], model=str(c))
-    assert (model_plan(str(d)).base, model_plan(str(d)).adapters) == (str(c / "final"), (d / "final",))
+    assert (image_model_ref(str(d)).base, image_model_ref(str(d)).adapters) == (str(c / "final"), (d / "final",))
     for model in ("emoji-sd", "owner/name", "anywhere/else/at/all", str(tmp_path)):
-        assert model_plan(model).base == model
+        assert image_model_ref(model).base == model
 
 
 def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
@@ -641,29 +641,6 @@ def test_a_picture_keeps_its_levels():
 
 
 # -- the hub -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """What was asked of the hub; the folder uploaded is copied to tmp_path/hub."""
-    import shutil
-
-    calls = []
-
-    class Api:
-        def __init__(self, token=None):
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id, **options):
-            calls.append(("create", repo_id, options))
-            return f"https://example.org/{repo_id}"
-
-        def upload_folder(self, *, repo_id, folder_path, **options):
-            shutil.copytree(folder_path, tmp_path / "hub", dirs_exist_ok=True)
-            calls.append(("upload", repo_id, options["repo_type"]))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    return calls
 
 
 def test_an_adapter_is_uploaded_with_its_card(load, tiny_sd, first_run, tmp_path, hub):

@@ -1,11 +1,15 @@
 """TextAlignmentPipeline: load, align, write, score, save; and what plain transformers and peft make of the result."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from diffusion_align.assets import asset_path
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.lora import add_lora
 from diffusion_align.pipelines.configuration import check_config
@@ -435,3 +439,71 @@ def test_several_faults_at_once(load, tmp_path):
 def test_what_cannot_be_loaded(model, wanted):
     with pytest.raises(UserError, match=wanted):
         TextAlignmentPipeline.from_pretrained(model)
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [{"prompt": talk} for talk in TALKS]])
+def test_the_lines_of_a_card_load_what_was_trained(load, chat, tmp_path, prompts):
+    settings = SETTINGS | ONLINE | {"prompts": prompts, "epochs": 1}
+    first = (load() if prompts is PROMPTS else chat).align(reward="length", output_dir=tmp_path / "one", **settings)
+    second = TextAlignmentPipeline.from_pretrained(tmp_path / "one", device="cpu")
+    second.align(reward="length", output_dir=tmp_path / "two", **settings)
+    second.save_pretrained(tmp_path / "merged")
+    for folder, pipe in (("one/final", first), ("two/final", second), ("merged", second)):
+        card = (tmp_path / folder / "README.md").read_text()
+        found: dict = {}
+        exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), found)
+        assert isinstance(found["text"], str)
+        assert_same_model(found["model"], pipe.model)
+    assert "| mean of an epoch | first | last |" in card
+    assert yaml.safe_load(card.split("---\n")[1]) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["text-generation", "transformers", "grpo", "diffusion-align"],
+    }
+
+
+def test_the_card_of_a_run_shows_its_texts_and_figures(tmp_path):
+    pipe = TextAlignmentPipeline.from_pretrained("tiny-lm", device="cpu")
+    settings = SETTINGS | {"dataset": PAIRS, "epochs": 1, "evaluation": {"reward": "length", "samples": 2}}
+    pipe.align("dpo", output_dir=tmp_path / "run", **settings)
+    card = (tmp_path / "run/final/README.md").read_text()
+    shown = json.loads((tmp_path / "run/samples/before_after.jsonl").read_text().splitlines()[0])
+    assert "# tiny-lm aligned with DPO" in card
+    assert "A LoRA adapter for the language model `tiny-lm`" in card
+    assert f"| `{shown['prompt']}` |" in card
+    assert " ".join(shown["after"].split())[:20].replace("|", "\\|") in card
+    assert "| rows trained on | 8 |" in card
+    assert "| held-out (gold) reward |" in card
+    assert "nats, of a completion" in card
+    assert 'AutoModelForCausalLM.from_pretrained(asset_path("tiny-lm"))' in card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["library_name"], front["tags"][2:]) == ("peft", ["lora", "dpo", "diffusion-align"])
+
+
+def test_an_adapter_is_uploaded_with_its_card(tmp_path, hub):
+    from peft import PeftModel
+
+    pipe = TextAlignmentPipeline.from_pretrained("tiny-lm", device="cpu")
+    with pytest.raises(UserError, match="there is no adapter to upload: give merged=True"):
+        pipe.push_to_hub("me/a")
+    settings = SETTINGS | ONLINE | {"epochs": 1}
+    pipe.align(reward=letters, output_dir=tmp_path / "run", **settings)
+    assert pipe.push_to_hub("me/a", token="hf_x") == "https://example.org/me/a"
+    files = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"} <= files
+    everything = "".join(p.read_text() for p in (tmp_path / "hub").iterdir() if p.suffix in (".md", ".json"))
+    assert str(tmp_path) not in everything
+    assert str(asset_path("tiny-lm").parent) not in everything
+    assert "hf_x" not in everything
+    assert 'PeftModel.from_pretrained(model, "me/a")' in everything
+    theirs = PeftModel.from_pretrained(plain(asset_path("tiny-lm")).float(), tmp_path / "hub").merge_and_unload()
+    assert_same_model(theirs, pipe.model)
+    pipe.align(reward=letters, output_dir=tmp_path / "second", **settings)
+    with pytest.raises(UserError, match=r"the adapter stands on .*run.*, which is not on the Hub: give merged=True"):
+        pipe.push_to_hub("me/a")
+    shutil.rmtree(tmp_path / "hub")
+    pipe.push_to_hub("me/b", merged=True)
+    assert_same_model(plain(tmp_path / "hub").float(), pipe.model)

@@ -10,14 +10,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusion_align.diffusion import ddpo
-from diffusion_align.diffusion.evaluation import Evaluation, mean_pairwise_distance, stop_reason
-from diffusion_align.diffusion.settings import StopConfig
-from diffusion_align.diffusion.showing import sample_images
+from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance
+from diffusion_align.diffusion.previews import sample_images
 from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.rewards import RewardError
 from diffusion_align.training.checkpoint import list_checkpoints
+from diffusion_align.training.evaluation import Evaluation
 
 SETTINGS = {
     "prompts": ["a red apple", "a cat"],
@@ -112,7 +112,7 @@ def test_distances_are_those_of_all_pairs():
 
 
 def seen(*golds):
-    return Evaluation([], 2, 1, None, None, history=list(enumerate(golds)))
+    return Evaluation([], 2, 1, history=list(enumerate(golds)))
 
 
 @pytest.mark.parametrize(
@@ -131,18 +131,22 @@ def test_evaluations_below_the_best_are_counted(golds, falling):
     assert seen(*golds).falling == falling
 
 
+def reason(rules, row, evaluation):
+    return "; ".join(rules.broken(row, evaluation)) or None
+
+
 def test_each_rule_and_its_sentence():
-    nothing, row = StopConfig(), {"kl_path": 9.0, "diversity": 0.2, "gold": 1.0}
+    nothing, row = ImageStopConfig(), {"kl_path": 9.0, "diversity": 0.2, "gold": 1.0}
     falling = seen(1.0, 3.0, 2.5, 2.0)
-    assert stop_reason(nothing, row, falling) is None
-    assert "KL to the reference is 9 nats, above stop_when.kl_above=8" in stop_reason(StopConfig(kl_above=8), row, None)
-    assert stop_reason(StopConfig(kl_above=9), row, None) is None
-    assert "below its best, 3 after epoch 1, in the last 2" in stop_reason(StopConfig(gold_falling=2), row, falling)
-    assert stop_reason(StopConfig(gold_falling=3), row, falling) is None
-    assert "diversity is 0.2, below" in stop_reason(StopConfig(diversity_below=0.3), row, None)
-    assert stop_reason(StopConfig(diversity_below=0.2), row, None) is None
-    assert stop_reason(StopConfig(kl_above=1, diversity_below=1), {}, None) is None, "not every epoch is evaluated"
-    assert stop_reason(StopConfig(kl_above=1, diversity_below=1), row, None).count(";") == 1
+    assert reason(nothing, row, falling) is None
+    assert "KL to the reference is 9 nats, above stop_when.kl_above=8" in reason(ImageStopConfig(kl_above=8), row, None)
+    assert reason(ImageStopConfig(kl_above=9), row, None) is None
+    assert "below its best, 3 after epoch 1, in the last 2" in reason(ImageStopConfig(gold_falling=2), row, falling)
+    assert reason(ImageStopConfig(gold_falling=3), row, falling) is None
+    assert "diversity is 0.2, below" in reason(ImageStopConfig(diversity_below=0.3), row, None)
+    assert reason(ImageStopConfig(diversity_below=0.2), row, None) is None
+    assert reason(ImageStopConfig(kl_above=1, diversity_below=1), {}, None) is None, "not every epoch is evaluated"
+    assert reason(ImageStopConfig(kl_above=1, diversity_below=1), row, None).count(";") == 1
 
 
 def test_what_is_logged_is_what_the_fixed_pictures_score(train, tmp_path):

@@ -5,8 +5,8 @@ import os
 import pytest
 
 from diffusion_align.errors import ConfigError, UserError
-from diffusion_align.models.language_models import _plan
-from diffusion_align.models.runs import model_plan
+from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config, read_config, read_settings
 from diffusion_align.training.config import dump_config, load_yaml
 from diffusion_align.training.places import absolute_paths, found_from
@@ -116,7 +116,7 @@ def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
         base.parent.mkdir()
         base.symlink_to(tiny_sd)
         (run / "final" / "pytorch_lora_weights.safetensors").touch()
-        assert model_plan(str(run)).base == str(base)
+        assert image_model_ref(str(run)).base == str(base)
     else:
         base.mkdir(parents=True)
         for folder in (base, here / "models" / "sd"):
@@ -124,11 +124,11 @@ def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
         (run / "final" / "adapter_model.safetensors").touch()
         (run / "final" / "adapter_config.json").write_text(adapter)
         name = str(run if kind == "text" else run / "final")
-        assert _plan(name, ("causal",)).base == str(base)
+        assert language_model_ref(name, ("causal",)).base == str(base)
         (run / "config.yaml").write_text("model: ./gone\n")
         (run / "final" / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
         with pytest.raises(UserError, match=r"whose base cannot be used: '\./gone' lies neither around its folder nor"):
-            _plan(name, ("causal",))
+            language_model_ref(name, ("causal",))
 
 
 def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(tmp_path):

@@ -9,7 +9,7 @@ from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig, peft_c
 from diffusion_align.errors import UserError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora import adapter_layers, add_lora
-from diffusion_align.models.runs import image_model_problem, model_plan
+from diffusion_align.models.model_ref import image_model_problem, image_model_ref
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def test_what_a_run_was_before_it_was_trained(run):
     above = run("above", str(whole))
     final = str(whole / "final")
     for folder, base, adapters in ((lora, "emoji-sd", 1), (whole, final, 0), (above, final, 1)):
-        plan = model_plan(str(folder))
+        plan = image_model_ref(str(folder))
         assert (plan.base, len(plan.adapters), plan.origin, plan.run) == (base, adapters, "emoji-sd", folder)
-    orphan = model_plan(str(run("orphan", "/gone/model", whole=True)))
+    orphan = image_model_ref(str(run("orphan", "/gone/model", whole=True)))
     assert (orphan.base.rsplit("/", 1)[1], orphan.origin) == ("final", "/gone/model")
 
 
@@ -44,7 +44,7 @@ def test_what_a_run_was_before_it_was_trained(run):
 def test_final_and_best_are_of_their_run(run, whole):
     folder = run("one", "emoji-sd", whole=whole)
     for which in ("final", "best"):
-        plan = model_plan(str(folder / which))
+        plan = image_model_ref(str(folder / which))
         assert (plan.run, plan.origin, plan.settings["sampler"]["steps"]) == (folder, "emoji-sd", 3)
         assert (plan.base if whole else str(plan.adapters[0])) == str(folder / which)
         assert image_model_problem(str(folder / which)) is None
@@ -54,10 +54,10 @@ def test_a_base_is_looked_for_from_where_the_run_was_started(run, tmp_path, monk
     run("first", "emoji-sd")
     second = run("second", "runs/first")
     monkeypatch.chdir("/")
-    assert model_plan(str(second)).origin == "emoji-sd"
-    assert len(model_plan(str(second)).adapters) == 2
+    assert image_model_ref(str(second)).origin == "emoji-sd"
+    assert len(image_model_ref(str(second)).adapters) == 2
     monkeypatch.chdir(tmp_path)
-    assert model_plan("runs/second").adapters[0].parent.name == "first"
+    assert image_model_ref("runs/second").adapters[0].parent.name == "first"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Run folders as models. A run with LoRA is its adapter on the model it was trained on, which may be a run as well."""
+"""What a model is made of: a base, the adapters on it, and the run they come from.
+
+A run with LoRA is its adapter on the model it was trained on, which may be a run as well.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from diffusion_align.training.places import found_from
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelRef:
     """What has to be loaded for a model.
 
     Attributes:
-        base: an embedded pipeline, a folder or file, or a hub id.
+        base: an embedded model, a folder or file, or a hub id.
         adapters: folders of the LoRA weights that go on it, one merged after the other.
         below: the model under the last adapter, as it is called in its run's configuration; the model itself if it
             has none.
@@ -40,7 +43,7 @@ class ModelPlan:
     base_config: str | None = None
 
 
-def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
+def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
     """What to load for ``model``: whatever ``load_pipeline`` takes, or a run folder, or its ``final/`` or ``best/``.
 
     Args:
@@ -55,7 +58,7 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
         raise UserError(f"model={short(model)} {problem}")
     found = _run_folder(model)
     if found is None:
-        return ModelPlan(model, below=model, origin=model)
+        return ModelRef(model, below=model, origin=model)
     (run, which), subject = found, f"model={model!r}"
     final = run / which
     if run.resolve() in above:
@@ -64,11 +67,11 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
     below = settings.get("model")
     named, below = below, found_from(run, below) if isinstance(below, str) else below
     if (final / "model_index.json").is_file():
-        plan = ModelPlan(str(final), below=model, origin=str(below or named), run=run, settings=settings)
+        ref = ModelRef(str(final), below=model, origin=str(below or named), run=run, settings=settings)
         try:
-            return replace(plan, origin=model_plan(plan.origin, above=(*above, run.resolve())).origin)
+            return replace(ref, origin=image_model_ref(ref.origin, above=(*above, run.resolve())).origin)
         except UserError:  # what it was trained on is not needed any more
-            return plan
+            return ref
     if which == "best" and not final.is_dir():
         raise UserError(
             f"{subject}: the run has no best/, which a held-out reward (evaluation.reward) leaves once it rises above "
@@ -91,19 +94,19 @@ def model_plan(model: str, *, above: tuple[Path, ...] = ()) -> ModelPlan:
     if not isinstance(below, str):
         raise UserError(f"{subject} does not say what it was trained on: set model in {run / 'config.yaml'}")
     try:
-        plan = model_plan(below, above=(*above, run.resolve()))
+        ref = image_model_ref(below, above=(*above, run.resolve()))
     except UserError as error:
         raise UserError(f"{subject} is a run whose base cannot be used: {error}") from None
-    own = plan.run is None  # a run below says itself how its base is loaded
-    return ModelPlan(
-        plan.base,
-        (*plan.adapters, final),
+    own = ref.run is None  # a run below says itself how its base is loaded
+    return ModelRef(
+        ref.base,
+        (*ref.adapters, final),
         below=below,
-        origin=plan.origin,
+        origin=ref.origin,
         run=run,
         settings=settings,
-        variant=settings.get("weights_variant") if own else plan.variant,
-        base_config=_found(run, settings.get("base_config")) if own else plan.base_config,
+        variant=settings.get("weights_variant") if own else ref.variant,
+        base_config=_found(run, settings.get("base_config")) if own else ref.base_config,
     )
 
 
@@ -111,17 +114,17 @@ def image_model_problem(model: str, *, variant: str | None = None, base_config: 
     """One sentence about why ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
 
     Args:
-        model: as for ``model_plan``.
+        model: as for ``image_model_ref``.
         variant, base_config: as for ``load_pipeline``; those of a run if not given.
     """
     try:
-        plan = model_plan(model)
+        ref = image_model_ref(model)
     except UserError as error:
         return str(error)
-    variant = plan.variant if variant is None else variant
-    base_config = plan.base_config if base_config is None else base_config
-    problem = model_problem(plan.base, variant=variant, base_config=base_config) or folder_unet_problem(plan.base)
-    if problem and plan.run is not None:
+    variant = ref.variant if variant is None else variant
+    base_config = ref.base_config if base_config is None else base_config
+    problem = model_problem(ref.base, variant=variant, base_config=base_config) or folder_unet_problem(ref.base)
+    if problem and ref.run is not None:
         return f"model={model!r} is a run whose base cannot be used: {problem}"
     return problem
 

@@ -1,4 +1,4 @@
-"""The model card of a run: README.md with the hub's metadata, every figure read from what the run has logged."""
+"""The model card of a run: README.md with the Hub's metadata, every figure read from what the run has logged."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 
 from diffusion_align import __version__, yaml_text
+from diffusion_align.assets import asset_path
+from diffusion_align.errors import UserError
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
+from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.lora_file import LORA_FILE
-from diffusion_align.models.runs import ModelPlan, model_plan
+from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.models.single_file import is_one_file
+from diffusion_align.models.smollm2 import smollm2_folder
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
 from diffusion_align.training.config import load_yaml
+from diffusion_align.training.evaluation import SUMMARY
 from diffusion_align.training.places import found_from
 from diffusion_align.training.resume import WATCHING, resume_fingerprint
 from diffusion_align.writing import new_file, write_text
 
 PICTURE = "before_after.png"
-SUMMARY = "evaluation.json"  # evaluation.py, which writes it, imports showing.py and so this file
 # With 1 diffusers' DDIM takes, for some numbers of steps (50 of emoji-sd's), the root of a number just below 0 where a
 # schedule begins in pure noise, and the pictures are black.
 LARGEST_ETA = 1 - 1e-6
-_TITLES = {"ddpo": "DDPO", "diffusion_dpo": "Diffusion-DPO"}
 _CHANGES = {
     "reward": "reward",
     "rewards/accuracies": "implicit accuracy",
@@ -42,28 +46,75 @@ _GIVEN = {
     "reward": "reward",
     "reward_weights": "weights of the rewards",
     "pairs": "pairs",
+    "dataset": "dataset",
     "variant": "variant",
     "beta": "beta",
     "beta_dpo": "beta_dpo",
     "kl_coef": "kl_coef, the price of a nat of KL",
 }
 _LONG_LIST = 12
+_TEXTS = ("prompts", "show_prompts", "dataset", "source")  # lists of these hold texts, whatever they begin with
+_EXAMPLES, _LONG_TEXT = 4, 300
+Kind = Literal["image", "text"]
+
+
+class _Words(NamedTuple):
+    """What a card says of one kind of model and not of the other."""
+
+    task: str
+    library: str
+    adapter_library: str
+    adapter: str
+    whole: str
+    sampled: str
+    kl: str
+    reading: str
+
+
+_WORDS = {
+    "image": _Words(
+        task="text-to-image",
+        library="diffusers",
+        adapter_library="diffusers",
+        adapter="A LoRA adapter for the UNet of",
+        whole="A text-to-image pipeline made from",
+        sampled="images sampled",
+        kl="over all trained steps of an image",
+        reading="The reward is of the images an epoch has sampled, before its updates",
+    ),
+    "text": _Words(
+        task="text-generation",
+        library="transformers",
+        adapter_library="peft",
+        adapter="A LoRA adapter for the language model",
+        whole="A language model made from",
+        sampled="completions sampled",
+        kl="of a completion",
+        reading="The reward is of the completions an epoch has sampled, before its updates",
+    ),
+}
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
 # By the name that diffusers 0.36 knows and later ones, before 1.0, still take; what they do not know they ignore.
 _DTYPE = "torch_dtype=torch.float32"
 
 
 def model_card(
-    folder: Path, *, location: str | None = None, merged: bool = False, pipeline_class: str = "DiffusionPipeline"
+    folder: Path,
+    *,
+    kind: Kind = "image",
+    location: str | None = None,
+    merged: bool = False,
+    pipeline_class: str = "DiffusionPipeline",
 ) -> str:
     """The text of README.md for the result of a run.
 
     Args:
         folder: the run folder: ``config.yaml`` and, as far as they are there, ``metrics.jsonl``, ``evaluation.json``
-            and ``samples/before_after.png``.
-        location: what diffusers is to load the result from; the run's ``final/`` if not given.
-        merged: there is a whole pipeline at ``location``; without it, the run's adapter if it trained one.
-        pipeline_class: of diffusers, for the lines that load it.
+            and ``samples/before_after.png`` or ``.jsonl``.
+        kind: of the model.
+        location: where the result is to be loaded from; the run's ``final/`` if not given.
+        merged: there is a whole model at ``location``; without it, the run's adapter if it trained one.
+        pipeline_class: of diffusers, for the lines that load images.
 
     Raises:
         ValueError: ``metrics.jsonl`` or ``evaluation.json`` is damaged.
@@ -74,10 +125,10 @@ def model_card(
     rows = read_metrics(metrics) if metrics.is_file() else []
     summary = read_evaluation(folder / SUMMARY)
     model = str(settings.get("model"))
-    below = model_plan(found_from(folder, model) or model)
+    below = _below(found_from(folder, model) or model, kind)
     lora = bool(settings.get("lora")) and not merged
     method = str(settings.get("method"))
-    title = f"{Path(below.base).stem} aligned with {_TITLES.get(method, method)}"
+    title = f"{Path(below.base).stem} aligned with {_title(method)}"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -85,15 +136,19 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    figures, reading = _figures(rows, settings)
-    code = _code(below, settings, location or str(folder / "final"), lora, pipeline_class)
+    words = _WORDS[kind]
+    figures, reading = _figures(rows, settings, words)
+    location = location or str(folder / "final")
+    lines = _text_code(below, settings, location, lora) if kind == "text" else None
+    code = lines or _image_code(below, settings, location, lora, pipeline_class)
     shown = _settings(settings)
     return environment.get_template("model_card.md.j2").render(
-        front_matter=_front_matter(below.base, method, lora),
+        front_matter=_front_matter(below.base, method, lora, words),
         title=_plain(title),
-        opening=_opening(below, lora),
+        opening=_opening(below, lora, words),
         picture=PICTURE if (folder / "samples" / PICTURE).is_file() else None,
-        facts=[(name, _cell(value)) for name, value in _facts(rows, settings, below, summary)],
+        examples=_examples(folder / "samples" / "before_after.jsonl"),
+        facts=[(name, _cell(value)) for name, value in _facts(rows, settings, below, summary, words)],
         figures=figures,
         reading=reading,
         code=code,
@@ -112,19 +167,51 @@ def write_model_card(folder: Path, target: Path, **options: Any) -> None:
     write_text(target / "README.md", model_card(folder, **options))
 
 
-def _front_matter(base: str, method: str, lora: bool) -> str:
-    kind = ["lora"] if lora else []
-    tags = ["text-to-image", "diffusers", *kind, method.replace("_", "-"), "diffusion-align"]
-    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+def _below(model: str, kind: Kind) -> ModelRef:
+    if kind == "image":
+        return image_model_ref(model)
+    embedded = {str(asset_path("tiny-lm")): "tiny-lm", str(smollm2_folder()): "smollm2"}
+    try:
+        below = language_model_ref(model)
+    except UserError:  # a model in memory whose name leads nowhere
+        below = ModelRef(model)
+    return replace(below, base=embedded.get(below.base, below.base))
+
+
+def _title(method: str) -> str:
+    """ "grpo" -> "GRPO", "diffusion_dpo" -> "Diffusion-DPO"; of a user's own class its name."""
+    if ":" in method:
+        return method.rpartition(":")[2]
+    return "-".join(word.upper() if len(word) <= 4 else word.capitalize() for word in method.split("_"))
+
+
+def _examples(file: Path) -> list[tuple[str, str, str]]:
+    """(prompt, before, after) of the first fixed prompts of a run on text."""
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:_EXAMPLES]]
+    cells = [[_cell(_literal(_shortened(_short(row[name])))) for name in ("prompt", "before", "after")] for row in rows]
+    return [(prompt, before, after) for prompt, before, after in cells]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONG_TEXT else text[:_LONG_TEXT] + " ..."
+
+
+def _front_matter(base: str, method: str, lora: bool, words: _Words) -> str:
+    library = words.adapter_library if lora else words.library
+    kinds = ["lora"] if lora else []
+    tags = [words.task, library, *kinds, _title(method).lower(), "diffusion-align"]
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": words.task, "tags": tags}
     if _is_hub_id(base):  # the hub refuses a card whose base_model is not one of its own
         front = {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} | front
     return yaml_text.dump(front, sort_keys=False, allow_unicode=True)
 
 
-def _opening(below: ModelPlan, lora: bool) -> str:
-    what = "A LoRA adapter for the UNet of" if lora else "A text-to-image pipeline made from"
+def _opening(below: ModelRef, lora: bool, words: _Words) -> str:
+    what = words.adapter if lora else words.whole
     base = _literal(below.base)
-    if below.base in EMBEDDED_PIPELINES:
+    if below.base in (*EMBEDDED_PIPELINES, "tiny-lm"):
         base += " (the model inside the Python package diffusion-align)"
     if not below.adapters:
         return f"{what} {base}."
@@ -133,7 +220,7 @@ def _opening(below: ModelPlan, lora: bool) -> str:
 
 
 def _facts(
-    rows: Sequence[Row], settings: Mapping[str, Any], below: ModelPlan, summary: Mapping[str, Any]
+    rows: Sequence[Row], settings: Mapping[str, Any], below: ModelRef, summary: Mapping[str, Any], words: _Words
 ) -> list[tuple[str, str]]:
     facts = [("base model", _literal(below.base)), ("method", _literal(str(settings.get("method"))))]
     if below.run is not None:
@@ -146,11 +233,12 @@ def _facts(
         facts.append(("beta of a nat", f"{beta[-1]:.4g}"))
     kl = _last_epochs_mean(rows, "kl_path")
     if kl is not None:
-        facts.append(("KL to the reference, last epoch", f"{kl:.4g} nats, over all trained steps of a picture"))
+        facts.append(("KL to the reference, last epoch", f"{kl:.4g} nats, {words.kl}"))
     epochs = _finished_epochs(rows)
     count = len(epochs) * settings.get("samples_per_epoch", 0)
-    drawn = "pictures drawn" if settings.get("pairs") is None else "pairs trained on"
-    facts += [("epochs", str(len(epochs))), (drawn, str(count))]
+    given = {"pairs": "pairs trained on", "dataset": "rows trained on"}
+    counted = next((name for key, name in given.items() if settings.get(key) is not None), words.sampled)
+    facts += [("epochs", str(len(epochs))), (counted, str(count))]
     if summary.get("stopped"):
         facts.append(("ended early", _plain(str(summary["stopped"]))))
     if summary.get("best"):
@@ -159,7 +247,7 @@ def _facts(
     return facts
 
 
-def _figures(rows: Sequence[Row], settings: Mapping[str, Any]) -> tuple[list[tuple[str, str, str]], str]:
+def _figures(rows: Sequence[Row], settings: Mapping[str, Any], words: _Words) -> tuple[list[tuple[str, str, str]], str]:
     """(name, first, last) of what an epoch says, and how the table is read."""
     found = []
     for key, name in _CHANGES.items():
@@ -168,8 +256,7 @@ def _figures(rows: Sequence[Row], settings: Mapping[str, Any]) -> tuple[list[tup
             first, last = f"{values[0]:.4g} (epoch {epochs[0]:g})", f"{values[-1]:.4g} (epoch {epochs[-1]:g})"
             found.append((name, first, last if len(epochs) > 1 else "the same"))
     reading = (
-        "The reward is of the pictures an epoch has drawn, before its updates; gold and diversity are measured after "
-        "them, in epoch 0 of the model as it was."
+        f"{words.reading}; gold and diversity are measured after them, in epoch 0 of the model as it was."
         if len(_epoch_means(rows, "reward")[0])
         else "The first epoch starts from the reference."
     )
@@ -197,8 +284,8 @@ def _finished_epochs(rows: Sequence[Row]) -> list[float]:
     return sorted({row["epoch"] for row in rows if "time/epoch" in row})
 
 
-def _code(below: ModelPlan, settings: Mapping[str, Any], location: str, lora: bool, pipeline_class: str) -> str:
-    """Lines that draw a picture with plain diffusers as the run's own sampler does."""
+def _image_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora: bool, pipeline_class: str) -> str:
+    """Lines that sample an image with plain diffusers as the run's own sampler does."""
     sampler = {"name": "ddim", "steps": 50, "eta": 1.0, "guidance_scale": 5.0} | (settings.get("sampler") or {})
     scheduler = "DDPMScheduler" if sampler["name"] == "ddpm" else "DDIMScheduler"
     if lora and is_one_file(below.base) and pipeline_class == "DiffusionPipeline":
@@ -222,12 +309,41 @@ def _code(below: ModelPlan, settings: Mapping[str, Any], location: str, lora: bo
     return "\n".join(lines)
 
 
+def _text_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora: bool) -> str:
+    """Lines that complete a prompt with plain transformers (and peft) as the run's own sampler does."""
+    of_base = {
+        "tiny-lm": ("from diffusion_align.assets import asset_path", 'asset_path("tiny-lm")'),
+        "smollm2": ("from diffusion_align.models.smollm2 import smollm2_folder", "smollm2_folder()"),
+    }
+    load, found = of_base.get(below.base, (None, _quoted(below.base)))
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(location)})")
+    if not lora:
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({_quoted(location)}).float()")
+    else:
+        lines[:0] = [*([load] if load else []), "from peft import PeftModel"]
+        lines.append(f"model = AutoModelForCausalLM.from_pretrained({found}).float()")
+        stack = [*map(str, below.adapters), location]
+        lines += [f"model = PeftModel.from_pretrained(model, {_quoted(one)}).merge_and_unload()" for one in stack]
+    prompt = _example(settings)
+    encode = 'tokenizer({}, return_tensors="pt")'
+    if not isinstance(prompt, str):
+        encode = 'tokenizer.apply_chat_template({}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+    lines += [
+        f"inputs = {encode.format(_quoted(prompt) if isinstance(prompt, str) else repr(prompt))}",
+        f"output = model.generate(**inputs, max_new_tokens={settings.get('max_completion_length', 256)}, "
+        f"do_sample=True, temperature={settings.get('temperature', 1.0)}, top_k=0)",
+        'text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
+    ]
+    return "\n".join(lines)
+
+
 def _load_lora(location: str) -> str:
     """With the file's name, without which diffusers 0.36 asks the Hub."""
     return f"pipeline.load_lora_weights({_quoted(location)}, weight_name={_quoted(LORA_FILE)})"
 
 
-def _load_base(below: ModelPlan, settings: Mapping[str, Any], pipeline_class: str) -> str:
+def _load_base(below: ModelRef, settings: Mapping[str, Any], pipeline_class: str) -> str:
     own = below.run is None
     variant = settings.get("weights_variant") if own else below.variant
     base_config = settings.get("base_config") if own else below.base_config
@@ -242,34 +358,34 @@ def _load_base(below: ModelPlan, settings: Mapping[str, Any], pipeline_class: st
 
 def _settings(settings: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in settings.items() if key not in WATCHING}  # nobody else's business
-    for key in ("prompts", "show_prompts"):
+    for key in _TEXTS:
         if isinstance(kept.get(key), list) and len(kept[key]) > _LONG_LIST:
             kept[key] = [*kept[key][:_LONG_LIST], f"... {len(kept[key])} in all"]
     return yaml_text.dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which files of this machine are called by their names, but for what loads the model.
-
-    Lists of prompts hold texts, whatever these begin with.
-    """
+    """Settings in which files of this machine are called by their names, but for what loads the model."""
 
     def named(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return {inner: named(inner, one) for inner, one in value.items()}
         if isinstance(value, list):
-            return value if key in ("prompts", "show_prompts", "source") else [named(key, one) for one in value]
+            return value if key in _TEXTS else [named(key, one) for one in value]
         return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
     return {key: value if key in ("model", "base_config") else named(key, value) for key, value in settings.items()}
 
 
-def _example(settings: Mapping[str, Any]) -> str:
-    for key in ("show_prompts", "prompts"):
+def _example(settings: Mapping[str, Any]) -> Any:
+    """A prompt: a text, or a list of messages."""
+    for key in ("show_prompts", "prompts", "dataset"):
         prompts = settings.get(key)
         prompts = prompts.get("source") if isinstance(prompts, dict) else prompts
-        if isinstance(prompts, list) and prompts and isinstance(prompts[0], str):
-            return prompts[0]
+        first = prompts[0] if isinstance(prompts, list) and prompts else None
+        first = first.get("prompt") if isinstance(first, dict) else first
+        if first:
+            return first
     return "a cat"
 
 

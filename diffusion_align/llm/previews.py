@@ -1,4 +1,4 @@
-"""What people read: completions of fixed prompts with fixed seeds, before and after."""
+"""Completions of fixed prompts with fixed seeds, during a run and before and after it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ from diffusion_align.llm.collection import WeightedRewards, completion_ids
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.rewards.base import RewardError
+from diffusion_align.training.previews import PREVIEWED, Previews
 from diffusion_align.training.randomness import generator
 from diffusion_align.writing import make_folder, write_text
 
-SHOWN = 16
 
-
-class _Shown(NamedTuple):
+class Previewed(NamedTuple):
     """Completions of the prompts, and their tokens."""
 
     texts: list[str]
     ids: list[list[int]]
 
 
-class TextShow:
-    """The fixed prompts of a run, continued as the policy is now.
+class TextPreviews(Previews[Previewed]):
+    """Completions of the prompts, a JSON line for each.
 
     Args:
-        rows: the prompts; completion i depends on its prompt, ``seed`` and i only.
+        policy: what samples.
+        rows: the prompts, the first ``PREVIEWED`` of them; completion i depends on its prompt, ``seed`` and i only.
         rewards: they score what is shown where they can; ``trainer_state`` is None for them.
+        seed: of the streams.
+        batch_size: completions sampled at once.
+        max_completion_length: tokens.
     """
+
+    suffix = ".jsonl"
 
     def __init__(
         self,
@@ -45,29 +50,12 @@ class TextShow:
         batch_size: int,
         max_completion_length: int,
     ) -> None:
-        self.policy, self.rows, self.rewards = policy, list(rows), rewards
+        super().__init__(policy.reference if policy.has_reference else None)
+        self.policy, self.rows, self.rewards = policy, list(rows[:PREVIEWED]), rewards
         self.seed, self.batch_size, self.length = seed, batch_size, max_completion_length
 
-    def write(self, path: Path) -> None:
-        """Write a JSON line for each prompt: ``prompt``, ``completion`` and, if there is one, its ``reward``."""
-        shown = self._sample()
-        self._lines(path, [{"completion": text, **score} for text, score in zip(shown.texts, self._scores(shown))])
-
-    def write_before_after(self, path: Path) -> None:
-        """The same with ``before`` and ``after``, by the reference and by the policy."""
-        after = self._sample()
-        with self.policy.reference():
-            before = self._sample()
-        self._lines(
-            path,
-            [
-                {"before": old, "after": new, **_named(was, "before"), **_named(now, "after")}
-                for old, new, was, now in zip(before.texts, after.texts, self._scores(before), self._scores(after))
-            ],
-        )
-
-    def _sample(self) -> _Shown:
-        shown = _Shown([], [])
+    def sample(self) -> Previewed:
+        shown = Previewed([], [])
         for start in range(0, len(self.rows), self.batch_size):
             some = self.rows[start : start + self.batch_size]
             streams = [generator(self.seed, "show", start + i) for i in range(len(some))]
@@ -76,7 +64,21 @@ class TextShow:
             shown.ids.extend(completion_ids(sampled.sequences))
         return shown
 
-    def _scores(self, shown: _Shown) -> list[dict[str, float]]:
+    def write(self, samples: Previewed, path: Path) -> None:
+        """``prompt``, ``completion`` and, if there is one, its ``reward``."""
+        self._lines(path, [{"completion": text, **score} for text, score in zip(samples.texts, self._scores(samples))])
+
+    def write_pairs(self, before: Previewed, after: Previewed, path: Path) -> None:
+        """``prompt``, ``before`` and ``after``, ``reward_before`` and ``reward_after``."""
+        self._lines(
+            path,
+            [
+                {"before": old, "after": new, **_named(was, "before"), **_named(now, "after")}
+                for old, new, was, now in zip(before.texts, after.texts, self._scores(before), self._scores(after))
+            ],
+        )
+
+    def _scores(self, shown: Previewed) -> list[dict[str, float]]:
         """Nothing where a reward cannot say (a shown prompt may lack the columns it needs)."""
         if self.rewards is None:
             return [{} for _ in shown.texts]

@@ -1,0 +1,93 @@
+"""Grids of fixed prompts and seeds, during a run and before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.data.prompts import Prompt
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.rollout import rollout
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.report import before_after, image_grid, save_png
+from diffusion_align.rewards.base import RewardError, call_reward
+from diffusion_align.training.previews import PREVIEWED, Previews
+from diffusion_align.training.randomness import generator
+
+
+def sample_images(
+    policy: DenoisingPolicy,
+    schedule: DiffusionSchedule,
+    prompts: Sequence[str],
+    seed: int,
+    purpose: str = "show",
+    *,
+    batch_size: int = 8,
+    first: int = 0,
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] on the CPU; the i-th depends on prompt, seed, purpose and ``first + i`` only."""
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        texts = list(prompts[start : start + batch_size])
+        streams = [generator(seed, purpose, first + start + i) for i in range(len(texts))]
+        nothing = torch.empty(len(texts), 0, dtype=torch.int64)
+        trajectory = rollout(policy, schedule, policy.encode(texts), streams, record=nothing)
+        images.append(policy.decode(trajectory.latents).cpu())
+    return torch.cat(images)
+
+
+class ImagePreviews(Previews[Tensor]):
+    """Images (B, 3, H, W) of the prompts, as PNG.
+
+    Args:
+        policy, schedule: what samples.
+        prompts: with the metadata that ``reward`` receives.
+        texts: which prompts to show; the first of ``prompts`` if not given.
+        reward: of each image before and after; None for none.
+        seed: of the noise.
+        batch_size: images sampled at once.
+    """
+
+    suffix = ".png"
+
+    def __init__(
+        self,
+        policy: DenoisingPolicy,
+        schedule: DiffusionSchedule,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str] | None,
+        *,
+        reward: Callable[..., Any] | None,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        super().__init__(policy.reference)
+        self.policy, self.schedule, self.reward = policy, schedule, reward
+        self.seed, self.batch_size = seed, batch_size
+        known = dict(prompts)
+        self.texts = list(texts or known)[: None if texts else PREVIEWED]
+        self.metadata = [known.get(text, {}) for text in self.texts]
+
+    def sample(self) -> Tensor:
+        return sample_images(self.policy, self.schedule, self.texts, self.seed, batch_size=self.batch_size)
+
+    def write(self, samples: Tensor, path: Path) -> None:
+        save_png(image_grid(samples, captions=self.texts), path)
+
+    def write_pairs(self, before: Tensor, after: Tensor, path: Path) -> None:
+        scores = [self._scores(images) for images in (before, after)]
+        image = before_after(before, after, captions=self.texts, rewards_before=scores[0], rewards_after=scores[1])
+        save_png(image, path)
+
+    def _scores(self, images: Tensor) -> list[float] | None:
+        """The reward of each image; None if it cannot say (a shown prompt may lack the metadata it needs)."""
+        if self.reward is None:
+            return None
+        try:
+            return call_reward(self.reward, images.to(self.policy.device), self.texts, self.metadata).tolist()
+        except RewardError:
+            return None

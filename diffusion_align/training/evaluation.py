@@ -1,0 +1,175 @@
+"""What is measured but never trained on: a held-out reward on samples of fixed prompts from fixed streams of noise.
+
+Images and text share it: a trainer samples and scores global indices, and the order, the processes, the history of the
+held-out reward and the rules that end a run are here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_align.bounds import MOST
+from diffusion_align.errors import TrainingError
+from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.training.config import OrInfinite, Section
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
+from diffusion_align.writing import write_text
+
+SUMMARY = "evaluation.json"
+"""In a run folder: the best evaluation, and why the run stopped if a rule ended it."""
+
+
+class EvaluationConfig(Section):
+    """What every held-out evaluation has."""
+
+    reward: RewardSetting = Field(None, description="the held-out reward")
+    every: int = Field(1, ge=1, le=MOST, description="epochs")
+
+
+class StopConfig(Section):
+    """When a run ends before its last epoch: as soon as one of these holds."""
+
+    kl_above: OrInfinite | None = Field(
+        None, gt=0, description="nats of a whole sample, kl_path less two standard errors"
+    )
+    gold_falling: int | None = Field(
+        None, ge=1, le=MOST, description="evaluations in a row in which gold is below its best"
+    )
+
+    def evaluation_problems(self, evaluation: EvaluationConfig | None) -> list[str]:
+        """Sentences about rules that look at what ``evaluation`` does not measure."""
+        if self.gold_falling is None:
+            return []
+        if evaluation is None:
+            return ["stop_when.gold_falling looks at evaluations: set evaluation, or leave it out"]
+        if evaluation.reward is None:
+            return ["stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out"]
+        return []
+
+    def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
+        """The rules that an epoch's metrics break, a sentence each."""
+        reasons = []
+        kl, error = row.get("kl_path"), row.get("kl_path_stderr", 0.0)
+        if self.kl_above is not None and kl is not None and kl - 2 * error > self.kl_above:
+            known = f"{kl:.4g} nats" + (f" (standard error {error:.2g})" if error else "")
+            reasons.append(f"the KL to the reference is {known}, above stop_when.kl_above={self.kl_above:g}")
+        best = None if evaluation is None else evaluation.best
+        if self.gold_falling is not None and evaluation and best and evaluation.falling >= self.gold_falling:
+            epoch, gold = best
+            reasons.append(
+                f"the gold reward has been below its best, {gold:.4g} after epoch {epoch}, in the last "
+                f"{evaluation.falling} evaluations (stop_when.gold_falling={self.gold_falling})"
+            )
+        return reasons
+
+
+@dataclass
+class Evaluation:
+    """Which samples are evaluated, when and by what; and what was found so far.
+
+    Args:
+        prompts: of the trainer's kind, with what the held-out reward receives; sample i is of the
+            ``i % len(prompts)``-th.
+        samples: how many.
+        every: epochs.
+        gold: the held-out reward, or rewards, as the trainer calls them; None for none.
+
+    Attributes:
+        history: (epoch, gold) of every evaluation so far.
+    """
+
+    prompts: Sequence[Any]
+    samples: int
+    every: int
+    gold: Any = None
+    history: list[tuple[int, float]] = field(default_factory=list, kw_only=True)
+
+    def due(self, epoch: int, last: int) -> bool:
+        """Whether to evaluate after ``epoch`` of ``last`` epochs."""
+        return epoch % self.every == 0 or epoch == last
+
+    def prompts_of(self, indices: range) -> list[Any]:
+        """The prompt of each sample."""
+        return [self.prompts[i % len(self.prompts)] for i in indices]
+
+    def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics of what ``sample`` found besides the gold reward, of all samples in their global order."""
+        return {}
+
+    @torch.no_grad()
+    def measure(
+        self,
+        sample: Callable[[range], dict[str, Tensor]],
+        *,
+        epoch: int,
+        batch_size: int,
+        processes: Processes,
+        bars: Bars,
+    ) -> dict[str, float]:
+        """``gold``, ``gold_stderr``, what ``metrics`` adds and ``time/evaluation``, of samples of all processes.
+
+        Args:
+            sample: global indices of a batch of n samples -> ``gold`` (n,) if there is a held-out reward, and whatever
+                ``metrics`` reads, n rows each.
+            epoch: how many are finished, for ``history``.
+            batch_size: samples at once.
+            processes, bars: of the run.
+
+        Raises:
+            RewardError: on every process, if the held-out reward failed on any.
+            TrainingError: the samples are not finite.
+        """
+        started = time.perf_counter()
+        share = [round(self.samples * k / processes.count) for k in range(processes.count + 1)]
+        own = range(share[processes.index], share[processes.index + 1])
+        parts: list[dict[str, Tensor]] = []
+        failure: Exception | None = None
+        with bars.task("  evaluating", len(own)) as advance:
+            for start in range(own.start, own.stop, batch_size):
+                indices = range(start, min(start + batch_size, own.stop))
+                try:
+                    parts.append({name: values.cpu() for name, values in sample(indices).items()})
+                except (RewardError, TrainingError) as error:
+                    failure = error
+                    break
+                advance(len(indices))
+        processes.raise_together(failure, RewardError)
+        parts = processes.gather_in_order(parts)
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        measured = self.metrics(found)
+        if "gold" in found:
+            golds = found["gold"].double()
+            measured |= {"gold": golds.mean().item(), "gold_stderr": golds.std().item() / math.sqrt(len(golds))}
+            self.history.append((epoch, measured["gold"]))
+        return measured | {"time/evaluation": time.perf_counter() - started}
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(epoch, gold) of the first evaluation with the highest gold reward."""
+        return max(self.history, key=lambda seen: seen[1], default=None)
+
+    @property
+    def falling(self) -> int:
+        """How many evaluations in a row, up to the last, lie below the best one."""
+        best = max((gold for _, gold in self.history), default=0.0)
+        return sum(1 for _ in takewhile(lambda seen: seen[1] < best, reversed(self.history)))
+
+
+def write_summary(folder: Path, evaluation: Evaluation | None, stopped: str | None) -> None:
+    """Write ``evaluation.json``: the best evaluation (after epoch 0: the model as it was) and why the run stopped."""
+    best = evaluation.best if evaluation is not None else None
+    found = {"best": None if best is None else {"epoch": best[0], "gold": best[1]}, "stopped": stopped}
+    write_text(folder / SUMMARY, json.dumps(found, indent=1))
