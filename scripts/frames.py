@@ -36,8 +36,10 @@ def trace(recipe: str) -> None:
     def seen(frame, event, _):  # type: ignore[no-untyped-def]
         nonlocal training
         path = frame.f_code.co_filename
-        if event != "call" or not path.startswith(str(ROOT)) or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-            return  # also the body of a module or a class
+        if event != "call" or not path.startswith(str(ROOT)) or path == __file__:
+            return
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # the body of a module or a class
+            return
         training = training or frame.f_code.co_name == "collect"
         name = str(Path(path).resolve().relative_to(ROOT))
         if name not in (inside if training else found) and not while_importing(frame):
