@@ -73,7 +73,11 @@ def describe_methods() -> list[tuple[str, list[str]]]:
     """(name, what it does and what it trains) of the shipped methods and of plug-ins."""
     entries = []
     for name in (*SHIPPED, *plug_ins()):
-        found = method_of(name)
+        try:
+            found = method_of(name)
+        except ConfigError as error:  # a plug-in that is broken hides no other
+            entries.append((name, error.problems))
+            continue
         about = (inspect.getdoc(found) or "").split("\n")[0].rstrip(".")
         trained = {"image": "a text-to-image model", "text": "a language model", "classifier": "a reward model"}
         entries.append((name, [about, f"trains: {trained.get(str(found.model_kind), 'what it loads itself')}"]))

@@ -14,6 +14,7 @@ LONG_FILES = (
     "test_dpo_runs.py",
     "test_configs.py",
     "test_two_processes.py",
+    "test_examples.py",
     "test_readme.py",
     "test_interrupt_and_resume.py",
     "test_docs.py",

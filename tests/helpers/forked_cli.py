@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,14 +54,16 @@ class Run:
 
 
 class ForkedCli:
-    """Client of the server in this file; use as a context manager."""
+    """Client of the server in this file; use as a context manager. Modules are looked for in ``path`` first."""
 
-    def __init__(self, scratch: Path) -> None:
-        self._scratch, self._count = scratch, 0
+    def __init__(self, scratch: Path, path: Sequence[Path] = ()) -> None:
+        self._scratch, self._count, self._path = scratch, 0, path
 
     def __enter__(self) -> ForkedCli:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         environment.pop("COLUMNS", None)
+        if self._path:
+            environment["PYTHONPATH"] = os.pathsep.join(map(str, self._path))
         self._server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -1,0 +1,80 @@
+"""Reward-weighted regression for images (RWR; Peters & Schaal 2007, compared with DDPO in arXiv:2305.13301, section 5).
+
+Sample, weigh each image by a softmax over its epoch's rewards, and raise the log-prob of what was sampled by as much:
+
+    loss = -sum_i w_i log p(x_i),    w = softmax(z / temperature),  z = (r - mean) / std of the epoch's rewards
+
+There is no ratio, no clip and no negative weight: what scored badly is merely imitated less.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
+from diffusion_align.diffusion.collection import Collected
+from diffusion_align.diffusion.policy import Conditioning
+from diffusion_align.diffusion.rollout import replay
+from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.trainer import DenoisingTrainer
+from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.training.trainer import TrainingPlan
+
+
+class RewardWeightedConfig(DenoisingConfig):
+    """Settings of RewardWeightedTrainer, beside those of every method for images."""
+
+    prompts: PromptsConfig = Field(description="what to sample")
+    reward: RewardSetting = Field(description="what weighs the samples")
+    temperature: float = Field(1.0, gt=0, description="of the weights, in standard deviations of the reward")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process trains on in an epoch: B images with K recorded steps each.
+
+    Attributes:
+        x_t, x_s: (B, K, C, H, W), the latents before and after each step.
+        steps: (B, K) int64.
+        weights: (B,), which sum to N over the N images of all processes.
+        conditioning: of the B images.
+    """
+
+    x_t: Tensor
+    x_s: Tensor
+    steps: Tensor
+    weights: Tensor
+    conditioning: Conditioning
+
+
+class RewardWeightedTrainer(DenoisingTrainer[Batch]):
+    """Reward-weighted regression: imitate the images that were sampled, the better the more."""
+
+    config: RewardWeightedConfig
+    config_class = RewardWeightedConfig
+
+    def collect(self) -> tuple[Collected, dict[str, float]]:
+        """Sample this process's images, record every step that has a density, and score them."""
+        config, steps = self.config, self.schedule.stochastic_steps
+        samples = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch)
+        collected = self.sample(self.schedule, samples, record=lambda sample: steps, reduction="mean")
+        return collected, collected.metrics
+
+    def estimate(self, collected: Collected) -> tuple[Batch, TrainingPlan, dict[str, float]]:
+        """Weights from the rewards of all processes; every image and every recorded step is trained on."""
+        path, rewards = collected.trajectory, collected.rewards.double()
+        deviations = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-8)
+        weights = len(rewards) * torch.softmax(deviations / self.config.temperature, dim=0)
+        own = weights[self.local_samples.start : self.local_samples.stop].to(path.x_t)
+        batch = Batch(path.x_t, path.x_s, path.steps, own, collected.conditioning)
+        plan = TrainingPlan(torch.arange(len(weights)), steps_per_sample=path.steps.shape[1])
+        return batch, plan, {"effective_samples": (weights.sum() ** 2 / weights.square().sum()).item()}
+
+    def loss(self, batch: Batch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Minus the weighted log-prob of n recorded steps, nats per latent dimension."""
+        x_t, x_s, steps = (x[samples, actions] for x in (batch.x_t, batch.x_s, batch.steps))
+        conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
+        logp, _ = replay(self.policy, self.schedule, x_t, x_s, steps, conditioning, reduction="mean")
+        return -batch.weights[samples] * logp, {"logp": logp.detach()}

@@ -1,0 +1,93 @@
+"""docs/extending.md as a stranger follows it: the files of examples/ far from the repository, the package installed."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from forked_cli import ForkedCli
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/extending.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
+ENTRY_POINT = re.search(r"^```toml\n\[project.entry-points.\"(.+)\"\]\n(.*?)\n```", PAGE, re.MULTILINE | re.DOTALL)
+SHORT = ["epochs=1", "samples_per_epoch=8", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
+SHORT_TEXTS = [*SHORT, "sample_batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A stranger's folder, and a plug-in of theirs that is installed."""
+    folder = tmp_path_factory.mktemp("stranger")
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    information = folder / "plug_in" / "rloo-0.1.dist-info"
+    information.mkdir(parents=True)
+    shutil.copy(ROOT / "examples/rloo.py", folder / "plug_in")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: rloo\nVersion: 0.1\n")
+    group, points = ENTRY_POINT.groups()
+    (information / "entry_points.txt").write_text(f"[{group}]\n{points.replace(chr(34), '')}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(unpacked, elsewhere, tmp_path_factory):
+    path = [unpacked, elsewhere / "plug_in"]
+    with ForkedCli(tmp_path_factory.mktemp("installed"), path=path) as client:
+        yield lambda *words, **options: client(*words, cwd=elsewhere, timeout=300, **options)
+
+
+def shortened(words):
+    """The words of a command, for a run of seconds."""
+    if words[0] != "train":
+        return words
+    if "resume=true" in words:
+        return [*words[:-1], "epochs=2"]
+    if words[1] != "quickstart":
+        return [*words, *SHORT_TEXTS]
+    groups = [] if any(word.startswith("method=") for word in words) else ["group_size=4"]
+    return [*words, *SHORT, "sampler.steps=2", *groups]
+
+
+def test_the_installed_copy_is_what_runs(installed, unpacked):
+    done = installed("--help", prelude="import diffusion_align, sys\nprint(diffusion_align.__file__, file=sys.stderr)")
+    assert Path(done.error.strip()).is_relative_to(unpacked)
+
+
+def test_an_installed_plug_in_is_listed_and_trains(installed, elsewhere):
+    done = installed("list", "methods")
+    assert done.status == 0, done.error
+    assert re.search(r"^ *rloo\s*\n *REINFORCE", done.outputs[0], re.MULTILINE)
+    done = installed("train", "grpo_tiny", "method=rloo", "output_dir=runs/plug_in", *SHORT_TEXTS)
+    assert done.status == 0, done.error
+    assert yaml.safe_load((elsewhere / "runs/plug_in/config.yaml").read_text())["method"] == "rloo"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_file_of_ones_own_runs_through_every_command(section, installed, elsewhere):
+    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", SECTIONS[section], flags=re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "python"]
+    lines = [shlex.split(line) for line in blocks[0][1].splitlines()]
+    assert [words[:2] for words in lines[:3:2]] == [["diffusion-align", "doctor"], ["diffusion-align", "report"]]
+    before = set((elsewhere / "runs").glob("*"))
+    for words in lines:
+        done = installed(*shortened(words[1:]))
+        assert done.status == 0, f"{shlex.join(words)}\n{done.outputs[0][-2000:]}\n{done.error[-2000:]}"
+    short = blocks[1][1].replace("epochs=2", "epochs=1").replace('"steps": 10', '"steps": 2')
+    done = installed("--help", prelude=short.replace("samples_per_epoch=16", "samples_per_epoch=8"))
+    assert done.status == 0, done.error[-2000:]
+
+    one, two = sorted(set((elsewhere / "runs").glob("*")) - before)
+    for run, epochs in ((one, [1, 2]), (two, [1])):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows if "time/epoch" in row] == epochs
+        assert (run / "report.html").stat().st_size > 1000
+        assert list((run / "final").glob("*.safetensors"))
+
+
+def test_the_page_shows_every_example():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(
+        re.findall(r"\(\.\./examples/(\w+\.py)\)", PAGE)
+    )
