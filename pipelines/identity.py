@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
-from diffusion_align.rewards.resolve import IMAGES, Kind, user_modules
+from diffusion_align.rewards.resolve import IMAGES, TEXT, Kind, user_modules
 from diffusion_align.training.digests import Identity, code_files, content_digest, file_digest, place_digest
 
 Places = list[tuple[str, str | None]]
 
 
-def pairs_identity(model: str, judge: Any, judge_places: Sequence[str]) -> Identity:
+def pairs_identity(model: str, judge: Any, judge_places: Sequence[str], kind: Literal["image", "text"]) -> Identity:
     """Of pairs made by a model and chosen between by a judge; ``judge_places`` by ``recorded``."""
+    if kind == "text":
+        return {"model": language_model_content(model), "judge": reward_content(judge, TEXT, judge_places)}
     plan = image_model_ref(model)
     return {"model": image_model_content(plan, None), "judge": reward_content(judge, IMAGES, judge_places)}
 

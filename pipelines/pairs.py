@@ -1,7 +1,8 @@
-"""Preference pairs from a model's own pictures: draw several a prompt, and a judge chooses the best and the worst.
+"""Preference pairs from a model's own samples: several per prompt, of which a judge chooses the best and the worst.
 
-A folder of pairs holds ``pairs.jsonl`` (one pair a line, paths relative to the folder), ``ties.jsonl`` (the prompts
-whose pictures all scored alike), ``pictures/``, ``pairs_settings.yaml`` and, when all is done, the grid ``pairs.png``.
+A folder of pairs holds ``pairs.jsonl`` (one pair a line), ``ties.jsonl`` (the prompts whose samples all scored alike)
+and ``pairs_settings.yaml``; of images also ``pictures/``, where the pairs name paths, and, when all is done, the grid
+``pairs.png``. Rows of completions are what ``dpo`` and ``reward_model`` take as their dataset.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +22,21 @@ from PIL import Image
 
 from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
+from diffusion_align.data.text_encoding import Text, completion_of
 from diffusion_align.errors import ConfigError, Interrupted, UserError, short
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.models.language_models import language_model_problem
 from diffusion_align.models.model_ref import image_model_problem
 from diffusion_align.paths import output_problem, path_problem
+from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
+from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, call_reward, reward_problem
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.rewards.places import recorded
+from diffusion_align.rewards.text import build_text_reward, text_reward_problem
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
 from diffusion_align.training.lock import LOCK_FILE, FolderLock
@@ -53,6 +60,121 @@ class PairsWritten:
     mean_gap: float
 
 
+class Candidates(ABC):
+    """What is sampled per prompt, of which two make a pair, and how these are kept: images or completions.
+
+    Attributes:
+        model: as the settings name it.
+        sampling: settings of sampling, kept with the pairs.
+        sample_name: of one sample, for messages.
+    """
+
+    model: str
+    sampling: dict[str, Any]
+    sample_name: str
+
+    @abstractmethod
+    def problems(self, prompts: Sequence[Any], judge: Any) -> list[str]:
+        """Sentences about what is wrong, before anything is loaded."""
+
+    @abstractmethod
+    def load(self, judge: Any) -> Identity:
+        """Load the model and the judge; what they hold."""
+
+    @abstractmethod
+    def sample(self, prompt: Any, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
+        """One sample per seed, and their scores."""
+
+    def usable(self, sample: Any) -> bool:
+        """Whether a sample can be in a pair."""
+        return True
+
+    @abstractmethod
+    def row(self, output: Path, index: int, prompt: Any, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
+        """``prompt``, ``chosen`` and ``rejected`` as ``pairs.jsonl`` has them, files written."""
+
+    def finish(self, output: Path, pairs: Sequence[Row]) -> None:  # noqa: B027, most have nothing to add
+        """Write what is made of all pairs."""
+
+
+class ImageCandidates(Candidates):
+    """A text-to-image model, or what ``ImageAlignmentPipeline.from_pretrained`` takes."""
+
+    sample_name = "picture"
+
+    def __init__(self, model: str, *, steps: int | None, guidance_scale: float | None, eta: float | None) -> None:
+        self.model = model
+        self.sampling = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+
+    def problems(self, prompts: Sequence[Prompt], judge: Any) -> list[str]:
+        check_image_prompts([text for text, _ in prompts])
+        steps, guidance, eta = self.sampling.values()
+        blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
+        wrong = {
+            f"prompts: entry {blank} is blank: give it a text or drop it": blank is not None,
+            f"steps={steps} must be at least 1": steps is not None and steps < 1,
+            f"guidance_scale={guidance} must be a number from 0": guidance is not None and not 0 <= guidance < math.inf,
+            f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
+        }
+        problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
+        return problems + [one for one in (image_model_problem(self.model), reward_problem(judge)) if one]
+
+    def load(self, judge: Any) -> Identity:
+        self.pipeline = ImageAlignmentPipeline.from_pretrained(self.model)
+        with recorded() as places:
+            self.reward = build_reward(judge, model=self.pipeline.origin, device=self.pipeline.pipeline.device)
+        return pairs_identity(self.model, judge, places, "image")
+
+    def sample(self, prompt: str, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
+        texts, metadata = [prompt] * len(seeds), [dict(notes) for _ in seeds]
+        images = self.pipeline(texts, seed=seeds[0], **self.sampling).images
+        return images, call_reward(self.reward, as_batch(images), texts, metadata).tolist()
+
+    def row(self, output: Path, index: int, prompt: str, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
+        row = {"prompt": prompt} | {side: f"pictures/{index:05d}_{side}.png" for side in ("chosen", "rejected")}
+        save_png(best, output / row["chosen"])
+        save_png(worst, output / row["rejected"])
+        return row
+
+    def finish(self, output: Path, pairs: Sequence[Row]) -> None:
+        save_png(_grid(output, pairs[:_SHOWN]), output / "pairs.png")
+
+
+class TextCandidates(Candidates):
+    """A language model: a pipeline, or what ``TextAlignmentPipeline.from_pretrained`` takes."""
+
+    sample_name = "completion"
+
+    def __init__(self, model: str | TextAlignmentPipeline, *, max_new_tokens: int, temperature: float) -> None:
+        self.pipeline = model if isinstance(model, TextAlignmentPipeline) else None
+        self.model = self.pipeline.name if self.pipeline else str(model)
+        self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+
+    def problems(self, prompts: Sequence[tuple[Text, dict[str, Any]]], judge: Any) -> list[str]:
+        of_model = None if self.pipeline else language_model_problem(self.model)
+        return [one for one in (of_model, text_reward_problem(judge)) if one]
+
+    def load(self, judge: Any) -> Identity:
+        self.pipeline = self.pipeline or TextAlignmentPipeline.from_pretrained(self.model)
+        with recorded() as places:
+            self.reward = build_text_reward(judge, device=self.pipeline.model.device)
+        return pairs_identity(self.model, judge, places, "text")
+
+    def sample(self, prompt: Text, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
+        assert self.pipeline is not None
+        prompts = [prompt] * len(seeds)
+        texts = self.pipeline.sample_each(prompts, seeds, **self.sampling)
+        return texts, judged_texts(self.pipeline, prompts, texts, self.reward, [notes] * len(seeds)).tolist()
+
+    def usable(self, sample: str) -> bool:
+        """Not where the model ended at once: trainers refuse empty completions."""
+        return bool(sample.strip())
+
+    def row(self, output: Path, index: int, prompt: Text, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
+        sides = {"chosen": best, "rejected": worst}
+        return {**notes, "prompt": prompt} | {side: completion_of(text, prompt) for side, text in sides.items()}
+
+
 def make_pairs(
     model: str,
     prompts: Sequence[Prompt],
@@ -67,34 +189,87 @@ def make_pairs(
     resume: bool = False,
     on_prompt: Callable[[int], object] | None = None,
 ) -> PairsWritten:
-    """Draw ``per_prompt`` pictures a prompt and write the best and the worst of each as a pair.
-
-    Picture i of prompt p is drawn with the seed ``seed + p * per_prompt + i``, and a pair is written as soon as its
-    prompt is judged: a run that was stopped and resumed leaves the same files as one that was not.
+    """Pairs of images; see ``pairs_of``.
 
     Args:
         model: what ``ImageAlignmentPipeline.from_pretrained`` takes.
         prompts: texts with the metadata the judge receives, from ``load_prompts``.
-        judge: what ``build_reward`` takes; the first of several best or worst pictures counts.
+        judge: what ``build_reward`` takes.
+        output, per_prompt, seed, resume, on_prompt: see ``pairs_of``.
+        steps, guidance_scale, eta: instead of the model's own sampler settings.
+    """
+    candidates = ImageCandidates(str(model), steps=steps, guidance_scale=guidance_scale, eta=eta)
+    return pairs_of(
+        candidates, prompts, judge, output, per_prompt=per_prompt, seed=seed, resume=resume, on_prompt=on_prompt
+    )
+
+
+def make_text_pairs(
+    model: str | TextAlignmentPipeline,
+    prompts: Sequence[tuple[Text, dict[str, Any]]],
+    judge: Any,
+    output: str | Path,
+    *,
+    per_prompt: int = 4,
+    seed: int = 0,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    resume: bool = False,
+    on_prompt: Callable[[int], object] | None = None,
+) -> PairsWritten:
+    """Pairs of completions; see ``pairs_of``.
+
+    Args:
+        model: a pipeline, or what ``TextAlignmentPipeline.from_pretrained`` takes.
+        prompts: texts or conversations, with the columns that the judge names.
+        judge: what ``build_text_reward`` takes.
+        output, per_prompt, seed, resume, on_prompt: see ``pairs_of``.
+        max_new_tokens: the most tokens of a completion.
+        temperature: of sampling.
+    """
+    candidates = TextCandidates(model, max_new_tokens=max_new_tokens, temperature=temperature)
+    return pairs_of(
+        candidates, prompts, judge, output, per_prompt=per_prompt, seed=seed, resume=resume, on_prompt=on_prompt
+    )
+
+
+def pairs_of(
+    candidates: Candidates,
+    prompts: Sequence[tuple[Any, dict[str, Any]]],
+    judge: Any,
+    output: str | Path,
+    *,
+    per_prompt: int,
+    seed: int,
+    resume: bool,
+    on_prompt: Callable[[int], object] | None,
+) -> PairsWritten:
+    """Sample ``per_prompt`` times per prompt and write the best and the worst of each as a pair.
+
+    Sample i of prompt p has the seed ``seed + p * per_prompt + i``, and a pair is written as soon as its prompt is
+    judged: a run that was stopped and resumed leaves the same files as one that was not.
+
+    Args:
+        candidates: what samples.
+        prompts: with what the judge receives of each.
+        judge: a reward; the first of several best or worst samples counts.
         output: the folder; new or empty unless ``resume`` is set.
         per_prompt: at least 2.
-        seed: of the first picture.
-        steps, guidance_scale, eta: instead of the model's own sampler settings.
-        resume: go on with the pairs in ``output``, which must have been begun with the same settings.
+        seed: of the first sample.
+        resume: continue the pairs in ``output``, which must have been begun with the same settings.
         on_prompt: called with the number of prompts done, also before the first.
 
     Raises:
         UserError: wrong settings, a folder that cannot be used, a model that cannot be loaded.
-        RewardError: a judge that cannot be built, raises, or gives anything but one finite score a picture.
+        RewardError: a judge that cannot be built, raises, or gives anything but one finite score per sample.
         Interrupted: Ctrl-C.
     """
     if problem := path_problem(output):
         raise UserError(f"output={short(str(output))} {problem}")
     output = Path(output).expanduser()
-    sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
-    drawing = {"model": str(model), "per_prompt": per_prompt, "seed": seed, **sampling}
-    settings = drawing | {"judge": _plain(judge), "prompts": _digest(prompts)}
-    _check(prompts, judge, drawing)
+    settings = {"model": candidates.model, "per_prompt": per_prompt, "seed": seed, **candidates.sampling}
+    settings |= {"judge": _plain(judge), "prompts": _digest(prompts)}
+    _check(candidates, prompts, judge, per_prompt, seed)
     _check_folder(output, settings, resume)
     output = output.absolute()  # whatever folder a judge changes to
     with contextlib.ExitStack() as stack:
@@ -107,20 +282,17 @@ def make_pairs(
         seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
         done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
 
-        pipeline = ImageAlignmentPipeline.from_pretrained(model)
-        with recorded() as places:
-            reward = build_reward(judge, model=pipeline.origin, device=pipeline.pipeline.device)
-        content = pairs_identity(str(model), judge, places)
+        content = candidates.load(judge)
         _check_content(output, content)
         try:
             for index in range(done, len(prompts)):
                 if on_prompt is not None:
                     on_prompt(index)
-                text, metadata = prompts[index]
+                prompt, notes = prompts[index]
                 first = seed + index * per_prompt
-                images = pipeline([text] * per_prompt, seed=first, **sampling).images
-                scores = _scores(reward, images, text, metadata)
-                best, worst = scores.index(max(scores)), scores.index(min(scores))
+                samples, scores = candidates.sample(prompt, notes, range(first, first + per_prompt))
+                usable = [i for i, one in enumerate(samples) if candidates.usable(one)] or [0]
+                best, worst = max(usable, key=scores.__getitem__), min(usable, key=scores.__getitem__)
                 if not held:
                     make_folder(output, parents=True)
                     stack.enter_context(FolderLock(output))
@@ -130,26 +302,21 @@ def make_pairs(
                     output, settings | {"content": {name: list(map(list, found)) for name, found in content.items()}}
                 )
                 if scores[best] == scores[worst]:
-                    ties.append({"prompt": text, "score": scores[best], "seed": first})
+                    ties.append({"prompt": prompt, "score": scores[best], "seed": first})
                     _append(output / TIES, ties[-1])
                     continue
-                row: Row = {
-                    "prompt": text,
-                    "chosen": f"pictures/{index:05d}_chosen.png",
-                    "rejected": f"pictures/{index:05d}_rejected.png",
+                row = candidates.row(output, index, prompt, notes, samples[best], samples[worst]) | {
                     "score_chosen": scores[best],
                     "score_rejected": scores[worst],
                     "seed_chosen": first + best,
                     "seed_rejected": first + worst,
                 }
-                save_png(images[best], output / row["chosen"])
-                save_png(images[worst], output / row["rejected"])
                 _append(output / PAIRS, row)
                 pairs.append(row)
             if on_prompt is not None:
                 on_prompt(len(prompts))
             if pairs:
-                save_png(_grid(output, pairs[:_SHOWN]), output / "pairs.png")
+                candidates.finish(output, pairs)
         except KeyboardInterrupt:
             kept = (
                 f"{len(pairs)} pairs are in {output}: resume (--resume) to go on"
@@ -169,22 +336,14 @@ def make_pairs(
         return PairsWritten(len(pairs), len(ties), sum(gaps) / len(gaps) if gaps else math.nan)
 
 
-def _check(prompts: Sequence[Prompt], judge: Any, drawing: Mapping[str, Any]) -> None:
+def _check(candidates: Candidates, prompts: Sequence[Any], judge: Any, per_prompt: int, seed: int) -> None:
     """Raise everything that is wrong with the settings, before anything is loaded."""
-    model, per_prompt, seed, steps, guidance, eta = drawing.values()
-    check_image_prompts([text for text, _ in prompts])
-    blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
     wrong = {
         "prompts is empty: give at least one": not prompts,
-        f"prompts: entry {blank} is blank: give it a text or drop it": blank is not None,
-        f"per_prompt={per_prompt} must be at least 2: a pair needs two pictures": per_prompt < 2,
+        f"per_prompt={per_prompt} must be at least 2: a pair needs two {candidates.sample_name}s": per_prompt < 2,
         f"seed={seed} must lie between 0 and 2**63 - 1": not 0 <= seed < 2**63,
-        f"steps={steps} must be at least 1": steps is not None and steps < 1,
-        f"guidance_scale={guidance} must be a number from 0": guidance is not None and not 0 <= guidance < math.inf,
-        f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
     }
-    problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
-    problems += [problem for problem in (image_model_problem(model), reward_problem(judge)) if problem]
+    problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong] + candidates.problems(prompts, judge)
     if problems:
         raise ConfigError(problems)
 
@@ -226,10 +385,6 @@ def _begin(output: Path, settings: Mapping[str, Any]) -> None:
         write_text(output / SETTINGS, yaml_text.dump(dict(settings), sort_keys=False))
 
 
-def _scores(reward: Any, images: Sequence[Image.Image], prompt: str, metadata: Mapping[str, Any]) -> list[float]:
-    return call_reward(reward, as_batch(images), [prompt] * len(images), [dict(metadata) for _ in images]).tolist()
-
-
 def _append(path: Path, row: Row) -> None:
     append_line(path, json.dumps(row))
 
@@ -269,7 +424,7 @@ def _grid(output: Path, rows: Sequence[Row]) -> Image.Image:
     )
 
 
-def _digest(prompts: Sequence[Prompt]) -> str:
+def _digest(prompts: Sequence[Any]) -> str:
     """What tells one list of prompts from another in the settings."""
     text = json.dumps([[text, metadata] for text, metadata in prompts], default=str, sort_keys=True)
     return f"{len(prompts)} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ from diffusion_align.rewards.text import build_text_reward
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import output_folder, write_text
+
+if TYPE_CHECKING:
+    from diffusion_align.pipelines.compare import Comparison
+    from diffusion_align.pipelines.pairs import PairsWritten
 
 
 @dataclass(frozen=True)
@@ -169,20 +173,138 @@ class TextAlignmentPipeline:
         Returns:
             An object whose ``.texts`` is a list of strings.
         """
+        given = several(prompts)
+        streams = [generator(seed, "write", i) for i in range(len(given))]
+        return WrittenTexts(self._complete(given, streams, max_new_tokens, temperature, batch_size))
+
+    def sample_each(
+        self,
+        prompts: Sequence[Text],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Completions, each from a seed of its own: the i-th is ``self(prompts[i], seed=seeds[i]).texts[0]``.
+
+        Args:
+            prompts: texts or conversations.
+            seeds: one for each.
+            max_new_tokens, temperature, batch_size: as for a call.
+        """
+        streams = [generator(seed, "write", 0) for seed in seeds]
+        return self._complete(prompts, streams, max_new_tokens, temperature, batch_size)
+
+    def _complete(
+        self,
+        prompts: Sequence[Text],
+        streams: Sequence[torch.Generator],
+        max_new_tokens: int,
+        temperature: float,
+        batch_size: int,
+    ) -> list[str]:
         if max_new_tokens < 1 or not temperature > 0 or batch_size < 1:
             raise UserError(
                 f"max_new_tokens={max_new_tokens}, temperature={temperature}, batch_size={batch_size}: the first and "
                 "the last must be at least 1, the temperature above 0"
             )
-        rows = _fitting_rows(_several(prompts), self.tokenizer, context_length(self.model.config), max_new_tokens)
+        rows = _fitting_rows(prompts, self.tokenizer, context_length(self.model.config), max_new_tokens)
         policy = LanguagePolicy.for_sampling(self.model, self.tokenizer, temperature=temperature)
         texts: list[str] = []
-        for begin in range(0, len(rows), batch_size):
-            some = rows[begin : begin + batch_size]
-            streams = [generator(seed, "write", begin + i) for i in range(len(some))]
-            written = rollout(policy, [row.ids for row in some], streams, max_new_tokens=max_new_tokens)
+        for some in torch.arange(len(rows)).split(batch_size) if rows else ():
+            ids = [rows[i].ids for i in some.tolist()]
+            written = rollout(policy, ids, [streams[i] for i in some.tolist()], max_new_tokens=max_new_tokens)
             texts += policy.decode(written.sequences)
-        return WrittenTexts(texts)
+        return texts
+
+    def compare(
+        self,
+        other: str | Path | TextAlignmentPipeline,
+        prompts: Sequence[Text],
+        judge: Any,
+        *,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        seed: int = 0,
+        per_prompt: int = 1,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        output: str | Path | None = None,
+    ) -> Comparison:
+        """Complete the same prompts from the same random numbers by another model and by this one; a reward judges.
+
+        Args:
+            other: a pipeline, or what ``from_pretrained`` takes: A of the result, and this pipeline is B.
+            prompts: texts or conversations.
+            judge: a reward, as for ``align``.
+            metadata: mappings, one for each prompt: the columns that the judge names.
+            seed: of the first completion; the i-th of each uses ``seed + i``.
+            per_prompt: completions per prompt.
+            max_new_tokens: the most tokens of a completion.
+            temperature: of both models.
+            output: .jsonl or .md file to write the pairs to, side by side.
+
+        Returns:
+            Mean scores, how often this pipeline wins with its 95 % interval, and the texts.
+        """
+        from diffusion_align.pipelines.compare import compare_texts
+
+        return compare_texts(
+            other,
+            self,
+            prompts,
+            judge,
+            metadata=metadata,
+            seed=seed,
+            output=None if output is None else Path(output).expanduser(),
+            per_prompt=per_prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+        )
+
+    def make_pairs(
+        self,
+        prompts: Sequence[Text],
+        judge: Any,
+        output: str | Path,
+        *,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        per_prompt: int = 4,
+        seed: int = 0,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        resume: bool = False,
+    ) -> PairsWritten:
+        """Sample several completions per prompt and write the best and the worst of each as a row for ``dpo``.
+
+        Args:
+            prompts: texts or conversations.
+            judge: a reward, as for ``align``.
+            output: folder for ``pairs.jsonl``, which ``align(method="dpo", dataset=...)`` takes.
+            metadata: mappings, one for each prompt: the columns that the judge names; they are kept in the rows.
+            per_prompt: completions per prompt, at least 2.
+            seed: of the first completion; the i-th uses ``seed + i``.
+            max_new_tokens: the most tokens of a completion.
+            temperature: of sampling.
+            resume: continue the pairs in ``output``, which must have been begun with the same settings.
+        """
+        from diffusion_align.pipelines.pairs import make_text_pairs
+
+        given = several(prompts)
+        notes = [{} for _ in given] if metadata is None else metadata
+        if len(notes) != len(given):
+            raise UserError(f"{len(given)} prompts and {len(notes)} metadata: give lists of one length")
+        return make_text_pairs(
+            self,
+            list(zip(given, map(dict, notes))),
+            judge,
+            output,
+            per_prompt=per_prompt,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            resume=resume,
+        )
 
     def score(self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, **columns: Sequence[Any]) -> Tensor:
         """Scores (B,) of completions by a reward, nan where it has nothing to say.
@@ -302,8 +424,8 @@ def check_completions(model: str, prompts: Sequence[Text], max_new_tokens: int) 
     _fitting_rows(prompts, *load_tokenizer(model), max_new_tokens)
 
 
-def read_prompts(source: str) -> list[Text]:
-    """The prompts of a file, a shipped list or a data set.
+def read_prompts(source: str) -> list[tuple[Text, dict[str, Any]]]:
+    """The prompts of a file, a shipped list or a dataset, with the other columns of their rows.
 
     Raises:
         ConfigError: there is nothing of that name, or it holds no prompts.
@@ -311,10 +433,11 @@ def read_prompts(source: str) -> list[Text]:
     if problem := path_problem(source):
         raise ConfigError([f"prompts.source={short(source)} {problem}"])
     table, _ = TextDataConfig(source=source).open("prompts", "prompts")
-    return [row["prompt"] for row in first_rows(table, None)]
+    rows = first_rows(table, None)
+    return [(row["prompt"], {name: value for name, value in row.items() if name != "prompt"}) for row in rows]
 
 
-def _several(prompts: Text | Sequence[Text]) -> list[Text]:
+def several(prompts: Text | Sequence[Text]) -> list[Text]:
     """A list of prompts, also of one alone: a text, or a conversation, whose items are messages."""
     if isinstance(prompts, str):
         return [prompts]

@@ -74,6 +74,8 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Steps = Annotated[int | None, typer.Option(min=1, max=MOST)]
 GuidanceScale = Annotated[float | None, _between(0, LARGEST)]
 Eta = Annotated[float | None, _between(0, 1)]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="of language models; 128 if not given")]
+Temperature = Annotated[float | None, _between(0.01, 1000)]
 Gaussian = tuple[float, float]
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
 
@@ -134,17 +136,13 @@ def complete(
     """Let a language model go on with each prompt."""
     import json
 
-    from diffusion_align.data.prompts import check_unicode
     from diffusion_align.pipelines import TextAlignmentPipeline
-    from diffusion_align.pipelines.text import check_completions, read_prompts
+    from diffusion_align.pipelines.text import check_completions
     from diffusion_align.rewards.text import text_of
     from diffusion_align.streams import printable
     from diffusion_align.writing import make_folder, write_text
 
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
-    if not texts:
-        raise _user_error("no prompt: give -p TEXT or --prompts FILE")
-    check_unicode(prompt or [])
+    texts = [text for text, _ in _text_prompts(prompt, prompts)]
     if output is not None:
         _check_output_file(output)
     _hide_loading_bars()
@@ -247,68 +245,80 @@ def compare(
     judge: Annotated[str, typer.Option(help="reward that decides")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="images per prompt by each model")] = 1,
-    output: Annotated[Path, _place("--output", "-o")] = Path("compare.png"),
+    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="samples per prompt by each model")] = 1,
+    output: Annotated[
+        Path | None, _place("--output", "-o", help="compare.png; of language models compare.md, or a .jsonl file")
+    ] = None,
     seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
 ) -> None:
-    """Draw the same prompts with the same seeds by two models and let a reward judge."""
-    from diffusion_align.pipelines.compare import compare_models
+    """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge."""
+    from diffusion_align.models.kinds import model_kind
+    from diffusion_align.pipelines.compare import compare_models, compare_texts
 
-    texts, metadata = zip(*_prompts(prompt, prompts), strict=True)
+    kind = model_kind([first, second])
+    of_text = _given(max_new_tokens=max_new_tokens, temperature=temperature)
+    _check_kind(kind, {}, of_text)
+    found = _text_prompts(prompt, prompts) if kind == "text" else _prompts(prompt, prompts)
+    texts, metadata = zip(*found, strict=True)
+    output = output or Path("compare.md" if kind == "text" else "compare.png")
     if os.path.isdir(output):
-        raise _user_error(f"--output {output} is a folder: name the picture to write")
+        raise _user_error(f"--output {output} is a folder: name the file to write")
     _check_output_file(output)
     _hide_loading_bars()
-    with _bar("pictures", 2 * per_prompt * len(texts)) as update:
-        result = compare_models(
-            first,
-            second,
-            texts,
-            judge,
-            metadata=metadata,
-            seed=seed,
-            output=output,
-            per_prompt=per_prompt,
-            on_pictures=update,
-        )
-    _print(f"{result}; pictures in {output}")
+    options: Any = {"metadata": metadata, "seed": seed, "output": output, "per_prompt": per_prompt}
+    with _bar("samples", 2 * per_prompt * len(texts)) as update:
+        if kind == "text":
+            result = compare_texts(first, second, texts, judge, on_texts=update, **options, **of_text)
+        else:
+            result = compare_models(first, second, texts, judge, on_pictures=update, **options)
+    _print(f"{result}; {'texts' if kind == 'text' else 'pictures'} in {output}")
 
 
 @app.command()
 def pairs(
-    model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
-    judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst picture")],
+    model: Annotated[str, typer.Argument(help="embedded name, folder, Hub id or run folder")],
+    judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst sample")],
     output: Annotated[Path, _place("--output", "-o", help="folder for the pairs")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
-    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="images per prompt")] = 4,
+    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="samples per prompt")] = 4,
     seed: Seed = 0,
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     eta: Eta = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the pairs in the folder")] = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the pairs in the folder")] = False,
 ) -> None:
-    """Draw several pictures a prompt and keep the best and the worst as a preference pair."""
-    from diffusion_align.pipelines.pairs import PAIRS, make_pairs
+    """Sample several images or completions per prompt and keep the best and the worst as a preference pair."""
+    from diffusion_align.models.kinds import model_kind
+    from diffusion_align.pipelines.pairs import PAIRS, make_pairs, make_text_pairs
 
-    wanted = _prompts(prompt, prompts)
+    kind = model_kind([model])
+    of_images = _given(steps=steps, guidance_scale=guidance_scale, eta=eta)
+    of_text = _given(max_new_tokens=max_new_tokens, temperature=temperature)
+    _check_kind(kind, of_images, of_text)
+    wanted = _text_prompts(prompt, prompts) if kind == "text" else _prompts(prompt, prompts)
     _hide_loading_bars()
+    options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume, **of_images, **of_text}
+    make: Any = make_text_pairs if kind == "text" else make_pairs
     with _bar("prompts", len(wanted)) as update:
-        made = make_pairs(
-            model,
-            wanted,
-            judge,
-            output,
-            per_prompt=per_prompt,
-            seed=seed,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            eta=eta,
-            resume=resume,
-            on_prompt=update,
-        )
+        made = make(model, wanted, judge, output, on_prompt=update, **options)
     gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""
     _print(f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}")
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_kind(kind: str, of_images: dict[str, Any], of_text: dict[str, Any]) -> None:
+    unfit, what = (of_images, "image models") if kind == "text" else (of_text, "language models")
+    for name in unfit:
+        raise _user_error(f"--{name.replace('_', '-')} is for {what}: leave it out")
 
 
 @app.command()
@@ -564,6 +574,18 @@ def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, d
         found += load_prompts(prompts)
     if not found:
         raise _user_error("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
+    return found
+
+
+def _text_prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[Any, dict[str, Any]]]:
+    """Prompts for language models, texts or conversations, with the other columns of their rows."""
+    from diffusion_align.data.prompts import check_unicode
+    from diffusion_align.pipelines.text import read_prompts
+
+    found = [*((text, {}) for text in prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    if not found:
+        raise _user_error("no prompt: give -p TEXT or --prompts FILE")
+    check_unicode(prompt or [])
     return found
 
 

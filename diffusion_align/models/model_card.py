@@ -17,6 +17,7 @@ import jinja2
 from diffusion_align import __version__, yaml_text
 from diffusion_align.assets import asset_path
 from diffusion_align.errors import UserError
+from diffusion_align.markdown import cell, fence, literal, plain
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.lora_file import LORA_FILE
@@ -144,16 +145,16 @@ def model_card(
     shown = _settings(settings)
     return environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(below.base, method, lora, words),
-        title=_plain(title),
+        title=plain(title),
         opening=_opening(below, lora, words),
         picture=PICTURE if (folder / "samples" / PICTURE).is_file() else None,
         examples=_examples(folder / "samples" / "before_after.jsonl"),
-        facts=[(name, _cell(value)) for name, value in _facts(rows, settings, below, summary, words)],
+        facts=[(name, cell(value)) for name, value in _facts(rows, settings, below, summary, words)],
         figures=figures,
         reading=reading,
         code=code,
         settings=shown,
-        fence=_fence(code + shown, least=3),
+        fence=fence(code + shown, least=3),
         version=__version__,
     )
 
@@ -190,7 +191,7 @@ def _examples(file: Path) -> list[tuple[str, str, str]]:
     if not file.is_file():
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:_EXAMPLES]]
-    cells = [[_cell(_literal(_shortened(_short(row[name])))) for name in ("prompt", "before", "after")] for row in rows]
+    cells = [[cell(literal(_shortened(_short(row[name])))) for name in ("prompt", "before", "after")] for row in rows]
     return [(prompt, before, after) for prompt, before, after in cells]
 
 
@@ -210,24 +211,24 @@ def _front_matter(base: str, method: str, lora: bool, words: _Words) -> str:
 
 def _opening(below: ModelRef, lora: bool, words: _Words) -> str:
     what = words.adapter if lora else words.whole
-    base = _literal(below.base)
+    base = literal(below.base)
     if below.base in (*EMBEDDED_PIPELINES, "tiny-lm"):
         base += " (the model inside the Python package diffusion-align)"
     if not below.adapters:
         return f"{what} {base}."
-    runs = ", then ".join(_literal(str(path)) for path in below.adapters)
+    runs = ", then ".join(literal(str(path)) for path in below.adapters)
     return f"{what} {base}, with the adapters of earlier runs merged into it: {runs}."
 
 
 def _facts(
     rows: Sequence[Row], settings: Mapping[str, Any], below: ModelRef, summary: Mapping[str, Any], words: _Words
 ) -> list[tuple[str, str]]:
-    facts = [("base model", _literal(below.base)), ("method", _literal(str(settings.get("method"))))]
+    facts = [("base model", literal(below.base)), ("method", literal(str(settings.get("method"))))]
     if below.run is not None:
-        facts.append(("trained on, and reference", f"the run {_literal(str(settings['model']))}"))
+        facts.append(("trained on, and reference", f"the run {literal(str(settings['model']))}"))
     for key, name in _GIVEN.items():
         if settings.get(key) is not None:
-            facts.append((name, _literal(_short(settings[key]))))
+            facts.append((name, literal(_short(settings[key]))))
     _, beta = series(rows, "beta_nats", x="epoch")
     if len(beta):
         facts.append(("beta of a nat", f"{beta[-1]:.4g}"))
@@ -240,7 +241,7 @@ def _facts(
     counted = next((name for key, name in given.items() if settings.get(key) is not None), words.sampled)
     facts += [("epochs", str(len(epochs))), (counted, str(count))]
     if summary.get("stopped"):
-        facts.append(("ended early", _plain(str(summary["stopped"]))))
+        facts.append(("ended early", plain(str(summary["stopped"]))))
     if summary.get("best"):
         best = summary["best"]
         facts.append(("highest gold reward", f"{best['gold']:.4g}, after epoch {best['epoch']}"))
@@ -400,26 +401,3 @@ def _short(value: Any) -> str:
 def _quoted(text: str) -> str:
     """A Python literal; JSON's escapes are Python's too."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _literal(text: str) -> str:
-    """``text`` as code: markup in it is shown and not obeyed."""
-    text = " ".join(text.split())
-    fence = _fence(text, least=1)
-    room = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{room}{text}{room}{fence}"
-
-
-def _fence(text: str, *, least: int) -> str:
-    """More backticks than ``text`` has in a row, so that nothing in it ends the code."""
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
-
-
-def _plain(text: str) -> str:
-    """``text`` in prose, without what Markdown or HTML would take for markup."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", " ".join(text.split()))
-
-
-def _cell(text: str) -> str:
-    """``text`` inside a table, where a bar or a new line would end the cell."""
-    return " ".join(text.replace("|", "\\|").split())

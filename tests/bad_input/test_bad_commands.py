@@ -79,7 +79,7 @@ CASES = {
     ),
     "compare into a folder": (
         ["compare", "emoji-sd", "emoji-sd", "--judge", "jpeg_compressibility", "-p", "a cat", "-o", "folder"],
-        "--output folder is a folder: name the picture to write",
+        "--output folder is a folder: name the file to write",
     ),
     # report, list, doctor
     "report of nothing": (["report", "nowhere"], "nowhere"),
