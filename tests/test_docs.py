@@ -82,7 +82,8 @@ def _run_blocks(found: list[tuple[str, str]], tmp_path: Path, forked: Any, serve
                 method = load_yaml(shipped_configs()[words[2]])["method"] if words[1] == "train" else "ddpo"
                 text = method_of(method).model_kind != "image"
                 short = {"train": SHORT_TEXTS if text else SHORT_PICTURES}
-                call += (short | {"pairs": ["--steps=2", "--guidance-scale=1"]}).get(words[1], [])
+                of_images = [] if "--max-new-tokens" in words else ["--steps=2", "--guidance-scale=1"]
+                call += (short | {"pairs": of_images}).get(words[1], [])
                 done = forked(*call, cwd=tmp_path, timeout=300)
             assert done.status == 0, f"{words or block}\n{done.error[-2000:]}"
 
