@@ -137,7 +137,7 @@ def test_dpo_trains_on_the_pairs(tiny_language_model, tiny_chat_model, tmp_path,
     pipe = TextAlignmentPipeline.from_pretrained(tiny_chat_model if chat else tiny_language_model, device="cpu")
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else PROMPTS
     made = make_text_pairs(pipe, [(prompt, {}) for prompt in prompts], length, tmp_path / "pairs", per_prompt=6, **FAST)
-    assert made.pairs >= 2
+    assert made.pairs >= 1
     settings = {"epochs": 1, "samples_per_epoch": 2, "sample_batch_size": 2, "lora": {"rank": 2}, "grid_every": 0}
     settings |= {"max_completion_length": 6, "updates_per_epoch": 1, "num_threads": 1}
     pipe.align("dpo", dataset=tmp_path / "pairs" / "pairs.jsonl", output_dir=tmp_path / "run", **settings)
