@@ -1,6 +1,6 @@
-"""Rewards for pictures and text. Import it as ``diffusion_align.rewards``; the bare name belongs to your own code.
+"""Rewards for images and text. Import it as ``diffusion_align.rewards``; the bare name belongs to your own code.
 
-A reward for pictures is any callable ``reward(images, prompts, metadata)`` that returns one score a picture (see
+A reward for images is any callable ``reward(images, prompts, metadata)`` that returns one score per image (see
 `base`). One for text is any callable ``reward(prompts, completions, **columns)`` that returns one score a completion,
 or None (see `text.base`).
 """

@@ -1,4 +1,4 @@
-"""How pleasing a picture is, by a small head on a CLIP image embedding: LAION's predictors and an embedded one.
+"""How pleasing an image is, by a small head on a CLIP image embedding: LAION's predictors and an embedded one.
 
 - ``v2``: LAION V2, the one that DDPO trained on: ``sac+logos+ava1-l14-linearMSE.pth``, five linear layers without
   activations on CLIP ViT-L/14 (christophschuhmann/improved-aesthetic-predictor, Apache-2.0). Downloaded from the Hub
@@ -66,7 +66,6 @@ class AestheticSettings(NetworkSettings):
         "model": "CLIP openai/clip-vit-large-patch14 with LAION's V2 or V1 head; or emoji-clip and an embedded head",
         "range": "about 1 to 10 (v1, v2); unbounded, 0 is average (embedded)",
         "cost": "1.7 GB to download, 0.16 TFLOPs per image (v2, v1); nothing to download (embedded)",
-        "extra": None,
         "licence": "Apache-2.0 (v2, embedded), MIT (v1, CLIP ViT-L/14)",
         "differentiable": True,
     }

@@ -1,6 +1,6 @@
 """The reward protocol, and the two functions through which every reward is called.
 
-A reward scores finished pictures. Any callable will do::
+A reward scores finished images. Any callable will do::
 
     def redness(images, prompts, metadata):
         return images[:, 0].mean(dim=(1, 2)) - images[:, 1:].mean(dim=(1, 2, 3))
@@ -44,7 +44,7 @@ class Reward(Protocol):
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
     ) -> Tensor | Sequence[float] | np.ndarray:
-        """One score a picture, (B,); more is better. ``images`` is float (B, 3, H, W), multiples of 1/255 in [0, 1]."""
+        """One score per image, (B,); more is better. ``images`` is float (B, 3, H, W), multiples of 1/255 in [0, 1]."""
         ...
 
 
@@ -60,7 +60,7 @@ def call_reward(
 
     float32 where the reward returns that or less, else float64. It gets copies: what it changes in place is its own.
 
-    Without gradients the pictures are rounded to 8 bits, as their files hold them: training, a reward behind HTTP and
+    Without gradients the images are rounded to 8 bits, as their files hold them: training, a reward behind HTTP and
     a later look at the saved files then give one and the same score.
 
     Gradients are off unless ``differentiable=True``, which only a reward
@@ -148,7 +148,7 @@ def _is_sum(reward: Any) -> bool:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures as files hold them, uint8 (B, H, W, 3) on the CPU, from float (B, 3, H, W) in [0, 1]; no gradient.
+    """Images as files hold them, uint8 (B, H, W, 3) on the CPU, from float (B, 3, H, W) in [0, 1]; no gradient.
 
     Rounded as diffusers does; what lies outside [0, 1] is cut off.
     """
@@ -226,10 +226,10 @@ def check_reward(
     prompts: Sequence[str] | None = None,
     metadata: Sequence[dict[str, Any]] | None = None,
 ) -> Tensor:
-    """Scores (3,) of a dummy batch (a flat grey picture, a ramp, noise): run once before training starts.
+    """Scores (3,) of a dummy batch (a flat grey image, a ramp, noise): run once before training starts.
 
     Args:
-        image_size: side in pixels, or (height, width), of the pictures to come.
+        image_size: side in pixels, or (height, width), of the images to come.
         prompts, metadata: all the real ones, for a reward that reads them. Three are scored; all are shown to a
             reward with a method ``check_prompts(prompts, metadata)``. The global RNG is not touched.
 

@@ -1,4 +1,4 @@
-"""How natural a picture's local contrast is, judged without a reference: minus the BRISQUE score.
+"""How natural an image's local contrast is, judged without a reference: minus the BRISQUE score.
 
 Mittal, Moorthy and Bovik 2012, "No-Reference Image Quality Assessment in the Spatial Domain" (IEEE TIP 21(12)). The
 steps are those of the authors' C++ release, because the support vectors were fitted to its features: 8-bit luma,
@@ -7,14 +7,14 @@ result and to its products with four neighbours, all again at half size (bicubic
 an RBF support vector regression of these 36 numbers.
 
 Only the data of the package ``brisque`` are used, read as text after comparing their SHA-256: its code wants OpenCV,
-unpickles, raises TypeError under NumPy 2.4 and gives NaN for flat pictures. `piq` and `pyiqa` download their weights.
+unpickles, raises TypeError under NumPy 2.4 and gives NaN for flat images. `piq` and `pyiqa` download their weights.
 
-One departure: where a picture is flat, the release sees rounding errors of either sign. Here values below 1e-12 are 0
-and count half on each side, so that scores do not depend on the machine; a wholly flat picture scores 123.14.
+One departure: where an image is flat, the release sees rounding errors of either sign. Here values below 1e-12 are 0
+and count half on each side, so that scores do not depend on the machine; a wholly flat image scores 123.14.
 
-Measured on 20 pictures that scikit-image ships, against seven worse copies of each (blur of sigma 1, 2, 3, noise of
+Measured on 20 images that scikit-image ships, against seven worse copies of each (blur of sigma 1, 2, 3, noise of
 .05, .1, .2, JPEG of quality 8), all as RGB: the clean one wins 135 times of 140, and always for everyday photographs.
-The other five are three medical and microscope pictures ("retina", "cell", "microaneurysms"), so soft that they score
+The other five are three medical and microscope images ("retina", "cell", "microaneurysms"), so soft that they score
 50 to 70 when clean and that a little noise looks like sharpness. For the first two no other border or luma weighting
 changes that; the third would win narrowly with mirrored edges.
 """
@@ -128,22 +128,22 @@ def load_regression(folder: Path) -> Regression:
 
 
 def luma(images: Tensor) -> Tensor:
-    """(B, H, W) float64 on the CPU: BT.601 luma in 8-bit levels, divided by 255, of pictures (B, 3, H, W) in [0, 1]."""
+    """(B, H, W) float64 on the CPU: BT.601 luma in 8-bit levels, divided by 255, of images (B, 3, H, W) in [0, 1]."""
     red, green, blue = (images.detach().to("cpu", torch.float64).clamp(0, 1) * 255).round().unbind(dim=1)
     return (0.299 * red + 0.587 * green + 0.114 * blue).round() / 255
 
 
-def features(pictures: Tensor) -> Tensor:
+def features(images: Tensor) -> Tensor:
     """BRISQUE's 36 features, float64 (B, 36), of luma (B, H, W) in [0, 1]: 18 at full and 18 at half size."""
-    height, width = pictures.shape[1:]
+    height, width = images.shape[1:]
     half = functional.interpolate(
-        pictures[:, None], size=(max(height // 2, 1), max(width // 2, 1)), mode="bicubic", align_corners=False
+        images[:, None], size=(max(height // 2, 1), max(width // 2, 1)), mode="bicubic", align_corners=False
     )
-    return torch.cat([_features(pictures), _features(half[:, 0])], dim=1)
+    return torch.cat([_features(images), _features(half[:, 0])], dim=1)
 
 
-def _features(pictures: Tensor) -> Tensor:
-    x = normalise(pictures)
+def _features(images: Tensor) -> Tensor:
+    x = normalise(images)
     alpha, left, right = fit(x)
     columns = [alpha, (left + right) / 2]
     height, width = x.shape[1:]
@@ -158,11 +158,11 @@ def _features(pictures: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def normalise(pictures: Tensor) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """(B, H, W): ``(x - mu) / (sigma + 1/255)`` with mean and deviation under a 7x7 Gaussian; eq. 1 to 3."""
-    mean, square = blur(pictures), blur(pictures.square())
+    mean, square = blur(images), blur(images.square())
     deviation = (square - mean.square()).clamp(min=0).sqrt()
-    x = (pictures - mean) / (deviation + 1 / 255)
+    x = (images - mean) / (deviation + 1 / 255)
     return torch.where(x.abs() < 1e-12, 0, x)
 
 

@@ -210,7 +210,8 @@ def describe(kind: Kind) -> list[dict[str, Any]]:
     for name in kind.table:
         _, settings = find(name, kind)
         options = describe_options(settings)
-        rows.append({"name": name, "description": description(settings), **settings.about, "options": options})
+        about = {"name": name, "description": description(settings), **settings.about, "options": options}
+        rows.append({"extra": None} | about)
     return rows
 
 

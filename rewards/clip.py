@@ -71,7 +71,7 @@ def preprocess(
     *,
     fit: Callable[[Tensor, int], Tensor] = resize_and_crop,
 ) -> Tensor:
-    """CLIP's input, float32 (B, 3, size, size), from float pictures (B, 3, H, W) in [0, 1]; a gradient flows.
+    """CLIP's input, float32 (B, 3, size, size), from float images (B, 3, H, W) in [0, 1]; a gradient flows.
 
     ``fit``, then ``(x - mean) / std``: by default CLIP's own recipe except that pixels are not rounded to 8 bits after
     the resize.

@@ -108,7 +108,7 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipE
     # OpenAI's and some other weights were trained with QuickGELU, which open_clip knows but only warns of.
     quick = bool((open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu"))
     model = open_clip.create_model(architecture, pretrained=weights, precision="fp32", force_quick_gelu=quick)
-    # open_clip says here how the pictures were prepared that these weights were trained on.
+    # open_clip says here how the images were prepared that these weights were trained on.
     prepared = getattr(model.visual, "preprocess_cfg", {})
     fit = squash if prepared.get("resize_mode") == "squash" else resize_and_crop
     fit = functools.partial(fit, mode=prepared.get("interpolation", "bicubic"))

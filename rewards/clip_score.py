@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, by CLIP (Radford et al. 2021, arXiv:2103.00020)."""
+"""How well an image fits its prompt, by CLIP (Radford et al. 2021, arXiv:2103.00020)."""
 
 from typing import Any, ClassVar
 
@@ -20,9 +20,9 @@ class ClipScore:
         self.encoder, self.batch_size = encoder, batch_size
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        pictures = self.encoder.embed_images(images, batch_size=self.batch_size)
+        seen = self.encoder.embed_images(images, batch_size=self.batch_size)
         texts = self.encoder.embed_texts(prompts, batch_size=self.batch_size)
-        return (pictures * texts).sum(dim=-1)
+        return (seen * texts).sum(dim=-1)
 
     def to(self, device: str | torch.device) -> "ClipScore":
         self.encoder.to(device)

@@ -1,7 +1,7 @@
 """Several rewards as one: their weighted sum. A list of rewards in a configuration is this.
 
 What a trainer does with the parts is its own: DDPO can also normalise each by itself before it sums
-(``multi_objective_aggregation: normalize_then_sum``), which needs more than the pictures of one call.
+(``multi_objective_aggregation: normalize_then_sum``), which needs more than the images of one call.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,6 @@ class Combine(RewardSettings):
         "model": "those of its parts",
         "range": "the weighted sum of its parts' ranges",
         "cost": "the sum of its parts'",
-        "extra": None,
         "licence": "those of its parts",
         "differentiable": True,
     }

@@ -249,7 +249,7 @@ def in_parallel(function: Callable[[Job, threading.Event], Result], jobs: Sequen
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture, uint8 (H, W, 3), as the bytes of a PNG file; nothing is lost."""
+    """An image, uint8 (H, W, 3), as the bytes of a PNG file; nothing is lost."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
-"""Which picture people prefer for a prompt, by HPS v2 and v2.1 (Wu et al. 2023, arXiv:2306.09341).
+"""Which image people prefer for a prompt, by HPS v2 and v2.1 (Wu et al. 2023, arXiv:2306.09341).
 
-Both are open_clip's ViT-H-14 trained on rankings of pictures made for one prompt; only the weights differ. A picture is
+Both are open_clip's ViT-H-14 trained on rankings of images made for one prompt; only the weights differ. An image is
 resized until its *longer* side fits and gets black borders, as in the authors' own scoring code. (That code resizes
 through torchvision, which antialiases since version 0.17 and did not before; here it is always antialiased.)
 """

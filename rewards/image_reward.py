@@ -1,6 +1,6 @@
-"""How well a picture serves its prompt, by ImageReward (Xu et al. 2023, arXiv:2304.05977).
+"""How well an image serves its prompt, by ImageReward (Xu et al. 2023, arXiv:2304.05977).
 
-BLIP (Li et al. 2022, arXiv:2201.12086) with a head: a ViT-L/16 sees the picture at 224 x 224, a BERT reads the prompt
+BLIP (Li et al. 2022, arXiv:2201.12086) with a head: a ViT-L/16 sees the image at 224 x 224, a BERT reads the prompt
 and looks at the patches by cross-attention, and five linear layers without activations map its first token to a score,
 normalised with the mean and standard deviation of the authors' test set. The networks are those of transformers; the
 published weights are renamed to fit. Their sizes are read off the weights; every attention head is 64 wide, as in the
@@ -66,7 +66,7 @@ class ImageReward:
         return torch.cat([self._score(*part) for part in zip(*parts)])
 
     def _score(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B,) float32 on the networks' device, from pictures and (B, L) tokens with their mask."""
+        """(B,) float32 on the networks' device, from images and (B, L) tokens with their mask."""
         from diffusion_align.rewards.clip_backends import CLIP_MEAN, CLIP_STD
 
         device, dtype = self.vision.device, self.vision.dtype
@@ -94,7 +94,6 @@ class ImageRewardSettings(NetworkSettings):
         "model": f"{REPOSITORY}, {FILE} (tokenizer: {TOKENIZER})",
         "range": "unbounded, 0 is average and 1 a standard deviation; in practice -2.3 to 2",
         "cost": "1.8 GB to download, 0.14 TFLOPs per image",
-        "extra": None,
         "licence": "Apache-2.0",
         "differentiable": True,
     }
@@ -122,7 +121,7 @@ class ImageRewardSettings(NetworkSettings):
 
 
 def load_image_reward(path: Path) -> tuple[Any, Any, nn.Module]:
-    """Picture network, text network and head with the weights in ``path``, float32 on the CPU.
+    """Image network, text network and head with the weights in ``path``, float32 on the CPU.
 
     Raises:
         RewardError: not a file of tensors, or not those of ImageReward.

@@ -13,16 +13,16 @@ from diffusion_align.rewards.settings import RewardSettings
 
 
 def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
-    """JPEG file size of each picture in kB (1 kB = 1000 bytes), float32 (B,), as PIL writes it (4:2:0 chroma).
+    """JPEG file size of each image in kB (1 kB = 1000 bytes), float32 (B,), as PIL writes it (4:2:0 chroma).
 
     Args:
         images: float (B, 3, H, W) in [0, 1]; rounded to 8 bits as diffusers does. No gradient flows.
         quality: PIL's scale, 1 to 100.
     """
     sizes = []
-    for picture in to_uint8(images).numpy():
+    for image in to_uint8(images).numpy():
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         sizes.append(buffer.tell() / 1000)
     return torch.tensor(sizes, dtype=torch.float32)
 
@@ -37,7 +37,6 @@ class JpegCompressibility(RewardSettings):
         "model": "no model",
         "range": "below 0, in kB",
         "cost": "one JPEG encoding per image",
-        "extra": None,
         "licence": "no model",
         "differentiable": False,
     }

@@ -1,8 +1,8 @@
-"""Whether the picture shows the text that was asked for: it is read by PP-OCRv6 (PaddleOCR's small models).
+"""Whether the image shows the text that was asked for: it is read by PP-OCRv6 (PaddleOCR's small models).
 
 The score is Flow-GRPO's (Liu et al. 2025, arXiv:2505.05470): ``max(0, 1 - edit distance / length of the target)``. As
 there, white space and case do not count, lines are joined in the order in which they are read, from top to bottom, and
-pictures are not turned round (a word upside down is read in parts). Beyond that, compatibility forms (full-width
+images are not turned round (a word upside down is read in parts). Beyond that, compatibility forms (full-width
 letters, ligatures) and curly quotation marks count as the plain ones: the reader does not keep them apart.
 
 The target is ``metadata["text"]`` if there is one, else what stands in quotation marks in the prompt: `target_text`.
@@ -69,8 +69,8 @@ class Ocr(RewardSettings):
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         targets = [target_text(prompt, notes) for prompt, notes in zip(prompts, metadata)]  # fails before anything runs
         return [
-            text_score(self.read(picture), target, extra_text=self.extra_text)
-            for picture, target in zip(to_uint8(images).numpy(), targets)
+            text_score(self.read(image), target, extra_text=self.extra_text)
+            for image, target in zip(to_uint8(images).numpy(), targets)
         ]
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
@@ -78,12 +78,12 @@ class Ocr(RewardSettings):
         for prompt, notes in zip(prompts, metadata, strict=True):
             target_text(prompt, notes)
 
-    def read(self, picture: np.ndarray) -> str:
-        """All text in ``picture``, uint8 RGB (H, W, 3); lines are joined by newlines, "" if nothing is read."""
+    def read(self, image: np.ndarray) -> str:
+        """All text in ``image``, uint8 RGB (H, W, 3); lines are joined by newlines, "" if nothing is read."""
         with self._lock:
             if self._engine is None:
                 self._engine = load_engine(min_side=self.min_side, num_threads=self.num_threads)
-            lines = self._engine(np.ascontiguousarray(picture[..., ::-1])).txts  # it wants BGR
+            lines = self._engine(np.ascontiguousarray(image[..., ::-1])).txts  # it wants BGR
         return "\n".join(lines or ())
 
 
@@ -104,7 +104,7 @@ def load_engine(*, min_side: int, num_threads: int) -> Any:
 
 
 def target_text(prompt: str, metadata: dict[str, Any]) -> str:
-    """The text that the picture should show.
+    """The text that the image should show.
 
     ``metadata["text"]``, else the quoted pieces of ``prompt``, joined by a space. Marks are straight or typographic,
     double or single; single ones count only where no double pair holds a text. An apostrophe inside or at the end of

@@ -1,6 +1,6 @@
-"""Which picture people pick for a prompt, by PickScore (Kirstain et al. 2023, arXiv:2305.01569).
+"""Which image people pick for a prompt, by PickScore (Kirstain et al. 2023, arXiv:2305.01569).
 
-PickScore_v1 is CLIP ViT-H/14 trained on choices between two pictures made for one prompt. Its weights are a
+PickScore_v1 is CLIP ViT-H/14 trained on choices between two images made for one prompt. Its weights are a
 transformers CLIPModel; the tokenizer is that of the CLIP it started from.
 """
 
@@ -39,7 +39,6 @@ class PickScoreSettings(NetworkSettings):
         "model": f"{PICK_SCORE} (tokenizer: {VIT_H_14})",
         "range": "-100 to 100, in practice 17 to 24",
         "cost": "3.9 GB to download, 0.4 TFLOPs per image",
-        "extra": None,
         "licence": "MIT",
         "differentiable": True,
     }

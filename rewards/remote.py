@@ -1,6 +1,6 @@
 """A reward that another process or machine computes, asked over HTTP: the client of `diffusion-align serve-reward`.
 
-So a reward with awkward dependencies lives in an environment of its own. Pictures travel as 8-bit PNG and scores as
+So a reward with awkward dependencies lives in an environment of its own. Images travel as 8-bit PNG and scores as
 numbers that keep every bit, so a reward answers as it would in this process as long as it sees the same batches.
 """
 
@@ -61,8 +61,8 @@ class Remote:
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         rows = [
-            _row(prompt, notes, picture)
-            for prompt, notes, picture in zip(prompts, metadata, to_uint8(images).numpy(), strict=True)
+            _row(prompt, notes, image)
+            for prompt, notes, image in zip(prompts, metadata, to_uint8(images).numpy(), strict=True)
         ]
         if not rows:
             return torch.empty(0)
@@ -74,7 +74,7 @@ class Remote:
         )
         if limit < 1:
             raise RewardError(
-                f"a picture of {images.shape[-1]} x {images.shape[-2]} is more than the reward server takes at once "
+                f"an image of {images.shape[-1]} x {images.shape[-2]} is more than the reward server takes at once "
                 f"(max_bytes={self.limits.max_bytes}, max_pixels={self.limits.max_pixels})"
             )
         parts = split(len(rows), limit, len(self.endpoints))
@@ -110,7 +110,6 @@ class RemoteSettings(RewardSettings):
         "model": "no model here; the server's",
         "range": "that of the reward served",
         "cost": "nothing to download; one request per batch and server",
-        "extra": None,
         "licence": "that of the reward served",
         "differentiable": False,
     }
@@ -156,7 +155,7 @@ def split(count: int, limit: int, servers: int) -> list[tuple[int, int]]:
 
 
 def _row(prompt: str, notes: dict[str, Any], pixels: Any) -> tuple[str, str, str]:
-    """Prompt, metadata and picture, each as JSON."""
+    """Prompt, metadata and image, each as JSON."""
     try:
         described = json.dumps(notes)
     except (TypeError, ValueError) as error:

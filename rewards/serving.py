@@ -84,7 +84,7 @@ def create_app(
         token: what every request must bring; None for open doors.
         limits: of one request.
         threads: of torch while it scores; with 1 the scores equal those of a training run, which scores with one.
-        device: where the reward gets its pictures.
+        device: where the reward gets its images.
         calls: where the reward is called; a thread of its own if not given.
     """
     limits = limits or Limits()
@@ -205,7 +205,7 @@ async def read_body(request: Request, max_bytes: int, held: _Held | None = None)
         HTTPException: 413 too long, 408 too slow, 503 no room.
     """
     held = held or _Held(Bodies(max_bytes))
-    too_long = HTTPException(413, f"the request is longer than max_bytes={max_bytes}: send fewer pictures at once")
+    too_long = HTTPException(413, f"the request is longer than max_bytes={max_bytes}: send fewer images at once")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
         raise too_long
@@ -228,7 +228,7 @@ async def read_body(request: Request, max_bytes: int, held: _Held | None = None)
 
 
 def parse_request(body: bytes, limits: Limits) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
-    """Pictures float (B, 3, H, W) in [0, 1], prompts and metadata of a request.
+    """Images float (B, 3, H, W) in [0, 1], prompts and metadata of a request.
 
     Raises:
         HTTPException: 413 for too many images, pixels or values, 422 for whatever is malformed.
@@ -250,20 +250,20 @@ def parse_request(body: bytes, limits: Limits) -> tuple[Tensor, list[str], list[
         )
     if len(content.images) > limits.max_batch:
         raise HTTPException(413, f"{len(content.images)} images are more than max_batch={limits.max_batch}")
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for index, text in enumerate(content.images):
-        picture = decode(text, index, limits.max_pixels // len(content.images))
-        if pictures and picture.shape != pictures[0].shape:
-            sizes = " and ".join(f"{one.shape[1]} x {one.shape[0]}" for one in (pictures[0], picture))
+        image = decode(text, index, limits.max_pixels // len(content.images))
+        if images and image.shape != images[0].shape:
+            sizes = " and ".join(f"{one.shape[1]} x {one.shape[0]}" for one in (images[0], image))
             raise HTTPException(422, f"images 0 and {index} are {sizes}: all must be of one size")
-        pictures.append(picture)
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # as in a run
+        images.append(image)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # as in a run
     return pixels.float() / 255, content.prompts, content.metadata
 
 
 def decode(text: str, index: int, max_pixels: int) -> np.ndarray:
-    """A picture, uint8 (H, W, 3), from the base64 of a PNG file; nothing is decoded before its size is known."""
-    unreadable = HTTPException(422, f"image {index} is not a PNG picture that can be read")
+    """An image, uint8 (H, W, 3), from the base64 of a PNG file; nothing is decoded before its size is known."""
+    unreadable = HTTPException(422, f"image {index} is not a PNG image that can be read")
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError:

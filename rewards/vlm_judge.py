@@ -1,4 +1,4 @@
-"""A vision-language model as the judge: any OpenAI-compatible ``/chat/completions`` endpoint that takes pictures.
+"""A vision-language model as the judge: any OpenAI-compatible ``/chat/completions`` endpoint that takes images.
 
 The model is asked for a number; it is read from the answer, and the question is put again, with the answer, where there
 is none. A local server (vLLM, llama.cpp, Ollama, LM Studio) does as well as a hosted one. A judge is a proxy like any
@@ -94,7 +94,6 @@ class VlmJudgeSettings(RewardSettings):
         "model": "whatever the endpoint serves",
         "range": "0 to 1",
         "cost": "nothing to download here; one question per image, at the endpoint's price and speed",
-        "extra": None,
         "licence": "that of the model asked",
         "differentiable": False,
     }
@@ -180,8 +179,8 @@ class VlmJudge:
         if kept is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged file is written anew
                 return self._checked(json.loads(kept.read_text(encoding="utf-8"))["score"])
-        picture = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
-        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": picture}}]
+        image = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+        content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": image}}]
         asked: list[dict[str, Any]] = [{"role": "user", "content": content}]
         answer, score = self._ask(asked, stop)
         for _ in range(self.settings.retries):

@@ -59,7 +59,8 @@ def _pairs() -> Entries:
 def _rewards() -> Entries:
     entries = []
     for row in describe_rewards() + describe_text_rewards():
-        about = [f"{key}: {value}" for key, value in row.items() if key not in ("name", "description", "options")]
+        shown = {key: value for key, value in row.items() if key not in ("name", "description", "options")}
+        about = [f"{key}: {value}" for key, value in shown.items() if value is not None]
         options = [f"option {name} {option}" for name, option in row["options"].items()]
         entries.append((row["name"], [row["description"], *about, *options]))
     return entries

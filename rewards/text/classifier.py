@@ -102,7 +102,6 @@ class ClassifierSettings(TextNetworkSettings):
     name: ClassVar[str] = "classifier"
     about: ClassVar[dict[str, Any]] = {
         "range": "unbounded (logit), 0 to 1 (probability)",
-        "extra": None,
         "licence": "that of the model given",
     }
 

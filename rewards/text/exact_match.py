@@ -18,7 +18,7 @@ class ExactMatch(RewardSettings):
     """
 
     name: ClassVar[str] = "exact_match"
-    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "extra": None, "licence": "no model"}
+    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "licence": "no model"}
 
     column: Column = Field(
         "answer", description="of the data, that holds the answer, or a list of answers any of which will do"

@@ -19,7 +19,6 @@ class Length(RewardSettings):
     name: ClassVar[str] = "length"
     about: ClassVar[dict[str, Any]] = {
         "range": "0 and above without a target, 0 and below with one",
-        "extra": None,
         "licence": "no model",
     }
 

@@ -38,7 +38,7 @@ class NumericMatch(RewardSettings):
     """
 
     name: ClassVar[str] = "numeric_match"
-    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "extra": None, "licence": "no model"}
+    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "licence": "no model"}
 
     column: Column = Field(
         "answer", description="of the data, that holds the answer: a number, or text whose last number it is (GSM8K)"

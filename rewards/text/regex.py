@@ -39,7 +39,6 @@ class Regex(RewardSettings):
     name: ClassVar[str] = "regex"
     about: ClassVar[dict[str, Any]] = {
         "range": "0 or 1 (search, full), 0 to 1 (share), 0 and above (count)",
-        "extra": None,
         "licence": "no model",
     }
 

@@ -307,8 +307,6 @@ def test_a_tokenizer_of_another_network_is_refused(folder, tmp_path):
         ({"weights": "/no/such.pt"}, "weights='/no/such.pt' is not a file"),
         ({"tokenizer": "/no/such"}, "tokenizer='/no/such' is not allowed: it is not a folder"),
         ({"tokenizer": 3}, "tokenizer=3 is not allowed: it must be text"),
-        ({"dtype": "half"}, "dtype='half' is not allowed"),
-        ({"batch_size": True}, "batch_size=True is not allowed: it must be a whole number"),
         ({"heads": 12}, "has no option 'heads'"),
     ],
 )

@@ -339,7 +339,7 @@ def test_a_batch_is_cut_to_what_the_server_takes(serve):
         sizes.clear()
         assert torch.equal(score(remote(serve(spy, limits=limits)), 10), expected)
         assert sizes == [3, 3, 4]
-    with pytest.raises(RewardError, match="a picture of 16 x 16 is more than the reward server takes"):
+    with pytest.raises(RewardError, match="an image of 16 x 16 is more than the reward server takes"):
         score(remote(serve(limits=Limits(max_pixels=255))))
 
 
