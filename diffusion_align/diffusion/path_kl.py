@@ -1,4 +1,4 @@
-"""The KL of a whole path from few decisions: which of them to look at, the estimate and its standard error.
+"""The KL of a whole path from few of its steps: which of them to look at, the estimate and its standard error.
 
 A path has S trained steps, whose KLs differ by orders of magnitude, mostly in known proportions (``weights``). So every
 step is looked at, each time in another sample, and the estimate is the sum over steps of the mean of each.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def looked_at(steps: int, passes: float) -> int:
-    """How many decisions to look at: 1 % of an epoch's passes or, if that is more, one a step, and two for an error.
+    """How many steps to look at: 1 % of an epoch's passes or, if that is more, each one once, and two for an error.
 
     Each costs two passes: at most 2 % of the epoch's, if not so few.
 
@@ -28,14 +28,14 @@ def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int,
     """(n, 2) int64 (row, column) of ``steps``: every trained step that occurs, and what is left by weight.
 
     The step whose KL is largest decides how well the sum is known (Neyman's allocation). A step is looked at in
-    different samples, those taken least so far first, so that n samples or more serve n decisions once each. In random
+    different samples, those taken least so far first, so that n samples or more serve n looks once each. In random
     order.
 
     Args:
         steps: (M, K) the steps that M samples have recorded, each once.
         trained: (S,) those there are.
         weights: (S,) in what proportion their KLs are, roughly.
-        most: how many decisions may be looked at, if that is more than S.
+        most: how many may be looked at, if that is more than S.
         generator: on the CPU.
     """
     left = max(most - len(trained), 0)
@@ -52,8 +52,8 @@ def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int,
         for choice in taken[rows].sort(stable=True).indices[:each].tolist():
             taken[rows[choice]] += 1
             found.append([int(rows[choice]), int(columns[choice])])
-    decisions = torch.tensor(found, dtype=torch.int64).view(-1, 2)
-    return decisions[torch.randperm(len(decisions), generator=generator)]
+    indices = torch.tensor(found, dtype=torch.int64).view(-1, 2)
+    return indices[torch.randperm(len(indices), generator=generator)]
 
 
 def path_kl(steps: Tensor, kl: Tensor, trained: Tensor, weights: Tensor) -> tuple[float, float]:
@@ -66,7 +66,7 @@ def path_kl(steps: Tensor, kl: Tensor, trained: Tensor, weights: Tensor) -> tupl
 
     Args:
         steps: (n,) int64.
-        kl: (n,) of a decision at that step, at least 0.
+        kl: (n,) of a sample at that step, at least 0.
         trained: (S,) the steps of a path, in order.
         weights: (S,) in what proportion the KLs of the trained steps are, roughly.
 
@@ -74,7 +74,7 @@ def path_kl(steps: Tensor, kl: Tensor, trained: Tensor, weights: Tensor) -> tupl
         ValueError: nothing was looked at.
     """
     if not len(kl):
-        raise ValueError("kl is empty: look at one decision at least")
+        raise ValueError("kl is empty: look at one step at least")
     kl, weights = kl.double().cpu(), weights.double().cpu()
     index = torch.searchsorted(trained, steps.cpu())
     counts = torch.bincount(index, minlength=len(trained))

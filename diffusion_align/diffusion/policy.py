@@ -49,7 +49,7 @@ class DenoisingPolicy:
             keeps its dtype, what is trained becomes float32.
         lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
-        autocast: context in which the network runs; decisions stay float32.
+        autocast: context in which the network runs; log-probs stay float32.
 
     Raises:
         UserError: a pipeline class that is not supported, or a network that is not text-to-image.
@@ -171,10 +171,10 @@ class DenoisingPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W).
+        """Images (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W).
 
         Raises:
-            TrainingError: latents or pictures are not finite; a clamp would make them black or white.
+            TrainingError: latents or images are not finite; a clamp would make them black or white.
         """
         vae = self.pipeline.vae
         shift, scale = self._vae_shift_and_scale(latents)
@@ -185,7 +185,7 @@ class DenoisingPolicy:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """x_0 latents (B, C, H, W), float32, of pictures (B, 3, H, W) in [0, 1]: the mode of the VAE's posterior.
+        """x_0 latents (B, C, H, W), float32, of images (B, 3, H, W) in [0, 1]: the mode of the VAE's posterior.
 
         Raises:
             TrainingError: they are not finite.

@@ -1,4 +1,4 @@
-"""Sampling that logs the log-prob of every decision, and the replay of those decisions. One code path for both."""
+"""Sampling that logs the log-prob of every step, and the replay of those steps. One code path for both."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from diffusion_align.diffusion.transitions import GaussianTransition, Reduction,
 
 @dataclass(frozen=True)
 class Trajectory:
-    """K recorded decisions of each of B samples.
+    """K recorded steps of each of B samples.
 
     Attributes:
-        x_t, x_s: (B, K, C, H, W) float32, the latents before and after each decision, as they were scored.
-        steps: (B, K) int64, the index of each decision in the schedule.
-        logp_old: (B, K), log-prob of each decision under the policy that sampled it.
+        x_t, x_s: (B, K, C, H, W) float32, the latents before and after each step, as they were scored.
+        steps: (B, K) int64, the index of each one in the schedule.
+        logp_old: (B, K), log-prob of each step under the policy that sampled it.
         latents: (B, C, H, W), the finished x_0.
     """
 
@@ -59,8 +59,8 @@ def replay(
 
     With unchanged weights and an equal batch shape the log-prob equals the recorded one exactly.
     """
-    decision = transition(policy, schedule, x_t, steps, conditioning)
-    return decision.log_prob(x_s, reduction=reduction), decision
+    step = transition(policy, schedule, x_t, steps, conditioning)
+    return step.log_prob(x_s, reduction=reduction), step
 
 
 @torch.no_grad()
@@ -74,9 +74,9 @@ def rollout(
     reduction: Reduction = "mean",
     on_step: Callable[[], None] = lambda: None,
 ) -> Trajectory:
-    """Sample B pictures' latents and record the decisions ``record``.
+    """Sample B images' latents and record the steps ``record``.
 
-    Every sample draws its noise from its own CPU generator, so a picture does not depend on the batch, the device or
+    Every sample draws its noise from its own CPU generator, so an image does not depend on the batch, the device or
     the number of processes it is sampled with.
 
     Args:
@@ -106,12 +106,12 @@ def rollout(
     logp = []
     for i in range(len(schedule)):
         steps = torch.full((batch,), i, dtype=torch.int64, device=device)
-        decision = transition(policy, schedule, states[-1], steps, conditioning)
+        step = transition(policy, schedule, states[-1], steps, conditioning)
         if i in has_density:
-            states.append(decision.sample(_noise(generators, shape, device)))
-            logp.append(decision.log_prob(states[-1], reduction=reduction))
+            states.append(step.sample(_noise(generators, shape, device)))
+            logp.append(step.log_prob(states[-1], reduction=reduction))
         else:
-            states.append(decision.mean)
+            states.append(step.mean)
             logp.append(torch.zeros(batch, device=device))
         on_step()
     rows, record = torch.arange(batch, device=device)[:, None], record.to(device)

@@ -1,4 +1,4 @@
-"""Policy-gradient losses per decision, unreduced, for Gaussian and categorical decisions alike.
+"""Policy-gradient losses per action, unreduced, for Gaussian and categorical actions alike.
 
 Shapes are written (B, T); every function here takes any one common shape, such as flattened pairs (N,), except
 ``level="sequence"``, which needs (B, T). ``mask`` is bool of that shape; an entry that does not count has loss 0 and no
@@ -49,8 +49,8 @@ def importance_ratio(
 ) -> Tensor:
     """Ratio ``rho = exp(logp - logp_old)`` of the trained to the sampling policy, no unit.
 
-    "decision": one ratio a decision, [002] eq. 74 (PPO). "sequence": ``rho = exp(mean_t(logp - logp_old))`` over the
-    decisions that count, so length-normalised, and the same at each t of its row (GSPO, arXiv:2507.18071, eq. 7).
+    "decision": one ratio per action, [002] eq. 74 (PPO). "sequence": ``rho = exp(mean_t(logp - logp_old))`` over the
+    actions that count, so length-normalised, and the same at each t of its row (GSPO, arXiv:2507.18071, eq. 7).
 
     The exponent is clamped to ±``log_clamp`` straight through: the value is exp(clamped), the gradient that value times
     the gradient of the log-ratio, so an entry beyond the clamp still moves.
@@ -85,7 +85,7 @@ def clipped_surrogate(
     mask: Tensor | None = None,
     level: Level = "decision",
 ) -> Tensor:
-    """PPO-2 clipped loss per decision, unreduced: ``-min(rho*A, clamp(rho, 1-clip, 1+clip_high)*A)``.
+    """PPO-2 clipped loss per action, unreduced: ``-min(rho*A, clamp(rho, 1-clip, 1+clip_high)*A)``.
 
     ``rho`` is ``importance_ratio``. Schulman et al. 2017 (arXiv:1707.06347), eq. 7, negated; [000] eq. 26. With
     ``dual_clip = c`` the loss of a negative advantage is at most ``-c*A`` (Ye et al. 2020, arXiv:1912.09729, eq. 5).
@@ -140,7 +140,7 @@ def clip_fractions(
     mask: Tensor | None = None,
     level: Level = "decision",
 ) -> tuple[Tensor, Tensor]:
-    """Which decisions the clip takes out, for logging: ``(low, high)``, average them for the fractions.
+    """Which actions the clip takes out, for logging: ``(low, high)``, average them for the fractions.
 
     ``low``: rho < 1 - clip and A < 0; ``high``: rho > 1 + clip_high and A > 0. These are the entries that the surrogate
     gives no gradient, but for those that only ``dual_clip`` takes out. Without ``advantages`` the sign is not asked
@@ -171,7 +171,7 @@ def clipped_ratios(
 
 
 def score_function_loss(logp: Tensor, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """REINFORCE loss per decision, unreduced: ``-A * logp``; its gradient is the estimate, its value means nothing.
+    """REINFORCE loss per action, unreduced: ``-A * logp``; its gradient is the estimate, its value means nothing.
 
     [000] eq. 22–24, where the terms of ``logp`` without a gradient are dropped.
 
@@ -186,7 +186,7 @@ def score_function_loss(logp: Tensor, advantages: Tensor, *, mask: Tensor | None
 def value_loss(
     values: Tensor, values_old: Tensor, returns: Tensor, *, clip: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """Squared error of the value per decision, halved, unreduced: ``(V - R)²/2``.
+    """Squared error of the value per action, halved, unreduced: ``(V - R)²/2``.
 
     With ``clip`` it is ``max((V - R)², (V_c - R)²)/2`` with ``V_c = V_old + clamp(V - V_old, -clip, clip)``, as in
     PPO's reference implementation (described by Engstrom et al. 2020, arXiv:2005.12729).
