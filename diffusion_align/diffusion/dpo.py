@@ -49,6 +49,7 @@ from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
@@ -220,6 +221,14 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     config: DiffusionDPOConfig
     config_class = DiffusionDPOConfig
     headline = "rewards/accuracies"
+    metrics = {  # noqa: RUF012
+        "beta_nats": Metric("Beta", "per nat", "The price of one nat that beta or beta_dpo comes to for this model."),
+        "weight": Metric(
+            "Weight of a pair in the gradient",
+            "mean weight",
+            "How much the pairs still have to teach: near 0 the policy tells all of them apart already.",
+        ),
+    }
     keeps = ("latents",)
 
     def __init__(

@@ -25,6 +25,7 @@ from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost, Lines
 from diffusion_align.training.evaluation import Evaluation
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
 from diffusion_align.writing import new_folder
@@ -51,6 +52,18 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     config_class: ClassVar[type[TrainingConfig]] = DenoisingConfig
     model_kind = "image"
     previews: ImagePreviews
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "kl": Metric(
+            "KL to the reference, per step",
+            "nats a step",
+            "How far the policy is from the reference at one step of an image.",
+        ),
+        "kl_path": Metric(
+            "KL to the reference, a whole path",
+            "nats over all trained steps",
+            "How far it is summed over the steps that are trained on.",
+        ),
+    }
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ from diffusion_align.llm.preference_batches import (
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import Weight
 from diffusion_align.training.cost import EpochCost
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.trainer import TrainingPlan
 
 # What only some losses have: setting -> those losses.
@@ -140,6 +141,9 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     config: DPOConfig
     config_class = DPOConfig
     keeps = ("reference.safetensors",)
+    metrics = {  # noqa: RUF012
+        "beta/mean": Metric("Beta of the prompts, mean", "per nat", "With dynamic_beta: what a nat costs, by prompt."),
+    }
     rows: Sequence[PreferenceRow]
 
     @classmethod

@@ -25,6 +25,7 @@ from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.config import Weight
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
@@ -92,6 +93,16 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     config: KTOConfig
     config_class = KTOConfig
     dataset_kind = "labels"
+    metrics = {  # noqa: RUF012
+        "reference_point": Metric(
+            "Reference point",
+            "nats a completion",
+            "The log-ratio above which a completion counts as preferred: that of completions after other prompts.",
+        ),
+        "desirable": Metric(
+            "Desirable completions", "fraction of completions", "Near 0 or 1 one side has hardly any examples."
+        ),
+    }
     rows: Sequence[LabelledRow]
 
     def data_problems(self) -> list[str]:

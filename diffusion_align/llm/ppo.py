@@ -38,6 +38,7 @@ from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGrad
 from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.trainer import TrainingPlan
 
 
@@ -103,6 +104,10 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
 
     config: PPOConfig
     config_class = PPOConfig
+    metrics = {  # noqa: RUF012
+        "value/mean": Metric("Value, mean", "reward", "What the value head expects; it should follow the return."),
+        "returns/mean": Metric("Return, mean", "reward", "The reward still to come, less the price of the KL."),
+    }
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -35,6 +35,7 @@ from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.evaluation import Evaluation, StopConfig
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
@@ -63,6 +64,16 @@ class TextTrainer(PolicyTrainer[Batch]):
     config: TextConfig
     config_class: ClassVar[type[TrainingConfig]] = TextConfig
     model_kind = "text"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "kl": Metric(
+            "KL to the reference, a token",
+            "nats a token",
+            "How far the policy had gone from the reference when it wrote the epoch's completions, for one token.",
+        ),
+        "kl_path": Metric(
+            "KL to the reference, a completion", "nats a completion", "The same, summed over a completion."
+        ),
+    }
 
     def __init__(
         self,

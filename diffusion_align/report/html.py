@@ -7,7 +7,7 @@ import functools
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from diffusion_align import yaml_text
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.paths import path_problem
 from diffusion_align.report import plots, texts
-from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_evaluation, read_metrics, series
+from diffusion_align.report.metrics import (
+    IMAGE_KL,
+    Row,
+    natural_x,
+    numeric_keys,
+    read_descriptions,
+    read_evaluation,
+    read_metrics,
+    series,
+)
 from diffusion_align.shown import short
 from diffusion_align.writing import write_text
 
@@ -63,34 +72,23 @@ _COMMON = (
         "Where the seconds of each epoch went.",
     ),
 )
-_IMAGE_PLOTS = (
+_PLOTS: Sequence[tuple[Any, str, Sequence[str], str]] = (
     _REWARD,
     (
         plots.plot_gold,
         "epoch",
         ("gold", "gold_stderr", "diversity"),
         "What was not trained on, on the same prompts and the same noise every time. A reward that rises while "
-        "this one falls is being hacked; a diversity that falls towards 0 means that all pictures become one.",
+        "this one falls is being hacked; a diversity that falls towards 0 means that all samples become one.",
     ),
     (
         plots.plot_preference,
         "step",
         plots.PREFERENCE_KEYS,
         "How often, and by how much, the policy prefers the chosen sample more than the reference does. The loss only "
-        "asks for the gap between chosen and rejected: both errors below 0, or both rewards above 0, mean that both "
-        "samples became likelier, and the reverse that both became less likely. A winner's error that keeps rising is "
-        "divergence.",
+        "asks for the gap between chosen and rejected: both rewards below 0, or both errors above 0, mean that both "
+        "became less likely. A winner's error that keeps rising is divergence.",
     ),
-    (
-        plots.plot_kl,
-        "step",
-        ("kl", "kl_path"),
-        "How far the policy is from the reference, in nats: for one decision, and summed over the trained steps.",
-    ),
-    *_COMMON,
-)
-_TEXT_PLOTS = (
-    _REWARD,
     *(
         (
             functools.partial(plots.plot_panels, shown=panels),
@@ -102,6 +100,9 @@ _TEXT_PLOTS = (
     ),
     *_COMMON,
 )
+_KL = ("kl", "kl_path", "kl_coef")
+Described = Mapping[str, tuple[str, str, str]]
+"""Metric -> its title, unit and how it is read."""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -126,7 +127,7 @@ def write_report(run_dir: str | Path) -> Path:
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
     config = _load_config(config_text)
-    method = config.get("method") if isinstance(config, dict) else None
+    described = read_descriptions(run_dir / "metrics.json", config)
     samples = run_dir / "samples"
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
@@ -135,12 +136,12 @@ def write_report(run_dir: str | Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=_title(run_dir, config),
         folder=run_dir.resolve().name,
-        summary=" ".join([summary(rows, method), *_evaluation_sentences(rows, run_dir / "evaluation.json")]),
+        summary=" ".join([summary(rows, described), *_evaluation_sentences(rows, run_dir / "evaluation.json")]),
         finished=(run_dir / "final").exists(),
         before_after=_inline(samples / "before_after.png"),
         before_after_texts=texts.before_after_table(samples),
-        figures=list(_figures(rows, method)),
-        other=_other_metrics(rows, method),
+        figures=list(_figures(rows, described)),
+        other=_other_metrics(rows, described),
         grids=list(_grids(samples)),
         texts=[texts.samples_table(path, label) for path, label in _some_epochs(samples, "jsonl")],
         config=list(_flatten(config)) if isinstance(config, dict) else [],
@@ -151,24 +152,25 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def summary(rows: Sequence[Row], method: object = None) -> str:
+def summary(rows: Sequence[Row], described: Described = IMAGE_KL) -> str:
     """The run in one paragraph: reward or accuracy from start to end, cost, KL, largest ratio deviation.
 
-    A text run says how long its completions were; one from preferences says nothing of what it did not need to log.
+    A text run says how long its completions were; one that logs neither rewards nor ratios says nothing of them.
     """
     if not rows:
         return "No metrics have been written yet."
     preference = _preference_sentences(rows)
-    compares = bool(preference) or method in texts.PREFERENCE_METHODS
     has_reward = len(series(rows, "reward", x="epoch")[0]) > 0
     has_ratio = len(series(rows, "ratio/first_pass_deviation")[0]) > 0
+    samples = has_reward or any(key.startswith("ratio/") for key in numeric_keys(rows))
+    compares = bool(preference) or not samples
     has_kl = len(series(rows, "kl")[0]) > 0
     sentences = [_reward_sentence(rows)] if has_reward or not compares else []
     sentences += preference + texts.completion_sentences(rows)
     if compares and not has_reward and (cost := _cost(rows)):
         sentences.append(f"The run took {cost}.")
-    if has_kl or method not in texts.PREFERENCE_METHODS:
-        sentences.append(_kl_sentence(rows, method))
+    if has_kl or not compares:
+        sentences.append(_kl_sentence(rows, described))
     if has_ratio or not compares:
         sentences.append(_ratio_sentence(rows))
     return " ".join(sentences)
@@ -280,18 +282,18 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _kl_sentence(rows: Sequence[Row], method: object) -> str:
+def _kl_sentence(rows: Sequence[Row], described: Described) -> str:
     found, count = [], 0
-    for key, what in texts.kl_phrases(method).items():
+    for key in ("kl", "kl_path"):
         with_key = [row for row in rows if key in row]
         last_epoch = [row for row in with_key if row.get("epoch") == with_key[-1].get("epoch")]
         _, values = series(last_epoch, key)
         if len(values):
-            found.append(f"{values.mean():.3g} nats {what}")
+            found.append(f"{values.mean():.3g} {described[key][1] if key in described else 'nats'}")
             count = len(values)
     if not found:
         return "KL to the reference was not logged."
-    mean = "over its samples" if method in texts.METHODS and count == 1 else "over its updates"
+    mean = "over its samples" if count == 1 else "over its updates"
     return f"In the last epoch the policy was {' and '.join(found)} away from the reference (KL, mean {mean})."
 
 
@@ -353,23 +355,37 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", text.removesuffix("\n").removesuffix("\n...")
 
 
-def _plots(method: object) -> Sequence[tuple[Any, str, Sequence[str], str]]:
-    return _TEXT_PLOTS if method in texts.METHODS else _IMAGE_PLOTS
-
-
-def _figures(rows: Sequence[Row], method: object) -> Iterator[dict[str, Any]]:
-    for draw, x, keys, reading in _plots(method):
+def _figures(rows: Sequence[Row], described: Described) -> Iterator[dict[str, Any]]:
+    for draw, x, keys, reading in _PLOTS:
         if set(numeric_keys(rows, x=x)).intersection(keys):
             yield _figure(draw(rows), reading)
         if draw is plots.plot_reward and len(components := plots.reward_component_keys(rows)) > 1:
             yield _figure(plots.plot_metrics(rows, components, x="epoch"), "The rewards that were logged, one by one.")
+        if draw is plots.plot_preference and (kl := [key for key in _KL if key in numeric_keys(rows, x="step")]):
+            titles = {key: described[key][0] for key in kl if key in described} | {"kl_coef": "Price of the KL"}
+            panels = tuple((key, titles.get(key, key), {key: "KL"}, None) for key in kl)
+            yield _figure(
+                plots.plot_panels(rows, panels), " ".join(described[key][2] for key in kl if key in described)
+            )
+    for key in _own(rows, described):
+        yield _figure(plots.plot_metrics(rows, [key], described=described), described[key][2])
 
 
-def _other_metrics(rows: Sequence[Row], method: object) -> dict[str, Any] | None:
-    """Every metric that no plot above shows, so that a text run or a new algorithm is reported as well."""
-    shown = {key for _, _, keys, _ in _plots(method) for key in keys} | {"reward_stderr", "kl_path_stderr"}
-    components = plots.reward_component_keys(rows)
-    keys = [key for key in numeric_keys(rows) if key not in shown and key not in components]
+def _shown() -> set[str]:
+    """Metrics that a plot of the report shows."""
+    return {key for _, _, keys, _ in _PLOTS for key in keys} | {*_KL, "reward_stderr", "kl_path_stderr"}
+
+
+def _own(rows: Sequence[Row], described: Described) -> list[str]:
+    """Metrics that the method declares and no plot of the report shows, as far as they were logged."""
+    logged = {key for key in numeric_keys(rows) if len(series(rows, key, x=natural_x([rows], key))[0])}
+    return [key for key in described if key in logged - _shown()]
+
+
+def _other_metrics(rows: Sequence[Row], described: Described) -> dict[str, Any] | None:
+    """Every metric that no figure above shows, so that an algorithm that declares nothing is reported as well."""
+    shown = _shown() | {*_own(rows, described), *plots.reward_component_keys(rows)}
+    keys = [key for key in numeric_keys(rows) if key not in shown]
     keys = [key for key in keys if len(series(rows, key, x=natural_x([rows], key))[0])]
     if not keys:
         return None

@@ -11,6 +11,19 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+_FAR = "How far the policy was from the reference"
+IMAGE_KL = {
+    "kl": ("KL to the reference, per step", "nats a step", f"{_FAR}, for one step."),
+    "kl_path": (
+        "KL to the reference, a whole path",
+        "nats over all trained steps",
+        "The same, over all trained steps.",
+    ),
+}
+TEXT_KL = {
+    "kl": ("KL to the reference, a token", "nats a token", f"{_FAR}, for one token."),
+    "kl_path": ("KL to the reference, a completion", "nats a completion", "The same, summed over a completion."),
+}
 
 
 def read_metrics(path: str | Path) -> list[Row]:
@@ -57,6 +70,20 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if best is None or (isinstance(best, dict) and all(is_number(best.get(key)) for key in ("epoch", "gold"))):
         return found
     raise ValueError(f"{path} was not written by a run: remove it")
+
+
+def read_descriptions(path: Path, config: object) -> dict[str, tuple[str, str, str]]:
+    """Key -> title, unit and reading of metrics, from ``metrics.json``.
+
+    Runs of before did not write it: then their settings tell whether a KL is of tokens or of steps.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            str(key): (str(one["title"] or key), str(one["unit"]), str(one["reading"])) for key, one in found.items()
+        }
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return dict(TEXT_KL if isinstance(config, dict) and "max_completion_length" in config else IMAGE_KL)
 
 
 def is_number(value: object) -> bool:

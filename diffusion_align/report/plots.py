@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -58,6 +59,7 @@ _PREFERENCE_PANELS: tuple[Panel, ...] = (
         {"error/winner_ratio": "winner"},
         (1.0, "reference"),
     ),
+    ("drift", "Distance from the reference on the data", {"drift": "drift"}, None),
 )
 _HELD_OUT = "eval/"
 _TIME_PARTS = ("sample", "score", "update", "evaluation", "grid")
@@ -65,9 +67,17 @@ PREFERENCE_KEYS = tuple(key for _, _, lines, _ in _PREFERENCE_PANELS for key in 
 
 
 def plot_metrics(
-    rows: Sequence[Row], keys: Sequence[str], *, x: str | None = None, columns: int = 2, title: str | None = None
+    rows: Sequence[Row],
+    keys: Sequence[str],
+    *,
+    x: str | None = None,
+    columns: int = 2,
+    title: str | None = None,
+    described: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
     """One panel a key, a line each; ``x`` is "step" or "epoch", by default whichever the key is logged by.
+
+    ``described``: key -> title and unit where they are not those of the report.
 
     Raises:
         ValueError: a key that no row holds as a number.
@@ -81,7 +91,8 @@ def plot_metrics(
         axis = x or natural_x([rows], key)
         xs, values = _require(rows, key, axis)
         draw_line(axes, xs, values, PALETTE[0])
-        finish_axes(axes, key, axis)
+        name, unit = (described[key][0], described[key][1]) if key in described else (None, None)
+        finish_axes(axes, key, axis, title=name, unit=unit)
     return figure
 
 

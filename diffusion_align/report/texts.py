@@ -10,21 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.report.metrics import Row, is_number, series
-from diffusion_align.report.plots import IMPLICIT_REWARD_PANELS, Panel
-
-METHODS = ("ppo", "grpo", "dpo", "kto", "reward_model")
-PREFERENCE_METHODS = ("dpo", "kto", "reward_model")
-"""Those that can do without a KL or a reward."""
+from diffusion_align.report.plots import Panel
 
 FOLDED_BEYOND = 400  # characters of a text that are shown before the rest is folded away
 FOLDED_LINES = 8
 MAX_ROWS = 32  # of a table; the files hold the others
 
-KL_PANELS: tuple[Panel, ...] = (
-    ("kl", "KL to the reference, a token", {"kl": "KL"}, None),
-    ("kl_path", "KL to the reference, a completion", {"kl_path": "KL"}, None),
-    ("kl_coef", "Price of the KL", {"kl_coef": "kl_coef"}, None),
-)
 COMPLETION_PANELS: tuple[Panel, ...] = (
     (
         "completions/mean_length",
@@ -39,36 +30,22 @@ COMPLETION_PANELS: tuple[Panel, ...] = (
     ("completions/clipped_ratio", "Completions without an end", {"completions/clipped_ratio": "without"}, None),
     ("entropy", "Entropy of a token", {"entropy": "entropy"}, None),
 )
-PREFERENCE_PANELS: tuple[Panel, ...] = (
-    *IMPLICIT_REWARD_PANELS,
-    ("drift", "Distance from the reference on the data", {"drift": "drift"}, None),
-)
 SCORE_PANELS: tuple[Panel, ...] = (
     ("accuracy", "Accuracy", {"accuracy": "trained on", "eval/accuracy": "held out"}, (0.5, "chance")),
     ("margin", "Score, chosen − rejected", {"margin": "trained on", "eval/margin": "held out"}, (0.0, "no preference")),
     ("scores/chosen", "Scores", {"scores/chosen": "chosen", "scores/rejected": "rejected"}, (0.0, "0")),
 )
 
-KL_READING = (
-    "How far the policy had gone from the reference when it wrote the epoch's completions, in nats: for one token, and "
-    "summed over a completion."
-)
 COMPLETION_READING = (
     "How long the completions are, how many the length limit cut off before their end, and how undecided the policy is "
     "about the next token. Lengths that run away, or an entropy that falls towards 0, mean that a reward is exploited."
-)
-PREFERENCE_READING = (
-    "How often, and by how much, the policy prefers the chosen completion more than the reference does. The loss only "
-    "asks for the gap between chosen and rejected: both rewards below 0 mean that both became less likely."
 )
 SCORE_READING = (
     "How often, and by how much, the chosen completion scores higher. Held-out pairs that fall behind those trained on "
     "are overfitting."
 )
 PLOTS = (
-    (PREFERENCE_PANELS, PREFERENCE_READING),
     (SCORE_PANELS, SCORE_READING),
-    (KL_PANELS, KL_READING),
     (COMPLETION_PANELS, COMPLETION_READING),
 )
 
@@ -159,13 +136,6 @@ def passage(text: str, reward: Any = None) -> Passage:
     rest = text[len(start) :].removeprefix("\n")
     short = len(rest) < FOLDED_BEYOND // 4 and rest.count("\n") < 2  # not worth folding
     return Passage(text, "", shown) if short else Passage(start, rest, shown)
-
-
-def kl_phrases(method: object) -> dict[str, str]:
-    """Metric -> what its nats are of."""
-    if method in METHODS:
-        return {"kl": "a token", "kl_path": "a completion"}
-    return {"kl": "a step", "kl_path": "over all trained steps"}
 
 
 def completion_sentences(rows: Sequence[Row]) -> list[str]:

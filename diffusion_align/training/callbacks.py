@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from diffusion_align.foreign import foreign_code
 from diffusion_align.references import resolve
 from diffusion_align.training.config import dump_config
 from diffusion_align.training.tracking import MetricsLog, Trackers
+from diffusion_align.writing import write_text
 
 if TYPE_CHECKING:
     from diffusion_align.training.trainer import Trainer
@@ -61,6 +63,15 @@ def named_callbacks(references: Sequence[Any]) -> list[Callback]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+class DescribeMetrics(Callback):
+    """``metrics.json``: what the method's metrics mean, for whoever reads the run without its code."""
+
+    def on_start(self, trainer: Trainer[Any]) -> None:
+        described = {key: one._asdict() for key, one in trainer.described_metrics().items()}
+        text = json.dumps(described, indent=1, ensure_ascii=False) + "\n"
+        trainer.processes.on_main(lambda: write_text(trainer.folder / "metrics.json", text))
 
 
 class WriteMetrics(Callback):

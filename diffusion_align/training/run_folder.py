@@ -17,6 +17,7 @@ _NO_RUN = {LOCK_FILE}
 # What a run writes into its folder.
 _TRACES = (
     "config.yaml",
+    "metrics.json",
     "metrics.jsonl",
     "samples",
     "checkpoints",

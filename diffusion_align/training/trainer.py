@@ -29,13 +29,14 @@ from diffusion_align import __version__
 from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.training import checkpoint
-from diffusion_align.training.callbacks import Callback, Preview, Report, Row, Track, WriteMetrics
+from diffusion_align.training.callbacks import Callback, DescribeMetrics, Preview, Report, Row, Track, WriteMetrics
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.cost import EpochCost
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import loss_problem
 from diffusion_align.training.launch import check_accelerator, make_accelerator
+from diffusion_align.training.metrics import Metric
 from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
@@ -92,6 +93,7 @@ class Trainer(ABC, Generic[Batch]):
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig  # its settings
     model_kind: ClassVar[Literal["image", "text", "classifier"] | None] = None  # what is loaded for it to train
     dataset_kind: ClassVar[Literal["preferences", "labels"]] = "preferences"  # what a row of its dataset says
+    metrics: ClassVar[Mapping[str, Metric]] = {}  # what its own mean, beside those of the classes it comes from
     headline = "reward"  # the metric that the progress bar shows
     none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
     keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
@@ -107,7 +109,8 @@ class Trainer(ABC, Generic[Batch]):
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.run_folder = RunFolder(self.folder, self.processes, self.keeps)
         track = [Track(Trackers(self.accelerator))] if config.trackers else []
-        self.callbacks: list[Callback] = [Preview(), *callbacks, WriteMetrics(self.log), *track, Report()]
+        after = [WriteMetrics(self.log), *track, Report()]
+        self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, *after]
         self.epoch = self.step = self._began = 0
         self.resumed = False
         self.stopped: str | None = None
@@ -131,6 +134,11 @@ class Trainer(ABC, Generic[Batch]):
         share = config.samples_per_epoch // self.processes.count
         first = share * self.processes.index
         self.local_samples = range(first, first + share)
+
+    @classmethod
+    def described_metrics(cls) -> dict[str, Metric]:
+        """Key -> what it means, of this class and those it comes from."""
+        return {key: one for kind in reversed(cls.__mro__) for key, one in vars(kind).get("metrics", {}).items()}
 
     @classmethod
     def from_run(cls, run: RunContext) -> Self:

@@ -10,6 +10,7 @@ import pytest
 from diffusion_align import report
 from diffusion_align.report import texts
 from diffusion_align.report.html import summary
+from diffusion_align.report.metrics import TEXT_KL
 from diffusion_align.report.plots import plot_panels
 
 Page = runpy.run_path(str(Path(__file__).parent / "test_report_html.py"))["Page"]
@@ -48,9 +49,9 @@ SCORES = [
 ]
 
 
-def make_run(folder, *, method="grpo", rows=(), samples=None, before_after=None):
+def make_run(folder, *, method="grpo", rows=(), samples=None, before_after=None, own="max_completion_length: 64"):
     (folder / "samples").mkdir(parents=True)
-    (folder / "config.yaml").write_text(f"method: {method}\nmodel: tiny-lm\ndataset:\n  source: team/prefs\n")
+    (folder / "config.yaml").write_text(f"method: {method}\nmodel: tiny-lm\ndataset:\n  source: team/prefs\n{own}\n")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = {f"epoch_{n:04d}": lines for n, lines in (samples or {}).items()}
     for name, lines in (files | ({"before_after": before_after} if before_after else {})).items():
@@ -196,36 +197,34 @@ def test_parts_of_a_message_and_messages_without_content():
 
 
 def test_the_summary_of_a_run_with_rewards():
-    for method in ("ppo", "grpo"):
-        assert summary(ROWS, method) == (
-            "The mean reward rose from 1 to 2, over 2 epochs, 16 samples trained on and 0.2 minutes. The mean length "
-            "of completions went from 40 to 80 tokens; the limit cut 25 % of them off in the last epoch. In the last "
-            "epoch the policy was 0.02 nats a token and 1 nats a completion away from the reference (KL, mean over its "
-            "samples). On the first pass over its samples the importance ratio strayed from 1 by at most 1e-06."
-        )
-    assert "0.02 nats a step and 1 nats over all trained steps" in summary(ROWS, "ddpo")
-    assert "was 40 tokens; the limit cut 12.5 %" in summary(ROWS[:3], "grpo")
-    assert "KL to the reference was not logged." in summary(UPDATES, "grpo")
+    assert summary(ROWS, TEXT_KL) == (
+        "The mean reward rose from 1 to 2, over 2 epochs, 16 samples trained on and 0.2 minutes. The mean length "
+        "of completions went from 40 to 80 tokens; the limit cut 25 % of them off in the last epoch. In the last "
+        "epoch the policy was 0.02 nats a token and 1 nats a completion away from the reference (KL, mean over its "
+        "samples). On the first pass over its samples the importance ratio strayed from 1 by at most 1e-06."
+    )
+    assert "0.02 nats a step and 1 nats over all trained steps" in summary(ROWS)
+    assert "was 40 tokens; the limit cut 12.5 %" in summary(ROWS[:3], TEXT_KL)
+    assert "KL to the reference was not logged." in summary(UPDATES, TEXT_KL)
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_the_summary_of_preferences_says_nothing_of_a_kl_that_is_not_needed(method):
-    text = summary(PREFERENCES, method)
+def test_the_summary_of_preferences_says_nothing_of_a_kl_that_is_not_needed():
+    text = summary(PREFERENCES, TEXT_KL)
     assert text == (
         "The implicit accuracy rose from 0.6 in the first of 3 updates to 0.8 in the last (chance is 0.5). There the "
         "implicit reward margin was 1.5."
     )
-    assert "KL" not in summary([{"step": 1, "loss": 0.6}], method)
-    assert "0.1 nats a token" in summary([*PREFERENCES, {"step": 3, "epoch": 3, "kl": 0.1}], method)
+    assert "KL" not in summary([{"step": 1, "loss": 0.6}], TEXT_KL)
+    assert "0.1 nats a token" in summary([*PREFERENCES, {"step": 3, "epoch": 3, "kl": 0.1}], TEXT_KL)
 
 
 def test_the_summary_of_a_reward_model():
-    assert summary(SCORES, "reward_model") == (
+    assert summary(SCORES, TEXT_KL) == (
         "The accuracy rose from 0.6 in the first of 3 updates to 0.8 in the last (chance is 0.5). There the chosen one "
         "scored 1.5 more. On the held-out pairs it was 0.55 after the first epoch and 0.65 after the last. The run "
         "took 3 epochs, 24 pairs trained on and 3.0 minutes."
     )
-    assert "it was 0.55 after the first epoch." in summary(SCORES[:3], "reward_model")
+    assert "it was 0.55 after the first epoch." in summary(SCORES[:3], TEXT_KL)
 
 
 def plots_of(folder):
@@ -252,9 +251,21 @@ def test_the_plots_of_each_method(tmp_path, monkeypatch):
     assert plots_of(make_run(tmp_path / "rm", method="reward_model", rows=SCORES))[0] == (
         "Accuracy; Score, chosen − rejected; Scores"
     )
-    image = plots_of(make_run(tmp_path / "ddpo", method="ddpo", rows=ROWS))
-    assert "KL to the reference, per step; KL to the reference, a whole path" in image
-    assert not any("Length of the completions; " in plot for plot in image[:-1])
+    image = plots_of(make_run(tmp_path / "ddpo", method="ddpo", rows=ROWS, own="sampler: {steps: 10}"))
+    assert "KL to the reference, per step; KL to the reference, a whole path; Price of the KL" in image
+    # A run says itself what its metrics mean; what no plot of the report shows has one of its own.
+    folder = make_run(tmp_path / "own", method="file.py:Own", rows=[row | {"weight_largest": 2.0} for row in ROWS])
+    described = {"title": "Largest weight", "unit": "times the mean", "reading": "One sample alone is too few."}
+    far = {"title": "KL to the reference, a frame", "unit": "nats a frame", "reading": "How far it is."}
+    (folder / "metrics.json").write_text(json.dumps({"kl": far, "weight_largest": described}))
+    own = plots_of(folder)
+    assert "Largest weight" in own
+    assert "KL to the reference, a frame; kl_path; Price of the KL" in own
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "One sample alone is too few." in text
+    assert "0.02 nats a frame" in text
+    (folder / "metrics.json").write_text("[1]")  # damaged: as if there were none
+    assert "KL to the reference, a token; KL to the reference, a completion; Price of the KL" in plots_of(folder)
 
 
 def test_the_title_names_the_data_of_preferences(tmp_path):
