@@ -65,6 +65,7 @@ SETTINGS = {
     "num_threads": 1,
 }
 ONLINE = {"prompts": PROMPTS, "reward": ["letters"], "num_generations": 4}
+HELD_OUT = {"reward": "length", "samples": 5}  # two of process 0 and three of process 1
 DPO = {"method": "dpo", "dataset": PREFERENCES, "beta": 0.5}
 CASES = {
     "grpo, KL in the reward": ONLINE | {"method": "grpo", "beta": 0.1, "credit": "to_go", "loss_type": "grpo"},
@@ -82,7 +83,7 @@ CASES = {
     "dpo, several rejected": DPO | {"precompute_ref_log_probs": True, "sft_weight": 0.1},
     "dpo, dynamic beta": DPO | {"dynamic_beta": {"hidden": 8}, "inner_epochs": 2},
     "dpo, online": DPO | ONLINE | {"dataset": None, "pair_selection": "best_rest"},
-    "kto": {"method": "kto", "dataset": LABELS, "beta": 0.5, "kl_samples": 3},
+    "kto": {"method": "kto", "dataset": LABELS, "beta": 0.5, "kl_samples": 3, "evaluation": HELD_OUT},
     "kto, online": ONLINE | {"method": "kto", "beta": 0.5},
     "reward_model": {"method": "reward_model", "dataset": PREFERENCES, "eval_dataset": PREFERENCES[:3]},
 }
