@@ -321,7 +321,7 @@ def names_in(path):
 
 def test_no_other_file_lists_the_methods():
     listing = {str(path.relative_to(ROOT)): found for path in SOURCES if len(found := names_in(path)) > 1}
-    assert listing.keys() <= {"diffusion_align/methods.py", "diffusion_align/diffusion/model_card.py"}
+    assert listing.keys() == {"diffusion_align/methods.py"}
 
 
 def test_nothing_asks_what_kind_of_trainer_or_configuration_it_has():
