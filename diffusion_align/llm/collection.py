@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_align.data.text_encoding import completion_of
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import TrainingError
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, widened
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, pad_to
 from diffusion_align.llm.rollout import Completions, rollout
 from diffusion_align.rewards.base import reward_name, runs_in_background
 from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
@@ -224,7 +224,7 @@ def in_batches(
     parts = [torch.zeros(0, shape[1], device=sequences.ids.device)] if not len(sequences) else []
     with bars.task(what, len(sequences)) as advance:
         for rows in torch.arange(len(sequences), device=sequences.ids.device).split(batch_size) if shape[0] else ():
-            parts.append(widened(compute(sequences[rows]), shape[1], 0.0))
+            parts.append(pad_to(compute(sequences[rows]), shape[1], 0.0))
             advance(len(rows))
     return torch.cat(parts)
 
@@ -233,7 +233,7 @@ def _joined(parts: Sequence[Completions], pad: int) -> Completions:
     width = max(part.logp_old.shape[1] for part in parts)
     return Completions(
         concatenate([part.sequences for part in parts], pad=pad),
-        torch.cat([widened(part.logp_old, width, 0.0) for part in parts]),
+        torch.cat([pad_to(part.logp_old, width, 0.0) for part in parts]),
         torch.cat([part.finished for part in parts]),
     )
 

@@ -35,7 +35,7 @@ from diffusion_align.estimators import (
     several_rewards_advantages,
 )
 from diffusion_align.llm.collection import Collected
-from diffusion_align.llm.policy import Scored, Sequences, widened
+from diffusion_align.llm.policy import Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
 from diffusion_align.shown import short
@@ -225,7 +225,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         some = sequences[rows]
         logp_ref = self.reference_log_probs(some)
         metrics = kl_metrics(logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask, self.processes)
-        return (widened(logp_ref, logp_old.shape[1], 0.0) if config.beta > 0 else None), metrics
+        return (pad_to(logp_ref, logp_old.shape[1], 0.0) if config.beta > 0 else None), metrics
 
     def _kl_in_reward(self, logp_old: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:
         """(B, T) what is subtracted from the advantage, times beta."""

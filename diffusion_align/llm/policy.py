@@ -116,13 +116,13 @@ def concatenate(parts: Sequence[Sequences], *, pad: int) -> Sequences:
     """All rows of ``parts``, padded to the longest."""
     length, width = (max(getattr(part, name).shape[1] for part in parts) for name in ("ids", "mask"))
     return Sequences(
-        torch.cat([widened(part.ids, length, pad) for part in parts]),
+        torch.cat([pad_to(part.ids, length, pad) for part in parts]),
         torch.cat([part.starts for part in parts]),
-        torch.cat([widened(part.mask, width, False) for part in parts]),
+        torch.cat([pad_to(part.mask, width, False) for part in parts]),
     )
 
 
-def widened(x: Tensor, width: int, value: float) -> Tensor:
+def pad_to(x: Tensor, width: int, value: float) -> Tensor:
     """``x`` (B, T) with columns of ``value`` up to ``width``."""
     return nn.functional.pad(x, (0, width - x.shape[1]), value=value)
 

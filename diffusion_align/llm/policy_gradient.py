@@ -18,7 +18,7 @@ from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, 
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected, WeightedRewards, in_batches
 from diffusion_align.llm.evaluation import TextEvaluation
-from diffusion_align.llm.policy import LanguagePolicy, Scored, widened
+from diffusion_align.llm.policy import LanguagePolicy, Scored, pad_to
 from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.training.callbacks import Callback
@@ -105,7 +105,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
             bars=self.bars,
             what="  scoring",
         )
-        logp = widened(logp, sampled.shape[1], 0.0).to(sampled)
+        logp = pad_to(logp, sampled.shape[1], 0.0).to(sampled)
         worst = torch.expm1((logp - sampled)[sequences.mask]).abs().max()
         if self.processes.count > 1:
             worst = self.accelerator.gather(worst[None]).max()

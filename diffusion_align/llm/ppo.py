@@ -33,7 +33,7 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.llm.collection import Collected, WeightedRewards
 from diffusion_align.llm.evaluation import TextEvaluation
-from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, widened
+from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.callbacks import Callback
@@ -215,8 +215,8 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
             return masked_whiten(x, mask, (0, 1))
         parts = self.processes.gather_in_order([(x.cpu(), mask.cpu())])
         width = max(part.shape[1] for part, _ in parts)
-        all_x = torch.cat([widened(part, width, 0.0) for part, _ in parts])
-        all_mask = torch.cat([widened(counts, width, False) for _, counts in parts])
+        all_x = torch.cat([pad_to(part, width, 0.0) for part, _ in parts])
+        all_mask = torch.cat([pad_to(counts, width, False) for _, counts in parts])
         own = slice(self.local_samples.start, self.local_samples.stop)
         return masked_whiten(all_x, all_mask, (0, 1))[own, : x.shape[1]].to(x)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_align.estimators import categorical_log_probs
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, inputs_of, widened, widest_float
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, inputs_of, pad_to, widest_float
 from diffusion_align.training.finite import require_finite_logits
 
 # Given the last token of every row (None at the start), the logits (B, V) of the next one.
@@ -132,7 +132,7 @@ def _whole(policy: LanguagePolicy, prompts: Sequence[Sequence[int]], lengths: Te
     def next_logits(token: Tensor | None) -> Tensor:
         nonlocal ids
         if token is not None:
-            ids = widened(ids, ids.shape[1] + 1, policy.pad)
+            ids = pad_to(ids, ids.shape[1] + 1, policy.pad)
             ids[rows, ends] = token
             ends.add_(1)
         attention = (torch.arange(ids.shape[1], device=policy.device) < ends[:, None]).long()
