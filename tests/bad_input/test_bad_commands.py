@@ -87,7 +87,7 @@ CASES = {
     "report of a file": (["report", "note.txt"], "note.txt"),
     "list of nothing": (
         ["list", "samplers"],
-        "there is no list 'samplers': choose one of configs, models, prompts, pairs, rewards",
+        "there is no list 'samplers': choose one of methods, configs, models, prompts, pairs, rewards",
     ),
     "doctor for nothing": (["doctor", "nowhere.yaml"], "config 'nowhere.yaml' is neither a file nor a shipped recipe"),
     "doctor with an unknown key": (
