@@ -106,10 +106,11 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     _refuse_splits(raw)
     method = method_of(raw.get("method", DEFAULT))
     raw = read_as(method.config_class, raw)
-    images = method.model_kind == "image"
-    checks = [_check_reward, _check_evaluation] if images else [_check_text_rewards, _check_text_evaluation]
-    checks += [_check_precision, _check_trackers, _check_output_dir]
-    problems = _check_model(raw) if images else _check_language_model(raw)
+    checks, problems = [_check_precision, _check_trackers, _check_output_dir], []
+    if method.model_kind == "image":
+        checks, problems = [_check_reward, _check_evaluation, *checks], _check_model(raw)
+    elif method.model_kind is not None:  # without one it loads its model, and whatever scores that, itself
+        checks, problems = [_check_text_rewards, _check_text_evaluation, *checks], _check_language_model(raw)
     opened, of_rows = _opened(method.config_class, raw, method.dataset_kind)
     problems += [*of_rows, *(problem for check in checks for problem in check(raw))]  # of the paths as they were given
     return parse_config(method.config_class, absolute_paths(opened), problems=problems)

@@ -271,6 +271,15 @@ def test_a_class_is_written_by_its_name():
     assert [method_name(method_of(name)) for name in SHIPPED] == list(SHIPPED)
 
 
+def test_the_model_of_a_method_that_loads_its_own_is_not_looked_for(strangers):
+    source = (strangers / "rloo.py").read_text()
+    (strangers / "alone.py").write_text(source + "\n    model_kind = None\n")
+    given = ["model=nothing_here", f"output_dir={strangers / 'alone'}"]
+    file = strangers / "alone.yaml"
+    file.write_text("method: alone.py:RLOOTrainer\nprompts: [a, b]\nreward: nobody_knows\n")
+    assert read_config(str(file), given).model == "nothing_here"
+
+
 def test_the_methods_are_listed(call_cli):
     code, out, err = call_cli("list", "methods")
     assert code == 0, err

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import MOST
-from diffusion_align.errors import TrainingError
+from diffusion_align.interrupt import Overdue
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.setting import RewardSetting
 from diffusion_align.training.config import OrInfinite, Section
@@ -136,13 +136,13 @@ class Evaluation:
         share = [round(self.samples * k / processes.count) for k in range(processes.count + 1)]
         own = range(share[processes.index], share[processes.index + 1])
         parts: list[dict[str, Tensor]] = []
-        failure: Exception | None = None
+        failure: BaseException | None = None
         with bars.task("  evaluating", len(own)) as advance:
             for start in range(own.start, own.stop, batch_size):
                 indices = range(start, min(start + batch_size, own.stop))
                 try:
                     parts.append({name: values.cpu() for name, values in sample(indices).items()})
-                except (RewardError, TrainingError) as error:
+                except (Exception, Overdue) as error:  # the other processes wait below
                     failure = error
                     break
                 advance(len(indices))
@@ -153,6 +153,8 @@ class Evaluation:
         if "gold" in found:
             golds = found["gold"].double()
             measured |= {"gold": golds.mean().item(), "gold_stderr": golds.std().item() / math.sqrt(len(golds))}
+            # One that was broken off behind this, by a callback say, is made up for on resume: it counts once.
+            self.history = [(before, gold) for before, gold in self.history if before != epoch]
             self.history.append((epoch, measured["gold"]))
         return measured | {"time/evaluation": time.perf_counter() - started}
 

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion_align import __version__
-from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.training import checkpoint
 from diffusion_align.training.callbacks import Callback, DescribeMetrics, Preview, Report, Row, Track, WriteMetrics
@@ -265,8 +265,7 @@ class Trainer(ABC, Generic[Batch]):
         self.processes.wait()  # all have read the folder before the main process writes to it
         self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
         self.bars.show_epochs(self.epoch, config.epochs, "starting")
-        for callback in self.callbacks:
-            callback.on_start(self)
+        self._each(lambda callback: callback.on_start(self))
         if self._unmeasured is not None:
             row, last = self._unmeasured
             asked = self._measure(row, last)
@@ -316,23 +315,34 @@ class Trainer(ABC, Generic[Batch]):
         self.bars.show_epochs(self.epoch, self.config.epochs, "writing final/ and the report")
         with self.ema_weights():
             self.processes.on_main(self.finish)
-        for callback in self.callbacks:
-            callback.on_end(self)
+        self._each(lambda callback: callback.on_end(self))
         self.processes.wait()
         self._close()
 
     def _close(self) -> None:
-        for callback in self.callbacks:
-            callback.on_close(self)
+        self._each(lambda callback: callback.on_close(self))
         self.accelerator.end_training()
 
     def _write(self, row: Row) -> None:
+        self._each(lambda callback: callback.on_update(self, row))
+
+    def _each(self, call: Callable[[Callback], Any]) -> list[Any]:
+        """What the callbacks give, one after the other: one that fails on a process fails on all, and none waits."""
+        if self.processes.count == 1:
+            return [call(callback) for callback in self.callbacks]
+        given = []
         for callback in self.callbacks:
-            callback.on_update(self, row)
+            failure = None
+            try:
+                given.append(call(callback))
+            except Exception as error:
+                failure = error
+            self.processes.raise_together(failure, UserError)
+        return given
 
     def _call_back(self, row: Row) -> str | None:
         """What the callbacks give as reasons to stop, of all processes."""
-        reasons = [callback.on_epoch_end(self, row) for callback in self.callbacks]
+        reasons = self._each(lambda callback: callback.on_epoch_end(self, row))
         everyones = self.processes.gather_in_order([reason for reason in reasons if reason])
         return "; ".join(dict.fromkeys(everyones)) or None
 
@@ -394,7 +404,10 @@ class Trainer(ABC, Generic[Batch]):
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the trained parameters are their EMA, if one is kept, and no checkpoint is written."""
+        """Inside, the trained parameters are their EMA, if one is kept, and no checkpoint is written of them."""
+        if self.config.ema_decay is None:
+            yield
+            return
         with self._saving:
             could, self._can_be_saved = self._can_be_saved, False
         try:

@@ -1,11 +1,14 @@
 """Callbacks see a run as it is, may add to an epoch's row, end the run, and lose nothing where they fail."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy import Toy
 
+from diffusion_align.errors import UserError
+from diffusion_align.training import processes
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.checkpoint import list_checkpoints
 
@@ -78,6 +81,22 @@ def test_one_that_fails_loses_no_epoch(tmp_path):
     assert without_times[0] == without_times[1]
     weights = [(tmp_path / name / "final" / "weights.txt").read_text() for name in ("run", "calm")]
     assert weights[0] == weights[1]
+
+
+def test_one_that_fails_on_a_process_fails_on_all(tmp_path, monkeypatch):
+    own = [Noted(), Noted()]
+    trainer = Toy(tmp_path / "run", callbacks=own)
+    trainer.callbacks = own
+    trainer.processes.accelerator, others = SimpleNamespace(num_processes=2), [None, "my own fault"]
+    monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, (others.pop(0), False, False)])
+    with pytest.raises(UserError, match="my own fault"):
+        trainer._write({"step": 1})
+    assert [len(one.calls) for one in own] == [1, 1]
+    others += ["it is not asked", "twice"]
+    own[0].fail_at = 0
+    with pytest.raises(RuntimeError, match="my own fault"):
+        trainer._call_back({"epoch": 0})
+    assert (len(own[1].calls), others, trainer.processes.failed_together) == (1, ["twice"], True)
 
 
 def test_the_parts_of_an_epoch_can_be_called_on_a_fresh_trainer(tmp_path):

@@ -495,6 +495,14 @@ def test_a_process_that_must_end_saves_no_averaged_weights(tmp_path, monkeypatch
         trainer._save_beginning()
 
 
+def test_a_process_that_must_end_saves_while_weights_are_measured_that_are_no_average(tmp_path, monkeypatch):
+    trainer, saved = Toy(tmp_path / "run"), []
+    monkeypatch.setattr(trainer, "_write_checkpoint", saved.append)
+    with trainer._checkpoint_on_failure(), trainer.ema_weights():
+        trainer._save_beginning()
+    assert len(saved) == 1
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_only_what_helps_is_advised_where_trained_weights_are_not_fit(tmp_path, monkeypatch, precision):
     """They will be no fitter the next time, but for other numbers."""

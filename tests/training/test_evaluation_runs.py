@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -13,11 +14,14 @@ from diffusion_align.diffusion import ddpo
 from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance
 from diffusion_align.diffusion.previews import sample_images
 from diffusion_align.errors import ConfigError
+from diffusion_align.interrupt import Overdue
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.rewards import RewardError
 from diffusion_align.training.checkpoint import list_checkpoints
 from diffusion_align.training.evaluation import Evaluation
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.progress import Bars
 
 SETTINGS = {
     "prompts": ["a red apple", "a cat"],
@@ -129,6 +133,33 @@ def seen(*golds):
 )
 def test_evaluations_below_the_best_are_counted(golds, falling):
     assert seen(*golds).falling == falling
+
+
+def measured(evaluation, sample, processes):
+    return evaluation.measure(sample, epoch=2, batch_size=2, processes=processes, bars=Bars(disable=True))
+
+
+def test_an_evaluation_that_is_made_up_for_counts_once():
+    """A callback failed behind it: the checkpoint has it, and says that its epoch is to be measured."""
+    evaluation = seen(2.0, 1.0)
+    for _ in range(2):
+        measured(evaluation, lambda indices: {"gold": torch.tensor([0.0, 1.0])}, Processes(Accelerator(cpu=True)))
+    assert evaluation.history == [(0, 2.0), (1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("error", [Overdue(), RuntimeError("out of memory"), RewardError("gone")])
+def test_whatever_ends_an_evaluation_is_told_to_the_other_processes(error, monkeypatch):
+    def sample(indices):
+        raise error
+
+    processes, told = Processes(Accelerator(cpu=True)), []
+    raise_together = processes.raise_together
+    monkeypatch.setattr(
+        processes, "raise_together", lambda failure, kind: told.append(failure) or raise_together(failure, kind)
+    )
+    with pytest.raises(type(error)):
+        measured(seen(1.0), sample, processes)
+    assert told == [error]
 
 
 def reason(rules, row, evaluation):
