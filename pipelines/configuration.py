@@ -257,6 +257,12 @@ def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
         method = load_yaml(folder / "config.yaml")["method"]
     except (ConfigError, KeyError):
         return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
-    if method != absolute_paths({"method": raw.get("method", DEFAULT)})["method"]:
+    if _unmoved(method) != _unmoved(absolute_paths({"method": raw.get("method", DEFAULT)})["method"]):
         return [f"resume=true, but {folder} is a run of method={method!r}: choose a new output_dir"]
     return []
+
+
+def _unmoved(method: Any) -> Any:
+    """The class alone of a file, which may lie elsewhere now: that it is the same is to be accepted on resume."""
+    place, _, name = str(method).rpartition(":")
+    return name if place.endswith(".py") else method

@@ -216,7 +216,7 @@ def _rewards(
 ) -> WeightedRewards:
     """The rewards of a run, or of its evaluation, which has ``settings`` of its own; each tried on real prompts."""
     specs = settings.reward if isinstance(settings.reward, list | tuple) else [settings.reward]
-    weights = torch.tensor(settings.reward_weights or [1.0] * len(specs), dtype=torch.float64)
+    weights = torch.tensor(getattr(settings, "reward_weights", None) or [1.0] * len(specs), dtype=torch.float64)
     rewards = WeightedRewards([build_text_reward(spec, device=processes().device) for spec in specs], weights)
     some = list(prompts[:4])
     names = dict.fromkeys(name for row in some for name in row.columns)

@@ -174,6 +174,22 @@ def test_a_strangers_file_runs_through_every_command(kind, strangers, call_cli, 
     assert code == 0, err
 
 
+def test_a_run_whose_methods_file_was_moved_is_resumed_if_that_is_accepted(strangers, tiny_language_model, call_cli):
+    path = recipe(strangers, tiny_language_model, "rloo.py:RLOOTrainer", **SETTINGS, **OF_TEXT)
+    code, _, err = call_cli("train", path)
+    assert code == 0, err
+    (strangers / "rloo.py").rename(strangers / "moved.py")
+    again = ["train", "run/config.yaml", "resume=true", "epochs=2", "method=moved.py:RLOOTrainer"]
+    code, _, err = call_cli(*again)
+    assert code == 2
+    assert "accept_changed=[method]" in err
+    code, _, err = call_cli(*again, "accept_changed=[method]")
+    assert code == 0, err
+    code, _, err = call_cli(*again, "method=weighted.py:WeightedTrainer")
+    assert code == 2
+    assert "is a run of method=" in err
+
+
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_align_takes_a_strangers_class_or_file(kind, strangers, request):
     from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
