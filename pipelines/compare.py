@@ -212,7 +212,7 @@ def judged_texts(
     """
     names = dict.fromkeys(name for row in notes for name in row)
     columns = {name: [row.get(name) for row in notes] for name in names}
-    scores = pipeline.score(prompts, texts, judge, **columns)
+    scores = pipeline.score_rows(prompts, texts, judge, columns)
     return weighted_sum(scores[:, None], torch.ones(1), prompts=prompts)
 
 

@@ -386,7 +386,7 @@ def _begin(output: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _append(path: Path, row: Row) -> None:
-    append_line(path, json.dumps(row))
+    append_line(path, json.dumps(row, default=str))  # of a column that JSON has no form for
 
 
 def _read_rows(path: Path) -> list[Row]:

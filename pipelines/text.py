@@ -317,8 +317,14 @@ class TextAlignmentPipeline:
             reward: as for ``align``.
             **columns: what else the reward needs, B values each.
         """
-        lengths = {"texts": len(texts)} | {name: len(values) for name, values in columns.items()}
-        wrong = [f"{length} {name}" for name, length in lengths.items() if length != len(prompts)]
+        return self.score_rows(prompts, texts, reward, columns)
+
+    def score_rows(
+        self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, columns: Mapping[str, Sequence[Any]]
+    ) -> Tensor:
+        """``score`` with columns of any name, also that of an argument."""
+        lengths = [("texts", len(texts)), *((name, len(values)) for name, values in columns.items())]
+        wrong = [f"{length} {name}" for name, length in lengths if length != len(prompts)]
         if isinstance(prompts, str) or isinstance(texts, str) or wrong:
             given = ", ".join(wrong) or "a single text"
             raise UserError(f"{len(prompts)} prompts and {given}: give lists of one length")

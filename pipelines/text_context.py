@@ -95,7 +95,7 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         with recorded() as places:
             gold = _rewards(held_out, config, asked, encoder)
         evaluation = TextEvaluation(asked, held_out.samples, held_out.every, gold)
-        fixed = rows_content(held_out.prompts or config.prompts or getattr(config, "dataset", None), asked)
+        fixed = rows_content(held_out.prompts or getattr(config, "prompts", None) or config.dataset, asked)
         identity["evaluation"] = [fixed, *reward_content(held_out.reward, TEXT, places)]
     config, accelerator, policy = _policy(config, model, encoder.tokenizer)
     return RunContext(

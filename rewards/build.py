@@ -228,6 +228,8 @@ def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
         label, target = find(source.strip(), kind)
     elif callable(source) or isinstance(source, RewardSettings):
         label, target = reward_name(source), source
+        if isinstance(source, RewardSettings) and options:
+            raise RewardError(f"reward '{label}' is settings already: give its options ({', '.join(options)}) to those")
     else:
         raise RewardError(
             f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"

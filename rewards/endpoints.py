@@ -261,7 +261,9 @@ def check_url(url: str) -> str:
     Raises:
         RewardError: it is none; a password in it is not repeated.
     """
-    wrong = RewardError(f"url={url!r} is not an address of a server: give one like http://127.0.0.1:8901")
+    _, at, host = repr(url).rpartition("@")
+    shown = f"'...@{host}" if at else host
+    wrong = RewardError(f"url={shown} is not an address of a server: give one like http://127.0.0.1:8901")
     if not isinstance(url, str) or not url.isascii() or not url.isprintable() or " " in url:
         raise wrong
     try:

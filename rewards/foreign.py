@@ -61,7 +61,7 @@ def in_its_thread(reward: Any, function: Callable[[], Result]) -> Result:
         return background.run(called)
 
 
-def answer_of(reward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def answer_of(reward: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
     """What a reward answers, called here and now with copies of its arguments; what it awaits is waited for.
 
     Raises:

@@ -35,10 +35,12 @@ class TableScheduler:
     def __init__(self, schedule: DiffusionSchedule, config: Any) -> None:
         self.schedule, self.config = schedule, config
         self.timesteps = schedule.table.timestep
+        self._next = 0
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         self.schedule = self.schedule.to(device or "cpu")
         self.timesteps = self.schedule.table.timestep
+        self._next = 0
 
     def scale_model_input(self, x_t: Tensor, timestep: Any) -> Tensor:
         return x_t
@@ -53,7 +55,9 @@ class TableScheduler:
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """The next latents (B, C, H, W), each with noise of its own generator."""
-        index = (self.timesteps == timestep).nonzero()[:1, 0].expand(len(x_t))
+        # Counted, as a table may hold a timestep more than once.
+        index = torch.full((len(x_t),), self._next, device=self.timesteps.device)
+        self._next += 1
         step = denoise(x_t, prediction, index, self.schedule)
         if not bool(step.std[0] > 0):
             return (step.mean.to(x_t.dtype),)

@@ -104,6 +104,22 @@ def test_rollout_replays_and_the_pipelines_own_call_agrees(tiny_sd, mine, make_p
     assert not isinstance(pipe.pipeline.scheduler, TableScheduler)
 
 
+def test_a_timestep_that_is_there_twice_has_the_numbers_of_each_step():
+    def twice(scheduler, steps, options):
+        table = ddim(scheduler, steps, options)
+        table.timestep[1] = table.timestep[0]
+        return table
+
+    schedule = build_schedule(DDIMScheduler(**BETAS), 3, sampler=twice, eta=0.0)
+    scheduler = TableScheduler(schedule, DDIMScheduler(**BETAS).config)
+    scheduler.set_timesteps(3)
+    x_t, prediction = normal(1, 1, 2, 2, seed=0).float(), normal(1, 1, 2, 2, seed=1).float()
+    for i, timestep in enumerate(scheduler.timesteps):
+        (found,) = scheduler.step(prediction, timestep, x_t, generator=[])
+        expected = denoise(x_t, prediction, torch.tensor([i]), scheduler.schedule).mean
+        assert torch.equal(found, expected)
+
+
 def test_references_are_checked_with_the_configuration_and_made_absolute(mine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     raw = {"method": "ddpo", **SETTINGS, "sampler": {"name": "mine.py:falling_eta", "options": {"last": 0.5}}}

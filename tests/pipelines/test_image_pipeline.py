@@ -669,6 +669,8 @@ def test_a_whole_pipeline_is_uploaded(load, first_run, tmp_path, hub):
         'StableDiffusionPipeline.from_pretrained("me/red", torch_dtype=torch.float32)'
         in (tmp_path / "hub" / "README.md").read_text()
     )
+    assert all(str(tmp_path.parent) not in file.read_text() for file in (tmp_path / "hub").rglob("*config.json"))
+    assert "_name_or_path" not in (tmp_path / "hub" / "model_index.json").read_text()
     assert_same_unet(plain(tmp_path / "hub"), pipe)
     assert pipe.pipeline.unet.peft_config, "the live pipeline keeps its adapter"
 

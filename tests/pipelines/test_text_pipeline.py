@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from diffusion_align.assets import asset_path
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.lora import add_lora
+from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text import TextAlignmentPipeline
@@ -371,6 +372,14 @@ def test_scores_with_columns(load):
     words = pipe.score(PROMPTS, ["a b", "c d e"], {"name": "length", "unit": "words"})
     assert words.tolist() == [2.0, 3.0]
     assert pipe.score([], [], "length").shape == (0,)
+
+
+def test_columns_may_be_called_as_arguments_are(load):
+    def rated(completions, reward, texts):
+        return [a + b for a, b in zip(reward, texts)]
+
+    scores = judged_texts(load(), PROMPTS, ["a", "b"], rated, [{"reward": 1, "texts": 2}, {"reward": 3, "texts": 4}])
+    assert scores.tolist() == [3.0, 7.0]
 
 
 def test_scores_of_conversations(chat):

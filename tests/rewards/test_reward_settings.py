@@ -22,6 +22,7 @@ from diffusion_align.rewards.jpeg import JpegCompressibility
 from diffusion_align.rewards.remote import RemoteSettings
 from diffusion_align.rewards.resolve import IMAGES, TEXT, find
 from diffusion_align.rewards.settings import describe_options
+from diffusion_align.rewards.text.length import Length
 
 CODE = '''
 from typing import Literal
@@ -144,10 +145,18 @@ def test_settings_that_are_no_reward_are_built(file):
     assert scores(build_reward(settings)) == [6, 6]
 
 
-def test_a_password_in_an_address_is_not_repeated():
+@pytest.mark.parametrize(
+    "url", ["http://{}@host", "http://{}@host:99999", "http://{}@host/?q=1", "ftp://{}@host", "{}@"]
+)
+def test_a_password_in_an_address_is_not_repeated(url):
     with pytest.raises(RewardError) as caught:
-        RemoteSettings(url="http://me:secret@host")
-    assert "secret" not in str(caught.value)
+        RemoteSettings(url=url.format("me:sec/ret@x"))
+    assert "sec" not in str(caught.value)
+
+
+def test_settings_take_no_options_beside_them():
+    with pytest.raises(RewardError, match=r"is settings already: give its options \(target\) to those"):
+        build_text_reward({"name": Length(), "target": 4})
 
 
 def test_options_are_described_with_their_values(file):
