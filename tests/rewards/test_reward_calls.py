@@ -18,7 +18,7 @@ from diffusion_align.background import background
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.pipelines.pairs import _scores
+from diffusion_align.pipelines.pairs import ImageCandidates
 from diffusion_align.pipelines.pictures import score_images
 from diffusion_align.report.grids import to_pil
 from diffusion_align.rewards import (
@@ -74,7 +74,10 @@ def every_path(reward):
     yield "training", scores_of_parts(reward, images, prompts, metadata).sum(1)
     yield "evaluation", call_reward(reward, images, prompts, metadata)
     yield "score", score_images(reward, drawn, prompts, metadata)
-    yield "pairs", torch.tensor([_scores(reward, [x], p, m)[0] for x, p, m in zip(drawn, prompts, metadata)])
+    candidates = ImageCandidates("emoji-sd", steps=None, guidance_scale=None, eta=None)
+    candidates.reward, candidates.pipeline = reward, lambda texts, seed, **_: SimpleNamespace(images=[drawn[seed]])
+    found = [candidates.sample(p, m, [i])[1][0] for i, (p, m) in enumerate(zip(prompts, metadata))]
+    yield "pairs", torch.tensor(found)
     yield "directly", reward(images, prompts, metadata)
     assert torch.equal(images, IMAGES)
     assert prompts == PROMPTS
