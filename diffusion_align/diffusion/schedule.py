@@ -154,7 +154,7 @@ def build_schedule(
     else:
         with foreign_code(f"sampler {sampler!r} raised "):
             table = tabulate(scheduler, steps, options)
-        if problem := _table_problem(table, steps):
+        if problem := _table_problem(table, steps, config["num_train_timesteps"]):
             raise UserError(f"sampler {sampler!r} {problem}")
     filled = DDIMScheduler.from_config(config).config  # with diffusers' defaults
     if filled.prediction_type == "epsilon" and bool((table.alpha_t <= 0).any()):
@@ -171,7 +171,7 @@ def build_schedule(
     )
 
 
-def _table_problem(table: Any, steps: int) -> str | None:
+def _table_problem(table: Any, steps: int, times: int) -> str | None:
     """What is wrong with what a sampler returned, to stand behind its name, or None."""
     if not isinstance(table, Step):
         return f"must return a Step, see diffusion/samplers.py, and returned a {type(table).__name__}"
@@ -181,6 +181,8 @@ def _table_problem(table: Any, steps: int) -> str | None:
             return f"must return {name} as {steps} numbers, {wanted}"
         if not bool(column.isfinite().all()):
             return f"returned {name} with numbers that are not finite: it must give every step a finite one"
+    if bool(((table.timestep < 0) | (table.timestep >= times)).any()):
+        return f"returned a timestep that the model does not know: they go from 0 to {times - 1}"
     return "returned a negative std: it must be at least 0" if bool((table.std < 0).any()) else None
 
 

@@ -55,6 +55,7 @@ _GIVEN = {
 }
 _LONG_LIST = 12
 _TEXTS = ("prompts", "show_prompts", "dataset", "source")  # lists of these hold texts, whatever they begin with
+_LOADS = ("model", "base_config")  # with what stands there the model is loaded
 _EXAMPLES, _LONG_TEXT = 4, 300
 Kind = Literal["image", "text"]
 
@@ -127,6 +128,10 @@ def model_card(
     summary = read_evaluation(folder / SUMMARY)
     model = str(settings.get("model"))
     below = _below(found_from(folder, model) or model, kind)
+    if merged:  # it loads without anything that this machine has
+        adapters = tuple(Path(*path.parts[-2:]) for path in below.adapters)
+        below = replace(below, base=_name(below.base), adapters=adapters)
+        settings = {key: _name(value) if key in _LOADS else value for key, value in settings.items()}
     lora = bool(settings.get("lora")) and not merged
     method = str(settings.get("method"))
     title = f"{Path(below.base).stem} aligned with {_title(method)}"
@@ -373,9 +378,13 @@ def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
             return {inner: named(inner, one) for inner, one in value.items()}
         if isinstance(value, list):
             return value if key in _TEXTS else [named(key, one) for one in value]
-        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+        return _name(value)
 
-    return {key: value if key in ("model", "base_config") else named(key, value) for key, value in settings.items()}
+    return {key: value if key in _LOADS else named(key, value) for key, value in settings.items()}
+
+
+def _name(value: Any) -> Any:
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _example(settings: Mapping[str, Any]) -> Any:

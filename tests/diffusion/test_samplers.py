@@ -37,6 +37,11 @@ def negative(scheduler, steps, options):
 
 def broken(scheduler, steps, options):
     return {}["missing"]
+
+def late(scheduler, steps, options):
+    table = ddim(scheduler, steps, options)
+    table.timestep.add_(500)
+    return table
 """
 
 
@@ -142,6 +147,7 @@ def test_references_are_checked_with_the_configuration_and_made_absolute(mine, t
         ("names", "must return a Step, .* returned a dict"),
         ("short", "must return timestep as 4 numbers"),
         ("negative", "negative std"),
+        ("late", "a timestep that the model does not know: they go from 0 to 999"),
         ("broken", r"raised KeyError: 'missing' \(mine.py, line 20\)"),
     ],
 )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion_align import __version__
 from diffusion_align.errors import ConfigError
+from diffusion_align.models.lora_file import LORA_FILE
 from diffusion_align.models.model_card import LARGEST_ETA, model_card, write_model_card
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.report import write_report
@@ -353,3 +354,16 @@ def test_folders_of_this_machine_are_not_published(tmp_path):
     assert "prompts.txt" in card
     assert "mine.py:f" in card
     assert "secret" not in card
+
+
+def test_a_merged_model_names_no_folder_of_the_runs_below_it(tmp_path):
+    below, folder = tmp_path / "secret" / "one", tmp_path / "two"
+    (below / "final").mkdir(parents=True)
+    (below / "final" / LORA_FILE).touch()
+    (below / "config.yaml").write_text(yaml.safe_dump({"method": "ddpo", "model": "emoji-sd", "lora": {"rank": 4}}))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"method": "ddpo", "model": str(below), "lora": {"rank": 4}}))
+    card = model_card(folder, location="owner/name", merged=True)
+    assert "`one/final`" in card
+    assert "secret" not in card
+    assert str(below / "final") in model_card(folder, location="owner/name"), "an adapter is loaded on the one below"
