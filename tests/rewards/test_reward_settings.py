@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffusion_align.llm.evaluation import TextEvaluationConfig
 from diffusion_align.rewards import (
     REWARDS,
     TEXT_REWARDS,
@@ -179,3 +180,10 @@ def test_every_shipped_reward_declares_its_options(name, kind):
     assert all(field.description for field in settings.model_fields.values())
     [row] = [row for row in describe_rewards() + describe_text_rewards() if row["name"] == name]
     assert list(row["options"]) == list(settings.model_fields)
+
+
+def test_settings_are_written_as_a_name_and_options():
+    given = [Length(target=3), Length(), {"name": Length(target=4), "scale": 2}]
+    written = TextEvaluationConfig(reward=given).model_dump()["reward"]
+    named = {"name": "length"}
+    assert written == [named | {"target": 3.0}, named, named | {"target": 4.0, "scale": 2}]
