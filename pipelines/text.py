@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards.text import build_text_reward
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
-from diffusion_align.writing import output_folder, write_text
+from diffusion_align.writing import new_folder, output_folder, write_bytes, write_text
 
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
@@ -396,10 +395,12 @@ class TextAlignmentPipeline:
                 f"the adapter stands on {ref.below}, which is not on the Hub: give merged=True to upload the whole "
                 "model"
             )
-        shutil.copytree(ref.adapters[0], folder)
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        settings["base_model_name_or_path"] = ref.origin
-        write_text(folder / "adapter_config.json", json.dumps(settings, indent=2))
+        with new_folder(folder) as aside:
+            for file in filter(Path.is_file, Path(ref.adapters[0]).iterdir()):
+                write_bytes(aside / file.name, file.read_bytes())
+            settings = json.loads((aside / "adapter_config.json").read_text(encoding="utf-8"))
+            settings["base_model_name_or_path"] = ref.origin
+            write_text(aside / "adapter_config.json", json.dumps(settings, indent=2))
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         if self.run is not None:
@@ -438,7 +439,7 @@ def read_prompts(source: str) -> list[tuple[Text, dict[str, Any]]]:
     """
     if problem := path_problem(source):
         raise ConfigError([f"prompts.source={short(source)} {problem}"])
-    table, _ = TextDataConfig(source=source).open("prompts", "prompts")
+    table, _ = TextDataConfig(source=source).opened("prompts", "prompts")
     rows = first_rows(table, None)
     return [(row["prompt"], {name: value for name, value in row.items() if name != "prompt"}) for row in rows]
 

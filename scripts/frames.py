@@ -103,7 +103,7 @@ def main() -> None:
         return trace(options.trace)
     for method, recipe in RECIPES.items():
         command = [sys.executable, __file__, "--trace", recipe]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
         found, inside = (part.split() for part in output.rsplit("\n\n", 1))
         print(f"{method} ({recipe}): {len(found)} files, {len(inside)} in the epoch")
         if options.files:

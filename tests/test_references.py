@@ -58,12 +58,12 @@ def test_a_file_that_is_not_there(file):
 
 def test_a_folder_instead_of_a_file(tmp_path):
     (tmp_path / "folder.py").mkdir()
-    assert problem(f"{tmp_path}/folder.py:Method").endswith("folder.py' is a folder: give a file")
+    assert problem(f"{tmp_path}/folder.py:Method").endswith(" is a folder: give a file")
 
 
 def test_a_pipe_instead_of_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.py")
-    assert problem(f"{tmp_path}/pipe.py:Method").endswith("pipe.py' is a pipe: give a file")
+    assert problem(f"{tmp_path}/pipe.py:Method").endswith(" is a pipe: give a file")
 
 
 def test_a_name_that_is_not_there(file):

@@ -197,7 +197,7 @@ def open_pairs(config: PairsConfig) -> PairSet:
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    pairs: PairSet = config.open("pairs", "pairs")
+    pairs: PairSet = config.opened("pairs", "pairs")
     return pairs
 
 

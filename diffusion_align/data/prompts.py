@@ -132,7 +132,7 @@ def load_prompts(source: PromptsConfig | str | Path | Iterable[Any] | Mapping[st
     if isinstance(source, str | Path) and str(source) and (problem := path_problem(source)):
         raise ConfigError([f"prompts.source={short(str(source))} {problem}"])
     try:
-        return PromptsConfig.model_validate(source).open("prompts", "prompts")
+        return PromptsConfig.model_validate(source).opened("prompts", "prompts")
     except ValidationError as error:
         raise ConfigError(sentences(PromptsConfig, error, section="prompts")) from None
 

@@ -76,10 +76,10 @@ class RowsConfig(Section):
         raise NotImplementedError
 
     def read(self, name: str, kind: str) -> Any:
-        """What ``open`` returns."""
+        """What ``opened`` returns."""
         raise NotImplementedError
 
-    def open(self, name: str, kind: str) -> Any:
+    def opened(self, name: str, kind: str) -> Any:
         """The rows, as far as they can be read without a model: what ``open_ahead`` opened, for the first who asks.
 
         Args:
@@ -95,7 +95,7 @@ class RowsConfig(Section):
     def open_ahead(self, name: str, kind: str) -> None:
         """Open rows that are on this machine; of a Hub dataset only what is wrong without the network is found.
 
-        Args, Raises: as of ``open``.
+        Args, Raises: as of ``opened``.
         """
         source = self.table_source(name)
         if is_hub(source.source):

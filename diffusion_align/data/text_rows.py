@@ -217,7 +217,7 @@ def _rows(
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[Row, Encoded]],
 ) -> Rows[Row]:
     """What ``make`` makes of the cells, by our names, and of the other columns of each row."""
-    _, (table, names) = together(encoder.check, lambda: config.open(name, kind))
+    _, (table, names) = together(encoder.check, lambda: config.opened(name, kind))
     made: list[tuple[Row, Encoded]] = []
     bad: list[str] = []
     for number, row in enumerate(first_rows(table, config.max_rows) if names else ()):

@@ -316,5 +316,5 @@ def test_a_configuration_may_say_nothing_about_its_context(said, found):
 def test_complete_reads_content_in_parts(tmp_path):
     parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "king"}]}]
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": parts}]))
-    [prompt] = read_prompts(str(tmp_path / "a.json"))
+    [(prompt, _)] = read_prompts(str(tmp_path / "a.json"))
     assert text_of(prompt[-1:]) == "the king"
