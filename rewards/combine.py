@@ -5,16 +5,19 @@ What a trainer does with the parts is its own: DDPO can also normalise each by i
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts
 from diffusion_align.rewards.build import build_reward, reward_problem
 from diffusion_align.rewards.settings import Device, RewardSettings
 from diffusion_align.training.config import Weight
+
+# pydantic 2.7 knows no strict=False of a list.
+AsList = BeforeValidator(lambda given: list(given) if isinstance(given, tuple) else given)
 
 
 class Combined:
@@ -54,9 +57,11 @@ class Combine(RewardSettings):
         "differentiable": True,
     }
 
-    rewards: list[Any] = Field(strict=False, min_length=1, description="each is a name, a reference or has options")
+    rewards: Annotated[list[Any], AsList] = Field(
+        min_length=1, description="each is a name, a reference or has options"
+    )
     # Scores differ in scale: a CLIP cosine varies by hundredths, a JPEG size by kilobytes.
-    weights: list[Weight] | None = Field(None, strict=False, description="one per reward; by default all are 1")
+    weights: Annotated[list[Weight] | None, AsList] = Field(None, description="one per reward; by default all are 1")
     device: Device = None
 
     @model_validator(mode="after")

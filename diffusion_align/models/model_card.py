@@ -337,8 +337,9 @@ def _text_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora
         encode = 'tokenizer.apply_chat_template({}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
     lines += [
         f"inputs = {encode.format(_quoted(prompt) if isinstance(prompt, str) else repr(prompt))}",
-        f"output = model.generate(**inputs, max_new_tokens={settings.get('max_completion_length', 256)}, "
-        f"do_sample=True, temperature={settings.get('temperature', 1.0)}, top_k=0)",
+        'output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], '
+        f"max_new_tokens={settings.get('max_completion_length', 256)}, do_sample=True, "
+        f"temperature={settings.get('temperature', 1.0)}, top_k=0)",
         'text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
     ]
     return "\n".join(lines)
