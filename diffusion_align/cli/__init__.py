@@ -273,7 +273,7 @@ def compare(
             result = compare_texts(first, second, texts, judge, on_texts=update, **options, **of_text)
         else:
             result = compare_models(first, second, texts, judge, on_pictures=update, **options)
-    _print(f"{result}; {'texts' if kind == 'text' else 'pictures'} in {output}")
+    _print(f"{result}; {'texts' if kind == 'text' else 'images'} in {output}")
 
 
 @app.command()

@@ -346,7 +346,7 @@ def _one_split(source: TableSource, what: str) -> None:
 def _mappings(source: TableSource, rows: Sequence[Any], where: str, what: str) -> Sequence[Any]:
     """``rows`` of ``where``, each of which must be ``what``: a mapping, in the words of its format."""
     problems = [
-        f"{where}: row {i} is {short(row)}, not {what}: mend or remove it"
+        f"{where}: row {i} is {short(row)}, not {what}: fix or remove it"
         for i, row in enumerate(rows)
         if not isinstance(row, Mapping)
     ]
@@ -418,7 +418,7 @@ def _read(source: TableSource, path: Path) -> Sequence[dict[str, Any]]:
         if line.strip():
             rows.append(_json(line))
             if not isinstance(rows[-1], dict):
-                problems.append(f"{source}: line {number} is not a JSON object: mend or remove it")
+                problems.append(f"{source}: line {number} is not a JSON object: fix or remove it")
     if problems:
         raise ConfigError(listed(problems, source.name, "line"))
     return rows

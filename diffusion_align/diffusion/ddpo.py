@@ -197,12 +197,12 @@ class DDPOBatch:
 
 
 def kl_probes(config: DDPOConfig, steps: int, decisions: int) -> int:
-    """How many decisions of an epoch ``kl_path`` is estimated from; none where every one is compared.
+    """How many actions of an epoch ``kl_path`` is estimated from; none where every one is compared.
 
     Args:
         config: checked settings.
         steps: trained ones of a path.
-        decisions: those of an epoch that are trained on.
+        decisions: the actions of an epoch that are trained on.
     """
     if config.kl_coef > 0:
         return 0

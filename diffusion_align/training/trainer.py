@@ -265,7 +265,7 @@ class Trainer(ABC, Generic[Batch]):
         self.processes.wait()  # all have read the folder before the main process writes to it
         self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
         self.bars.show_epochs(self.epoch, config.epochs, "starting")
-        self._each(lambda callback: callback.on_start(self))
+        self._each("on_start")
         if self._unmeasured is not None:
             row, last = self._unmeasured
             asked = self._measure(row, last)
@@ -315,26 +315,33 @@ class Trainer(ABC, Generic[Batch]):
         self.bars.show_epochs(self.epoch, self.config.epochs, "writing final/ and the report")
         with self.ema_weights():
             self.processes.on_main(self.finish)
-        self._each(lambda callback: callback.on_end(self))
+        self._each("on_end")
         self.processes.wait()
         self._close()
 
     def _close(self) -> None:
-        self._each(lambda callback: callback.on_close(self))
+        self._each("on_close")
         self.accelerator.end_training()
 
     def _write(self, row: Row) -> None:
-        self._each(lambda callback: callback.on_update(self, row))
+        self._each("on_update", row)
 
-    def _each(self, call: Callable[[Callback], Any]) -> list[Any]:
-        """What the callbacks give, one after the other: one that fails on a process fails on all, and none waits."""
-        if self.processes.count == 1:
-            return [call(callback) for callback in self.callbacks]
+    def _each(self, method: str, *arguments: Any) -> list[Any]:
+        """What the callbacks give, one after the other: one that fails on a process fails on all, and none waits.
+
+        Those that leave ``method`` as it is are passed over, which spares an update a gather for each of them.
+        """
         given = []
         for callback in self.callbacks:
+            call = getattr(callback, method)
+            if getattr(call, "__func__", None) is getattr(Callback, method):
+                continue
+            if self.processes.count == 1:
+                given.append(call(self, *arguments))
+                continue
             failure = None
             try:
-                given.append(call(callback))
+                given.append(call(self, *arguments))
             except Exception as error:
                 failure = error
             self.processes.raise_together(failure, UserError)
@@ -342,7 +349,7 @@ class Trainer(ABC, Generic[Batch]):
 
     def _call_back(self, row: Row) -> str | None:
         """What the callbacks give as reasons to stop, of all processes."""
-        reasons = self._each(lambda callback: callback.on_epoch_end(self, row))
+        reasons = self._each("on_epoch_end", row)
         everyones = self.processes.gather_in_order([reason for reason in reasons if reason])
         return "; ".join(dict.fromkeys(everyones)) or None
 

@@ -271,7 +271,7 @@ def test_lines_that_are_not_json(folder):
     good = json.dumps(direct_rows(1)[0])
     (folder / "a.jsonl").write_text(f"{good}\n\n{{\n[1]\n{good}\n" + "[" * 100_000)
     assert problems(folder / "a.jsonl") == [
-        f"pairs.source='{folder / 'a.jsonl'}': line {n} is not a JSON object: mend or remove it" for n in (3, 4, 6)
+        f"pairs.source='{folder / 'a.jsonl'}': line {n} is not a JSON object: fix or remove it" for n in (3, 4, 6)
     ]
     (folder / "a.jsonl").write_text("?\n" * 15)
     found = problems(folder / "a.jsonl")

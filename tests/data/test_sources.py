@@ -141,7 +141,7 @@ def test_sources_that_cannot_be_read(tmp_path):
         ]
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n[1]\n{\n')
     assert problems(source) == [
-        f"data.source={source!r}: line {n} is not a JSON object: mend or remove it" for n in (2, 3)
+        f"data.source={source!r}: line {n} is not a JSON object: fix or remove it" for n in (2, 3)
     ]
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n')
     assert "line 2 is not valid CSV (" in problems(str(tmp_path / "a.csv"))[0]
@@ -160,7 +160,7 @@ def test_files_of_rows_that_are_none(tmp_path):
         ]
     path.write_text('[{"a": 1}, 7, null]')
     assert problems(str(path)) == [
-        f"data.source='{path}': row {i} is {value}, not a JSON object: mend or remove it"
+        f"data.source='{path}': row {i} is {value}, not a JSON object: fix or remove it"
         for i, value in ((1, "7"), (2, "None"))
     ]
     whole = gzip.compress(b'{"a": 1}\n' * 100)
@@ -193,7 +193,7 @@ def test_a_single_number():
 
 def test_a_list_of_anything_but_mappings():
     assert problems([{"a": 1}, 7, "x"]) == [
-        f"data.source: row {i} is {value}, not a mapping of column to value: mend or remove it"
+        f"data.source: row {i} is {value}, not a mapping of column to value: fix or remove it"
         for i, value in ((1, "7"), (2, "'x'"))
     ]
     assert problems([7] * 12)[10:] == ["data: 2 more rows are bad"]

@@ -152,7 +152,7 @@ def test_the_command_says_everything(calls, tmp_path, monkeypatch, capfd):
     assert stop.value.code == 0, err
     assert err == ""
     assert len(out.splitlines()) == 1
-    for part in ("B - A ", "(standard error ", " of 6 pairs (95 % interval ", "Wilson", "pictures in grid.png"):
+    for part in ("B - A ", "(standard error ", " of 6 pairs (95 % interval ", "Wilson", "images in grid.png"):
         assert part in out
     assert (tmp_path / "grid.png").is_file()
 
