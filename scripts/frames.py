@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = {"DDPO": "quickstart", "GRPO": "grpo_tiny"}
 PACKAGE = ("diffusion_align", "pipelines", "rewards")
+FOLDERS = tuple(f"{ROOT / name}{os.sep}" for name in PACKAGE)
 
 
 def trace(recipe: str) -> None:
@@ -36,7 +37,7 @@ def trace(recipe: str) -> None:
     def seen(frame, event, _):  # type: ignore[no-untyped-def]
         nonlocal training
         path = frame.f_code.co_filename
-        if event != "call" or not path.startswith(str(ROOT)) or path == __file__:
+        if event != "call" or not path.startswith(FOLDERS):
             return
         if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # the body of a module or a class
             return
