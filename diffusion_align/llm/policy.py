@@ -280,8 +280,11 @@ class LanguagePolicy:
 
     def log_probs(self, scored: Scored) -> Tensor:
         """Log-probs (B, T) in nats at the policy's temperature, float32, 0 where the mask is False."""
-        found = token_log_probs(scored.logits, scored.labels, temperature=self.temperature, chunk_size=_CHUNK)
-        return scored.of_tokens(found)
+        return scored.of_tokens(self.token_log_probs(scored.logits, scored.labels))
+
+    def token_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Log-probs (B, T) of tokens ``labels`` under ``logits`` (B, T, V), by sampling and by replay alike."""
+        return token_log_probs(logits, labels, temperature=self.temperature, chunk_size=_CHUNK)
 
     def hidden(self, sequences: Sequences) -> Scored:
         """As ``score`` with ``with_hidden``, without logits: the head does not run."""

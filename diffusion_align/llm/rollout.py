@@ -72,9 +72,9 @@ def rollout(
     mask = []
     token = None
     for turn in range(max_new_tokens):
-        logp = categorical_log_probs(next_logits(token), temperature=policy.temperature)
-        token = _draw(logp, chances[:, turn])
-        chosen = logp.gather(1, token[:, None]).squeeze(1)
+        logits = next_logits(token)
+        token = _draw(categorical_log_probs(logits, temperature=policy.temperature), chances[:, turn])
+        chosen = policy.token_log_probs(logits[:, None], token[:, None]).squeeze(1)
         token = torch.where(alive, token, policy.pad)
         tokens.append(token)
         logps.append(torch.where(alive, chosen, 0.0))
