@@ -1,5 +1,7 @@
 """Sampling: the log-probs are those of the distribution drawn from, and no row depends on another."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -25,6 +27,27 @@ def test_the_ratio_is_1_on_the_first_pass(make_language_policy, family, lora, te
     ratio = importance_ratio(logp, sampled.logp_old, mask=sampled.sequences.mask)
     assert (ratio - 1).abs().max() < 1e-5
     assert (sampled.logp_old[sampled.sequences.mask] < 0).all()
+
+
+class Bigrams(torch.nn.Module):
+    """Logits that depend on the last token only: the same ones with a cache and without, whatever the batch."""
+
+    def __init__(self, config, dtype):
+        super().__init__()
+        self.config, self.table = config, 3 * torch.randn(64, 20_000, dtype=dtype)
+
+    def forward(self, input_ids, attention_mask, use_cache, output_hidden_states=False, past_key_values=None):
+        return SimpleNamespace(logits=self.table[input_ids % 64], past_key_values=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_and_replay_give_the_same_log_probs_bit_for_bit(make_language_policy, dtype):
+    """Of equal logits, of a vocabulary that is scored in several parts."""
+    policy = make_language_policy("llama", temperature=0.7)
+    policy.model = Bigrams(policy.model.config, dtype)
+    sampled = rollout(policy, PROMPTS, streams(3), max_new_tokens=12)
+    assert torch.equal(sampled.logp_old, policy.log_probs(policy.score(sampled.sequences)))
+    assert sampled.logp_old[sampled.sequences.mask].max() < 0
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
