@@ -20,7 +20,7 @@ from diffusion_align.models.language_models import language_model_problem
 from diffusion_align.models.model_ref import image_model_problem
 from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
-from diffusion_align.rewards.clip import check_clip
+from diffusion_align.rewards.image.clip import check_clip
 from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import (
     TrainingConfig,

@@ -18,8 +18,8 @@ from diffusion_align.rewards.base import (
     parameters_of,
     reward_name,
 )
-from diffusion_align.rewards.clip import unshared
 from diffusion_align.rewards.foreign import foreign_code, runs_in_background
+from diffusion_align.rewards.image.clip import unshared
 from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find
 from diffusion_align.rewards.settings import RewardSettings, describe_options, description
 from diffusion_align.shown import short

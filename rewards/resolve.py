@@ -17,18 +17,18 @@ from diffusion_align.rewards.base import metadata_place, parameters_of
 
 # name: (module, the class of its settings), see ``settings.RewardSettings``.
 REWARDS: dict[str, tuple[str, str]] = {
-    "aesthetic": ("diffusion_align.rewards.aesthetic", "AestheticSettings"),
-    "brisque": ("diffusion_align.rewards.brisque", "BrisqueSettings"),
-    "clip_score": ("diffusion_align.rewards.clip_score", "ClipSettings"),
+    "aesthetic": ("diffusion_align.rewards.image.aesthetic", "AestheticSettings"),
+    "brisque": ("diffusion_align.rewards.image.brisque", "BrisqueSettings"),
+    "clip_score": ("diffusion_align.rewards.image.clip_score", "ClipSettings"),
     "combine": ("diffusion_align.rewards.combine", "Combine"),
-    "hps_v2": ("diffusion_align.rewards.hps_v2", "HpsV2Settings"),
-    "image_reward": ("diffusion_align.rewards.image_reward", "ImageRewardSettings"),
-    "jpeg_compressibility": ("diffusion_align.rewards.jpeg", "JpegCompressibility"),
-    "jpeg_incompressibility": ("diffusion_align.rewards.jpeg", "JpegIncompressibility"),
-    "ocr": ("diffusion_align.rewards.ocr", "Ocr"),
-    "pick_score": ("diffusion_align.rewards.pick_score", "PickScoreSettings"),
+    "hps_v2": ("diffusion_align.rewards.image.hps_v2", "HpsV2Settings"),
+    "image_reward": ("diffusion_align.rewards.image.image_reward", "ImageRewardSettings"),
+    "jpeg_compressibility": ("diffusion_align.rewards.image.jpeg", "JpegCompressibility"),
+    "jpeg_incompressibility": ("diffusion_align.rewards.image.jpeg", "JpegIncompressibility"),
+    "ocr": ("diffusion_align.rewards.image.ocr", "Ocr"),
+    "pick_score": ("diffusion_align.rewards.image.pick_score", "PickScoreSettings"),
     "remote": ("diffusion_align.rewards.remote", "RemoteSettings"),
-    "vlm_judge": ("diffusion_align.rewards.vlm_judge", "VlmJudgeSettings"),
+    "vlm_judge": ("diffusion_align.rewards.image.vlm_judge", "VlmJudgeSettings"),
 }
 TEXT_REWARDS: dict[str, tuple[str, str]] = {
     "classifier": ("diffusion_align.rewards.text.classifier", "ClassifierSettings"),

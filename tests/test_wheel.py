@@ -39,7 +39,7 @@ INSIDE = [
     "llm/grpo.py",
     "rewards/base.py",
     "rewards/text/length.py",
-    "rewards/jpeg.py",
+    "rewards/image/jpeg.py",
     "pipelines/image.py",
     "pipelines/text.py",
     "configs/quickstart.yaml",

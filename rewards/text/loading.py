@@ -12,7 +12,7 @@ from diffusion_align.bounds import MOST
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.clip import DTYPES, is_missing_folder
+from diffusion_align.rewards.image.clip import DTYPES, is_missing_folder
 from diffusion_align.rewards.places import note
 from diffusion_align.rewards.settings import NetworkSettings
 

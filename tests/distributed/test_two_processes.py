@@ -29,7 +29,7 @@ Accelerator.clip_grad_norm_ = record
 """
 REWARD = """
 import torch
-from diffusion_align.rewards.jpeg import jpeg_sizes
+from diffusion_align.rewards.image.jpeg import jpeg_sizes
 
 def sometimes(images, prompts, metadata):
     flat = torch.tensor([bool(m.get("flat")) for m in metadata])

@@ -444,7 +444,7 @@ def test_without_a_model_there_is_nothing_to_say(tmp_path, changes):
 
 @pytest.mark.usefixtures("quick")
 def test_a_missing_extra(report, tiny_sd, monkeypatch):
-    from diffusion_align.rewards import clip
+    from diffusion_align.rewards.image import clip
 
     monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
     spec = [{"name": "clip_score", "clip": "open_clip:ViT-B-32/laion2b_s34b_b79k"}, "jpeg_compressibility"]
@@ -457,7 +457,7 @@ def test_a_missing_extra(report, tiny_sd, monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypatch):
-    from diffusion_align.rewards import aesthetic
+    from diffusion_align.rewards.image import aesthetic
 
     about = {"model": "openai/clip-vit-large-patch14 and a head from owner/heads; emoji-clip for emoji-sd"}
     monkeypatch.setattr(aesthetic.AestheticSettings, "about", about)

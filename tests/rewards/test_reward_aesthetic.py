@@ -10,8 +10,8 @@ from torch import nn
 
 from diffusion_align.assets import asset_path
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
-from diffusion_align.rewards import aesthetic as module
-from diffusion_align.rewards.aesthetic import Aesthetic, load_head
+from diffusion_align.rewards.image import aesthetic as module
+from diffusion_align.rewards.image.aesthetic import Aesthetic, load_head
 
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"
 V2, V1 = HEADS / "sac+logos+ava1-l14-linearMSE.pth", HEADS / "sa_0_4_vit_l_14_linear.pth"
@@ -194,7 +194,7 @@ def test_reading_a_head_leaves_the_global_rng_alone(tmp_path):
 
 
 def test_the_head_is_applied_to_the_unit_embedding():
-    from diffusion_align.rewards.clip import load_clip
+    from diffusion_align.rewards.image.clip import load_clip
 
     head = nn.Sequential(nn.Linear(128, 1))
     reward = Aesthetic(load_clip("emoji-clip"), head, batch_size=2)

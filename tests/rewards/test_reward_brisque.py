@@ -12,8 +12,8 @@ from PIL import Image
 from skimage import data, filters
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, reward_problem
-from diffusion_align.rewards import brisque as module
-from diffusion_align.rewards.brisque import data_folder, features, fit, load_regression, luma, normalise
+from diffusion_align.rewards.image import brisque as module
+from diffusion_align.rewards.image.brisque import data_folder, features, fit, load_regression, luma, normalise
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_a_module_reference_and_a_callable():
 
 
 def test_our_own_builder_as_a_callable_is_built():
-    from diffusion_align.rewards.jpeg import JpegCompressibility
+    from diffusion_align.rewards.image.jpeg import JpegCompressibility
 
     assert torch.equal(scores(build_reward(JpegCompressibility)), scores(build_reward("jpeg_compressibility")))
 
@@ -180,7 +180,7 @@ def test_a_model_held_by_a_callable_is_moved():
     ],
 )
 def test_a_bad_spec_is_one_sentence_before_any_model_is_loaded(spec, sentence, file, monkeypatch):
-    monkeypatch.setattr("diffusion_align.rewards.clip_backends.load_transformers", None)
+    monkeypatch.setattr("diffusion_align.rewards.image.clip_backends.load_transformers", None)
     if isinstance(spec, str):
         spec = spec.replace("{file}", str(file))
     elif isinstance(spec, dict) and isinstance(spec.get("name"), str):

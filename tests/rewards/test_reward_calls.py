@@ -369,8 +369,8 @@ def test_options_that_say_where():
         == "background='yes' of a reward must be true or false"
     )
     assert "background=1 of a reward must be true or false" in reward_problem([{"name": brightness, "background": 1}])
+    from diffusion_align.rewards.image.vlm_judge import VlmJudge
     from diffusion_align.rewards.remote import Remote
-    from diffusion_align.rewards.vlm_judge import VlmJudge
 
     assert Remote.background
     assert VlmJudge.background

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from diffusion_align.assets import asset_path
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
-from diffusion_align.rewards.clip import VIT_L_14, default_clip, load_clip, preprocess
+from diffusion_align.rewards.image.clip import VIT_L_14, default_clip, load_clip, preprocess
 
 COLOURS = {
     "white": (255, 255, 255),
@@ -160,7 +160,7 @@ def test_a_transformers_folder_with_its_own_mean_and_std(tiny):
 
 
 def test_older_transformers_return_a_bare_tensor(tiny, emoji):
-    from diffusion_align.rewards.clip_backends import _pooled
+    from diffusion_align.rewards.image.clip_backends import _pooled
 
     value = torch.ones(2, 3)
     assert _pooled(value) is value

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, reward_problem
-from diffusion_align.rewards import ocr as module
-from diffusion_align.rewards.ocr import edit_distance, target_text, text_score
+from diffusion_align.rewards.image import ocr as module
+from diffusion_align.rewards.image.ocr import edit_distance, target_text, text_score
 
 
 def drawn(text, *, size=256, font_size=40):

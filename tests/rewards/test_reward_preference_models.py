@@ -14,10 +14,10 @@ from torch.nn import functional
 
 from diffusion_align.assets import asset_path
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, describe_rewards
-from diffusion_align.rewards import hps_v2 as hps
-from diffusion_align.rewards import pick_score as pick
-from diffusion_align.rewards.clip_backends import CLIP_MEAN, CLIP_STD, load_transformers
-from diffusion_align.rewards.pick_score import PickScore
+from diffusion_align.rewards.image import hps_v2 as hps
+from diffusion_align.rewards.image import pick_score as pick
+from diffusion_align.rewards.image.clip_backends import CLIP_MEAN, CLIP_STD, load_transformers
+from diffusion_align.rewards.image.pick_score import PickScore
 
 PROMPTS = ["a red apple", "two dogs on a beach", "", "a photograph of a mountain lake at dawn"]
 SIZE, LOGIT_SCALE = 32, 3.9

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, reward_problem
 from diffusion_align.rewards.base import to_uint8
-from diffusion_align.rewards.vlm_judge import parse_score
+from diffusion_align.rewards.image.vlm_judge import parse_score
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ NOISY = """
 import random
 import numpy
 import torch
-from diffusion_align.rewards.jpeg import jpeg_sizes
+from diffusion_align.rewards.image.jpeg import jpeg_sizes
 
 def noisy(images, prompts, metadata):
     noise = torch.rand(len(images)) + torch.from_numpy(numpy.random.rand(len(images))).float() + random.random()

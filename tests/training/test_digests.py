@@ -158,14 +158,14 @@ def test_the_files_of_a_rewards_code(tmp_path, monkeypatch):
     (tmp_path / "id_helper.py").write_text("import id_constants\ndef help(): return id_constants.SCALE\n")
     (tmp_path / "id_unused.py").write_text("")
     (tmp_path / "id_reward.py").write_text(
-        "import json, torch, id_unused\nfrom id_helper import help\nfrom diffusion_align.rewards import jpeg\n"
+        "import json, torch, id_unused\nfrom id_helper import help\nfrom diffusion_align.rewards.image import jpeg\n"
         "def f(images, prompts, metadata): return help()\n"
     )
     module = importlib.import_module("id_reward")
     names = [path.name for path in code_files(module)]
     assert names == ["id_reward.py", "id_constants.py", "id_helper.py", "id_unused.py"]
     assert code_files(json) == [pytest.importorskip("pathlib").Path(json.__file__)]  # the one that is named, always
-    assert code_files(sys.modules["diffusion_align.rewards.jpeg"]) == []
+    assert code_files(sys.modules["diffusion_align.rewards.image.jpeg"]) == []
 
 
 def test_comparing():

@@ -161,7 +161,7 @@ def test_a_bad_spec_is_one_sentence(spec, sentence, file):
 
 
 def test_a_text_reward_where_one_for_images_is_wanted(file):
-    from diffusion_align.rewards.jpeg import JpegCompressibility
+    from diffusion_align.rewards.image.jpeg import JpegCompressibility
     from diffusion_align.rewards.text.length import Length
 
     there_are = ", ".join(REWARDS)

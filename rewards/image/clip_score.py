@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.rewards.clip import OPEN_CLIP, Clip, ClipEncoder, default_clip, load_clip
+from diffusion_align.rewards.image.clip import OPEN_CLIP, Clip, ClipEncoder, default_clip, load_clip
 from diffusion_align.rewards.settings import NetworkSettings
 
 

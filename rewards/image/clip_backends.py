@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
+from diffusion_align.rewards.image.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
 from diffusion_align.rewards.places import note
 from diffusion_align.rewards.weights import fitting_tokenizer
 

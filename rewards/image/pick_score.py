@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.rewards.clip import Clip, load_clip
-from diffusion_align.rewards.clip_score import ClipScore
+from diffusion_align.rewards.image.clip import Clip, load_clip
+from diffusion_align.rewards.image.clip_score import ClipScore
 from diffusion_align.rewards.settings import NetworkSettings
 
 PICK_SCORE = "yuvalkirstain/PickScore_v1"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import ClipEncoder, share_encoder
-from diffusion_align.rewards.clip_score import ClipScore
+from diffusion_align.rewards.image.clip import ClipEncoder, share_encoder
+from diffusion_align.rewards.image.clip_score import ClipScore
 from diffusion_align.rewards.settings import NetworkSettings
 from diffusion_align.rewards.weights import LocalFile, load_tensors, read_tensors, unfilled, weights_file
 
@@ -76,7 +76,7 @@ def load_hps(path: Path, architecture: str, device: torch.device, dtype: torch.d
     """
     import open_clip
 
-    from diffusion_align.rewards.clip_backends import open_clip_encoder
+    from diffusion_align.rewards.image.clip_backends import open_clip_encoder
 
     config = open_clip.get_model_config(architecture)
     if config is None:

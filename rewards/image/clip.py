@@ -155,7 +155,7 @@ def load_clip(
     check_clip(name)
 
     def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
-        from diffusion_align.rewards.clip_backends import load_open_clip, load_transformers
+        from diffusion_align.rewards.image.clip_backends import load_open_clip, load_transformers
 
         if name.startswith(OPEN_CLIP):
             with hub_or_cache():

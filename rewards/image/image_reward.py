@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.clip import is_missing_folder, preprocess, torch_dtype
+from diffusion_align.rewards.image.clip import is_missing_folder, preprocess, torch_dtype
 from diffusion_align.rewards.settings import NetworkSettings
 from diffusion_align.rewards.weights import (
     LocalFile,
@@ -67,7 +67,7 @@ class ImageReward:
 
     def _score(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) float32 on the networks' device, from images and (B, L) tokens with their mask."""
-        from diffusion_align.rewards.clip_backends import CLIP_MEAN, CLIP_STD
+        from diffusion_align.rewards.image.clip_backends import CLIP_MEAN, CLIP_STD
 
         device, dtype = self.vision.device, self.vision.dtype
         pixels = preprocess(images.to(device), self.vision.config.image_size, CLIP_MEAN, CLIP_STD)
