@@ -15,6 +15,7 @@ __all__ = [
     "TrainingError",
     "UserError",
     "first_line",
+    "problems_of",
     "short",
     "together",
 ]
@@ -47,6 +48,15 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
     if problems:
         raise ConfigError(problems)
     return results
+
+
+def problems_of(check: Callable[..., Any], *arguments: Any, **options: Any) -> list[str]:
+    """The sentences of the UserError that ``check`` raises of these arguments; none if it raises none."""
+    try:
+        check(*arguments, **options)
+    except UserError as error:
+        return getattr(error, "problems", [str(error)])
+    return []
 
 
 class CheckpointError(UserError):

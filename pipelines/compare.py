@@ -19,10 +19,10 @@ from PIL import Image
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.data.text_encoding import Text
 from diffusion_align.diffusion.schedule import SamplerConfig
-from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.markdown import cell, literal, plain
-from diffusion_align.models.language_models import language_model_problem
-from diffusion_align.models.model_ref import image_model_problem
+from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.pipelines.text import TextAlignmentPipeline, several
@@ -122,7 +122,7 @@ def compare_models(
     output = None if output is None else Path(output).absolute()  # whatever folder a judge changes to
     texts, notes = _rounds(prompts, metadata, per_prompt)
     check_image_prompts(prompts)
-    _check_models([first, second], image_model_problem, reward_problem(judge))
+    _check_models([first, second], check_image_model, reward_problem(judge))
     pipelines = [
         model if isinstance(model, ImageAlignmentPipeline) else ImageAlignmentPipeline.from_pretrained(model)
         for model in (first, second)
@@ -177,7 +177,7 @@ def compare_texts(
     if output is not None and output.suffix not in (".md", ".jsonl"):
         raise UserError(f"output={str(output)!r} must end in .md or .jsonl")
     texts, notes = _rounds(several(prompts), metadata, per_prompt)
-    _check_models([first, second], language_model_problem, text_reward_problem(judge))
+    _check_models([first, second], language_model_ref, text_reward_problem(judge))
     pipelines = [
         model if isinstance(model, TextAlignmentPipeline) else TextAlignmentPipeline.from_pretrained(model)
         for model in (first, second)
@@ -227,10 +227,10 @@ def _rounds(prompts: Sequence[Any], metadata: Metadata | None, per_prompt: int) 
     return list(prompts) * per_prompt, list(metadata or [{} for _ in prompts]) * per_prompt
 
 
-def _check_models(models: Sequence[Any], problem_of: Callable[[str], str | None], judge: str | None) -> None:
-    problems = [*(problem_of(str(model)) for model in models if isinstance(model, str | Path)), judge]
-    if any(problems):
-        raise ConfigError([problem for problem in dict.fromkeys(problems) if problem])
+def _check_models(models: Sequence[Any], check: Callable[[str], Any], judge: str | None) -> None:
+    problems = [one for model in models if isinstance(model, str | Path) for one in problems_of(check, str(model))]
+    if problems := [*problems, *([judge] if judge else [])]:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def _sampled(

@@ -13,11 +13,11 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from diffusion_align.data.schemas import RowsConfig
-from diffusion_align.data.sources import in_python, splits_problem
-from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.data.sources import in_python, refuse_splits
+from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.methods import DEFAULT, method_of
-from diffusion_align.models.language_models import language_model_problem
-from diffusion_align.models.model_ref import image_model_problem
+from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
 from diffusion_align.rewards.image.clip import check_clip
@@ -118,8 +118,10 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
 
 def _refuse_splits(raw: Mapping[str, Any]) -> None:
     for name, value in raw.items():
-        if problem := splits_problem(value):
-            raise ConfigError([f"{name}: {problem}"])
+        try:
+            refuse_splits(value)
+        except ValueError as error:
+            raise ConfigError([f"{name}: {error}"]) from None
         if isinstance(value, Mapping):
             _refuse_splits(value)
 
@@ -153,8 +155,7 @@ def _check_model(raw: Mapping[str, Any]) -> list[str]:
     model, variant, base_config = (raw.get(name) for name in ("model", "weights_variant", "base_config"))
     problems = []
     if isinstance(model, str) and isinstance(variant, str | None) and isinstance(base_config, str | None):
-        problem = image_model_problem(model, variant=variant, base_config=base_config)
-        problems += [problem] if problem else []
+        problems += problems_of(check_image_model, model, variant=variant, base_config=base_config)
     precision = raw.get("mixed_precision")
     # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
     if raw.get("dtype") == "float16" and precision in ("bf16", "auto") and not torch.cuda.is_available():
@@ -168,10 +169,9 @@ def _check_language_model(raw: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in ("model", "reference_model"):
         model = raw.get(name)
-        classifier = method_of(raw["method"]).model_kind == "classifier"
-        problem = language_model_problem(model, or_classifier=classifier) if isinstance(model, str) else None
-        if problem:
-            problems.append(problem.replace("model=", f"{name}=", 1))
+        kinds = ("causal", "classifier") if method_of(raw["method"]).model_kind == "classifier" else ("causal",)
+        found = problems_of(language_model_ref, model, kinds) if isinstance(model, str) else []
+        problems += [problem.replace("model=", f"{name}=", 1) for problem in found]
     return problems
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
 from diffusion_align.data.text_encoding import Text, completion_of
-from diffusion_align.errors import ConfigError, Interrupted, UserError, short
+from diffusion_align.errors import ConfigError, Interrupted, UserError, problems_of, short
 from diffusion_align.images import UnreadableImage, open_image
-from diffusion_align.models.language_models import language_model_problem
-from diffusion_align.models.model_ref import image_model_problem
+from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.paths import output_problem, path_problem
 from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.identity import pairs_identity
@@ -117,7 +117,8 @@ class ImageCandidates(Candidates):
             f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
         }
         problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
-        return problems + [one for one in (image_model_problem(self.model), reward_problem(judge)) if one]
+        of_judge = reward_problem(judge)
+        return [*problems, *problems_of(check_image_model, self.model), *([of_judge] if of_judge else [])]
 
     def load(self, judge: Any) -> Identity:
         self.pipeline = ImageAlignmentPipeline.from_pretrained(self.model)
@@ -151,8 +152,9 @@ class TextCandidates(Candidates):
         self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
 
     def problems(self, prompts: Sequence[tuple[Text, dict[str, Any]]], judge: Any) -> list[str]:
-        of_model = None if self.pipeline else language_model_problem(self.model)
-        return [one for one in (of_model, text_reward_problem(judge)) if one]
+        of_model = [] if self.pipeline else problems_of(language_model_ref, self.model)
+        of_judge = text_reward_problem(judge)
+        return [*of_model, *([of_judge] if of_judge else [])]
 
     def load(self, judge: Any) -> Identity:
         self.pipeline = self.pipeline or TextAlignmentPipeline.from_pretrained(self.model)

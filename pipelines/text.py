@@ -35,7 +35,6 @@ from diffusion_align.llm.rollout import rollout
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models.language_models import (
-    language_model_problem,
     language_model_ref,
     load_language_model,
     load_tokenizer,
@@ -426,8 +425,7 @@ def check_completions(model: str, prompts: Sequence[Text], max_new_tokens: int) 
     Raises:
         UserError: there is no such language model, or its context or chat template does not take the prompts.
     """
-    if problem := language_model_problem(model):
-        raise UserError(problem)
+    language_model_ref(model)
     _fitting_rows(prompts, *load_tokenizer(model), max_new_tokens)
 
 

@@ -168,8 +168,17 @@ class PairSet:
         return list(zip(("chosen", "rejected"), (first, second) if self._first_wins[i] else (second, first)))
 
     def _looked_at(self, i: int) -> tuple[str | None, list[str]]:
-        problem = self._picture_problem(i)
-        return problem, [] if problem else self._digests(i)
+        """What is wrong with the images of pair ``i``, and else the digests of their content."""
+        try:
+            chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
+            if chosen.size != rejected.size:
+                sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen.size, *rejected.size)
+                raise BadRow(f"{sizes}: both must have one size")
+            if chosen.tobytes() == rejected.tobytes():
+                raise BadRow("chosen and rejected are the same picture")
+        except BadRow as bad:
+            return f"pairs: row {self.rows[i]}: {bad}", []
+        return None, self._digests(i)
 
     def _digests(self, i: int) -> list[str]:
         """Of the content of the chosen and the rejected image of pair ``i``."""
@@ -178,17 +187,6 @@ class PairSet:
             return [_digest(source) for source in sources]
         except (BadRow, OSError) as error:  # it has vanished
             raise ConfigError([f"pairs: row {self.rows[i]}: {error}"]) from None
-
-    def _picture_problem(self, i: int) -> str | None:
-        try:
-            chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
-        except BadRow as bad:
-            return f"pairs: row {self.rows[i]}: {bad}"
-        if chosen.size != rejected.size:
-            sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen.size, *rejected.size)
-            return f"pairs: row {self.rows[i]}: {sizes}: both must have one size"
-        same = chosen.tobytes() == rejected.tobytes()
-        return f"pairs: row {self.rows[i]}: chosen and rejected are the same picture" if same else None
 
 
 def open_pairs(config: PairsConfig) -> PairSet:

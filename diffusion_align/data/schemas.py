@@ -19,8 +19,8 @@ from diffusion_align.data.sources import (
     is_hub,
     listed,
     named_if_long,
+    refuse_splits,
     short,
-    splits_problem,
 )
 from diffusion_align.errors import ConfigError, together
 from diffusion_align.training.config import Section, nearest
@@ -55,8 +55,7 @@ class RowsConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _source_alone(cls, value: Any) -> Any:
-        if problem := splits_problem(value):
-            raise ValueError(problem)
+        refuse_splits(value)
         if isinstance(value, Mapping | cls):
             return value
         if not isinstance(value, Iterable | Path | GivenRows):

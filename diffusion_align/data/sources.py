@@ -179,11 +179,11 @@ class GivenRows:
         return digest.hexdigest()
 
 
-def splits_problem(value: Any) -> str | None:
-    """One sentence about a dataset of which a split has to be chosen, None of anything else."""
-    if type(value).__name__ not in ("DatasetDict", "IterableDatasetDict"):
-        return None
-    return f"it holds the splits {', '.join(value)}: give one of them, as in data[{next(iter(value), 'train')!r}]"
+def refuse_splits(value: Any) -> None:
+    """ValueError for a dataset of which a split has to be chosen."""
+    if type(value).__name__ in ("DatasetDict", "IterableDatasetDict"):
+        first = next(iter(value), "train")
+        raise ValueError(f"it holds the splits {', '.join(value)}: give one of them, as in data[{first!r}]")
 
 
 def in_python(value: Any) -> Any:

@@ -65,8 +65,7 @@ class DenoisingPolicy:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
         self.family: StableDiffusion = family_of(pipeline)
-        if problem := self.family.problem(pipeline):
-            raise UserError(problem)
+        self.family.check(pipeline)
         self.pipeline = pipeline
         adapted = _check_adapter(self.network, lora, self.family)
         self.pipeline.set_progress_bar_config(disable=True)

@@ -12,8 +12,8 @@ from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.doctor.memory import parameter_counts
-from diffusion_align.errors import UserError
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE, unet_problem
+from diffusion_align.errors import UserError, problems_of
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE, check_unet
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 
 
@@ -107,8 +107,8 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
     family = index.get("_class_name")
     if index and family not in FAMILIES:
         problems.append(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(FAMILIES)}")
-    elif index and (problem := unet_problem(f"model={model!r}", family, _read(folder / "unet" / "config.json"))):
-        problems.append(problem)
+    elif index:
+        problems += problems_of(check_unet, f"model={model!r}", family, _read(folder / "unet" / "config.json"))
     parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"]
     configs, here = {}, bool(parts)
     sizes: dict[str, int] = {}

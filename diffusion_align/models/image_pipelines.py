@@ -16,8 +16,8 @@ import torch
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.hub import hub_or_cache
-from diffusion_align.models.part_configs import folder_problem, pipeline_problem
-from diffusion_align.models.single_file import family_of, is_one_file, load_single_file, single_file_problem
+from diffusion_align.models.part_configs import check_folder, check_pipeline
+from diffusion_align.models.single_file import check_single_file, family_of, is_one_file, load_single_file
 from diffusion_align.paths import path_problem
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import nearest
@@ -33,56 +33,60 @@ NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
-def model_problem(model: str, *, variant: str | None = None, base_config: str | None = None) -> str | None:
-    """One sentence about why ``model`` cannot be a text-to-image pipeline, found without loading or downloading.
+def check_pipeline_name(model: str, *, variant: str | None = None, base_config: str | None = None) -> None:
+    """Look at what ``model`` names without loading or downloading it.
 
     Args:
         model, variant, base_config: see ``load_pipeline``. Of a folder the names of its files are read, and of a file
             those of its tensors.
+
+    Raises:
+        UserError: it cannot be a text-to-image pipeline.
     """
     for name, path in {"model": model, "base_config": base_config}.items():
         if path is not None and (problem := path_problem(path)):
-            return f"{name}={short(path)} {problem}"
+            raise UserError(f"{name}={short(path)} {problem}")
     if not is_one_file(model):
         if base_config is not None:
-            return (
+            raise UserError(
                 f"base_config={base_config!r} is for a model in one .safetensors file, and model={model!r} is not "
                 "one: leave it out"
             )
-        return _pipeline_problem(model) or _variant_problem(model, variant)
+        _check_folder_or_id(f"model={model!r}", model)
+        _check_variant(model, variant)
+        return
     if variant is not None:
-        return f"weights_variant={variant!r} is for a folder or a hub id, and model={model!r} is a file: leave it out"
-    if base_config is not None and is_one_file(base_config):
-        return f"base_config={base_config!r} is a file: give a folder or hub id of a diffusers pipeline"
-    problem = _pipeline_problem(base_config) if base_config is not None else None
-    if problem:
-        return problem.replace("model=", "base_config=", 1)
-    return single_file_problem(model, has_base_config=base_config is not None)
+        raise UserError(
+            f"weights_variant={variant!r} is for a folder or a hub id, and model={model!r} is a file: leave it out"
+        )
+    if base_config is not None:
+        if is_one_file(base_config):
+            raise UserError(f"base_config={base_config!r} is a file: give a folder or hub id of a diffusers pipeline")
+        _check_folder_or_id(f"base_config={base_config!r}", base_config)
+    check_single_file(model, has_base_config=base_config is not None)
 
 
-def _pipeline_problem(model: str) -> str | None:
+def _check_folder_or_id(subject: str, model: str) -> None:
     if model in EMBEDDED_PIPELINES:
-        return None
+        return
     if model in LANGUAGE_MODELS:
-        return f"model={model!r} is a language model, not a text-to-image pipeline: use a text method such as grpo"
+        raise UserError(f"{subject} is a language model, not a text-to-image pipeline: use a text method such as grpo")
     if model in EMBEDDED_MODELS:
-        return f"model={model!r} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}"
+        raise UserError(f"{subject} is not a text-to-image pipeline: embedded are {', '.join(EMBEDDED_PIPELINES)}")
     folder = Path(os.path.expanduser(model))
     if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
         if (folder / "model_index.json").is_file():
-            return None
+            return
         one_model = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
         hint = ": it holds one model, and a language model needs a text method such as grpo" if one_model else ""
-        return f"model={model!r}: the folder has no model_index.json{hint}"
-    looks_like_path = folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
-    if looks_like_path:
+        raise UserError(f"{subject}: the folder has no model_index.json{hint}")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         hint = nearest(model, EMBEDDED_PIPELINES)
-        return f"model={model!r} is neither an embedded model, nor a folder, nor a hub id 'owner/name': {hint}"
-    return None
+        raise UserError(f"{subject} is neither an embedded model, nor a folder, nor a hub id 'owner/name': {hint}")
 
 
-def _variant_problem(model: str, variant: str | None) -> str | None:
-    """Whether a folder lacks the weights asked for but has others; ``model_problem`` has seen the folder."""
+def _check_variant(model: str, variant: str | None) -> None:
+    """Whether a folder lacks the weights asked for but has others."""
     folder = Path(_source(model))
     parts = [folder / name for name in NETWORKS if os.path.isdir(folder / name)]
     held = {
@@ -91,23 +95,25 @@ def _variant_problem(model: str, variant: str | None) -> str | None:
     variants = sorted(set().union(*held.values()) - {None})
     if variant is not None and held and variant not in variants:
         others = f"only {', '.join(variants)}" if variants else "none at all"
-        return f"weights_variant={variant!r}: of variants the folder {model!r} has {others}"
+        raise UserError(f"weights_variant={variant!r}: of variants the folder {model!r} has {others}")
     lacking = [name for name, found in held.items() if found and not found & {None, variant}]
     if lacking:
-        return (
+        raise UserError(
             f"weights_variant={variant!r}: {lacking[0]}/ of the folder {model!r} has weights of the variants "
             f"{', '.join(sorted(held[lacking[0]] - {None}))} only: name one of them"
         )
-    return None
 
 
-def unet_problem(subject: str, family: str | None, unet: Mapping[str, Any]) -> str | None:
-    """One sentence about why a UNet cannot be trained here: it takes an input that training does not feed.
+def check_unet(subject: str, family: str | None, unet: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes an input which training does not feed.
 
     Args:
         subject: of the sentence, what the UNet is of.
         family: class of its pipeline.
         unet: its configuration.
+
+    Raises:
+        UserError: it takes one.
     """
     fed = {
         "time_cond_proj_dim": (None,),
@@ -118,23 +124,22 @@ def unet_problem(subject: str, family: str | None, unet: Mapping[str, Any]) -> s
     }
     for name, values in fed.items():
         if unet.get(name) not in values:
-            return (
+            raise UserError(
                 f"{subject} has a UNet with {name}={unet[name]!r}, an input that training does not feed: use a plain "
                 "Stable Diffusion 1.x, 2 or XL model"
             )
-    return None
 
 
-def folder_unet_problem(model: str) -> str | None:
-    """``unet_problem`` of a folder or an embedded model; None where the configuration is not at hand."""
+def check_folder_unet(model: str) -> None:
+    """``check_unet`` of a folder or an embedded model, as far as its configuration is at hand."""
     folder = Path(_source(model))
     try:
         index, unet = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_index.json", "unet/config.json")
         )
-        return unet_problem(f"model={model!r}", index.get("_class_name"), unet)
+        check_unet(f"model={model!r}", index.get("_class_name"), unet)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # which loading will say
-        return None
+        return
 
 
 def load_pipeline(
@@ -159,9 +164,7 @@ def load_pipeline(
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
     """
-    problem = model_problem(model, variant=variant, base_config=base_config)
-    if problem:
-        raise UserError(problem)
+    check_pipeline_name(model, variant=variant, base_config=base_config)
     described_by = base_config if is_one_file(model) else _source(model)
     with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
         if is_one_file(model):
@@ -174,8 +177,7 @@ def load_pipeline(
             pipeline = load_single_file(model, dtype=dtype, base_config=base, options=FAMILIES[family])
         else:
             pipeline = _load_folder(model, dtype, variant, to_train=to_train)
-        if problem := pipeline_problem(pipeline):
-            raise UserError(f"model={model!r}: {problem}")
+        check_pipeline(f"model={model!r}", pipeline)
         if pipeline.vae.config.force_upcast:
             _accept_any_dtype(pipeline.vae)
         else:
@@ -192,8 +194,7 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_trai
     try:
         if to_train:
             unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")
-            if problem := unet_problem(f"model={model!r}", family, unet):
-                raise UserError(problem)
+            check_unet(f"model={model!r}", family, unet)
         return load_in_dtype(
             getattr(diffusers, family).from_pretrained,
             source,
@@ -238,8 +239,7 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
     absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
     if absent:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
-    if os.path.isdir(source) and (problem := folder_problem(Path(source))):
-        raise UserError(f"{name}={model!r}: {problem}")
+    check_folder(f"{name}={model!r}", Path(source))
     return family
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from diffusion_align.errors import UserError
+from diffusion_align.errors import UserError, problems_of
 from diffusion_align.hub import hub_or_cache
-from diffusion_align.models.language_models import language_model_problem
-from diffusion_align.models.model_ref import image_model_problem
+from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.model_ref import check_image_model
 
 
 def model_kind(names: Sequence[str]) -> Literal["image", "text"]:
@@ -19,7 +19,7 @@ def model_kind(names: Sequence[str]) -> Literal["image", "text"]:
     """
     known = {}
     for name in names:
-        text, image = language_model_problem(name) is None, image_model_problem(name) is None
+        text, image = (not problems_of(check, name) for check in (language_model_ref, check_image_model))
         kind = ("image" if image else "text") if text != image else None
         kind = _on_the_hub(name) if text and image else kind
         if kind is not None:

@@ -18,11 +18,11 @@ from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.data.text_encoding import context_length, ends_of
-from diffusion_align.errors import UserError, first_line, short
+from diffusion_align.errors import UserError, first_line, problems_of, short
 from diffusion_align.hub import hub_or_cache
 from diffusion_align.models.lora import forget_adapters, load_peft
 from diffusion_align.models.model_ref import ModelRef
-from diffusion_align.models.smollm2 import convert_smollm2, smollm2_folder, smollm2_problem
+from diffusion_align.models.smollm2 import NOT_INSTALLED, convert_smollm2, installed_weights, smollm2_folder
 from diffusion_align.paths import path_problem
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.training.config import load_yaml, nearest
@@ -32,18 +32,6 @@ Kind = Literal["causal", "classifier"]
 MOST_LAYERS = 10_000
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What families call their number in config.json."""
-
-
-def language_model_problem(name: str, *, or_classifier: bool = False) -> str | None:
-    """One sentence about why ``name`` cannot be a causal language model, found without loading or downloading.
-
-    ``or_classifier`` lets a saved sequence classifier pass, too.
-    """
-    try:
-        language_model_ref(name, ("causal", "classifier") if or_classifier else ("causal",))
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def model_places(name: str) -> list[str]:
@@ -86,7 +74,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
     """
     ref = language_model_ref(name, ("causal", "classifier"))
     with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
-        config = _config(name, ref.base, ("causal", "classifier"))
+        config, _ = _config(name, ref.base, ("causal", "classifier"))
         return _tokenizer(name, ref, config.get_text_config().vocab_size), context_length(config)
 
 
@@ -104,7 +92,7 @@ def load_ends(name: str, tokenizer: Any) -> list[int]:
 
     ref = language_model_ref(name, ("causal",))
     with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
-        config = _config(name, ref.base, ("causal",))
+        config, _ = _config(name, ref.base, ("causal",))
         try:
             settings = GenerationConfig.from_pretrained(ref.base)
         except OSError:  # there is no such file: transformers then takes them from the model's configuration
@@ -170,8 +158,8 @@ def language_model_ref(name: str, kinds: tuple[Kind, ...] = ("causal",), above: 
         return ModelRef(str(asset_path(name)), origin=name)
     folder = Path(os.path.expanduser(name))
     if name == "smollm2" or folder == smollm2_folder():  # adapters on it name the folder
-        if problem := smollm2_problem():
-            raise UserError(problem)
+        if not smollm2_folder().is_dir() and installed_weights() is None:
+            raise UserError(NOT_INSTALLED)
         return ModelRef(str(smollm2_folder()), origin="smollm2")
     if name in EMBEDDED_MODELS:
         raise UserError(f"{subject} is an image model, not a language model: embedded language models are {embedded}")
@@ -205,9 +193,7 @@ def _folder_ref(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[s
             for layers in (part[key] for key in _LAYERS if key in part):
                 if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:  # they would be built one by one
                     raise UserError(f"{subject}: config.json has {short(layers)} layers, not 1 to {MOST_LAYERS}")
-        problem = _kind_problem(config.get("model_type"), config.get("architectures"), kinds)
-        if problem:
-            raise UserError(f"{subject} {problem}")
+        _check_kind(subject, config.get("model_type"), config.get("architectures"), kinds)
         return ModelRef(str(folder), origin=str(folder))
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{subject}: the folder has no config.json, no adapter_config.json and no config.yaml of a run")
@@ -255,8 +241,12 @@ def _adapter_kind(config: dict[str, Any]) -> Kind | None:
     return kinds.get(config.get("task_type"))
 
 
-def _kind_problem(model_type: Any, architectures: Any, kinds: tuple[Kind, ...]) -> str | None:
-    """ "is a ..." where the configuration is of no model of these kinds."""
+def _check_kind(subject: str, model_type: Any, architectures: Any, kinds: tuple[Kind, ...]) -> Kind:
+    """The kind of model that a configuration is of.
+
+    Raises:
+        UserError: it is none of ``kinds``.
+    """
     from transformers.models.auto import modeling_auto
 
     known = {
@@ -267,12 +257,13 @@ def _kind_problem(model_type: Any, architectures: Any, kinds: tuple[Kind, ...]) 
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     for kind in kinds:
         if model_type in known["causal"] and (name is None or name == known[kind].get(model_type)):
-            return None
-    return f"is a {name or model_type or 'model of unknown type'}, not a causal language model: give another one"
+            return kind
+    what = name or model_type or "model of unknown type"
+    raise UserError(f"{subject} is a {what}, not a causal language model: give another one")
 
 
-def _config(name: str, source: str, kinds: tuple[Kind, ...]) -> Any:
-    """The configuration of a folder or hub id; smollm2 is converted first."""
+def _config(name: str, source: str, kinds: tuple[Kind, ...]) -> tuple[Any, Kind]:
+    """The configuration of a folder or hub id, and its kind; smollm2 is converted first."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
@@ -281,19 +272,15 @@ def _config(name: str, source: str, kinds: tuple[Kind, ...]) -> Any:
     elif not os.path.isdir(source) and find_adapter_config_file(source) is not None:
         raise UserError(f"model={name!r} is an adapter on the hub: download it and give its folder")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    problem = _kind_problem(config.model_type, config.architectures, kinds)
-    if problem:
-        raise UserError(f"model={name!r} {problem}")
-    return config
+    return config, _check_kind(f"model={name!r}", config.model_type, config.architectures, kinds)
 
 
 def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, ...]) -> Any:
     """The model of a folder or hub id, every weight found."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = _config(name, source, kinds)
-    causal = _kind_problem(config.model_type, config.architectures, ("causal",)) is None
-    family: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    _, kind = _config(name, source, kinds)
+    family: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     model, found = load_in_dtype(family.from_pretrained, source, dtype=dtype, **options)
     if found["missing_keys"]:  # transformers would go on with random ones
@@ -325,7 +312,7 @@ def _with_head(model: Any, num_labels: int) -> Any:
     """The model if it is a classifier already, else a classifier with its body and a new head."""
     from transformers import AutoModelForSequenceClassification
 
-    if _kind_problem(model.config.model_type, [type(model).__name__], ("classifier",)) is None:
+    if not problems_of(_check_kind, "", model.config.model_type, [type(model).__name__], ("classifier",)):
         return model
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels

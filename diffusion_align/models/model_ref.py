@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.errors import UserError, short
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, folder_unet_problem, model_problem
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder_unet, check_pipeline_name
 from diffusion_align.models.lora_file import LORA_FILE
 from diffusion_align.paths import path_problem
 from diffusion_align.training.config import load_yaml
@@ -110,23 +110,26 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
     )
 
 
-def image_model_problem(model: str, *, variant: str | None = None, base_config: str | None = None) -> str | None:
-    """One sentence about why ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
+def check_image_model(model: str, *, variant: str | None = None, base_config: str | None = None) -> None:
+    """Look at ``model`` as far as nothing has to be loaded.
 
     Args:
         model: as for ``image_model_ref``.
         variant, base_config: as for ``load_pipeline``; those of a run if not given.
+
+    Raises:
+        UserError: it can be neither a text-to-image pipeline nor a run of one.
     """
-    try:
-        ref = image_model_ref(model)
-    except UserError as error:
-        return str(error)
+    ref = image_model_ref(model)
     variant = ref.variant if variant is None else variant
     base_config = ref.base_config if base_config is None else base_config
-    problem = model_problem(ref.base, variant=variant, base_config=base_config) or folder_unet_problem(ref.base)
-    if problem and ref.run is not None:
-        return f"model={model!r} is a run whose base cannot be used: {problem}"
-    return problem
+    try:
+        check_pipeline_name(ref.base, variant=variant, base_config=base_config)
+        check_folder_unet(ref.base)
+    except UserError as error:
+        if ref.run is None:
+            raise
+        raise UserError(f"model={model!r} is a run whose base cannot be used: {error}") from None
 
 
 def _run_folder(model: str) -> tuple[Path, str] | None:

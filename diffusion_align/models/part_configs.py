@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.shown import short
+from diffusion_align.errors import UserError, short
 
 LARGEST_FILE = 10_000_000
 MOST = 1_000_000
@@ -20,8 +20,12 @@ _SPACINGS = ("leading", "trailing", "linspace")
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def folder_problem(folder: Path) -> str | None:
-    """What is wrong with a configuration file of a pipeline's folder, to stand behind the model's name, or None."""
+def check_folder(subject: str, folder: Path) -> None:
+    """Look at the configuration files of a pipeline's folder, ``subject`` of the sentence.
+
+    Raises:
+        UserError: about the first that cannot be used.
+    """
     for part in (*_NETWORKS, "scheduler"):
         name = f"{part}/{'scheduler_config.json' if part == 'scheduler' else 'config.json'}"
         if not os.path.isfile(folder / name):
@@ -30,78 +34,77 @@ def folder_problem(folder: Path) -> str | None:
             with (folder / name).open("rb") as file:
                 content = json.loads(file.read(LARGEST_FILE))
         except (OSError, ValueError, RecursionError):
-            return f"{name} is not a valid JSON file: download it again"
+            raise UserError(f"{subject}: {name} is not a valid JSON file: download it again") from None
         if not isinstance(content, dict):
-            return f"{name} holds no JSON object: download it again"
-        if problem := part_problem(part, content):
-            return f"{name}: {problem}"
-    return None
+            raise UserError(f"{subject}: {name} holds no JSON object: download it again")
+        _check(f"{subject}: {name}", part, content)
 
 
-def pipeline_problem(pipeline: Any) -> str | None:
+def check_pipeline(subject: str, pipeline: Any) -> None:
     """The same of a pipeline that is loaded, wherever its configuration comes from; and of its tokenizers."""
     for part in ("unet", "vae", "scheduler"):
-        if problem := part_problem(part, dict(getattr(pipeline, part).config)):
-            return f"{part}: {problem}"
+        _check(f"{subject}: {part}", part, dict(getattr(pipeline, part).config))
     for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         tokenizer, network = getattr(pipeline, name, None), getattr(pipeline, encoder, None)
         if tokenizer is None or network is None:
             continue
         length, most = tokenizer.model_max_length, network.config.max_position_embeddings
         if not isinstance(length, int) or not 1 <= length <= most:
-            return (
-                f"{name}: model_max_length={short(length)} must be a whole number from 1 to the {most} tokens that "
-                f"{encoder} reads"
+            raise UserError(
+                f"{subject}: {name}: model_max_length={short(length)} must be a whole number from 1 to the {most} "
+                f"tokens that {encoder} reads"
             )
-    return None
 
 
-def part_problem(part: str, config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the settings of one part, in one sentence, or None."""
+def _check(subject: str, part: str, config: Mapping[str, Any]) -> None:
+    for wrong in _wrong(part, config):
+        raise UserError(f"{subject}: {wrong}")
+
+
+def _wrong(part: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the settings of one part; whoever wants one stops there."""
     for key, value in _numbers(config) if part in _NETWORKS else ():  # a scheduler may be infinite on purpose
         if abs(value) > MOST or not math.isfinite(value):  # whole numbers may be beyond what a float holds
-            return f"{key}={short(value)} is too large"
+            yield f"{key}={short(value)} is too large"
     if part == "unet":
         size = config.get("sample_size")
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
         if not all(_is_whole(side, 1, LARGEST_LATENT) for side in sides):
-            return (
+            yield (
                 f"sample_size={short(size)} must be the side of its latents, a whole number from 1 to {LARGEST_LATENT} "
                 "(64 for images of 512 pixels)"
             )
     if part == "vae":
         factor = config.get("scaling_factor", 0.18215)
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
-            return f"scaling_factor={short(factor)} must be a number above 0"
+            yield f"scaling_factor={short(factor)} must be a number above 0"
     if part == "scheduler":
-        return _scheduler_problem(config)
-    return None
+        yield from _wrong_with_scheduler(config)
 
 
-def _scheduler_problem(config: Mapping[str, Any]) -> str | None:
+def _wrong_with_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
     spacing = config.get("timestep_spacing", "leading")
     if spacing not in _SPACINGS:
-        return f"timestep_spacing={short(spacing)} must be one of {', '.join(_SPACINGS)}"
+        yield f"timestep_spacing={short(spacing)} must be one of {', '.join(_SPACINGS)}"
     count = config.get("num_train_timesteps", 1000)
     if not _is_whole(count, 1, MOST_TIMESTEPS):
-        return f"num_train_timesteps={short(count)} must be a whole number from 1 to {MOST_TIMESTEPS}"
+        yield f"num_train_timesteps={short(count)} must be a whole number from 1 to {MOST_TIMESTEPS}"
     for key in ("beta_start", "beta_end"):
         beta = config.get(key, 0.01)
         if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
-            return f"{key}={short(beta)} must be a number from 0 to 1"
+            yield f"{key}={short(beta)} must be a number from 0 to 1"
     if not _is_whole(offset := config.get("steps_offset", 0), 0, count):
-        return f"steps_offset={short(offset)} must be a whole number from 0 to num_train_timesteps={count}"
+        yield f"steps_offset={short(offset)} must be a whole number from 0 to num_train_timesteps={count}"
     betas = config.get("trained_betas")
     if betas is not None and not (
         isinstance(betas, list | tuple)
         and len(betas) == count
         and all(isinstance(beta, int | float) and 0 <= beta <= 1 for beta in betas)
     ):
-        return f"trained_betas={short(betas)} must be null, or num_train_timesteps={count} numbers from 0 to 1"
+        yield f"trained_betas={short(betas)} must be null, or num_train_timesteps={count} numbers from 0 to 1"
     limit = config.get("clip_sample_range", 1.0)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-        return f"clip_sample_range={short(limit)} must be a number above 0"
-    return None
+        yield f"clip_sample_range={short(limit)} must be a number above 0"
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:

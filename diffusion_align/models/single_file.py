@@ -31,34 +31,38 @@ def is_one_file(model: str) -> bool:
     return Path(model).suffix.lower() in {".safetensors", *_PICKLES} or os.path.isfile(os.path.expanduser(model))
 
 
-def single_file_problem(model: str, *, has_base_config: bool) -> str | None:
-    """One sentence about why the file ``model`` cannot be loaded; of its content only the names are read."""
+def check_single_file(model: str, *, has_base_config: bool) -> None:
+    """Look at the file ``model``; of its content only the names are read.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     suffix = Path(model).suffix.lower()
     if suffix in _PICKLES:
-        return f"model={model!r} is a pickle, which can run code when it is read: use the model's .safetensors file"
+        why = "which can run code when it is read: use the model's .safetensors file"
+        raise UserError(f"model={model!r} is a pickle, {why}")
     if suffix != ".safetensors":
-        return f"model={model!r} is a file that does not end in .safetensors: use one that does, or a folder"
+        raise UserError(f"model={model!r} is a file that does not end in .safetensors: use one that does, or a folder")
     if not os.path.isfile(os.path.expanduser(model)):
-        return f"model={model!r}: there is no such file"
+        raise UserError(f"model={model!r}: there is no such file")
     try:
         layout = _layout(_names(model))
     except (OSError, SafetensorError) as error:
-        return f"model={model!r} could not be read: {first_line(error)}"
+        raise UserError(f"model={model!r} could not be read: {first_line(error)}") from None
     if layout is None:
-        return (
+        raise UserError(
             f"model={model!r} does not hold a UNet, a VAE and the text encoders of Stable Diffusion 1, 2 or XL under "
             "their original names: use a whole checkpoint, or a folder in the diffusers layout"
         )
     if layout == "Stable Diffusion 2" and not has_base_config:
-        return (
+        raise UserError(
             f"model={model!r} is a {layout}, whose file does not say whether it predicts the noise or v: set "
             "base_config to a folder or hub id of a diffusers pipeline built like it"
         )
-    return None
 
 
 def family_of(model: str) -> str:
-    """The diffusers pipeline class of a file in which ``single_file_problem`` sees none."""
+    """The diffusers pipeline class of a file that ``check_single_file`` lets pass."""
     is_xl = _layout(_names(model)) == "Stable Diffusion XL"
     return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
 
@@ -67,7 +71,7 @@ def load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None,
     """The diffusers pipeline in the file ``model``, its VAE in float32 and everything else in ``dtype``.
 
     Args:
-        model: a file in which ``single_file_problem`` sees none.
+        model: a file that ``check_single_file`` lets pass.
         dtype: of the weights.
         base_config: folder or hub id; diffusers' guess, which it asks the hub for, when not given.
         options: further arguments of ``from_single_file``.

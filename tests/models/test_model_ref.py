@@ -9,7 +9,7 @@ from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig, peft_c
 from diffusion_align.errors import UserError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora import adapter_layers, add_lora
-from diffusion_align.models.model_ref import image_model_problem, image_model_ref
+from diffusion_align.models.model_ref import check_image_model, image_model_ref
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_final_and_best_are_of_their_run(run, whole):
         plan = image_model_ref(str(folder / which))
         assert (plan.run, plan.origin, plan.settings["sampler"]["steps"]) == (folder, "emoji-sd", 3)
         assert (plan.base if whole else str(plan.adapters[0])) == str(folder / which)
-        assert image_model_problem(str(folder / which)) is None
+        check_image_model(str(folder / which))
 
 
 def test_a_base_is_looked_for_from_where_the_run_was_started(run, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.models.image_pipelines import unet_problem
+from diffusion_align.errors import UserError
+from diffusion_align.models.image_pipelines import check_unet
 
 Conditioning = dict[str, Tensor]
 """What the network is told of the prompts, name -> (B, ...)."""
@@ -28,11 +29,11 @@ class StableDiffusion:
     }
     """``lora.layers`` -> names of the layers that LoRA adapts."""
 
-    def problem(self, pipeline: Any) -> str | None:
-        """One sentence about why this pipeline cannot be trained, or None."""
+    def check(self, pipeline: Any) -> None:
+        """Raise a UserError if this pipeline cannot be trained."""
         if pipeline.unet.config.in_channels != pipeline.vae.config.latent_channels:
-            return "this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint"
-        return unet_problem("the model", type(pipeline).__name__, pipeline.unet.config)
+            raise UserError("this UNet takes more than the latent (inpainting?): use a text-to-image checkpoint")
+        check_unet("the model", type(pipeline).__name__, pipeline.unet.config)
 
     def use_eager_attention(self, network: Any) -> None:
         """On a CPU its backward pass is faster than fused attention's."""
