@@ -1,7 +1,10 @@
 """The command line called in this process, its exit status and what it printed; settings that would train."""
 
 import dataclasses
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -60,3 +63,67 @@ def tree(tmp_path):
         }
 
     return snapshot
+
+
+@pytest.fixture
+def refused(cli, tree):
+    """The command exits 2 with exactly these sentences, in this order, no traceback, and has written nothing."""
+
+    def check(*arguments, wanted):
+        before = tree()
+        outcome = cli(*arguments)
+        assert outcome.status == 2, outcome.err
+        wanted = [wanted] if isinstance(wanted, str) else wanted
+        errors = [line for line in outcome.err.splitlines() if "had the prompt cut" not in line]
+        assert len(outcome.sentences) == len(errors) == len(wanted), outcome.err
+        for pattern, sentence in zip(wanted, outcome.sentences):
+            assert re.search(pattern, sentence), (pattern, sentence)
+            assert_one_sentence(sentence)
+        assert tree() == before
+        return outcome
+
+    return check
+
+
+def assert_one_sentence(text):
+    assert 0 < len(text.strip()) == len(text) < 1000, text[:1200]  # the longest lists every setting
+    assert text.isprintable(), text
+    assert not text.endswith("."), text
+    assert not re.search(r"Traceback|pydantic|<class|<function|object at 0x", text), "a repr is not a sentence"
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """No weights are read: whatever would read them fails the test."""
+    import transformers
+    from diffusers import DiffusionPipeline
+
+    def load(*arguments, **options):
+        pytest.fail("a model was loaded")  # no Exception, which would be put into a sentence
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", load)
+    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel", "CLIPModel"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
+
+
+@pytest.fixture
+def model(tmp_path, tiny_sd):
+    """A copy of a tiny pipeline that a test may damage."""
+    return Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def finish(tmp_path_factory):
+    """Train with some settings; the run folder and the settings."""
+    from accelerate.state import AcceleratorState
+
+    from diffusion_align.pipelines.configuration import check_config
+    from diffusion_align.pipelines.run import run
+
+    def make(settings):
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        run(check_config(settings | {"output_dir": str(folder)}))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return folder, settings
+
+    return make

@@ -1,15 +1,11 @@
 """What is found only with the model, the reward or a run folder at hand: one sentence each, exit 2, no half."""
 
-import json
-import re
-import runpy
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import IMAGE_RUN, edit_json
 
-SETTINGS = runpy.run_path(str(Path(__file__).parent / "conftest.py"))["SETTINGS"]
 REWARDS = """
 import torch
 
@@ -59,21 +55,6 @@ def later(images, prompts, metadata):
 """
 
 
-def refused(cli, tree, *arguments, wanted):
-    """The command exits 2 with these sentences and no traceback, and has written nothing."""
-    before = tree()
-    outcome = cli(*arguments)
-    assert outcome.status == 2, outcome.err
-    assert "Traceback" not in outcome.err
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    assert len(outcome.sentences) == len(wanted), outcome.err
-    for pattern, sentence in zip(wanted, outcome.sentences):
-        assert re.search(pattern, sentence), (pattern, sentence)
-        assert "<" not in sentence.replace("<=", ""), "a repr is not a sentence"
-    assert tree() == before
-    return outcome
-
-
 @pytest.mark.parametrize(
     ("function", "wanted"),
     [
@@ -94,28 +75,22 @@ def refused(cli, tree, *arguments, wanted):
         ("torch", "reward 'mine.py:torch' is a module: name a function or a class"),
     ],
 )
-def test_a_reward_that_answers_nonsense(cli, write_settings, tree, tmp_path, function, wanted):
+def test_a_reward_that_answers_nonsense(refused, write_settings, tmp_path, function, wanted):
     (tmp_path / "mine.py").write_text(REWARDS)
-    refused(cli, tree, "train", write_settings(reward=f"mine.py:{function}"), wanted=wanted)
+    refused("train", write_settings(reward=f"mine.py:{function}"), wanted=wanted)
 
 
 @pytest.mark.parametrize("text", ["import no_such_package\n", "def f(images\n", "1 / 0\n"])
-def test_a_reward_file_that_cannot_be_imported(cli, write_settings, tree, tmp_path, text):
+def test_a_reward_file_that_cannot_be_imported(refused, write_settings, tmp_path, text):
     (tmp_path / "mine.py").write_text(text)
-    refused(cli, tree, "train", write_settings(reward="mine.py:f"), wanted="reward 'mine.py:f' cannot be imported")
+    refused("train", write_settings(reward="mine.py:f"), wanted="reward 'mine.py:f' cannot be imported")
 
 
-def test_a_reward_that_breaks_at_once_leaves_nothing(cli, write_settings, tree, tmp_path):
+def test_a_reward_that_breaks_at_once_leaves_nothing(refused, write_settings, tmp_path):
     """Nor is it said that resume would help."""
     (tmp_path / "mine.py").write_text(REWARDS)
     wanted = r"reward 'later' returned nan for image 0 \(prompt '.*'\): every score must be finite$"
-    refused(cli, tree, "train", write_settings(reward="mine.py:later"), wanted=wanted)
-
-
-@pytest.fixture
-def model(tmp_path, tiny_sd):
-    """A copy of a tiny pipeline that a test may damage."""
-    return Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+    refused("train", write_settings(reward="mine.py:later"), wanted=wanted)
 
 
 def empty_folder(path):
@@ -128,78 +103,52 @@ def cut_weights(path):
     file.write_bytes(file.read_bytes()[:1000])
 
 
-def wrong_class(path):
-    index = json.loads((path / "model_index.json").read_text())
-    (path / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+SCHEDULER = "scheduler/scheduler_config.json"
+DAMAGES = {
+    "no index": (empty_folder, "model='model': the folder has no model_index.json"),
+    "another class": (
+        edit_json("model_index.json", _class_name="FluxPipeline"),
+        "/model' is a FluxPipeline, which is not supported: use one of StableDiffusionPipeline",
+    ),
+    "weights cut off": (cut_weights, "/model' could not be loaded: "),
+    "vae missing": (lambda p: shutil.rmtree(p / "vae"), "/model' is incomplete: the folder has no vae/"),
+    "index broken": (lambda p: (p / "model_index.json").write_text("{"), "/model' could not be loaded: "),
+    "prediction type": (edit_json(SCHEDULER, prediction_type="flow"), "prediction_type='flow' is not one of"),
+    "thresholding": (edit_json(SCHEDULER, thresholding=True), "dynamic thresholding"),
+    "too few timesteps": (edit_json(SCHEDULER, num_train_timesteps=1), "steps=2 must lie between 1 and num_train_time"),
+}
 
 
-def edit_scheduler(**changes):
-    def edit(path):
-        file = path / "scheduler" / "scheduler_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("damage", "wanted"),
-    [
-        (empty_folder, "model='model': the folder has no model_index.json"),
-        (wrong_class, "/model' is a FluxPipeline, which is not supported: use one of StableDiffusionPipeline"),
-        (cut_weights, "/model' could not be loaded: "),
-        (lambda p: next((p / "unet").glob("*.safetensors")).unlink(), "/model' could not be loaded: "),
-        (lambda p: shutil.rmtree(p / "vae"), "/model' is incomplete: the folder has no vae/"),
-        (lambda p: shutil.rmtree(p / "tokenizer"), "/model' is incomplete: .* no tokenizer/"),
-        (lambda p: (p / "unet" / "config.json").write_text("{"), "/model': unet/config.json is not a valid JSON file"),
-        (lambda p: (p / "model_index.json").write_text("{"), "/model' could not be loaded: "),
-        (lambda p: (p / "model_index.json").write_text("[]"), "/model' "),
-        (edit_scheduler(prediction_type="flow"), "prediction_type='flow' is not one of"),
-        (edit_scheduler(thresholding=True), "dynamic thresholding"),
-        (edit_scheduler(num_train_timesteps=1), "steps=2 must lie between 1 and num_train_timesteps=1"),
-    ],
-    ids=[
-        "no index",
-        "another class",
-        "weights cut off",
-        "weights missing",
-        "vae missing",
-        "tokenizer missing",
-        "config broken",
-        "index broken",
-        "index a list",
-        "prediction type",
-        "thresholding",
-        "too few timesteps",
-    ],
-)
-def test_a_model_folder_that_cannot_be_used(cli, write_settings, tree, model, damage, wanted):
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_model_folder_that_cannot_be_used(refused, write_settings, model, case):
+    damage, wanted = DAMAGES[case]
     damage(model)
-    refused(cli, tree, "train", write_settings(model="model"), wanted=wanted)
+    refused("train", write_settings(model="model"), wanted=wanted)
 
 
-def test_more_steps_than_the_model_was_trained_with(cli, write_settings, tree):
+def test_more_steps_than_the_model_was_trained_with(refused, write_settings):
     wanted = "steps=1001 must lie between 1 and num_train_timesteps=1000"
-    refused(cli, tree, "train", write_settings(), "sampler.steps=1001", wanted=wanted)
+    refused("train", write_settings(), "sampler.steps=1001", wanted=wanted)
 
 
-def test_an_inpainting_model(cli, write_settings, tree, tiny_inpainting):
-    refused(cli, tree, "train", write_settings(model=str(tiny_inpainting)), wanted="inpainting")
+def test_an_inpainting_model(refused, write_settings, tiny_inpainting):
+    refused("train", write_settings(model=str(tiny_inpainting)), wanted="inpainting")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_fp16_on_a_cpu(cli, write_settings, tree):
-    refused(cli, tree, "train", write_settings(), "mixed_precision=fp16", wanted="mixed_precision='fp16' needs a GPU")
+def test_fp16_on_a_cpu(refused, write_settings):
+    refused("train", write_settings(), "mixed_precision=fp16", wanted="mixed_precision='fp16' needs a GPU")
 
 
 # -- run folders -------------------------------------------------------------------------------------------------------
 
 
-def test_an_output_folder_that_is_used(cli, write_settings, tree, tmp_path):
+def test_an_output_folder_that_is_used(refused, write_settings, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     config = write_settings()
-    refused(cli, tree, "train", config, wanted="output_dir='run' is already used: choose another, or set resume=true")
-    refused(cli, tree, "train", config, "resume=true", wanted="resume=true, but output_dir='run' is not a run folder")
+    refused("train", config, wanted="output_dir='run' is already used: choose another, or set resume=true")
+    refused("train", config, "resume=true", wanted="resume=true, but output_dir='run' is not a run folder")
 
 
 @pytest.mark.parametrize(
@@ -212,8 +161,8 @@ def test_an_output_folder_that_is_used(cli, write_settings, tree, tmp_path):
     ],
     ids=["a file", "below a file", "read-only", "name too long"],
 )
-def test_an_output_folder_that_cannot_be_made(cli, write_settings, tree, folder, wanted):
-    refused(cli, tree, "train", write_settings(output_dir=folder), wanted=wanted)
+def test_an_output_folder_that_cannot_be_made(refused, write_settings, folder, wanted):
+    refused("train", write_settings(output_dir=folder), wanted=wanted)
 
 
 def test_a_home_relative_output_folder_is_not_made_here(cli, write_settings, tmp_path, monkeypatch):
@@ -225,18 +174,9 @@ def test_a_home_relative_output_folder_is_not_made_here(cli, write_settings, tmp
 
 
 @pytest.fixture(scope="module")
-def finished_run(tiny_sd, tmp_path_factory):
+def finished_run(tiny_sd, finish):
     """A run of two epochs with a checkpoint after each, and its settings."""
-    from accelerate.state import AcceleratorState
-
-    from diffusion_align.pipelines.configuration import check_config
-    from diffusion_align.pipelines.run import run
-
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    settings = SETTINGS | {"model": str(tiny_sd), "epochs": 2, "checkpoint_every": 1}
-    run(check_config(settings | {"output_dir": str(folder)}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return folder, settings
+    return finish(IMAGE_RUN | {"model": str(tiny_sd), "epochs": 2, "checkpoint_every": 1})
 
 
 @pytest.fixture
@@ -261,8 +201,8 @@ def finished(finished_run, write_settings, tmp_path):
         ("ema_decay=0.9", "belongs to another run: ema_decay was None and is 0.9"),
     ],
 )
-def test_resume_from_another_run(cli, tree, finished, override, wanted):
-    refused(cli, tree, "train", finished, "resume=true", "epochs=3", override, wanted=wanted)
+def test_resume_from_another_run(refused, finished, override, wanted):
+    refused("train", finished, "resume=true", "epochs=3", override, wanted=wanted)
 
 
 def newest(tmp_path):
@@ -271,7 +211,7 @@ def newest(tmp_path):
 
 @pytest.mark.parametrize("name", ["trained.safetensors", "tensors.pt", "state.json", "manifest.json"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
-def test_a_damaged_checkpoint(cli, tree, finished, tmp_path, name, how):
+def test_a_damaged_checkpoint(cli, refused, finished, tmp_path, name, how):
     file = newest(tmp_path) / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 255
@@ -284,20 +224,20 @@ def test_a_damaged_checkpoint(cli, tree, finished, tmp_path, name, how):
         assert outcome.status == 0, outcome.err
         return
     wanted = "is damaged .*delete it to resume from the one before"
-    refused(cli, tree, "train", finished, "resume=true", "epochs=3", wanted=wanted)
+    refused("train", finished, "resume=true", "epochs=3", wanted=wanted)
 
 
-def test_an_emptied_manifest(cli, tree, finished, tmp_path):
+def test_an_emptied_manifest(refused, finished, tmp_path):
     (newest(tmp_path) / "manifest.json").write_text("{}")
     (newest(tmp_path) / "tensors.pt").unlink()
-    refused(cli, tree, "train", finished, "resume=true", "epochs=3", wanted="is damaged")
+    refused("train", finished, "resume=true", "epochs=3", wanted="is damaged")
 
 
-def test_a_run_folder_whose_config_is_gone_or_broken(cli, tree, finished, tmp_path):
+def test_a_run_folder_whose_config_is_gone_or_broken(refused, finished, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("a: [")
-    refused(cli, tree, "train", finished, "resume=true", wanted="config.yaml cannot be read: choose a new output_dir")
+    refused("train", finished, "resume=true", wanted="config.yaml cannot be read: choose a new output_dir")
     (tmp_path / "run" / "config.yaml").unlink()
-    refused(cli, tree, "train", finished, "resume=true", wanted="is not a run folder: it has no config.yaml")
+    refused("train", finished, "resume=true", wanted="is not a run folder: it has no config.yaml")
 
 
 def test_resume_with_nothing_to_resume_starts(cli, write_settings, tiny_sd):

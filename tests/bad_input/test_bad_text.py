@@ -2,15 +2,14 @@
 no weights read before they have to be."""
 
 import json
-import runpy
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import changes, edit_json
 
-refused = runpy.run_path(str(Path(__file__).parent / "test_bad_runs.py"))["refused"]
 SETTINGS = {
     "output_dir": "run",
     "epochs": 1,
@@ -25,7 +24,7 @@ SETTINGS = {
 }
 ONLINE = {"prompts": ["the cat", "a dog"], "reward": "length", "num_generations": 2}
 PAIRS = [
-    {"prompt": "the cat", "chosen": " sat", "rejected": " ran"},
+    {"prompt": "the cat", "chosen": "sat", "rejected": "ran"},
     {"prompt": "a dog", "chosen": " is", "rejected": " no"},
 ]
 LABELS = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i == 0} for i, row in enumerate(PAIRS)]
@@ -74,6 +73,7 @@ def _without_report():
 def write(tmp_path, tiny_language_model):
     """``write(method, **changes)``: tiny.yaml in the scratch folder; a value of ``...`` drops the key."""
     (tmp_path / "mine.py").write_text(REWARDS)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
 
     def make(method="grpo", **changes):
         settings = SETTINGS | {"method": method, "model": str(tiny_language_model)} | METHODS[method] | changes
@@ -84,280 +84,133 @@ def write(tmp_path, tiny_language_model):
     return make
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Whoever reads weights is wrong."""
-    from diffusion_align.pipelines import text_context
-
-    def read(*arguments, **options):
-        raise AssertionError("weights are read though the fault could be seen before")
-
-    monkeypatch.setattr(text_context, "load_language_model", read)
-    monkeypatch.setattr(text_context, "load_sequence_classifier", read)
-
-
-# What is found without weights: changes of a configuration by method, and the sentences.
+BOTH = "prompts are completed and judged online, dataset has completions: leave one of them out"
+MEND = "dataset: mend the rows above"
+NO_TEMPLATE = "the rows hold conversations but the tokenizer has no chat template"
+NEEDS = "reward 'needs_answer' needs 'answer', which is neither an option nor a column of the data: it has 'solution'"
+UNDIVIDED = "is of a std by which advantages=leave_one_out does not divide: leave one out"
+# What is found without weights: a method with its settings (``...`` drops one, += adds a row), and the sentences.
 EARLY = {
     # names
-    "unknown setting": ("grpo", {"num_generation": 2}, ["unknown setting 'num_generation': did you mean 'num_gen"]),
-    "dtype of what is trained": (
-        "grpo",
-        {"dtype": "bfloat16", "lora": None},
-        ["dtype=bfloat16 is of frozen weights and lora=null trains them all: leave one out"],
-    ),
-    "unknown setting of lora": ("ppo", {"lora": {"rnk": 2}}, ["unknown setting 'lora.rnk': did you mean 'rank'"]),
-    "unknown setting of data": (
-        "dpo",
-        {"dataset": {"source": PAIRS, "colums": {}}},
-        ["unknown setting 'dataset.colums': did you mean 'columns'"],
-    ),
-    "unknown setting of beta": (
-        "dpo",
-        {"dynamic_beta": {"beta_mim": 0.1}},
-        ["unknown setting 'dynamic_beta.beta_mim': did you mean 'beta_m"],
-    ),
-    "unknown kl": ("grpo", {"kl": "k3"}, ["kl='k3' is not allowed: .*'k1_reward'"]),
-    "unknown loss": ("dpo", {"loss_type": "sigmod"}, ["loss_type='sigmod' is not allowed: .*'sigmoid'"]),
+    "grpo num_generation=2": "unknown setting 'num_generation': did you mean 'num_gen",
+    "grpo dtype=bfloat16; lora=null": "dtype=bfloat16 is of frozen weights and lora=null trains them all",
+    "ppo lora={rnk: 2}": "unknown setting 'lora.rnk': did you mean 'rank'",
+    "dpo dataset={source: rows.jsonl, colums: {}}": "unknown setting 'dataset.colums': did you mean 'columns'",
+    "dpo dynamic_beta={beta_mim: 0.1}": "unknown setting 'dynamic_beta.beta_mim': did you mean 'beta_m",
+    "grpo kl=k3": "kl='k3' is not allowed: .*'k1_reward'",
+    "dpo loss_type=sigmod": "loss_type='sigmod' is not allowed: .*'sigmoid'",
     # numbers
-    "negative beta": ("dpo", {"beta": -0.1}, ["beta=-0.1 is not allowed: .*greater than 0"]),
-    "negative beta of grpo": ("grpo", {"beta": -0.1}, ["beta=-0.1 is not allowed: .*greater than or equal to 0"]),
-    "negative beta of kto": ("kto", {"beta": -1}, ["beta=-1 is not allowed: .*greater than 0"]),
-    "negative kl": ("ppo", {"kl_coef": -1}, ["kl_coef=-1 is not allowed"]),
-    "no temperature": ("grpo", {"temperature": 0}, ["temperature=0 is not allowed: .*greater than or equal to 0.001"]),
-    "no completion": ("ppo", {"max_completion_length": 0}, ["max_completion_length=0 is not allowed"]),
-    "a group of one": (
-        "grpo",
-        {"num_generations": 1},
-        ["num_generations=1 leaves nothing to compare .* use 2 or more"],
-    ),
-    "a group of one, dpo": (
-        "dpo",
-        ONLINE | {"dataset": ..., "num_generations": 1},
-        ["num_generations=1 leaves nothing"],
-    ),
-    "groups that do not fit": (
-        "grpo",
-        {"num_generations": 3},
-        ["samples_per_epoch=4 is not a multiple of num_generations=3: change one of them"],
-    ),
-    "weights that do not fit": (
-        "grpo",
-        {"reward_weights": [1.0, 2.0]},
-        [r"reward_weights=\[1.0, 2.0\] are 2 numbers for 1 rewards: give one for each"],
-    ),
-    "infinite weight": ("grpo", {"reward_weights": [float("inf")]}, [r"reward_weights.0=inf is not allowed: .*finite"]),
-    "kl_target without a coefficient": ("ppo", {"kl_target": 1, "kl_coef": 0}, ["kl_target moves kl_coef by a factor"]),
+    "dpo beta=-0.1": "beta=-0.1 is not allowed: .*greater than 0",
+    "grpo beta=-0.1": "beta=-0.1 is not allowed: .*greater than or equal to 0",
+    "kto beta=-1": "beta=-1 is not allowed: .*greater than 0",
+    "ppo kl_coef=-1": "kl_coef=-1 is not allowed",
+    "grpo temperature=0": "temperature=0 is not allowed: .*greater than or equal to 0.001",
+    "ppo max_completion_length=0": "max_completion_length=0 is not allowed",
+    "grpo num_generations=1": "num_generations=1 leaves nothing to compare .* use 2 or more",
+    "dpo prompts=[the cat, a dog]; reward=length; num_generations=1; dataset=...": "num_generations=1 leaves nothing",
+    "grpo num_generations=3": "samples_per_epoch=4 is not a multiple of num_generations=3: change one of them",
+    "grpo reward_weights=[1.0, 2.0]": r"reward_weights=\[1.0, 2.0\] are 2 numbers for 1 rewards: give one for each",
+    "grpo reward_weights=[.inf]": r"reward_weights.0=inf is not allowed: .*finite",
+    "ppo kl_target=1; kl_coef=0": "kl_target moves kl_coef by a factor",
     # data that is missing or too much
-    "no prompts": ("grpo", {"prompts": ...}, ["prompts and reward must both be given"]),
-    "no reward": ("ppo", {"reward": ...}, ["prompts and reward must both be given"]),
-    "neither dataset nor prompts": ("dpo", {"dataset": ...}, ["give dataset, or prompts and a reward"]),
-    "neither, kto": ("kto", {"dataset": ..., "num_generations": 2}, ["give dataset, or prompts and a reward"]),
-    "both dataset and prompts": (
-        "dpo",
-        ONLINE,
-        ["prompts are completed and judged online, dataset has completions: leave one of them out"],
-    ),
-    "no dataset for a reward model": ("reward_model", {"dataset": ...}, ["dataset is required: set it"]),
-    "no rewards in the list": ("grpo", {"reward": []}, ["reward is an empty list: give at least one"]),
-    "no prompts in the list": ("grpo", {"prompts": []}, [r"prompts.source=\[\] is not allowed: give a list of rows"]),
-    "prompts that are a number": ("grpo", {"prompts": 3}, ["prompts.source='3': there is no such file"]),
-    "a file that is absent": ("grpo", {"prompts": "absent.jsonl"}, ["prompts.source='absent.jsonl': there is no such"]),
-    "a dataset that is absent": ("kto", {"dataset": "./absent"}, ["dataset.source='./absent': there is no such"]),
-    "no prompts to show": ("grpo", {"show_prompts": []}, ["show_prompts is empty: leave it out"]),
+    "grpo prompts=...": "prompts and reward must both be given",
+    "ppo reward=...": "prompts and reward must both be given",
+    "dpo dataset=...": "give dataset, or prompts and a reward",
+    "kto dataset=...; num_generations=2": "give dataset, or prompts and a reward",
+    "dpo prompts=[the cat, a dog]; reward=length; num_generations=2": BOTH,
+    "reward_model dataset=...": "dataset is required: set it",
+    "grpo reward=[]": "reward is an empty list: give at least one",
+    "grpo prompts=[]": r"prompts.source=\[\] is not allowed: give a list of rows",
+    "grpo prompts=3": "prompts.source='3': there is no such file",
+    "grpo prompts=absent.jsonl": "prompts.source='absent.jsonl': there is no such",
+    "kto dataset=./absent": "dataset.source='./absent': there is no such",
+    "grpo show_prompts=[]": "show_prompts is empty: leave it out",
     # columns
-    "wrong columns": (
-        "dpo",
-        {"dataset": [{"prompt": "a", "better": "b", "worse": "c"}]},
-        [
-            "dataset.columns: the columns chosen, rejected are needed; the columns found are 'prompt', 'better', "
-            "'worse': map our names to these"
-        ],
-    ),
-    "wrong columns, prompts": (
-        "grpo",
-        {"prompts": [{"question": "a"}]},
-        ["prompts.columns: the column prompt is needed; the columns found are 'question': map our names"],
-    ),
-    "wrong columns, labels": (
-        "kto",
-        {"dataset": PAIRS},
-        ["the columns prompt, completion, label are needed; the columns found are 'prompt', 'chosen', 'rejected'"],
-    ),
-    "columns mapped to nothing": (
-        "dpo",
-        {"dataset": {"source": PAIRS, "columns": {"chosen": "winner"}}},
-        ["there is no column 'winner'; the columns found are 'prompt', 'chosen', 'rejected'"],
-    ),
+    "dpo dataset=[{prompt: a, better: b, worse: c}]": "columns chosen, rejected are needed; .*'better', 'worse': map",
+    "grpo prompts=[{question: a}]": "prompts.columns: the column prompt is needed; .* are 'question': map our",
+    "kto dataset=[{prompt: a, chosen: b, rejected: c}]": "the columns prompt, completion, label are needed; .*ed'",
+    "dpo dataset={source: rows.jsonl, columns: {chosen: z}}": "there is no column 'z'; .* 'prompt', 'chosen', 'reject",
     # rows
-    "empty completion": (
-        "dpo",
-        {"dataset": [*PAIRS, {"prompt": "a", "chosen": "", "rejected": "b"}]},
-        ["dataset: row 2: chosen is empty", "dataset: mend the rows above"],
-    ),
-    "empty completion, kto": (
-        "kto",
-        {"dataset": [*LABELS, {"prompt": "a", "completion": " ", "label": True}]},
-        ["dataset: row 2: the completion is empty", "dataset: mend the rows above"],
-    ),
-    "empty prompt": (
-        "grpo",
-        {"prompts": ["the cat", ""]},
-        ["prompts: row 1: the prompt is empty", "prompts: mend the rows above"],
-    ),
-    "equal completions": (
-        "reward_model",
-        {"dataset": [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": "b"}]},
-        ["dataset: row 2: chosen and rejected are the same", "dataset: mend the rows above"],
-    ),
-    "a label that is none": (
-        "kto",
-        {"dataset": [*LABELS, {"prompt": "a", "completion": "b", "label": "maybe"}]},
-        ["dataset: row 2: label is 'maybe', not true, false, 1 or 0", "dataset: mend the rows above"],
-    ),
-    "a prompt longer than the context": (
-        "grpo",
-        {"prompts": ["the cat", "a" * 70]},
-        [
-            "prompts: row 1: a prompt of 70 tokens leaves no room for a completion of 4 in the model's context of 64: "
-            "set max_prompt_length=60 or less",
-            "prompts: mend the rows above",
-        ],
-    ),
-    "completions longer than the context": (
-        "ppo",
-        {"max_completion_length": 100},
-        ["max_completion_length=100 leaves no room for a prompt in the model's context of 64 tokens: set it lower"],
-    ),
-    "completions as long as the context, data": (
-        "dpo",
-        {"max_completion_length": 64},
-        ["max_completion_length=64 leaves no room for a prompt"],
-    ),
-    "conversations without a template": (
-        "grpo",
-        {"prompts": [{"prompt": TALK}]},
-        ["prompts: the rows hold conversations but the tokenizer has no chat template: give plain texts, or set"],
-    ),
-    "conversations without a template, data": (
-        "dpo",
-        {"dataset": [{"prompt": TALK, "chosen": "me", "rejected": "you"}]},
-        ["dataset: the rows hold conversations but the tokenizer has no chat template"],
-    ),
-    "a conversation to show without a template": (
-        "grpo",
-        {"show_prompts": [TALK]},
-        ["show_prompts: the rows hold conversations but the tokenizer has no chat template"],
-    ),
-    "an empty prompt to show": ("grpo", {"show_prompts": ["a", " "]}, ["show_prompts: row 1: the prompt is empty"]),
-    "eval rows": (
-        "reward_model",
-        {"eval_dataset": [{"prompt": "a", "chosen": "b"}]},
-        ["eval_dataset.columns: .*the columns found are 'prompt', 'chosen'"],
-    ),
+    "dpo dataset+={prompt: a, chosen: '', rejected: b}": ["dataset: row 2: chosen is empty", MEND],
+    "kto dataset+={prompt: a, completion: ' ', label: true}": ["dataset: row 2: the completion is empty", MEND],
+    "grpo prompts=[the cat, '']": ["prompts: row 1: the prompt is empty", "prompts: mend the rows above"],
+    "reward_model dataset+={prompt: a, chosen: b, rejected: b}": ["row 2: chosen and rejected are the same", MEND],
+    "kto dataset+={prompt: a, completion: b, label: maybe}": ["row 2: label is 'maybe', not true, false, 1 or 0", MEND],
+    f"grpo prompts=[the cat, {'a' * 70}]": [
+        "prompts: row 1: a prompt of 70 tokens leaves no room for a completion of 4 in the model's context of 64: "
+        "set max_prompt_length=60 or less",
+        "prompts: mend the rows above",
+    ],
+    "ppo max_completion_length=100": "leaves no room for a prompt in the model's context of 64 tokens: set",
+    "dpo max_completion_length=64": "max_completion_length=64 leaves no room for a prompt",
+    "grpo prompts=[{prompt: [{role: user, content: 'who?'}]}]": f"prompts: {NO_TEMPLATE}: give plain texts, or set",
+    "dpo dataset=[{prompt: [{role: user, content: 'who?'}], chosen: me, rejected: you}]": f"dataset: {NO_TEMPLATE}",
+    "grpo show_prompts=[[{role: user, content: 'who?'}]]": f"show_prompts: {NO_TEMPLATE}",
+    "grpo show_prompts=[a, ' ']": "show_prompts: row 1: the prompt is empty",
+    "reward_model eval_dataset=[{prompt: a, chosen: b}]": "eval_dataset.columns: .* found are 'prompt', 'chosen'",
     # models
-    "unknown model": ("grpo", {"model": "tiny-ml"}, ["model='tiny-ml' is neither .*: did you mean 'tiny-lm'"]),
-    "a folder that is absent": ("dpo", {"model": "./absent"}, ["model='./absent' is neither"]),
-    "no model": ("grpo", {"model": ...}, ["model is required: set it"]),
-    "an image model": ("grpo", {"model": "emoji-sd"}, ["model='emoji-sd' is an image model, not a language model"]),
-    "an image model for a reward model": (
-        "reward_model",
-        {"model": "emoji-sd"},
-        ["model='emoji-sd' is an image model, not a language model"],
-    ),
-    "an unknown reference": ("dpo", {"reference_model": "tiny-ml"}, ["reference_model='tiny-ml' is neither"]),
-    "an image model as reference": ("dpo", {"reference_model": "emoji-sd"}, ["reference_model='emoji-sd' is an image"]),
+    "grpo model=tiny-ml": "model='tiny-ml' is neither .*: did you mean 'tiny-lm'",
+    "dpo model=./absent": "model='./absent' is neither",
+    "grpo model=...": "model is required: set it",
+    "grpo model=emoji-sd": "model='emoji-sd' is an image model, not a language model",
+    "reward_model model=emoji-sd": "model='emoji-sd' is an image model, not a language model",
+    "dpo reference_model=tiny-ml": "reference_model='tiny-ml' is neither",
+    "dpo reference_model=emoji-sd": "reference_model='emoji-sd' is an image",
     # rewards
-    "unknown reward": ("grpo", {"reward": "lenght"}, ["unknown reward 'lenght': did you mean 'length'"]),
-    "an image reward": ("grpo", {"reward": "jpeg_compressibility"}, ["'jpeg_compressibility' .*image"]),
-    "one of two unknown": ("grpo", {"reward": ["length", "lenght"]}, ["unknown reward 'lenght'"]),
-    "a reward file that is absent": ("grpo", {"reward": "absent.py:f"}, ["reward file 'absent.py' does not exist"]),
-    "unknown reward option": ("grpo", {"reward": {"name": "length", "targt": 3}}, ["no option 'targt': did you mean"]),
-    "too few scores": ("grpo", {"reward": "mine.py:too_short"}, ["reward 'too_short' returned 1 score for 2 comp"]),
-    "no scores": ("ppo", {"reward": "mine.py:nothing"}, ["reward 'nothing' returned NoneType"]),
-    "a score that is no number": ("grpo", {"reward": "mine.py:nan"}, ["reward 'nan' returned nan for completion 0"]),
-    "a reward that raises": ("grpo", {"reward": "mine.py:raises"}, ["reward 'raises' raised KeyError: 'label'"]),
-    "a column that is not there": (
-        "grpo",
-        {"reward": "mine.py:needs_answer", "prompts": [{"prompt": "a", "solution": "b"}]},
-        [
-            "reward 'needs_answer' needs 'answer', which is neither an option nor a column of the data: "
-            "it has 'solution'"
-        ],
-    ),
-    "the reward of what is shown": (
-        "dpo",
-        {"reward": "mine.py:raises"},
-        ["reward 'raises' raised KeyError: 'label'"],
-    ),
+    "grpo reward=lenght": "unknown reward 'lenght': did you mean 'length'",
+    "grpo reward=jpeg_compressibility": "'jpeg_compressibility' .*image",
+    "grpo reward=[length, lenght]": "unknown reward 'lenght'",
+    "grpo reward=absent.py:f": "reward file 'absent.py' does not exist",
+    "grpo reward={name: length, targt: 3}": "no option 'targt': did you mean",
+    "grpo reward=mine.py:too_short": "reward 'too_short' returned 1 score for 2 comp",
+    "ppo reward=mine.py:nothing": "reward 'nothing' returned NoneType",
+    "grpo reward=mine.py:nan": "reward 'nan' returned nan for completion 0",
+    "grpo reward=mine.py:raises": "reward 'raises' raised KeyError: 'label'",
+    "grpo reward=mine.py:needs_answer; prompts=[{prompt: a, solution: b}]": NEEDS,
+    "dpo reward=mine.py:raises": "reward 'raises' raised KeyError: 'label'",
     # all at once
-    "several": (
-        "grpo",
-        {
-            "model": "tiny-ml",
-            "num_generation": 2,
-            "beta": -1,
-            "reward": "lenght",
-            "prompts": "absent.jsonl",
-            "mixed_precision": "fp8",
-        },
-        [
-            "mixed_precision='fp8' is not allowed",
-            "beta=-1 is not allowed",
-            "unknown setting 'num_generation'",
-            "model='tiny-ml' is neither",
-            "prompts.source='absent.jsonl': there is no such",
-            "unknown reward 'lenght'",
-        ],
-    ),
-    "several that do not fit": (
-        "grpo",
-        {
-            "num_generations": 3,
-            "reward_weights": [1.0, 2.0],
-            "credit": "to_go",
-            "kl": "k2_loss",
-            "clip_std": [2.0, 1.0],
-        },
-        [
-            "reward_weights=.* are 2 numbers for 1 rewards",
-            "samples_per_epoch=4 is not a multiple of num_generations=3",
-            "clip_std=",
-            "kl=k2_loss has no effect while beta=0",
-            "credit=to_go belongs to kl=k1_reward",
-        ],
-    ),
-    "leave one out of a batch": (
-        "grpo",
-        {"advantages": "leave_one_out", "scale_rewards": "batch"},
-        ["scale_rewards=batch is of a std by which advantages=leave_one_out does not divide: leave one out"],
-    ),
-    "leave one out of clipped groups": (
-        "grpo",
-        {"advantages": "leave_one_out", "clip_std": [0.5, 1.0]},
-        ["clip_std is of a std by which advantages=leave_one_out does not divide: leave one out"],
-    ),
+    "grpo model=tiny-ml; num_generation=2; beta=-1; reward=lenght; prompts=absent.jsonl; mixed_precision=fp8": [
+        "mixed_precision='fp8' is not allowed",
+        "beta=-1 is not allowed",
+        "unknown setting 'num_generation'",
+        "model='tiny-ml' is neither",
+        "prompts.source='absent.jsonl': there is no such",
+        "unknown reward 'lenght'",
+    ],
+    "grpo num_generations=3; reward_weights=[1.0, 2.0]; credit=to_go; kl=k2_loss; clip_std=[2.0, 1.0]": [
+        "reward_weights=.* are 2 numbers for 1 rewards",
+        "samples_per_epoch=4 is not a multiple of num_generations=3",
+        "clip_std=",
+        "kl=k2_loss has no effect while beta=0",
+        "credit=to_go belongs to kl=k1_reward",
+    ],
+    "grpo advantages=leave_one_out; scale_rewards=batch": f"scale_rewards=batch {UNDIVIDED}",
+    "grpo advantages=leave_one_out; clip_std=[0.5, 1.0]": f"clip_std {UNDIVIDED}",
 }
 
 
 @pytest.mark.parametrize("case", EARLY)
-def test_refused_before_weights_are_read(cli, write, tree, no_weights, case):
-    method, changes, wanted = EARLY[case]
-    refused(cli, tree, "train", write(method, **changes), wanted=wanted)
+def test_refused_before_weights_are_read(refused, write, no_model, case):
+    method, _, text = case.partition(" ")
+    settings = changes(text)
+    for key in [key for key in settings if key.endswith("+")]:
+        settings[key[:-1]] = [*METHODS[method][key[:-1]], settings.pop(key)]
+    refused("train", write(method, **settings), wanted=EARLY[case])
 
 
-def test_a_reference_with_other_tokens(cli, write, tree, no_weights, tmp_path, make_language_model):
+def test_a_reference_with_other_tokens(refused, write, no_model, tmp_path, make_language_model):
     make_language_model(tmp_path / "other", extra="!")
     wanted = r"reference_model='.*other' has 47 tokens, not the 46 of model='.*': use a reference with the model's own"
-    refused(cli, tree, "train", write("dpo", reference_model="other"), wanted=wanted)
+    refused("train", write("dpo", reference_model="other"), wanted=wanted)
 
 
-def test_a_reference_with_a_larger_vocabulary(cli, write, tree, tmp_path, make_language_model, tiny_language_model):
+def test_a_reference_with_a_larger_vocabulary(refused, write, tmp_path, make_language_model, tiny_language_model):
     """The tokens are the same, but its network has one more."""
     make_language_model(tmp_path / "other", extra="!")
     for file in tiny_language_model.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "other")
     wanted = "the reference has a vocabulary of 47 tokens and the model one of 46: use a reference with the model's own"
-    refused(cli, tree, "train", write("dpo", reference_model="other"), wanted=wanted)
+    refused("train", write("dpo", reference_model="other"), wanted=wanted)
 
 
 @pytest.fixture
@@ -372,19 +225,8 @@ def cut_weights(path):
 
 
 def without_end(path):
-    settings = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    edit_json("tokenizer_config.json", eos_token=...)(path)
     (path / "special_tokens_map.json").unlink(missing_ok=True)
-
-
-def encoder(path):
-    settings = json.loads((path / "config.json").read_text())
-    settings |= {"model_type": "bert", "architectures": ["BertModel"]}
-    (path / "config.json").write_text(json.dumps(settings))
-
-
-def image_pipeline(path):
-    (path / "model_index.json").write_text("{}")
 
 
 DAMAGES = {
@@ -394,42 +236,47 @@ DAMAGES = {
     "configuration broken": (lambda path: (path / "config.json").write_text("{"), "model='model'"),
     "tokenizer missing": (lambda path: [f.unlink() for f in path.glob("*token*")], "model='.*model'.* tokenizer"),
     "no end of sequence": (without_end, "the tokenizer has no end-of-sequence token: set tokenizer.eos_token"),
-    "an encoder": (encoder, "model='model' is a BertModel, not a causal language model"),
-    "an image pipeline": (image_pipeline, "model='model' is the folder of a text-to-image pipeline, not of a language"),
+    "an encoder": (
+        edit_json("config.json", model_type="bert", architectures=["BertModel"]),
+        "model='model' is a BertModel, not a causal language model",
+    ),
+    "an image pipeline": (
+        lambda path: (path / "model_index.json").write_text("{}"),
+        "model='model' is the folder of a text-to-image pipeline, not of a language",
+    ),
 }
 
 
 @pytest.mark.parametrize("method", ["grpo", "reward_model"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_model_folder_that_cannot_be_used(cli, write, tree, model, damage, method):
+def test_a_model_folder_that_cannot_be_used(refused, write, model, damage, method):
     harm, wanted = DAMAGES[damage]
     harm(model)
-    refused(cli, tree, "train", write(method, model="model"), wanted=wanted)
+    refused("train", write(method, model="model"), wanted=wanted)
 
 
-DATA_THAT_DOES_NOT_FIT = {
-    "one prompt for kto": (
+DATA_THAT_DOES_NOT_FIT = [
+    (
         "kto",
         {"dataset": [LABELS[0], dict(LABELS[0])]},
         "dataset holds one prompt, and KTO's reference point needs two or more: add some",
     ),
-    "several rejected": (
+    (
         "dpo",
         {"loss_type": "ipo", "dataset": [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": ["c", "d"]}]},
         "dataset: row 2 has 2 rejected, and loss_type=ipo compares with one: use loss_type=sigmoid",
     ),
-    "a label": (
+    (
         "dpo",
         {"dataset": [{**PAIRS[0], "label": 0.3}, {**PAIRS[1], "label": 1}]},
         "dataset: row 0 has the label 0.3, and loss_type=sigmoid takes every chosen for preferred: use loss_type=",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", DATA_THAT_DOES_NOT_FIT)
-def test_data_that_a_method_cannot_use(cli, write, tree, case):
-    method, changes, wanted = DATA_THAT_DOES_NOT_FIT[case]
-    refused(cli, tree, "train", write(method, **changes), wanted=wanted)
+@pytest.mark.parametrize(("method", "settings", "wanted"), DATA_THAT_DOES_NOT_FIT)
+def test_data_that_a_method_cannot_use(refused, write, method, settings, wanted):
+    refused("train", write(method, **settings), wanted=wanted)
 
 
 @pytest.mark.parametrize(
@@ -440,9 +287,9 @@ def test_data_that_a_method_cannot_use(cli, write, tree, case):
     ],
 )
 def test_a_reward_that_breaks_at_once_leaves_nothing_and_the_same_command_runs_once_it_is_mended(
-    cli, write, tree, tmp_path, reward, wanted
+    cli, refused, write, tmp_path, reward, wanted
 ):
-    refused(cli, tree, "train", write(reward=f"mine.py:{reward}"), wanted=wanted)
+    refused("train", write(reward=f"mine.py:{reward}"), wanted=wanted)
     mended = REWARDS.replace('else float("nan")', "else 2.0").replace("[None]", "[1.0]")
     (tmp_path / "mine.py").write_text(mended)
     sys.modules.pop("mine", None)
@@ -454,19 +301,10 @@ def test_a_reward_that_breaks_at_once_leaves_nothing_and_the_same_command_runs_o
 
 
 @pytest.fixture(scope="module")
-def finished_run(tiny_language_model, tmp_path_factory):
+def finished_run(tiny_language_model, finish):
     """A run of dpo that asked its reference once, and its settings."""
-    from accelerate.state import AcceleratorState
-
-    from diffusion_align.pipelines.configuration import check_config
-    from diffusion_align.pipelines.run import run
-
-    folder = tmp_path_factory.mktemp("finished") / "run"
     settings = SETTINGS | METHODS["dpo"] | {"method": "dpo", "model": str(tiny_language_model)}
-    settings |= {"epochs": 2, "checkpoint_every": 1, "precompute_ref_log_probs": True}
-    run(check_config(settings | {"output_dir": str(folder)}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return folder, settings
+    return finish(settings | {"epochs": 2, "checkpoint_every": 1, "precompute_ref_log_probs": True})
 
 
 @pytest.fixture
@@ -477,11 +315,11 @@ def finished(finished_run, write, tmp_path):
     return write(**{"prompts": ..., "reward": ..., "num_generations": ...} | settings)
 
 
-def test_resume_of_another_methods_run(cli, write, tree, finished, no_weights):
+def test_resume_of_another_methods_run(refused, write, finished, no_model):
     for method in ("kto", "grpo"):
         config = write(method)
         wanted = "resume=true, but run is a run of method='dpo': choose a new output_dir"
-        refused(cli, tree, "train", config, "resume=true", wanted=wanted)
+        refused("train", config, "resume=true", wanted=wanted)
 
 
 @pytest.mark.parametrize(
@@ -497,14 +335,13 @@ def test_resume_of_another_methods_run(cli, write, tree, finished, no_weights):
         ),
     ],
 )
-def test_resume_from_another_run(cli, tree, finished, override, wanted):
-    refused(cli, tree, "train", finished, "resume=true", "epochs=3", override, wanted=wanted)
+def test_resume_from_another_run(refused, finished, override, wanted):
+    refused("train", finished, "resume=true", "epochs=3", override, wanted=wanted)
 
 
 def test_rows_that_have_changed_since(cli, write, tmp_path):
     """The settings are the same and the file is another: its reference log-probs are not those of the run."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     config = write("dpo", dataset="rows.jsonl", precompute_ref_log_probs=True)
     assert cli("train", config).status == 0
     rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(PAIRS)))
@@ -530,7 +367,7 @@ IMAGES = {"method": "ddpo", "reward": "jpeg_compressibility", "prompts": ["a cat
 
 
 @pytest.mark.parametrize("method", [{"method": "ddpo"}, {"method": "diffusion_dpo", "beta": 1.0}])
-def test_a_language_model_for_an_image_method(cli, tree, tmp_path, tiny_language_model, method):
+def test_a_language_model_for_an_image_method(refused, tmp_path, tiny_language_model, method):
     for model, wanted in (
         (
             "tiny-lm",
@@ -543,14 +380,14 @@ def test_a_language_model_for_an_image_method(cli, tree, tmp_path, tiny_language
     ):
         settings = IMAGES | method | {"model": model, "output_dir": "run", "samples_per_epoch": 8}
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-        refused(cli, tree, "train", "tiny.yaml", wanted=wanted)
+        refused("train", "tiny.yaml", wanted=wanted)
 
 
-def test_a_text_reward_for_an_image_method(cli, tree, tmp_path):
+def test_a_text_reward_for_an_image_method(refused, tmp_path):
     settings = IMAGES | {"model": "emoji-sd", "output_dir": "run", "reward": "length", "samples_per_epoch": 8}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    refused(cli, tree, "train", "tiny.yaml", wanted="'length' .*text")
+    refused("train", "tiny.yaml", wanted="'length' .*text")
 
 
-def test_a_method_that_is_near_another(cli, write, tree):
-    refused(cli, tree, "train", write(), "method=grop", wanted="method='grop' is unknown: did you mean 'grpo'")
+def test_a_method_that_is_near_another(refused, write):
+    refused("train", write(), "method=grop", wanted="method='grop' is unknown: did you mean 'grpo'")

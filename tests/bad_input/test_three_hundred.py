@@ -8,6 +8,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -274,6 +276,31 @@ REWARD_FILES = {  # what is in them
     "short": ("def f(images):\n    return [0.0] * len(images)\n", "must take three arguments"),
 }
 OTHER_CASES = [
+    ("sample without a prompt", "sample emoji-sd", "no prompt given: use --prompt TEXT"),
+    ("sample from nothing", "sample ./no -p a", "model='./no' is neither"),
+    ("sample from a folder that is no model", "sample folder -p a", "the folder has no model_index.json"),
+    ("sample prompts missing", "sample emoji-sd --prompts no.txt", "prompts.source='no.txt': there is no such file"),
+    ("sample below a file", "sample emoji-sd -p a -o note.txt/x", "--output: the folder note.txt/x cannot be used"),
+    ("sample into /proc", "sample emoji-sd -p a -o /proc", "--output: the folder /proc cannot be used"),
+    ("score by a name near another", "score jpeg_compresibility red.png", "'jpeg_compresibility': did you mean"),
+    ("score by a missing file", "score no.py:f red.png", "reward file 'no.py' does not exist"),
+    ("compare without a prompt", "compare emoji-sd emoji-sd --judge aesthetic", "no prompt given"),
+    ("compare below a file", f"compare a/b c/d --judge {JPEG} -p a -o note.txt/x.png", "the folder note.txt cannot be"),
+    ("compare into /proc", f"compare a/b c/d --judge {JPEG} -p a -o /proc/x.png", "the folder /proc cannot be used"),
+    ("pairs without a prompt", f"pairs emoji-sd --judge {JPEG} -o x", "no prompt given: use --prompt TEXT"),
+    ("pairs of a blank prompt", ["pairs", "emoji-sd", "--judge", JPEG, "-o", "x", "-p", " "], "entry 0 is blank: give"),
+    ("pairs from nothing", f"pairs ./no --judge {JPEG} -o x -p a", "model='./no' is neither"),
+    ("pairs into a used folder", f"pairs emoji-sd --judge {JPEG} -p a -o folder", "='folder' is already used: choose"),
+    (
+        "pairs below a file",
+        f"pairs emoji-sd --judge {JPEG} -p a -o note.txt/x",
+        "'note.txt/x' cannot be made: note.txt",
+    ),
+    ("report of nothing", "report no", "no"),
+    ("report of a folder that is no run", "report folder", "folder"),
+    ("doctor of nothing", "doctor no.yaml", "config 'no.yaml' is neither a file nor a shipped recipe"),
+    ("doctor of an unknown key", "doctor grpo_tiny epoch=3", "unknown setting 'epoch': did you mean 'epochs'"),
+    ("doctor of no override", "doctor quickstart epochs", "'epochs' is not of the form key=value"),
     ("serve-reward --device cuda", f"serve-reward {JPEG} --device cuda:99", "--device cuda:99 cannot be used"),
     ("serve-reward --device word", f"serve-reward {JPEG} --device toaster", "--device toaster cannot be used"),
     ("serve-reward --device empty", ["serve-reward", JPEG, "--device", ""], "must not be empty"),
@@ -308,7 +335,11 @@ OTHER_CASES = [
     ("score a text", f"score {JPEG} note.txt", "note.txt is no PNG, JPEG, WEBP, GIF, BMP or TIFF image"),
     ("score 32 bits", f"score {JPEG} float.tiff", "do not say what is white"),
     ("score PostScript", f"score {JPEG} script.png", "script.png is no PNG, JPEG, WEBP, GIF, BMP or TIFF image"),
-    ("score two prompts for three", f"score {JPEG} red.png red.png red.png -p a -p b", "2 prompts for 3"),
+    (
+        "score two prompts for three",
+        f"score {JPEG} red.png red.png red.png -p a -p b",
+        "2 prompts for 3 pictures: give one",
+    ),
     ("compare by nothing", "compare emoji-sd emoji-sd --judge taste -p a", "unknown reward 'taste'"),
     ("compare with a language model", f"compare emoji-sd tiny-lm --judge {JPEG} -p a", "language model"),
     (
@@ -317,19 +348,23 @@ OTHER_CASES = [
         ["model='./no'", "model='./neither'", "unknown reward 'taste'"],
     ),
     ("pairs by nothing", "pairs emoji-sd --judge taste -p a -o x", "unknown reward 'taste'"),
-    ("pairs resume nothing", f"pairs emoji-sd --judge {JPEG} -p a -o folder/used --resume", "cannot be resumed"),
+    (
+        "pairs resume nothing",
+        f"pairs emoji-sd --judge {JPEG} -p a -o folder --resume",
+        "cannot be resumed: it has no pairs_settings",
+    ),
     ("complete by an image model", "complete emoji-sd -p a", "image model"),
     ("sample by a language model", "sample tiny-lm -p a", "language model"),
     ("list with an option of 5000 characters", f"list --{LONG}", "No such option: --xxx"),
     ("score option: misspelt for all", f"score {JPEG} red.png --option backgruond=true", "did you mean 'background'"),
-    ("list of nothing", "list sampler", "there is no list 'sampler'"),
+    ("list of nothing", "list sampler", "'sampler': choose one of methods, configs, models, prompts, p"),
     ("list of 5000 characters", ["list", LONG], "there is no list"),
     ("list of NUL", ["list", "a\0b"], "there is no list"),
     ("report of a damaged run", "report damaged", "metrics.jsonl"),
     ("report of a run with a list for its end", "report odd", "evaluation.json"),
     ("train resume nothing", "train image.yaml output_dir=folder/used resume=true", "is not a run folder"),
     ("train resume a key twice", "train image.yaml output_dir=twice resume=true", "config.yaml"),
-    ("train resume=perhaps", "train image.yaml resume=perhaps", "resume='perhaps' is not allowed"),
+    ("train a name near a recipe's", "train quickstrat", "nor a shipped recipe: did you mean 'quickstart'"),
     ("train into a used folder", "train image.yaml output_dir=folder/used", "is already used"),
     *(
         (f"{' '.join(command.split()[:2])}: a reward file, {name}", f"{command}{name}.py:f", wanted)
@@ -351,7 +386,35 @@ OTHER_CASES = [
     ("train a value of 5000 characters", f"train image.yaml lr_schedule={LONG}", "lr_schedule="),
 ]
 
-GROUPS = {"paths": PATH_CASES, "YAML": YAML_CASES, "numbers": NUMBER_CASES, "others": OTHER_CASES}
+# -- the command line itself -------------------------------------------------------------------------------------------
+
+USAGE_CASES = [
+    (command, command, f"(?i){wanted}.*: see diffusion-align( [a-z-]+)? --help$")
+    for command, wanted in {
+        "trian": "No such command 'trian'",
+        "train": "Missing argument 'CONFIG'",
+        "train quickstart --epochs 3": "No such option",
+        "sample": "Missing argument 'MODEL'",
+        "sample emoji-sd -p": "requires an argument",
+        "sample emoji-sd -p a --seed -1": "greater than or equal to 0",
+        "sample emoji-sd -p a --seed x": "valid integer",
+        "sample emoji-sd -p a --steps 0": "greater than or equal to 1",
+        "sample emoji-sd -p a --eta 2": "not a number from 0 to 1",
+        "sample emoji-sd -p a --guidance-scale -1": "not a number from 0 to",
+        "score": "Missing argument 'REWARD'",
+        f"score {JPEG}": "Missing argument 'IMAGES",
+        "compare a b": "Missing option '--judge'",
+        f"compare a b --judge {JPEG} -p a --per-prompt 0": "'--per-prompt'.* greater than or equal to 1",
+        f"compare a b --judge {JPEG} -p a --per-prompt many": "valid integer",
+        "pairs a -p a -o x": "Missing option '--judge'",
+        f"pairs a -p a --judge {JPEG}": "Missing option '--output'",
+        f"pairs a -p a --judge {JPEG} -o x --per-prompt 1": "greater than or equal to 2",
+        f"pairs a -p a --judge {JPEG} -o x --seed {2**63}": "'--seed'",
+        "list a b": "unexpected extra argument",
+    }.items()
+]
+
+GROUPS = {"paths": PATH_CASES, "YAML": YAML_CASES, "numbers": NUMBER_CASES, "others": OTHER_CASES, "usage": USAGE_CASES}
 CASES = {name: (words(command), wanted) for cases in GROUPS.values() for name, command, wanted in cases}
 
 
@@ -399,20 +462,6 @@ def here(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """No weights are read: whatever would read them fails the test."""
-    import transformers
-    from diffusers import DiffusionPipeline
-
-    def load(*arguments, **options):
-        pytest.fail("a model was loaded")  # no Exception, which would be put into a sentence
-
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", load)
-    for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel", "CLIPModel"):
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", load)
-
-
 def tree(folder):
     """Every path below and what tells whether it was changed."""
     found = {}
@@ -427,12 +476,17 @@ def tree(folder):
 def test_there_are_three_hundred_of_every_command():
     assert len(CASES) == sum(map(len, GROUPS.values())) >= 300
     commands = "train sample complete score compare pairs report estimators list doctor serve-reward"
-    assert {arguments[0] for arguments, _ in CASES.values()} == set(commands.split())
+    assert set(commands.split()) <= {arguments[0] for arguments, _ in CASES.values()}
 
 
-def test_that_no_model_is_loaded_is_a_claim_that_can_fail(here, no_model, call_cli, monkeypatch):
+@pytest.mark.parametrize(
+    "command",
+    ["sample emoji-sd -p a", "complete tiny-lm -p a", "train image.yaml", "train pairs.yaml", "train dpo.yaml"],
+)
+def test_that_no_model_is_loaded_is_a_claim_that_can_fail(here, no_model, call_cli, monkeypatch, tmp_path, command):
     monkeypatch.chdir(here)
-    status, _, err = call_cli("sample", "emoji-sd", "-p", "a", "-o", "new")
+    output = [f"output_dir={tmp_path / 'run'}"] if "train" in command else ["-o", tmp_path / "new"]
+    status, _, err = call_cli(*command.split(), *output)
     assert status == 1
     assert "a model was loaded" in err
 
@@ -453,3 +507,31 @@ def test_refused(case, here, no_model, call_cli, monkeypatch):
         assert any(re.search(pattern, sentence) for sentence in sentences), err[:3000]
     assert arguments[0] == "doctor" or out == ""
     assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["sample emoji-sd -p a -o x --steps 2000", f"pairs emoji-sd --judge {JPEG} -p a -o x --steps 2000"]
+)
+def test_what_only_the_model_tells(here, call_cli, monkeypatch, command):
+    monkeypatch.chdir(here)
+    status, out, err = call_cli(*command.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: steps=2000 must lie between 1 and")
+    assert not (here / "x").exists()
+
+
+def test_no_argument_at_all_is_answered_with_the_help(call_cli):
+    status, out, err = call_cli()
+    assert status == 2
+    assert "train" in out + err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["train no.yaml", "list x", "score aesthetic no.png"])
+def test_the_installed_program(here, command):
+    """The same by a real process: nothing but the sentence on stderr."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "diffusion_align", *command.split()]
+    result = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr)

@@ -1,4 +1,8 @@
-"""Settings of runs of seconds, with models of the package."""
+"""Settings of runs of seconds, with models of the package; and models to damage."""
+
+import json
+
+import yaml
 
 TINY = {
     "epochs": 1,
@@ -19,3 +23,19 @@ IMAGE_RUN = {
     "output_dir": "run",
     **TINY,
 }
+
+
+def edit_json(file, **changes):
+    """A function that changes values of the JSON ``file`` of a folder; ``...`` drops one."""
+
+    def edit(folder):
+        content = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+    return edit
+
+
+def changes(text):
+    """``a=1; b=...`` as a mapping of settings, values as YAML; a value of ``...`` stays one."""
+    pairs = (setting.partition("=")[::2] for setting in text.split("; "))
+    return {key: ... if value == "..." else yaml.safe_load(value) for key, value in pairs}

@@ -263,43 +263,6 @@ def test_all_wrong_settings_at_once():
         make("p", [("a cat", {}), (" ", {})])
 
 
-PAIRS = ["pairs", "emoji-sd", "--judge", "jpeg_compressibility", "-p", "a cat"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        ([*PAIRS, "-o", "new", "--per-prompt", "1"], "--per-prompt"),
-        ([*PAIRS, "-o", "used"], "output='used' is already used: choose another folder, or resume (--resume)"),
-        ([*PAIRS, "-o", "used", "--resume"], "output='used' cannot be resumed: it has no pairs_settings.yaml"),
-        ([*PAIRS, "-o", "note.txt"], "output='note.txt' cannot be made: note.txt is a file"),
-        ([*PAIRS, "-o", "note.txt/deep"], "output='note.txt/deep' cannot be made: note.txt is a file"),
-        ([*PAIRS, "-o", "new", "--steps", "2000"], "steps=2000 must lie between 1 and"),
-        ([*PAIRS, "-o", "new", "--guidance-scale", "inf"], "Invalid value for '--guidance-scale'"),
-        ([*PAIRS, "-o", "new", "--seed", str(2**63)], "--seed"),
-        (PAIRS, "Missing option '--output'"),
-        ([*PAIRS[:4], "-o", "new"], "no prompt given: use --prompt TEXT"),
-        ([*PAIRS[:4], "-o", "new", "-p", ""], "prompts: entry 0 is blank"),
-        ([*PAIRS[:4], "-o", "new", "--prompts", "empty.txt"], "holds no prompt: give at least one"),
-        (["pairs", "emoji-sd", "--judge", "taste", "-p", "a cat", "-o", "new"], "unknown reward 'taste'"),
-        (["pairs", "./no", "--judge", "jpeg_compressibility", "-p", "a cat", "-o", "new"], "model='./no' is neither"),
-    ],
-)
-def test_bad_commands(tmp_path, cli, arguments, wanted):
-    (tmp_path / "note.txt").write_text("a note")
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "thing").write_text("")
-    before = content(tmp_path)
-    status, out, err = cli(*arguments)
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ")
-    assert len(err.splitlines()) == 1
-    assert wanted in err
-    assert content(tmp_path) == before
-    assert not (tmp_path / "new").exists()
-
-
 def test_the_grid_holds_chosen_above_rejected(whole):
     with Image.open(whole[1] / "pairs.png") as grid, Image.open(whole[1] / "pictures/00000_chosen.png") as chosen:
         left = grid.width - 3 * (128 + 8)

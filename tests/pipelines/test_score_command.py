@@ -86,25 +86,6 @@ def test_pictures_that_cannot_be_read(score, tmp_path):
     assert score("jpeg_compressibility", "none.png") == (2, "error: there is no picture none.png")
 
 
-def test_a_device_that_is_not_there(call_cli):
-    for device in ("nonsense", "cuda:77"):
-        status, _, error = call_cli("serve-reward", "jpeg_compressibility", "--port", "0", "--device", device)
-        assert (status, error.count("\n")) == (2, 1)
-        assert error.startswith(f"error: --device {device} cannot be used: ")
-
-
-def test_a_place_that_cannot_be_written_is_said_before_anything_is_loaded(call_cli, tmp_path):
-    (tmp_path / "file").touch()
-    for command in (
-        ["sample", "emoji-sd", "-p", "a", "-o", "/proc"],
-        ["sample", "emoji-sd", "-p", "a", "-o", tmp_path / "file"],
-        ["compare", "emoji-sd", "emoji-sd", "--judge", "aesthetic", "-p", "a", "-o", "/proc/x.png"],
-    ):
-        status, _, error = call_cli(*command)
-        assert (status, error.count("\n")) == (2, 1)
-        assert "cannot be" in error
-
-
 def test_compare_gives_the_judge_the_metadata(tmp_path, monkeypatch, call_cli):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MANY)
