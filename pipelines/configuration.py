@@ -31,9 +31,9 @@ from diffusion_align.training.config import (
     read_as,
     section_of,
 )
-from diffusion_align.training.launch import check_launch
-from diffusion_align.training.lock import LOCK_FILE, lock_problem
+from diffusion_align.training.launch import check_launch, is_first_process
 from diffusion_align.training.places import absolute_paths
+from diffusion_align.training.run_folder import LOCK_FILE, check_not_in_use
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -92,7 +92,8 @@ def _switched(raw: dict[str, Any], of_recipe: Set[str]) -> dict[str, Any]:
     except ValidationError as error:
         problems = error.errors()
     wrong = {str(one["loc"][0]) for one in problems if one["loc"] and one["type"] != "missing"}
-    if left_out := [key for key in raw if key in wrong and key in of_recipe]:
+    left_out = [key for key in raw if key in wrong and key in of_recipe]
+    if left_out and is_first_process():
         print(f"method={raw['method']} leaves out of the recipe: {', '.join(left_out)}", file=sys.stderr)
     return {key: value for key, value in raw.items() if key not in left_out}
 
@@ -239,8 +240,10 @@ def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
         used = any(name != LOCK_FILE and not name.startswith(PROBE) for name in inside)
     except OSError as error:
         return [f"output_dir={str(folder)!r} is not readable: {error.strerror}"]
-    if problem := lock_problem(folder):
-        return [f"output_dir: {problem}"]
+    try:
+        check_not_in_use(folder)
+    except UserError as error:
+        return [f"output_dir: {error}"]
     if used:
         if raw.get("resume") is True:
             if not (folder / "config.yaml").is_file():

@@ -22,9 +22,9 @@ from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.image.clip import default_clip, load_clip
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.resolve import IMAGES
-from diffusion_align.training.accelerator import agreed, best_seconds, processes, start
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
+from diffusion_align.training.launch import agreed, best_seconds, processes, start
 from diffusion_align.training.progress import progress_bars
 
 
@@ -59,13 +59,14 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     if pairs is not None:
         identity["pairs"] = [rows_content(given, (pairs.identity(i) for i in range(len(pairs))))]
     with recorded() as places:
-        reward = checked_reward(setting["reward"], plan.origin, policy, known, weights=setting["reward_weights"])
+        spec, weights = setting["reward"], setting["reward_weights"]
+        reward = agreed(lambda: checked_reward(spec, plan.origin, policy, known, weights=weights))
     if reward is not None:
         identity["reward"] = reward_content(setting["reward"], IMAGES, places)
     evaluation = None
     if judged is not None:
         with recorded() as places:
-            evaluation = evaluation_of(judged, plan.origin, policy, asked or known)
+            evaluation = agreed(lambda: evaluation_of(judged, plan.origin, policy, asked or known))
         fixed = rows_content(judged.prompts or setting["prompts"], evaluation.prompts)
         identity["evaluation"] = [fixed, *reward_content(judged.reward, IMAGES, places)]
     if ":" in config.sampler.name:

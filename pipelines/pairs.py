@@ -39,7 +39,7 @@ from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.text import build_text_reward, text_reward_problem
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
-from diffusion_align.training.lock import LOCK_FILE, FolderLock
+from diffusion_align.training.run_folder import LOCK_FILE, FolderLock
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"

@@ -10,10 +10,10 @@ import torch
 
 from diffusion_align.methods import method_of
 from diffusion_align.pipelines.identity import code_content
-from diffusion_align.training.accelerator import start
 from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
+from diffusion_align.training.launch import agreed, start
 from diffusion_align.training.trainer import Trainer
 
 
@@ -37,7 +37,7 @@ def run(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     method = method_of(config.method)
-    callbacks = named_callbacks(config.callbacks)
+    callbacks = agreed(lambda: named_callbacks(config.callbacks))
     if method.model_kind == "image":
         from diffusion_align.pipelines.image_context import image_context
 

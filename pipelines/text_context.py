@@ -40,9 +40,9 @@ from diffusion_align.pipelines.identity import language_model_content, reward_co
 from diffusion_align.rewards.places import recorded
 from diffusion_align.rewards.resolve import TEXT
 from diffusion_align.rewards.text import build_text_reward, check_text_reward
-from diffusion_align.training.accelerator import agreed, best_seconds, processes, start
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
+from diffusion_align.training.launch import agreed, best_seconds, processes, start
 
 MOST_CHECKED = 10_000
 _DATA = ("prompts", "dataset", "eval_dataset")
@@ -82,7 +82,7 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
     spec, other = getattr(config, "reward", None), getattr(config, "reference_model", None)
     with recorded() as places:
         some = data.get("prompts") or data.get("dataset", [])
-        rewards = None if spec is None else _rewards(config, config, some, encoder)
+        rewards = None if spec is None else agreed(lambda: _rewards(config, config, some, encoder))
     identity: Identity = {"model": language_model_content(config.model)}
     if other is not None:
         _check_same_tokens(config, encoder.tokenizer)
@@ -93,7 +93,7 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
     evaluation = None
     if held_out is not None:
         with recorded() as places:
-            gold = _rewards(held_out, config, asked, encoder)
+            gold = agreed(lambda: _rewards(held_out, config, asked, encoder))
         evaluation = TextEvaluation(asked, held_out.samples, held_out.every, gold)
         fixed = rows_content(held_out.prompts or getattr(config, "prompts", None) or config.dataset, asked)
         identity["evaluation"] = [fixed, *reward_content(held_out.reward, TEXT, places)]

@@ -26,7 +26,7 @@ from diffusion_align.diffusion.rollout import replay
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.rewards.setting import RewardSetting
-from diffusion_align.training.metrics import Metric
+from diffusion_align.training.context import Metric
 from diffusion_align.training.trainer import TrainingPlan
 
 

@@ -47,11 +47,10 @@ from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
-from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
-from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.statistics import equal_reward_metric, first_pass_deviation, ratio_statistics
 from diffusion_align.training.trainer import TrainingPlan
 
 

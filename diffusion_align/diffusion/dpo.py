@@ -47,9 +47,7 @@ from diffusion_align.estimators import (
 from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
-from diffusion_align.training.context import RunContext
-from diffusion_align.training.cost import EpochCost, Lines
-from diffusion_align.training.metrics import Metric
+from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan

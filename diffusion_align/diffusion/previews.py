@@ -15,7 +15,7 @@ from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.report import before_after, image_grid, save_png
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.training.previews import PREVIEWED, Previews
+from diffusion_align.training.policy_trainer import PREVIEWED, Previews
 from diffusion_align.training.randomness import generator
 
 

@@ -22,10 +22,8 @@ from diffusion_align.models.model_card import write_model_card
 from diffusion_align.rewards.base import call_reward
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.context import RunContext
-from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
-from diffusion_align.training.metrics import Metric
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
 from diffusion_align.writing import new_folder

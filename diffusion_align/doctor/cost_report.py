@@ -23,8 +23,8 @@ from diffusion_align.doctor.memory import (
 )
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
-from diffusion_align.training.accelerator import best_seconds
-from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.context import EpochCost, Lines
+from diffusion_align.training.launch import best_seconds
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations a second, float32 accumulation, from the makers' data sheets."""

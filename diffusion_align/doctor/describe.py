@@ -31,7 +31,7 @@ from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.image.clip import default_clip, is_emoji_sd
 from diffusion_align.rewards.resolve import IMAGES, find
 from diffusion_align.training.config import FIELDS_ALONE, read_as
-from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.context import EpochCost, Lines
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _EXTRAS = {

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.training.cost import EpochCost, Lines
+from diffusion_align.training.context import EpochCost, Lines
 
 
 def as_scheduler(settings: Mapping[str, Any]) -> SimpleNamespace:

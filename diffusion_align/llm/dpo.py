@@ -52,8 +52,7 @@ from diffusion_align.llm.preference_batches import (
 )
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import Weight
-from diffusion_align.training.cost import EpochCost
-from diffusion_align.training.metrics import Metric
+from diffusion_align.training.context import EpochCost, Metric
 from diffusion_align.training.trainer import TrainingPlan
 
 # What only some losses have: setting -> those losses.

@@ -25,7 +25,7 @@ from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.config import Weight
-from diffusion_align.training.metrics import Metric
+from diffusion_align.training.context import Metric
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 

@@ -22,7 +22,7 @@ from diffusion_align.llm.policy import LanguagePolicy, Scored, pad_to
 from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.ratios import first_pass_deviation, ratio_statistics
+from diffusion_align.training.statistics import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")
 MOST_DEVIATION = 1e-2

@@ -38,7 +38,7 @@ from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGrad
 from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite
-from diffusion_align.training.metrics import Metric
+from diffusion_align.training.context import Metric
 from diffusion_align.training.trainer import TrainingPlan
 
 

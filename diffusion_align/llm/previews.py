@@ -14,7 +14,7 @@ from diffusion_align.llm.collection import WeightedRewards, completion_ids
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.training.previews import PREVIEWED, Previews
+from diffusion_align.training.policy_trainer import PREVIEWED, Previews
 from diffusion_align.training.randomness import generator
 from diffusion_align.writing import make_folder, write_text
 

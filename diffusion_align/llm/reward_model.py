@@ -33,8 +33,7 @@ from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config,
 from diffusion_align.models.lora import add_lora, carries_adapters
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.context import RunContext
-from diffusion_align.training.cost import EpochCost
+from diffusion_align.training.context import EpochCost, RunContext
 from diffusion_align.training.finite import MORE_ROOM, all_finite
 from diffusion_align.training.trainer import Trainer, TrainingPlan
 

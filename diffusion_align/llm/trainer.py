@@ -32,10 +32,8 @@ from diffusion_align.llm.settings import TextConfig
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.context import RunContext
-from diffusion_align.training.cost import EpochCost
+from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation, StopConfig
-from diffusion_align.training.metrics import Metric
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_align.errors import ConfigError, UserError, short
+from accelerate import Accelerator
+
+from diffusion_align.errors import ConfigError, UserError, first_line, short
 from diffusion_align.foreign import foreign_code
+from diffusion_align.interrupt import Overdue, breakable
 from diffusion_align.references import resolve
 from diffusion_align.training.config import dump_config
-from diffusion_align.training.tracking import MetricsLog, Trackers
-from diffusion_align.writing import write_text
+from diffusion_align.writing import append_line, write_text
 
 if TYPE_CHECKING:
     from diffusion_align.training.trainer import Trainer
@@ -40,6 +45,22 @@ class Callback:
 
     def on_close(self, trainer: Trainer[Any]) -> None:
         """The last call, also where the run is interrupted."""
+
+
+def plain_row(row: Mapping[str, Any]) -> Row:
+    """``row`` as JSON holds it: a tensor or array of no dimension becomes its number.
+
+    Raises:
+        UserError: JSON has no such value.
+    """
+    plain = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in row.items()}
+    for key, value in plain.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+            raise UserError(f"the metric {key!r} is a {type(value).__name__}{shape}: give one number") from None
+    return plain
 
 
 def named_callbacks(references: Sequence[Any]) -> list[Callback]:
@@ -74,37 +95,92 @@ class DescribeMetrics(Callback):
         trainer.processes.on_main(lambda: write_text(trainer.folder / "metrics.json", text))
 
 
-class WriteMetrics(Callback):
-    """Rows go to ``metrics.jsonl``."""
+class MetricsLog(Callback):
+    """``metrics.jsonl`` of a run: one JSON object a line, of updates and of epochs; the main process writes it."""
 
-    def __init__(self, log: MetricsLog) -> None:
-        self.log = log
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_update(self, trainer: Trainer[Any], row: Row) -> None:
-        trainer.processes.on_main(lambda: self.log.write(row))
+        trainer.processes.on_main(lambda: self.write(row))
 
-    def on_epoch_end(self, trainer: Trainer[Any], row: Row) -> None:
-        self.on_update(trainer, row)
+    on_epoch_end = on_update
+
+    def rewind(self, step: int, *, unmeasured: bool = False) -> None:
+        """Forget rows of epochs that ended after ``step`` (a kill may have left some behind the checkpoint).
+
+        ``unmeasured``: also the row of the epoch that ended with ``step``, not those of its updates.
+        """
+        if not self.path.exists():
+            return
+        kept = [
+            row
+            for row in self.rows()
+            if row["step"] <= step and not (unmeasured and row["step"] == step and "time/epoch" in row)
+        ]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def rows(self) -> list[Row]:
+        """What has been written; a row that a kill has cut off is left out."""
+        found = []
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def write(self, row: Row) -> None:
+        """Append one row; ``row["step"]`` is the optimizer step.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        append_line(self.path, json.dumps(row))
 
 
-class Track(Callback):
-    """Rows go to accelerate's trackers (TensorBoard, W&B)."""
+class Trackers(Callback):
+    """Rows go to accelerate's trackers (TensorBoard, W&B): one that fails is dropped with one line on stderr, as
+    nothing of the run hangs on it."""
 
-    def __init__(self, trackers: Trackers) -> None:
-        self.trackers = trackers
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
 
     def on_start(self, trainer: Trainer[Any]) -> None:
-        self.trackers.start({"config": dump_config(trainer.config)})
+        """One by one, so that one which cannot start keeps none of the others from it."""
+        accelerator, started = self._accelerator, []
+        wanted, config = list(accelerator.log_with), {"config": dump_config(trainer.config)}
+        for tracker in wanted:
+            accelerator.log_with, accelerator.trackers = [tracker], []
+            if self._tried(str(tracker), lambda: accelerator.init_trackers("diffusion-align", config=config)):
+                started += accelerator.trackers
+        accelerator.log_with, accelerator.trackers = wanted, started
 
     def on_update(self, trainer: Trainer[Any], row: Row) -> None:
-        if trainer.processes.is_main:
-            self.trackers.log(row)
+        """The numbers of a row, at its optimizer step."""
+        if not trainer.processes.is_main:
+            return
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        for tracker in list(self._accelerator.trackers):
+            if not self._tried(tracker.name, lambda: tracker.log(numbers, step=row["step"])):  # noqa: B023 - called here
+                self._accelerator.trackers.remove(tracker)
 
-    def on_epoch_end(self, trainer: Trainer[Any], row: Row) -> None:
-        self.on_update(trainer, row)
+    on_epoch_end = on_update
 
     def on_close(self, trainer: Trainer[Any]) -> None:
-        self.trackers.end()
+        for tracker in list(self._accelerator.trackers):
+            self._tried(tracker.name, tracker.finish)
+        self._accelerator.trackers = []
+
+    def _tried(self, name: str, call: Callable[[], object]) -> bool:
+        """Whether a tracker did as it was told."""
+        try:
+            with breakable():
+                call()
+        except (Exception, SystemExit, Overdue) as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            print(f"warning: the tracker {name} failed and gets no more ({why})", file=sys.stderr, flush=True)
+            return False
+        return True
 
 
 class Preview(Callback):

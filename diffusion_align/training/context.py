@@ -1,20 +1,21 @@
-"""What a trainer is made from: everything that a configuration names, opened, checked and on its device."""
+"""What a method is made from, and what it says of itself: the meaning of its metrics, the cost of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from accelerate import Accelerator
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.digests import Identity
+    from diffusion_align.training.callbacks import Callback
+    from diffusion_align.training.digests import Identity
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run before its trainer; what the configuration does not name is empty or None.
+    """One run before its trainer: what its configuration names, opened, checked and on its device; else empty or None.
 
     Attributes:
         config: checked settings, ``mixed_precision`` decided.
@@ -38,3 +39,50 @@ class RunContext:
     shown: Sequence[Any] | None = None
     callbacks: Sequence[Callback] = ()
     identity: Identity = field(default_factory=dict)
+
+
+class Metric(NamedTuple):
+    """What one key in ``metrics.jsonl`` means; a run keeps it in ``metrics.json``.
+
+    Attributes:
+        title: of its plot.
+        unit: of its axis, "nats a token" say.
+        reading: one sentence that tells how it is read.
+    """
+
+    title: str
+    unit: str = ""
+    reading: str = ""
+
+
+Lines = list[tuple[str, str]]
+"""(name, value); a name without a value is the heading of those that follow."""
+
+
+@dataclass(frozen=True)
+class EpochCost:
+    """What an epoch asks for, told from settings alone: passes of the network on one sample, of all processes together
+    and without those of the evaluation.
+
+    Attributes:
+        what: what an epoch is about, a name and a value such as ("images an epoch", "64, each 20 steps").
+        units: samples or pairs that the epoch's updates divide among themselves.
+        actions: what is trained on, of all units together: steps of an image or pair, completions.
+        sampling: forward passes to sample.
+        trained: forward and backward passes.
+        reference, probed: forward passes for the reference, and to estimate how far the policy is from it.
+        decoded: images decoded.
+        width: samples in a training pass for each action of a micro-batch.
+        recorded: latents kept of an epoch.
+    """
+
+    what: tuple[str, str]
+    units: int
+    actions: int
+    sampling: int = 0
+    trained: int = 0
+    reference: int = 0
+    probed: int = 0
+    decoded: int = 0
+    width: int = 1
+    recorded: int = 0

@@ -34,10 +34,10 @@ def require_finite_logits(logp: Tensor, *, what: str) -> None:
         raise TrainingError(f"{what} gives log-probs that are not finite: {MORE_ROOM}, or check the model's weights")
 
 
-def loss_problem(
+def require_finite_loss(
     metrics: Mapping[str, float], *, step: int, coefficients: Mapping[str, float], mixed_precision: str
-) -> str:
-    """One sentence about a loss that is not finite, which names the term of it and the setting to change.
+) -> None:
+    """TrainingError unless ``metrics["loss"]`` is finite, which names the term of it and the setting to change.
 
     Args:
         metrics: of the update; the terms are those whose names begin with ``loss/`` or ``kl``.
@@ -45,23 +45,12 @@ def loss_problem(
         coefficients: setting -> value, of those that a term is multiplied by.
         mixed_precision: the setting.
     """
+    if math.isfinite(metrics["loss"]):
+        return
     terms = [name for name in metrics if name.startswith(("loss/", "kl")) and not math.isfinite(metrics[name])]
     where = f" ({terms[0]} is {metrics[terms[0]]})" if terms else ""
     name, value = max(coefficients.items(), key=lambda item: abs(item[1]), default=("", 0.0))
     remedy = "lower learning_rate" if abs(value) <= _LARGE else f"{name}={value:g} is too large, lower it"
     if mixed_precision != "no":
         remedy += f" or set mixed_precision=no instead of {mixed_precision}"
-    return f"the loss became {metrics['loss']} at step {step}{where}: {remedy}"
-
-
-def gradient_problem(*, step: int) -> str:
-    """One sentence about a gradient whose norm is not finite, and whose clipped parts did not harm the weights."""
-    return f"the norm of the gradient is not finite at step {step}: lower learning_rate"
-
-
-def weights_problem(*, step: int, learning_rate: float, weight_decay: float) -> str:
-    """One sentence about trained weights that are not finite after a step."""
-    remedy = "lower learning_rate"
-    if not learning_rate * weight_decay <= 1:  # AdamW multiplies the weights by 1 minus this
-        remedy = f"weight_decay={weight_decay:g} times learning_rate={learning_rate:g} is above 1, lower one of them"
-    return f"the trained weights are not finite after step {step}, and nothing of them was written: {remedy}"
+    raise TrainingError(f"the loss became {metrics['loss']} at step {step}{where}: {remedy}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion_align.errors import TrainingError
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.finite import gradient_problem, largest, weights_problem
+from diffusion_align.training.finite import largest
 from diffusion_align.training.processes import Processes
 
 
@@ -82,12 +82,15 @@ class Optimization:
         self._optimizer.zero_grad()
         total, weights = torch.stack([norm.float(), largest(self.parameters).to(norm.device).float()]).tolist()
         if not math.isfinite(weights):
-            config = self.config
+            rate, decay = self.config.learning_rate, self.config.weight_decay
+            remedy = "lower learning_rate"
+            if not rate * decay <= 1:  # AdamW multiplies the weights by 1 minus this
+                remedy = f"weight_decay={decay:g} times learning_rate={rate:g} is above 1, lower one of them"
             raise TrainingError(
-                weights_problem(step=number, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
+                f"the trained weights are not finite after step {number}, and nothing of them was written: {remedy}"
             )
         if not (math.isfinite(total) or self.accelerator.scaler):
-            raise TrainingError(gradient_problem(step=number))
+            raise TrainingError(f"the norm of the gradient is not finite at step {number}: lower learning_rate")
         # accelerate's ``step_was_skipped`` does not know: a fused optimizer is called and skips the step by itself.
         if math.isfinite(total):
             self.steps += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.evaluation import SUMMARY, Evaluation, StopConfig, write_summary
-from diffusion_align.training.previews import Previews
 from diffusion_align.training.trainer import Trainer
 
 Batch = TypeVar("Batch")
@@ -109,3 +109,41 @@ class PolicyTrainer(Trainer[Batch]):
             with self.ema_weights():
                 self.processes.on_main(lambda: self.write_weights(self.folder / "best"))
         return measured
+
+
+Samples = TypeVar("Samples")
+PREVIEWED = 16
+"""How many of the prompts are shown where none are named."""
+
+
+class Previews(ABC, Generic[Samples]):
+    """Samples of a run's fixed prompts; a subclass says of what kind, and how they are written.
+
+    Args:
+        reference: context in which the policy is its reference; None where it has none.
+    """
+
+    suffix: ClassVar[str]
+
+    def __init__(self, reference: Callable[[], contextlib.AbstractContextManager] | None) -> None:
+        self.reference = reference
+
+    @abstractmethod
+    def sample(self) -> Samples:
+        """One sample per prompt, as the policy is now; each depends on its prompt, its place and the seed only."""
+
+    @abstractmethod
+    def write(self, samples: Samples, path: Path) -> None:
+        """Write samples to ``path``, whose name ends in ``suffix``."""
+
+    @abstractmethod
+    def write_pairs(self, before: Samples, after: Samples, path: Path) -> None:
+        """Write samples of the reference and of the policy, with the reward of each where it can say."""
+
+    def before_after(self) -> tuple[Samples, Samples] | None:
+        """Samples of the reference and of the policy; None where there is no reference."""
+        if self.reference is None:
+            return None
+        after = self.sample()
+        with self.reference():
+            return self.sample(), after

@@ -9,6 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from diffusion_align.estimators import clipped_ratios
+from diffusion_align.estimators.policy import LOG_CLAMP
+
 _EXTREMES = {"min": torch.amin, "max": torch.amax}
 
 
@@ -75,3 +78,36 @@ class UpdateStatistics:
         samples, values = (torch.cat(column).cpu() for column in zip(*given, strict=True))
         kept, places, counts = samples.unique(return_inverse=True, return_counts=True)
         return torch.zeros(len(kept), dtype=torch.float64).index_add(0, places, values.double()) / counts
+
+
+def ratio_statistics(
+    ratio: Tensor,
+    logp: Tensor,
+    logp_old: Tensor,
+    advantages: Tensor,
+    *,
+    clip: float,
+    clip_high: float,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Ratios, and which of them are clipped or clamped, of the actions that count, (n,) each, detached.
+
+    ``ratio`` is ``importance_ratio``'s of ``logp`` and ``logp_old``; args as in ``clipped_surrogate``.
+    """
+    ratio = ratio.detach()
+    low, high = clipped_ratios(ratio, clip=clip, clip_high=clip_high, advantages=advantages, mask=mask)
+    statistics = {
+        "ratio/mean": ratio,
+        "ratio/min": ratio,
+        "ratio/max": ratio,
+        "ratio/clamped": ((logp.detach() - logp_old).abs() > LOG_CLAMP).float(),
+        "clip_ratio/low_mean": low.float(),
+        "clip_ratio/high_mean": high.float(),
+        "clip_ratio/region_mean": (low | high).float(),
+    }
+    return {name: value if mask is None else value[mask] for name, value in statistics.items()}
+
+
+def first_pass_deviation(statistics: Mapping[str, float]) -> float:
+    """How far from 1 the ratios of an update are that no weight has changed before; only rounding is right."""
+    return max(statistics["ratio/max"] - 1, 1 - statistics["ratio/min"])

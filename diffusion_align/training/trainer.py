@@ -10,7 +10,6 @@ run does not depend on how its work is divided.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import threading
@@ -27,16 +26,24 @@ from torch import Tensor, nn
 
 from diffusion_align import __version__
 from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError
+from diffusion_align.foreign import foreign_code
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.training import checkpoint
-from diffusion_align.training.callbacks import Callback, DescribeMetrics, Preview, Report, Row, Track, WriteMetrics
+from diffusion_align.training.callbacks import (
+    Callback,
+    DescribeMetrics,
+    MetricsLog,
+    Preview,
+    Report,
+    Row,
+    Trackers,
+    plain_row,
+)
 from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
-from diffusion_align.training.context import RunContext
-from diffusion_align.training.cost import EpochCost
+from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.digests import Identity
-from diffusion_align.training.finite import loss_problem
+from diffusion_align.training.finite import require_finite_loss
 from diffusion_align.training.launch import check_accelerator, make_accelerator
-from diffusion_align.training.metrics import Metric
 from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
@@ -44,7 +51,6 @@ from diffusion_align.training.randomness import generator
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.run_folder import RunFolder
 from diffusion_align.training.statistics import UpdateStatistics
-from diffusion_align.training.tracking import MetricsLog, Trackers
 from diffusion_align.writing import WriteError, sweep, write_text
 
 Batch = TypeVar("Batch")
@@ -108,9 +114,8 @@ class Trainer(ABC, Generic[Batch]):
         self.folder = config.output_dir
         self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.run_folder = RunFolder(self.folder, self.processes, self.keeps)
-        track = [Track(Trackers(self.accelerator))] if config.trackers else []
-        after = [WriteMetrics(self.log), *track, Report()]
-        self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, *after]
+        trackers = [Trackers(self.accelerator)] if config.trackers else []
+        self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, self.log, *trackers, Report()]
         self.epoch = self.step = self._began = 0
         self.resumed = False
         self.stopped: str | None = None
@@ -120,6 +125,7 @@ class Trainer(ABC, Generic[Batch]):
         self._saved_at = time.monotonic()
         self._rng_at_start = checkpoint.rng_state()
         self._steps_before = 0  # optimizer steps taken before the epoch's updates
+        self._failed_update: Exception | None = None  # of a user's callback after one of the epoch's updates
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[Row, Row] | None = None
@@ -236,7 +242,7 @@ class Trainer(ABC, Generic[Batch]):
                 sampled = time.perf_counter()
                 batch, plan, estimated = self.estimate(collected)  # 3. advantages, references
                 last = self._update(batch, plan)  # 4. optimizer steps
-                row = metrics | estimated | self.after_updates() | self._trained(plan)
+                row = plain_row(metrics | estimated | self.after_updates()) | self._trained(plan)
                 row["time/sample"] = sampled - started - metrics.get("time/score", 0.0)
                 row["time/update"] = time.perf_counter() - sampled
                 self._end_epoch(row, last, started)  # 5. measure, callbacks, stop rules, checkpoint
@@ -277,7 +283,7 @@ class Trainer(ABC, Generic[Batch]):
                 self._close()
                 raise Interrupted(f"stopped before the first epoch; {self.run_folder.how_to_resume}") from None
             if first:
-                self._write({"step": 0, "epoch": 0, **first})
+                self._write(plain_row({"step": 0, "epoch": 0, **first}))
 
     def _open_folder(self, step: int) -> None:
         """``config.yaml`` first: with it the run can be resumed, whatever a tracker or callback does."""
@@ -326,31 +332,41 @@ class Trainer(ABC, Generic[Batch]):
     def _write(self, row: Row) -> None:
         self._each("on_update", row)
 
-    def _each(self, method: str, *arguments: Any) -> list[Any]:
+    def _each(self, method: str, *row: Row) -> list[Any]:
         """What the callbacks give, one after the other: one that fails on a process fails on all, and none waits.
 
-        Those that leave ``method`` as it is are passed over, which spares an update a gather for each of them.
+        Those that leave ``method`` as it is are passed over, which spares an update a gather for each of them. What a
+        user's raises after an update is kept for the end of its epoch, which is then not lost.
         """
         given = []
         for callback in self.callbacks:
             call = getattr(callback, method)
             if getattr(call, "__func__", None) is getattr(Callback, method):
                 continue
-            if self.processes.count == 1:
-                given.append(call(self, *arguments))
-                continue
-            failure = None
+            users, failure = not type(callback).__module__.startswith("diffusion_align."), None
+            name = f"callback {type(callback).__name__}.{method}"
             try:
-                given.append(call(self, *arguments))
+                with foreign_code(f"{name} raised ") if users else contextlib.nullcontext():
+                    given.append(call(self, *row))
+                for added_to in row if users else ():
+                    added_to.update(plain_row(added_to))
             except Exception as error:
                 failure = error
-            self.processes.raise_together(failure, UserError)
+            if self.processes.count > 1:
+                try:
+                    self.processes.raise_together(failure, UserError)
+                except Exception as error:
+                    failure = error
+            if failure is not None and users and method == "on_update":
+                self._failed_update = self._failed_update or failure
+            elif failure is not None:
+                raise failure
         return given
 
     def _call_back(self, row: Row) -> str | None:
         """What the callbacks give as reasons to stop, of all processes."""
         reasons = self._each("on_epoch_end", row)
-        everyones = self.processes.gather_in_order([reason for reason in reasons if reason])
+        everyones = self.processes.gather_in_order([str(reason) for reason in reasons if reason])
         return "; ".join(dict.fromkeys(everyones)) or None
 
     def _measure(self, row: Row, last: Row) -> str | None:
@@ -362,7 +378,8 @@ class Trainer(ABC, Generic[Batch]):
         self._rng_at_start = checkpoint.rng_state()
         self._unmeasured = (dict(row), last)
         with self._checkpoint_on_failure():
-            row |= self.measure()
+            self.processes.raise_together(self._failed_update, UserError)  # it is on all, or on none
+            row |= plain_row(self.measure())
             row["time/epoch"] += time.perf_counter() - started
             reason = self._call_back(row)
         self._unmeasured = None
@@ -447,8 +464,14 @@ class Trainer(ABC, Generic[Batch]):
                     indices = indices[torch.randperm(len(indices), generator=mixing)]
                     divisor = len(chunk) if normalizer is None else normalizer / config.updates_per_epoch
                     statistics = self.accumulate(batch, indices, divisor * steps, advance)
-                    row = {"step": self.step, "epoch": self.epoch + 1, **self._checked(statistics)}
-                    row |= self.check_update(row, first=inner == 0 and update == 0)
+                    row = {"step": self.step, "epoch": self.epoch + 1, **statistics.over_processes(self.accelerator)}
+                    require_finite_loss(
+                        row,
+                        step=self.step,
+                        coefficients=self.loss_coefficients(),
+                        mixed_precision=config.mixed_precision,
+                    )
+                    row |= plain_row(self.check_update(row, first=inner == 0 and update == 0))
                     row["grad_norm"] = self.optimization.step(self.step)
                     row["learning_rate"] = self.optimization.learning_rate
                     self.optimization.advance_schedule()
@@ -478,19 +501,6 @@ class Trainer(ABC, Generic[Batch]):
             statistics.add({"loss": losses.detach(), **observed}, samples)
             on_actions(len(samples))
         return statistics
-
-    def _checked(self, statistics: UpdateStatistics) -> dict[str, float]:
-        result = statistics.over_processes(self.accelerator)
-        if not math.isfinite(result["loss"]):
-            raise TrainingError(
-                loss_problem(
-                    result,
-                    step=self.step,
-                    coefficients=self.loss_coefficients(),
-                    mixed_precision=self.config.mixed_precision,
-                )
-            )
-        return result
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

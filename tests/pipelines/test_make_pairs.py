@@ -18,7 +18,7 @@ from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.pairs import PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
-from diffusion_align.training.lock import FolderLock
+from diffusion_align.training.run_folder import FolderLock
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]
 FAST = {"steps": 2, "guidance_scale": 1.0, "per_prompt": 2, "seed": 10}

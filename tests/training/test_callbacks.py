@@ -21,20 +21,22 @@ def _short_report(monkeypatch):
 class Noted(Callback):
     """Writes down what it is called with."""
 
-    def __init__(self, stop_after=None, fail_at=None):
-        self.calls, self.stop_after, self.fail_at = [], stop_after, fail_at
+    def __init__(self, stop_after=None, fail_at=None, adds=None):
+        self.calls, self.stop_after, self.fail_at, self.adds = [], stop_after, fail_at, adds or {}
 
     def on_start(self, trainer):
         self.calls.append(("start", trainer.epoch, trainer.resumed))
 
     def on_update(self, trainer, row):
         self.calls.append(("update", row["step"]))
+        if self.fail_at == ("update", row["step"]):
+            raise RuntimeError("my own fault")
 
     def on_epoch_end(self, trainer, row):
         self.calls.append(("epoch", row["epoch"], trainer.epoch))
         if self.fail_at == trainer.epoch:
             raise RuntimeError("my own fault")
-        row["mine"] = 10.0 * row["epoch"]
+        row.update({"mine": torch.tensor(10.0 * row["epoch"])} | self.adds)
         return "enough" if self.stop_after == trainer.epoch else None
 
     def on_end(self, trainer):
@@ -66,19 +68,29 @@ def test_a_reason_ends_the_run_which_is_then_finished(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000004"]
 
 
-def test_one_that_fails_loses_no_epoch(tmp_path):
-    with pytest.raises(RuntimeError, match="my own fault") as caught:
-        Toy(tmp_path / "run", checkpoint_every=100, callbacks=[Noted(fail_at=2)]).train()
+@pytest.mark.parametrize(
+    ("faulty", "sentence"),
+    [
+        (
+            {"fail_at": 2},
+            r"callback Noted.on_epoch_end raised RuntimeError: my own fault \(test_callbacks.py, line \d+\)",
+        ),
+        ({"fail_at": ("update", 3)}, r"callback Noted.on_update raised RuntimeError: my own fault \(test_callbacks.py"),
+        ({"adds": {"many": torch.ones(2)}}, r"the metric 'many' is a Tensor of shape \(2,\): give one number"),
+    ],
+)
+def test_one_that_fails_loses_no_epoch(tmp_path, faulty, sentence):
+    run = {"checkpoint_every": 100}
+    with pytest.raises(UserError, match=sentence) as caught:
+        Toy(tmp_path / "run", **run, callbacks=[Noted(**faulty)]).train()
     assert caught.value.__notes__ == [f"go on with resume=true output_dir={tmp_path / 'run'}"]
-    noted = Noted()
-    Toy(tmp_path / "run", checkpoint_every=100, resume=True, callbacks=[noted]).train()
-    assert noted.calls[:2] == [("start", 2, True), ("epoch", 2, 2)]  # which is made up for
-    Toy(tmp_path / "calm", checkpoint_every=100, callbacks=[Noted()]).train()
-    without_times = [
-        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in epochs_of(tmp_path / name)]
-        for name in ("run", "calm")
-    ]
-    assert without_times[0] == without_times[1]
+    noted, epoch = Noted(), 1 if "adds" in faulty else 2
+    Toy(tmp_path / "run", **run, resume=True, callbacks=[noted]).train()
+    assert noted.calls[:2] == [("start", epoch, True), ("epoch", epoch, epoch)]  # which is made up for
+    Toy(tmp_path / "calm", **run, callbacks=[Noted()]).train()
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "calm")]
+    untimed = [[{k: v for k, v in json.loads(row).items() if "time/" not in k} for row in some] for some in rows]
+    assert untimed[0] == untimed[1]
     weights = [(tmp_path / name / "final" / "weights.txt").read_text() for name in ("run", "calm")]
     assert weights[0] == weights[1]
 
@@ -89,12 +101,12 @@ def test_one_that_fails_on_a_process_fails_on_all(tmp_path, monkeypatch):
     trainer.callbacks = own
     trainer.processes.accelerator, others = SimpleNamespace(num_processes=2), [None, "my own fault"]
     monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, (others.pop(0), False, False)])
-    with pytest.raises(UserError, match="my own fault"):
-        trainer._write({"step": 1})
+    trainer._write({"step": 1})
     assert [len(one.calls) for one in own] == [1, 1]
+    assert str(trainer._failed_update) == "my own fault"
     others += ["it is not asked", "twice"]
     own[0].fail_at = 0
-    with pytest.raises(RuntimeError, match="my own fault"):
+    with pytest.raises(UserError, match="my own fault"):
         trainer._call_back({"epoch": 0})
     assert (len(own[1].calls), others, trainer.processes.failed_together) == (1, ["twice"], True)
 

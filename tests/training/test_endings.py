@@ -67,7 +67,7 @@ def full_disk(monkeypatch):
             append(path, line)
 
         monkeypatch.setattr(writing.os, "replace", no_room)
-        monkeypatch.setattr("diffusion_align.training.tracking.append_line", no_row)
+        monkeypatch.setattr("diffusion_align.training.callbacks.append_line", no_row)
 
     yield fill
     monkeypatch.undo()

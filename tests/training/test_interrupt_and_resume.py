@@ -94,7 +94,7 @@ name, n, after = "chosen", 1, True
 writing.rename = lambda a, b: (owner.chosen if "checkpoints/step_" in str(b) else rename)(a, b)
 """,
     "within a row": """
-from diffusion_align.training.tracking import MetricsLog as owner
+from diffusion_align.training.callbacks import MetricsLog as owner
 def torn(self, row):
     with self.path.open("a") as file:
         file.write('{"step": 1')

@@ -1,7 +1,8 @@
-"""accelerate's environment decides where a run runs and never how it trains."""
+"""accelerate's environment decides where a run runs and never how it trains; and processes that fail before it."""
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -10,11 +11,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.pipelines.configuration import check_config
+from diffusion_align.training import launch
 from diffusion_align.training.launch import (
     BEHIND_A_SWITCH,
     ENVIRONMENT,
+    agreed,
     check_accelerator,
     check_launch,
     launched_precision,
@@ -121,3 +124,46 @@ def test_the_settings_precision_may_be_the_launchs_or_take_it(monkeypatch):
 
 def test_a_second_accelerator_is_as_the_first():
     assert make_accelerator("bf16").mixed_precision == make_accelerator().mixed_precision == "bf16"
+
+
+# -- before the first collective ------------------------------------------------------------------------------------
+
+
+def raising(error):
+    raise error
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """``others([sentence or None, ...])``: what the processes before this one say; returns what this one says."""
+
+    def make(said):
+        own = []
+        monkeypatch.setattr(launch, "processes", lambda: SimpleNamespace(num_processes=1 + len(said)))
+        monkeypatch.setattr(launch, "gather_object", lambda mine: own.extend(mine) or [*said, *mine])
+        return own
+
+    return make
+
+
+def test_all_processes_raise_where_one_fails(others):
+    own = others([None, None])
+    assert agreed(lambda: "rows") == "rows"
+    assert own == [None]
+    own = others([None, "data: row 3: the prompt is empty"])
+    with pytest.raises(UserError, match=r"^process 1: data: row 3: the prompt is empty$"):
+        agreed(lambda: "rows")
+    assert own == [None]
+    for error in (ConfigError(["a: b", "c: d"]), ValueError("other"), KeyError("x")):
+        own = others([None])
+        with pytest.raises(type(error)) as caught:
+            agreed(lambda error=error: raising(error))
+        assert caught.value is error
+        assert own == [str(error).splitlines()[0]]
+
+
+def test_one_process_alone_asks_nobody(monkeypatch):
+    monkeypatch.setattr(launch, "gather_object", None)
+    assert agreed(lambda: 3) == 3
+    with pytest.raises(ConfigError, match=r"^a$"):
+        agreed(lambda: raising(ConfigError(["a"])))

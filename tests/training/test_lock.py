@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,14 +11,14 @@ import sys
 import pytest
 
 from diffusion_align.errors import UserError
-from diffusion_align.training import lock
-from diffusion_align.training.lock import LOCK_FILE, FolderLock, lock_problem
+from diffusion_align.training import run_folder
+from diffusion_align.training.run_folder import LOCK_FILE, FolderLock, check_not_in_use
 from diffusion_align.writing import WriteError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from diffusion_align.training.lock import FolderLock
+from diffusion_align.training.run_folder import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -31,18 +32,18 @@ def test_a_second_one_is_told_who_holds_it_and_a_killed_one_blocks_nobody(tmp_pa
         assert holder.stdout.readline() == b"held\n"
         wanted = f"{str(tmp_path)!r} is in use by process {holder.pid} on {socket.gethostname()}: wait until it ends"
         for _ in range(2):  # looking and trying leave it as it is
-            assert lock_problem(tmp_path).startswith(wanted)
-            with pytest.raises(UserError) as refused, FolderLock(tmp_path):
+            with pytest.raises(UserError, match=f"^{re.escape(wanted)}"):
+                check_not_in_use(tmp_path)
+            with pytest.raises(UserError, match=f"^{re.escape(wanted)}"), FolderLock(tmp_path):
                 pass
-            assert str(refused.value).startswith(wanted)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
     assert (tmp_path / LOCK_FILE).is_file()  # what it left behind
-    assert lock_problem(tmp_path) is None
-    with FolderLock(tmp_path):
-        assert f"process {os.getpid()} on" in lock_problem(tmp_path)
+    check_not_in_use(tmp_path)
+    with FolderLock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        check_not_in_use(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -68,7 +69,8 @@ def test_a_forked_child_that_goes_on_ends_only_its_own(tmp_path):
             os.close(writer)
             said = os.read(reader, 1000)
             os.waitpid(child, 0)
-            assert lock_problem(tmp_path) is not None
+            with pytest.raises(UserError):
+                check_not_in_use(tmp_path)
             assert (tmp_path / LOCK_FILE).is_file()
         else:
             reused = os.dup(writer)
@@ -86,9 +88,9 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     def unsupported(descriptor, *, shared=False):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock, "_lock", unsupported)
+    monkeypatch.setattr(run_folder, "_lock", unsupported)
     with FolderLock(tmp_path):
-        assert lock_problem(tmp_path) is None
+        check_not_in_use(tmp_path)
         said = capsys.readouterr().err
         assert said.startswith(f"{tmp_path}: its file system knows no locks (No locks available): see to it")
         assert said.count("\n") == 1
@@ -109,7 +111,7 @@ def test_without_room_for_it_nothing_is_left_or_held(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(lock.os, "write", full)
+        patched.setattr(run_folder.os, "write", full)
         with pytest.raises(WriteError, match=r"\.lock cannot be written \(No space left"), FolderLock(tmp_path):
             pass
     assert not list(tmp_path.iterdir())

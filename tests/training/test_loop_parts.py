@@ -13,10 +13,9 @@ import torch
 from diffusion_align.data.prompts import items_of_epoch, load_prompts
 from diffusion_align.errors import ConfigError
 from diffusion_align.interrupt import InterruptFlag
-from diffusion_align.training.callbacks import Track, WriteMetrics
+from diffusion_align.training.callbacks import MetricsLog, Trackers
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.tracking import MetricsLog, Trackers
 
 SEVEN = [(f"prompt {i}", {"i": i}) for i in range(7)]
 
@@ -73,13 +72,17 @@ def test_prompts_of_every_kind(tmp_path, monkeypatch):
 class FakeAccelerator:
     """Also its only tracker."""
 
-    is_main_process, name = True, "fake"
+    is_main_process, num_processes, name = True, 1, "fake"
 
     def __init__(self):
         self.logged, self.trackers = [], [self]
 
     def log(self, values, step):
         self.logged.append((step, values))
+
+
+def trainer_of(accelerator):
+    return SimpleNamespace(processes=Processes(accelerator))
 
 
 def test_the_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):
@@ -99,16 +102,15 @@ def test_the_metrics_file_forgets_what_came_after_the_checkpoint(tmp_path):
 
 def test_trackers_get_the_numbers_of_every_row():
     accelerator = FakeAccelerator()
-    Trackers(accelerator).log({"step": 3, "reward": 0.5, "note": "text"})
+    Trackers(accelerator).on_update(trainer_of(accelerator), {"step": 3, "reward": 0.5, "note": "text"})
     assert accelerator.logged == [(3, {"reward": 0.5})]
 
 
 def test_only_the_main_process_writes(tmp_path):
     accelerator = FakeAccelerator()
-    accelerator.is_main_process, accelerator.num_processes = False, 1
-    trainer = SimpleNamespace(processes=Processes(accelerator))
-    WriteMetrics(MetricsLog(tmp_path / "metrics.jsonl")).on_update(trainer, {"step": 1})
-    Track(Trackers(accelerator)).on_update(trainer, {"step": 1})
+    accelerator.is_main_process = False
+    MetricsLog(tmp_path / "metrics.jsonl").on_update(trainer_of(accelerator), {"step": 1})
+    Trackers(accelerator).on_update(trainer_of(accelerator), {"step": 1})
     assert not (tmp_path / "metrics.jsonl").exists()
     assert accelerator.logged == []
 

@@ -18,7 +18,7 @@ from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.lock import LOCK_FILE, FolderLock
+from diffusion_align.training.run_folder import LOCK_FILE, FolderLock
 
 REWARD = """import scale_of_mine
 
