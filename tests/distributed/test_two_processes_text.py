@@ -32,6 +32,11 @@ def only_one_fails(completions, **columns):
         raise RuntimeError("no answer")
     return [float(len(text)) for text in completions]
 
+def only_one_refuses(completions, **columns):
+    if os.environ.get("RANK") == "1":
+        raise RuntimeError("not here")
+    return [float(len(text)) for text in completions]
+
 def silent(completions, tied):
     return [None if t else 1.0 for t in tied]
 """
@@ -220,6 +225,17 @@ def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, m
         assert said == "error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 16)"
         assert "Traceback" not in error
     assert not (tmp_path / "run").exists()  # nothing was trained, so the same command can be run again
+
+
+def test_a_check_that_fails_on_one_process_ends_both_and_one_says_what_is_left_out(forked, write, tmp_path):
+    config = write(**ONLINE | {"method": "grpo", "loss_type": "grpo", "reward": ["only_one_refuses"]})
+    run = forked("train", config, "method=kto", f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
+    assert not run.timed_out, "a process went on waiting for one that is gone"
+    assert run.statuses == [2, 2], run.errors
+    first, second = (error.strip().splitlines() for error in run.errors)
+    assert first[0] == "method=kto leaves out of the recipe: loss_type"
+    assert first[-1].startswith("error: process 1: reward 'only_one_refuses' raised RuntimeError: not here")
+    assert len(second) == 1
 
 
 def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tmp_path):
