@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from diffusion_align.shown import short
+from diffusion_align.interrupt import Overdue, interrupted, interruptible
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "Interrupted",
-    "RewardError",
-    "TrainingError",
-    "UserError",
-    "first_line",
-    "problems_of",
-    "short",
-    "together",
-]
+_LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 class UserError(Exception):
@@ -29,7 +23,7 @@ class ConfigError(UserError):
     """Everything that is wrong with a configuration, all at once."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
 
@@ -91,3 +85,50 @@ def first_line(error: BaseException) -> str:
     if first.rstrip().endswith(":") and more:  # a heading
         first = f"{first.rstrip()} {more[0].strip()}"
     return first.rstrip(".") if len(first) <= 400 else first[:397] + "..."
+
+
+def short(value: Any, most: int = 80) -> str:
+    """``repr(value)`` in one line and at most ``most`` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # of a number of more digits than Python writes
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    text = re.sub(r"\s*\n\s*", " ", text)  # of a table, an array
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@contextlib.contextmanager
+def foreign_code(what: str, after: str = "", *, error: type[UserError] = UserError) -> Iterator[None]:
+    """Whatever is raised inside becomes an ``error`` that begins with ``what``, SystemExit and its like too.
+
+    An ``error`` stays as it is, and so does a Ctrl-C: KeyboardInterrupt where a loop that counts Ctrl-C has been asked
+    to stop, or where there is none.
+    """
+    try:
+        yield
+    except (error, Overdue):
+        raise
+    except BaseException as raised:
+        if isinstance(raised, KeyboardInterrupt) and (interrupted() or not interruptible()):
+            raise
+        raise error(f"{what}{describe_exception(raised)}{_place(raised.__traceback__)}{after}") from raised
+
+
+def describe_exception(error: BaseException) -> str:
+    """``TypeError: the first line of its message``, for one-sentence errors."""
+    try:
+        lines = str(error).strip().splitlines()
+    except BaseException:  # the text of an exception is code of its author's
+        return f"{type(error).__name__}, whose text cannot be read"
+    return f"{type(error).__name__}: {lines[0][:1000]}" if lines else type(error).__name__
+
+
+def _place(traceback: TracebackType | None) -> str:
+    """ " (file, line)" of the innermost frame that is neither a library's nor ours, for who has to repair it."""
+    found = ""
+    while traceback is not None:
+        code, module = traceback.tb_frame.f_code, str(traceback.tb_frame.f_globals.get("__name__"))
+        if not code.co_filename.startswith((*_LIBRARIES, "<")) and module.split(".")[0] != "diffusion_align":
+            found = f" ({Path(code.co_filename).name}, line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return found

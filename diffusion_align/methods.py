@@ -9,10 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from diffusion_align.errors import ConfigError, UserError, short
-from diffusion_align.foreign import foreign_code
+from diffusion_align.errors import ConfigError, UserError, foreign_code, short
 from diffusion_align.references import resolve
 from diffusion_align.training.config import TrainingConfig, nearest
 
@@ -103,22 +102,21 @@ def _find(method: Any) -> type[Trainer[Any]] | None:
             raise ConfigError([str(error)]) from error
     elif not isinstance(method, type):
         return None
-    if problem := _problem(found):
-        raise ConfigError([f"method={_shown(method)} {problem}"])
-    return cast("type[Trainer[Any]]", found)
+    return _checked(found, f"method={_shown(method)}")
 
 
-def _problem(found: Any) -> str | None:
-    """Why an object cannot be a method; None if it can."""
+def _checked(found: Any, subject: str) -> type[Trainer[Any]]:
+    """What was found, which must be a whole trainer class."""
     from diffusion_align.training.trainer import Trainer
 
     if not isinstance(found, type) or not issubclass(found, Trainer):
-        return "is not a trainer: write a subclass of DenoisingTrainer, TextTrainer or Trainer"
+        raise ConfigError(f"{subject} is not a trainer: write a subclass of DenoisingTrainer, TextTrainer or Trainer")
     if missing := getattr(found, "__abstractmethods__", None):
-        return f"lacks {', '.join(sorted(missing))}: a trainer must define them"
+        raise ConfigError(f"{subject} lacks {', '.join(sorted(missing))}: a trainer must define them")
     if not isinstance(found.config_class, type) or not issubclass(found.config_class, TrainingConfig):
-        return f"has config_class={short(found.config_class)}: it must be a subclass of TrainingConfig"
-    return None
+        own = short(found.config_class)
+        raise ConfigError(f"{subject} has config_class={own}: it must be a subclass of TrainingConfig")
+    return found
 
 
 def _shipped(name: str) -> type[Trainer[Any]]:

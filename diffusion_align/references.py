@@ -11,9 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from diffusion_align.errors import UserError, short
-from diffusion_align.foreign import foreign_code
-from diffusion_align.paths import path_problem
+from diffusion_align.errors import UserError, foreign_code, short
+from diffusion_align.inputs import check_path
 
 
 def resolve(reference: Any, what: str, *, noun: str = "function", error: type[UserError] = UserError) -> Any:
@@ -41,8 +40,8 @@ def resolve(reference: Any, what: str, *, noun: str = "function", error: type[Us
 
 def module_of(reference: str, what: str, *, noun: str = "function", error: type[UserError] = UserError) -> ModuleType:
     """The module that a reference leads to; see ``resolve``."""
-    if reference and (problem := path_problem(reference)):
-        raise error(f"{what} {short(reference)} {problem}")
+    if reference:
+        check_path(reference, f"{what} {short(reference)}", error=error)
     place, _, name = reference.rpartition(":")
     if not place or not name:
         raise error(f"{what} '{reference}' must read 'package.module:{noun}' or 'path/to/file.py:{noun}'")
@@ -51,8 +50,7 @@ def module_of(reference: str, what: str, *, noun: str = "function", error: type[
         with foreign_code(f"{what} '{reference}' cannot be imported (", f"){here}", error=error):
             return importlib.import_module(place)
     path = Path(place).expanduser()
-    if problem := path_problem(place, "file"):
-        raise error(f"{what} file {short(place)} {problem}")
+    check_path(place, f"{what} file {short(place)}", "file", error=error)
     if not path.is_file():
         near = _near(path.name, (one.name for one in path.parent.glob("*.py")))
         raise error(f"{what} file '{path}' does not exist{near}")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_align.errors import UserError, short
-from diffusion_align.paths import path_problem
+from diffusion_align.inputs import check_path
 
 _count = itertools.count()
 _UMASK = os.umask(0)  # it can be read by setting it only
@@ -143,8 +143,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def make_folder(path: str | Path, *, parents: bool = False) -> Path:
     """Make a folder unless it is there. Without ``parents``, what it is in must exist: a run's folder that was moved
     or deleted while the run goes on is not made anew behind somebody's back."""
-    if problem := path_problem(path, to="writable"):
-        raise WriteError(f"the folder {short(str(path))} {problem}")
+    check_path(path, f"the folder {short(str(path))}", to="writable", error=WriteError)
     with writing(path):
         Path(path).mkdir(parents=parents, exist_ok=True)
     return Path(path)

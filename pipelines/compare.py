@@ -20,7 +20,6 @@ from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.data.text_encoding import Text
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.errors import ConfigError, UserError, problems_of
-from diffusion_align.markdown import cell, literal, plain
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
@@ -29,6 +28,7 @@ from diffusion_align.pipelines.text import TextAlignmentPipeline, several
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, reward_problem
 from diffusion_align.rewards.text import build_text_reward, text_of, text_reward_problem, weighted_sum
+from diffusion_align.streams import cell, literal, plain
 from diffusion_align.writing import WriteError, make_folder, write_text
 
 _BATCH = 8

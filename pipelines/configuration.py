@@ -15,10 +15,10 @@ from pydantic import BaseModel, ValidationError
 from diffusion_align.data.schemas import RowsConfig
 from diffusion_align.data.sources import in_python, refuse_splits
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
+from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
-from diffusion_align.paths import PROBE, output_problem, path_problem
 from diffusion_align.rewards import reward_problem
 from diffusion_align.rewards.image.clip import check_clip
 from diffusion_align.rewards.text import text_reward_problem
@@ -65,8 +65,8 @@ def read_settings(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ConfigError: there is no such file or recipe, or it or an override cannot be read.
     """
     shipped = shipped_configs().get(source)
-    if shipped is None and (problem := path_problem(source)):
-        raise ConfigError([f"config {short(source)} {problem}"])
+    if shipped is None:
+        check_path(source, f"config {short(source)}", error=ConfigError)
     path = shipped or Path(os.path.expanduser(source))
     if not path.is_file():
         hint = nearest(source, list(shipped_configs()))
@@ -231,8 +231,9 @@ def _check_precision(raw: Mapping[str, Any]) -> list[str]:
 def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
     if not isinstance(raw.get("output_dir"), str | Path):
         return []
-    if problem := output_problem(raw["output_dir"], "folder"):
-        return [f"output_dir={short(os.path.expanduser(raw['output_dir']), 320)} {problem}"]
+    shown = short(os.path.expanduser(raw["output_dir"]), 320)
+    if problems := problems_of(check_output, raw["output_dir"], f"output_dir={shown}", "folder"):
+        return problems
     folder = Path(os.path.expanduser(raw["output_dir"]))
     try:
         # Another process of this run may be probing the same folder.

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_align.data.prompts import check_image_prompts
-from diffusion_align.devices import device_problem
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.table_scheduler import scheduler_of
 from diffusion_align.errors import UserError, short
+from diffusion_align.inputs import check_device, check_path
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
@@ -27,7 +27,6 @@ from diffusion_align.models.lora_file import save_lora
 from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.models.upload import upload
-from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.pictures import DrawnImages, Picture, as_batch, score_images
 from diffusion_align.pipelines.run import run
@@ -106,8 +105,7 @@ class ImageAlignmentPipeline:
         Raises:
             UserError: the model or the LoRA cannot be loaded.
         """
-        if problem := device_problem(device):
-            raise UserError(f"device={str(device)!r} {problem}")
+        check_device(device, f"device={str(device)!r}")
         plan = image_model_ref(str(model))
         variant = plan.variant if variant is None else variant
         base_config = plan.base_config if base_config is None else base_config
@@ -168,8 +166,7 @@ class ImageAlignmentPipeline:
         for name, argument in _OF_LOADING.items():
             if name in settings:
                 raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
-        if problem := path_problem(output_dir, to="writable"):
-            raise UserError(f"output_dir={short(str(output_dir))} {problem}")
+        check_path(output_dir, f"output_dir={short(str(output_dir))}", to="writable")
         own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
         goes_on = own and settings.get("resume") is True
         if goes_on and not adapters.adapted_parts(self.pipeline):

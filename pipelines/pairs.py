@@ -25,9 +25,9 @@ from diffusion_align.data.prompts import Prompt, check_image_prompts
 from diffusion_align.data.text_encoding import Text, completion_of
 from diffusion_align.errors import ConfigError, Interrupted, UserError, problems_of, short
 from diffusion_align.images import UnreadableImage, open_image
+from diffusion_align.inputs import check_output, check_path
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
-from diffusion_align.paths import output_problem, path_problem
 from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
@@ -266,8 +266,7 @@ def pairs_of(
         RewardError: a judge that cannot be built, raises, or gives anything but one finite score per sample.
         Interrupted: Ctrl-C.
     """
-    if problem := path_problem(output):
-        raise UserError(f"output={short(str(output))} {problem}")
+    check_path(output, f"output={short(str(output))}")
     output = Path(output).expanduser()
     settings = {"model": candidates.model, "per_prompt": per_prompt, "seed": seed, **candidates.sampling}
     settings |= {"judge": _plain(judge), "prompts": _digest(prompts)}
@@ -351,8 +350,7 @@ def _check(candidates: Candidates, prompts: Sequence[Any], judge: Any, per_promp
 
 
 def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    if problem := output_problem(output, "folder"):
-        raise UserError(f"output={short(str(output), 320)} {problem}")
+    check_output(output, f"output={short(str(output), 320)}", "folder")
     if not output.is_dir() or all(path.name == LOCK_FILE for path in output.iterdir()):
         return
     if not resume:

@@ -27,8 +27,8 @@ from diffusion_align.data.text_rows import (
     PromptRow,
     TextDataConfig,
 )
-from diffusion_align.devices import device_problem
 from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.inputs import check_device, check_path
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.rollout import rollout
@@ -42,7 +42,6 @@ from diffusion_align.models.language_models import (
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.models.upload import upload
-from diffusion_align.paths import path_problem
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text_context import bare_rows
@@ -96,8 +95,7 @@ class TextAlignmentPipeline:
         Raises:
             UserError: the model cannot be loaded.
         """
-        if problem := device_problem(device):
-            raise UserError(f"device={str(device)!r} {problem}")
+        check_device(device, f"device={str(device)!r}")
         loaded, tokenizer = load_language_model(str(model), dtype=dtype)
         loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         pipe = cls(loaded, tokenizer, name=str(model))
@@ -435,8 +433,7 @@ def read_prompts(source: str) -> list[tuple[Text, dict[str, Any]]]:
     Raises:
         ConfigError: there is nothing of that name, or it holds no prompts.
     """
-    if problem := path_problem(source):
-        raise ConfigError([f"prompts.source={short(source)} {problem}"])
+    check_path(source, f"prompts.source={short(source)}", error=ConfigError)
     table, _ = TextDataConfig(source=source).opened("prompts", "prompts")
     rows = first_rows(table, None)
     return [(row["prompt"], {name: value for name, value in row.items() if name != "prompt"}) for row in rows]

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion_align.errors import RewardError
-from diffusion_align.foreign import describe_exception
+from diffusion_align.errors import RewardError, describe_exception
 from diffusion_align.rewards.foreign import (
     answer_of,
     copied,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
+from diffusion_align.errors import short
 from diffusion_align.rewards.base import (
     Reward,
     RewardError,
@@ -22,7 +23,6 @@ from diffusion_align.rewards.foreign import foreign_code, runs_in_background
 from diffusion_align.rewards.image.clip import unshared
 from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find
 from diffusion_align.rewards.settings import RewardSettings, describe_options, description
-from diffusion_align.shown import short
 
 
 class ScaledReward:

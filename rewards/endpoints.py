@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image
 from pydantic import PlainValidator
 
+from diffusion_align.errors import short
+from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import interrupted
-from diffusion_align.paths import path_problem
 from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.shown import short
 from diffusion_align.streams import printable
 
 LARGEST_ANSWER = 1_000_000  # bytes
@@ -300,8 +300,8 @@ def read_token(file: str | Path | None, variable: str) -> str | None:
     """
     if file is not None:
         place = f"token_file={short(str(file))}"
-        if isinstance(file, str | Path) and (problem := path_problem(file, "file")):
-            raise RewardError(f"{place} {problem}")
+        if isinstance(file, str | Path):
+            check_path(file, place, "file", error=RewardError)
         try:
             token = Path(file).expanduser().read_text(encoding="ascii").strip()
         except (OSError, ValueError, TypeError) as error:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diffusion_align import foreign
+from diffusion_align import errors
 from diffusion_align.background import LongLivedThread, background
 from diffusion_align.errors import RewardError
 from diffusion_align.interrupt import Overdue, breakable
@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 _PLAIN = (str, int, float, bool, bytes, type(None))
 _local = threading.local()
 _asynchronous = LongLivedThread("diffusion-align event loop")  # where this thread has a loop that runs: notebooks
-foreign_code = functools.partial(foreign.foreign_code, error=RewardError)
+foreign_code = functools.partial(errors.foreign_code, error=RewardError)
 
 
 def reward_name(reward: Any) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from diffusion_align.errors import RewardError
-from diffusion_align.paths import path_problem
+from diffusion_align.errors import RewardError, short
+from diffusion_align.inputs import check_path
 from diffusion_align.references import module_of, resolve
 from diffusion_align.rewards.base import metadata_place, parameters_of
 
@@ -73,7 +73,9 @@ def find(source: str, kind: Kind) -> tuple[str, Any]:
     if source in kind.table:
         module, settings = kind.table[source]
         return source, getattr(importlib.import_module(module), settings)
-    if ":" not in source and not (source and path_problem(source)):
+    if source:
+        check_path(source, f"reward {short(source)}", error=RewardError)
+    if ":" not in source:
         ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
         other = _other(kind)
         if source in other.table:

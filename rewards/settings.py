@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from diffusion_align import inputs
 from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.devices import device_problem
 from diffusion_align.errors import RewardError, short
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import sentences
@@ -50,8 +50,7 @@ class RewardSettings(BaseModel):
 
 
 def check_device(device: Any) -> Any:
-    if problem := device_problem(device):
-        raise RewardError(f"device={device!r} {problem}")
+    inputs.check_device(device, f"device={device!r}", error=RewardError)
     return device
 
 

@@ -9,12 +9,12 @@ import torch
 from pydantic import PlainValidator, ValidationInfo
 from torch import Tensor, nn
 
-from diffusion_align.hub import hub_or_cache
-from diffusion_align.paths import path_problem
+from diffusion_align.errors import short
+from diffusion_align.inputs import check_path
+from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.places import note
 from diffusion_align.rewards.text.loading import place
-from diffusion_align.shown import short
 
 
 def weights_file(weights: str | Path | None, repository: str, file: str) -> Path:
@@ -43,8 +43,8 @@ def weights_file(weights: str | Path | None, repository: str, file: str) -> Path
 def _existing_file(file: str | Path | None, info: ValidationInfo) -> str | Path | None:
     if file is None:
         return None
-    if isinstance(file, str | Path) and (problem := path_problem(file, "file")):
-        raise RewardError(f"{info.field_name}={short(str(file))} {problem}")
+    if isinstance(file, str | Path):
+        check_path(file, f"{info.field_name}={short(str(file))}", "file", error=RewardError)
     if not isinstance(file, str | Path) or not Path(file).expanduser().is_file():
         raise RewardError(
             f"{info.field_name}={short(str(file), 200)} is not a file: give a local file of tensors, or leave it out"

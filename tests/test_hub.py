@@ -7,8 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-import diffusion_align.hub as hub
-from diffusion_align.hub import hub_or_cache
+import diffusion_align.pretrained as hub
+from diffusion_align.pretrained import hub_or_cache
 
 
 @pytest.fixture

@@ -28,13 +28,13 @@ def test_printable():
 
 
 def test_whoever_may_not_write_to_dev_may_write_to_stdout(monkeypatch):
-    from diffusion_align import cli, paths
+    from diffusion_align import cli, inputs
     from diffusion_align.errors import UserError
 
     def denied(dir, prefix):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(paths.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(inputs.tempfile, "TemporaryFile", denied)
     cli._check_output_file(Path("/dev/stdout"))
     with pytest.raises(UserError, match="--output: the folder /dev cannot be used: it is not writable: Permission"):
         cli._check_output_file(Path("/dev/no-stream"))

@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.errors import ConfigError, Interrupted, UserError, first_line, short
 
 app = typer.Typer(
     help="Align diffusion models and language models with rewards and preferences.",
@@ -178,7 +179,7 @@ def score(
     if len(asked) == 1:
         asked = asked * len(images)
     if len(asked) != len(images):
-        raise _user_error(f"{len(asked)} prompts for {len(images)} pictures: give one prompt, or one for each")
+        raise UserError(f"{len(asked)} prompts for {len(images)} pictures: give one prompt, or one for each")
     texts, metadata = zip(*asked, strict=True)
     pictures = [_open(path) for path in images]
     _hide_loading_bars()
@@ -212,19 +213,17 @@ def serve_reward(
     """Serve a reward over HTTP; runs elsewhere ask it with reward: {name: remote, url: ...}."""
     import torch
 
-    from diffusion_align.devices import device_problem
+    from diffusion_align.inputs import check_device
     from diffusion_align.rewards import check_reward, reward_name
     from diffusion_align.rewards.endpoints import read_token
-    from diffusion_align.shown import short
 
     try:
         from diffusion_align.rewards import serving
     except ImportError as error:
-        raise _user_error(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
+        raise UserError(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
     token = read_token(token_file, serving.TOKEN)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    if problem := device_problem(device):
-        raise _user_error(f"--device {device if len(device) < 80 else short(device)} {problem}")
+    check_device(device, f"--device {device if len(device) < 80 else short(device)}")
     texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
     with serving.bind(host, port, token=token) as bound:
         _hide_loading_bars()
@@ -264,7 +263,7 @@ def compare(
     texts, metadata = zip(*found, strict=True)
     output = output or Path("compare.md" if kind == "text" else "compare.png")
     if os.path.isdir(output):
-        raise _user_error(f"--output {output} is a folder: name the file to write")
+        raise UserError(f"--output {output} is a folder: name the file to write")
     _check_output_file(output)
     _hide_loading_bars()
     options: Any = {"metadata": metadata, "seed": seed, "output": output, "per_prompt": per_prompt}
@@ -318,7 +317,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def _check_kind(kind: str, of_images: dict[str, Any], of_text: dict[str, Any]) -> None:
     unfit, what = (of_images, "image models") if kind == "text" else (of_text, "language models")
     for name in unfit:
-        raise _user_error(f"--{name.replace('_', '-')} is for {what}: leave it out")
+        raise UserError(f"--{name.replace('_', '-')} is for {what}: leave it out")
 
 
 @app.command()
@@ -329,7 +328,7 @@ def report(folder: Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER"
     try:
         written = write_report(folder)
     except (OSError, ValueError) as error:
-        raise _user_error(str(error)) from None
+        raise UserError(str(error)) from None
     _print(f"wrote {written}")
 
 
@@ -354,7 +353,7 @@ def estimators(
     try:
         parts = [*value_report(Normal(*q), Normal(*p), samples=samples, seed=seed), "", *gradient_report(example)]
     except ValueError as error:
-        raise _user_error(str(error)) from None
+        raise UserError(str(error)) from None
     if plot is not None:
         _make_folder(plot, "--plot")
         parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
@@ -370,10 +369,9 @@ def list_(
 ) -> None:
     """What can be named in a configuration."""
     from diffusion_align.cli.listing import LISTINGS
-    from diffusion_align.shown import short
 
     if what and what not in LISTINGS:
-        raise _user_error(f"there is no list {short(what)}: choose one of {', '.join(LISTINGS)}")
+        raise UserError(f"there is no list {short(what)}: choose one of {', '.join(LISTINGS)}")
     for name in [what] if what else LISTINGS:
         _console.print(f"[bold]{name}[/bold]")
         for entry, lines in LISTINGS[name]():
@@ -389,7 +387,6 @@ def doctor(
 ) -> None:
     """Say what this machine has and, with CONFIG, whether and how that recipe would run."""
     from diffusion_align.doctor.describe import describe_config, describe_machine
-    from diffusion_align.errors import ConfigError
 
     about, problems = describe_config(config, overrides or []) if config is not None else ([], [])
     _print_aligned(describe_machine() + about)
@@ -411,7 +408,6 @@ def _print_aligned(lines: list[tuple[str, str]]) -> None:
 def main() -> None:
     """Run a command; the exit status is 0, 2 (a user's error), 130 (interrupted) or 1 (anything unexpected)."""
     from diffusion_align import interrupt
-    from diffusion_align.errors import Interrupted, UserError
     from diffusion_align.streams import LastingStreams
 
     streams = LastingStreams()
@@ -458,8 +454,6 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _unexpected(error: BaseException, debug: bool) -> int:
     """One sentence about an error that nobody foresaw, and its traceback in a file that only the user can read."""
     import tempfile
-
-    from diffusion_align.errors import first_line
 
     try:
         what = f"{type(error).__name__}: {first_line(error)}"
@@ -540,14 +534,8 @@ def _reward(name: str, options: list[str] | None, model: str, device: str) -> An
 
     given = apply_overrides({}, options or [])
     if "name" in given:
-        raise _user_error(f"--option name={given['name']!r}: the reward is named already, '{name}': leave this out")
+        raise UserError(f"--option name={given['name']!r}: the reward is named already, '{name}': leave this out")
     return build_reward(given | {"name": name}, model=model, device=device)
-
-
-def _user_error(sentence: str) -> Exception:
-    from diffusion_align.errors import UserError
-
-    return UserError(sentence)
 
 
 @contextmanager
@@ -573,7 +561,7 @@ def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, d
     if prompts is not None:
         found += load_prompts(prompts)
     if not found:
-        raise _user_error("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
+        raise UserError("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
     return found
 
 
@@ -584,43 +572,39 @@ def _text_prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[A
 
     found = [*((text, {}) for text in prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     if not found:
-        raise _user_error("no prompt: give -p TEXT or --prompts FILE")
+        raise UserError("no prompt: give -p TEXT or --prompts FILE")
     check_unicode(prompt or [])
     return found
 
 
 def _open(path: Path) -> Any:
     from diffusion_align.images import UnreadableImage, open_image
-    from diffusion_align.paths import path_problem
-    from diffusion_align.shown import short
+    from diffusion_align.inputs import check_path
 
-    if problem := path_problem(path):
-        raise _user_error(f"picture {short(str(path))} {problem}")
+    check_path(path, f"picture {short(str(path))}")
     if not path.exists():
-        raise _user_error(f"there is no picture {path}")
+        raise UserError(f"there is no picture {path}")
     try:
         return open_image(path)
     except UnreadableImage as problem:
-        raise _user_error(f"{path} {problem}") from None
+        raise UserError(f"{path} {problem}") from None
 
 
 def _check_output(path: Path, want: Literal["file", "folder"], option: str = "--output") -> None:
     """Whether it can be written, or made; nothing is left behind."""
-    from diffusion_align.paths import output_problem
-    from diffusion_align.shown import short
+    from diffusion_align.inputs import check_output
 
-    if problem := output_problem(path, want):
-        shown = path if len(str(path)) <= 80 and str(path).isprintable() else short(str(path))
-        raise _user_error(f"{option}: the {want} {shown} cannot be used: it {problem}")
+    shown = path if len(str(path)) <= 80 and str(path).isprintable() else short(str(path))
+    check_output(path, f"{option}: the {want} {shown} cannot be used: it", want)
 
 
 def _check_output_file(path: Path) -> None:
     """Its folder first, unless all is well: into that of /dev/stdout nobody else may write."""
-    from diffusion_align.paths import output_problem
-
-    if output_problem(path, "file"):
-        _check_output(path.parent, "folder")
+    try:
         _check_output(path, "file")
+    except UserError:
+        _check_output(path.parent, "folder")
+        raise
 
 
 def _make_folder(path: Path, option: str = "--output") -> None:
@@ -628,4 +612,4 @@ def _make_folder(path: Path, option: str = "--output") -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _user_error(f"{option}: the folder {path} cannot be used: {error.strerror}") from None
+        raise UserError(f"{option}: the folder {path} cannot be used: {error.strerror}") from None

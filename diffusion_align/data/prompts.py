@@ -37,7 +37,7 @@ from diffusion_align.data.sources import (
     short,
 )
 from diffusion_align.errors import ConfigError
-from diffusion_align.paths import path_problem
+from diffusion_align.inputs import check_path
 from diffusion_align.training.config import sentences
 from diffusion_align.training.randomness import generator
 
@@ -129,8 +129,8 @@ def load_prompts(source: PromptsConfig | str | Path | Iterable[Any] | Mapping[st
     Raises:
         ConfigError: everything that is wrong, at once.
     """
-    if isinstance(source, str | Path) and str(source) and (problem := path_problem(source)):
-        raise ConfigError([f"prompts.source={short(str(source))} {problem}"])
+    if isinstance(source, str | Path) and str(source):
+        check_path(source, f"prompts.source={short(str(source))}", error=ConfigError)
     try:
         return PromptsConfig.model_validate(source).opened("prompts", "prompts")
     except ValidationError as error:

@@ -30,8 +30,8 @@ from pydantic_core import to_jsonable_python
 from rich.console import Console
 
 from diffusion_align.errors import ConfigError, first_line, short
-from diffusion_align.hub import hub_or_cache
-from diffusion_align.paths import path_problem
+from diffusion_align.inputs import check_path
+from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.training.progress import progress_bars
 
 FORMATS = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
@@ -303,8 +303,7 @@ def open_table(source: TableSource) -> Table:
         return ListTable(
             _mappings(source, source.source, f"{source.name}.source", "a mapping of column to value"), None
         )
-    if problem := path_problem(source.source):
-        raise ConfigError([f"{source.name}.source={short(source.source)} {problem}"])
+    check_path(source.source, f"{source.name}.source={short(source.source)}", error=ConfigError)
     if is_hub(source.source):
         check_hub(source)
         return StreamedTable(source) if source.max_rows is not None else _mapped(source, source.source, None)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.samplers import SAMPLERS, Sampler, Step, find_sampler, scheduler_config
-from diffusion_align.errors import UserError
-from diffusion_align.foreign import foreign_code
+from diffusion_align.errors import UserError, foreign_code
 from diffusion_align.training.config import Section
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

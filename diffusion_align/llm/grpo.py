@@ -24,6 +24,7 @@ from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.errors import short
 from diffusion_align.estimators import (
     categorical_kl,
     group_advantages,
@@ -38,7 +39,6 @@ from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
-from diffusion_align.shown import short
 from diffusion_align.training.config import OrInfinite
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_align.errors import UserError, first_line, short
+from diffusion_align.inputs import check_path
 from diffusion_align.models.lora import ADAPTER, carries_adapters, load_lora, lora_layers, merge_lora, remove_lora
 from diffusion_align.models.lora_file import read_lora
-from diffusion_align.paths import path_problem
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ def put_on(pipeline: Any, lora: str | Path, model: str) -> None:
     Raises:
         UserError: there is nothing, or some of it does not fit the pipeline.
     """
-    if problem := path_problem(lora):
-        raise UserError(f"lora={short(str(lora))} {problem}")
+    check_path(lora, f"lora={short(str(lora))}")
     for name, part in read_lora(lora, pipeline, model).items():
         try:
             load_lora(getattr(pipeline, name), part.config, part.weights)

@@ -15,11 +15,10 @@ import torch
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, short
-from diffusion_align.hub import hub_or_cache
+from diffusion_align.inputs import check_path
 from diffusion_align.models.part_configs import check_folder, check_pipeline
 from diffusion_align.models.single_file import check_single_file, family_of, is_one_file, load_single_file
-from diffusion_align.paths import path_problem
-from diffusion_align.pretrained import load_in_dtype
+from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.training.config import nearest
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
@@ -43,9 +42,9 @@ def check_pipeline_name(model: str, *, variant: str | None = None, base_config: 
     Raises:
         UserError: it cannot be a text-to-image pipeline.
     """
-    for name, path in {"model": model, "base_config": base_config}.items():
-        if path is not None and (problem := path_problem(path)):
-            raise UserError(f"{name}={short(path)} {problem}")
+    check_path(model, f"model={short(model)}")
+    if base_config is not None:
+        check_path(base_config, f"base_config={short(base_config)}")
     if not is_one_file(model):
         if base_config is not None:
             raise UserError(

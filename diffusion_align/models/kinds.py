@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from diffusion_align.errors import UserError, problems_of
-from diffusion_align.hub import hub_or_cache
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
+from diffusion_align.pretrained import hub_or_cache
 
 
 def model_kind(names: Sequence[str]) -> Literal["image", "text"]:

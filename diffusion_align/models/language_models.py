@@ -19,12 +19,11 @@ from torch import nn
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.data.text_encoding import context_length, ends_of
 from diffusion_align.errors import UserError, first_line, problems_of, short
-from diffusion_align.hub import hub_or_cache
+from diffusion_align.inputs import check_path
 from diffusion_align.models.lora import forget_adapters, load_peft
 from diffusion_align.models.model_ref import ModelRef
 from diffusion_align.models.smollm2 import NOT_INSTALLED, convert_smollm2, installed_weights, smollm2_folder
-from diffusion_align.paths import path_problem
-from diffusion_align.pretrained import load_in_dtype
+from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.training.config import load_yaml, nearest
 from diffusion_align.training.places import found_from
 
@@ -150,8 +149,7 @@ def language_model_ref(name: str, kinds: tuple[Kind, ...] = ("causal",), above: 
     """
     subject = f"model={name!r}"
     embedded = ", ".join(LANGUAGE_MODELS)
-    if problem := path_problem(name, "folder"):
-        raise UserError(f"model={short(name)} {problem}")
+    check_path(name, f"model={short(name)}", "folder")
     if name in above:
         raise UserError(f"{subject} is trained on itself: correct base_model_name_or_path, or model in config.yaml")
     if name == "tiny-lm":

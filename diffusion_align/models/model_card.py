@@ -17,7 +17,6 @@ import jinja2
 from diffusion_align import __version__, yaml_text
 from diffusion_align.assets import asset_path
 from diffusion_align.errors import UserError
-from diffusion_align.markdown import cell, fence, literal, plain
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.lora_file import LORA_FILE
@@ -26,6 +25,7 @@ from diffusion_align.models.single_file import is_one_file
 from diffusion_align.models.smollm2 import smollm2_folder
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
+from diffusion_align.streams import cell, fence, literal, plain
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.evaluation import SUMMARY
 from diffusion_align.training.places import found_from

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.errors import UserError, short
+from diffusion_align.inputs import check_path
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder_unet, check_pipeline_name
 from diffusion_align.models.lora_file import LORA_FILE
-from diffusion_align.paths import path_problem
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.places import found_from
 
@@ -54,8 +54,7 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
         UserError: a run that is not finished, of a language model, or whose base cannot be found. Nothing is said
             here about models that are no runs.
     """
-    if problem := path_problem(model):
-        raise UserError(f"model={short(model)} {problem}")
+    check_path(model, f"model={short(model)}")
     found = _run_folder(model)
     if found is None:
         return ModelRef(model, below=model, origin=model)

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from diffusion_align import yaml_text
+from diffusion_align.errors import short
 from diffusion_align.images import UnreadableImage, open_image
-from diffusion_align.paths import path_problem
+from diffusion_align.inputs import check_path
 from diffusion_align.report import plots, texts
 from diffusion_align.report.metrics import (
     IMAGE_KL,
@@ -29,7 +30,6 @@ from diffusion_align.report.metrics import (
     read_metrics,
     series,
 )
-from diffusion_align.shown import short
 from diffusion_align.writing import write_text
 
 MAX_GRIDS = 6
@@ -114,8 +114,7 @@ def write_report(run_dir: str | Path) -> Path:
     Raises:
         ValueError: the folder holds nothing of a run, or its ``metrics.jsonl`` is damaged.
     """
-    if problem := path_problem(run_dir):
-        raise ValueError(f"the run folder {short(str(run_dir))} {problem}")
+    check_path(run_dir, f"the run folder {short(str(run_dir))}", error=ValueError)
     run_dir = Path(run_dir)
     if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "samples")):
         raise ValueError(

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from diffusion_align.errors import ConfigError, UserError, first_line, short
-from diffusion_align.foreign import foreign_code
+from diffusion_align.errors import ConfigError, UserError, first_line, foreign_code, short
 from diffusion_align.interrupt import Overdue, breakable
 from diffusion_align.references import resolve
 from diffusion_align.training.config import dump_config

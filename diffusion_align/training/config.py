@@ -30,8 +30,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefin
 from diffusion_align import yaml_text
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.errors import ConfigError, short
+from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import GRACE
-from diffusion_align.paths import path_problem
 from diffusion_align.yaml_text import EXPONENT, Unread, YamlProblem, odd_number
 
 
@@ -266,8 +266,7 @@ _ROWS = ("prompts", "dataset", "eval_dataset", "pairs")
 
 def load_yaml(path: Path, *, unread: bool = False) -> dict[str, Any]:
     """The mapping in a YAML file, or a ConfigError with one sentence; ``unread`` as in ``yaml_text.parse``."""
-    if problem := path_problem(path, "file"):
-        raise ConfigError([f"{short(str(path))} {problem}"])
+    check_path(path, short(str(path)), "file", error=ConfigError)
     try:
         raw = yaml_text.read(path, unread=unread)
     except FileNotFoundError:

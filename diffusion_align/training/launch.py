@@ -23,8 +23,8 @@ from accelerate.utils import (
     set_seed,
 )
 
-from diffusion_align.devices import device_problem
-from diffusion_align.errors import ConfigError, UserError, first_line
+from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
+from diffusion_align.inputs import check_device
 from diffusion_align.training.config import TrainingConfig, load_yaml
 
 Treatment = Literal["honoured", "overruled", "compared", "refused", "idle"]
@@ -107,8 +107,8 @@ def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | N
         if name in given and given[name].lower() not in _TRUE | _FALSE:
             problems.append(f"{name}={given[name]!r} must be true or false: set it to one, or unset it")
     device = given.get("ACCELERATE_TORCH_DEVICE")
-    if problem := device_problem(device):
-        problems.append(f"ACCELERATE_TORCH_DEVICE={device!r} {problem}: correct or unset it")
+    of_device = problems_of(check_device, device, f"ACCELERATE_TORCH_DEVICE={device!r}")
+    problems += [f"{problem}: correct or unset it" for problem in of_device]
     launched = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     wanted = "no" if mixed_precision is False else mixed_precision
     if launched == "fp8" or (launched not in ("", "no", wanted) and wanted != "auto"):

@@ -25,8 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion_align import __version__
-from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError
-from diffusion_align.foreign import foreign_code
+from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, foreign_code
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.training import checkpoint
 from diffusion_align.training.callbacks import (

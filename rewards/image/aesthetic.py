@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.hub import hub_or_cache
+from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.image.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipEncoder, is_emoji_sd, load_clip
 from diffusion_align.rewards.places import note

@@ -21,7 +21,7 @@ from pydantic import PlainValidator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_align.hub import hub_or_cache
+from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.places import note, recorded
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.hub import hub_or_cache
-from diffusion_align.pretrained import load_in_dtype
+from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.image.clip import EMOJI_CLIP, OPEN_CLIP, ClipEncoder, resize_and_crop, squash
 from diffusion_align.rewards.places import note

@@ -21,7 +21,8 @@ from pydantic import Field, PlainValidator, ValidatorFunctionWrapHandler, WrapVa
 from torch import Tensor
 
 from diffusion_align.bounds import MOST
-from diffusion_align.paths import output_problem
+from diffusion_align.errors import short
+from diffusion_align.inputs import check_output
 from diffusion_align.rewards.base import RewardError, to_uint8
 from diffusion_align.rewards.endpoints import (
     Endpoint,
@@ -34,7 +35,6 @@ from diffusion_align.rewards.endpoints import (
     readable_token,
 )
 from diffusion_align.rewards.settings import RewardSettings, Seconds
-from diffusion_align.shown import short
 from diffusion_align.streams import printable
 from diffusion_align.training.config import Weight
 from diffusion_align.writing import WriteError, make_folder, write_text
@@ -81,8 +81,8 @@ def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 def _writable_folder(cache: str | Path | None) -> str | Path | None:
     if cache is not None and not isinstance(cache, str | Path):
         raise RewardError(f"cache={short(cache)} must be a folder")
-    if cache is not None and (wrong := output_problem(cache, "folder")):
-        raise RewardError(f"cache={short(str(cache))} must be a folder: it {wrong}")
+    if cache is not None:
+        check_output(cache, f"cache={short(str(cache))} must be a folder: it", "folder", error=RewardError)
     return cache
 
 

@@ -9,8 +9,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from diffusion_align.bounds import MOST
-from diffusion_align.hub import hub_or_cache
-from diffusion_align.pretrained import load_in_dtype
+from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.rewards.base import RewardError, describe_exception
 from diffusion_align.rewards.image.clip import DTYPES, is_missing_folder
 from diffusion_align.rewards.places import note

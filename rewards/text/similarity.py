@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.bounds import MOST
-from diffusion_align.hub import hub_or_cache
+from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
 from diffusion_align.rewards.text.loading import (

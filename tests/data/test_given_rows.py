@@ -14,10 +14,9 @@ from diffusion_align.data.prompts import PromptsConfig, load_prompts
 from diffusion_align.data.sources import GivenRows, ListTable, in_python
 from diffusion_align.data.text_encoding import TextEncoder
 from diffusion_align.data.text_rows import TextDataConfig, labelled_rows, preference_rows, prompt_rows
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, short
 from diffusion_align.models.language_models import load_tokenizer
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.shown import short
 from diffusion_align.training.config import dump_config
 
 ROWS = [{"prompt": "three apples", "n": 3}, {"prompt": "a cat", "n": 1}]

@@ -1,4 +1,7 @@
-"""What can be wrong with a path, seen before anything is opened: opening a pipe would wait for ever."""
+"""Paths and devices that people name, checked before anything is opened or loaded: opening a pipe would wait for ever.
+
+A check raises what ``error`` makes of one sentence: ``subject``, such as "model='a/b'", and what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,63 @@ import errno
 import os
 import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-Want = Literal["file", "folder", "either"]
+from diffusion_align.errors import UserError, short
+
+Error = Callable[[str], Exception]
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/")
 PROBE = ".diffusion-align-"
 """What files begin with that only try whether a folder can be written to."""
 _KINDS = {stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
-def path_problem(
-    path: str | Path, want: Want = "either", *, to: Literal["readable", "writable"] = "readable"
-) -> str | None:
-    """What ``path`` is that it must not be, to stand behind its name; None of one that is well or not there.
+def check_path(
+    path: str | Path,
+    subject: str,
+    want: Literal["file", "folder", "either"] = "either",
+    *,
+    to: Literal["readable", "writable"] = "readable",
+    error: Error = UserError,
+) -> None:
+    """Raise an ``error`` if ``path`` is what it must not be; all is well if it is not there.
 
     Args:
         path: ``~`` is expanded.
         want: what it has to be if it is there.
         to: what for.
     """
+    if problem := _wrong(path, want, to):
+        raise error(f"{subject} {problem}")
+
+
+def check_output(path: str | Path, subject: str, want: Literal["file", "folder"], *, error: Error = UserError) -> None:
+    """Raise an ``error`` if nothing can be written to ``path``, which may not be there yet; nothing is left behind."""
+    if problem := _unwritable(path, want):
+        raise error(f"{subject} {problem}")
+
+
+def check_device(device: Any, subject: str, *, error: Error = UserError) -> None:
+    """Raise an ``error`` if tensors cannot be put on ``device``; None is well."""
+    import torch
+
+    if device is None:
+        return
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+        raise error(f"{subject} is {short(device)}: give cpu, cuda, cuda:1 or such")
+    try:
+        if torch.device(device).type == "meta":
+            raise error(f"{subject} cannot be used: it holds no numbers")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as raised:  # the second: torch was built without CUDA
+        reason = (str(raised).splitlines() or [type(raised).__name__])[0][:300].rstrip(".")
+        raise error(f"{subject} cannot be used: {reason}") from None
+
+
+def _wrong(path: str | Path, want: str, to: str) -> str | None:
+    """What stands behind the name of a path that is not what it must be."""
     text = str(path)
     if not text.strip():
         return "is empty: give a path"
@@ -53,16 +93,14 @@ def path_problem(
     return None
 
 
-def output_problem(path: str | Path, want: Literal["file", "folder"]) -> str | None:
-    """Why nothing can be written to ``path``, a file or folder that may not be there yet; nothing is left behind."""
+def _unwritable(path: str | Path, want: str) -> str | None:
     if want == "file" and str(path).startswith(_STREAMS):  # a pipe that somebody reads, or a terminal
         return None
-    problem = path_problem(path, "file" if want == "file" else "either", to="writable")
-    if problem is not None:
+    if problem := _wrong(path, "file" if want == "file" else "either", "writable"):
         return problem
     place = Path(os.path.expanduser(path))
     there = place if want == "folder" else place.parent
-    while not there.exists():  # without an error: ``path_problem`` has seen those
+    while not there.exists():  # without an error: ``_wrong`` has seen those
         if there.is_symlink():
             return f"cannot be made: {there} is a link to nothing: choose another path"
         there = there.parent
