@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from diffusion_align.estimators import masked_mean
-from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
+from diffusion_align.extending import DPOConfig, DPOTrainer
 
 
 class ChiPOConfig(DPOConfig):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.rewards.settings import RewardSettings
+from diffusion_align.extending import RewardSettings
 
 
 class Colour(RewardSettings):

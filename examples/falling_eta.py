@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusion_align.diffusion.samplers import Step, ddim
+from diffusion_align.extending import Step, ddim
 
 
 def falling_eta(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:

@@ -8,19 +8,24 @@ There is no ratio, no clip and no negative weight: what scored badly is merely i
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
-from diffusion_align.diffusion.collection import Collected
-from diffusion_align.diffusion.policy import Conditioning
-from diffusion_align.diffusion.rollout import replay
-from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.trainer import DenoisingTrainer
-from diffusion_align.rewards.setting import RewardSetting
-from diffusion_align.training.trainer import TrainingPlan
+from diffusion_align.extending import (
+    CollectedImages,
+    Conditioning,
+    DenoisingConfig,
+    DenoisingTrainer,
+    Metric,
+    PromptsConfig,
+    RewardSetting,
+    TrainingPlan,
+    items_of_epoch,
+    replay,
+)
 
 
 class RewardWeightedConfig(DenoisingConfig):
@@ -54,15 +59,16 @@ class RewardWeightedTrainer(DenoisingTrainer[Batch]):
 
     config: RewardWeightedConfig
     config_class = RewardWeightedConfig
+    metrics: ClassVar = {"effective_samples": Metric("Effective samples", "images", "Near 1 a single image decides.")}
 
-    def collect(self) -> tuple[Collected, dict[str, float]]:
+    def collect(self) -> tuple[CollectedImages, dict[str, float]]:
         """Sample this process's images, record every step that has a density, and score them."""
         config, steps = self.config, self.schedule.stochastic_steps
         samples = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch)
         collected = self.sample(self.schedule, samples, record=lambda sample: steps, reduction="mean")
         return collected, collected.metrics
 
-    def estimate(self, collected: Collected) -> tuple[Batch, TrainingPlan, dict[str, float]]:
+    def estimate(self, collected: CollectedImages) -> tuple[Batch, TrainingPlan, dict[str, float]]:
         """Weights from the rewards of all processes; every image and every recorded step is trained on."""
         path, rewards = collected.trajectory, collected.rewards.double()
         deviations = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-8)

@@ -12,11 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.estimators import leave_one_out_advantages, masked_sum, score_function_loss
-from diffusion_align.llm.collection import Collected
-from diffusion_align.llm.policy import Sequences
-from diffusion_align.llm.settings import OnlineConfig
-from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.trainer import TrainingPlan
+from diffusion_align.extending import CollectedTexts, OnlineConfig, Sequences, TextTrainer, TrainingPlan
 
 
 class RLOOConfig(OnlineConfig):
@@ -42,11 +38,11 @@ class RLOOTrainer(TextTrainer[Batch]):
     config: RLOOConfig
     config_class = RLOOConfig
 
-    def collect(self) -> tuple[Collected, dict[str, float]]:
+    def collect(self) -> tuple[CollectedTexts, dict[str, float]]:
         _, collected = self.sample(self.prompts, self.config.num_generations)
         return collected, collected.metrics
 
-    def estimate(self, collected: Collected) -> tuple[Batch, TrainingPlan, dict[str, float]]:
+    def estimate(self, collected: CollectedTexts) -> tuple[Batch, TrainingPlan, dict[str, float]]:
         groups = torch.arange(len(collected.rewards)) // self.config.num_generations
         clip = self.config.advantage_clip
         advantages = leave_one_out_advantages(collected.rewards, groups).clamp(-clip, clip)

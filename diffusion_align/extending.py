@@ -1,0 +1,20 @@
+"""What a method, sampler, reward or callback of your own is made of, in one place; docs/extending.md shows each."""
+
+# ruff: noqa: F401
+from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
+from diffusion_align.diffusion.collection import Collected as CollectedImages
+from diffusion_align.diffusion.policy import Conditioning
+from diffusion_align.diffusion.rollout import replay
+from diffusion_align.diffusion.samplers import Step, ddim
+from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.trainer import DenoisingTrainer
+from diffusion_align.llm.collection import Collected as CollectedTexts
+from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
+from diffusion_align.llm.policy import Sequences
+from diffusion_align.llm.settings import OnlineConfig
+from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.rewards import RewardSettings
+from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.context import Metric
+from diffusion_align.training.trainer import Trainer, TrainingPlan
