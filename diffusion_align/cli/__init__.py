@@ -343,10 +343,8 @@ def estimators(
     plot: Annotated[Path | None, _place(help="folder for two figures")] = None,
 ) -> None:
     """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
-    from diffusion_align.report.estimator_gradients import EXAMPLE, random_softmax
     from diffusion_align.report.estimator_plots import write_estimator_plots
-    from diffusion_align.report.estimator_tables import gradient_report, value_report
-    from diffusion_align.report.estimator_values import Normal
+    from diffusion_align.report.estimator_tables import EXAMPLE, Normal, gradient_report, random_softmax, value_report
 
     fixed = softmax_seed is None and actions == len(EXAMPLE.policy)
     example = EXAMPLE if fixed else random_softmax(actions, softmax_seed or 0)

@@ -14,10 +14,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, Null
 from torch import Tensor
 
 from diffusion_align.estimators.kl import kl_gradient_coefficient, kl_loss
-from diffusion_align.report.drawing import GRID, INK, PALETTE
-from diffusion_align.report.estimator_gradients import GradientNoise, gradient_noise
-from diffusion_align.report.estimator_values import CLIP
-from diffusion_align.report.plots import save_figure
+from diffusion_align.report.estimator_tables import CLIP, GradientNoise, gradient_noise
+from diffusion_align.report.plots import GRID, INK, PALETTE, save_figure
 
 LOGP_REF = -0.7  # [002] figure 1: a probability of one half
 DIMENSIONS = tuple(4**n for n in range(8))  # to 16 384, the latents of a picture of 512 x 512

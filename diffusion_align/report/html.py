@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -19,10 +21,11 @@ from diffusion_align import yaml_text
 from diffusion_align.errors import short
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.inputs import check_path
-from diffusion_align.report import plots, texts
+from diffusion_align.report import plots
 from diffusion_align.report.metrics import (
     IMAGE_KL,
     Row,
+    is_number,
     natural_x,
     numeric_keys,
     read_descriptions,
@@ -30,76 +33,122 @@ from diffusion_align.report.metrics import (
     read_metrics,
     series,
 )
+from diffusion_align.report.plots import Panel
 from diffusion_align.writing import write_text
 
 MAX_GRIDS = 6
 MAX_OTHER_METRICS = 24
 MIN_FOR_ERROR = 5  # fewer updates tell too little about their spread for a standard error
 MAX_IMAGE_WIDTH = 1600  # wider pictures are shrunk inside the report; the files keep their size
+FOLDED_BEYOND = 400  # characters of a text that are shown before the rest is folded away
+FOLDED_LINES = 8
+MAX_ROWS = 32  # of a table; the files hold the others
 
-# Each plot, its axis, the metrics it shows (any one is enough), and how it is read.
-_REWARD = (
-    plots.plot_reward,
-    "epoch",
-    ("reward",),
-    "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
-    "are a real difference.",
+PREFERENCE_PANELS = (
+    Panel({"rewards/accuracies": "accuracy"}, (0.5, "chance")),
+    Panel({"rewards/margins": "margin"}, (0.0, "reference")),
+    Panel({"rewards/chosen": "chosen", "rewards/rejected": "rejected"}, (0.0, "reference"), title="Implicit reward"),
+    Panel({"error/winner": "winner", "error/loser": "loser"}, (0.0, "reference"), title="Error − the reference's"),
+    Panel({"kl/winner": "winner", "kl/loser": "loser"}, title="KL to the reference, per step"),
+    Panel({"error/winner_ratio": "winner"}, (1.0, "reference")),
+    Panel({"drift": "drift"}),
 )
-_COMMON = (
-    (
-        plots.plot_clip_fraction,
-        "step",
-        ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"),
-        "Decisions the clip range held back. Near 0 the clip does nothing; near 1 most of the gradient is lost.",
+SCORE_PANELS = (
+    Panel({"accuracy": "trained on", "eval/accuracy": "held out"}, (0.5, "chance")),
+    Panel({"margin": "trained on", "eval/margin": "held out"}, (0.0, "no preference")),
+    Panel({"scores/chosen": "chosen", "scores/rejected": "rejected"}, (0.0, "0"), title="Scores"),
+)
+COMPLETION_PANELS = (
+    Panel(
+        {"completions/mean_length": "mean", "completions/min_length": "shortest", "completions/max_length": "longest"}
     ),
-    (
-        plots.plot_ratio,
-        "step",
-        ("ratio/mean", "ratio/min", "ratio/max", "ratio/first_pass_deviation"),
-        "Probability of a sampled decision now over when it was sampled. On the first pass nothing has been updated "
-        "yet, so any deviation from 1 is numerical.",
+    Panel({"completions/clipped_ratio": "without"}),
+    Panel({"entropy": "entropy"}, title="Entropy of a token"),
+)
+CLIP_PANELS = (
+    Panel(
+        {"clip_ratio/region_mean": "either side", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
+        unit="fraction of decisions",
+        smooth=False,
     ),
-    (
-        plots.plot_grad_norm,
-        "step",
-        ("grad_norm",),
-        "The norm of each update's gradient.",
+)
+RATIO_PANELS = (
+    Panel(
+        {"ratio/mean": "mean", "ratio/max": "largest", "ratio/min": "smallest"},
+        (0.0, "as sampled"),
+        title="Importance ratio",
+        unit="ratio − 1",
+        less=1.0,
+        smooth=False,
     ),
-    (
-        plots.plot_time_split,
+    Panel({"ratio/first_pass_deviation": "deviation"}, smooth=False),
+)
+NORM_PANELS = (Panel({"grad_norm": "norm"}, smooth=False),)
+
+
+class Figure(NamedTuple):
+    """Of the report: how it is drawn, over what, the metrics of which any one is enough, and how it is read."""
+
+    draw: Callable[[Sequence[Row]], plots.Figure]
+    x: str
+    keys: Sequence[str]
+    reading: str
+
+
+def _of_panels(panels: Sequence[Panel], reading: str) -> Figure:
+    keys = [key for panel in panels for key in panel.lines]
+    return Figure(functools.partial(plots.plot_panels, shown=panels), "step", keys, reading)
+
+
+_FIGURES = {
+    "reward": Figure(
+        plots.plot_reward,
         "epoch",
-        ("time/sample", "time/score", "time/update", "time/evaluation", "time/grid", "time/epoch"),
-        "Where the seconds of each epoch went.",
+        ("reward",),
+        "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
+        "are a real difference.",
     ),
-)
-_PLOTS: Sequence[tuple[Any, str, Sequence[str], str]] = (
-    _REWARD,
-    (
+    "gold": Figure(
         plots.plot_gold,
         "epoch",
         ("gold", "gold_stderr", "diversity"),
         "What was not trained on, on the same prompts and the same noise every time. A reward that rises while "
         "this one falls is being hacked; a diversity that falls towards 0 means that all samples become one.",
     ),
-    (
-        plots.plot_preference,
-        "step",
-        plots.PREFERENCE_KEYS,
+    "preference": _of_panels(
+        PREFERENCE_PANELS,
         "How often, and by how much, the policy prefers the chosen sample more than the reference does. The loss only "
         "asks for the gap between chosen and rejected: both rewards below 0, or both errors above 0, mean that both "
         "became less likely. A winner's error that keeps rising is divergence.",
     ),
-    *(
-        (
-            functools.partial(plots.plot_panels, shown=panels),
-            "step",
-            tuple(key for _, _, lines, _ in panels for key in lines),
-            reading,
-        )
-        for panels, reading in texts.PLOTS
+    "score": _of_panels(
+        SCORE_PANELS,
+        "How often, and by how much, the chosen completion scores higher. Held-out pairs that fall behind those "
+        "trained on are overfitting.",
     ),
-    *_COMMON,
-)
+    "completions": _of_panels(
+        COMPLETION_PANELS,
+        "How long the completions are, how many the length limit cut off before their end, and how undecided the "
+        "policy is about the next token. Lengths that run away, or an entropy that falls towards 0, mean that a "
+        "reward is exploited.",
+    ),
+    "clip": _of_panels(
+        CLIP_PANELS,
+        "Decisions the clip range held back. Near 0 the clip does nothing; near 1 most of the gradient is lost.",
+    ),
+    "ratio": _of_panels(
+        RATIO_PANELS,
+        "Probability of a sampled decision now over when it was sampled. On the first pass nothing has been updated "
+        "yet, so any deviation from 1 is numerical.",
+    ),
+    "norm": _of_panels(NORM_PANELS, "The norm of each update's gradient."),
+    "time": Figure(
+        plots.plot_time_split,
+        "epoch",
+        ("time/sample", "time/score", "time/update", "time/evaluation", "time/grid", "time/epoch"),
+        "Where the seconds of each epoch went.",
+    ),
+}
 _KL = ("kl", "kl_path", "kl_coef")
 Described = Mapping[str, tuple[str, str, str]]
 """Metric -> its title, unit and how it is read."""
@@ -138,11 +187,11 @@ def write_report(run_dir: str | Path) -> Path:
         summary=" ".join([summary(rows, described), *_evaluation_sentences(rows, run_dir / "evaluation.json")]),
         finished=(run_dir / "final").exists(),
         before_after=_inline(samples / "before_after.png"),
-        before_after_texts=texts.before_after_table(samples),
+        before_after_texts=before_after_table(samples),
         figures=list(_figures(rows, described)),
         other=_other_metrics(rows, described),
         grids=list(_grids(samples)),
-        texts=[texts.samples_table(path, label) for path, label in _some_epochs(samples, "jsonl")],
+        texts=[samples_table(path, label) for path, label in _some_epochs(samples, "jsonl")],
         config=list(_flatten(config)) if isinstance(config, dict) else [],
         config_text=config_text,
     )
@@ -165,7 +214,7 @@ def summary(rows: Sequence[Row], described: Described = IMAGE_KL) -> str:
     compares = bool(preference) or not samples
     has_kl = len(series(rows, "kl")[0]) > 0
     sentences = [_reward_sentence(rows)] if has_reward or not compares else []
-    sentences += preference + texts.completion_sentences(rows)
+    sentences += preference + _completion_sentences(rows)
     if compares and not has_reward and (cost := _cost(rows)):
         sentences.append(f"The run took {cost}.")
     if has_kl or not compares:
@@ -241,7 +290,27 @@ def _preference_sentences(rows: Sequence[Row]) -> list[str]:
     found = [phrases[key].format(_tenth(values, first=False)[1]) for key, values in ends.items() if len(values)]
     if found:
         sentences.append(f"There {_listed(found)}.")
-    return sentences + texts.held_out_sentences(rows)
+    return sentences + _held_out_sentences(rows)
+
+
+def _completion_sentences(rows: Sequence[Row]) -> list[str]:
+    """How long the completions were in the first epoch and in the last, and how many were cut off."""
+    _, lengths = series(rows, "completions/mean_length", x="epoch")
+    _, clipped = series(rows, "completions/clipped_ratio", x="epoch")
+    if not len(lengths):
+        return []
+    change = f"went from {lengths[0]:.3g} to {lengths[-1]:.3g}" if len(lengths) > 1 else f"was {lengths[0]:.3g}"
+    cut = f"; the limit cut {100 * clipped[-1]:.3g} % of them off in the last epoch" if len(clipped) else ""
+    return [f"The mean length of completions {change} tokens{cut}."]
+
+
+def _held_out_sentences(rows: Sequence[Row]) -> list[str]:
+    """The accuracy of a reward model on pairs it was not trained on."""
+    _, accuracy = series(rows, "eval/accuracy", x="epoch")
+    if not len(accuracy):
+        return []
+    last = f" and {accuracy[-1]:.3g} after the last" if len(accuracy) > 1 else ""
+    return [f"On the held-out pairs it was {accuracy[0]:.3g} after the first epoch{last}."]
 
 
 def _tenth(values: np.ndarray, *, first: bool) -> tuple[float, str]:
@@ -355,14 +424,14 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _figures(rows: Sequence[Row], described: Described) -> Iterator[dict[str, Any]]:
-    for draw, x, keys, reading in _PLOTS:
+    for name, (draw, x, keys, reading) in _FIGURES.items():
         if set(numeric_keys(rows, x=x)).intersection(keys):
             yield _figure(draw(rows), reading)
-        if draw is plots.plot_reward and len(components := plots.reward_component_keys(rows)) > 1:
-            yield _figure(plots.plot_metrics(rows, components, x="epoch"), "The rewards that were logged, one by one.")
-        if draw is plots.plot_preference and (kl := [key for key in _KL if key in numeric_keys(rows, x="step")]):
+        if name == "reward" and len(components := plots.reward_component_keys(rows)) > 1:
+            yield _figure(plots.plot_metrics(rows, components), "The rewards that were logged, one by one.")
+        if name == "preference" and (kl := [key for key in _KL if key in numeric_keys(rows, x="step")]):
             titles = {key: described[key][0] for key in kl if key in described} | {"kl_coef": "Price of the KL"}
-            panels = tuple((key, titles.get(key, key), {key: "KL"}, None) for key in kl)
+            panels = [Panel({key: "KL"}, title=titles.get(key, key)) for key in kl]
             yield _figure(
                 plots.plot_panels(rows, panels), " ".join(described[key][2] for key in kl if key in described)
             )
@@ -372,7 +441,7 @@ def _figures(rows: Sequence[Row], described: Described) -> Iterator[dict[str, An
 
 def _shown() -> set[str]:
     """Metrics that a plot of the report shows."""
-    return {key for _, _, keys, _ in _PLOTS for key in keys} | {*_KL, "reward_stderr", "kl_path_stderr"}
+    return {key for figure in _FIGURES.values() for key in figure.keys} | {*_KL, "reward_stderr", "kl_path_stderr"}
 
 
 def _own(rows: Sequence[Row], described: Described) -> list[str]:
@@ -442,3 +511,109 @@ def _inline(path: Path) -> str | None:
 
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as the report shows it, with its reward, if any; ``rest`` is folded away."""
+
+    start: str
+    rest: str = ""
+    reward: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of passages under ``columns``, and a note on what is missing."""
+
+    label: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Passage]]
+    note: str
+
+
+def before_after_table(samples: Path) -> Table | None:
+    """The prompts with what was written before and after training; None if there is no such file."""
+    path = samples / "before_after.jsonl"
+    if not path.is_file():
+        return None
+    return _table(path, "", {"Before": ("before", "reward_before"), "After": ("after", "reward_after")})
+
+
+def samples_table(path: Path, label: str) -> Table:
+    """The prompts and completions of one epoch."""
+    return _table(path, label, {"Completion": ("completion", "reward")})
+
+
+def _table(path: Path, label: str, columns: Mapping[str, tuple[str, str]]) -> Table:
+    """``columns``: heading -> the keys of its text and of its reward."""
+    rows, damaged = [], 0
+    rewards: dict[str, list[float]] = {heading: [] for heading in columns}
+    for line in _lines(path):
+        try:
+            row = json.loads(line)
+            passages = [passage(plain_text(row["prompt"]))]
+            for text, reward in columns.values():
+                if not isinstance(row[text], str):
+                    raise TypeError(text)
+                passages.append(passage(row[text], row.get(reward)))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged += 1
+            continue
+        rows.append(passages)
+        for heading, (_, reward) in columns.items():
+            rewards[heading] += [row[reward]] if _finite(row.get(reward)) else []
+    means = {heading: f", mean reward {math.fsum(x) / len(x):.3g}" if x else "" for heading, x in rewards.items()}
+    notes = []
+    if len(rows) > MAX_ROWS:
+        notes.append(f"The first {MAX_ROWS} of {len(rows)} samples; the others are in samples/{path.name}.")
+    if damaged:
+        lines = "line is damaged and was" if damaged == 1 else "lines are damaged and were"
+        notes.append(f"{damaged} {lines} left out.")
+    return Table(
+        label, ("Prompt", *(heading + means[heading] for heading in columns)), rows[:MAX_ROWS], " ".join(notes)
+    )
+
+
+def plain_text(text: Any) -> str:
+    """A prompt as lines: a text as it is, of a conversation a line ``role: content`` for each message.
+
+    Raises:
+        TypeError, KeyError: neither of them.
+    """
+    if isinstance(text, str):
+        return text
+    if not isinstance(text, list) or not text:
+        raise TypeError("neither a text nor messages")
+    return "\n".join(f"{message['role']}: {_content(message['content'])}" for message in text)
+
+
+def passage(text: str, reward: Any = None) -> Passage:
+    """The text, folded where it is long, and its reward if that is a number."""
+    # A lone half of a surrogate pair is valid JSON and cannot be written as UTF-8.
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    shown = f"{reward:.3g}" if _finite(reward) else ""
+    start = "\n".join(text[:FOLDED_BEYOND].split("\n")[:FOLDED_LINES])
+    if len(start) == FOLDED_BEYOND:  # at the end of a word, if there is one
+        start = start[: start.rfind(" ", FOLDED_BEYOND // 2) + 1] or start
+    rest = text[len(start) :].removeprefix("\n")
+    short = len(rest) < FOLDED_BEYOND // 4 and rest.count("\n") < 2  # not worth folding
+    return Passage(text, "", shown) if short else Passage(start, rest, shown)
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    except OSError:
+        return [b""]
+
+
+def _content(content: Any) -> str:
+    """A message's text: itself, nothing, or its parts of type text."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return "" if content is None else str(content)
+
+
+def _finite(value: Any) -> bool:
+    return is_number(value) and abs(value) <= 1e300  # JSON knows whole numbers beyond any float

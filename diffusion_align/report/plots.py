@@ -3,94 +3,138 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
-from diffusion_align.report.drawing import (
-    DPI,
-    INK,
-    PALETTE,
-    REWARD_COMPONENT,
-    SMOOTHING,
-    X_NAMES,
-    add_legend,
-    colors,
-    draw_band,
-    draw_line,
-    draw_smooth_line,
-    finish_axes,
-    new_figure,
-    start_at_zero,
-)
 from diffusion_align.report.metrics import Row, natural_x, numeric_keys, read_metrics, series
 from diffusion_align.writing import make_folder, write_bytes
 
-RunDirs = str | Path | Sequence[str | Path]
+# Okabe and Ito's colours, told apart with every common form of colour blindness.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
+INK, GRID = "#333333", "#dddddd"
+PANEL_WIDTH, PANEL_HEIGHT = 4.6, 2.9
+DPI = 150
+MARKED_POINTS = 30  # lines of at most this many points show them
+SMOOTHING = 20  # the running mean of a noisy line is over one in this many of its points
 
-Panel = tuple[str, str, Mapping[str, str], tuple[float, str] | None]
-"""The metric that names its unit, its title, its lines, and the level of the reference or of chance."""
-IMPLICIT_REWARD_PANELS: tuple[Panel, ...] = (
-    ("rewards/accuracies", "Implicit accuracy", {"rewards/accuracies": "accuracy"}, (0.5, "chance")),
-    ("rewards/margins", "Implicit reward, chosen − rejected", {"rewards/margins": "margin"}, (0.0, "reference")),
-    (
-        "rewards/chosen",
-        "Implicit reward",
-        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-        (0.0, "reference"),
-    ),
-)
-_PREFERENCE_PANELS: tuple[Panel, ...] = (
-    *IMPLICIT_REWARD_PANELS,
-    (
-        "error/winner",
-        "Error − the reference's",
-        {"error/winner": "winner", "error/loser": "loser"},
-        (0.0, "reference"),
-    ),
-    ("kl/winner", "KL to the reference, per step", {"kl/winner": "winner", "kl/loser": "loser"}, None),
-    (
-        "error/winner_ratio",
-        "Winner's error / the reference's",
-        {"error/winner_ratio": "winner"},
-        (1.0, "reference"),
-    ),
-    ("drift", "Distance from the reference on the data", {"drift": "drift"}, None),
-)
+_NAMES = {
+    "reward": ("Reward", "mean reward"),
+    "reward_std": ("Spread of the reward", "standard deviation"),
+    "reward_stderr": ("Uncertainty of the mean reward", "standard error"),
+    "frac_reward_zero_std": ("Groups with equal rewards", "fraction of groups"),
+    "frac_without_reward": ("Completions without a reward", "fraction of completions"),
+    "untrained_epochs": ("Epochs in a row without training", "epochs"),
+    "ratio/rollout_deviation": ("Sampling against scoring", "max |ratio − 1|"),
+    "gold": ("Held-out (gold) reward", "mean reward"),
+    "gold_stderr": ("Uncertainty of the gold reward", "standard error"),
+    "diversity": ("Diversity of the fixed pictures", "mean distance of two"),
+    "kl": ("KL to the reference, per step", "nats"),
+    "kl_path": ("KL to the reference, a whole path", "nats"),
+    "kl_path_stderr": ("Uncertainty of the KL of a whole path", "standard error"),
+    "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
+    "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
+    "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),
+    "clip_nats": ("Clip range", "nats"),
+    "ratio/mean": ("Importance ratio, mean", "ratio"),
+    "ratio/min": ("Importance ratio, smallest", "ratio"),
+    "ratio/max": ("Importance ratio, largest", "ratio"),
+    "ratio/clamped": ("Log-ratios beyond the clamp", "fraction"),
+    "ratio/first_pass_deviation": ("Ratio on the first pass", "max |ratio − 1|"),
+    "grad_norm": ("Gradient norm", "L2 norm"),
+    "learning_rate": ("Learning rate", "learning rate"),
+    "loss": ("Loss", "loss"),
+    "entropy": ("Entropy", "nats"),
+    "samples_used": ("Samples trained on", "samples"),
+    "pairs_used": ("Pairs trained on", "pairs"),
+    "loss/preference": ("Preference loss", "loss"),
+    "rewards/accuracies": ("Implicit accuracy", "fraction of pairs"),
+    "rewards/margins": ("Implicit reward, chosen − rejected", "beta × nats"),
+    "rewards/chosen": ("Implicit reward, chosen", "beta × nats"),
+    "rewards/rejected": ("Implicit reward, rejected", "beta × nats"),
+    "error/winner": ("Winner's error − the reference's", "nats"),
+    "error/loser": ("Loser's error − the reference's", "nats"),
+    "error/winner_ratio": ("Winner's error / the reference's", "ratio"),
+    "kl/winner": ("KL to the reference at the winner, per step", "nats"),
+    "kl/loser": ("KL to the reference at the loser, per step", "nats"),
+    "weight": ("Weight of the corrected loss", "mean weight"),
+    "beta_nats": ("Beta", "per nat"),
+    "completions/mean_length": ("Length of the completions", "tokens"),
+    "completions/min_length": ("Shortest completion", "tokens"),
+    "completions/max_length": ("Longest completion", "tokens"),
+    "completions/tokens": ("Tokens sampled", "tokens"),
+    "completions/clipped_ratio": ("Completions without an end", "fraction"),
+    "kl_coef": ("Price of the KL to the reference", "per nat"),
+    "drift": ("Distance from the reference on the data", "nats a token"),
+    "accuracy": ("Accuracy", "fraction of pairs"),
+    "margin": ("Score, chosen − rejected", "score"),
+    "scores/chosen": ("Score, chosen", "score"),
+    "scores/rejected": ("Score, rejected", "score"),
+    "eval/accuracy": ("Accuracy, held-out pairs", "fraction of pairs"),
+    "eval/margin": ("Score, chosen − rejected, held-out pairs", "score"),
+    "eval/preference": ("Preference loss, held-out pairs", "nats"),
+    "loss/policy": ("Policy loss", "loss"),
+    "loss/value": ("Value loss", "loss"),
+    "loss/center": ("Centring loss", "score²"),
+    "value/mean": ("Value, mean", "reward"),
+    "returns/mean": ("Return, mean", "reward"),
+}
+REWARD_COMPONENT = re.compile(r"rewards/(.+)/mean")
+X_NAMES = {"step": "optimizer update", "epoch": "epoch"}
 _HELD_OUT = "eval/"
 _TIME_PARTS = ("sample", "score", "update", "evaluation", "grid")
-PREFERENCE_KEYS = tuple(key for _, _, lines, _ in _PREFERENCE_PANELS for key in lines)
+RunDirs = str | Path | Sequence[str | Path]
+
+
+class Panel(NamedTuple):
+    """Lines over the updates.
+
+    Attributes:
+        lines: metric -> what the legend calls it; the first gives the panel its title and unit.
+        level: a value that the lines are compared with, the reference's or that of chance, and its name.
+        title, unit: instead of the metric's own.
+        less: what is subtracted from every value.
+        smooth: whether many values are pale and their running mean is bold.
+    """
+
+    lines: Mapping[str, str]
+    level: tuple[float, str] | None = None
+    title: str | None = None
+    unit: str | None = None
+    less: float = 0.0
+    smooth: bool = True
 
 
 def plot_metrics(
     rows: Sequence[Row],
     keys: Sequence[str],
     *,
-    x: str | None = None,
     columns: int = 2,
-    title: str | None = None,
     described: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
-    """One panel a key, a line each; ``x`` is "step" or "epoch", by default whichever the key is logged by.
+    """One panel a key, a line each, over updates or epochs, whichever the key is logged by.
 
     ``described``: key -> title and unit where they are not those of the report.
 
     Raises:
         ValueError: a key that no row holds as a number.
     """
-    if not keys:
-        raise ValueError("keys is empty: name at least one metric")
     figure, panels = new_figure(len(keys), columns=columns)
-    if title:
-        figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     for axes, key in zip(panels, keys):
-        axis = x or natural_x([rows], key)
-        xs, values = _require(rows, key, axis)
-        draw_line(axes, xs, values, PALETTE[0])
+        axis = natural_x([rows], key)
+        _present(rows, [key], x=axis)
+        draw_line(axes, *series(rows, key, x=axis), PALETTE[0])
         name, unit = (described[key][0], described[key][1]) if key in described else (None, None)
         finish_axes(axes, key, axis, title=name, unit=unit)
     return figure
@@ -99,7 +143,8 @@ def plot_metrics(
 def plot_reward(rows: Sequence[Row]) -> Figure:
     """The mean reward of each epoch's samples with a band of ± 2 standard errors."""
     figure, (axes,) = new_figure(1)
-    epochs, reward = _require(rows, "reward", "epoch")
+    _present(rows, ["reward"], x="epoch")
+    epochs, reward = series(rows, "reward", x="epoch")
     draw_line(axes, epochs, reward, PALETTE[0], label="mean over the epoch's samples")
     error_epochs, error = series(rows, "reward_stderr", x="epoch")
     both = np.isin(epochs, error_epochs)
@@ -132,19 +177,9 @@ def plot_gold(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_reward_components(rows: Sequence[Row]) -> Figure:
-    """Each ``rewards/<name>/mean`` in a panel of its own, because rewards differ in scale."""
-    return plot_metrics(rows, reward_component_keys(rows) or ["rewards/<name>/mean"], x="epoch")
-
-
 def reward_component_keys(rows: Iterable[Row]) -> list[str]:
     """The keys ``rewards/<name>/mean`` found in the rows, sorted; ``rewards/accuracies`` and the like are none."""
     return [key for key in numeric_keys(rows, x="epoch") if REWARD_COMPONENT.fullmatch(key)]
-
-
-def plot_preference(rows: Sequence[Row]) -> Figure:
-    """A preference run over its updates: implicit accuracy and rewards, errors and KL at winner and loser."""
-    return plot_panels(rows, _PREFERENCE_PANELS)
 
 
 def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
@@ -153,79 +188,27 @@ def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
     Where a panel has many updates its values are pale and their running mean, whose length the axis names, is bold;
     what is measured on held-out data, once an epoch, is drawn as it is.
     """
-    known = _present(rows, [key for _, _, lines, _ in shown for key in lines], x="step")
-    shown = [panel for panel in shown if not panel[2].keys().isdisjoint(known)]
+    known = _present(rows, [key for panel in shown for key in panel.lines], x="step")
+    shown = [panel for panel in shown if not panel.lines.keys().isdisjoint(known)]
     figure, panels = new_figure(len(shown))
-    for axes, (key, title, lines, level) in zip(panels, shown):
+    for axes, (lines, level, title, unit, less, smooth) in zip(panels, shown):
         curves = {name: series(rows, name) for name in lines if name in known}
-        counts = [len(steps) for name, (steps, _) in curves.items() if not name.startswith(_HELD_OUT)]
+        counts = [len(steps) for name, (steps, _) in curves.items() if smooth and not name.startswith(_HELD_OUT)]
         window = max(1, min(counts, default=0) // SMOOTHING)
         for color, (name, label) in zip(PALETTE, lines.items()):
             if name in curves:
+                steps, values = curves[name]
                 smoothed = 1 if name.startswith(_HELD_OUT) else window
-                draw_smooth_line(axes, *curves[name], color, label=label, window=smoothed)
+                draw_smooth_line(axes, steps, values - less, color, label=label, window=smoothed)
         if level:
             axes.axhline(level[0], color="#777777", linewidth=1.0, linestyle="--", label=level[1], zorder=2)
-        finish_axes(axes, key, "step", title=title)
+        finish_axes(axes, next(iter(lines)), "step", title=title, unit=unit)
         if window > 1:
             axes.set_xlabel(f"{X_NAMES['step']} (bold: mean over {window})", fontsize=8.5, color=INK)
         if level is None:
             start_at_zero(axes)
         if level or len(curves) > 1:
             add_legend(axes)
-    return figure
-
-
-def plot_kl(rows: Sequence[Row]) -> Figure:
-    """KL to the reference in nats: a panel per denoising step (``kl``) and one for a whole path (``kl_path``)."""
-    figure = plot_metrics(rows, _present(rows, ("kl", "kl_path"), x="step"), x="step")
-    for axes in figure.axes:
-        start_at_zero(axes)
-    return figure
-
-
-def plot_clip_fraction(rows: Sequence[Row]) -> Figure:
-    """The fraction of decisions whose ratio left the clip range: in all, below it and above it."""
-    keys = _present(rows, ("clip_ratio/region_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"), x="step")
-    labels = {"clip_ratio/region_mean": "either side", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"}
-    figure, (axes,) = new_figure(1)
-    for key, color in zip(keys, colors(len(keys))):
-        draw_line(axes, *series(rows, key), color, label=labels[key])
-    finish_axes(axes, "clip_ratio/region_mean", "step", unit="fraction of decisions")
-    start_at_zero(axes)
-    add_legend(axes)
-    return figure
-
-
-def plot_ratio(rows: Sequence[Row]) -> Figure:
-    """The importance ratio minus 1 (mean, smallest, largest) and, beside it, how far the first pass strayed from 1."""
-    labels = {"ratio/max": "largest", "ratio/mean": "mean", "ratio/min": "smallest"}
-    lines = [key for key in labels if len(series(rows, key)[0])]
-    deviation = "ratio/first_pass_deviation"
-    has_deviation = len(series(rows, deviation)[0]) > 0
-    if not lines and not has_deviation:
-        _present(rows, (*labels, deviation), x="step")
-    figure, panels = new_figure(bool(lines) + has_deviation)
-    if lines:
-        axes = panels[0]
-        axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
-        for key, color in zip(labels, (PALETTE[1], PALETTE[0], PALETTE[2])):
-            steps, values = series(rows, key)
-            if key in lines:
-                draw_line(axes, steps, values - 1, color, label=labels[key])
-        finish_axes(axes, "ratio/mean", "step", title="Importance ratio", unit="ratio − 1")
-        add_legend(axes)
-    if has_deviation:
-        draw_line(panels[-1], *series(rows, deviation), PALETTE[3])
-        finish_axes(panels[-1], deviation, "step")
-        start_at_zero(panels[-1])
-    return figure
-
-
-def plot_grad_norm(rows: Sequence[Row]) -> Figure:
-    """The norm of the gradient at each update."""
-    figure = plot_metrics(rows, ["grad_norm"], x="step")
-    start_at_zero(figure.axes[0])
     return figure
 
 
@@ -280,16 +263,16 @@ def compare_runs(
     """
     if not runs or not keys:
         raise ValueError("compare_runs needs at least one run and one key")
-    rows = {
-        label: [read_metrics(Path(folder) / "metrics.jsonl") for folder in _as_list(folders)]
-        for label, folders in runs.items()
-    }
+    rows = {}
+    for label, folders in runs.items():
+        several = [folders] if isinstance(folders, str | Path) else folders
+        rows[label] = [read_metrics(Path(folder) / "metrics.jsonl") for folder in several]
     figure, panels = new_figure(len(keys), columns=columns)
     if title:
         figure.suptitle(title, fontsize=11, color=INK, parse_math=False)
     for axes, key in zip(panels, keys):
         axis = natural_x([seed for seeds in rows.values() for seed in seeds], key)
-        for (label, seeds), color in zip(rows.items(), colors(len(rows))):
+        for (label, seeds), color in zip(rows.items(), itertools.cycle(PALETTE)):
             curves = [series(seed, key, x=axis) for seed in seeds]
             curves = [curve for curve in curves if len(curve[0])]
             if not curves:
@@ -338,10 +321,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return target
 
 
-def _as_list(folders: RunDirs) -> list[str | Path]:
-    return [folders] if isinstance(folders, str | Path) else list(folders)
-
-
 def _present(rows: Iterable[Row], keys: Sequence[str], *, x: str | None = None) -> list[str]:
     known = set(numeric_keys(rows, x=x))
     found = [key for key in keys if key in known]
@@ -352,8 +331,82 @@ def _present(rows: Iterable[Row], keys: Sequence[str], *, x: str | None = None) 
     return found
 
 
-def _require(rows: Sequence[Row], key: str, x: str) -> tuple[np.ndarray, np.ndarray]:
-    xs, values = series(rows, key, x=x)
-    if not len(xs):
-        _present(rows, [key], x=x)
-    return xs, values
+def describe(key: str) -> tuple[str, str]:
+    """``(title, unit)`` of a metric, for an axis; a key that is not known stands for itself."""
+    if key in _NAMES:
+        return _NAMES[key]
+    if match := REWARD_COMPONENT.fullmatch(key):
+        return f"Reward: {match[1]}", "mean reward"
+    if key.startswith("time/"):
+        return f"Time: {key.removeprefix('time/')}", "seconds"
+    return key, ""
+
+
+def new_figure(count: int, *, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
+    n_rows = math.ceil(count / columns)
+    figure = Figure(
+        figsize=(PANEL_WIDTH * columns, PANEL_HEIGHT * n_rows), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    )
+    return figure, [figure.add_subplot(n_rows, columns, n + 1) for n in range(count)]
+
+
+def draw_line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: str | None = None) -> None:
+    marker = "o" if len(xs) <= MARKED_POINTS else None
+    width = 1.6 if len(xs) <= 200 else 0.9
+    axes.plot(xs, values, color=color, linewidth=width, marker=marker, markersize=3, label=label, zorder=3)
+
+
+def draw_smooth_line(axes: Axes, xs: np.ndarray, values: np.ndarray, color: str, *, label: str, window: int) -> None:
+    """The values pale and their running mean bold; the values alone where the window holds one."""
+    if window == 1:
+        draw_line(axes, xs, values, color, label=label)
+    else:
+        axes.plot(xs, values, color=color, linewidth=0.7, alpha=0.3, zorder=2.5)
+        axes.plot(xs, _running_mean(values, window), color=color, linewidth=1.8, label=label, zorder=3)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean over ``window`` neighbours, centred, and over those there are at the ends; window <= len(values)."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, mode="same") / np.convolve(np.ones(len(values)), ones, mode="same")
+
+
+def draw_band(axes: Axes, xs: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, label: str = "") -> None:
+    if len(xs) == 1:  # a band over one point has no area
+        axes.vlines(xs, low, high, color=color, linewidth=1.2, alpha=0.6, label=label, zorder=2)
+    else:
+        axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0, label=label, zorder=2)
+
+
+def finish_axes(axes: Axes, key: str, x: str, *, title: str | None = None, unit: str | None = None) -> None:
+    name, default_unit = describe(key)
+    axes.set_title(title or name, fontsize=10, loc="left", color=INK, parse_math=False)  # names of users' rewards
+    axes.set_xlabel(X_NAMES.get(x, x), fontsize=8.5, color=INK)
+    axes.set_ylabel(default_unit if unit is None else unit, fontsize=8.5, color=INK)
+    axes.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#aaaaaa")
+    axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
+    axes.yaxis.get_offset_text().set_fontsize(8)
+
+
+def start_at_zero(axes: Axes) -> None:
+    """Start the axis of a quantity that cannot be negative at 0, unless an estimate of it is."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() >= 0:
+        axes.set_ylim(0, 1.06 * values.max() or None)
+
+
+def add_legend(axes: Axes) -> None:
+    """Beneath the panel, where it hides no line."""
+    legend = axes.legend(
+        frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.19),
+        columnspacing=1.4, handlelength=1.6,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)

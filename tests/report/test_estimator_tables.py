@@ -12,13 +12,21 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from diffusion_align.estimators import kl as kl_module
-from diffusion_align.report import estimator_gradients, estimator_plots
-from diffusion_align.report.drawing import PALETTE
-from diffusion_align.report.estimator_gradients import EXAMPLE, Softmax, expected_gradients, gradient_noise
-from diffusion_align.report.estimator_gradients import random_softmax as drawn
+from diffusion_align.report import estimator_plots, estimator_tables
 from diffusion_align.report.estimator_plots import gradient_coefficients, plot_gradient_coefficients
-from diffusion_align.report.estimator_tables import gradient_table, value_table
-from diffusion_align.report.estimator_values import EstimatorError, Normal, estimator_errors
+from diffusion_align.report.estimator_tables import (
+    EXAMPLE,
+    EstimatorError,
+    Normal,
+    Softmax,
+    estimator_errors,
+    expected_gradients,
+    gradient_noise,
+    gradient_table,
+    value_table,
+)
+from diffusion_align.report.estimator_tables import random_softmax as drawn
+from diffusion_align.report.plots import PALETTE
 
 Q, P = Normal(0.1, 0.2), Normal(0.0, 1.0)  # [002] appendix D
 F64 = torch.float64
@@ -354,8 +362,8 @@ def test_the_noise_is_the_mean_over_all_batches(monkeypatch):
         sizes.append(n)
         return n * torch.tensor([1.0, 2.0, 3.0], dtype=F64)
 
-    monkeypatch.setattr(estimator_gradients, "_squared_errors", counted)
-    monkeypatch.setattr(estimator_gradients, "_CHUNK", 64)
+    monkeypatch.setattr(estimator_tables, "_squared_errors", counted)
+    monkeypatch.setattr(estimator_tables, "_CHUNK", 64)
     (point,) = gradient_noise([20], samples=10)
     assert sizes == [3, 3, 3, 1]
     assert (point.k1_reward, point.with_baseline, point.closed_form) == (1, 2, 3)
