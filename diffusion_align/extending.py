@@ -13,8 +13,7 @@ from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.policy import Sequences
 from diffusion_align.llm.settings import OnlineConfig
 from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.rewards import RewardSettings
-from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.rewards import RewardSetting, RewardSettings
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import Metric
 from diffusion_align.training.trainer import Trainer, TrainingPlan

@@ -26,8 +26,14 @@ from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.pictures import png_bytes, score_images
 from diffusion_align.pipelines.text import TextAlignmentPipeline, several
 from diffusion_align.report import before_after, save_png
-from diffusion_align.rewards import build_reward, reward_problem
-from diffusion_align.rewards.text import build_text_reward, text_of, text_reward_problem, weighted_sum
+from diffusion_align.rewards import (
+    build_reward,
+    build_text_reward,
+    reward_problem,
+    text_of,
+    text_reward_problem,
+    weighted_sum,
+)
 from diffusion_align.streams import cell, literal, plain
 from diffusion_align.writing import WriteError, make_folder, write_text
 

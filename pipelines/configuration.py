@@ -19,9 +19,8 @@ from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
-from diffusion_align.rewards import reward_problem
+from diffusion_align.rewards import reward_problem, text_reward_problem
 from diffusion_align.rewards.image.clip import check_clip
-from diffusion_align.rewards.text import text_reward_problem
 from diffusion_align.training.config import (
     TrainingConfig,
     apply_overrides,

@@ -11,7 +11,7 @@ from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
-from diffusion_align.rewards.resolve import IMAGES, TEXT, Kind, user_modules
+from diffusion_align.rewards.build import IMAGES, TEXT, Kind, user_modules
 from diffusion_align.training.digests import Identity, code_files, content_digest, file_digest, place_digest
 
 Places = list[tuple[str, str | None]]
@@ -54,7 +54,7 @@ def reward_content(spec: Any, kind: Kind, places: Sequence[str]) -> Places:
     bytecode differs between versions of Python, and a notebook defines it anew in every session.
     """
     others = [option for option in _texts(spec) if option not in places and _is_file(option)]
-    return code_content(user_modules(spec, kind)) + _of_places([*places, *others])
+    return code_content(user_modules(spec)) + _of_places([*places, *others])
 
 
 def code_content(modules: Iterable[ModuleType]) -> Places:

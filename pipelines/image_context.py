@@ -19,9 +19,9 @@ from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.pipelines.identity import code_content, image_model_content, reward_content, rows_content
 from diffusion_align.references import module_of
 from diffusion_align.rewards import build_reward, check_reward
+from diffusion_align.rewards.build import IMAGES
 from diffusion_align.rewards.image.clip import default_clip, load_clip
-from diffusion_align.rewards.places import recorded
-from diffusion_align.rewards.resolve import IMAGES
+from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.launch import agreed, best_seconds, processes, start

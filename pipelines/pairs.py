@@ -33,10 +33,9 @@ from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
-from diffusion_align.rewards import build_reward, call_reward, reward_problem
+from diffusion_align.rewards import build_reward, build_text_reward, call_reward, reward_problem, text_reward_problem
 from diffusion_align.rewards.base import reward_name
-from diffusion_align.rewards.places import recorded
-from diffusion_align.rewards.text import build_text_reward, text_reward_problem
+from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
 from diffusion_align.training.run_folder import LOCK_FILE, FolderLock

@@ -45,7 +45,7 @@ from diffusion_align.models.upload import upload
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text_context import bare_rows
-from diffusion_align.rewards.text import build_text_reward
+from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import new_folder, output_folder, write_bytes, write_text

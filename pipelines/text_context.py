@@ -37,9 +37,9 @@ from diffusion_align.models.language_models import (
     model_places,
 )
 from diffusion_align.pipelines.identity import language_model_content, reward_content, rows_content
-from diffusion_align.rewards.places import recorded
-from diffusion_align.rewards.resolve import TEXT
-from diffusion_align.rewards.text import build_text_reward, check_text_reward
+from diffusion_align.rewards import build_text_reward, check_text_reward
+from diffusion_align.rewards.build import TEXT
+from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.launch import agreed, best_seconds, processes, start

@@ -6,28 +6,33 @@ or None (see `text.base`).
 """
 
 from diffusion_align.rewards.base import Reward, RewardError, call_reward, check_reward, reward_name
-from diffusion_align.rewards.build import build_reward, describe_rewards, reward_problem
-from diffusion_align.rewards.resolve import REWARDS, TEXT_REWARDS
-from diffusion_align.rewards.settings import RewardSettings
-from diffusion_align.rewards.text import (
-    TextReward,
+from diffusion_align.rewards.build import (
+    IMAGES,
+    REWARDS,
+    TEXT,
+    TEXT_REWARDS,
+    build_reward,
     build_text_reward,
-    call_text_reward,
-    check_text_reward,
+    declare,
+    describe_rewards,
     describe_text_rewards,
-    text_of,
+    reward_problem,
     text_reward_problem,
-    weighted_sum,
 )
+from diffusion_align.rewards.settings import RewardSetting, RewardSettings
+from diffusion_align.rewards.text.base import TextReward, call_text_reward, check_text_reward, text_of, weighted_sum
 
 if __name__ == "rewards":
     raise ImportError("import diffusion_align.rewards, not rewards: the bare name is left to your own folders")
 
 __all__ = [
+    "IMAGES",
     "REWARDS",
+    "TEXT",
     "TEXT_REWARDS",
     "Reward",
     "RewardError",
+    "RewardSetting",
     "RewardSettings",
     "TextReward",
     "build_reward",
@@ -36,6 +41,7 @@ __all__ = [
     "call_text_reward",
     "check_reward",
     "check_text_reward",
+    "declare",
     "describe_rewards",
     "describe_text_rewards",
     "reward_name",

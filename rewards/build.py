@@ -1,59 +1,156 @@
-"""From what a config or a caller says to a reward: names, references to your own code, options, scale."""
+"""From what a config or a caller says to a reward: names, references to your own code, options, scale.
+
+Rewards for images and for text differ by their table of names and by how they are called; both are a `Kind`.
+"""
 
 import functools
+import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
 from diffusion_align.errors import short
+from diffusion_align.inputs import check_path
+from diffusion_align.references import module_of, resolve
 from diffusion_align.rewards.base import (
     Reward,
     RewardError,
     ask_reward,
     check_prompts,
+    foreign_code,
+    metadata_place,
     parameters_of,
     reward_name,
+    runs_in_background,
 )
-from diffusion_align.rewards.foreign import foreign_code, runs_in_background
 from diffusion_align.rewards.image.clip import unshared
-from diffusion_align.rewards.resolve import IMAGES, Kind, check_options, find
 from diffusion_align.rewards.settings import RewardSettings, describe_options, description
+from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward, extras_of
+
+# name: (module, the class of its settings), see ``settings.RewardSettings``.
+REWARDS: dict[str, tuple[str, str]] = {
+    "aesthetic": ("diffusion_align.rewards.image.aesthetic", "AestheticSettings"),
+    "brisque": ("diffusion_align.rewards.image.brisque", "BrisqueSettings"),
+    "clip_score": ("diffusion_align.rewards.image.clip_score", "ClipSettings"),
+    "combine": ("diffusion_align.rewards.combine", "Combine"),
+    "hps_v2": ("diffusion_align.rewards.image.hps_v2", "HpsV2Settings"),
+    "image_reward": ("diffusion_align.rewards.image.image_reward", "ImageRewardSettings"),
+    "jpeg_compressibility": ("diffusion_align.rewards.image.jpeg", "JpegCompressibility"),
+    "jpeg_incompressibility": ("diffusion_align.rewards.image.jpeg", "JpegIncompressibility"),
+    "ocr": ("diffusion_align.rewards.image.ocr", "Ocr"),
+    "pick_score": ("diffusion_align.rewards.image.pick_score", "PickScoreSettings"),
+    "remote": ("diffusion_align.rewards.remote", "RemoteSettings"),
+    "vlm_judge": ("diffusion_align.rewards.image.vlm_judge", "VlmJudgeSettings"),
+}
+TEXT_REWARDS: dict[str, tuple[str, str]] = {
+    "classifier": ("diffusion_align.rewards.text.classifier", "ClassifierSettings"),
+    "exact_match": ("diffusion_align.rewards.text.exact_match", "ExactMatch"),
+    "length": ("diffusion_align.rewards.text.length", "Length"),
+    "numeric_match": ("diffusion_align.rewards.text.numeric_match", "NumericMatch"),
+    "regex": ("diffusion_align.rewards.text.regex", "Regex"),
+    "sentiment": ("diffusion_align.rewards.text.sentiment", "Sentiment"),
+    "similarity": ("diffusion_align.rewards.text.similarity", "SimilaritySettings"),
+}
 
 
-class ScaledReward:
-    """``scale`` times another reward; -1 turns its sign."""
+@dataclass(frozen=True)
+class Kind:
+    """What tells rewards for images from rewards for text where they are looked up and checked.
 
-    def __init__(self, reward: Any, scale: float):
-        self.reward, self.scale = reward, scale
-        self.name = f"{scale:g}*{reward_name(reward)}"
-        self.differentiable = bool(getattr(reward, "differentiable", False))
-        self.background = runs_in_background(reward)
+    Attributes:
+        subject: what is scored, for sentences.
+        table: the built-in ones.
+        arguments: what every call passes; ``key`` is the one that the other kind has not.
+        by_name: whether arguments are passed by name, the columns of the data among them (text), or by position.
+        context: given at building to classes that name them.
+        switches: the options that every reward takes besides ``scale``; true or false.
+    """
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        return self.scale * ask_reward(self.reward, images, prompts, metadata)
+    subject: str
+    table: Mapping[str, tuple[str, str]]
+    arguments: tuple[str, ...]
+    key: str
+    by_name: bool
+    context: tuple[str, ...]
+    switches: tuple[str, ...]
+
+    @property
+    def other(self) -> "Kind":
+        return TEXT if self is IMAGES else IMAGES
+
+
+IMAGES = Kind(
+    subject="images",
+    table=REWARDS,
+    arguments=("images", "prompts", "metadata"),
+    key="images",
+    by_name=False,
+    context=("model", "device"),
+    switches=("background", "offload"),
+)
+TEXT = Kind("text", TEXT_REWARDS, ("prompts", "completions"), "completions", True, ("device",), ("background",))
+
+
+class Wrapped:
+    """A reward around another one, which is called in that one's thread, shown its prompts, and moved with it."""
+
+    def __init__(self, reward: Any, name: str):
+        self.reward, self.name, self.background = reward, name, runs_in_background(reward)
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         check_prompts(self.reward, prompts, metadata)
 
-    def to(self, device: str | torch.device) -> "ScaledReward":
+    def to(self, device: str | torch.device) -> "Wrapped":
         if hasattr(self.reward, "to"):
             self.reward.to(device)
         return self
 
 
-class OffloadedReward:
+class ScaledReward(Wrapped):
+    """``scale`` times another reward; -1 turns its sign."""
+
+    def __init__(self, reward: Any, scale: float):
+        super().__init__(reward, f"{scale:g}*{reward_name(reward)}")
+        self.scale, self.differentiable = scale, bool(getattr(reward, "differentiable", False))
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return self.scale * ask_reward(self.reward, images, prompts, metadata)
+
+
+class ScaledTextReward(Wrapped):
+    """``scale`` times another text reward; -1 turns its sign. None stays None."""
+
+    def __init__(self, reward: Any, scale: float):
+        super().__init__(reward, f"{scale:g}*{reward_name(reward)}")
+        self.scale = scale
+        # Besides the columns it names what the reward inside does, and is given no more than that.
+        *own, columns = inspect.signature(self).parameters.values()
+        inside = [p for p in parameters_of(reward) or () if p.name in extras_of(reward)]
+        extras = [p.replace(kind=p.KEYWORD_ONLY) for p in inside]
+        self.__signature__ = inspect.Signature([*own, *extras, columns])
+
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float | None]:
+        extras = {name: columns.pop(name) for name in extras_of(self.reward) if name in columns}
+        scores = call_text_reward(self.reward, prompts, completions, columns, **extras)
+        return [None if math.isnan(score) else self.scale * score for score in scores.tolist()]
+
+
+class OffloadedReward(Wrapped):
     """A reward whose model is on ``device`` only while it scores, and in main memory otherwise: without gradients."""
 
     differentiable = False
 
     def __init__(self, reward: Any, device: str | torch.device):
-        self.reward, self.device, self.name = reward, device, reward_name(reward)
-        self.background = runs_in_background(reward)
+        super().__init__(reward, reward_name(reward))
+        self.device = device
         reward.to("cpu")
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
@@ -62,9 +159,6 @@ class OffloadedReward:
             return ask_reward(self.reward, images, prompts, metadata)
         finally:
             self.reward.to("cpu")
-
-    def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        check_prompts(self.reward, prompts, metadata)
 
     def to(self, device: str | torch.device) -> "OffloadedReward":
         self.device = device
@@ -90,25 +184,97 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
         model: name or path of the diffusion model being trained; the default CLIP depends on it.
 
     Raises:
-        RewardError: whatever `reward_problem` reports, or the reward's model cannot be loaded.
+        RewardError: ``declare`` refuses it, or the reward's model cannot be loaded.
     """
-    spec, offload = _without(_combined(spec), "offload")
-    with unshared() if offload else nullcontext():
-        reward, scale = build(IMAGES, spec, {"model": model, "device": device})
-    if offload:
+    declared = declare(IMAGES, spec)
+    with unshared() if declared.offload else nullcontext():
+        reward = _built(declared, {"model": model, "device": device})
+    if declared.offload:
         if not hasattr(reward, "to"):
             raise RewardError(f"reward '{reward_name(reward)}' has no to(device), so offload=true cannot move it")
-        reward = OffloadedReward(reward, spec.get("device", device))
-    return reward if scale == 1.0 else ScaledReward(reward, scale)
+        reward = OffloadedReward(reward, declared.device or device)
+    return reward if declared.scale == 1.0 else ScaledReward(reward, declared.scale)
 
 
-def reward_problem(spec: Any) -> str | None:
-    """What is wrong with ``spec``, in one sentence, or None. Imports your code if it names some; loads no model."""
+def build_text_reward(spec: Any, *, device: str | torch.device = "cpu") -> TextReward:
+    """The text reward that ``spec`` describes, ready on ``device``.
+
+    Args:
+        spec: as for `build_reward`: a name from `TEXT_REWARDS`, ``"package.module:function"``,
+            ``"path/to/file.py:function"``, a callable, or a mapping ``{"name": any of these, **options}``, among
+            them ``scale`` and ``background``. A function is the reward itself and must take ``completions`` by name; a
+            class is built first, given ``device`` if it names it.
+
+    Raises:
+        RewardError: ``declare`` refuses it, or the reward's model cannot be loaded.
+    """
+    declared = declare(TEXT, spec)
+    reward = _built(declared, {"device": device})
+    return reward if declared.scale == 1.0 else ScaledTextReward(reward, declared.scale)
+
+
+class Declared(NamedTuple):
+    """A reward that is known and whose options are checked: ``target`` is its settings, its class or itself."""
+
+    label: str
+    target: Any
+    options: dict[str, Any]
+    scale: float
+    device: Any = None
+    background: bool | None = None
+    offload: bool | None = None
+
+
+def declare(kind: Kind, spec: Any) -> Declared:
+    """What ``spec`` says of a reward of ``kind``. Every check that needs no model is made here, and nothing is loaded.
+
+    Imports your code if it names some. Whether the data has the columns that a text reward needs is for
+    `check_text_reward` to say.
+
+    Raises:
+        RewardError: what is wrong with it.
+    """
+    if kind is IMAGES:
+        spec = _combined(spec)
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    switches = {name: options.pop(name) for name in kind.switches if name in options}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise RewardError(f"{name}={value!r} of a reward must be true or false")
+    if "name" not in options:
+        raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
+    source, scale, device = options.pop("name"), options.pop("scale", 1.0), options.get("device")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or scale == 0 or not -LARGEST <= scale <= LARGEST:
+        raise RewardError(f"scale={short(scale)} of a reward must be a finite number other than 0, at most {LARGEST:g}")
+    if isinstance(source, str):
+        label, target = find(source.strip(), kind)
+    elif callable(source) or isinstance(source, RewardSettings):
+        label, target = reward_name(source), source
+        if isinstance(source, RewardSettings) and options:
+            raise RewardError(f"reward '{label}' is settings already: give its options ({', '.join(options)}) to those")
+    else:
+        raise RewardError(
+            f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
+        )
+    _check_options(label, target, options, kind)
+    if inspect.isclass(target) and issubclass(target, RewardSettings):
+        with foreign_code(f"reward '{label}': an option cannot be used (", ")"):
+            target, options = target(**options), {}
+    return Declared(label, target, options, float(scale), device, **switches)
+
+
+def reward_problem(spec: Any, kind: Kind = IMAGES) -> str | None:
+    """What ``declare`` says against ``spec``, or None."""
     try:
-        spec, _ = _without(_combined(spec), "offload")
+        declare(kind, spec)
     except RewardError as error:
         return str(error)
-    return problem(IMAGES, spec)
+    return None
+
+
+def text_reward_problem(spec: Any) -> str | None:
+    return reward_problem(spec, TEXT)
 
 
 def _combined(spec: Any) -> Any:
@@ -117,21 +283,36 @@ def _combined(spec: Any) -> Any:
         return {"name": "combine", "rewards": list(spec)}
     if not isinstance(spec, Mapping) or spec.get("name") != "combine" or "background" not in spec:
         return spec
-    spec, background = _without(spec, "background")
-    parts = spec.get("rewards")
-    if isinstance(parts, list | tuple):
-        named = [dict(one) if isinstance(one := _combined(part), Mapping) else {"name": one} for part in parts]
-        spec["rewards"] = [{"background": background, **one} for one in named]
-    return spec
+    parts, others = spec.get("rewards"), {key: value for key, value in spec.items() if key != "background"}
+    if not isinstance(parts, list | tuple):
+        return others
+    named = [dict(one) if isinstance(one := _combined(part), Mapping) else {"name": one} for part in parts]
+    return others | {"rewards": [{"background": spec["background"], **one} for one in named]}
 
 
-def _without(spec: Any, option: str) -> tuple[Any, bool | None]:
-    """``spec`` without an option that is for rewards of every kind, and its value, None where it has none."""
-    if not isinstance(spec, Mapping) or option not in spec:
-        return spec, None
-    if not isinstance(spec[option], bool):
-        raise RewardError(f"{option}={spec[option]!r} of a reward must be true or false")
-    return {key: value for key, value in spec.items() if key != option}, spec[option]
+def _built(declared: Declared, context: Mapping[str, Any]) -> Any:
+    """The reward itself. ``context``: for ``RewardSettings.build``, and for classes that name its keys."""
+    label, target, options = declared.label, declared.target, declared.options
+    reward: Any = target
+    is_placed = False
+    with foreign_code(f"reward '{label}' could not be built: "):
+        if isinstance(target, RewardSettings):
+            device = getattr(target, "device", None)
+            reward = target.build(**(context if device is None else {**context, "device": device}))
+            is_placed = reward is not target
+        elif inspect.isclass(target):
+            given = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
+            reward = target(**given | options)
+            is_placed = "device" in given
+        elif options:
+            reward = functools.partial(target, **options)
+            reward.background = runs_in_background(target)
+            reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
+        if hasattr(reward, "to") and not is_placed:
+            reward.to(context["device"])
+    if not callable(reward):
+        raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
+    return _called_in(reward, declared.background, own=reward is not target)
 
 
 class _WithFlag(functools.partial):
@@ -161,81 +342,97 @@ def _called_in(reward: Any, background: bool | None, *, own: bool) -> Any:
     return wrapped
 
 
-def describe_rewards() -> list[dict[str, Any]]:
-    """One dict a built-in reward: name, description, range, extra, licence, differentiable, options."""
-    return describe(IMAGES)
-
-
-def build(kind: Kind, spec: Any, context: Mapping[str, Any]) -> tuple[Any, float]:
-    """The reward of ``kind`` that ``spec`` describes, and the scale to multiply its scores with.
-
-    ``context``, with the key ``device``: for ``RewardSettings.build``, and for classes that name its keys.
-    """
-    spec, background = _without(spec, "background")
-    label, target, options, scale = _prepare(kind, spec)
-    reward: Any = target
-    is_placed = False
-    with foreign_code(f"reward '{label}' could not be built: "):
-        if isinstance(target, RewardSettings):
-            device = getattr(target, "device", None)
-            reward = target.build(**(context if device is None else {**context, "device": device}))
-            is_placed = reward is not target
-        elif inspect.isclass(target):
-            given = {key: value for key, value in context.items() if key in inspect.signature(target).parameters}
-            reward = target(**given | options)
-            is_placed = "device" in given
-        elif options:
-            reward = functools.partial(target, **options)
-            reward.background = runs_in_background(target)
-            reward.name, reward.differentiable = label, getattr(target, "differentiable", False)
-        if hasattr(reward, "to") and not is_placed:
-            reward.to(context["device"])
-    if not callable(reward):
-        raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
-    return _called_in(reward, background, own=reward is not target), scale
-
-
-def problem(kind: Kind, spec: Any) -> str | None:
-    """What is wrong with ``spec`` as a reward of ``kind``, in one sentence, or None."""
-    try:
-        _prepare(kind, _without(spec, "background")[0])
-    except RewardError as error:
-        return str(error)
-    return None
-
-
-def describe(kind: Kind) -> list[dict[str, Any]]:
-    """One dict per built-in reward of ``kind``: name, description, what is said ``about`` it, and its options."""
+def describe_rewards(kind: Kind = IMAGES) -> list[dict[str, Any]]:
+    """One dict a built-in reward: name, description, options, and what is said ``about`` it: range, extra, licence."""
     rows = []
     for name in kind.table:
         _, settings = find(name, kind)
         options = describe_options(settings)
-        about = {"name": name, "description": description(settings), **settings.about, "options": options}
-        rows.append({"extra": None} | about)
+        about = {"extra": None} | ({"differentiable": False} if kind is IMAGES else {}) | settings.about
+        rows.append({"name": name, "description": description(settings), **about, "options": options})
     return rows
 
 
-def _prepare(kind: Kind, spec: Any) -> tuple[str, Any, dict[str, Any], float]:
-    """Label, settings or class or callable, checked options, scale. Every check that needs no model is made here."""
-    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
-    if "name" not in options:
-        raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
-    source, scale = options.pop("name"), options.pop("scale", 1.0)
-    number = isinstance(scale, int | float) and not isinstance(scale, bool)
-    if not number or scale == 0 or not -LARGEST <= scale <= LARGEST:
-        raise RewardError(f"scale={short(scale)} of a reward must be a finite number other than 0, at most {LARGEST:g}")
-    if isinstance(source, str):
-        label, target = find(source.strip(), kind)
-    elif callable(source) or isinstance(source, RewardSettings):
-        label, target = reward_name(source), source
-        if isinstance(source, RewardSettings) and options:
-            raise RewardError(f"reward '{label}' is settings already: give its options ({', '.join(options)}) to those")
-    else:
+def describe_text_rewards() -> list[dict[str, Any]]:
+    """The same for text."""
+    return describe_rewards(TEXT)
+
+
+def find(source: str, kind: Kind) -> tuple[str, Any]:
+    """What a string names: label and object; of a built-in reward the class of its settings."""
+    if source in kind.table:
+        module, settings = kind.table[source]
+        return source, getattr(importlib.import_module(module), settings)
+    if source:
+        check_path(source, f"reward {short(source)}", error=RewardError)
+    if ":" not in source:
+        ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
+        if source in kind.other.table:
+            raise RewardError(f"reward '{source}' scores {kind.other.subject}, not {kind.subject}: there are {ours}")
+        near = get_close_matches(source, kind.table, n=1, cutoff=0.5)
+        meant = f"did you mean '{near[0]}'? There are" if near else "there are"
+        raise RewardError(f"unknown reward '{source}': {meant} {ours}")
+    target = resolve(source, "reward", error=RewardError)
+    if not callable(target):
+        raise RewardError(f"reward '{source}' is a {type(target).__name__}: name a function or a class")
+    return source.rpartition(":")[2], target
+
+
+def user_modules(spec: Any) -> list[Any]:
+    """The modules of the user's own rewards that ``spec`` names by strings, imported already, in order."""
+    if isinstance(spec, Mapping):
+        parts = spec.get("rewards", ()) if spec.get("name") == "combine" else ()  # an option like any other elsewhere
+        spec = [*([spec["name"]] if "name" in spec else []), *parts]
+    if isinstance(spec, list | tuple):
+        return [module for one in spec for module in user_modules(one)]
+    if not isinstance(spec, str) or ":" not in spec:
+        return []
+    return [module_of(spec.strip(), "reward", error=RewardError)]
+
+
+def _check_options(label: str, target: Any, options: Mapping[str, Any], kind: Kind) -> None:
+    """Refuse options that ``target`` does not take, naming the nearest one that it does, and required ones left out."""
+    if (getattr(target, "__module__", ""), getattr(target, "__name__", "")) in kind.other.table.values():
+        raise RewardError(f"reward '{label}' scores {kind.other.subject}, not {kind.subject}: choose another one")
+    parameters = parameters_of(target)
+    if parameters is None:
+        return
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not inspect.isclass(target):
+        given = _check_call(label, parameters, kind)
+        named = [p for p in named if p not in given]
+    allowed = [p.name for p in named]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in options:
+            if key not in allowed:
+                known = sorted([*allowed, *kind.switches, "scale"])
+                near = get_close_matches(str(key), known, n=1, cutoff=0.5)
+                meant = f"did you mean '{near[0]}'? It takes" if near else "it takes"
+                raise RewardError(f"reward '{label}' has no option '{key}': {meant} {', '.join(known)}")
+    if kind.by_name and not inspect.isclass(target):
+        return  # what is missing may be a column of the data
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]
+    if missing:
+        raise RewardError(f"reward '{label}' needs the option '{missing[0]}'")
+
+
+def _check_call(label: str, parameters: list[inspect.Parameter], kind: Kind) -> list[inspect.Parameter]:
+    """The parameters that a call fills with ``kind.arguments``; RewardError where every call would fail."""
+    names, other = {p.name for p in parameters}, kind.other
+    if other.key in names and kind.key not in names:
+        raise RewardError(f"reward '{label}' takes '{other.key}', so it scores {other.subject}, not {kind.subject}")
+    if kind.by_name:
+        by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        given = [p for p in by_name if p.name in kind.arguments]
+        if kind.key not in {p.name for p in given} and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            raise RewardError(f"reward '{label}' must take the argument '{kind.key}' by name")
+        return given
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise RewardError(
-            f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
+            f"reward '{label}' must take three arguments ({', '.join(kind.arguments)}), of which the last may be left "
+            f"out, it takes {len(positional)}"
         )
-    check_options(label, target, options, kind)
-    if inspect.isclass(target) and issubclass(target, RewardSettings):
-        with foreign_code(f"reward '{label}': an option cannot be used (", ")"):
-            target, options = target(**options), {}
-    return label, target, options, float(scale)
+    metadata = metadata_place(parameters)
+    named = [p for p in parameters if p.name == "metadata"] if metadata == "named" else []
+    return [*positional[: 3 if metadata == "third" else 2], *named]

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts
-from diffusion_align.rewards.build import build_reward, reward_problem
+from diffusion_align.rewards.build import IMAGES, build_reward, declare
 from diffusion_align.rewards.settings import Device, RewardSettings
 from diffusion_align.training.config import Weight
 
@@ -67,8 +67,7 @@ class Combine(RewardSettings):
     @model_validator(mode="after")
     def _fit(self) -> Self:
         for one in self.rewards:
-            if problem := reward_problem(one):
-                raise RewardError(problem)
+            declare(IMAGES, one)
         if self.weights is not None and len(self.weights) != len(self.rewards):
             raise RewardError(f"weights={self.weights} must be {len(self.rewards)} numbers, one for each reward")
         return self

@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image
 from pydantic import PlainValidator
 
-from diffusion_align.errors import short
+from diffusion_align.errors import describe_exception, short
 from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import interrupted
-from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.base import RewardError
 from diffusion_align.streams import printable
 
 LARGEST_ANSWER = 1_000_000  # bytes

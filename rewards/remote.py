@@ -111,7 +111,6 @@ class RemoteSettings(RewardSettings):
         "range": "that of the reward served",
         "cost": "nothing to download; one request per batch and server",
         "licence": "that of the reward served",
-        "differentiable": False,
     }
 
     url: Annotated[str | list[str], PlainValidator(_check_urls)] = Field(

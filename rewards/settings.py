@@ -3,11 +3,12 @@
 import inspect
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from diffusion_align import inputs
 from diffusion_align.bounds import LARGEST, MOST
@@ -34,6 +35,7 @@ class RewardSettings(BaseModel):
         extra="forbid", strict=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
     )
     about: ClassVar[dict[str, Any]] = {}
+    differentiable: ClassVar[bool] = False
 
     def __init__(self, /, **options: Any) -> None:
         try:
@@ -58,16 +60,6 @@ Device = Annotated[
     Any, AfterValidator(check_device), Field(description="where its network runs, if not where the model is trained")
 ]
 Seconds = Annotated[float, Field(gt=0, le=LARGEST)]
-
-
-class NetworkSettings(RewardSettings):
-    """The options of every reward that runs a network."""
-
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="of the network; half precision needs a GPU"
-    )
-    batch_size: int = Field(64, ge=1, le=MOST, description="images or texts per forward pass")
-    device: Device = None
 
 
 def description(settings: type[RewardSettings]) -> str:
@@ -111,3 +103,34 @@ def _values(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(filter(None, dict.fromkeys(map(_values, inner))))
     return _VALUES.get(origin or annotation, "")
+
+
+def _by_name(reward: Any) -> Any:
+    """A function cannot be written to YAML; its name can."""
+    if isinstance(reward, list | tuple):
+        return [_by_name(one) for one in reward]
+    if isinstance(reward, RewardSettings):  # a name and options, which resume compares
+        module = type(reward).__module__
+        own = not module.startswith("diffusion_align.rewards.")
+        name = f"{module}:{type(reward).__qualname__}" if own else reward_name(reward)
+        reward = {"name": name, **reward.model_dump(exclude_defaults=True)}
+    if isinstance(reward, Mapping):
+        written = {key: _by_name(value) if key in ("name", "rewards") else value for key, value in reward.items()}
+        inner = written.get("name")
+        return {**written, **inner} if isinstance(inner, dict) else written
+    return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
+
+
+RewardSetting = Annotated[Any, PlainSerializer(_by_name)]
+"""What ``build_reward`` takes: a name, 'module:function', a mapping with options or a function."""
+
+
+def several_rewards_problems(reward: Any, weights: Sequence[float] | None) -> list[str]:
+    """Sentences about a reward, or a list of them, and ``reward_weights`` that do not fit each other."""
+    rewards = reward if isinstance(reward, list | tuple) else [reward]
+    problems = [] if rewards else ["reward is an empty list: give at least one"]
+    if weights is not None and len(weights) != len(rewards):
+        problems.append(
+            f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"
+        )
+    return problems

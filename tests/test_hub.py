@@ -89,8 +89,7 @@ def test_an_uncached_id_is_one_sentence_at_once(asked, capfd, what):
     from diffusion_align.models.image_pipelines import load_pipeline
     from diffusion_align.models.language_models import load_language_model
     from diffusion_align.rewards.image.clip import load_clip
-    from diffusion_align.rewards.text.loading import load_network, load_tokenizer
-    from diffusion_align.rewards.weights import weights_file
+    from diffusion_align.rewards.networks import load_network, load_tokenizer, weights_file
 
     calls = asked(unreachable)
     load = {

@@ -41,7 +41,7 @@ ALLOWED = {
     "cli": {"training", "data", "models", "assets", "report", "rewards", "methods", "pipelines", "doctor"},
 }
 # The protocol, and how a configuration holds one, are all that a policy needs to know about rewards.
-REWARDS_SEEN_FROM_BELOW = {f"diffusion_align.rewards.{name}" for name in ("base", "setting", "text.base")}
+REWARDS_SEEN_FROM_BELOW = {f"diffusion_align.rewards.{name}" for name in ("base", "settings", "text.base")}
 
 
 def files(part):

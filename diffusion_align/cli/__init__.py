@@ -139,7 +139,7 @@ def complete(
 
     from diffusion_align.pipelines import TextAlignmentPipeline
     from diffusion_align.pipelines.text import check_completions
-    from diffusion_align.rewards.text import text_of
+    from diffusion_align.rewards import text_of
     from diffusion_align.streams import printable
     from diffusion_align.writing import make_folder, write_text
 

@@ -44,7 +44,7 @@ from diffusion_align.estimators import (
     several_rewards_advantages,
 )
 from diffusion_align.rewards.base import part_weights
-from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines

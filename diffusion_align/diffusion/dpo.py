@@ -44,7 +44,7 @@ from diffusion_align.estimators import (
     hinge_loss,
     ipo_loss,
 )
-from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import PromptsConfig
-from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.rewards.settings import RewardSetting
 from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
 
 

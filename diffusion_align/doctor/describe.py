@@ -28,8 +28,8 @@ from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.pipelines.configuration import read_config, read_settings
 from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
+from diffusion_align.rewards.build import IMAGES, find
 from diffusion_align.rewards.image.clip import default_clip, is_emoji_sd
-from diffusion_align.rewards.resolve import IMAGES, find
 from diffusion_align.training.config import FIELDS_ALONE, read_as
 from diffusion_align.training.context import EpochCost, Lines
 

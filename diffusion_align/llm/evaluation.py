@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_align.bounds import MOST
 from diffusion_align.data.text_rows import TextDataConfig
-from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import Weight
 from diffusion_align.training.evaluation import Evaluation, EvaluationConfig
 

@@ -12,7 +12,7 @@ from diffusion_align.data.sources import in_python
 from diffusion_align.data.text_rows import TextDataConfig
 from diffusion_align.llm.evaluation import TextEvaluationConfig
 from diffusion_align.llm.policy import LoRAConfig
-from diffusion_align.rewards.setting import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.config import TrainingConfig, Weight
 from diffusion_align.training.evaluation import StopConfig
 

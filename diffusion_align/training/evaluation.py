@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion_align.bounds import MOST
 from diffusion_align.interrupt import Overdue
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.setting import RewardSetting
+from diffusion_align.rewards.settings import RewardSetting
 from diffusion_align.training.config import OrInfinite, Section
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars

@@ -11,7 +11,6 @@
 ``head`` takes a local file instead (.pth or .safetensors), and its own shape decides what is built from it.
 """
 
-import hashlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -20,12 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.assets import asset_path
 from diffusion_align.pretrained import hub_or_cache
-from diffusion_align.rewards.base import RewardError, describe_exception
+from diffusion_align.rewards.base import RewardError, foreign_code
 from diffusion_align.rewards.image.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipEncoder, is_emoji_sd, load_clip
-from diffusion_align.rewards.places import note
-from diffusion_align.rewards.settings import NetworkSettings
-from diffusion_align.rewards.weights import LocalFile
+from diffusion_align.rewards.networks import LocalFile, NetworkSettings, has_digest, note, read_tensors
 
 VARIANTS = {"v2": VIT_L_14, "v1": VIT_L_14, "embedded": EMOJI_CLIP}
 V2_REPOSITORY, V2_FILE = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
@@ -99,13 +97,8 @@ def load_head(path: Path) -> nn.Sequential:
     Raises:
         RewardError: not a file of tensors, or not a head.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+    state = read_tensors(path)
+    with foreign_code(f"'{path}' does not hold an aesthetic head (", ")"):
         if "weight" in state:
             state = {f"layers.0.{key}": value for key, value in state.items()}
         names = [key.split(".") for key in state]
@@ -120,8 +113,6 @@ def load_head(path: Path) -> nn.Sequential:
         sizes = [layer.weight.shape for layer in layers if isinstance(layer, nn.Linear)]
         if not sizes or sizes[-1][0] != 1 or any(low[0] != high[1] for low, high in pairwise(sizes)):
             raise ValueError(f"layers {[tuple(size) for size in sizes]} do not end in one score")
-    except Exception as error:
-        raise RewardError(f"'{path}' does not hold an aesthetic head ({describe_exception(error)})") from error
     return nn.Sequential(*layers)
 
 
@@ -132,10 +123,10 @@ def head_file(variant: str) -> Path:
         RewardError: it cannot be downloaded, or is not the published file.
     """
     if variant == "embedded":
-        from diffusion_align.assets import asset_path
-
         return Path(asset_path("aesthetic-head"))
-    try:
+    source = f"{V2_REPOSITORY}, {V2_FILE}" if variant == "v2" else V1_URL
+    advice = "connect once, or give a local file as head"
+    with foreign_code(f"the aesthetic head '{variant}' could not be downloaded ({source}; ", f"): {advice}"):
         if variant == "v2":
             from huggingface_hub import hf_hub_download
 
@@ -146,13 +137,7 @@ def head_file(variant: str) -> Path:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(V1_URL, str(path), progress=False)
-    except Exception as error:
-        source = f"{V2_REPOSITORY}, {V2_FILE}" if variant == "v2" else V1_URL
-        raise RewardError(
-            f"the aesthetic head '{variant}' could not be downloaded ({source}; {describe_exception(error)}): "
-            "connect once, or give a local file as head"
-        ) from error
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[variant]:
+    if not has_digest(path, SHA256[variant]):
         raise RewardError(
             f"'{path}' is not the published aesthetic head '{variant}': delete it, or give a file as head"
         )

@@ -83,7 +83,6 @@ class BrisqueSettings(RewardSettings):
         "cost": "no download (0.4 MB in the package); 50 ms per image of 512x512, 2 ms of 64x64 on one CPU core",
         "extra": "brisque",
         "licence": "Apache-2.0 (brisque); LIVE's own permissive terms (support vectors)",
-        "differentiable": False,
     }
 
     @model_validator(mode="after")

@@ -8,27 +8,38 @@ A CLIP is named by a string:
   knows or a checkpoint file. Needs ``pip install 'diffusion-align[open-clip]'``.
 """
 
+import functools
 import importlib.util
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import PlainValidator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_align.pretrained import hub_or_cache
-from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.places import note, recorded
+from diffusion_align.pretrained import hub_or_cache, load_in_dtype
+from diffusion_align.rewards.base import RewardError, foreign_code
+from diffusion_align.rewards.networks import (
+    embed_each,
+    is_missing_folder,
+    load_tokenizer,
+    note,
+    place,
+    recorded,
+    settings_beside,
+    torch_dtype,
+)
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
 EMOJI_CLIP = "emoji-clip"
 OPEN_CLIP = "open_clip:"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def default_clip(model: str | None) -> str:
@@ -131,11 +142,7 @@ class ClipEncoder:
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """Unit embeddings, float32 (B, D), no gradient. Equal prompts are encoded once; long ones lose their end."""
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        unique = list(rows)
-        parts = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
-        features = torch.cat([self._text_features(part) for part in parts]).float()
-        return functional.normalize(features, dim=-1)[[rows[prompt] for prompt in prompts]]
+        return functional.normalize(embed_each(prompts, batch_size, self._text_features).float(), dim=-1)
 
 
 _shared = ContextVar("_shared", default=True)
@@ -155,8 +162,6 @@ def load_clip(
     check_clip(name)
 
     def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
-        from diffusion_align.rewards.image.clip_backends import load_open_clip, load_transformers
-
         if name.startswith(OPEN_CLIP):
             with hub_or_cache():
                 return load_open_clip(name, device, dtype)
@@ -177,21 +182,14 @@ def share_encoder(
     key, wanted = (name, str(device), dtype), torch_dtype(dtype, device)
     encoder = _loaded.get(key) if _shared.get() else None
     if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
-        try:
-            with recorded() as places:
-                encoder = load(device, wanted)
-            encoder.places = places
-        except RewardError:
-            raise
-        except Exception as error:
-            raise RewardError(
-                f"CLIP '{name}' could not be loaded ({describe_exception(error)}): "
-                "give a folder that holds one, or check the name and the connection"
-            ) from error
+        advice = "give a folder that holds one, or check the name and the connection"
+        with foreign_code(f"CLIP '{name}' could not be loaded (", f"): {advice}"), recorded() as places:
+            encoder = load(device, wanted)
+        encoder.places = places
         if _shared.get():
             _loaded[key] = encoder
-    for place in encoder.places:
-        note(place)
+    for one in encoder.places:
+        note(one)
     return encoder
 
 
@@ -203,13 +201,6 @@ def unshared() -> Iterator[None]:
         yield
     finally:
         _shared.reset(token)
-
-
-def torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
-    """The dtype called ``dtype``; RewardError for half precision on a CPU."""
-    if torch.device(device).type == "cpu" and dtype != "float32":
-        raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU rewards run in float32")
-    return DTYPES[dtype]
 
 
 def check_clip(name: str) -> str:
@@ -238,7 +229,119 @@ def check_clip(name: str) -> str:
 Clip = Annotated[str, PlainValidator(check_clip)]
 
 
-def is_missing_folder(name: str) -> bool:
-    """Whether ``name`` reads like a path, not like a Hub id, and no folder is there."""
-    looks_like_a_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    return looks_like_a_path and not Path(name).expanduser().is_dir()
+def load_transformers(
+    name: str, device: torch.device, dtype: torch.dtype, other_tokenizer: str | None = None
+) -> ClipEncoder:
+    """A transformers CLIPModel; ``other_tokenizer`` is where to take the tokenizer if it comes without one."""
+    from transformers import AutoConfig, CLIPModel
+
+    if name == EMOJI_CLIP:
+        from diffusion_align.assets import asset_path
+
+        source = str(asset_path(EMOJI_CLIP))
+    else:
+        source = place(name)
+    note(source)
+    with hub_or_cache(source):
+        config = AutoConfig.from_pretrained(source)
+    if config.model_type != "clip":
+        raise RewardError(f"clip='{name}' holds a model of type '{config.model_type}': a CLIPModel ('clip') is needed")
+    options = {"config": config, "output_loading_info": True}
+    with hub_or_cache(source):
+        model, loading = load_in_dtype(CLIPModel.from_pretrained, source, dtype=torch.float32, **options)
+    if loading["missing_keys"]:
+        raise RewardError(f"clip='{name}' lacks weights ({sorted(loading['missing_keys'])[0]}, ...): download it again")
+    scale = model.logit_scale.exp().item()  # in float32: rounded to bfloat16 it would be off by up to 2 %
+    model.to(device, dtype)
+    nested = Path(source) / "tokenizer"
+    tokenizer = _tokenizer(name, str(nested) if nested.is_dir() else source, other_tokenizer, config.text_config)
+    length = config.text_config.max_position_embeddings
+    mean, std = _normalisation(source)
+
+    def text_features(prompts: list[str]) -> Tensor:
+        tokens = tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        ids, mask = tokens.input_ids.to(model.device), tokens.attention_mask.to(model.device)
+        return _pooled(model.get_text_features(input_ids=ids, attention_mask=mask))
+
+    return ClipEncoder(
+        name,
+        model,
+        image_features=lambda pixels: _pooled(model.get_image_features(pixel_values=pixels)),
+        text_features=text_features,
+        dim=config.projection_dim,
+        size=config.vision_config.image_size,
+        mean=mean,
+        std=std,
+        scale=scale,
+    )
+
+
+def _tokenizer(name: str, source: str, other: str | None, config: Any) -> Any:
+    try:
+        return load_tokenizer(source, config.vocab_size)
+    except RewardError:
+        if other is None:
+            raise
+    try:
+        return load_tokenizer(other, config.vocab_size)
+    except RewardError as error:
+        raise RewardError(f"clip='{name}' comes without a tokenizer, and {error}") from error
+
+
+def _pooled(features: Any) -> Tensor:
+    """The projected embedding: transformers up to 4 returns it, 5 wraps it in an output object."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def _normalisation(source: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of the folder's own ``preprocessor_config.json``, else CLIP's; emoji-clip sees [-1, 1]."""
+    if Path(source).name == EMOJI_CLIP:
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    settings = settings_beside(source, "preprocessor_config.json")
+    return settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+
+
+def load_open_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipEncoder:
+    import open_clip
+
+    architecture, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+    if Path(weights).is_file():
+        note(weights)
+    # OpenAI's and some other weights were trained with QuickGELU, which open_clip knows but only warns of.
+    quick = bool((open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu"))
+    model = open_clip.create_model(architecture, pretrained=weights, precision="fp32", force_quick_gelu=quick)
+    # open_clip says here how the images were prepared that these weights were trained on.
+    prepared = getattr(model.visual, "preprocess_cfg", {})
+    fit = squash if prepared.get("resize_mode") == "squash" else resize_and_crop
+    fit = functools.partial(fit, mode=prepared.get("interpolation", "bicubic"))
+    return open_clip_encoder(name, model, architecture, device, dtype, fit)
+
+
+def open_clip_encoder(
+    name: str,
+    model: Any,
+    architecture: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    fit: Callable[[Tensor, int], Tensor] = resize_and_crop,
+) -> ClipEncoder:
+    """The encoder around an open_clip ``model``, which comes in float32 and is moved to ``device`` and ``dtype``."""
+    import open_clip
+
+    scale = model.logit_scale.exp().item()
+    model.to(device, dtype)
+    tokenizer = open_clip.get_tokenizer(architecture)
+    visual: Any = model.visual
+    size = visual.image_size
+    return ClipEncoder(
+        name,
+        model,
+        image_features=model.encode_image,
+        text_features=lambda prompts: model.encode_text(tokenizer(prompts).to(next(model.parameters()).device)),
+        dim=visual.output_dim,
+        size=size if isinstance(size, int) else size[0],
+        mean=getattr(visual, "image_mean", None) or CLIP_MEAN,
+        std=getattr(visual, "image_std", None) or CLIP_STD,
+        scale=scale,
+        fit=fit,
+    )

@@ -7,22 +7,21 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.rewards.image.clip import OPEN_CLIP, Clip, ClipEncoder, default_clip, load_clip
-from diffusion_align.rewards.settings import NetworkSettings
+from diffusion_align.rewards.networks import NetworkSettings
 
 
 class ClipScore:
-    """The cosine similarity as a reward. `ClipSettings` builds it."""
+    """``scale`` times the cosine similarity as a reward. `ClipSettings` and those of other CLIPs build it."""
 
-    name = "clip_score"
     differentiable = True
 
-    def __init__(self, encoder: ClipEncoder, *, batch_size: int = 64):
-        self.encoder, self.batch_size = encoder, batch_size
+    def __init__(self, encoder: ClipEncoder, *, name: str = "clip_score", scale: float = 1.0, batch_size: int = 64):
+        self.encoder, self.name, self.scale, self.batch_size = encoder, name, scale, batch_size
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         seen = self.encoder.embed_images(images, batch_size=self.batch_size)
         texts = self.encoder.embed_texts(prompts, batch_size=self.batch_size)
-        return (seen * texts).sum(dim=-1)
+        return self.scale * (seen * texts).sum(dim=-1)
 
     def to(self, device: str | torch.device) -> "ClipScore":
         self.encoder.to(device)

@@ -15,19 +15,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.image.clip import ClipEncoder, share_encoder
+from diffusion_align.rewards.image.clip import ClipEncoder, open_clip_encoder, share_encoder
 from diffusion_align.rewards.image.clip_score import ClipScore
-from diffusion_align.rewards.settings import NetworkSettings
-from diffusion_align.rewards.weights import LocalFile, load_tensors, read_tensors, unfilled, weights_file
+from diffusion_align.rewards.networks import (
+    LocalFile,
+    NetworkSettings,
+    load_tensors,
+    read_tensors,
+    unfilled,
+    weights_file,
+)
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2": "HPS_v2_compressed.pt"}
-
-
-class HpsV2(ClipScore):
-    """The cosine as a reward. `HpsV2Settings` builds it."""
-
-    name = "hps_v2"
 
 
 class HpsV2Settings(NetworkSettings):
@@ -58,14 +58,14 @@ class HpsV2Settings(NetworkSettings):
             raise RewardError("it needs open_clip: pip install 'diffusion-align[open-clip]'")
         return self
 
-    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> HpsV2:
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> ClipScore:
         def load(device: torch.device, dtype: torch.dtype) -> ClipEncoder:
-            return load_hps(
-                weights_file(self.weights, REPOSITORY, FILES[self.version]), self.architecture, device, dtype
-            )
+            file = weights_file(self.weights, REPOSITORY, FILES[self.version])
+            return load_hps(file, self.architecture, device, dtype)
 
         name = f"{self.architecture} with {self.weights or FILES[self.version]}"
-        return HpsV2(share_encoder(name, load, device=device, dtype=self.dtype), batch_size=self.batch_size)
+        encoder = share_encoder(name, load, device=device, dtype=self.dtype)
+        return ClipScore(encoder, name=self.name, batch_size=self.batch_size)
 
 
 def load_hps(path: Path, architecture: str, device: torch.device, dtype: torch.dtype) -> ClipEncoder:
@@ -75,8 +75,6 @@ def load_hps(path: Path, architecture: str, device: torch.device, dtype: torch.d
         RewardError: not a file of tensors, not those of ``architecture``, or open_clip does not know that.
     """
     import open_clip
-
-    from diffusion_align.rewards.image.clip_backends import open_clip_encoder
 
     config = open_clip.get_model_config(architecture)
     if config is None:

@@ -16,14 +16,16 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.image.clip import is_missing_folder, preprocess, torch_dtype
-from diffusion_align.rewards.settings import NetworkSettings
-from diffusion_align.rewards.weights import (
+from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD, preprocess
+from diffusion_align.rewards.networks import (
     LocalFile,
-    fitting_tokenizer,
+    NetworkSettings,
+    is_missing_folder,
     load_tensors,
+    load_tokenizer,
     read_tensors,
     shape_of,
+    torch_dtype,
     unfilled,
     weights_file,
 )
@@ -67,8 +69,6 @@ class ImageReward:
 
     def _score(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) float32 on the networks' device, from images and (B, L) tokens with their mask."""
-        from diffusion_align.rewards.image.clip_backends import CLIP_MEAN, CLIP_STD
-
         device, dtype = self.vision.device, self.vision.dtype
         pixels = preprocess(images.to(device), self.vision.config.image_size, CLIP_MEAN, CLIP_STD)
         patches = self.vision(pixel_values=pixels.to(dtype)).last_hidden_state
@@ -115,7 +115,7 @@ class ImageRewardSettings(NetworkSettings):
     def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> ImageReward:
         wanted = torch_dtype(self.dtype, device)
         vision, text, head = load_image_reward(weights_file(self.weights, REPOSITORY, FILE))
-        words = fitting_tokenizer(self.tokenizer, text.config.vocab_size)
+        words = load_tokenizer(self.tokenizer, text.config.vocab_size)
         parts = vision.to(device, wanted), text.to(device, wanted), head.to(device)
         return ImageReward(*parts, words, batch_size=self.batch_size)
 

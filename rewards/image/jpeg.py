@@ -31,14 +31,12 @@ class JpegCompressibility(RewardSettings):
     """Minus the JPEG file size in kB: small files score high."""
 
     name: ClassVar[str] = "jpeg_compressibility"
-    differentiable: ClassVar[bool] = False
     sign: ClassVar[float] = -1.0
     about: ClassVar[dict[str, Any]] = {
         "model": "no model",
         "range": "below 0, in kB",
         "cost": "one JPEG encoding per image",
         "licence": "no model",
-        "differentiable": False,
     }
 
     quality: int = Field(95, ge=1, le=100, description="PIL's scale")

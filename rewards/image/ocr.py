@@ -32,14 +32,12 @@ class Ocr(RewardSettings):
     """Share of the text asked for (in quotation marks in the prompt, or metadata "text") that the image shows."""
 
     name: ClassVar[str] = "ocr"
-    differentiable: ClassVar[bool] = False
     about: ClassVar[dict[str, Any]] = {
         "model": "PP-OCRv6 small, from the package rapidocr",
         "range": "0 to 1",
         "cost": "no download (31 MB in the package); 0.2 s per image of any size up to 512x512 on one CPU core",
         "extra": "ocr",
         "licence": "Apache-2.0 (rapidocr, PP-OCRv6)",
-        "differentiable": False,
     }
 
     # With "ignore" an image crowded with letters is as good as the one asked for, which a policy finds out.

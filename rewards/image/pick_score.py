@@ -8,23 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from diffusion_align.rewards.image.clip import Clip, load_clip
 from diffusion_align.rewards.image.clip_score import ClipScore
-from diffusion_align.rewards.settings import NetworkSettings
+from diffusion_align.rewards.networks import NetworkSettings
 
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
-
-class PickScore(ClipScore):
-    """The scaled cosine as a reward. `PickScoreSettings` builds it."""
-
-    name = "pick_score"
-
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        return self.encoder.scale * super().__call__(images, prompts, metadata)
 
 
 class PickScoreSettings(NetworkSettings):
@@ -47,6 +37,6 @@ class PickScoreSettings(NetworkSettings):
         PICK_SCORE, description="a local copy, or another CLIP; without a tokenizer of its own it gets CLIP ViT-H/14's"
     )
 
-    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> PickScore:
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> ClipScore:
         encoder = load_clip(self.clip, device=device, dtype=self.dtype, tokenizer=VIT_H_14)
-        return PickScore(encoder, batch_size=self.batch_size)
+        return ClipScore(encoder, name=self.name, scale=encoder.scale, batch_size=self.batch_size)

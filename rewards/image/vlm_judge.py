@@ -95,7 +95,6 @@ class VlmJudgeSettings(RewardSettings):
         "range": "0 to 1",
         "cost": "nothing to download here; one question per image, at the endpoint's price and speed",
         "licence": "that of the model asked",
-        "differentiable": False,
     }
 
     url: Annotated[str, PlainValidator(check_url)] = Field(

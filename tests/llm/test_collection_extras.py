@@ -16,7 +16,7 @@ from diffusion_align.llm.previews import TextPreviews
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards import RewardError
-from diffusion_align.rewards.text import TrainerState
+from diffusion_align.rewards.text.base import TrainerState
 from diffusion_align.training.randomness import generator
 
 END, OTHER_END = 3, 7  # of the tokenizer, and of the model besides

@@ -15,7 +15,7 @@ from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, prefer
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.llm.policy import LoRAConfig, Sequences
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
-from diffusion_align.rewards.text.build import build_text_reward
+from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.config import parse_config
 
 EOS, PAD = 3, 2

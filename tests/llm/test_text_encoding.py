@@ -19,9 +19,9 @@ from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.language_models import load_ends, load_tokenizer
 from diffusion_align.pipelines.text import read_prompts
 from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.networks import token_limit
 from diffusion_align.rewards.text.base import text_of, words_left_out
 from diffusion_align.rewards.text.classifier import layout
-from diffusion_align.rewards.text.loading import token_limit
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<0x0A>", "[INST]", "[/INST]"]
 WORDS = [

@@ -10,8 +10,7 @@ from diffusion_align.models.kinds import model_kind
 from diffusion_align.pipelines.compare import compare_texts
 from diffusion_align.pipelines.pairs import PairsWritten, make_text_pairs
 from diffusion_align.pipelines.text import TextAlignmentPipeline
-from diffusion_align.rewards import RewardError
-from diffusion_align.rewards.text import text_of
+from diffusion_align.rewards import RewardError, text_of
 
 PROMPTS = ["the cat", "a dog is", "who?"]
 FAST = {"max_new_tokens": 5, "seed": 7}

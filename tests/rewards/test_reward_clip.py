@@ -160,7 +160,7 @@ def test_a_transformers_folder_with_its_own_mean_and_std(tiny):
 
 
 def test_older_transformers_return_a_bare_tensor(tiny, emoji):
-    from diffusion_align.rewards.image.clip_backends import _pooled
+    from diffusion_align.rewards.image.clip import _pooled
 
     value = torch.ones(2, 3)
     assert _pooled(value) is value

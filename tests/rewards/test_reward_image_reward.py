@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
 from diffusion_align.rewards.image import image_reward as module
-from diffusion_align.rewards.image.clip_backends import CLIP_MEAN, CLIP_STD
+from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD
 from diffusion_align.rewards.image.image_reward import ImageReward, load_image_reward
 
 SIZE, PATCH, VISION, TEXT, DEPTH = 32, 8, 192, 128, 2

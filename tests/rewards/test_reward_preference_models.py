@@ -16,8 +16,8 @@ from diffusion_align.assets import asset_path
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, describe_rewards
 from diffusion_align.rewards.image import hps_v2 as hps
 from diffusion_align.rewards.image import pick_score as pick
-from diffusion_align.rewards.image.clip_backends import CLIP_MEAN, CLIP_STD, load_transformers
-from diffusion_align.rewards.image.pick_score import PickScore
+from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD, load_transformers
+from diffusion_align.rewards.image.clip_score import ClipScore
 
 PROMPTS = ["a red apple", "two dogs on a beach", "", "a photograph of a mountain lake at dawn"]
 SIZE, LOGIT_SCALE = 32, 3.9
@@ -194,10 +194,10 @@ def test_half_precision_changes_the_scores_little_and_the_scale_not_at_all(picke
     encoder = load_transformers(str(clip_folder), torch.device("cpu"), torch.bfloat16)
     assert next(encoder.module.parameters()).dtype == torch.bfloat16
     assert encoder.scale == picker.encoder.scale == pytest.approx(math.exp(LOGIT_SCALE), rel=1e-6)
-    difference = score(PickScore(encoder), images) - score(picker, images)
+    difference = score(ClipScore(encoder, scale=encoder.scale), images) - score(picker, images)
     assert 0 < difference.abs().max() < 0.1 * score(picker, images).std()
     encoder = hps.load_hps(hps_files / "weights.pt", "tiny-hps", torch.device("cpu"), torch.bfloat16)
-    difference = score(hps.HpsV2(encoder), images) - score(preferrer, images)
+    difference = score(ClipScore(encoder), images) - score(preferrer, images)
     assert 0 < difference.abs().max() < 0.1 * score(preferrer, images).std()
 
 
@@ -303,7 +303,7 @@ def test_an_architecture_that_open_clip_does_not_know(hps_files):
         (lambda state: b"not a file of tensors", r"is not a file of tensors \(UnpicklingError"),
         (lambda state: b"", r"is not a file of tensors \(EOFError"),
         (lambda state: torch.zeros(3), r"is not a file of tensors \(AttributeError"),
-        (lambda state: {"x": PickScore}, r"is not a file of tensors \(UnpicklingError"),
+        (lambda state: {"x": ClipScore}, r"is not a file of tensors \(UnpicklingError"),
     ],
 )
 def test_files_that_hold_no_hps_weights_are_refused(damage, sentence, hps_files, tmp_path):

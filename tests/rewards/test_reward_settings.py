@@ -18,10 +18,10 @@ from diffusion_align.rewards import (
     reward_problem,
     text_reward_problem,
 )
-from diffusion_align.rewards.foreign import runs_in_background
+from diffusion_align.rewards.base import runs_in_background
+from diffusion_align.rewards.build import IMAGES, TEXT, find
 from diffusion_align.rewards.image.jpeg import JpegCompressibility
 from diffusion_align.rewards.remote import RemoteSettings
-from diffusion_align.rewards.resolve import IMAGES, TEXT, find
 from diffusion_align.rewards.settings import describe_options
 from diffusion_align.rewards.text.length import Length
 

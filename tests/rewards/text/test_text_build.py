@@ -18,7 +18,7 @@ from diffusion_align.rewards import (
     reward_problem,
     text_reward_problem,
 )
-from diffusion_align.rewards.text import TrainerState, extras_of
+from diffusion_align.rewards.text.base import TrainerState, extras_of
 
 CODE = """
 def shout(completions, gain=1.0, **kwargs):

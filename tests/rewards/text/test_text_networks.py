@@ -10,9 +10,9 @@ import torch
 
 from diffusion_align.models.lora import add_lora, save_peft
 from diffusion_align.rewards import RewardError, build_text_reward, call_text_reward, text_reward_problem
+from diffusion_align.rewards.networks import without_token_types
 from diffusion_align.rewards.text import similarity as similarity_module
 from diffusion_align.rewards.text.classifier import layout
-from diffusion_align.rewards.text.loading import without_token_types
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>", "a", "red", "green", "apple", "pear", "is", "good", "bad", "very"]
 WORDS += ["user", "assistant", "."]
@@ -431,7 +431,7 @@ def test_pickles_are_never_read(encoder, tmp_path):
     ],
 )
 def test_wrong_options_are_one_sentence_before_anything_is_loaded(spec, sentence, encoder, monkeypatch):
-    monkeypatch.setattr("diffusion_align.rewards.text.loading.load_tokenizer", None)
+    monkeypatch.setattr("diffusion_align.rewards.networks.load_tokenizer", None)
     spec = {key: encoder if value == "{}" else value for key, value in spec.items()}
     with pytest.raises(RewardError, match=sentence) as caught:
         build_text_reward(spec)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion_align.rewards import RewardError, call_text_reward, check_text_reward, text_of, weighted_sum
-from diffusion_align.rewards.text import TrainerState, extras_of
+from diffusion_align.rewards.text.base import TrainerState, extras_of
 
 PROMPTS = ["add one and one", "name a fruit", "say hello"]
 COMPLETIONS = ["2", "a pear", ""]
