@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import F64, assert_same, randn, refused, tensor
 
 from diffusion_align.estimators import (
     gae,
@@ -15,25 +16,19 @@ from diffusion_align.estimators import (
     several_rewards_advantages,
 )
 
-F64 = torch.float64
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
 IDS = torch.tensor([7, 3, 7, 3, 7, 9])
-
-
-def _random(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("floor", "size"), [(0.0, 0.8660254038), (0.1, 1e-4), (0.01, 1e-3), (0.001, 1e-2)])
 def test_noise_is_blown_up_without_a_floor_and_not_with_one(floor, size):
-    rewards = torch.tensor([0.99999, 1.00001, 0.99999, 1.00001], dtype=F64)
+    rewards = tensor(0.99999, 1.00001, 0.99999, 1.00001)
     advantages = group_advantages(rewards, torch.zeros(4, dtype=torch.long), clip_std=(floor, math.inf))
-    torch.testing.assert_close(advantages, size * torch.tensor([-1.0, 1, -1, 1], dtype=F64), rtol=1e-9, atol=0)
+    assert_same(advantages, size * tensor(-1.0, 1, -1, 1), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_each_scale_equals_its_formula_in_any_order_of_groups(ddof):
-    rewards = _random(6)
+    rewards = randn(6)
     mean, std = torch.zeros(6, dtype=F64), torch.zeros(6, dtype=F64)
     for i in IDS.unique():
         rows = i == IDS
@@ -41,15 +36,15 @@ def test_each_scale_equals_its_formula_in_any_order_of_groups(ddof):
         std[rows] = rewards[rows].std(correction=ddof) if rows.sum() > 1 else math.inf
     for scale, divisor in (("group", std), ("batch", rewards.std(correction=ddof)), ("none", 1.0)):
         result = group_advantages(rewards, IDS, scale=scale, ddof=ddof)
-        torch.testing.assert_close(result, (rewards - mean) / divisor, **EXACT)
+        assert_same(result, (rewards - mean) / divisor)
         assert result[5] == 0
     high = group_advantages(rewards, IDS, clip_std=(0.0, 1e-3))
-    torch.testing.assert_close(high, (rewards - mean) / 1e-3, **EXACT)
+    assert_same(high, (rewards - mean) / 1e-3)
 
 
 def test_a_group_of_two_is_plus_and_minus_one_over_root_two():
-    result = group_advantages(torch.tensor([0.3, 4.0], dtype=F64), torch.zeros(2, dtype=torch.long))
-    torch.testing.assert_close(result, torch.tensor([-1.0, 1.0], dtype=F64) / math.sqrt(2), **EXACT)
+    result = group_advantages(tensor(0.3, 4.0), torch.zeros(2, dtype=torch.long))
+    assert_same(result, tensor(-1.0, 1.0) / math.sqrt(2))
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -65,53 +60,53 @@ def test_equal_rewards_and_single_ones_give_exactly_zero(scale, ddof, value, dty
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others():
-    rewards = _random(6)
+    rewards = randn(6)
     expected = torch.zeros(6, dtype=F64)
     for i in range(5):
         others = (IDS[i] == IDS) & (torch.arange(6) != i)
         expected[i] = rewards[i] - rewards[others].mean()
-    torch.testing.assert_close(leave_one_out_advantages(rewards, IDS), expected, **EXACT)
+    assert_same(leave_one_out_advantages(rewards, IDS), expected)
 
 
 @pytest.mark.parametrize("settings_", [{}, {"scale": "batch"}, {"scale": "none", "ddof": 0}, {"clip_std": (0.5, 2.0)}])
 def test_several_rewards_are_normalised_one_by_one_and_then_weighed(settings_):
-    rewards, weights = _random(6, 3), torch.tensor([1.0, -0.5, 2.0], dtype=F64)
+    rewards, weights = randn(6, 3), tensor(1.0, -0.5, 2.0)
     columns = [group_advantages(rewards[:, k], IDS, **settings_) for k in range(3)]
     result = several_rewards_advantages(rewards, IDS, weights, **settings_)
-    torch.testing.assert_close(result, columns[0] - 0.5 * columns[1] + 2 * columns[2], **EXACT)
+    assert_same(result, columns[0] - 0.5 * columns[1] + 2 * columns[2])
     ones = several_rewards_advantages(rewards, IDS, **settings_)
-    torch.testing.assert_close(ones, columns[0] + columns[1] + columns[2], **EXACT)
+    assert_same(ones, columns[0] + columns[1] + columns[2])
     assert torch.equal(ones, several_rewards_advantages(rewards, IDS, torch.ones(3, dtype=F64), **settings_))
     assert torch.equal(several_rewards_advantages(rewards[:, :1], IDS, **settings_), columns[0])
 
 
 def test_several_rewards_less_the_mean_of_the_others_that_have_something_to_say():
-    rewards, weights = _random(6, 2), torch.tensor([1.5, -2.0], dtype=F64)
+    rewards, weights = randn(6, 2), tensor(1.5, -2.0)
     rewards[0, 0] = math.nan
     said = torch.arange(6) > 0
     first = torch.zeros(6, dtype=F64)
     first[said] = leave_one_out_advantages(rewards[said, 0], IDS[said])
     result = several_rewards_advantages(rewards, IDS, weights, estimator=leave_one_out_advantages)
-    torch.testing.assert_close(result, 1.5 * first - 2 * leave_one_out_advantages(rewards[:, 1], IDS), **EXACT)
+    assert_same(result, 1.5 * first - 2 * leave_one_out_advantages(rewards[:, 1], IDS))
 
 
 def test_several_rewards_by_hand_and_whatever_their_units():
     ids, root = torch.zeros(2, dtype=torch.long), math.sqrt(0.5)
-    rewards = torch.tensor([[0.0, 500.0, 3.0], [1.0, 100.0, 3.0]], dtype=F64)
+    rewards = tensor([0.0, 500.0, 3.0], [1.0, 100.0, 3.0])
     assert several_rewards_advantages(rewards, ids).tolist() == pytest.approx([0, 0], abs=1e-15)
-    weights = torch.tensor([3.0, 1.0, 9.0], dtype=F64)  # the third never differs and has no say
+    weights = tensor(3.0, 1.0, 9.0)  # the third never differs and has no say
     assert several_rewards_advantages(rewards, ids, weights).tolist() == pytest.approx([-2 * root, 2 * root])
-    rewards = _random(6, 2)
-    units = torch.tensor([1e-3, 1e4], dtype=F64)
+    rewards = randn(6, 2)
+    units = tensor(1e-3, 1e4)
     other = several_rewards_advantages(units * rewards + 7, IDS)
-    torch.testing.assert_close(other, several_rewards_advantages(rewards, IDS), rtol=1e-9, atol=1e-9)
+    assert_same(other, several_rewards_advantages(rewards, IDS), rtol=1e-9, atol=1e-9)
     together = group_advantages((units * rewards).sum(1), IDS)
     assert (other - together).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("settings_", [{}, {"scale": "batch"}, {"scale": "none"}, {"ddof": 0, "clip_std": (0.7, 2.0)}])
 def test_a_reward_with_nothing_to_say_is_left_out_of_its_group(settings_):
-    rewards, weights = _random(6, 2), torch.tensor([1.5, -2.0], dtype=F64)
+    rewards, weights = randn(6, 2), tensor(1.5, -2.0)
     rewards[[0, 1, 3, 5], [1, 1, 1, 1]] = math.nan
     ddof, (low, high) = settings_.get("ddof", 1), settings_.get("clip_std", (0.0, math.inf))
     second = torch.zeros(6, dtype=F64)
@@ -120,20 +115,20 @@ def test_a_reward_with_nothing_to_say_is_left_out_of_its_group(settings_):
     second[[2, 4]] = (said - said.mean()) / std
     first = group_advantages(rewards[:, 0], IDS, **settings_)
     result = several_rewards_advantages(rewards, IDS, weights, **settings_)
-    torch.testing.assert_close(result, 1.5 * first - 2 * second, **EXACT)
+    assert_same(result, 1.5 * first - 2 * second)
     assert several_rewards_advantages(torch.full((6, 2), math.nan), IDS, **settings_).tolist() == [0.0] * 6
 
 
 def test_a_batch_is_scaled_by_the_rewards_that_were_given():
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
-    rewards = torch.tensor([1.0, 3.0, math.nan, 10.0, math.nan, 14.0], dtype=F64)
-    std = torch.tensor([1.0, 3.0, 10.0, 14.0], dtype=F64).std()
-    expected = torch.tensor([-1.0, 1.0, 0.0, -2.0, 0.0, 2.0], dtype=F64) / std
-    torch.testing.assert_close(several_rewards_advantages(rewards[:, None], ids, scale="batch"), expected, **EXACT)
+    rewards = tensor(1.0, 3.0, math.nan, 10.0, math.nan, 14.0)
+    std = tensor(1.0, 3.0, 10.0, 14.0).std()
+    expected = tensor(-1.0, 1.0, 0.0, -2.0, 0.0, 2.0) / std
+    assert_same(several_rewards_advantages(rewards[:, None], ids, scale="batch"), expected)
 
 
 def test_several_rewards_errors_types_and_empty_batches():
-    rewards, weights = _random(6, 2).requires_grad_(), _random(2, seed=1).requires_grad_()
+    rewards, weights = randn(6, 2).requires_grad_(), randn(2, seed=1).requires_grad_()
     assert not several_rewards_advantages(rewards, IDS, weights).requires_grad
     for dtype, expected in ((torch.int64, torch.float32), (torch.float16, torch.float32), (F64, F64)):
         assert several_rewards_advantages(rewards.to(dtype), IDS).dtype == expected
@@ -148,20 +143,17 @@ def test_several_rewards_errors_types_and_empty_batches():
     ):
         with pytest.raises(ValueError, match=r"expected rewards \(B, K\) with K > 0 and weights \(K,\) or None"):
             several_rewards_advantages(bad, IDS, bad_weights)
-    with pytest.raises(ValueError, match=r"\(6,\).*\(5,\)"):
-        several_rewards_advantages(rewards, IDS[:5])
+    refused(r"\(6,\).*\(5,\)", several_rewards_advantages, rewards, IDS[:5])
     for bad in (math.inf, -math.inf, 1e200):
         values = torch.tensor([[0.0, math.nan]] * 5 + [[0.0, bad]], dtype=F64)
-        with pytest.raises(ValueError, match=r"hold 1 value\(s\) that are not finite"):
-            several_rewards_advantages(values, IDS)
-    with pytest.raises(ValueError, match="scale='std'"):
-        several_rewards_advantages(rewards, IDS, scale="std")
+        refused(r"hold 1 value\(s\) that are not finite", several_rewards_advantages, values, IDS)
+    refused("scale='std'", several_rewards_advantages, rewards, IDS, scale="std")
     assert several_rewards_advantages(torch.zeros(0, 2), IDS[:0], torch.ones(2)).shape == (0,)
     assert several_rewards_advantages(rewards[:1], IDS[:1]).tolist() == [0.0]
 
 
 def test_results_carry_no_gradient_and_the_dtype_of_the_rewards():
-    rewards = _random(6).requires_grad_()
+    rewards = randn(6).requires_grad_()
     assert not group_advantages(rewards, IDS).requires_grad
     assert not leave_one_out_advantages(rewards, IDS).requires_grad
     assert not gae(rewards[None], rewards[None], torch.ones(1, 6).bool())[0].requires_grad
@@ -172,72 +164,61 @@ def test_results_carry_no_gradient_and_the_dtype_of_the_rewards():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("call", [group_advantages, leave_one_out_advantages])
 def test_bad_rewards_and_shapes_are_named(call, bad):
-    with pytest.raises(ValueError, match=r"\(6,\) hold 1 value"):
-        call(torch.tensor([1.0, 2, 3, 4, 5, bad]), IDS)
-    with pytest.raises(ValueError, match=r"\(5,\).*\(6,\)"):
-        call(torch.zeros(5), IDS)
-    with pytest.raises(ValueError, match=r"1 dimension.*\(1, 6\)"):
-        call(torch.zeros(1, 6), IDS[None])
-    with pytest.raises(ValueError, match="must be integers"):
-        call(torch.zeros(6), IDS.float())
+    refused(r"\(6,\) hold 1 value", call, torch.tensor([1.0, 2, 3, 4, 5, bad]), IDS)
+    refused(r"\(5,\).*\(6,\)", call, torch.zeros(5), IDS)
+    refused(r"1 dimension.*\(1, 6\)", call, torch.zeros(1, 6), IDS[None])
+    refused("must be integers", call, torch.zeros(6), IDS.float())
 
 
 def test_bad_settings_are_named():
     for settings_ in ({"clip_std": (1.0, 0.5)}, {"clip_std": (-1.0, 1.0)}, {"clip_std": (math.nan, 1.0)}, {"ddof": 2}):
-        with pytest.raises(ValueError, match="clip_std="):
-            group_advantages(torch.zeros(6), IDS, **settings_)
-    with pytest.raises(ValueError, match="scale='std'"):
-        group_advantages(torch.zeros(6), IDS, scale="std")
+        refused("clip_std=", group_advantages, torch.zeros(6), IDS, **settings_)
+    refused("scale='std'", group_advantages, torch.zeros(6), IDS, scale="std")
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for settings_ in ({"gamma": 1.1}, {"lam": -0.1}, {"gamma": math.nan}):
-        with pytest.raises(ValueError, match="gamma="):
-            gae(x, x, mask, **settings_)
+        refused("gamma=", gae, x, x, mask, **settings_)
     for call in (lambda m: gae(x, x, m), lambda m: reward_to_go(x, m)):
-        with pytest.raises(ValueError, match=r"mask \(2, 1\)"):
-            call(mask[:, :1])
-        with pytest.raises(ValueError, match="mask must be a bool"):
-            call(mask.float())
-    with pytest.raises(ValueError, match=r"rewards \(2, 3\), values \(2, 2\)"):
-        gae(x, x[:, :2], mask)
-    with pytest.raises(ValueError, match="2 dimension"):
-        reward_to_go(x[0])
+        refused(r"mask \(2, 1\)", call, mask[:, :1])
+        refused("mask must be a bool", call, mask.float())
+    refused(r"rewards \(2, 3\), values \(2, 2\)", gae, x, x[:, :2], mask)
+    refused("2 dimension", reward_to_go, x[0])
 
 
 def test_gae_worked_numbers():
     rewards, values = torch.tensor([[[0, 0, 1.0]], [[0.5, 0.6, 0.8]]], dtype=F64)
     advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.99, lam=0.95)
-    expected = torch.tensor([[0.45148405, 0.3801, 0.2]], dtype=F64)
-    torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(returns, expected + values, rtol=1e-12, atol=1e-12)
+    expected = tensor([0.45148405, 0.3801, 0.2])
+    assert_same(advantages, expected)
+    assert_same(returns, expected + values)
 
 
 def test_gae_limits_are_return_minus_value_and_the_one_step_error():
-    rewards, values, mask = _random(4, 6), _random(4, 6, seed=1), torch.ones(4, 6, dtype=torch.bool)
+    rewards, values, mask = randn(4, 6), randn(4, 6, seed=1), torch.ones(4, 6, dtype=torch.bool)
     advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)
-    torch.testing.assert_close(advantages, reward_to_go(rewards) - values, **EXACT)
-    torch.testing.assert_close(returns, reward_to_go(rewards), **EXACT)
+    assert_same(advantages, reward_to_go(rewards) - values)
+    assert_same(returns, reward_to_go(rewards))
     for default, stated in zip(gae(rewards, values, mask), gae(rewards, values, mask, gamma=1.0, lam=0.95)):
         assert torch.equal(default, stated)
     discounted = sum(0.9**k * rewards[:, k] for k in range(6))
-    torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=1.0)[1][:, 0], discounted, **EXACT)
+    assert_same(gae(rewards, values, mask, gamma=0.9, lam=1.0)[1][:, 0], discounted)
     following = torch.cat([values[:, 1:], torch.zeros(4, 1, dtype=F64)], 1)
     one_step = rewards + 0.9 * following - values
-    torch.testing.assert_close(gae(rewards, values, mask, gamma=0.9, lam=0.0)[0], one_step, **EXACT)
+    assert_same(gae(rewards, values, mask, gamma=0.9, lam=0.0)[0], one_step)
 
 
 @pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, math.nan])
 def test_masked_entries_are_skipped_wherever_they_stand(fill):
-    rewards, values = _random(1, 3), _random(1, 3, seed=1)
+    rewards, values = randn(1, 3), randn(1, 3, seed=1)
     dense = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.9, lam=0.8)
     mask = torch.tensor([[0, 1, 0, 0, 1, 1, 0]]).bool()
     wide = torch.full((2, 1, 7), fill, dtype=F64)
     wide[:, mask] = torch.stack([rewards, values])[:, 0]
     for result, expected in zip(gae(*wide, mask, gamma=0.9, lam=0.8), dense):
-        torch.testing.assert_close(result[mask], expected[0], **EXACT)
+        assert_same(result[mask], expected[0])
         assert (result[~mask] == 0).all()
     x = wide[0].clone().requires_grad_()
     to_go = reward_to_go(x, mask)
-    torch.testing.assert_close(to_go[mask], reward_to_go(rewards)[0], **EXACT)
+    assert_same(to_go[mask], reward_to_go(rewards)[0])
     to_go.sum().backward()
     assert to_go[~mask].tolist() == [0.0] * 4
     assert x.grad.tolist() == [[0, 1, 0, 0, 2, 3, 0]]  # the k-th that counts is in k sums
@@ -285,14 +266,12 @@ def test_the_bounds_of_gamma_and_lam_are_allowed_and_no_more():
     for gamma, lam in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)):
         assert gae(x, x, mask, gamma=gamma, lam=lam)[0].isfinite().all()
     for gamma, lam in ((-0.1, 1.0), (1.1, 1.0), (1.0, -0.1), (1.0, 1.1), (float("nan"), 1.0)):
-        with pytest.raises(ValueError, match="gamma="):
-            gae(x, x, mask, gamma=gamma, lam=lam)
+        refused("gamma=", gae, x, x, mask, gamma=gamma, lam=lam)
 
 
 def test_one_fixed_std_and_the_largest_rewards_are_allowed():
-    rewards, group = torch.tensor([1.0, 3.0], dtype=F64), torch.zeros(2, dtype=torch.long)
+    rewards, group = tensor(1.0, 3.0), torch.zeros(2, dtype=torch.long)
     assert group_advantages(rewards, group, clip_std=(4.0, 4.0)).tolist() == [-0.25, 0.25]
     assert group_advantages(rewards * 1e149, group).isfinite().all()
     for large in (1.5e150, -1.5e150):
-        with pytest.raises(ValueError, match="not finite"):
-            group_advantages(torch.tensor([large, 0.0], dtype=F64), group)
+        refused("not finite", group_advantages, tensor(large, 0.0), group)

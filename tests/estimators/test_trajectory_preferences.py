@@ -4,22 +4,18 @@ import itertools
 
 import pytest
 import torch
+from oracles import F64, assert_same, randn
 
 from diffusion_align.estimators import trajectory_dpo_loss
 
-F64 = torch.float64
 BETA = 0.7
-
-
-def _random(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
 def tree():
     """Three steps of two actions, each node with its own rewards and reference; the soft optimum backwards."""
-    rewards = [_random(2**t, 2, seed=t) for t in range(3)]
-    reference = [_random(2**t, 2, seed=10 + t).log_softmax(1) for t in range(3)]
+    rewards = [randn(2**t, 2, seed=t) for t in range(3)]
+    reference = [randn(2**t, 2, seed=10 + t).log_softmax(1) for t in range(3)]
     value, optimum = torch.zeros(8, dtype=F64), []
     for reward, ref in zip(reversed(rewards), reversed(reference)):
         q = reward + value.reshape(-1, 2)
@@ -41,17 +37,17 @@ def test_log_ratios_of_whole_trajectories_are_returns_less_the_value_of_the_star
     for path in itertools.product(range(2), repeat=3):
         log_ratio = _along(optimum, path) - _along(reference, path)
         expected = _along(rewards, path).sum() - start[0]
-        torch.testing.assert_close(BETA * log_ratio.sum(), expected, rtol=1e-12, atol=1e-12)
+        assert_same(BETA * log_ratio.sum(), expected)
     soft_advantage = BETA * (optimum[0] - reference[0])
     kl = (optimum[0].exp() * (optimum[0] - reference[0])).sum()
-    torch.testing.assert_close((optimum[0].exp() * soft_advantage).sum(), BETA * kl, rtol=1e-12, atol=1e-12)
+    assert_same((optimum[0].exp() * soft_advantage).sum(), BETA * kl)
     assert kl > 0.01
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3])
 def test_the_loss_is_stationary_exactly_at_the_optimum(tree, shift):
     rewards, reference, optimum, _ = tree
-    logits = [(table + shift * _random(*table.shape, seed=20)).requires_grad_() for table in optimum]
+    logits = [(table + shift * randn(*table.shape, seed=20)).requires_grad_() for table in optimum]
     policy = [table.log_softmax(1) for table in logits]
     paths = list(itertools.product(range(2), repeat=3))
     first, second = zip(*itertools.combinations(paths, 2))
