@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Mutants that behave like the original, as --list names them, and why. --equivalent runs these alone.
 EQUIVALENT = {
-    "_checks.check_shapes: any -> all": "several shapes of which only one has ndim dimensions differ: refused anyway",
+    "masked.check_shapes: any -> all": "several shapes of which only one has ndim dimensions differ: refused anyway",
     "advantages.group_advantages: scale == 'none' or centred.numel() == 0 -> (scale == 'none')": (
         "an empty batch comes out empty of what follows too"
     ),
@@ -52,8 +52,8 @@ EQUIVALENT = {
     "torch.where(mask, x, math.inf).amin(dim, keepdim=True)": "no offset changes the result: its gradients cancel",
     "masked.masked_whiten: 1.0 -> 2.0": "the quotient is replaced by 0 wherever this is the divisor",
     "policy.clip_fractions: logp.detach() -> logp": "a comparison has no gradient; this saves the graph",
-    "prompt_statistics._standardised: history.min -> history.max": "any entry will do as the origin",
-    "prompt_statistics.PromptStatistics.update: torch.zeros_like -> torch.ones_like": "every row is written",
+    "advantages._standardised: history.min -> history.max": "any entry will do as the origin",
+    "advantages.PromptStatistics.update: torch.zeros_like -> torch.ones_like": "every row is written",
 }
 
 _OPPOSITES = (

@@ -4,6 +4,7 @@ losses. Results are float32 or wider; wrong shapes and settings out of their ran
 
 # ruff: noqa: F401
 from diffusion_align.estimators.advantages import (
+    PromptStatistics,
     gae,
     group_advantages,
     leave_one_out_advantages,
@@ -54,4 +55,3 @@ from diffusion_align.estimators.preference import (
     simpo_loss,
     trajectory_dpo_loss,
 )
-from diffusion_align.estimators.prompt_statistics import PromptStatistics

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_shapes, widen
+from diffusion_align.estimators.masked import check_shapes, widen
 
 IGNORED = -100  # the label of a position that is not scored
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_shapes, widen
+from diffusion_align.estimators.masked import check_shapes, widen
 from diffusion_align.estimators.preference import Beta, checked_beta, dpo_loss
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from diffusion_align.estimators._checks import check_choice, check_shapes, widen
+from diffusion_align.estimators.masked import check_choice, check_shapes, widen
 
 
 class BetaNetwork(nn.Module):

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_choice, check_shapes, widen
+from diffusion_align.estimators.masked import check_choice, check_shapes, widen
 
 Reduction = Literal["sum", "mean"]
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)

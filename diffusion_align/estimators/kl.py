@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_choice, check_shapes, counted, widen
+from diffusion_align.estimators.masked import check_choice, check_shapes, counted, widen
 from diffusion_align.estimators.policy import importance_ratio
 
 Kind = Literal["k1", "k2", "k3", "k3_clip", "k4"]

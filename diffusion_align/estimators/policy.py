@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators._checks import check_choice, check_shapes, counted, widen
-from diffusion_align.estimators.masked import masked_mean
+from diffusion_align.estimators.masked import check_choice, check_shapes, counted, masked_mean, widen
 
 Level = Literal["decision", "sequence"]
 LOG_CLAMP = 20.0  # nats; how many log-ratios are beyond it is for the caller to log

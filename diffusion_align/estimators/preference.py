@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffusion_align.estimators._checks import check_shapes, counted, widen
-from diffusion_align.estimators.masked import masked_mean
+from diffusion_align.estimators.masked import check_shapes, counted, masked_mean, widen
 
 Beta = float | Tensor
 

@@ -178,36 +178,21 @@ def test_autocast_leaves_float64_as_it_is():
 
 
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("chunk_size", [None, 7])
-def test_ignored_positions_are_zero_whatever_their_logits_hold(fill, chunk_size):
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_ignored_positions_are_zero_whatever_they_hold_and_do_not_reach_the_weight(linear, chunk_size, fill):
     labels = _labels()
     ignored = labels == -100
     results = []
     for filler in (0.0, fill):
-        logits = torch.where(ignored.unsqueeze(-1), filler, randn(B, T, V)).requires_grad_()
-        value = token_log_probs(logits, labels, chunk_size=chunk_size)
-        value.backward(torch.where(ignored, filler, randn(B, T, seed=99)))
-        assert (value[ignored] == 0).all()
-        assert (logits.grad[ignored] == 0).all()
-        results.append([value.detach(), logits.grad])
-    assert identical(*results)
-    assert all(x.isfinite().all() for x in results[0])
-
-
-@pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("chunk_size", [1, 7, V])
-def test_ignored_hidden_states_are_zero_and_do_not_reach_the_weight(fill, chunk_size):
-    labels = _labels()
-    ignored = labels == -100
-    results = []
-    for filler in (0.0, fill):
-        hidden = torch.where(ignored.unsqueeze(-1), filler, randn(B, T, D)).requires_grad_()
+        features = torch.where(ignored.unsqueeze(-1), filler, randn(B, T, D if linear else V)).requires_grad_()
         weight = randn(V, D, seed=1).requires_grad_()
-        value = linear_token_log_probs(hidden, weight, labels, chunk_size=chunk_size)
+        inputs = (features, weight, labels) if linear else (features, labels)
+        value = (linear_token_log_probs if linear else token_log_probs)(*inputs, chunk_size=chunk_size)
         value.backward(torch.where(ignored, filler, randn(B, T, seed=99)))
         assert (value[ignored] == 0).all()
-        assert (hidden.grad[ignored] == 0).all()
-        results.append([value.detach(), hidden.grad, weight.grad])
+        assert (features.grad[ignored] == 0).all()
+        results.append([value.detach(), features.grad, *([weight.grad] if linear else [])])
     assert identical(*results)
     assert all(x.isfinite().all() for x in results[0])
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, assert_same, identical, randn, refused, tensor
+from oracles import F64, FILLS, assert_compiles, assert_same, randn, refused, tensor, unmoved_by
 
 from diffusion_align.estimators import (
     categorical_kl,
@@ -351,23 +351,14 @@ def test_only_the_trained_policy_has_a_gradient():
         assert not call(*tensors).requires_grad
 
 
-@pytest.mark.parametrize("fill", [1e9, -1e9, math.inf, math.nan])
+@pytest.mark.parametrize("fill", FILLS)
 def test_masked_entries_change_neither_value_nor_gradient(fill):
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    clean = [randn(3, 3, seed=s) for s in range(3)]
     for call in [*_losses(), *_calls()]:
-        results = []
-        for filler in (0.0, fill):
-            logp, ref, old = (torch.where(mask, randn(3, 3, seed=s), filler) for s in range(3))
-            logp.requires_grad_()
-            value = call(logp, ref, old, mask=mask)
-            assert (value[~mask] == 0).all()
-            if value.requires_grad:
-                value.sum().backward()
-                assert (logp.grad[~mask] == 0).all()
-            results.append((value.detach(), torch.zeros(()) if logp.grad is None else logp.grad))
-        assert identical(*results)
-        bare = call(*(randn(3, 3, seed=s).requires_grad_() for s in range(3)))
-        assert torch.equal(bare[mask], results[0][0][mask])
+        value, *_ = unmoved_by(fill, mask, lambda *x, call=call: call(*x, mask=mask), *clean)
+        assert (value[~mask] == 0).all()
+        assert torch.equal(call(*clean)[mask], value[mask])
 
 
 @settings(deadline=None, max_examples=60)
@@ -483,15 +474,8 @@ def test_exact_and_silenced_forms_do_not_warn(monkeypatch):
 @pytest.mark.parametrize(("kind", "gradient"), FORMS)
 def test_kl_loss_compiles_without_a_graph_break(kind, gradient):
     logp, ref, old = (12 * randn(3, 4, seed=s) for s in range(3))
-    mask = randn(3, 4, seed=3) > -1
-    results = []
-    torch._dynamo.reset()  # each form is a graph of its own, and their number is limited
-    for call in (kl_loss, torch.compile(kl_loss, backend="aot_eager", fullgraph=True)):
-        leaf = logp.clone().requires_grad_()
-        loss = call(leaf, ref, logp_old=old, kind=kind, gradient=gradient, allow_biased=True, mask=mask)
-        loss.sum().backward()
-        results.append((loss.detach(), leaf.grad))
-    assert_same(*results)
+    given = {"logp_old": old, "kind": kind, "gradient": gradient, "mask": randn(3, 4, seed=3) > -1}
+    assert_compiles(kl_loss, logp, ref, **given, allow_biased=True)
 
 
 def test_a_biased_form_that_would_warn_compiles_too(monkeypatch):

@@ -1,5 +1,6 @@
 """Preference losses: worked numbers, gradients, what minimises them, masks, extremes."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, FILLS, assert_same, identical, randn, refused, tensor, with_gradients
+from oracles import F64, FILLS, assert_same, randn, refused, tensor, unmoved_by, with_gradients
 from torch.nn.functional import softplus
 
 from diffusion_align.estimators import (
@@ -197,18 +198,13 @@ def test_label_smoothing_gives_each_rejected_an_equal_part():
 def test_rejected_that_do_not_count_change_nothing(fill, smoothing):
     mask = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
     chosen, rejected, beta = randn(4), randn(4, 3, seed=1), randn(4, seed=2).exp()
-    results = [
-        with_gradients(
-            lambda w, r, b: dpo_loss(w, r, b, mask=mask, label_smoothing=smoothing),
-            chosen,
-            torch.where(mask, rejected, filler),
-            beta,
-        )
-        for filler in (0.0, fill)
-    ]
-    assert identical(*results)
-    loss, gradient_w, gradient_l, _ = results[1]
-    assert (gradient_l[~mask] == 0).all()
+    loss, gradient_w, _, _ = unmoved_by(
+        fill,
+        [torch.ones(4).bool(), mask, torch.ones(4).bool()],
+        lambda w, r, b: dpo_loss(w, r, b, mask=mask, label_smoothing=smoothing),
+        *(chosen, rejected, beta),
+        trained=3,
+    )
     assert loss[2] == gradient_w[2] == 0
     for row, columns in ((0, [0, 1]), (1, [2]), (3, [0, 1, 2])):
         alone = dpo_loss(chosen[[row]], rejected[[row]][:, columns], beta[[row]], label_smoothing=smoothing)
@@ -455,16 +451,11 @@ def test_padding_before_between_and_after_does_not_change_the_discount(fill, col
 @pytest.mark.parametrize("fill", FILLS)
 def test_what_padding_holds_changes_no_bit(fill):
     masks = [torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]]).bool(), torch.tensor([[1, 0, 1], [1, 1, 0]]).bool()]
-    results = [
-        with_gradients(
-            lambda a, b: trajectory_dpo_loss(
-                a, b, tensor(1.0, 0.5), 0.3, gamma=0.9, first_mask=masks[0], second_mask=masks[1]
-            ),
-            *(torch.where(mask, randn(*mask.shape, seed=i), filler) for i, mask in enumerate(masks)),
-        )
-        for filler in (0.0, fill)
-    ]
-    assert identical(*results)
+    settings_ = {"gamma": 0.9, "first_mask": masks[0], "second_mask": masks[1]}
+    clean = [randn(*mask.shape, seed=i) for i, mask in enumerate(masks)]
+    unmoved_by(
+        fill, masks, lambda a, b: trajectory_dpo_loss(a, b, tensor(1.0, 0.5), 0.3, **settings_), *clean, trained=2
+    )
 
 
 def test_trajectories_without_decisions_are_undecided():
@@ -807,6 +798,8 @@ def test_half_precision_is_widened_before_any_arithmetic():
 def test_more_shapes_and_the_limits_of_settings():
     zeros = torch.zeros(2)
     refused("expected chosen_logratio", dpo_loss, zeros, torch.zeros(2, 3, 1), 1.0)
+    x = torch.zeros(2, 4)
+    refused(r"labels \(3,\), first \(2,\)", trajectory_dpo_loss, x, x, torch.zeros(3), 1.0)
     refused(r"first \(3,\), second \(2,\)", trajectory_dpo_loss, torch.zeros(3, 4), torch.zeros(2, 4), zeros, 1.0)
     desirable = torch.tensor([True, False])
     plain = kto_loss(zeros, desirable, torch.zeros(()), 1.0)
@@ -819,3 +812,51 @@ def test_no_discount_left_and_a_masked_first_decision():
     logratio, mask = torch.tensor([[9.0, 1.0, 5.0]]), torch.tensor([[False, True, True]])
     loss = trajectory_dpo_loss(logratio, torch.zeros(1, 1), torch.ones(1), 1.0, gamma=0.0, first_mask=mask)
     torch.testing.assert_close(loss, bradley_terry_loss(torch.ones(1), torch.zeros(1)))
+
+
+@pytest.fixture
+def tree():
+    """Three steps of two actions, each node with its own rewards and reference; the soft optimum backwards."""
+    rewards = [randn(2**t, 2, seed=t) for t in range(3)]
+    reference = [randn(2**t, 2, seed=10 + t).log_softmax(1) for t in range(3)]
+    value, optimum = torch.zeros(8, dtype=F64), []
+    for reward, ref in zip(reversed(rewards), reversed(reference)):
+        q = reward + value.reshape(-1, 2)
+        value = BETA * (ref + q / BETA).logsumexp(1)
+        optimum.insert(0, ref + (q - value.unsqueeze(1)) / BETA)
+    return rewards, reference, optimum, value
+
+
+def _along(tables, path):
+    node, found = 0, []
+    for table, action in zip(tables, path):
+        found.append(table[node, action])
+        node = 2 * node + action
+    return torch.stack(found)
+
+
+def test_log_ratios_of_whole_trajectories_are_returns_less_the_value_of_the_start(tree):
+    rewards, reference, optimum, start = tree
+    for path in itertools.product(range(2), repeat=3):
+        log_ratio = _along(optimum, path) - _along(reference, path)
+        expected = _along(rewards, path).sum() - start[0]
+        assert_same(BETA * log_ratio.sum(), expected)
+    soft_advantage = BETA * (optimum[0] - reference[0])
+    kl = (optimum[0].exp() * (optimum[0] - reference[0])).sum()
+    assert_same((optimum[0].exp() * soft_advantage).sum(), BETA * kl)
+    assert kl > 0.01
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_the_loss_is_stationary_exactly_at_the_optimum(tree, shift):
+    rewards, reference, optimum, _ = tree
+    logits = [(table + shift * randn(*table.shape, seed=20)).requires_grad_() for table in optimum]
+    policy = [table.log_softmax(1) for table in logits]
+    paths = list(itertools.product(range(2), repeat=3))
+    first, second = zip(*itertools.combinations(paths, 2))
+    log_ratios = [torch.stack([_along(policy, p) - _along(reference, p) for p in side]) for side in (first, second)]
+    returns = [torch.stack([_along(rewards, p).sum() for p in side]) for side in (first, second)]
+    labels = torch.sigmoid(returns[0] - returns[1])
+    loss = trajectory_dpo_loss(*log_ratios, labels, BETA)
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss.sum(), logits)]).norm()
+    assert slope < 1e-12 if shift == 0 else slope > 0.01

@@ -41,17 +41,21 @@ def refused(match, call, *arguments, **settings):
         call(*arguments, **settings)
 
 
-def unmoved_by(fill, masks, call, *clean):
-    """[value, gradients] of a call: the same bits whether masked inputs hold 0 or ``fill``, whose gradient is 0.
+def unmoved_by(fill, masks, call, *clean, trained=1):
+    """[value, gradients of the first ``trained`` inputs]: the same bits whether masked inputs hold 0 or ``fill``.
 
-    ``masks``: one for each input, or one for all.
+    ``masks``: one for each input, or one for all; where it is False the gradient is 0.
     """
-    masks = masks if isinstance(masks, list) else [masks] * len(clean)
-    filled = [[torch.where(m, x, filler) for m, x in zip(masks, clean)] for filler in (0.0, fill)]
-    zero, other = (with_gradients(call, *inputs) for inputs in filled)
-    assert identical(zero, other)
-    assert all((gradient[~mask] == 0).all() for mask, gradient in zip(masks, zero[1:]))
-    return zero
+    masks, results = masks if isinstance(masks, list) else [masks] * len(clean), []
+    for filler in (0.0, fill):
+        inputs = [torch.where(mask, x, filler) for mask, x in zip(masks, clean)]
+        leaves = [x.requires_grad_() for x in inputs[:trained]]
+        value = call(*inputs)
+        gradients = torch.autograd.grad(value.sum(), leaves) if value.requires_grad else []
+        assert all((gradient[~mask] == 0).all() for mask, gradient in zip(masks, gradients))
+        results.append([value.detach(), *gradients])
+    assert identical(*results)
+    return results[1]
 
 
 def assert_compiles(call, logp, *arguments, **settings):
