@@ -2,12 +2,11 @@
 
 # ruff: noqa: F401
 from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
-from diffusion_align.diffusion.collection import Collected as CollectedImages
 from diffusion_align.diffusion.policy import Conditioning
-from diffusion_align.diffusion.rollout import replay
+from diffusion_align.diffusion.rollout import Trajectory, replay
 from diffusion_align.diffusion.samplers import Step, ddim
-from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.trainer import DenoisingTrainer
+from diffusion_align.diffusion.trainer import Collected as CollectedImages
+from diffusion_align.diffusion.trainer import DenoisingConfig, DenoisingTrainer
 from diffusion_align.llm.collection import Collected as CollectedTexts
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.policy import Sequences

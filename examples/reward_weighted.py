@@ -16,14 +16,13 @@ from torch import Tensor
 
 from diffusion_align.extending import (
     CollectedImages,
-    Conditioning,
     DenoisingConfig,
     DenoisingTrainer,
     Metric,
     PromptsConfig,
     RewardSetting,
     TrainingPlan,
-    items_of_epoch,
+    Trajectory,
     replay,
 )
 
@@ -41,17 +40,12 @@ class Batch:
     """What one process trains on in an epoch: B images with K recorded steps each.
 
     Attributes:
-        x_t, x_s: (B, K, C, H, W), the latents before and after each step.
-        steps: (B, K) int64.
+        path: the images and their steps.
         weights: (B,), which sum to N over the N images of all processes.
-        conditioning: of the B images.
     """
 
-    x_t: Tensor
-    x_s: Tensor
-    steps: Tensor
+    path: Trajectory
     weights: Tensor
-    conditioning: Conditioning
 
 
 class RewardWeightedTrainer(DenoisingTrainer[Batch]):
@@ -63,9 +57,7 @@ class RewardWeightedTrainer(DenoisingTrainer[Batch]):
 
     def collect(self) -> tuple[CollectedImages, dict[str, float]]:
         """Sample this process's images, record every step that has a density, and score them."""
-        config, steps = self.config, self.schedule.stochastic_steps
-        samples = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch)
-        collected = self.sample(self.schedule, samples, record=lambda sample: steps, reduction="mean")
+        collected = self.sample(self.schedule)
         return collected, collected.metrics
 
     def estimate(self, collected: CollectedImages) -> tuple[Batch, TrainingPlan, dict[str, float]]:
@@ -73,14 +65,11 @@ class RewardWeightedTrainer(DenoisingTrainer[Batch]):
         path, rewards = collected.trajectory, collected.rewards.double()
         deviations = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-8)
         weights = len(rewards) * torch.softmax(deviations / self.config.temperature, dim=0)
-        own = weights[self.local_samples.start : self.local_samples.stop].to(path.x_t)
-        batch = Batch(path.x_t, path.x_s, path.steps, own, collected.conditioning)
+        batch = Batch(path, self.local(weights).to(path.x_t))
         plan = TrainingPlan(torch.arange(len(weights)), steps_per_sample=path.steps.shape[1])
         return batch, plan, {"effective_samples": (weights.sum() ** 2 / weights.square().sum()).item()}
 
     def loss(self, batch: Batch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Minus the weighted log-prob of n recorded steps, nats per latent dimension."""
-        x_t, x_s, steps = (x[samples, actions] for x in (batch.x_t, batch.x_s, batch.steps))
-        conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
-        logp, _ = replay(self.policy, self.schedule, x_t, x_s, steps, conditioning, reduction="mean")
+        logp, _ = replay(self.policy, self.schedule, *batch.path.at(samples, actions), reduction="mean")
         return -batch.weights[samples] * logp, {"logp": logp.detach()}

@@ -46,7 +46,7 @@ class RLOOTrainer(TextTrainer[Batch]):
         groups = torch.arange(len(collected.rewards)) // self.config.num_generations
         clip = self.config.advantage_clip
         advantages = leave_one_out_advantages(collected.rewards, groups).clamp(-clip, clip)
-        own = advantages[self.local_samples.start : self.local_samples.stop].to(self.policy.device)
+        own = self.local(advantages)
         keep = advantages.nonzero().squeeze(1)  # the others have no gradient
         return Batch(collected.completions.sequences, own), TrainingPlan(keep, normalizer=len(advantages)), {}
 

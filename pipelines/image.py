@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
+from diffusion_align.diffusion.rollout import scheduler_of
 from diffusion_align.diffusion.schedule import SamplerConfig
-from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.table_scheduler import scheduler_of
+from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_device, check_path
 from diffusion_align.methods import method_name, method_of

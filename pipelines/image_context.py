@@ -12,7 +12,7 @@ from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import ImageEvaluation, ImageEvaluationConfig
 from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import DenoisingPolicy
-from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_ref import ModelRef, image_model_ref

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from diffusion_align.data.prompts import load_prompts
+from diffusion_align.diffusion.evaluation import sample_images
 from diffusion_align.diffusion.policy import DenoisingPolicy
-from diffusion_align.diffusion.previews import sample_images
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.rewards import build_reward, call_reward

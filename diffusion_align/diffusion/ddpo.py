@@ -21,17 +21,14 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
-from diffusion_align.diffusion.collection import Collected
+from diffusion_align.data.prompts import Prompt, PromptsConfig
 from diffusion_align.diffusion.evaluation import ImageEvaluation
-from diffusion_align.diffusion.path_kl import choose_decisions, looked_at, path_kl
-from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
-from diffusion_align.diffusion.rollout import replay, transition
+from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.rollout import Trajectory, replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range
-from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.step_weights import nats_per_squared_error
-from diffusion_align.diffusion.trainer import DenoisingTrainer
-from diffusion_align.diffusion.transitions import GaussianTransition
+from diffusion_align.diffusion.trainer import Collected, DenoisingConfig, DenoisingTrainer
+from diffusion_align.diffusion.transitions import GaussianTransition, nats_per_squared_error
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     PromptStatistics,
@@ -146,32 +143,17 @@ class DDPOConfig(DenoisingConfig):
                 "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
             )
 
-    def steps_problem(self, count: int) -> str | None:
-        """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
-        if count:
-            return None
-        return (
-            f"sampler.steps={self.sampler.steps} with timestep_range={list(self.timestep_range)} leaves no stochastic "
-            "step to train on: use more steps or a wider range"
-        )
+    def nats_in_logp(self, dimensions: int) -> int:
+        """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""
+        return dimensions if self.logp_reduction == "mean" else 1
 
-
-def dimensions_in_mean(config: DDPOConfig, dimensions: int) -> int:
-    """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""
-    return dimensions if config.logp_reduction == "mean" else 1
-
-
-def clip_bounds(config: DDPOConfig, dimensions: int) -> tuple[float, float]:
-    """How far below and above 1 the ratio, in the chosen reduction, counts."""
-    if config.clip_range_nats is None:
-        return config.clip_range, config.clip_range
-    bound = config.clip_range_nats / dimensions_in_mean(config, dimensions)
-    return -math.expm1(-bound), math.expm1(bound)
-
-
-def clip_nats(config: DDPOConfig, dimensions: int) -> float:
-    """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
-    return math.log1p(clip_bounds(config, dimensions)[1]) * dimensions_in_mean(config, dimensions)
+    def clip_bounds(self, dimensions: int) -> tuple[float, float, float]:
+        """How far below and above 1 the ratio counts, and the upper bound on the joint log-ratio of an action, nats."""
+        low = high = self.clip_range
+        if self.clip_range_nats is not None:
+            bound = self.clip_range_nats / self.nats_in_logp(dimensions)
+            low, high = -math.expm1(-bound), math.expm1(bound)
+        return low, high, math.log1p(high) * self.nats_in_logp(dimensions)
 
 
 @dataclass(frozen=True)
@@ -179,24 +161,21 @@ class DDPOBatch:
     """What one process trains on in an epoch: B samples with K recorded steps each, on the device.
 
     Attributes:
-        x_t, x_s: (B, K, C, H, W), the latents before and after each step.
-        steps: (B, K) int64.
-        logp_old, advantages: (B, K).
-        conditioning: of the B samples.
+        path: the samples and their steps.
+        advantages: (B, K).
         reference_mean: (B, K, C, H, W) where it is known beforehand.
     """
 
-    x_t: Tensor
-    x_s: Tensor
-    steps: Tensor
-    logp_old: Tensor
+    path: Trajectory
     advantages: Tensor
-    conditioning: Conditioning
     reference_mean: Tensor | None = None
 
 
 def kl_probes(config: DDPOConfig, steps: int, decisions: int) -> int:
     """How many actions of an epoch ``kl_path`` is estimated from; none where every one is compared.
+
+    1 % of an epoch's passes, a backward pass counted as two, or, if that is more, each step once, and two for an error.
+    Each costs two passes: at most 2 % of the epoch's, if not so few.
 
     Args:
         config: checked settings.
@@ -206,7 +185,7 @@ def kl_probes(config: DDPOConfig, steps: int, decisions: int) -> int:
     if config.kl_coef > 0:
         return 0
     passes = config.samples_per_epoch * config.sampler.steps + 3 * config.inner_epochs * decisions
-    return looked_at(steps, passes)
+    return max(int(0.01 * passes), steps, 2)
 
 
 @dataclass
@@ -215,36 +194,22 @@ class KLProbes:
 
     Attributes:
         batch: this process's part of the epoch.
-        samples, actions, steps: (n,) global sample, which of its actions, and the step of that.
-        update: (n,) before which of the epoch's updates each is looked at.
-        looked: (n,) bool, those of this process that were.
-        found: step and KL of those.
+        samples, actions: (n,) global sample, and which of its actions.
+        update: (n,) before which of the epoch's updates each is looked at; -1 afterwards.
+        found: step and KL of those of this process that were looked at.
         updates: so many have been made.
     """
 
     batch: DDPOBatch
     samples: Tensor
     actions: Tensor
-    steps: Tensor
     update: Tensor
-    looked: Tensor = field(init=False)
     found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     updates: int = 0
 
-    def __post_init__(self) -> None:
-        self.looked = torch.zeros(len(self.samples), dtype=torch.bool)
-
 
 class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
-    """Fine-tune a Stable Diffusion pipeline towards a reward.
-
-    Args:
-        config: checked settings.
-        policy: the model with its adapter, on ``accelerator.device``.
-        reward: ``reward(images, prompts, metadata) -> (B,)``, already checked.
-        prompts: texts with the metadata that the reward receives.
-        accelerator, callbacks: see ``Trainer``.
-        evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
+    """Fine-tune a Stable Diffusion pipeline towards a reward; see ``DenoisingTrainer`` for what it takes.
 
     Raises:
         ConfigError: the sampler setting has no stochastic step.
@@ -265,16 +230,21 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)
-        self.trained_steps = select_step_range(self.exact_schedule.stochastic_steps, config.timestep_range)
-        if problem := config.steps_problem(len(self.trained_steps)):
-            raise ConfigError([problem])
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         self.weights = part_weights(reward) if apart else torch.ones(1)
         self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
         self._kl_weights = nats_per_squared_error(self.exact_schedule)[self.trained_steps]
         self.dimensions = math.prod(policy.latent_shape)
-        self.clip, self.clip_high = clip_bounds(config, self.dimensions)
+        self.clip, self.clip_high, self.clip_nats = config.clip_bounds(self.dimensions)
         self._probes: KLProbes | None = None
+
+    @classmethod
+    def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
+        steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
+        if not len(steps):
+            left = f"sampler.steps={config.sampler.steps} with timestep_range={list(config.timestep_range)}"
+            raise ConfigError([f"{left} leaves no stochastic step to train on: use more steps or a wider range"])
+        return steps
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
@@ -296,15 +266,15 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     def in_nats(cls, config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None, dimensions: int) -> Lines:
         if config.objective != "ratio":
             return []
-        nats = clip_nats(config, dimensions)
+        *_, nats = config.clip_bounds(dimensions)
         return [("clip in nats", f"{nats:.3g}, the joint bound on a decision's {dimensions} dimensions")]
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""
-        config = self.config
-        chosen = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // config.group_size)
-        samples = [prompt for prompt in chosen for _ in range(config.group_size)]
-        collected = self.sample(self.schedule, samples, record=self._recorded_steps, reduction=config.logp_reduction)
+        config, record = self.config, self._recorded_steps
+        collected = self.sample(
+            self.schedule, group_size=config.group_size, record=record, reduction=config.logp_reduction
+        )
         return collected, collected.metrics
 
     def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:
@@ -324,16 +294,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         metrics = equal_reward_metric(collected.rewards, config.group_size)
 
-        steps_per_sample = path.steps.shape[1]
-        local = advantages[self.local_samples.start : self.local_samples.stop].to(path.logp_old)
-        batch = DDPOBatch(
-            x_t=path.x_t,
-            x_s=path.x_s,
-            steps=path.steps,
-            logp_old=path.logp_old,
-            advantages=local[:, None].expand(-1, steps_per_sample),
-            conditioning=collected.conditioning,
-        )
+        own = self.local(advantages).to(path.logp_old)
+        batch = DDPOBatch(path, own[:, None].expand_as(path.steps))
         uses_reference = config.kl_coef > 0
         in_reward = uses_reference and (config.kl == "k1_reward" or config.credit == "to_go")
         if uses_reference and (in_reward or config.inner_epochs > 1):
@@ -343,23 +305,14 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         # An image without advantage has no policy gradient; with a KL term it still has that one.
         keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
         self._probes = None if uses_reference or not len(keep) else self._choose_probes(batch, keep)
-        return batch, TrainingPlan(keep, steps_per_sample, normalizer=len(advantages)), metrics
+        return batch, TrainingPlan(keep, path.steps.shape[1], normalizer=len(advantages)), metrics
 
     def loss(self, batch: DDPOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring; both terms in the unit of ``logp_reduction``."""
         config = self.config
-        x_t, steps = batch.x_t[samples, actions], batch.steps[samples, actions]
-        conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
-        logp, now = replay(
-            self.policy,
-            self.schedule,
-            x_t,
-            batch.x_s[samples, actions],
-            steps,
-            conditioning,
-            reduction=config.logp_reduction,
-        )
-        logp_old, advantages = batch.logp_old[samples, actions], batch.advantages[samples, actions]
+        recorded = batch.path.at(samples, actions)
+        logp, now = replay(self.policy, self.schedule, *recorded, reduction=config.logp_reduction)
+        logp_old, advantages = batch.path.logp_old[samples, actions], batch.advantages[samples, actions]
         ratio = importance_ratio(logp, logp_old)
         if config.objective == "ratio":
             losses = clipped_ratio_loss(ratio, advantages, clip=self.clip, clip_high=self.clip_high)
@@ -368,7 +321,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         statistics = {"loss/policy": losses.detach()}
         statistics |= ratio_statistics(ratio, logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
         if config.kl_coef > 0:  # without one, ``check_update`` looks how far the policy has gone
-            reference = self._reference(batch, x_t, steps, conditioning, samples, actions)
+            reference = self._reference(batch, samples, actions)
             if config.kl == "closed_form":
                 penalty = now.kl(reference, reduction=config.logp_reduction)
                 losses = losses + config.kl_coef * penalty
@@ -402,7 +355,12 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         if probes is None:
             return {}
         self._look_at(probes, None)  # what belonged to updates without samples
-        path, error = self._path_kl(probes.found)
+        # Of all processes, in an order that does not depend on how many there are.
+        found = self.processes.gather_in_order([(steps.cpu(), kl.double().cpu()) for steps, kl in probes.found])
+        steps, kl = (torch.cat(column) for column in zip(*found, strict=True))
+        by_kl = kl.argsort(stable=True)
+        order = by_kl[steps[by_kl].argsort(stable=True)]
+        path, error = path_kl(steps[order], kl[order], self.trained_steps, self._kl_weights)
         if not math.isfinite(path):
             raise TrainingError(f"the KL to the reference is {path} after step {self.step}: {MORE_ROOM}")
         return {"kl": path / len(self.trained_steps), "kl_path": path, "kl_path_stderr": error}
@@ -418,16 +376,12 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         for one, saved in zip(self.statistics, state["statistics"], strict=True):
             one.load_state_dict(saved)
 
-    @property
-    def clip_nats(self) -> float:
-        """The upper bound that the clip puts on the joint log-ratio of one decision, in nats."""
-        return clip_nats(self.config, self.dimensions)
-
     def _recorded_steps(self, sample: int) -> Tensor:
-        """(K,) those of the trained steps that are recorded of global ``sample`` in this epoch."""
-        config = self.config
-        count = max(1, round(config.timestep_fraction * len(self.trained_steps)))
-        return sample_step_indices(self.trained_steps, count, config.seed, self.epoch, sample)
+        """(K,) those of the trained steps that are recorded of global ``sample`` in this epoch, sorted."""
+        count = max(1, round(self.config.timestep_fraction * len(self.trained_steps)))
+        stream = generator(self.config.seed, "steps", self.epoch, sample)
+        chosen = torch.randperm(len(self.trained_steps), generator=stream)[:count]
+        return self.trained_steps[chosen.sort().values]
 
     def _choose_probes(self, batch: DDPOBatch, keep: Tensor) -> KLProbes:
         """Which decisions of the epoch's samples ``keep`` to look at, each before one of the updates.
@@ -442,44 +396,26 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         chosen = choose_decisions(steps, self.trained_steps, self._kl_weights, most, stream)
         rows, columns = chosen.unbind(1)
         updates = torch.arange(len(chosen)) % (config.inner_epochs * config.updates_per_epoch)
-        return KLProbes(batch, keep[rows], columns, steps[rows, columns], updates)
+        return KLProbes(batch, keep[rows], columns, updates)
 
     @torch.no_grad()
     def _look_at(self, probes: KLProbes, update: int | None) -> None:
         """Compare the policy as it is now with the reference, at this process's decisions of ``update`` or all left."""
         batch, own = probes.batch, self.local_samples
-        ours = (probes.samples >= own.start) & (probes.samples < own.stop) & ~probes.looked
-        wanted = ours if update is None else ours & (probes.update == update)
-        probes.looked |= wanted
+        due = probes.update >= 0 if update is None else probes.update == update
+        wanted = due & (probes.samples >= own.start) & (probes.samples < own.stop)
+        probes.update[wanted] = -1
         if not wanted.any():  # split() would give one part, an empty one
             return
         for places in wanted.nonzero().squeeze(1).split(self.config.micro_batch_size):
-            samples = (probes.samples[places] - own.start).to(batch.x_t.device)
-            actions = probes.actions[places].to(batch.x_t.device)
-            x_t, steps = batch.x_t[samples, actions], batch.steps[samples, actions]
-            conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
+            samples = (probes.samples[places] - own.start).to(self.processes.device)
+            actions = probes.actions[places].to(self.processes.device)
+            x_t, _, steps, conditioning = batch.path.at(samples, actions)
             now = transition(self.policy, self.schedule, x_t, steps, conditioning)
-            reference = self._reference(batch, x_t, steps, conditioning, samples, actions)
-            probes.found.append((steps, now.kl(reference)))
+            probes.found.append((steps, now.kl(self._reference(batch, samples, actions))))
 
-    def _path_kl(self, found: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """``path_kl`` of (step, KL) of all processes, in an order that does not depend on how many there are."""
-        steps = torch.cat([s for s, _ in found]).cpu() if found else torch.empty(0, dtype=torch.int64)
-        kl = torch.cat([k for _, k in found]).double().cpu() if found else torch.empty(0, dtype=torch.float64)
-        parts = self.processes.gather_in_order([(steps, kl)])
-        steps, kl = torch.cat([s for s, _ in parts]), torch.cat([k for _, k in parts])
-        order = (kl.argsort(stable=True))[steps[kl.argsort(stable=True)].argsort(stable=True)]
-        return path_kl(steps[order], kl[order], self.trained_steps, self._kl_weights)
-
-    def _reference(
-        self,
-        batch: DDPOBatch,
-        x_t: Tensor,
-        steps: Tensor,
-        conditioning: Conditioning,
-        samples: Tensor,
-        actions: Tensor,
-    ) -> GaussianTransition:
+    def _reference(self, batch: DDPOBatch, samples: Tensor, actions: Tensor) -> GaussianTransition:
+        x_t, _, steps, conditioning = batch.path.at(samples, actions)
         if batch.reference_mean is not None:
             return GaussianTransition(batch.reference_mean[samples, actions], self.schedule.at(steps).std.flatten())
         with torch.no_grad(), self.policy.reference():
@@ -488,15 +424,10 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     @torch.no_grad()
     def _reference_means(self, batch: DDPOBatch) -> Tensor:
         """(B, K, C, H, W): the reference's mean of every recorded decision."""
-        means = torch.empty_like(batch.x_t)
-        pairs = torch.cartesian_prod(*(torch.arange(n, device=means.device) for n in batch.steps.shape))
-        with self.policy.reference():
-            for samples, actions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
-                conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
-                steps = batch.steps[samples, actions]
-                means[samples, actions] = transition(
-                    self.policy, self.schedule, batch.x_t[samples, actions], steps, conditioning
-                ).mean
+        means = torch.empty_like(batch.path.x_t)
+        pairs = torch.cartesian_prod(*(torch.arange(n, device=means.device) for n in batch.path.steps.shape))
+        for samples, actions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
+            means[samples, actions] = self._reference(batch, samples, actions).mean
         return means
 
     def _kl_in_reward(self, batch: DDPOBatch) -> Tensor:
@@ -506,19 +437,13 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         closed form does, so both have one expected gradient.
         """
         assert batch.reference_mean is not None
-        shape = batch.steps.shape
-        std = self.schedule.at(batch.steps.flatten()).std.flatten()
+        path = batch.path
+        std = self.schedule.at(path.steps.flatten()).std.flatten()
         reference = GaussianTransition(batch.reference_mean.flatten(0, 1), std)
-        logp_ref = reference.log_prob(batch.x_s.flatten(0, 1), reduction=self.config.logp_reduction).view(shape)
-        k1 = kl_reward(batch.logp_old, logp_ref, "k1") * dimensions_in_mean(self.config, self.dimensions)
+        logp_ref = reference.log_prob(path.x_s.flatten(0, 1), reduction=self.config.logp_reduction)
+        k1 = kl_reward(path.logp_old, logp_ref.view_as(path.steps), "k1") * self.config.nats_in_logp(self.dimensions)
         if self.config.credit == "step":
             return k1
         # reward_to_go sums along dim 1 in the order of the steps; recorded steps are sorted.
         to_go = reward_to_go(k1)
         return to_go if self.config.kl == "k1_reward" else to_go - k1
-
-
-def sample_step_indices(steps: Tensor, count: int, seed: int, epoch: int, sample: int) -> Tensor:
-    """(count,) of ``steps`` (S,), sorted, drawn for global ``sample`` of an epoch."""
-    chosen = torch.randperm(len(steps), generator=generator(seed, "steps", epoch, sample))[:count]
-    return steps[chosen.sort().values]

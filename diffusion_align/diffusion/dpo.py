@@ -30,12 +30,17 @@ from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
-from diffusion_align.diffusion.rollout import transition
+from diffusion_align.diffusion.rollout import Trajectory, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range, training_schedule
-from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.diffusion.step_weights import Weighting, nats_per_squared_error, step_scales
-from diffusion_align.diffusion.trainer import DenoisingTrainer
-from diffusion_align.diffusion.transitions import GaussianTransition, add_noise, posterior
+from diffusion_align.diffusion.trainer import DenoisingConfig, DenoisingTrainer
+from diffusion_align.diffusion.transitions import (
+    GaussianTransition,
+    Weighting,
+    add_noise,
+    nats_per_squared_error,
+    posterior,
+    step_scales,
+)
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     beta_in_nats,
@@ -136,14 +141,13 @@ class DiffusionDPOConfig(DenoisingConfig):
         if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
             yield "reward_mode and old_refresh belong to variant=corrected: leave them out or set that"
 
-    def steps_problem(self, count: int) -> str | None:
-        """One sentence if ``count`` stochastic steps in ``timestep_range`` are too few to train on."""
-        if count >= self.decisions_per_pair:
-            return None
-        return (
-            f"timestep_range={list(self.timestep_range)} leaves {count} of the steps to train on, fewer than "
-            f"decisions_per_pair={self.decisions_per_pair}: use a wider range"
-        )
+
+def beta_of(config: DiffusionDPOConfig, schedule: DiffusionSchedule, steps: Tensor, dimensions: int) -> float:
+    """The price of one nat, for latents of ``dimensions`` numbers trained on at ``steps`` (S,)."""
+    if config.beta is not None:
+        return config.beta
+    weight_sum = float(nats_per_squared_error(schedule)[steps].sum())
+    return beta_in_nats(config.beta_dpo or 0.0, dimensions=dimensions, weight_sum=weight_sum)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ class PairBatch:
         keep: global indices of the samples to train on, on the CPU.
         x_0: (R, C, H, W).
         noise: (n, B, K, C, H, W), which makes x_t of x_0 and, for a drawn target, x_s.
-        x_t, x_s: (R, K, C, H, W), the sampler's own where those are the target.
+        path: the sampler's own steps of the R images, where those are the target.
         reference_mean: (2, B, K, C, H, W), of chosen and rejected, where it is known beforehand.
         implicit_reward: (2, B, K), r of the policy at the beginning of the epoch, where that is used.
     """
@@ -170,8 +174,7 @@ class PairBatch:
     keep: Tensor
     x_0: Tensor
     noise: Tensor | None = None
-    x_t: Tensor | None = None
-    x_s: Tensor | None = None
+    path: Trajectory | None = None
     reference_mean: Tensor | None = None
     implicit_reward: Tensor | None = None
 
@@ -204,13 +207,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     """Fine-tune a Stable Diffusion pipeline towards the preferred of two pictures.
 
     Args:
-        config: checked settings.
-        policy: the model with its adapter, on ``accelerator.device``.
         pairs: checked pairs, unless they are drawn and judged online.
-        reward: online the judge, ``reward(images, prompts, metadata) -> (B,)``; with ``pairs`` optional.
-        prompts: online, texts with the metadata that the reward receives.
-        evaluation: the held-out reward and fixed prompts, if anything is to be evaluated.
-        accelerator, callbacks: see ``Trainer``.
+        reward: online the judge; with ``pairs`` optional.
+        others: see ``DenoisingTrainer``.
 
     Raises:
         ConfigError: the settings leave no step to train on, or do not fit the number of processes.
@@ -251,17 +250,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
                     f"{config.group_size} x {self.accelerator.num_processes} processes"
                 ]
             )
-        device = self.accelerator.device
         schedule = self.exact_schedule
-        self.trained_steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
-        if problem := config.steps_problem(len(self.trained_steps)):
-            raise ConfigError([problem])
-        self.scales = step_scales(schedule, self.trained_steps, config.weighting).to(device, torch.float32)
-        self.beta = config.beta or beta_in_nats(
-            config.beta_dpo or 0.0,
-            dimensions=math.prod(policy.latent_shape),
-            weight_sum=float(nats_per_squared_error(schedule)[self.trained_steps].sum()),
-        )
+        scales = step_scales(schedule, self.trained_steps, config.weighting)
+        self.scales = scales.to(self.accelerator.device, torch.float32)
+        self.beta = beta_of(config, schedule, self.trained_steps, math.prod(policy.latent_shape))
         default_kl_coef = 2 * self.beta if config.variant == "corrected" else 0.0
         self.kl_coef = default_kl_coef if config.kl_coef is None else config.kl_coef
         # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
@@ -270,9 +262,17 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     @classmethod
     def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
-        return (
-            super().trained_schedule(config, scheduler) if config.target == "logged" else training_schedule(scheduler)
-        )
+        logged = config.target == "logged"
+        return super().trained_schedule(config, scheduler) if logged else training_schedule(scheduler)
+
+    @classmethod
+    def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
+        steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
+        if len(steps) < config.decisions_per_pair:
+            left = f"timestep_range={list(config.timestep_range)} leaves {len(steps)} of the steps to train on"
+            each = f"decisions_per_pair={config.decisions_per_pair}"
+            raise ConfigError([f"{left}, fewer than {each}: use a wider range"])
+        return steps
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
@@ -304,8 +304,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             return [("beta in nats", f"{config.beta:.3g}")]
         if config.beta_dpo is None or schedule is None or steps is None or len(steps) == 0:
             return []
-        weight_sum = float(nats_per_squared_error(schedule)[steps].sum())
-        beta = beta_in_nats(config.beta_dpo, dimensions=dimensions, weight_sum=weight_sum)
+        beta = beta_of(config, schedule, steps, dimensions)
         return [("beta in nats", f"{beta:.3g}, which beta_dpo={config.beta_dpo:g} is at this resolution and schedule")]
 
     @classmethod
@@ -420,18 +419,14 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         """Of every prompt's images, sampled now, the best and the worst; prompts whose images tie are left out."""
         config, own, device = self.config, self.local_samples, self.processes.device
         groups = config.samples_per_epoch // config.group_size
-        prompts = items_of_epoch(self.prompts, config.seed, self.epoch, groups)
-        samples = [prompt for prompt in prompts for _ in range(config.group_size)]
         logged = config.target == "logged"
         nothing = torch.empty(0, dtype=torch.int64)
         collected = self.sample(
             self.drawing,
-            samples,
+            group_size=config.group_size,
             record=lambda i: self._drawn_steps(i // config.group_size) if logged else nothing,
-            reduction="sum",
         )
-        path = collected.trajectory
-        scores = collected.rewards.view(groups, config.group_size)
+        path, scores = collected.trajectory, collected.rewards.view(groups, config.group_size)
         first = torch.arange(groups) * config.group_size
         best, worst = first + scores.argmax(1), first + scores.argmin(1)
         gaps = scores.amax(1) - scores.amin(1)
@@ -439,14 +434,13 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         rejected_of[best] = worst
         batch = PairBatch(
             chosen=torch.arange(len(own), device=device),
-            rejected=(rejected_of[own.start : own.stop] - own.start).to(device),
+            rejected=self.local(rejected_of) - own.start,
             steps=torch.stack([self._drawn_steps(i // config.group_size) for i in own]).to(device),
-            conditioning=self._conditioning([samples[i][0] for i in own], collected.conditioning),
+            conditioning=self._conditioning([collected.samples[i][0] for i in own], path.conditioning),
             keep=best[gaps > 0],
             x_0=path.latents,
             noise=None if logged else self._noise(),
-            x_t=path.x_t if logged else None,
-            x_s=path.x_s if logged else None,
+            path=path if logged else None,
         )
         equal = equal_reward_metric(collected.rewards, config.group_size)
         return batch, collected.metrics | equal | {"reward_gap": gaps.mean().item()}
@@ -501,8 +495,8 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         """x_t, and the step from there that the policy is measured against."""
         steps = batch.steps[samples, actions]
         std = self.schedule.at(steps).std.flatten()
-        if batch.x_t is not None and batch.x_s is not None:
-            return batch.x_t[images, actions], GaussianTransition(batch.x_s[images, actions], std)
+        if batch.path is not None:
+            return batch.path.x_t[images, actions], GaussianTransition(batch.path.x_s[images, actions], std)
         assert batch.noise is not None
         x_0, eps = batch.x_0[images], batch.noise[0, samples, actions]
         x_t = add_noise(x_0, eps, steps, self.schedule)

@@ -1,10 +1,11 @@
-"""What the evaluation of images adds to that of every policy: how far they are from one another."""
+"""Images of fixed prompts, sampled from fixed noise: those a run shows, and those of its held-out evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,16 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.data.prompts import PromptsConfig
+from diffusion_align.data.prompts import Prompt, PromptsConfig
+from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.rollout import rollout
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.report import before_after, image_grid, save_png
+from diffusion_align.rewards.base import RewardError, call_reward
 from diffusion_align.rewards.settings import RewardSetting
 from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
+from diffusion_align.training.policy_trainer import PREVIEWED, Previews
+from diffusion_align.training.randomness import generator
 
 
 class ImageEvaluationConfig(EvaluationConfig):
@@ -32,12 +40,6 @@ class ImageStopConfig(StopConfig):
     """Also when images come to be all alike."""
 
     diversity_below: float | None = Field(None, gt=0, le=LARGEST, description="in the unit of evaluation.diversity")
-
-    def evaluation_problems(self, evaluation: EvaluationConfig | None) -> list[str]:
-        problems = super().evaluation_problems(evaluation)
-        if not problems and self.diversity_below is not None and evaluation is None:
-            problems.append("stop_when.diversity_below looks at evaluations: set evaluation, or leave it out")
-        return problems
 
     def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
         reasons = super().broken(row, evaluation)
@@ -78,3 +80,77 @@ def mean_pairwise_distance(features: Tensor) -> float:
     if features.ndim == 2:  # sum_ij <a_i, a_j> = |sum_i a_i|^2
         return (1 - (rows.sum(0).square().sum() - rows.square().sum()) / (count * (count - 1))).item()
     return (torch.pdist(rows).mean() / math.sqrt(rows.shape[1])).item()
+
+
+def sample_images(
+    policy: DenoisingPolicy,
+    schedule: DiffusionSchedule,
+    prompts: Sequence[str],
+    seed: int,
+    purpose: str = "show",
+    *,
+    batch_size: int = 8,
+    first: int = 0,
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] on the CPU; the i-th depends on prompt, seed, purpose and ``first + i`` only."""
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        texts = list(prompts[start : start + batch_size])
+        streams = [generator(seed, purpose, first + start + i) for i in range(len(texts))]
+        nothing = torch.empty(len(texts), 0, dtype=torch.int64)
+        trajectory = rollout(policy, schedule, policy.encode(texts), streams, record=nothing)
+        images.append(policy.decode(trajectory.latents).cpu())
+    return torch.cat(images)
+
+
+class ImagePreviews(Previews[Tensor]):
+    """Images (B, 3, H, W) of the prompts, as PNG.
+
+    Args:
+        policy, schedule: what samples.
+        prompts: with the metadata that ``reward`` receives.
+        texts: which prompts to show; the first of ``prompts`` if not given.
+        reward: of each image before and after; None for none.
+        seed: of the noise.
+        batch_size: images sampled at once.
+    """
+
+    suffix = ".png"
+
+    def __init__(
+        self,
+        policy: DenoisingPolicy,
+        schedule: DiffusionSchedule,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str] | None,
+        *,
+        reward: Callable[..., Any] | None,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        super().__init__(policy.reference)
+        self.policy, self.schedule, self.reward = policy, schedule, reward
+        self.seed, self.batch_size = seed, batch_size
+        known = dict(prompts)
+        self.texts = list(texts or known)[: None if texts else PREVIEWED]
+        self.metadata = [known.get(text, {}) for text in self.texts]
+
+    def sample(self) -> Tensor:
+        return sample_images(self.policy, self.schedule, self.texts, self.seed, batch_size=self.batch_size)
+
+    def write(self, samples: Tensor, path: Path) -> None:
+        save_png(image_grid(samples, captions=self.texts), path)
+
+    def write_pairs(self, before: Tensor, after: Tensor, path: Path) -> None:
+        scores = [self._scores(images) for images in (before, after)]
+        image = before_after(before, after, captions=self.texts, rewards_before=scores[0], rewards_after=scores[1])
+        save_png(image, path)
+
+    def _scores(self, images: Tensor) -> list[float] | None:
+        """The reward of each image; None if it cannot say (a shown prompt may lack the metadata it needs)."""
+        if self.reward is None:
+            return None
+        try:
+            return call_reward(self.reward, images.to(self.policy.device), self.texts, self.metadata).tolist()
+        except RewardError:
+            return None

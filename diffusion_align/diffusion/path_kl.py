@@ -12,18 +12,6 @@ import torch
 from torch import Tensor
 
 
-def looked_at(steps: int, passes: float) -> int:
-    """How many steps to look at: 1 % of an epoch's passes or, if that is more, each one once, and two for an error.
-
-    Each costs two passes: at most 2 % of the epoch's, if not so few.
-
-    Args:
-        steps: S trained ones.
-        passes: those of an epoch while sampling and training, a backward pass counted as two.
-    """
-    return max(int(0.01 * passes), steps, 2)
-
-
 def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """(n, 2) int64 (row, column) of ``steps``: every trained step that occurs, and what is left by weight.
 

@@ -23,6 +23,7 @@ from diffusion_align.models.lora_file import save_lora
 from diffusion_align.training.config import Section
 from diffusion_align.training.finite import all_finite
 
+Autocast = Callable[[], contextlib.AbstractContextManager]
 CACHED_PROMPTS = 2048
 """Embeddings of so many prompts are kept; beyond that they are made again."""
 _PROMPT_BATCH = 8
@@ -62,7 +63,7 @@ class DenoisingPolicy:
         lora: LoRAConfig | None,
         guidance_scale: float = 1.0,
         device: torch.device | str = "cpu",
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        autocast: Autocast = contextlib.nullcontext,
     ) -> None:
         self.family: StableDiffusion = family_of(pipeline)
         self.family.check(pipeline)
@@ -74,8 +75,9 @@ class DenoisingPolicy:
         self.autocast = autocast
         self.lora = lora
         self._prompt_cache: dict[str, Conditioning] = {}
-        for part in _networks(pipeline):
-            part.to(self.device).requires_grad_(False).eval()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.to(self.device).requires_grad_(False).eval()
         if self.device.type == "cpu":
             self.family.use_eager_attention(self.network)
         self._frozen: nn.Module | None = None
@@ -178,8 +180,7 @@ class DenoisingPolicy:
         vae = self.pipeline.vae
         shift, scale = self._vae_shift_and_scale(latents)
         images = vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0]
-        if problem := overflow_problem(self.pipeline, *all_finite(latents, images), autocast=self.autocast):
-            raise TrainingError(problem)
+        _require_finite(self.pipeline, *all_finite(latents, images), autocast=self.autocast)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -191,8 +192,7 @@ class DenoisingPolicy:
         """
         vae = self.pipeline.vae
         raw = vae.encode((images * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode().float()
-        if problem := overflow_problem(self.pipeline, True, *all_finite(raw)):
-            raise TrainingError(problem)
+        _require_finite(self.pipeline, True, *all_finite(raw))
         shift, scale = self._vae_shift_and_scale(raw)
         return (raw - shift) / scale
 
@@ -210,19 +210,13 @@ class DenoisingPolicy:
         save_lora(self.pipeline, folder)
 
 
-def overflow_problem(
-    pipeline: Any,
-    latents: bool,
-    images: bool,
-    *,
-    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> str | None:
-    """One sentence if the network's ``latents`` or what the VAE makes of them (``images``) are not finite, or None.
+def _require_finite(pipeline: Any, latents: bool, images: bool, *, autocast: Autocast = contextlib.nullcontext) -> None:
+    """TrainingError unless the network's ``latents`` and what the VAE makes of them (``images``) are finite.
 
     ``autocast``: the context in which the network ran.
     """
     if latents and images:
-        return None
+        return
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
     part, dtype = (family.network_title, network.dtype) if not latents else ("VAE", pipeline.vae.dtype)
@@ -231,14 +225,16 @@ def overflow_problem(
         kind = network.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if not latents and narrow == torch.float16:
-        return f"the {part}'s {what} are not finite with mixed_precision=fp16: set mixed_precision=bf16 or no"
-    if dtype != torch.float16:
-        return (
-            f"the {part}'s {what} are not finite: its weights are damaged, or were trained too far (lower "
-            "learning_rate); choose another model or checkpoint"
+        why = " with mixed_precision=fp16: set mixed_precision=bf16 or no"
+    elif dtype != torch.float16:
+        why = (
+            ": its weights are damaged, or were trained too far (lower learning_rate); choose another model or "
+            "checkpoint"
         )
-    also = ", or force_upcast: true in the model's vae/config.json" if latents else ""
-    return f"the {part}'s {what} are not finite in float16: set dtype=bfloat16 or dtype=float32{also}"
+    else:
+        also = ", or force_upcast: true in the model's vae/config.json" if latents else ""
+        why = f" in float16: set dtype=bfloat16 or dtype=float32{also}"
+    raise TrainingError(f"the {part}'s {what} are not finite{why}")
 
 
 @contextlib.contextmanager
@@ -259,8 +255,7 @@ def finite_images(pipeline: Any) -> Iterator[None]:
     finally:
         hook.remove()
     latents, images = torch.stack(seen).all(0).tolist() if seen else (True, True)
-    if problem := overflow_problem(pipeline, latents, images):
-        raise TrainingError(problem)
+    _require_finite(pipeline, latents, images)
 
 
 def _check_adapter(network: Any, lora: LoRAConfig | None, family: StableDiffusion) -> bool:
@@ -289,10 +284,6 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         known = isinstance(part, nn.Linear | nn.Conv2d) or hasattr(part, "lora_A")
         if known and "lora_" not in name and not name.endswith(".base_layer"):
             yield name, part
-
-
-def _networks(pipeline: Any) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
 
 
 def peft_config(lora: LoRAConfig, family: StableDiffusion) -> Any:

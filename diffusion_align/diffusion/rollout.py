@@ -1,15 +1,18 @@
-"""Sampling that logs the log-prob of every step, and the replay of those steps. One code path for both."""
+"""Sampling that logs the log-prob of every step, the replay of those steps, and sampling by a diffusers pipeline's own
+call. One step for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
-from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.samplers import scheduler_config
+from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
 from diffusion_align.diffusion.transitions import GaussianTransition, Reduction, denoise
 
 
@@ -22,6 +25,7 @@ class Trajectory:
         steps: (B, K) int64, the index of each one in the schedule.
         logp_old: (B, K), log-prob of each step under the policy that sampled it.
         latents: (B, C, H, W), the finished x_0.
+        conditioning: of the samples.
     """
 
     x_t: Tensor
@@ -29,6 +33,21 @@ class Trajectory:
     steps: Tensor
     logp_old: Tensor
     latents: Tensor
+    conditioning: Conditioning
+
+    def at(self, samples: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
+        """x_t, x_s (n, C, H, W), steps (n,) and conditioning of n recorded steps, as ``replay`` takes them."""
+        conditioning = {name: value[samples] for name, value in self.conditioning.items()}
+        return self.x_t[samples, actions], self.x_s[samples, actions], self.steps[samples, actions], conditioning
+
+
+def concatenate(paths: Sequence[Trajectory]) -> Trajectory:
+    """One trajectory of the samples of all of ``paths``."""
+    columns = [field.name for field in fields(Trajectory) if field.name != "conditioning"]
+    conditioning = {name: torch.cat([path.conditioning[name] for path in paths]) for name in paths[0].conditioning}
+    return Trajectory(
+        **{name: torch.cat([getattr(path, name) for path in paths]) for name in columns}, conditioning=conditioning
+    )
 
 
 def transition(
@@ -122,8 +141,62 @@ def rollout(
         steps=record,
         logp_old=torch.stack(logp, dim=1)[rows, record],
         latents=states[-1],
+        conditioning=conditioning,
     )
 
 
 def _noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+def scheduler_of(sampler: SamplerConfig, scheduler: Any) -> Any:
+    """What samples as ``sampler`` does with the configuration of ``scheduler``: diffusers' own class where it can."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    if kind := {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}.get(sampler.name):
+        return kind.from_config(scheduler_config(scheduler))
+    return TableScheduler(sampler.schedule(scheduler), scheduler.config)
+
+
+class TableScheduler:
+    """What a diffusers text-to-image pipeline asks of its scheduler, answered from a ``DiffusionSchedule``.
+
+    Args:
+        schedule: the steps, as many as the pipeline is asked for.
+        config: of the scheduler that it stands in for.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, schedule: DiffusionSchedule, config: Any) -> None:
+        self.schedule, self.config = schedule, config
+        self.timesteps = schedule.table.timestep
+        self._next = 0
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        self.schedule = self.schedule.to(device or "cpu")
+        self.timesteps = self.schedule.table.timestep
+        self._next = 0
+
+    def scale_model_input(self, x_t: Tensor, timestep: Any) -> Tensor:
+        return x_t
+
+    def step(
+        self,
+        prediction: Tensor,
+        timestep: Tensor,
+        x_t: Tensor,
+        *,
+        generator: list[torch.Generator],
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """The next latents (B, C, H, W), each with noise of its own generator."""
+        # Counted, as a table may hold a timestep more than once.
+        index = torch.full((len(x_t),), self._next, device=self.timesteps.device)
+        self._next += 1
+        step = denoise(x_t, prediction, index, self.schedule)
+        if not bool(step.std[0] > 0):
+            return (step.mean.to(x_t.dtype),)
+        noise = torch.stack([torch.randn(x_t.shape[1:], generator=g) for g in generator])
+        return (step.sample(noise.to(x_t.device)).to(x_t.dtype),)

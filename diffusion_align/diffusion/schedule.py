@@ -22,7 +22,7 @@ from diffusion_align.diffusion.samplers import SAMPLERS, Sampler, Step, find_sam
 from diffusion_align.errors import UserError, foreign_code
 from diffusion_align.training.config import Section
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 class SamplerConfig(Section):
@@ -92,10 +92,6 @@ class DiffusionSchedule:
         columns = {f.name: getattr(self.table, f.name)[index] for f in fields(Step)}
         return Step(**{name: c if name == "timestep" else c.view(-1, 1, 1, 1) for name, c in columns.items()})
 
-    def without_clip(self) -> DiffusionSchedule:
-        """The same schedule with x_0 as predicted."""
-        return replace(self, clip_range=None)
-
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> DiffusionSchedule:
         """The same schedule with its columns on ``device``; coefficients in ``dtype`` (float32 or float64)."""
         columns = {f.name: getattr(self.table, f.name) for f in fields(Step)}
@@ -134,8 +130,8 @@ def build_schedule(
 
     tabulate = find_sampler(sampler) if isinstance(sampler, str) else sampler
     config = scheduler_config(scheduler)
-    if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        raise UserError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(PREDICTION_TYPES)}")
+    if config.get("prediction_type", "epsilon") not in _PREDICTION_TYPES:
+        raise UserError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(_PREDICTION_TYPES)}")
     if "beta_schedule" not in config:
         raise UserError(
             "the model's scheduler has no beta schedule (flow matching?): use a Stable Diffusion 1.x, 2 or XL model"
@@ -153,8 +149,7 @@ def build_schedule(
     else:
         with foreign_code(f"sampler {sampler!r} raised "):
             table = tabulate(scheduler, steps, options)
-        if problem := _table_problem(table, steps, config["num_train_timesteps"]):
-            raise UserError(f"sampler {sampler!r} {problem}")
+        _check_table(table, f"sampler {sampler!r}", steps, config["num_train_timesteps"])
     filled = DDIMScheduler.from_config(config).config  # with diffusers' defaults
     if filled.prediction_type == "epsilon" and bool((table.alpha_t <= 0).any()):
         # Where every step is trained on, as by Diffusion-DPO, no spacing leaves the first one out.
@@ -170,19 +165,21 @@ def build_schedule(
     )
 
 
-def _table_problem(table: Any, steps: int, times: int) -> str | None:
-    """What is wrong with what a sampler returned, to stand behind its name, or None."""
+def _check_table(table: Any, sampler: str, steps: int, times: int) -> None:
+    """UserError unless what a sampler returned fits."""
     if not isinstance(table, Step):
-        return f"must return a Step, see diffusion/samplers.py, and returned a {type(table).__name__}"
+        returned = type(table).__name__
+        raise UserError(f"{sampler} must return a Step, see diffusion/samplers.py, and returned a {returned}")
     for name, column in vars(table).items():
         wanted = torch.int64 if name == "timestep" else torch.float64
         if not isinstance(column, Tensor) or column.shape != (steps,) or column.dtype != wanted:
-            return f"must return {name} as {steps} numbers, {wanted}"
+            raise UserError(f"{sampler} must return {name} as {steps} numbers, {wanted}")
         if not bool(column.isfinite().all()):
-            return f"returned {name} with numbers that are not finite: it must give every step a finite one"
+            raise UserError(f"{sampler} returned {name} with numbers that are not finite: give every step a finite one")
     if bool(((table.timestep < 0) | (table.timestep >= times)).any()):
-        return f"returned a timestep that the model does not know: they go from 0 to {times - 1}"
-    return "returned a negative std: it must be at least 0" if bool((table.std < 0).any()) else None
+        raise UserError(f"{sampler} returned a timestep that the model does not know: they go from 0 to {times - 1}")
+    if bool((table.std < 0).any()):
+        raise UserError(f"{sampler} returned a negative std: it must be at least 0")
 
 
 def training_schedule(scheduler: Any) -> DiffusionSchedule:

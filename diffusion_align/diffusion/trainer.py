@@ -1,26 +1,36 @@
-"""What the trainers of diffusion models share beyond the loop."""
+"""What the methods for diffusion models share beyond the loop: settings, an epoch's images, previews, evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
+import torch
 from accelerate import Accelerator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from diffusion_align.data.prompts import Prompt
-from diffusion_align.diffusion.collection import Collected, collect_scored
-from diffusion_align.diffusion.evaluation import ImageEvaluation, ImageStopConfig
-from diffusion_align.diffusion.policy import DenoisingPolicy
-from diffusion_align.diffusion.previews import ImagePreviews, sample_images
-from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.data.prompts import Prompt, check_image_prompts, items_of_epoch
+from diffusion_align.data.sources import in_python
+from diffusion_align.diffusion.evaluation import (
+    ImageEvaluation,
+    ImageEvaluationConfig,
+    ImagePreviews,
+    ImageStopConfig,
+    sample_images,
+)
+from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
+from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
 from diffusion_align.diffusion.transitions import Reduction
+from diffusion_align.errors import ConfigError
 from diffusion_align.models.model_card import write_model_card
-from diffusion_align.rewards.base import call_reward
+from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
 from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
@@ -29,6 +39,58 @@ from diffusion_align.training.randomness import generator
 from diffusion_align.writing import new_folder
 
 Batch = TypeVar("Batch")
+
+
+class DenoisingConfig(TrainingConfig):
+    """What every method that trains a diffusion model has."""
+
+    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
+    _listed = field_validator("show_prompts", mode="before")(in_python)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
+    )
+    weights_variant: str | None = Field(None, description="weight files of the model to choose, e.g. fp16")
+    base_config: str | None = Field(
+        None, description="for a model in one .safetensors file: folder or hub id of a diffusers pipeline built like it"
+    )
+
+    evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
+    stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.show_prompts is not None and not self.show_prompts:
+            yield "show_prompts is empty: leave it out, or set grid_every=0 for no grids"
+        try:
+            check_image_prompts(self.show_prompts or [], name="show_prompts")
+        except ConfigError as error:
+            yield from error.problems
+        if self.dtype != "float32" and self.lora is None:
+            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
+        yield from self.stop_when.evaluation_problems(self.evaluation)
+        if self.stop_when.diversity_below is not None and self.evaluation is None:
+            yield "stop_when.diversity_below looks at evaluations: set evaluation, or leave it out"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One epoch's images: this process's trajectories and the rewards of all processes.
+
+    Attributes:
+        samples: prompt and metadata of all N samples of the epoch.
+        trajectory: B samples of this process, K recorded steps each.
+        scores: (N, K) float32 or float64 on the CPU, of all N samples in their global order by each of K rewards.
+        rewards: (N,) their weighted sum.
+        metrics: ``reward``, its spread, ``rewards/<name>/mean`` of several, and ``time/score``, the seconds spent
+            on rewards and waiting for those in the background.
+    """
+
+    samples: Sequence[Prompt]
+    trajectory: Trajectory
+    scores: Tensor
+    rewards: Tensor
+    metrics: dict[str, float]
 
 
 class DenoisingTrainer(PolicyTrainer[Batch]):
@@ -44,6 +106,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
     Attributes:
         drawing, schedule: of sampling, and of the steps that are trained on; on the device.
+        trained_steps: (S,) on the CPU, those of ``schedule`` that are trained on.
     """
 
     config: DenoisingConfig
@@ -77,9 +140,10 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
         self.policy, self.reward, self.prompts = policy, reward, list(prompts)
         scheduler, device = policy.pipeline.scheduler, self.accelerator.device
-        self.drawing = DenoisingTrainer.trained_schedule(config, scheduler).to(device)
+        self.drawing = config.sampler.schedule(scheduler).to(device)
         self.exact_schedule = self.trained_schedule(config, scheduler)
         self.schedule = self.exact_schedule.to(device)
+        self.trained_steps = self.steps_trained_on(config, self.exact_schedule)
         self.previews = ImagePreviews(
             policy,
             self.drawing,
@@ -95,6 +159,11 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         """Of the steps that are trained on, float64 and on the CPU: as sampled. ``scheduler``: what diffusers has."""
         schedule: DiffusionSchedule = config.sampler.schedule(scheduler)
         return schedule
+
+    @classmethod
+    def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
+        """(S,) those of ``trained_schedule``; ConfigError where they are too few."""
+        return schedule.stochastic_steps
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
@@ -147,26 +216,50 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     def sample(
         self,
         schedule: DiffusionSchedule,
-        samples: Sequence[Prompt],
         *,
-        record: Callable[[int], Tensor],
-        reduction: Reduction,
+        group_size: int = 1,
+        record: Callable[[int], Tensor] | None = None,
+        reduction: Reduction = "mean",
     ) -> Collected:
-        """Sample and score this process's part of the epoch's N ``samples``; see ``collect_scored``."""
+        """Sample this process's part of an epoch and score each batch, in the background where a reward runs there.
+
+        Args:
+            schedule: of sampling.
+            group_size: samples in a row of each of the epoch's prompts.
+            record: global sample index -> (K,) steps to keep; every stochastic one if not given.
+            reduction: of the recorded log-probs.
+
+        Raises:
+            RewardError, TrainingError, Interrupted: see ``sample_and_score``.
+        """
         assert self.reward is not None
-        return collect_scored(
-            self.policy,
-            schedule,
-            self.reward,
-            samples,
-            own=self.local_samples,
-            batch_size=self.config.sample_batch_size,
-            stream=partial(generator, self.config.seed, "noise", self.epoch),
-            record=record,
-            reduction=reduction,
-            processes=self.processes,
-            bars=self.bars,
-        )
+        config, own, parts = self.config, self.local_samples, reward_parts(self.reward)
+        prompts = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // group_size)
+        samples = [prompt for prompt in prompts for _ in range(group_size)]
+
+        def sample(batch: range) -> tuple[Trajectory, Calls]:
+            texts = [samples[i][0] for i in batch]
+            path = rollout(
+                self.policy,
+                schedule,
+                self.policy.encode(texts),
+                [generator(config.seed, "noise", self.epoch, i) for i in batch],
+                record=None if record is None else torch.stack([record(i) for i in batch]),
+                reduction=reduction,
+                on_step=lambda: advance(1),
+            )
+            # The parts of a combined reward are called one by one.
+            arguments = self.policy.decode(path.latents), texts, [samples[i][1] for i in batch]
+            calls = [(runs_in_background(part), partial(call_reward, part, *arguments)) for part in parts.values()]
+            return path, calls
+
+        with self.bars.task("  sampling", -(-len(own) // config.sample_batch_size) * len(schedule)) as advance:
+            paths, scores, waited = sample_and_score(own, config.sample_batch_size, sample, self.processes)
+        rewards = (scores * part_weights(self.reward).to(scores)).sum(dim=1)
+        metrics = {**reward_metrics(rewards), "time/score": waited}
+        if scores.shape[1] > 1:
+            metrics |= {f"rewards/{name}/mean": c.mean().item() for name, c in zip(parts, scores.unbind(1))}
+        return Collected(samples, concatenate(paths), scores, rewards, metrics)
 
     def sample_held_out(self, evaluation: Evaluation, indices: range) -> dict[str, Tensor]:
         """``features`` (n, D), or the images, and ``gold`` (n,)."""

@@ -12,7 +12,7 @@ import torch
 
 from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import peft_config
-from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.doctor.epoch_cost import evaluated, evaluation_passes
 from diffusion_align.doctor.memory import (
     DecoderCost,

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.diffusion.families import family_of_network
-from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.doctor.cost_report import describe_costs
 from diffusion_align.doctor.epoch_cost import as_scheduler, describe_epoch
@@ -126,18 +125,15 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     lines: Lines = [("model", ""), *model.lines, *_rewards(config, model.origin or config.model)]
     problems = list(model.problems)
     unet, vae = model.configs.get("unet"), model.configs.get("vae")
-    schedule = None
+    schedule = steps = None
     try:
         if "scheduler" in model.configs:
             schedule = method.trained_schedule(config, as_scheduler(model.configs["scheduler"]))
+            steps = method.steps_trained_on(config, schedule)
     except UserError as error:
         problems.append(str(error))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("steps", f"not known: {first_line(error)}"))
-    trained = getattr(config, "timestep_range", (0.0, 1.0))
-    steps = None if schedule is None else select_step_range(schedule.stochastic_steps, trained)
-    if steps is not None:
-        problems += [too_few] if (too_few := config.steps_problem(len(steps))) else []
     dimensions = math.prod(family_of_network(unet).latent_shape(unet)) if unet and unet.get("sample_size") else None
     cost = method.epoch_cost(config, steps)
     lines += describe_epoch(config, cost)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.training.context import EpochCost, Lines
 
 

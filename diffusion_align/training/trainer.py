@@ -140,6 +140,10 @@ class Trainer(ABC, Generic[Batch]):
         first = share * self.processes.index
         self.local_samples = range(first, first + share)
 
+    def local(self, values: Tensor) -> Tensor:
+        """This process's rows of ``values`` (N, ...), which are about all of an epoch's samples, on its device."""
+        return values[self.local_samples.start : self.local_samples.stop].to(self.processes.device)
+
     @classmethod
     def described_metrics(cls) -> dict[str, Metric]:
         """Key -> what it means, of this class and those it comes from."""

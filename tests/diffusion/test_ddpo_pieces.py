@@ -1,5 +1,6 @@
 """DDPO's arithmetic on one recorded epoch, against the formulas by hand; and two short trainings."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -9,9 +10,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_align.diffusion.collection import Collected
 from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
-from diffusion_align.diffusion.rollout import rollout, transition
+from diffusion_align.diffusion.rollout import Trajectory, rollout, transition
+from diffusion_align.diffusion.trainer import Collected
+from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import PromptStatistics
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
@@ -50,36 +52,38 @@ def make_trainer(make_policy, tmp_path):
 
 
 def recorded(trainer, streams, rewards=(1.0, 3.0, 2.0, 2.0)):
-    """An epoch of four pictures, two a prompt, as ``collect`` would return it."""
-    texts = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    """An epoch as ``collect`` would return it, of which nothing is trained."""
+    count = len(rewards)
+    texts = [PROMPTS[i // trainer.config.group_size % 2] for i in range(count)]
+    record = torch.stack([trainer._recorded_steps(i) for i in range(count)])
+    reduction = trainer.config.logp_reduction
     conditioning = trainer.policy.encode(texts)
-    path = rollout(trainer.policy, trainer.schedule, conditioning, streams(4), reduction=trainer.config.logp_reduction)
-    samples = [(text, {}) for text in texts]
+    path = rollout(trainer.policy, trainer.schedule, conditioning, streams(count), record=record, reduction=reduction)
     scores = torch.tensor(rewards)
-    return Collected(samples, path, conditioning, scores[:, None], scores, {})
+    return Collected([(text, {}) for text in texts], path, scores[:, None], scores, {})
 
 
 def everything(batch):
-    pairs = torch.cartesian_prod(*(torch.arange(n) for n in batch.steps.shape))
+    pairs = torch.cartesian_prod(*(torch.arange(n) for n in batch.path.steps.shape))
     return pairs.unbind(1)
 
 
 def means(trainer, batch):
     """The policy's mean of every recorded decision, and the reference's, in float64; and the stds."""
-    found = []
+    path, found = batch.path, []
     with torch.no_grad():
         for _ in range(2):
             rows = []
-            for k in range(batch.steps.shape[1]):
-                timestep = trainer.schedule.table.timestep[batch.steps[:, k]]
-                prediction = trainer.policy.predict(batch.x_t[:, k], timestep, batch.conditioning)
-                step = trainer.schedule.at(batch.steps[:, k])
-                x_0 = (batch.x_t[:, k] - step.sigma_t * prediction) / step.alpha_t
+            for k in range(path.steps.shape[1]):
+                timestep = trainer.schedule.table.timestep[path.steps[:, k]]
+                prediction = trainer.policy.predict(path.x_t[:, k], timestep, path.conditioning)
+                step = trainer.schedule.at(path.steps[:, k])
+                x_0 = (path.x_t[:, k] - step.sigma_t * prediction) / step.alpha_t
                 rows.append(step.x_0_weight * x_0 + step.eps_weight * prediction)
             found.append(torch.stack(rows, dim=1).double())
             trainer.policy.pipeline.unet.disable_adapters()
         trainer.policy.pipeline.unet.enable_adapters()
-    std = trainer.schedule.table.std[batch.steps].double()[:, :, None, None, None]
+    std = trainer.schedule.table.std[path.steps].double()[:, :, None, None, None]
     return found[0], found[1], std
 
 
@@ -118,8 +122,7 @@ def test_clip_range_in_nats_of_the_joint_ratio(make_trainer):
     assert trainer.dimensions == 4 * 8 * 8
     assert trainer.clip_nats == pytest.approx(256 * math.log1p(1e-4))
     for dimensions, nats in [(16384, 1.64), (65536, 6.55)]:
-        trainer.dimensions = dimensions
-        assert trainer.clip_nats == pytest.approx(nats, abs=0.005)
+        assert trainer.config.clip_bounds(dimensions)[2] == pytest.approx(nats, abs=0.005)
 
 
 @pytest.mark.parametrize(("reduction", "power"), [("mean", 256), ("sum", 1)])
@@ -130,43 +133,33 @@ def test_clip_range_nats_bounds_the_joint_ratio_on_both_sides(reduction, power, 
     assert trainer.clip_nats == pytest.approx(1.64)
 
 
+HALF = math.sqrt(0.5)
+HISTORY = {"advantages": "prompt_history", "history_size": 8, "history_min_count": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "advantages", "kept"),
+    [
+        ({}, [-HALF, HALF, 0.0, 0.0], [0, 1]),
+        ({"advantage_clip": 0.5}, [-0.5, 0.5, 0.0, 0.0], [0, 1]),
+        (HISTORY, [-1.0, 1.0, 0.0, 0.0], [0, 1]),  # per prompt
+        ({"kl_coef": 0.1}, [-HALF, HALF, 0.0, 0.0], [0, 1, 2, 3]),
+    ],
+)
+def test_advantages_and_which_pictures_are_trained_on(settings, advantages, kept, make_trainer, streams):
+    trainer = make_trainer(**settings)
+    batch, (keep, actions, normalizer), metrics = trainer.estimate(recorded(trainer, streams))
+    torch.testing.assert_close(batch.advantages, torch.tensor(advantages)[:, None].expand(4, 4))
+    assert keep.tolist() == kept
+    assert (actions, normalizer) == (4, 4)
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert batch.reference_mean is None  # one pass asks the reference as it goes
+
+
 @pytest.mark.parametrize(("size", "expected"), [(1, None), (2, 0.5), (4, 0.0)])
 def test_groups_of_one_have_no_spread_to_log(size, expected):
     rewards = torch.tensor([1.0, 1.0, 2.0, 1.5])
     assert equal_reward_metric(rewards, size).get("frac_reward_zero_std") == expected
-
-
-def test_pictures_without_advantage_are_left_out(make_trainer, streams):
-    trainer = make_trainer()
-    batch = recorded(trainer, streams)
-    batch, (keep, decisions, _), metrics = trainer.estimate(batch)
-    assert keep.tolist() == [0, 1]
-    assert decisions == 4
-    assert metrics["frac_reward_zero_std"] == 0.5
-    half = math.sqrt(0.5)
-    expected = torch.tensor([-half, half, 0, 0])[:, None].expand(4, 4)
-    torch.testing.assert_close(batch.advantages, expected)
-    assert batch.reference_mean is None
-
-
-def test_with_a_kl_every_picture_counts(make_trainer, streams):
-    trainer = make_trainer(kl_coef=0.1)
-    _, (keep, _, _), _ = trainer.estimate(recorded(trainer, streams))
-    assert keep.tolist() == [0, 1, 2, 3]
-
-
-def test_advantages_are_clipped(make_trainer, streams):
-    trainer = make_trainer(advantage_clip=0.5)
-    batch = recorded(trainer, streams)
-    batch, *_ = trainer.estimate(batch)
-    assert batch.advantages[:, 0].tolist() == [-0.5, 0.5, 0.0, 0.0]
-
-
-def test_prompt_history_is_per_prompt(make_trainer, streams):
-    trainer = make_trainer(advantages="prompt_history", history_size=8, history_min_count=2)
-    batch = recorded(trainer, streams)
-    batch, *_ = trainer.estimate(batch)
-    torch.testing.assert_close(batch.advantages[:, 0], torch.tensor([-1.0, 1.0, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -174,12 +167,11 @@ def test_prompt_history_is_per_prompt(make_trainer, streams):
 def test_loss_is_the_formula(objective, reduction, make_trainer, streams):
     """eq. 26 (or 22-24) plus kl_coef times eq. 71, per decision, in one unit."""
     trainer = make_trainer(kl_coef=0.3, objective=objective, logp_reduction=reduction)
-    batch = recorded(trainer, streams)
-    batch, *_ = trainer.estimate(batch)
+    batch, *_ = trainer.estimate(recorded(trainer, streams))
     now, reference, std = means(trainer, batch)
     samples, decisions = everything(batch)
     losses, statistics = trainer.loss(batch, samples, decisions)
-    logp = reduced(Normal(now, std).log_prob(batch.x_s.double()), reduction)
+    logp = reduced(Normal(now, std).log_prob(batch.path.x_s.double()), reduction)
     kl = kl_divergence(Normal(now, std), Normal(reference, std))
     policy = -batch.advantages if objective == "ratio" else -batch.advantages * logp
     expected = policy + 0.3 * reduced(kl, reduction)
@@ -193,8 +185,7 @@ def test_loss_is_the_formula(objective, reduction, make_trainer, streams):
 
 def test_cached_reference_equals_the_reference_on_the_fly(make_trainer, streams):
     trainer = make_trainer(kl_coef=0.3, inner_epochs=2)
-    batch = recorded(trainer, streams)
-    batch, *_ = trainer.estimate(batch)
+    batch, *_ = trainer.estimate(recorded(trainer, streams))
     assert batch.reference_mean is not None
     samples, decisions = everything(batch)
     cached, with_cache = trainer.loss(batch, samples, decisions)
@@ -205,22 +196,14 @@ def test_cached_reference_equals_the_reference_on_the_fly(make_trainer, streams)
     torch.testing.assert_close(with_cache["kl_path"], 4 * with_cache["kl"])
 
 
-def test_one_pass_asks_the_reference_as_it_goes(make_trainer, streams):
-    trainer = make_trainer(kl_coef=0.3, inner_epochs=1)
-    batch = recorded(trainer, streams)
-    batch, *_ = trainer.estimate(batch)
-    assert batch.reference_mean is None
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize(("kl", "credit"), [("k1_reward", "step"), ("k1_reward", "to_go"), ("closed_form", "to_go")])
 def test_kl_in_the_reward_by_hand(kl, credit, reduction, make_trainer, streams):
     """k1 of this step, of this and the later ones, or of the later ones where the closed form has this one."""
     trainer = make_trainer(kl_coef=0.2, kl=kl, credit=credit, logp_reduction=reduction)
-    batch = recorded(trainer, streams)
-    batch, *_ = trainer.estimate(batch)
+    batch, *_ = trainer.estimate(recorded(trainer, streams))
     now, reference, std = means(trainer, batch)
-    x_s = batch.x_s.double()
+    x_s = batch.path.x_s.double()
     k1 = reduced(Normal(now, std).log_prob(x_s) - Normal(reference, std).log_prob(x_s), "sum")  # always nats
     plain = torch.tensor([-math.sqrt(0.5), math.sqrt(0.5), 0, 0], dtype=torch.float64)
     for b in range(4):
@@ -232,8 +215,7 @@ def test_kl_in_the_reward_by_hand(kl, credit, reduction, make_trainer, streams):
             }[kl, credit]
             assert batch.advantages[b, k].item() == pytest.approx((plain[b] - 0.2 * charged).item(), abs=2e-4)
     samples, decisions = everything(batch)
-    _, statistics = trainer.loss(batch, samples, decisions)
-    losses = trainer.loss(batch, samples, decisions)[0]
+    losses, statistics = trainer.loss(batch, samples, decisions)
     in_loss = (losses.detach() - statistics["loss/policy"]).abs().max()
     assert (in_loss > 1e-9) == (kl == "closed_form")
 
@@ -246,7 +228,7 @@ def test_a_deterministic_last_step_takes_no_part(make_trainer, tmp_path, monkeyp
 
     def watched(batch, samples, decisions):
         losses, statistics = loss(batch, samples, decisions)
-        seen.extend(batch.steps[samples, decisions].tolist())
+        seen.extend(batch.path.steps[samples, decisions].tolist())
         assert losses.isfinite().all()
         return losses, statistics
 
@@ -254,6 +236,91 @@ def test_a_deterministic_last_step_takes_no_part(make_trainer, tmp_path, monkeyp
     trainer.train()
     assert sorted(seen) == sorted([0, 1, 2] * 4)
 
+
+# -- how far the policy is from the reference -------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched_epoch(make_trainer, streams):
+    """``watched_epoch(noise=0.05, **settings)``: a trainer without a price of the KL, and an epoch of 16 pictures."""
+    common = {"samples_per_epoch": 16, "sample_batch_size": 16, "micro_batch_size": 7, "group_size": 1}
+    common |= {"advantages": "prompt_history", "sampler": {"steps": 6, "guidance_scale": 1.0}}
+
+    def make(noise=0.05, **settings):
+        trainer = make_trainer(noise=noise, **common | settings)
+        return trainer, recorded(trainer, streams, torch.arange(16.0).tolist())
+
+    return make
+
+
+def estimated(trainer, collected, updates):
+    trainer.estimate(collected)
+    for _ in range(updates):
+        trainer.check_update({}, first=False)
+    return trainer.after_updates()
+
+
+@pytest.mark.parametrize("settings", [{}, {"timestep_fraction": 0.5}, {"inner_epochs": 12}])
+def test_the_estimate_agrees_with_the_whole_and_costs_little(watched_epoch, monkeypatch, settings):
+    trainer, collected = watched_epoch(**settings)
+    steps = len(trainer.trained_steps)
+    looked, reference, predict = [], [False], trainer.policy.predict
+
+    @contextlib.contextmanager
+    def watched(enter=trainer.policy.reference):
+        reference[0] = True
+        with enter():
+            yield
+        reference[0] = False
+
+    monkeypatch.setattr(trainer.policy, "reference", watched)
+    monkeypatch.setattr(
+        trainer.policy, "predict", lambda x, *a, **k: (looked.append((len(x), reference[0])), predict(x, *a, **k))[1]
+    )
+    found = estimated(trainer, collected, 2 * settings.get("inner_epochs", 1))
+    count = sum(n for n, of_reference in looked if of_reference)
+    assert count == sum(n for n, of_reference in looked if not of_reference)
+    trained = collected.trajectory.steps.numel() * settings.get("inner_epochs", 1)
+    assert count <= max(steps, 0.01 * (16 * 6 + 3 * trained))
+    assert 2 * steps < count if "inner_epochs" in settings else count == steps
+
+    priced, _ = watched_epoch(kl_coef=1e-9, **settings)
+    every = torch.cartesian_prod(torch.arange(16), torch.arange(collected.trajectory.steps.shape[1]))
+    batch, *_ = priced.estimate(collected)
+    _, statistics = priced.loss(batch, *every.unbind(1))
+    by_step = [statistics["kl"][batch.path.steps.flatten() == s].mean().item() for s in trainer.trained_steps]
+    assert found["kl_path_stderr"] > 0
+    assert abs(found["kl_path"] - sum(by_step)) < 2 * found["kl_path_stderr"]
+    assert found["kl_path_stderr"] < found["kl_path"]
+    assert found["kl"] == pytest.approx(found["kl_path"] / steps)
+
+
+def test_equal_weights_have_a_kl_of_exactly_0_and_updates_without_samples_lose_nothing(watched_epoch):
+    trainer, batch = watched_epoch(noise=0.0)
+    assert estimated(trainer, batch, 1) == {"kl": 0.0, "kl_path": 0.0, "kl_path_stderr": 0.0}
+    assert (trainer._probes.update < 0).all()
+
+
+def test_micro_batches_do_not_change_the_estimate(watched_epoch):
+    values = [estimated(*watched_epoch(micro_batch_size=size), 2)["kl_path"] for size in (1, 7)]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_a_priced_kl_has_its_error_too_and_one_that_is_not_finite_ends_the_run(watched_epoch):
+    trainer, collected = watched_epoch(kl_coef=0.1)
+    batch, *_ = trainer.estimate(collected)
+    every = torch.cartesian_prod(torch.arange(16), torch.arange(batch.path.steps.shape[1]))
+    _, statistics = trainer.loss(batch, *every.unbind(1))
+    assert torch.equal(statistics["kl_path_stderr"], statistics["kl_path"])  # see the test of UpdateStatistics
+    assert trainer.check_update({}, first=False) == trainer.after_updates() == {}
+    trainer, collected = watched_epoch()
+    trainer.estimate(collected)
+    trainer._probes.found.append((trainer.trained_steps[:1], torch.tensor([math.nan])))
+    with pytest.raises(TrainingError, match="the KL to the reference is nan"):
+        trainer.after_updates()
+
+
+# -- short trainings --------------------------------------------------------------------------------------------
 
 SHORT = {
     "reward": redness,
@@ -313,26 +380,20 @@ def test_k1_in_the_reward_and_the_closed_form_have_one_expected_gradient(reducti
     gradients = {}
     for kl in ("closed_form", "k1_reward"):
         trainer = make_trainer(kl_coef=0.2, kl=kl, logp_reduction=reduction, objective="score_function")
-        collected = recorded(trainer, streams)
+        path = recorded(trainer, streams).trajectory
         d = trainer.dimensions
         rule = math.sqrt(d) * torch.cat([torch.eye(d), -torch.eye(d)]).view(-1, *trainer.policy.latent_shape)
-        index = collected.trajectory.steps[:1, 1].expand(len(rule))
+        index = path.steps[:1, 1].expand(len(rule))
         conditioning = {
-            name: value[:1].expand(len(rule), *value.shape[1:]) for name, value in collected.conditioning.items()
+            name: value[:1].expand(len(rule), *value.shape[1:]) for name, value in path.conditioning.items()
         }
-        x_t = collected.trajectory.x_t[:1, 1].expand(len(rule), *trainer.policy.latent_shape)
+        x_t = path.x_t[:1, 1].expand(len(rule), *trainer.policy.latent_shape)
         with torch.no_grad():
             decision = transition(trainer.policy, trainer.schedule, x_t, index, conditioning)
             x_s = decision.sample(rule)
             logp_old = decision.log_prob(x_s, reduction=reduction)
-        batch = DDPOBatch(
-            x_t=x_t[:, None],
-            x_s=x_s[:, None],
-            steps=index[:, None],
-            logp_old=logp_old[:, None],
-            advantages=torch.zeros(len(rule), 1),
-            conditioning=conditioning,
-        )
+        steps = Trajectory(x_t[:, None], x_s[:, None], index[:, None], logp_old[:, None], x_s, conditioning)
+        batch = DDPOBatch(steps, torch.zeros(len(rule), 1))
         if kl == "k1_reward":
             batch = replace(batch, reference_mean=trainer._reference_means(batch))
             batch = replace(batch, advantages=-0.2 * trainer._kl_in_reward(batch))

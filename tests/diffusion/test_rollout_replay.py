@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusion_align.diffusion.previews import sample_images
+from diffusion_align.diffusion.evaluation import sample_images
 from diffusion_align.diffusion.rollout import replay, rollout, transition
 from diffusion_align.diffusion.schedule import build_schedule
 

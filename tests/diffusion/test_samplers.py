@@ -6,10 +6,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from diffusion_align.diffusion.ddpo import DDPOConfig
-from diffusion_align.diffusion.rollout import replay, rollout
+from diffusion_align.diffusion.rollout import TableScheduler, replay, rollout
 from diffusion_align.diffusion.samplers import Step, ddim
 from diffusion_align.diffusion.schedule import SamplerConfig, build_schedule
-from diffusion_align.diffusion.table_scheduler import TableScheduler
 from diffusion_align.diffusion.transitions import denoise, posterior
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.pipelines.configuration import check_config

@@ -25,7 +25,7 @@ PRELOADED = (
     "diffusion_align.pipelines.image",
     "diffusion_align.pipelines.text",
     "transformers.models.llama.modeling_llama",
-    "diffusion_align.diffusion.previews",
+    "diffusion_align.diffusion.evaluation",
     "diffusion_align.report",
     "transformers.models.clip.modeling_clip",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",

@@ -2,32 +2,31 @@
 
 Data and reference N(0, 1), reward x_0, beta 1, so the optimum is N(1, 1): E r = 1, KL = 1/2. The policy adds
 ``shift + slope x_t`` to the reference's mean of each step. What it attains follows from a recursion, without sampling.
-Run with -m slow.
+The losses alone are trained here, and the trainer by scripts/dpo_toy.py. Run with -m slow.
 """
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffusion_align.estimators import corrected_diffusion_dpo_loss, diffusion_dpo_loss
 
+TOY = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "dpo_toy.py"))
 pytestmark = pytest.mark.slow
 F64 = torch.float64
-T = 25
-LINEAR = torch.linspace(1, 0, T + 1, dtype=F64)  # alphas_cumprod, 1 for the data
+T, LINEAR = TOY["T"], TOY["EVEN"]  # alphas_cumprod, 1 for the data
 COSINE = torch.cos(torch.linspace(0, math.pi / 2, T + 1, dtype=F64)).square().clamp(min=1e-5)
 
 
-class Chain:
-    """The reverse of the noising process for data N(0, 1): x_s | x_t ~ N(sqrt(alpha) x_t, 1 - alpha), exactly."""
+class Chain(TOY["Chain"]):
+    """The reverse of the noising process, from noise to data."""
 
-    def __init__(self, alphas_cumprod):
-        self.ab_s, self.ab_t = alphas_cumprod[:-1], alphas_cumprod[1:]
-        alpha = self.ab_t / self.ab_s
-        self.reference, self.var = alpha.sqrt(), 1 - alpha
-        self.of_x_0 = self.ab_s.sqrt() * (1 - alpha) / (1 - self.ab_t)  # the mean of x_s given x_0 and x_t
-        self.of_x_t = alpha.sqrt() * (1 - self.ab_s) / (1 - self.ab_t)
+    def __init__(self, signal):
+        super().__init__(signal)
+        self.ab_t, self.x_t_weight = self.alpha_t**2, self.schedule.table.x_t_weight
 
     def batch(self, n, generator, shared_noise):
         """Step, x_t and the posterior mean of x_s, for winners (row 0) and losers of fresh pairs."""
@@ -37,16 +36,7 @@ class Chain:
         x_0 = torch.where(first_wins, x_0, x_0.flip(0))
         noise = torch.randn(1 if shared_noise else 2, n, generator=generator, dtype=F64)
         x_t = self.ab_t[t].sqrt() * x_0 + (1 - self.ab_t[t]).sqrt() * noise
-        return t, x_t, self.of_x_0[t] * x_0 + self.of_x_t[t] * x_t
-
-    def attained(self, shift, slope):
-        """(E r, variance of x_0, KL of the paths in nats)."""
-        mean, var, kl = 0.0, 1.0, 0.0
-        for t in reversed(range(T)):
-            kl += ((slope[t] * mean + shift[t]) ** 2 + slope[t] ** 2 * var) / (2 * self.var[t])
-            gain = self.reference[t] + slope[t]
-            mean, var = gain * mean + shift[t], gain**2 * var + self.var[t]
-        return float(mean), float(var), float(kl)
+        return t, x_t, self.x_0_weight[t] * x_0 + self.x_t_weight[t] * x_t
 
 
 def train(chain, loss, *, steps=1000, shared_noise=True, with_slope=False, scale=None, n=4096):
@@ -61,8 +51,8 @@ def train(chain, loss, *, steps=1000, shared_noise=True, with_slope=False, scale
         t, x_t, target = chain.batch(n, generator, shared_noise)
         change = shift[t] + slope[t] * x_t
         per_nat = scale[t] / (2 * chain.var[t])
-        err_ref = (target - chain.reference[t] * x_t).square() * per_nat
-        err = (target - chain.reference[t] * x_t - change).square() * per_nat
+        err_ref = (target - chain.gain[t] * x_t).square() * per_nat
+        err = (target - chain.gain[t] * x_t - change).square() * per_nat
         optimizer.zero_grad()
         loss(err, err_ref, change.square() * per_nat).mean().backward()
         optimizer.step()
@@ -96,13 +86,6 @@ def test_the_original_reaches_the_optimum(with_slope):
     torch.testing.assert_close(shift, 1 / (T * chain.ab_s.sqrt()), rtol=0.15, atol=0)
 
 
-def test_swapped_labels_go_as_far_the_other_way():
-    chain = Chain(LINEAR)
-    reward, _, kl = chain.attained(*train(chain, lambda *x: original(*(y.flip(0) for y in x))))
-    assert reward == pytest.approx(-1, rel=0.05)
-    assert kl == pytest.approx(0.5, rel=0.1)
-
-
 def test_noise_of_their_own_costs_half_the_reward():
     chain = Chain(LINEAR)
     reward, _, _ = chain.attained(*train(chain, original, shared_noise=False))
@@ -113,7 +96,7 @@ def test_one_step_in_place_of_all_is_exact_only_where_each_has_its_share():
     """T times a step's nats allots 1/T of the reward to it, and the KL is sum_t 1/(2 T² (ab_s - ab_t)) >= 1/2: equal
     only if alphas_cumprod falls evenly. Divided by its share ab_s - ab_t instead, any schedule reaches the optimum."""
     chain = Chain(COSINE)
-    share = (chain.ab_s - chain.ab_t) / (1 - chain.ab_t[-1])
+    share = (chain.ab_s - chain.ab_t) / (1 - chain.ab_t[0])
     reward, _, kl = chain.attained(*train(chain, original))
     assert reward == pytest.approx(1, rel=0.05)
     assert kl == pytest.approx(float((0.5 / T**2 / (chain.ab_s - chain.ab_t)).sum()), rel=0.1)
@@ -150,3 +133,34 @@ def test_with_slopes_a_small_kl_term_does_not_hold_and_twice_beta_does():
     assert reward == pytest.approx(mean_gap_of_winners() / 4, rel=0.1)
     assert var == pytest.approx(1, rel=0.1)
     assert kl < 0.05
+
+
+def test_the_trainer_reaches_the_optimum():
+    outcome = TOY["train"](LINEAR, with_slope=True)
+    assert outcome.stopped is None
+    assert outcome.reward[-1] == pytest.approx(1, rel=0.05)
+    assert outcome.variance[-1] == pytest.approx(1, rel=0.05)
+    assert outcome.kl[-1] == pytest.approx(0.5, rel=0.1)
+
+
+def test_swapped_labels_go_as_far_the_other_way():
+    outcome = TOY["train"](LINEAR, swapped=True)
+    assert outcome.reward[-1] == pytest.approx(-1, rel=0.05)
+    assert outcome.kl[-1] == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_corrected_loss_without_a_kl_term_diverges_and_the_guard_stops_it():
+    outcome = TOY["train"](LINEAR, with_slope=True, variant="corrected", kl_coef=0.0)
+    assert len(outcome.reward) < 400
+    assert outcome.stopped.startswith("the policy diverges: its error on the chosen pictures is")
+    assert "raise kl_coef (2 beta or more)" in outcome.stopped
+
+
+def test_the_corrected_loss_with_its_default_kl_term_comes_to_rest():
+    outcome = TOY["train"](LINEAR, with_slope=True, variant="corrected")
+    assert outcome.stopped is None
+    assert outcome.reward[-1] == pytest.approx(0.181, rel=0.15)  # E(x_w - x_l) beta / (2 kl_coef)
+    assert outcome.variance[-1] == pytest.approx(1, rel=0.1)
+    assert outcome.kl[-1] < 0.05
+    middle = len(outcome.reward) // 2
+    assert abs(outcome.reward[-1] - outcome.reward[middle]) < 0.05

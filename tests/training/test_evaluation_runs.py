@@ -11,8 +11,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from diffusion_align.diffusion import ddpo
-from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance
-from diffusion_align.diffusion.previews import sample_images
+from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance, sample_images
 from diffusion_align.errors import ConfigError
 from diffusion_align.interrupt import Overdue
 from diffusion_align.pipelines.configuration import check_config

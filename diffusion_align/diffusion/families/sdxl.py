@@ -24,17 +24,9 @@ class StableDiffusionXL(StableDiffusion):
         added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
         return super().inputs(conditioning, dtype) | {"added_cond_kwargs": added}
 
-    def zero_inputs(
-        self,
-        config: Mapping[str, Any],
-        batch: int,
-        *,
-        tokens: int = 77,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> dict[str, Any]:
-        plain = super().zero_inputs(config, batch, tokens=tokens, device=device, dtype=dtype)
+    def zero_inputs(self, config: Mapping[str, Any], batch: int, *, tokens: int = 77, **kind: Any) -> dict[str, Any]:
+        plain = super().zero_inputs(config, batch, tokens=tokens, **kind)
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         shapes = {"text_embeds": pooled, "time_ids": 6}
-        added = {name: torch.zeros(batch, size, device=device, dtype=dtype) for name, size in shapes.items()}
+        added = {name: torch.zeros(batch, size, **kind) for name, size in shapes.items()}
         return plain | {"added_cond_kwargs": added}

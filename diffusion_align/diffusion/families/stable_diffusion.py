@@ -66,19 +66,13 @@ class StableDiffusion:
         """Keyword arguments of the network that stand for ``conditioning``."""
         return {"encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype)}
 
-    def zero_inputs(
-        self,
-        config: Mapping[str, Any],
-        batch: int,
-        *,
-        tokens: int = 77,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> dict[str, Any]:
-        """Keyword arguments of one pass of ``batch`` samples through a network of configuration ``config``, all 0."""
-        zeros: dict[str, Any] = {"device": device, "dtype": dtype}
+    def zero_inputs(self, config: Mapping[str, Any], batch: int, *, tokens: int = 77, **kind: Any) -> dict[str, Any]:
+        """Keyword arguments of one pass of ``batch`` samples through a network of configuration ``config``, all 0.
+
+        ``kind``: their device and dtype, as ``torch.zeros`` takes them.
+        """
         return {
-            "sample": torch.zeros(batch, *self.latent_shape(config), **zeros),
-            "timestep": torch.zeros(batch, dtype=torch.int64, device=device),
-            "encoder_hidden_states": torch.zeros(batch, tokens, config["cross_attention_dim"], **zeros),
+            "sample": torch.zeros(batch, *self.latent_shape(config), **kind),
+            "timestep": torch.zeros(batch, **kind | {"dtype": torch.int64}),
+            "encoder_hidden_states": torch.zeros(batch, tokens, config["cross_attention_dim"], **kind),
         }
