@@ -280,9 +280,9 @@ class LanguagePolicy:
 
     def log_probs(self, scored: Scored) -> Tensor:
         """Log-probs (B, T) in nats at the policy's temperature, float32, 0 where the mask is False."""
-        return scored.of_tokens(self.token_log_probs(scored.logits, scored.labels))
+        return scored.of_tokens(self.label_log_probs(scored.logits, scored.labels))
 
-    def token_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def label_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Log-probs (B, T) of tokens ``labels`` under ``logits`` (B, T, V), by sampling and by replay alike."""
         return token_log_probs(logits, labels, temperature=self.temperature, chunk_size=_CHUNK)
 

@@ -74,7 +74,7 @@ def rollout(
     for turn in range(max_new_tokens):
         logits = next_logits(token)
         token = _draw(categorical_log_probs(logits, temperature=policy.temperature), chances[:, turn])
-        chosen = policy.token_log_probs(logits[:, None], token[:, None]).squeeze(1)
+        chosen = policy.label_log_probs(logits[:, None], token[:, None]).squeeze(1)
         token = torch.where(alive, token, policy.pad)
         tokens.append(token)
         logps.append(torch.where(alive, chosen, 0.0))
