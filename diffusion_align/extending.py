@@ -10,8 +10,7 @@ from diffusion_align.diffusion.trainer import DenoisingConfig, DenoisingTrainer
 from diffusion_align.llm.collection import Collected as CollectedTexts
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.policy import Sequences
-from diffusion_align.llm.settings import OnlineConfig
-from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
 from diffusion_align.rewards import RewardSetting, RewardSettings
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import Metric

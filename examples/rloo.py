@@ -20,10 +20,6 @@ class RLOOConfig(OnlineConfig):
 
     advantage_clip: float = Field(10.0, gt=0, description="bound on an advantage, in the unit of the reward")
 
-    @property
-    def needs_reference(self) -> bool:
-        return False
-
 
 class Batch(NamedTuple):
     """This process's completions, and their advantages (B,)."""

@@ -32,7 +32,7 @@ from diffusion_align.inputs import check_device, check_path
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.rollout import rollout
-from diffusion_align.llm.settings import TextConfig
+from diffusion_align.llm.trainer import TextConfig
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models.language_models import (
     language_model_ref,

@@ -25,9 +25,9 @@ from diffusion_align.data.text_rows import (
 )
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.llm.collection import WeightedRewards, trainer_state
-from diffusion_align.llm.evaluation import TextEvaluation
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.reward_model import RewardModel
+from diffusion_align.llm.trainer import TextEvaluation
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import (
     load_ends,

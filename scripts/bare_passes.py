@@ -64,12 +64,12 @@ class LanguagePasses:
     """Of a language policy: sampled completions, and scored ones."""
 
     def __enter__(self) -> LanguagePasses:
-        import diffusion_align.llm.collection as collection
+        import diffusion_align.llm.trainer as sampling
         from diffusion_align.llm.policy import LanguagePolicy
 
         self._sampled: list[tuple[int, int, int]] = []  # batch, prompt, steps
         self._scored: list[tuple[int, int, int, bool, bool]] = []  # batch, length, first place, gradient, reference
-        self._rollout, self._score_method = rollout, score = collection.rollout, LanguagePolicy.score
+        self._rollout, self._score_method = rollout, score = sampling.rollout, LanguagePolicy.score
 
         def counted_rollout(policy: Any, prompts: Any, *arguments: Any, **options: Any) -> Any:
             found = rollout(policy, prompts, *arguments, **options)
@@ -81,15 +81,15 @@ class LanguagePasses:
             self._scored.append((*sequences.ids.shape, first, gradient, _is_reference(policy.model)))
             return score(policy, sequences, **options)
 
-        collection.rollout = counted_rollout
+        sampling.rollout = counted_rollout
         LanguagePolicy.score = counted_score  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        import diffusion_align.llm.collection as collection
+        import diffusion_align.llm.trainer as sampling
         from diffusion_align.llm.policy import LanguagePolicy
 
-        collection.rollout = self._rollout
+        sampling.rollout = self._rollout
         LanguagePolicy.score = self._score_method  # type: ignore[method-assign]
 
     @property

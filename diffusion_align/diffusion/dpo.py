@@ -54,7 +54,7 @@ from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
 
@@ -357,7 +357,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         kl_w, kl_l = kl.detach().chunk(2)
         statistics |= {
             "loss/preference": losses.detach(),
-            "rewards/accuracies": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "rewards/accuracies": agreement(margin),
             "rewards/margins": margin,
             "rewards/chosen": beta * gain_w,
             "rewards/rejected": beta * gain_l,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,11 @@ from torch import Tensor
 
 from diffusion_align.data.text_encoding import completion_of
 from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.errors import TrainingError
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, pad_to
-from diffusion_align.llm.rollout import Completions, rollout
+from diffusion_align.llm.rollout import Completions
 from diffusion_align.rewards.base import reward_name, runs_in_background
 from diffusion_align.rewards.text.base import TrainerState, call_text_reward, extras_of, weighted_sum
-from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
+from diffusion_align.training.collection import reward_metrics
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.finite import require_finite_logits
-from diffusion_align.training.processes import Processes
-from diffusion_align.training.progress import Bars
 
 
 @dataclass(frozen=True)
@@ -107,136 +102,24 @@ class Collected:
     metrics: dict[str, float]
 
 
-def collect_scored(
-    policy: LanguagePolicy,
-    rewards: WeightedRewards,
-    rows: Sequence[PromptRow],
-    *,
-    own: range,
-    batch_size: int,
-    stream: Callable[[int], torch.Generator],
-    max_completion_length: int,
-    state: TrainerState | None,
-    processes: Processes,
-    bars: Bars,
-) -> Collected:
-    """Sample this process's part of the epoch and score each batch, in the background where a reward is called there.
-
-    Args:
-        policy: what samples; under ``policy.reference()`` the reference does.
-        rewards: what scores.
-        rows: the prompts of all N samples of the epoch.
-        own: this process's part of them.
-        batch_size: completions sampled at once.
-        stream: global sample index -> its stream of random numbers.
-        max_completion_length: tokens.
-        state: what rewards may know of the run.
-        processes, bars: of the run.
-
-    Raises:
-        RewardError, TrainingError, Interrupted: see ``sample_and_score``.
-    """
-
-    def sample(batch: range) -> tuple[Completions, Calls]:
-        some = [rows[i] for i in batch]
-        sampled = rollout(
-            policy,
-            [row.ids for row in some],
-            [stream(i) for i in batch],
-            max_new_tokens=max_completion_length,
-            on_token=lambda: advance(1),
-        )
-        advance(max_completion_length - sampled.logp_old.shape[1])
-        ids = completion_ids(sampled.sequences) if rewards.want_ids else None
-        return sampled, rewards.calls(some, policy.decode(sampled.sequences), ids, state)
-
-    with bars.task("  sampling", -(-len(own) // batch_size) * max_completion_length) as advance:
-        parts, found, waited = sample_and_score(
-            own,
-            batch_size,
-            sample,
-            processes,
-            check=lambda scored: rewards.total([rows[i] for i in own], scored),
-        )
-    own_lengths = torch.cat([part.sequences.mask.sum(1) for part in parts])
-    own_finished = torch.cat([part.finished for part in parts])
-    lengths, finished = (processes.accelerator.gather(x).cpu() for x in (own_lengths, own_finished))
-    total = rewards.total(rows, found)
-    silent = total.isnan()
-    if silent.all():  # of no sample at all: an error after all
-        replace(rewards, may_be_silent=False).total(rows, found)
-    metrics = reward_metrics(total[~silent]) | {
-        "completions/mean_length": lengths.double().mean().item(),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
+def completion_metrics(
+    names: Sequence[str], rewards: Tensor, scores: Tensor, lengths: Tensor, finished: Tensor
+) -> dict[str, float]:
+    """Of an epoch's rewards (N,), made of scores (N, K) by ``names``, and its lengths; nothing of what is nan."""
+    silent, lengths = rewards.isnan(), lengths.double()
+    metrics = reward_metrics(rewards[~silent]) | {
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
         "completions/clipped_ratio": (~finished).double().mean().item(),
-        "completions/tokens": float(lengths.sum()),
-        "time/score": waited,
+        "completions/tokens": lengths.sum().item(),
     }
     if silent.any():
         metrics["frac_without_reward"] = silent.double().mean().item()
-    for name, column in zip(rewards.names, found.unbind(1), strict=True):
-        metrics[f"rewards/{name}/mean"] = column.nanmean().item()
-    return Collected(_joined(parts, policy.pad), finished, found, total, _finite(metrics))
+    metrics |= {f"rewards/{name}/mean": column.nanmean().item() for name, column in zip(names, scores.unbind(1))}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def trainer_state(config: TrainingConfig, *, step: int = 0, epoch: int = 0) -> TrainerState:
     """What rewards may know of a run after so many optimizer steps and epochs."""
     return TrainerState(step, float(epoch), config.epochs * config.updates_per_epoch * config.inner_epochs)
-
-
-def completion_ids(sequences: Sequences) -> list[list[int]]:
-    """The tokens of each completion as sampled, up to and with the first end."""
-    rows = zip(sequences.completions.tolist(), sequences.mask.sum(1).tolist(), strict=True)
-    return [ids[:length] for ids, length in rows]
-
-
-def reference_log_probs(
-    policy: LanguagePolicy, sequences: Sequences, *, batch_size: int, processes: Processes, bars: Bars
-) -> Tensor:
-    """Log-probs (B, T) of the reference for completions of this process; B may be 0.
-
-    Raises:
-        TrainingError: on every process, if they are not finite on any.
-    """
-    with torch.no_grad(), policy.reference():
-        found = in_batches(
-            sequences,
-            lambda some: policy.log_probs(policy.score(some)),
-            batch_size=batch_size,
-            bars=bars,
-            what="  reference",
-        )
-    failure = None
-    try:
-        require_finite_logits(found, what="the reference")
-    except TrainingError as error:
-        failure = error
-    processes.raise_together(failure, TrainingError)
-    return found
-
-
-def in_batches(
-    sequences: Sequences, compute: Callable[[Sequences], Tensor], *, batch_size: int, bars: Bars, what: str
-) -> Tensor:
-    """(B, T) of ``compute``'s values for batches of ``sequences``, with a progress bar; 0 beyond their ends."""
-    shape = sequences.mask.shape
-    parts = [torch.zeros(0, shape[1], device=sequences.ids.device)] if not len(sequences) else []
-    with bars.task(what, len(sequences)) as advance:
-        for rows in torch.arange(len(sequences), device=sequences.ids.device).split(batch_size) if shape[0] else ():
-            parts.append(pad_to(compute(sequences[rows]), shape[1], 0.0))
-            advance(len(rows))
-    return torch.cat(parts)
-
-
-def _joined(parts: Sequence[Completions], pad: int) -> Completions:
-    width = max(part.logp_old.shape[1] for part in parts)
-    return Completions(
-        concatenate([part.sequences for part in parts], pad=pad),
-        torch.cat([pad_to(part.logp_old, width, 0.0) for part in parts]),
-        torch.cat([part.finished for part in parts]),
-    )
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}

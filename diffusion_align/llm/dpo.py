@@ -38,21 +38,17 @@ from diffusion_align.estimators import (
     masked_sum,
     orpo_loss,
     robust_dpo_loss,
+    rso_accept,
     simpo_loss,
     trajectory_dpo_loss,
 )
 from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
-from diffusion_align.llm.preference_batches import (
-    PreferenceBatch,
-    PreferenceConfig,
-    PreferenceTrainer,
-    Selection,
-    given_preferences,
-    judged_preferences,
-)
+from diffusion_align.llm.preferences import PreferenceBatch, PreferenceConfig, PreferenceTrainer, given_preferences
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import Weight
 from diffusion_align.training.context import EpochCost, Metric
+from diffusion_align.training.randomness import generator
+from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
 # What only some losses have: setting -> those losses.
@@ -83,7 +79,7 @@ class DPOConfig(PreferenceConfig):
     dynamic_beta: DynamicBetaConfig | None = Field(None, description="a beta for each prompt, which starts at `beta`")
 
     sample_from: Literal["policy", "reference"] = Field("policy", description="online: whose completions are judged")
-    pair_selection: Selection = Field(
+    pair_selection: Literal["best_worst", "best_rest", "rso"] = Field(
         "best_worst",
         description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
     )
@@ -155,8 +151,21 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         reference = compared if every.reference else 0
         return replace(every, trained=compared * config.inner_epochs, reference=reference)
 
-    def data_problems(self) -> list[str]:
-        return super().data_problems() + _unfit(self.rows, self.config.loss_type)
+    def data_checks(self) -> Iterator[str]:
+        yield from super().data_checks()
+        loss_type = self.config.loss_type
+        several = next((i for i, row in enumerate(self.rows) if len(row.rejected) > 1), None)
+        if several is not None and loss_type != "sigmoid":
+            yield (
+                f"dataset: row {several} has {len(self.rows[several].rejected)} rejected, and loss_type={loss_type} "
+                "compares with one: use loss_type=sigmoid"
+            )
+        unsure = next((i for i, row in enumerate(self.rows) if row.label != 1), None)
+        if unsure is not None and loss_type != "trajectory":
+            yield (
+                f"dataset: row {unsure} has the label {self.rows[unsure].label:g}, and loss_type={loss_type} takes "
+                "every chosen for preferred: use loss_type=trajectory, or leave the column out"
+            )
 
     @functools.cached_property
     def dynamic_beta(self) -> DynamicBeta | None:
@@ -184,32 +193,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
 
     def collect(self) -> tuple[PreferenceBatch, dict[str, float]]:
         """This process's preferences of the epoch: given, or sampled and judged."""
-        config = self.config
-        if not config.online:
-            indices, metrics = self.given()
-            own = [indices[i] for i in self.local_samples]
-            batch = given_preferences(
-                [self.rows[i] for i in own],
-                torch.arange(len(indices)),
-                pad=self.policy.pad,
-                device=self.accelerator.device,
-            )
-            if self.reference_file is not None:
-                self.reference_file.fill(
-                    self.identity,
-                    untrained=self.step == 0,
-                    batch_size=config.sample_batch_size,
-                    processes=self.processes,
-                    bars=self.bars,
-                )
-                batch = self.reference_file.put_into(batch, own)
-            return batch, metrics
-        return judged_preferences(
-            self,
-            by_reference=config.sample_from == "reference",
-            selection=config.pair_selection,
-            rso_beta=config.rso_beta,
-        )
+        return self._judged() if self.config.online else self._given()
 
     def estimate(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, TrainingPlan, dict[str, float]]:
         """What the reference says, where it is needed more than once or of the prompts."""
@@ -270,14 +254,13 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         scale = 1.0 if config.loss_type == "orpo" else beta.detach() if isinstance(beta, Tensor) else beta
         reward_w, reward_l = scale * chosen.detach(), scale * masked_mean(rejected.detach(), counts, 1)
         ahead = chosen.detach()[:, None] - rejected.detach()
-        beaten = masked_mean((ahead > 0).to(compared) + 0.5 * (ahead == 0), counts, 1)
         logp_w, logp_l = _sides(masked_sum(logp.detach(), mask, 1), counts)
         statistics |= {
             "loss/preference": losses.detach(),
             "rewards/chosen": reward_w,
             "rewards/rejected": reward_l,
             "rewards/margins": reward_w - reward_l,
-            "rewards/accuracies": labels * beaten + (1 - labels) * (1 - beaten),
+            "rewards/accuracies": masked_mean(agreement(ahead, labels[:, None]), counts, 1),
             "logps/chosen": logp_w,
             "logps/rejected": masked_mean(logp_l, counts, 1),
         }
@@ -309,6 +292,57 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             case _:
                 return orpo_loss(chosen, first, config.orpo_weight)
 
+    def _given(self) -> tuple[PreferenceBatch, dict[str, float]]:
+        indices, metrics = self.given()
+        own = [indices[i] for i in self.local_samples]
+        rows, keep = [self.rows[i] for i in own], torch.arange(len(indices))
+        batch = given_preferences(rows, keep, pad=self.policy.pad, device=self.accelerator.device)
+        if self.reference_file is not None:
+            self.reference_file.fill(
+                self.identity,
+                untrained=self.step == 0,
+                batch_size=self.config.sample_batch_size,
+                processes=self.processes,
+                bars=self.bars,
+            )
+            batch = self.reference_file.put_into(batch, own)
+        return batch, metrics
+
+    def _judged(self) -> tuple[PreferenceBatch, dict[str, float]]:
+        """Of every prompt's completions, sampled now, one chosen and others rejected; ties are left out."""
+        config, own, device = self.config, self.local_samples, self.accelerator.device
+        by_reference = config.sample_from == "reference"
+        with self.policy.reference() if by_reference else contextlib.nullcontext():
+            _, collected = self.sample(self.prompts, config.num_generations)
+        rewards = collected.rewards.view(-1, config.num_generations)
+        first = torch.arange(len(rewards)) * config.num_generations
+        metrics = {
+            **equal_reward_metric(collected.rewards, config.num_generations),
+            "reward_gap": (rewards.amax(1) - rewards.amin(1)).mean().item(),
+        }
+        if config.pair_selection == "rso":
+            streams = [generator(config.seed, "rso", self.epoch, group) for group in range(len(rewards))]
+            accepted, chosen, rejected, counts = rso_pairs(rewards, config.rso_beta, streams)
+            metrics["rso/accepted"] = accepted.double().mean().item()
+        else:
+            chosen, rejected, counts = best_against(rewards, rest=config.pair_selection == "best_rest")
+        metrics["frac_without_pair"] = (~counts.any(1)).double().mean().item()
+
+        size = (config.samples_per_epoch, counts.shape[1])
+        all_rejected = torch.zeros(size, dtype=torch.int64)
+        all_counts = torch.zeros(size, dtype=torch.bool)
+        all_rejected[first + chosen], all_counts[first + chosen] = first[:, None] + rejected, counts
+        mine = slice(own.start, own.stop)
+        batch = PreferenceBatch(
+            sequences=collected.completions.sequences,
+            chosen=torch.arange(len(own), device=device),
+            rejected=torch.where(all_counts, all_rejected - own.start, 0)[mine].to(device),
+            counts=all_counts[mine].to(device),
+            labels=torch.ones(len(own), device=device),
+            keep=(first + chosen)[counts.any(1)],
+        )
+        return batch, collected.metrics | metrics
+
     def _with_prompt_features(self, batch: PreferenceBatch, samples: Tensor) -> PreferenceBatch:
         """With the reference's features of the prompts of ``samples``."""
         with self.policy.reference():
@@ -331,19 +365,29 @@ def _sides(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, torch.zeros(counts.shape, dtype=x.dtype, device=x.device).masked_scatter(counts, rejected)
 
 
-def _unfit(rows: Sequence[PreferenceRow], loss_type: str) -> list[str]:
-    """Sentences about rows that a loss would read wrongly."""
-    problems = []
-    several = next((i for i, row in enumerate(rows) if len(row.rejected) > 1), None)
-    if several is not None and loss_type != "sigmoid":
-        problems.append(
-            f"dataset: row {several} has {len(rows[several].rejected)} rejected, and loss_type={loss_type} compares "
-            "with one: use loss_type=sigmoid"
-        )
-    unsure = next((i for i, row in enumerate(rows) if row.label != 1), None)
-    if unsure is not None and loss_type != "trajectory":
-        problems.append(
-            f"dataset: row {unsure} has the label {rows[unsure].label:g}, and loss_type={loss_type} takes every chosen "
-            "for preferred: use loss_type=trajectory, or leave the column out"
-        )
-    return problems
+def best_against(rewards: Tensor, *, rest: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rewards (G, n): the best of each group (G,), its worst or all (G, M), and which of these are worse (G, M)."""
+    best, worst = rewards.argmax(1), rewards.argmin(1)
+    rejected = torch.arange(rewards.shape[1]).expand(rewards.shape) if rest else worst[:, None]
+    return best, rejected, rewards.gather(1, rejected) < rewards.amax(1, keepdim=True)
+
+
+def rso_pairs(
+    rewards: Tensor, beta: float, streams: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rewards (G, n), the candidates that ``rso_accept`` keeps (G, n), and two of them at random.
+
+    Returns:
+        Accepted (G, n) bool, the better of the two (G,), the other (G, 1), and whether there is such a pair (G, 1).
+    """
+    accepted = torch.zeros(rewards.shape, dtype=torch.bool)
+    pairs = torch.zeros(len(rewards), 2, dtype=torch.int64)
+    for group, stream in enumerate(streams):
+        accepted[group] = rso_accept(rewards[group], beta, generator=stream)
+        found = accepted[group].nonzero().squeeze(1)
+        two = found[torch.randperm(len(found), generator=stream)[:2]]
+        pairs[group, : len(two)] = two
+        pairs[group, len(two) :] = two[0]  # without a second one: a tie with itself
+    scores = rewards.gather(1, pairs)
+    pairs = torch.where(scores[:, :1] >= scores[:, 1:], pairs, pairs.flip(1))
+    return accepted, pairs[:, 0], pairs[:, 1:], scores[:, :1] != scores[:, 1:]

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import AliasChoices, Field
@@ -93,7 +93,7 @@ class GRPOConfig(PolicyGradientConfig):
 
     @property
     def needs_reference(self) -> bool:
-        return self.beta > 0 or self.stop_when.kl_above is not None
+        return self.beta > 0 or super().needs_reference
 
     @property
     def logs_kl(self) -> bool:
@@ -144,11 +144,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
 
     config: GRPOConfig
     config_class = GRPOConfig
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        if self.rewards is not None:  # the advantage of a completion without a reward is 0
-            self.rewards = replace(self.rewards, may_be_silent=True)
+    needs_every_reward = False  # the advantage of a completion without one is 0
 
     def estimate(self, collected: Collected) -> tuple[GRPOBatch, TrainingPlan, dict[str, float]]:
         """Group advantages over all processes, less the KL where it stands in the reward."""
@@ -217,11 +213,10 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         """
         if not self.policy.has_reference:
             return None, {}
-        config, own = self.config, self.local_samples
+        config = self.config
         every = config.samples_per_epoch
         few = every if config.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * config.inner_epochs))))
-        places = torch.arange(few) * every // few
-        rows = (places[(places >= own.start) & (places < own.stop)] - own.start).to(self.policy.device)
+        rows = self.local(torch.arange(few) * every // few)
         some = sequences[rows]
         logp_ref = self.reference_log_probs(some)
         metrics = kl_metrics(logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask, self.processes)

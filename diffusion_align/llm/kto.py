@@ -23,10 +23,10 @@ from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.text_rows import LabelledRow
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.policy import Sequences, pack, widest_float
-from diffusion_align.llm.preference_batches import PreferenceConfig, PreferenceTrainer
+from diffusion_align.llm.preferences import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.config import Weight
 from diffusion_align.training.context import Metric
-from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
 
@@ -105,12 +105,11 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     }
     rows: Sequence[LabelledRow]
 
-    def data_problems(self) -> list[str]:
-        problems = super().data_problems()
+    def data_checks(self) -> Iterator[str]:
+        yield from super().data_checks()
         if len({tuple(row.ids) for row in self.rows} | {tuple(row.ids) for row in self.prompts}) <= 1:
             source = "prompts" if self.config.online else "dataset"
-            problems.append(f"{source} holds one prompt, and KTO's reference point needs two or more: add some")
-        return problems
+            yield f"{source} holds one prompt, and KTO's reference point needs two or more: add some"
 
     def collect(self) -> tuple[KTOBatch, dict[str, float]]:
         """This process's completions of the epoch with their labels: given, or sampled and judged."""
@@ -152,9 +151,8 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
             undesirable_weight=config.undesirable_weight,
         )
         above = ratio.detach() - batch.reference_point.to(ratio).clamp(min=0)
-        right = torch.where(desirable, above, -above)
         statistics = {
-            "rewards/accuracies": (right > 0).to(ratio) + 0.5 * (right == 0),
+            "rewards/accuracies": agreement(above, desirable.to(above)),
             "drift": kl_value(logp_ref, logp, "k3", mask=mask)[mask],
         }
         for name, which in (("chosen", desirable), ("rejected", ~desirable)):

@@ -79,6 +79,12 @@ class Sequences:
         return self.ids.gather(1, self.places.clamp(max=self.ids.shape[1] - 1))
 
     @property
+    def tokens(self) -> list[list[int]]:
+        """The tokens of each completion as sampled, up to and with the first end."""
+        rows = zip(self.completions.tolist(), self.mask.sum(1).tolist(), strict=True)
+        return [ids[:length] for ids, length in rows]
+
+    @property
     def places(self) -> Tensor:
         """(B, T) int64, where in ``ids`` each completion token stands; beyond its end where the row is shorter."""
         return self.starts[:, None] + torch.arange(self.mask.shape[1], device=self.ids.device)
@@ -297,8 +303,7 @@ class LanguagePolicy:
 
     def decode(self, sequences: Sequences) -> list[str]:
         """The text of each completion, without special tokens."""
-        rows = zip(sequences.completions.tolist(), sequences.mask.sum(1).tolist(), strict=True)
-        return [self.tokenizer.decode(ids[:length], skip_special_tokens=True) for ids, length in rows]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences.tokens]
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

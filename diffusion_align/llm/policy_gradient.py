@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor
 
 from diffusion_align.bounds import LARGEST
-from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, importance_ratio
 from diffusion_align.estimators.policy import Level
-from diffusion_align.llm.collection import Collected, WeightedRewards, in_batches
-from diffusion_align.llm.evaluation import TextEvaluation
-from diffusion_align.llm.policy import LanguagePolicy, Scored, pad_to
-from diffusion_align.llm.settings import OnlineConfig
-from diffusion_align.llm.trainer import TextTrainer
-from diffusion_align.training.callbacks import Callback
+from diffusion_align.llm.collection import Collected
+from diffusion_align.llm.policy import Scored
+from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
 from diffusion_align.training.statistics import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")
@@ -45,43 +40,12 @@ class PolicyGradientConfig(OnlineConfig):
 
 
 class PolicyGradientTrainer(TextTrainer[Batch]):
-    """Trains a language model on completions that it samples itself.
+    """Trains a language model on completions that it samples itself; see ``TextTrainer`` for the arguments.
 
-    Args:
-        config: checked settings.
-        policy: the language model, on ``accelerator.device``; with a reference if a nat of KL has a price.
-        prompts: what to complete, with the columns that the rewards receive.
-        rewards: what scores completions, already checked.
-        shown: prompts to show; the first of ``prompts`` when not given.
-        evaluation: see ``TextTrainer``.
-        accelerator, callbacks: see ``Trainer``.
+    The policy needs a reference if a nat of KL has a price.
     """
 
     config: PolicyGradientConfig
-
-    def __init__(
-        self,
-        config: PolicyGradientConfig,
-        policy: LanguagePolicy,
-        prompts: Sequence[PromptRow],
-        rewards: WeightedRewards,
-        *,
-        shown: Sequence[PromptRow] | None = None,
-        evaluation: TextEvaluation | None = None,
-        accelerator: Accelerator | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        super().__init__(
-            config,
-            policy,
-            prompts=prompts,
-            rewards=rewards,
-            shown=shown,
-            evaluation=evaluation,
-            accelerator=accelerator,
-            callbacks=callbacks,
-        )
-        self.clip_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's completions of the epoch."""
@@ -90,7 +54,6 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
             collected = self._scored_again(collected)
         return collected, collected.metrics
 
-    @torch.no_grad()
     def _scored_again(self, collected: Collected) -> Collected:
         """With ``logp_old`` of a forward pass as in training instead of the sampler's, token by token with a cache.
 
@@ -98,14 +61,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         """
         completions, sampled = collected.completions, collected.completions.logp_old
         sequences = completions.sequences
-        logp = in_batches(
-            sequences,
-            lambda some: self.policy.log_probs(self.policy.score(some)),
-            batch_size=self.config.micro_batch_size,
-            bars=self.bars,
-            what="  scoring",
-        )
-        logp = pad_to(logp, sampled.shape[1], 0.0).to(sampled)
+        logp = self.log_probs_in_batches(sequences, self.config.micro_batch_size, "  scoring").to(sampled)
         worst = torch.expm1((logp - sampled)[sequences.mask]).abs().max()
         if self.processes.count > 1:
             worst = self.accelerator.gather(worst[None]).max()
@@ -122,7 +78,8 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         level: Level = "decision",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
-        clip, clip_high, mask = self.config.epsilon, self.clip_high, scored.mask
+        clip, mask = self.config.epsilon, scored.mask
+        clip_high = clip if self.config.epsilon_high is None else self.config.epsilon_high
         ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
         losses = clipped_ratio_loss(ratio, advantages, clip=clip, clip_high=clip_high, mask=mask)
         statistics = {"loss/policy": losses.detach()[mask]}

@@ -14,29 +14,21 @@ that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import LARGEST, MOST, MOST_ROWS
-from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.estimators import (
-    gae,
-    kl_reward,
-    masked_whiten,
-    value_loss,
-)
-from diffusion_align.llm.collection import Collected, WeightedRewards
-from diffusion_align.llm.evaluation import TextEvaluation
-from diffusion_align.llm.policy import LanguagePolicy, Scored, Sequences, pad_to
+from diffusion_align.estimators import gae, kl_reward, masked_whiten, value_loss
+from diffusion_align.llm.collection import Collected
+from diffusion_align.llm.policy import Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
-from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite
 from diffusion_align.training.context import Metric
 from diffusion_align.training.trainer import TrainingPlan
@@ -74,7 +66,7 @@ class PPOConfig(PolicyGradientConfig):
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coef > 0 or self.stop_when.kl_above is not None
+        return self.kl_coef > 0 or super().needs_reference
 
     @property
     def logs_kl(self) -> bool:
@@ -109,32 +101,18 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         "returns/mean": Metric("Return, mean", "reward", "The reward still to come, less the price of the KL."),
     }
 
-    def __init__(
-        self,
-        config: PPOConfig,
-        policy: LanguagePolicy,
-        prompts: Sequence[PromptRow],
-        rewards: WeightedRewards,
-        *,
-        shown: Sequence[PromptRow] | None = None,
-        evaluation: TextEvaluation | None = None,
-        accelerator: Accelerator | None = None,
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        super().__init__(
-            config,
-            policy,
-            prompts,
-            rewards,
-            shown=shown,
-            evaluation=evaluation,
-            accelerator=accelerator,
-            callbacks=callbacks,
-        )
-        self.kl_coef = config.kl_coef
-        self.value_head = nn.Linear(policy.hidden_size, 1, device=policy.device)
-        for parameter in self.value_head.parameters():
+    @cached_property
+    def kl_coef(self) -> float:
+        """The price of a nat of KL now; ``kl_target`` moves it."""
+        return self.config.kl_coef
+
+    @cached_property
+    def value_head(self) -> nn.Linear:
+        """It begins with 0 for every token, and draws nothing."""
+        head = nn.utils.skip_init(nn.Linear, self.policy.hidden_size, 1, device=self.policy.device)
+        for parameter in head.parameters():
             nn.init.zeros_(parameter)
+        return head
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

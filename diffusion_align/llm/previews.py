@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.llm.collection import WeightedRewards, completion_ids
+from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.rewards.base import RewardError
@@ -61,7 +61,7 @@ class TextPreviews(Previews[Previewed]):
             streams = [generator(self.seed, "show", start + i) for i in range(len(some))]
             sampled = rollout(self.policy, [row.ids for row in some], streams, max_new_tokens=self.length)
             shown.texts.extend(self.policy.decode(sampled.sequences))
-            shown.ids.extend(completion_ids(sampled.sequences))
+            shown.ids.extend(sampled.sequences.tokens)
         return shown
 
     def write(self, samples: Previewed, path: Path) -> None:

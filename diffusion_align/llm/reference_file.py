@@ -17,7 +17,7 @@ from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.errors import CheckpointError
 from diffusion_align.llm.dynamic_beta import prompt_features
 from diffusion_align.llm.policy import LanguagePolicy
-from diffusion_align.llm.preference_batches import PreferenceBatch, pack_rows, places_of
+from diffusion_align.llm.preferences import PreferenceBatch, given_preferences
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import Identity, content_digest
 from diffusion_align.training.finite import require_finite_logits
@@ -97,7 +97,7 @@ class ReferenceFile:
             save_file(tensors, aside, self._identity())
 
     def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> PreferenceBatch:
-        """A batch of rows ``indices`` that ``pack_rows`` packed, with what is known of them."""
+        """A batch of the given rows ``indices``, with what is known of them."""
         device, mask = self.policy.device, batch.sequences.mask
         with open_tensors(self.path) as file:
             logp = file.get_slice("logp")
@@ -119,11 +119,12 @@ class ReferenceFile:
             for start in range(0, share, batch_size):
                 processes.stop_if_interrupted()
                 if some := own[start : start + batch_size]:
-                    sequences = pack_rows(some, pad=policy.pad, device=policy.device)
+                    batch = given_preferences(some, torch.arange(len(some)), pad=policy.pad, device=policy.device)
+                    sequences = batch.sequences
                     parts["logp"].append(policy.log_probs(policy.score(sequences))[sequences.mask].cpu())
                     if self.with_features:
-                        chosen = sequences[places_of(some)[0].to(policy.device)]
-                        for name, feature in zip(_FEATURES, prompt_features(policy, chosen), strict=True):
+                        features = prompt_features(policy, sequences[batch.chosen])
+                        for name, feature in zip(_FEATURES, features, strict=True):
                             parts[name].append(feature.cpu())
                     advance(len(some))
         everyones = processes.gather_in_order([parts])

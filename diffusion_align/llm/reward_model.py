@@ -35,6 +35,7 @@ from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, RunContext
 from diffusion_align.training.finite import MORE_ROOM, all_finite
+from diffusion_align.training.statistics import agreement
 from diffusion_align.training.trainer import Trainer, TrainingPlan
 
 
@@ -234,10 +235,9 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         label = batch.labels[samples]
         losses = label * bradley_terry_loss(chosen, rejected) + (1 - label) * bradley_terry_loss(rejected, chosen)
         margin = (chosen - rejected).detach()
-        right = (margin > 0).float() + 0.5 * (margin == 0).float()
         statistics = {
             "loss/preference": losses.detach(),
-            "accuracy": label * right + (1 - label) * (1 - right),
+            "accuracy": agreement(margin, label),
             "margin": margin,
             "scores/chosen": chosen.detach(),
             "scores/rejected": rejected.detach(),

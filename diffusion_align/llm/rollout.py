@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_align.estimators import categorical_log_probs
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, inputs_of, pad_to, widest_float
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, concatenate, inputs_of, pad_to, widest_float
 from diffusion_align.training.finite import require_finite_logits
 
 # Given the last token of every row (None at the start), the logits (B, V) of the next one.
@@ -29,6 +29,16 @@ class Completions:
     sequences: Sequences
     logp_old: Tensor
     finished: Tensor
+
+
+def joined(parts: Sequence[Completions], pad: int) -> Completions:
+    """All of ``parts``, padded to the longest."""
+    width = max(part.logp_old.shape[1] for part in parts)
+    return Completions(
+        concatenate([part.sequences for part in parts], pad=pad),
+        torch.cat([pad_to(part.logp_old, width, 0.0) for part in parts]),
+        torch.cat([part.finished for part in parts]),
+    )
 
 
 @torch.no_grad()

@@ -1,45 +1,150 @@
-"""What the trainers of language models share beyond the loop."""
+"""What the trainers of language models share beyond the loop: settings, completions with rewards, what is shown of them
+and how far they are from the reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+import torch
 from accelerate import Accelerator
+from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor, nn
 
+from diffusion_align.bounds import MOST
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow, prompts_of, rows_name
-from diffusion_align.errors import ConfigError
-from diffusion_align.estimators import kl_value, masked_mean, masked_sum
-from diffusion_align.llm.collection import (
-    Collected,
-    WeightedRewards,
-    collect_scored,
-    completion_ids,
-    in_batches,
-    reference_log_probs,
-    trainer_state,
+from diffusion_align.data.sources import in_python
+from diffusion_align.data.text_rows import (
+    LabelledRow,
+    PreferenceRow,
+    PromptRow,
+    TextDataConfig,
+    prompts_of,
+    rows_name,
 )
-from diffusion_align.llm.evaluation import TextEvaluation
-from diffusion_align.llm.policy import LanguagePolicy, Sequences, widest_float
+from diffusion_align.errors import ConfigError, TrainingError
+from diffusion_align.estimators import kl_value, masked_mean, masked_sum
+from diffusion_align.llm.collection import Collected, WeightedRewards, completion_metrics, trainer_state
+from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, Sequences, pad_to, widest_float
 from diffusion_align.llm.previews import TextPreviews
-from diffusion_align.llm.rollout import rollout
-from diffusion_align.llm.settings import TextConfig
+from diffusion_align.llm.rollout import Completions, joined, rollout
 from diffusion_align.models.model_card import write_model_card
+from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.collection import Calls, sample_and_score
+from diffusion_align.training.config import TrainingConfig, Weight
 from diffusion_align.training.context import EpochCost, Metric, RunContext
-from diffusion_align.training.evaluation import Evaluation, StopConfig
+from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
+from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
 
 Batch = TypeVar("Batch")
 LossType = Literal["grpo", "dapo", "dr_grpo"]
+
+
+class TextEvaluationConfig(EvaluationConfig):
+    """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by what is not trained on."""
+
+    reward: RewardSetting = Field(description="the held-out reward, or a list of them")
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    prompts: TextDataConfig | None = Field(
+        None,
+        validation_alias=AliasChoices("prompts", "dataset"),
+        description="as for training; the prompts of the training if null; `dataset` is the same",
+    )
+    samples: int = Field(32, ge=2, le=MOST, description="how many completions; the prompts take turns")
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from several_rewards_problems(self.reward, self.reward_weights)
+
+
+class TextConfig(TrainingConfig):
+    """What every method that trains a language model has."""
+
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
+    )
+    reference_model: str | None = Field(
+        None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
+    )
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
+    show_prompts: list[Any] | None = Field(
+        None, description="prompts of the samples; the first of the data when not given"
+    )
+    _listed = field_validator("show_prompts", mode="before")(in_python)
+
+    evaluation: TextEvaluationConfig | None = Field(None, description="a held-out reward on fixed prompts")
+    stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside what is trained: where a setting asks for one."""
+        return self.reference_model is not None or self.stop_when.kl_above is not None
+
+    @property
+    def logs_kl(self) -> bool:
+        """Whether every epoch logs ``kl_path``; else evaluations do."""
+        return False
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.show_prompts is not None and not self.show_prompts:
+            yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
+        if self.dtype != "float32" and self.lora is None:
+            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
+        if self.stop_when.kl_above is not None and not self.logs_kl and self.evaluation is None:
+            yield (
+                "stop_when.kl_above looks at a KL that this run measures in evaluations only: set evaluation, or leave "
+                "it out"
+            )
+        yield from self.stop_when.evaluation_problems(self.evaluation)
+
+
+class OnlineConfig(TextConfig):
+    """What methods have that sample completions and ask rewards about them."""
+
+    prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or hub id")
+    reward: RewardSetting = Field(
+        None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
+    )
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    num_generations: int = Field(8, ge=1, le=MOST, description="completions a prompt in an epoch")
+
+    @property
+    def online(self) -> bool:
+        """Whether completions are sampled, not given."""
+        return True
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from several_rewards_problems(self.reward, self.reward_weights)
+        if self.online and self.samples_per_epoch % self.num_generations:
+            yield (
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
+                f"num_generations={self.num_generations}: change one of them"
+            )
+
+
+@dataclass
+class TextEvaluation(Evaluation):
+    """Of completions; ``prompts`` are ``PromptRow``, ``gold`` are ``WeightedRewards``."""
+
+    def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
+        """``kl_path`` and its standard error, nats a completion, of ``kl_path`` (N,) where it is measured.
+
+        The mean of log(pi/pi_ref) over completions of the policy as it is: k1, which is unbiased.
+        """
+        if "kl_path" not in found:
+            return {}
+        values = found["kl_path"].double()
+        return {"kl_path": values.mean().item(), "kl_path_stderr": values.std().item() / math.sqrt(len(values))}
 
 
 class TextTrainer(PolicyTrainer[Batch]):
@@ -49,8 +154,8 @@ class TextTrainer(PolicyTrainer[Batch]):
         config: checked settings.
         policy: the language model, on ``accelerator.device``.
         prompts: what to complete, with the columns that the rewards receive.
-        rows: given completions.
         rewards: what scores completions, already checked.
+        rows: given completions.
         shown: prompts to show; the first of the data when not given.
         evaluation: the held-out rewards and fixed prompts, if anything is to be evaluated.
         accelerator, callbacks: see ``Trainer``.
@@ -62,6 +167,7 @@ class TextTrainer(PolicyTrainer[Batch]):
     config: TextConfig
     config_class: ClassVar[type[TrainingConfig]] = TextConfig
     model_kind = "text"
+    needs_every_reward = True  # False: a completion about which no reward says anything is no error
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric(
             "KL to the reference, a token",
@@ -77,29 +183,29 @@ class TextTrainer(PolicyTrainer[Batch]):
         self,
         config: TextConfig,
         policy: LanguagePolicy,
-        *,
-        prompts: Sequence[PromptRow] | None = None,
-        rows: Sequence[PreferenceRow | LabelledRow] | None = None,
+        prompts: Sequence[PromptRow] = (),
         rewards: WeightedRewards | None = None,
+        *,
+        rows: Sequence[PreferenceRow | LabelledRow] = (),
         shown: Sequence[PromptRow] | None = None,
         evaluation: TextEvaluation | None = None,
         accelerator: Accelerator | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
-        self.policy, self.prompts, self.rows, self.rewards = policy, prompts or (), rows or (), rewards
-        if shown is None:
-            shown = self.prompts or prompts_of(self.rows)
+        if rewards is not None and not self.needs_every_reward:
+            rewards = replace(rewards, may_be_silent=True)
+        self.policy, self.prompts, self.rows, self.rewards = policy, prompts, rows, rewards
         self.previews = TextPreviews(
             policy,
-            shown,
+            (prompts or prompts_of(rows)) if shown is None else shown,
             rewards,
             seed=config.seed,
             batch_size=config.sample_batch_size,
             max_completion_length=config.max_completion_length,
         )
-        if problems := self.data_problems():
-            raise ConfigError(problems)
+        if misfits := list(self.data_checks()):
+            raise ConfigError(misfits)
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
@@ -119,22 +225,21 @@ class TextTrainer(PolicyTrainer[Batch]):
 
     @classmethod
     def from_run(cls, run: RunContext) -> Self:
-        rows = {"rows": run.data["dataset"]} if "dataset" in run.data else {}
         return cls(
             run.config,
             run.policy,
-            prompts=run.data.get("prompts", ()),
-            rewards=run.reward,
+            run.data.get("prompts", ()),
+            run.reward,
+            rows=run.data.get("dataset", ()),
             shown=run.shown,
             evaluation=run.evaluation,
             accelerator=run.accelerator,
             callbacks=run.callbacks,
-            **rows,
         )
 
-    def data_problems(self) -> list[str]:
-        """Sentences about rows or prompts that the method cannot use."""
-        return []
+    def data_checks(self) -> Iterator[str]:
+        """A generator of sentences about rows or prompts that the method cannot use."""
+        return iter(())
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -151,8 +256,7 @@ class TextTrainer(PolicyTrainer[Batch]):
         length = self.config.max_completion_length
         completions = rollout(self.policy, [row.ids for row in rows], streams, max_new_tokens=length)
         sequences, rewards = completions.sequences, evaluation.gold
-        ids = completion_ids(sequences) if rewards.want_ids else None
-        scores = rewards.scores(rows, self.policy.decode(sequences), ids)
+        scores = rewards.scores(rows, self.policy.decode(sequences), sequences.tokens)
         found = {"gold": rewards.total(rows, scores)}
         if self.policy.has_reference and not self.config.logs_kl:
             with self.policy.reference():
@@ -168,32 +272,80 @@ class TextTrainer(PolicyTrainer[Batch]):
         write_model_card(self.folder, self.folder / "final", kind="text")
 
     def sample(self, prompts: Sequence[PromptRow], num_generations: int) -> tuple[list[PromptRow], Collected]:
-        """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions, scored."""
-        assert self.rewards is not None
-        config = self.config
+        """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions, scored.
+
+        This process samples its part, batch by batch, and scores it, in the background where a reward is called there.
+
+        Raises:
+            RewardError, TrainingError, Interrupted: see ``sample_and_score``.
+        """
+        config, rewards = self.config, self.rewards
+        assert rewards is not None
         chosen = items_of_epoch(prompts, config.seed, self.epoch, config.samples_per_epoch // num_generations)
         rows = [row for row in chosen for _ in range(num_generations)]
-        return rows, collect_scored(
-            self.policy,
-            self.rewards,
-            rows,
-            own=self.local_samples,
-            batch_size=config.sample_batch_size,
-            stream=partial(generator, config.seed, "tokens", self.epoch),
-            max_completion_length=config.max_completion_length,
-            state=trainer_state(config, step=self.step, epoch=self.epoch),
-            processes=self.processes,
-            bars=self.bars,
+        length, state = config.max_completion_length, trainer_state(config, step=self.step, epoch=self.epoch)
+
+        def sample_batch(batch: range) -> tuple[Completions, Calls]:
+            some = [rows[i] for i in batch]
+            streams = [generator(config.seed, "tokens", self.epoch, i) for i in batch]
+            prompts = [row.ids for row in some]
+            sampled = rollout(self.policy, prompts, streams, max_new_tokens=length, on_token=lambda: advance(1))
+            advance(length - sampled.logp_old.shape[1])
+            texts = self.policy.decode(sampled.sequences)
+            return sampled, rewards.calls(some, texts, sampled.sequences.tokens, state)
+
+        own, size = self.local_samples, config.sample_batch_size
+        with self.bars.task("  sampling", -(-len(own) // size) * length) as advance:
+            parts, scores, waited = sample_and_score(
+                own, size, sample_batch, self.processes, check=lambda some: rewards.total([rows[i] for i in own], some)
+            )
+        completions = joined(parts, self.policy.pad)
+        finished, lengths = (
+            self.accelerator.gather(x).cpu() for x in (completions.finished, completions.sequences.mask.sum(1))
         )
+        total = rewards.total(rows, scores)
+        if total.isnan().all():  # of no sample at all: an error after all
+            replace(rewards, may_be_silent=False).total(rows, scores)
+        metrics = completion_metrics(rewards.names, total, scores, lengths, finished) | {"time/score": waited}
+        return rows, Collected(completions, finished, scores, total, metrics)
+
+    def local(self, indices: Tensor) -> Tensor:
+        """Those of the global samples ``indices`` that are this process's, counted from its first, on the device."""
+        own = self.local_samples
+        return (indices[(indices >= own.start) & (indices < own.stop)] - own.start).to(self.accelerator.device)
 
     def reference_log_probs(self, sequences: Sequences) -> Tensor:
-        """Log-probs (B, T) of the reference for completions of this process; called on every process, B may be 0."""
-        size = self.config.sample_batch_size
-        return reference_log_probs(self.policy, sequences, batch_size=size, processes=self.processes, bars=self.bars)
+        """Log-probs (B, T) of the reference for completions of this process; called on every process, B may be 0.
 
-    def in_batches(self, sequences: Sequences, compute: Callable[[Sequences], Tensor], what: str) -> Tensor:
-        """(B, T) of ``compute``'s values for ``sequences``, as many at once as are sampled; see ``in_batches``."""
-        return in_batches(sequences, compute, batch_size=self.config.sample_batch_size, bars=self.bars, what=what)
+        Raises:
+            TrainingError: on every process, if they are not finite on any.
+        """
+        with self.policy.reference():
+            found = self.log_probs_in_batches(sequences, self.config.sample_batch_size, "  reference")
+        failure = None
+        try:
+            require_finite_logits(found, what="the reference")
+        except TrainingError as error:
+            failure = error
+        self.processes.raise_together(failure, TrainingError)
+        return found
+
+    @torch.no_grad()
+    def log_probs_in_batches(self, sequences: Sequences, size: int, what: str) -> Tensor:
+        """Log-probs (B, T), ``size`` completions at once; ``what`` names the progress bar."""
+        return self.in_batches(sequences, lambda some: self.policy.log_probs(self.policy.score(some)), what, size)
+
+    def in_batches(
+        self, sequences: Sequences, compute: Callable[[Sequences], Tensor], what: str, size: int | None = None
+    ) -> Tensor:
+        """(B, T) of ``compute``'s values for ``sequences``, 0 beyond their ends; as many at once as are sampled."""
+        width, every = sequences.mask.shape[1], torch.arange(len(sequences), device=sequences.ids.device)
+        parts = [torch.zeros(0, width, device=every.device)] if not len(every) else []
+        with self.bars.task(what, len(every)) as advance:
+            for rows in every.split(size or self.config.sample_batch_size) if len(every) else ():
+                parts.append(pad_to(compute(sequences[rows]), width, 0.0))
+                advance(len(rows))
+        return torch.cat(parts)
 
 
 def per_sample(losses: Tensor, mask: Tensor, loss_type: LossType, *, mean_length: float, max_length: int) -> Tensor:

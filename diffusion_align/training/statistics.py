@@ -27,6 +27,15 @@ def equal_reward_metric(rewards: Tensor, group_size: int) -> dict[str, float]:
     return {"frac_reward_zero_std": equal.double().mean().item()}
 
 
+def agreement(margin: Tensor, label: float | Tensor = 1.0) -> Tensor:
+    """How often a margin's sign says what a label says: 1 where chosen is ahead (margin > 0), 1/2 at a tie, else 0.
+
+    ``label`` is the probability that the chosen one is preferred: the complement counts with 1 - label.
+    """
+    ahead = (margin > 0).to(margin) + 0.5 * (margin == 0)
+    return label * ahead + (1 - label) * (1 - ahead)
+
+
 class UpdateStatistics:
     """Collects (n,) tensors by name; a name ending in ``/min`` or ``/max`` keeps its extreme, others their mean.
 

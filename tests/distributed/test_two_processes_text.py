@@ -154,13 +154,13 @@ def test_two_processes_do_what_one_does(forked, write, tmp_path, read_rows, case
 # Half of the completions, those of process 1 or all, count as cut off by the limit of length.
 CUT_OFF = """
 import dataclasses
-import diffusion_align.llm.trainer as trainer
-collect = trainer.collect_scored
-def cut(*arguments, **options):
-    collected = collect(*arguments, **options)
+from diffusion_align.llm.trainer import TextTrainer
+sample = TextTrainer.sample
+def cut(*arguments):
+    rows, collected = sample(*arguments)
     finished = torch.arange(len(collected.finished)) < {first}
-    return dataclasses.replace(collected, finished=finished)
-trainer.collect_scored = cut
+    return rows, dataclasses.replace(collected, finished=finished)
+TextTrainer.sample = cut
 """
 IDLE = {
     "grpo, tied on process 1": (ONLINE | {"method": "grpo", "reward": ["flat"]}, "", 4),

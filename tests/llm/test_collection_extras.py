@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.llm import collection
-from diffusion_align.llm.collection import WeightedRewards, completion_ids, trainer_state
+from diffusion_align.llm.collection import WeightedRewards, trainer_state
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.policy import Sequences
 from diffusion_align.llm.previews import TextPreviews
@@ -82,7 +81,7 @@ class Spy:
 def test_the_tokens_of_a_completion_end_with_its_first_end():
     ids = torch.tensor([[4, 5, 8, 9, END], [4, END, 0, 0, 0], [4, 5, 6, 8, 8]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
-    assert completion_ids(Sequences(ids, torch.tensor([2, 1, 3]), mask)) == [[8, 9, END], [END], [8, 8]]
+    assert Sequences(ids, torch.tensor([2, 1, 3]), mask).tokens == [[8, 9, END], [END], [8, 8]]
 
 
 def test_training_gives_tokens_as_sampled_and_where_the_run_stands(train, tokenizer):
@@ -114,11 +113,7 @@ def test_a_run_that_goes_on_says_so(train):
     assert next(s for _, _, s in spy.calls if s is not None) == TrainerState(4, 1.0, STEPS)
 
 
-def test_nobody_pays_for_tokens_that_no_reward_names(train, monkeypatch):
-    def never(sequences):
-        raise AssertionError
-
-    monkeypatch.setattr(collection, "completion_ids", never)
+def test_a_reward_that_names_no_tokens_gets_none(train):
     seen = []
 
     def plain(completions, trainer_state, **columns):
@@ -154,7 +149,7 @@ def test_shown_texts_are_scored_with_their_tokens_and_without_a_state(make_langu
             rollout(policy, [row.ids], [generator(0, "show", i)], max_new_tokens=6).sequences
             for i, row in enumerate(ROWS)
         ]
-        return [completion_ids(part)[0] for part in parts]
+        return [part.tokens[0] for part in parts]
 
     after = expected()
     with policy.reference():

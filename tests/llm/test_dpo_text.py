@@ -24,8 +24,7 @@ from diffusion_align.estimators import (
     trajectory_dpo_loss,
 )
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.preference_batches import best_against, rso_pairs
+from diffusion_align.llm.dpo import DPOConfig, DPOTrainer, best_against, rso_pairs
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.config import parse_config
 from diffusion_align.training.randomness import generator

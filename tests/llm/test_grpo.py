@@ -15,7 +15,7 @@ from diffusion_align.estimators import aggregate
 from diffusion_align.llm.collection import Collected, WeightedRewards
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.rollout import Completions
-from diffusion_align.llm.trainer import per_sample
+from diffusion_align.llm.trainer import OnlineConfig, per_sample
 from diffusion_align.training.statistics import equal_reward_metric
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -442,16 +442,14 @@ def test_a_first_pass_off_one_is_refused_in_float32_only(make_run):
 
 def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_policy, monkeypatch):
     """Whatever the sampler's log-probs are off by, as in bf16 with its cache: scored once more, ratios start at 1."""
-    from diffusion_align.llm import trainer as text_trainer
+    sample = GRPOTrainer.sample
 
-    sample = text_trainer.collect_scored
-
-    def off(*arguments, **named):
-        found = sample(*arguments, **named)
+    def off(*arguments):
+        rows, found = sample(*arguments)
         found.completions.logp_old.add_(0.05 * found.completions.sequences.mask)
-        return found
+        return rows, found
 
-    monkeypatch.setattr(text_trainer, "collect_scored", off)
+    monkeypatch.setattr(GRPOTrainer, "sample", off)
     deviations = {}
     for kind in ("rollout", "recomputed"):
         policy = make_language_policy(noise=0.05)
@@ -485,6 +483,17 @@ def test_a_completion_without_a_reward_has_no_advantage(make_run):
     assert metrics["frac_without_reward"] == 0.25
     assert metrics["reward"] == pytest.approx(10 / 3)
     assert metrics["frac_reward_zero_std"] == 0
+
+
+def test_a_reference_is_kept_where_a_setting_asks_for_one():
+    def kept(kind, **settings):
+        return kind(model="x", output_dir="y", prompts=["x"], reward="x", **settings).needs_reference
+
+    stop = {"stop_when": {"kl_above": 1.0}, "evaluation": {"reward": "x"}}
+    for kind in (OnlineConfig, GRPOConfig):  # the first as a method of one's own has it
+        assert [kept(kind), kept(kind, **stop)] == [False, True]
+    assert kept(OnlineConfig, reference_model="z")
+    assert kept(GRPOConfig, beta=0.1)
 
 
 def test_groups_with_equal_rewards_are_counted_without_those_that_have_none():

@@ -12,10 +12,10 @@ from diffusion_align.data.text_rows import PreferenceRow, PromptRow
 from diffusion_align.errors import ConfigError
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.evaluation import TextEvaluation
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
 from diffusion_align.llm.rollout import rollout
+from diffusion_align.llm.trainer import TextEvaluation
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as run_config
 from diffusion_align.rewards import RewardError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_align.llm.evaluation import TextEvaluationConfig
+from diffusion_align.llm.trainer import TextEvaluationConfig
 from diffusion_align.rewards import (
     REWARDS,
     TEXT_REWARDS,

@@ -97,7 +97,7 @@ def place(module, owner, name, n, *, after=False):
 LOOP, COLLECTION = "diffusion_align.training.trainer", "diffusion_align.llm.collection"
 BETWEEN_UPDATES = place("diffusion_align.training.optimization", "Optimization", "step", 2)
 BEFORE_THE_CHECKPOINT = place(LOOP, "Trainer", "save", 1)
-SAMPLING = place(COLLECTION, "", "rollout", 4)
+SAMPLING = place("diffusion_align.llm.trainer", "", "rollout", 4)
 SCORING = place(COLLECTION, "WeightedRewards", "calls", 2)
 ASKING = place("diffusion_align.llm.reference_file", "ReferenceFile", "put_into", 1)
 WRITING_REFERENCE = place("diffusion_align.llm.reference_file", "ReferenceFile", "_identity", 1)
@@ -242,7 +242,7 @@ def test_the_comparison_notices_a_part_that_is_not_restored(forked, calm, tmp_pa
 def test_a_kill_while_the_reference_is_asked_or_written_changes_nothing(forked, calm, tmp_path, read_rows):
     (config, left_alone), harried = calm("dpo, all weights"), tmp_path / "harried"
     module = "diffusion_align.llm.reference_file"
-    for hook in (place(module, "", "pack_rows", 2), WRITING_REFERENCE):
+    for hook in (place(module, "", "given_preferences", 2), WRITING_REFERENCE):
         run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK + KILL + hook + HOOK)
         assert run.status == -signal.SIGKILL, run
         assert not (harried / "reference.safetensors").exists()
