@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import contextlib
+import copy
 import html
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from PIL import Image
 
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.data.text_encoding import Text
-from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
@@ -128,18 +127,14 @@ def compare_models(
     output = None if output is None else Path(output).absolute()  # whatever folder a judge changes to
     texts, notes = _rounds(prompts, metadata, per_prompt)
     check_image_prompts(prompts)
-    _check_models([first, second], check_image_model, reward_problem(judge))
-    pipelines = [
-        model if isinstance(model, ImageAlignmentPipeline) else ImageAlignmentPipeline.from_pretrained(model)
-        for model in (first, second)
-    ]
-    sampler = pipelines[1].sampler
+    pipelines = _loaded(ImageAlignmentPipeline, [first, second], check_image_model, reward_problem(judge))
+    pipelines[0] = copy.copy(pipelines[0])
+    pipelines[0].sampler = pipelines[1].sampler
     reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)
 
     def sample(k: int, some: range) -> tuple[Samples, torch.Tensor]:
         batch = [texts[i] for i in some]
-        with _sampling_as(pipelines[k], sampler):
-            images = pipelines[k](batch, seed=seed + some.start, batch_size=_BATCH).images
+        images = pipelines[k](batch, seed=seed + some.start, batch_size=_BATCH).images
         return images, score_images(reward, images, batch, [notes[i] for i in some])
 
     scores, shown = _sampled(len(texts), sample, on_pictures)
@@ -183,11 +178,7 @@ def compare_texts(
     if output is not None and output.suffix not in (".md", ".jsonl"):
         raise UserError(f"output={str(output)!r} must end in .md or .jsonl")
     texts, notes = _rounds(several(prompts), metadata, per_prompt)
-    _check_models([first, second], language_model_ref, text_reward_problem(judge))
-    pipelines = [
-        model if isinstance(model, TextAlignmentPipeline) else TextAlignmentPipeline.from_pretrained(model)
-        for model in (first, second)
-    ]
+    pipelines = _loaded(TextAlignmentPipeline, [first, second], language_model_ref, text_reward_problem(judge))
     reward = build_text_reward(judge, device=pipelines[1].model.device)
 
     def sample(k: int, some: range) -> tuple[Samples, torch.Tensor]:
@@ -233,10 +224,13 @@ def _rounds(prompts: Sequence[Any], metadata: Metadata | None, per_prompt: int) 
     return list(prompts) * per_prompt, list(metadata or [{} for _ in prompts]) * per_prompt
 
 
-def _check_models(models: Sequence[Any], check: Callable[[str], Any], judge: str | None) -> None:
-    problems = [one for model in models if isinstance(model, str | Path) for one in problems_of(check, str(model))]
-    if problems := [*problems, *([judge] if judge else [])]:
+def _loaded(kind: Any, models: Sequence[Any], check: Callable[[str], Any], of_judge: str | None) -> list[Any]:
+    """Pipelines of a ``kind``; first everything is said that is wrong with the models and the judge."""
+    named = [str(model) for model in models if isinstance(model, str | Path)]
+    problems = [one for name in named for one in problems_of(check, name)]
+    if problems := [*problems, *([of_judge] if of_judge else [])]:
         raise ConfigError(list(dict.fromkeys(problems)))
+    return [model if isinstance(model, kind) else kind.from_pretrained(model) for model in models]
 
 
 def _sampled(
@@ -279,15 +273,6 @@ def _as_text(result: Comparison, names: Sequence[str], suffix: str) -> str:
         prompt, *sides = (cell(literal(text)) for text in (text_of(row["prompt"]), row["a"], row["b"]))
         lines.append(f"| {prompt} | {sides[0]} | {row['score_a']:.4g} | {sides[1]} | {row['score_b']:.4g} |")
     return "\n".join(lines) + "\n"
-
-
-@contextlib.contextmanager
-def _sampling_as(pipeline: ImageAlignmentPipeline, sampler: SamplerConfig) -> Iterator[None]:
-    own, pipeline.sampler = pipeline.sampler, sampler
-    try:
-        yield
-    finally:
-        pipeline.sampler = own
 
 
 def _summary(first: torch.Tensor, second: torch.Tensor, prompts: Sequence[str]) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,10 @@ from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
-from diffusion_align.pipelines.identity import code_content, image_model_content, reward_content, rows_content
+from diffusion_align.pipelines.run import built, code_content, image_model_content, rows_content
 from diffusion_align.references import module_of
 from diffusion_align.rewards import build_reward, check_reward
-from diffusion_align.rewards.build import IMAGES
 from diffusion_align.rewards.image.clip import default_clip, load_clip
-from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.launch import agreed, best_seconds, processes, start
@@ -38,9 +37,9 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     """
     setting = {name: getattr(config, name, None) for name in ("pairs", "prompts", "reward", "reward_weights")}
     given, judged = setting["pairs"], config.evaluation
-    pairs = None if given is None else agreed(lambda: usable_pairs(given))
-    prompts = prompts_of(setting["prompts"])
-    asked = [] if judged is None else prompts_of(judged.prompts)
+    pairs = None if given is None else agreed(lambda: _usable_pairs(given))
+    prompts = _prompts(setting["prompts"])
+    asked = [] if judged is None else _prompts(judged.prompts)
     plan = image_model_ref(config.model)
     if pipeline is None:
         pipeline = _load(config, plan)
@@ -58,17 +57,15 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         identity["prompts"] = [rows_content(setting["prompts"], prompts)]
     if pairs is not None:
         identity["pairs"] = [rows_content(given, (pairs.identity(i) for i in range(len(pairs))))]
-    with recorded() as places:
-        spec, weights = setting["reward"], setting["reward_weights"]
-        reward = agreed(lambda: checked_reward(spec, plan.origin, policy, known, weights=weights))
-    if reward is not None:
-        identity["reward"] = reward_content(setting["reward"], IMAGES, places)
-    evaluation = None
+    reward = evaluation = None
+    if (spec := setting["reward"]) is not None:
+        weights = setting["reward_weights"]
+        making = partial(_checked_reward, spec, plan.origin, policy, known, weights=weights)
+        reward, identity["reward"] = built(spec, making)
     if judged is not None:
-        with recorded() as places:
-            evaluation = agreed(lambda: evaluation_of(judged, plan.origin, policy, asked or known))
-        fixed = rows_content(judged.prompts or setting["prompts"], evaluation.prompts)
-        identity["evaluation"] = [fixed, *reward_content(judged.reward, IMAGES, places)]
+        making = partial(_evaluation, judged, plan.origin, policy, asked or known)
+        evaluation, content = built(judged.reward, making)
+        identity["evaluation"] = [rows_content(judged.prompts or setting["prompts"], evaluation.prompts), *content]
     if ":" in config.sampler.name:
         identity["sampler"] = code_content([module_of(config.sampler.name, "sampler")])
     return RunContext(
@@ -104,12 +101,10 @@ def _seconds_a_pass(pipeline: Any, narrow: bool) -> float:
     return best_seconds(lambda: network(**inputs), narrow)
 
 
-def checked_reward(
+def _checked_reward(
     spec: Any, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt], *, weights: Sequence[float] | None = None
 ) -> Any:
-    """The reward, or the weighted sum of several, asked once about a dummy batch; None if there is none."""
-    if spec is None:
-        return None
+    """The reward, or the weighted sum of several, asked once about a dummy batch."""
     if isinstance(spec, list | tuple) or weights is not None:
         rewards = list(spec) if isinstance(spec, list | tuple) else [spec]
         spec = {"name": "combine", "rewards": rewards, "weights": weights}
@@ -119,24 +114,24 @@ def checked_reward(
     return reward
 
 
-def prompts_of(setting: PromptsConfig | None) -> list[Prompt]:
+def _prompts(setting: PromptsConfig | None) -> list[Prompt]:
     """The prompts that a setting names, of a Hub dataset too: read before any model is loaded."""
     return [] if setting is None else agreed(lambda: load_prompts(setting))
 
 
-def evaluation_of(
+def _evaluation(
     settings: ImageEvaluationConfig, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt]
 ) -> ImageEvaluation:
-    """The gold reward and the distance of images of ``prompts``, ready."""
+    """The held-out reward and the distance of images of ``prompts``, ready."""
     embed = None
     if settings.diversity != "pixels":
         clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
         embed = load_clip(clip, device=policy.device).embed_images
-    gold = checked_reward(settings.reward, model, policy, prompts)
+    gold = None if settings.reward is None else _checked_reward(settings.reward, model, policy, prompts)
     return ImageEvaluation(prompts, settings.pictures, settings.every, gold, embed)
 
 
-def usable_pairs(settings: PairsConfig) -> PairSet:
+def _usable_pairs(settings: PairsConfig) -> PairSet:
     """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
     pairs = open_pairs(settings)
     with progress_bars(transient=True, disable=not processes().is_main_process) as progress:

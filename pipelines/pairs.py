@@ -12,9 +12,9 @@ import hashlib
 import json
 import math
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,14 @@ from diffusion_align.errors import ConfigError, Interrupted, UserError, problems
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.inputs import check_output, check_path
 from diffusion_align.models.language_models import language_model_ref
-from diffusion_align.models.model_ref import check_image_model
+from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.compare import judged_texts
-from diffusion_align.pipelines.identity import pairs_identity
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
+from diffusion_align.pipelines.run import built, image_model_content, language_model_content
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import build_reward, build_text_reward, call_reward, reward_problem, text_reward_problem
 from diffusion_align.rewards.base import reward_name
-from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
 from diffusion_align.training.run_folder import LOCK_FILE, FolderLock
@@ -59,53 +58,25 @@ class PairsWritten:
     mean_gap: float
 
 
-class Candidates(ABC):
-    """What is sampled per prompt, of which two make a pair, and how these are kept: images or completions.
+class ImageCandidates:
+    """Images of a model, which is what ``ImageAlignmentPipeline.from_pretrained`` takes.
 
     Attributes:
         model: as the settings name it.
-        sampling: settings of sampling, kept with the pairs.
+        sampling: settings of sampling, kept with the pairs; None is the model's own.
         sample_name: of one sample, for messages.
     """
 
-    model: str
-    sampling: dict[str, Any]
-    sample_name: str
-
-    @abstractmethod
-    def problems(self, prompts: Sequence[Any], judge: Any) -> list[str]:
-        """Sentences about what is wrong, before anything is loaded."""
-
-    @abstractmethod
-    def load(self, judge: Any) -> Identity:
-        """Load the model and the judge; what they hold."""
-
-    @abstractmethod
-    def sample(self, prompt: Any, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
-        """One sample per seed, and their scores."""
-
-    def usable(self, sample: Any) -> bool:
-        """Whether a sample can be in a pair."""
-        return True
-
-    @abstractmethod
-    def row(self, output: Path, index: int, prompt: Any, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
-        """``prompt``, ``chosen`` and ``rejected`` as ``pairs.jsonl`` has them, files written."""
-
-    def finish(self, output: Path, pairs: Sequence[Row]) -> None:  # noqa: B027, most have nothing to add
-        """Write what is made of all pairs."""
-
-
-class ImageCandidates(Candidates):
-    """A text-to-image model, or what ``ImageAlignmentPipeline.from_pretrained`` takes."""
-
     sample_name = "picture"
 
-    def __init__(self, model: str, *, steps: int | None, guidance_scale: float | None, eta: float | None) -> None:
+    def __init__(
+        self, model: str, *, steps: int | None = None, guidance_scale: float | None = None, eta: float | None = None
+    ) -> None:
         self.model = model
-        self.sampling = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+        self.sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
 
     def problems(self, prompts: Sequence[Prompt], judge: Any) -> list[str]:
+        """Sentences about what is wrong, before anything is loaded."""
         check_image_prompts([text for text, _ in prompts])
         steps, guidance, eta = self.sampling.values()
         blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
@@ -120,35 +91,46 @@ class ImageCandidates(Candidates):
         return [*problems, *problems_of(check_image_model, self.model), *([of_judge] if of_judge else [])]
 
     def load(self, judge: Any) -> Identity:
+        """Load the model and the judge; what they hold."""
         self.pipeline = ImageAlignmentPipeline.from_pretrained(self.model)
-        with recorded() as places:
-            self.reward = build_reward(judge, model=self.pipeline.origin, device=self.pipeline.pipeline.device)
-        return pairs_identity(self.model, judge, places, "image")
+        device = self.pipeline.pipeline.device
+        making = partial(build_reward, judge, model=self.pipeline.origin, device=device)
+        self.reward, content = built(judge, making)
+        return {"model": image_model_content(image_model_ref(self.model), None), "judge": content}
 
     def sample(self, prompt: str, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
+        """One sample per seed, and their scores."""
         texts, metadata = [prompt] * len(seeds), [dict(notes) for _ in seeds]
         images = self.pipeline(texts, seed=seeds[0], **self.sampling).images
         return images, call_reward(self.reward, as_batch(images), texts, metadata).tolist()
 
+    def usable(self, sample: Any) -> bool:
+        """Whether a sample can be in a pair."""
+        return True
+
     def row(self, output: Path, index: int, prompt: str, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
+        """``prompt``, ``chosen`` and ``rejected`` as ``pairs.jsonl`` has them, files written."""
         row = {"prompt": prompt} | {side: f"pictures/{index:05d}_{side}.png" for side in ("chosen", "rejected")}
         save_png(best, output / row["chosen"])
         save_png(worst, output / row["rejected"])
         return row
 
     def finish(self, output: Path, pairs: Sequence[Row]) -> None:
+        """Write what is made of all pairs."""
         save_png(_grid(output, pairs[:_SHOWN]), output / "pairs.png")
 
 
-class TextCandidates(Candidates):
-    """A language model: a pipeline, or what ``TextAlignmentPipeline.from_pretrained`` takes."""
+class TextCandidates:
+    """The same of a language model: a pipeline, or what ``TextAlignmentPipeline.from_pretrained`` takes."""
 
     sample_name = "completion"
 
-    def __init__(self, model: str | TextAlignmentPipeline, *, max_new_tokens: int, temperature: float) -> None:
+    def __init__(
+        self, model: str | TextAlignmentPipeline, *, max_new_tokens: int = 128, temperature: float = 1.0
+    ) -> None:
         self.pipeline = model if isinstance(model, TextAlignmentPipeline) else None
         self.model = self.pipeline.name if self.pipeline else str(model)
-        self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
 
     def problems(self, prompts: Sequence[tuple[Text, dict[str, Any]]], judge: Any) -> list[str]:
         of_model = [] if self.pipeline else problems_of(language_model_ref, self.model)
@@ -157,9 +139,9 @@ class TextCandidates(Candidates):
 
     def load(self, judge: Any) -> Identity:
         self.pipeline = self.pipeline or TextAlignmentPipeline.from_pretrained(self.model)
-        with recorded() as places:
-            self.reward = build_text_reward(judge, device=self.pipeline.model.device)
-        return pairs_identity(self.model, judge, places, "text")
+        making = partial(build_text_reward, judge, device=self.pipeline.model.device)
+        self.reward, content = built(judge, making)
+        return {"model": language_model_content(self.model), "judge": content}
 
     def sample(self, prompt: Text, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
         assert self.pipeline is not None
@@ -175,75 +157,23 @@ class TextCandidates(Candidates):
         sides = {"chosen": best, "rejected": worst}
         return {**notes, "prompt": prompt} | {side: completion_of(text, prompt) for side, text in sides.items()}
 
+    def finish(self, output: Path, pairs: Sequence[Row]) -> None:
+        pass
+
+
+Candidates = ImageCandidates | TextCandidates
+
 
 def make_pairs(
-    model: str,
-    prompts: Sequence[Prompt],
-    judge: Any,
-    output: str | Path,
-    *,
-    per_prompt: int = 4,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    eta: float | None = None,
-    resume: bool = False,
-    on_prompt: Callable[[int], object] | None = None,
-) -> PairsWritten:
-    """Pairs of images; see ``pairs_of``.
-
-    Args:
-        model: what ``ImageAlignmentPipeline.from_pretrained`` takes.
-        prompts: texts with the metadata the judge receives, from ``load_prompts``.
-        judge: what ``build_reward`` takes.
-        output, per_prompt, seed, resume, on_prompt: see ``pairs_of``.
-        steps, guidance_scale, eta: instead of the model's own sampler settings.
-    """
-    candidates = ImageCandidates(str(model), steps=steps, guidance_scale=guidance_scale, eta=eta)
-    return pairs_of(
-        candidates, prompts, judge, output, per_prompt=per_prompt, seed=seed, resume=resume, on_prompt=on_prompt
-    )
-
-
-def make_text_pairs(
-    model: str | TextAlignmentPipeline,
-    prompts: Sequence[tuple[Text, dict[str, Any]]],
-    judge: Any,
-    output: str | Path,
-    *,
-    per_prompt: int = 4,
-    seed: int = 0,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    resume: bool = False,
-    on_prompt: Callable[[int], object] | None = None,
-) -> PairsWritten:
-    """Pairs of completions; see ``pairs_of``.
-
-    Args:
-        model: a pipeline, or what ``TextAlignmentPipeline.from_pretrained`` takes.
-        prompts: texts or conversations, with the columns that the judge names.
-        judge: what ``build_text_reward`` takes.
-        output, per_prompt, seed, resume, on_prompt: see ``pairs_of``.
-        max_new_tokens: the most tokens of a completion.
-        temperature: of sampling.
-    """
-    candidates = TextCandidates(model, max_new_tokens=max_new_tokens, temperature=temperature)
-    return pairs_of(
-        candidates, prompts, judge, output, per_prompt=per_prompt, seed=seed, resume=resume, on_prompt=on_prompt
-    )
-
-
-def pairs_of(
     candidates: Candidates,
     prompts: Sequence[tuple[Any, dict[str, Any]]],
     judge: Any,
     output: str | Path,
     *,
-    per_prompt: int,
-    seed: int,
-    resume: bool,
-    on_prompt: Callable[[int], object] | None,
+    per_prompt: int = 4,
+    seed: int = 0,
+    resume: bool = False,
+    on_prompt: Callable[[int], object] | None = None,
 ) -> PairsWritten:
     """Sample ``per_prompt`` times per prompt and write the best and the worst of each as a pair.
 
@@ -282,6 +212,9 @@ def pairs_of(
         seeds = [row["seed_chosen"] for row in pairs] + [row["seed"] for row in ties]
         done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
 
+        def kept() -> str:
+            return f"{len(pairs)} pairs are in {output}: resume (--resume) to go on" if pairs or ties else ""
+
         content = candidates.load(judge)
         _check_content(output, content)
         try:
@@ -298,9 +231,7 @@ def pairs_of(
                     stack.enter_context(FolderLock(output))
                     _check_folder(output, settings, resume=False)
                     held = True
-                _begin(
-                    output, settings | {"content": {name: list(map(list, found)) for name, found in content.items()}}
-                )
+                _begin(output, settings | {"content": {name: list(map(list, one)) for name, one in content.items()}})
                 if scores[best] == scores[worst]:
                     ties.append({"prompt": prompt, "score": scores[best], "seed": first})
                     _append(output / TIES, ties[-1])
@@ -318,15 +249,10 @@ def pairs_of(
             if pairs:
                 candidates.finish(output, pairs)
         except KeyboardInterrupt:
-            kept = (
-                f"{len(pairs)} pairs are in {output}: resume (--resume) to go on"
-                if pairs or ties
-                else "nothing written"
-            )
-            raise Interrupted(f"stopped; {kept}") from None
+            raise Interrupted(f"stopped; {kept() or 'nothing written'}") from None
         except WriteError as error:
-            if pairs or ties:
-                error.add_note(f"{len(pairs)} pairs are in {output}: resume (--resume) to go on")
+            if kept():
+                error.add_note(kept())
             raise
         except OSError as error:
             raise UserError(

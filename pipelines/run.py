@@ -1,20 +1,34 @@
-"""One entry for every method."""
+"""One entry for every method.
+
+And what a run is made of, by content: its model, data, images and rewards. Checkpoints hold it, and resume compares.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
+from diffusion_align.assets import EMBEDDED_MODELS, asset_path
+from diffusion_align.errors import UserError
 from diffusion_align.methods import method_of
-from diffusion_align.pipelines.identity import code_content
+from diffusion_align.models.language_models import model_places
+from diffusion_align.models.model_ref import ModelRef
+from diffusion_align.rewards.build import user_modules
+from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
+from diffusion_align.training.digests import code_files, content_digest, file_digest, place_digest
 from diffusion_align.training.launch import agreed, start
 from diffusion_align.training.trainer import Trainer
+
+Places = list[tuple[str, str | None]]
 
 
 def run(
@@ -53,3 +67,61 @@ def run(
     trainer.identity = context.identity | ({"method": own} if own else {})
     trainer.train()
     return trainer
+
+
+def image_model_content(plan: ModelRef, base_config: str | None) -> Places:
+    described = base_config or plan.base_config
+    return _of_places([plan.base, *([described] if described else []), *map(str, plan.adapters)])
+
+
+def language_model_content(name: str) -> Places:
+    try:
+        return _of_places(model_places(name))
+    except UserError:  # a model in memory whose name leads nowhere
+        return _of_places([name])
+
+
+def _of_places(places: Iterable[str]) -> Places:
+    return [(place, place_digest(asset_path(place) if place in EMBEDDED_MODELS else place)) for place in places]
+
+
+def rows_content(setting: Any, rows: Iterable[Any]) -> tuple[str, str]:
+    """The rows as they are used: the same whatever kind of file, or list, they are read from."""
+    source = getattr(setting, "source", None)
+    return source if isinstance(source, str) else "the rows given", content_digest(rows)
+
+
+def built(spec: Any, build: Callable[[], Any]) -> tuple[Any, Places]:
+    """The reward that ``build`` makes of ``spec``, and its content.
+
+    That is the user's code, what the networks were loaded from, and files that options of the user's own rewards name.
+
+    A function given in Python is known by its name alone: its source says nothing of the values it has closed over,
+    bytecode differs between versions of Python, and a notebook defines it anew in every session.
+    """
+    with recorded() as places:
+        reward = agreed(build)
+    others = [option for option in _texts(spec) if option not in places and _is_file(option)]
+    return reward, code_content(user_modules(spec)) + _of_places([*places, *others])
+
+
+def code_content(modules: Iterable[ModuleType]) -> Places:
+    """The user's own files that ``modules`` are made of."""
+    files = dict.fromkeys(file for module in modules for file in code_files(module))
+    return [(str(file), file_digest(file)) for file in files]
+
+
+def _texts(spec: Any) -> list[str]:
+    """Every text in a reward's setting but for names of rewards."""
+    if isinstance(spec, Mapping):
+        return [text for key, value in spec.items() if key != "name" for text in _texts(value)]
+    if isinstance(spec, list | tuple):
+        return [text for value in spec for text in _texts(value)]
+    return [spec] if isinstance(spec, str) else []
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.isabs(text) and os.path.isfile(text)
+    except ValueError:
+        return False

@@ -284,23 +284,15 @@ class TextAlignmentPipeline:
             temperature: of sampling.
             resume: continue the pairs in ``output``, which must have been begun with the same settings.
         """
-        from diffusion_align.pipelines.pairs import make_text_pairs
+        from diffusion_align.pipelines.pairs import TextCandidates, make_pairs
 
         given = several(prompts)
         notes = [{} for _ in given] if metadata is None else metadata
         if len(notes) != len(given):
             raise UserError(f"{len(given)} prompts and {len(notes)} metadata: give lists of one length")
-        return make_text_pairs(
-            self,
-            list(zip(given, map(dict, notes))),
-            judge,
-            output,
-            per_prompt=per_prompt,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            resume=resume,
-        )
+        candidates = TextCandidates(self, max_new_tokens=max_new_tokens, temperature=temperature)
+        rows = list(zip(given, map(dict, notes)))
+        return make_pairs(candidates, rows, judge, output, per_prompt=per_prompt, seed=seed, resume=resume)
 
     def score(self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, **columns: Sequence[Any]) -> Tensor:
         """Scores (B,) of completions by a reward, nan where it has nothing to say.

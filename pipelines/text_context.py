@@ -23,7 +23,7 @@ from diffusion_align.data.text_rows import (
     prompt_rows,
     prompts_of,
 )
-from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.llm.collection import WeightedRewards, trainer_state
 from diffusion_align.llm.policy import LanguagePolicy
 from diffusion_align.llm.reward_model import RewardModel
@@ -36,17 +36,13 @@ from diffusion_align.models.language_models import (
     load_tokenizer,
     model_places,
 )
-from diffusion_align.pipelines.identity import language_model_content, reward_content, rows_content
+from diffusion_align.pipelines.run import built, language_model_content, rows_content
 from diffusion_align.rewards import build_text_reward, check_text_reward
-from diffusion_align.rewards.build import TEXT
-from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.launch import agreed, best_seconds, processes, start
 
 MOST_CHECKED = 10_000
-_DATA = ("prompts", "dataset", "eval_dataset")
-"""Settings that name rows."""
 
 
 def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunContext:
@@ -59,7 +55,6 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
     Raises:
         ConfigError, UserError: data or models that do not fit, in one sentence each.
     """
-
     held_out = getattr(config, "evaluation", None)
 
     def read() -> tuple[TextEncoder, dict[str, list[Any]], list[PromptRow] | None, list[PromptRow]]:
@@ -68,35 +63,28 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         else:
             ends = ends_of(tokenizer, getattr(model, "generation_config", None))
             reader = _Reader(config, tokenizer, context_length(model.config), ends)
-        data: dict[str, list[Any]] = {}
-        for name in _DATA:
-            if (rows := getattr(config, name, None)) is not None:
-                data[name] = reader(name, rows)
-        asked: list[PromptRow] = []
-        if held_out is not None:
-            own = held_out.prompts
-            asked = reader("evaluation.prompts", own) if own else prompts_of(data.get("prompts") or data["dataset"])
+        data = {name: reader(name, rows) for name, rows in _sources(config).items()}
+        asked = data.pop("evaluation.prompts", [])
+        if held_out is not None and held_out.prompts is None:
+            asked = prompts_of(data.get("prompts") or data["dataset"])
         return reader.encoder, data, reader.shown(data.get("prompts", ())), asked
 
     encoder, data, shown, asked = agreed(read)  # before any weights are loaded
     spec, other = getattr(config, "reward", None), getattr(config, "reference_model", None)
-    with recorded() as places:
-        some = data.get("prompts") or data.get("dataset", [])
-        rewards = None if spec is None else agreed(lambda: _rewards(config, config, some, encoder))
     identity: Identity = {"model": language_model_content(config.model)}
     if other is not None:
         _check_same_tokens(config, encoder.tokenizer)
         identity["reference_model"] = language_model_content(other)
     identity |= {name: [rows_content(getattr(config, name), rows)] for name, rows in data.items() if rows}
+    rewards = evaluation = None
     if spec is not None:
-        identity["reward"] = reward_content(spec, TEXT, places)
-    evaluation = None
+        some = data.get("prompts") or data.get("dataset", [])
+        rewards, identity["reward"] = built(spec, lambda: _rewards(config, config, some, encoder))
     if held_out is not None:
-        with recorded() as places:
-            gold = agreed(lambda: _rewards(held_out, config, asked, encoder))
+        gold, content = built(held_out.reward, lambda: _rewards(held_out, config, asked, encoder))
         evaluation = TextEvaluation(asked, held_out.samples, held_out.every, gold)
-        fixed = rows_content(held_out.prompts or getattr(config, "prompts", None) or config.dataset, asked)
-        identity["evaluation"] = [fixed, *reward_content(held_out.reward, TEXT, places)]
+        fixed = held_out.prompts or getattr(config, "prompts", None) or config.dataset
+        identity["evaluation"] = [rows_content(fixed, asked), *content]
     config, accelerator, policy = _policy(config, model, encoder.tokenizer)
     return RunContext(
         config,
@@ -108,6 +96,14 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         shown=shown,
         identity=identity,
     )
+
+
+def _sources(config: Any) -> dict[str, TextDataConfig]:
+    """The settings that name rows, of those that are given."""
+    held_out = getattr(config, "evaluation", None)
+    sources = {name: getattr(config, name, None) for name in ("prompts", "dataset", "eval_dataset")}
+    sources["evaluation.prompts"] = None if held_out is None else held_out.prompts
+    return {name: source for name, source in sources.items() if source is not None}
 
 
 def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, LanguagePolicy | RewardModel]:
@@ -244,20 +240,15 @@ def check_rows(config: Any) -> tuple[dict[str, int], list[str]]:
     except UserError as error:
         return {}, [str(error)]
     counts, problems = {}, []
-    for name in _DATA:
-        data = getattr(config, name, None)
-        if data is None or is_hub(data.source):
+    for name, data in _sources(config).items():
+        if is_hub(data.source):
             continue
         most = min(data.max_rows or MOST_CHECKED, MOST_CHECKED)
         try:
             counts[name] = len(read.read(name, data.model_copy(update={"max_rows": most})).rows)
         except ConfigError as error:
             problems += error.problems
-    try:
-        read.shown([])
-    except ConfigError as error:
-        problems += error.problems
-    return counts, problems
+    return counts, problems + problems_of(read.shown, [])
 
 
 def _seconds_a_pass(model: Any, narrow: bool) -> float:

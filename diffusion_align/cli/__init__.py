@@ -293,7 +293,7 @@ def pairs(
 ) -> None:
     """Sample several images or completions per prompt and keep the best and the worst as a preference pair."""
     from diffusion_align.models.kinds import model_kind
-    from diffusion_align.pipelines.pairs import PAIRS, make_pairs, make_text_pairs
+    from diffusion_align.pipelines.pairs import PAIRS, ImageCandidates, TextCandidates, make_pairs
 
     kind = model_kind([model])
     of_images = _given(steps=steps, guidance_scale=guidance_scale, eta=eta)
@@ -301,10 +301,10 @@ def pairs(
     _check_kind(kind, of_images, of_text)
     wanted = _text_prompts(prompt, prompts) if kind == "text" else _prompts(prompt, prompts)
     _hide_loading_bars()
-    options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume, **of_images, **of_text}
-    make: Any = make_text_pairs if kind == "text" else make_pairs
+    candidates = TextCandidates(model, **of_text) if kind == "text" else ImageCandidates(model, **of_images)
+    options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume}
     with _bar("prompts", len(wanted)) as update:
-        made = make(model, wanted, judge, output, on_prompt=update, **options)
+        made = make_pairs(candidates, wanted, judge, output, on_prompt=update, **options)
     gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""
     _print(f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}")
 

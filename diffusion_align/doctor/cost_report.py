@@ -13,7 +13,6 @@ import torch
 from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.trainer import DenoisingConfig
-from diffusion_align.doctor.epoch_cost import evaluated, evaluation_passes
 from diffusion_align.doctor.memory import (
     DecoderCost,
     UNetCost,
@@ -72,9 +71,9 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
     sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
     recorded = 4 * math.prod(latents) * epoch.recorded
     memory = _memory(config, cost, decoding, sizes, train_batch, guided, recorded)
-    forward = epoch.sampling + epoch.reference + epoch.probed + evaluation_passes(config)
+    forward = epoch.sampling + epoch.reference + epoch.probed + epoch.estimated + evaluation_passes(config)
     passes = forward + (2 if config.lora else 3) * epoch.trained
-    flops = cost.flops * passes + decoding.flops / config.sample_batch_size * (epoch.decoded + evaluated(config))
+    flops = cost.flops * passes + decoding.flops / config.sample_batch_size * (epoch.decoded + _evaluated(config))
     backward = (
         "a training pass counts as 2 forward passes: the weights below the LoRA need no gradient"
         if config.lora
@@ -87,6 +86,16 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
         *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
         *_time_here(config, model, cost, passes),
     ]
+
+
+def evaluation_passes(config: DenoisingConfig) -> float:
+    """Forward passes of the network, an epoch on average."""
+    return (2 if config.sampler.guidance_scale > 1 else 1) * config.sampler.steps * _evaluated(config)
+
+
+def _evaluated(config: DenoisingConfig) -> float:
+    """Images of an evaluation, an epoch on average."""
+    return config.evaluation.pictures / config.evaluation.every if config.evaluation else 0
 
 
 def _memory(

@@ -10,6 +10,7 @@ import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -19,16 +20,16 @@ from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.trainer import DenoisingTrainer
-from diffusion_align.doctor.cost_report import describe_costs
-from diffusion_align.doctor.epoch_cost import as_scheduler, describe_epoch
+from diffusion_align.doctor.cost_report import describe_costs, evaluation_passes
 from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
-from diffusion_align.errors import ConfigError, UserError, first_line
+from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.pipelines.configuration import read_config, read_settings
 from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import REWARDS, reward_name, reward_problem
 from diffusion_align.rewards.build import IMAGES, find
 from diffusion_align.rewards.image.clip import default_clip, is_emoji_sd
+from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.config import FIELDS_ALONE, read_as
 from diffusion_align.training.context import EpochCost, Lines
 
@@ -82,7 +83,7 @@ def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[
     kind = method_of(config.method).model_kind
     describe = {"image": _describe_images, None: _describe_other}.get(kind, _describe_text)
     lines, found = describe(config)
-    problems = list(dict.fromkeys(problems + found))
+    problems = list(dict.fromkeys([*problems, *found, *problems_of(named_callbacks, config.callbacks)]))
     many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return [*lines, ("verdict", ""), ("settings", f"{many}, see below" if problems else "no problem found")], problems
 
@@ -128,7 +129,7 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     schedule = steps = None
     try:
         if "scheduler" in model.configs:
-            schedule = method.trained_schedule(config, as_scheduler(model.configs["scheduler"]))
+            schedule = method.trained_schedule(config, _as_scheduler(model.configs["scheduler"]))
             steps = method.steps_trained_on(config, schedule)
     except UserError as error:
         problems.append(str(error))
@@ -136,7 +137,14 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         lines.append(("steps", f"not known: {first_line(error)}"))
     dimensions = math.prod(family_of_network(unet).latent_shape(unet)) if unet and unet.get("sample_size") else None
     cost = method.epoch_cost(config, steps)
-    lines += describe_epoch(config, cost)
+    lines += _describe_epoch(config, cost, evaluation_passes(config), "UNet ")
+    # An update takes whole images or pairs; with settings that are not allowed there may be none.
+    each = math.ceil(cost.units / config.updates_per_epoch) * (cost.actions // max(1, cost.units))
+    batches = f"{math.ceil(each / config.micro_batch_size)} of {config.micro_batch_size}"
+    lines += [
+        ("decisions an update", f"{each} of all processes together, its effective batch"),
+        ("micro-batches an update", f"{batches}, their gradients added up; shared among the processes"),
+    ]
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []
     if not unet or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
@@ -145,6 +153,14 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("memory and time", f"not estimated: {first_line(error)}"))
     return lines, problems
+
+
+def _as_scheduler(settings: Mapping[str, Any]) -> SimpleNamespace:
+    """A scheduler's configuration as a trainer finds it, with the defaults of its class."""
+    import diffusers
+
+    kind = getattr(diffusers, str(settings.get("_class_name")), diffusers.DDIMScheduler)
+    return SimpleNamespace(config=dict(kind.from_config(dict(settings)).config))
 
 
 def _rewards(config: Any, origin: str) -> Lines:
@@ -208,20 +224,20 @@ def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
 
 def _describe_text(config: Any) -> tuple[Lines, list[str]]:
     local = config.model in LANGUAGE_MODELS or Path(config.model).expanduser().is_dir()
-    cost = method_of(config.method).epoch_cost(config)
+    cost, held_out = method_of(config.method).epoch_cost(config), getattr(config, "evaluation", None)
     each = math.ceil(cost.units / config.updates_per_epoch)
     counts, problems = check_rows(config)
-    lines = [
+    lines: Lines = [
         ("model", ""),
         ("model", f"{config.model} ({'here' if local else 'from the hub, downloaded or cached when training starts'})"),
         ("trained", "the whole model" if config.lora is None else f"LoRA of rank {config.lora.rank}"),
-        ("an epoch", ""),
-        ("epochs", str(config.epochs)),
-        ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
-        cost.what,
-        ("passes an epoch", _passes(cost)),
-        ("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"),
     ]
+    evaluation = 0.0
+    if held_out is not None:  # the reference scores them too, where no epoch measures the KL to it
+        by_reference = not config.logs_kl and (config.needs_reference or config.lora is not None)
+        evaluation = held_out.samples * (2 if by_reference else 1) / held_out.every
+    lines += _describe_epoch(config, cost, evaluation)
+    lines.append(("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"))
     if counts:
         lines.append(("rows checked", ", ".join(f"{count} of {name}" for name, count in counts.items())))
     return lines, problems
@@ -229,17 +245,23 @@ def _describe_text(config: Any) -> tuple[Lines, list[str]]:
 
 def _describe_other(config: Any) -> tuple[Lines, list[str]]:
     """Of a method that loads by itself what it trains."""
-    cost = method_of(config.method).epoch_cost(config)
-    each = str(config.updates_per_epoch * config.inner_epochs)
+    return _describe_epoch(config, method_of(config.method).epoch_cost(config)), []
+
+
+def _describe_epoch(config: Any, cost: EpochCost, evaluation: float = 0, network: str = "") -> Lines:
+    """Lines about an epoch; ``evaluation``: forward passes of held-out samples, an epoch on average."""
+    used = {
+        "while sampling": cost.sampling,
+        "for the reference": cost.reference,
+        "to estimate kl_path": cost.probed,
+        "before the updates": cost.estimated,
+        "for the evaluation": evaluation,
+        "and backward while training": cost.trained,
+    }
     return [
         ("an epoch", ""),
         ("epochs", str(config.epochs)),
-        ("optimizer steps an epoch", each),
         cost.what,
-        ("passes an epoch", _passes(cost)),
-    ], []
-
-
-def _passes(cost: EpochCost) -> str:
-    parts = {"to sample": cost.sampling, "by the reference": cost.reference, "forward and backward": cost.trained}
-    return ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+        ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
+        (f"{network}passes an epoch", ", ".join(f"{count:g} forward {what}" for what, count in used.items() if count)),
+    ]

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import AliasChoices, Field
@@ -40,6 +40,7 @@ from diffusion_align.llm.policy import Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
 from diffusion_align.training.config import OrInfinite
+from diffusion_align.training.context import EpochCost
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
@@ -99,6 +100,16 @@ class GRPOConfig(PolicyGradientConfig):
     def logs_kl(self) -> bool:
         return self.needs_reference or self.lora is not None
 
+    @property
+    def compared(self) -> int:
+        """Completions of an epoch whose KL to the reference is measured.
+
+        Without a price of it only some, to see how far the policy has gone: 2 % of the epoch's passes (a backward pass
+        counts as two), or four.
+        """
+        every = self.samples_per_epoch
+        return every if self.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * self.inner_epochs))))
+
     def cross_checks(self) -> Iterator[str]:
         if self.num_generations < 2:
             yield "num_generations=1 leaves nothing to compare a completion with: use 2 or more"
@@ -145,6 +156,11 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
     config: GRPOConfig
     config_class = GRPOConfig
     needs_every_reward = False  # the advantage of a completion without one is 0
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """The reference looks at some completions where a nat of KL has no price."""
+        return replace(super().epoch_cost(config, steps), reference=config.compared if config.logs_kl else 0)
 
     def estimate(self, collected: Collected) -> tuple[GRPOBatch, TrainingPlan, dict[str, float]]:
         """Group advantages over all processes, less the KL where it stands in the reward."""
@@ -206,17 +222,11 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         return {"beta": self.config.beta}
 
     def _reference(self, sequences: Sequences, logp_old: Tensor) -> tuple[Tensor | None, dict[str, float]]:
-        """The reference's log-probs (B, T), None where a nat of KL has no price, and metrics of the KL.
-
-        Without a price only some completions are looked at, to see how far the policy has gone: 2 % of the epoch's
-        passes (a backward pass counts as two), or four, spread over its prompts.
-        """
+        """The reference's log-probs (B, T), None where a nat of KL has no price, and metrics of the KL."""
         if not self.policy.has_reference:
             return None, {}
         config = self.config
-        every = config.samples_per_epoch
-        few = every if config.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * config.inner_epochs))))
-        rows = self.local(torch.arange(few) * every // few)
+        rows = self.local(torch.arange(config.compared) * config.samples_per_epoch // config.compared)
         some = sequences[rows]
         logp_ref = self.reference_log_probs(some)
         metrics = kl_metrics(logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask, self.processes)

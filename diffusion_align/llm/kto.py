@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -25,7 +26,7 @@ from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preferences import PreferenceConfig, PreferenceTrainer
 from diffusion_align.training.config import Weight
-from diffusion_align.training.context import Metric
+from diffusion_align.training.context import EpochCost, Metric
 from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
@@ -104,6 +105,12 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         ),
     }
     rows: Sequence[LabelledRow]
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """The mismatched pairs take a pass of the policy and one of the reference."""
+        every, mismatched = super().epoch_cost(config, steps), min(config.kl_samples, config.samples_per_epoch)
+        return replace(every, reference=every.reference + mismatched, estimated=mismatched)
 
     def data_checks(self) -> Iterator[str]:
         yield from super().data_checks()

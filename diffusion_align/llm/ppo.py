@@ -15,7 +15,7 @@ that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +30,7 @@ from diffusion_align.llm.policy import Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.config import OrInfinite
-from diffusion_align.training.context import Metric
+from diffusion_align.training.context import EpochCost, Metric
 from diffusion_align.training.trainer import TrainingPlan
 
 
@@ -113,6 +113,11 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         return head
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """Values take a pass of their own."""
+        return replace(super().epoch_cost(config, steps), estimated=config.samples_per_epoch)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -520,6 +520,51 @@ def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, mon
         assert "rows checked" not in examined("dpo", on_the_hub)[0]
 
 
+ONLINE = {"prompts": ["a", "b"], "reward": "length"}
+LABELS = [{"prompt": text, "completion": "c", "label": True} for text in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        (ONLINE | {"method": "grpo", "beta": 0.1}, "64 forward while sampling, 64 forward for the reference, "),
+        # 2 % of 64 * (1 + 3 * 2) passes
+        (ONLINE | {"method": "grpo", "inner_epochs": 2}, "64 forward while sampling, 9 forward for the reference, "),
+        (ONLINE | {"method": "grpo", "lora": None}, "64 forward while sampling, "),
+        (
+            ONLINE | {"method": "ppo"},
+            "64 forward while sampling, 64 forward for the reference, 64 forward before the updates, ",
+        ),
+        (
+            {"method": "kto", "dataset": LABELS, "kl_samples": 10},
+            "74 forward for the reference, 10 forward before the updates, ",
+        ),
+        # 6 held-out completions every other epoch, which the reference scores as well: DPO logs no KL
+        (
+            {"method": "dpo", "dataset": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
+            | {"evaluation": {"reward": "length", "samples": 6, "every": 2, "prompts": ["a", "b", "c"]}},
+            "128 forward for the reference, 6 forward for the evaluation, ",
+        ),
+    ],
+)
+def test_passes_of_text_methods(report, tmp_path, settings, passes):
+    more = {"model": "tiny-lm", "output_dir": str(tmp_path / "run"), "samples_per_epoch": 64, "micro_batch_size": 8}
+    (tmp_path / "text.yaml").write_text(yaml.safe_dump(more | {"lora": {"rank": 2}} | settings))
+    found, problems = report(source=str(tmp_path / "text.yaml"))
+    assert problems == []
+    trained = (2 if settings["method"] == "dpo" else 1) * 64 * settings.get("inner_epochs", 1)
+    assert found["passes an epoch"] == f"{passes}{trained} forward and backward while training"
+    if "evaluation" in settings:
+        assert found["rows checked"] == "1 of dataset, 3 of evaluation.prompts"
+
+
+def test_a_callback_that_cannot_be_had(report, tiny_sd, quick, tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
+    _, problems = report(model=str(tiny_sd), callbacks=[f"{tmp_path / 'mine.py'}:Mine", "nowhere.py:Mine"])
+    assert re.fullmatch(r"callback '.*mine\.py:Mine' is no Callback: write a subclass of it", problems[0])
+    assert re.match(r"callback file 'nowhere\.py' does not exist", problems[1])
+
+
 def test_a_text_recipe_without_its_prompts(report, tmp_path):
     found, problems = report(f"output_dir={tmp_path / 'run'}", "prompts=", source="grpo_tiny")
     assert problems == ["prompts and reward must both be given"]

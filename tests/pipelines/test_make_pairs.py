@@ -16,12 +16,12 @@ from diffusion_align.data.prompts import load_prompts
 from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
-from diffusion_align.pipelines.pairs import PairsWritten, make_pairs
+from diffusion_align.pipelines.pairs import ImageCandidates, PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
 from diffusion_align.training.run_folder import FolderLock
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]
-FAST = {"steps": 2, "guidance_scale": 1.0, "per_prompt": 2, "seed": 10}
+FAST = {"steps": 2, "guidance_scale": 1.0}
 
 
 def brightness(images, prompts, metadata):
@@ -32,8 +32,9 @@ def undecided_about_apples(images, prompts, metadata):
     return torch.where(torch.tensor([bool(m.get("fruit")) for m in metadata]), 0.5, brightness(images, prompts, None))
 
 
-def make(folder, prompts=PROMPTS, judge=brightness, **settings):
-    return make_pairs("emoji-sd", prompts, judge, folder, **(FAST | settings))
+def make(folder, prompts=PROMPTS, judge=brightness, *, sampling=FAST, **settings):
+    candidates = ImageCandidates("emoji-sd", **sampling)
+    return make_pairs(candidates, prompts, judge, folder, **{"per_prompt": 2, "seed": 10} | settings)
 
 
 def rows(folder, name="pairs.jsonl"):
@@ -165,8 +166,8 @@ def test_pairs_are_on_disk_before_the_next_prompt_is_drawn(tmp_path):
     ("change", "wanted"),
     [
         ({"seed": 11}, "was begun with seed=10, not seed=11"),
-        ({"per_prompt": 3, "steps": 3}, "was begun with per_prompt=2, steps=2, not per_prompt=3, steps=3"),
-        ({"eta": 1.0}, "was begun with eta=None, not eta=1.0"),
+        ({"per_prompt": 3, "sampling": FAST | {"steps": 3}}, "per_prompt=2, steps=2, not per_prompt=3, steps=3"),
+        ({"sampling": FAST | {"eta": 1.0}}, "was begun with eta=None, not eta=1.0"),
         ({"judge": brightness}, "was begun with judge='undecided_about_apples', not judge='brightness'"),
         ({"prompts": PROMPTS[:3]}, r"was begun with prompts='4 \(sha256 \w+\)', not prompts='3 "),
         ({"prompts": [(text, {}) for text, _ in PROMPTS]}, r"was begun with prompts='4 "),
@@ -255,8 +256,9 @@ def test_a_judge_that_fails_at_once_leaves_nothing(tmp_path, answer, wanted):
 
 
 def test_all_wrong_settings_at_once():
+    candidates = ImageCandidates("emoji-sx", steps=0, guidance_scale=math.nan, eta=2)
     with pytest.raises(ConfigError) as caught:
-        make_pairs("emoji-sx", [], "taste", "p", per_prompt=1, seed=-1, steps=0, guidance_scale=math.nan, eta=2)
+        make_pairs(candidates, [], "taste", "p", per_prompt=1, seed=-1)
     found = [problem.split("=")[0].split(" ")[0] for problem in caught.value.problems]
     assert found == ["prompts", "per_prompt", "seed", "steps", "guidance_scale", "eta", "model", "unknown"]
     with pytest.raises(ConfigError, match="prompts: entry 1 is blank"):

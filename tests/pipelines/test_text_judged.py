@@ -8,7 +8,7 @@ import torch
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.kinds import model_kind
 from diffusion_align.pipelines.compare import compare_texts
-from diffusion_align.pipelines.pairs import PairsWritten, make_text_pairs
+from diffusion_align.pipelines.pairs import PairsWritten, TextCandidates, make_pairs
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards import RewardError, text_of
 
@@ -136,7 +136,7 @@ def test_dpo_trains_on_the_pairs(tiny_language_model, tiny_chat_model, tmp_path,
     monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
     pipe = TextAlignmentPipeline.from_pretrained(tiny_chat_model if chat else tiny_language_model, device="cpu")
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else PROMPTS
-    made = make_text_pairs(pipe, [(prompt, {}) for prompt in prompts], length, tmp_path / "pairs", per_prompt=6, **FAST)
+    made = pipe.make_pairs(prompts, length, tmp_path / "pairs", per_prompt=6, **FAST)
     assert made.pairs >= 1
     settings = {"epochs": 1, "samples_per_epoch": 2, "sample_batch_size": 2, "lora": {"rank": 2}, "grid_every": 0}
     settings |= {"max_completion_length": 6, "updates_per_epoch": 1, "num_threads": 1}
@@ -150,7 +150,7 @@ def test_what_makes_no_pairs(pipe, tmp_path):
     with pytest.raises(UserError, match="3 prompts and 1 metadata"):
         pipe.make_pairs(PROMPTS, length, tmp_path / "x", metadata=[{}])
     with pytest.raises(ConfigError, match="unknown reward 'lenght'"):
-        make_text_pairs("tiny-lm", [("a", {})], "lenght", tmp_path / "x")
+        make_pairs(TextCandidates("tiny-lm"), [("a", {})], "lenght", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
