@@ -347,7 +347,7 @@ def test_pairs_score_notebooks_and_the_server_see_the_same(name, data, tmp_path,
     import base64
 
     from diffusion_align.data.image_pairs import _decoded
-    from diffusion_align.pipelines.pictures import as_picture
+    from diffusion_align.pipelines.image import as_picture
     from diffusion_align.report.grids import to_pil
 
     wanted = np.asarray(open_image(data))

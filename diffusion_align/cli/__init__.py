@@ -110,10 +110,10 @@ def sample(
     guidance_scale: GuidanceScale = None,
     eta: Eta = None,
 ) -> None:
-    """Draw one picture a prompt, and a grid of them all."""
+    """Sample one image per prompt, and write a grid of them all."""
     from diffusion_align.pipelines import ImageAlignmentPipeline
 
-    texts = _texts(prompt, prompts)
+    texts = [text for text, _ in _prompts(prompt, prompts)]
     _check_output(output, "folder")
     _hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
@@ -126,7 +126,7 @@ def sample(
 def complete(
     model: Annotated[str, typer.Argument(help="language model: embedded name, folder, hub id or run folder")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="text to go on with; repeat for more")
+        list[str] | None, typer.Option("--prompt", "-p", help="text to complete; repeat for more")
     ] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
     output: Annotated[Path | None, _place("--output", "-o", help=".jsonl file to write as well")] = None,
@@ -134,7 +134,7 @@ def complete(
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
     temperature: Annotated[float, _between(0.01, 1000)] = 1.0,
 ) -> None:
-    """Let a language model go on with each prompt."""
+    """Complete each prompt with a language model."""
     import json
 
     from diffusion_align.pipelines import TextAlignmentPipeline
@@ -170,7 +170,7 @@ def score(
     option: RewardOptions = None,
     model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
 ) -> None:
-    """Score pictures with a reward; give one prompt for all or one for each. Without any the prompt is empty."""
+    """Score images with a reward; give one prompt for all or one for each. Without any the prompt is empty."""
     import torch
 
     from diffusion_align.pipelines.image import score_images
@@ -262,8 +262,6 @@ def compare(
     found = _text_prompts(prompt, prompts) if kind == "text" else _prompts(prompt, prompts)
     texts, metadata = zip(*found, strict=True)
     output = output or Path("compare.md" if kind == "text" else "compare.png")
-    if os.path.isdir(output):
-        raise UserError(f"--output {output} is a folder: name the file to write")
     _check_output_file(output)
     _hide_loading_bars()
     options: Any = {"metadata": metadata, "seed": seed, "output": output, "per_prompt": per_prompt}
@@ -345,6 +343,7 @@ def estimators(
     """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
     from diffusion_align.report.estimator_plots import write_estimator_plots
     from diffusion_align.report.estimator_tables import EXAMPLE, Normal, gradient_report, random_softmax, value_report
+    from diffusion_align.writing import make_folder
 
     fixed = softmax_seed is None and actions == len(EXAMPLE.policy)
     example = EXAMPLE if fixed else random_softmax(actions, softmax_seed or 0)
@@ -353,7 +352,8 @@ def estimators(
     except ValueError as error:
         raise UserError(str(error)) from None
     if plot is not None:
-        _make_folder(plot, "--plot")
+        _check_output(plot, "folder", "--plot")
+        make_folder(plot, parents=True)
         parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
     for part in parts:
         _console.print(part, highlight=False, markup=False)
@@ -365,7 +365,7 @@ def list_(
         str, typer.Argument(help="methods, configs, models, prompts, pairs or rewards; all when not given")
     ] = "",
 ) -> None:
-    """What can be named in a configuration."""
+    """List the methods, models, rewards, prompts, pairs and recipes a configuration can name."""
     from diffusion_align.cli.listing import LISTINGS
 
     if what and what not in LISTINGS:
@@ -383,7 +383,7 @@ def doctor(
     config: Annotated[str | None, typer.Argument(help="recipe to check; nothing is downloaded")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
 ) -> None:
-    """Say what this machine has and, with CONFIG, whether and how that recipe would run."""
+    """Check this machine and, with CONFIG, whether a recipe would run and what it would cost."""
     from diffusion_align.doctor.describe import describe_config, describe_machine
 
     about, problems = describe_config(config, overrides or []) if config is not None else ([], [])
@@ -547,10 +547,6 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _texts(prompt: list[str] | None, prompts: str | None) -> list[str]:
-    return [text for text, _ in _prompts(prompt, prompts)]
-
-
 def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, dict[str, Any]]]:
     from diffusion_align.data.prompts import check_image_prompts, load_prompts
 
@@ -603,11 +599,3 @@ def _check_output_file(path: Path) -> None:
     except UserError:
         _check_output(path.parent, "folder")
         raise
-
-
-def _make_folder(path: Path, option: str = "--output") -> None:
-    _check_output(path, "folder", option)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option}: the folder {path} cannot be used: {error.strerror}") from None

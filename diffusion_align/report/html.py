@@ -395,7 +395,9 @@ def _title(run_dir: Path, config: object) -> str:
             elif isinstance(value, list):
                 value = " + ".join(str(item.get("name", "")) if isinstance(item, dict) else str(item) for item in value)
             if value:
-                parts.append(str(value).upper().replace("_", "-") if key == "method" else Path(str(value)).name)
+                place, _, name = str(value).rpartition(":")  # of a class of one's own
+                shown = name if place else name.upper().replace("_", "-")
+                parts.append(shown if key == "method" else Path(str(value)).name)
     return " · ".join(parts) or run_dir.resolve().name
 
 

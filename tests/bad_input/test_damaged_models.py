@@ -156,7 +156,7 @@ def test_a_device_that_is_not_there(load, device, monkeypatch):
 def test_a_path_in_python(path, tmp_path, monkeypatch):
     from PIL import Image
 
-    from diffusion_align.pipelines.pictures import DrawnImages
+    from diffusion_align.pipelines.image import DrawnImages
 
     monkeypatch.chdir(tmp_path)
     pipe = ImageAlignmentPipeline(None, model="emoji-sd")

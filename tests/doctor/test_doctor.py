@@ -10,7 +10,9 @@ import torch
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from tiny_runs import edit_json
 
+from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.doctor import cost_report as costs
 from diffusion_align.doctor import describe as doctor
 from diffusion_align.doctor.memory import UNetCost
@@ -108,9 +110,8 @@ def test_a_folder(report, make_policy, model_path, name):
     assert found[""].startswith("from a pass of 8 samples timed now")
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("target", ["posterior_mean", "logged"])
-def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, target):
+def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, target, quick):
     from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 
     settings = {"method": "diffusion_dpo", "beta_dpo": 2000, "group_size": 4, "target": target, "kl_coef": 0.1}
@@ -154,8 +155,7 @@ def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
     assert "one A100" not in out  # a network this small does not keep one busy
 
 
-@pytest.mark.usefixtures("quick")
-def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd):
+def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd, quick):
     """Nothing where every decision is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
     settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
     priced, _ = report(**settings, kl_coef=0.1)
@@ -166,15 +166,13 @@ def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd):
     assert f", {2 * 2 * 24} forward to estimate kl_path, " in report(**settings)[0]["UNet passes an epoch"]
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_evaluation_is_counted(report, tiny_sd):
+def test_the_evaluation_is_counted(report, tiny_sd, quick):
     found, _ = report(model=str(tiny_sd), evaluation={"pictures": 6, "every": 2, "reward": "jpeg_incompressibility"})
     assert f"{2 * 6 * 6 // 2} forward for the evaluation" in found["UNet passes an epoch"]
     assert found["jpeg_incompressibility"] == "installed, held out"
 
 
-@pytest.mark.usefixtures("quick")
-def test_dtype_halves_frozen_weights_only(report, tiny_sd):
+def test_dtype_halves_frozen_weights_only(report, tiny_sd, quick):
     wide, _ = report(model=str(tiny_sd))
     narrow, _ = report(model=str(tiny_sd), dtype="bfloat16")
     encoder = [float(re.search(r"text_encoder ([\d.]+) MB", found["frozen weights"])[1]) for found in (wide, narrow)]
@@ -208,8 +206,7 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("quick")
-def test_an_unknown_hub_id(report):
+def test_an_unknown_hub_id(report, quick):
     found, problems = report(model="somebody/something")
     assert problems == []
     assert found["files"].startswith("missing, size unknown")
@@ -225,8 +222,7 @@ def cache(hub, folder, model):
     return snapshot
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_hub_id_in_the_cache(report, empty_cache, tiny_sd):
+def test_a_hub_id_in_the_cache(report, empty_cache, tiny_sd, quick):
     snapshot = cache(empty_cache, tiny_sd, "somebody/something")
     found, problems = report(model="somebody/something")
     assert problems == []
@@ -241,8 +237,7 @@ def test_a_hub_id_in_the_cache(report, empty_cache, tiny_sd):
     assert "this CPU" not in found
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_published_model_half_in_the_cache(report, empty_cache, tiny_sd):
+def test_a_published_model_half_in_the_cache(report, empty_cache, tiny_sd, quick):
     snapshot = cache(empty_cache, tiny_sd, "stable-diffusion-v1-5/stable-diffusion-v1-5")
     shutil.rmtree(snapshot / "vae")
     found, problems = report(model="stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -253,10 +248,8 @@ def test_a_published_model_half_in_the_cache(report, empty_cache, tiny_sd):
 # -- files that are missing --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_folder_that_lacks_a_part(call_cli, write, tiny_sd, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_sd, folder)
+def test_a_folder_that_lacks_a_part(call_cli, write, tiny_sd, tmp_path, quick):
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
     shutil.rmtree(folder / "vae")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     status, out, err = call_cli("doctor", write(model=str(folder)))
@@ -270,10 +263,8 @@ def test_a_folder_that_lacks_a_part(call_cli, write, tiny_sd, tmp_path):
     assert "2 problems, see below" in out
 
 
-@pytest.mark.usefixtures("quick")
-def test_variants(report, tiny_sd, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_sd, folder)
+def test_variants(report, tiny_sd, tmp_path, quick):
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
     unet = folder / "unet"
     (unet / "diffusion_pytorch_model.fp16.safetensors").write_bytes(bytes(20_000_000))
     plain, _ = report(model=str(folder))
@@ -284,22 +275,17 @@ def test_variants(report, tiny_sd, tmp_path):
     assert found["vae"] == plain["vae"]  # diffusers takes the plain files of a part without the variant
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_family_that_cannot_be_trained(report, tiny_sd, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_sd, folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+def test_a_family_that_cannot_be_trained(report, tiny_sd, tmp_path, quick):
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    edit_json("model_index.json", _class_name="FluxPipeline")(folder)
     _, problems = report(model=str(folder))
     assert len(problems) == 1
     assert "is a FluxPipeline, which is not supported" in problems[0]
 
 
 def test_a_damaged_configuration_is_no_traceback(report, tiny_sd, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_sd, folder)
-    unet = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps(unet | {"block_out_channels": [8, 17]}))
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    edit_json("unet/config.json", block_out_channels=[8, 17])(folder)
     found, _ = report(model=str(folder))
     assert found["memory and time"].startswith("not estimated: ")
     (folder / "unet" / "config.json").write_text("{")
@@ -307,8 +293,7 @@ def test_a_damaged_configuration_is_no_traceback(report, tiny_sd, tmp_path):
     assert found["memory and time"] == "not estimated: the model's configuration is not here"
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path):
+def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path, quick):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.zeros(500_000)}, path)
     found, _ = report(model=str(path), base_config=str(tiny_sd))
@@ -323,7 +308,6 @@ def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path):
 # -- settings and rewards ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_run_is_known_by_its_base(report, tiny_sd, tmp_path, quick):
     base, none = report(model=str(tiny_sd))
     below, above = tmp_path / "below", tmp_path / "above"
@@ -381,12 +365,9 @@ def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
 
 
 def test_configurations_that_leave_things_out(report, tiny_sd, tmp_path, quick):
-    folder = tmp_path / "partial"
-    shutil.copytree(tiny_sd, folder)
-    for path, key in (("unet/config.json", "sample_size"), ("scheduler/scheduler_config.json", "num_train_timesteps")):
-        config = json.loads((folder / path).read_text())
-        del config[key]
-        (folder / path).write_text(json.dumps(config))
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    edit_json("unet/config.json", sample_size=...)(folder)
+    edit_json("scheduler/scheduler_config.json", num_train_timesteps=...)(folder)
     found, problems = report(model=str(folder))
     assert problems == []
     assert found["memory and time"].startswith("not estimated")
@@ -407,7 +388,6 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
     assert "no problem found" not in out
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
@@ -421,7 +401,7 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
         ({"clip_range": "2e-4", "learning_rate": -1}, "learning_rate=-1 is not allowed"),
     ],
 )
-def test_what_is_wrong_is_listed_beside_the_rest(report, write, tiny_sd, tmp_path, changes, wanted):
+def test_what_is_wrong_is_listed_beside_the_rest(report, write, tiny_sd, tmp_path, changes, wanted, quick):
     settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "model": str(tiny_sd)} | changes
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
@@ -442,8 +422,7 @@ def test_without_a_model_there_is_nothing_to_say(tmp_path, changes):
         doctor.describe_config(str(path), [])
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_missing_extra(report, tiny_sd, monkeypatch):
+def test_a_missing_extra(report, tiny_sd, monkeypatch, quick):
     from diffusion_align.rewards.image import clip
 
     monkeypatch.setattr(clip.importlib.util, "find_spec", lambda name: None)
@@ -455,8 +434,7 @@ def test_a_missing_extra(report, tiny_sd, monkeypatch):
     assert "at the peak" in found
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypatch):
+def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypatch, quick):
     from diffusion_align.rewards.image import aesthetic
 
     about = {"model": "openai/clip-vit-large-patch14 and a head from owner/heads; emoji-clip for emoji-sd"}
@@ -475,8 +453,7 @@ def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypat
     assert found["  files"] == "some/clip: not in the cache"
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_reward_of_ones_own(report, tiny_sd, tmp_path):
+def test_a_reward_of_ones_own(report, tiny_sd, tmp_path, quick):
     (tmp_path / "mine.py").write_text("def score(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
     found, problems = report(model=str(tiny_sd), reward=f"{tmp_path / 'mine.py'}:score")
     assert problems == []
@@ -572,22 +549,13 @@ def test_a_text_recipe_without_its_prompts(report, tmp_path):
 
 
 def test_part_of_the_steps():
-    from diffusion_align.diffusion.schedule import select_step_range
-
     assert select_step_range(torch.arange(10, 20), (0.2, 0.7)).tolist() == [12, 13, 14, 15, 16]
 
 
 def test_durations_and_sizes_are_readable():
-    assert [costs.duration(s) for s in (0.25, 7, 40, 119, 300, 3600, 86400, 1e6)] == [
-        "0.25 s",
-        "7 s",
-        "40 s",
-        "119 s",
-        "5 min",
-        "60 min",
-        "24 h",
-        "12 days",
-    ]
+    durations = {0.25: "0.25 s", 7: "7 s", 40: "40 s", 119: "119 s", 300: "5 min", 3600: "60 min", 86400: "24 h"}
+    assert {s: costs.duration(s) for s in durations} == durations
+    assert costs.duration(1e6) == "12 days"
     assert [gigabytes(n) for n in (1e4, 1_234_567, 335e6, 3.44e9)] == ["0.1 MB", "1.2 MB", "335 MB", "3.4 GB"]
 
 

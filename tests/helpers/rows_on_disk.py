@@ -1,4 +1,4 @@
-"""Rows written in the formats that tables are read from."""
+"""Rows written in the formats that tables are read from, and lines read again."""
 
 import csv
 import gzip
@@ -25,3 +25,8 @@ def write_rows(path, rows):
 
         pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), path)
     return str(path)
+
+
+def read_rows(path):
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,13 +1,24 @@
-"""A Hub that takes uploads into a folder."""
+"""No report, an Accelerator for each test, and a Hub that takes uploads into a folder."""
+
+import shutil
+import sys
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """What was asked of the hub; the folder uploaded is copied to tmp_path/hub."""
-    import shutil
-
     calls = []
 
     class Api:

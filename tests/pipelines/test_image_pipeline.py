@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rows_on_disk import read_rows
 from safetensors.torch import load_file
 
 from diffusion_align.errors import ConfigError, Interrupted, UserError
@@ -21,7 +21,7 @@ from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.pictures import DrawnImages, as_picture
+from diffusion_align.pipelines.image import DrawnImages, as_picture
 from diffusion_align.pipelines.run import run
 from diffusion_align.rewards.base import RewardError
 
@@ -47,16 +47,6 @@ SETTINGS = {
 
 def redness(images, prompts, metadata):
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """No report; and each test with an Accelerator of its own."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +106,7 @@ def assert_same_weights(pipe, expected):
 
 
 def rows(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in row.items() if "time/" not in k} for row in read_rows(folder / "metrics.jsonl")]
 
 
 def config_of(folder):

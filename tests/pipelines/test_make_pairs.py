@@ -1,6 +1,5 @@
 """Pairs drawn by a model: who is chosen, what is written, and that a stopped run ends like any other."""
 
-import json
 import math
 import os
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rows_on_disk import read_rows
 
 from diffusion_align.assets import asset_path
 from diffusion_align.data.drawings import load_preferences
@@ -38,7 +38,7 @@ def make(folder, prompts=PROMPTS, judge=brightness, *, sampling=FAST, **settings
 
 
 def rows(folder, name="pairs.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return read_rows(folder / name)
 
 
 def content(folder):

@@ -1,9 +1,8 @@
 """Language models compared, and preference pairs made from one: who wins, what is written, and that dpo reads it."""
 
-import json
-
 import pytest
 import torch
+from rows_on_disk import read_rows
 
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.kinds import model_kind
@@ -40,10 +39,6 @@ def other(tiny_language_model):
     return pipe
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_a_language_model_against_itself_wins_half(pipe):
     result = compare_texts(pipe, pipe, PROMPTS, length, per_prompt=3, **FAST)
     assert (result.win_rate, result.pairs, result.mean_difference) == (0.5, 9, 0.0)
@@ -56,7 +51,7 @@ def test_the_scores_are_those_of_the_texts_and_b_is_the_second(pipe, other, tmp_
     result = compare_texts(
         other, pipe, PROMPTS, length, per_prompt=4, output=tmp_path / "all.jsonl", on_texts=seen.append, **FAST
     )
-    found = rows(tmp_path / "all.jsonl")
+    found = read_rows(tmp_path / "all.jsonl")
     assert found == [dict(row) for row in result.texts]
     assert seen == [8, 16, 20, 24]
     for i, row in enumerate(found):
@@ -100,8 +95,8 @@ def test_best_and_worst_of_a_prompts_completions(pipe, tmp_path):
         metadata=[{"letter": "a"}, {"letter": "é"}, {"letter": " "}],
         **FAST,
     )
-    found = rows(tmp_path / "pairs" / "pairs.jsonl")
-    ties = rows(tmp_path / "pairs" / "ties.jsonl")
+    found = read_rows(tmp_path / "pairs" / "pairs.jsonl")
+    ties = read_rows(tmp_path / "pairs" / "ties.jsonl")
     assert [row["prompt"] for row in ties] == ["a dog is"]
     assert made == PairsWritten(2, 1, pytest.approx(sum(r["score_chosen"] - r["score_rejected"] for r in found) / 2))
     for place, row in zip((0, 2), found, strict=True):
@@ -128,12 +123,11 @@ def test_a_stopped_run_of_pairs_ends_like_any_other(pipe, tmp_path):
     with pytest.raises(UserError, match=r"was begun with temperature=1\.0, not .*temperature=0\.5"):
         pipe.make_pairs(PROMPTS, fails_once, tmp_path / "cut", per_prompt=3, temperature=0.5, resume=True, **FAST)
     pipe.make_pairs(PROMPTS, fails_once, tmp_path / "cut", per_prompt=3, resume=True, **FAST)
-    assert rows(tmp_path / "cut" / "pairs.jsonl") == rows(tmp_path / "whole" / "pairs.jsonl")
+    assert read_rows(tmp_path / "cut" / "pairs.jsonl") == read_rows(tmp_path / "whole" / "pairs.jsonl")
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_dpo_trains_on_the_pairs(tiny_language_model, tiny_chat_model, tmp_path, chat, monkeypatch):
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+def test_dpo_trains_on_the_pairs(tiny_language_model, tiny_chat_model, tmp_path, chat):
     pipe = TextAlignmentPipeline.from_pretrained(tiny_chat_model if chat else tiny_language_model, device="cpu")
     prompts = [[{"role": "user", "content": text}] for text in PROMPTS] if chat else PROMPTS
     made = pipe.make_pairs(prompts, length, tmp_path / "pairs", per_prompt=6, **FAST)
@@ -178,7 +172,7 @@ def test_the_commands_find_out_the_kind_themselves(tiny_language_model, tmp_path
     status, out, err = call_cli("pairs", tiny_language_model, *given, "-o", "made")
     assert (status, err) == (0, "")
     assert "see made/pairs.jsonl" in out
-    assert {row["letter"] for row in rows(tmp_path / "made" / "pairs.jsonl")} <= {"a", "e"}
+    assert {row["letter"] for row in read_rows(tmp_path / "made" / "pairs.jsonl")} <= {"a", "e"}
     for arguments, expected in (
         (["pairs", "tiny-lm", *given, "-o", "x", "--steps", 3], "--steps is for image models: leave it out"),
         (["compare", "emoji-sd", "emoji-sd", *given], "--max-new-tokens is for language models: leave it out"),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from rows_on_disk import read_rows
 from safetensors.torch import load_file
 
 from diffusion_align.assets import asset_path
@@ -44,16 +45,6 @@ def letters(completions, **columns):
     return [float(sum(map(ord, text)) % 17) for text in completions]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """No report; and each test with an Accelerator of its own."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture
 def load(tiny_language_model):
     return lambda: TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu")
@@ -80,7 +71,7 @@ def assert_same_model(a, b, tolerance=5e-5):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(folder / "metrics.jsonl")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -184,8 +184,13 @@ def test_the_report_of_a_preference_run(tmp_path):
 
 def test_the_title_names_the_reward_before_the_pairs(tmp_path):
     pairs = "pairs:\n  source: team/some_pairs\n"
-    for n, (reward, title) in enumerate([("reward: jpeg\n", "DPO · jpeg"), ("", "DPO · some_pairs")]):
-        assert title in page_of(make_run(tmp_path / str(n), config=f"method: dpo\n{reward}{pairs}")).text
+    titles = [
+        ("dpo\nreward: jpeg", "DPO · jpeg"),
+        ("dpo", "DPO · some_pairs"),
+        ("my_own.py:My_DPO", "My_DPO · some_pairs"),
+    ]
+    for n, (method, title) in enumerate(titles):
+        assert title in page_of(make_run(tmp_path / str(n), config=f"method: {method}\n{pairs}")).text
     assert "DPO · m" in page_of(make_run(tmp_path / "odd", config="method: dpo\nmodel: m\npairs: here\n")).text
 
 
