@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +30,8 @@ from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora_file import save_lora
 from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
-from diffusion_align.models.upload import upload
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import run
+from diffusion_align.pipelines.run import AlignmentPipeline, run
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.training.places import absolute_paths
@@ -43,8 +41,6 @@ from diffusion_align.writing import make_folder, new_folder, output_folder
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
 
-LOAD_TIME_SETTINGS = {"dtype": "dtype", "weights_variant": "variant", "base_config": "base_config"}
-"""Setting -> the argument of ``from_pretrained`` that it is."""
 Picture = Image.Image | Tensor | np.ndarray
 
 
@@ -94,7 +90,7 @@ class DrawnImages:
         return png_bytes(self.grid()) if self.images else None
 
 
-class ImageAlignmentPipeline:
+class ImageAlignmentPipeline(AlignmentPipeline):
     """A diffusers text-to-image pipeline that can be aligned with a reward or preferences.
 
     Example:
@@ -110,6 +106,8 @@ class ImageAlignmentPipeline:
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
     """
 
+    load_time = {"dtype": "dtype", "weights_variant": "variant", "base_config": "base_config"}  # noqa: RUF012
+
     def __init__(self, pipeline: Any, *, model: str, sampler: SamplerConfig | None = None) -> None:
         """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
 
@@ -122,7 +120,6 @@ class ImageAlignmentPipeline:
         self.model = model
         self.sampler = sampler or SamplerConfig(eta=0.0)
         self.origin = model
-        self.run: Path | None = None
         # What the weights without their adapter are called in a configuration; None if nothing on disk holds them.
         self._below: str | None = model
         self._called = model  # the weights as they are
@@ -211,11 +208,7 @@ class ImageAlignmentPipeline:
             RewardError, TrainingError, Interrupted: see ``Trainer.train``; the pipeline then draws as it did before.
         """
         method_of(method, "image")
-        if "model" in settings:
-            raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
-        for name, argument in LOAD_TIME_SETTINGS.items():
-            if name in settings:
-                raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
+        self._refuse_load_time(settings)
         check_path(output_dir, f"output_dir={short(str(output_dir))}", to="writable")
         own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
         goes_on = own and settings.get("resume") is True
@@ -390,52 +383,19 @@ class ImageAlignmentPipeline:
         with new_folder(output_folder(folder)) as aside:
             save_lora(self.pipeline, aside)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline with the adapter merged in, for diffusers' ``from_pretrained``.
-
-        The result of a run comes with a model card, README.md.
-
-        Args:
-            folder: made if it is not there.
-
-        Raises:
-            UserError: it is a file.
-        """
-        target = output_folder(folder)
-        with adapters.merged(self.pipeline), new_folder(target) as aside:
+    def _save_merged(self, folder: Path) -> None:
+        with adapters.merged(self.pipeline), new_folder(folder) as aside:
             self.pipeline.save_pretrained(str(aside))
-        self._write_card(target, location=str(target), merged=True)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
-        """Upload the adapter and its model card, or the whole pipeline, to the Hugging Face Hub.
-
-        Args:
-            repo_id: "owner/name"; the repository is made if it is not there.
-            private: whether a new repository is seen by its owner only; one that is there keeps its visibility.
-            token: of the hub; the one this machine is logged in with if not given.
-            merged: upload the whole pipeline with the adapter merged in.
-
-        Returns:
-            The address of the repository.
-
-        Raises:
-            UserError: there is no adapter, or it does not stand on its own; or the hub refuses or cannot be reached.
-        """
-        if not merged:
-            if "unet" not in adapters.adapted_parts(self.pipeline):
-                raise UserError("there is no adapter to upload: give merged=True to upload the whole pipeline")
-            if self._below != self.model:
-                raise UserError(
-                    f"the adapter stands on the run {self._below}, which is not on the hub: give merged=True to upload "
-                    "the whole pipeline"
-                )
-        with tempfile.TemporaryDirectory() as folder:
-            if merged:
-                self.save_pretrained(folder)
-            else:
-                self.save_lora(folder)
-            self._write_card(Path(folder), location=repo_id, merged=merged)
-            return upload(Path(folder), repo_id, private=private, token=token)
+    def _save_adapter(self, folder: Path) -> None:
+        if "unet" not in adapters.adapted_parts(self.pipeline):
+            raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
+        if self._below != self.model:
+            raise UserError(
+                f"the adapter stands on {self._below}, which is not on the Hub: give merged=True to upload the whole "
+                "model"
+            )
+        self.save_lora(folder)
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         """The figures of a run are those of its last weights: there is no card for the best ones."""

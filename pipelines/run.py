@@ -1,4 +1,4 @@
-"""One entry for every method.
+"""One entry for every method, and what both pipelines share.
 
 And what a run is made of, by content: its model, data, images and rewards. Checkpoints hold it, and resume compares.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +22,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef
+from diffusion_align.models.upload import upload
 from diffusion_align.rewards.build import user_modules
 from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.callbacks import named_callbacks
@@ -27,6 +31,7 @@ from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import code_files, content_digest, file_digest, place_digest
 from diffusion_align.training.launch import agreed, start
 from diffusion_align.training.trainer import Trainer
+from diffusion_align.writing import output_folder
 
 Places = list[tuple[str, str | None]]
 
@@ -67,6 +72,77 @@ def run(
     trainer.identity = context.identity | ({"method": own} if own else {})
     trainer.train()
     return trainer
+
+
+class AlignmentPipeline(ABC):
+    """A model that can be saved and uploaded with the card of the run whose result it is.
+
+    Attributes:
+        run: the run folder whose result this is, None if it is of no run.
+    """
+
+    run: Path | None = None
+    load_time: Mapping[str, str] = {}
+    """Setting -> the argument of ``from_pretrained`` that it is."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model with its adapters merged in, for plain diffusers or transformers.
+
+        The result of a run comes with a model card, README.md.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            UserError: it is a file.
+        """
+        target = output_folder(folder)
+        self._save_merged(target)
+        self._write_card(target, location=str(target), merged=True)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
+        """Upload the adapter and its model card, or the whole model, to the Hugging Face Hub.
+
+        Args:
+            repo_id: "owner/name"; the repository is made if it is not there.
+            private: whether a new repository is seen by its owner only; one that is there keeps its visibility.
+            token: of the Hub; the one this machine is logged in with if not given.
+            merged: upload the whole model with the adapter merged in.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UserError: there is no adapter, or it does not stand on its own; or the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            if merged:
+                self.save_pretrained(folder)
+            else:
+                self._save_adapter(folder)
+            self._write_card(folder, location=repo_id, merged=merged)
+            return upload(folder, repo_id, private=private, token=token)
+
+    def _refuse_load_time(self, settings: Mapping[str, Any]) -> None:
+        """What has to be said before there are weights is no setting of ``align``."""
+        if "model" in settings:
+            raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
+        for name in self.load_time.keys() & settings.keys():
+            argument = self.load_time[name]
+            raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
+
+    @abstractmethod
+    def _save_merged(self, folder: Path) -> None:
+        """Write the whole model."""
+
+    @abstractmethod
+    def _save_adapter(self, folder: Path) -> None:
+        """Write the adapter alone, if it stands on what others can load."""
+
+    @abstractmethod
+    def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
+        """Write the model card of the run, if it is of one."""
 
 
 def image_model_content(plan: ModelRef, base_config: str | None) -> Places:

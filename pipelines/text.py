@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +40,13 @@ from diffusion_align.models.language_models import (
 )
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.models.model_card import write_model_card
-from diffusion_align.models.upload import upload
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import run
+from diffusion_align.pipelines.run import AlignmentPipeline, run
 from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
-from diffusion_align.writing import new_folder, output_folder, write_bytes, write_text
+from diffusion_align.writing import new_folder, write_bytes, write_text
 
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
@@ -62,7 +60,7 @@ class WrittenTexts:
     texts: list[str]
 
 
-class TextAlignmentPipeline:
+class TextAlignmentPipeline(AlignmentPipeline):
     """A causal language model that can be aligned with rewards or preferences.
 
     Example:
@@ -77,9 +75,10 @@ class TextAlignmentPipeline:
         run: the run folder whose result this is, None if it is of no run.
     """
 
+    load_time = {"dtype": "dtype"}  # noqa: RUF012
+
     def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.run: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -128,10 +127,7 @@ class TextAlignmentPipeline:
             RewardError, TrainingError, Interrupted: see ``Trainer.train``; the model is then as it was before.
         """
         method_of(method, "text")
-        if "model" in settings:
-            raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
-        if "dtype" in settings:
-            raise UserError(f"dtype={settings['dtype']!r} is for loading a model: give it to from_pretrained")
+        self._refuse_load_time(settings)
         raw: dict[str, Any] = {"method": method_name(method), "model": self.name, "output_dir": output_dir}
         config = cast(TextConfig, check_config(raw | settings))
         adapted = carries_adapters(self.model)
@@ -335,46 +331,10 @@ class TextAlignmentPipeline:
         except BadRow as problem:
             raise UserError(f"{problem}") from None
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole model, adapters merged, and its tokenizer, for plain transformers.
+    def _save_merged(self, folder: Path) -> None:
+        save_model(self.model, self.tokenizer, folder)
 
-        The result of a run comes with a model card, README.md.
-
-        Args:
-            folder: made if it is not there.
-
-        Raises:
-            UserError: it is a file.
-        """
-        target = output_folder(folder)
-        save_model(self.model, self.tokenizer, target)
-        self._write_card(target, location=str(target), merged=True)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
-        """Upload the adapter of the run and its model card, or the whole model, to the Hugging Face Hub.
-
-        Args:
-            repo_id: "owner/name"; the repository is made if it is not there.
-            private: whether a new repository is seen by its owner only; one that is there keeps its visibility.
-            token: of the Hub; the one this machine is logged in with if not given.
-            merged: upload the whole model with the adapter merged in.
-
-        Returns:
-            The address of the repository.
-
-        Raises:
-            UserError: there is no adapter, or it does not stand on its own; or the Hub refuses or cannot be reached.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            if merged:
-                self.save_pretrained(folder)
-            else:
-                self._copy_adapter(folder)
-            self._write_card(folder, location=repo_id, merged=merged)
-            return upload(folder, repo_id, private=private, token=token)
-
-    def _copy_adapter(self, folder: Path) -> None:
+    def _save_adapter(self, folder: Path) -> None:
         """The adapter of the run, which names its base as others know it."""
         ref = None if self.run is None else language_model_ref(str(self.run))
         if ref is None or not ref.adapters:

@@ -14,7 +14,6 @@ from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.doctor.memory import (
-    DecoderCost,
     UNetCost,
     decoder_cost,
     parameter_counts,
@@ -69,8 +68,16 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
     decoding = decoder_cost(vae, latents, config.sample_batch_size, vae_dtype)
     sizes = {name: n * dtype.itemsize for name, n in parameter_counts(model.configs).items() if name != "unet"}
     sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
-    recorded = 4 * math.prod(latents) * epoch.recorded
-    memory = _memory(config, cost, decoding, sizes, train_batch, guided, recorded)
+    frozen = cost.frozen * dtype.itemsize + (0 if config.lora else 4 * cost.trained)
+    averaged = 4 * cost.trained if config.ema_decay else 0
+    memory = Memory(
+        weights=frozen + sum(sizes.values()),
+        trained=(4 + 4 + 8) * cost.trained + averaged,  # weights and gradients in float32, Adam's two moments
+        recorded=4 * math.prod(latents) * epoch.recorded,
+        training=cost.kept + cost.working // (config.sample_batch_size * guided) * train_batch,
+        sampling=cost.working,
+        decoding=decoding.working,
+    )
     forward = epoch.sampling + epoch.reference + epoch.probed + epoch.estimated + evaluation_passes(config)
     passes = forward + (2 if config.lora else 3) * epoch.trained
     flops = cost.flops * passes + decoding.flops / config.sample_batch_size * (epoch.decoded + _evaluated(config))
@@ -96,29 +103,6 @@ def evaluation_passes(config: DenoisingConfig) -> float:
 def _evaluated(config: DenoisingConfig) -> float:
     """Images of an evaluation, an epoch on average."""
     return config.evaluation.pictures / config.evaluation.every if config.evaluation else 0
-
-
-def _memory(
-    config: DenoisingConfig,
-    cost: UNetCost,
-    decoding: DecoderCost,
-    others: Mapping[str, int],
-    train_batch: int,
-    guided: int,
-    recorded: int,
-) -> Memory:
-    frozen = cost.frozen * getattr(torch, config.dtype).itemsize + (0 if config.lora else 4 * cost.trained)
-    averaged = 4 * cost.trained if config.ema_decay else 0
-    trained = (4 + 4 + 8) * cost.trained + averaged  # weights and gradients in float32, Adam's two moments
-    a_sample = cost.working // (config.sample_batch_size * guided)
-    return Memory(
-        weights=frozen + sum(others.values()),
-        trained=trained,
-        recorded=recorded,
-        training=cost.kept + a_sample * train_batch,
-        sampling=cost.working,
-        decoding=decoding.working,
-    )
 
 
 def _memory_lines(

@@ -454,7 +454,8 @@ def test_what_cannot_be_aligned(load, tmp_path, arguments, wanted):
 
 def test_every_argument_is_documented():
     """Each parameter of each public method is named at the start of a line of its "Args:"."""
-    public = {"__init__", "__call__"} | {name for name in vars(ImageAlignmentPipeline) if not name.startswith("_")}
+    methods = {name for name, found in inspect.getmembers(ImageAlignmentPipeline) if callable(found)}
+    public = {"__init__", "__call__"} | {name for name in methods if not name.startswith("_")}
     functions = [compare_models, DrawnImages.grid, DrawnImages.save]
     functions += [getattr(ImageAlignmentPipeline, name) for name in sorted(public)]
     assert {"align", "compare", "push_to_hub", "merge"} <= public
@@ -668,7 +669,7 @@ def test_what_is_not_uploaded(load, base, first_run, tmp_path, hub, monkeypatch)
     with pytest.raises(UserError, match="there is no adapter to upload: give merged=True"):
         base.push_to_hub("me/red")
     chained = load(first_run).align(reward=redness, output_dir=tmp_path / "second", **SETTINGS)
-    with pytest.raises(UserError, match=r"the adapter stands on the run .*first, which is not on the hub: give merged"):
+    with pytest.raises(UserError, match=r"the adapter stands on .*first, which is not on the Hub: give merged=True"):
         chained.push_to_hub("me/red")
     assert hub == []
 

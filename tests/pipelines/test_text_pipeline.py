@@ -405,7 +405,7 @@ def test_what_cannot_be_scored(load, arguments, columns, wanted):
         ({"method": "ddpo"}, "method='ddpo' does not train this language model"),
         ({"method": "reward_model"}, "method='reward_model' does not train this language model"),
         ({"model": "tiny-lm"}, "model='tiny-lm' is not this pipeline's: load it with from_pretrained"),
-        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for loading a model: give it to from_pretrained"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for loading a model: give dtype to from_pretrained"),
         ({"num_generation": 4}, "unknown setting 'num_generation': did you mean 'num_generations'"),
         ({"reward": lambda: 1}, "reward"),
         ({"reward": None}, "prompts and reward must both be given"),
