@@ -57,7 +57,7 @@ class RewardWeightedTrainer(DenoisingTrainer[Batch]):
 
     def collect(self) -> tuple[CollectedImages, dict[str, float]]:
         """Sample this process's images, record every step that has a density, and score them."""
-        collected = self.sample(self.schedule)
+        collected = self.sample()
         return collected, collected.metrics
 
     def estimate(self, collected: CollectedImages) -> tuple[Batch, TrainingPlan, dict[str, float]]:

@@ -272,9 +272,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""
         config, record = self.config, self._recorded_steps
-        collected = self.sample(
-            self.schedule, group_size=config.group_size, record=record, reduction=config.logp_reduction
-        )
+        collected = self.sample(group_size=config.group_size, record=record, reduction=config.logp_reduction)
         return collected, collected.metrics
 
     def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +52,7 @@ from diffusion_align.estimators import (
 from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
-from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
+from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
@@ -307,19 +307,6 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         beta = beta_of(config, schedule, steps, dimensions)
         return [("beta in nats", f"{beta:.3g}, which beta_dpo={config.beta_dpo:g} is at this resolution and schedule")]
 
-    @classmethod
-    def from_run(cls, run: RunContext) -> Self:
-        return cls(
-            run.config,
-            run.policy,
-            pairs=run.data.get("pairs"),
-            reward=run.reward,
-            prompts=run.data.get("prompts"),
-            evaluation=run.evaluation,
-            accelerator=run.accelerator,
-            callbacks=run.callbacks,
-        )
-
     def collect(self) -> tuple[PairBatch, dict[str, float]]:
         """This process's pairs of the epoch: read, or sampled and judged; then a step and a noise for each action."""
         return self._judged() if self.latents is None else self._given(self.latents)
@@ -422,7 +409,6 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         logged = config.target == "logged"
         nothing = torch.empty(0, dtype=torch.int64)
         collected = self.sample(
-            self.drawing,
             group_size=config.group_size,
             record=lambda i: self._drawn_steps(i // config.group_size) if logged else nothing,
         )

@@ -105,7 +105,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         accelerator, callbacks: see ``Trainer``.
 
     Attributes:
-        drawing, schedule: of sampling, and of the steps that are trained on; on the device.
+        sampling_schedule, schedule: of sampling, and of the steps that are trained on; on the device.
         trained_steps: (S,) on the CPU, those of ``schedule`` that are trained on.
     """
 
@@ -140,13 +140,13 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
         self.policy, self.reward, self.prompts = policy, reward, list(prompts)
         scheduler, device = policy.pipeline.scheduler, self.accelerator.device
-        self.drawing = config.sampler.schedule(scheduler).to(device)
+        self.sampling_schedule = config.sampler.schedule(scheduler).to(device)
         self.exact_schedule = self.trained_schedule(config, scheduler)
         self.schedule = self.exact_schedule.to(device)
         self.trained_steps = self.steps_trained_on(config, self.exact_schedule)
         self.previews = ImagePreviews(
             policy,
-            self.drawing,
+            self.sampling_schedule,
             self.prompts,
             config.show_prompts,
             reward=reward,
@@ -199,10 +199,10 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             run.config,
             run.policy,
             reward=run.reward,
-            prompts=run.data.get("prompts", ()),
-            evaluation=run.evaluation,
             accelerator=run.accelerator,
+            evaluation=run.evaluation,
             callbacks=run.callbacks,
+            **run.data,
         )
 
     @property
@@ -214,19 +214,13 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         return self.policy.trainable
 
     def sample(
-        self,
-        schedule: DiffusionSchedule,
-        *,
-        group_size: int = 1,
-        record: Callable[[int], Tensor] | None = None,
-        reduction: Reduction = "mean",
+        self, *, group_size: int = 1, record: Callable[[int], Tensor] | None = None, reduction: Reduction = "mean"
     ) -> Collected:
         """Sample this process's part of an epoch and score each batch, in the background where a reward runs there.
 
         Args:
-            schedule: of sampling.
             group_size: samples in a row of each of the epoch's prompts.
-            record: global sample index -> (K,) steps to keep; every stochastic one if not given.
+            record: global sample index -> (K,) steps of ``sampling_schedule`` to keep; None keeps all stochastic ones.
             reduction: of the recorded log-probs.
 
         Raises:
@@ -241,7 +235,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             texts = [samples[i][0] for i in batch]
             path = rollout(
                 self.policy,
-                schedule,
+                self.sampling_schedule,
                 self.policy.encode(texts),
                 [generator(config.seed, "noise", self.epoch, i) for i in batch],
                 record=None if record is None else torch.stack([record(i) for i in batch]),
@@ -253,7 +247,8 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             calls = [(runs_in_background(part), partial(call_reward, part, *arguments)) for part in parts.values()]
             return path, calls
 
-        with self.bars.task("  sampling", -(-len(own) // config.sample_batch_size) * len(schedule)) as advance:
+        batches = -(-len(own) // config.sample_batch_size)
+        with self.bars.task("  sampling", batches * len(self.sampling_schedule)) as advance:
             paths, scores, waited = sample_and_score(own, config.sample_batch_size, sample, self.processes)
         rewards = (scores * part_weights(self.reward).to(scores)).sum(dim=1)
         metrics = {**reward_metrics(rewards), "time/score": waited}
@@ -267,7 +262,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         texts, metadata = zip(*evaluation.prompts_of(indices), strict=True)
         images = sample_images(
             self.policy,
-            self.previews.schedule,
+            self.sampling_schedule,
             texts,
             self.config.seed,
             "evaluation",

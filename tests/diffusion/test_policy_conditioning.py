@@ -192,17 +192,6 @@ def test_vae_settings_are_followed_as_sdxl_does(changes, tiny_sdxl, make_policy,
     torch.testing.assert_close(policy.decode(latents), images, atol=1e-5, rtol=0)
 
 
-def test_half_precision_weights_leave_adapters_and_decisions_float32(model_path, streams):
-    pipeline = load_pipeline(model_path("tiny_sd"), dtype=torch.bfloat16)
-    policy = DenoisingPolicy(pipeline, lora=LoRAConfig(rank=2), guidance_scale=2.0)
-    assert pipeline.vae.dtype == torch.float32  # its config says that it needs it
-    assert pipeline.unet.conv_in.weight.dtype == torch.bfloat16
-    assert {p.dtype for p in policy.trainable.values()} == {torch.float32}
-    path = rollout(policy, build_schedule(pipeline.scheduler, 2).to("cpu"), policy.encode(PROMPTS), streams(2))
-    assert path.latents.dtype == path.logp_old.dtype == torch.float32
-    assert policy.decode(path.latents).dtype == torch.float32
-
-
 def test_other_pipelines_and_inpainting_networks_are_refused(tiny_sd, tiny_inpainting):
     from diffusers import StableDiffusionImg2ImgPipeline
 

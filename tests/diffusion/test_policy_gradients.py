@@ -154,20 +154,6 @@ def test_kl_penalty_pulls_in_the_direction_of_equation_76(policy, streams):
     torch.testing.assert_close(found, right, atol=1e-5 * float(right.abs().max()), rtol=0)
 
 
-def test_gradients_do_not_depend_on_micro_batches(policy, streams):
-    schedule, x_t, x_s, steps, conditioning = pairs(moved(policy), streams)
-    advantages = torch.tensor([1.5, -0.7, 0.4])
-
-    def summed(rows):
-        some = {k: v[rows] for k, v in conditioning.items()}
-        logp, _ = replay(policy, schedule, x_t[rows], x_s[rows], steps[rows], some)
-        return gradient(policy, score_function_loss(logp, advantages[rows]).sum())
-
-    together = summed([0, 1, 2])
-    apart = summed([2]) + summed([0, 1])
-    torch.testing.assert_close(apart, together, atol=1e-5 * float(together.abs().max()), rtol=0)
-
-
 def test_guidance_has_its_own_gradient(make_policy, streams):
     """Training differentiates the guided prediction: its gradient is not the conditional one's."""
     policy = moved(make_policy("tiny_sd", lora=EVERYTHING))
