@@ -1,6 +1,6 @@
 """DDPO: policy-gradient training of a denoising policy towards a reward (Black et al. 2023, arXiv:2305.13301).
 
-The decisions are the Gaussian steps of the sampler. Loss of one decision, with the advantage A of its picture
+The actions are the Gaussian steps of the sampler. Loss of one action, with the advantage A of its image
 ([000] eq. 22-31, "Rethinking the Reference model in RLHF", 2025):
 
     ratio:            -min(rho A, clip(rho) A)     eq. 26 with PPO-2's clip
@@ -23,7 +23,7 @@ from torch import Tensor
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import Prompt, PromptsConfig
 from diffusion_align.diffusion.evaluation import ImageEvaluation
-from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
+from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range
@@ -74,11 +74,11 @@ class DDPOConfig(DenoisingConfig):
         None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
     )
     timestep_range: tuple[Weight, Weight] = Field(
-        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to picture (1), that is trained on"
+        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
     )
-    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, drawn per picture")
+    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, sampled per image")
 
-    group_size: int = Field(1, ge=1, le=MOST, description="pictures a prompt in an epoch")
+    group_size: int = Field(1, ge=1, le=MOST, description="images per prompt per epoch")
     advantages: Literal["prompt_history", "group", "leave_one_out"] = Field(
         "prompt_history",
         description="deviation from a prompt's mean reward in units of its std, over past epochs or the group of this "
@@ -171,7 +171,7 @@ class DDPOBatch:
     reference_mean: Tensor | None = None
 
 
-def kl_probes(config: DDPOConfig, steps: int, decisions: int) -> int:
+def kl_probes(config: DDPOConfig, steps: int, actions: int) -> int:
     """How many actions of an epoch ``kl_path`` is estimated from; none where every one is compared.
 
     1 % of an epoch's passes, a backward pass counted as two, or, if that is more, each step once, and two for an error.
@@ -180,17 +180,17 @@ def kl_probes(config: DDPOConfig, steps: int, decisions: int) -> int:
     Args:
         config: checked settings.
         steps: trained ones of a path.
-        decisions: the actions of an epoch that are trained on.
+        actions: of an epoch, that are trained on.
     """
     if config.kl_coef > 0:
         return 0
-    passes = config.samples_per_epoch * config.sampler.steps + 3 * config.inner_epochs * decisions
+    passes = config.samples_per_epoch * config.sampler.steps + 3 * config.inner_epochs * actions
     return max(int(0.01 * passes), steps, 2)
 
 
 @dataclass
 class KLProbes:
-    """n decisions of an epoch, of all processes, at which the policy is compared with the reference; on the CPU.
+    """n actions of an epoch, of all processes, at which the policy is compared with the reference; on the CPU.
 
     Attributes:
         batch: this process's part of the epoch.
@@ -331,7 +331,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
         """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed.
 
-        Without a price of the KL, looks at that of some decisions before the step.
+        Without a price of the KL, looks at that of some actions before the step.
         """
         if self._probes is not None:
             self._look_at(self._probes, self._probes.updates)
@@ -348,7 +348,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return {"ratio/first_pass_deviation": first_pass_deviation(statistics), "clip_nats": self.clip_nats}
 
     def after_updates(self) -> dict[str, float]:
-        """Without a price of the KL: ``kl_path`` of the decisions looked at over the epoch, and its standard error."""
+        """Without a price of the KL: ``kl_path`` of the actions looked at over the epoch, and its standard error."""
         probes = self._probes
         if probes is None:
             return {}
@@ -382,7 +382,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return self.trained_steps[chosen.sort().values]
 
     def _choose_probes(self, batch: DDPOBatch, keep: Tensor) -> KLProbes:
-        """Which decisions of the epoch's samples ``keep`` to look at, each before one of the updates.
+        """Which actions of the epoch's samples ``keep`` to look at, each before one of the updates.
 
         Each costs two passes, of the policy and the reference in one batch shape, so that equal weights have a KL of
         exactly 0 in every precision.
@@ -391,14 +391,14 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         steps = torch.stack([self._recorded_steps(int(i)) for i in keep])
         most = kl_probes(config, len(self.trained_steps), steps.numel())
         stream = generator(config.seed, "kl", self.epoch)
-        chosen = choose_decisions(steps, self.trained_steps, self._kl_weights, most, stream)
+        chosen = choose_actions(steps, self.trained_steps, self._kl_weights, most, stream)
         rows, columns = chosen.unbind(1)
         updates = torch.arange(len(chosen)) % (config.inner_epochs * config.updates_per_epoch)
         return KLProbes(batch, keep[rows], columns, updates)
 
     @torch.no_grad()
     def _look_at(self, probes: KLProbes, update: int | None) -> None:
-        """Compare the policy as it is now with the reference, at this process's decisions of ``update`` or all left."""
+        """Compare the policy as it is now with the reference, at this process's actions of ``update`` or all left."""
         batch, own = probes.batch, self.local_samples
         due = probes.update >= 0 if update is None else probes.update == update
         wanted = due & (probes.samples >= own.start) & (probes.samples < own.stop)
@@ -421,7 +421,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
 
     @torch.no_grad()
     def _reference_means(self, batch: DDPOBatch) -> Tensor:
-        """(B, K, C, H, W): the reference's mean of every recorded decision."""
+        """(B, K, C, H, W): the reference's mean of every recorded action."""
         means = torch.empty_like(batch.path.x_t)
         pairs = torch.cartesian_prod(*(torch.arange(n, device=means.device) for n in batch.path.steps.shape))
         for samples, actions in (p.unbind(1) for p in pairs.split(self.config.micro_batch_size)):
@@ -429,7 +429,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return means
 
     def _kl_in_reward(self, batch: DDPOBatch) -> Tensor:
-        """(B, K) nats: k1 of each recorded decision, or of the later ones where the closed form covers this one.
+        """(B, K) nats: k1 of each recorded action, or of the later ones where the closed form covers this one.
 
         In nats whatever ``logp_reduction`` is: the loss it is multiplied into already carries that factor, as the
         closed form does, so both have one expected gradient.

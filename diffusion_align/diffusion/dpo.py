@@ -1,14 +1,14 @@
-"""Diffusion-DPO: a denoising policy learns from pairs of pictures, chosen (w) over rejected (l).
+"""Diffusion-DPO: a denoising policy learns from pairs of images, chosen (w) over rejected (l).
 
-Both pictures of a pair are noised to one step t with one noise; what the step should give and what the policy's mean
+Both images of a pair are noised to one step t with one noise; what the step should give and what the policy's mean
 misses of it is an error in nats, ``err = |x_s - mu|²/(2 std²)``, weighed by step (``step_weights``):
 
     original:   -log sigmoid(beta [(err_w_ref - err_w) - (err_l_ref - err_l)])      Wallace et al. 2023, [000] eq. 34
     corrected:  beta sg(sigmoid(r_l - r_w)) (err_w - err_l)                         [000] eq. 36
-    + kl_coef * (KL_w + KL_l) / 2                                                   closed form, at both pictures
+    + kl_coef * (KL_w + KL_l) / 2                                                   closed form, at both images
 
 The corrected loss has no minimum of its own; its ``kl_coef`` is 2 beta unless given, and 0 is the letter of eq. 36.
-Pairs come from a data set, or are drawn by the policy and judged by a reward in every epoch (online).
+Pairs come from a dataset, or are sampled by the policy and judged by a reward in every epoch (online).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from diffusion_align.training.trainer import TrainingPlan
 class DiffusionDPOConfig(DenoisingConfig):
     """Settings of DiffusionDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
 
-    ``samples_per_epoch`` counts pairs, or with online judging pictures.
+    ``samples_per_epoch`` counts pairs, or with online judging images.
     """
 
     method: str = Field("diffusion_dpo", description="the training method")
@@ -69,10 +69,10 @@ class DiffusionDPOConfig(DenoisingConfig):
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
     )
-    reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown pictures")
+    reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown images")
     reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
     group_size: int = Field(
-        4, ge=2, le=MOST, description="online: pictures a prompt; the best and the worst are a pair"
+        4, ge=2, le=MOST, description="online: images per prompt; the best and the worst are a pair"
     )
 
     variant: Literal["original", "corrected"] = Field(
@@ -82,17 +82,17 @@ class DiffusionDPOConfig(DenoisingConfig):
     label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
     beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighed by `weighting`")
     beta_dpo: float | None = Field(
-        None, gt=0, le=LARGEST, description="the field's beta (2000 to 5000), for mean squared errors"
+        None, gt=0, le=LARGEST, description="Diffusion-DPO's beta (2000 to 5000), for mean squared errors"
     )
-    weighting: Weighting = Field("uniform", description="of the steps: exact, uniform (the field's) or share")
+    weighting: Weighting = Field("uniform", description="of the steps: exact, uniform (Diffusion-DPO's) or share")
     timestep_range: tuple[Weight, Weight] = Field(
-        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to picture (1), that is trained on"
+        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
     )
     decisions_per_pair: int = Field(
-        1, ge=1, le=MOST, description="steps drawn for a pair in an epoch, each with its own noise"
+        1, ge=1, le=MOST, description="steps sampled per pair per epoch, each with its own noise"
     )
     target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
-        "posterior_mean", description="x_s: given x_0, drawn given x_0, or online as the sampler drew it"
+        "posterior_mean", description="x_s: given x_0, sampled given x_0, or online as the sampler sampled it"
     )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
 
@@ -103,12 +103,12 @@ class DiffusionDPOConfig(DenoisingConfig):
         "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
     )
     old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
-    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected picture's error")
+    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected image's error")
     loser_clip: OrInfinite | None = Field(
-        None, gt=0, description="the rejected picture's error counts up to the reference's and so many nats"
+        None, gt=0, description="the rejected image's error counts up to the reference's and so many nats"
     )
     max_winner_error: OrInfinite = Field(
-        2.0, gt=1, description="stop when the chosen pictures' error is so many times the reference's"
+        2.0, gt=1, description="stop when the chosen images' error is so many times the reference's"
     )
 
     @property
@@ -161,7 +161,7 @@ class PairBatch:
         conditioning: of the B samples.
         keep: global indices of the samples to train on, on the CPU.
         x_0: (R, C, H, W).
-        noise: (n, B, K, C, H, W), which makes x_t of x_0 and, for a drawn target, x_s.
+        noise: (n, B, K, C, H, W), which makes x_t of x_0 and, for a sampled target, x_s.
         path: the sampler's own steps of the R images, where those are the target.
         reference_mean: (2, B, K, C, H, W), of chosen and rejected, where it is known beforehand.
         implicit_reward: (2, B, K), r of the policy at the beginning of the epoch, where that is used.
@@ -181,7 +181,7 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class PairTransitions:
-    """n steps of the chosen pictures and then n of the rejected ones, (2n, ...), with the gradient in ``now``."""
+    """n steps of the chosen images and then n of the rejected ones, (2n, ...), with the gradient in ``now``."""
 
     now: GaussianTransition
     reference: GaussianTransition
@@ -204,10 +204,10 @@ class PairTransitions:
 
 
 class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
-    """Fine-tune a Stable Diffusion pipeline towards the preferred of two pictures.
+    """Fine-tune a Stable Diffusion pipeline towards the preferred of two images.
 
     Args:
-        pairs: checked pairs, unless they are drawn and judged online.
+        pairs: checked pairs, unless they are sampled and judged online.
         reward: online the judge; with ``pairs`` optional.
         others: see ``DenoisingTrainer``.
 
@@ -256,7 +256,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         self.beta = beta_of(config, schedule, self.trained_steps, math.prod(policy.latent_shape))
         default_kl_coef = 2 * self.beta if config.variant == "corrected" else 0.0
         self.kl_coef = default_kl_coef if config.kl_coef is None else config.kl_coef
-        # Guidance belongs to the sampler's decisions; the noising process, which the other targets undo, has none.
+        # Guidance belongs to the sampler's steps; the noising process, which the other targets undo, has none.
         self.guidance_scale = config.sampler.guidance_scale if config.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
 
@@ -276,11 +276,11 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        drawn = super().epoch_cost(config, steps)
+        sampled = super().epoch_cost(config, steps)
         online, logged = config.online, config.target == "logged"
         pairs = config.samples_per_epoch // (config.group_size if online else 1)
         actions = pairs * config.decisions_per_pair
-        width = 2 * (drawn.width if logged else 1)
+        width = 2 * (sampled.width if logged else 1)
         # Where the reference is asked once for all inner epochs, so is the policy as it is at the epoch's beginning.
         looks = 2 if config.inner_epochs > 1 or config.old_refresh == "epoch" else 1
         judged = f"{pairs}, the best and the worst of {config.group_size} pictures each"
@@ -289,10 +289,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             what=("pairs an epoch", judged if online else f"{pairs} from {source}"),
             units=pairs,
             actions=actions,
-            sampling=drawn.sampling if online else 0,
+            sampling=sampled.sampling if online else 0,
             trained=width * actions * config.inner_epochs,
             reference=width * actions * looks,
-            decoded=drawn.decoded if online else 0,
+            decoded=sampled.decoded if online else 0,
             width=width,
             # x_t and x_s of all that were judged; or the noise of an action, and the two images of a pair.
             recorded=2 * actions * config.group_size if logged else actions + 2 * config.samples_per_epoch,
@@ -362,7 +362,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         return losses, statistics
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        """The divergence guard: the chosen pictures must not become much less likely than they were."""
+        """The divergence guard: the chosen images must not become much less likely than they were."""
         ratio = 1 + statistics["error/winner"] / statistics["error/reference"]
         if ratio > self.config.max_winner_error:
             remedy = "raise kl_coef (2 beta or more)" if self.config.variant == "corrected" else "lower learning_rate"
@@ -438,7 +438,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         return steps[((torch.arange(count) + places) * len(steps) / count).long().clamp(max=len(steps) - 1)]
 
     def _noise(self) -> Tensor:
-        """(n, B, K, C, H, W), shared by the two images of a pair; n = 2 where x_s is drawn as well."""
+        """(n, B, K, C, H, W), shared by the two images of a pair; n = 2 where x_s is sampled as well."""
         config = self.config
         shape = (2 if config.target == "posterior_sample" else 1, config.decisions_per_pair, *self.policy.latent_shape)
         streams = [generator(config.seed, "pair noise", self.epoch, i) for i in self.local_samples]
@@ -450,8 +450,8 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         if known is not None and not config.caption_dropout:
             return known
         for place, i in enumerate(self.local_samples if config.caption_dropout else ()):
-            drawn = torch.rand((), generator=generator(config.seed, "caption dropout", self.epoch, i))
-            texts[place] = "" if drawn < config.caption_dropout else texts[place]
+            chance = torch.rand((), generator=generator(config.seed, "caption dropout", self.epoch, i))
+            texts[place] = "" if chance < config.caption_dropout else texts[place]
         return self.policy.encode(texts)
 
     # -- transitions -----------------------------------------------------------------------------------------------

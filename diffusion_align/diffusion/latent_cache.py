@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.data.image_pairs import PairSet
-from diffusion_align.diffusion.policy import CACHED_PROMPTS, DenoisingPolicy
+from diffusion_align.diffusion.policy import CACHED_PROMPTS, PROMPT_BATCH, DenoisingPolicy
 from diffusion_align.errors import CheckpointError, UserError
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import Identity, content_digest
@@ -50,9 +50,10 @@ class LatentCache:
         captions = list(dict.fromkeys(self.pairs.prompts))
         if len(captions) <= CACHED_PROMPTS:
             with bars.task("  encoding prompts", len(captions)) as advance:
-                for caption in captions:
-                    self.policy.encode([caption])
-                    advance(1)
+                for start in range(0, len(captions), PROMPT_BATCH):
+                    some = captions[start : start + PROMPT_BATCH]
+                    self.policy.encode(some)
+                    advance(len(some))
         numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._is_made(n)]
         processes.wait()  # all have looked before the first file is written
         own = numbers[processes.index :: processes.count]
@@ -71,7 +72,7 @@ class LatentCache:
                             advance(len(batch))
                         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
                         self._write(own[turn], {"chosen": chosen, "rejected": rejected})
-                except UserError as error:  # a picture has vanished since it was looked at, or the disk is full
+                except UserError as error:  # an image has vanished since it was looked at, or the disk is full
                     failure = error
                 processes.raise_together(failure, UserError)
         processes.wait()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def choose_decisions(steps: Tensor, trained: Tensor, weights: Tensor, most: int, generator: torch.Generator) -> Tensor:
+def choose_actions(steps: Tensor, trained: Tensor, weights: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """(n, 2) int64 (row, column) of ``steps``: every trained step that occurs, and what is left by weight.
 
     The step whose KL is largest decides how well the sum is known (Neyman's allocation). A step is looked at in

@@ -26,7 +26,7 @@ from diffusion_align.training.finite import all_finite
 Autocast = Callable[[], contextlib.AbstractContextManager]
 CACHED_PROMPTS = 2048
 """Embeddings of so many prompts are kept; beyond that they are made again."""
-_PROMPT_BATCH = 8
+PROMPT_BATCH = 8
 """Prompts in every pass of the text encoders, the last ones of which repeat one if there are fewer: with one shape for
 all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
 
@@ -124,9 +124,9 @@ class DenoisingPolicy:
         missing = [p for p in dict.fromkeys(prompts) if p not in cached]
         if len(self._prompt_cache) + len(missing) > CACHED_PROMPTS:
             self._prompt_cache.clear()
-        for start in range(0, len(missing), _PROMPT_BATCH):
-            some = missing[start : start + _PROMPT_BATCH]
-            padded = some + some[-1:] * (_PROMPT_BATCH - len(some))
+        for start in range(0, len(missing), PROMPT_BATCH):
+            some = missing[start : start + PROMPT_BATCH]
+            padded = some + some[-1:] * (PROMPT_BATCH - len(some))
             encoded = self.family.encode(self.pipeline, padded, self.image_size)
             cached |= {p: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, p in enumerate(some)}
         self._prompt_cache |= cached

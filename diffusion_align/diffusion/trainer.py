@@ -168,14 +168,14 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         """Of a method that trains on every stochastic step of what it samples and asks no reference."""
-        samples, drawn = config.samples_per_epoch, config.sampler.steps
+        samples, steps_each = config.samples_per_epoch, config.sampler.steps
         guided = 2 if config.sampler.guidance_scale > 1 else 1
-        actions = samples * (drawn if steps is None else len(steps))
+        actions = samples * (steps_each if steps is None else len(steps))
         return EpochCost(
-            what=("pictures an epoch", f"{samples}, each {drawn} steps"),
+            what=("pictures an epoch", f"{samples}, each {steps_each} steps"),
             units=samples,
             actions=actions,
-            sampling=guided * samples * drawn,
+            sampling=guided * samples * steps_each,
             trained=guided * actions * config.inner_epochs,
             decoded=samples,
             width=guided,

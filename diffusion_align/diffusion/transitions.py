@@ -124,7 +124,7 @@ def share_of_signal(schedule: DiffusionSchedule) -> Tensor:
 
 
 def step_scales(schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting) -> Tensor:
-    """(T,) float64: what to multiply a step's nats by, for a step drawn evenly from ``steps``; 0 for the others.
+    """(T,) float64: what to multiply a step's nats by, for a step sampled evenly from ``steps``; 0 for the others.
 
     - exact: the number of steps. In expectation the sum of the nats over all of them.
     - uniform: one and the same factor for the squared error of every step's output, with the sum of the exact ones, as

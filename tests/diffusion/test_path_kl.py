@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffusion_align.diffusion.path_kl import choose_decisions, path_kl
+from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.training.evaluation import StopConfig
 from diffusion_align.training.statistics import UpdateStatistics
 
@@ -21,9 +21,9 @@ def stream(seed=0):
 @pytest.mark.parametrize(("samples", "most", "each"), [(40, 0, 1), (40, 20, 2), (20, 40, 4), (5, 30, 3), (3, 90, 3)])
 def test_every_step_is_looked_at_in_different_samples(samples, most, each):
     steps = STEPS.expand(samples, -1)
-    chosen = choose_decisions(steps, STEPS, torch.ones(10), most, stream())
-    assert torch.equal(chosen, choose_decisions(steps, STEPS, torch.ones(10), most, stream()))
-    assert not torch.equal(chosen, choose_decisions(steps, STEPS, torch.ones(10), most, stream(1)))
+    chosen = choose_actions(steps, STEPS, torch.ones(10), most, stream())
+    assert torch.equal(chosen, choose_actions(steps, STEPS, torch.ones(10), most, stream()))
+    assert not torch.equal(chosen, choose_actions(steps, STEPS, torch.ones(10), most, stream(1)))
     looked = steps[chosen[:, 0], chosen[:, 1]]
     assert torch.bincount(looked)[3:].tolist() == [min(each, samples)] * 10
     assert len({tuple(pair) for pair in chosen.tolist()}) == len(chosen)
@@ -33,12 +33,12 @@ def test_every_step_is_looked_at_in_different_samples(samples, most, each):
 
 def test_only_what_was_recorded_is_looked_at():
     steps = torch.stack([STEPS[torch.randperm(10, generator=stream(i))[:3].sort().values] for i in range(30)])
-    chosen = choose_decisions(steps, STEPS, torch.ones(10), 20, stream())
+    chosen = choose_actions(steps, STEPS, torch.ones(10), 20, stream())
     looked = steps[chosen[:, 0], chosen[:, 1]]
     assert torch.bincount(looked)[3:].tolist() == [2] * 10
     one = STEPS[:1]  # of a single step an error needs two decisions
-    assert choose_decisions(one.expand(4, -1), one, torch.ones(1), 2, stream()).shape == (2, 2)
-    weighted = choose_decisions(STEPS.expand(40, -1), STEPS, WEIGHTS, 20, stream())
+    assert choose_actions(one.expand(4, -1), one, torch.ones(1), 2, stream()).shape == (2, 2)
+    weighted = choose_actions(STEPS.expand(40, -1), STEPS, WEIGHTS, 20, stream())
     assert torch.bincount(weighted[:, 1]).tolist() == [1] * 9 + [11]
 
 
@@ -50,7 +50,7 @@ def test_the_estimate_is_unbiased_and_its_error_is_what_it_says(most):
     whole = kl.mean(0).sum().item()
     found = []
     for seed in range(300):
-        rows, columns = choose_decisions(STEPS.expand(samples, -1), STEPS, WEIGHTS, most, stream(seed)).unbind(1)
+        rows, columns = choose_actions(STEPS.expand(samples, -1), STEPS, WEIGHTS, most, stream(seed)).unbind(1)
         found.append(path_kl(STEPS[columns], kl[rows, columns], STEPS, WEIGHTS))
     estimates, errors = torch.tensor(found, dtype=torch.float64).unbind(1)
     true_error = estimates.std().item()
