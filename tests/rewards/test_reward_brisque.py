@@ -9,9 +9,10 @@ import pytest
 import torch
 from libsvm import svm
 from PIL import Image
+from rewarding import score
 from skimage import data, filters
 
-from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, reward_problem
+from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image import brisque as module
 from diffusion_align.rewards.image.brisque import data_folder, features, fit, load_regression, luma, normalise
 
@@ -29,10 +30,6 @@ def photograph(name):
 def as_tensor(array):
     """(1, 3, H, W) in [0, 1] from uint8 (H, W, 3)."""
     return torch.from_numpy(np.array(array)).permute(2, 0, 1)[None].float() / 255
-
-
-def score(reward, images):
-    return call_reward(reward, images, [""] * len(images), [{}] * len(images))
 
 
 def noisy(array, sigma):
@@ -226,10 +223,3 @@ def test_other_data_than_the_known_are_refused(tmp_path):
     (tmp_path / "normalize.pickle").write_bytes(b"cos\nsystem\n.")
     with pytest.raises(RewardError, match=r"is not the file of brisque 0\.2\.0: pip install 'brisque==0\.2\.0'"):
         load_regression(tmp_path)
-
-
-def test_a_missing_package_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "brisque", None)
-    assert "pip install 'diffusion-align[brisque]'" in reward_problem("brisque")
-    with pytest.raises(RewardError, match=r"pip install 'diffusion-align\[brisque\]'"):
-        module.BrisqueSettings()

@@ -1,20 +1,22 @@
-"""build_reward and reward_problem: names, references, options, scale; every refusal is one sentence."""
+"""build_reward and declare: names, references, options, scale; every refusal is one sentence."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from rewarding import levels, refusal, score
 
 from diffusion_align.rewards import (
+    IMAGES,
     REWARDS,
     RewardError,
     build_reward,
-    call_reward,
     check_reward,
+    declare,
     describe_rewards,
-    reward_problem,
 )
 from diffusion_align.rewards.base import reward_parts
 from diffusion_align.rewards.build import user_modules
@@ -56,16 +58,12 @@ def file(tmp_path):
     return path
 
 
-def images():
-    return torch.randint(256, (3, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255  # 8-bit levels
-
-
 def scores(reward):
-    return call_reward(reward, images(), ["a", "b", "c"], [{}] * 3)
+    return score(reward, levels(3), ["a", "b", "c"])
 
 
 def test_a_file_a_function_and_its_options(file):
-    expected = images()[:, 0].mean(dim=(1, 2))
+    expected = levels(3)[:, 0].mean(dim=(1, 2))
     torch.testing.assert_close(scores(build_reward(f"{file}:redness")).float(), expected)
     doubled = build_reward({"name": f"{file}:redness", "gain": 2.0})
     torch.testing.assert_close(scores(doubled).float(), 2 * expected)
@@ -74,7 +72,7 @@ def test_a_file_a_function_and_its_options(file):
 
 def test_scale_turns_the_sign_of_any_reward(file):
     flipped = build_reward({"name": f"{file}:redness", "scale": -1.0})
-    torch.testing.assert_close(scores(flipped).float(), -images()[:, 0].mean(dim=(1, 2)))
+    torch.testing.assert_close(scores(flipped).float(), -levels(3)[:, 0].mean(dim=(1, 2)))
     assert flipped.name == "-1*redness"
     compress, bloat = build_reward("jpeg_compressibility"), build_reward("jpeg_incompressibility")
     assert torch.equal(scores(build_reward({"name": "jpeg_compressibility", "scale": -1})), scores(bloat))
@@ -110,7 +108,7 @@ def test_our_own_builder_as_a_callable_is_built():
 
 def test_a_file_runs_once_for_check_and_build_and_again_when_it_changed(file, tmp_path):
     file.write_text(CODE + f"\nwith open({str(tmp_path / 'log')!r}, 'a') as log: log.write('x')\n")
-    assert reward_problem(f"{file}:redness") is None
+    declare(IMAGES, f"{file}:redness")
     build_reward(f"{file}:redness")
     assert (tmp_path / "log").read_text() == "x"
     file.write_text("def redness(images, prompts, metadata):\n    return [7.0] * len(images)\n")
@@ -161,49 +159,29 @@ def test_a_model_held_by_a_callable_is_moved():
         (None, "got NoneType"),
         ({"quality": 3}, "needs the key 'name', got .'quality'."),
         ({"name": 3}, "got int"),
-        ({"name": "jpeg_compressibility", "qualty": 3}, "has no option 'qualty': did you mean 'quality'"),
-        ({"name": "jpeg_compressibility", "quality": 0}, "quality=0 is not allowed: .* greater than or equal to 1"),
-        ({"name": "jpeg_compressibility", "quality": "95"}, "quality='95' is not allowed: it must be a whole number"),
-        ({"name": "jpeg_compressibility", "quality": True}, "quality=True"),
-        ({"name": "jpeg_compressibility", "scale": 0}, "scale=0 of a reward"),
-        ({"name": "jpeg_compressibility", "scale": float("nan")}, "scale=nan"),
-        ({"name": "jpeg_compressibility", "scale": "-1"}, "scale='-1'"),
-        ({"name": "clip_score", "clop": "x"}, "did you mean 'clip'"),
-        ({"name": "clip_score", "model": "emoji-sd"}, "has no option 'model'"),
-        ({"name": "clip_score", "clip": "open_clip:ViT-B-32"}, "must read 'open_clip:ARCHITECTURE/WEIGHTS'"),
-        ({"name": "clip_score", "clip": "/no/such/folder"}, "is not a folder"),
-        ({"name": "clip_score", "clip": ""}, "must be 'emoji-clip'"),
-        ({"name": "clip_score", "batch_size": 0}, "batch_size=0"),
-        ({"name": "clip_score", "dtype": "half"}, "dtype='half' is not allowed: .* 'float32'"),
-        ({"name": "aesthetic", "variant": "v3"}, "variant='v3' is not allowed: .* 'v2', 'v1' or 'embedded'"),
-        ({"name": "aesthetic", "head": "/no/such/head.pth"}, "head='/no/such/head.pth' is not a file"),
     ],
 )
-def test_a_bad_spec_is_one_sentence_before_any_model_is_loaded(spec, sentence, file, monkeypatch):
-    monkeypatch.setattr("diffusion_align.rewards.image.clip.load_transformers", None)
+def test_a_bad_spec_is_one_sentence(spec, sentence, file):
     if isinstance(spec, str):
         spec = spec.replace("{file}", str(file))
     elif isinstance(spec, dict) and isinstance(spec.get("name"), str):
         spec = {**spec, "name": spec["name"].replace("{file}", str(file))}
-    with pytest.raises(RewardError, match=sentence) as caught:
-        build_reward(spec)
-    assert reward_problem(spec) == str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert re.search(sentence, refusal(build_reward, spec))
 
 
 def test_a_file_that_fails_is_one_sentence_and_is_forgotten(tmp_path):
     path = tmp_path / "failing.py"
     path.write_text("import no_such_module_here\n")
     for _ in range(2):
-        assert "ModuleNotFoundError" in reward_problem(f"{path}:f")
+        assert "ModuleNotFoundError" in refusal(declare, IMAGES, f"{path}:f")
     path.write_text("def f(:\n")
-    assert "SyntaxError" in reward_problem(f"{path}:f")
+    assert "SyntaxError" in refusal(declare, IMAGES, f"{path}:f")
 
 
 def test_a_module_name_for_a_file_here_gets_the_hint(file, monkeypatch):
     monkeypatch.chdir(file.parent)
-    assert "for a file in this folder write 'mine.py:redness'" in reward_problem("mine:redness")
-    assert reward_problem("mine.py:redness") is None
+    assert "for a file in this folder write 'mine.py:redness'" in refusal(declare, IMAGES, "mine:redness")
+    declare(IMAGES, "mine.py:redness")
 
 
 def test_what_fails_while_building_names_the_reward(file):
@@ -213,12 +191,6 @@ def test_what_fails_while_building_names_the_reward(file):
         build_reward(f"{file}:Mute")
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    problem = reward_problem({"name": "clip_score", "clip": "open_clip:ViT-B-32/laion2b_s34b_b79k"})
-    assert "pip install 'diffusion-align[open-clip]'" in problem
-
-
 def test_every_built_in_reward_describes_itself():
     rows = describe_rewards()
     assert [row["name"] for row in rows] == list(REWARDS)
@@ -226,29 +198,13 @@ def test_every_built_in_reward_describes_itself():
         about = {"model", "range", "cost", "extra", "licence", "differentiable"}
         assert set(row) == {"name", "description", *about, "options"}
         assert row["description"].endswith(".")
-        assert row["name"] == "combine" or reward_problem(row["name"]) is None
+        assert row["name"] == "combine" or declare(IMAGES, row["name"]).label == row["name"]
 
 
 def test_jpeg_rewards_pass_the_dummy_batch():
     for name in ("jpeg_compressibility", "jpeg_incompressibility"):
         values = check_reward(build_reward(name), image_size=64)
         assert abs(values[0]) < abs(values[1]) < abs(values[2])
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"name": "aesthetic", "variant": ["v2"]},
-        {"name": "aesthetic", "head": "~nosuch/x.pth"},
-        {"name": "image_reward", "weights": "x" * 5000},
-        {"name": "jpeg_compressibility", "scale": 10**400},
-    ],
-    ids=["list", "no home", "long", "huge"],
-)
-def test_options_of_any_kind_are_one_sentence(spec):
-    problem = reward_problem(spec)
-    assert problem.startswith(("reward '", "scale="))
-    assert "\n" not in problem
 
 
 def test_every_part_of_a_sum_has_its_own_name():
@@ -271,7 +227,7 @@ def test_importing_is_light_and_reaches_no_trainer():
         *(f"diffusion_align.{x}" for x in ("diffusion", "llm", "training.trainer")),
     ]
     code = (
-        "import sys, diffusion_align.rewards as r; r.reward_problem('clip_score'); r.describe_rewards();"
+        "import sys, diffusion_align.rewards as r; r.declare(r.IMAGES, 'clip_score'); r.describe_rewards();"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rewarding import refusal
 
 from diffusion_align.background import background
 from diffusion_align.data.text_rows import PromptRow
@@ -21,6 +22,7 @@ from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.pipelines.image import score_images
 from diffusion_align.pipelines.pairs import ImageCandidates
 from diffusion_align.report.grids import to_pil
+from diffusion_align.rewards import IMAGES as IMAGES_KIND
 from diffusion_align.rewards import (
     RewardError,
     build_reward,
@@ -29,7 +31,7 @@ from diffusion_align.rewards import (
     call_text_reward,
     check_reward,
     check_text_reward,
-    reward_problem,
+    declare,
 )
 from diffusion_align.rewards.base import check_prompts, reward_name, reward_parts, runs_in_background
 from diffusion_align.training.collection import BatchScores
@@ -364,11 +366,9 @@ def test_options_that_say_where():
     assert [runs_in_background(part) for part in both.parts] == [True, False]
     assert not runs_in_background(brightness), "the function is left as it is"
     assert runs_in_background(build_text_reward({"name": matches, "background": True, "scale": 2.0}))
-    assert (
-        reward_problem({"name": brightness, "background": "yes"})
-        == "background='yes' of a reward must be true or false"
-    )
-    assert "background=1 of a reward must be true or false" in reward_problem([{"name": brightness, "background": 1}])
+    wrong = "background='yes' of a reward must be true or false"
+    assert refusal(declare, IMAGES_KIND, {"name": brightness, "background": "yes"}) == wrong
+    assert wrong in refusal(declare, IMAGES_KIND, [{"name": brightness, "background": "yes"}])
     from diffusion_align.rewards.image.vlm_judge import VlmJudge
     from diffusion_align.rewards.remote import Remote
 
@@ -458,7 +458,6 @@ def trl(images, prompts, prompt_metadata):
     ],
 )
 def test_two_arguments_and_trls_pair(spec, wanted):
-    assert reward_problem(spec) is None
     assert call_reward(build_reward(spec), IMAGES, PROMPTS, notes()).tolist() == pytest.approx(wanted)
 
 
@@ -581,7 +580,7 @@ def test_a_reward_that_closes_a_stream(name, monkeypatch, tmp_path):
 
 def test_code_that_leaves_when_it_is_imported_built_or_shown_prompts(tmp_path):
     (tmp_path / "leaves.py").write_text("import sys\n\nsys.exit(0)\n")
-    assert reward_problem(f"{tmp_path}/leaves.py:f") == (
+    assert refusal(build_reward, f"{tmp_path}/leaves.py:f") == (
         f"reward '{tmp_path}/leaves.py:f' cannot be imported (SystemExit: 0 (leaves.py, line 3))"
     )
 

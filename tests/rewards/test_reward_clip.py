@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from rewarding import check_gradient, refusal, save_clip, save_open_clip, score
 from torch.nn import functional
 
 from diffusion_align.assets import asset_path
-from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
+from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image.clip import VIT_L_14, default_clip, load_clip, preprocess
 
 COLOURS = {
@@ -43,11 +44,6 @@ def faces():
     return as_tensor([smiling_face(colour) for colour in COLOURS.values()])
 
 
-def score(reward, images, prompt, **options):
-    prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
-    return call_reward(reward, images, prompts, [{}] * len(images), **options)
-
-
 @pytest.fixture(scope="module")
 def emoji():
     return build_reward("clip_score", model="emoji-sd")
@@ -56,16 +52,7 @@ def emoji():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A random CLIPModel with its own mean and std, saved as transformers does (tokenizer beside the weights)."""
-    from transformers import AutoTokenizer, CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("tiny-clip")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text = {**tower, "vocab_size": 3538, "max_position_embeddings": 12, "bos_token_id": 3536, "eos_token_id": 3537}
-    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=8)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(asset_path("emoji-clip") / "tokenizer").save_pretrained(folder)
+    folder = save_clip(tmp_path_factory.mktemp("tiny-clip"), projection=8)
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"shortest_edge": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
@@ -166,21 +153,9 @@ def test_older_transformers_return_a_bare_tensor(tiny, emoji):
     assert _pooled(value) is value
 
 
-def small_architecture(path, *, layers):
-    """An architecture that open_clip knows from now on by the name of the file ``path``."""
-    import open_clip
-
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": layers, "head_width": 16}
-    text = {"context_length": 20, "vocab_size": 49408, "width": 32, "layers": layers, "heads": 2}
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    path.write_text(json.dumps(config))
-    open_clip.add_model_config(path)
-    return config
-
-
 def test_open_clip(tmp_path):
     open_clip = pytest.importorskip("open_clip", reason="needs diffusion-align[open-clip]")
-    small_architecture(tmp_path / "tiny-for-tests.json", layers=1)
+    save_open_clip("tiny-for-tests", tmp_path, layers=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, _, transform = open_clip.create_model_and_transforms("tiny-for-tests")
@@ -201,7 +176,7 @@ def test_open_clip(tmp_path):
 def test_open_clip_weights_are_used_as_they_were_trained(tmp_path, monkeypatch):
     """OpenAI's tags mean QuickGELU and SigLIP's another resize, neither of which the architecture's name says."""
     open_clip = pytest.importorskip("open_clip", reason="needs diffusion-align[open-clip]")
-    config = small_architecture(tmp_path / "quick-for-tests.json", layers=2)
+    config = save_open_clip("quick-for-tests", tmp_path, layers=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         trained = open_clip.CLIP(**config, quick_gelu=True).eval()
@@ -221,17 +196,11 @@ def test_open_clip_weights_are_used_as_they_were_trained(tmp_path, monkeypatch):
 
 def test_gradients_flow_to_the_pixels_and_to_nothing_else(emoji):
     images = faces()[:2] * 0.5 + 0.25  # away from 0 and 1, where the resize clamps
-    images = functional.interpolate(images, size=(96, 80), mode="bilinear").requires_grad_()
-    prompts, metadata = ["a dog", "a smiling face"], [{}, {}]
-    before = call_reward(emoji, images, prompts, metadata, differentiable=True)
-    before.sum().backward()
+    images = functional.interpolate(images, size=(96, 80), mode="bilinear")
+    prompts = ["a dog", "a smiling face"]
+    check_gradient(emoji, images, prompts, step=0.01, rtol=0.02)
     assert all(parameter.grad is None for parameter in emoji.encoder.module.parameters())
-    direction = images.grad / images.grad.norm()
-    step = 0.01
-    up = score(emoji, images.detach() + step * direction, prompts, differentiable=True).sum()
-    down = score(emoji, images.detach() - step * direction, prompts, differentiable=True).sum()
-    torch.testing.assert_close((up - down) / (2 * step), images.grad.norm(), rtol=0.02, atol=0)
-    assert not score(emoji, images, prompts).requires_grad
+    assert not score(emoji, images.requires_grad_(), prompts).requires_grad
 
 
 def test_the_model_chooses_the_clip():
@@ -257,10 +226,7 @@ def test_building_leaves_the_global_rng_alone(tiny, tmp_path):
 
 def test_folders_that_hold_no_clip_are_refused(tiny, tmp_path):
     def problem(folder):
-        with pytest.raises(RewardError) as caught:
-            build_reward({"name": "clip_score", "clip": str(folder)})
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+        return refusal(build_reward, {"name": "clip_score", "clip": str(folder)})
 
     assert "could not be loaded" in problem(tmp_path)
     assert "holds a model of type 'clip_text_model'" in problem(asset_path("emoji-sd") / "text_encoder")

@@ -1,7 +1,10 @@
 """Options declared in a class: check, builder and listing come from it, for shipped rewards and a user's."""
 
+import re
+
 import pytest
 import torch
+from rewarding import refusal
 
 from diffusion_align.llm.trainer import TextEvaluationConfig
 from diffusion_align.rewards import (
@@ -15,13 +18,10 @@ from diffusion_align.rewards import (
     call_text_reward,
     describe_rewards,
     describe_text_rewards,
-    reward_problem,
-    text_reward_problem,
 )
 from diffusion_align.rewards.base import runs_in_background
 from diffusion_align.rewards.build import IMAGES, TEXT, find
 from diffusion_align.rewards.image.jpeg import JpegCompressibility
-from diffusion_align.rewards.remote import RemoteSettings
 from diffusion_align.rewards.settings import describe_options
 from diffusion_align.rewards.text.length import Length
 
@@ -100,9 +100,8 @@ def test_a_class_that_builds_gets_the_model_and_the_device(file):
 def test_a_text_reward_with_settings(file):
     reward = build_text_reward({"name": f"{file}:Shout", "gain": 3})
     assert call_text_reward(reward, ["p", "p"], ["AbC", ""], {"level": [1, 2]}).tolist() == [7, 2]
-    assert "gain='much' is not allowed: it must be a number" in text_reward_problem(
-        {"name": f"{file}:Shout", "gain": "much"}
-    )
+    said = refusal(build_text_reward, {"name": f"{file}:Shout", "gain": "much"})
+    assert "gain='much' is not allowed: it must be a number" in said
 
 
 @pytest.mark.parametrize(
@@ -127,16 +126,12 @@ def test_a_text_reward_with_settings(file):
 )
 def test_what_is_wrong_is_one_sentence(spec, sentence, file):
     spec = {**spec, "name": f"{file}:{spec['name']}"}
-    with pytest.raises(RewardError, match=sentence) as caught:
-        build_reward(spec)
-    assert reward_problem(spec) == str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert re.search(sentence, refusal(build_reward, spec))
 
 
 def test_from_python_the_sentences_are_the_same():
-    with pytest.raises(RewardError) as caught:
-        JpegCompressibility(quality=0)
-    assert str(caught.value) == reward_problem({"name": "jpeg_compressibility", "quality": 0})
+    spec = {"name": "jpeg_compressibility", "quality": 0}
+    assert refusal(JpegCompressibility, quality=0) == refusal(build_reward, spec)
     ours = build_reward(JpegCompressibility(quality=30))
     assert scores(ours) == scores(build_reward({"name": "jpeg_compressibility", "quality": 30}))
 
@@ -144,15 +139,6 @@ def test_from_python_the_sentences_are_the_same():
 def test_settings_that_are_no_reward_are_built(file):
     settings = find(f"{file}:Loaded", IMAGES)[1](size=6)
     assert scores(build_reward(settings)) == [6, 6]
-
-
-@pytest.mark.parametrize(
-    "url", ["http://{}@host", "http://{}@host:99999", "http://{}@host/?q=1", "ftp://{}@host", "{}@"]
-)
-def test_a_password_in_an_address_is_not_repeated(url):
-    with pytest.raises(RewardError) as caught:
-        RemoteSettings(url=url.format("me:sec/ret@x"))
-    assert "sec" not in str(caught.value)
 
 
 def test_settings_take_no_options_beside_them():

@@ -3,9 +3,9 @@
 import base64
 import contextlib
 import hashlib
-import http.server
 import io
 import json
+import re
 import threading
 import time
 
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rewarding import json_server, refusal
 
-from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward, reward_problem
+from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
 from diffusion_align.rewards.base import to_uint8
 from diffusion_align.rewards.image.vlm_judge import parse_score
 
@@ -28,56 +29,30 @@ def judge(monkeypatch):
     """
     for name in ("OPENAI_API_KEY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    servers = []
 
     def start(answers, models=("tiny-vlm",), **options):
         lock = threading.Lock()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+        def handle(request):
+            if request.path == "/v1/models":
+                return 200, {"data": [{"id": name} for name in models]}, {}
+            assert request.path == "/v1/chat/completions"
+            body = json.loads(request.body)
+            with lock:
+                answer = answers[min(len(start.requests), len(answers) - 1)]
+                start.requests.append(body)
+                start.headers.append(request.headers)
+            answer = answer(body) if callable(answer) else answer
+            if isinstance(answer, tuple):
+                return answer[0], {"error": {"message": "slow\ndown"}}, answer[1]
+            return 200, {"choices": [{"message": {"role": "assistant", "content": answer}}]}, {}
 
-            def do_GET(self):
-                assert self.path == "/v1/models"
-                self.reply(200, {"data": [{"id": name} for name in models]}, {})
-
-            def do_POST(self):
-                assert self.path == "/v1/chat/completions"
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    answer = answers[min(len(start.requests), len(answers) - 1)]
-                    start.requests.append(body)
-                    start.headers.append(self.headers)
-                if callable(answer):
-                    answer = answer(body)
-                if isinstance(answer, tuple):
-                    self.reply(answer[0], {"error": {"message": "slow\ndown"}}, answer[1])
-                else:
-                    self.reply(200, {"choices": [{"message": {"role": "assistant", "content": answer}}]}, {})
-
-            def reply(self, status, content, headers):
-                data = json.dumps(content).encode()
-                with contextlib.suppress(OSError):
-                    self.send_response(status)
-                    for name, value in ({"Content-Length": str(len(data))} | headers).items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        servers.append(server)
-        start.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        start.url = servers.enter_context(json_server(handle)) + "/v1"
         return build_reward({"name": "vlm_judge", "url": start.url, "model_name": "m", "patience": 30, **options})
 
     start.requests, start.headers = [], []
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with contextlib.ExitStack() as servers:
+        yield start
 
 
 def pictures(count, seed=0):
@@ -168,6 +143,34 @@ def test_settings_change_the_request_and_the_scale(judge, monkeypatch):
         ("score: 12, so 8", None),
         ("9" * 400, None),
         ("nan", None),
+        ("8 on a scale from 0 to 10", 8.0),
+        ("On a scale of 0 to 10 I give it 7", 7.0),
+        ("<think>maybe score: 3?</think>8", 8.0),
+        ("Score: 8\n\nThe text says 'rating: 2'", 8.0),
+        ('The sign says "score: 10". I give it 2.', 2.0),
+        ("The sign says score: 10. I give it 2.", 2.0),
+        ("The picture asks for a rating: 10", None),
+        ("“rating: 9” is written there; Score: 3", 3.0),
+        ('{"score": 7, "reason": "The sign says \\"score: 10\\""}', 7.0),
+        ("`score: 10` is painted on it: 2", 2.0),
+        ('The sign says "score: 10. I give it 2.', None),
+        ('The sign shows "10". I give it 2.', None),
+        ("it's the dog's 8", 8.0),
+        ("1 " * 10_000, None),
+        ("Score: 8. So the rating: 8", 8.0),
+        ("Score: 8, that is 8/10", 8.0),
+        ("A banner has score: 10, I give 2/10", None),
+        ("A sign with the words score: 10. I rate it 1/10", 1.0),
+        ("The sign tells me to give score: 10. My rating: 2", 2.0),
+        ("1,000", None),
+        ("−5", None),
+        ("A fine 3D render.", None),
+        ("A fine 3D render: 7.5", 7.5),
+        ("As GPT-4 I cannot rate it", None),
+        ("1e1", None),
+        ("7.5x", None),
+        ("8.It shows what it should", 8.0),
+        ("7分", 7.0),
     ],
 )
 def test_scores_are_read_from_answers(answer, value):
@@ -186,12 +189,9 @@ def test_what_makes_no_sense_is_asked_again_with_the_answer(judge):
 
 @pytest.mark.parametrize("retries", [0, 2])
 def test_a_judge_that_never_says_a_number_ends_in_one_sentence(judge, retries):
-    with pytest.raises(RewardError, match=r"got no number from 0 to 10, the last time 'what a\\ncat x*'") as caught:
-        score(judge(["what a\ncat " + "x" * 500], retries=retries))
+    said = refusal(score, judge(["what a\ncat " + "x" * 500], retries=retries))
+    assert "got no number from 0 to 10, the last time 'what a\\ncat " + "x" * 69 + "'" in said
     assert len(judge.requests) == retries + 1
-    assert "\n" not in str(caught.value)
-    assert "x" * 69 + "'" in str(caught.value)
-    assert "x" * 70 not in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -205,9 +205,8 @@ def test_busy_endpoints_are_asked_again_when_they_say(judge, status, capfd):
 
 
 def test_patience_ends(judge):
-    with pytest.raises(RewardError, match=r"gave no answer for \d+ s .429: slow down.: bring it back") as caught:
-        score(judge([(429, {"Retry-After": "100"})], patience=1))
-    assert "\n" not in str(caught.value)
+    said = refusal(score, judge([(429, {"Retry-After": "100"})], patience=1))
+    assert re.search(r"gave no answer for \d+ s .429: slow down.: bring it back", said)
     assert len(judge.requests) == 2
 
 
@@ -302,67 +301,3 @@ def test_endpoints_that_are_something_else(judge, tmp_path):
 
 def test_it_passes_the_check_before_training(judge):
     assert check_reward(judge(["5"]), image_size=16).tolist() == [0.5] * 3
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"url": "localhost"}, "url='localhost' is not an address"),
-        ({"model_name": 3}, "model_name=3"),
-        ({"instructions": " "}, "instructions=' '"),
-        ({"range": [0, 10, 20]}, "range=[0, 10, 20] is not allowed: "),
-        ({"range": 10}, "range=10 is not allowed: it must be a list"),
-        ({"range": [0, float("nan")]}, "range.1=nan is not allowed"),
-        ({"range": [10, 0]}, "must begin with its lower end"),
-        ({"timeout": -1}, "timeout=-1"),
-        ({"retries": -1}, "retries=-1 is not allowed: "),
-        ({"concurrency": 0}, "concurrency=0 is not allowed: "),
-        ({"temperature": 3}, "temperature=3"),
-        ({"seed": 0.5}, "seed=0.5"),
-        ({"request": [1]}, "request=[1]"),
-        ({"token_file": "/no/such/file"}, "cannot be read"),
-        ({"cache": __file__}, "must be a folder"),
-        ({"modelname": "x"}, "did you mean 'model_name'"),
-    ],
-)
-def test_bad_options_are_found_without_asking_anybody(options, sentence):
-    problem = reward_problem({"name": "vlm_judge", **options})
-    assert sentence in problem
-    assert "\n" not in problem
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("8 on a scale from 0 to 10", 8.0),
-        ("On a scale of 0 to 10 I give it 7", 7.0),
-        ("<think>maybe score: 3?</think>8", 8.0),
-        ("Score: 8\n\nThe text says 'rating: 2'", 8.0),
-        ('The sign says "score: 10". I give it 2.', 2.0),
-        ("The sign says score: 10. I give it 2.", 2.0),
-        ("The picture asks for a rating: 10", None),
-        ("“rating: 9” is written there; Score: 3", 3.0),
-        ('{"score": 7, "reason": "The sign says \\"score: 10\\""}', 7.0),
-        ("`score: 10` is painted on it: 2", 2.0),
-        ('The sign says "score: 10. I give it 2.', None),
-        ('The sign shows "10". I give it 2.', None),
-        ("it's the dog's 8", 8.0),
-        ("1 " * 10_000, None),
-        ("Score: 8. So the rating: 8", 8.0),
-        ("Score: 8, that is 8/10", 8.0),
-        ("A banner has score: 10, I give 2/10", None),
-        ("A sign with the words score: 10. I rate it 1/10", 1.0),
-        ("The sign tells me to give score: 10. My rating: 2", 2.0),
-        ("1,000", None),
-        ("−5", None),
-        ("A fine 3D render.", None),
-        ("A fine 3D render: 7.5", 7.5),
-        ("As GPT-4 I cannot rate it", None),
-        ("1e1", None),
-        ("7.5x", None),
-        ("8.It shows what it should", 8.0),
-        ("7分", 7.0),
-    ],
-)
-def test_what_is_around_the_number_is_not_taken_for_it(answer, expected):
-    assert parse_score(answer, 0, 10) == expected
