@@ -197,7 +197,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
 
     def estimate(self, batch: PreferenceBatch) -> tuple[PreferenceBatch, TrainingPlan, dict[str, float]]:
         """What the reference says, where it is needed more than once or of the prompts."""
-        config, own = self.config, self.local(batch.keep)
+        config, own = self.config, self.local_indices(batch.keep)
         if config.inner_epochs > 1 and batch.logp_ref is None and not config.reference_free:
             places = torch.cat([batch.chosen[own], batch.rejected[own][batch.counts[own]]])
             batch = replace(batch, logp_ref=self.reference_of_places(batch.sequences, places))
@@ -332,12 +332,11 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         all_rejected = torch.zeros(size, dtype=torch.int64)
         all_counts = torch.zeros(size, dtype=torch.bool)
         all_rejected[first + chosen], all_counts[first + chosen] = first[:, None] + rejected, counts
-        mine = slice(own.start, own.stop)
         batch = PreferenceBatch(
             sequences=collected.completions.sequences,
             chosen=torch.arange(len(own), device=device),
-            rejected=torch.where(all_counts, all_rejected - own.start, 0)[mine].to(device),
-            counts=all_counts[mine].to(device),
+            rejected=self.local(torch.where(all_counts, all_rejected - own.start, 0)),
+            counts=self.local(all_counts),
             labels=torch.ones(len(own), device=device),
             keep=(first + chosen)[counts.any(1)],
         )

@@ -179,15 +179,14 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
             of_group = several_rewards_advantages(collected.scores, groups, self.rewards.weights, estimator=estimator)
         metrics = equal_reward_metric(rewards, config.num_generations)
 
-        own = slice(self.local_samples.start, self.local_samples.stop)
-        advantages = of_group[own].to(logp_old)[:, None].expand(sequences.mask.shape)
+        advantages = self.local(of_group.to(logp_old.dtype))[:, None].expand(sequences.mask.shape)
         logp_ref, found = self._reference(sequences, logp_old)
         if logp_ref is not None and config.kl.endswith("_reward"):
             advantages = advantages - config.beta * self._kl_in_reward(logp_old, logp_ref, sequences.mask)
         counted = collected.finished if config.mask_truncated_completions else torch.ones_like(collected.finished)
         # Without an advantage there is no policy gradient; with a KL term there still is that one.
         used = counted & ((of_group != 0) | torch.tensor(config.beta > 0))
-        tokens = self.processes.sum(sequences.mask[counted[own].to(sequences.mask.device)].sum())
+        tokens = self.processes.sum(sequences.mask[self.local(counted)].sum())
         mean_length = max(tokens / max(int(counted.sum()), 1), 1.0)
         # A mean over tokens is of those that count; a mean over completions is of all, those left out adding 0.
         among = counted if config.loss_type == "dapo" else torch.ones_like(counted)
@@ -226,7 +225,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         if not self.policy.has_reference:
             return None, {}
         config = self.config
-        rows = self.local(torch.arange(config.compared) * config.samples_per_epoch // config.compared)
+        rows = self.local_indices(torch.arange(config.compared) * config.samples_per_epoch // config.compared)
         some = sequences[rows]
         logp_ref = self.reference_log_probs(some)
         metrics = kl_metrics(logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask, self.processes)

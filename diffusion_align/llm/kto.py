@@ -131,7 +131,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         mean = self.processes.sum(total) / max(batch.pairs, 1)
         batch = replace(batch, reference_point=total.new_tensor(mean))
         if self.config.inner_epochs > 1:
-            batch = replace(batch, logp_ref=self.reference_of_places(batch.sequences, self.local(batch.keep)))
+            batch = replace(batch, logp_ref=self.reference_of_places(batch.sequences, self.local_indices(batch.keep)))
         return batch, TrainingPlan(batch.keep), {"reference_point": max(mean, 0.0), "reference_point_raw": mean}
 
     def loss_coefficients(self) -> dict[str, float]:
@@ -211,7 +211,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
             mismatched = pack(fitting, completions, pad=self.policy.pad, device=device)
         return KTOBatch(
             sequences=sequences,
-            desirable=desirable[own.start : own.stop].to(device),
+            desirable=self.local(desirable),
             keep=keep,
             mismatched=mismatched,
             pairs=len(pairs),

@@ -130,7 +130,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         config, completions = self.config, collected.completions
         sequences, logp_old, mask = completions.sequences, completions.logp_old, completions.sequences.mask
         penalty = config.missing_eos_penalty * (~completions.finished).float()
-        own = collected.rewards[self.local_samples.start : self.local_samples.stop].to(logp_old) - penalty
+        own = self.local(collected.rewards.to(logp_old.dtype)) - penalty
         last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
         rewards = torch.where(last, own[:, None], 0.0)
         metrics: dict[str, float] = {}
@@ -200,8 +200,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         width = max(part.shape[1] for part, _ in parts)
         all_x = torch.cat([pad_to(part, width, 0.0) for part, _ in parts])
         all_mask = torch.cat([pad_to(counts, width, False) for _, counts in parts])
-        own = slice(self.local_samples.start, self.local_samples.stop)
-        return masked_whiten(all_x, all_mask, (0, 1))[own, : x.shape[1]].to(x)
+        return self.local(masked_whiten(all_x, all_mask, (0, 1)))[:, : x.shape[1]].to(x)
 
 
 def adapted(kl_coef: float, kl: float, target: float, share: float) -> float:

@@ -309,7 +309,7 @@ class TextTrainer(PolicyTrainer[Batch]):
         metrics = completion_metrics(rewards.names, total, scores, lengths, finished) | {"time/score": waited}
         return rows, Collected(completions, finished, scores, total, metrics)
 
-    def local(self, indices: Tensor) -> Tensor:
+    def local_indices(self, indices: Tensor) -> Tensor:
         """Those of the global samples ``indices`` that are this process's, counted from its first, on the device."""
         own = self.local_samples
         return (indices[(indices >= own.start) & (indices < own.stop)] - own.start).to(self.accelerator.device)
