@@ -90,6 +90,7 @@ def counts() -> dict[str, int]:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
                 names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
                 kinds = ("Trainer", "DDPOConfig", "DPOConfig", "GRPOConfig", "PPOConfig", "KTOConfig", "ModelConfig")
+                names.discard("Trainer")  # what all methods are: methods.py refuses what is none
                 if any(name.endswith(kinds) or name in ("DenoisingConfig", "TextConfig") for name in names):
                     found["isinstance of a Trainer or its config"] += 1
     return found

@@ -186,10 +186,7 @@ class Bench:
         theirs = self.theirs(TheirTrainer, arguments, data, ref_model=copy.deepcopy(self.base))
         encoded = [
             LabelledRow(
-                p,
-                self.tokenizer(p)["input_ids"],
-                [*self.tokenizer(c)["input_ids"], self.tokenizer.eos_token_id],
-                good,
+                p, self.tokenizer(p)["input_ids"], [*self.tokenizer(c)["input_ids"], self.tokenizer.eos_token_id], good
             )
             for p, c, good in rows
         ]
@@ -271,11 +268,7 @@ class Bench:
         )
         data = Dataset.from_list([{"prompt": p} for p in dict.fromkeys(prompts)])
         trainer = TheirTrainer(
-            model,
-            reward_funcs=len_of,
-            args=arguments,
-            train_dataset=data,
-            processing_class=self.tokenizer,
+            model, reward_funcs=len_of, args=arguments, train_dataset=data, processing_class=self.tokenizer
         )
         width = max(map(len, ids))
         prompt_ids = torch.full((8, width), policy.pad)

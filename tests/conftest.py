@@ -146,24 +146,6 @@ def _vae():
     )
 
 
-def _text_encoder(tokenizer, *, projection=None):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        projection_dim=projection or 512,
-    )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-
-
 def _tokenizer():
     from transformers import CLIPTokenizer
 
@@ -196,12 +178,13 @@ _SDXL = _SD15 | {
 
 def _stable_diffusion(scheduler, **unet):
     from diffusers import StableDiffusionPipeline
+    from published import text_encoder
 
     torch.manual_seed(0)
     tokenizer = _tokenizer()
     return StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=_text_encoder(tokenizer),
+        text_encoder=text_encoder(tokenizer, layers=2),
         tokenizer=tokenizer,
         unet=_unet(**unet),
         scheduler=scheduler,
@@ -246,14 +229,15 @@ def tiny_inpainting(tmp_path_factory):
 def tiny_sdxl(tmp_path_factory):
     """Folder of a tiny Stable Diffusion XL: two text encoders, size conditioning, zeros for the empty prompt."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from published import text_encoder
 
     folder = tmp_path_factory.mktemp("tiny") / "sdxl"
     torch.manual_seed(0)
     tokenizer, projection, time = _tokenizer(), 8, 8
     pipeline = StableDiffusionXLPipeline(
         vae=_vae(),
-        text_encoder=_text_encoder(tokenizer),
-        text_encoder_2=_text_encoder(tokenizer, projection=projection),
+        text_encoder=text_encoder(tokenizer, layers=2),
+        text_encoder_2=text_encoder(tokenizer, projection=projection, layers=2),
         tokenizer=tokenizer,
         tokenizer_2=_tokenizer(),
         unet=_unet(

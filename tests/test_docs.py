@@ -9,25 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from printed import blocks, shorter, shorter_code
 
 import diffusion_align.estimators as estimators
-from diffusion_align.assets import shipped_prompts
 from diffusion_align.methods import SHIPPED, method_of
-from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import REWARDS
-from diffusion_align.training.config import load_yaml
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
 PAGES = sorted(FOLDER.glob("*.md"))
 TUTORIALS = [ROOT / "docs/diffusion_dpo.md", ROOT / "docs/text.md", ROOT / "docs/rewards.md"]
-SHORT = ["epochs=1", "samples_per_epoch=8", "mixed_precision=no", "grid_every=0"]
-SHORT_PICTURES = [*SHORT, "sampler.steps=2"]
-SHORT_TEXTS = [*SHORT, "sample_batch_size=8", "max_completion_length=12"]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_there_is_a_page_for_each_subject() -> None:
@@ -42,7 +33,7 @@ def test_nothing_is_left_to_fill_in(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_blocks_run_in_order(page: Path) -> None:
-    found = blocks(page, "python")
+    found = [block for _, block in blocks(page.read_text(), "python")]
     assert found or page.stem == "README"
     exec(compile("\n".join(found), page.name, "exec"), {"__name__": page.stem})
 
@@ -50,7 +41,7 @@ def test_python_blocks_run_in_order(page: Path) -> None:
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_runs_from_the_first_line_to_the_last(page: Path, tmp_path: Path, forked: Any) -> None:
     """Commands and Python in their order, in one folder, as a reader would type them; only shorter."""
-    found = re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = blocks(page.read_text(), "bash|python")
     assert {language for language, _ in found} == {"bash", "python"}
     with contextlib.ExitStack() as servers:
         _run_blocks(found, tmp_path, forked, servers)
@@ -62,29 +53,14 @@ def _run_blocks(found: list[tuple[str, str]], tmp_path: Path, forked: Any, serve
         commands = [shlex.split(line) for line in block.splitlines() if line] if language == "bash" else [[]]
         for words in commands:
             if language == "python":
-                short = block.replace("epochs=2", "epochs=1").replace("samples_per_epoch=16", "samples_per_epoch=8")
-                short = short.replace('"steps": 10', '"steps": 2')
-                short = short.replace('"emoji_style"', '{"source": "emoji_style", "max_pairs": 16}')
-                done = forked("--help", prelude=short, cwd=tmp_path, timeout=300)
+                done = forked("--help", prelude=shorter_code(block), cwd=tmp_path, timeout=300)
             else:
                 assert words[0] == "diffusion-align"
                 if words[1] == "serve-reward":
                     port = served(words, tmp_path, servers)
                     continue
                 words = [word.replace("8901", port) for word in words]
-                if "--prompts" in words:  # the first few of that list
-                    place = words.index("--prompts") + 1
-                    few = shipped_prompts()[words[place]].read_text().splitlines()[:6]
-                    words[place] = str(tmp_path / f"{words[place]}.txt")
-                    Path(words[place]).write_text("\n".join(few))
-                call = words[1:]
-                call += ["pairs.max_pairs=16"] if words[1:] == ["train", "dpo_emoji_style"] else []
-                method = load_yaml(shipped_configs()[words[2]])["method"] if words[1] == "train" else "ddpo"
-                text = method_of(method).model_kind != "image"
-                short = {"train": SHORT_TEXTS if text else SHORT_PICTURES}
-                of_images = [] if "--max-new-tokens" in words else ["--steps=2", "--guidance-scale=1"]
-                call += (short | {"pairs": of_images}).get(words[1], [])
-                done = forked(*call, cwd=tmp_path, timeout=300)
+                done = forked(*shorter(words[1:], tmp_path), cwd=tmp_path, timeout=300)
             assert done.status == 0, f"{words or block}\n{done.error[-2000:]}"
 
 
@@ -102,7 +78,7 @@ def served(words: list[str], folder: Path, servers: contextlib.ExitStack) -> str
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_run(page: Path, tmp_path: Path, forked: Any) -> None:
-    for command in [line for block in blocks(page, "bash") for line in block.splitlines() if line]:
+    for command in [line for _, block in blocks(page.read_text(), "bash") for line in block.splitlines() if line]:
         words = shlex.split(command)
         assert words[0] == "diffusion-align"
         done = forked(*words[1:], cwd=tmp_path, timeout=300, plots=True)

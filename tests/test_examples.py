@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 from forked_cli import ForkedCli
+from printed import SHORT, blocks, shorter_code
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
+FAST = ["epochs=1", *SHORT]
+FAST_TEXTS = [*FAST, "sample_batch_size=8"]
 ENTRY_POINT = re.search(r"^```toml\n\[project.entry-points.\"(.+)\"\]\n(.*?)\n```", PAGE, re.MULTILINE | re.DOTALL)
-SHORT = ["epochs=1", "samples_per_epoch=8", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
-SHORT_TEXTS = [*SHORT, "sample_batch_size=8"]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def shortened(words):
     if "resume=true" in words:
         return [*words[:-1], "epochs=2"]
     if words[1] != "quickstart":
-        return [*words, *SHORT_TEXTS]
+        return [*words, *FAST_TEXTS]
     groups = [] if any(word.startswith("method=") for word in words) else ["group_size=4"]
-    return [*words, *SHORT, "sampler.steps=2", *groups]
+    return [*words, *FAST, "sampler.steps=2", *groups]
 
 
 def test_the_installed_copy_is_what_runs(installed, unpacked):
@@ -60,23 +61,22 @@ def test_an_installed_plug_in_is_listed_and_trains(installed, elsewhere):
     done = installed("list", "methods")
     assert done.status == 0, done.error
     assert re.search(r"^ *rloo\s*\n *REINFORCE", done.outputs[0], re.MULTILINE)
-    done = installed("train", "grpo_tiny", "method=rloo", "output_dir=runs/plug_in", *SHORT_TEXTS)
+    done = installed("train", "grpo_tiny", "method=rloo", "output_dir=runs/plug_in", *FAST_TEXTS)
     assert done.status == 0, done.error
     assert yaml.safe_load((elsewhere / "runs/plug_in/config.yaml").read_text())["method"] == "rloo"
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_file_of_ones_own_runs_through_every_command(section, installed, elsewhere):
-    blocks = re.findall(r"^```(bash|python)\n(.*?)^```", SECTIONS[section], flags=re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "python"]
-    lines = [shlex.split(line) for line in blocks[0][1].splitlines()]
+    (_, commands), (_, code) = printed = blocks(SECTIONS[section], "bash|python")
+    assert [language for language, _ in printed] == ["bash", "python"]
+    lines = [shlex.split(line) for line in commands.splitlines()]
     assert [words[:2] for words in lines[:3:2]] == [["diffusion-align", "doctor"], ["diffusion-align", "report"]]
     before = set((elsewhere / "runs").glob("*"))
     for words in lines:
         done = installed(*shortened(words[1:]))
         assert done.status == 0, f"{shlex.join(words)}\n{done.outputs[0][-2000:]}\n{done.error[-2000:]}"
-    short = blocks[1][1].replace("epochs=2", "epochs=1").replace('"steps": 10', '"steps": 2')
-    done = installed("--help", prelude=short.replace("samples_per_epoch=16", "samples_per_epoch=8"))
+    done = installed("--help", prelude=shorter_code(code))
     assert done.status == 0, done.error[-2000:]
 
     one, two = sorted(set((elsewhere / "runs").glob("*")) - before)

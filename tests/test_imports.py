@@ -8,21 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {
-    "estimators": ROOT / "diffusion_align" / "estimators",
-    "training": ROOT / "diffusion_align" / "training",
-    "data": ROOT / "diffusion_align" / "data",
-    "models": ROOT / "diffusion_align" / "models",
-    "diffusion": ROOT / "diffusion_align" / "diffusion",
-    "llm": ROOT / "diffusion_align" / "llm",
-    "methods": ROOT / "diffusion_align" / "methods.py",
-    "report": ROOT / "diffusion_align" / "report",
-    "assets": ROOT / "diffusion_align" / "assets.py",
-    "rewards": ROOT / "rewards",
-    "pipelines": ROOT / "pipelines",
-    "doctor": ROOT / "diffusion_align" / "doctor",
-    "cli": ROOT / "diffusion_align" / "cli",
-}
+PACKAGE = ROOT / "diffusion_align"
+PARTS = ("estimators", "training", "data", "models", "diffusion", "llm", "report", "doctor", "cli")
+FOLDERS = {name: PACKAGE / name for name in PARTS}
+FOLDERS |= {"methods": PACKAGE / "methods.py", "assets": PACKAGE / "assets.py"}
+FOLDERS |= {"rewards": ROOT / "rewards", "pipelines": ROOT / "pipelines"}
 BELOW_PIPELINES = set(FOLDERS) - {"pipelines", "doctor", "cli"}
 # What each part may import of the project; a part always may import itself and the bare package (its version).
 ALLOWED = {

@@ -9,50 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from printed import SHORT_IMAGES, blocks, shorter, shorter_code
 
-from diffusion_align.assets import shipped_prompts
-from diffusion_align.methods import method_of
-from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.report import plots
-from diffusion_align.training.config import load_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SHORT = ["samples_per_epoch=8", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
-SHORT_PICTURES = [*SHORT, "sampler.steps=2", "group_size=4"]
-SHORT_TEXTS = [*SHORT, "sample_batch_size=8", "max_completion_length=12"]
 ELSEWHERE = ("bash scripts/test.sh", "pip install")  # what runs this test, and what installed it
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-
-
 def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for _, block in blocks(README, "bash") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith(ELSEWHERE)]
-
-
-def shortened(words: list[str]) -> list[str]:
-    if words[:2] == ["diffusion-align", "train"]:
-        epochs = "epochs=2" if "resume=true" in words else "epochs=1"
-        few = ["pairs.max_pairs=16"] if words[2:] == ["dpo_emoji_style"] else []
-        image = method_of(load_yaml(shipped_configs()[words[2]])["method"]).model_kind == "image"
-        short = SHORT_PICTURES if image else SHORT_TEXTS
-        return [word for word in words if not word.startswith("epochs=")] + [epochs, *few, *short]
-    if words[:2] == ["diffusion-align", "pairs"]:
-        words = [*words, "--steps=2", "--guidance-scale=1"]
-    return [*words, "epochs=1", *SHORT_PICTURES] if words[:2] == ["bash", "scripts/quickstart.sh"] else words
-
-
-def few_prompts(words: list[str], folder: Path) -> list[str]:
-    """The first few of the list after ``--prompts``."""
-    if "--prompts" not in words:
-        return words
-    place = words.index("--prompts") + 1
-    few = folder / f"{words[place]}.txt"
-    few.write_text("\n".join(shipped_prompts()[words[place]].read_text().splitlines()[:6]))
-    return [*words[:place], str(few), *words[place + 1 :]]
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +41,17 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
     stamp.touch()
     try:
         for command in found:
-            words = few_prompts(shortened(shlex.split(command)), workplace)
+            words = shlex.split(command)
             env = {
                 "VIRTUAL_ENV": str(environment),
                 "PATH": f"{environment / 'bin'}:/usr/bin:/bin",
                 "HOME": str(workplace),
             }
             if words[0] == "diffusion-align":
-                run = forked(*words[1:], cwd=workplace, timeout=600, plots="--plot" in words)
+                run = forked(*shorter(words[1:], workplace), cwd=workplace, timeout=600, plots="--plot" in words)
                 assert run.status == 0, f"{command}\n{run.outputs[0][-2000:]}\n{run.error[-2000:]}"
                 continue
+            words += ["epochs=1", *SHORT_IMAGES] if words[1] == "scripts/quickstart.sh" else []
             done = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     finally:
@@ -99,10 +68,9 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
 def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(plots, "figure_png", lambda figure: b"")  # seconds a run; the quickstart draws its own
-    assert len(blocks("python")) >= 1
-    for block in blocks("python"):
-        short = block.replace('"steps": 10', '"steps": 2').replace("epochs=2", "epochs=1")
-        exec(compile(short, "README.md", "exec"), {"__name__": "readme"})
+    assert blocks(README, "python")
+    for _, block in blocks(README, "python"):
+        exec(compile(shorter_code(block), "README.md", "exec"), {"__name__": "readme"})
     assert (workplace / "lion.png").is_file()
     assert (workplace / "runs/blue/merged/model_index.json").is_file()
     assert (workplace / "runs/brief/merged/model.safetensors").is_file()

@@ -58,24 +58,14 @@ def train(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pictures(tiny_sd):
-    return {
-        "model": str(tiny_sd),
-        "reward": "jpeg_compressibility",
-        "prompts": ["a red apple"],
-        "sampler": {"steps": 2, "guidance_scale": 1.0},
-        "group_size": 4,
-    }
+    sampling = {"prompts": ["a red apple"], "sampler": {"steps": 2, "guidance_scale": 1.0}, "group_size": 4}
+    return {"model": str(tiny_sd), "reward": "jpeg_compressibility", **sampling}
 
 
 @pytest.fixture
 def texts():
-    return {
-        "model": "tiny-lm",
-        "reward": "length",
-        "prompts": ["And he said"],
-        "num_generations": 4,
-        "max_completion_length": 8,
-    }
+    sampling = {"prompts": ["And he said"], "num_generations": 4, "max_completion_length": 8}
+    return {"model": "tiny-lm", "reward": "length", **sampling}
 
 
 def test_policy_gradients_share_ratio_surrogate_advantages_and_kl(train, pictures, texts):

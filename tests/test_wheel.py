@@ -1,4 +1,4 @@
-"""The wheel: one top-level name, every asset inside, and it works where it is installed, far from this repository."""
+"""The wheel: one top-level name, every file inside; test_examples.py runs the commands of the installed copy."""
 
 import os
 import subprocess
@@ -7,44 +7,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 from installed import build_wheel, environment_with, tree_without_links
-from tiny_runs import IMAGE_RUN
 
 ROOT = Path(__file__).parent.parent
-INSIDE = [
-    "__init__.py",
-    "py.typed",
-    "cli/__init__.py",
-    "estimators/policy.py",
-    "training/trainer.py",
-    "diffusion/ddpo.py",
-    "report/report.html.j2",
-    "assets/NOTICE",
-    "assets/emoji-concepts.tsv",
-    "assets/prompts/emoji_concepts.txt",
-    "assets/emoji-sd/model_index.json",
-    "assets/emoji-sd/unet/diffusion_pytorch_model.safetensors",
-    "assets/emoji-sd/vae/diffusion_pytorch_model.safetensors",
-    "assets/emoji-sd/text_encoder/model.safetensors",
-    "assets/emoji-sd/tokenizer/merges.txt",
-    "assets/emoji-sd/scheduler/scheduler_config.json",
-    "assets/emoji-clip/model.safetensors",
-    "assets/emoji-clip/tokenizer/vocab.json",
-    "assets/aesthetic_head.safetensors",
-    "assets/tiny-lm/model.safetensors",
-    "assets/tiny-lm/tokenizer.json",
-    "assets/text-prompts/addition.jsonl",
-    "assets/text-prompts/verses.txt",
-    "llm/grpo.py",
-    "rewards/base.py",
-    "rewards/text/length.py",
-    "rewards/image/jpeg.py",
-    "pipelines/image.py",
-    "pipelines/text.py",
-    "configs/quickstart.yaml",
-]
-TINY = IMAGE_RUN | {"prompts": "emoji_concepts", "show_prompts": ["a cat"], "grid_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +46,17 @@ def test_one_top_level_name(wheel):
     assert {name for name in names if not name.endswith(".dist-info")} == {"diffusion_align"}
 
 
-@pytest.mark.parametrize("name", INSIDE)
-def test_is_inside(wheel, name):
-    info = zipfile.ZipFile(wheel).getinfo(f"diffusion_align/{name}")
-    assert info.file_size > 0 or name == "py.typed"
-
-
 def test_every_file_of_the_package_is_inside(wheel):
     wanted = set()
     for name in ("", "pipelines", "rewards", "configs"):  # the folders themselves, whether or not the links are there
         folder = ROOT / (name or "diffusion_align")
         found = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         wanted |= {(Path("diffusion_align") / name / path.relative_to(folder)).as_posix() for path in found}
-    inside = set(zipfile.ZipFile(wheel).namelist())
+    inside = {info.filename: info.file_size for info in zipfile.ZipFile(wheel).infolist()}
+    assert [name for name, size in inside.items() if size == 0] == ["diffusion_align/py.typed"]
     links = {f"diffusion_align/{name}" for name in ("pipelines", "rewards", "configs")}  # files where there are none
-    assert wanted - links <= inside
-    assert not links & inside
+    assert wanted - links <= inside.keys()
+    assert not links & inside.keys()
 
 
 def test_data_folders_hold_no_code_and_the_assets_cannot_be_imported(installed):
@@ -174,31 +134,3 @@ def test_list(installed):
     assert result.returncode == 0, result.stderr
     for name in ("quickstart", "emoji-sd", "emoji_concepts", "jpeg_compressibility"):
         assert name in result.stdout
-
-
-def test_doctor_reads_a_shipped_recipe(installed):
-    result = installed("-m", "diffusion_align", "doctor", "quickstart")
-    assert result.returncode == 0, result.stderr
-    assert "no problem found" in result.stdout
-
-
-def test_a_training_run(installed):
-    (installed.elsewhere / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    code = (
-        "import sys, diffusion_align.training.trainer as loop\n"
-        "from diffusion_align.cli import main\n"
-        "print(loop.__file__)\nsys.argv = ['diffusion-align', 'train', 'tiny.yaml']\nmain()"
-    )
-    result = installed("-c", code)
-    assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.splitlines()[0]).is_relative_to(installed.target)
-    run = installed.elsewhere / "run"
-    for name in (
-        "config.yaml",
-        "metrics.jsonl",
-        "report.html",
-        "final/pytorch_lora_weights.safetensors",
-        "samples/before_after.png",
-    ):
-        assert (run / name).stat().st_size > 0, name
-    assert list((run / "checkpoints").glob("step_*"))

@@ -108,12 +108,7 @@ def kl_value(
 
 
 def kl_gradient_coefficient(
-    logp: Tensor,
-    logp_ref: Tensor,
-    kind: Kind | Literal["minimax"],
-    *,
-    clip: float = 10.0,
-    mask: Tensor | None = None,
+    logp: Tensor, logp_ref: Tensor, kind: Kind | Literal["minimax"], *, clip: float = 10.0, mask: Tensor | None = None
 ) -> Tensor:
     """What multiplies grad logp when the KL is minimised, detached ([002] figure 1 and appendix F).
 

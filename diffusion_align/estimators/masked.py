@@ -106,11 +106,7 @@ def masked_whiten(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
 
 
 def aggregate(
-    x: Tensor,
-    mask: Tensor,
-    mode: Literal["token", "sequence", "fixed_length"] = "token",
-    *,
-    length: int | None = None,
+    x: Tensor, mask: Tensor, mode: Literal["token", "sequence", "fixed_length"] = "token", *, length: int | None = None
 ) -> Tensor:
     """One scalar from a (B, T) loss, in its unit.
 

@@ -177,8 +177,10 @@ def test_bad_settings_are_named():
         refused("clip_std=", group_advantages, torch.zeros(6), IDS, **settings_)
     refused("scale='std'", group_advantages, torch.zeros(6), IDS, scale="std")
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    for settings_ in ({"gamma": 1.1}, {"lam": -0.1}, {"gamma": math.nan}):
-        refused("gamma=", gae, x, x, mask, **settings_)
+    for gamma, lam in ((-0.1, 1.0), (1.1, 1.0), (1.0, -0.1), (1.0, 1.1), (math.nan, 1.0), (1.0, math.nan)):
+        refused("gamma=", gae, x, x, mask, gamma=gamma, lam=lam)
+    for gamma, lam in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)):
+        assert gae(x, x, mask, gamma=gamma, lam=lam)[0].isfinite().all()
     for call in (lambda m: gae(x, x, m), lambda m: reward_to_go(x, m)):
         refused(r"mask \(2, 1\)", call, mask[:, :1])
         refused("mask must be a bool", call, mask.float())
@@ -261,14 +263,6 @@ def test_extreme_rewards_stay_finite_and_centred(pairs, scale, ddof):
         assert abs(group.sum()) <= 1e-9 * (1 + group.abs().max())
         if len(group) == 1 or rewards[ids == i].unique().numel() == 1:
             assert (group == 0).all()
-
-
-def test_the_bounds_of_gamma_and_lam_are_allowed_and_no_more():
-    x, mask = torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    for gamma, lam in ((0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)):
-        assert gae(x, x, mask, gamma=gamma, lam=lam)[0].isfinite().all()
-    for gamma, lam in ((-0.1, 1.0), (1.1, 1.0), (1.0, -0.1), (1.0, 1.1), (float("nan"), 1.0)):
-        refused("gamma=", gae, x, x, mask, gamma=gamma, lam=lam)
 
 
 def test_one_fixed_std_and_the_largest_rewards_are_allowed():

@@ -27,6 +27,14 @@ def _labels(seed=0):
     return labels
 
 
+def _scored(labels, **settings_):
+    return lambda logits: token_log_probs(logits, labels, **settings_)
+
+
+def _linear(labels, **settings_):
+    return lambda hidden, weight: linear_token_log_probs(hidden, weight, labels, **settings_)
+
+
 def _naive(logits, labels, temperature=1.0):
     scored = labels != -100
     index = torch.where(scored, labels, 0).unsqueeze(-1)
@@ -38,7 +46,7 @@ def _naive(logits, labels, temperature=1.0):
 @pytest.mark.parametrize("seed", range(3))
 def test_token_log_probs_are_log_softmax_and_gather(chunk_size, temperature, seed):
     logits, labels = 3 * randn(B, T, V, seed=seed), _labels(seed)
-    got = with_gradients(lambda x: token_log_probs(x, labels, temperature=temperature, chunk_size=chunk_size), logits)
+    got = with_gradients(_scored(labels, temperature=temperature, chunk_size=chunk_size), logits)
     assert_same(got, with_gradients(lambda x: _naive(x, labels, temperature), logits))
 
 
@@ -47,25 +55,18 @@ def test_token_log_probs_are_log_softmax_and_gather(chunk_size, temperature, see
 @pytest.mark.parametrize("seed", range(3))
 def test_linear_form_is_the_output_layer_and_then_token_log_probs(chunk_size, temperature, seed):
     hidden, weight, labels = randn(B, T, D, seed=seed), randn(V, D, seed=seed + 10), _labels(seed)
-    got = with_gradients(
-        lambda h, w: linear_token_log_probs(h, w, labels, temperature=temperature, chunk_size=chunk_size),
-        hidden,
-        weight,
-    )
+    got = with_gradients(_linear(labels, temperature=temperature, chunk_size=chunk_size), hidden, weight)
     assert_same(got, with_gradients(lambda h, w: _naive(h @ w.T, labels, temperature), hidden, weight))
     assert_same(
-        got,
-        with_gradients(lambda h, w: token_log_probs(h @ w.T, labels, temperature=temperature), hidden, weight),
+        got, with_gradients(lambda h, w: token_log_probs(h @ w.T, labels, temperature=temperature), hidden, weight)
     )
 
 
 def test_gradcheck():
     labels = torch.tensor([[2, -100, 0], [10, 5, 5]])
     logits, hidden, weight = (x.requires_grad_() for x in (randn(2, 3, 11), randn(2, 3, 3), randn(11, 3, seed=1)))
-    assert torch.autograd.gradcheck(lambda x: token_log_probs(x, labels, temperature=0.7, chunk_size=4), logits)
-    assert torch.autograd.gradcheck(
-        lambda h, w: linear_token_log_probs(h, w, labels, temperature=0.7, chunk_size=4), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(_scored(labels, temperature=0.7, chunk_size=4), logits)
+    assert torch.autograd.gradcheck(_linear(labels, temperature=0.7, chunk_size=4), (hidden, weight))
 
 
 def test_a_second_derivative_is_refused_not_wrong():
@@ -80,7 +81,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 def test_linear_form_gives_a_gradient_to_what_asks_for_one(trained):
     labels = _labels()
     inputs = {"hidden": randn(B, T, D), "weight": randn(V, D, seed=1)}
-    _, *both = with_gradients(lambda h, w: linear_token_log_probs(h, w, labels, chunk_size=7), *inputs.values())
+    _, *both = with_gradients(_linear(labels, chunk_size=7), *inputs.values())
     for name, x in inputs.items():
         x.requires_grad_(name == trained)
     value = linear_token_log_probs(**inputs, labels=labels, chunk_size=7)
@@ -112,11 +113,9 @@ def test_labels_of_any_integer_type(dtype):
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_half_precision_logits_are_computed_in_float32(dtype, chunk_size):
     logits, labels = (5 * randn(B, T, V)).to(dtype), _labels()
-    value, gradient = with_gradients(
-        lambda x: token_log_probs(x, labels, temperature=0.7, chunk_size=chunk_size), logits
-    )
+    value, gradient = with_gradients(_scored(labels, temperature=0.7, chunk_size=chunk_size), logits)
     assert (value.dtype, gradient.dtype) == (torch.float32, dtype)
-    wide = with_gradients(lambda x: token_log_probs(x, labels, temperature=0.7, chunk_size=chunk_size), logits.float())
+    wide = with_gradients(_scored(labels, temperature=0.7, chunk_size=chunk_size), logits.float())
     assert identical([value, gradient], [wide[0], wide[1].to(dtype)])
     assert_same(
         wide,
@@ -129,7 +128,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype, chunk_size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_linear_form(dtype):
     hidden, weight, labels = randn(B, T, D).to(dtype), randn(V, D, seed=1).to(dtype), _labels()
-    got = with_gradients(lambda h, w: linear_token_log_probs(h, w, labels, chunk_size=7), hidden, weight)
+    got = with_gradients(_linear(labels, chunk_size=7), hidden, weight)
     assert [x.dtype for x in got] == [torch.float32, dtype, dtype]
     wide = with_gradients(lambda h, w: _naive(h @ w.T, labels), hidden.to(F64), weight.to(F64))
     assert_same([x.to(F64) for x in got], wide, rtol=0.02, atol=0.02)
@@ -154,9 +153,7 @@ def test_autocast_is_the_same_as_bfloat16_inputs(backward_inside):
             value.backward(upstream)
     if not backward_inside:
         value.backward(upstream)
-    wanted = with_gradients(
-        lambda h, w: linear_token_log_probs(h, w, labels, chunk_size=7), hidden.bfloat16(), weight.bfloat16()
-    )
+    wanted = with_gradients(_linear(labels, chunk_size=7), hidden.bfloat16(), weight.bfloat16())
     assert identical([value, hidden.grad, weight.grad], [x.float() for x in wanted])
 
 
@@ -199,12 +196,8 @@ def test_ignored_positions_are_zero_whatever_they_hold_and_do_not_reach_the_weig
 
 def test_nothing_scored_is_zero_with_zero_gradients():
     labels = torch.full((B, T), -100)
-    got = with_gradients(lambda x: token_log_probs(x, labels, chunk_size=7), torch.full((B, T, V), math.nan))
-    got += with_gradients(
-        lambda h, w: linear_token_log_probs(h, w, labels, chunk_size=7),
-        torch.full((B, T, D), math.nan, dtype=F64),
-        randn(V, D),
-    )
+    got = with_gradients(_scored(labels, chunk_size=7), torch.full((B, T, V), math.nan))
+    got += with_gradients(_linear(labels, chunk_size=7), torch.full((B, T, D), math.nan, dtype=F64), randn(V, D))
     assert all((x == 0).all() for x in got)
 
 
@@ -216,7 +209,7 @@ def test_impossible_actions_count_nothing(impossible, chunk_size):
     possible = logits[0, 0] != -math.inf
     among_possible = torch.randint(0, int(possible.sum()), (B, T), generator=torch.Generator().manual_seed(1))
     labels = possible.nonzero().squeeze(-1)[among_possible]
-    value, gradient = with_gradients(lambda x: token_log_probs(x, labels, chunk_size=chunk_size), logits)
+    value, gradient = with_gradients(_scored(labels, chunk_size=chunk_size), logits)
     assert (gradient[..., ~possible] == 0).all()
     without = with_gradients(lambda x: token_log_probs(x, among_possible), logits[..., possible])
     assert_same([value, gradient[..., possible]], without)
@@ -227,7 +220,7 @@ def test_an_impossible_label_scores_minus_infinity(chunk_size):
     logits, labels = randn(B, T, V), _labels()
     labels[0, 0] = 8
     logits[0, 0, 7:14] = -math.inf
-    got = with_gradients(lambda x: token_log_probs(x, labels, chunk_size=chunk_size), logits)
+    got = with_gradients(_scored(labels, chunk_size=chunk_size), logits)
     assert got[0][0, 0] == -math.inf
     assert got[1].isfinite().all()
     assert_same(got, with_gradients(lambda x: _naive(x, labels), logits))
@@ -241,18 +234,13 @@ _logits = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9)
 def test_extreme_logits_stay_finite_in_float32(values, data, chunk_size, temperature):
     labels = torch.tensor([[data.draw(st.integers(0, len(values) - 1))]])
     logits = torch.tensor([[values]], dtype=torch.float32)
-    got = with_gradients(lambda x: token_log_probs(x, labels, temperature=temperature, chunk_size=chunk_size), logits)
+    got = with_gradients(_scored(labels, temperature=temperature, chunk_size=chunk_size), logits)
     assert all(x.isfinite().all() for x in got)
     wanted = with_gradients(lambda x: _naive(x, labels, temperature), logits.to(F64))
     assert_same([x.to(F64) for x in got], wanted, rtol=1e-6, atol=2e-2)  # 2e4 in float32 is known to 1e-3
     hidden = torch.ones(1, 1, 1)
-    linear = with_gradients(
-        lambda h, w: linear_token_log_probs(
-            h, w, labels, temperature=temperature, chunk_size=chunk_size or len(values)
-        ),
-        hidden,
-        logits[0].T,
-    )
+    chunks = {"temperature": temperature, "chunk_size": chunk_size or len(values)}
+    linear = with_gradients(_linear(labels, **chunks), hidden, logits[0].T)
     assert all(x.isfinite().all() for x in linear)
     assert_same([linear[0], linear[2].T.unsqueeze(0)], got, rtol=1e-6, atol=1e-6)
 
@@ -261,19 +249,17 @@ def test_extreme_logits_stay_finite_in_float32(values, data, chunk_size, tempera
 @pytest.mark.parametrize("chunk_size", [1, 7, V + 5])
 def test_empty_batches(shape, chunk_size):
     labels = torch.zeros(shape, dtype=torch.long)
-    value, gradient = with_gradients(lambda x: token_log_probs(x, labels, chunk_size=chunk_size), randn(*shape, V))
+    value, gradient = with_gradients(_scored(labels, chunk_size=chunk_size), randn(*shape, V))
     assert (value.shape, gradient.shape) == (shape, (*shape, V))
-    value, d_hidden, d_weight = with_gradients(
-        lambda h, w: linear_token_log_probs(h, w, labels, chunk_size=chunk_size), randn(*shape, D), randn(V, D)
-    )
+    value, d_hidden, d_weight = with_gradients(_linear(labels, chunk_size=chunk_size), randn(*shape, D), randn(V, D))
     assert (value.shape, d_hidden.shape) == (shape, (*shape, D))
     assert torch.equal(d_weight, torch.zeros(V, D, dtype=F64))
 
 
 def test_the_only_action_is_certain():
     labels = torch.zeros(B, T, dtype=torch.long)
-    got = with_gradients(lambda x: token_log_probs(x, labels), randn(B, T, 1))
-    got += with_gradients(lambda h, w: linear_token_log_probs(h, w, labels), randn(B, T, D), randn(1, D))
+    got = with_gradients(_scored(labels), randn(B, T, 1))
+    got += with_gradients(_linear(labels), randn(B, T, D), randn(1, D))
     assert all((x.abs() < 1e-15).all() for x in got)
 
 

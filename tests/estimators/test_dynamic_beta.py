@@ -38,10 +38,7 @@ def test_every_prompt_starts_at_beta(beta, dimensions):
     assert result.shape == (7,)
     assert (result == result[0]).all()
     assert result[0].item() == pytest.approx(beta, rel=5e-7)  # the rounding of float32
-
-
-def test_the_default_start_is_a_tenth():
-    assert BetaNetwork(3)(torch.randn(2, 3)).tolist() == pytest.approx([0.1, 0.1], rel=5e-7)
+    assert BetaNetwork(dimensions)(embeddings).tolist() == pytest.approx([0.1] * 7, rel=5e-7)
 
 
 @settings(deadline=None, max_examples=30)
@@ -93,14 +90,12 @@ def test_a_network_comes_back_from_its_state():
     assert torch.equal(other(embeddings), network(embeddings))
 
 
-def test_bad_network_settings_are_named():
+def test_bad_settings_and_embeddings_of_the_network_are_named():
     for beta in (0.0, -1.0, math.nan, math.inf):
         refused(f"beta={beta}", BetaNetwork, 4, beta=beta)
     refused("dimensions=0", BetaNetwork, 0)
     refused("hidden=0", BetaNetwork, 4, hidden=0)
-
-
-def test_wrong_embeddings_are_named():
+    refused("dimensions", BetaNetwork, 1)  # LayerNorm makes a single number 0
     for shape in ((3, 5), (4,), (2, 3, 4)):
         refused(r"expected embeddings \(B, 4\)", BetaNetwork(4), torch.zeros(shape))
 
@@ -177,6 +172,7 @@ def test_entropy_penalty_value_and_gradient():
     assert_same(beta.grad, (2 * beta - 0.6 * entropy).detach())
     assert entropy.grad is None
     assert beta_entropy_penalty(torch.tensor([0.6]), torch.tensor([2.0]), 0.3).item() == pytest.approx(0, abs=1e-12)
+    assert_same(beta_entropy_penalty(beta, entropy, 0.0), beta.square())
     for bad in (torch.ones(1), torch.ones(5, 1)):
         refused(r"beta \(5,\), entropy", beta_entropy_penalty, beta, bad, 0.3)
 
@@ -250,7 +246,6 @@ def test_penalties_refuse_other_shapes_settings_and_unrelated_embeddings():
         refused("alpha=", beta_entropy_penalty, torch.ones(2), torch.ones(2), alpha)
     with pytest.raises(ValueError, match="not computed from these"):
         beta_smoothness_penalty(torch.ones(2, requires_grad=True) * 1.0, torch.ones(2, 3, requires_grad=True))
-    refused("dimensions", BetaNetwork, 1)
     assert BetaNetwork(4).bfloat16()(torch.zeros(1, 4).bfloat16()).dtype == torch.float32
 
 
@@ -265,8 +260,3 @@ def test_half_precision_betas_are_widened_and_one_hidden_unit_is_enough():
         assert narrow.dtype == torch.float32
         assert_same(narrow, exact, rtol=1e-6, atol=1e-7)
     assert BetaNetwork(3, hidden=1)(torch.zeros(2, 3)).shape == (2,)
-
-
-def test_alpha_may_be_zero():
-    beta = torch.tensor([0.5, 2.0])
-    torch.testing.assert_close(beta_entropy_penalty(beta, torch.ones(2), 0.0), beta.square())

@@ -49,10 +49,7 @@ PAIRED = {
     ),
     "ipo": (ipo_loss, lambda w, r, b: (w - r) ** 2 - (w - r) / b + 1 / (4 * b**2)),
     "hinge": (hinge_loss, lambda w, r, b: (1 - b * (w - r)) * (b * (w - r) < 1)),
-    "simpo": (
-        lambda w, r, b: simpo_loss(w, r, b, margin=0.7),
-        lambda w, r, b: (1 + (0.7 - b * (w - r)).exp()).log(),
-    ),
+    "simpo": (lambda w, r, b: simpo_loss(w, r, b, margin=0.7), lambda w, r, b: (1 + (0.7 - b * (w - r)).exp()).log()),
     "trajectory": (
         lambda w, r, b: trajectory_dpo_loss(torch.stack([w, r], 1), torch.stack([r, r], 1), w.detach() * 0 + 0.3, b),
         lambda w, r, b: 0.3 * softplus(b * (r - w)) + 0.7 * softplus(b * (w - r)),

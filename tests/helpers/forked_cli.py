@@ -74,12 +74,7 @@ class ForkedCli:
         self._server.wait(timeout=30)
 
     def start(
-        self,
-        *arguments: object,
-        cwd: Path | None = None,
-        prelude: str = "",
-        processes: int = 1,
-        plots: bool = False,
+        self, *arguments: object, cwd: Path | None = None, prelude: str = "", processes: int = 1, plots: bool = False
     ) -> list[int]:
         """Pids of freshly started processes; ``prelude`` is Python that each runs before the command."""
         self._count += 1

@@ -57,8 +57,8 @@ def pipeline(name, tokenizer, schedulers):
     }
     if name == "sdxl":
         return StableDiffusionXLPipeline(
-            text_encoder=_text_encoder(tokenizer, width=16, act="quick_gelu"),
-            text_encoder_2=_text_encoder(tokenizer, width=24, act="gelu", projection=24),
+            text_encoder=text_encoder(tokenizer),
+            text_encoder_2=text_encoder(tokenizer, width=24, act="gelu", projection=24),
             tokenizer_2=tokenizer,
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,
@@ -68,7 +68,7 @@ def pipeline(name, tokenizer, schedulers):
 
     act = "quick_gelu" if name == "sd15" else "gelu"
     return StableDiffusionPipeline(
-        text_encoder=_text_encoder(tokenizer, width=16, act=act),
+        text_encoder=text_encoder(tokenizer, width=16, act=act),
         safety_checker=None,
         requires_safety_checker=False,
         feature_extractor=CLIPImageProcessor(),
@@ -76,14 +76,14 @@ def pipeline(name, tokenizer, schedulers):
     )
 
 
-def _text_encoder(tokenizer, *, width, act, projection=None):
+def text_encoder(tokenizer, *, width=16, act="quick_gelu", projection=None, layers=3):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         hidden_act=act,
         max_position_embeddings=tokenizer.model_max_length,

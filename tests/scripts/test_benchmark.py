@@ -1,16 +1,11 @@
 """scripts/benchmark.py at small sizes; what it measures there says nothing."""
 
 import json
-import sys
 from pathlib import Path
 
+import benchmark
 import pytest
 from typer.testing import CliRunner
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import benchmark  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 SMALL = ["--batch=2", "--length=8", "--vocabulary=3000", "--width=16", "--chunk-size=1000", "--repeats=1"]

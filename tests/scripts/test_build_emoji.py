@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from build_emoji import augment, captions, clip, common, data, evaluate, head, models, preferences, tokenizer
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from build_emoji import augment, captions, clip, common, data, evaluate, head, models, preferences, tokenizer  # noqa: E402
-
-from diffusion_align.assets import ASSETS, asset_path  # noqa: E402
-from diffusion_align.data.drawings import (  # noqa: E402
+from diffusion_align.assets import ASSETS, asset_path
+from diffusion_align.data.drawings import (
     BACKGROUNDS,
     composite,
     decode_drawing,
@@ -25,6 +21,8 @@ from diffusion_align.data.drawings import (  # noqa: E402
     load_drawing_pairs,
     load_preferences,
 )
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 def settings(folder: Path, **changes) -> common.Build:

@@ -2,19 +2,14 @@
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import experiments_text
+import kl_forms
 import pytest
 import torch
 
 from diffusion_align.pipelines.configuration import read_config
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import experiments_text  # noqa: E402
-import kl_forms  # noqa: E402
 
 
 def test_the_held_out_reward_is_the_mean_over_all_completions_with_its_interval(tmp_path, monkeypatch):

@@ -5,12 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutants
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import mutants  # noqa: E402
 
 SAMPLE = '''"""A sample: -1 + 1."""
 Number = int | float

@@ -1,12 +1,8 @@
 """Parity with TRL, where it is installed; it is no dependency."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0")
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import trl_parity
 
 

@@ -9,14 +9,11 @@ import time
 import tomllib
 from pathlib import Path
 
+import newest
 import pytest
+import versions
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import newest  # noqa: E402
-import versions  # noqa: E402
-
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOWEST, TESTED = (versions.pins(ROOT / "constraints" / f"{name}.txt") for name in ("lowest", "tested"))

@@ -1,0 +1,47 @@
+"""Commands and code as pages print them, only shorter: fewer epochs, samples, steps, pairs and prompts."""
+
+import re
+
+from diffusion_align.assets import shipped_prompts
+from diffusion_align.methods import method_of
+from diffusion_align.pipelines.configuration import shipped_configs
+from diffusion_align.training.config import load_yaml
+
+SHORT = ["samples_per_epoch=8", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
+SHORT_IMAGES = [*SHORT, "sampler.steps=2", "group_size=4"]
+SHORT_TEXTS = [*SHORT, "sample_batch_size=8", "max_completion_length=12"]
+SHORTER = {
+    "epochs=2": "epochs=1",
+    "samples_per_epoch=16": "samples_per_epoch=8",
+    '"steps": 10': '"steps": 2',
+    'pairs="emoji_style"': 'pairs={"source": "emoji_style", "max_pairs": 16}',
+}
+
+
+def blocks(text, languages):
+    """(language, content) of the fenced blocks in one of ``languages``, "bash|python" say, in their order."""
+    return re.findall(rf"^```({languages})\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def shorter_code(block):
+    for printed, run in SHORTER.items():
+        block = block.replace(printed, run)
+    return block
+
+
+def shorter(words, folder):
+    """The words behind ``diffusion-align``; of a list of prompts the first few, written to ``folder``."""
+    if "--prompts" in words:
+        place = words.index("--prompts") + 1
+        few = folder / f"{words[place]}.txt"
+        few.write_text("\n".join(shipped_prompts()[words[place]].read_text().splitlines()[:6]))
+        words = [*words[:place], str(few), *words[place + 1 :]]
+    if words[0] == "pairs" and "--max-new-tokens" not in words:
+        return [*words, "--steps=2", "--guidance-scale=1"]
+    if words[0] != "train":
+        return words
+    image = method_of(load_yaml(shipped_configs()[words[1]])["method"]).model_kind == "image"
+    few = ["pairs.max_pairs=16"] if words[1:] == ["dpo_emoji_style"] else []
+    epochs = "epochs=2" if "resume=true" in words else "epochs=1"
+    asked = [word for word in words if not word.startswith("epochs=")]
+    return [*asked, epochs, *few, *(SHORT_IMAGES if image else SHORT_TEXTS)]
