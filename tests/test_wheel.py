@@ -127,10 +127,3 @@ def test_the_installed_copy_is_what_runs_and_its_names_work_beside_a_users_folde
     ours, users = result.stdout.splitlines()[:3], result.stdout.splitlines()[3]
     assert all(Path(path).is_relative_to(installed.target) for path in ours)
     assert Path(users).is_relative_to(installed.elsewhere)
-
-
-def test_list(installed):
-    result = installed("-m", "diffusion_align", "list")
-    assert result.returncode == 0, result.stderr
-    for name in ("quickstart", "emoji-sd", "emoji_concepts", "jpeg_compressibility"):
-        assert name in result.stdout
