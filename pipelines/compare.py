@@ -102,7 +102,7 @@ def compare_models(
     seed: int = 0,
     output: Path | None = None,
     per_prompt: int = 1,
-    on_pictures: Callable[[int], object] | None = None,
+    on_samples: Callable[[int], object] | None = None,
 ) -> Comparison:
     """Sample every prompt by each image model, from the same noise and with B's sampler, and judge the pairs.
 
@@ -120,7 +120,7 @@ def compare_models(
             uses ``seed + i`` for A and B, so that the first round is the comparison with ``per_prompt=1``.
         output: where to write the first 24 pairs side by side.
         per_prompt: images per prompt.
-        on_pictures: called with the number of images sampled, of ``2 * per_prompt * len(prompts)``.
+        on_samples: called with the number of images sampled, of ``2 * per_prompt * len(prompts)``.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     output = None if output is None else Path(output).absolute()  # whatever folder a judge changes to
@@ -136,7 +136,7 @@ def compare_models(
         images = pipelines[k](batch, seed=seed + some.start, batch_size=_BATCH).images
         return images, score_images(reward, images, batch, [notes[i] for i in some])
 
-    scores, shown = _sampled(len(texts), sample, on_pictures)
+    scores, shown = _sampled(len(texts), sample, on_samples)
     above, below = (s[:_SHOWN].tolist() for s in scores)
     captions = texts[:_SHOWN]
     picture = before_after(*shown, captions=captions, rewards_before=above, rewards_after=below, labels=("A", "B"))
@@ -157,7 +157,7 @@ def compare_texts(
     per_prompt: int = 1,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
-    on_texts: Callable[[int], object] | None = None,
+    on_samples: Callable[[int], object] | None = None,
 ) -> Comparison:
     """Complete every prompt by each language model, from the same streams of random numbers, and judge the pairs.
 
@@ -171,7 +171,7 @@ def compare_texts(
         per_prompt: completions per prompt.
         max_new_tokens: the most tokens of a completion.
         temperature: of both.
-        on_texts: called with the number of completions sampled, of ``2 * per_prompt * len(prompts)``.
+        on_samples: called with the number of completions sampled, of ``2 * per_prompt * len(prompts)``.
     """
     output = None if output is None else Path(output).absolute()
     if output is not None and output.suffix not in (".md", ".jsonl"):
@@ -187,7 +187,7 @@ def compare_texts(
         )
         return written, judged_texts(pipelines[k], batch, written, reward, [notes[i] for i in some])
 
-    scores, written = _sampled(len(texts), sample, on_texts, shown=len(texts))
+    scores, written = _sampled(len(texts), sample, on_samples, shown=len(texts))
     rows = [
         {"prompt": prompt, "a": a, "b": b, "score_a": score_a, "score_b": score_b}
         for prompt, a, b, score_a, score_b in zip(texts, *written, *(s.tolist() for s in scores), strict=True)

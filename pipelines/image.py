@@ -1,4 +1,4 @@
-"""ImageAlignmentPipeline: load a text-to-image model, align it, draw with it, save it."""
+"""ImageAlignmentPipeline: load a text-to-image model, align it, sample from it, save it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DrawnImages:
     """What a call returns, as diffusers' pipelines do; notebooks show it as a grid.
 
     Attributes:
-        images: the pictures.
+        images: what was sampled.
         prompts: of each of them.
     """
 
@@ -57,10 +57,10 @@ class DrawnImages:
     prompts: list[str] = field(default_factory=list)
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """One picture of them all, the prompts beneath.
+        """One image of them all, the prompts beneath.
 
         Args:
-            columns: pictures a row; nearly a square if not given.
+            columns: images per row; nearly a square if not given.
 
         Raises:
             UserError: there are none, or ``columns`` is below 1.
@@ -74,10 +74,10 @@ class DrawnImages:
         """Write ``0000.png`` and so on, and ``grid.png`` of them all; returns the folder.
 
         Args:
-            folder: made if it is not there; pictures of these names in it are replaced.
+            folder: made if it is not there; images of these names in it are replaced.
 
         Raises:
-            UserError: there are no pictures, or they cannot be written.
+            UserError: there are no images, or they cannot be written.
         """
         target, grid = Path(os.path.expanduser(folder)), self.grid()
         make_folder(target, parents=True)
@@ -100,7 +100,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
     Attributes:
         pipeline: the diffusers pipeline; after ``align`` its UNet holds the trained weights.
-        model: what lies under all adapters: an embedded name, a folder or a hub id.
+        model: what lies under all adapters: an embedded name, a folder or a Hub id.
         origin: what that was before anything was trained, by which rewards choose their CLIP.
         run: the run folder whose result this is, None if it is of no run.
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
@@ -114,7 +114,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         Args:
             pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
             model: what it was loaded from.
-            sampler: how to draw; 50 deterministic steps with guidance 5 if not given.
+            sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
         """
         self.pipeline = pipeline
         self.model = model
@@ -137,16 +137,16 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         variant: str | None = None,
         base_config: str | None = None,
     ) -> ImageAlignmentPipeline:
-        """Load an embedded model ("emoji-sd"), a folder, a hub id, a ``.safetensors`` file, or a run folder.
+        """Load an embedded model ("emoji-sd"), a folder, a Hub id, a ``.safetensors`` file, or a run folder.
 
         Args:
             model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights and sampler are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
             dtype: of the weights.
             device: where to put it; a GPU if there is one.
-            variant: weight files of a folder or hub id to choose, e.g. "fp16"; those of the run, of a run folder, if
+            variant: weight files of a folder or Hub id to choose, e.g. "fp16"; those of the run, of a run folder, if
                 not given.
-            base_config: for a model in one file, folder or hub id of a diffusers pipeline built like it; that of the
+            base_config: for a model in one file, folder or Hub id of a diffusers pipeline built like it; that of the
                 run, of a run folder, if not given.
 
         Raises:
@@ -178,16 +178,16 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     def align(
         self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any
     ) -> ImageAlignmentPipeline:
-        """Train towards a reward or preferences; afterwards this pipeline draws with the trained weights.
+        """Train towards a reward or preferences; afterwards this pipeline samples with the trained weights.
 
         What is trained, and the reference it is held to, starts from the weights as they are: those of a run, or of an
         earlier call, are merged, and a new adapter is trained on them. Two exceptions: ``resume=True`` with this
-        pipeline's own run, one with LoRA, goes on with that run and its reference; and an adapter given as ``lora`` to
+        pipeline's own run, one with LoRA, continues that run with its reference; and an adapter given as ``lora`` to
         ``from_pretrained`` is itself trained further, the reference being the model without it.
 
         Args:
             method: "ddpo", which needs a ``reward`` and ``prompts``, or "diffusion_dpo", which needs ``pairs`` or, to
-                draw and judge its own, a ``reward`` and ``prompts``. A trainer of your own is its class, or where
+                sample and judge its own, a ``reward`` and ``prompts``. A trainer of your own is its class, or where
                 that is found, "module:Class" or "file.py:Class".
             output_dir: the run folder (see README for what it holds).
             **settings: fields of the method's configuration; the same names as in YAML. Among them
@@ -195,17 +195,17 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(images, prompts, metadata) -> (B,)``;
                 - prompts: list of texts, file, or shipped list; a generator, ``datasets.Dataset`` or pandas DataFrame;
-                - pairs: "emoji_style", a folder or file with pairs, or the id of a data set on the hub; or rows, as for
+                - pairs: "emoji_style", a folder or file with pairs, or the id of a dataset on the Hub; or rows, as for
                   prompts, with PIL images;
-                - callbacks: ``Callback`` objects, called as the run goes on, or where they are found, as in YAML;
-                - resume: go on with the run in ``output_dir`` from its newest checkpoint.
+                - callbacks: ``Callback`` objects, called during the run, or where they are found, as in YAML;
+                - resume: continue the run in ``output_dir`` from its newest checkpoint.
 
         Returns:
             This pipeline, whose ``run`` is the run folder from now on.
 
         Raises:
             ConfigError: everything that is wrong with the settings, before anything is trained.
-            RewardError, TrainingError, Interrupted: see ``Trainer.train``; the pipeline then draws as it did before.
+            RewardError, TrainingError, Interrupted: see ``Trainer.train``; the pipeline then samples as it did before.
         """
         method_of(method, "image")
         self._refuse_load_time(settings)
@@ -259,13 +259,13 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         eta: float | None = None,
         batch_size: int = 8,
     ) -> DrawnImages:
-        """Draw one image per prompt by diffusers' own call.
+        """Sample one image per prompt by diffusers' own call.
 
         Args:
             prompts: texts.
-            seed: picture i uses ``seed + i``, whatever else is drawn.
+            seed: image i uses ``seed + i``, whatever else is sampled.
             steps, guidance_scale, eta: instead of ``self.sampler``'s.
-            batch_size: pictures drawn at once.
+            batch_size: images sampled at once.
 
         Returns:
             An object whose ``.images`` is a list of PIL images.
@@ -314,19 +314,19 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         per_prompt: int = 1,
         output: str | Path | None = None,
     ) -> Comparison:
-        """Draw the same prompts from the same noise by another model and by this one, and let a reward judge.
+        """Sample the same prompts from the same noise by another model and by this one, and let a reward judge.
 
         Args:
             other: a pipeline, or what ``from_pretrained`` takes: A of the result, and this pipeline is B.
             prompts: texts.
             judge: a reward, as for ``align``.
             metadata: mappings, one for each prompt, for a judge that reads them.
-            seed: of the first picture; the i-th of each uses ``seed + i``.
-            per_prompt: pictures a prompt.
-            output: file to write the first pictures to, side by side.
+            seed: of the first image; the i-th of each uses ``seed + i``.
+            per_prompt: images per prompt.
+            output: file to write the first images to, side by side.
 
         Returns:
-            Mean scores, how often this pipeline wins with its 95 % interval, and the picture a notebook shows.
+            Mean scores, how often this pipeline wins with its 95 % interval, and the image a notebook shows.
         """
         from diffusion_align.pipelines.compare import compare_models
 
@@ -343,7 +343,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         *,
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Tensor:
-        """Scores (B,) of pictures by a reward.
+        """Scores (B,) of images by a reward.
 
         Args:
             images: B PIL images, float tensors (3, H, W) in [0, 1] or uint8 arrays (H, W, 3); sizes may differ.
@@ -352,7 +352,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             metadata: B mappings for a reward that reads them.
 
         Raises:
-            UserError: the counts differ, or something is no picture.
+            UserError: the counts differ, or something is no image.
             RewardError: the reward cannot be built, or cannot score them.
         """
         function = build_reward(reward, model=self.origin, device=self.pipeline.device)
@@ -361,7 +361,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     def merge(self) -> ImageAlignmentPipeline:
         """Add the adapter to the weights, in memory, and return this pipeline.
 
-        Drawing is faster then, and ``save_lora`` has nothing to write any more. Without an adapter nothing happens.
+        Sampling is faster then, and ``save_lora`` has nothing to write any more. Without an adapter nothing happens.
         """
         if adapters.adapted_parts(self.pipeline):
             adapters.merge_adapters(self.pipeline)
@@ -426,16 +426,16 @@ def score_images(
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> Tensor:
-    """Scores (B,) of pictures, which may differ in size.
+    """Scores (B,) of images, which may differ in size.
 
     Args:
         reward: from ``build_reward``.
-        images: B pictures: PIL images, float tensors (3, H, W) in [0, 1], or uint8 arrays (H, W, 3) or (H, W).
+        images: B of them: PIL images, float tensors (3, H, W) in [0, 1], or uint8 arrays (H, W, 3) or (H, W).
         prompts: B texts.
         metadata: B mappings that the reward receives; empty ones if not given.
 
     Raises:
-        UserError: the counts differ, or something is no such picture.
+        UserError: the counts differ, or something is no such image.
         RewardError: the reward cannot score them.
     """
     if isinstance(images, Image.Image) or isinstance(prompts, str):
@@ -450,11 +450,11 @@ def score_images(
 
 
 def as_picture(image: Picture, index: int = 0) -> Tensor:
-    """Float (3, H, W) in [0, 1] of a picture; a PIL image as ``diffusion_align.images`` has it from a file.
+    """Float (3, H, W) in [0, 1] of an image; a PIL image as ``diffusion_align.images`` has it from a file.
 
     Args:
         image: as for ``score_images``.
-        index: of the picture, for errors.
+        index: of the image, for errors.
 
     Raises:
         UserError: it is none, or its values cannot be told.
@@ -487,6 +487,6 @@ def as_picture(image: Picture, index: int = 0) -> Tensor:
 
 
 def as_batch(images: Sequence[Image.Image]) -> Tensor:
-    """Float (B, 3, H, W) in [0, 1] of PIL pictures of one size, as rewards take them."""
+    """Float (B, 3, H, W) in [0, 1] of PIL images of one size, as rewards take them."""
     pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 255

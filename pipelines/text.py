@@ -1,4 +1,4 @@
-"""TextAlignmentPipeline: load a language model, align it, write with it, save it."""
+"""TextAlignmentPipeline: load a language model, align it, sample from it, save it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
     def from_pretrained(
         cls, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
     ) -> TextAlignmentPipeline:
-        """Load an embedded model ("tiny-lm", "smollm2"), a folder, a hub id, or a run folder with its final weights.
+        """Load an embedded model ("tiny-lm", "smollm2"), a folder, a Hub id, or a run folder with its final weights.
 
         Args:
             model: what to load; adapters are merged into the weights.
@@ -104,7 +104,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
     def align(
         self, method: str | type[Trainer[Any]] = "grpo", *, output_dir: str | Path, **settings: Any
     ) -> TextAlignmentPipeline:
-        """Train towards rewards or preferences; afterwards this pipeline writes with the trained weights.
+        """Train towards rewards or preferences; afterwards this pipeline samples with the trained weights.
 
         Args:
             method: "grpo" or "ppo", which need ``prompts`` and a ``reward``; "dpo" or "kto", which need a ``dataset``
@@ -116,8 +116,8 @@ class TextAlignmentPipeline(AlignmentPipeline):
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(prompts, completions, **columns) -> list of floats (or None)``; or a list of these;
                 - prompts, dataset: a list, a generator, a ``datasets.Dataset``, a pandas DataFrame, a file or the id of
-                  a data set on the hub, with TRL's columns;
-                - callbacks: ``Callback`` objects, called as the run goes on, or where they are found, as in YAML.
+                  a dataset on the Hub, with TRL's columns;
+                - callbacks: ``Callback`` objects, called during the run, or where they are found, as in YAML.
 
         Returns:
             This pipeline, whose ``name`` is the run folder from now on.

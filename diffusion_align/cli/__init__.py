@@ -266,10 +266,8 @@ def compare(
     _hide_loading_bars()
     options: Any = {"metadata": metadata, "seed": seed, "output": output, "per_prompt": per_prompt}
     with _bar("samples", 2 * per_prompt * len(texts)) as update:
-        if kind == "text":
-            result = compare_texts(first, second, texts, judge, on_texts=update, **options, **of_text)
-        else:
-            result = compare_models(first, second, texts, judge, on_pictures=update, **options)
+        judged: Any = compare_texts if kind == "text" else compare_models
+        result = judged(first, second, texts, judge, on_samples=update, **options, **of_text)
     _print(f"{result}; {'texts' if kind == 'text' else 'images'} in {output}")
 
 

@@ -27,7 +27,8 @@ class Outcome:
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, call_cli):
-    """``cli("train", "tiny.yaml", ...)`` in a fresh folder."""
+    """``cli("train", "tiny.yaml", ...)`` in a fresh folder; the few runs that are finished write no report."""
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -122,7 +123,9 @@ def finish(tmp_path_factory):
 
     def make(settings):
         folder = tmp_path_factory.mktemp("finished") / "run"
-        run(check_config(settings | {"output_dir": str(folder)}))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("diffusion_align.report.write_report", lambda folder: None)
+            run(check_config(settings | {"output_dir": str(folder)}))
         AcceleratorState._reset_state(reset_partial_state=True)
         return folder, settings
 

@@ -8,19 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import changes, edit_json
+from tiny_runs import TINY, changes, edit_json
 
-SETTINGS = {
+SETTINGS = {key: value for key, value in TINY.items() if key != "sampler"} | {
     "output_dir": "run",
-    "epochs": 1,
     "samples_per_epoch": 4,
     "sample_batch_size": 4,
     "micro_batch_size": 4,
-    "updates_per_epoch": 1,
-    "lora": {"rank": 2},
     "max_completion_length": 4,
-    "grid_every": 0,
-    "num_threads": 1,
 }
 ONLINE = {"prompts": ["the cat", "a dog"], "reward": "length", "num_generations": 2}
 PAIRS = [
@@ -58,15 +53,6 @@ def silent(completions, **columns):
 def later(completions, **columns):
     return [1.0 if "" in completions else float("nan")] * len(completions)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_report():
-    """The few runs that are finished here need none."""
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusion_align.report.write_report", lambda folder: None)
-        yield
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ def test_the_better_model_wins_and_b_is_the_second(calls):
 
 def test_both_models_draw_the_same_prompts_from_the_same_seeds(calls):
     progress = []
-    compare_models("emoji-sd", "brighter", PROMPTS, brightness, seed=5, per_prompt=4, on_pictures=progress.append)
+    compare_models("emoji-sd", "brighter", PROMPTS, brightness, seed=5, per_prompt=4, on_samples=progress.append)
     first, second = ([call[1:] for call in calls if call[0] == model] for model in ("emoji-sd", "brighter"))
     assert first == second
     texts = PROMPTS * 4

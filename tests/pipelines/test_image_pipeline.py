@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 from rows_on_disk import read_rows
 from safetensors.torch import load_file
+from tiny_runs import TINY
 
 from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.interrupt import InterruptFlag
@@ -26,22 +27,16 @@ from diffusion_align.pipelines.run import run
 from diffusion_align.rewards.base import RewardError
 
 PROMPTS = ["a red apple", "a cat"]
-SETTINGS = {
+SETTINGS = TINY | {
     "prompts": PROMPTS,
-    "epochs": 1,
     "samples_per_epoch": 4,
     "sample_batch_size": 4,
     "micro_batch_size": 8,
-    "updates_per_epoch": 1,
     "learning_rate": 0.02,
-    "lora": {"rank": 2},
-    "sampler": {"steps": 2, "guidance_scale": 1.0},
     "advantages": "group",
     "group_size": 2,
     "kl_coef": 0.01,
-    "grid_every": 0,
     "checkpoint_every": 1,
-    "num_threads": 1,
 }
 
 
@@ -160,9 +155,8 @@ def test_a_run_is_trained_on_as_it_ended(load, first_run, tmp_path, reloaded, se
     torch.testing.assert_close(predictions(load(start)), once, atol=1e-5, rtol=0)
 
 
-def test_a_run_as_the_model_of_a_configuration_is_the_same(load, first_run, tmp_path, monkeypatch):
+def test_a_run_as_the_model_of_a_configuration_is_the_same(load, first_run, tmp_path):
     raw = SETTINGS | {"method": "ddpo", "reward": redness, "output_dir": tmp_path / "yaml", "model": str(first_run)}
-    # What the check of a configuration asks about a model.
     trainer = run(check_config(raw))
     pipe = load(first_run).align(reward=redness, output_dir=tmp_path / "python", **SETTINGS)
     assert rows(tmp_path / "yaml") == rows(tmp_path / "python")
@@ -355,9 +349,7 @@ def test_a_lora_on_a_run(load, first_run, tmp_path):
 def test_weights_that_no_folder_holds_are_not_trained_on(load, first_run, tmp_path):
     """The run could not say what it was trained on."""
     pipe = load(lora=first_run / "final").merge()
-    with pytest.raises(
-        UserError, match=r"the weights are in no folder, as a lora was merged: save_pretrained\(\) them"
-    ):
+    with pytest.raises(UserError, match=r"are in no folder, as a lora was merged: save_pretrained\(\) them"):
         pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
     assert not (tmp_path / "run").exists()
 
@@ -516,9 +508,7 @@ def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
     with pytest.raises(UserError, match="there are no images to draw"):
         none.save(tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match=r"file cannot be written \(File exists\): something else of that name is in the way"
-    ):
+    with pytest.raises(UserError, match=r"file cannot be written \(File exists\): something else of that name is"):
         drawn.save(tmp_path / "file")
 
 
@@ -599,11 +589,7 @@ WHITE = Image.new("RGB", (4, 4), "white")
         (WHITE, ["a"], "a single picture or prompt is given"),
         ([WHITE, "x.png"], ["a", "b"], "image 1 is a str: give PIL images, float tensors or uint8 arrays"),
         ([Image.new("F", (4, 4))], ["a"], "image 0 holds floating-point numbers, which do not say what is white"),
-        (
-            [Image.new("I;16", (4, 4), 999)],
-            ["a"],
-            "image 0 has 16 bits a channel and uses less than a quarter of their",
-        ),
+        ([Image.new("I;16", (4, 4), 999)], ["a"], "image 0 has 16 bits a channel and uses less than a quarter"),
         ([np.zeros((4, 4, 3))], ["a"], r"image 0 is an array of float64 \(4, 4, 3\): give uint8"),
         ([np.zeros((3, 4, 5), np.uint8)], ["a"], r"image 0 is an array of uint8 \(3, 4, 5\): give uint8"),
         ([torch.zeros(4, 4, 3)], ["a"], r"image 0 is a tensor of torch.float32 \(4, 4, 3\): give float \(3, H, W\)"),
@@ -616,9 +602,6 @@ def test_what_cannot_be_scored(base, images, prompts, wanted):
     with pytest.raises(UserError, match=wanted) as caught:
         base.score(images, prompts, redness)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_metadata_of_another_length(base):
     with pytest.raises(UserError, match="1 images, 1 prompts and 2 metadata: give lists of one length"):
         base.score([WHITE], ["a"], redness, metadata=[{}, {}])
 
@@ -652,13 +635,10 @@ def test_a_whole_pipeline_is_uploaded(load, first_run, tmp_path, hub):
     pipe = load(first_run)
     pipe.push_to_hub("me/red", private=False, merged=True)
     assert hub[1][2]["private"] is False
-    assert {"README.md", "before_after.png", "model_index.json", "unet"} <= {
-        p.name for p in (tmp_path / "hub").iterdir()
-    }
-    assert (
-        'StableDiffusionPipeline.from_pretrained("me/red", torch_dtype=torch.float32)'
-        in (tmp_path / "hub" / "README.md").read_text()
-    )
+    files = {p.name for p in (tmp_path / "hub").iterdir()}
+    assert {"README.md", "before_after.png", "model_index.json", "unet"} <= files
+    line = 'StableDiffusionPipeline.from_pretrained("me/red", torch_dtype=torch.float32)'
+    assert line in (tmp_path / "hub" / "README.md").read_text()
     assert all(str(tmp_path.parent) not in file.read_text() for file in (tmp_path / "hub").rglob("*config.json"))
     assert "_name_or_path" not in (tmp_path / "hub" / "model_index.json").read_text()
     assert_same_unet(plain(tmp_path / "hub"), pipe)

@@ -49,7 +49,7 @@ def test_a_language_model_against_itself_wins_half(pipe):
 def test_the_scores_are_those_of_the_texts_and_b_is_the_second(pipe, other, tmp_path):
     seen = []
     result = compare_texts(
-        other, pipe, PROMPTS, length, per_prompt=4, output=tmp_path / "all.jsonl", on_texts=seen.append, **FAST
+        other, pipe, PROMPTS, length, per_prompt=4, output=tmp_path / "all.jsonl", on_samples=seen.append, **FAST
     )
     found = read_rows(tmp_path / "all.jsonl")
     assert found == [dict(row) for row in result.texts]

@@ -71,25 +71,21 @@ def assert_same_model(a, b, tolerance=5e-5):
 
 
 def rows(folder):
-    return read_rows(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if "time/" not in k} for row in read_rows(folder / "metrics.jsonl")]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
+DPO = {"method": "dpo", "dataset": PAIRS}
 KINDS = {
     "grpo": ONLINE | {"method": "grpo", "reward": letters, "beta": 0.1},
     "ppo": ONLINE | {"method": "ppo", "reward": letters},
-    "dpo": {"method": "dpo", "dataset": PAIRS, "dynamic_beta": {"hidden": 8}},
+    "dpo": DPO | {"dynamic_beta": {"hidden": 8}},
     "dpo, online": ONLINE | {"method": "dpo", "reward": letters},
     "kto": {"method": "kto", "dataset": LABELS},
     "grpo, all weights": ONLINE | {"method": "grpo", "reward": letters, "beta": 0.1, "lora": None},
-    "dpo, all weights": {"method": "dpo", "dataset": PAIRS, "lora": None},
-    "dpo, all weights, reference asked once": {
-        "method": "dpo",
-        "dataset": PAIRS,
-        "lora": None,
-        "precompute_ref_log_probs": True,
-    },
+    "dpo, all weights": DPO | {"lora": None},
+    "dpo, all weights, reference asked once": DPO | {"lora": None, "precompute_ref_log_probs": True},
     "grpo, average": ONLINE | {"method": "grpo", "reward": letters, "ema_decay": 0.5},
     "kto, all weights, average": {"method": "kto", "dataset": LABELS, "lora": None, "ema_decay": 0.5},
 }
@@ -109,9 +105,8 @@ def test_what_is_trained_is_what_everyone_loads(load, tiny_language_model, tmp_p
     final = tmp_path / "run" / "final"
     if settings["lora"]:
         assert_same_model(PeftModel.from_pretrained(plain(tiny_language_model), str(final)).eval(), pipe.model)
-        assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-            tiny_language_model
-        )
+        adapter = json.loads((final / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == str(tiny_language_model)
     else:
         assert_same_model(plain(final), pipe.model)
     assert_same_model(TextAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu").model, pipe.model)
@@ -257,10 +252,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(load, tmp_path, lora):
     pipe.align("grpo", output_dir=tmp_path / "run", resume=True, **settings)
     calm = load().align("grpo", output_dir=tmp_path / "calm", **settings)
     assert torch.equal(logits(pipe.model), logits(calm.model))
-    untimed = [
-        [{k: v for k, v in row.items() if "time/" not in k} for row in rows(tmp_path / n)] for n in ("run", "calm")
-    ]
-    assert untimed[0] == untimed[1]
+    assert rows(tmp_path / "run") == rows(tmp_path / "calm")
 
 
 def test_a_finished_run_is_not_gone_on_with_by_its_own_result(load, tmp_path):
@@ -357,9 +349,7 @@ def test_scores_with_columns(load):
 
     scores = pipe.score(PROMPTS, ["a b", "c d"], found, answer=["b", "x"])
     assert scores.tolist() == [1.0, 0.0]
-    assert torch.equal(
-        pipe.score(PROMPTS, ["a b", "c d"], found, answer=["b", None]).isnan(), torch.tensor([False, True])
-    )
+    assert pipe.score(PROMPTS, ["a b", "c d"], found, answer=["b", None]).isnan().tolist() == [False, True]
     words = pipe.score(PROMPTS, ["a b", "c d e"], {"name": "length", "unit": "words"})
     assert words.tolist() == [2.0, 3.0]
     assert pipe.score([], [], "length").shape == (0,)
