@@ -143,7 +143,7 @@ def complete(
     from diffusion_align.streams import printable
     from diffusion_align.writing import make_folder, write_text
 
-    texts = [text for text, _ in _text_prompts(prompt, prompts)]
+    texts = [text for text, _ in _prompts(prompt, prompts, "text")]
     if output is not None:
         _check_output_file(output)
     _hide_loading_bars()
@@ -259,7 +259,7 @@ def compare(
     kind = model_kind([first, second])
     of_text = _given(max_new_tokens=max_new_tokens, temperature=temperature)
     _check_kind(kind, {}, of_text)
-    found = _text_prompts(prompt, prompts) if kind == "text" else _prompts(prompt, prompts)
+    found = _prompts(prompt, prompts, kind)
     texts, metadata = zip(*found, strict=True)
     output = output or Path("compare.md" if kind == "text" else "compare.png")
     _check_output_file(output)
@@ -295,7 +295,7 @@ def pairs(
     of_images = _given(steps=steps, guidance_scale=guidance_scale, eta=eta)
     of_text = _given(max_new_tokens=max_new_tokens, temperature=temperature)
     _check_kind(kind, of_images, of_text)
-    wanted = _text_prompts(prompt, prompts) if kind == "text" else _prompts(prompt, prompts)
+    wanted = _prompts(prompt, prompts, kind)
     _hide_loading_bars()
     candidates = TextCandidates(model, **of_text) if kind == "text" else ImageCandidates(model, **of_images)
     options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume}
@@ -545,27 +545,22 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[str, dict[str, Any]]]:
-    from diffusion_align.data.prompts import check_image_prompts, load_prompts
-
-    found: list[tuple[str, dict[str, Any]]] = [(text, {}) for text in prompt or []]
-    check_image_prompts(prompt or [])
+def _prompts(
+    prompt: list[str] | None, prompts: str | None, kind: Literal["image", "text"] = "image"
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Texts, for language models also conversations, with their metadata: the other columns of their rows."""
+    if kind == "image":
+        from diffusion_align.data.prompts import check_image_prompts as check
+        from diffusion_align.data.prompts import load_prompts as read
+    else:
+        from diffusion_align.data.prompts import check_unicode as check
+        from diffusion_align.pipelines.text import read_prompts as read  # type: ignore[assignment]
+    check(prompt or [])
+    found: list[tuple[Any, dict[str, Any]]] = [(text, {}) for text in prompt or []]
     if prompts is not None:
-        found += load_prompts(prompts)
+        found += read(prompts)
     if not found:
         raise UserError("no prompt given: use --prompt TEXT (repeatable) or --prompts FILE")
-    return found
-
-
-def _text_prompts(prompt: list[str] | None, prompts: str | None) -> list[tuple[Any, dict[str, Any]]]:
-    """Prompts for language models, texts or conversations, with the other columns of their rows."""
-    from diffusion_align.data.prompts import check_unicode
-    from diffusion_align.pipelines.text import read_prompts
-
-    found = [*((text, {}) for text in prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
-    if not found:
-        raise UserError("no prompt: give -p TEXT or --prompts FILE")
-    check_unicode(prompt or [])
     return found
 
 

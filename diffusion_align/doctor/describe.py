@@ -142,7 +142,7 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     each = math.ceil(cost.units / config.updates_per_epoch) * (cost.actions // max(1, cost.units))
     batches = f"{math.ceil(each / config.micro_batch_size)} of {config.micro_batch_size}"
     lines += [
-        ("decisions an update", f"{each} of all processes together, its effective batch"),
+        ("steps an update", f"{each} of all processes together, its effective batch"),
         ("micro-batches an update", f"{batches}, their gradients added up; shared among the processes"),
     ]
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []

@@ -89,7 +89,7 @@ def test_a_folder(report, make_policy, model_path, name):
     settings = SETTINGS | {"model": name, "output_dir": "run", "timestep_range": [0.2, 1.0]}
     trainer = DDPOTrainer(DDPOConfig(**settings), policy, lambda *_: None, [("a", {})])
     decisions = 8 * len(trainer.trained_steps)
-    assert found["decisions an update"].startswith(f"{decisions // 2} of all processes")
+    assert found["steps an update"].startswith(f"{decisions // 2} of all processes")
     assert found["micro-batches an update"].startswith(f"{decisions // 4} of 2,")
     looked = 2 * 2 * len(trainer.trained_steps)  # one a step is more than 1 % here; guided, and the reference too
     assert found["UNet passes an epoch"] == (
@@ -357,7 +357,7 @@ def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
 def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
     settings = {"timestep_fraction": 0.34, "updates_per_epoch": 3}  # 2 of 6 steps
     found, _ = report(model=str(tiny_sd), samples_per_epoch=10, sample_batch_size=2, **settings)
-    assert found["decisions an update"].startswith("8 ")
+    assert found["steps an update"].startswith("8 ")
     online = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 16}
     found, problems = report(model=str(tiny_sd), **online)
     assert found["pairs an epoch"].startswith("0, ")
