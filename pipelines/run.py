@@ -36,13 +36,7 @@ from diffusion_align.writing import output_folder
 Places = list[tuple[str, str | None]]
 
 
-def run(
-    config: TrainingConfig,
-    *,
-    pipeline: Any = None,
-    model: Any = None,
-    tokenizer: Any = None,
-) -> Trainer[Any]:
+def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, tokenizer: Any = None) -> Trainer[Any]:
     """Train as ``config`` says and return the finished trainer.
 
     Args:

@@ -14,18 +14,8 @@ from torch import Tensor
 
 from diffusion_align.data.schemas import BadRow
 from diffusion_align.data.sources import first_rows
-from diffusion_align.data.text_encoding import (
-    Messages,
-    Text,
-    TextEncoder,
-    checked_text,
-    context_length,
-    ends_of,
-)
-from diffusion_align.data.text_rows import (
-    PromptRow,
-    TextDataConfig,
-)
+from diffusion_align.data.text_encoding import Messages, Text, TextEncoder, checked_text, context_length, ends_of
+from diffusion_align.data.text_rows import PromptRow, TextDataConfig
 from diffusion_align.errors import ConfigError, UserError, short
 from diffusion_align.inputs import check_device, check_path
 from diffusion_align.llm.collection import WeightedRewards
@@ -33,11 +23,7 @@ from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.llm.trainer import TextConfig
 from diffusion_align.methods import method_name, method_of
-from diffusion_align.models.language_models import (
-    language_model_ref,
-    load_language_model,
-    load_tokenizer,
-)
+from diffusion_align.models.language_models import language_model_ref, load_language_model, load_tokenizer
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config

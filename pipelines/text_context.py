@@ -205,10 +205,7 @@ def _check_same_tokens(config: Any, tokenizer: Any) -> None:
 
 
 def _rewards(
-    settings: Any,
-    config: Any,
-    prompts: Sequence[PromptRow | PreferenceRow | LabelledRow],
-    encoder: TextEncoder,
+    settings: Any, config: Any, prompts: Sequence[PromptRow | PreferenceRow | LabelledRow], encoder: TextEncoder
 ) -> WeightedRewards:
     """The rewards of a run, or of its evaluation, which has ``settings`` of its own; each tried on real prompts."""
     specs = settings.reward if isinstance(settings.reward, list | tuple) else [settings.reward]

@@ -198,8 +198,7 @@ def serve_reward(
     host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
     token_file: Annotated[
-        Path | None,
-        typer.Option(parser=_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set"),
+        Path | None, typer.Option(parser=_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="images per request")] = 64,
     max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes per request")] = 64_000_000,

@@ -13,12 +13,7 @@ import torch
 from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.trainer import DenoisingConfig
-from diffusion_align.doctor.memory import (
-    UNetCost,
-    decoder_cost,
-    parameter_counts,
-    unet_cost,
-)
+from diffusion_align.doctor.memory import UNetCost, decoder_cost, parameter_counts, unet_cost
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines

@@ -13,14 +13,7 @@ from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
 from diffusion_align.doctor.known_models import SD15, SD21, SDXL
-from diffusion_align.doctor.memory import (
-    GpuPass,
-    decoder_cost,
-    parameter_counts,
-    saved_bytes,
-    storage_sizes,
-    unet_cost,
-)
+from diffusion_align.doctor.memory import GpuPass, decoder_cost, parameter_counts, saved_bytes, storage_sizes, unet_cost
 
 EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text())
 SMALL = {"train_batch": 2, "sample_batch": 2}
@@ -169,8 +162,7 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("model", "layers"),
-    [("tiny_sd", "attention"), ("tiny_sd2", "attention+convolutions"), ("tiny_sdxl", "attention")],
+    ("model", "layers"), [("tiny_sd", "attention"), ("tiny_sd2", "attention+convolutions"), ("tiny_sdxl", "attention")]
 )
 def test_what_is_trained_is_what_the_policy_trains(make_policy, model, layers):
     lora = LoRAConfig(rank=4, layers=layers)
