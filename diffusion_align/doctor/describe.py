@@ -237,6 +237,9 @@ def _describe_text(config: Any) -> tuple[Lines, list[str]]:
         by_reference = not config.logs_kl and (config.needs_reference or config.lora is not None)
         evaluation = held_out.samples * (2 if by_reference else 1) / held_out.every
     lines += _describe_epoch(config, cost, evaluation)
+    if held_out is not None:
+        often = "epoch" if held_out.every == 1 else f"{held_out.every} epochs"
+        lines.append(("evaluation", f"{held_out.samples} completions, every {often}"))
     lines.append(("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"))
     if counts:
         lines.append(("rows checked", ", ".join(f"{count} of {name}" for name, count in counts.items())))

@@ -532,6 +532,7 @@ def test_passes_of_text_methods(report, tmp_path, settings, passes):
     trained = (2 if settings["method"] == "dpo" else 1) * 64 * settings.get("inner_epochs", 1)
     assert found["passes an epoch"] == f"{passes}{trained} forward and backward while training"
     if "evaluation" in settings:
+        assert found["evaluation"] == "6 completions, every 2 epochs"
         assert found["rows checked"] == "1 of dataset, 3 of evaluation.prompts"
 
 
