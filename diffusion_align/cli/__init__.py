@@ -101,7 +101,7 @@ def train(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="embedded name, folder, hub id or run folder")],
+    model: Annotated[str, typer.Argument(help="embedded name, folder, Hub id or run folder")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
     output: Annotated[Path, _place("--output", "-o", help="folder for the images")] = Path("samples"),
@@ -124,7 +124,7 @@ def sample(
 
 @app.command()
 def complete(
-    model: Annotated[str, typer.Argument(help="language model: embedded name, folder, hub id or run folder")],
+    model: Annotated[str, typer.Argument(help="language model: embedded name, folder, Hub id or run folder")],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="text to complete; repeat for more")
     ] = None,

@@ -30,7 +30,7 @@ def _models() -> Entries:
     }
     return [
         *((name, [about[name]]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)),
-        ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or hub id, or a causal language model's"]),
+        ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or Hub id, or a causal language model's"]),
     ]
 
 

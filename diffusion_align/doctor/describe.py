@@ -46,7 +46,7 @@ _EXTRAS = {
     "wandb": ("wandb",),
 }
 _WEIGHTS = ("clip", "head", "weights", "tokenizer")
-"""Options of rewards that name files or hub ids."""
+"""Options of rewards that name files or Hub ids."""
 _HUB_ID = re.compile(r"(?<![\w./-])[A-Za-z][\w.-]*/[A-Za-z][\w.-]*(?![\w/])")
 
 
@@ -213,7 +213,7 @@ def _reward_model(name: str, options: Mapping[str, Any], model: str, cached: Map
 
 
 def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
-    """Which of the hub ids in some texts are in the cache."""
+    """Which of the Hub ids in some texts are in the cache."""
     lines: Lines = []
     for hub_id in dict.fromkeys(match for text in named for match in _HUB_ID.findall(text)):
         if not os.path.exists(os.path.expanduser(hub_id)):
@@ -229,7 +229,7 @@ def _describe_text(config: Any) -> tuple[Lines, list[str]]:
     counts, problems = check_rows(config)
     lines: Lines = [
         ("model", ""),
-        ("model", f"{config.model} ({'here' if local else 'from the hub, downloaded or cached when training starts'})"),
+        ("model", f"{config.model} ({'here' if local else 'from the Hub, downloaded or cached when training starts'})"),
         ("trained", "the whole model" if config.lora is None else f"LoRA of rank {config.lora.rank}"),
     ]
     evaluation = 0.0

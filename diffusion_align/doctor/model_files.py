@@ -37,7 +37,7 @@ class ModelFiles:
 
 
 def find_model(config: DenoisingConfig) -> ModelFiles:
-    """The files of ``config.model``: embedded, a folder, one file, a hub id in the cache or not, or a run's base."""
+    """The files of ``config.model``: embedded, a folder, one file, a Hub id in the cache or not, or a run's base."""
     model = config.model
     try:
         plan = image_model_ref(model)
@@ -53,12 +53,12 @@ def find_model(config: DenoisingConfig) -> ModelFiles:
         return _one_file(config, path)
     snapshot = cached_snapshot(model)
     if snapshot is not None:
-        return _in_folder(config, snapshot, "hub id, in the cache", complete=False)
+        return _in_folder(config, snapshot, "Hub id, in the cache", complete=False)
     return _on_the_hub(config)
 
 
 def cached_snapshot(model: str) -> Path | None:
-    """The folder of a pipeline's hub id in the local cache, whole or not."""
+    """The folder of a pipeline's Hub id in the local cache, whole or not."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -100,7 +100,7 @@ def _under_a_run(config: DenoisingConfig, plan: ModelRef) -> ModelFiles:
 
 
 def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: bool) -> ModelFiles:
-    """Of diffusers' layout: a folder, to be ``complete``, or a snapshot of the hub, whose rest is downloaded."""
+    """Of diffusers' layout: a folder, to be ``complete``, or a snapshot of the Hub, whose rest is downloaded."""
     model, variant = config.model, config.weights_variant
     lines, problems = [("model", f"{model} ({where})")], []
     index = _read(folder / "model_index.json")
@@ -139,9 +139,9 @@ def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:
         return ModelFiles({}, [("model", f"{config.model} (missing)")])
     line = ("model", f"{config.model} (one file, {gigabytes(path.stat().st_size)})")
     if config.base_config is None:
-        return ModelFiles({}, [line, ("base_config", "not given: what to build is asked of the hub")], here=True)
+        return ModelFiles({}, [line, ("base_config", "not given: what to build is asked of the Hub")], here=True)
     base = find_model(config.model_copy(update={"model": config.base_config}))
-    found = f"{config.base_config} ({'found' if base.configs else 'not known here: it is asked of the hub'})"
+    found = f"{config.base_config} ({'found' if base.configs else 'not known here: it is asked of the Hub'})"
     return ModelFiles(base.configs, [line, ("base_config", found)], here=True)
 
 
@@ -153,11 +153,11 @@ def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
     offline = ", but HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     model, configs = config.model, PUBLISHED.get(config.model, {})
     if not configs:
-        return ModelFiles({}, [("model", f"{model} (hub id)"), ("files", f"missing, size unknown{offline}")])
+        return ModelFiles({}, [("model", f"{model} (Hub id)"), ("files", f"missing, size unknown{offline}")])
     sizes = _published_sizes(config)
     total = f"missing: {gigabytes(sum(sizes.values()))} will be downloaded{offline}"
     parts = [(name, f"missing, {gigabytes(size)}") for name, size in sizes.items()]
-    return ModelFiles(dict(configs), [("model", f"{model} (hub id)"), ("files", total), *parts])
+    return ModelFiles(dict(configs), [("model", f"{model} (Hub id)"), ("files", total), *parts])
 
 
 def _published_sizes(config: DenoisingConfig) -> dict[str, int]:

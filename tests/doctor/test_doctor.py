@@ -36,7 +36,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def empty_cache(monkeypatch, tmp_path):
-    """What HF_HOME=(a new folder) gives; the variable itself is read when the hub's package is imported."""
+    """What HF_HOME=(a new folder) gives; the variable itself is read when the Hub's package is imported."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
@@ -226,7 +226,7 @@ def test_a_hub_id_in_the_cache(report, empty_cache, tiny_sd, quick):
     snapshot = cache(empty_cache, tiny_sd, "somebody/something")
     found, problems = report(model="somebody/something")
     assert problems == []
-    assert found["model"] == "somebody/something (hub id, in the cache)"
+    assert found["model"] == "somebody/something (Hub id, in the cache)"
     assert found["unet"].startswith("found, ")
     assert "this CPU" in found
     (snapshot / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -301,7 +301,7 @@ def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path, quick):
     assert found["base_config"] == f"{tiny_sd} (found)"
     assert "at the peak" in found
     found, _ = report(model=str(path))
-    assert found["base_config"] == "not given: what to build is asked of the hub"
+    assert found["base_config"] == "not given: what to build is asked of the Hub"
     assert "at the peak" not in found
 
 

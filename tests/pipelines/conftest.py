@@ -18,7 +18,7 @@ def _quick(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """What was asked of the hub; the folder uploaded is copied to tmp_path/hub."""
+    """What was asked of the Hub; the folder uploaded is copied to tmp_path/hub."""
     calls = []
 
     class Api:

@@ -613,7 +613,7 @@ def test_a_picture_keeps_its_levels():
         torch.testing.assert_close(as_picture(picture), expected, atol=1e-7, rtol=0)
 
 
-# -- the hub -----------------------------------------------------------------------------------------------------------
+# -- the Hub -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_adapter_is_uploaded_with_its_card(load, tiny_sd, first_run, tmp_path, hub):
