@@ -125,6 +125,7 @@ SETTINGS = {
     "max_winner_error=inf": r"max_winner_error='inf' is not allowed",
     "show_prompts=[]": r"show_prompts is empty: leave it out, or set grid_every=0",
     "clip_range=0.1": r"unknown setting 'clip_range'",
+    "model=tiny-lm": "model='tiny-lm' is a language model, not a text-to-image pipeline: use a text method",
     "reward=taste": r"unknown reward 'taste'",
     "method=difusion_dpo": r"method='difusion_dpo' is unknown: did you mean 'diffusion_dpo'",
 }

@@ -131,8 +131,10 @@ def test_more_steps_than_the_model_was_trained_with(refused, write_settings):
     refused("train", write_settings(), "sampler.steps=1001", wanted=wanted)
 
 
-def test_an_inpainting_model(refused, write_settings, tiny_inpainting):
+def test_models_of_another_kind(refused, write_settings, tiny_inpainting, tiny_language_model):
     refused("train", write_settings(model=str(tiny_inpainting)), wanted="inpainting")
+    wanted = "model='.*'.* the folder has no model_index.json: .* a language model needs a text method such as grpo"
+    refused("train", write_settings(model=str(tiny_language_model)), wanted=wanted)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -175,13 +175,37 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize("case", EARLY)
-def test_refused_before_weights_are_read(refused, write, no_model, case):
+# What only the trainer sees: data that do not fit the method.
+LATE = {
+    "kto dataset=[{prompt: a, completion: b, label: true}, {prompt: a, completion: c, label: false}]": (
+        "dataset holds one prompt, and KTO's reference point needs two or more: add some"
+    ),
+    "dpo loss_type=ipo; dataset+={prompt: a, chosen: b, rejected: [c, d]}": (
+        "dataset: row 2 has 2 rejected, and loss_type=ipo compares with one: use loss_type=sigmoid"
+    ),
+    "dpo dataset=[{prompt: a, chosen: b, rejected: c, label: 0.3}, {prompt: d, chosen: b, rejected: c, label: 1}]": (
+        "dataset: row 0 has the label 0.3, and loss_type=sigmoid takes every chosen for preferred: use loss_type="
+    ),
+}
+
+
+def settings_of(case):
+    """The method of a case, and its settings."""
     method, _, text = case.partition(" ")
     settings = changes(text)
     for key in [key for key in settings if key.endswith("+")]:
         settings[key[:-1]] = [*METHODS[method][key[:-1]], settings.pop(key)]
-    refused("train", write(method, **settings), wanted=EARLY[case])
+    return {"method": method} | settings
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_refused_before_weights_are_read(refused, write, no_model, case):
+    refused("train", write(**settings_of(case)), wanted=EARLY[case])
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_data_that_a_method_cannot_use(refused, write, case):
+    refused("train", write(**settings_of(case)), wanted=LATE[case])
 
 
 def test_a_reference_with_other_tokens(refused, write, no_model, tmp_path, make_language_model):
@@ -239,30 +263,6 @@ def test_a_model_folder_that_cannot_be_used(refused, write, model, damage, metho
     harm, wanted = DAMAGES[damage]
     harm(model)
     refused("train", write(method, model="model"), wanted=wanted)
-
-
-DATA_THAT_DOES_NOT_FIT = [
-    (
-        "kto",
-        {"dataset": [LABELS[0], dict(LABELS[0])]},
-        "dataset holds one prompt, and KTO's reference point needs two or more: add some",
-    ),
-    (
-        "dpo",
-        {"loss_type": "ipo", "dataset": [*PAIRS, {"prompt": "a", "chosen": "b", "rejected": ["c", "d"]}]},
-        "dataset: row 2 has 2 rejected, and loss_type=ipo compares with one: use loss_type=sigmoid",
-    ),
-    (
-        "dpo",
-        {"dataset": [{**PAIRS[0], "label": 0.3}, {**PAIRS[1], "label": 1}]},
-        "dataset: row 0 has the label 0.3, and loss_type=sigmoid takes every chosen for preferred: use loss_type=",
-    ),
-]
-
-
-@pytest.mark.parametrize(("method", "settings", "wanted"), DATA_THAT_DOES_NOT_FIT)
-def test_data_that_a_method_cannot_use(refused, write, method, settings, wanted):
-    refused("train", write(method, **settings), wanted=wanted)
 
 
 @pytest.mark.parametrize(
@@ -345,35 +345,3 @@ def test_a_damaged_file_of_the_reference(cli, tree, finished, tmp_path):
     outcome = cli("train", finished, "resume=true", "epochs=3")
     assert (outcome.status, len(outcome.sentences)) == (2, 1), outcome.err
     assert "reference.safetensors is damaged" in outcome.sentences[0]
-
-
-# -- pictures and text -------------------------------------------------------------------------------------------------
-
-IMAGES = {"method": "ddpo", "reward": "jpeg_compressibility", "prompts": ["a cat"], "lora": {"rank": 2}}
-
-
-@pytest.mark.parametrize("method", [{"method": "ddpo"}, {"method": "diffusion_dpo", "beta": 1.0}])
-def test_a_language_model_for_an_image_method(refused, tmp_path, tiny_language_model, method):
-    for model, wanted in (
-        (
-            "tiny-lm",
-            "model='tiny-lm' is a language model, not a text-to-image pipeline: use a text method such as grpo",
-        ),
-        (
-            str(tiny_language_model),
-            "model='.*'.* the folder has no model_index.json: .* a language model needs a text method such as grpo",
-        ),
-    ):
-        settings = IMAGES | method | {"model": model, "output_dir": "run", "samples_per_epoch": 8}
-        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-        refused("train", "tiny.yaml", wanted=wanted)
-
-
-def test_a_text_reward_for_an_image_method(refused, tmp_path):
-    settings = IMAGES | {"model": "emoji-sd", "output_dir": "run", "reward": "length", "samples_per_epoch": 8}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    refused("train", "tiny.yaml", wanted="'length' .*text")
-
-
-def test_a_method_that_is_near_another(refused, write):
-    refused("train", write(), "method=grop", wanted="method='grop' is unknown: did you mean 'grpo'")
