@@ -12,42 +12,14 @@ import torch
 def too_short(images, prompts, metadata):
     return [1.0] * (len(images) - 1)
 
-def single(images, prompts, metadata):
-    return torch.ones(1)
-
 def nan(images, prompts, metadata):
     return torch.full((len(images),), float("nan"))
-
-def infinite(images, prompts, metadata):
-    return [float("-inf")] * len(images)
-
-def nothing(images, prompts, metadata):
-    pass
-
-def some_none(images, prompts, metadata):
-    return [None] * len(images)
-
-def words(images, prompts, metadata):
-    return ["good"] * len(images)
-
-def column(images, prompts, metadata):
-    return torch.ones(len(images), 1)
-
-def scalar(images, prompts, metadata):
-    return images.mean()
 
 def raises(images, prompts, metadata):
     raise KeyError("label")
 
-def needs_option(images, prompts, metadata, weight):
-    return torch.ones(len(images))
-
 class NoCall:
     pass
-
-class BadInit:
-    def __init__(self):
-        raise RuntimeError("no weights")
 
 def later(images, prompts, metadata):
     # The dummy batch before training is of three.
@@ -59,18 +31,9 @@ def later(images, prompts, metadata):
     ("function", "wanted"),
     [
         ("too_short", "reward 'too_short' returned 2 scores for 3 images: return a tensor"),
-        ("single", "reward 'single' returned 1 score for 3 images: .*not broadcast"),
         ("nan", "reward 'nan' returned nan for image 0"),
-        ("infinite", "reward 'infinite' returned -inf for image 0"),
-        ("nothing", "reward 'nothing' returned NoneType"),
-        ("some_none", "reward 'some_none' returned None at index 0"),
-        ("words", "reward 'words' returned a list that is not all numbers"),
-        ("column", r"reward 'column' returned shape \(3, 1\) for 3 images"),
-        ("scalar", r"reward 'scalar' returned shape \(\) for 3 images"),
         ("raises", "reward 'raises' raised KeyError: 'label'"),
-        ("needs_option", "reward 'needs_option' needs the option 'weight'"),
         ("NoCall", "reward 'NoCall' gives a NoCall, which is not callable"),
-        ("BadInit", "reward 'BadInit' could not be built: RuntimeError: no weights"),
         ("absent", "'mine.py' has no 'absent'"),
         ("torch", "reward 'mine.py:torch' is a module: name a function or a class"),
     ],

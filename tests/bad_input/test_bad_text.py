@@ -35,9 +35,6 @@ REWARDS = """
 def too_short(completions, **columns):
     return [1.0] * (len(completions) - 1)
 
-def nothing(completions, **columns):
-    pass
-
 def nan(completions, **columns):
     return [float("nan")] * len(completions)
 
@@ -149,8 +146,7 @@ EARLY = {
     "grpo reward=absent.py:f": "reward file 'absent.py' does not exist",
     "grpo reward={name: length, targt: 3}": "no option 'targt': did you mean",
     "grpo reward=mine.py:too_short": "reward 'too_short' returned 1 score for 2 comp",
-    "ppo reward=mine.py:nothing": "reward 'nothing' returned NoneType",
-    "grpo reward=mine.py:nan": "reward 'nan' returned nan for completion 0",
+    "ppo reward=mine.py:nan": "reward 'nan' returned nan for completion 0",
     "grpo reward=mine.py:raises": "reward 'raises' raised KeyError: 'label'",
     "grpo reward=mine.py:needs_answer; prompts=[{prompt: a, solution: b}]": NEEDS,
     "dpo reward=mine.py:raises": "reward 'raises' raised KeyError: 'label'",
