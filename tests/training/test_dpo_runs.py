@@ -428,11 +428,11 @@ def test_prediction_types_agree_where_the_latents_are_the_same(train, tmp_path):
 
 @pytest.mark.parametrize("reward", [None, brightness])
 def test_a_reward_is_optional_where_pairs_are_given(train, tmp_path, reward, monkeypatch):
-    from diffusion_align.diffusion import previews
+    from diffusion_align.diffusion import evaluation
 
     shown = []
-    draw = previews.before_after
-    monkeypatch.setattr(previews, "before_after", lambda *a, **k: shown.append(k) or draw(*a, **k))
+    draw = evaluation.before_after
+    monkeypatch.setattr(evaluation, "before_after", lambda *a, **k: shown.append(k) or draw(*a, **k))
     train(epochs=1, reward=reward)
     assert (shown[0]["rewards_after"] is None) == (reward is None)
     assert shown[0]["captions"] == PROMPTS
