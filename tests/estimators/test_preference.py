@@ -77,16 +77,12 @@ def test_value_and_gradients_equal_another_way_of_writing_it(name):
 EXTREME = st.one_of(st.sampled_from([-1e4, -100.0, 0.0, 100.0, 1e4]), st.floats(-1e4, 1e4, width=32))
 
 
-@pytest.mark.parametrize("name", [*PAIRED, "bradley-terry", "orpo"])
+@pytest.mark.parametrize("name", [*PAIRED, "orpo"])
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(EXTREME, EXTREME), max_size=3), st.sampled_from([0.1, 5.0, "per sample"]))
 def test_extreme_log_ratios_stay_finite(name, pairs, beta):
     chosen, rejected = torch.tensor(pairs, dtype=torch.float32).reshape(-1, 2).unbind(1)
-    others = {
-        "bradley-terry": lambda w, r, b: bradley_terry_loss(w, r),
-        "orpo": lambda w, r, b: orpo_loss(-w.abs(), -r.abs()),
-    }
-    call = others[name] if name in others else PAIRED[name][0]
+    call = PAIRED[name][0] if name in PAIRED else lambda w, r, b: orpo_loss(-w.abs(), -r.abs())
     beta = torch.full_like(chosen, 0.1) if beta == "per sample" else beta
     for first, second in ((chosen, rejected), (chosen, chosen)):
         loss, *gradients = with_gradients(lambda w, r: call(w, r, beta), first, second)
@@ -120,16 +116,6 @@ def test_dpo_worked_example_with_the_gradient_of_equation_12():
     loss.sum().backward()
     weight = 0.1 * (1 - 1 / (1 + math.exp(-0.3)))
     assert (logp_w.grad.item(), logp_l.grad.item()) == pytest.approx((-weight, weight), rel=1e-12)
-
-
-def test_dpo_gradient_of_a_policy_is_equation_12():
-    theta, reference = randn(2, 5).requires_grad_(), randn(2, 5, seed=1).log_softmax(1)
-    logp = theta.log_softmax(1)
-    logratio = logp - reference
-    h = logratio[:, 0] - logratio[:, 3]
-    (gradient,) = torch.autograd.grad(dpo_loss(logratio[:, 0], logratio[:, 3], 0.4).sum(), theta, retain_graph=True)
-    scores = torch.autograd.grad((logp[:, 0] - logp[:, 3]).sum(), theta)[0]
-    assert_same(gradient, (-0.4 * (1 - torch.sigmoid(0.4 * h)))[:, None].detach() * scores)
 
 
 def test_dpo_with_many_rejected_worked_number_and_gradient():
@@ -590,21 +576,9 @@ def test_the_basketball_table():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_fit_equals_a_slow_iteration_and_a_minimiser_of_the_loss(seed):
+def test_fit_equals_a_slow_iteration(seed):
     wins = _table(2 + seed, seed, low=0.5)
-    strengths = fit_bradley_terry(wins)
-    assert_same(strengths, _zermelo(wins, 3000), rtol=FIT, atol=FIT)
-    leaf = torch.zeros(len(wins), dtype=F64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([leaf], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = -_log_likelihood(wins, leaf)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert_same(strengths, leaf.detach() - leaf.detach().mean(), rtol=1e-5, atol=1e-5)
+    assert_same(fit_bradley_terry(wins), _zermelo(wins, 3000), rtol=FIT, atol=FIT)
 
 
 def test_expected_counts_give_the_strengths_back():
@@ -614,17 +588,6 @@ def test_expected_counts_give_the_strengths_back():
         games = 1 + randn(n, n).abs()
         wins = (games + games.T) * torch.sigmoid(known[:, None] - known)
         assert_same(fit_bradley_terry(wins), known, rtol=FIT, atol=FIT)
-
-
-def test_sampled_games_give_the_strengths_within_their_error():
-    """40 000 games a pair, seed fixed: the standard error of a strength is about .008."""
-    known = tensor(-1.0, -0.3, 0.3, 1.0)
-    wins = torch.zeros(4, 4, dtype=F64)
-    generator = torch.Generator().manual_seed(0)
-    for i, j in torch.combinations(torch.arange(4)).tolist():
-        wins[i, j] = (torch.rand(40_000, generator=generator) < torch.sigmoid(known[i] - known[j])).sum()
-        wins[j, i] = 40_000 - wins[i, j]
-    assert (fit_bradley_terry(wins) - known).abs().max() < 0.03
 
 
 def test_a_chain_is_fitted_pair_by_pair():
