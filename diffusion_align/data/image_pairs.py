@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -23,26 +23,20 @@ from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.schemas import (
     BadRow,
     Layouts,
     RowsConfig,
     Source,
-    bad_rows_error,
     checked_prompt,
-    open_rows,
+    limit_of,
 )
 from diffusion_align.data.sources import (
     FILES,
-    SHOWN,
     GivenRows,
     ListTable,
-    StreamedTable,
     Table,
-    TableSource,
-    open_table,
     short,
 )
 from diffusion_align.errors import ConfigError
@@ -61,29 +55,19 @@ class PairsConfig(RowsConfig):
 
     places = f"{EMBEDDED}, {FILES}"
     layouts: ClassVar[Mapping[str, Layouts]] = {"pairs": LAYOUTS}
+    limit, stem = "max_pairs", "pairs"
     source: Source = Field(description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
     )
-    max_pairs: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_ROWS,
-        description="use the first so many pairs only; of a Hub dataset no more than these are downloaded",
-    )
+    max_pairs: int | None = limit_of("pairs")
 
-    def table_source(self, name: str) -> TableSource:
-        """Of anything but the embedded drawings; a folder may hold a file called pairs."""
-        return TableSource(
-            name, self.source, self.split, self.max_pairs, limit="max_pairs", stem="pairs", allowed=self.places
-        )
+    def open_source(self, name: str) -> Table:
+        return _embedded(self) if self.source == EMBEDDED else super().open_source(name)
 
     def read(self, name: str, kind: str) -> PairSet:
-        def table() -> Table:
-            return _embedded(self) if self.source == EMBEDDED else open_table(self.table_source(name))
-
-        return _pair_set(self, *open_rows(name, self.layouts[kind], self.columns, table))
+        return _pair_set(self, *self.table(name, kind))
 
     @field_validator("source", mode="after")
     @classmethod
@@ -204,40 +188,34 @@ def _pair_set(config: PairsConfig, table: Table, names: Mapping[str, str]) -> Pa
         return _usable(PairSet([], [], 0, {}, config, table, [], []), {})
     sides = [names[side] for side in (("chosen", "rejected") if "chosen" in names else ("first", "second"))]
     others = [names[name] for name in ("prompt", "first_wins") if name in names]
-    result = PairSet([], [], 0, {}, config, table, sides, [])
     ties = 0
+
+    def make(row: Sequence[Any]) -> tuple[str, bool] | None:
+        """The prompt, and whether the first image wins; None of a tie."""
+        nonlocal ties
+        first, second, prompt, *label = row
+        win = _label(label[0]) if label else 1
+        if win == 0.5:
+            ties += 1
+            return None
+        if win is None:
+            raise BadRow(f"{names['first_wins']} is {short(label[0])}, not one of 0, 0.5, 1")
+        checked_prompt(prompt)
+        _check_sources((first, second) if win else (second, first), table.folder)
+        return prompt, win == 1
+
     with closing(table.scan([*sides, *others], sides)) as scan:
-        for row, (first, second, prompt, *label) in enumerate(scan):
-            win = _label(label[0]) if label else 1
-            if win == 0.5:
-                ties += 1
-                continue
-            try:
-                if win is None:
-                    raise BadRow(f"{names['first_wins']} is {short(label[0])}, not one of 0, 0.5, 1")
-                checked_prompt(prompt)
-                _check_sources((first, second) if win else (second, first), table.folder)
-            except BadRow as bad:
-                result.skipped[row] = f"pairs: row {row}: {bad}"
-                if isinstance(table, StreamedTable) and not config.skip_bad_rows and len(result.skipped) == SHOWN:
-                    break  # nothing is downloaded for a list that would not be shown
-                continue
-            result.prompts.append(prompt)
-            result.rows.append(row)
-            result._first_wins.append(win == 1)
-            if len(result) == config.max_pairs:
-                break
-    return _usable(replace(result, ties=ties), result.skipped)
+        made, rows, bad = config.usable("pairs", table, scan, make)
+    prompts, first_wins = [prompt for prompt, _ in made], [wins for _, wins in made]
+    return _usable(PairSet(prompts, rows, ties, bad, config, table, sides, first_wins), bad)
 
 
 def _usable(pairs: PairSet, bad: Mapping[int, str]) -> PairSet:
     """``pairs``, or a ConfigError if none is left or the rows newly found ``bad`` may not be left out."""
-    config = pairs._config
-    if pairs.rows and (config.skip_bad_rows or not bad):
-        return pairs
     counts = f"{len(pairs._table)} rows, {pairs.ties} ties, {len(pairs.skipped)} bad rows"
-    nothing = f"{config.table_source('pairs')} holds no usable pair ({counts}): give at least one"
-    raise bad_rows_error("pairs", list(bad.values()), any_usable=bool(pairs.rows), nothing=nothing)
+    nothing = f"{pairs._config.table_source('pairs')} holds no usable pair ({counts})"
+    pairs._config.check_usable("pairs", len(pairs), bad.values(), nothing)
+    return pairs
 
 
 def _label(value: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -14,25 +15,21 @@ import torch
 from pydantic import Field, ValidationError, model_serializer
 
 from diffusion_align.assets import shipped_prompts
-from diffusion_align.bounds import LONGEST_PROMPT, MOST_ROWS
+from diffusion_align.bounds import LONGEST_PROMPT
 from diffusion_align.data.schemas import (
     BadRow,
     Layouts,
     RowsConfig,
     Source,
-    bad_rows_error,
     bare_prompts,
     checked_prompt,
-    open_rows,
+    limit_of,
 )
 from diffusion_align.data.sources import (
     FILES,
-    SHOWN,
     ListTable,
-    StreamedTable,
     Table,
     TableSource,
-    open_table,
     scalar,
     short,
 )
@@ -55,55 +52,33 @@ class PromptsConfig(RowsConfig):
 
     places = _PLACES
     layouts: ClassVar[Mapping[str, Layouts]] = {"prompts": LAYOUTS}
+    limit, stem, lines = "max_prompts", "prompts", "prompt"
     source: Source = Field(description=f"a shipped list, {_PLACES}")
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt; it is prompt, caption or text if not given"
     )
-    max_prompts: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_ROWS,
-        description="use the first so many prompts only; of a Hub dataset no more than these are downloaded",
-    )
+    max_prompts: int | None = limit_of("prompts")
 
     def table_source(self, name: str) -> TableSource:
-        source, shipped = self.source, shipped_prompts()
-        if isinstance(source, list):
+        rows, shipped = self.source, shipped_prompts()
+        if isinstance(rows, list):
             known = [column for layout in LAYOUTS for column in layout.values()]
-            source = bare_prompts(source, self.columns, known=known, all_but_mappings=True)
-        elif isinstance(source, str):
-            source = str(shipped.get(source, source))
-        return TableSource(
-            name,
-            source,
-            self.split,
-            self.max_prompts,
-            limit="max_prompts",
-            stem="prompts",
-            allowed=f"one of {', '.join(shipped)}, {_PLACES}",
-            lines="prompt",
-        )
+            rows = bare_prompts(rows, self.columns, known, all_but_mappings=True)
+        elif isinstance(rows, str):
+            rows = str(shipped.get(rows, rows))
+        return replace(super().table_source(name), source=rows, allowed=f"one of {', '.join(shipped)}, {_PLACES}")
 
     def read(self, name: str, kind: str) -> list[Prompt]:
-        table, names = open_rows(name, self.layouts[kind], self.columns, lambda: open_table(self.table_source(name)))
-        column = names.get("prompt", "prompt")
-        prompts: list[Prompt] = []
-        bad: list[str] = []
-        with closing(_rows(table, column)) as rows:
-            for number, (prompt, metadata) in enumerate(rows):
-                try:
-                    prompts.append((_short_enough(checked_prompt(prompt)), _plain_row(metadata)))
-                except BadRow as problem:
-                    bad.append(f"{name}: row {number}: {problem}")
-                    if isinstance(table, StreamedTable) and not self.skip_bad_rows and len(bad) == SHOWN:
-                        break  # nothing is downloaded for a list that would not be shown
-                if len(prompts) == self.max_prompts:
-                    break
-        if prompts and (self.skip_bad_rows or not bad):
-            return prompts
+        table, names = self.table(name, kind)
+
+        def make(row: tuple[Any, dict[Any, Any]]) -> Prompt:
+            return _short_enough(checked_prompt(row[0])), _plain_row(row[1])
+
+        with closing(_rows(table, names.get("prompt", "prompt"))) as rows:
+            prompts, _, bad = self.usable(name, table, rows, make)
         what = f"usable prompt ({len(bad)} bad rows)" if bad else "prompt"
-        nothing = f"{name}.source={short(self.source)} holds no {what}: give at least one"
-        raise bad_rows_error(name, bad, any_usable=bool(prompts), nothing=nothing)
+        self.check_usable(name, len(prompts), bad.values(), f"{name}.source={short(self.source)} holds no {what}")
+        return prompts
 
     @model_serializer(mode="wrap")
     def _as_short_as_possible(self, whole: Any) -> Any:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
 
+from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.data.sources import (
     FILES,
+    SHOWN,
     GivenRows,
+    StreamedTable,
     Table,
     TableSource,
     check_hub,
@@ -19,6 +22,7 @@ from diffusion_align.data.sources import (
     is_hub,
     listed,
     named_if_long,
+    open_table,
     refuse_splits,
     short,
 )
@@ -34,6 +38,15 @@ Layouts = Sequence[Mapping[str, str]]
 """Our name -> the name that is looked for by default; a source has the columns of one of them."""
 
 
+Made = TypeVar("Made")
+
+
+def limit_of(rows: str) -> Any:
+    """The field that says how many of ``rows`` are used."""
+    what = f"use the first so many {rows} only; of a Hub dataset no more than these are downloaded"
+    return Field(None, ge=1, le=MOST_ROWS, description=what)
+
+
 class BadRow(Exception):
     """What is wrong with a row."""
 
@@ -46,6 +59,11 @@ class RowsConfig(Section):
     """What ``source`` may be, for messages."""
     layouts: ClassVar[Mapping[str, Layouts]] = {}
     """The columns of each kind of rows that there may be."""
+    limit: ClassVar[str]
+    """The setting that says how many rows are used."""
+    stem: ClassVar[str | None] = None
+    lines: ClassVar[str | None] = None
+    """See ``TableSource``."""
 
     source: Source = Field(description="where the rows are, or the rows themselves")
     split: str = Field("train", min_length=1, description="a dataset's own split")
@@ -70,13 +88,72 @@ class RowsConfig(Section):
             raise ValueError(f"give {cls.places}")
         return str(rows) if isinstance(rows, Path) else named_if_long(rows)
 
+    @property
+    def most(self) -> int | None:
+        """How many rows are wanted, if not all."""
+        return getattr(self, self.limit)
+
     def table_source(self, name: str) -> TableSource:
         """Where the rows of the setting ``name`` are."""
-        raise NotImplementedError
+        return TableSource(name, self.source, self.split, self.most, self.limit, self.stem, self.places, self.lines)
+
+    def table(self, name: str, kind: str) -> tuple[Table, dict[str, str]]:
+        """The rows of the setting ``name``, and their names of our columns, {} if there are none.
+
+        Raises:
+            ConfigError: all that is wrong with the settings and the source, at once.
+        """
+        layouts = self.layouts[kind]
+        _, table = together(lambda: check_columns(name, layouts, self.columns), lambda: self.open_source(name))
+        return table, mapping(name, layouts, self.columns, table.names) if table.names else {}
+
+    def open_source(self, name: str) -> Table:
+        return open_table(self.table_source(name))
 
     def read(self, name: str, kind: str) -> Any:
-        """What ``opened`` returns."""
-        raise NotImplementedError
+        """What ``opened`` returns: the table, where rows want a model to be more."""
+        return self.table(name, kind)
+
+    def usable(
+        self, name: str, table: Table, rows: Iterable[Any], make: Callable[[Any], Made | None]
+    ) -> tuple[list[Made], list[int], dict[int, str]]:
+        """What ``make`` makes of the rows, at most ``self.most`` of them, with their numbers; and the bad ones.
+
+        Args:
+            name: what the setting is called, for messages.
+            table: that the rows are of. Of a streamed one nothing is downloaded for a list that would not be shown.
+            rows: in their order.
+            make: raises BadRow; None is neither good nor bad.
+        """
+        made, numbers, bad = [], [], {}
+        stops = isinstance(table, StreamedTable) and not self.skip_bad_rows
+        for number, row in enumerate(rows):
+            try:
+                one = make(row)
+            except BadRow as problem:
+                bad[number] = f"{name}: row {number}: {problem}"
+                if stops and len(bad) == SHOWN:
+                    break
+                continue
+            if one is not None:
+                made.append(one)
+                numbers.append(number)
+                if len(made) == self.most:
+                    break
+        return made, numbers, bad
+
+    def check_usable(self, name: str, count: int, bad: Collection[str], nothing: str) -> None:
+        """Raise a ConfigError if none of the rows is left, or the ``bad`` ones may not be left out.
+
+        Args:
+            name: what the setting is called.
+            count: of usable rows.
+            bad: sentences.
+            nothing: what is said where no row is left.
+        """
+        if not count or (bad and not self.skip_bad_rows):
+            remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
+            raise ConfigError([*listed(list(bad), name), remedy if count else f"{nothing}: give at least one"])
 
     def opened(self, name: str, kind: str) -> Any:
         """The rows, as far as they can be read without a model: what ``open_ahead`` opened, for the first who asks.
@@ -103,30 +180,8 @@ class RowsConfig(Section):
             self.__dict__["_ahead"] = self.read(name, kind)
 
 
-def open_rows(
-    name: str, layouts: Layouts, columns: Mapping[str, str] | None, opened: Callable[[], Table]
-) -> tuple[Table, dict[str, str]]:
-    """A table and its names of our columns, {} if it has none.
-
-    Args:
-        name, layouts, columns: as of ``check_columns``.
-        opened: opens the table.
-
-    Raises:
-        ConfigError: all that is wrong, at once.
-    """
-    _, table = together(lambda: check_columns(name, layouts, columns), opened)
-    return table, mapping(name, layouts, columns, table.names) if table.names else {}
-
-
-def bad_rows_error(name: str, bad: list[str], *, any_usable: bool, nothing: str) -> ConfigError:
-    """The ``bad`` rows, and what to do: leave them out, or ``nothing`` where no row is left."""
-    remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
-    return ConfigError([*listed(bad, name), remedy if any_usable else nothing])
-
-
 def bare_prompts(
-    rows: Sequence[Any], columns: Mapping[str, str] | None, *, known: Collection[str], all_but_mappings: bool = False
+    rows: Sequence[Any], columns: Mapping[str, str] | None, known: Collection[str], *, all_but_mappings: bool = False
 ) -> list[Any]:
     """The rows of a list in which a bare text is a prompt.
 

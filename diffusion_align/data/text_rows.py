@@ -8,23 +8,21 @@ the row, for rewards. Differences from TRL are said where they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from diffusion_align.assets import shipped_text_prompts
-from diffusion_align.bounds import MOST_ROWS
 from diffusion_align.data.schemas import (
     BadRow,
     Layouts,
     RowsConfig,
     Source,
-    bad_rows_error,
     bare_prompts,
-    open_rows,
+    limit_of,
 )
-from diffusion_align.data.sources import FILES, Table, TableSource, first_rows, open_table, scalar, short
+from diffusion_align.data.sources import FILES, TableSource, first_rows, scalar, short
 from diffusion_align.data.text_encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
 from diffusion_align.errors import ConfigError, together
 
@@ -45,28 +43,20 @@ class TextDataConfig(RowsConfig):
 
     places = _PLACES
     layouts = LAYOUTS
+    limit, lines = "max_rows", "prompt"
     source: Source = Field(description=_PLACES)
     columns: dict[str, str] | None = Field(
         None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
     )
-    max_rows: int | None = Field(
-        None,
-        ge=1,
-        le=MOST_ROWS,
-        description="use the first so many rows only; of a Hub dataset no more than these are downloaded",
-    )
+    max_rows: int | None = limit_of("rows")
 
     def table_source(self, name: str) -> TableSource:
         rows = self.source
         if isinstance(rows, list):
-            rows = bare_prompts(rows, self.columns, known=_PROMPT)
+            rows = bare_prompts(rows, self.columns, _PROMPT)
         elif isinstance(rows, str):
             rows = str(shipped_text_prompts().get(rows, rows))
-        return TableSource(name, rows, self.split, self.max_rows, allowed=_PLACES, lines="prompt")
-
-    def read(self, name: str, kind: str) -> tuple[Table, dict[str, str]]:
-        """The table and its names of our columns; the rows want a tokenizer."""
-        return open_rows(name, self.layouts[kind], self.columns, lambda: open_table(self.table_source(name)))
+        return replace(super().table_source(name), source=rows)
 
 
 @dataclass(frozen=True)
@@ -218,22 +208,18 @@ def _rows(
 ) -> Rows[Row]:
     """What ``make`` makes of the cells, by our names, and of the other columns of each row."""
     _, (table, names) = together(encoder.check, lambda: config.opened(name, kind))
-    made: list[tuple[Row, Encoded]] = []
-    bad: list[str] = []
-    for number, row in enumerate(first_rows(table, config.max_rows) if names else ()):
-        cells = {ours: row.pop(theirs) for ours, theirs in names.items()}
+
+    def made(row: dict[str, Any]) -> tuple[Row, Encoded]:
         try:
-            made.append(make(cells, row))
-        except BadRow as problem:
-            bad.append(f"{name}: row {number}: {problem}")
+            return make({ours: row.pop(theirs) for ours, theirs in names.items()}, row)
         except ConfigError as error:
             raise ConfigError([f"{name}: {problem}" for problem in error.problems]) from None
-    if made and (config.skip_bad_rows or not bad):
-        encoded = [one for _, one in made]
-        cuts = (sum(one.prompt_cut for one in encoded), sum(one.completion_cut for one in encoded))
-        return Rows([row for row, _ in made], Truncation(len(made), *cuts, left_out=len(bad)))
-    nothing = f"{config.table_source(name)} holds no usable row ({len(bad)} bad rows): give at least one"
-    raise bad_rows_error(name, bad, any_usable=bool(made), nothing=nothing)
+
+    rows, _, bad = config.usable(name, table, first_rows(table, config.max_rows) if names else (), made)
+    nothing = f"{config.table_source(name)} holds no usable row ({len(bad)} bad rows)"
+    config.check_usable(name, len(rows), bad.values(), nothing)
+    cuts = (sum(one.prompt_cut for _, one in rows), sum(one.completion_cut for _, one in rows))
+    return Rows([row for row, _ in rows], Truncation(len(rows), *cuts, left_out=len(bad)))
 
 
 def _probability(value: Any) -> float:

@@ -15,12 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.diffusion.families import Conditioning, StableDiffusion, family_of
 from diffusion_align.errors import TrainingError, UserError
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 from diffusion_align.models.lora_file import save_lora
-from diffusion_align.training.config import Section
+from diffusion_align.training.config import LoRASettings
 from diffusion_align.training.finite import all_finite
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -31,11 +30,9 @@ PROMPT_BATCH = 8
 all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
 
 
-class LoRAConfig(Section):
+class LoRAConfig(LoRASettings):
     """Low-rank adapters on the UNet."""
 
-    rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
-    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; the rank itself when not given")
     layers: Literal["attention", "attention+convolutions"] = Field(
         "attention", description="small models need the convolutions of the residual blocks as well"
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +31,7 @@ from diffusion_align.models.model_card import write_model_card
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
-from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.config import PolicyConfig, TrainingConfig
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.policy_trainer import PolicyTrainer
@@ -41,16 +41,13 @@ from diffusion_align.writing import new_folder
 Batch = TypeVar("Batch")
 
 
-class DenoisingConfig(TrainingConfig):
+class DenoisingConfig(PolicyConfig):
     """What every method that trains a diffusion model has."""
 
     show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
-    )
     weights_variant: str | None = Field(None, description="weight files of the model to choose, e.g. fp16")
     base_config: str | None = Field(
         None, description="for a model in one .safetensors file: folder or hub id of a diffusers pipeline built like it"
@@ -60,14 +57,10 @@ class DenoisingConfig(TrainingConfig):
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
 
     def cross_checks(self) -> Iterator[str]:
-        if self.show_prompts is not None and not self.show_prompts:
-            yield "show_prompts is empty: leave it out, or set grid_every=0 for no grids"
         try:
             check_image_prompts(self.show_prompts or [], name="show_prompts")
         except ConfigError as error:
             yield from error.problems
-        if self.dtype != "float32" and self.lora is None:
-            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
         yield from self.stop_when.evaluation_problems(self.evaluation)
         if self.stop_when.diversity_below is not None and self.evaluation is None:
             yield "stop_when.diversity_below looks at evaluations: set evaluation, or leave it out"

@@ -31,7 +31,7 @@ from diffusion_align.models.lora import (
     save_peft,
     switched_off,
 )
-from diffusion_align.training.config import Section
+from diffusion_align.training.config import LoRASettings
 from diffusion_align.writing import new_folder
 
 IGNORED = -100
@@ -42,7 +42,7 @@ _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
 
 
-class LoRAConfig(Section):
+class LoRAConfig(LoRASettings):
     """Low-rank adapters on the language model."""
 
     rank: int = Field(16, ge=1, le=HIGHEST_RANK, description="rank of every adapter")

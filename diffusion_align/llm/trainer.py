@@ -35,7 +35,7 @@ from diffusion_align.models.model_card import write_model_card
 from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, sample_and_score
-from diffusion_align.training.config import TrainingConfig, Weight
+from diffusion_align.training.config import PolicyConfig, TrainingConfig, Weight
 from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
 from diffusion_align.training.finite import require_finite_logits
@@ -63,13 +63,10 @@ class TextEvaluationConfig(EvaluationConfig):
         yield from several_rewards_problems(self.reward, self.reward_weights)
 
 
-class TextConfig(TrainingConfig):
+class TextConfig(PolicyConfig):
     """What every method that trains a language model has."""
 
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
-    )
     reference_model: str | None = Field(
         None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
     )
@@ -96,10 +93,6 @@ class TextConfig(TrainingConfig):
         return False
 
     def cross_checks(self) -> Iterator[str]:
-        if self.show_prompts is not None and not self.show_prompts:
-            yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
-        if self.dtype != "float32" and self.lora is None:
-            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
         if self.stop_when.kl_above is not None and not self.logs_kl and self.evaluation is None:
             yield (
                 "stop_when.kl_above looks at a KL that this run measures in evaluations only: set evaluation, or leave "

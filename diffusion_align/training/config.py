@@ -28,7 +28,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, PydanticUndefined
 
 from diffusion_align import yaml_text
-from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.bounds import HIGHEST_RANK, LARGEST, MOST
 from diffusion_align.errors import ConfigError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import GRACE
@@ -258,6 +258,29 @@ class TrainingConfig(Section):
                 f"updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}: "
                 "each update needs at least one sample"
             )
+
+
+class LoRASettings(Section):
+    """Low-rank adapters; a policy's own ``LoRAConfig`` says on which layers."""
+
+    rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
+    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; the rank itself when not given")
+
+
+class PolicyConfig(TrainingConfig):
+    """What every method that trains a diffusion model or a language model has."""
+
+    show_prompts: list[Any] | None = None
+    lora: LoRASettings | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
+    )
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.show_prompts is not None and not self.show_prompts:
+            yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
+        if self.dtype != "float32" and self.lora is None:
+            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
 
 
 _ROWS = ("prompts", "dataset", "eval_dataset", "pairs")

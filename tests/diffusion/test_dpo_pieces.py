@@ -943,7 +943,7 @@ SMOOTH = "loss_type=hinge has no label_smoothing: leave one of the two out"
         (OFFLINE, {"loss_type": "hinge", "label_smoothing": 0.1}, SMOOTH),
         (OFFLINE, {"reward_mode": "logratio"}, OLD),
         (OFFLINE, {"old_refresh": "epoch"}, OLD),
-        (OFFLINE, {"show_prompts": []}, "show_prompts is empty: leave it out, or set grid_every=0 for no grids"),
+        (OFFLINE, {"show_prompts": []}, "show_prompts is empty: leave it out, or set grid_every=0 for no samples"),
     ],
 )
 def test_settings_that_do_not_fit(base, settings, problem):
