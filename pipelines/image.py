@@ -398,10 +398,10 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self.save_lora(folder)
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
-        """The figures of a run are those of its last weights: there is no card for the best ones."""
-        if self.run is not None and Path(self._called).name != "best":
-            family = type(self.pipeline).__name__
-            write_model_card(self.run, target, location=location, merged=merged, pipeline_class=family)
+        if self.run is not None:
+            weights, family = Path(self._called).name, type(self.pipeline).__name__
+            weights = weights if weights == "best" else "final"
+            write_model_card(self.run, target, weights=weights, location=location, merged=merged, pipeline_class=family)
 
 
 def _refuse_other_parts(pipeline: Any) -> None:

@@ -322,7 +322,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
 
     def _save_adapter(self, folder: Path) -> None:
         """The adapter of the run, which names its base as others know it."""
-        ref = None if self.run is None else language_model_ref(str(self.run))
+        ref = None if self.run is None else language_model_ref(self.name)
         if ref is None or not ref.adapters:
             raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
         if len(ref.adapters) > 1:
@@ -334,12 +334,14 @@ class TextAlignmentPipeline(AlignmentPipeline):
             for file in filter(Path.is_file, Path(ref.adapters[0]).iterdir()):
                 write_bytes(aside / file.name, file.read_bytes())
             settings = json.loads((aside / "adapter_config.json").read_text(encoding="utf-8"))
-            settings["base_model_name_or_path"] = ref.origin
+            base = Path(ref.origin)
+            settings["base_model_name_or_path"] = base.name if base.is_absolute() else ref.origin
             write_text(aside / "adapter_config.json", json.dumps(settings, indent=2))
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         if self.run is not None:
-            write_model_card(self.run, target, kind="text", location=location, merged=merged)
+            weights = "best" if Path(self.name).name == "best" else "final"
+            write_model_card(self.run, target, kind="text", weights=weights, location=location, merged=merged)
 
 
 def _fitting_rows(prompts: Sequence[Text], tokenizer: Any, context: int | None, max_new_tokens: int) -> list[PromptRow]:

@@ -31,6 +31,7 @@ from diffusion_align.errors import TrainingError, UserError
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
 from diffusion_align.models.lora import add_lora, carries_adapters
+from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, RunContext
@@ -252,8 +253,9 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
         return {"center_coef": self.config.center_coef}
 
     def finish(self) -> None:
-        """Write ``final/``: what transformers and peft load, and the reward ``classifier``."""
+        """Write ``final/``, what transformers and peft load, and the reward ``classifier``; and its card."""
         self.model.save(self.folder / "final")
+        write_model_card(self.folder, self.folder / "final", kind="classifier")
 
     def measure(self) -> dict[str, float]:
         return self._evaluate() if self.eval_pairs else {}

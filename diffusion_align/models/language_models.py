@@ -163,7 +163,7 @@ def language_model_ref(name: str, kinds: tuple[Kind, ...] = ("causal",), above: 
         raise UserError(f"{subject} is an image model, not a language model: embedded language models are {embedded}")
     if os.path.isdir(folder):  # unlike Path.is_dir it answers about any text
         ref = _folder_ref(name, folder, kinds, (*above, name))
-        of_run = folder.name == "final" and (folder.parent / "config.yaml").is_file()
+        of_run = folder.name in ("final", "best") and (folder.parent / "config.yaml").is_file()
         return replace(ref, run=folder.parent) if of_run else ref
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         hint = nearest(name, LANGUAGE_MODELS)

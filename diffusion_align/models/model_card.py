@@ -40,6 +40,9 @@ _CHANGES = {
     "reward": "reward",
     "rewards/accuracies": "implicit accuracy",
     "rewards/margins": "implicit margin",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "eval/accuracy": "held-out accuracy",
     "gold": "held-out (gold) reward",
     "diversity": "diversity",
 }
@@ -57,43 +60,34 @@ _LONG_LIST = 12
 _TEXTS = ("prompts", "show_prompts", "dataset", "source")  # lists of these hold texts, whatever they begin with
 _LOADS = ("model", "base_config")  # with what stands there the model is loaded
 _EXAMPLES, _LONG_TEXT = 4, 300
-Kind = Literal["image", "text"]
+_BEST = " These are its weights with the highest gold reward; the figures below are of the whole run."
+Kind = Literal["image", "text", "classifier"]
 
 
 class _Words(NamedTuple):
-    """What a card says of one kind of model and not of the other."""
+    """What a card says of one kind of model and not of the others."""
 
     task: str
-    library: str
-    adapter_library: str
-    adapter: str
+    of: str
     whole: str
-    sampled: str
-    kl: str
-    reading: str
+    samples: str = "completions"
+    kl: str = "of a completion"
+    library: str = "transformers"
+    adapter_library: str = "peft"
 
 
 _WORDS = {
     "image": _Words(
-        task="text-to-image",
+        "text-to-image",
+        "the UNet of",
+        "A text-to-image pipeline made from",
+        "images",
+        "over all trained steps of an image",
         library="diffusers",
         adapter_library="diffusers",
-        adapter="A LoRA adapter for the UNet of",
-        whole="A text-to-image pipeline made from",
-        sampled="images sampled",
-        kl="over all trained steps of an image",
-        reading="The reward is of the images an epoch has sampled, before its updates",
     ),
-    "text": _Words(
-        task="text-generation",
-        library="transformers",
-        adapter_library="peft",
-        adapter="A LoRA adapter for the language model",
-        whole="A language model made from",
-        sampled="completions sampled",
-        kl="of a completion",
-        reading="The reward is of the completions an epoch has sampled, before its updates",
-    ),
+    "text": _Words("text-generation", "the language model", "A language model made from"),
+    "classifier": _Words("text-classification", "a reward model on", "A reward model made from"),
 }
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
 # By the name that diffusers 0.36 knows and later ones, before 1.0, still take; what they do not know they ignore.
@@ -104,6 +98,7 @@ def model_card(
     folder: Path,
     *,
     kind: Kind = "image",
+    weights: Literal["final", "best"] = "final",
     location: str | None = None,
     merged: bool = False,
     pipeline_class: str = "DiffusionPipeline",
@@ -114,7 +109,9 @@ def model_card(
         folder: the run folder: ``config.yaml`` and, as far as they are there, ``metrics.jsonl``, ``evaluation.json``
             and ``samples/before_after.png`` or ``.jsonl``.
         kind: of the model.
-        location: where the result is to be loaded from; the run's ``final/`` if not given.
+        weights: which of the run's.
+        location: where the result is to be loaded from; the run's own folder of these weights if not given. On the
+            Hub, say, it is read by others, for whom folders of this machine are called by their names.
         merged: there is a whole model at ``location``; without it, the run's adapter if it trained one.
         pipeline_class: of diffusers, for the lines that load images.
 
@@ -128,13 +125,12 @@ def model_card(
     summary = read_evaluation(folder / SUMMARY)
     model = str(settings.get("model"))
     below = _below(found_from(folder, model) or model, kind)
-    if merged:  # it loads without anything that this machine has
+    if merged or (location is not None and not os.path.isabs(location)):
         adapters = tuple(Path(*path.parts[-2:]) for path in below.adapters)
-        below = replace(below, base=_name(below.base), adapters=adapters)
+        below = replace(below, base=_name(below.base), base_config=_name(below.base_config), adapters=adapters)
         settings = {key: _name(value) if key in _LOADS else value for key, value in settings.items()}
     lora = bool(settings.get("lora")) and not merged
     method = str(settings.get("method"))
-    title = f"{Path(below.base).stem} aligned with {_title(method)}"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -144,14 +140,16 @@ def model_card(
     )
     words = _WORDS[kind]
     figures, reading = _figures(rows, settings, words)
-    location = location or str(folder / "final")
-    lines = _text_code(below, settings, location, lora) if kind == "text" else None
-    code = lines or _image_code(below, settings, location, lora, pipeline_class)
+    location = location or str(folder / weights)
+    if kind == "image":
+        code = _image_code(below, settings, location, lora, pipeline_class)
+    else:
+        code = _text_code(below, settings, location, lora, kind)
     shown = _settings(settings)
     return environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(below.base, method, lora, words),
-        title=plain(title),
-        opening=_opening(below, lora, words),
+        title=plain(f"{Path(below.base).stem} aligned with {_title(method)}"),
+        opening=_opening(below, lora, words) + (_BEST if weights == "best" else ""),
         picture=PICTURE if (folder / "samples" / PICTURE).is_file() else None,
         examples=_examples(folder / "samples" / "before_after.jsonl"),
         facts=[(name, cell(value)) for name, value in _facts(rows, settings, below, summary, words)],
@@ -178,7 +176,7 @@ def _below(model: str, kind: Kind) -> ModelRef:
         return image_model_ref(model)
     embedded = {str(asset_path("tiny-lm")): "tiny-lm", str(smollm2_folder()): "smollm2"}
     try:
-        below = language_model_ref(model)
+        below = language_model_ref(model, ("causal", "classifier"))
     except UserError:  # a model in memory whose name leads nowhere
         below = ModelRef(model)
     return replace(below, base=embedded.get(below.base, below.base))
@@ -215,7 +213,7 @@ def _front_matter(base: str, method: str, lora: bool, words: _Words) -> str:
 
 
 def _opening(below: ModelRef, lora: bool, words: _Words) -> str:
-    what = words.adapter if lora else words.whole
+    what = f"A LoRA adapter for {words.of}" if lora else words.whole
     base = literal(below.base)
     if below.base in (*EMBEDDED_PIPELINES, "tiny-lm"):
         base += " (the model inside the Python package diffusion-align)"
@@ -237,13 +235,13 @@ def _facts(
     _, beta = series(rows, "beta_nats", x="epoch")
     if len(beta):
         facts.append(("beta of a nat", f"{beta[-1]:.4g}"))
-    kl = _last_epochs_mean(rows, "kl_path")
-    if kl is not None:
-        facts.append(("KL to the reference, last epoch", f"{kl:.4g} nats, {words.kl}"))
-    epochs = _finished_epochs(rows)
+    _, kl = _epoch_means(rows, "kl_path")
+    if kl:
+        facts.append(("KL to the reference, last epoch", f"{kl[-1]:.4g} nats, {words.kl}"))
+    epochs = {row["epoch"] for row in rows if "time/epoch" in row}  # which every trainer logs at its end
     count = len(epochs) * settings.get("samples_per_epoch", 0)
     given = {"pairs": "pairs trained on", "dataset": "rows trained on"}
-    counted = next((name for key, name in given.items() if settings.get(key) is not None), words.sampled)
+    counted = next((name for key, name in given.items() if settings.get(key) is not None), f"{words.samples} sampled")
     facts += [("epochs", str(len(epochs))), (counted, str(count))]
     if summary.get("stopped"):
         facts.append(("ended early", plain(str(summary["stopped"]))))
@@ -262,7 +260,8 @@ def _figures(rows: Sequence[Row], settings: Mapping[str, Any], words: _Words) ->
             first, last = f"{values[0]:.4g} (epoch {epochs[0]:g})", f"{values[-1]:.4g} (epoch {epochs[-1]:g})"
             found.append((name, first, last if len(epochs) > 1 else "the same"))
     reading = (
-        f"{words.reading}; gold and diversity are measured after them, in epoch 0 of the model as it was."
+        f"The reward is of the {words.samples} an epoch has sampled, before its updates; gold and diversity are "
+        "measured after them, in epoch 0 of the model as it was."
         if len(_epoch_means(rows, "reward")[0])
         else "The first epoch starts from the reference."
     )
@@ -280,64 +279,72 @@ def _epoch_means(rows: Sequence[Row], key: str) -> tuple[list[float], list[float
     return sorted(values), [sum(values[epoch]) / len(values[epoch]) for epoch in sorted(values)]
 
 
-def _last_epochs_mean(rows: Sequence[Row], key: str) -> float | None:
-    _, means = _epoch_means(rows, key)
-    return means[-1] if means else None
-
-
-def _finished_epochs(rows: Sequence[Row]) -> list[float]:
-    """Those that have a row of their own; every trainer logs the time it took."""
-    return sorted({row["epoch"] for row in rows if "time/epoch" in row})
-
-
 def _image_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora: bool, pipeline_class: str) -> str:
-    """Lines that sample an image with plain diffusers as the run's own sampler does."""
+    """Lines that sample an image with diffusers as the run's own sampler does."""
     sampler = {"name": "ddim", "steps": 50, "eta": 1.0, "guidance_scale": 5.0} | (settings.get("sampler") or {})
-    scheduler = "DDPMScheduler" if sampler["name"] == "ddpm" else "DDIMScheduler"
+    scheduler = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}.get(sampler["name"])
     if lora and is_one_file(below.base) and pipeline_class == "DiffusionPipeline":
         pipeline_class = "StableDiffusionPipeline"  # the general class reads folders only
-    lines = ["import torch", f"from diffusers import {scheduler}, {pipeline_class}", ""]
+    lines = ["import torch", f"from diffusers import {f'{scheduler}, ' if scheduler else ''}{pipeline_class}"]
+    if lora and below.base in EMBEDDED_PIPELINES:
+        lines.append("from diffusion_align.assets import asset_path")
+    if scheduler is None:
+        lines.append("from diffusion_align.diffusion.schedule import SamplerConfig")
+        lines.append("from diffusion_align.diffusion.table_scheduler import scheduler_of")
+    lines.append("")
     if not lora:
         lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_DTYPE})")
     else:
-        if below.base in EMBEDDED_PIPELINES:
-            lines.insert(2, "from diffusion_align.assets import asset_path")
         lines.append(f"pipeline = {_load_base(below, settings, pipeline_class)}")
         for adapter in below.adapters:
             lines.append(_load_lora(str(adapter)))
             lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
         lines.append(_load_lora(location))
-    lines += [
-        f'pipeline.scheduler = {scheduler}.from_config({{"clip_sample": False, **pipeline.scheduler.config}})',
+    noise = ""
+    if scheduler is None:
+        noise = ", generator=[torch.Generator().manual_seed(0)]"
+        lines.append(f"pipeline.scheduler = scheduler_of(SamplerConfig(**{sampler}), pipeline.scheduler)")
+    else:
+        config = '{"clip_sample": False, **pipeline.scheduler.config}'
+        lines.append(f"pipeline.scheduler = {scheduler}.from_config({config})")
+    lines.append(
         f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
-        f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}).images[0]",
-    ]
+        f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}{noise}).images[0]"
+    )
     return "\n".join(lines)
 
 
-def _text_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora: bool) -> str:
-    """Lines that complete a prompt with plain transformers (and peft) as the run's own sampler does."""
+def _text_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora: bool, kind: Kind) -> str:
+    """Lines that complete or score a prompt with transformers (and peft) as the run does."""
+    family = "AutoModelForCausalLM" if kind == "text" else "AutoModelForSequenceClassification"
     of_base = {
         "tiny-lm": ("from diffusion_align.assets import asset_path", 'asset_path("tiny-lm")'),
         "smollm2": ("from diffusion_align.models.smollm2 import smollm2_folder", "smollm2_folder()"),
     }
     load, found = of_base.get(below.base, (None, _quoted(below.base)))
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines = [f"from transformers import {family}, AutoTokenizer", ""]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({_quoted(location)})")
+    labels = "" if kind == "text" else ", num_labels=1"
     if not lora:
-        lines.append(f"model = AutoModelForCausalLM.from_pretrained({_quoted(location)}).float()")
+        lines.append(f"model = {family}.from_pretrained({_quoted(location)}).float()")
     else:
         lines[:0] = [*([load] if load else []), "from peft import PeftModel"]
-        lines.append(f"model = AutoModelForCausalLM.from_pretrained({found}).float()")
+        lines.append(f"model = {family}.from_pretrained({found}{labels}).float()")
         stack = [*map(str, below.adapters), location]
         lines += [f"model = PeftModel.from_pretrained(model, {_quoted(one)}).merge_and_unload()" for one in stack]
     prompt = _example(settings)
-    encode = 'tokenizer({}, return_tensors="pt")'
-    if not isinstance(prompt, str):
-        encode = 'tokenizer.apply_chat_template({}, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+    if isinstance(prompt, str):
+        lines.append(f'inputs = tokenizer({_quoted(prompt)}, return_tensors="pt")')
+    else:
+        options = "" if kind == "classifier" else "add_generation_prompt=True, "
+        call = f'apply_chat_template({prompt!r}, {options}return_dict=True, return_tensors="pt")'
+        lines.append(f"inputs = tokenizer.{call}")
+    inputs = 'inputs["input_ids"], attention_mask=inputs["attention_mask"]'
+    if kind == "classifier":
+        lines.append(f"score = model({inputs}).logits[0, 0].item()")
+        return "\n".join(lines)
     lines += [
-        f"inputs = {encode.format(_quoted(prompt) if isinstance(prompt, str) else repr(prompt))}",
-        'output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], '
+        f"output = model.generate({inputs}, "
         f"max_new_tokens={settings.get('max_completion_length', 256)}, do_sample=True, "
         f"temperature={settings.get('temperature', 1.0)}, top_k=0)",
         'text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',

@@ -10,6 +10,8 @@ import yaml
 from PIL import Image
 
 from diffusion_align import __version__
+from diffusion_align.assets import asset_path
+from diffusion_align.diffusion.table_scheduler import TableScheduler
 from diffusion_align.errors import ConfigError
 from diffusion_align.models.lora_file import LORA_FILE
 from diffusion_align.models.model_card import LARGEST_ETA, model_card, write_model_card
@@ -366,4 +368,48 @@ def test_a_merged_model_names_no_folder_of_the_runs_below_it(tmp_path):
     card = model_card(folder, location="owner/name", merged=True)
     assert "`one/final`" in card
     assert "secret" not in card
-    assert str(below / "final") in model_card(folder, location="owner/name"), "an adapter is loaded on the one below"
+    assert str(below / "final") in model_card(folder), "an adapter is loaded on the one below"
+
+
+def test_an_adapter_that_is_published_names_no_folder_of_its_base(card, tmp_path):
+    base = str(tmp_path / "secret" / "base")
+    assert base in code_of(card(model=base)[0]), "on this machine it is loaded from there"
+    body, front = card(model=base, options={"location": "owner/name"})
+    assert "secret" not in body
+    assert "base_model" not in front
+    assert 'from_pretrained("base", torch_dtype' in code_of(body)
+
+
+def test_a_sampler_of_ones_own_is_sampled_with_and_not_called_ddim(card, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from diffusion_align.diffusion.samplers import ddim as own\n")
+    sampler = {"name": str(tmp_path / "mine.py:own"), "steps": 2, "eta": 0.0, "guidance_scale": 1.0}
+    code = code_of(card(model="emoji-sd", lora=None, sampler=sampler, options={"location": "emoji-sd"})[0])
+    assert not re.search("DDIM|DDPM", code)
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    code = code.replace('"emoji-sd"', repr(str(asset_path("emoji-sd"))))
+    exec(code, found)
+    assert isinstance(found["pipeline"].scheduler, TableScheduler)
+    assert isinstance(found["image"], Image.Image)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_the_card_of_a_reward_model(card, lora):
+    pairs = [
+        {"step": 1, "epoch": 1, "accuracy": 0.5, "margin": 0.0, "time/epoch": 1.0},
+        {"step": 2, "epoch": 2, "accuracy": 0.75, "margin": 1.5, "eval/accuracy": 0.625, "time/epoch": 1.0},
+    ]
+    settings = {"method": "reward_model", "model": "tiny-lm", "dataset": "a/b", "prompts": None, "lora": lora}
+    body, front = card(pairs, options={"kind": "classifier"}, **settings)
+    said = table(body)
+    assert said["accuracy"] == ["0.5 (epoch 1)", "0.75 (epoch 2)"]
+    assert said["held-out accuracy"] == ["0.625 (epoch 2)", "the same"]
+    assert (front["pipeline_tag"], "lora" in front["tags"]) == ("text-classification", lora is not None)
+    assert ("PeftModel" in code_of(body)) == (lora is not None)
+    compile(code_of(body), "card", "exec")
+
+
+def test_the_card_of_the_best_weights_says_so(card):
+    body, _ = card(options={"weights": "best"})
+    assert "weights with the highest gold reward" in body
+    assert "/best" in code_of(body)

@@ -497,3 +497,24 @@ def test_an_adapter_is_uploaded_with_its_card(tmp_path, hub):
     shutil.rmtree(tmp_path / "hub")
     pipe.push_to_hub("me/b", merged=True)
     assert_same_model(plain(tmp_path / "hub").float(), pipe.model)
+
+
+def test_the_best_weights_on_a_base_of_this_machine_are_loaded_and_uploaded(load, tiny_language_model, tmp_path, hub):
+    golds = [0.0, 3.0, 1.0]
+
+    def held_out(completions, **columns):
+        return [golds[0]] * len(completions) if len(golds) == 1 else [golds.pop(0)] * len(completions)
+
+    settings = SETTINGS | ONLINE | {"evaluation": {"reward": held_out, "samples": 2}}
+    load().align(reward=letters, output_dir=tmp_path / "run", **settings)
+    best = TextAlignmentPipeline.from_pretrained(tmp_path / "run/best", device="cpu")
+    best.push_to_hub("me/best")
+    weights = load_file(tmp_path / "hub/adapter_model.safetensors")
+    for which, same in (("best", True), ("final", False)):
+        theirs = load_file(tmp_path / "run" / which / "adapter_model.safetensors")
+        assert all(torch.equal(weights[name], theirs[name]) for name in weights) is same
+    card = (tmp_path / "hub/README.md").read_text()
+    assert "weights with the highest gold reward" in card
+    everything = card + (tmp_path / "hub/adapter_config.json").read_text()
+    assert str(tiny_language_model.parent) not in everything
+    assert '"base_model_name_or_path": "lm"' in everything
