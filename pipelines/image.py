@@ -27,8 +27,7 @@ from diffusion_align.inputs import check_device, check_path
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.models.lora_file import save_lora
-from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
+from diffusion_align.models.model_card import LARGEST_ETA, upload, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import AlignmentPipeline, run
@@ -381,7 +380,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
         with new_folder(output_folder(folder)) as aside:
-            save_lora(self.pipeline, aside)
+            adapters.save_lora(self.pipeline, aside)
 
     def _save_merged(self, folder: Path) -> None:
         with adapters.merged(self.pipeline), new_folder(folder) as aside:

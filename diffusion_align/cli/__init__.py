@@ -252,7 +252,7 @@ def compare(
     temperature: Temperature = None,
 ) -> None:
     """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge."""
-    from diffusion_align.models.kinds import model_kind
+    from diffusion_align.models.language_models import model_kind
     from diffusion_align.pipelines.compare import compare_models, compare_texts
 
     kind = model_kind([first, second])
@@ -287,7 +287,7 @@ def pairs(
     resume: Annotated[bool, typer.Option("--resume", help="continue the pairs in the folder")] = False,
 ) -> None:
     """Sample several images or completions per prompt and keep the best and the worst as a preference pair."""
-    from diffusion_align.models.kinds import model_kind
+    from diffusion_align.models.language_models import model_kind
     from diffusion_align.pipelines.pairs import PAIRS, ImageCandidates, TextCandidates, make_pairs
 
     kind = model_kind([model])

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from diffusion_align.diffusion.families import Conditioning, StableDiffusion, family_of
 from diffusion_align.errors import TrainingError, UserError
+from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
-from diffusion_align.models.lora_file import save_lora
 from diffusion_align.training.config import LoRASettings
 from diffusion_align.training.finite import all_finite
 

@@ -1,21 +1,48 @@
-"""LoRA adapters of a diffusers pipeline: put on, merged into the weights, taken off."""
+"""LoRA adapters of a diffusers pipeline: read from files, put on, merged into the weights, taken off, written.
+
+Of files diffusers', kohya's and peft's layouts are read, and diffusers' is written.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import json
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.inputs import check_path
-from diffusion_align.models.lora import ADAPTER, carries_adapters, load_lora, lora_layers, merge_lora, remove_lora
-from diffusion_align.models.lora_file import read_lora
+from diffusion_align.models.lora import (
+    ADAPTER,
+    adapter_state,
+    carries_adapters,
+    load_lora,
+    lora_layers,
+    merge_lora,
+    plain_config,
+    remove_lora,
+    some_of,
+    unfit,
+    write_tensors,
+)
+from diffusion_align.writing import make_folder
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_HEADER = "lora_adapter_metadata"
+_PEFT_PREFIX = "base_model.model."
+_KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias")
+"""Of peft's settings those that say what weights mean; the others are of training."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +142,193 @@ def merged(pipeline: Any) -> Iterator[None]:
     finally:
         for name, part in trained.items():
             setattr(pipeline, name, part)
+
+
+@dataclass(frozen=True)
+class PartOfLoRA:
+    """The adapter of one network of a pipeline: peft's ``LoraConfig``, and peft's names -> weights."""
+
+    config: Any
+    weights: dict[str, Tensor]
+
+
+def save_lora(pipeline: Any, folder: Path) -> None:
+    """Write the UNet's adapter: ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads.
+
+    Equal adapters give equal bytes. Scales other than 1 are multiplied into the weights, as many readers of this
+    layout do not look into the header, which holds the settings.
+    """
+    # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with names
+    # of both kinds load_lora_weights drops the attention layers.
+    layers = {f"unet.{name}": weight for name, weight in adapter_state(pipeline.unet, baked=True).items()}
+    settings = plain_config(pipeline.unet.peft_config[ADAPTER], baked=True)
+    header = json.dumps({f"unet.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True)
+    make_folder(folder, parents=True)
+    write_tensors(folder / LORA_FILE, layers, {"format": "pt", _HEADER: header})
+
+
+def read_lora(lora: str | Path, pipeline: Any, model: str) -> dict[str, PartOfLoRA]:
+    """Name of a pipeline's network -> the adapter that a file or folder holds for it, at least one.
+
+    Args:
+        lora: a ``.safetensors`` file or a folder with one.
+        pipeline: of diffusers, whose networks the weights have to fit, all of them.
+        model: what the pipeline was loaded from, for errors.
+
+    Raises:
+        UserError: there is nothing to read, or some of it does not fit.
+    """
+    file, subject = _file(lora), f"lora={str(lora)!r} could not be loaded into {model}"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
+        parts, left_out = _parts(tensors, header, file, pipeline)
+    except Exception as error:  # diffusers and peft raise whatever names and settings of others lead to
+        said = " ".join(str(error).split())  # diffusers names what it cannot convert in lines of its own
+        raise UserError(f"{subject}: {textwrap.shorten(said, 300, placeholder=' …')}") from error
+    for name, part in parts.items():
+        shapes = {weight: tensor.shape for weight, tensor in part.weights.items()}
+        for weight in unfit(getattr(pipeline, name), shapes):
+            full = f"{name}.{weight}"
+            left_out.append(full if full in tensors else weight)
+    if left_out or not parts:
+        nothing = len(left_out) >= sum(len(part.weights) for part in parts.values())
+        raise UserError(
+            f"{subject}: {'none' if nothing else 'not all'} of its {len(tensors)} tensors fit a layer, left over are "
+            f"{some_of(left_out)}: use a LoRA made for this model"
+        )
+    return parts
+
+
+def _file(lora: str | Path) -> Path:
+    """The file that is meant by a file or folder."""
+    path, subject = Path(lora).expanduser(), f"lora={str(lora)!r}"
+    if not path.exists():
+        raise UserError(f"{subject}: there is no such file or folder")
+    if not path.is_dir():
+        if path.suffix != ".safetensors":
+            raise UserError(f"{subject} is no .safetensors file: other formats are not read")
+        return path
+    for name in (LORA_FILE, PEFT_FILE):
+        if (path / name).is_file():
+            return path / name
+    files = sorted(path.glob("*.safetensors"))
+    files = [file for file in files if not re.search("scheduler|optimizer|checkpoint", file.name)] or files
+    files = [file for file in files if file.name.endswith(LORA_FILE)] or files
+    if len(files) == 1:
+        return files[0]
+    if not files:
+        final = " (the weights of a run are in its final/)" if (path / "final").is_dir() else ""
+        raise UserError(f"{subject}: the folder has no .safetensors file{final}: name a file, or a folder with one")
+    raise UserError(f"{subject}: the folder has {some_of([file.name for file in files])} files: name one of them")
+
+
+def _parts(
+    tensors: dict[str, Tensor], header: Mapping[str, str], file: Path, pipeline: Any
+) -> tuple[dict[str, PartOfLoRA], list[str]]:
+    """The adapters in peft's names, and the tensors that no network of the pipeline is there for."""
+    if any(name.startswith(_PEFT_PREFIX) for name in tensors):
+        given = file.parent / PEFT_CONFIG
+        if not given.is_file():
+            raise ValueError(f"it is in peft's layout, whose scale stands in {PEFT_CONFIG}: put that beside it")
+        settings = json.loads(given.read_text(encoding="utf-8"))
+        if settings.get("peft_type") != "LORA":
+            raise ValueError(f"{PEFT_CONFIG} is of peft_type={settings.get('peft_type')!r}, and only LORA is read")
+        weights = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        return {"unet": PartOfLoRA(_config(settings), weights)}, []
+    # diffusers drops these and applies the rest.
+    dropped = [name for name in tensors if "dora_scale" in name]
+    if dropped:
+        return {}, dropped
+    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
+    state, found = pipeline.lora_state_dict(dict(tensors), **options)
+    alphas: dict[str, float] = found or {}
+    settings = json.loads(header.get(_HEADER, "{}"))
+    networks = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None)]
+    if not any(name.startswith(tuple(f"{network}." for network in networks)) for name in state):
+        # UNet2DConditionModel.save_lora_adapter writes no prefix.
+        state = {f"unet.{name}": tensor for name, tensor in state.items()}
+        settings = {f"unet.{name}": value for name, value in settings.items()}
+    parts = {}
+    for network in networks:
+        own = _of(network, state)
+        if not own:
+            continue
+        convert = _unet_names if network == "unet" else _text_encoder_names
+        renamed = convert(getattr(pipeline, network), own)
+        scales = convert(getattr(pipeline, network), {_as_weight(k): v for k, v in _of(network, alphas).items()})
+        described = _of(network, settings)
+        config = _config(described) if described else _config_of(renamed, {_layer(k): v for k, v in scales.items()})
+        parts[network] = PartOfLoRA(config, renamed)
+    prefixes = tuple(f"{network}." for network in networks)
+    return parts, [name for name in state if not name.startswith(prefixes)]
+
+
+def _of(network: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(f"{network}."): v for k, v in named.items() if k.startswith(f"{network}.")}
+
+
+def _as_weight(name: str) -> str:
+    """An alpha's name, as diffusers gives it, as the name of a weight of its layer."""
+    name = name.removesuffix(".alpha")
+    return name if name.endswith(".weight") else f"{name}.lora.down.weight"
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".lora_")[0]
+
+
+def _unet_names(network: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+    """The names of older diffusers and of kohya's files as peft's."""
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    return convert_unet_state_dict_to_peft(named)
+
+
+def _text_encoder_names(network: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+    """As ``_unet_names``; transformers has put the layers of CLIP under text_model, and taken them from there."""
+    from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_peft
+
+    modules = dict(network.named_modules())
+    # One file may hold names of both kinds, and diffusers left to itself converts those of one.
+    older = {name: value for name, value in named.items() if "_lora." in name}
+    newer = {name: value for name, value in named.items() if name not in older}
+    named = convert_state_dict_to_peft(older, original_type=StateDictType.DIFFUSERS_OLD)
+    named |= convert_state_dict_to_peft(newer, original_type=StateDictType.DIFFUSERS)
+
+    def place(name: str) -> str:
+        other = name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
+        return other if _layer(name) not in modules and _layer(other) in modules else name
+
+    return {place(name): value for name, value in named.items()}
+
+
+def _config(settings: Mapping[str, Any]) -> Any:
+    """peft's settings of written ones."""
+    from peft import LoraConfig
+
+    if "r" not in settings or "lora_alpha" not in settings:
+        raise ValueError("its settings lack r or lora_alpha")
+    return LoraConfig(**{name: settings[name] for name in _KEPT if name in settings})
+
+
+def _config_of(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> Any:
+    """peft's settings of weights that come without: a layer's scale is its alpha over its rank, 1 without an alpha."""
+    from peft import LoraConfig
+
+    ups = {_layer(name): tensor for name, tensor in weights.items() if name.endswith(".lora_B.weight")}
+    ranks = {layer: tensor.shape[1] for layer, tensor in ups.items() if tensor.ndim > 1}
+    if not ranks:
+        return LoraConfig(target_modules=["-"])
+    of_layers = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, of_layers))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={f"^{layer}": value for layer, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{layer}": value for layer, value in of_layers.items() if value != alpha},
+        target_modules=sorted(ranks),
+        use_dora=any(".lora_magnitude_vector" in name for name in weights),
+        lora_bias=any(name.endswith(".lora_B.bias") for name in weights),
+    )

@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from diffusion_align.data.text_encoding import context_length, ends_of
 from diffusion_align.errors import UserError, first_line, problems_of, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.lora import forget_adapters, load_peft
-from diffusion_align.models.model_ref import ModelRef
+from diffusion_align.models.model_ref import ModelRef, check_image_model
 from diffusion_align.models.smollm2 import NOT_INSTALLED, convert_smollm2, installed_weights, smollm2_folder
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.training.config import load_yaml, nearest
@@ -171,6 +171,46 @@ def language_model_ref(name: str, kinds: tuple[Kind, ...] = ("causal",), above: 
             f"{subject} is neither an embedded language model, nor a folder, nor a hub id 'owner/name': {hint}"
         )
     return ModelRef(name, origin=name)
+
+
+def model_kind(names: Sequence[str]) -> Literal["image", "text"]:
+    """Of all of ``names``, as the loaders take them; "image" where nothing says that they are language models.
+
+    Raises:
+        UserError: they are of both kinds.
+    """
+    known = {}
+    for name in names:
+        text, image = (not problems_of(check, name) for check in (language_model_ref, check_image_model))
+        kind = ("image" if image else "text") if text != image else None
+        kind = _on_the_hub(name) if text and image else kind
+        if kind is not None:
+            known[name] = kind
+    kinds = set(known.values())
+    if len(kinds) == 2:
+        of_kind = {kind: next(name for name in known if known[name] == kind) for kind in kinds}
+        raise UserError(
+            f"{of_kind['image']!r} is a text-to-image model and {of_kind['text']!r} a language model: give models of "
+            "one kind"
+        )
+    return "text" if kinds == {"text"} else "image"
+
+
+def _on_the_hub(name: str) -> Literal["image", "text"] | None:
+    """By the files that a repository of the Hub, or its cache, has; None where that is not known."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with hub_or_cache(name):
+        for file, kind in (("model_index.json", "image"), ("config.json", "text")):
+            try:
+                hf_hub_download(name, file)
+            except EntryNotFoundError:
+                continue
+            except Exception:  # no such repository, say: loading it says so
+                return None
+            return kind  # type: ignore[return-value]
+    return None
 
 
 def _folder_ref(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[str, ...]) -> ModelRef:

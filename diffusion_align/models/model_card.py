@@ -1,4 +1,4 @@
-"""The model card of a run: README.md with the Hub's metadata, every figure read from what the run has logged."""
+"""What is published of a run: its model card, every figure read from what it has logged, and the upload to the Hub."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ import jinja2
 
 from diffusion_align import __version__, yaml_text
 from diffusion_align.assets import asset_path
-from diffusion_align.errors import UserError
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
+from diffusion_align.errors import UserError, first_line
+from diffusion_align.models.adapters import LORA_FILE
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, is_one_file
 from diffusion_align.models.language_models import language_model_ref
-from diffusion_align.models.lora_file import LORA_FILE
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
-from diffusion_align.models.single_file import is_one_file
 from diffusion_align.models.smollm2 import smollm2_folder
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
@@ -169,6 +168,40 @@ def write_model_card(folder: Path, target: Path, **options: Any) -> None:
         with new_file(target / PICTURE) as aside:
             shutil.copyfile(picture, aside)
     write_text(target / "README.md", model_card(folder, **options))
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
+    """Put all files of ``folder`` into the model repository ``repo_id`` and return its address.
+
+    Args:
+        folder: what to upload.
+        repo_id: "owner/name"; made if it is not there.
+        private: whether a new repository is private.
+        token: of the hub; the stored one if not given.
+
+    Raises:
+        UserError: the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    _leave_out_places(folder)
+    api = HfApi(token=token)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        message = "Upload with diffusion-align"
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), repo_type="model", commit_message=message)
+    except Exception as error:  # of which kinds, depends on the library that speaks HTTP for the hub's client
+        raise UserError(f"repo_id={repo_id!r} could not be uploaded to: {first_line(error)}") from error
+    return str(address)
+
+
+def _leave_out_places(folder: Path) -> None:
+    """Folders of this machine, which diffusers writes into the configurations of what was loaded from them."""
+    for file in folder.rglob("*.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(settings, dict) and os.path.isabs(str(settings.get("_name_or_path", ""))):
+            del settings["_name_or_path"]
+            write_text(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _below(model: str, kind: Kind) -> ModelRef:

@@ -13,8 +13,8 @@ from typing import Any
 
 from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_path
+from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder_unet, check_pipeline_name
-from diffusion_align.models.lora_file import LORA_FILE
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.places import found_from
 

@@ -2,11 +2,7 @@
 
 import gc
 import io
-import json
-import struct
-import sys
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
@@ -188,48 +184,6 @@ def test_a_folder_that_datasets_can_load(tmp_path, declared):
     assert "validation" in problem
 
 
-def test_a_picture_folder_with_metadata(folder):
-    rows = [{"prompt": "x", "chosen_file_name": "0.png", "rejected_file_name": "1.png"}]
-    write_rows(folder / "metadata.jsonl", rows)
-    assert shown(open_(folder)) == [(colour(0), colour(1))]
-
-
-def test_a_folder_without_pairs(tmp_path):
-    [problem] = problems(tmp_path)
-    assert problem.startswith(f"pairs.source='{tmp_path}', split 'train', cannot be loaded (")
-    assert "\n" not in problem
-
-
-def test_a_folder_with_two_lists(folder):
-    write_rows(folder / "pairs.jsonl", direct_rows(1))
-    write_rows(folder / "pairs.csv", direct_rows(1))
-    assert problems(folder) == [f"pairs.source='{folder}' holds pairs.jsonl and pairs.csv: give the file that is meant"]
-
-
-def test_a_hub_dataset_is_not_touched_by_the_cheap_check():
-    config = PairsConfig(source="yuvalkirstain/pickapic_v2")
-    assert problems_ahead(config) == []
-    mapped = PairsConfig(source="yuvalkirstain/pickapic_v2", columns={"promt": "caption"})
-    assert problems_ahead(mapped) == ["pairs.columns: unknown name 'promt': did you mean 'prompt'?"]
-    with pytest.raises(
-        ConfigError, match=r"^pairs.source='yuvalkirstain/pickapic_v2', split 'train', cannot be loaded"
-    ):
-        open_pairs(config)  # the tests are offline
-
-
-def test_missing_package(monkeypatch, folder):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    config = PairsConfig(source="a/b")
-    sentence = "pairs.source='a/b' needs the package datasets: pip install 'diffusion-align[datasets]'"
-    assert problems_ahead(config) == [sentence]
-    with pytest.raises(ConfigError) as caught:
-        open_pairs(config)
-    assert caught.value.problems == [sentence]
-    (folder / "a.parquet").write_bytes(b"")
-    assert "pip install 'diffusion-align[datasets]'" in problems(folder / "a.parquet")[0]
-    assert len(open_(write_rows(folder / "a.csv", direct_rows(2)))) == 2
-
-
 NOT_THERE = "there is no such file or folder: give emoji_style, a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
 
 
@@ -249,63 +203,14 @@ def test_a_source_that_is_not_there(source, sentence, monkeypatch, tmp_path):
     assert len(problem) < 300
 
 
-def test_other_files(folder):
-    assert problems(folder / "0.png") == [
-        f"pairs.source='{folder / '0.png'}': use a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
-    ]
-    source = write_rows(folder / "a.jsonl", direct_rows(1))
-    [problem] = problems(source, split="test")
-    assert problem.startswith("pairs.split='test' is not known: a file holds one split, train")
-
-
-def test_home_is_expanded(folder, monkeypatch):
-    monkeypatch.setenv("HOME", str(folder))
-    write_rows(folder / "a.jsonl", direct_rows(2))
-    assert shown(open_("~/a.jsonl"))[0] == (colour(0), colour(1))
-
-
 # Files
 
 
-def test_lines_that_are_not_json(folder):
-    good = json.dumps(direct_rows(1)[0])
-    (folder / "a.jsonl").write_text(f"{good}\n\n{{\n[1]\n{good}\n" + "[" * 100_000)
-    assert problems(folder / "a.jsonl") == [
-        f"pairs.source='{folder / 'a.jsonl'}': line {n} is not a JSON object: fix or remove it" for n in (3, 4, 6)
-    ]
-    (folder / "a.jsonl").write_text("?\n" * 15)
-    found = problems(folder / "a.jsonl")
-    assert len(found) == 11
-    assert found[-1] == "pairs: 5 more lines are bad"
-
-
-def test_line_separators_inside_a_caption_do_not_end_the_line(folder):
-    row = direct_rows(1)[0] | {"prompt": "a\u2028b\x85c"}
-    (folder / "a.jsonl").write_text(
-        "\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8", newline=""
-    )
-    assert open_(folder / "a.jsonl").prompts == ["a\u2028b\x85c"]
-
-
-def test_damaged_files(folder):
-    (folder / "a.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert problems(folder / "a.jsonl")[0].startswith(f"pairs.source='{folder / 'a.jsonl'}' cannot be read: ")
-    (folder / "a.csv").write_text('prompt,chosen,rejected\nx,0.png,1.png\n"y,0.png,1.png\n')
-    assert problems(folder / "a.csv")[0].startswith(f"pairs.source='{folder / 'a.csv'}': line 3 is not valid CSV (")
-    (folder / "a.parquet").write_bytes(b"PAR1 no")
-    [problem] = problems(folder / "a.parquet")
-    assert problem.startswith(f"pairs.source='{folder / 'a.parquet'}', split 'train', cannot be loaded (")
-    assert problem.endswith("): mend it")
-
-
-@pytest.mark.parametrize("text", ["", "\n", "prompt,chosen,rejected\n"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
-def test_no_rows(folder, suffix, text):
-    if suffix == ".jsonl" and text.strip():
-        return
-    (folder / f"a{suffix}").write_text(text)
-    assert problems(folder / f"a{suffix}") == [
-        f"pairs.source='{folder / f'a{suffix}'}' holds no usable pair (0 rows, 0 ties, 0 bad rows): give at least one"
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n"), ("a.csv", ""), ("a.csv", "prompt,chosen,rejected\n")])
+def test_no_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert problems(tmp_path / name) == [
+        f"pairs.source='{tmp_path / name}' holds no usable pair (0 rows, 0 ties, 0 bad rows): give at least one"
     ]
 
 
@@ -333,58 +238,47 @@ def test_columns_are_mapped(folder):
     assert shown(binary) == [(colour(3), colour(2))]
 
 
-def test_names_left_out_of_the_mapping_keep_their_default(folder):
-    rows = [{name if name != "caption" else "text": value for name, value in binary_rows([0])[0].items()}]
-    assert shown(open_(write_rows(folder / "a.csv", rows), columns={"prompt": "text"})) == [(colour(1), colour(0))]
-
-
 def test_mappings_that_do_not_fit(folder):
     source = write_rows(folder / "a.jsonl", [{"text": "t", "good": "0.png", "bad": "1.png"}])
-    found = "the columns found are 'text', 'good', 'bad': map our names to these"
     assert problems(source) == [
-        "pairs.columns: the columns prompt, chosen, rejected or caption, jpg_0, jpg_1, label_0 are needed; " + found
-    ]
-    assert problems(source, columns={"prompt": "txt", "chosen": "good", "rejected": "bad"}) == [
-        "pairs.columns: there is no column 'txt'; " + found
-    ]
-    assert problems(source, columns={"prompt": "text", "chosen": "good"}) == [
-        "pairs.columns: the columns text, good, rejected are needed; " + found
+        "pairs.columns: the columns prompt, chosen, rejected or caption, jpg_0, jpg_1, label_0 are needed; the columns "
+        "found are 'text', 'good', 'bad': map our names to these"
     ]
     assert problems(source, columns={"prompt": "text", "chosen": "good", "first": "bad"}) == [
         "pairs.columns: give prompt, chosen, rejected or prompt, first, second, first_wins, not both"
     ]
-    assert problems(source, columns={"prompt": "text", "chosen": "good", "rejected": "good"}) == [
-        "pairs.columns: two names stand for one column: give each its own"
-    ]
     assert len(problems("nothing", columns={"promt": "text", "chosn": "good"})) == 3
+    row = {name if name != "caption" else "text": value for name, value in binary_rows([0])[0].items()}
+    left_out = open_(write_rows(folder / "a.csv", [row]), columns={"prompt": "text"})
+    assert shown(left_out) == [(colour(1), colour(0))], "the other names keep their defaults"
 
 
 # Bad rows
 
 
 GOOD = {"prompt": "fine", "chosen": "20.png", "rejected": "21.png"}
-CASES = {
-    "missing": ({"chosen": "a/b.png"}, "the picture a/b.png is missing"),
-    "folder": ({"rejected": "."}, "the picture . is missing"),
-    "too long": ({"chosen": "x" * 9999}, f"the picture {'x' * 76}.. is missing"),
-    "nul": ({"chosen": "a\0.png"}, r"the picture a\x00.png is missing"),
-    "surrogate": ({"chosen": "\ud800.png"}, r"the picture \ud800.png is missing"),
-    "none": ({"chosen": None}, "chosen is None, not the path or the bytes of a picture"),
-    "number": ({"rejected": 3}, "rejected is 3, not the path or the bytes of a picture"),
-    "list": ({"rejected": [1]}, "rejected is [1], not the path or the bytes of a picture"),
-    "blank": ({"rejected": " "}, "rejected is ' ', not the path or the bytes of a picture"),
-    "same file": ({"rejected": "20.png"}, "chosen and rejected are the same picture"),
-    "no prompt": ({"prompt": ""}, "the prompt is empty"),
-    "blank prompt": ({"prompt": " \t"}, "the prompt is empty"),
-    "null prompt": ({"prompt": None}, "the prompt is empty"),
-    "captions": ({"prompt": ["a", "b"]}, "the prompt is ['a', 'b'], not a text"),
-    "half a character": ({"prompt": "\ud800"}, r"the prompt '\ud800' is not valid Unicode"),
-}
+NO_PICTURE = "not the path or the bytes of a picture"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_bad_row_is_named_and_can_be_left_out(folder, case):
-    change, sentence = CASES[case]
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"chosen": "a/b.png"}, "the picture a/b.png is missing"),
+        ({"rejected": "."}, "the picture . is missing"),
+        ({"chosen": "x" * 9999}, f"the picture {'x' * 76}.. is missing"),
+        ({"chosen": "a\0.png"}, r"the picture a\x00.png is missing"),
+        ({"chosen": "\ud800.png"}, r"the picture \ud800.png is missing"),
+        ({"chosen": None}, f"chosen is None, {NO_PICTURE}"),
+        ({"rejected": 3}, f"rejected is 3, {NO_PICTURE}"),
+        ({"rejected": [1]}, f"rejected is [1], {NO_PICTURE}"),
+        ({"rejected": " "}, f"rejected is ' ', {NO_PICTURE}"),
+        ({"rejected": "20.png"}, "chosen and rejected are the same picture"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": ["a", "b"]}, "the prompt is ['a', 'b'], not a text"),
+    ],
+    ids=range(12),
+)
+def test_a_bad_row_is_named_and_can_be_left_out(folder, change, sentence):
     source = write_rows(folder / "a.jsonl", [GOOD, GOOD, GOOD | change, GOOD])
     assert problems(source) == [f"pairs: row 2: {sentence}", HINT]
     pairs = open_(source, skip_bad_rows=True)
@@ -402,8 +296,6 @@ def test_labels_that_are_none(folder, label):
     assert problem.endswith(", not one of 0, 0.5, 1")
     assert len(problem) < 160
     assert hint == HINT
-    if label == 0.7:
-        assert problem == "pairs: row 1: label_0 is 0.7, not one of 0, 0.5, 1"
 
 
 def test_a_tie_is_dropped_whatever_else_its_row_holds(folder):
@@ -419,14 +311,6 @@ def test_labels_and_sides_of_a_bad_picture_agree(folder):
         "pairs: row 0: rejected is 5, not the path or the bytes of a picture",
         "pairs: row 1: chosen is 5, not the path or the bytes of a picture",
     ]
-
-
-@pytest.mark.parametrize(
-    ("count", "more"), [(10, []), (11, ["pairs: 1 more row is bad"]), (13, ["pairs: 3 more rows are bad"])]
-)
-def test_only_ten_bad_rows_are_listed(folder, count, more):
-    source = write_rows(folder / "a.jsonl", [GOOD] + [GOOD | {"prompt": ""}] * count)
-    assert problems(source) == [f"pairs: row {i}: the prompt is empty" for i in range(1, 11)] + more + [HINT]
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -470,36 +354,14 @@ def test_pictures_by_path_inside_structs(folder):
 # Pictures that cannot be read
 
 
-def bomb():
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-UNREADABLE = {
-    "text": b"not a picture",
-    "empty": b"",
-    "truncated": encoded(noise((64, 64)))[:-2000],
-    "truncated jpeg": encoded(noise((64, 64)), "JPEG")[:1500],
-    "bomb": bomb(),
-    "pickle": b"\x80\x04\x95\x1e\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins\x94\x8c\x05print\x94\x93\x94)R\x94.",
-    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
-}
-
-
-@pytest.mark.parametrize("case", UNREADABLE)
-@pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_files_that_are_no_pictures(folder, case, side):
-    (folder / "odd.png").write_bytes(UNREADABLE[case])
+@pytest.mark.parametrize(
+    ("side", "data"), [("chosen", b"not a picture"), ("rejected", encoded(noise((64, 64)))[:-2000])]
+)
+def test_files_that_are_no_pictures(folder, side, data):
+    """Of which kinds there are, the tests of images know."""
+    (folder / "odd.png").write_bytes(data)
     source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {side: "odd.png"}, GOOD])
-    what = (
-        "has more pixels than the 178956970 that are read"
-        if case == "bomb"
-        else "is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read"
-    )
-    sentence = f"pairs: row 1: {side} {what}"
+    sentence = f"pairs: row 1: {side} is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read"
     assert problems_ahead(PairsConfig(source=source)) == []
     assert problems(source, decode=True) == [sentence, HINT]
     with pytest.raises(ConfigError) as caught:
@@ -597,40 +459,6 @@ def test_a_very_long_picture_takes_no_more_memory_than_it_has_to(folder):
     assert pairs.pictures(0, (512, 512))[0].shape == (3, 512, 512)
 
 
-@pytest.mark.parametrize(
-    ("picture", "wanted"),
-    [
-        (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), (255, 255, 255)),
-        (Image.new("RGBA", (8, 8), (255, 0, 0, 51)), (255, 204, 204)),
-        (Image.new("LA", (8, 8), (0, 0)), (255, 255, 255)),
-        (Image.new("L", (8, 8), 70), (70, 70, 70)),
-        (Image.new("1", (8, 8), 1), (255, 255, 255)),
-        (Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), (100, 100, 100)),
-    ],
-)
-def test_other_kinds_of_picture(folder, picture, wanted):
-    picture.save(folder / "x.png")
-    assert shown(open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == wanted
-
-
-def test_a_transparent_palette_goes_on_white(folder):
-    picture = Image.new("P", (8, 8), 3)
-    picture.putpalette([9] * 30)
-    picture.save(folder / "x.png", transparency=3)
-    assert shown(open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])))[0][0] == (255, 255, 255)
-
-
-def test_a_turned_photograph_is_put_upright(folder):
-    picture = Image.new("RGB", (16, 8))
-    picture.paste((255, 0, 0), (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn clockwise: the left half is on top
-    picture.save(folder / "x.png", exif=exif)
-    result = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}])).pictures(0, (16, 8))[0]
-    assert result[0, :8].min() == 1
-    assert result[0, 8:].max() == 0
-
-
 # The whole
 
 
@@ -678,28 +506,3 @@ def test_pictures_are_read_when_asked_for(tmp_path, how):
     held.append(pa.total_allocated_bytes() - arrow)
     assert len(pairs) == 30
     assert max(held) < 2_000_000, held
-
-
-def test_the_same_every_time(folder):
-    source = write_rows(folder / "a.jsonl", binary_rows([1, 0.5, 0] * 5))
-    first, second = (open_(source, skip_bad_rows=True).check_pictures() for _ in range(2))
-    assert (first.prompts, first.rows, first.ties) == (second.prompts, second.rows, second.ties)
-    for i in range(len(first)):
-        for a, b in zip(first.pictures(i, (5, 7)), second.pictures(i, (5, 7))):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"skip_bad_rows": "yes"},
-        {"skip_bad_rows": 1},
-        {"max_pairs": 0},
-        {"max_pairs": True},
-        {"source": ""},
-        {"colums": {}},
-    ],
-)
-def test_settings_that_are_not_allowed(settings):
-    with pytest.raises(ConfigError, match=next(iter(settings))):
-        PairsConfig(**({"source": "emoji_style"} | settings))

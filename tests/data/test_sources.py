@@ -139,10 +139,18 @@ def test_sources_that_cannot_be_read(tmp_path):
         assert problems(place, split="dev") == [
             f"data.split='dev' is not known: a {what} holds one split, train; leave it out"
         ]
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n[1]\n{\n')
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[1]\n{\n' + "[" * 100_000)
     assert problems(source) == [
-        f"data.source={source!r}: line {n} is not a JSON object: fix or remove it" for n in (2, 3)
+        f"data.source={source!r}: line {n} is not a JSON object: fix or remove it" for n in (3, 4, 5)
     ]
+    (tmp_path / "a.jsonl").write_text("?\n" * 15)
+    assert problems(source)[10:] == ["data: 5 more lines are bad"]
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert problems(source)[0].startswith(f"data.source={source!r} cannot be read: ")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    [problem] = problems(str(tmp_path / "a.parquet"))
+    assert problem.startswith(f"data.source='{tmp_path / 'a.parquet'}', split 'train', cannot be loaded (")
+    assert problem.endswith("): mend it")
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n')
     assert "line 2 is not valid CSV (" in problems(str(tmp_path / "a.csv"))[0]
     (tmp_path / "a.csv").write_text("a,b,a,,\n1,2,3,,\n")
@@ -175,6 +183,12 @@ def test_lines_end_at_line_breaks_only_and_keep_their_blanks(tmp_path):
     lines = ["one ", "\ttwo", "three\u2028still", "fo\x85ur", "fi\x0cve", "s\x0bi\x1cx"]
     (tmp_path / "a.txt").write_bytes("\r\n".join(lines[:3]).encode() + b"\n \n\r" + "\r".join(lines[3:]).encode())
     assert read(str(tmp_path / "a.txt"), lines="prompt") == [{"prompt": line} for line in lines]
+
+
+def test_a_byte_order_mark_and_separators_inside_a_text_end_no_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('\ufeff{"a": "a\u2028b\x85c"}\r\n', encoding="utf-8", newline="")
+    assert read("~/a.jsonl") == [{"a": "a\u2028b\x85c"}]
 
 
 def test_a_cell_may_be_long(tmp_path):

@@ -9,10 +9,17 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.errors import UserError
-from diffusion_align.models.adapters import adapter_weights, merge_adapters, put_back, put_on, take_off
+from diffusion_align.models.adapters import (
+    LORA_FILE,
+    adapter_weights,
+    merge_adapters,
+    put_back,
+    put_on,
+    save_lora,
+    take_off,
+)
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora import lora_layers, rescale_lora, write_tensors
-from diffusion_align.models.lora_file import LORA_FILE, save_lora
 
 UNET = ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"]
 TEXT = ["encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1"]

@@ -13,7 +13,7 @@ from diffusion_align import __version__
 from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.table_scheduler import TableScheduler
 from diffusion_align.errors import ConfigError
-from diffusion_align.models.lora_file import LORA_FILE
+from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.model_card import LARGEST_ETA, model_card, write_model_card
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.report import write_report

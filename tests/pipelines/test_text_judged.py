@@ -5,7 +5,7 @@ import torch
 from rows_on_disk import read_rows
 
 from diffusion_align.errors import ConfigError, UserError
-from diffusion_align.models.kinds import model_kind
+from diffusion_align.models.language_models import model_kind
 from diffusion_align.pipelines.compare import compare_texts
 from diffusion_align.pipelines.pairs import PairsWritten, TextCandidates, make_pairs
 from diffusion_align.pipelines.text import TextAlignmentPipeline

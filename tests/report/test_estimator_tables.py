@@ -1,8 +1,8 @@
 """The tables and figures of ``diffusion-align estimators`` against closed forms and enumerations written anew."""
 
+import functools
 import math
 import re
-import sys
 import warnings
 
 import numpy as np
@@ -441,21 +441,11 @@ def test_the_variance_figure_has_dots_lines_and_zero():
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
+def command(tmp_path, monkeypatch, call_cli):
     """``command("--samples", 100)`` -> (exit status, stdout, stderr), 80 columns wide."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments):
-        from diffusion_align.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["diffusion-align", "estimators", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return stop.value.code, *capfd.readouterr()
-
-    return call
+    return functools.partial(call_cli, "estimators")
 
 
 def cells(out, form):
@@ -484,9 +474,8 @@ def test_the_command_prints_both_tables(command):
 
 
 def test_the_command_takes_any_pair_and_any_policy(command):
-    status, out, err = command(
-        "--q", "-1", "2", "--p", "60", "2.7", "--samples", "100", "--seed", "5", "--actions", "7"
-    )
+    options = ["--q", "-1", "2", "--p", "60", "2.7", "--samples", "100", "--actions", "7"]
+    status, out, err = command(*options, "--seed", "5")
     assert (status, err) == (0, "")
     assert "q has mean -1, std 2; p has mean 60, std 2.7" in out
     assert cells(out, "k3")[0][-1].startswith("10^")
@@ -494,12 +483,10 @@ def test_the_command_takes_any_pair_and_any_policy(command):
     assert "7 actions" in out
     assert all(row[4] == "…" for row in cells(out, "full vocabulary"))
     assert max(map(len, out.splitlines())) <= 80
-    other = command("--q", "-1", "2", "--p", "60", "2.7", "--samples", "100", "--seed", "6", "--actions", "7")[1]
+    other = command(*options, "--seed", "6")[1]
     assert cells(other, "k1")[0][:2] != cells(out, "k1")[0][:2]
     assert cells(other, "k1")[0][2:] == cells(out, "k1")[0][2:]
-    assert out == command(
-        "--q", "-1", "2", "--p", "60", "2.7", "--samples", "100", "--seed", "5", "--actions", "7", "--softmax-seed", "0"
-    )[1]  # fmt: skip
+    assert out == command(*options, "--seed", "5", "--softmax-seed", "0")[1]
 
 
 def test_equal_gaussians_are_printed_in_nats(command):
