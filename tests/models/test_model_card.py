@@ -14,6 +14,7 @@ from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.table_scheduler import TableScheduler
 from diffusion_align.errors import ConfigError
 from diffusion_align.models.adapters import LORA_FILE
+from diffusion_align.models.language_models import load_sequence_classifier
 from diffusion_align.models.model_card import LARGEST_ETA, model_card, write_model_card
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.report import write_report
@@ -394,7 +395,7 @@ def test_a_sampler_of_ones_own_is_sampled_with_and_not_called_ddim(card, tmp_pat
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
-def test_the_card_of_a_reward_model(card, lora):
+def test_the_card_of_a_reward_model(card, tmp_path, lora):
     pairs = [
         {"step": 1, "epoch": 1, "accuracy": 0.5, "margin": 0.0, "time/epoch": 1.0},
         {"step": 2, "epoch": 2, "accuracy": 0.75, "margin": 1.5, "eval/accuracy": 0.625, "time/epoch": 1.0},
@@ -407,6 +408,12 @@ def test_the_card_of_a_reward_model(card, lora):
     assert (front["pipeline_tag"], "lora" in front["tags"]) == ("text-classification", lora is not None)
     assert ("PeftModel" in code_of(body)) == (lora is not None)
     compile(code_of(body), "card", "exec")
+    if lora is None:
+        for part in load_sequence_classifier("tiny-lm"):
+            part.save_pretrained(tmp_path / "run" / "final")
+        found: dict = {}
+        exec(code_of(body), found)
+        assert found["score"] == 0, "a new head"
 
 
 def test_the_card_of_the_best_weights_says_so(card):
