@@ -144,12 +144,7 @@ def preference_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str =
     Without a column ``prompt``, or with a text there beside conversations, the prompt is what ``chosen`` and every
     ``rejected`` begin with, as in TRL. Of texts it ends with a word, where TRL cuts inside words. Conversations that
     repeat the prompt's messages are taken without them, which TRL does not do. Sides must differ in the tokens that are
-    trained on.
-
-    Args: as of ``prompt_rows``.
-
-    Raises:
-        ConfigError: everything that is wrong, at once.
+    trained on. Args, Raises: as of ``prompt_rows``.
     """
 
     def make(cells: dict[str, Any], columns: dict[str, Any]) -> tuple[PreferenceRow, Encoded]:
@@ -172,13 +167,7 @@ def preference_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str =
 
 
 def labelled_rows(config: TextDataConfig, encoder: TextEncoder, *, name: str = "data") -> Rows[LabelledRow]:
-    """Completions with a ``label``, true or false (or 1 or 0), that says whether they are desirable.
-
-    Args: as of ``prompt_rows``.
-
-    Raises:
-        ConfigError: everything that is wrong, at once.
-    """
+    """Completions with a ``label``, true or false (or 1 or 0): whether they are desirable; as ``prompt_rows``."""
 
     def make(cells: dict[str, Any], columns: dict[str, Any]) -> tuple[LabelledRow, Encoded]:
         desirable = _truth(cells["label"])

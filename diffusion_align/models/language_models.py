@@ -34,11 +34,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def model_places(name: str) -> list[str]:
-    """The full model's folder or Hub id that ``name`` stands for, then the folders of the adapters on it.
-
-    Raises:
-        UserError: as ``load_sequence_classifier``.
-    """
+    """The full model's folder or Hub id that ``name`` stands for, then the folders of the adapters on it."""
     ref = language_model_ref(name, ("causal", "classifier"))
     return [ref.base, *map(str, ref.adapters)]
 
@@ -63,14 +59,7 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
 
 
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
-    """The tokenizer of a language model or classifier, and the most tokens it takes if it says; no weights are read.
-
-    Args:
-        name: as for ``load_language_model`` and ``load_sequence_classifier``.
-
-    Raises:
-        UserError: as ``load_language_model``.
-    """
+    """The tokenizer of a language model or classifier, and the most tokens it takes if it says; no weights are read."""
     ref = language_model_ref(name, ("causal", "classifier"))
     with _quietly(), _in_one_sentence(name), hub_or_cache(ref.base):
         config, _ = _config(name, ref.base, ("causal", "classifier"))
@@ -78,15 +67,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None]:
 
 
 def load_ends(name: str, tokenizer: Any) -> list[int]:
-    """The tokens that end a sample of the language model ``name``, as its ``LanguagePolicy`` has them.
-
-    Args:
-        name: as for ``load_language_model``; no weights are read.
-        tokenizer: of the model.
-
-    Raises:
-        UserError: as ``load_language_model``.
-    """
+    """The tokens that end a sample of the language model ``name``, as its policy has them; no weights are read."""
     from transformers import GenerationConfig
 
     ref = language_model_ref(name, ("causal",))

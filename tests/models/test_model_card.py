@@ -209,38 +209,27 @@ def test_markup_in_settings_is_shown_and_not_obeyed(card, tmp_path):
     assert "ended early" in rest
 
 
+FULL = ", torch_dtype=torch.float32)"
+FILE = "StableDiffusionPipeline.from_single_file"
+ONE_FILE = {"model": "x.safetensors", "base_config": "a/b"}
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "wanted"),
     [
-        ({}, {}, 'DiffusionPipeline.from_pretrained("owner/sd", torch_dtype=torch.float32)'),
-        (
-            {"weights_variant": "fp16"},
-            {},
-            'DiffusionPipeline.from_pretrained("owner/sd", variant="fp16", torch_dtype=torch.float32)',
-        ),
-        (
-            {"model": "x.safetensors"},
-            {},
-            'StableDiffusionPipeline.from_single_file("x.safetensors", torch_dtype=torch.float32)',
-        ),
-        (
-            {"model": "x.safetensors", "base_config": "a/b"},
-            {"pipeline_class": "StableDiffusionXLPipeline"},
-            'StableDiffusionXLPipeline.from_single_file("x.safetensors", config="a/b", torch_dtype=torch.float32)',
-        ),
-        (
-            {},
-            {"location": "me/red", "merged": True},
-            'DiffusionPipeline.from_pretrained("me/red", torch_dtype=torch.float32)',
-        ),
-        ({}, {"location": "me/red"}, 'load_lora_weights("me/red", weight_name="pytorch_lora_weights.safetensors")'),
-        ({"sampler": {"name": "ddpm", "steps": 4, "eta": 1.0, "guidance_scale": 1.0}}, {}, "DDPMScheduler.from_config"),
+        ({}, {}, f'DiffusionPipeline.from_pretrained("owner/sd"{FULL}'),
+        ({"weights_variant": "fp16"}, {}, f'DiffusionPipeline.from_pretrained("owner/sd", variant="fp16"{FULL}'),
+        ({"model": "x.safetensors"}, {}, f'{FILE}("x.safetensors"{FULL}'),
+        (ONE_FILE, {"pipeline_class": "Own"}, f'Own.from_single_file("x.safetensors", config="a/b"{FULL}'),
+        ({}, {"location": "me/red", "merged": True}, f'DiffusionPipeline.from_pretrained("me/red"{FULL}'),
+        ({}, {"location": "me/red"}, f'load_lora_weights("me/red", weight_name="{LORA_FILE}")'),
+        ({"sampler": {"name": "ddpm", "steps": 4}}, {}, "DDPMScheduler.from_config"),
+        ({"sampler": {"name": "ddim", "steps": 4, "eta": 1.0}}, {}, f"eta={LARGEST_ETA})"),
         ({}, {}, 'pipeline("a red apple", num_inference_steps=7, guidance_scale=3.0, eta=0.5)'),
         ({"show_prompts": ["a dog"]}, {}, 'pipeline("a dog"'),
         ({"show_prompts": ["/imagine a dog/cat"]}, {}, 'pipeline("/imagine a dog/cat"'),
         ({"prompts": {"source": ["/imagine a dog/cat"]}}, {}, 'pipeline("/imagine a dog/cat"'),
         ({"prompts": "animals"}, {}, 'pipeline("a cat"'),
-        ({"sampler": {"name": "ddim", "steps": 4, "eta": 1.0, "guidance_scale": 1.0}}, {}, f"eta={LARGEST_ETA})"),
     ],
 )
 def test_the_lines_that_load_it(card, changes, options, wanted):
