@@ -24,21 +24,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffusion_align.data.drawings import load_preferences
-from diffusion_align.data.schemas import (
-    BadRow,
-    Layouts,
-    RowsConfig,
-    Source,
-    checked_prompt,
-    limit_of,
-)
-from diffusion_align.data.sources import (
-    FILES,
-    GivenRows,
-    ListTable,
-    Table,
-    short,
-)
+from diffusion_align.data.schemas import BadRow, Layouts, RowsConfig, Source, checked_prompt, limit_of
+from diffusion_align.data.sources import FILES, GivenRows, ListTable, Table, short
 from diffusion_align.errors import ConfigError
 from diffusion_align.images import UnreadableImage, open_image, to_rgb
 from diffusion_align.training.digests import content_digest, file_digest

@@ -16,23 +16,8 @@ from pydantic import Field, ValidationError, model_serializer
 
 from diffusion_align.assets import shipped_prompts
 from diffusion_align.bounds import LONGEST_PROMPT
-from diffusion_align.data.schemas import (
-    BadRow,
-    Layouts,
-    RowsConfig,
-    Source,
-    bare_prompts,
-    checked_prompt,
-    limit_of,
-)
-from diffusion_align.data.sources import (
-    FILES,
-    ListTable,
-    Table,
-    TableSource,
-    scalar,
-    short,
-)
+from diffusion_align.data.schemas import BadRow, Layouts, RowsConfig, Source, bare_prompts, checked_prompt, limit_of
+from diffusion_align.data.sources import FILES, ListTable, Table, TableSource, scalar, short
 from diffusion_align.errors import ConfigError
 from diffusion_align.inputs import check_path
 from diffusion_align.training.config import sentences

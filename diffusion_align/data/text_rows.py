@@ -14,14 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import Field
 
 from diffusion_align.assets import shipped_text_prompts
-from diffusion_align.data.schemas import (
-    BadRow,
-    Layouts,
-    RowsConfig,
-    Source,
-    bare_prompts,
-    limit_of,
-)
+from diffusion_align.data.schemas import BadRow, Layouts, RowsConfig, Source, bare_prompts, limit_of
 from diffusion_align.data.sources import FILES, TableSource, first_rows, scalar, short
 from diffusion_align.data.text_encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
 from diffusion_align.errors import ConfigError, together

@@ -48,11 +48,7 @@ def to_pil(images: Images) -> list[Image.Image]:
 
 
 def image_grid(
-    images: Images,
-    *,
-    captions: Sequence[str] | None = None,
-    columns: int | None = None,
-    scale: float | None = None,
+    images: Images, *, captions: Sequence[str] | None = None, columns: int | None = None, scale: float | None = None
 ) -> Image.Image:
     """One picture holding all of them, row by row, each with its caption beneath.
 
@@ -76,9 +72,7 @@ def image_grid(
     text_height += MARGIN // 2 if text_height else 0
     n_rows = -(-len(pictures) // columns)
     canvas = Image.new(
-        "RGB",
-        (MARGIN + columns * (width + MARGIN), MARGIN + n_rows * (height + text_height + MARGIN)),
-        BACKGROUND,
+        "RGB", (MARGIN + columns * (width + MARGIN), MARGIN + n_rows * (height + text_height + MARGIN)), BACKGROUND
     )
     draw = ImageDraw.Draw(canvas)
     for i, picture in enumerate(pictures):

@@ -149,10 +149,7 @@ def test_what_is_written_is_read_by_peft(model, tmp_path, whole):
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
-        (
-            lambda tensors: {k.removeprefix("base_model.model."): v for k, v in tensors.items()},
-            r"^28 \(model\.",
-        ),
+        (lambda tensors: {k.removeprefix("base_model.model."): v for k, v in tensors.items()}, r"^28 \(model\."),
         (
             lambda tensors: tensors | {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.zeros(2, 16)},
             r"^1 \(base_model\.model\.model\.layers\.7\.mlp\.up_proj\.lora_A\.weight\) of the adapter's weights fit no",

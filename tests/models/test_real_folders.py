@@ -78,8 +78,7 @@ def draw(pipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
-    [(name, form) for name in NAMES for form in FORMS if form != "bf16" or name == "sdxl"],
+    ("name", "form"), [(name, form) for name in NAMES for form in FORMS if form != "bf16" or name == "sdxl"]
 )
 def test_ddpo_trains_saves_and_what_is_saved_draws_the_same(name, form, published, tmp_path):
     settings = settings_of(name, form, published)
