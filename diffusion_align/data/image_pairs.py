@@ -86,10 +86,6 @@ class PairSet:
     def pictures(self, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected of pair ``i``, (3, H, W) float32 in [0, 1], scaled to cover ``size`` and centre-cropped.
 
-        Args:
-            i: index of the pair, below ``len(self)``.
-            size: (H, W) in pixels.
-
         Raises:
             ConfigError: a picture that cannot be read.
         """

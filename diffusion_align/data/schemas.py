@@ -117,13 +117,10 @@ class RowsConfig(Section):
     def usable(
         self, name: str, table: Table, rows: Iterable[Any], make: Callable[[Any], Made | None]
     ) -> tuple[list[Made], list[int], dict[int, str]]:
-        """What ``make`` makes of the rows, at most ``self.most`` of them, with their numbers; and the bad ones.
+        """What ``make`` makes of the ``rows`` of ``table``, at most ``self.most``; their numbers; and the bad ones.
 
-        Args:
-            name: what the setting is called, for messages.
-            table: that the rows are of. Of a streamed one nothing is downloaded for a list that would not be shown.
-            rows: in their order.
-            make: raises BadRow; None is neither good nor bad.
+        ``make`` raises BadRow; its None is neither good nor bad. Of a streamed table nothing is downloaded for a list
+        of bad rows that would not be shown.
         """
         made, numbers, bad = [], [], {}
         stops = isinstance(table, StreamedTable) and not self.skip_bad_rows
@@ -143,14 +140,7 @@ class RowsConfig(Section):
         return made, numbers, bad
 
     def check_usable(self, name: str, count: int, bad: Collection[str], nothing: str) -> None:
-        """Raise a ConfigError if none of the rows is left, or the ``bad`` ones may not be left out.
-
-        Args:
-            name: what the setting is called.
-            count: of usable rows.
-            bad: sentences.
-            nothing: what is said where no row is left.
-        """
+        """Raise a ConfigError if ``nothing`` is left, or the ``bad`` rows, sentences, may not be left out."""
         if not count or (bad and not self.skip_bad_rows):
             remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
             raise ConfigError([*listed(list(bad), name), remedy if count else f"{nothing}: give at least one"])
@@ -233,16 +223,7 @@ def checked_prompt(prompt: Any) -> str:
 
 
 def check_columns(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> None:
-    """Look at the setting ``name.columns``, whatever the source holds.
-
-    Args:
-        name: the section.
-        layouts: our name -> the name that is looked for by default; a source has the columns of one of them.
-        columns: our name -> the source's, as the user has set it.
-
-    Raises:
-        ConfigError: it cannot be right.
-    """
+    """ConfigError if the setting ``name.columns``, our name -> the source's, cannot be right whatever there is."""
     columns, start = columns or {}, f"{name}.columns"
     known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
     problems = [f"{start}: unknown name {ours!r}: {nearest(ours, known)}" for ours in columns if ours not in known]

@@ -75,16 +75,7 @@ def frozen_dtype(pipeline: Any) -> torch.dtype:
 
 
 def put_on(pipeline: Any, lora: str | Path, model: str) -> None:
-    """Load LoRA weights, from safetensors only, as the adapter "default".
-
-    Args:
-        pipeline: of diffusers, without adapters.
-        lora: folder or file.
-        model: what the pipeline was loaded from, for errors.
-
-    Raises:
-        UserError: there is nothing, or some of it does not fit the pipeline.
-    """
+    """Load LoRA weights, from safetensors only, onto a pipeline without adapters; Args, Raises: as of ``read_lora``."""
     check_path(lora, f"lora={short(str(lora))}")
     for name, part in read_lora(lora, pipeline, model).items():
         try:

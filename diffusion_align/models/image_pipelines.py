@@ -118,16 +118,7 @@ def _check_variant(model: str, variant: str | None) -> None:
 
 
 def check_unet(subject: str, family: str | None, unet: Mapping[str, Any]) -> None:
-    """Refuse a UNet that takes an input which training does not feed.
-
-    Args:
-        subject: of the sentence, what the UNet is of.
-        family: class of its pipeline.
-        unet: its configuration.
-
-    Raises:
-        UserError: it takes one.
-    """
+    """UserError about ``subject`` if its UNet, of a pipeline of class ``family``, takes what training does not feed."""
     fed = {
         "time_cond_proj_dim": (None,),
         "class_embed_type": (None,),
@@ -293,11 +284,7 @@ def is_one_file(model: str) -> bool:
 
 
 def _check_single_file(model: str, *, has_base_config: bool) -> None:
-    """Look at the file ``model``; of its content only the names are read.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """UserError if the file ``model`` cannot be loaded; of its content only the names are read."""
     suffix = Path(model).suffix.lower()
     if suffix in _PICKLES:
         why = "which can run code when it is read: use the model's .safetensors file"
@@ -329,17 +316,7 @@ def _family_of_file(model: str) -> str:
 
 
 def _load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None, options: dict[str, Any]) -> Any:
-    """The diffusers pipeline in the file ``model``, its VAE in float32 and everything else in ``dtype``.
-
-    Args:
-        model: a file that ``_check_single_file`` lets pass.
-        dtype: of the weights.
-        base_config: folder or hub id; diffusers' guess, which it asks the hub for, when not given.
-        options: further arguments of ``from_single_file``.
-
-    Raises:
-        UserError: the file and its configuration do not fit, or the latter is out of reach.
-    """
+    """The diffusers pipeline in the file ``model``, its VAE in float32; ``options`` are for ``from_single_file``."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
@@ -385,11 +362,7 @@ def _layout(names: list[str]) -> str | None:
 
 
 def _check_configurations(subject: str, folder: Path) -> None:
-    """Look at the configuration files of a pipeline's folder, ``subject`` of the sentence.
-
-    Raises:
-        UserError: about the first that cannot be used.
-    """
+    """UserError about the first configuration file of a pipeline's folder that cannot be used."""
     for part in (*NETWORKS, "scheduler"):
         name = f"{part}/{'scheduler_config.json' if part == 'scheduler' else 'config.json'}"
         if not os.path.isfile(folder / name):

@@ -171,16 +171,10 @@ def write_model_card(folder: Path, target: Path, **options: Any) -> None:
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> str:
-    """Put all files of ``folder`` into the model repository ``repo_id`` and return its address.
-
-    Args:
-        folder: what to upload.
-        repo_id: "owner/name"; made if it is not there.
-        private: whether a new repository is private.
-        token: of the hub; the stored one if not given.
+    """Put all files of ``folder`` into the model repository ``repo_id``, made if it is not there; returns its address.
 
     Raises:
-        UserError: the hub refuses or cannot be reached.
+        UserError: the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 

@@ -110,14 +110,9 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
 
 
 def check_image_model(model: str, *, variant: str | None = None, base_config: str | None = None) -> None:
-    """Look at ``model`` as far as nothing has to be loaded.
+    """UserError if ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
 
-    Args:
-        model: as for ``image_model_ref``.
-        variant, base_config: as for ``load_pipeline``; those of a run if not given.
-
-    Raises:
-        UserError: it can be neither a text-to-image pipeline nor a run of one.
+    ``variant`` and ``base_config`` are as for ``load_pipeline``; those of a run if not given.
     """
     ref = image_model_ref(model)
     variant = ref.variant if variant is None else variant

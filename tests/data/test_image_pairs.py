@@ -12,7 +12,7 @@ from rows_on_disk import write_rows
 
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, problems_of
 
 HINT = "pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
@@ -81,23 +81,14 @@ def shown(pairs, size=(8, 8)):
 
 
 def problems_ahead(config):
-    try:
-        config.open_ahead("pairs", "pairs")
-    except ConfigError as error:
-        return error.problems
-    return []
+    return problems_of(config.open_ahead, "pairs", "pairs")
 
 
 def problems(source, *, decode=False, **settings):
     config = PairsConfig(source=str(source), **settings)
-    check = open_pairs(config).check_pictures if decode else lambda: open_pairs(config)
-    with pytest.raises(ConfigError) as caught:
-        check()
-    assert problems_ahead(config) == ([] if decode else caught.value.problems)
-    return caught.value.problems
-
-
-# Sources
+    found = problems_of(open_pairs(config).check_pictures) if decode else problems_of(open_pairs, config)
+    assert problems_ahead(config) == ([] if decode else found)
+    return found
 
 
 def test_embedded_pairs_are_the_shipped_ones():
@@ -184,6 +175,12 @@ def test_a_folder_that_datasets_can_load(tmp_path, declared):
     assert "validation" in problem
 
 
+def test_a_picture_folder_with_metadata(folder):
+    rows = [{"prompt": "x", "chosen_file_name": "0.png", "rejected_file_name": "1.png"}]
+    write_rows(folder / "metadata.jsonl", rows)
+    assert shown(open_(folder)) == [(colour(0), colour(1))]
+
+
 NOT_THERE = "there is no such file or folder: give emoji_style, a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
 
 
@@ -201,9 +198,6 @@ def test_a_source_that_is_not_there(source, sentence, monkeypatch, tmp_path):
     [problem] = problems(source)
     assert sentence in problem
     assert len(problem) < 300
-
-
-# Files
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n"), ("a.csv", ""), ("a.csv", "prompt,chosen,rejected\n")])
@@ -224,9 +218,6 @@ def test_parquet_without_rows(tmp_path):
     write_rows(tmp_path / "a.parquet", [{"x": "y"}])
     [problem] = problems(tmp_path, split="train[1:]")
     assert "no data" in problem
-
-
-# Columns
 
 
 def test_columns_are_mapped(folder):
@@ -251,9 +242,6 @@ def test_mappings_that_do_not_fit(folder):
     row = {name if name != "caption" else "text": value for name, value in binary_rows([0])[0].items()}
     left_out = open_(write_rows(folder / "a.csv", [row]), columns={"prompt": "text"})
     assert shown(left_out) == [(colour(1), colour(0))], "the other names keep their defaults"
-
-
-# Bad rows
 
 
 GOOD = {"prompt": "fine", "chosen": "20.png", "rejected": "21.png"}
@@ -351,9 +339,6 @@ def test_pictures_by_path_inside_structs(folder):
         assert shown(open_(write_rows(folder / name, rows)))[1] == (colour(2), colour(3))
 
 
-# Pictures that cannot be read
-
-
 @pytest.mark.parametrize(
     ("side", "data"), [("chosen", b"not a picture"), ("rejected", encoded(noise((64, 64)))[:-2000])]
 )
@@ -364,9 +349,7 @@ def test_files_that_are_no_pictures(folder, side, data):
     sentence = f"pairs: row 1: {side} is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read"
     assert problems_ahead(PairsConfig(source=source)) == []
     assert problems(source, decode=True) == [sentence, HINT]
-    with pytest.raises(ConfigError) as caught:
-        open_(source).pictures(1, (8, 8))
-    assert caught.value.problems == [sentence]
+    assert problems_of(open_(source).pictures, 1, (8, 8)) == [sentence]
     left = open_(source, skip_bad_rows=True).check_pictures()
     assert (left.rows, left.skipped) == ([0, 2], {1: sentence})
     assert shown(left) == [(colour(20), colour(21))] * 2
@@ -421,9 +404,6 @@ def test_every_pair_advances_once_also_a_bad_one(folder):
     assert (len(calls), len(left)) == (6, 5)
 
 
-# Pictures
-
-
 def by_hand(picture, size):
     """Scale the whole picture until it covers ``size``, then cut the middle out."""
     height, width = size
@@ -457,9 +437,6 @@ def test_a_very_long_picture_takes_no_more_memory_than_it_has_to(folder):
     noise((1, 40_000)).save(folder / "x.png")
     pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
     assert pairs.pictures(0, (512, 512))[0].shape == (3, 512, 512)
-
-
-# The whole
 
 
 def test_the_first_pairs_only(folder):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusion_align.data.image_pairs import PairsConfig, open_pairs
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import problems_of
 
 HUB = "some/pairs"
 START = f"pairs.source='{HUB}', split 'train', cannot be loaded ("
@@ -82,9 +82,7 @@ def kept(hub):
 
 
 def problems(**settings):
-    with pytest.raises(ConfigError) as caught:
-        open_(**settings)
-    return caught.value.problems
+    return problems_of(open_, **settings)
 
 
 @pytest.mark.parametrize("kind", ["image", "struct", "bytes"])

@@ -20,7 +20,7 @@ from diffusion_align.cli.listing import LISTINGS
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import PromptsConfig, load_prompts
 from diffusion_align.diffusion.ddpo import DDPOConfig
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, problems_of
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.config import dump_config
@@ -48,9 +48,7 @@ pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def problems(source):
-    with pytest.raises(ConfigError) as caught:
-        load_prompts(source)
-    return caught.value.problems
+    return problems_of(load_prompts, source)
 
 
 @pytest.mark.parametrize("kind", ["list", ".jsonl", ".parquet", "folder of prompts.jsonl", "hub"])
@@ -203,6 +201,9 @@ def test_sources_that_cannot_be_used(tmp_path):
     for nothing in ([], (), ""):
         assert problems(nothing) == [f"prompts.source={nothing!r} is not allowed: give {PLACES}"]
     assert problems(3) == [f"prompts=3 is not allowed: give {PLACES}"]
+    for wrong in ("yes", 1):
+        [problem] = problems({"source": ["a"], "skip_bad_rows": wrong})
+        assert problem.startswith(f"prompts.skip_bad_rows={wrong!r} is not allowed: it must be")
     assert problems([{"words": "a cat", "n": 1}]) == [
         "prompts.columns: the column prompt or caption or text is needed; the columns found are 'words', 'n': "
         "map our names to these"
@@ -226,19 +227,13 @@ def test_a_checked_configuration_opens_no_hub_dataset(monkeypatch):
     source = {"source": "some/rows", "columns": {"prompt": "x"}, "max_prompts": 3}
     check_config(DDPO | {"output_dir": "run", "prompts": source})
     wrong = PromptsConfig(source="some/rows", columns={"promt": "x"}, split="train[:3]", max_prompts=2)
-    assert problems_ahead(wrong) == [
+    assert problems_of(wrong.open_ahead, "prompts", "prompts") == [
         "prompts.columns: unknown name 'promt': did you mean 'prompt'?",
         "prompts.split='train[:3]' cannot be used with prompts.max_prompts: name the split without [...]",
     ]
     monkeypatch.setitem(sys.modules, "datasets", None)
     needs = "prompts.source='some/rows' needs the package datasets: pip install 'diffusion-align[datasets]'"
-    assert problems_ahead(PromptsConfig(source="some/rows")) == [needs]
-
-
-def problems_ahead(config):
-    with pytest.raises(ConfigError) as caught:
-        config.open_ahead("prompts", "prompts")
-    return caught.value.problems
+    assert problems_of(PromptsConfig(source="some/rows").open_ahead, "prompts", "prompts") == [needs]
 
 
 def test_what_was_checked_is_what_is_used(tmp_path):

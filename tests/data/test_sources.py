@@ -22,7 +22,7 @@ from diffusion_align.data.sources import (
     scalar,
     short,
 )
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, problems_of
 
 ROWS = [{"prompt": f"p{i}", "turns": [{"role": "user", "content": f"c{i}"}], "n": i} for i in range(7)]
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
@@ -33,9 +33,7 @@ def read(source, count=None, **settings):
 
 
 def problems(source, **settings):
-    with pytest.raises(ConfigError) as caught:
-        open_table(TableSource("data", source, **settings))
-    return caught.value.problems
+    return problems_of(open_table, TableSource("data", source, **settings))
 
 
 @pytest.mark.parametrize("kind", ["list", ".jsonl", ".jsonl.gz", ".json", ".parquet"])
@@ -225,25 +223,20 @@ def test_columns_by_our_names():
 
 def test_columns_that_are_not_there():
     def refused(columns, found):
-        with pytest.raises(ConfigError) as caught:
-            mapping("data", LAYOUTS, columns, found)
-        return str(caught.value)
+        [problem] = problems_of(mapping, "data", LAYOUTS, columns, found)
+        return problem
 
     end = "; the columns found are 'a', 'b': map our names to these"
     assert refused(None, ["a", "b"]) == "data.columns: the column chosen is needed" + end
     assert refused({"text": "a"}, ["a", "b"]) == "data.columns: the columns a, chosen are needed" + end
     assert refused({"good": "c"}, ["a", "b"]) == "data.columns: there is no column 'c'" + end
 
-    def unfit(layouts, columns):
-        with pytest.raises(ConfigError) as caught:
-            check_columns("data", layouts, columns)
-        return caught.value.problems
-
-    assert unfit(LAYOUTS, {"goood": "a", "text": "a"}) == [
+    assert problems_of(check_columns, "data", LAYOUTS, {"goood": "a", "text": "a"}) == [
         "data.columns: unknown name 'goood': did you mean 'good'?",
         "data.columns: two names stand for one column: give each its own",
     ]
-    assert unfit(({"a": "a"}, {"b": "b"}), {"a": "x", "b": "y"}) == ["data.columns: give a or b, not both"]
+    apart = ({"a": "a"}, {"b": "b"})
+    assert problems_of(check_columns, "data", apart, {"a": "x", "b": "y"}) == ["data.columns: give a or b, not both"]
     for fine in ({"good": "x"}, None):
         check_columns("data", LAYOUTS, fine)
 

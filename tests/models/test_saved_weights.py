@@ -103,13 +103,6 @@ def test_merged_pipeline_loads_in_plain_diffusers(model, lora, tmp_path, model_p
     torch.testing.assert_close(draw_plainly(plain, streams, 3.0), untrained, atol=1e-4, rtol=0)
 
 
-def test_full_fine_tuning_saves_a_whole_pipeline(tmp_path, make_policy, streams):
-    policy = make_policy("tiny_sd", lora=None, noise=0.01)
-    ImageAlignmentPipeline(policy.pipeline, model="tiny").save_pretrained(tmp_path)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
-    torch.testing.assert_close(draw_plainly(pipeline, streams), draw(policy, streams), atol=1e-4, rtol=0)
-
-
 def test_pictures_of_the_pipeline_are_those_of_the_policy(make_policy, streams):
     policy = make_policy("tiny_sd", noise=0.1, guidance_scale=3.0)
     pipe = ImageAlignmentPipeline(policy.pipeline, model="tiny")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.errors import UserError, problems_of
 from diffusion_align.models.image_pipelines import check_pipeline_name, load_pipeline
 from diffusion_align.pipelines.configuration import check_config
 
@@ -142,11 +142,10 @@ DAMAGE = {  # name of the model, change of its tensors, sentence
 def test_a_file_that_lacks_or_exceeds_what_it_should_hold_gives_one_sentence(damage, published, tmp_path):
     name, change, expected = DAMAGE[damage]
     file = write(tmp_path, change(read(published, name)))
-    with pytest.raises(UserError) as caught:
-        load_pipeline(str(file), base_config=str(published(name)))
-    assert expected in str(caught.value)
-    assert str(caught.value).startswith(f"model={str(file)!r}")
-    assert "\n" not in str(caught.value)
+    [said] = problems_of(load_pipeline, str(file), base_config=str(published(name)))
+    assert expected in said
+    assert said.startswith(f"model={str(file)!r}")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(("name", "base"), [("sd15", "sd2"), ("sd2", "sd15"), ("sd15", "sdxl"), ("sdxl", "sd15")])
@@ -193,9 +192,9 @@ def test_other_files_are_refused_before_anything_is_loaded(name, content, expect
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=expected) as caught:
-        check_pipeline_name(name)
-    assert "\n" not in str(caught.value)
+    [said] = problems_of(check_pipeline_name, name)
+    assert expected in said
+    assert "\n" not in said
     with pytest.raises(UserError):
         load_pipeline(name, base_config="emoji-sd")
 
@@ -240,9 +239,7 @@ def test_settings_that_do_not_fit_the_kind_of_model_are_said_together(published,
         ({"model": file, "weights_variant": "fp16"}, "weights_variant='fp16' is for a folder or a hub id"),
         ({"model": "x.ckpt"}, "is a pickle"),
     ):
-        with pytest.raises(ConfigError) as caught:
-            check_config(common | settings | {"epochs": 0})
-        assert len(caught.value.problems) == 2
-        assert any(expected in problem for problem in caught.value.problems)
+        problems = problems_of(check_config, common | settings | {"epochs": 0})
+        assert [expected in problem for problem in sorted(problems)] == [False, True], "epochs, and the model"
     config = check_config(common | {"model": file, "base_config": folder})
     assert json.loads(config.model_dump_json())["base_config"] == folder

@@ -90,18 +90,6 @@ def pairs(n, seed):
         yield q, Normal(q.mean + q.std * random.normal() * 10 ** random.uniform(-1, 1.5), q.std * s)
 
 
-def test_the_default_pair_to_all_printed_digits():
-    kl, errors = exact(Q, P)
-    assert f"{kl:.6f}" == "1.134438"
-    printed = {kind: (f"{bias / kl:.4f}", f"{math.exp(log_std) / kl:.4f}") for kind, (bias, log_std) in errors.items()}
-    assert [x.lstrip("-") for x in printed["k1"]] == ["0.0000", "0.5986"]
-    assert printed["k2"] == ("-0.2295", "0.5087")
-    assert printed["k3_clip"] == ("-0.4645", "0.4489")
-    for kind in ("k3", "k4"):
-        assert abs(errors[kind][0]) < 1e-12
-        assert errors[kind][1] == math.inf
-
-
 def test_k1_and_k2_are_the_closed_forms_of_any_pair():
     for q, p in pairs(200, seed=0):
         kl, errors = exact(q, p)
@@ -208,15 +196,6 @@ def test_the_sampled_columns_are_the_listing_of_the_source():
     for row in rows:
         assert row.sampled_bias == pytest.approx(listing[row.kind].mean().item() - kl, rel=1e-9)
         assert row.sampled_std == pytest.approx(listing[row.kind].std().item(), rel=1e-9)
-
-
-def test_many_samples_come_near_the_exact_column():
-    _, rows = estimator_errors(Q, P, samples=400_000)
-    for row in rows:
-        if row.kind in ("k1", "k2", "k3_clip"):  # 5 standard errors; the std by 2 %, its own error being under 0.5 %
-            std = math.exp(row.exact_log_std)
-            assert row.sampled_bias == pytest.approx(row.exact_bias, abs=5 * std / math.sqrt(400_000))
-            assert row.sampled_std == pytest.approx(std, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -369,9 +348,6 @@ def test_the_noise_is_the_mean_over_all_batches(monkeypatch):
     assert (point.k1_reward, point.with_baseline, point.closed_form) == (1, 2, 3)
 
 
-# Figures
-
-
 def test_the_coefficients_by_hand():
     curves = gradient_coefficients(torch.tensor([-3.5, -0.7, 2.0], dtype=F64))
     expected = {
@@ -435,9 +411,6 @@ def test_the_variance_figure_has_dots_lines_and_zero():
     legend = axes.get_legend().get_window_extent()
     for line in axes.lines:
         assert not legend.count_contains(axes.transData.transform(line.get_xydata()))
-
-
-# The command
 
 
 @pytest.fixture
@@ -516,9 +489,6 @@ def test_the_command_draws_two_figures(command, monkeypatch, tmp_path):
 
 BAD = {
     ("--q", "0", "0"): "q = 0 0 is no Gaussian",
-    ("--p", "0", "-1"): "p = 0 -1 is no Gaussian",
-    ("--q", "nan", "1"): "q = nan 1 is no Gaussian",
-    ("--q", "1e9", "1"): "too different to compare",
     ("--q", "1"): "'--q' requires 2 arguments",
     ("--q", "a", "1"): "valid number",
     ("--samples", "1"): "greater than or equal to 2",

@@ -192,6 +192,8 @@ def test_the_title_names_the_reward_before_the_pairs(tmp_path):
     for n, (method, title) in enumerate(titles):
         assert title in page_of(make_run(tmp_path / str(n), config=f"method: {method}\n{pairs}")).text
     assert "DPO · m" in page_of(make_run(tmp_path / "odd", config="method: dpo\nmodel: m\npairs: here\n")).text
+    rows = "method: reward_model\nmodel: tiny-lm\ndataset:\n  source: team/prefs\n"
+    assert "REWARD-MODEL · prefs · tiny-lm" in page_of(make_run(tmp_path / "rows", config=rows)).text
 
 
 def test_markup_in_the_configuration_is_shown_not_run(tmp_path):

@@ -103,13 +103,9 @@ def test_everything_in_the_samples_is_escaped(tmp_path):
 def test_samples_of_at_most_six_epochs_of_which_the_last_is_open(tmp_path):
     samples = {n: [{"prompt": "p", "completion": f"answer {n}", "reward": n}] for n in range(0, 41)}
     page = page_of(make_run(tmp_path / "run", samples=samples))
-    assert re.findall(r"Before training|After epoch \d+", page.text) == [
-        "Before training",
-        *(f"After epoch {n}" for n in (8, 16, 24, 32, 40)),
-    ]
     assert re.findall(r"answer \d+", page.text) == [f"answer {n}" for n in (0, 8, 16, 24, 32, 40)]
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert re.findall(r"<details( open)?>\s*<summary>(After epoch 40|Before training)", page) == [
+    opened = r"<details( open)?>\s*<summary>(After epoch 40|Before training)"
+    assert re.findall(opened, (tmp_path / "run" / "report.html").read_text()) == [
         ("", "Before training"),
         (" open", "After epoch 40"),
     ]
@@ -167,16 +163,12 @@ def test_long_texts_are_folded_and_nothing_of_them_is_lost():
         assert html.passage(short) == html.Passage(short)
 
 
-def test_a_folded_text_is_whole_in_the_page(tmp_path):
+def test_a_folded_text_is_whole_in_the_page_and_half_a_surrogate_pair_is_none(tmp_path):
     answer = " ".join(f"word{n}" for n in range(300))
-    page = page_of(make_run(tmp_path / "run", samples={1: [{"prompt": "p", "completion": answer}]}))
+    cut = '{"prompt": "p", "completion": "cut \\ud83d off"}'
+    page = page_of(make_run(tmp_path / "run", samples={1: [{"prompt": "p", "completion": answer}, cut]}))
     assert re.findall(r"word(\d+)", page.text) == [str(n) for n in range(300)]
-    rest = len(html.passage(answer).rest)
-    assert f"… {rest} more characters" in page.text
-
-
-def test_half_a_surrogate_pair_does_not_stop_the_report(tmp_path):
-    page = page_of(make_run(tmp_path / "run", samples={1: ['{"prompt": "p", "completion": "cut \\ud83d off"}']}))
+    assert f"… {len(html.passage(answer).rest)} more characters" in page.text
     assert "cut ? off" in page.text
 
 
@@ -265,10 +257,6 @@ def test_the_plots_of_each_method(tmp_path, monkeypatch):
     assert "0.02 nats a frame" in text
     (folder / "metrics.json").write_text("[1]")  # damaged: as if there were none
     assert "KL to the reference, a token; KL to the reference, a completion; Price of the KL" in plots_of(folder)
-
-
-def test_the_title_names_the_data_of_preferences(tmp_path):
-    assert "REWARD-MODEL · prefs · tiny-lm" in page_of(make_run(tmp_path / "run", method="reward_model")).text
 
 
 def test_held_out_values_are_drawn_as_they_are_beside_smoothed_ones():
