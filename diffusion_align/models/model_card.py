@@ -316,8 +316,8 @@ def _image_code(below: ModelRef, settings: Mapping[str, Any], location: str, lor
     if lora and below.base in EMBEDDED_PIPELINES:
         lines.append("from diffusion_align.assets import asset_path")
     if scheduler is None:
+        lines.append("from diffusion_align.diffusion.rollout import scheduler_of")
         lines.append("from diffusion_align.diffusion.schedule import SamplerConfig")
-        lines.append("from diffusion_align.diffusion.table_scheduler import scheduler_of")
     lines.append("")
     if not lora:
         lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_DTYPE})")

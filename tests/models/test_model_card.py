@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_align import __version__
 from diffusion_align.assets import asset_path
-from diffusion_align.diffusion.table_scheduler import TableScheduler
+from diffusion_align.diffusion.rollout import TableScheduler
 from diffusion_align.errors import ConfigError
 from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.language_models import load_sequence_classifier
