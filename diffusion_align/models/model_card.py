@@ -221,12 +221,12 @@ def _examples(file: Path) -> list[tuple[str, str, str]]:
     if not file.is_file():
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:_EXAMPLES]]
-    cells = [[cell(literal(_shortened(_short(row[name])))) for name in ("prompt", "before", "after")] for row in rows]
-    return [(prompt, before, after) for prompt, before, after in cells]
 
+    def shown(value: Any) -> str:
+        text = _short(value)
+        return cell(literal(text if len(text) <= _LONG_TEXT else text[:_LONG_TEXT] + " ..."))
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _LONG_TEXT else text[:_LONG_TEXT] + " ..."
+    return [(shown(row["prompt"]), shown(row["before"]), shown(row["after"])) for row in rows]
 
 
 def _front_matter(base: str, method: str, lora: bool, words: _Words) -> str:
@@ -234,7 +234,8 @@ def _front_matter(base: str, method: str, lora: bool, words: _Words) -> str:
     kinds = ["lora"] if lora else []
     tags = [words.task, library, *kinds, _title(method).lower(), "diffusion-align"]
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": words.task, "tags": tags}
-    if _is_hub_id(base):  # the hub refuses a card whose base_model is not one of its own
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not os.path.exists(base)
+    if hub_id:  # the Hub refuses a card whose base_model is not one of its own
         front = {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"} | front
     return yaml_text.dump(front, sort_keys=False, allow_unicode=True)
 
@@ -432,10 +433,6 @@ def _example(settings: Mapping[str, Any]) -> Any:
         if first:
             return first
     return "a cat"
-
-
-def _is_hub_id(model: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None and not os.path.exists(model)
 
 
 def _short(value: Any) -> str:

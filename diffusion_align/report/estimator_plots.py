@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_align.estimators.kl import kl_gradient_coefficient, kl_loss
 from diffusion_align.report.estimator_tables import CLIP, GradientNoise, gradient_noise
-from diffusion_align.report.plots import GRID, INK, PALETTE, save_figure
+from diffusion_align.report.plots import INK, PALETTE, label_axes, save_figure
 
 LOGP_REF = -0.7  # [002] figure 1: a probability of one half
 DIMENSIONS = tuple(4**n for n in range(8))  # to 16 384, the latents of a picture of 512 x 512
@@ -75,7 +75,7 @@ def plot_gradient_coefficients() -> Figure:
         axes.text(x, y, label, fontsize=11, color=color, ha="right" if x > 0 else "left", linespacing=1.1)
     axes.set(xlim=(-4.5, 2), ylim=(-12.5, 7.5))
     axes.yaxis.set_major_locator(MultipleLocator(3))
-    _finish(axes, "What multiplies ∇ log π", "log π of the sampled action (nats)", "coefficient (no unit)")
+    label_axes(axes, "What multiplies ∇ log π", "log π of the sampled action (nats)", "coefficient (no unit)", size=11)
     return figure
 
 
@@ -108,9 +108,8 @@ def plot_gradient_variance(noise: Sequence[Sequence[GradientNoise]]) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}".replace(",", "\u2009")))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(0, 2 * max(point.k1_reward_theory for row in noise for point in row))
-    _finish(
-        axes, "Noise of one sample's gradient", "dimensions d of the decision", "tr Cov / |E g|², g with respect to μ"
-    )
+    y = "tr Cov / |E g|², g with respect to μ"
+    label_axes(axes, "Noise of one sample's gradient", "dimensions d of the decision", y, size=11)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper left", handlelength=1.2, borderaxespad=0.1)
     return figure
 
@@ -118,14 +117,3 @@ def plot_gradient_variance(noise: Sequence[Sequence[GradientNoise]]) -> Figure:
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.4), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     return figure, figure.add_subplot()
-
-
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=12, loc="left", color=INK)
-    axes.set_xlabel(x, fontsize=11, color=INK)
-    axes.set_ylabel(y, fontsize=11, color=INK)
-    axes.tick_params(labelsize=10.5, color=GRID, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#aaaaaa")
-    axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)

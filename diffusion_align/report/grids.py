@@ -47,21 +47,18 @@ def to_pil(images: Images) -> list[Image.Image]:
     return pictures
 
 
-def image_grid(
-    images: Images, *, captions: Sequence[str] | None = None, columns: int | None = None, scale: float | None = None
-) -> Image.Image:
-    """One picture holding all of them, row by row, each with its caption beneath.
+def image_grid(images: Images, *, captions: Sequence[str] | None = None, columns: int | None = None) -> Image.Image:
+    """One picture holding all of them, row by row, each with its caption beneath; small ones (64 px) are enlarged.
 
     Args:
         images: float tensor (B, 3, H, W) in [0, 1], or B PIL images.
         captions: B strings; wrapped to two lines, the rest an ellipsis.
         columns: pictures a row; by default the near-square number that leaves the fewest holes.
-        scale: enlargement; by default the whole number that makes small pictures (64 px) about 128 px wide, else 1.
 
     Raises:
         ValueError: no images, another shape, or not as many captions as images.
     """
-    pictures = _resized(to_pil(images), scale)
+    pictures = _enlarged(to_pil(images))
     _check_count("captions", captions, len(pictures))
     if columns is not None and columns < 1:
         raise ValueError(f"columns={columns} must be at least 1")
@@ -92,7 +89,6 @@ def before_after(
     rewards_before: Sequence[float] | torch.Tensor | None = None,
     rewards_after: Sequence[float] | torch.Tensor | None = None,
     labels: tuple[str, str] = ("before", "after"),
-    scale: float | None = None,
 ) -> Image.Image:
     """One column a prompt: the picture before training on top, the one after beneath it, rows labelled at the left.
 
@@ -103,12 +99,11 @@ def before_after(
         captions: B prompts.
         rewards_before, rewards_after: B rewards each.
         labels: what is written beside the upper and the lower row.
-        scale: as for ``image_grid``.
 
     Raises:
         ValueError: no images, or lengths that differ.
     """
-    top_row, bottom_row = _resized(to_pil(before), scale), _resized(to_pil(after), scale)
+    top_row, bottom_row = _enlarged(to_pil(before)), _enlarged(to_pil(after))
     count = len(top_row)
     if len(bottom_row) != count:
         raise ValueError(f"before holds {count} images and after {len(bottom_row)}: they must show the same prompts")
@@ -158,20 +153,15 @@ def _check_count(name: str, values: Sequence | torch.Tensor | None, count: int) 
         raise ValueError(f"{name} holds {len(values)} entries for {count} images: give one for each image")
 
 
-def _resized(pictures: list[Image.Image], scale: float | None) -> list[Image.Image]:
+def _enlarged(pictures: list[Image.Image]) -> list[Image.Image]:
+    """By the whole number that makes them about ``VISIBLE_WIDTH`` wide."""
     if not pictures:
         raise ValueError("there are no images to draw: give at least one")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale={scale} must be greater than 0")
-    factor = max(1, round(VISIBLE_WIDTH / _cell(pictures)[0])) if scale is None else scale
+    factor = max(1, round(VISIBLE_WIDTH / _cell(pictures)[0]))
     if factor == 1:
         return pictures
-    return [
-        picture.resize(
-            (max(1, round(picture.width * factor)), max(1, round(picture.height * factor))), Image.Resampling.BICUBIC
-        )
-        for picture in pictures
-    ]
+    sizes = [(picture.width * factor, picture.height * factor) for picture in pictures]
+    return [picture.resize(size, Image.Resampling.BICUBIC) for picture, size in zip(pictures, sizes)]
 
 
 def _cell(pictures: Sequence[Image.Image]) -> tuple[int, int]:

@@ -379,16 +379,20 @@ def draw_band(axes: Axes, xs: np.ndarray, low: np.ndarray, high: np.ndarray, col
         axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0, label=label, zorder=2)
 
 
-def finish_axes(axes: Axes, key: str, x: str, *, title: str | None = None, unit: str | None = None) -> None:
-    name, default_unit = describe(key)
-    axes.set_title(title or name, fontsize=10, loc="left", color=INK, parse_math=False)  # names of users' rewards
-    axes.set_xlabel(X_NAMES.get(x, x), fontsize=8.5, color=INK)
-    axes.set_ylabel(default_unit if unit is None else unit, fontsize=8.5, color=INK)
-    axes.tick_params(labelsize=8, color=GRID, labelcolor=INK)
+def label_axes(axes: Axes, title: str, x: str, y: str, *, size: float = 8.5) -> None:
+    axes.set_title(title, fontsize=size + 1.5, loc="left", color=INK, parse_math=False)  # names of users' rewards
+    axes.set_xlabel(x, fontsize=size, color=INK)
+    axes.set_ylabel(y, fontsize=size, color=INK)
+    axes.tick_params(labelsize=size - 0.5, color=GRID, labelcolor=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aaaaaa")
     axes.grid(True, color=GRID, linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
+
+
+def finish_axes(axes: Axes, key: str, x: str, *, title: str | None = None, unit: str | None = None) -> None:
+    name, default_unit = describe(key)
+    label_axes(axes, title or name, X_NAMES.get(x, x), default_unit if unit is None else unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
     axes.yaxis.get_offset_text().set_fontsize(8)

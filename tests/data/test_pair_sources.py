@@ -14,19 +14,10 @@ from PIL import Image
 from diffusion_align.data.image_pairs import PairsConfig, open_pairs
 from diffusion_align.errors import problems_of
 
-HUB = "some/pairs"
+HUB = "some/rows"
 START = f"pairs.source='{HUB}', split 'train', cannot be loaded ("
 END = "): check the name, the network and your access to it"
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The folder that is downloaded as ``some/pairs``; ``hub.cache`` is where downloads are kept."""
-    folder, cache, load = tmp_path / "hub", tmp_path / "cache", datasets.load_dataset
-    folder.mkdir()
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **kw: load(str(folder) if name == HUB else name, **kw))
-    return folder
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 @pytest.fixture
@@ -76,9 +67,9 @@ def open_(source=HUB, **settings):
     return open_pairs(PairsConfig(source=str(source), **settings))
 
 
-def kept(hub):
+def kept():
     """What is left in the cache folder, but for the locks of `datasets`."""
-    return [path.name for path in (hub.parent / "cache").iterdir() if path.suffix != ".lock"]
+    return [path.name for path in datasets.config.HF_DATASETS_CACHE.iterdir() if path.suffix != ".lock"]
 
 
 def problems(**settings):
@@ -86,11 +77,11 @@ def problems(**settings):
 
 
 @pytest.mark.parametrize("kind", ["image", "struct", "bytes"])
-def test_a_streamed_prefix_is_the_prefix_of_the_whole(hub, kind):
+def test_a_streamed_prefix_is_the_prefix_of_the_whole(hub_rows, kind):
     labels = [0.5, 1.0, 0.0, 7.0, 0.5, 1.0, 1.0, 0.0, 0.5]
-    write(hub, [rows(labels[:4]), rows(labels[4:], 4)], kind)
+    write(hub_rows, [rows(labels[:4]), rows(labels[4:], 4)], kind)
     for count in (1, 2, 3, 5, 100):
-        streamed, whole = (open_(source, max_pairs=count, skip_bad_rows=True) for source in (HUB, hub))
+        streamed, whole = (open_(source, max_pairs=count, skip_bad_rows=True) for source in (HUB, hub_rows))
         assert (streamed.prompts, streamed.rows, streamed.ties, streamed.skipped) == (
             (whole.prompts, whole.rows, whole.ties, whole.skipped)
         )
@@ -102,8 +93,8 @@ def test_a_streamed_prefix_is_the_prefix_of_the_whole(hub, kind):
                 assert torch.equal(a, b)
 
 
-def test_later_files_are_not_read(hub):
-    write(hub, [rows([1.0, 0.5, 0.0]), b"PAR1 no"])
+def test_later_files_are_not_read(hub_rows):
+    write(hub_rows, [rows([1.0, 0.5, 0.0]), b"PAR1 no"])
     assert open_(max_pairs=2).rows == [0, 2]
     [problem] = problems(max_pairs=3)
     assert problem.startswith(START)
@@ -112,8 +103,8 @@ def test_later_files_are_not_read(hub):
     assert problem.startswith(START)
 
 
-def test_only_the_pictures_in_use_are_in_memory(hub):
-    write(hub, [rows([1.0] * 20, size=192)], block=20)
+def test_only_the_pictures_in_use_are_in_memory(hub_rows):
+    write(hub_rows, [rows([1.0] * 20, size=192)], block=20)
     open_(max_pairs=1)
     gc.collect()
     before = pa.total_allocated_bytes()
@@ -121,12 +112,12 @@ def test_only_the_pictures_in_use_are_in_memory(hub):
     gc.collect()
     assert len(pairs) == 20
     assert pa.total_allocated_bytes() - before < 1_000_000  # of 4.4 MB
-    assert kept(hub) == []
+    assert kept() == []
 
 
-def test_splits(hub):
-    write(hub, [rows([1.0])])
-    write(hub, [rows([0.0, 1.0], 5)], split="validation")
+def test_splits(hub_rows):
+    write(hub_rows, [rows([1.0])])
+    write(hub_rows, [rows([0.0, 1.0], 5)], split="validation")
     assert open_(split="validation", max_pairs=9).prompts == ["c5", "c6"]
     assert open_(split="validation").prompts == ["c5", "c6"]
     [problem] = problems(split="heldout", max_pairs=9)
@@ -136,32 +127,32 @@ def test_splits(hub):
     )
 
 
-def test_columns(hub):
-    write(hub, [rows([0.0, 0.0])])
+def test_columns(hub_rows):
+    write(hub_rows, [rows([0.0, 0.0])])
     names = {"prompt": "caption", "chosen": "jpg_1", "rejected": "jpg_0"}
     assert open_(columns=names, max_pairs=1)._first_wins == [True]
     [problem] = problems(columns={"prompt": "text"}, max_pairs=1)
     assert "there is no column 'text'; the columns found are 'caption', 'jpg_0', 'jpg_1'" in problem
 
 
-def test_bad_rows_end_the_download(hub):
-    write(hub, [rows([1.0] + [3.0] * 12), b"PAR1 no"])
+def test_bad_rows_end_the_download(hub_rows):
+    write(hub_rows, [rows([1.0] + [3.0] * 12), b"PAR1 no"])
     found = problems(max_pairs=50)
     assert found[:10] == [f"pairs: row {i}: label_0 is 3.0, not one of 0, 0.5, 1" for i in range(1, 11)]
     assert found[10:] == ["pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"]
 
 
-def test_no_usable_pair(hub):
-    write(hub, [rows([0.5] * 3)])
+def test_no_usable_pair(hub_rows):
+    write(hub_rows, [rows([0.5] * 3)])
     assert problems(max_pairs=50) == [
         f"pairs.source='{HUB}' holds no usable pair (3 rows, 3 ties, 0 bad rows): give at least one"
     ]
-    write(hub, [rows([0.5])[:0]])
+    write(hub_rows, [rows([0.5])[:0]])
     assert len(problems(max_pairs=50)) == 1
 
 
-def test_a_connection_that_breaks(hub, monkeypatch):
-    write(hub, [rows([1.0] * 5)])
+def test_a_connection_that_breaks(hub_rows, monkeypatch):
+    write(hub_rows, [rows([1.0] * 5)])
     whole = datasets.IterableDataset.iter
 
     def breaking(self, batch_size):
@@ -175,18 +166,18 @@ def test_a_connection_that_breaks(hub, monkeypatch):
         assert problems(max_pairs=4) == [f"{START}the line is dead{END}"]
     at = 4
     assert len(open_(max_pairs=4)) == 4
-    assert kept(hub) == []
+    assert kept() == []
 
 
-def test_nothing_is_printed(hub, bars, capfd, caplog, monkeypatch):
+def test_nothing_is_printed(hub_rows, bars, capfd, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("datasets"), "propagate", True)
-    write(hub, [rows([1.0] * 5)])
-    write(hub, [b"PAR1 no"], split="test")
+    write(hub_rows, [rows([1.0] * 5)])
+    write(hub_rows, [b"PAR1 no"], split="test")
     levels = [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")]
     capfd.readouterr()
-    for settings in ({"source": hub / "train-00000-of-00001.parquet"}, {"max_pairs": 2}):
+    for settings in ({"source": hub_rows / "train-00000-of-00001.parquet"}, {"max_pairs": 2}):
         assert open_(**settings)
-    for settings in ({"source": hub}, {"split": "test", "max_pairs": 1}, {"split": "test"}):
+    for settings in ({"source": hub_rows}, {"split": "test", "max_pairs": 1}, {"split": "test"}):
         assert len(problems(**settings)) == 1
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
@@ -194,9 +185,9 @@ def test_nothing_is_printed(hub, bars, capfd, caplog, monkeypatch):
     assert [logging.getLogger(name).level for name in ("datasets", "huggingface_hub")] == levels
 
 
-def test_the_rows_are_counted_on_a_terminal(hub, monkeypatch, capfd):
+def test_the_rows_are_counted_on_a_terminal(hub_rows, monkeypatch, capfd):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    write(hub, [rows([1.0] * 5)])
+    write(hub_rows, [rows([1.0] * 5)])
     open_(max_pairs=3)
     out, err = capfd.readouterr()
     assert out == ""

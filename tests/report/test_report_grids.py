@@ -25,25 +25,23 @@ def test_small_pictures_are_doubled_and_land_in_reading_order():
     assert at(image, 1, 1) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(
-    ("size", "scale", "width"), [(16, None, 128), (64, None, 128), (512, None, 512), (64, 0.5, 32)]
-)
-def test_scale(size, scale, width):
-    assert image_grid(flat(RED, size=size), scale=scale).size == (width + 2 * MARGIN,) * 2
+@pytest.mark.parametrize(("size", "width"), [(16, 128), (64, 128), (512, 512)])
+def test_scale(size, width):
+    assert image_grid(flat(RED, size=size)).size == (width + 2 * MARGIN,) * 2
 
 
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (6, 3), (8, 4), (12, 4), (16, 4)])
 def test_default_columns_leave_few_holes(count, columns):
-    image = image_grid(flat(*[RED] * count), scale=1)
-    assert image.size == (MARGIN + columns * (64 + MARGIN), MARGIN + count // columns * (64 + MARGIN))
+    image = image_grid(flat(*[RED] * count))
+    assert image.size == (MARGIN + columns * (128 + MARGIN), MARGIN + count // columns * (128 + MARGIN))
 
 
 def test_orientation_of_a_picture_is_kept():
-    pixels = torch.zeros(1, 3, 64, 64)
-    pixels[0, 0, :32, 32:] = 1.0
-    image = image_grid(pixels, scale=1)
-    assert image.getpixel((MARGIN + 48, MARGIN + 16)) == RED
-    assert image.getpixel((MARGIN + 16, MARGIN + 48)) == (0, 0, 0)
+    pixels = torch.zeros(1, 3, 128, 128)
+    pixels[0, 0, :64, 64:] = 1.0
+    image = image_grid(pixels)
+    assert image.getpixel((MARGIN + 96, MARGIN + 32)) == RED
+    assert image.getpixel((MARGIN + 32, MARGIN + 96)) == (0, 0, 0)
 
 
 def test_captions_stand_beneath_and_only_there():
@@ -75,9 +73,9 @@ def test_tensors_are_clamped_and_nan_is_black():
 
 def test_pil_images_of_other_modes_and_sizes():
     clear = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    image = image_grid([clear, Image.new("L", (32, 32), 128)], scale=1)
-    assert at(image, 0, 0, cell=64) == (255, 255, 255)
-    assert at(image, 1, 0, cell=64) == GREY
+    image = image_grid([clear, Image.new("L", (32, 32), 128)])
+    assert at(image, 0, 0) == (255, 255, 255)
+    assert at(image, 1, 0) == GREY
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,6 @@ def test_pil_images_of_other_modes_and_sizes():
         ([], {}, "no images"),
         (torch.zeros(2, 3, 4, 4), {"captions": ["a"]}, "captions holds 1 entries for 2"),
         (torch.zeros(2, 3, 4, 4), {"columns": 0}, "columns=0"),
-        (torch.zeros(2, 3, 4, 4), {"scale": 0}, "scale=0"),
     ],
 )
 def test_bad_grids(images, options, message):

@@ -85,9 +85,7 @@ def test_the_reward_band_is_two_standard_errors():
     at_two = band[band[:, 0] == 2][:, 1]
     assert (at_two.min(), at_two.max()) == (1.5, 2.5)
     assert legend_texts(axes.get_legend()) == ["mean over the epoch's samples", "± 2 standard errors"]
-
-
-def test_the_band_keeps_to_the_epochs_that_have_an_error():
+    # The band keeps to the epochs that have an error.
     rows = [{"epoch": 1, "reward": 1.0}, {"epoch": 2, "reward": 2.0, "reward_stderr": 0.5}]
     rows += [{"epoch": 3, "reward_stderr": 9.0}]
     (axes,) = plots.plot_reward(rows).axes
@@ -206,9 +204,7 @@ def test_time_bars_stack_up_to_the_epoch():
     tops = [bar.get_y() + bar.get_height() for bar in axes.patches if bar.get_x() < 1]
     assert max(tops) == 10.0
     assert [container[0].get_height() for container in axes.containers] == [3.0, 1.0, 4.0, 0.5, 1.5]
-
-
-def test_parts_longer_than_the_epoch_leave_no_remainder():
+    # Parts that are longer than the epoch leave no remainder.
     (axes,) = plots.plot_time_split([{"epoch": 1, "time/sample": 8, "time/score": 4, "time/epoch": 10}]).axes
     assert legend_texts(axes.get_legend()) == ["score", "sample"]
 
