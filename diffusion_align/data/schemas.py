@@ -140,7 +140,7 @@ class RowsConfig(Section):
         return made, numbers, bad
 
     def check_usable(self, name: str, count: int, bad: Collection[str], nothing: str) -> None:
-        """Raise a ConfigError if ``nothing`` is left, or the ``bad`` rows, sentences, may not be left out."""
+        """ConfigError if no row is left, which ``nothing`` says, or ``bad`` ones, sentences, may not be left out."""
         if not count or (bad and not self.skip_bad_rows):
             remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
             raise ConfigError([*listed(list(bad), name), remedy if count else f"{nothing}: give at least one"])

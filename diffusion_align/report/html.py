@@ -448,15 +448,17 @@ def _shown() -> set[str]:
 
 def _own(rows: Sequence[Row], described: Described) -> list[str]:
     """Metrics that the method declares and no plot of the report shows, as far as they were logged."""
-    logged = {key for key in numeric_keys(rows) if len(series(rows, key, x=natural_x([rows], key))[0])}
-    return [key for key in described if key in logged - _shown()]
+    return [key for key in described if key in {*_drawable(rows)} - _shown()]
+
+
+def _drawable(rows: Sequence[Row]) -> list[str]:
+    return [key for key in numeric_keys(rows) if len(series(rows, key, x=natural_x([rows], key))[0])]
 
 
 def _other_metrics(rows: Sequence[Row], described: Described) -> dict[str, Any] | None:
     """Every metric that no figure above shows, so that an algorithm that declares nothing is reported as well."""
     shown = _shown() | {*_own(rows, described), *plots.reward_component_keys(rows)}
-    keys = [key for key in numeric_keys(rows) if key not in shown]
-    keys = [key for key in keys if len(series(rows, key, x=natural_x([rows], key))[0])]
+    keys = [key for key in _drawable(rows) if key not in shown]
     if not keys:
         return None
     left_out = keys[MAX_OTHER_METRICS:]

@@ -57,10 +57,7 @@ DAMAGE = {
     "index-garbage": (write("model_index.json", "{"), "not a valid JSON"),
     "index-list": (write("model_index.json", "[1]"), "not supported"),
     "index-empty": (write("model_index.json", "{}"), "not supported"),
-    "another-class": (
-        edit("model_index.json", _class_name="FluxPipeline"),
-        "is a FluxPipeline, which is not supported",
-    ),
+    "another-class": (edit("model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not supported"),
     "another-width": (edit("unet/config.json", block_out_channels=[8, 24]), "expected shape"),
     "another-text-width": (edit("text_encoder/config.json", hidden_size=24), "could not be loaded"),
     "unknown-part": (edit("model_index.json", unet=["diffusers", "NoSuchModel"]), "NoSuchModel"),

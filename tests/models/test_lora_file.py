@@ -1,6 +1,7 @@
 """LoRA files of others: every layout changes the layers as its writer meant, and what does not fit is said."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -165,27 +166,24 @@ TRANSFORMER = {
     for i in range(3)
     for which in "AB"
 }
+ENCODER_2 = {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 2)}
+FLAT = {f"unet.{UNET[1]}.lora_A.weight": torch.zeros(8), f"unet.{UNET[1]}.lora_B.weight": torch.zeros(8)}
+DORA, MIDDLE = (
+    "lora_unet_mid_block_attentions_0_proj_in.dora_scale",
+    "lora_unet_mid_block_resnets_0_conv1.lora_mid.weight",
+)
+WITH_MIDDLE = {kohya("unet", UNET[1], "down"): torch.zeros(2, 8), kohya("unet", UNET[1], "up"): torch.zeros(8, 2)}
 BAD = {
     "of a transformer": (TRANSFORMER, r"none of its 6 tensors fit a layer, left over are 6 \(transformer\.transformer"),
-    "of another text encoder": (
-        {"text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.zeros(2, 2)},
-        "none of its 1 tensors fit a layer, left over are 1 .text_encoder_2",
-    ),
+    "of another text encoder": (ENCODER_2, "none of its 1 tensors fit a layer, left over are 1 .text_encoder_2"),
     "half": (HALF, r"left over are 3 \(.*unet\.down_blocks\.7\.to_q\.lora_A\.weight"),
     "no low rank": ({"unet.conv_in.weight": torch.zeros(2, 2)}, r"left over are 1 \(unet\.conv_in\.weight\)"),
     "empty": ({}, "none of its 0 tensors fit"),
-    "with what is not read": (
-        {"lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.zeros(2)},
-        r"left over are 1 \(lora_unet_mid_block_attentions_0_proj_in\.dora_scale\)",
-    ),
-    "of one dimension": (
-        {f"unet.{UNET[1]}.lora_A.weight": torch.zeros(8), f"unet.{UNET[1]}.lora_B.weight": torch.zeros(8)},
-        "none of its 2 tensors fit a layer, left over are 2",
-    ),
+    "with what is not read": ({DORA: torch.zeros(2)}, rf"left over are 1 \({re.escape(DORA)}\)"),
+    "of one dimension": (FLAT, "none of its 2 tensors fit a layer, left over are 2"),
     "with a middle": (
-        {kohya("unet", UNET[1], "down"): torch.zeros(2, 8), kohya("unet", UNET[1], "up"): torch.zeros(8, 2)}
-        | {"lora_unet_mid_block_resnets_0_conv1.lora_mid.weight": torch.zeros(2, 2)},
-        r"not been correctly renamed: lora_unet_mid_block_resnets_0_conv1\.lora_mid\.weight",
+        WITH_MIDDLE | {MIDDLE: torch.zeros(2, 2)},
+        rf"not been correctly renamed: {re.escape(MIDDLE)}",
     ),
 }
 

@@ -110,31 +110,23 @@ def without(prefix):
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 ORIGINAL = "does not hold a UNet, a VAE and the text encoders of Stable Diffusion 1, 2 or XL under their original names"
+HOLES = "the file lacks weights of it"
+LAST_LAYER = TEXT + "transformer.text_model.encoder.layers.2."
+WIDER = {UNET + "out.2.weight": torch.zeros(4, 24, 3, 3)}
+DEEPER = {UNET + "middle_block.1.transformer_blocks.9.norm1.weight": torch.zeros(16)}
 DAMAGE = {  # name of the model, change of its tensors, sentence
     "no UNet": ("sd15", without(UNET), ORIGINAL),
     "no VAE": ("sd15", without(VAE), ORIGINAL),
     "no text encoder": ("sd15", without(TEXT), ORIGINAL),
     "no first text encoder": ("sdxl", without("conditioner.embedders.0."), ORIGINAL),
     "no second text encoder": ("sdxl", without("conditioner.embedders.1."), ORIGINAL),
-    "UNet with a hole": ("sd15", without(UNET + "middle_block.1"), "the file lacks weights of it"),
-    "UNet without its end": ("sd15", without(UNET + "out."), "the file lacks weights of it"),
+    "UNet with a hole": ("sd15", without(UNET + "middle_block.1"), HOLES),
+    "UNet without its end": ("sd15", without(UNET + "out."), HOLES),
     "XL without its size embedding": ("sdxl", without(UNET + "label_emb"), "could not be loaded with base_config="),
-    "VAE without its decoder": ("sd15", without(VAE + "decoder"), "the file lacks weights of it"),
-    "text without its layers": (
-        "sd15",
-        without(TEXT + "transformer.text_model.encoder.layers.2."),
-        "the file lacks weights of it",
-    ),
-    "another width": (
-        "sd15",
-        lambda state: state | {UNET + "out.2.weight": torch.zeros(4, 24, 3, 3)},
-        "conv_out.weight expected shape",
-    ),
-    "a deeper UNet": (
-        "sdxl",
-        lambda state: state | {UNET + "middle_block.1.transformer_blocks.9.norm1.weight": torch.zeros(16)},
-        "tensors of a UNet, not",
-    ),
+    "VAE without its decoder": ("sd15", without(VAE + "decoder"), HOLES),
+    "text without its layers": ("sd15", without(LAST_LAYER), HOLES),
+    "another width": ("sd15", lambda state: state | WIDER, "conv_out.weight expected shape"),
+    "a deeper UNet": ("sdxl", lambda state: state | DEEPER, "tensors of a UNet, not"),
 }
 
 
