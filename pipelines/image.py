@@ -27,7 +27,7 @@ from diffusion_align.inputs import check_device, check_path
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.models.model_card import LARGEST_ETA, upload, write_model_card
+from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import AlignmentPipeline, run

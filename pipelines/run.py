@@ -21,8 +21,8 @@ from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
-from diffusion_align.models.model_ref import ModelRef
 from diffusion_align.models.model_card import upload
+from diffusion_align.models.model_ref import ModelRef
 from diffusion_align.rewards.build import user_modules
 from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.callbacks import named_callbacks
