@@ -17,15 +17,7 @@ from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, to_uint8
-from diffusion_align.rewards.endpoints import (
-    Endpoint,
-    ask,
-    check_url,
-    in_parallel,
-    png,
-    read_token,
-    readable_token,
-)
+from diffusion_align.rewards.endpoints import Endpoint, ask, check_url, in_parallel, png, read_token, readable_token
 from diffusion_align.rewards.settings import RewardSettings, Seconds
 from diffusion_align.streams import printable
 

@@ -131,21 +131,27 @@ class Evaluation:
         Raises:
             RewardError: on every process, if the held-out reward failed on any.
             TrainingError: the samples are not finite.
+            Interrupted: the run was asked to stop, which is looked at between batches.
         """
         started = time.perf_counter()
         share = [round(self.samples * k / processes.count) for k in range(processes.count + 1)]
         own = range(share[processes.index], share[processes.index + 1])
+        turns = math.ceil(math.ceil(self.samples / processes.count) / batch_size)  # of every process: they wait below
         parts: list[dict[str, Tensor]] = []
         failure: BaseException | None = None
         with bars.task("  evaluating", len(own)) as advance:
-            for start in range(own.start, own.stop, batch_size):
-                indices = range(start, min(start + batch_size, own.stop))
+            for turn in range(turns):
+                if processes.stop_if_interrupted(failed=failure is not None):
+                    break
+                indices = own[turn * batch_size : (turn + 1) * batch_size]
+                if not indices:
+                    continue
                 try:
                     parts.append({name: values.cpu() for name, values in sample(indices).items()})
-                except (Exception, Overdue) as error:  # the other processes wait below
+                except (Exception, Overdue) as error:  # the other processes wait
                     failure = error
-                    break
-                advance(len(indices))
+                else:
+                    advance(len(indices))
         processes.raise_together(failure, RewardError)
         parts = processes.gather_in_order(parts)
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

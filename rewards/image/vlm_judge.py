@@ -108,8 +108,7 @@ class VlmJudgeSettings(RewardSettings):
         (0.0, 10.0), strict=False, description="lowest and highest number asked for; they become 0 and 1"
     )
     token_file: Annotated[str | Path | None, readable_token(TOKEN)] = Field(
-        None,
-        description=f"file with the key; without it, for https and this machine, the environment's {TOKEN}",
+        None, description=f"file with the key; without it, for https and this machine, the environment's {TOKEN}"
     )
     timeout: Seconds = Field(60.0, description="seconds an answer may take")
     patience: Seconds = Field(

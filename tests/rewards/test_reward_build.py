@@ -2,22 +2,12 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from rewarding import levels, refusal, score
 
-from diffusion_align.rewards import (
-    IMAGES,
-    REWARDS,
-    RewardError,
-    build_reward,
-    check_reward,
-    declare,
-    describe_rewards,
-)
+from diffusion_align.rewards import IMAGES, RewardError, build_reward, check_reward, declare
 from diffusion_align.rewards.base import reward_parts
 from diffusion_align.rewards.build import user_modules
 
@@ -149,10 +139,7 @@ def test_a_model_held_by_a_callable_is_moved():
             "must take three arguments .images, prompts, metadata., of which the last may be left out, it takes 1",
         ),
         ("{file}:needy", "needs the option 'target'"),
-        (
-            {"name": "{file}:redness", "gian": 2.0},
-            "did you mean 'gain'. It takes background, gain, offload, scale",
-        ),
+        ({"name": "{file}:redness", "gian": 2.0}, "did you mean 'gain'. It takes background, gain, offload, scale"),
         ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),
         ({"name": "{file}:redness", "sclae": -1.0}, "did you mean 'scale'"),
         (3, "got int"),
@@ -191,16 +178,6 @@ def test_what_fails_while_building_names_the_reward(file):
         build_reward(f"{file}:Mute")
 
 
-def test_every_built_in_reward_describes_itself():
-    rows = describe_rewards()
-    assert [row["name"] for row in rows] == list(REWARDS)
-    for row in rows:
-        about = {"model", "range", "cost", "extra", "licence", "differentiable"}
-        assert set(row) == {"name", "description", *about, "options"}
-        assert row["description"].endswith(".")
-        assert row["name"] == "combine" or declare(IMAGES, row["name"]).label == row["name"]
-
-
 def test_jpeg_rewards_pass_the_dummy_batch():
     for name in ("jpeg_compressibility", "jpeg_incompressibility"):
         values = check_reward(build_reward(name), image_size=64)
@@ -217,21 +194,6 @@ def test_every_part_of_a_sum_has_its_own_name():
 
     parts = reward_parts(build_reward([make("a"), make("a"), make("a_2"), make("a")]))
     assert list(parts) == ["a", "a_2", "a_2_2", "a_3"]
-
-
-def test_importing_is_light_and_reaches_no_trainer():
-    heavy = [
-        "transformers",
-        "open_clip",
-        "diffusers",
-        *(f"diffusion_align.{x}" for x in ("diffusion", "llm", "training.trainer")),
-    ]
-    code = (
-        "import sys, diffusion_align.rewards as r; r.declare(r.IMAGES, 'clip_score'); r.describe_rewards();"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
 
 
 def test_an_option_called_rewards_is_one_of_a_sum_alone(file):

@@ -337,17 +337,6 @@ def test_open_to_other_machines_only_with_a_token():
         bind("no such host", 0, token=None)
 
 
-def test_a_reward_that_raises_is_said_and_not_asked_again(serve):
-    calls = []
-
-    def broken(images, prompts, metadata):
-        calls.append(1)
-        raise KeyError("target")
-
-    assert "answered 500: reward 'broken' raised KeyError: 'target'" in refusal(score, remote(serve(broken)))
-    assert len(calls) == 1
-
-
 def test_requests_are_scored_one_at_a_time_and_those_given_up_are_not(serve):
     inside, most, calls, begun, go_on = [], [], [], threading.Event(), threading.Event()
 
@@ -589,8 +578,12 @@ def raw():
         yield start
 
 
-def asked_of(url, timeout=5.0, transient=(503,)):
-    return Endpoint(url, label="reward server", token=None, timeout=timeout, transient=transient).ask_once("GET", "/x")
+def endpoint(url, timeout=5.0):
+    return Endpoint(url, label="reward server", token=None, timeout=timeout, transient=(503,))
+
+
+def asked_of(url, **options):
+    return endpoint(url, **options).ask_once("GET", "/x")
 
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -632,9 +625,8 @@ def test_answers_that_no_parser_takes_are_one_sentence(raw, body):
 def test_what_a_server_says_does_not_steer_the_terminal(raw, capfd, status):
     said = json.dumps({"detail": "\x1b]0;owned\x07\x1b[2J\u202egood\x00 news"}).encode()
     url = raw(OK.replace(b"200", status) + b"Content-Length: %d\r\n\r\n" % len(said) + said)
-    endpoint = Endpoint(url, label="reward server", token=None, timeout=5, transient=(503,))
     with pytest.raises(RewardError, match=r"\]0;owned \[2J good news"):
-        ask([endpoint], "GET", "/", patience=0.01)
+        ask([endpoint(url)], "GET", "/", patience=0.01)
     assert "\x1b" not in capfd.readouterr().err
 
 
@@ -774,29 +766,36 @@ def slow(images, prompts, metadata, pause=0.0):
 """
 
 
-def serving_line(forked):
-    """Waits for the line of the process last started, and its address."""
-    output, deadline = forked._files[0].with_name(forked._files[0].name + ".out"), time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if output.is_file() and output.read_text().endswith("\n"):
-            return output.read_text(), output.read_text().split()[-1]
-        time.sleep(0.02)
-    raise AssertionError(output.with_suffix(".err").read_text())
+@pytest.fixture
+def slow_server(forked, tmp_path):
+    """``slow_server(pause)``: the process ids and the address of a server, and the answers of a request under way."""
 
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_after_the_request_that_it_works_on(forked, tmp_path, number):
-    (tmp_path / "slow.py").write_text(SLOW)
-    pids = forked.start("serve-reward", "slow.py:slow", "--option", "pause=0.7", "--port", "0", cwd=tmp_path)
-    line, url = serving_line(forked)
-    assert line == f"serving slow at {url}\n"
-    answers = []
-    request = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/score", json=body(prompts=["wait"]))))
-    with httpx2.Client() as idle:
-        idle.get(url + "/health")
+    def start(pause):
+        (tmp_path / "slow.py").write_text(SLOW)
+        command = ("serve-reward", "slow.py:slow", "--option", f"pause={pause}", "--port", "0")
+        pids = forked.start(*command, cwd=tmp_path)
+        output, deadline = forked._files[0].with_name(forked._files[0].name + ".out"), time.monotonic() + 30
+        while not (output.is_file() and output.read_text().endswith("\n")):
+            assert time.monotonic() < deadline, output.with_suffix(".err").read_text()
+            time.sleep(0.02)
+        url = output.read_text().split()[-1]
+        assert output.read_text() == f"serving slow at {url}\n"
+        answers = []
+        asked = {"json": body(prompts=["wait"])}
+        request = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/score", **asked)))
         request.start()
         while not (tmp_path / "asked").exists():
             time.sleep(0.01)
+        return pids, url, request, answers
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_after_the_request_that_it_works_on(forked, slow_server, number):
+    pids, url, request, answers = slow_server(0.7)
+    with httpx2.Client() as idle:
+        idle.get(url + "/health")
         os.kill(pids[0], number)
         request.join()
     run = forked.wait(pids)
@@ -806,16 +805,9 @@ def test_a_signal_ends_the_server_after_the_request_that_it_works_on(forked, tmp
         httpx2.get(url + "/health")
 
 
-def test_a_second_signal_tells_the_client_to_ask_again(forked, tmp_path):
+def test_a_second_signal_tells_the_client_to_ask_again(forked, slow_server):
     """What is cut off is answered 503, which the client takes as "later"."""
-    (tmp_path / "slow.py").write_text(SLOW)
-    pids = forked.start("serve-reward", "slow.py:slow", "--option", "pause=4.0", "--port", "0", cwd=tmp_path)
-    _, url = serving_line(forked)
-    answers = []
-    request = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/score", json=body(prompts=["wait"]))))
-    request.start()
-    while not (tmp_path / "asked").exists():
-        time.sleep(0.01)
+    pids, _, request, answers = slow_server(4.0)
     for _ in "12":
         os.kill(pids[0], signal.SIGINT)
         time.sleep(0.3)
@@ -837,30 +829,20 @@ def test_a_second_signal_tells_the_client_to_ask_again(forked, tmp_path):
         (["jpeg_compressibility", "--max-batch", "0"], "'--max-batch'"),
     ],
 )
-def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch, capfd, arguments, sentence):
-    from diffusion_align.cli import main
-
+def test_a_server_that_cannot_start_says_why(tmp_path, monkeypatch, call_cli, arguments, sentence):
     monkeypatch.delenv("DIFFUSION_ALIGN_TOKEN", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slow.py").write_text("def broken(i, p, metadata):\n    return metadata[0]['target']\n")
-    monkeypatch.setattr(sys, "argv", ["diffusion-align", "serve-reward", *arguments, "--port", "0"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    said = capfd.readouterr()
-    assert (stop.value.code, said.out) == (2, "")
-    assert said.err.startswith("error: ")
-    assert sentence in said.err
-    assert said.err.count("\n") == 1
+    status, output, error = call_cli("serve-reward", *arguments, "--port", "0")
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert error.startswith("error: ")
+    assert sentence in error
 
 
-def test_without_the_extra_the_command_names_it(monkeypatch, capfd):
-    from diffusion_align.cli import main
-
+def test_without_the_extra_the_command_names_it(monkeypatch, call_cli):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "diffusion_align.rewards.serving")
     monkeypatch.delattr("diffusion_align.rewards.serving")
-    monkeypatch.setattr(sys, "argv", ["diffusion-align", "serve-reward", "jpeg_compressibility"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    assert "serve-reward needs fastapi: pip install 'diffusion-align[serve]'" in capfd.readouterr().err
+    status, _, error = call_cli("serve-reward", "jpeg_compressibility")
+    assert status == 2
+    assert "serve-reward needs fastapi: pip install 'diffusion-align[serve]'" in error

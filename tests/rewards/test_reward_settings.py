@@ -1,6 +1,8 @@
 """Options declared in a class: check, builder and listing come from it, for shipped rewards and a user's."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from diffusion_align.rewards import (
     build_text_reward,
     call_reward,
     call_text_reward,
+    declare,
     describe_rewards,
     describe_text_rewards,
 )
@@ -107,16 +110,10 @@ def test_a_text_reward_with_settings(file):
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        (
-            {"name": "Brightness", "target": 2},
-            "'Brightness': target=2 is not allowed: .* less than or equal to 1",
-        ),
+        ({"name": "Brightness", "target": 2}, "'Brightness': target=2 is not allowed: .* less than or equal to 1"),
         ({"name": "Brightness", "target": True}, "target=True is not allowed: it must be a number"),
         ({"name": "Brightness", "target": 10**400}, "reward 'Brightness': target=1000"),
-        (
-            {"name": "Brightness", "chanel": "red"},
-            "has no option 'chanel': did you mean 'channel'. It takes backgr",
-        ),
+        ({"name": "Brightness", "chanel": "red"}, "has no option 'chanel': did you mean 'channel'. It takes backgr"),
         ({"name": "Brightness", "channel": "blue"}, "channel='blue' is not allowed: .* 'red' or 'green'"),
         ({"name": "Loaded"}, "reward 'Loaded' needs the option 'size'"),
         ({"name": "Loaded", "size": 3}, "reward 'Loaded': size=3 is not allowed: it must be even"),
@@ -159,13 +156,30 @@ def test_options_are_described_with_their_values(file):
 
 
 @pytest.mark.parametrize(("name", "kind"), [*((n, IMAGES) for n in REWARDS), *((n, TEXT) for n in TEXT_REWARDS)])
-def test_every_shipped_reward_declares_its_options(name, kind):
+def test_every_shipped_reward_declares_and_describes_itself(name, kind):
     _, settings = find(name, kind)
     assert issubclass(settings, RewardSettings)
     assert settings.name == name
     assert all(field.description for field in settings.model_fields.values())
     [row] = [row for row in describe_rewards() + describe_text_rewards() if row["name"] == name]
+    about = {"range", "extra", "licence", *(("model", "cost", "differentiable") if kind is IMAGES else ())}
+    assert set(row) == {"name", "description", *about, "options"}
+    assert row["description"].endswith(".")
     assert list(row["options"]) == list(settings.model_fields)
+    if not any(field.is_required() for field in settings.model_fields.values()):
+        assert declare(kind, name).label == name
+
+
+def test_importing_declaring_and_describing_is_light_and_reaches_no_trainer():
+    heavy = ["transformers", "open_clip", "diffusers", "peft", "vaderSentiment", "sentence_transformers"]
+    heavy += [f"diffusion_align.{name}" for name in ("diffusion", "llm", "training.trainer")]
+    code = (
+        "import sys, diffusion_align.rewards as r; r.declare(r.IMAGES, 'clip_score'); r.declare(r.TEXT, 'sentiment');"
+        "r.describe_rewards(); r.describe_text_rewards(); r.build_text_reward('numeric_match');"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
 
 
 def test_settings_are_written_as_a_name_and_options():

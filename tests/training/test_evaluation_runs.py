@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diffusion_align.diffusion import ddpo
 from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance, sample_images
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, Interrupted
 from diffusion_align.interrupt import Overdue
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
@@ -159,6 +159,20 @@ def test_whatever_ends_an_evaluation_is_told_to_the_other_processes(error, monke
     with pytest.raises(type(error)):
         measured(seen(1.0), sample, processes)
     assert told == [error]
+
+
+def test_an_evaluation_is_left_between_batches_and_counts_for_nothing():
+    def sample(indices):
+        batches.append(list(indices))
+        processes.flag.raised = True
+        return {"gold": torch.zeros(len(indices))}
+
+    processes, batches = Processes(Accelerator(cpu=True)), []
+    evaluation = Evaluation(["a cat"], 5, 1, history=[(0, 1.0)])
+    with pytest.raises(Interrupted):
+        measured(evaluation, sample, processes)
+    assert batches == [[0, 1]]
+    assert evaluation.history == [(0, 1.0)]
 
 
 def reason(rules, row, evaluation):

@@ -99,6 +99,13 @@ def llama_judge(tmp_path_factory):
     return save(folder, LlamaForSequenceClassification(llama(num_labels=1)))
 
 
+def changed_config(source, folder, file="config.json", **changes):
+    """A copy of a model's folder with other settings in its ``file``."""
+    shutil.copytree(source, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    return str(folder)
+
+
 def scores(spec, prompts=PROMPTS, completions=COMPLETIONS, **columns):
     return call_text_reward(build_text_reward(spec), prompts, completions, columns)
 
@@ -229,10 +236,8 @@ def test_labels_logits_and_probabilities_of_an_encoder(bert_judge):
 
 
 def test_several_labels_at_once_are_sigmoids(bert_judge, tmp_path):
-    shutil.copytree(bert_judge, tmp_path / "many")
-    config = json.loads((tmp_path / "many" / "config.json").read_text())
-    (tmp_path / "many" / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
-    spec = {"name": "classifier", "model": str(tmp_path / "many"), "label": 2}
+    many = changed_config(bert_judge, tmp_path / "many", problem_type="multi_label_classification")
+    spec = {"name": "classifier", "model": many, "label": 2}
     close(scores({**spec, "output": "probability"}), scores(spec).sigmoid())
 
 
@@ -258,11 +263,9 @@ def test_messages_go_through_the_chat_template_if_there_is_one(llama_judge, tmp_
 
 
 def test_a_padding_token_that_only_the_config_knows_is_used(llama_judge, tmp_path):
-    shutil.copytree(llama_judge, tmp_path / "padded")
-    config = json.loads((tmp_path / "padded" / "config.json").read_text())
-    (tmp_path / "padded" / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
     texts = ["good <eos>", "a red apple is bad <eos>"]
-    spec = {"name": "classifier", "model": str(tmp_path / "padded"), "reads": "completion"}
+    padded = changed_config(llama_judge, tmp_path / "padded", pad_token_id=0)
+    spec = {"name": "classifier", "model": padded, "reads": "completion"}
     close(scores(spec, ["p", "p"], texts), last_token_logits(llama_judge, texts))
 
 
@@ -338,9 +341,7 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapter, llama_judge, ber
 
     def changed(change=None, **settings):
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
-        shutil.copytree(folder, tmp_path / "a")
-        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+        changed_config(folder, tmp_path / "a", "adapter_config.json", **settings)
         weights = tmp_path / "a" / "adapter_model.safetensors"
         if change:
             save_file(change(load_file(weights)), weights)
