@@ -24,14 +24,8 @@ from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, png_bytes, score_images
 from diffusion_align.pipelines.text import TextAlignmentPipeline, several
 from diffusion_align.report import before_after, save_png
-from diffusion_align.rewards import (
-    build_reward,
-    build_text_reward,
-    reward_problem,
-    text_of,
-    text_reward_problem,
-    weighted_sum,
-)
+from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, declare, text_of, weighted_sum
+from diffusion_align.rewards.build import Kind
 from diffusion_align.streams import cell, literal, plain
 from diffusion_align.writing import WriteError, make_folder, write_text
 
@@ -126,7 +120,7 @@ def compare_models(
     output = None if output is None else Path(output).absolute()  # whatever folder a judge changes to
     texts, notes = _rounds(prompts, metadata, per_prompt)
     check_image_prompts(prompts)
-    pipelines = _loaded(ImageAlignmentPipeline, [first, second], check_image_model, reward_problem(judge))
+    pipelines = _loaded(ImageAlignmentPipeline, [first, second], check_image_model, (IMAGES, judge))
     pipelines[0] = copy.copy(pipelines[0])
     pipelines[0].sampler = pipelines[1].sampler
     reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)
@@ -177,7 +171,7 @@ def compare_texts(
     if output is not None and output.suffix not in (".md", ".jsonl"):
         raise UserError(f"output={str(output)!r} must end in .md or .jsonl")
     texts, notes = _rounds(several(prompts), metadata, per_prompt)
-    pipelines = _loaded(TextAlignmentPipeline, [first, second], language_model_ref, text_reward_problem(judge))
+    pipelines = _loaded(TextAlignmentPipeline, [first, second], language_model_ref, (TEXT, judge))
     reward = build_text_reward(judge, device=pipelines[1].model.device)
 
     def sample(k: int, some: range) -> tuple[Samples, torch.Tensor]:
@@ -223,11 +217,11 @@ def _rounds(prompts: Sequence[Any], metadata: Metadata | None, per_prompt: int) 
     return list(prompts) * per_prompt, list(metadata or [{} for _ in prompts]) * per_prompt
 
 
-def _loaded(kind: Any, models: Sequence[Any], check: Callable[[str], Any], of_judge: str | None) -> list[Any]:
+def _loaded(kind: Any, models: Sequence[Any], check: Callable[[str], Any], judge: tuple[Kind, Any]) -> list[Any]:
     """Pipelines of a ``kind``; first everything is said that is wrong with the models and the judge."""
     named = [str(model) for model in models if isinstance(model, str | Path)]
-    problems = [one for name in named for one in problems_of(check, name)]
-    if problems := [*problems, *([of_judge] if of_judge else [])]:
+    problems = [one for name in named for one in problems_of(check, name)] + problems_of(declare, *judge)
+    if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return [model if isinstance(model, kind) else kind.from_pretrained(model) for model in models]
 

@@ -33,7 +33,7 @@ from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.pipelines.run import built, image_model_content, language_model_content
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
-from diffusion_align.rewards import build_reward, build_text_reward, call_reward, reward_problem, text_reward_problem
+from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, call_reward, declare
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
@@ -87,8 +87,7 @@ class ImageCandidates:
             f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
         }
         problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
-        of_judge = reward_problem(judge)
-        return [*problems, *problems_of(check_image_model, self.model), *([of_judge] if of_judge else [])]
+        return [*problems, *problems_of(check_image_model, self.model), *problems_of(declare, IMAGES, judge)]
 
     def load(self, judge: Any) -> Identity:
         """Load the model and the judge; what they hold."""
@@ -134,8 +133,7 @@ class TextCandidates:
 
     def problems(self, prompts: Sequence[tuple[Text, dict[str, Any]]], judge: Any) -> list[str]:
         of_model = [] if self.pipeline else problems_of(language_model_ref, self.model)
-        of_judge = text_reward_problem(judge)
-        return [*of_model, *([of_judge] if of_judge else [])]
+        return [*of_model, *problems_of(declare, TEXT, judge)]
 
     def load(self, judge: Any) -> Identity:
         self.pipeline = self.pipeline or TextAlignmentPipeline.from_pretrained(self.model)

@@ -26,8 +26,8 @@ from diffusion_align.errors import ConfigError, UserError, first_line, problems_
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.pipelines.configuration import read_config, read_settings
 from diffusion_align.pipelines.text_context import check_rows
-from diffusion_align.rewards import REWARDS, reward_name, reward_problem
-from diffusion_align.rewards.build import IMAGES, find
+from diffusion_align.rewards import IMAGES, REWARDS, declare, reward_name
+from diffusion_align.rewards.build import find
 from diffusion_align.rewards.image.clip import default_clip, is_emoji_sd
 from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.config import FIELDS_ALONE, read_as
@@ -173,8 +173,8 @@ def _rewards(config: Any, origin: str) -> Lines:
     for spec, role in specs:
         source = spec.get("name") if isinstance(spec, Mapping) else spec
         name = source if isinstance(source, str) else reward_name(source)
-        wrong = reward_problem(spec)
-        install = re.search(r"pip install '[^']+'", wrong or "")
+        wrong = " ".join(problems_of(declare, IMAGES, spec))
+        install = re.search(r"pip install '[^']+'", wrong)
         state = f"missing: {install[0]}" if install else "cannot be built, see below" if wrong else "installed"
         lines.append((name, state + role))
         if name in REWARDS:
