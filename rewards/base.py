@@ -196,12 +196,12 @@ def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Te
                 array = array.astype(np.float64)
         except Exception as error:
             raise RewardError(f"reward '{name}' returned a {kind} of unequal parts: {wanted}") from error
-        if array.dtype.kind == "c":
-            raise RewardError(f"reward '{name}' returned complex numbers: {wanted}")
-        if array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biufc":
             raise RewardError(f"reward '{name}' returned a {kind} that is not all numbers: {wanted}")
         narrow = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-        answer = torch.from_numpy(array.astype(np.float32 if narrow else np.float64))
+        answer = torch.from_numpy(
+            array if array.dtype.kind == "c" else array.astype("float32" if narrow else "float64")
+        )
     if answer.is_complex():
         raise RewardError(f"reward '{name}' returned complex numbers: {wanted}")
     if answer.layout != torch.strided or answer.is_meta or answer.is_quantized:

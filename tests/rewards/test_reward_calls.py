@@ -243,17 +243,7 @@ def test_in_the_background_it_is_one_thread_the_check_included(make):
     call_reward(reward, IMAGES, PROMPTS, notes())
     assert collected(reward).shape == (12, 1)
     with pytest.raises(RewardError, match=r"raised .*(thread|loop)") if make is Sqlite else contextlib.nullcontext():
-        call_reward(reward if make is EventLoop else SameObject(reward), IMAGES, PROMPTS, notes())
-
-
-class SameObject:
-    """Another reward's, called in the main thread."""
-
-    def __init__(self, reward):
-        self.reward = reward
-
-    def __call__(self, *arguments):
-        return self.reward(*arguments)
+        call_reward(reward if make is EventLoop else lambda *given: reward(*given), IMAGES, PROMPTS, notes())
 
 
 def test_what_cannot_work_in_the_background_fails_in_the_check():
