@@ -1,4 +1,4 @@
-"""build_reward and declare: names, references, options, scale; every refusal is one sentence."""
+"""build_reward, build_text_reward and declare: names, references, options, scale; every refusal is one sentence."""
 
 import os
 import re
@@ -7,9 +7,20 @@ import pytest
 import torch
 from rewarding import levels, refusal, score
 
-from diffusion_align.rewards import IMAGES, RewardError, build_reward, check_reward, declare
+from diffusion_align.rewards import (
+    IMAGES,
+    REWARDS,
+    TEXT,
+    RewardError,
+    build_reward,
+    build_text_reward,
+    call_text_reward,
+    check_reward,
+    declare,
+)
 from diffusion_align.rewards.base import reward_parts
 from diffusion_align.rewards.build import user_modules
+from diffusion_align.rewards.text.base import TrainerState, extras_of
 
 CODE = """
 calls = 0
@@ -38,6 +49,31 @@ class Broken:
         raise OSError("no such weights")
 
 table = {}
+
+def shout(completions, gain=1.0, **kwargs):
+    return [gain * sum(c.isupper() for c in completion) for completion in completions]
+
+def correct(prompts, completions, answer):
+    return [None if a is None else float(a in c) for c, a in zip(completions, answer)]
+
+def without_completions(prompts):
+    return [0.0] * len(prompts)
+
+def by_place(completions, /):
+    return [0.0] * len(completions)
+
+def picture(images, prompts, metadata):
+    return [0.0] * len(images)
+
+def graded(prompts, completions, answer):
+    return [0.0] * len(completions)
+
+class TextJudge:
+    def __init__(self, *, device="nowhere", weight=1.0, model="none"):
+        self.device, self.weight, self.model = device, weight, model
+
+    def __call__(self, completions, level):
+        return [self.weight * value for value in level]
 """
 
 
@@ -50,6 +86,10 @@ def file(tmp_path):
 
 def scores(reward):
     return score(reward, levels(3), ["a", "b", "c"])
+
+
+def text_scores(reward, **columns):
+    return call_text_reward(reward, ["p"] * 3, ["Ab", "CDe", ""], columns).tolist()
 
 
 def test_a_file_a_function_and_its_options(file):
@@ -120,40 +160,133 @@ def test_a_model_held_by_a_callable_is_moved():
     assert holder.moved == "cpu"
 
 
+def test_text_functions_classes_and_options(file):
+    assert text_scores(build_text_reward(f"{file}:shout")) == [1, 2, 0]
+    louder = build_text_reward({"name": f"{file}:shout", "gain": 3.0})
+    assert louder.name == "shout"
+    assert text_scores(louder, gain=[0, 0, 0], other=[1, 2, 3]) == [3, 6, 0]
+    fixed = build_text_reward({"name": f"{file}:correct", "answer": ["b", "x", None]})
+    assert text_scores(fixed)[:2] == [1, 0]
+    judge = build_text_reward({"name": f"{file}:TextJudge", "weight": 2.0, "model": "m"}, device="meta")
+    assert (judge.device, judge.weight, judge.model) == ("meta", 2.0, "m")
+    assert text_scores(judge, level=[1, 2, 3]) == [2, 4, 6]
+    assert text_scores(build_text_reward(lambda completions: [1.0] * len(completions))) == [1, 1, 1]
+
+
+def test_scale_turns_the_sign_keeps_none_and_passes_columns(file):
+    reward = build_text_reward({"name": f"{file}:correct", "scale": -2})
+    assert reward.name == "-2*correct"
+    found = text_scores(reward, answer=["b", "x", None], unused=[1, 2, 3])
+    assert found[:2] == [-2, 0]
+    assert found[2] != found[2]
+    with pytest.raises(RewardError, match=r"reward 'correct' needs 'answer', .* it has 'level'"):
+        text_scores(reward, level=[1, 2, 3])
+
+
+def test_a_scaled_reward_gets_what_the_one_inside_names(file):
+    """And no more, so that nobody makes tokens for nothing."""
+
+    def tokens(completion_ids, completions, **columns):
+        assert columns == {"prompts": ["p"] * 3, "level": [1, 2, 3]}
+        return [float(len(ids)) for ids in completion_ids]
+
+    def steps(completions, trainer_state):
+        return [float(trainer_state.global_step)] * len(completions)
+
+    def call(spec, columns):
+        reward = build_text_reward(spec)
+        extras = {"completion_ids": [[1], [2, 3], []], "trainer_state": TrainerState(5, 0.0, 9)}
+        return extras_of(reward), call_text_reward(reward, ["p"] * 3, ["a", "b", ""], columns, **extras).tolist()
+
+    assert call({"name": tokens, "scale": -2}, {"level": [1, 2, 3]}) == (["completion_ids"], [-2, -4, 0])
+    assert call({"name": steps, "scale": 2}, {"level": [1, 2, 3]}) == (["trainer_state"], [10, 10, 10])
+    column = {"completion_ids": ["b", "x", "y"], "answer": ["a", "x", "y"]}
+    assert call({"name": f"{file}:correct", "scale": 3}, column) == ([], [3, 0, 0])
+    with pytest.raises(RewardError, match="reward '2\\*tokens' needs 'completion_ids'"):
+        text_scores(build_text_reward({"name": tokens, "scale": 2}))
+
+    def either(completions, completion_ids=None):
+        return [float(len(c)) for c in completion_ids or completions]
+
+    assert text_scores(build_text_reward({"name": either, "scale": 2})) == [4, 6, 0]
+
+
+def test_scale_and_device_reach_a_wrapped_model():
+    class Holder(torch.nn.Module):
+        def forward(self, completions):
+            return torch.ones(len(completions))
+
+        def to(self, device):
+            self.moved = device
+            return self
+
+    reward = build_text_reward({"name": Holder(), "scale": 3.0}, device="cpu")
+    assert reward.reward.moved == "cpu"
+    reward.to("meta")
+    assert reward.reward.moved == "meta"
+    assert text_scores(reward) == [3, 3, 3]
+
+
+def test_a_text_reward_where_one_for_images_is_wanted(file):
+    from diffusion_align.rewards.image.jpeg import JpegCompressibility
+    from diffusion_align.rewards.text.length import Length
+
+    wrong = f"reward 'length' scores text, not images: there are {', '.join(REWARDS)}"
+    assert refusal(declare, IMAGES, "length").startswith(wrong)
+    assert "takes 'completions', so it scores text, not images" in refusal(declare, IMAGES, f"{file}:graded")
+    assert "takes 'completions', so it scores text, not images" in refusal(declare, IMAGES, build_text_reward("length"))
+    assert "takes 'images', so it scores images" in refusal(declare, TEXT, build_reward("jpeg_compressibility"))
+    assert "scores text, not images: choose another" in refusal(declare, IMAGES, Length)
+    assert "scores images, not text: choose another" in refusal(declare, TEXT, JpegCompressibility)
+
+
+ALL_OF_IMAGES = r"must take three arguments .images, prompts, metadata., of which the last may be left out, it takes 1"
+ANSWER = "has no option 'anwser': did you mean 'answer'. It takes answer, background, scale"
+BAD = [
+    ("jpeg_compresibility", "unknown reward 'jpeg_compresibility': did you mean 'jpeg_compressibility'"),
+    ("clipscore", "did you mean 'clip_score'"),
+    ("zzz", "unknown reward 'zzz': there are aesthetic, brisque, clip_score"),
+    ("", "unknown reward ''"),
+    (":f", "must read 'package.module:function'"),
+    ("module:", "must read 'package.module:function'"),
+    ("no_such_module_here:f", "cannot be imported .ModuleNotFoundError: No module named 'no_such_module_here'"),
+    ("os.path:joim", "has no 'joim': did you mean 'join'"),
+    ("os:environ", "name a function or a class"),
+    ("nowhere/x.py:f", "reward file 'nowhere/x.py' does not exist"),
+    ("{file}:rednes", "has no 'rednes': did you mean 'redness'"),
+    ("{file}:one", ALL_OF_IMAGES),
+    ("{file}:needy", "needs the option 'target'"),
+    ({"name": "{file}:redness", "gian": 2.0}, "did you mean 'gain'. It takes background, gain, offload, scale"),
+    ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),
+    ({"name": "{file}:redness", "sclae": -1.0}, "did you mean 'scale'"),
+    (3, "got int"),
+    (None, "got NoneType"),
+    ({"quality": 3}, "needs the key 'name', got .'quality'."),
+    ({"name": 3}, "got int"),
+]
+BAD_TEXT = [
+    ("lenght", "unknown reward 'lenght': did you mean 'length'. There are classifier, exact_match"),
+    ("zzz", "unknown reward 'zzz': there are classifier, .* or your own as 'module:function'"),
+    ("aesthetic", "reward 'aesthetic' scores images, not text: there are classifier"),
+    ("{file}:without_completions", "'without_completions' must take the argument 'completions' by name"),
+    ("{file}:by_place", "'by_place' must take the argument 'completions' by name"),
+    ("{file}:picture", "'picture' takes 'images', so it scores images, not text"),
+    ("{file}:shuot", "has no 'shuot': did you mean 'shout'"),
+    ({"name": "{file}:correct", "anwser": 1}, ANSWER),
+    ({"name": "{file}:TextJudge", "wieght": 1}, "did you mean 'weight'"),
+]
+
+
 @pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        ("jpeg_compresibility", "unknown reward 'jpeg_compresibility': did you mean 'jpeg_compressibility'"),
-        ("clipscore", "did you mean 'clip_score'"),
-        ("zzz", "unknown reward 'zzz': there are aesthetic, brisque, clip_score"),
-        ("", "unknown reward ''"),
-        (":f", "must read 'package.module:function'"),
-        ("module:", "must read 'package.module:function'"),
-        ("no_such_module_here:f", "cannot be imported .ModuleNotFoundError: No module named 'no_such_module_here'"),
-        ("os.path:joim", "has no 'joim': did you mean 'join'"),
-        ("os:environ", "name a function or a class"),
-        ("nowhere/x.py:f", "reward file 'nowhere/x.py' does not exist"),
-        ("{file}:rednes", "has no 'rednes': did you mean 'redness'"),
-        (
-            "{file}:one",
-            "must take three arguments .images, prompts, metadata., of which the last may be left out, it takes 1",
-        ),
-        ("{file}:needy", "needs the option 'target'"),
-        ({"name": "{file}:redness", "gian": 2.0}, "did you mean 'gain'. It takes background, gain, offload, scale"),
-        ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),
-        ({"name": "{file}:redness", "sclae": -1.0}, "did you mean 'scale'"),
-        (3, "got int"),
-        (None, "got NoneType"),
-        ({"quality": 3}, "needs the key 'name', got .'quality'."),
-        ({"name": 3}, "got int"),
-    ],
+    ("build", "spec", "sentence"),
+    [*((build_reward, *row) for row in BAD), *((build_text_reward, *row) for row in BAD_TEXT)],
 )
-def test_a_bad_spec_is_one_sentence(spec, sentence, file):
+def test_a_bad_spec_is_one_sentence(build, spec, sentence, file):
     if isinstance(spec, str):
         spec = spec.replace("{file}", str(file))
     elif isinstance(spec, dict) and isinstance(spec.get("name"), str):
         spec = {**spec, "name": spec["name"].replace("{file}", str(file))}
-    assert re.search(sentence, refusal(build_reward, spec))
+    assert re.search(sentence, refusal(build, spec))
 
 
 def test_a_file_that_fails_is_one_sentence_and_is_forgotten(tmp_path):
