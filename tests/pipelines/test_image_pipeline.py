@@ -430,7 +430,6 @@ def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
         ({"weights_variant": "fp16"}, "weights_variant='fp16' is for loading a model: give variant to from_pretrained"),
         ({"base_config": "a/b"}, "base_config='a/b' is for loading a model: give base_config to from_pretrained"),
         ({"group_sise": 4}, "unknown setting 'group_sise': did you mean 'group_size'"),
-        ({"reward": "redness"}, "redness"),
         ({"reward": lambda: 1}, "reward"),
     ],
 )
