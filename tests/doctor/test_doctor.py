@@ -44,8 +44,8 @@ def empty_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def write(tmp_path):
     def to_file(**changes):
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(SETTINGS | {"output_dir": str(tmp_path / "run")} | changes))
+        path, settings = tmp_path / "config.yaml", SETTINGS | {"output_dir": str(tmp_path / "run")} | changes
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
         return str(path)
 
     return to_file
@@ -401,11 +401,8 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
         ({"clip_range": "2e-4", "learning_rate": -1}, "learning_rate=-1 is not allowed"),
     ],
 )
-def test_what_is_wrong_is_listed_beside_the_rest(report, write, tiny_sd, tmp_path, changes, wanted, quick):
-    settings = SETTINGS | {"output_dir": str(tmp_path / "run"), "model": str(tiny_sd)} | changes
-    path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
-    found, problems = report(source=str(path))
+def test_what_is_wrong_is_listed_beside_the_rest(report, tiny_sd, quick, changes, wanted):
+    found, problems = report(**{"model": str(tiny_sd)} | changes)
     assert any(wanted in problem for problem in problems), problems
     assert found["unet"].startswith("found")
     assert found["settings"].endswith("see below")
@@ -414,12 +411,9 @@ def test_what_is_wrong_is_listed_beside_the_rest(report, write, tiny_sd, tmp_pat
 
 
 @pytest.mark.parametrize("changes", [{"model": ...}, {"model": [3]}, {"method": "magic"}])
-def test_without_a_model_there_is_nothing_to_say(tmp_path, changes):
-    settings = SETTINGS | {"output_dir": "run", "model": "emoji-sd"} | changes
-    path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not ...}))
+def test_without_a_model_there_is_nothing_to_say(report, changes):
     with pytest.raises(ConfigError):
-        doctor.describe_config(str(path), [])
+        report(**{"model": "emoji-sd"} | changes)
 
 
 def test_a_missing_extra(report, tiny_sd, monkeypatch, quick):
