@@ -21,7 +21,6 @@ from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
-from diffusion_align.models.model_card import upload
 from diffusion_align.models.model_ref import ModelRef
 from diffusion_align.rewards.build import user_modules
 from diffusion_align.rewards.networks import recorded
@@ -109,6 +108,8 @@ class AlignmentPipeline(ABC):
         Raises:
             UserError: there is no adapter, or it does not stand on its own; or the Hub refuses or cannot be reached.
         """
+        from diffusion_align.models.model_card import upload
+
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             if merged:
