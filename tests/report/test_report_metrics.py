@@ -3,37 +3,28 @@ import pytest
 
 from diffusion_align.report.metrics import natural_x, numeric_keys, read_metrics, series
 
-
-def write(tmp_path, data: bytes):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(data)
-    return path
+ONE, TWO = b'{"step": 1}\n', b'{"step": 2}'
+CUT = [b'{"step": 2, "ep', b"{", b'{"step": 2, "note": "\xe2\x82', b""]  # a kill leaves such last lines
+GARBAGE = [b"garbage", b"[1]", b"3", b"\xff"]
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 2, "ep', b"{", b'{"step": 2, "note": "\xe2\x82', b""])
-def test_a_cut_last_line_is_ignored(tmp_path, tail):
-    assert read_metrics(write(tmp_path, b'{"step": 1}\n' + tail)) == [{"step": 1}]
+def read(tmp_path, data: bytes):
+    (tmp_path / "metrics.jsonl").write_bytes(data)
+    return read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_whole_last_line_without_newline_counts(tmp_path):
-    assert read_metrics(write(tmp_path, b'{"step": 1}\n\n{"step": 2}')) == [{"step": 1}, {"step": 2}]
+def test_a_cut_last_line_is_ignored_and_a_whole_one_without_newline_counts(tmp_path):
+    for tail in CUT:
+        assert read(tmp_path, ONE + tail) == [{"step": 1}]
+    assert read(tmp_path, ONE + b"\n" + TWO) == [{"step": 1}, {"step": 2}]
+    assert read(tmp_path, b"") == []
 
 
-@pytest.mark.parametrize("line", [b'{"step": 2, "ep', b"garbage", b"[1]", b"3", b"\xff"])
-def test_garbage_elsewhere_names_its_line(tmp_path, line):
-    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
-        read_metrics(write(tmp_path, b'{"step": 1}\n' + line + b'\n{"step": 3}\n'))
-
-
-def test_a_last_line_that_is_no_cut_row_is_garbage(tmp_path):
-    with pytest.raises(ValueError, match="line 2"):
-        read_metrics(write(tmp_path, b'{"step": 1}\nTraceback'))
-    with pytest.raises(ValueError, match="line 2"):
-        read_metrics(write(tmp_path, b'{"step": 1}\n{"step": \n'))
-
-
-def test_an_empty_file_has_no_rows_and_a_missing_one_is_an_error(tmp_path):
-    assert read_metrics(write(tmp_path, b"")) == []
+def test_garbage_names_its_line_and_a_missing_file_is_an_error(tmp_path):
+    elsewhere = [ONE + line + b"\n" + TWO + b"\n" for line in [*CUT[:1], *GARBAGE]]
+    for data in [*elsewhere, ONE + b"Traceback", ONE + b'{"step": \n']:
+        with pytest.raises(ValueError, match="line 2 is not a JSON object"):
+            read(tmp_path, data)
     with pytest.raises(ValueError, match="does not exist"):
         read_metrics(tmp_path / "absent.jsonl")
 
