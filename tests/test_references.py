@@ -42,41 +42,29 @@ def test_a_new_version_of_a_file_is_run(file):
     assert not hasattr(first.Method, "new")
 
 
-@pytest.mark.parametrize("reference", ["", "Method", ":Method", "mine:"])
-def test_what_is_no_reference(reference):
-    assert problem(reference, noun="Class") == (
-        f"method '{reference}' must read 'package.module:Class' or 'path/to/file.py:Class'"
-    )
+FORM = "must read 'package.module:Class' or 'path/to/file.py:Class'"
+SENTENCES = {
+    "": f"method '' {FORM}",
+    "Method": f"method 'Method' {FORM}",
+    ":Method": f"method ':Method' {FORM}",
+    "mine:": f"method 'mine:' {FORM}",
+    "mime.py:Method": "method file 'mime.py' does not exist: did you mean 'mine.py'?",
+    "other.py:Method": "method file 'other.py' does not exist",
+    "folder.py:Method": "method file 'folder.py' is a folder: give a file",
+    "pipe.py:Method": "method file 'pipe.py' is a pipe: give a file",
+    "mine.py:Methos": "'mine.py' has no 'Methos': did you mean 'Method'?",
+    "mine.py:nothing": "'mine.py' has no 'nothing'",
+    "mine:Method": "method 'mine:Method' cannot be imported (ModuleNotFoundError: No module named 'mine'); "
+    "for a file in this folder write 'mine.py:Method'",
+}
 
 
-def test_a_file_that_is_not_there(file):
-    assert problem(f"{file.parent}/mime.py:Method") == (
-        f"method file '{file.parent}/mime.py' does not exist: did you mean 'mine.py'?"
-    )
-    assert problem(f"{file.parent}/other.py:Method") == f"method file '{file.parent}/other.py' does not exist"
-
-
-def test_a_folder_instead_of_a_file(tmp_path):
-    (tmp_path / "folder.py").mkdir()
-    assert problem(f"{tmp_path}/folder.py:Method").endswith(" is a folder: give a file")
-
-
-def test_a_pipe_instead_of_a_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe.py")
-    assert problem(f"{tmp_path}/pipe.py:Method").endswith(" is a pipe: give a file")
-
-
-def test_a_name_that_is_not_there(file):
-    assert problem(f"{file}:Methos") == f"'{file}' has no 'Methos': did you mean 'Method'?"
-    assert problem(f"{file}:nothing") == f"'{file}' has no 'nothing'"
-
-
-def test_a_module_that_is_not_there_but_is_a_file_here(file, monkeypatch):
+@pytest.mark.parametrize("reference", SENTENCES)
+def test_what_is_wrong_with_a_reference_is_one_sentence(reference, file, monkeypatch):
     monkeypatch.chdir(file.parent)
-    assert problem("mine:Method") == (
-        "method 'mine:Method' cannot be imported (ModuleNotFoundError: No module named 'mine'); "
-        "for a file in this folder write 'mine.py:Method'"
-    )
+    os.mkdir("folder.py")
+    os.mkfifo("pipe.py")
+    assert problem(reference, noun="Class") == SENTENCES[reference]
 
 
 @pytest.mark.parametrize("line", ["1 / 0", "import sys; sys.exit(0)", "def method(:"])
@@ -89,8 +77,5 @@ def test_code_that_raises(file, line):
 def test_the_class_of_the_error(file):
     with pytest.raises(RewardError):
         resolve(f"{file}:nothing", "reward", error=RewardError)
-
-
-def test_a_reward_error_is_a_users_error_and_a_value_error():
     assert issubclass(RewardError, UserError)
     assert issubclass(RewardError, ValueError)

@@ -22,6 +22,25 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def touch(folder, files):
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """``broken(call, number)``: from now on this function of ``os`` fails with that errno."""
+
+    def break_it(call, number):
+        def fails(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(writing.os, call, fails)
+
+    return break_it
+
+
 def written_past_us(text):
     """Lines of calls that write or rename files other than within ``with new_file(...)`` or ``new_folder(...)``."""
 
@@ -146,11 +165,8 @@ def test_without_room_the_old_stands_and_nothing_half_written_stays(tmp_path, ki
     ],
 )
 @pytest.mark.parametrize("call", ["replace", "fsync"])
-def test_every_reason_is_said_with_what_to_do(tmp_path, monkeypatch, number, remedy, call):
-    def fails(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(writing.os, call, fails)
+def test_every_reason_is_said_with_what_to_do(tmp_path, broken, number, remedy, call):
+    broken(call, number)
     for write in (write_text, append_line) if call == "fsync" else (write_text,):
         with pytest.raises(WriteError, match=r"a\.txt cannot be written") as caught:
             write(tmp_path / "a.txt", "new")
@@ -255,13 +271,9 @@ def test_links_stay_and_pipes_are_written_to(tmp_path):
     assert names(tmp_path) == ["dangling.txt", "folder/a.txt", "folder/b.txt", "link.txt"]
 
 
-def test_a_file_that_is_mounted_itself_is_written_in_place(tmp_path, monkeypatch):
+def test_a_file_that_is_mounted_itself_is_written_in_place(tmp_path, broken):
     (tmp_path / "mounted.jsonl").write_text("the old, which is longer")
-
-    def busy(source, target):
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
-
-    monkeypatch.setattr(writing.os, "replace", busy)
+    broken("replace", errno.EBUSY)
     inode = (tmp_path / "mounted.jsonl").stat().st_ino
     write_text(tmp_path / "mounted.jsonl", "new")
     assert (tmp_path / "mounted.jsonl").read_text() == "new"
@@ -279,12 +291,8 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     left = [".config.yaml.tmp", ".report.html.7.tmp", "checkpoints/.step_00000002.tmp/a", "latents/.tmpAbC123"]
     left += ["final/.new.7.tmp/unet/a", ".best.tmp/a", "samples/.epoch_0001.png.7.tmp"]
     kept = ["config.yaml", "a.tmp", "samples/.keep", "checkpoints/step_00000001/trained.safetensors"]
-    for name in left + kept:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, [*left, *kept, "elsewhere/.a.tmp"])
     other = tmp_path / "elsewhere"
-    other.mkdir()
-    (other / ".a.tmp").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "link").symlink_to(other)
     sweep(tmp_path / "run")
@@ -299,22 +307,17 @@ def test_what_killed_writers_left_is_swept(tmp_path):
 
 def test_in_a_folder_of_others_only_what_is_named_is_swept(tmp_path):
     kept = [".a.7-1.tmp", "run/.config.yaml.7-1.tmp", "run/.tmpAbC123"]
-    for name in [*kept, ".smollm2.7-1.tmp/model.safetensors"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, [*kept, ".smollm2.7-1.tmp/model.safetensors"])
     sweep(tmp_path, of="smollm2")
     assert names(tmp_path) == sorted(kept)
 
 
-def test_commands_say_it_in_one_sentence(call_cli, tiny_language_model, tmp_path, monkeypatch):
+def test_commands_say_it_in_one_sentence(call_cli, tiny_language_model, tmp_path, broken):
     """What was computed is printed all the same; nothing is left of what could not be written."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "reward": 0.5}\n')
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(writing.os, "replace", full)
+    broken("replace", errno.ENOSPC)
     before = names(tmp_path)
     options = ["-p", "cat", "--max-new-tokens", "2", "-o", tmp_path / "a.jsonl"]
     commands = {"run/report.html": ["report", tmp_path / "run"], "a.jsonl": ["complete", tiny_language_model, *options]}
