@@ -49,7 +49,7 @@ SENTENCES = {
     ":Method": f"method ':Method' {FORM}",
     "mine:": f"method 'mine:' {FORM}",
     "mime.py:Method": "method file 'mime.py' does not exist: did you mean 'mine.py'?",
-    "other.py:Method": "method file 'other.py' does not exist",
+    "zzz.py:Method": "method file 'zzz.py' does not exist",
     "folder.py:Method": "method file 'folder.py' is a folder: give a file",
     "pipe.py:Method": "method file 'pipe.py' is a pipe: give a file",
     "mine.py:Methos": "'mine.py' has no 'Methos': did you mean 'Method'?",
