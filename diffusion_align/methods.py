@@ -12,8 +12,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from diffusion_align.errors import ConfigError, UserError, foreign_code, short
-from diffusion_align.references import resolve
-from diffusion_align.training.config import TrainingConfig, nearest
+from diffusion_align.references import reference_to, resolve
+from diffusion_align.training.config import PLUG_INS, TrainingConfig, nearest
 
 if TYPE_CHECKING:
     from diffusion_align.training.trainer import Trainer
@@ -30,8 +30,6 @@ SHIPPED = {
     "reward_model": "diffusion_align.llm.reward_model:RewardModelTrainer",
 }
 """Name -> trainer class, imported when it is asked for."""
-GROUP = "diffusion_align.methods"
-"""Of entry points: a package that brings methods declares them there."""
 _MODELS = {"image": "a text-to-image model", "text": "this language model"}
 
 
@@ -40,7 +38,7 @@ def method_of(method: Any, kind: str | None = None) -> type[Trainer[Any]]:
 
     Args:
         method: a shipped method's name, ``package.module:Class``, ``path/to/file.py:Class``, the name of an entry point
-            of ``GROUP``, or the class itself.
+            of ``PLUG_INS``, or the class itself.
         kind: the ``model_kind`` it must have, if any.
 
     Raises:
@@ -59,13 +57,13 @@ def method_name(method: Any) -> Any:
     """What stands in ``config.yaml`` for a method that may be given as a class."""
     if not isinstance(method, type):
         return method
-    path = f"{method.__module__}:{method.__qualname__}"
+    path = reference_to(method)
     return next((name for name, shipped in SHIPPED.items() if shipped == path), path)
 
 
 def plug_ins() -> dict[str, EntryPoint]:
     """Name -> entry point of the methods that installed packages bring."""
-    return {point.name: point for point in entry_points(group=GROUP) if point.name not in SHIPPED}
+    return {point.name: point for point in entry_points(group=PLUG_INS) if point.name not in SHIPPED}
 
 
 def describe_methods() -> list[tuple[str, list[str]]]:

@@ -14,6 +14,9 @@ from typing import Any
 from diffusion_align.errors import UserError, foreign_code, short
 from diffusion_align.inputs import check_path
 
+_OF_FILES = "diffusion_align_file_"
+"""What the names of modules begin with that are files of the user's."""
+
 
 def resolve(reference: Any, what: str, *, noun: str = "function", error: type[UserError] = UserError) -> Any:
     """The object that a reference names; anything but text is that object itself.
@@ -58,9 +61,16 @@ def module_of(reference: str, what: str, *, noun: str = "function", error: type[
         return _run_once(path)
 
 
+def reference_to(kind: type) -> str:
+    """What ``resolve`` finds a class by."""
+    module = sys.modules[kind.__module__]
+    place = module.__file__ if module.__name__.startswith(_OF_FILES) else module.__name__
+    return f"{place}:{kind.__qualname__}"
+
+
 def _run_once(path: Path) -> ModuleType:
     """The module in a file, run once per version of the file: whoever refers to it shares it."""
-    name = f"diffusion_align_file_{path.stem}_{abs(hash((path.resolve(), path.stat().st_mtime_ns)))}"
+    name = f"{_OF_FILES}{path.stem}_{abs(hash((path.resolve(), path.stat().st_mtime_ns)))}"
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, path)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ValidationError
 
 from diffusion_align.data.schemas import RowsConfig
 from diffusion_align.data.sources import in_python, refuse_splits
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.inputs import PROBE, check_output, check_path
-from diffusion_align.methods import DEFAULT, method_of
-from diffusion_align.models.language_models import language_model_ref
-from diffusion_align.models.model_ref import check_image_model
-from diffusion_align.rewards import reward_problem, text_reward_problem
-from diffusion_align.rewards.image.clip import check_clip
+from diffusion_align.methods import DEFAULT, method_name, method_of
 from diffusion_align.training.config import (
+    FIELDS_ALONE,
+    WITHOUT_NAMES,
     TrainingConfig,
     apply_overrides,
     load_yaml,
@@ -87,7 +83,7 @@ def _switched(raw: dict[str, Any], of_recipe: Set[str]) -> dict[str, Any]:
     """
     model, problems = method_of(raw["method"]).config_class, []
     try:
-        model.model_validate(read_as(model, raw))
+        model.model_validate(read_as(model, raw), context=FIELDS_ALONE)
     except ValidationError as error:
         problems = error.errors()
     wrong = {str(one["loc"][0]) for one in problems if one["loc"] and one["type"] != "missing"}
@@ -105,15 +101,15 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     """
     _refuse_splits(raw)
     method = method_of(raw.get("method", DEFAULT))
-    raw = read_as(method.config_class, raw)
-    checks, problems = [_check_precision, _check_trackers, _check_output_dir], []
-    if method.model_kind == "image":
-        checks, problems = [_check_reward, _check_evaluation, *checks], _check_model(raw)
-    elif method.model_kind is not None:  # without one it loads its model, and whatever scores that, itself
-        checks, problems = [_check_text_rewards, _check_text_evaluation, *checks], _check_language_model(raw)
-    opened, of_rows = _opened(method.config_class, raw, method.dataset_kind)
-    problems += [*of_rows, *(problem for check in checks for problem in check(raw))]  # of the paths as they were given
-    return parse_config(method.config_class, absolute_paths(opened), problems=problems)
+    model = method.config_class
+    raw = read_as(model, {name: method_name(value) if name == "method" else value for name, value in raw.items()})
+    opened, problems = _opened(model, raw, method.dataset_kind)
+    precision = raw.get("mixed_precision", "no")
+    problems += [*problems_of(check_launch, precision), *problems_of(_check_output_dir, raw)]
+    # Without a kind a method loads its model, and whatever scores that, itself.
+    context = WITHOUT_NAMES if method.model_kind is None else None
+    parse_config(model, opened, problems=problems, context=context)  # of the paths as they were given
+    return model.model_validate(absolute_paths(opened), context=FIELDS_ALONE)
 
 
 def _refuse_splits(raw: Mapping[str, Any]) -> None:
@@ -151,118 +147,37 @@ def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str
     return result, problems
 
 
-def _check_model(raw: Mapping[str, Any]) -> list[str]:
-    model, variant, base_config = (raw.get(name) for name in ("model", "weights_variant", "base_config"))
-    problems = []
-    if isinstance(model, str) and isinstance(variant, str | None) and isinstance(base_config, str | None):
-        problems += problems_of(check_image_model, model, variant=variant, base_config=base_config)
-    precision = raw.get("mixed_precision")
-    # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
-    if raw.get("dtype") == "float16" and precision in ("bf16", "auto") and not torch.cuda.is_available():
-        problems.append(
-            f"dtype=float16 with mixed_precision={precision} needs a GPU: use dtype=bfloat16, or mixed_precision=no"
-        )
-    return problems
-
-
-def _check_language_model(raw: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name in ("model", "reference_model"):
-        model = raw.get(name)
-        kinds = ("causal", "classifier") if method_of(raw["method"]).model_kind == "classifier" else ("causal",)
-        found = problems_of(language_model_ref, model, kinds) if isinstance(model, str) else []
-        problems += [problem.replace("model=", f"{name}=", 1) for problem in found]
-    return problems
-
-
-def _check_text_rewards(raw: Mapping[str, Any]) -> list[str]:
-    given = raw.get("reward")
-    if given is None:
-        return []
-    problems = [text_reward_problem(spec) for spec in (given if isinstance(given, list | tuple) else [given])]
-    return [problem for problem in problems if problem]
-
-
-def _check_text_evaluation(raw: Mapping[str, Any]) -> list[str]:
-    given = raw.get("evaluation")  # what is no mapping is said where the whole configuration is read
-    return [f"evaluation.{problem}" for problem in _check_text_rewards(given)] if isinstance(given, Mapping) else []
-
-
-def _check_reward(raw: Mapping[str, Any]) -> list[str]:
-    problem = None if raw.get("reward") is None else reward_problem(raw["reward"])
-    return [problem] if problem else []
-
-
-def _check_evaluation(raw: Mapping[str, Any]) -> list[str]:
-    given = raw.get("evaluation")
-    if not isinstance(given, Mapping):
-        return []  # said where the whole configuration is read
-    problems = []
-    if given.get("reward") is not None and (problem := reward_problem(given["reward"])):
-        problems.append(f"evaluation.{problem}")
-    clip = given.get("diversity", "clip")
-    try:
-        if clip not in ("clip", "pixels"):
-            check_clip(clip)
-    except UserError as error:
-        problems.append(f"evaluation.diversity: {error}")
-    return problems
-
-
-def _check_trackers(raw: Mapping[str, Any]) -> list[str]:
-    trackers = raw.get("trackers")
-    names = [t for t in trackers if t in ("tensorboard", "wandb")] if isinstance(trackers, list) else []
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    return [f"trackers: {name} is not installed: pip install 'diffusion-align[{name}]'" for name in missing]
-
-
-def _check_precision(raw: Mapping[str, Any]) -> list[str]:
-    problems = []
-    try:
-        check_launch(raw.get("mixed_precision", "no"))
-    except ConfigError as error:
-        problems += error.problems
-    if raw.get("mixed_precision") == "fp16" and not torch.cuda.is_available():
-        problems.append("mixed_precision='fp16' needs a GPU: use no, bf16 or auto")
-    return problems
-
-
-def _check_output_dir(raw: Mapping[str, Any]) -> list[str]:
-    if not isinstance(raw.get("output_dir"), str | Path):
-        return []
-    shown = short(os.path.expanduser(raw["output_dir"]), 320)
-    if problems := problems_of(check_output, raw["output_dir"], f"output_dir={shown}", "folder"):
-        return problems
-    folder = Path(os.path.expanduser(raw["output_dir"]))
+def _check_output_dir(raw: Mapping[str, Any]) -> None:
+    given = raw.get("output_dir")
+    if not isinstance(given, str | Path):
+        return  # said where the whole configuration is read
+    check_output(given, f"output_dir={short(os.path.expanduser(given), 320)}", "folder")
+    folder = Path(os.path.expanduser(given))
     try:
         # Another process of this run may be probing the same folder.
         inside = [path.name for path in folder.iterdir()] if folder.exists() else []
         used = any(name != LOCK_FILE and not name.startswith(PROBE) for name in inside)
     except OSError as error:
-        return [f"output_dir={str(folder)!r} is not readable: {error.strerror}"]
-    try:
-        check_not_in_use(folder)
-    except UserError as error:
-        return [f"output_dir: {error}"]
-    if used:
-        if raw.get("resume") is True:
-            if not (folder / "config.yaml").is_file():
-                return [f"resume=true, but output_dir={str(folder)!r} is not a run folder: it has no config.yaml"]
-            return _resume_problems(folder, raw)
-        return [
+        raise UserError(f"output_dir={str(folder)!r} is not readable: {error.strerror}") from None
+    for problem in problems_of(check_not_in_use, folder):
+        raise UserError(f"output_dir: {problem}")
+    if used and raw.get("resume") is not True:
+        raise UserError(
             f"output_dir={str(folder)!r} is already used: choose another, or set resume=true to go on with that run"
-        ]
-    return []
+        )
+    if used:
+        _check_resumed(folder, raw.get("method", DEFAULT))
 
 
-def _resume_problems(folder: Path, raw: Mapping[str, Any]) -> list[str]:
+def _check_resumed(folder: Path, method: str) -> None:
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"resume=true, but output_dir={str(folder)!r} is not a run folder: it has no config.yaml")
     try:
-        method = load_yaml(folder / "config.yaml")["method"]
+        theirs = load_yaml(folder / "config.yaml")["method"]
     except (ConfigError, KeyError):
-        return [f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir"]
-    if _unmoved(method) != _unmoved(absolute_paths({"method": raw.get("method", DEFAULT)})["method"]):
-        return [f"resume=true, but {folder} is a run of method={method!r}: choose a new output_dir"]
-    return []
+        raise UserError(f"resume=true, but {folder / 'config.yaml'} cannot be read: choose a new output_dir") from None
+    if _unmoved(theirs) != _unmoved(absolute_paths({"method": method})["method"]):
+        raise UserError(f"resume=true, but {folder} is a run of method={theirs!r}: choose a new output_dir")
 
 
 def _unmoved(method: Any) -> Any:

@@ -3,7 +3,7 @@
 import inspect
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -123,6 +123,30 @@ def _by_name(reward: Any) -> Any:
 
 RewardSetting = Annotated[Any, PlainSerializer(_by_name)]
 """What ``build_reward`` takes: a name, 'module:function', a mapping with options or a function."""
+
+
+def reward_checks(reward: Any, kind: Literal["image", "text"]) -> Iterator[str]:
+    """A sentence about each reward of a setting that cannot be built; imports your code if it names some, no model."""
+    from diffusion_align.rewards import build  # which imports what rewards are made of, this file too
+
+    if kind == "image":
+        found = [build.reward_problem(reward)] if reward else []
+    else:
+        rewards = reward if isinstance(reward, list | tuple) else [reward]
+        found = [build.text_reward_problem(one) for one in rewards if one is not None]
+    yield from filter(None, found)
+
+
+def check_diversity(measure: str) -> None:
+    """``measure``: pixels, clip or the CLIP that embeds images to compare them.
+
+    Raises:
+        UserError: there is no such CLIP.
+    """
+    from diffusion_align.rewards.image.clip import check_clip
+
+    if measure not in ("clip", "pixels"):
+        check_clip(measure)
 
 
 def several_rewards_problems(reward: Any, weights: Sequence[float] | None) -> list[str]:

@@ -143,7 +143,7 @@ def train(
         patches.enter_context(mock.patch.object(dpo, "LatentCache", return_value=pairs))
         config = dpo.DiffusionDPOConfig(
             **{
-                "model": "toy",
+                "model": "emoji-sd",
                 "pairs": "emoji_style",
                 "output_dir": folder,
                 "beta": 1.0,

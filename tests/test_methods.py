@@ -12,6 +12,7 @@ from diffusion_align import methods
 from diffusion_align.errors import ConfigError
 from diffusion_align.methods import SHIPPED, describe_methods, method_name, method_of
 from diffusion_align.pipelines.configuration import read_config
+from diffusion_align.training.config import PLUG_INS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for part in ("diffusion_align", "pipelines", "rewards") for path in sorted((ROOT / part).rglob("*.py"))]
@@ -168,8 +169,8 @@ def test_an_installed_package_brings_methods(strangers, monkeypatch):
     from importlib.metadata import EntryPoint
 
     monkeypatch.syspath_prepend(str(strangers))
-    points = [EntryPoint(name, f"rloo:{cls}", methods.GROUP) for name, cls in (("rloo", "RLOOTrainer"), ("bad", "No"))]
-    monkeypatch.setattr(methods, "entry_points", lambda group: points if group == methods.GROUP else [])
+    points = [EntryPoint(name, f"rloo:{cls}", PLUG_INS) for name, cls in (("rloo", "RLOOTrainer"), ("bad", "No"))]
+    monkeypatch.setattr(methods, "entry_points", lambda group: points if group == PLUG_INS else [])
     assert method_of("rloo").__name__ == "RLOOTrainer"
     with pytest.raises(ConfigError, match="method 'bad' cannot be imported"):
         method_of("bad")

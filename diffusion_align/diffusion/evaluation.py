@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from diffusion_align.data.prompts import Prompt, PromptsConfig
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.errors import problems_of
 from diffusion_align.report import before_after, image_grid, save_png
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.rewards.settings import RewardSetting
+from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks
 from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
 from diffusion_align.training.policy_trainer import PREVIEWED, Previews
 from diffusion_align.training.randomness import generator
@@ -34,6 +35,10 @@ class ImageEvaluationConfig(EvaluationConfig):
     diversity: str = Field(
         "clip", description="distance between two images: pixels, the CLIP that suits the model (clip) or another one"
     )
+
+    def name_checks(self) -> Iterator[str]:
+        yield from reward_checks(self.reward, "image")
+        yield from (f"diversity: {problem}" for problem in problems_of(check_diversity, self.diversity))
 
 
 class ImageStopConfig(StopConfig):

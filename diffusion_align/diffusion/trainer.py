@@ -26,9 +26,11 @@ from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
 from diffusion_align.diffusion.transitions import Reduction
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, problems_of
 from diffusion_align.models.model_card import write_model_card
+from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
+from diffusion_align.rewards.settings import reward_checks
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
 from diffusion_align.training.config import PolicyConfig, TrainingConfig
@@ -61,9 +63,20 @@ class DenoisingConfig(PolicyConfig):
             check_image_prompts(self.show_prompts or [], name="show_prompts")
         except ConfigError as error:
             yield from error.problems
-        yield from self.stop_when.evaluation_problems(self.evaluation)
+        yield from self.stop_when.unmeasured(self.evaluation)
         if self.stop_when.diversity_below is not None and self.evaluation is None:
             yield "stop_when.diversity_below looks at evaluations: set evaluation, or leave it out"
+        # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
+        if self.dtype == "float16" and self.mixed_precision in ("bf16", "auto") and not torch.cuda.is_available():
+            yield (
+                f"dtype=float16 with mixed_precision={self.mixed_precision} needs a GPU: use dtype=bfloat16, or "
+                "mixed_precision=no"
+            )
+
+    def name_checks(self) -> Iterator[str]:
+        own = {"variant": self.weights_variant, "base_config": self.base_config}
+        yield from problems_of(check_image_model, self.model, **own)
+        yield from reward_checks(getattr(self, "reward", None), "image")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Loss of a pair with scores r_w, r_l and probability p that the first is preferre
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,10 @@ from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.data.text_encoding import context_length, continuation_tokens
 from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, rows_name
-from diffusion_align.errors import TrainingError, UserError
+from diffusion_align.errors import TrainingError, UserError, problems_of
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
+from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.lora import add_lora, carries_adapters
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
@@ -54,6 +55,9 @@ class RewardModelConfig(TrainingConfig):
     max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
     max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
     center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², draws them to 0")
+
+    def name_checks(self) -> Iterator[str]:
+        yield from problems_of(language_model_ref, self.model, ("causal", "classifier"))
 
 
 class RewardModel:

@@ -25,14 +25,15 @@ from diffusion_align.data.text_rows import (
     prompts_of,
     rows_name,
 )
-from diffusion_align.errors import ConfigError, TrainingError
+from diffusion_align.errors import ConfigError, TrainingError, problems_of
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
 from diffusion_align.llm.collection import Collected, WeightedRewards, completion_metrics, trainer_state
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, Sequences, pad_to, widest_float
 from diffusion_align.llm.previews import TextPreviews
 from diffusion_align.llm.rollout import Completions, joined, rollout
+from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_card import write_model_card
-from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, reward_checks, several_rewards_problems
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, sample_and_score
 from diffusion_align.training.config import PolicyConfig, TrainingConfig, Weight
@@ -61,6 +62,9 @@ class TextEvaluationConfig(EvaluationConfig):
 
     def cross_checks(self) -> Iterator[str]:
         yield from several_rewards_problems(self.reward, self.reward_weights)
+
+    def name_checks(self) -> Iterator[str]:
+        yield from reward_checks(self.reward, "text")
 
 
 class TextConfig(PolicyConfig):
@@ -98,7 +102,14 @@ class TextConfig(PolicyConfig):
                 "stop_when.kl_above looks at a KL that this run measures in evaluations only: set evaluation, or leave "
                 "it out"
             )
-        yield from self.stop_when.evaluation_problems(self.evaluation)
+        yield from self.stop_when.unmeasured(self.evaluation)
+
+    def name_checks(self) -> Iterator[str]:
+        yield from problems_of(language_model_ref, self.model)
+        if self.reference_model is not None:
+            found = problems_of(language_model_ref, self.reference_model)
+            yield from (problem.replace("model=", "reference_model=", 1) for problem in found)
+        yield from reward_checks(getattr(self, "reward", None), "text")
 
 
 class OnlineConfig(TextConfig):

@@ -84,22 +84,18 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], Any, dict
     Raises:
         CheckpointError: a file is missing or differs from its recorded hash.
     """
+    problem = ""
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         damaged = [name for name, digest in manifest.items() if _sha256(path / name) != digest]
+        if damaged:
+            problem = f"{', '.join(damaged)} differs from its hash"
+        elif not manifest.keys() >= {"tensors.pt", "state.json", "trained.safetensors"}:
+            problem = "its manifest is incomplete"
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged ({error}): delete it to resume from the one before"
-        ) from None
-    if damaged:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged ({', '.join(damaged)} differs from its hash): delete it to resume from the "
-            "one before"
-        )
-    if not manifest.keys() >= {"tensors.pt", "state.json", "trained.safetensors"}:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged (its manifest is incomplete): delete it to resume from the one before"
-        )
+        problem = str(error)
+    if problem:
+        raise CheckpointError(f"checkpoint {path} is damaged ({problem}): delete it to resume from the one before")
     weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
     return weights, tensors, json.loads((path / "state.json").read_text(encoding="utf-8"))

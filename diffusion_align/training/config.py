@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 import os
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -63,8 +65,12 @@ Content = Literal[
 """Settings that name what lies elsewhere and may change there."""
 
 
-FIELDS_ALONE = {"cross_checks": False}
-"""The ``context`` for ``model_validate`` with which settings need not fit each other."""
+PLUG_INS = "diffusion_align.methods"
+"""Group of the entry points by which installed packages bring methods."""
+FIELDS_ALONE: dict[str, Any] = {"checks": ()}
+"""The ``context`` for ``model_validate`` with which settings need not fit each other, nor name what can be used."""
+WITHOUT_NAMES: dict[str, Any] = {"checks": ("cross_checks",)}
+"""The one with which they need not name what can be used."""
 _UNKNOWN = object()
 """Stands for the value of a setting that is wrong by itself, while the others are checked."""
 
@@ -86,6 +92,10 @@ class Section(BaseModel):
         A class states its own rules, without those of its bases, which are asked as well. Of a setting that is wrong by
         itself they see the default, or None; the next sentence after it was asked for is not reported.
         """
+        return iter(())
+
+    def name_checks(self) -> Iterator[str]:
+        """The same about models and rewards that settings name and a run could not load."""
         return iter(())
 
     if not TYPE_CHECKING:
@@ -114,9 +124,10 @@ class Section(BaseModel):
             config = handler(value)
         except ValidationError as error:
             config, errors = cls._without(error, value, handler), [_again(one) for one in error.errors()]
-        if config is not None and (info.context or {}).get("cross_checks", True):
-            broken = [{"type": _RULE, "msg": one, "loc": (), "input": None} for one in config._broken_rules()]
-            errors += [_again(one) for one in broken]
+        if config is not None:
+            wanted = (info.context or {}).get("checks", ("cross_checks", "name_checks"))
+            rules = [sentence for checks in wanted for sentence in config._broken_rules(checks)]
+            errors += [_again({"type": _RULE, "msg": rule, "loc": (), "input": None}) for rule in rules]
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         assert config is not None
@@ -142,10 +153,10 @@ class Section(BaseModel):
         config.__dict__["_unknown"] = instead
         return config
 
-    def _broken_rules(self) -> Iterator[str]:
+    def _broken_rules(self, checks: str) -> Iterator[str]:
         for kind in reversed(type(self).__mro__):
             self.__dict__.pop("_asked", None)
-            rules = iter(vars(kind)["cross_checks"](self) if "cross_checks" in vars(kind) else ())
+            rules = iter(vars(kind)[checks](self) if checks in vars(kind) else ())
             while True:
                 try:
                     sentence = next(rules)
@@ -223,10 +234,7 @@ class TrainingConfig(Section):
     )
     checkpoint_every: int = Field(10, ge=1, le=MOST, description="epochs")
     checkpoint_minutes: float | None = Field(
-        10.0,
-        gt=0,
-        le=525_600,
-        description="since the last one: then one is due as well; null for never",
+        10.0, gt=0, le=525_600, description="since the last one: then one is due as well; null for never"
     )
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer once the run was asked to stop"
@@ -248,6 +256,17 @@ class TrainingConfig(Section):
         return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
     def cross_checks(self) -> Iterator[str]:
+        own = type(self).model_fields["method"].default
+        if own and self.method != own and ":" not in self.method and not entry_points(group=PLUG_INS, name=self.method):
+            yield f"method={short(self.method)} does not fit {type(self).__name__}, which is of {own!r}: leave it out"
+        if self.mixed_precision == "fp16":
+            import torch
+
+            if not torch.cuda.is_available():
+                yield "mixed_precision='fp16' needs a GPU: use no, bf16 or auto"
+        for name in self.trackers:
+            if importlib.util.find_spec(name) is None:
+                yield f"trackers: {name} is not installed: pip install 'diffusion-align[{name}]'"
         if self.samples_per_epoch % self.sample_batch_size:
             yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
@@ -360,20 +379,25 @@ def read_as(wanted: Any, value: Any) -> Any:
 
 
 def parse_config(
-    model: type[TrainingConfig], raw: Mapping[str, Any], *, problems: Sequence[str] = ()
+    model: type[TrainingConfig],
+    raw: Mapping[str, Any],
+    *,
+    problems: Sequence[str] = (),
+    context: Mapping[str, Any] | None = None,
 ) -> TrainingConfig:
     """``model`` filled from ``raw``; every problem is reported at once.
 
     Args:
         model: the method's configuration.
         raw: nested mapping, as YAML gives it.
-        problems: what else is known to be wrong (an unknown reward, a missing file).
+        problems: what else is known to be wrong (a missing file).
+        context: None, ``WITHOUT_NAMES`` or ``FIELDS_ALONE``.
 
     Raises:
         ConfigError: with one sentence for each problem.
     """
     try:
-        config = model.model_validate(read_as(model, raw))
+        config = model.model_validate(read_as(model, raw), context=context)
     except ValidationError as error:
         problems = [*sentences(model, error), *problems]
     if problems:

@@ -67,12 +67,12 @@ def model_digest(folder: Path) -> str:
     return content_digest(sorted((file.relative_to(folder).as_posix(), file_digest(file)) for file in files))
 
 
-def hub_commit(repository: str, files: Iterable[str] = ("model_index.json", "config.json")) -> str | None:
+def hub_commit(repository: str) -> str | None:
     """The commit of a Hub repository that this machine's cache holds and a load now would find, if any."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for name in files:
+    for name in ("model_index.json", "config.json"):
         try:
             found = try_to_load_from_cache(repository, name)
         except HFValidationError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -49,15 +49,12 @@ class StopConfig(Section):
         None, ge=1, le=MOST, description="evaluations in a row in which gold is below its best"
     )
 
-    def evaluation_problems(self, evaluation: EvaluationConfig | None) -> list[str]:
+    def unmeasured(self, evaluation: EvaluationConfig | None) -> Iterator[str]:
         """Sentences about rules that look at what ``evaluation`` does not measure."""
-        if self.gold_falling is None:
-            return []
-        if evaluation is None:
-            return ["stop_when.gold_falling looks at evaluations: set evaluation, or leave it out"]
-        if evaluation.reward is None:
-            return ["stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out"]
-        return []
+        if self.gold_falling is not None and evaluation is None:
+            yield "stop_when.gold_falling looks at evaluations: set evaluation, or leave it out"
+        elif self.gold_falling is not None and evaluation is not None and evaluation.reward is None:
+            yield "stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out"
 
     def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
         """The rules that an epoch's metrics break, a sentence each."""

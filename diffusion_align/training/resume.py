@@ -17,19 +17,8 @@ from diffusion_align.training.digests import Identity, changed_content, same_con
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.processes import Processes
 
-WATCHING = {
-    "output_dir",
-    "resume",
-    "accept_changed",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "interrupt_grace",
-    "keep_checkpoints",
-    "trackers",
-    "callbacks",
-    "num_threads",
-    "grid_every",
-}
+_KEEPING = {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "interrupt_grace"}
+WATCHING = {"output_dir", "resume", "accept_changed", "trackers", "callbacks", "num_threads", "grid_every"} | _KEEPING
 """Settings of where a run is and how it is watched, which change no weight."""
 MUTABLE_ON_RESUME = WATCHING | {"epochs", "stop_when"}
 """Settings that may change on resume: where and for how long, never what."""
@@ -38,17 +27,8 @@ _KNOWN_BY_CONTENT = {"model", "reference_model", "prompts", "dataset", "eval_dat
 # Settings that fit a run into a machine's memory: they may change, and the last bits of what is computed with them.
 _FREE_BUT_FOR_BITS = {"micro_batch_size", "sample_batch_size", "mixed_precision"}
 # Where a reward is computed and how long it is waited for: a server may come back under another address.
-_DEPLOYMENT_OF_REWARDS = {
-    "url",
-    "timeout",
-    "patience",
-    "token_file",
-    "concurrency",
-    "cache",
-    "device",
-    "offload",
-    "background",
-}
+_DEPLOYMENT_OF_REWARDS = {"device", "offload", "background", "url", "timeout", "patience", "token_file"}
+_DEPLOYMENT_OF_REWARDS |= {"concurrency", "cache"}
 
 
 def resume_fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +74,7 @@ def check_same_run(
     mine, theirs = (
         resume_fingerprint(absolute_paths(one, config.output_dir)) for one in (config.model_dump(mode="json"), theirs)
     )
+    theirs["method"] = theirs.get("method") or mine["method"]  # older versions did not write what Python had made
     free = MUTABLE_ON_RESUME if config.lr_schedule == "constant" else MUTABLE_ON_RESUME - {"epochs"}
     accepted = set(config.accept_changed)
     moved = (same_content(their_identity or {}, identity) & _KNOWN_BY_CONTENT) | accepted

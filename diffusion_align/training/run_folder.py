@@ -23,18 +23,8 @@ from diffusion_align.writing import make_folder, writing
 
 LOCK_FILE = ".lock"
 # What a run writes into its folder.
-_TRACES = (
-    "config.yaml",
-    "metrics.json",
-    "metrics.jsonl",
-    "samples",
-    "checkpoints",
-    "best",
-    "final",
-    "report.html",
-    "evaluation.json",
-    "diffusion-align",
-)
+_FILES = ("config.yaml", "metrics.json", "metrics.jsonl", "report.html", "evaluation.json")
+_FOLDERS = ("samples", "checkpoints", "best", "final", "diffusion-align")
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _FAR = 1 << 30  # on Windows a locked byte cannot be read, so it is one far behind what the file says
 _held: set[FolderLock] = set()
@@ -89,7 +79,7 @@ class RunFolder:
                 raise
             except Exception:
                 if self.processes.is_main and self.nothing_trained(epochs()):
-                    for name in _TRACES:
+                    for name in (*_FILES, *_FOLDERS):
                         with contextlib.suppress(OSError):  # what failed first is what is said
                             checkpoint.remove(self.path / name)
                 raise

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from diffusion_align import __version__
 from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, foreign_code
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
+from diffusion_align.references import reference_to
 from diffusion_align.training import checkpoint
 from diffusion_align.training.callbacks import (
     Callback,
@@ -106,6 +107,8 @@ class Trainer(ABC, Generic[Batch]):
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator | None = None, *, callbacks: Sequence[Callback] = ()
     ) -> None:
+        if not config.method:  # of settings made in Python: the run folder says what trained
+            config = config.model_copy(update={"method": reference_to(type(self))})
         self.config = config
         self.accelerator = accelerator or make_accelerator()
         self.processes = Processes(self.accelerator)
@@ -255,10 +258,16 @@ class Trainer(ABC, Generic[Batch]):
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Inside, signals are a flag, bars are shown, and the folder is this run's."""
-        flag = InterruptFlag(self.config.interrupt_grace, self._leave)
-        with flag, self.bars.progress, self.run_folder.held(lambda: self.epoch), self._resumable_if_not_written():
+        flag, folder = InterruptFlag(self.config.interrupt_grace, self._leave), self.run_folder
+        with flag, self.bars.progress, folder.held(lambda: self.epoch):
             self.processes.flag = flag
-            yield
+            try:
+                yield
+            except WriteError as error:  # a full disk, say: the run can be resumed from its last checkpoint
+                if folder.config_file.is_file() and not folder.nothing_trained(self.epoch):
+                    stands = "the last checkpoint stands, " if folder.checkpoints else ""
+                    error.add_note(stands + folder.how_to_resume)
+                raise
 
     def _begin(self) -> None:
         config = self.config
@@ -286,7 +295,7 @@ class Trainer(ABC, Generic[Batch]):
                 self._close()
                 raise Interrupted(f"stopped before the first epoch; {self.run_folder.how_to_resume}") from None
             if first:
-                self._write(plain_row({"step": 0, "epoch": 0, **first}))
+                self._each("on_update", plain_row({"step": 0, "epoch": 0, **first}))
 
     def _open_folder(self, step: int) -> None:
         """``config.yaml`` first: with it the run can be resumed, whatever a tracker or callback does."""
@@ -301,20 +310,36 @@ class Trainer(ABC, Generic[Batch]):
             return self.collect()
 
     def _trained(self, plan: TrainingPlan) -> Row:
-        """The counters of an epoch that ends here."""
+        """The counters of an epoch that ends here; ``untrained_epochs``, those in a row without any step, with a line
+        about it, only where this is one."""
         self.epoch += 1
-        counted = {"step": self.step, "epoch": self.epoch, "samples_used": len(plan.sample_indices)}
-        return counted | self._untrained_epochs(plan)
+        row: Row = {"step": self.step, "epoch": self.epoch, "samples_used": len(plan.sample_indices)}
+        if self.optimization.steps > self._steps_before:
+            self._untrained = 0
+            return row
+        self._untrained += 1
+        if len(plan.sample_indices) == 0:
+            self._why_untrained = f"no sample was left to train on ({self.none_left})"
+        else:
+            self._why_untrained = "every step overflowed in fp16 and was skipped"
+        if self.processes.is_main:
+            print(f"epoch {self.epoch}: nothing was trained, {self._why_untrained}", file=sys.stderr, flush=True)
+        return row | {"untrained_epochs": self._untrained}
 
     def _end_epoch(self, row: Row, last: Row, started: float) -> None:
         config = self.config
         row["time/epoch"] = time.perf_counter() - started
         asked = self._measure(row, last)
-        self.bars.show_epochs(self.epoch, config.epochs, _headline(last | row, self.headline))
+        known, key = last | row, self.headline
+        shown = f"{key} {known[key]:.4g}" if key in known else f"step {self.step}"
+        self.bars.show_epochs(self.epoch, config.epochs, shown)
         self._rng_at_start = checkpoint.rng_state()
         self.stopped = self.stop_reason(last | row) or asked or self._nothing_left_to_train()
         due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
-        if due or self.stopped or self.checkpoint_wanted() or self._checkpoint_overdue():
+        due = due or bool(self.stopped) or self.checkpoint_wanted()
+        if not due and config.checkpoint_minutes is not None:  # by the clock of the main process
+            due = self.processes.from_main(time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes)
+        if due:
             self.save()
         if self.epoch < config.epochs and not self.stopped:
             with self._checkpoint_on_failure():
@@ -331,9 +356,6 @@ class Trainer(ABC, Generic[Batch]):
     def _close(self) -> None:
         self._each("on_close")
         self.accelerator.end_training()
-
-    def _write(self, row: Row) -> None:
-        self._each("on_update", row)
 
     def _each(self, method: str, *row: Row) -> list[Any]:
         """What the callbacks give, one after the other: one that fails on a process fails on all, and none waits.
@@ -366,12 +388,6 @@ class Trainer(ABC, Generic[Batch]):
                 raise failure
         return given
 
-    def _call_back(self, row: Row) -> str | None:
-        """What the callbacks give as reasons to stop, of all processes."""
-        reasons = self._each("on_epoch_end", row)
-        everyones = self.processes.gather_in_order([str(reason) for reason in reasons if reason])
-        return "; ".join(dict.fromkeys(everyones)) or None
-
     def _measure(self, row: Row, last: Row) -> str | None:
         """``measure()`` of the epoch that ``row`` is about, and the callbacks, which may give a reason to stop.
 
@@ -384,23 +400,9 @@ class Trainer(ABC, Generic[Batch]):
             self.processes.raise_together(self._failed_update, UserError)  # it is on all, or on none
             row |= plain_row(self.measure())
             row["time/epoch"] += time.perf_counter() - started
-            reason = self._call_back(row)
+            reasons = [str(reason) for reason in self._each("on_epoch_end", row) if reason]
         self._unmeasured = None
-        return reason
-
-    def _untrained_epochs(self, plan: TrainingPlan) -> dict[str, float]:
-        """``untrained_epochs``, those in a row up to this one without any step, and a line about it; or nothing."""
-        trained = self.optimization.steps > self._steps_before
-        self._untrained = 0 if trained else self._untrained + 1
-        if trained:
-            return {}
-        if len(plan.sample_indices) == 0:
-            self._why_untrained = f"no sample was left to train on ({self.none_left})"
-        else:
-            self._why_untrained = "every step overflowed in fp16 and was skipped"
-        if self.processes.is_main:
-            print(f"epoch {self.epoch}: nothing was trained, {self._why_untrained}", file=sys.stderr, flush=True)
-        return {"untrained_epochs": self._untrained}
+        return "; ".join(dict.fromkeys(self.processes.gather_in_order(reasons))) or None
 
     def _nothing_left_to_train(self) -> str | None:
         """Why a run ends whose last ``UNTRAINED_EPOCHS`` epochs trained nothing; the same everywhere.
@@ -478,15 +480,11 @@ class Trainer(ABC, Generic[Batch]):
                     row["grad_norm"] = self.optimization.step(self.step)
                     row["learning_rate"] = self.optimization.learning_rate
                     self.optimization.advance_schedule()
-                    self._write(row)
+                    self._each("on_update", row)
         return row
 
     def accumulate(
-        self,
-        batch: Batch,
-        indices: Tensor,
-        normalizer: float,
-        on_actions: Callable[[int], object] = lambda count: None,
+        self, batch: Batch, indices: Tensor, normalizer: float, on_actions: Callable[[int], object] = lambda count: None
     ) -> UpdateStatistics:
         """Add the gradient of the losses of ``indices`` over ``normalizer`` to what is there.
 
@@ -515,7 +513,10 @@ class Trainer(ABC, Generic[Batch]):
         try:
             yield
         except (Interrupted, Overdue):
-            self._stop()
+            self.save()
+            self._close()
+            how = self.run_folder.how_to_resume
+            raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; {how}") from None
         except Exception as error:
             processes, folder = self.processes, self.run_folder
             # Of any process: where one saves nothing, the others would wait for it.
@@ -535,23 +536,6 @@ class Trainer(ABC, Generic[Batch]):
         finally:
             with self._saving:  # what ``_leave`` has begun to write is not trained on meanwhile
                 self._can_be_saved = False
-
-    @contextlib.contextmanager
-    def _resumable_if_not_written(self) -> Iterator[None]:
-        """What could not be written, a full disk say, is said with how the run is resumed from its last checkpoint."""
-        try:
-            yield
-        except WriteError as error:
-            folder = self.run_folder
-            if folder.config_file.is_file() and not folder.nothing_trained(self.epoch):
-                error.add_note(("the last checkpoint stands, " if folder.checkpoints else "") + folder.how_to_resume)
-            raise
-
-    def _stop(self) -> None:
-        self.save()
-        self._close()
-        how = self.run_folder.how_to_resume
-        raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; {how}")
 
     def _leave(self) -> None:
         """In another thread: end this process, whose main thread is in foreign code or waits for other processes and
@@ -579,11 +563,6 @@ class Trainer(ABC, Generic[Batch]):
         rng = self.processes.gather_in_order([self._rng_at_start])
         with self._saving:
             self.processes.on_main(lambda: self._write_checkpoint(rng))
-
-    def _checkpoint_overdue(self) -> bool:
-        """Whether ``checkpoint_minutes`` have passed since the last one, by the clock of the main process."""
-        minutes = self.config.checkpoint_minutes
-        return minutes is not None and self.processes.from_main(time.monotonic() - self._saved_at > 60 * minutes)
 
     def _write_checkpoint(self, rng: Sequence[Any]) -> None:
         optimization = self.optimization
@@ -631,7 +610,3 @@ class Trainer(ABC, Generic[Batch]):
         self.load_extra_state(state["extra"])
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.processes.index, len(own) - 1)])
-
-
-def _headline(row: Mapping[str, float], key: str) -> str:
-    return f"{key} {row[key]:.4g}" if key in row else f"step {row['step']}"

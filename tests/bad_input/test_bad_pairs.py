@@ -141,8 +141,8 @@ def test_settings_that_do_not_fit_each_other_are_all_said_at_once(refused, confi
     settings = changes("beta_dpo=5000; variant=corrected; loss_type=ipo; target=logged; timestep_range=[1, 0]")
     settings |= changes("prompts=[a cat]; reward=taste; model=./nowhere")
     wanted = ["give either beta", "leave one of the two out", "target=logged", "timestep_range="]
-    wanted += ["variant=corrected has a loss of its own", "model='./nowhere'", "row 0: the picture gone.png is missing"]
-    wanted += ["holds no usable pair", "unknown reward 'taste'"]
+    wanted += ["variant=corrected has a loss of its own", "model='./nowhere'", "unknown reward 'taste'"]
+    wanted += ["row 0: the picture gone.png is missing", "holds no usable pair"]
     refused("train", config([{"chosen": "gone.png"}], **settings), wanted=wanted)
 
 

@@ -156,8 +156,8 @@ EARLY = {
         "beta=-1 is not allowed",
         "unknown setting 'num_generation'",
         "model='tiny-ml' is neither",
-        "prompts.source='absent.jsonl': there is no such",
         "unknown reward 'lenght'",
+        "prompts.source='absent.jsonl': there is no such",
     ],
     "grpo num_generations=3; reward_weights=[1.0, 2.0]; credit=to_go; kl=k2_loss; clip_std=[2.0, 1.0]": [
         "reward_weights=.* are 2 numbers for 1 rewards",

@@ -34,7 +34,7 @@ def make_trainer(make_policy, tmp_path):
         if scheduler is not None:
             policy.pipeline.scheduler = scheduler
         defaults = {
-            "model": "tiny",
+            "model": "emoji-sd",
             "output_dir": tmp_path / "run",
             "prompts": PROMPTS,
             "reward": redness,

@@ -73,7 +73,7 @@ def make_trainer(make_policy, tmp_path):
         guidance = settings.get("sampler", {}).get("guidance_scale", 1.0)
         policy = policy or make_policy(model, noise=noise, guidance_scale=guidance, **lora)
         defaults = {
-            "model": "tiny",
+            "model": "emoji-sd",
             "output_dir": tmp_path / "run",
             "sampler": {"steps": 4, "guidance_scale": 1.0},
             "samples_per_epoch": 4,

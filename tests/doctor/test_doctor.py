@@ -86,7 +86,7 @@ def test_a_folder(report, make_policy, model_path, name):
     assert found["unet"].startswith("found, ")
     assert ("text_encoder_2" in found) == (name == "tiny_sdxl")
     policy = make_policy(name, lora=None)
-    settings = SETTINGS | {"model": name, "output_dir": "run", "timestep_range": [0.2, 1.0]}
+    settings = SETTINGS | {"model": model_path(name), "output_dir": "run", "timestep_range": [0.2, 1.0]}
     trainer = DDPOTrainer(DDPOConfig(**settings), policy, lambda *_: None, [("a", {})])
     decisions = 8 * len(trainer.trained_steps)
     assert found["steps an update"].startswith(f"{decisions // 2} of all processes")
@@ -117,7 +117,7 @@ def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, targe
     settings = {"method": "diffusion_dpo", "beta_dpo": 2000, "group_size": 4, "target": target, "kl_coef": 0.1}
     found, problems = report(model=str(tiny_sd), **settings)
     assert problems == []
-    config = DiffusionDPOConfig(**SETTINGS | settings | {"model": "tiny", "output_dir": tmp_path / "x"})
+    config = DiffusionDPOConfig(**SETTINGS | settings | {"model": "emoji-sd", "output_dir": tmp_path / "x"})
     trainer = DiffusionDPOTrainer(config, make_policy("tiny_sd"), reward=lambda *_: None, prompts=[("a", {})])
     assert found["beta in nats"].startswith(f"{trainer.beta:.3g}, which beta_dpo=2000 is")
     assert found["pairs an epoch"] == "2, the best and the worst of 4 pictures each"

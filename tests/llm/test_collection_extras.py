@@ -21,9 +21,9 @@ from diffusion_align.training.randomness import generator
 END, OTHER_END = 3, 7  # of the tokenizer, and of the model besides
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {})]
 SETTINGS = {
-    "model": "m",
+    "model": "tiny-lm",
     "prompts": ["a", "b"],
-    "reward": "x",
+    "reward": "length",
     "epochs": 3,
     "samples_per_epoch": 8,
     "sample_batch_size": 4,

@@ -73,7 +73,7 @@ def make(make_language_policy, tmp_path):
 
     def build(rows=PAIRS, policy=None, *, reward=None, prompts=None, accelerator=None, folder=tmp_path, **settings):
         defaults = {
-            "model": "x",
+            "model": "tiny-lm",
             "output_dir": folder,
             "epochs": 1,
             "samples_per_epoch": len(rows),
@@ -600,7 +600,7 @@ def test_online_rounds_raise_the_reward(make, make_language_policy, tmp_path):
 )
 def test_settings_that_do_not_fit_are_one_sentence_each(settings, sentence):
     with pytest.raises(ConfigError) as caught:
-        parse_config(DPOConfig, {"model": "x", "output_dir": "y", "dataset": ["x"]} | settings)
+        parse_config(DPOConfig, {"model": "tiny-lm", "output_dir": "y", "dataset": ["x"]} | settings)
     assert len(caught.value.problems) == 1
     assert caught.value.problems[0].startswith(sentence)
 

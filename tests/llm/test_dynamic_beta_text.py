@@ -29,7 +29,7 @@ def no_report(monkeypatch):
 @pytest.fixture
 def make(make_language_policy, tmp_path):
     def build(policy=None, *, beta=None, folder=tmp_path, **settings):
-        defaults = {"model": "x", "output_dir": folder, "dataset": ["x"], "epochs": 1, "samples_per_epoch": 4}
+        defaults = {"model": "tiny-lm", "output_dir": folder, "dataset": ["x"], "epochs": 1, "samples_per_epoch": 4}
         defaults |= {"sample_batch_size": 4, "micro_batch_size": 3, "updates_per_epoch": 2, "grid_every": 0}
         defaults |= {"max_completion_length": 4}
         config = DPOConfig(**(defaults | {"dynamic_beta": beta or {}} | settings))
@@ -231,7 +231,7 @@ def test_precomputed_features_are_the_live_ones(make, make_language_policy):
 def test_the_settings_are_one_sentence_where_they_do_not_fit():
     def problems(**settings):
         with pytest.raises(ConfigError) as caught:
-            parse_config(DPOConfig, {"model": "x", "output_dir": "y", "dataset": ["x"]} | settings)
+            parse_config(DPOConfig, {"model": "tiny-lm", "output_dir": "y", "dataset": ["x"]} | settings)
         return caught.value.problems
 
     assert problems(dynamic_beta=NO_PENALTY) == [

@@ -40,7 +40,7 @@ BETA = 0.4
 def trainer_of(policy, tmp_path, **settings):
     config = GRPOConfig(
         **{
-            "model": "x",
+            "model": "tiny-lm",
             "output_dir": tmp_path,
             "prompts": ["x"],
             "reward": nothing,
@@ -219,10 +219,10 @@ def make_run(make_language_policy, tmp_path):
     def make(family="llama", *, rewards=((short, 1.0),), policy=None, **settings):
         config = GRPOConfig(
             **{
-                "model": "x",
+                "model": "tiny-lm",
                 "output_dir": tmp_path / "run",
                 "prompts": ["x"],
-                "reward": "x",
+                "reward": "length",
                 "epochs": 2,
                 "samples_per_epoch": 16,
                 "sample_batch_size": 8,
@@ -487,12 +487,12 @@ def test_a_completion_without_a_reward_has_no_advantage(make_run):
 
 def test_a_reference_is_kept_where_a_setting_asks_for_one():
     def kept(kind, **settings):
-        return kind(model="x", output_dir="y", prompts=["x"], reward="x", **settings).needs_reference
+        return kind(model="tiny-lm", output_dir="y", prompts=["x"], reward="length", **settings).needs_reference
 
-    stop = {"stop_when": {"kl_above": 1.0}, "evaluation": {"reward": "x"}}
+    stop = {"stop_when": {"kl_above": 1.0}, "evaluation": {"reward": "length"}}
     for kind in (OnlineConfig, GRPOConfig):  # the first as a method of one's own has it
         assert [kept(kind), kept(kind, **stop)] == [False, True]
-    assert kept(OnlineConfig, reference_model="z")
+    assert kept(OnlineConfig, reference_model="owner/z")
     assert kept(GRPOConfig, beta=0.1)
 
 

@@ -42,7 +42,7 @@ def no_report(monkeypatch):
 @pytest.fixture
 def make(make_language_policy, tmp_path):
     def build(rows=ROWS, policy=None, *, reward=None, accelerator=None, **settings):
-        defaults = {"model": "x", "output_dir": tmp_path, "epochs": 1, "samples_per_epoch": len(rows)}
+        defaults = {"model": "tiny-lm", "output_dir": tmp_path, "epochs": 1, "samples_per_epoch": len(rows)}
         defaults |= {"sample_batch_size": len(rows), "micro_batch_size": 4, "updates_per_epoch": 1, "beta": BETA}
         defaults |= {"grid_every": 0, "max_completion_length": 4}
         defaults |= {"dataset": ["x"]} if reward is None else {"prompts": ["x"], "reward": reward, **ONLINE}
@@ -288,7 +288,7 @@ def test_an_update_with_one_label_only_has_no_margin(make, make_language_policy,
 )
 def test_settings_that_do_not_fit_are_one_sentence_each(settings, sentence):
     with pytest.raises(ConfigError) as caught:
-        parse_config(KTOConfig, {"model": "x", "output_dir": "y", "dataset": ["x"]} | settings)
+        parse_config(KTOConfig, {"model": "tiny-lm", "output_dir": "y", "dataset": ["x"]} | settings)
     assert caught.value.problems == [sentence]
 
 

@@ -33,7 +33,7 @@ BETA = 0.4
 
 def exact_trainer(policy, tmp_path, **settings):
     settings = {
-        "model": "x",
+        "model": "tiny-lm",
         "output_dir": tmp_path,
         "prompts": ["x"],
         "reward": nothing,
@@ -145,10 +145,10 @@ def make_run(make_language_policy, tmp_path):
     def make(family="llama", *, policy=None, **settings):
         config = PPOConfig(
             **{
-                "model": "x",
+                "model": "tiny-lm",
                 "output_dir": tmp_path / "run",
                 "prompts": ["x"],
-                "reward": "x",
+                "reward": "length",
                 "epochs": 2,
                 "samples_per_epoch": 16,
                 "sample_batch_size": 8,

@@ -87,7 +87,7 @@ def make_trainer(make_model, tmp_path):
     def make(model=None, rows=ROWS, *, eval_rows=(), name="run", **settings):
         changes = {"samples_per_epoch": 4, "sample_batch_size": 2, "learning_rate": 1e-2, "num_threads": 1}
         config = RewardModelConfig(
-            **{"model": "x", "output_dir": tmp_path / name, "dataset": ["not read here"], **changes, **settings}
+            **{"model": "tiny-lm", "output_dir": tmp_path / name, "dataset": ["not read here"], **changes, **settings}
         )
         return RewardModelTrainer(config, model or make_model(), rows, eval_rows=eval_rows, accelerator=Accelerator())
 
@@ -343,13 +343,13 @@ def test_a_run_that_broke_off_ends_as_the_one_that_was_left_alone(train, monkeyp
 
 def test_settings_and_models_that_do_not_fit(make_model, characters, base):
     with pytest.raises(ConfigError) as caught:
-        parse_config(RewardModelConfig, {"model": "x", "output_dir": "run", "center_coef": -1, "temperature": 1})
+        parse_config(RewardModelConfig, {"model": "tiny-lm", "output_dir": "run", "center_coef": -1, "temperature": 1})
     assert [problem.split(":")[0].split(" is ")[0] for problem in caught.value.problems] == [
         "dataset",
         "center_coef=-1",
         "unknown setting 'temperature'",
     ]
-    config = RewardModelConfig(model="x", output_dir="run", dataset="pairs.jsonl", eval_dataset=["row"])
+    config = RewardModelConfig(model="tiny-lm", output_dir="run", dataset="pairs.jsonl", eval_dataset=["row"])
     assert (config.dataset.source, config.eval_dataset.source, config.lora.rank) == ("pairs.jsonl", ["row"], 16)
     several = AutoModelForSequenceClassification.from_pretrained(base(), num_labels=3)
     with pytest.raises(UserError, match="num_labels=3"):

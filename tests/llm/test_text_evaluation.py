@@ -25,7 +25,7 @@ from diffusion_align.training.randomness import generator
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {}), PromptRow("c", [7, 8], {})]
 PAIRS = [PreferenceRow("a", [4, 5], [6, 3], [[7, 3]]), PreferenceRow("b", [9], [5], [[8, 8, 3]])]
 SETTINGS = {
-    "model": "m",
+    "model": "tiny-lm",
     "epochs": 6,
     "samples_per_epoch": 8,
     "sample_batch_size": 4,

@@ -11,6 +11,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.training import processes
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.checkpoint import list_checkpoints
+from diffusion_align.training.config import load_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,7 @@ def epochs_of(folder):
 def test_they_are_called_in_order_and_what_they_add_is_logged(tmp_path):
     noted = Noted()
     Toy(tmp_path / "run", epochs=2, callbacks=[noted]).train()
+    assert load_yaml(tmp_path / "run" / "config.yaml")["method"] == "toy:Toy"
     epochs = [[("update", 2 * n - 1), ("update", 2 * n), ("epoch", n, n)] for n in (1, 2)]
     assert noted.calls == [("start", 0, False), *epochs[0], *epochs[1], ("end", True), ("close",)]
     assert [row["mine"] for row in epochs_of(tmp_path / "run")] == [10.0, 20.0]
@@ -101,13 +103,13 @@ def test_one_that_fails_on_a_process_fails_on_all(tmp_path, monkeypatch):
     trainer.callbacks = own
     trainer.processes.accelerator, others = SimpleNamespace(num_processes=2), [None, "my own fault"]
     monkeypatch.setattr(processes, "gather_object", lambda mine: [*mine, (others.pop(0), False, False)])
-    trainer._write({"step": 1})
+    trainer._each("on_update", {"step": 1})
     assert [len(one.calls) for one in own] == [1, 1]
     assert str(trainer._failed_update) == "my own fault"
     others += ["it is not asked", "twice"]
     own[0].fail_at = 0
     with pytest.raises(UserError, match="my own fault"):
-        trainer._call_back({"epoch": 0})
+        trainer._each("on_epoch_end", {"epoch": 0})
     assert (len(own[1].calls), others, trainer.processes.failed_together) == (1, ["twice"], True)
 
 

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tiny_runs import TINY
 
 from diffusion_align.diffusion.ddpo import DDPOTrainer
@@ -16,7 +15,6 @@ from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
-from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.finite import all_finite, largest, require_finite_loss
 
 SETTINGS = TINY | {
@@ -31,20 +29,15 @@ FP16 = "set dtype=bfloat16 or dtype=float32"
 
 
 @pytest.fixture
-def run(tiny_sd, tmp_path, monkeypatch):
+def run(run_here, tiny_sd, tmp_path):
     """``run(damage, **changes)``: the trainer of a run whose pipeline ``damage`` has changed."""
-
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def train(damage=lambda pipeline: None, also=None, **changes):
         settings = SETTINGS | {"model": str(tiny_sd), "output_dir": str(tmp_path / "run")} | changes
         config = check_config(settings).model_copy(update=also or {})
         pipeline = load_pipeline(str(tiny_sd), dtype=getattr(torch, config.dtype))
         damage(pipeline)
-        try:
-            return train_as(config, pipeline=pipeline)
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
+        return run_here(config, pipeline=pipeline)
 
     return train
 

@@ -1,13 +1,20 @@
-"""Reading settings: YAML's numbers, dotted overrides, every problem at once, what is written back."""
+"""Reading settings: YAML's numbers, dotted overrides, every problem at once, what is written back; descriptions and
+bounds of every setting."""
 
-from typing import Literal
+import math
+import types
+import typing
+from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
 from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.llm.grpo import GRPOConfig
+from diffusion_align.methods import SHIPPED, method_of
+from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.training.config import (
     Section,
     TrainingConfig,
@@ -34,7 +41,7 @@ class Config(TrainingConfig):
     maybe: Inner | None = None
 
 
-BASE = {"model": "m", "output_dir": "run"}
+BASE = {"model": "emoji-sd", "output_dir": "run"}
 
 
 def problems(raw, **options):
@@ -133,10 +140,7 @@ def test_what_is_of_another_kind_is_said_in_words_of_settings(setting, value, re
 def test_missing_settings_are_named():
     with pytest.raises(ConfigError) as caught:
         parse_config(Config, {})
-    assert caught.value.problems == [
-        "model is required: set it",
-        "output_dir is required: set it",
-    ]
+    assert caught.value.problems == ["model is required: set it", "output_dir is required: set it"]
 
 
 def test_cross_checks():
@@ -166,17 +170,67 @@ def test_nothing_is_said_of_the_default_of_a_setting_that_is_wrong_by_itself():
         "unknown setting 'pairs.sourc': did you mean 'source'?",
     ]
     with pytest.raises(ConfigError) as caught:
-        DDPOConfig(**BASE | wrong, prompts=["a"], reward="r", sampler={"eta": 0})
-    assert [problem.partition("=")[0] for problem in caught.value.problems] == [
-        "samples_per_epoch",
-        "sampler.eta",
-    ]
+        DDPOConfig(**BASE | wrong, prompts=["a"], reward="aesthetic", sampler={"eta": 0})
+    assert [problem.partition("=")[0] for problem in caught.value.problems] == ["samples_per_epoch", "sampler.eta"]
     with pytest.raises(ConfigError) as caught:
         Needy(**BASE | {"limit": None, "at": 5, "updates_per_epoch": 100})
     assert caught.value.problems == [
         "limit=None is not allowed: it must be a whole number",
         "updates_per_epoch=100 is more than samples_per_epoch=64: each update needs at least one sample",
     ]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "beginnings"),
+    [
+        (
+            DDPOConfig,
+            {"model": "a/b/c", "reward": "aesthtic", "evaluation": {"reward": "length", "diversity": "/no"}},
+            [
+                "evaluation.reward 'length' scores text",
+                "evaluation.diversity: clip='/no'",
+                "unknown reward",
+                "model='a/b/c'",
+            ],
+        ),
+        (
+            DiffusionDPOConfig,
+            {"reward": ["ocr"] * 2, "reward_weights": [1.0], "mixed_precision": "fp16", "dtype": "float16"},
+            ["give either beta", "mixed_precision='fp16' needs", "reward_weights=[1.0] are 1 numbers for 2"],
+        ),
+        (
+            GRPOConfig,
+            {"reward": ["length", "x", {"name": "regex"}], "reference_model": "./gone", "beta": 0.1},
+            [
+                "unknown reward 'x'",
+                "reward 'regex'",
+                "model='emoji-sd' is an image model",
+                "reference_model='./gone' is",
+            ],
+        ),
+    ],
+)
+def test_names_are_checked_in_python_as_in_yaml(tmp_path, config_class, settings, beginnings):
+    raw = BASE | {"output_dir": tmp_path / "run", "prompts": ["a"]} | settings
+    with pytest.raises(ConfigError) as in_yaml:
+        check_config({"method": config_class.model_fields["method"].default} | raw)
+    with pytest.raises(ConfigError) as in_python:
+        config_class(**raw)
+    found = in_python.value.problems
+    assert found == in_yaml.value.problems
+    assert [[one.startswith(begins) for one in found].count(True) for begins in beginnings] == [1] * len(beginnings)
+
+
+def test_a_method_is_that_of_its_settings():
+    with pytest.raises(ConfigError, match=r"^method='grpo' does not fit DDPOConfig, which is of 'ddpo': leave it out$"):
+        DDPOConfig(**BASE, prompts=["a"], reward="aesthetic", method="grpo")
+    raw = BASE | {"prompts": ["a"], "reward": "aesthetic"}
+    assert check_config(raw | {"method": method_of("ddpo")}).method == "ddpo"
+    assert check_config(raw | {"method": Mine}).method == f"{__name__}:Mine"
+
+
+class Mine(method_of("ddpo")):
+    pass
 
 
 class Needy(Config):
@@ -235,3 +289,81 @@ def test_a_setting_beside_a_source_that_stands_alone(source):
         "evaluation": {"prompts": {"source": source, "max_rows": 2}},
     }
     assert raw["prompts"] == source
+
+
+# -- every setting of every method -------------------------------------------------------------------------------------
+
+# Bounds and limits that .inf takes away.
+MAY_BE_INFINITE = {"max_grad_norm", "stop_when.kl_above", "clip_range_nats", "clip_std", "advantage_clip", "loser_clip"}
+MAY_BE_INFINITE |= {"max_winner_error", "value_clip"}
+
+
+def numbers(model, path=""):
+    """(dotted name, the numeric type with its constraints) of every number in a settings class and its sections."""
+    for name, field in model.model_fields.items():
+        whole = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        for kind in kinds(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from numbers(kind, f"{path}{name}.")
+            elif kind in (int, float):
+                yield f"{path}{name}", whole, lambda value: value
+            elif typing.get_origin(kind) in (tuple, list):
+                inner = typing.get_args(kind)
+                if {int, float} & {one for arg in inner for one in kinds(arg)}:
+                    count = 1 if typing.get_origin(kind) is list else len(inner)
+                    yield f"{path}{name}", whole, lambda value, count=count: [value] * count
+
+
+def kinds(annotation):
+    if typing.get_origin(annotation) is Annotated:
+        return kinds(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for arg in typing.get_args(annotation) for kind in kinds(arg)]
+    return [annotation]
+
+
+CASES = {
+    f"{method}.{name}": (kind, wrap)
+    for method in SHIPPED
+    for name, kind, wrap in numbers(method_of(method).config_class)
+}
+
+
+def allowed(kind, value):
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def sections_of(model):
+    inner = [kind for field in model.model_fields.values() for kind in kinds(field.annotation)]
+    return [model, *(one for kind in inner if _is_section(kind) for one in sections_of(kind))]
+
+
+def _is_section(kind):
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_every_setting_has_a_description(method):
+    classes = sections_of(method_of(method).config_class)
+    assert len(classes) > 2
+    fields = [(one.__name__, name, field) for one in classes for name, field in one.model_fields.items()]
+    assert [(section, name) for section, name, field in fields if not field.description] == []
+
+
+def test_the_walk_finds_numbers_of_every_depth():
+    assert {"ddpo.epochs", "ddpo.sampler.eta", "grpo.lora.rank", "dpo.dynamic_beta.hidden"} <= CASES.keys()
+    assert {"ddpo.adam_betas", "grpo.reward_weights", "ppo.num_generations", "kto.dataset.max_rows"} <= CASES.keys()
+    assert len(CASES) > 150
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_number_has_two_finite_bounds(case):
+    kind, wrap = CASES[case]
+    for value in (1e300, -1e300, 10**12, -(10**12), 10**5000, math.nan, -math.inf):
+        assert not allowed(kind, wrap(value)), value
+    name = case.partition(".")[2]
+    assert allowed(kind, wrap(math.inf)) == (name in MAY_BE_INFINITE)
