@@ -1,8 +1,5 @@
 """Two real processes over gloo, with what torchrun would give them, and a run small enough for a test."""
 
-import json
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -33,14 +30,3 @@ def settings(tmp_path, tiny_sd):
         return path
 
     return write
-
-
-@pytest.fixture
-def read_rows():
-    """A function: rows of a run's metrics.jsonl without what a clock says."""
-
-    def read(folder):
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
-
-    return read

@@ -1,16 +1,12 @@
 """Diffusion-DPO in two processes: the same rows and weights as in one, every latent encoded once, nobody waits."""
 
 import json
-import re
-import runpy
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from hard_runs import rows_of
+from kills import QUICK
+from two_processes import PLAIN_STEPS, assert_same_gradients, assert_same_weights, end_in_a_sentence, run_both
 
-QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
-GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 DPO = {
     "method": "diffusion_dpo",
@@ -39,18 +35,11 @@ def noted(self, number, tensors):
     write(self, number, tensors)
 cache.LatentCache._write = noted
 """
-# Adam divides by the gradient's own size: where it is 0 but for rounding, only its sign would be compared.
-PLAIN_STEPS = """
-import torch
-class Plain(torch.optim.SGD):
-    def __init__(self, parameters, lr, betas, weight_decay, fused):
-        super().__init__(parameters, lr=lr, momentum=0.9)
-torch.optim.AdamW = Plain
-"""
 # mixed_precision=auto means what is faster, and a busy machine would choose by chance.
 SAME_PRECISION = (
     "import diffusion_align.pipelines.image_context as context\ncontext._seconds_a_pass = lambda unet, narrow: 1.0\n"
 )
+PRELUDE = FILES + PLAIN_STEPS + SAME_PRECISION
 REWARD = """
 def only_one_fails(images, prompts, metadata):
     import os
@@ -79,38 +68,17 @@ def write(settings):
     return make
 
 
-def run_both(forked, config, tmp_path, fault=""):
-    """Folders of the same run in one process and in two, and the gradients of each process."""
-    prelude = f"SCRATCH = {str(tmp_path)!r}\n" + GRADIENTS + FILES + PLAIN_STEPS + SAME_PRECISION + fault
-    folders = []
-    for processes in (1, 2):
-        folders.append(tmp_path / f"in_{processes}")
-        run = forked("train", config, f"output_dir={folders[-1]}", processes=processes, prelude=prelude, timeout=90)
-        assert not run.timed_out, run.errors
-        assert set(run.statuses) == {0}, run.errors
-    return folders, [torch.load(tmp_path / f"gradients_{name}.pt") for name in ("1_0", "2_0", "2_1")]
-
-
-def assert_same(read_rows, folders, gradients):
+def assert_same(folders, gradients):
     """Rows and weights to 1e-6, and gradients that are there to compare."""
-    one, first, second = gradients
-    assert len(one) == len(first) == len(second) > 0
-    for a, b, c in zip(one, first, second):
-        assert torch.equal(b, c), "the processes hold different sums"
-        assert a.abs().max() > 1e-4, "nothing to compare"
-        assert (a - b).abs().max() <= 5e-4 * a.abs().max()  # a small difference of large errors
-    a, b = (read_rows(folder) for folder in folders)
+    assert_same_gradients(gradients, 5e-4, least=0)  # a small difference of large errors
+    a, b = (rows_of(folder) for folder in folders)
     assert [row.keys() for row in a] == [row.keys() for row in b]
     for mine, theirs in zip(a, b):
         # Half of a pair that rounding decides.
         assert mine.pop("rewards/accuracies", 0) == pytest.approx(theirs.pop("rewards/accuracies", 0), abs=0.13)
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6 * max(1, mine.get("error/reference", 0)))
-    newest = [sorted((folder / "checkpoints").iterdir())[-1] / "trained.safetensors" for folder in folders]
-    a, b = map(load_file, newest)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], atol=1e-6, rtol=0)
-    assert any(value.abs().max() > 1e-5 for name, value in a.items() if "lora_B" in name), "the weights have not moved"
+    weights = assert_same_weights(folders)
+    assert any(value.abs().max() > 1e-5 for name, value in weights.items() if "lora_B" in name), "they have not moved"
 
 
 CASES = {
@@ -132,9 +100,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_half_the_pairs_each_is_the_same_run(forked, write, tmp_path, read_rows, case):
-    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path)
-    assert_same(read_rows, folders, gradients)
+def test_half_the_pairs_each_is_the_same_run(forked, write, tmp_path, case):
+    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path, PRELUDE)
+    assert_same(folders, gradients)
     if "online" in case:
         return
     lines = sorted((tmp_path / "written").read_text().splitlines())
@@ -155,10 +123,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_comparison_notices(forked, write, tmp_path, read_rows, fault):
-    folders, gradients = run_both(forked, write(**OFFLINE | {"epochs": 1}), tmp_path, fault=FAULTS[fault])
+def test_the_comparison_notices(forked, write, tmp_path, fault):
+    folders, gradients = run_both(forked, write(**OFFLINE | {"epochs": 1}), tmp_path, PRELUDE + FAULTS[fault])
     with pytest.raises(AssertionError):
-        assert_same(read_rows, folders, gradients)
+        assert_same(folders, gradients)
 
 
 def test_groups_stay_on_one_process(forked, write, tmp_path):
@@ -177,8 +145,7 @@ def noted(self):
 DiffusionDPOTrainer._judged = noted
 """
     config = write(**ONLINE | {"epochs": 1, "updates_per_epoch": 1})
-    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK + note, timeout=90)
-    assert run.statuses == [0, 0], run.errors
+    forked.finish("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK + note, timeout=90)
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert found[0]["keep"] == found[1]["keep"]
     assert len(found[0]["keep"]) == 4
@@ -191,14 +158,13 @@ DiffusionDPOTrainer._judged = noted
 
 
 @pytest.mark.parametrize("flat", [PROMPTS[:3], PROMPTS], ids=["three", "all"])
-def test_tied_groups_leave_processes_with_unequal_work(forked, write, tmp_path, read_rows, flat):
+def test_tied_groups_leave_processes_with_unequal_work(forked, write, tmp_path, flat):
     (tmp_path / "mine.py").write_text(REWARD)
     prompts = [{"prompt": p, "flat": p in flat} for p in PROMPTS]
     changes = {"prompts": prompts, "reward": f"{tmp_path}/mine.py:by_place", "epochs": 1, "ema_decay": 0.5}
     config = write(**ONLINE | changes)
-    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK, timeout=90)
-    assert run.statuses == [0, 0], run.errors
-    last = read_rows(tmp_path / "run")[-1]
+    forked.finish("train", config, f"output_dir={tmp_path}/run", processes=2, prelude=QUICK, timeout=90)
+    last = rows_of(tmp_path / "run")[-1]
     assert last["samples_used"] == 4 - len(flat)
     assert last["frac_reward_zero_std"] == len(flat) / 4
 
@@ -215,41 +181,27 @@ def test_tied_groups_leave_processes_with_unequal_work(forked, write, tmp_path, 
     ids=["groups", "pairs"],
 )
 def test_a_division_without_a_rest_is_asked_for(forked, write, tmp_path, changes, wanted):
-    run = forked("train", write(**changes), f"output_dir={tmp_path}/run", processes=2, timeout=60)
-    assert not run.timed_out
-    assert run.statuses == [2, 2], run.errors
-    for error in run.errors:
-        assert [line for line in error.splitlines() if line.startswith("error: ")] == [f"error: {wanted}"]
-        assert "Traceback" not in error
+    assert end_in_a_sentence(forked, write(**changes), tmp_path) == [f"error: {wanted}"] * 2
     assert not (tmp_path / "run").exists()
 
 
 def test_a_judge_that_fails_on_one_process_stops_both(forked, write, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD)
     config = write(**ONLINE | {"reward": f"{tmp_path}/mine.py:only_one_fails"})
-    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60)
-    assert not run.timed_out, "a process went on waiting for one that is gone"
-    assert run.statuses == [2, 2], run.errors
-    for error in run.errors:
-        said = [line for line in error.splitlines() if line.startswith("error: ")]
-        assert said == ["error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 5)"]
-        assert "Traceback" not in error
+    said = "error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 5)"
+    assert end_in_a_sentence(forked, config, tmp_path) == [said] * 2
     assert not (tmp_path / "run").exists()  # nothing was trained, so the same command can be run again
 
 
 def test_divergence_stops_both_processes(forked, write, tmp_path):
     changes = {"variant": "corrected", "kl_coef": 0, "learning_rate": 1.0, "max_winner_error": 1.05}
     config = write(**OFFLINE | changes | {"updates_per_epoch": 1, "checkpoint_every": 1})
-    run = forked("train", config, "lora=null", f"output_dir={tmp_path}/run", processes=2, prelude=QUICK, timeout=60)
-    assert not run.timed_out
-    assert run.statuses == [2, 2], run.errors
-    for error in run.errors:
-        assert re.fullmatch(r"error: the policy diverges: [^\n]*", error.strip().splitlines()[-1])
-        assert "Traceback" not in error
+    said = end_in_a_sentence(forked, config, tmp_path, "lora=null")
+    assert all(line.startswith("error: the policy diverges: ") for line in said)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
 
 
-def test_a_run_killed_while_encoding_goes_on_in_two_processes(forked, write, tmp_path, read_rows):
+def test_a_run_killed_while_encoding_goes_on_in_two_processes(forked, write, tmp_path):
     """One process encodes some files and is stopped; two finish; the run is as one that was left alone."""
     config = write(**OFFLINE | {"checkpoint_every": 1})
     stop = """
@@ -266,13 +218,12 @@ cache.LatentCache._write = stopped
 """
     small = QUICK + "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
-    assert forked("train", config, f"output_dir={calm}", processes=2, prelude=small).statuses == [0, 0]
+    forked.finish("train", config, f"output_dir={calm}", processes=2, prelude=small)
     run = forked("train", config, f"output_dir={stopped}", processes=2, prelude=stop, timeout=60)
     assert run.statuses == [130, 130], run.errors
     assert len(list((stopped / "latents").iterdir())) == 4
     assert [p.name for p in (stopped / "checkpoints").iterdir()] == ["step_00000000"]
-    run = forked("train", config, f"output_dir={stopped}", "resume=true", processes=2, prelude=small)
-    assert run.statuses == [0, 0], run.errors
-    assert read_rows(stopped) == read_rows(calm)
+    forked.finish("train", config, f"output_dir={stopped}", "resume=true", processes=2, prelude=small)
+    assert rows_of(stopped) == rows_of(calm)
     a, b = (sorted((f / "checkpoints").iterdir())[-1] / "trained.safetensors" for f in (calm, stopped))
     assert a.read_bytes() == b.read_bytes()

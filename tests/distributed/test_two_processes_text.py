@@ -1,19 +1,14 @@
 """Language models in two processes: the same rows, gradients and weights as in one, and nobody waits in vain."""
 
 import json
-import runpy
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from hard_runs import PREFERENCES, labels_of, rows_of
+from two_processes import PLAIN_STEPS, assert_same_gradients, assert_same_weights, end_in_a_sentence, run_both
 
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.yaml_text import dump
 
-GRADIENTS = runpy.run_path(str(Path(__file__).parent / "test_two_processes.py"))["GRADIENTS"]
-PLAIN_STEPS = runpy.run_path(str(Path(__file__).parent / "test_two_processes_dpo.py"))["PLAIN_STEPS"]
-QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 REWARDS = """
 import os
 from diffusion_align.rewards import text_of
@@ -44,18 +39,7 @@ TEXTS = ["the cat", "a dog is", "who?", "one and two"]
 # In the first epoch of two groups the first is of process 0 and the second of process 1.
 ORDER = items_of_epoch(TEXTS, 0, 0, 2)
 PROMPTS = [{"prompt": text, "letter": "a" if text == ORDER[0] else None, "tied": text == ORDER[1]} for text in TEXTS]
-PREFERENCES = [
-    {"prompt": "the cat", "chosen": " sat", "rejected": [" ran off", " is"]},
-    {"prompt": "a dog", "chosen": " is here.", "rejected": [" no"]},
-    {"prompt": "one", "chosen": " two", "rejected": [" 3", " 4 and more", "?"]},
-    {"prompt": "who", "chosen": "?", "rejected": [" is it"]},
-    {"prompt": "x + 1", "chosen": " = 2", "rejected": [" = 123"]},
-]
-LABELS = [
-    {"prompt": row["prompt"], "completion": text, "label": text == row["chosen"]}
-    for row in PREFERENCES
-    for text in (row["chosen"], row["rejected"][0])
-]
+LABELS = labels_of(PREFERENCES)
 SETTINGS = {
     "epochs": 2,
     "samples_per_epoch": 8,
@@ -110,28 +94,10 @@ def write(tmp_path, tiny_language_model):
     return make
 
 
-def run_both(forked, config, tmp_path, fault=""):
-    """Folders of the same run in one process and in two, and the gradients of each process."""
-    prelude = f"SCRATCH = {str(tmp_path)!r}\n" + GRADIENTS + PLAIN_STEPS + QUICK + fault
-    folders = []
-    for processes in (1, 2):
-        folders.append(tmp_path / f"in_{processes}")
-        run = forked("train", config, f"output_dir={folders[-1]}", processes=processes, prelude=prelude, timeout=90)
-        assert not run.timed_out, run.errors
-        assert set(run.statuses) == {0}, run.errors
-    found = [tmp_path / f"gradients_{name}.pt" for name in ("1_0", "2_0", "2_1")]
-    return folders, [torch.load(path) if path.exists() else [] for path in found]
-
-
-def assert_same(read_rows, folders, gradients, *, without=()):
+def assert_same(folders, gradients, *, without=()):
     """Rows but for the metrics ``without``, gradients and weights to rounding, and something that could differ."""
-    one, first, second = gradients
-    assert len(one) == len(first) == len(second) > 0
-    for a, b, c in zip(one, first, second):
-        assert torch.equal(b, c), "the processes hold different sums"
-        assert a.abs().max() > 1e-4, "nothing to compare"
-        assert (a - b).abs().max() <= 1e-5 * max(1.0, a.abs().max().item())
-    a, b = (read_rows(folder) for folder in folders)
+    assert_same_gradients(gradients, 1e-5)
+    a, b = (rows_of(folder) for folder in folders)
     assert [row.keys() for row in a] == [row.keys() for row in b]
     without = {"ratio/first_pass_deviation", *without}  # the first is rounding and nothing else
     for mine, theirs in zip(a, b):
@@ -139,16 +105,13 @@ def assert_same(read_rows, folders, gradients, *, without=()):
         unsure = without | {"rewards/accuracies"} if mine["step"] == 1 else without
         mine, theirs = ({k: v for k, v in row.items() if k not in unsure} for row in (mine, theirs))
         assert mine == pytest.approx(theirs, rel=1e-5, abs=5e-6)  # differences of float32 sums of tens of nats
-    a, b = (load_file(sorted((f / "checkpoints").iterdir())[-1] / "trained.safetensors") for f in folders)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], atol=1e-6, rtol=0)
+    assert_same_weights(folders)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_do_what_one_does(forked, write, tmp_path, read_rows, case):
-    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path)
-    assert_same(read_rows, folders, gradients)
+def test_two_processes_do_what_one_does(forked, write, tmp_path, case):
+    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path, PLAIN_STEPS)
+    assert_same(folders, gradients)
 
 
 # Half of the completions, those of process 1 or all, count as cut off by the limit of length.
@@ -180,10 +143,11 @@ IDLE = {
 
 
 @pytest.mark.parametrize("case", IDLE)
-def test_a_process_without_work_is_not_waited_for(forked, write, tmp_path, read_rows, case):
+def test_a_process_without_work_is_not_waited_for(forked, write, tmp_path, case):
     changes, fault, used = IDLE[case]
-    folders, gradients = run_both(forked, write(**changes | {"epochs": 1, "updates_per_epoch": 1}), tmp_path, fault)
-    [row] = [row for row in read_rows(folders[1]) if "samples_used" in row]
+    config = write(**changes | {"epochs": 1, "updates_per_epoch": 1})
+    folders, gradients = run_both(forked, config, tmp_path, PLAIN_STEPS + fault)
+    [row] = [row for row in rows_of(folders[1]) if "samples_used" in row]
     if used is None:
         assert 0 < row["samples_used"] <= 4
     else:
@@ -191,7 +155,7 @@ def test_a_process_without_work_is_not_waited_for(forked, write, tmp_path, read_
     if used == 0:
         assert gradients == [[], [], []]
     else:
-        assert_same(read_rows, folders, gradients)
+        assert_same(folders, gradients)
 
 
 WIDTHS = """
@@ -205,31 +169,26 @@ PPOTrainer._whitened = noted
 """
 
 
-def test_advantages_are_whitened_over_processes_whose_completions_differ_in_length(forked, write, tmp_path, read_rows):
+def test_advantages_are_whitened_over_processes_whose_completions_differ_in_length(forked, write, tmp_path):
     changes = ONLINE | {"method": "ppo", "num_generations": 1, "samples_per_epoch": 4, "epochs": 1}
-    folders, gradients = run_both(forked, write(**changes, max_completion_length=24), tmp_path, WIDTHS)
+    folders, gradients = run_both(forked, write(**changes, max_completion_length=24), tmp_path, PLAIN_STEPS + WIDTHS)
     widths = [int((tmp_path / f"width_{name}").read_text()) for name in ("1_0", "2_0", "2_1")]
     assert widths[1] != widths[2], "nothing to pad"
     assert max(widths[1:]) == widths[0]
-    assert_same(read_rows, folders, gradients)
+    assert_same(folders, gradients)
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo", "dpo", "kto"])
 def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, method):
     config = write(**ONLINE | {"method": method, "reward": ["only_one_fails"]})
-    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
-    assert not run.timed_out, "a process went on waiting for one that is gone"
-    assert run.statuses == [2, 2], run.errors
-    for error in run.errors:
-        said = error.strip().splitlines()[-1]
-        assert said == "error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 16)"
-        assert "Traceback" not in error
+    said = "error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 16)"
+    assert end_in_a_sentence(forked, config, tmp_path) == [said] * 2
     assert not (tmp_path / "run").exists()  # nothing was trained, so the same command can be run again
 
 
 def test_a_check_that_fails_on_one_process_ends_both_and_one_says_what_is_left_out(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "grpo", "loss_type": "grpo", "reward": ["only_one_refuses"]})
-    run = forked("train", config, "method=kto", f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
+    run = forked("train", config, "method=kto", f"output_dir={tmp_path}/run", processes=2, timeout=60)
     assert not run.timed_out, "a process went on waiting for one that is gone"
     assert run.statuses == [2, 2], run.errors
     first, second = (error.strip().splitlines() for error in run.errors)
@@ -240,28 +199,21 @@ def test_a_check_that_fails_on_one_process_ends_both_and_one_says_what_is_left_o
 
 def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "kto", "reward": ["silent"]})
-    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60, prelude=QUICK)
-    assert not run.timed_out
-    assert run.statuses == [2, 2], run.errors
     said = f"error: no reward has anything to say about sample 0 (prompt {ORDER[1]!r}): at least one must return"
-    for error in run.errors:
-        assert said in error
-        assert "Traceback" not in error
+    assert all(line.startswith(said) for line in end_in_a_sentence(forked, config, tmp_path))
 
 
 def test_a_prompts_completions_that_would_be_divided_are_refused(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "dpo", "samples_per_epoch": 12, "sample_batch_size": 3})
-    run = forked("train", config, f"output_dir={tmp_path}/run", processes=2, timeout=60)
-    assert run.statuses == [2, 2], run.errors
-    for error in run.errors:
-        assert "error: samples_per_epoch=12 must be a multiple of num_generations=4 x 2 processes" in error
+    said = "error: samples_per_epoch=12 must be a multiple of num_generations=4 x 2 processes"
+    assert all(line.startswith(said) for line in end_in_a_sentence(forked, config, tmp_path))
     assert not (tmp_path / "run").exists()
 
 
 def test_one_process_writes_what_is_shown(forked, write, tmp_path):
     """The main one, while the other goes on; and completions do not depend on how many there are."""
     config = write(**CASES["grpo, KL in the reward"] | {"grid_every": 1, "epochs": 1, "learning_rate": 1e-6})
-    folders, _ = run_both(forked, config, tmp_path)
+    folders, _ = run_both(forked, config, tmp_path, PLAIN_STEPS)
     names = ["before_after.jsonl", "epoch_0000.jsonl", "epoch_0001.jsonl"]
     one, two = ([(folder / "samples" / name).read_text() for name in names] for folder in folders)
     assert one == two

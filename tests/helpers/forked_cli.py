@@ -96,6 +96,12 @@ class ForkedCli:
     def __call__(self, *arguments: object, timeout: float = 120, **options: object) -> Run:
         return self.wait(self.start(*arguments, **options), timeout)  # type: ignore[arg-type]
 
+    def finish(self, *arguments: object, **options: object) -> Run:
+        """The same of a command that must end well."""
+        run = self(*arguments, **options)
+        assert set(run.statuses) == {0}, run.errors
+        return run
+
     def _ask(self, request: object) -> object:
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()

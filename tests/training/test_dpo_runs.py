@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import runpy
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from hard_runs import HARD_RUN, assert_same_run, rows_of
+from kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,35 +22,12 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline
-from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.optimization import Optimization
 
-_here = Path(__file__).parent
-NOISY = runpy.run_path(str(_here / "conftest.py"))["NOISY"]
-_interrupted = runpy.run_path(str(_here / "test_interrupt_and_resume.py"))
-KILL, HOOK, QUICK = (_interrupted[name] for name in ("KILL", "HOOK", "QUICK"))
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
-# As in conftest.py, every part of the state matters: the rate changes each step and an average is kept.
-SETTINGS = {
-    "method": "diffusion_dpo",
-    "beta": 0.5,
-    "epochs": 4,
-    "samples_per_epoch": 4,
-    "sample_batch_size": 2,
-    "micro_batch_size": 3,
-    "updates_per_epoch": 2,
-    "learning_rate": 1e-3,
-    "lr_schedule": "cosine",
-    "warmup_steps": 2,
-    "ema_decay": 0.9,
-    "sampler": {"steps": 3, "guidance_scale": 1.0},
-    "lora": {"rank": 2},
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "grid_every": 0,
-    "num_threads": 1,
-}
+OF_DDPO = ("reward", "prompts", "history_size", "history_min_count", "model", "output_dir")
+CHANGES = {"method": "diffusion_dpo", "beta": 0.5, "epochs": 4, "micro_batch_size": 3, "keep_checkpoints": 1}
+SETTINGS = {name: value for name, value in HARD_RUN.items() if name not in OF_DDPO} | CHANGES
 OFFLINE = {"pairs": {"source": "emoji_style", "max_pairs": 6}}
 ONLINE = {"prompts": PROMPTS, "group_size": 2}
 CORRECTED = {
@@ -60,88 +38,41 @@ CORRECTED = {
     "decisions_per_pair": 2,
     "target": "posterior_sample",
 }
-KINDS = {
-    "offline": OFFLINE,
-    "online": ONLINE,
-    "offline, corrected": OFFLINE | CORRECTED,
-}
+KINDS = {"offline": OFFLINE, "online": ONLINE, "offline, corrected": OFFLINE | CORRECTED}
 # Two pairs a file, so that six pairs take three.
 SMALL_FILES = "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
-
-
-def place(owner, name, n, *, after=False):
-    """Python that sets what HOOK reads: the ``n``-th pass through ``owner.name``."""
-    module, _, cls = owner.rpartition(".")
-    return f"from {module} import {cls} as owner\nname, n, after = {name!r}, {n}, {after}\n"
-
-
-REPLACE = """
-import diffusion_align.writing as writing
-rename = writing.rename
-class owner: chosen = staticmethod(rename)
-name, n, after = "chosen", 1, {after}
-writing.rename = lambda source, target: (owner.chosen if {part!r} in str(target) else rename)(source, target)
-"""
 CACHE = "diffusion_align.diffusion.latent_cache"
-ENCODING = {
-    "while encoding": place(f"{CACHE}.LatentCache", "_encode", 1),
-    "before latents are renamed": REPLACE.format(part="latents/", after=False),
-    "after latents are renamed": REPLACE.format(part="latents/", after=True),
-}
-TRAINING = {
-    "between two updates": place("diffusion_align.training.optimization.Optimization", "step", 2),
-    "after the row, before the checkpoint": place("diffusion_align.training.trainer.Trainer", "save", 1),
-    "before a checkpoint is renamed": REPLACE.format(part="checkpoints/step_", after=False),
-    "after a checkpoint is renamed": REPLACE.format(part="checkpoints/step_", after=True),
-}
+ENCODING = place(f"{CACHE}.LatentCache", "_encode", 1)
+ENCODED = {"after latents are renamed": renaming("latents/", after=True)}
 READING = {"while reading": place(f"{CACHE}.LatentCache", "read", 2)}
 DRAWING = {"while drawing": place("diffusion_align.diffusion.policy.DenoisingPolicy", "decode", 3)}
-OFFLINE_PLACES = {"after latents are renamed": ENCODING["after latents are renamed"]} | TRAINING | READING
 LOOKING_BACK = {
-    "between the two passes over an epoch": place("diffusion_align.training.optimization.Optimization", "step", 7),
+    "between the two passes over an epoch": place(STEP, "step", 7),
     "while looking back": place("diffusion_align.diffusion.dpo.DiffusionDPOTrainer", "_with_reference_means", 2),
 }
-STOP = """
-import os, signal
-def die():
-    os.kill(os.getpid(), signal.SIGINT)
-    globals()["die"] = lambda: None  # a second one would end the run at once
-"""
+MOMENTS = {"offline": ENCODED | UPDATING | READING, "online": UPDATING | DRAWING, "offline, corrected": LOOKING_BACK}
 
 
 @pytest.fixture(scope="module")
-def calm(forked, tiny_sd, tmp_path_factory):
-    """``calm(kind)``: configuration and folder of a run of that kind that was left alone; one for all tests."""
-    runs = {}
+def calm(left_alone, tiny_sd):
+    def settings(scratch, kind):
+        reward = {"reward": f"{scratch}/noisy.py:noisy"} if "online" in kind else {}
+        return SETTINGS | {"model": str(tiny_sd)} | KINDS[kind] | reward
 
-    def make(kind):
-        if kind not in runs:
-            scratch = tmp_path_factory.mktemp("calm")
-            (scratch / "noisy.py").write_text(NOISY)
-            changes = KINDS[kind] | ({"reward": f"{scratch}/noisy.py:noisy"} if "online" in kind else {})
-            config = scratch / "tiny.yaml"
-            config.write_text(yaml.safe_dump(SETTINGS | {"model": str(tiny_sd), "output_dir": "run"} | changes))
-            run = forked("train", config, f"output_dir={scratch}/run", prelude=SMALL_FILES)
-            assert run.status == 0, run.error
-            runs[kind] = config, scratch / "run"
-        return runs[kind]
-
-    return make
+    return left_alone(settings, SMALL_FILES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kills_change_nothing(forked, calm, tmp_path, assert_same_run, read_rows, kind):
+def test_kills_change_nothing(forked, calm, tmp_path, kind):
     """One run, killed once at each of the places; whatever it had written by then is what the calm run wrote."""
     (config, left_alone), harried = calm(kind), tmp_path / "harried"
-    expected = read_rows(left_alone)
-    places = {"offline": OFFLINE_PLACES, "online": TRAINING | DRAWING}.get(kind, LOOKING_BACK)
-    for moment, hook in places.items():
+    expected = rows_of(left_alone)
+    for moment, hook in MOMENTS[kind].items():
         run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=SMALL_FILES + KILL + hook + HOOK)
         assert run.status == -signal.SIGKILL, (moment, run)
-        written = read_rows(harried) if (harried / "metrics.jsonl").exists() else []
+        written = rows_of(harried) if (harried / "metrics.jsonl").exists() else []
         assert written == expected[: len(written)], moment
-    run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=SMALL_FILES + QUICK)
-    assert run.status == 0, run.error
+    forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=SMALL_FILES + QUICK)
     assert_same_run(harried, left_alone)
     assert_same_latents(harried, left_alone)
     assert not list(harried.rglob(".*")), "something aside was left behind"
@@ -155,21 +86,20 @@ def assert_same_latents(folder, other):
 
 def test_a_kill_while_encoding_leaves_nothing_aside(forked, calm, tmp_path):
     (config, _), folder = calm("offline"), tmp_path / "run"
-    hook = SMALL_FILES + KILL + ENCODING["before latents are renamed"] + HOOK
+    hook = SMALL_FILES + KILL + renaming("latents/", after=False) + HOOK
     assert forked("train", config, f"output_dir={folder}", prelude=hook).status == -signal.SIGKILL
-    run = forked("train", config, f"output_dir={folder}", "resume=true", prelude=SMALL_FILES + QUICK)
-    assert run.status == 0, run.error
+    forked.finish("train", config, f"output_dir={folder}", "resume=true", prelude=SMALL_FILES + QUICK)
     assert [p.suffix for p in (folder / "latents").iterdir()] == [".safetensors"] * 3
 
 
 @pytest.mark.parametrize("kind", ["offline", "online", "offline, corrected"])
-def test_signals_change_nothing(forked, calm, tmp_path, assert_same_run, kind):
+def test_signals_change_nothing(forked, calm, tmp_path, kind):
     """Ctrl-C at several places, with checkpoints far apart, so that only the signal can have written one."""
     (config, left_alone), stopped = calm(kind), tmp_path / "stopped"
     arguments = ["train", config, f"output_dir={stopped}", "resume=true", "checkpoint_every=100"]
-    collecting = {"encoding": ENCODING["while encoding"]} if "offline" in kind else DRAWING
+    collecting = {"encoding": ENCODING} if "offline" in kind else DRAWING
     updates = 4 if "corrected" in kind else 2
-    places = collecting | {"updating": TRAINING["between two updates"]}
+    places = collecting | {"updating": UPDATING["between two updates"]}
     for finished, (moment, hook) in zip(((0, 1) if "offline" in kind else (1, 2)), places.items()):
         run = forked(*arguments, prelude=SMALL_FILES + STOP + hook + HOOK)
         assert run.status == 130, (moment, run)
@@ -179,8 +109,7 @@ def test_signals_change_nothing(forked, calm, tmp_path, assert_same_run, kind):
         assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{updates * finished:08d}"]
         if moment == "encoding":  # the file that was begun is finished, the others wait
             assert [p.name for p in (stopped / "latents").iterdir()] == ["00000.safetensors"]
-    run = forked(*arguments, prelude=SMALL_FILES + QUICK)
-    assert run.status == 0, run.error
+    forked.finish(*arguments, prelude=SMALL_FILES + QUICK)
     assert_same_run(stopped, left_alone)
 
 
@@ -240,39 +169,23 @@ def picture_pairs(tmp_path_factory):
 
 
 @pytest.fixture
-def train(model_path, picture_pairs, tmp_path, monkeypatch):
-    """``train(model, **changes)``: the finished trainer and its rows."""
-
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+def train(train, model_path, picture_pairs):
+    """``train(model, name, **changes)``: the finished trainer and its rows."""
 
     def run(model="tiny_sd", name="run", **changes):
         source = {} if "prompts" in changes else {"pairs": str(picture_pairs)}
-        settings = SETTINGS | QUIET | {"model": model_path(model), "output_dir": str(tmp_path / name)}
-        trainer = train_as(check_config(settings | source | changes))
-        return trainer, [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return train(SETTINGS | QUIET | source, name, **{"model": model_path(model)} | changes)
 
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return run
 
 
 def updates(rows):
     return [row for row in rows if "loss" in row]
 
 
-EVERY_UPDATE = {
-    "loss",
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/chosen",
-    "rewards/rejected",
-    "error/winner",
-    "error/loser",
-    "error/winner_ratio",
-    "kl/winner",
-    "kl/loser",
-    "weight",
-    "grad_norm",
-}
+OF_REWARDS = {f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected")}
+OF_ERRORS = {"error/winner", "error/loser", "error/winner_ratio", "kl/winner", "kl/loser"}
+EVERY_UPDATE = {"loss", "weight", "grad_norm"} | OF_REWARDS | OF_ERRORS
 
 
 @pytest.mark.parametrize("source", ["offline", "online"])
@@ -420,8 +333,8 @@ def test_prediction_types_agree_where_the_latents_are_the_same(train, tmp_path):
     for model in ("tiny_sd", "tiny_sd2"):
         trainer, _ = train(model, model, epochs=1)
         stored = load_file(tmp_path / model / "latents" / "00000.safetensors")
-        for place, side in enumerate(("chosen", "rejected")):
-            pictures = torch.stack([trainer.pairs.pictures(i, (16, 16))[place] for i in range(6)])
+        for i, side in enumerate(("chosen", "rejected")):
+            pictures = torch.stack([trainer.pairs.pictures(pair, (16, 16))[i] for pair in range(6)])
             torch.testing.assert_close(stored[side], trainer.policy.encode_images(pictures), atol=1e-6, rtol=0)
         assert not torch.equal(stored["chosen"], stored["rejected"])
 
@@ -492,7 +405,7 @@ DIVERGED = (
 
 
 @pytest.mark.parametrize("updates_per_epoch", [1, 2])
-def test_a_run_that_diverges_stops_with_a_sentence(forked, calm, tmp_path, read_rows, updates_per_epoch):
+def test_a_run_that_diverges_stops_with_a_sentence(forked, calm, tmp_path, updates_per_epoch):
     """With one update an epoch the first epoch is finished and its checkpoint stands; with two it is not."""
     config = tmp_path / "tiny.yaml"
     settings = yaml.safe_load(calm("offline")[0].read_text())
@@ -507,7 +420,7 @@ def test_a_run_that_diverges_stops_with_a_sentence(forked, calm, tmp_path, read_
         assert "Traceback" not in run.error
         checkpoints = [p.name for p in folder.glob("checkpoints/*")]
         assert checkpoints == (["step_00000001"] if updates_per_epoch == 1 else [])
-        assert [row["step"] for row in read_rows(folder) if "loss" in row] == [1]
+        assert [row["step"] for row in rows_of(folder) if "loss" in row] == [1]
         assert not (folder / "final").exists()
 
 
@@ -538,7 +451,7 @@ def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(change, forked, ca
     settings = yaml.safe_load(calm("offline")[0].read_text()) | QUIET | {"pairs": str(source), "epochs": 1}
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(settings))
-    assert forked("train", config, f"output_dir={tmp_path}/run", prelude=QUICK).status == 0
+    forked.finish("train", config, f"output_dir={tmp_path}/run", prelude=QUICK)
     (source / "pairs.jsonl").write_text("".join(change(lines)))
     run = forked("train", config, f"output_dir={tmp_path}/run", "resume=true", "epochs=2", prelude=QUICK)
     assert "Traceback" not in run.error

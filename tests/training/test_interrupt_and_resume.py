@@ -4,20 +4,16 @@ import contextlib
 import json
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from hard_runs import HARD_RUN, assert_same_run, rows_of
+from kills import HOOK, KILL, QUICK, STEP, UPDATING, place
 from safetensors.torch import load_file
-
-_shared = runpy.run_path(str(Path(__file__).parent / "conftest.py"))
-SETTINGS, NOISY = _shared["SETTINGS"], _shared["NOISY"]
 
 
 def epochs_logged(folder):
@@ -30,13 +26,10 @@ def epochs_logged(folder):
 def epochs_kept(folder):
     """Epochs that no resume runs again. A row may be logged and its checkpoint not yet written when the kill comes."""
     newest = max((path.name for path in (folder / "checkpoints").glob("step_*")), default="step_0")
-    return int(newest.removeprefix("step_")) // SETTINGS["updates_per_epoch"]
+    return int(newest.removeprefix("step_")) // HARD_RUN["updates_per_epoch"]
 
 
-QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
-
-
-def test_three_kills_at_random_moments_change_nothing(forked, settings, tiny_sd, tmp_path, assert_same_run):
+def test_three_kills_at_random_moments_change_nothing(forked, settings, tiny_sd, tmp_path):
     """The last to resume is an interpreter of its own, which shares nothing with those before but the files."""
     config = settings(model=str(tiny_sd), epochs=7)  # the kills end at the fifth
     calm, harried = tmp_path / "calm", tmp_path / "harried"
@@ -64,87 +57,40 @@ def test_three_kills_at_random_moments_change_nothing(forked, settings, tiny_sd,
     assert_same_run(harried, calm)
 
 
-KILL = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
-# Each is run in the process before the command and kills it at one exact place, at the n-th pass through it.
 MOMENTS = {
-    "while sampling": """
-from diffusion_align.diffusion.policy import DenoisingPolicy as owner
-name, n, after = "decode", 4, False
-""",
-    "between two optimizer steps": """
-from diffusion_align.training.optimization import Optimization as owner
-name, n, after = "step", 2, False
-""",
-    "after the row, before the checkpoint": """
-from diffusion_align.training.trainer import Trainer as owner
-name, n, after = "save", 1, False
-""",
-    "before a checkpoint is renamed": """
-import diffusion_align.writing as writing
-rename = writing.rename
-class owner: chosen = staticmethod(rename)
-name, n, after = "chosen", 1, False
-writing.rename = lambda a, b: (owner.chosen if "checkpoints/step_" in str(b) else rename)(a, b)
-""",
-    "after a checkpoint is renamed, the old ones still there": """
-import diffusion_align.writing as writing
-rename = writing.rename
-class owner: chosen = staticmethod(rename)
-name, n, after = "chosen", 1, True
-writing.rename = lambda a, b: (owner.chosen if "checkpoints/step_" in str(b) else rename)(a, b)
-""",
-    "within a row": """
-from diffusion_align.training.callbacks import MetricsLog as owner
+    "while sampling": place("diffusion_align.diffusion.policy.DenoisingPolicy", "decode", 4),
+    **UPDATING,
+    "within a row": place("diffusion_align.training.callbacks.MetricsLog", "write", 2)
+    + """
 def torn(self, row):
     with self.path.open("a") as file:
         file.write('{"step": 1')
-name, n, after = "write", 2, False
 die_now = die
 def die():
     torn(self_of[0], {})
     die_now()
 """,
 }
-HOOK = """
-original, passes, self_of = getattr(owner, name), [0], [None]
-def hooked(*arguments, **options):
-    self_of[0] = arguments[0]
-    passes[0] += 1
-    if passes[0] == n and not after:
-        die()
-    result = original(*arguments, **options)
-    if passes[0] == n:
-        die()
-    return result
-setattr(owner, name, staticmethod(hooked) if isinstance(owner.__dict__[name], staticmethod) else hooked)
-"""
 
 
 @pytest.fixture(scope="module")
-def calm(forked, tiny_sd, tmp_path_factory):
+def calm(left_alone, tiny_sd):
     """(config, folder) of a run on a tiny model that was left alone; its reward draws from the global random states."""
-    scratch = tmp_path_factory.mktemp("calm")
-    (scratch / "noisy.py").write_text(NOISY)
-    config = scratch / "tiny.yaml"
-    changes = {"model": str(tiny_sd), "reward": f"{scratch}/noisy.py:noisy", "keep_checkpoints": 1, "epochs": 7}
-    config.write_text(yaml.safe_dump(SETTINGS | changes))
-    run = forked("train", config, f"output_dir={scratch}/run")
-    assert run.status == 0, run.error
-    return config, scratch / "run"
+    changes = {"model": str(tiny_sd), "keep_checkpoints": 1, "epochs": 7}
+    return left_alone(lambda scratch, _: HARD_RUN | changes | {"reward": f"{scratch}/noisy.py:noisy"})(None)
 
 
-def test_kills_at_every_delicate_place_change_nothing(forked, calm, tmp_path, assert_same_run, read_rows):
+def test_kills_at_every_delicate_place_change_nothing(forked, calm, tmp_path):
     """One run, killed once at each of the moments, every time within the first epoch or two after the resume."""
     (config, left_alone), harried = calm, tmp_path / "harried"
-    expected = read_rows(left_alone)
+    expected = rows_of(left_alone)
     for moment, hook in MOMENTS.items():
         run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=KILL + hook + HOOK)
         assert run.status == -signal.SIGKILL, (moment, run)
         written = [json.loads(line) for line in whole_lines(harried / "metrics.jsonl")]
-        untimed = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in written]
-        assert untimed == expected[: len(untimed)], moment
-    run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK)
-    assert run.status == 0, run.error
+        written = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in written]
+        assert written == expected[: len(written)], moment
+    forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK)
     assert_same_run(harried, left_alone)
     assert not list(harried.rglob(".*")), "something aside was left behind"
 
@@ -170,15 +116,14 @@ FAULTS = {
 @pytest.mark.parametrize("part", FAULTS)
 def test_the_comparison_notices_a_part_that_is_not_restored(forked, calm, tmp_path, assert_same_run, part):
     (config, left_alone), harried = calm, tmp_path / "harried"
-    moment = KILL + MOMENTS["between two optimizer steps"].replace("2, False", "6, False") + HOOK
+    moment = KILL + place(STEP, "step", 6) + HOOK
     assert forked("train", config, f"output_dir={harried}", prelude=moment).status == -signal.SIGKILL
-    run = forked("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK + FAULTS[part])
-    assert run.status == 0, run.error
+    forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK + FAULTS[part])
     with pytest.raises(AssertionError):
         assert_same_run(harried, left_alone)
 
 
-def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path, assert_same_run):
+def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path):
     """Ctrl-C once, SIGTERM once; with checkpoints far apart, so that only the signal can have written one."""
     (config, left_alone), stopped = calm, tmp_path / "stopped"
     arguments = ["train", config, f"output_dir={stopped}", "resume=true", "checkpoint_every=100"]
@@ -195,8 +140,7 @@ def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path, a
         finished = epochs_logged(stopped)
         assert said == f"stopped after epoch {finished} of 7; go on with resume=true output_dir={stopped}"
         assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{2 * finished:08d}"]
-    run = forked(*arguments, prelude=QUICK)
-    assert run.status == 0, run.error
+    forked.finish(*arguments, prelude=QUICK)
     assert_same_run(stopped, left_alone)
 
 
@@ -230,17 +174,15 @@ checkpoint.shutil = type("shutil", (), {"rmtree": rmtree})
     run = forked("train", config, f"output_dir={folder}", prelude=stop + die)
     assert run.status in (130, -signal.SIGKILL), run  # killed only if it would have deleted the checkpoint
     assert [p.name for p in (folder / "checkpoints").glob("step_*")] == ["step_00000002"]
-    run = forked("train", config, f"output_dir={folder}", "resume=true")
-    assert run.status == 0, run.error
+    forked.finish("train", config, f"output_dir={folder}", "resume=true")
 
 
-def test_more_epochs_can_be_added_to_a_finished_run(forked, settings, tiny_sd, tmp_path, read_rows):
+def test_more_epochs_can_be_added_to_a_finished_run(forked, settings, tiny_sd, tmp_path):
     config = settings(model=str(tiny_sd), epochs=1, lr_schedule="constant", warmup_steps=0)
     folder, straight = tmp_path / "run", tmp_path / "straight"
     for arguments in ([folder], [folder, "resume=true", "epochs=2"], [straight, "epochs=2"]):
-        run = forked("train", config, f"output_dir={arguments[0]}", *arguments[1:], prelude=QUICK)
-        assert run.status == 0, run.error
-    assert read_rows(folder) == read_rows(straight)
+        forked.finish("train", config, f"output_dir={arguments[0]}", *arguments[1:], prelude=QUICK)
+    assert rows_of(folder) == rows_of(straight)
 
 
 def test_the_average_is_what_final_holds_and_the_checkpoint_keeps_both(calm):

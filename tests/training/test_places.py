@@ -24,47 +24,32 @@ def here(tmp_path, monkeypatch):
     return folder
 
 
+def settings(folder, first="./"):
+    """Of every kind: those that lead to a file of ``folder``, and those that stay."""
+    parts = [
+        f"{folder}mine.py:f",
+        "jpeg_compressibility",
+        {"name": "combine", "rewards": [{"name": f"{folder}mine.py:g", "scale": 2}], "weights": [1]},
+        {"name": "aesthetic", "head": f"{folder}head.pt", "clip": "openai/clip-vit-large-patch14"},
+        {"name": "exact_match", "column": "animals"},  # a column, though a file is called so
+        {"name": "pkg.mod:f", "table": f"{folder}models/sd"},
+    ]
+    held_out = {"reward": f"{folder}mine.py:g", "prompts": {"source": f"{folder}prompts.txt"}}
+    return {
+        "model": f"{folder}models/sd",
+        "reference_model": "owner/name",
+        "prompts": f"{folder}prompts.txt",
+        "dataset": {"source": f"{first}prompts.txt", "max_rows": 3},
+        "pairs": "emoji_style",
+        "reward": parts,
+        "evaluation": held_out | {"diversity": f"{folder}models/sd"},
+        "output_dir": f"{folder}runs/a",
+        "epochs": 3,
+    }
+
+
 def test_paths_become_absolute_and_names_stay(here):
-    settings = {
-        "model": "models/sd",
-        "reference_model": "owner/name",
-        "prompts": "prompts.txt",
-        "dataset": {"source": "./prompts.txt", "max_rows": 3},
-        "pairs": "emoji_style",
-        "reward": [
-            "mine.py:f",
-            "jpeg_compressibility",
-            {"name": "combine", "rewards": [{"name": "mine.py:g", "scale": 2}], "weights": [1]},
-            {"name": "aesthetic", "head": "head.pt", "clip": "openai/clip-vit-large-patch14"},
-            {"name": "exact_match", "column": "animals"},  # a column, though a file is called so
-            {"name": "pkg.mod:f", "table": "models/sd"},
-        ],
-        "evaluation": {"reward": "mine.py:g", "prompts": {"source": "prompts.txt"}, "diversity": "models/sd"},
-        "output_dir": "runs/a",
-        "epochs": 3,
-    }
-    assert absolute_paths(settings) == {
-        "model": f"{here}/models/sd",
-        "reference_model": "owner/name",
-        "prompts": f"{here}/prompts.txt",
-        "dataset": {"source": f"{here}/prompts.txt", "max_rows": 3},
-        "pairs": "emoji_style",
-        "reward": [
-            f"{here}/mine.py:f",
-            "jpeg_compressibility",
-            {"name": "combine", "rewards": [{"name": f"{here}/mine.py:g", "scale": 2}], "weights": [1]},
-            {"name": "aesthetic", "head": f"{here}/head.pt", "clip": "openai/clip-vit-large-patch14"},
-            {"name": "exact_match", "column": "animals"},
-            {"name": "pkg.mod:f", "table": f"{here}/models/sd"},
-        ],
-        "evaluation": {
-            "reward": f"{here}/mine.py:g",
-            "prompts": {"source": f"{here}/prompts.txt"},
-            "diversity": f"{here}/models/sd",
-        },
-        "output_dir": f"{here}/runs/a",
-        "epochs": 3,
-    }
+    assert absolute_paths(settings("")) == settings(f"{here}/", f"{here}/")
     rows, function = ["a cat", {"prompt": "a dog"}], len
     given = {"model": "emoji-sd", "prompts": rows, "reward": function, "base_config": None}
     assert absolute_paths(given) == given  # the embedded model, though a folder is called so
@@ -132,9 +117,9 @@ def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
 
 
 def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(tmp_path):
-    moved, settings = tmp_path / "moved", read_settings("grpo_tiny", [f"output_dir={tmp_path / 'run'}"])
+    moved, raw = tmp_path / "moved", read_settings("grpo_tiny", [f"output_dir={tmp_path / 'run'}"])
     (moved / "checkpoints").mkdir(parents=True)
-    (moved / "config.yaml").write_text(dump_config(check_config(settings)))
+    (moved / "config.yaml").write_text(dump_config(check_config(raw)))
     source = str(moved / "config.yaml")
     with pytest.raises(ConfigError, match=rf"/run' is not there: if it was moved, set output_dir={moved}$"):
         read_config(source, ["resume=true"])

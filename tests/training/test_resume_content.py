@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import TINY
 
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.run_folder import LOCK_FILE, FolderLock
@@ -33,17 +31,9 @@ def sampler(scheduler, steps, options):
 """
 
 
-def run(**settings):
-    try:
-        return train_as(check_config(TINY | settings))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(autouse=True)
-def _no_reports(monkeypatch):
-
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+@pytest.fixture
+def run(run_here):
+    return lambda **settings: run_here(TINY | settings)
 
 
 @pytest.fixture
@@ -74,7 +64,7 @@ def settings_in(folder, **changes):
 
 
 @pytest.fixture
-def begun(place):
+def begun(place, run):
     """That folder, with a run of one epoch in it."""
     run(**settings_in(place))
     return place
@@ -100,7 +90,7 @@ CHANGES = {
 }
 
 
-def test_changed_content_is_another_run(begun):
+def test_changed_content_is_another_run(begun, run):
     """Each change alone, under the same names, is refused and named; the state of the run stays as it was."""
     keep = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file() and "__pycache__" not in str(path)}
     for what, (change, file) in CHANGES.items():
@@ -118,7 +108,7 @@ def test_changed_content_is_another_run(begun):
     assert run(**settings_in(begun, resume=True, epochs=2)).epoch == 2
 
 
-def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted(begun, capfd):
+def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted(begun, run, capfd):
     """Moved to another folder, and the prompts in another kind of file; then the reward is corrected."""
     moved = begun / "moved"
     moved.mkdir()
@@ -175,7 +165,7 @@ def pairs_folder(folder):
     (folder / "pairs" / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_overwritten_images_of_pairs(place):
+def test_overwritten_images_of_pairs(place, run):
     pairs_folder(place)
     settings = {"method": "diffusion_dpo", "model": f"{place}/model", "pairs": f"{place}/pairs", "beta": 1.0}
     settings |= {"output_dir": f"{place}/run"}
@@ -201,7 +191,7 @@ def test_overwritten_images_of_pairs(place):
     assert (place / "run" / "latents" / "00000.safetensors").read_bytes() != latents
 
 
-def test_a_run_that_fails_before_anything_is_trained_leaves_no_folder(place, monkeypatch):
+def test_a_run_that_fails_before_anything_is_trained_leaves_no_folder(place, run):
     """And none is advised to be resumed; one that fails later is, but not again where it failed before."""
     calls = []
 
@@ -239,7 +229,7 @@ def test_a_run_that_fails_before_anything_is_trained_leaves_no_folder(place, mon
     assert run(**settings | {"reward": fails_after(99), "resume": True}).epoch == 3
 
 
-def test_a_kill_while_trackers_start_leaves_a_run_that_can_be_resumed(place, monkeypatch):
+def test_a_kill_while_trackers_start_leaves_a_run_that_can_be_resumed(place, run, monkeypatch):
     def killed(self, *arguments, **options):
         (place / "run" / "diffusion-align").mkdir()
         raise KeyboardInterrupt  # as a kill: nothing is tidied up
@@ -254,7 +244,7 @@ def test_a_kill_while_trackers_start_leaves_a_run_that_can_be_resumed(place, mon
     assert run(**settings, resume=True).epoch == 1
 
 
-def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_free_one_is_new(place):
+def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_free_one_is_new(place, run, run_here):
     settings = settings_in(place, evaluation=None)
     folder = Path(settings["output_dir"])
     folder.mkdir()
@@ -264,8 +254,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded_and_a_free_one_is_
     (folder / LOCK_FILE).write_text("1 elsewhere\n")  # of a process that was killed
     config = check_config(TINY | settings)
     with FolderLock(folder), pytest.raises(UserError, match="is in use by process"):
-        train_as(config)  # both began at once
-    AcceleratorState._reset_state(reset_partial_state=True)
+        run_here(config)  # both began at once
     assert not list(folder.iterdir())
     seen = []
 

@@ -1,15 +1,14 @@
 """DDPO whose reward another process serves: the same run, also when that process is killed; and how to go on."""
 
 import os
-import runpy
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import yaml
+from hard_runs import HARD_RUN, assert_same_run, rows_of
+from kills import QUICK
 
-SETTINGS = runpy.run_path(str(Path(__file__).parent / "conftest.py"))["SETTINGS"]
 SERVED = {
     "samples_per_epoch": 8,
     "sample_batch_size": 4,
@@ -18,7 +17,6 @@ SERVED = {
     "epochs": 2,
     "sampler": {"steps": 2, "guidance_scale": 1.0},
 }
-QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 # Requests: one before training, then two an epoch. The process dies with a request of the second epoch in its hands.
 DIES = """
 import os, signal
@@ -83,7 +81,7 @@ def train(forked):
 def here(train, tmp_path_factory):
     """Folder of the run that computes the same reward itself."""
     scratch = tmp_path_factory.mktemp("here")
-    (scratch / "tiny.yaml").write_text(yaml.safe_dump(SETTINGS | SERVED | {"reward": "aesthetic"}))
+    (scratch / "tiny.yaml").write_text(yaml.safe_dump(HARD_RUN | SERVED | {"reward": "aesthetic"}))
     run = train(scratch / "tiny.yaml", f"output_dir={scratch}/run").wait()
     assert run.status == 0, run.error
     return scratch / "run"
@@ -93,14 +91,14 @@ def remote(url, patience):
     return {"name": "remote", "url": url, "patience": patience}
 
 
-def test_a_served_reward_gives_the_run_that_computes_it_itself(serve, train, here, settings, tmp_path, assert_same_run):
+def test_a_served_reward_gives_the_run_that_computes_it_itself(serve, train, here, settings, tmp_path):
     _, url = serve()
     run = train(settings(**SERVED, reward=remote(url, 60)), f"output_dir={tmp_path}/run").wait()
     assert (run.status, run.error) == (0, "")
     assert_same_run(tmp_path / "run", here)
 
 
-def test_a_run_waits_for_a_server_that_was_killed(serve, train, here, settings, tmp_path, assert_same_run):
+def test_a_run_waits_for_a_server_that_was_killed(serve, train, here, settings, tmp_path):
     server, url = serve(prelude=DIES)
     process = train(settings(**SERVED, reward=remote(url, 60)), f"output_dir={tmp_path}/run")
     assert server.wait().status == -signal.SIGKILL
@@ -114,9 +112,7 @@ def test_a_run_waits_for_a_server_that_was_killed(serve, train, here, settings, 
     assert_same_run(tmp_path / "run", here)
 
 
-def test_a_run_whose_server_stays_away_stops_and_can_go_on(
-    serve, train, here, settings, tmp_path, assert_same_run, read_rows
-):
+def test_a_run_whose_server_stays_away_stops_and_can_go_on(serve, train, here, settings, tmp_path):
     server, url = serve(prelude=DIES)
     folder = tmp_path / "run"
     arguments = [settings(**SERVED, reward=remote(url, 2), checkpoint_every=100), f"output_dir={folder}"]
@@ -130,7 +126,7 @@ def test_a_run_whose_server_stays_away_stops_and_can_go_on(
     assert f"reward server {url} gave no answer for 2 s" in errors[0]
     assert "resume=true" in errors[0]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000001"]
-    assert len(read_rows(folder)) == 2
+    assert len(rows_of(folder)) == 2
     _, elsewhere = serve()
     run = train(*arguments, "resume=true", f"reward.url={elsewhere}", "reward.patience=60").wait()
     assert (run.status, run.error) == (0, "")
