@@ -16,8 +16,6 @@ from diffusion_align.rewards.build import (
     declare,
     describe_rewards,
     describe_text_rewards,
-    reward_problem,
-    text_reward_problem,
 )
 from diffusion_align.rewards.settings import RewardSetting, RewardSettings
 from diffusion_align.rewards.text.base import TextReward, call_text_reward, check_text_reward, text_of, weighted_sum
@@ -45,8 +43,6 @@ __all__ = [
     "describe_rewards",
     "describe_text_rewards",
     "reward_name",
-    "reward_problem",
     "text_of",
-    "text_reward_problem",
     "weighted_sum",
 ]

@@ -264,19 +264,6 @@ def declare(kind: Kind, spec: Any) -> Declared:
     return Declared(label, target, options, float(scale), device, **switches)
 
 
-def reward_problem(spec: Any, kind: Kind = IMAGES) -> str | None:
-    """What ``declare`` says against ``spec``, or None."""
-    try:
-        declare(kind, spec)
-    except RewardError as error:
-        return str(error)
-    return None
-
-
-def text_reward_problem(spec: Any) -> str | None:
-    return reward_problem(spec, TEXT)
-
-
 def _combined(spec: Any) -> Any:
     """A list of rewards as the mapping that it stands for; the thread of a sum is for those of its parts to say."""
     if isinstance(spec, list | tuple):

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from diffusion_align import inputs
 from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.errors import RewardError, short
+from diffusion_align.errors import RewardError, problems_of, short
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import sentences
 
@@ -130,11 +130,11 @@ def reward_checks(reward: Any, kind: Literal["image", "text"]) -> Iterator[str]:
     from diffusion_align.rewards import build  # which imports what rewards are made of, this file too
 
     if kind == "image":
-        found = [build.reward_problem(reward)] if reward else []
+        specs = [reward] if reward else []
     else:
-        rewards = reward if isinstance(reward, list | tuple) else [reward]
-        found = [build.text_reward_problem(one) for one in rewards if one is not None]
-    yield from filter(None, found)
+        specs = [one for one in (reward if isinstance(reward, list | tuple) else [reward]) if one is not None]
+    for one in specs:
+        yield from problems_of(build.declare, build.IMAGES if kind == "image" else build.TEXT, one)
 
 
 def check_diversity(measure: str) -> None:
@@ -149,12 +149,10 @@ def check_diversity(measure: str) -> None:
         check_clip(measure)
 
 
-def several_rewards_problems(reward: Any, weights: Sequence[float] | None) -> list[str]:
+def weight_checks(reward: Any, weights: Sequence[float] | None) -> Iterator[str]:
     """Sentences about a reward, or a list of them, and ``reward_weights`` that do not fit each other."""
     rewards = reward if isinstance(reward, list | tuple) else [reward]
-    problems = [] if rewards else ["reward is an empty list: give at least one"]
+    if not rewards:
+        yield "reward is an empty list: give at least one"
     if weights is not None and len(weights) != len(rewards):
-        problems.append(
-            f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"
-        )
-    return problems
+        yield f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"

@@ -41,7 +41,7 @@ from diffusion_align.estimators import (
     several_rewards_advantages,
 )
 from diffusion_align.rewards.base import part_weights
-from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, weight_checks
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines
@@ -112,7 +112,7 @@ class DDPOConfig(DenoisingConfig):
     )
 
     def cross_checks(self) -> Iterator[str]:
-        yield from several_rewards_problems(self.reward, self.reward_weights)
+        yield from weight_checks(self.reward, self.reward_weights)
         if self.reward is None:
             yield "reward is empty: give a name, 'module:function' or a mapping"
         if self.sampler.is_deterministic:

@@ -49,7 +49,7 @@ from diffusion_align.estimators import (
     hinge_loss,
     ipo_loss,
 )
-from diffusion_align.rewards.settings import RewardSetting, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, weight_checks
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines, Metric
@@ -116,7 +116,7 @@ class DiffusionDPOConfig(DenoisingConfig):
         return self.pairs is None
 
     def cross_checks(self) -> Iterator[str]:
-        yield from several_rewards_problems(self.reward, self.reward_weights)
+        yield from weight_checks(self.reward, self.reward_weights)
         if (self.beta is None) == (self.beta_dpo is None):
             yield "give either beta (a nat) or beta_dpo (the field's, for mean squared errors)"
         if self.online and (self.prompts is None or self.reward is None):

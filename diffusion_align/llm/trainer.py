@@ -33,7 +33,7 @@ from diffusion_align.llm.previews import TextPreviews
 from diffusion_align.llm.rollout import Completions, joined, rollout
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_card import write_model_card
-from diffusion_align.rewards.settings import RewardSetting, reward_checks, several_rewards_problems
+from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, sample_and_score
 from diffusion_align.training.config import PolicyConfig, TrainingConfig, Weight
@@ -61,7 +61,7 @@ class TextEvaluationConfig(EvaluationConfig):
     samples: int = Field(32, ge=2, le=MOST, description="how many completions; the prompts take turns")
 
     def cross_checks(self) -> Iterator[str]:
-        yield from several_rewards_problems(self.reward, self.reward_weights)
+        yield from weight_checks(self.reward, self.reward_weights)
 
     def name_checks(self) -> Iterator[str]:
         yield from reward_checks(self.reward, "text")
@@ -128,7 +128,7 @@ class OnlineConfig(TextConfig):
         return True
 
     def cross_checks(self) -> Iterator[str]:
-        yield from several_rewards_problems(self.reward, self.reward_weights)
+        yield from weight_checks(self.reward, self.reward_weights)
         if self.online and self.samples_per_epoch % self.num_generations:
             yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
