@@ -170,13 +170,11 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         estimator: Callable[..., Tensor] = leave_one_out_advantages
         if config.advantages == "group":
             estimator = partial(group_advantages, scale=config.scale_rewards, clip_std=config.clip_std)
-        if rewards.isnan().any() and config.multi_objective_aggregation == "sum_then_normalize":
-            of_group = several_rewards_advantages(rewards[:, None], groups, estimator=estimator)
-        elif config.multi_objective_aggregation == "sum_then_normalize":
-            of_group = estimator(rewards, groups)
-        else:
+        scores, weights = rewards[:, None], None
+        if config.multi_objective_aggregation == "normalize_then_sum":
             assert self.rewards is not None
-            of_group = several_rewards_advantages(collected.scores, groups, self.rewards.weights, estimator=estimator)
+            scores, weights = collected.scores, self.rewards.weights
+        of_group = several_rewards_advantages(scores, groups, weights, estimator=estimator)
         metrics = equal_reward_metric(rewards, config.num_generations)
 
         advantages = self.local(of_group.to(logp_old.dtype))[:, None].expand(sequences.mask.shape)

@@ -23,6 +23,7 @@ from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.data.text_encoding import context_length, ends_of
 from diffusion_align.errors import UserError
 from diffusion_align.estimators import token_log_probs
+from diffusion_align.estimators.masked import widen
 from diffusion_align.models.lora import (
     adapter_layers,
     add_lora,
@@ -189,10 +190,7 @@ class LanguagePolicy:
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
-        if carries_adapters(model):
-            raise UserError("the model carries adapters already: merge or unload them before training")
+        self.pad = padding_token(model, tokenizer)
         kind = getattr(getattr(model, "config", None), "model_type", None)
         if kind == "recurrent_gemma" and importlib.metadata.version("transformers").startswith("4."):
             raise UserError(
@@ -207,7 +205,6 @@ class LanguagePolicy:
         self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
         self.eos = int(tokenizer.eos_token_id)
         self.ends = torch.tensor(ends_of(tokenizer, getattr(model, "generation_config", None)), device=self.device)
-        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         model.requires_grad_(False).eval()
         if lora is None:
             model.requires_grad_(True)
@@ -216,7 +213,7 @@ class LanguagePolicy:
             model.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.data = widen(parameter.data)
         self._adapter_layers = adapter_layers(model)
         self._frozen: nn.Module | None = None
         if reference is not None:
@@ -321,6 +318,19 @@ class LanguagePolicy:
     def save(self, folder: Path) -> None:
         """Write adapter or model, and the tokenizer, for plain transformers (with peft)."""
         save_model(self.model, self.tokenizer, folder)
+
+
+def padding_token(model: Any, tokenizer: Any) -> int:
+    """Of a model that is to be trained: the end of sequence where the tokenizer has none.
+
+    Raises:
+        UserError: a tokenizer without an end of sequence, or adapters that are there already.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
+    if carries_adapters(model):
+        raise UserError("the model carries adapters already: merge or unload them before training")
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

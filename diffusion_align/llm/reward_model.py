@@ -29,9 +29,10 @@ from diffusion_align.data.text_encoding import context_length, continuation_toke
 from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, rows_name
 from diffusion_align.errors import TrainingError, UserError, problems_of
 from diffusion_align.estimators import bradley_terry_loss
-from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, peft_config, save_model
+from diffusion_align.estimators.masked import widen
+from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, padding_token, peft_config, save_model
 from diffusion_align.models.language_models import language_model_ref
-from diffusion_align.models.lora import add_lora, carries_adapters
+from diffusion_align.models.lora import add_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
@@ -85,14 +86,10 @@ class RewardModel:
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it again")
+        self.pad = padding_token(model, tokenizer)
         if model.config.num_labels != 1:
             raise UserError(f"the model has num_labels={model.config.num_labels}: a reward model has 1")
-        if carries_adapters(model):
-            raise UserError("the model carries adapters already: merge or unload them before training")
         self.model, self.tokenizer, self.device, self.autocast = model.to(device), tokenizer, device, autocast
-        self.pad = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = self.pad
         model.requires_grad_(lora is None)
         if lora is not None:
@@ -100,7 +97,7 @@ class RewardModel:
             add_lora(model, peft_config(lora, model, task_type="SEQ_CLS", also_trained=["score", "classifier"]))
         model.eval()
         for parameter in self.trainable.values():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            parameter.data = widen(parameter.data)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -128,8 +125,7 @@ class RewardModel:
         """(B,) scores, float32 or wider."""
         with self.autocast():
             output = self.model(input_ids=sequences.ids, attention_mask=sequences.attention_mask, use_cache=False)
-        logits = output.logits[:, 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return widen(output.logits[:, 0])
 
     def save(self, folder: Path) -> None:
         """Write the model, or head and adapters, and the tokenizer, for plain transformers (with peft)."""

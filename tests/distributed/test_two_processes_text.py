@@ -68,8 +68,10 @@ CASES = {
         "ratio_level": "sequence",
     },
     "grpo, all weights": ONLINE | {"method": "grpo", "lora": None, "beta": 0.1, "kl": "full_vocabulary"},
-    "ppo": ONLINE | {"method": "ppo", "num_generations": 2, "kl_target": 0.05, "kl_horizon": 20, "inner_epochs": 2},
-    "dpo, several rejected": DPO | {"precompute_ref_log_probs": True, "sft_weight": 0.1},
+    "ppo": ONLINE
+    | {"method": "ppo", "num_generations": 2, "kl_target": 0.05, "kl_horizon": 20, "inner_epochs": 2}
+    | {"evaluation": HELD_OUT},
+    "dpo, several rejected": DPO | {"precompute_ref_log_probs": True, "sft_weight": 0.1, "evaluation": HELD_OUT},
     "dpo, dynamic beta": DPO | {"dynamic_beta": {"hidden": 8}, "inner_epochs": 2},
     "dpo, online": DPO | ONLINE | {"dataset": None, "pair_selection": "best_rest"},
     "kto": {"method": "kto", "dataset": LABELS, "beta": 0.5, "kl_samples": 3, "evaluation": HELD_OUT},

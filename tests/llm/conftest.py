@@ -4,57 +4,34 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 VOCABULARY, EOS = 40, 3
 
 
-def _gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=EOS
-        )
-    )
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No report, which is tested elsewhere and takes seconds; and each test with an Accelerator of its own."""
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _llama_like(config, model):
-    return model(
-        config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            eos_token_id=EOS,
-        )
-    )
-
-
-def _llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return _llama_like(LlamaConfig, LlamaForCausalLM)
-
-
-def _qwen2():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    return _llama_like(Qwen2Config, Qwen2ForCausalLM)
-
-
-FAMILIES = {"gpt2": _gpt2, "llama": _llama, "qwen2": _qwen2}
+LLAMA = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": EOS}
+GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+FAMILIES = {"gpt2": GPT2 | {"bos_token_id": 1, "eos_token_id": EOS}, "llama": LLAMA, "qwen2": LLAMA}
 
 
 @pytest.fixture
 def tiny_lm():
     """``tiny_lm(family)``: a new model with random weights, larger than usual so that log-probs differ."""
 
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     def make(family="llama"):
         torch.manual_seed(0)
-        model = FAMILIES[family]()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))

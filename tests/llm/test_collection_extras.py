@@ -1,14 +1,14 @@
 """TRL's completion_ids and trainer_state reach the rewards that name them, wherever rewards are called."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from text_trainers import TINY, rows_of
 
 from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.llm.collection import WeightedRewards, trainer_state
+from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.policy import Sequences
 from diffusion_align.llm.previews import TextPreviews
@@ -20,32 +20,10 @@ from diffusion_align.training.randomness import generator
 
 END, OTHER_END = 3, 7  # of the tokenizer, and of the model besides
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {})]
-SETTINGS = {
-    "model": "tiny-lm",
-    "prompts": ["a", "b"],
-    "reward": "length",
-    "epochs": 3,
-    "samples_per_epoch": 8,
-    "sample_batch_size": 4,
-    "micro_batch_size": 4,
-    "num_generations": 4,
-    "updates_per_epoch": 2,
-    "max_completion_length": 8,
-    "learning_rate": 0.01,
-    "lora": {"rank": 2},
-    "num_threads": 1,
-}
+SETTINGS = TINY | {"prompts": ["a", "b"], "epochs": 3, "samples_per_epoch": 8, "sample_batch_size": 4}
+SETTINGS |= {"micro_batch_size": 4, "num_generations": 4, "updates_per_epoch": 2, "max_completion_length": 8}
+SETTINGS |= {"lora": {"rank": 2}, "num_threads": 1}
 STEPS = 3 * 2 * 2  # epochs, updates and inner epochs
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """No report; and each test with an Accelerator of its own."""
-    from accelerate.state import AcceleratorState
-
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -101,7 +79,7 @@ def test_training_gives_tokens_as_sampled_and_where_the_run_stands(train, tokeni
             assert one[-1] in (END, OTHER_END) or len(one) == 8
             last.add(one[-1])
     assert {END, OTHER_END} < last  # and some were cut off by the limit
-    rows = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(trainer.folder)
     means = [row["completions/mean_length"] for row in rows if "reward" in row]
     assert means == [pytest.approx(row["reward"]) for row in rows if "reward" in row]
 
@@ -126,10 +104,15 @@ def test_a_reward_that_names_no_tokens_gets_none(train):
     assert {state.global_step for state in seen if state is not None} == {0}
 
 
-def test_a_reward_that_cannot_do_without_the_run_fails_in_one_sentence():
-    def needy(completions, trainer_state):
-        return [float(trainer_state.global_step)] * len(completions)
+def needy(completions, trainer_state):
+    return [float(trainer_state.global_step)] * len(completions)
 
+
+def hesitant(completions):
+    return [None, *[2.0] * (len(completions) - 1)]
+
+
+def test_a_reward_that_cannot_do_without_the_run_fails_in_one_sentence():
     rewards = WeightedRewards([needy], torch.ones(1))
     assert rewards.scores(ROWS, ["x", "y"], None, TrainerState(3, 1.0, 9)).tolist() == [[3.0], [3.0]]
     with pytest.raises(RewardError, match="reward 'needy' raised AttributeError"):
@@ -162,31 +145,15 @@ def test_shown_texts_are_scored_with_their_tokens_and_without_a_state(make_langu
     ]
 
 
-def test_shown_texts_have_no_reward_where_it_needs_a_state(make_language_policy, tmp_path):
-    def needy(completions, trainer_state):
-        return [float(trainer_state.global_step)] * len(completions)
-
-    rewards = WeightedRewards([needy], torch.ones(1))
-    policy = make_language_policy("gpt2")
+@pytest.mark.parametrize(("reward", "shown"), [(needy, [None, None]), (hesitant, [None, 2.0])])
+def test_a_shown_text_has_no_reward_where_none_can_say(make_language_policy, tmp_path, reward, shown):
+    """Which needs the state of a run, or has nothing to say about one text; the others keep theirs."""
+    rewards, policy = WeightedRewards([reward], torch.ones(1)), make_language_policy("gpt2")
     previews = TextPreviews(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2)
     previews.write(previews.sample(), tmp_path / "shown.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
-    assert [set(line) for line in lines] == [{"prompt", "completion"}] * 2
-
-
-def test_a_shown_text_about_which_no_reward_says_anything_takes_none_from_the_others(make_language_policy, tmp_path):
-    rewards = WeightedRewards([lambda completions: [None, *[2.0] * (len(completions) - 1)]], torch.ones(1))
-    policy = make_language_policy("gpt2")
-    previews = TextPreviews(policy, ROWS, rewards, seed=0, batch_size=2, max_completion_length=2)
-    previews.write(previews.sample(), tmp_path / "shown.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "shown.jsonl").read_text().splitlines()]
-    assert [line.get("reward") for line in lines] == [None, 2.0]
-
-
-def test_the_length_of_a_run_counts_every_optimizer_step():
-    config = SimpleNamespace(epochs=5, updates_per_epoch=3, inner_epochs=2)
-    assert trainer_state(config) == TrainerState(0, 0.0, 30)
-    assert trainer_state(config, step=12, epoch=2) == TrainerState(12, 2.0, 30)
+    assert [line.get("reward") for line in lines] == shown
+    assert {"prompt", "completion"} == set(lines[0])
 
 
 def test_scoring_makes_tokens_with_an_end_and_has_no_state(tiny_language_model, tiny_chat_model):
@@ -254,8 +221,8 @@ def test_two_processes_give_rewards_what_one_does(forked, tiny_language_model, t
     assert set(run.statuses) == {0}, run.errors
     found = []
     for folder in (alone, both):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found.append([(row["reward_min"], row["reward_max"], row["reward"]) for row in rows if "reward" in row])
+        rows = [row for row in rows_of(folder) if "reward" in row]
+        found.append([(row["reward_min"], row["reward_max"], row["reward"]) for row in rows])
         shown = [json.loads(line) for line in (folder / "samples" / "epoch_0000.jsonl").read_text().splitlines()]
         assert all(0 <= line["reward"] < 17 for line in shown)
     assert found[0] == [pytest.approx(row) for row in found[1]]

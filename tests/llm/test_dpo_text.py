@@ -1,18 +1,19 @@
 """DPO and its family for text: values and gradients, the reference, what is judged online, and a run that learns."""
 
 import itertools
-import json
 import math
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from enumerable import COMPLETIONS, PROMPT, enumerable_policy, gradient, log_tables, reference_tables, token_log_probs
+from oracles import F64
 from safetensors.torch import load_file
+from text_trainers import PROMPTS, Part, estimated, plain, preference_trainer, problems_of, rows_of, score, scores_of
+from tiny_runs import changes
 
-from diffusion_align.data.text_rows import PreferenceRow, PromptRow
+from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.errors import CheckpointError, ConfigError
 from diffusion_align.estimators import (
     dpo_loss,
@@ -23,16 +24,10 @@ from diffusion_align.estimators import (
     simpo_loss,
     trajectory_dpo_loss,
 )
-from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer, best_against, rso_pairs
 from diffusion_align.llm.reference_file import ReferenceFile
-from diffusion_align.training.config import parse_config
 from diffusion_align.training.randomness import generator
 
-sys.path.insert(0, str(Path(__file__).parent))
-from enumerable import COMPLETIONS, PROMPT, enumerable_policy, gradient, log_tables, reference_tables, token_log_probs
-
-F64 = torch.float64
 BETA = 0.3
 EXACT = {"atol": 1e-10, "rtol": 1e-8}
 
@@ -56,65 +51,29 @@ RAGGED = [
 LABELLED = [row(r.ids, r.chosen, *r.rejected, label=p) for r, p in zip(PAIRS, (1.0, 0.5, 0.0, 0.75))]
 
 
-def score(prompts, completions):
-    """The number of the first token: a reward that tests can work out."""
-    return [float(text.split()[0]) if text else 0.0 for text in completions]
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """It is tested elsewhere and takes seconds."""
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-
-
 @pytest.fixture
 def make(make_language_policy, tmp_path):
     """``make(rows, policy=..., **settings)``: a trainer that is ready to collect."""
 
-    def build(rows=PAIRS, policy=None, *, reward=None, prompts=None, accelerator=None, folder=tmp_path, **settings):
-        defaults = {
-            "model": "tiny-lm",
-            "output_dir": folder,
-            "epochs": 1,
-            "samples_per_epoch": len(rows),
-            "sample_batch_size": len(rows),
-            "micro_batch_size": 3,
-            "updates_per_epoch": 1,
-            **({} if settings.get("loss_type") == "orpo" else {"beta": BETA}),
-            "grid_every": 0,
-            "max_completion_length": 4,
-        }
-        defaults |= {"dataset": ["x"]} if reward is None else {"prompts": ["x"], "reward": reward}
-        config = DPOConfig(**(defaults | settings))
+    def build(rows=PAIRS, policy=None, *, folder=tmp_path, **settings):
         policy = policy or make_language_policy("llama", noise=0.1, dtype=F64)
-        data = {"rows": rows} if reward is None else {"prompts": prompts}
-        rewards = None if reward is None else WeightedRewards([reward], torch.ones(1))
-        trainer = DPOTrainer(config, policy, rewards=rewards, accelerator=accelerator, **data)
-        return trainer
+        beta = {} if settings.get("loss_type") == "orpo" else {"beta": BETA}
+        return preference_trainer(DPOTrainer, policy, folder, rows, **(beta | settings))
 
     return build
 
 
-def losses_of(trainer, samples=None):
+def losses_of(trainer):
     """Losses and statistics of the epoch's local samples, in the order of ``epoch_rows``."""
-    batch, _ = trainer.collect()
-    batch, *_ = trainer.estimate(batch)
-    samples = torch.arange(len(batch.chosen)) if samples is None else torch.tensor(samples)
+    batch, *_ = estimated(trainer)
+    samples = torch.arange(len(batch.chosen))
     return trainer.loss(batch, samples, torch.zeros_like(samples))
 
 
 def epoch_rows(trainer):
     batch, _ = trainer.collect()
-    ids, lengths = batch.sequences.completions, batch.sequences.mask.sum(1)
-    chosen = [ids[i, : lengths[i]].tolist() for i in batch.chosen]
-    return [next(r for r in trainer.rows if r.chosen == c) for c in chosen]
-
-
-def plain(policy, ids, completion):
-    """(T,) log-probs of one completion by a forward pass without padding."""
-    logits = policy.model(torch.tensor([ids + completion])).logits[0] / policy.temperature
-    logp = logits.log_softmax(-1)
-    return torch.stack([logp[len(ids) - 1 + t, token] for t, token in enumerate(completion)])
+    tokens = batch.sequences.tokens
+    return [next(r for r in trainer.rows if r.chosen == tokens[i]) for i in batch.chosen]
 
 
 def plain_pair(policy, one):
@@ -302,8 +261,7 @@ def test_losses_without_a_reference_never_ask_it(make, make_language_policy, los
 def test_looking_once_an_epoch_is_looking_every_time(make):
     policy = make().policy
     every, once = make(RAGGED, policy), make(RAGGED, policy, inner_epochs=2)
-    batch, _ = once.collect()
-    batch, *_ = once.estimate(batch)
+    batch, *_ = estimated(once)
     policy.reference = None  # any further look would fail
     known = once.loss(batch, torch.arange(4), torch.zeros(4))[0].detach()
     del policy.reference
@@ -345,8 +303,7 @@ def test_a_resumed_run_reads_the_file_and_goes_on_as_if_uninterrupted(
     def run(folder, epochs, **more):
         policy = make_language_policy(lora=None, needs_reference=False)
         make(RAGGED, policy, folder=tmp_path / folder, epochs=epochs, **settings, **more).train()
-        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines]
+        return rows_of(tmp_path / folder)
 
     whole = run("whole", 3)
     run("parts", 1)
@@ -374,40 +331,20 @@ def test_a_file_of_other_rows_or_a_damaged_one_is_refused_and_a_kill_leaves_none
         make(RAGGED, precompute_ref_log_probs=True).collect()
 
 
-class Parts:
-    """Stands in for one of two processes; what is reduced stays this process's own."""
-
-    def __init__(self, index):
-        self.num_processes, self.process_index, self.device = 2, index, torch.device("cpu")
-        self.is_main_process = index == 0
-
-    def reduce(self, x, reduction):
-        return x
-
-
 def test_two_processes_divide_the_rows_of_one(make):
     policy = make().policy
     whole = losses_of(make(RAGGED, policy, sample_batch_size=2))[0].detach()
-    halves = [losses_of(make(RAGGED, policy, sample_batch_size=2, accelerator=Parts(p)))[0].detach() for p in (0, 1)]
+    halves = [losses_of(make(RAGGED, policy, sample_batch_size=2, accelerator=Part(p)))[0].detach() for p in (0, 1)]
     torch.testing.assert_close(torch.cat(halves), whole, **EXACT)
 
 
 # -- online ------------------------------------------------------------------------------------------------------------
 
-PROMPTS = [PromptRow(f"p{i}", [5 + i, 6, 7 + i][: 1 + i % 3], {}) for i in range(6)]
-ONLINE = {"samples_per_epoch": 24, "sample_batch_size": 12, "num_generations": 4}
-
 
 def judged(make, *, reward=score, **settings):
-    trainer = make(reward=reward, prompts=PROMPTS, **(ONLINE | settings))
+    trainer = make(reward=reward, **settings)
     batch, metrics = trainer.collect()
-    return trainer, batch, metrics, _scores(batch.sequences)
-
-
-def _scores(sequences):
-    """What ``score`` says; the end of a sequence has no text."""
-    first = sequences.completions[:, 0].double()
-    return torch.where(first == 3, 0.0, first)
+    return trainer, batch, metrics, scores_of(batch)
 
 
 def test_the_best_completion_is_chosen_over_the_worst(make):
@@ -491,7 +428,7 @@ def test_rejection_sampling_judges_the_references_completions(make):
     again, _ = trainer.collect()
     assert torch.equal(again.sequences.ids, batch.sequences.ids)
     assert torch.equal(again.keep, batch.keep)
-    other = make(trainer.rows, trainer.policy, reward=score, prompts=PROMPTS, **ONLINE)
+    other = make(policy=trainer.policy, reward=score)
     assert other.collect()[0].sequences.ids.tolist() != batch.sequences.ids.tolist()
 
 
@@ -499,7 +436,7 @@ def test_a_process_finds_its_own_rejected_ones(make, monkeypatch):
     trainer, batch, _, _ = judged(make)
     halves = []
     for index in (0, 1):
-        part = make(trainer.rows, trainer.policy, reward=score, prompts=PROMPTS, accelerator=Parts(index), **ONLINE)
+        part = make(policy=trainer.policy, reward=score, accelerator=Part(index))
         monkeypatch.setattr(part, "sample", lambda *_, part=part: _own_part(trainer, part))
         halves.append(part.collect()[0])
     for index, half in enumerate(halves):
@@ -520,25 +457,16 @@ def test_a_group_never_straddles_processes(make):
     with pytest.raises(
         ConfigError, match=r"samples_per_epoch=12 must be a multiple of num_generations=4 x 2 processes"
     ):
-        make(
-            reward=score,
-            prompts=PROMPTS,
-            accelerator=Parts(0),
-            **(ONLINE | {"samples_per_epoch": 12, "sample_batch_size": 2}),
-        )
+        make(reward=score, accelerator=Part(0), samples_per_epoch=12, sample_batch_size=2)
 
 
 # -- runs and settings -------------------------------------------------------------------------------------------------
 
 
-def read(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_short_run_learns_the_preferences(make, make_language_policy, tmp_path):
     trainer = make(RAGGED, make_language_policy(), epochs=15, learning_rate=5e-3)
     trainer.train()
-    steps = [r for r in read(tmp_path) if "rewards/accuracies" in r]
+    steps = [r for r in rows_of(tmp_path) if "rewards/accuracies" in r]
     assert steps[0]["rewards/accuracies"] == 0.5
     assert steps[0]["loss"] == pytest.approx((2 * math.log(2) + math.log(4) + math.log(3)) / 4, abs=1e-5)
     assert steps[-1]["rewards/accuracies"] == 1.0
@@ -549,60 +477,50 @@ def test_a_short_run_learns_the_preferences(make, make_language_policy, tmp_path
 
 def test_online_rounds_raise_the_reward(make, make_language_policy, tmp_path):
     def low(completions):
-        return [-x for x in score(None, completions)]
+        return [-x for x in score(completions)]
 
     settings = {"samples_per_epoch": 32, "sample_batch_size": 32, "num_generations": 4, "updates_per_epoch": 4}
     more = {"epochs": 8, "learning_rate": 2e-2, "max_completion_length": 1, "beta": 0.1}
     make(reward=low, prompts=PROMPTS[:2], policy=make_language_policy(), **settings, **more).train()
-    rewards = [r["reward"] for r in read(tmp_path) if "reward" in r]
+    rewards = [r["reward"] for r in rows_of(tmp_path) if "reward" in r]
     assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 5
+
+
+SAMPLED = "dataset=null; prompts=[x]; reward=length; "
+LEAVE_ONE = "leave one of the two out"
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"beta": -0.1}, "beta=-0.1 is not allowed: it must be greater than 0"),
-        ({"dataset": None}, "give dataset, or prompts and a reward to sample and judge completions online"),
-        ({"prompts": ["x"]}, "prompts are completed and judged online, dataset has completions: leave one of them out"),
+        ("beta=-0.1", "beta=-0.1 is not allowed: it must be greater than 0"),
+        ("dataset=null", "give dataset, or prompts and a reward to sample and judge completions online"),
+        ("prompts=[x]", "prompts are completed and judged online, dataset has completions: leave one of them out"),
+        ("loss_type=ipo; label_smoothing=0.1", f"loss_type=ipo has no label_smoothing=0.1: {LEAVE_ONE}"),
+        ("gamma=0.5", f"loss_type=sigmoid has no gamma=0.5: {LEAVE_ONE}"),
+        ("label_smoothing=0.5", "label_smoothing=0.5 is not allowed: it must be less than 0.5"),
         (
-            {"loss_type": "ipo", "label_smoothing": 0.1},
-            "loss_type=ipo has no label_smoothing=0.1: leave one of the two out",
-        ),
-        ({"gamma": 0.5}, "loss_type=sigmoid has no gamma=0.5: leave one of the two out"),
-        ({"label_smoothing": 0.5}, "label_smoothing=0.5 is not allowed: it must be less than 0.5"),
-        (
-            {"loss_type": "simpo", "precompute_ref_log_probs": True, "reference_model": "y"},
+            "loss_type=simpo; precompute_ref_log_probs=true; reference_model=tiny-lm",
             "loss_type=simpo asks no reference: leave precompute_ref_log_probs and reference_model out",
         ),
-        ({"loss_type": "orpo", "sft_weight": 1.0}, "loss_type=orpo holds the chosen one's log-prob already"),
-        ({"sample_from": "reference"}, "sample_from and pair_selection judge online, dataset has its pairs"),
+        ("loss_type=orpo; sft_weight=1.0", "loss_type=orpo holds the chosen one's log-prob already"),
+        ("sample_from=reference", "sample_from and pair_selection judge online, dataset has its pairs"),
+        (SAMPLED + "pair_selection=rso", "pair_selection=rso accepts completions of the reference: set sample_from="),
         (
-            {"dataset": None, "prompts": ["x"], "reward": score, "pair_selection": "rso"},
-            "pair_selection=rso accepts completions of the reference: set sample_from=reference",
-        ),
-        (
-            {"dataset": None, "prompts": ["x"], "reward": score, "pair_selection": "best_rest", "loss_type": "ipo"},
+            SAMPLED + "pair_selection=best_rest; loss_type=ipo",
             "pair_selection=best_rest gives several rejected, which loss_type=ipo cannot use: use sigmoid",
         ),
+        (SAMPLED + "num_generations=1", "num_generations=1 leaves nothing to compare a completion with: use 2 or more"),
         (
-            {"dataset": None, "prompts": ["x"], "reward": score, "num_generations": 1},
-            "num_generations=1 leaves nothing to compare a completion with: use 2 or more",
-        ),
-        (
-            {"dataset": None, "prompts": ["x"], "reward": score, "precompute_ref_log_probs": True},
+            SAMPLED + "precompute_ref_log_probs=true",
             "precompute_ref_log_probs is for a dataset: online every epoch has new completions",
         ),
-        (
-            {"dynamic_beta": {"beta_min": 2.0}},
-            "dynamic_beta.beta_min=2 is more than beta_max=1: change one of them",
-        ),
+        ("dynamic_beta={beta_min: 2.0}", "dynamic_beta.beta_min=2 is more than beta_max=1: change one of them"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence_each(settings, sentence):
-    with pytest.raises(ConfigError) as caught:
-        parse_config(DPOConfig, {"model": "tiny-lm", "output_dir": "y", "dataset": ["x"]} | settings)
-    assert len(caught.value.problems) == 1
-    assert caught.value.problems[0].startswith(sentence)
+    [problem] = problems_of(DPOConfig, **changes(settings))
+    assert problem.startswith(sentence)
 
 
 def test_rows_that_a_loss_would_misread_are_refused(make):

@@ -1,50 +1,34 @@
 """A beta for each prompt: what the network sees, what trains it, and where its weights are kept."""
 
-import json
-
 import pytest
 import torch
+from oracles import F64
 from safetensors.torch import load_file
+from text_trainers import estimated, preference_trainer, problems_of, rows_of
 
 from diffusion_align.data.text_rows import PreferenceRow
-from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import dpo_loss
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, pack
-from diffusion_align.training.config import parse_config
 
-F64 = torch.float64
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [4, 4]]
 CHOSEN = [[30, 31, 3], [14, 3], [21, 22, 23, 3], [35, 3]]
 REJECTED = [[12, 3], [21, 22, 23, 24, 25, 3], [9, 9, 9, 3], [36, 3]]
 ROWS = [PreferenceRow("x", p, w, [r]) for p, w, r in zip(PROMPTS, CHOSEN, REJECTED)]
 
 
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-
-
 @pytest.fixture
 def make(make_language_policy, tmp_path):
     def build(policy=None, *, beta=None, folder=tmp_path, **settings):
-        defaults = {"model": "tiny-lm", "output_dir": folder, "dataset": ["x"], "epochs": 1, "samples_per_epoch": 4}
-        defaults |= {"sample_batch_size": 4, "micro_batch_size": 3, "updates_per_epoch": 2, "grid_every": 0}
-        defaults |= {"max_completion_length": 4}
-        config = DPOConfig(**(defaults | {"dynamic_beta": beta or {}} | settings))
-        trainer = DPOTrainer(config, policy or make_language_policy(noise=0.1, dtype=F64), rows=ROWS)
+        settings = {"dynamic_beta": beta or {}, "updates_per_epoch": 2} | settings
+        policy = policy or make_language_policy(noise=0.1, dtype=F64)
+        trainer = preference_trainer(DPOTrainer, policy, folder, ROWS, **settings)
         if trainer.policy.model.dtype == F64:
             trainer.dynamic_beta.network.double()
         return trainer
 
     return build
-
-
-def ready(trainer):
-    batch, _ = trainer.collect()
-    batch, *_ = trainer.estimate(batch)
-    return batch
 
 
 def moved(trainer, seed=0):
@@ -69,7 +53,7 @@ NO_PENALTY = {"range_weight": 0.0, "smoothness_weight": 0.0, "entropy_weight": 0
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_features_are_the_references_at_the_last_token_of_the_prompt(make, make_language_policy, family):
     trainer = make(make_language_policy(family, noise=0.2, dtype=F64, temperature=0.7), sample_batch_size=2)
-    batch, policy = ready(trainer), trainer.policy
+    batch, policy = estimated(trainer)[0], trainer.policy
     for i, start in enumerate(batch.sequences.starts[batch.chosen].tolist()):
         prompt = batch.sequences.ids[batch.chosen[i], :start][None]
         with torch.no_grad(), policy.reference():
@@ -95,14 +79,14 @@ def test_another_reference_may_have_another_size(make, tiny_lm, tokenizer):
     torch.manual_seed(0)
     small = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=3))
     trainer = make(LanguagePolicy(tiny_lm(), tokenizer, lora=LoRAConfig(rank=2), reference=small))
-    batch = ready(trainer)
+    batch = estimated(trainer)[0]
     assert batch.embeddings.shape == (4, 16)
     assert trainer.loss(batch, ALL, ALL * 0)[0].isfinite().all()
 
 
 def test_before_training_it_is_dpo_with_beta_and_its_penalties(make):
     trainer = make(beta=NO_PENALTY | {"range_weight": 2.0, "entropy_weight": 0.5, "alpha": 0.2, "beta_max": 0.05})
-    batch = ready(trainer)
+    batch = estimated(trainer)[0]
     losses, statistics = trainer.loss(batch, ALL, ALL * 0)
     preference = statistics["loss/preference"]
     gap = (statistics["rewards/margins"] / 0.1).detach()
@@ -115,7 +99,7 @@ def test_before_training_it_is_dpo_with_beta_and_its_penalties(make):
 @pytest.mark.parametrize("convention", ["product", "inverse"])
 def test_every_prompt_has_its_own_beta(make, convention):
     trainer = moved(make(beta={"convention": convention}))
-    batch = ready(trainer)
+    batch = estimated(trainer)[0]
     _, statistics = trainer.loss(batch, ALL, ALL * 0)
     beta = trainer.dynamic_beta.network(batch.embeddings).detach()
     assert beta.max() > 1.1 * beta.min()
@@ -132,7 +116,7 @@ def test_detached_the_preference_loss_gives_the_network_nothing(make):
     detached = moved(make(beta=NO_PENALTY | {"range_weight": 1.0, "beta_min": 0.0, "beta_max": 1e9}))
     attached = moved(make(detached.policy, beta=NO_PENALTY | {"detach": False}))
     for trainer, expected in ((detached, False), (attached, True)):
-        losses, _ = trainer.loss(ready(trainer), ALL, ALL * 0)
+        losses, _ = trainer.loss(estimated(trainer)[0], ALL, ALL * 0)
         found = network_gradient(losses.sum(), trainer)
         assert bool((found.abs() > 1e-8).any()) == expected, expected
         policy = list(trainer.policy.trainable.values())
@@ -151,7 +135,7 @@ def test_detached_the_preference_loss_gives_the_network_nothing(make):
 def test_each_penalty_trains_the_network_alone(make, weights):
     """Its gradient, against differences of the penalty; the policy gets none of it."""
     trainer = moved(make(beta=NO_PENALTY | weights))
-    batch = ready(trainer)
+    batch = estimated(trainer)[0]
 
     def penalty():
         losses, statistics = trainer.loss(batch, ALL, ALL * 0)
@@ -186,11 +170,6 @@ def test_every_process_starts_with_the_same_network_and_draws_nothing():
     assert all(name.startswith("beta_network.") for name in nets[0].trainable)
 
 
-def read(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith("time/")} for x in lines]
-
-
 def test_checkpoints_hold_the_network_and_final_does_not(make, make_language_policy, tmp_path):
     """A resumed run equals an uninterrupted one; beta comes nearer to alpha times the entropy."""
     beta = {"alpha": 0.3, "smoothness_weight": 0.01, "beta_max": 2.0}
@@ -204,14 +183,14 @@ def test_checkpoints_hold_the_network_and_final_does_not(make, make_language_pol
     run("whole", 4)
     run("parts", 2)
     resumed = run("parts", 4, resume=True)
-    assert read(tmp_path / "parts") == read(tmp_path / "whole")
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
     newest = sorted((tmp_path / "whole" / "checkpoints").glob("step_*"))[-1]
     saved = load_file(newest / "trained.safetensors")
     for name, parameter in resumed.dynamic_beta.trainable.items():
         assert torch.equal(saved[name], parameter)
     final = load_file(tmp_path / "whole" / "final" / "adapter_model.safetensors")
     assert not any("beta_network" in name for name in final)
-    rows = [r for r in read(tmp_path / "whole") if "beta/mean" in r]
+    rows = [r for r in rows_of(tmp_path / "whole") if "beta/mean" in r]
     assert rows[0]["beta/mean"] == pytest.approx(0.1, abs=1e-4)
     assert rows[-1]["beta/mean"] > 0.2
     assert rows[-1]["loss/beta"] < 0.7 * rows[0]["loss/beta"]
@@ -223,19 +202,22 @@ def test_precomputed_features_are_the_live_ones(make, make_language_policy):
     kept = make(
         make_language_policy(dtype=F64, lora=None, needs_reference=False), precompute_ref_log_probs=True, epochs=2
     )
-    mine, theirs = ready(kept), ready(live)
+    mine, theirs = estimated(kept)[0], estimated(live)[0]
     torch.testing.assert_close(mine.embeddings, theirs.embeddings, atol=1e-12, rtol=0)
     torch.testing.assert_close(mine.entropy, theirs.entropy, atol=1e-12, rtol=0)
 
 
-def test_the_settings_are_one_sentence_where_they_do_not_fit():
-    def problems(**settings):
-        with pytest.raises(ConfigError) as caught:
-            parse_config(DPOConfig, {"model": "tiny-lm", "output_dir": "y", "dataset": ["x"]} | settings)
-        return caught.value.problems
-
-    assert problems(dynamic_beta=NO_PENALTY) == [
-        "dynamic_beta.range_weight, smoothness_weight and entropy_weight are all 0, so nothing is learned: raise one"
-    ]
-    assert problems(dynamic_beta={}, loss_type="simpo") == ["loss_type=simpo asks no reference: leave dynamic_beta out"]
-    assert problems(dynamic_beta={"hiden": 3}) == ["unknown setting 'dynamic_beta.hiden': did you mean 'hidden'?"]
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"dynamic_beta": NO_PENALTY},
+            "dynamic_beta.range_weight, smoothness_weight and entropy_weight are all 0, so nothing is learned: "
+            "raise one",
+        ),
+        ({"dynamic_beta": {}, "loss_type": "simpo"}, "loss_type=simpo asks no reference: leave dynamic_beta out"),
+        ({"dynamic_beta": {"hiden": 3}}, "unknown setting 'dynamic_beta.hiden': did you mean 'hidden'?"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence_each(settings, sentence):
+    assert problems_of(DPOConfig, **settings) == [sentence]

@@ -14,19 +14,9 @@ from diffusion_align.llm.rollout import rollout
 from diffusion_align.models.lora import load_peft
 from diffusion_align.training.randomness import generator
 
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+TINY |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_ctx": 128}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED = {"shared_expert_intermediate_size": 32}
@@ -47,11 +37,8 @@ FAMILIES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
     "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 8},
-    "gemma3_text": {
-        "sliding_window": 4,
-        "query_pre_attn_scalar": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
     "qwen3": {},
     "qwen3_moe": EXPERTS,
     "qwen2_moe": EXPERTS | SHARED,
@@ -70,47 +57,22 @@ FAMILIES = {
     "nemotron": {},
     "helium": {},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
-    "jamba": {
-        "num_hidden_layers": 4,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "use_mamba_kernels": False,
-        "mamba_d_state": 4,
-        "mamba_dt_rank": 4,
-    },
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    | {"use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4},
     "bamba": STATES | {"attn_layer_indices": [1]},
     "falcon_h1": STATES | {"mamba_d_ssm": 64},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4},
     "biogpt": {},
     "persimmon": {},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 16,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "head_dim": 4,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-    },
+    "deepseek_v3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    | {"moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 8}
+    | {"kv_lora_rank": 8, "head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    | {"num_key_value_heads": 4},
     "ernie4_5": {},
-    "llama4_text": {
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 64,
-        "attention_chunk_size": 16,
-    },
+    "llama4_text": {"num_local_experts": 2, "num_experts_per_tok": 1}
+    | {"intermediate_size_mlp": 64, "attention_chunk_size": 16},
 }
 WITHOUT_CACHE = {  # sampled with all tokens in every pass
     "mamba": {"state_size": 4},

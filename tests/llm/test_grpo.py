@@ -3,60 +3,44 @@
 import dataclasses
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.errors import TrainingError
-from diffusion_align.estimators import aggregate
-from diffusion_align.llm.collection import Collected, WeightedRewards
-from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
-from diffusion_align.llm.rollout import Completions
-from diffusion_align.llm.trainer import OnlineConfig, per_sample
-from diffusion_align.training.statistics import equal_reward_metric
-
-sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
-    PROMPT,
     REWARDS,
     enumerable_policy,
     gradient,
     log_tables,
-    nothing,
     per_state_kl,
     reference_tables,
-    rows_of,
     sequences_of,
     token_log_probs,
 )
+from text_trainers import (
+    assert_micro_batches_do_not_matter,
+    estimated,
+    exact_trainer,
+    losses_of,
+    online_trainer,
+    rows_of,
+    short,
+)
+
+from diffusion_align.errors import TrainingError
+from diffusion_align.estimators import aggregate
+from diffusion_align.llm.collection import Collected
+from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
+from diffusion_align.llm.rollout import Completions
+from diffusion_align.llm.trainer import OnlineConfig, per_sample
+from diffusion_align.training.statistics import equal_reward_metric
 
 PAIRS = list(itertools.product(range(16), repeat=2))  # all groups of two
 BETA = 0.4
 
 
 def trainer_of(policy, tmp_path, **settings):
-    config = GRPOConfig(
-        **{
-            "model": "tiny-lm",
-            "output_dir": tmp_path,
-            "prompts": ["x"],
-            "reward": nothing,
-            "samples_per_epoch": 2 * len(PAIRS),
-            "sample_batch_size": 2 * len(PAIRS),
-            "num_generations": 2,
-            "max_completion_length": 2,
-            "scale_rewards": "none",
-            "loss_type": "dr_grpo",
-            "grid_every": 0,
-        }
-        | settings
-    )
-    rewards = WeightedRewards([nothing], torch.ones(1))
-    trainer = GRPOTrainer(config, policy, [PromptRow("x", PROMPT, {})], rewards)
-    return trainer
+    settings = {"num_generations": 2, "scale_rewards": "none", "loss_type": "dr_grpo"} | settings
+    return exact_trainer(GRPOTrainer, policy, tmp_path, 2 * len(PAIRS), **settings)
 
 
 def expected_gradient(trainer, policy, behaviour):
@@ -206,43 +190,19 @@ def test_per_sample_losses_average_to_the_aggregates():
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
-def short(prompts, completions, **columns):
-    return [-float(len(text.split())) for text in completions]
-
-
 def even(prompts, completions, **columns):
     return [None if not text else float(sum(int(t) % 2 == 0 for t in text.split())) for text in completions]
 
 
+def by_prompt(prompts, completions, **columns):
+    return [0.0 if prompt == "[9]" else float(len(text)) for prompt, text in zip(prompts, completions)]
+
+
 @pytest.fixture
 def make_run(make_language_policy, tmp_path):
-    def make(family="llama", *, rewards=((short, 1.0),), policy=None, **settings):
-        config = GRPOConfig(
-            **{
-                "model": "tiny-lm",
-                "output_dir": tmp_path / "run",
-                "prompts": ["x"],
-                "reward": "length",
-                "epochs": 2,
-                "samples_per_epoch": 16,
-                "sample_batch_size": 8,
-                "micro_batch_size": 5,
-                "num_generations": 4,
-                "max_completion_length": 6,
-                "learning_rate": 1e-2,
-                "grid_every": 0,
-                "beta": 0.05,
-            }
-            | settings
-        )
-        rows = [PromptRow(str(ids), ids, {}) for ids in ([4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])]
-        functions, weights = zip(*rewards)
-        return GRPOTrainer(
-            config,
-            policy or make_language_policy(family),
-            rows,
-            WeightedRewards(list(functions), torch.tensor(weights)),
-        )
+    def make(family="llama", *, rewards=(short,), policy=None, **settings):
+        policy, settings = policy or make_language_policy(family), {"num_generations": 4, "beta": 0.05} | settings
+        return online_trainer(GRPOTrainer, policy, tmp_path / "run", *rewards, **settings)
 
     return make
 
@@ -251,7 +211,7 @@ def make_run(make_language_policy, tmp_path):
 def test_the_first_pass_has_ratio_one(family, make_run):
     trainer = make_run(family)
     trainer.train()
-    rows = rows_of(trainer)
+    rows = rows_of(trainer.folder)
     first = [row["ratio/first_pass_deviation"] for row in rows if "ratio/first_pass_deviation" in row]
     assert len(first) == 2
     assert max(first) < 1e-5
@@ -259,36 +219,17 @@ def test_the_first_pass_has_ratio_one(family, make_run):
     assert {"kl", "kl_path", "entropy", "completions/mean_length", "rewards/short/mean"} <= {k for r in rows for k in r}
 
 
-def collected(trainer):
-    sampled, metrics = trainer.collect()
-    batch, plan, estimated = trainer.estimate(sampled)
-    return batch, plan, metrics | estimated
-
-
 def test_loss_and_gradient_do_not_depend_on_micro_batches_and_padding(make_run, make_language_policy):
     policy = make_language_policy(noise=0.05, dtype=torch.float64)
     trainer = make_run(policy=policy, kl="k2_loss", loss_type="grpo", max_completion_length=20)
-    batch, (keep, _, _), _ = collected(trainer)
+    batch, (keep, _, _), _ = estimated(trainer)
     assert batch.sequences.mask.sum(1).unique().numel() > 1
-
-    def total(parts):
-        losses = [trainer.loss(batch, part, torch.zeros_like(part))[0] for part in parts]
-        value = torch.cat(losses).sum()
-        return value.detach(), gradient(value, trainer.policy)
-
-    whole = total([keep])
-    for parts in (keep.split(1), keep.split(3), [keep.flip(0)]):
-        value, slope = total(parts)
-        assert (value - whole[0]).abs() < 1e-9
-        assert (slope - whole[1]).abs().max() < 1e-8
+    assert_micro_batches_do_not_matter(trainer, batch, keep)
 
 
 def test_groups_without_spread_are_counted_and_skipped(make_run):
-    def by_prompt(prompts, completions, **columns):
-        return [0.0 if prompt == "[9]" else float(len(text)) for prompt, text in zip(prompts, completions)]
-
-    trainer = make_run(rewards=((by_prompt, 1.0),), beta=0.0)
-    batch, (keep, _, _), metrics = collected(trainer)
+    trainer = make_run(rewards=(by_prompt,), beta=0.0)
+    batch, (keep, _, _), metrics = estimated(trainer)
     assert metrics["frac_reward_zero_std"] == 0.25
     assert len(keep) <= 12
     assert (batch.advantages[keep] != 0).any(1).all()
@@ -297,16 +238,13 @@ def test_groups_without_spread_are_counted_and_skipped(make_run):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, loss_type):
-    def by_prompt(prompts, completions, **columns):
-        return [0.0 if prompt == "[9]" else float(len(text)) for prompt, text in zip(prompts, completions)]
-
     policy = make_language_policy(noise=0.05, dtype=torch.float64)
     gradients = []
     for beta in (0.0, 1e-14):  # with a price of KL nothing is skipped
         settings = {"beta": beta, "loss_type": loss_type, "max_completion_length": 20, "temperature": 1.5}
-        trainer = make_run(policy=policy, rewards=((by_prompt, 1.0),), **settings)
-        batch, (keep, _, counted), _ = collected(trainer)
-        losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+        trainer = make_run(policy=policy, rewards=(by_prompt,), **settings)
+        batch, (keep, _, counted), _ = estimated(trainer)
+        losses = losses_of(trainer, batch, keep)
         gradients.append(gradient(losses.sum() / counted, policy))
         assert (len(keep) == 16) == (beta > 0)
         assert counted == 16
@@ -316,7 +254,7 @@ def test_what_is_skipped_changes_no_gradient(make_run, make_language_policy, los
 
 def test_truncated_completions_are_left_out(make_run):
     trainer = make_run(mask_truncated_completions=True, max_completion_length=20)
-    batch, (keep, _, counted), metrics = collected(trainer)
+    batch, (keep, _, counted), metrics = estimated(trainer)
     assert 0 < metrics["completions/clipped_ratio"] < 1
     finished = trainer.collect()[0].finished
     assert keep.tolist() == finished.nonzero().squeeze(1).tolist()
@@ -336,9 +274,9 @@ def test_truncated_completions_add_nothing_and_are_counted_among_all(loss_type, 
     """Means over completions divide by all of them, as if those cut off had a loss of 0; one over tokens does not."""
     policy = make_language_policy(noise=0.05, dtype=torch.float64)
     trainer = make_run(policy=policy, mask_truncated_completions=True, max_completion_length=20, loss_type=loss_type)
-    batch, (keep, _, counted), _ = collected(trainer)
+    batch, (keep, _, counted), _ = estimated(trainer)
     assert 0 < len(keep) < 16
-    losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    losses = losses_of(trainer, batch, keep)
     scored = policy.score(batch.sequences)
     tokens, _ = trainer.surrogate(scored, policy.log_probs(scored), batch.logp_old, batch.advantages)
     ended = scored.mask & trainer.collect()[0].finished[:, None]
@@ -360,9 +298,9 @@ def test_two_rewards_with_weights(make_run):
     each = make_run(
         rewards=((short, 0.5), (short, 2.0)), temperature=2.0, multi_objective_aggregation="normalize_then_sum", beta=0
     )
-    batch, _, _ = collected(each)
-    one = make_run(rewards=((short, 1.0),), temperature=2.0, beta=0)
-    alone, _, _ = collected(one)
+    batch, _, _ = estimated(each)
+    one = make_run(rewards=(short,), temperature=2.0, beta=0)
+    alone, _, _ = estimated(one)
     torch.testing.assert_close(batch.advantages[:, 0], 2.5 * alone.advantages[:, 0])
     assert each.rewards.names == ["short", "short_2"]
 
@@ -370,11 +308,11 @@ def test_two_rewards_with_weights(make_run):
 def test_extreme_log_probs_under_padding_leave_gradients_finite(make_run, make_language_policy):
     policy = make_language_policy(noise=0.05)
     trainer = make_run(policy=policy, kl="k3_loss", kl_gradient="direct", max_completion_length=20)
-    batch, (keep, _, _), _ = collected(trainer)
+    batch, (keep, _, _), _ = estimated(trainer)
     outside = ~batch.sequences.mask
     assert outside.any()
     batch.logp_old[outside], batch.logp_ref[outside] = -math.inf, 1e30
-    losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    losses = losses_of(trainer, batch, keep)
     assert losses.isfinite().all()
     assert gradient(losses.sum(), trainer.policy).isfinite().all()
 
@@ -385,7 +323,7 @@ def test_a_reward_that_fails_ends_the_run_with_its_sentence(make_run):
     def too_few(prompts, completions, **columns):
         return [1.0]
 
-    trainer = make_run(rewards=((too_few, 1.0),))
+    trainer = make_run(rewards=(too_few,))
     with pytest.raises(RewardError, match="'too_few' returned 1 score for 8 completions"):
         trainer.train()
 
@@ -393,7 +331,7 @@ def test_a_reward_that_fails_ends_the_run_with_its_sentence(make_run):
         return [None] * len(prompts)
 
     with pytest.raises(RewardError, match="no reward has anything to say about sample 0"):
-        make_run(rewards=((silent, 1.0),), output_dir=trainer.folder.parent / "silent").train()
+        make_run(rewards=(silent,), output_dir=trainer.folder.parent / "silent").train()
 
 
 def test_it_learns_to_stop(make_run):
@@ -401,7 +339,7 @@ def test_it_learns_to_stop(make_run):
         epochs=12, learning_rate=0.02, samples_per_epoch=32, micro_batch_size=32, beta=0.0, temperature=1.5
     )
     trainer.train()
-    rewards = [row["reward"] for row in rows_of(trainer) if "reward" in row]
+    rewards = [row["reward"] for row in rows_of(trainer.folder) if "reward" in row]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
     assert (trainer.folder / "final" / "adapter_model.safetensors").is_file()
     assert (trainer.folder / "samples" / "before_after.jsonl").is_file()
@@ -454,7 +392,7 @@ def test_recomputed_log_probs_are_those_of_scoring(make_run, make_language_polic
     for kind in ("rollout", "recomputed"):
         policy = make_language_policy(noise=0.05)
         trainer = make_run(policy=policy, logp_old=kind, mixed_precision="bf16", micro_batch_size=16)
-        batch, _, metrics = collected(trainer)
+        batch, _, metrics = estimated(trainer)
         every = torch.arange(16)
         _, statistics = trainer.loss(batch, every, torch.zeros_like(every))
         ratios = {f"ratio/{end}": getattr(statistics["ratio/mean"], end)().item() for end in ("min", "max")}
@@ -474,7 +412,7 @@ def test_a_completion_without_a_reward_has_no_advantage(make_run):
     def hesitant(prompts, completions, **columns):
         return [None if i % 4 == 1 else float(i % 4) for i in range(len(completions))]
 
-    batch, (keep, _, _), metrics = collected(make_run(rewards=((hesitant, 2.0),), beta=0.0))
+    batch, (keep, _, _), metrics = estimated(make_run(rewards=((hesitant, 2.0),), beta=0.0))
     advantages = batch.advantages[:, 0].view(-1, 4)
     root = math.sqrt(7 / 3)  # of 0, 4 and 6: the mean is 10/3, the variance 28/3
     expected = torch.tensor([-10 / 3, 0.0, 2 / 3, 8 / 3]) / (2 * root)

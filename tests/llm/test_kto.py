@@ -1,21 +1,30 @@
 """KTO: values and gradients against plain forward passes, the reference point, judging online, a run that learns."""
 
-import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from enumerable import gradient
+from oracles import F64
+from text_trainers import (
+    Part,
+    estimated,
+    losses_of,
+    plain,
+    preference_trainer,
+    problems_of,
+    rows_of,
+    score,
+    scores_of,
+)
+from tiny_runs import changes
 
-from diffusion_align.data.text_rows import LabelledRow, PromptRow
+from diffusion_align.data.text_rows import LabelledRow
 from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import kto_loss
-from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer, mismatched_prompts
-from diffusion_align.training.config import parse_config
 
-F64 = torch.float64
 BETA = 0.3
 EXACT = {"atol": 1e-10, "rtol": 1e-8}
 ROWS = [
@@ -26,59 +35,29 @@ ROWS = [
     LabelledRow("x", [20], [21, 22, 23, 3], True),
     LabelledRow("x", [4, 4], [36, 3], False),
 ]
-PROMPTS = [PromptRow(f"p{i}", [5 + i, 6, 7 + i][: 1 + i % 3], {}) for i in range(6)]
-ONLINE = {"samples_per_epoch": 24, "sample_batch_size": 12, "num_generations": 4}
-
-
-def score(completions):
-    return [float(text.split()[0]) if text else 0.0 for text in completions]
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
 
 @pytest.fixture
 def make(make_language_policy, tmp_path):
-    def build(rows=ROWS, policy=None, *, reward=None, accelerator=None, **settings):
-        defaults = {"model": "tiny-lm", "output_dir": tmp_path, "epochs": 1, "samples_per_epoch": len(rows)}
-        defaults |= {"sample_batch_size": len(rows), "micro_batch_size": 4, "updates_per_epoch": 1, "beta": BETA}
-        defaults |= {"grid_every": 0, "max_completion_length": 4}
-        defaults |= {"dataset": ["x"]} if reward is None else {"prompts": ["x"], "reward": reward, **ONLINE}
-        config = KTOConfig(**(defaults | settings))
+    def build(rows=ROWS, policy=None, **settings):
         policy = policy or make_language_policy("llama", noise=0.1, dtype=F64)
-        data = {"rows": rows} if reward is None else {"prompts": PROMPTS}
-        rewards = None if reward is None else WeightedRewards([reward], torch.ones(1))
-        trainer = KTOTrainer(config, policy, rewards=rewards, accelerator=accelerator, **data)
-        return trainer
+        return preference_trainer(KTOTrainer, policy, tmp_path, rows, **({"beta": BETA} | settings))
 
     return build
 
 
-def plain(policy, ids, completion):
-    """log pi of one completion, by a forward pass without padding."""
-    logp = policy.model(torch.tensor([ids + completion])).logits[0].log_softmax(-1)
-    return torch.stack([logp[len(ids) - 1 + t, token] for t, token in enumerate(completion)]).sum()
-
-
 def ratio(policy, ids, completion):
-    now = plain(policy, ids, completion)
+    """log pi - log pi_ref of one completion."""
+    now = plain(policy, ids, completion).sum()
     with torch.no_grad(), policy.reference():
-        ref = plain(policy, ids, completion)
+        ref = plain(policy, ids, completion).sum()
     return now - ref
 
 
-def rows_of(batch):
-    """The epoch's rows as lists of tokens, from the packed batch."""
-    some = batch.sequences
-    ends = (some.starts + some.mask.sum(1)).tolist()
-    return [(ids[:s].tolist(), ids[s:e].tolist()) for ids, s, e in zip(some.ids, some.starts.tolist(), ends)]
-
-
-def gradient(value, policy):
-    found = torch.autograd.grad(value, list(policy.trainable.values()), allow_unused=True)
-    return torch.cat([g.flatten() for g in found if g is not None])
+def texts_of(sequences):
+    """Prompt and completion of each, as lists of tokens."""
+    prompts = [ids[:start].tolist() for ids, start in zip(sequences.ids, sequences.starts)]
+    return list(zip(prompts, sequences.tokens, strict=True))
 
 
 def reference_point(policy, rows, most=64):
@@ -90,10 +69,9 @@ def reference_point(policy, rows, most=64):
 def test_value_and_gradient_are_those_of_plain_forward_passes(make, inner_epochs):
     trainer = make(desirable_weight=1.3, undesirable_weight=0.6, inner_epochs=inner_epochs)
     policy = trainer.policy
-    batch, _ = trainer.collect()
-    batch, (keep, decisions, _), metrics = trainer.estimate(batch)
+    batch, (keep, decisions, _), metrics = estimated(trainer)
     assert (len(keep), decisions) == (6, 1)
-    rows = rows_of(batch)
+    rows = texts_of(batch.sequences)
     z = reference_point(policy, rows)
     assert abs(z) > 1e-3
     assert metrics["reference_point_raw"] == pytest.approx(z.item(), abs=1e-10)
@@ -116,18 +94,16 @@ def test_value_and_gradient_are_those_of_plain_forward_passes(make, inner_epochs
 @pytest.mark.parametrize("point", [0.7, -0.7])
 def test_the_loss_is_the_estimators_with_the_epochs_reference_point(make, point):
     trainer = make()
-    batch, _ = trainer.collect()
-    batch, *_ = trainer.estimate(batch)
+    batch, *_ = estimated(trainer)
     batch = replace(batch, reference_point=torch.tensor(point, dtype=F64))
-    losses, _ = trainer.loss(batch, torch.arange(6), torch.zeros(6))
-    l = torch.stack([ratio(trainer.policy, *one) for one in rows_of(batch)])  # noqa: E741
+    losses = losses_of(trainer, batch, range(6))
+    l = torch.stack([ratio(trainer.policy, *one) for one in texts_of(batch.sequences)])  # noqa: E741
     torch.testing.assert_close(losses, kto_loss(l, batch.desirable, torch.tensor(max(point, 0.0)), BETA), **EXACT)
 
 
 def test_at_the_reference_the_loss_is_one_half(make, make_language_policy):
     trainer = make(policy=make_language_policy(dtype=F64))
-    batch, _ = trainer.collect()
-    batch, _, metrics = trainer.estimate(batch)
+    batch, _, metrics = estimated(trainer)
     losses, statistics = trainer.loss(batch, torch.arange(6), torch.zeros(6))
     assert metrics["reference_point_raw"] == pytest.approx(0, abs=1e-12)
     torch.testing.assert_close(losses, torch.full((6,), 0.5, dtype=F64), atol=1e-12, rtol=0)
@@ -137,45 +113,29 @@ def test_at_the_reference_the_loss_is_one_half(make, make_language_policy):
 def test_neither_batches_nor_their_order_change_the_point_the_loss_or_the_gradient(make):
     whole = make()
     policy = whole.policy
-    batch, _ = whole.collect()
-    batch, *_ = whole.estimate(batch)
-    losses, _ = whole.loss(batch, torch.arange(6), torch.zeros(6))
+    batch, *_ = estimated(whole)
+    losses = losses_of(whole, batch, range(6))
     slope = gradient(losses.sum(), policy)
     for size in (1, 2, 3):
         other = make(policy=policy, sample_batch_size=size, micro_batch_size=size)
-        again, _ = other.collect()
-        again, *_ = other.estimate(again)
+        again, *_ = estimated(other)
         torch.testing.assert_close(again.reference_point, batch.reference_point, atol=1e-12, rtol=0)
     order = torch.tensor([4, 0, 5, 2, 3, 1])
-    parts = torch.cat([whole.loss(batch, some, some * 0)[0] for some in order.split(2)])
+    parts = losses_of(whole, batch, *order.split(2))
     torch.testing.assert_close(parts, losses[order], **EXACT)
     torch.testing.assert_close(gradient(parts.sum(), policy), slope, **EXACT)
     batch.sequences.ids[batch.sequences.attention_mask == 0] = 17
-    torch.testing.assert_close(whole.loss(batch, torch.arange(6), torch.zeros(6))[0], losses, **EXACT)
-
-
-class Part:
-    """Stands in for one of two processes; what is reduced stays its own, and is kept."""
-
-    def __init__(self, index):
-        self.num_processes, self.process_index, self.device = 2, index, torch.device("cpu")
-        self.is_main_process, self.reduced = index == 0, []
-
-    def reduce(self, x, reduction):
-        self.reduced.append(x)
-        return x
+    torch.testing.assert_close(losses_of(whole, batch, range(6)), losses, **EXACT)
 
 
 @pytest.mark.parametrize("most", [64, 5, 3])
 def test_two_processes_have_the_sum_of_one_between_them(make, most):
     whole = make(sample_batch_size=1, kl_samples=most)
-    batch, _ = whole.collect()
-    batch, *_ = whole.estimate(batch)
+    batch, *_ = estimated(whole)
     parts = [Part(0), Part(1)]
     for part in parts:
         trainer = make(policy=whole.policy, sample_batch_size=1, accelerator=part, kl_samples=most)
-        own, _ = trainer.collect()
-        own, *_ = trainer.estimate(own)
+        own, *_ = estimated(trainer)
         assert own.pairs == batch.pairs == min(most, 6)
         assert len(own.sequences) == 3
         torch.testing.assert_close(own.reference_point * batch.pairs, part.reduced[0])  # of all, not of its own
@@ -196,25 +156,18 @@ def test_a_long_prompt_of_another_row_is_cut_to_fit(make):
     long, short = list(range(4, 36)) + [5] * 28, [20]
     rows = [LabelledRow("x", long, [7, 8, 3], True), LabelledRow("x", short, [9] * 20 + [3], False)]
     trainer = make(rows)
-    batch, _ = trainer.collect()
-    batch, *_ = trainer.estimate(batch)
-    found = {tuple(c): p for p, c in rows_of(SimpleNamespace(sequences=batch.mismatched))}
+    batch, *_ = estimated(trainer)
+    found = {tuple(c): p for p, c in texts_of(batch.mismatched)}
     assert found == {(7, 8, 3): short, (*[9] * 20, 3): long[-43:]}
 
 
 # -- online ------------------------------------------------------------------------------------------------------------
 
 
-def first_tokens(batch):
-    """What ``score`` says; the end of a sequence has no text."""
-    first = batch.sequences.completions[:, 0].double()
-    return torch.where(first == 3, 0.0, first)
-
-
 def test_online_better_than_the_groups_mean_is_desirable(make):
     trainer = make(reward=score)
     batch, metrics = trainer.collect()
-    rewards = first_tokens(batch)
+    rewards = scores_of(batch)
     mean = rewards.view(6, 4).mean(1).repeat_interleave(4)
     assert torch.equal(batch.keep, (rewards != mean).nonzero().squeeze(1))
     assert torch.equal(batch.desirable, rewards > mean)
@@ -229,7 +182,7 @@ def test_online_better_than_the_groups_mean_is_desirable(make):
 
 def test_online_above_a_given_reward_is_desirable_and_equal_is_dropped(make):
     trainer = make(reward=score)
-    rewards = first_tokens(trainer.collect()[0])
+    rewards = scores_of(trainer.collect()[0])
     limit = rewards.sort().values[12].item()  # one of them
     batch, _ = make(policy=trainer.policy, reward=score, desirable_above=limit).collect()
     assert torch.equal(batch.keep, (rewards != limit).nonzero().squeeze(1))
@@ -248,7 +201,7 @@ def test_online_ties_are_dropped_and_counted(make):
 
 def test_a_short_run_learns_the_labels(make, make_language_policy, tmp_path):
     make(policy=make_language_policy(), epochs=12, learning_rate=5e-3).train()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path)
     steps = [r for r in rows if "rewards/accuracies" in r]
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert steps[0]["rewards/accuracies"] == 0.5
@@ -262,34 +215,32 @@ def test_a_short_run_learns_the_labels(make, make_language_policy, tmp_path):
 def test_an_update_with_one_label_only_has_no_margin(make, make_language_policy, tmp_path):
     rows = [LabelledRow("x", r.ids, r.completion, True) for r in ROWS]
     make(rows, make_language_policy()).train()
-    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = rows_of(tmp_path)
     assert "rewards/chosen" in steps[0]
     assert not {"rewards/rejected", "rewards/margins"} & steps[0].keys()
+
+
+SAMPLED = "dataset=null; prompts=[x]; reward=length; "
 
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"beta": 0}, "beta=0 is not allowed: it must be greater than 0"),
+        ("beta=0", "beta=0 is not allowed: it must be greater than 0"),
         (
-            {"desirable_weight": 0, "undesirable_weight": 0},
+            "desirable_weight=0; undesirable_weight=0",
             "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one",
         ),
-        ({"desirable_above": 0.5}, "desirable_above judges online, dataset has labels: leave one of the two out"),
+        ("desirable_above=0.5", "desirable_above judges online, dataset has labels: leave one of the two out"),
         (
-            {"dataset": None, "prompts": ["x"], "reward": score, "num_generations": 64},
+            SAMPLED + "num_generations=64",
             "samples_per_epoch=64 holds one prompt, and the reference point needs two: raise it",
         ),
-        (
-            {"dataset": None, "prompts": ["x"], "reward": score, "num_generations": 1},
-            "num_generations=1 leaves nothing to compare a completion with: use 2 or more",
-        ),
+        (SAMPLED + "num_generations=1", "num_generations=1 leaves nothing to compare a completion with: use 2 or more"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence_each(settings, sentence):
-    with pytest.raises(ConfigError) as caught:
-        parse_config(KTOConfig, {"model": "tiny-lm", "output_dir": "y", "dataset": ["x"]} | settings)
-    assert caught.value.problems == [sentence]
+    assert problems_of(KTOConfig, **changes(settings)) == [sentence]
 
 
 def test_data_with_one_prompt_is_refused(make):

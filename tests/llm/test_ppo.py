@@ -1,53 +1,41 @@
 """PPO: rewards of tokens, values, whitening, the adaptive coefficient; its expected gradient by enumeration."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-from diffusion_align.data.text_rows import PromptRow
-from diffusion_align.estimators import gae, masked_whiten
-from diffusion_align.llm.collection import Collected, WeightedRewards
-from diffusion_align.llm.ppo import PPOConfig, PPOTrainer, adapted
-from diffusion_align.llm.rollout import Completions
-
-sys.path.insert(0, str(Path(__file__).parent))
 from enumerable import (
-    PROMPT,
     REWARDS,
     enumerable_policy,
     gradient,
     log_tables,
-    nothing,
     per_state_kl,
     reference_tables,
-    rows_of,
     sequences_of,
     token_log_probs,
 )
+from text_trainers import (
+    assert_micro_batches_do_not_matter,
+    estimated,
+    exact_trainer,
+    losses_of,
+    online_trainer,
+    rows_of,
+    short,
+)
+
+from diffusion_align.estimators import gae, masked_whiten
+from diffusion_align.llm.collection import Collected
+from diffusion_align.llm.policy import pack
+from diffusion_align.llm.ppo import PPOTrainer, adapted
+from diffusion_align.llm.rollout import Completions
 
 BETA = 0.4
 
 
-def exact_trainer(policy, tmp_path, **settings):
-    settings = {
-        "model": "tiny-lm",
-        "output_dir": tmp_path,
-        "prompts": ["x"],
-        "reward": nothing,
-        "samples_per_epoch": 16,
-        "sample_batch_size": 16,
-        "max_completion_length": 2,
-        "whiten_advantages": False,
-        "gamma": 1.0,
-        "lam": 1.0,
-        "kl_coef": BETA,
-        "grid_every": 0,
-    } | settings
-    rewards = WeightedRewards([nothing], torch.ones(1))
-    trainer = PPOTrainer(PPOConfig(**settings), policy, [PromptRow("x", PROMPT, {})], rewards)
+def trainer_of(policy, tmp_path, **settings):
+    settings = {"whiten_advantages": False, "gamma": 1.0, "lam": 1.0, "kl_coef": BETA} | settings
+    trainer = exact_trainer(PPOTrainer, policy, tmp_path, settings.pop("samples_per_epoch", 16), **settings)
     trainer.value_head.double()
     return trainer
 
@@ -64,7 +52,7 @@ def sampled(sequences, logp_old, rewards):
 def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
     """With gamma = lambda = 1 a token is charged with the KL of all later ones too, and the value is a baseline."""
     policy = enumerable_policy()
-    trainer = exact_trainer(policy, tmp_path, value_coef=0.0)
+    trainer = trainer_of(policy, tmp_path, value_coef=0.0)
     with torch.no_grad():
         trainer.value_head.weight.normal_()
     tables, reference = log_tables(policy), reference_tables(policy)
@@ -72,7 +60,7 @@ def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
     batch, (keep, decisions, _), metrics = trainer.estimate(batch)
     assert (keep.tolist(), decisions) == (list(range(16)), 1)
     assert batch.values_old.abs().min() > 0
-    losses, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
+    losses = losses_of(trainer, batch, keep)
     chances = token_log_probs(tables).sum(1).exp()
     first, second = per_state_kl(tables, reference)
     kl = first + (tables[0].exp() * second).sum()
@@ -84,7 +72,7 @@ def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
 
 def test_the_value_loss_draws_to_the_returns(tmp_path):
     policy = enumerable_policy()
-    trainer = exact_trainer(policy, tmp_path, value_coef=0.7, value_clip=None, kl_coef=0.0)
+    trainer = trainer_of(policy, tmp_path, value_coef=0.7, value_clip=None, kl_coef=0.0)
     batch = all_completions(log_tables(policy))
     batch, (keep, _, _), _ = trainer.estimate(batch)
     torch.testing.assert_close(batch.returns, REWARDS[:, None].expand(16, 2))  # no KL, gamma = 1, values 0
@@ -97,12 +85,8 @@ def test_the_value_loss_draws_to_the_returns(tmp_path):
 
 
 def test_the_last_token_that_counts_gets_the_reward(tmp_path, make_language_policy):
-    from diffusion_align.llm.policy import pack
-
     policy = make_language_policy(noise=0.05, dtype=torch.float64)
-    trainer = exact_trainer(
-        policy, tmp_path, samples_per_epoch=3, sample_batch_size=3, max_completion_length=4, lam=0.9
-    )
+    trainer = trainer_of(policy, tmp_path, samples_per_epoch=3, max_completion_length=4, lam=0.9)
     sequences = pack([[5], [6, 7], [8]], [[9, 10, 3], [11], [12, 13, 14, 15]], pad=3)
     logp_old = torch.where(sequences.mask, -1.5, 0.0).double()
     rewards = torch.tensor([1.0, -2.0, 0.5]).double()
@@ -119,10 +103,8 @@ def test_the_last_token_that_counts_gets_the_reward(tmp_path, make_language_poli
 
 
 def test_values_are_of_the_state_before_the_token(tmp_path, make_language_policy):
-    from diffusion_align.llm.policy import pack
-
     policy = make_language_policy(dtype=torch.float64)
-    trainer = exact_trainer(policy, tmp_path)
+    trainer = trainer_of(policy, tmp_path)
     with torch.no_grad():
         trainer.value_head.weight.normal_()
     prompts, completions = [[5, 6], [7]], [[9, 10, 11], [12]]
@@ -139,28 +121,8 @@ def test_values_are_of_the_state_before_the_token(tmp_path, make_language_policy
 
 @pytest.fixture
 def make_run(make_language_policy, tmp_path):
-    def short(prompts, completions, **columns):
-        return [-float(len(text.split())) for text in completions]
-
     def make(family="llama", *, policy=None, **settings):
-        config = PPOConfig(
-            **{
-                "model": "tiny-lm",
-                "output_dir": tmp_path / "run",
-                "prompts": ["x"],
-                "reward": "length",
-                "epochs": 2,
-                "samples_per_epoch": 16,
-                "sample_batch_size": 8,
-                "micro_batch_size": 5,
-                "max_completion_length": 6,
-                "learning_rate": 1e-2,
-                "grid_every": 0,
-            }
-            | settings
-        )
-        rows = [PromptRow(str(ids), ids, {}) for ids in ([4, 5, 6, 7, 8], [9], [10, 11], [12, 13, 14])]
-        return PPOTrainer(config, policy or make_language_policy(family), rows, WeightedRewards([short], torch.ones(1)))
+        return online_trainer(PPOTrainer, policy or make_language_policy(family), tmp_path / "run", short, **settings)
 
     return make
 
@@ -169,7 +131,7 @@ def make_run(make_language_policy, tmp_path):
 def test_the_first_pass_has_ratio_one(family, make_run):
     trainer = make_run(family, kl_target=0.5, kl_horizon=100)
     trainer.train()
-    rows = rows_of(trainer)
+    rows = rows_of(trainer.folder)
     assert max(row["ratio/first_pass_deviation"] for row in rows if "ratio/first_pass_deviation" in row) < 1e-5
     found = {key for row in rows for key in row}
     assert {"kl", "kl_path", "kl_coef", "entropy", "loss/value", "value/mean", "returns/mean"} <= found
@@ -177,12 +139,7 @@ def test_the_first_pass_has_ratio_one(family, make_run):
 
 def test_advantages_are_whitened_over_the_epoch(make_run):
     trainer, plain = (make_run(whiten_advantages=white, temperature=2.0) for white in (True, False))
-    batches = []
-    for one in (trainer, plain):
-        batch, _ = one.collect()
-        batch, *_ = one.estimate(batch)
-        batches.append(batch)
-    whitened, raw = batches
+    whitened, raw = (estimated(one)[0] for one in (trainer, plain))
     mask = raw.sequences.mask
     torch.testing.assert_close(whitened.advantages, masked_whiten(raw.advantages, mask, (0, 1)))
     assert whitened.advantages[mask].mean().abs() < 1e-5
@@ -194,8 +151,7 @@ def test_a_completion_without_an_end_is_penalised(make_run):
     settings = {"max_completion_length": 3, "temperature": 3.0}
     returns = []
     for trainer in (make_run(**settings), make_run(missing_eos_penalty=2.5, **settings)):
-        collected, metrics = trainer.collect()
-        batch, *_ = trainer.estimate(collected)
+        batch, _, metrics = estimated(trainer)
         mask = batch.sequences.mask
         returns.append(batch.returns.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1))  # of the last token
     difference = (returns[0] - returns[1]).round(decimals=5)
@@ -214,7 +170,7 @@ def test_the_coefficient_follows_the_target():
 def test_the_coefficient_is_adapted_and_resumed(make_run):
     trainer = make_run(kl_target=1e-9, kl_horizon=32, kl_coef=0.1, epochs=3)
     trainer.train()
-    coefficients = [row["kl_coef"] for row in rows_of(trainer) if "kl_coef" in row]
+    coefficients = [row["kl_coef"] for row in rows_of(trainer.folder) if "kl_coef" in row]
     assert coefficients[0] == 0.1
     assert coefficients[2] == pytest.approx(coefficients[1] * 1.1)  # 16 of 32 completions, far above the target
     other = make_run(kl_target=1e-9, kl_horizon=32, kl_coef=0.1, epochs=3)
@@ -225,24 +181,14 @@ def test_the_coefficient_is_adapted_and_resumed(make_run):
 def test_loss_and_gradient_do_not_depend_on_micro_batches(make_run, make_language_policy):
     trainer = make_run(policy=make_language_policy(noise=0.05, dtype=torch.float64))
     trainer.value_head.double()
-    batch, _ = trainer.collect()
-    batch, (keep, _, _), _ = trainer.estimate(batch)
-
-    def total(parts):
-        value = torch.cat([trainer.loss(batch, part, torch.zeros_like(part))[0] for part in parts]).sum()
-        return value.detach(), gradient(value, trainer.policy)
-
-    whole = total([keep])
-    for parts in (keep.split(1), keep.split(3), [keep.flip(0)]):
-        value, slope = total(parts)
-        assert (value - whole[0]).abs() < 1e-9
-        assert (slope - whole[1]).abs().max() < 1e-8
+    batch, (keep, _, _), _ = estimated(trainer)
+    assert_micro_batches_do_not_matter(trainer, batch, keep)
 
 
 def test_it_learns_to_stop(make_run):
     size = {"samples_per_epoch": 32, "micro_batch_size": 32}
     trainer = make_run(epochs=15, learning_rate=0.02, temperature=1.5, kl_coef=0.0, **size)
     trainer.train()
-    rewards = [row["reward"] for row in rows_of(trainer) if "reward" in row]
+    rewards = [row["reward"] for row in rows_of(trainer.folder) if "reward" in row]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
     assert trainer.value_head.weight.abs().max() > 0

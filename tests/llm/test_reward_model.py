@@ -1,12 +1,12 @@
 """Reward models: the loss against plain forward passes, padding, learning, what is saved and who reads it, resume."""
 
-import json
 import math
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from text_trainers import rows_of
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -209,9 +209,8 @@ def encoded(source, tokenizer):
 
 
 @pytest.fixture
-def train(make_model, make_trainer, characters, monkeypatch):
+def train(make_model, make_trainer, characters):
     """``train(**settings)``: the finished trainer of a small run on separable preferences."""
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
 
     def run(*, lora="lora", family="llama", flip=False, tokenizer=None, **settings):
         tokenizer = tokenizer or characters(pad="<pad>", template=CHATML)
@@ -226,11 +225,6 @@ def train(make_model, make_trainer, characters, monkeypatch):
         return trainer
 
     return run
-
-
-def rows_of(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
 def test_it_learns_what_separates_the_answers_and_the_opposite_from_the_opposite(train):

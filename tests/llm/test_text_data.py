@@ -1,6 +1,7 @@
 """Rows of text to tokens with a real tokenizer: every layout, special tokens, cuts and every bad row."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,15 +352,13 @@ def test_nothing_stands_behind_the_first_end(chat):
     assert cut.completions == 1
 
 
-class Settings:
-    def __init__(self, eos):
-        self.eos_token_id = eos
-
-
 def test_the_ends_of_a_model(plain):
-    assert ends_of(plain) == ends_of(plain, Settings(None)) == [EOS]
-    assert ends_of(plain, Settings(5)) == [EOS, 5]
-    assert ends_of(plain, Settings([5, EOS, 4])) == [EOS, 4, 5]
+    def ends(eos):
+        return ends_of(plain, SimpleNamespace(eos_token_id=eos))
+
+    assert ends_of(plain) == ends(None) == [EOS]
+    assert ends(5) == [EOS, 5]
+    assert ends([5, EOS, 4]) == [EOS, 4, 5]
 
 
 def test_what_truncation_says(plain):
@@ -414,24 +413,20 @@ def test_limits_that_cannot_be(plain):
 
 
 PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+NO_TEXT = "neither a text nor messages with a role and a text as content"
+ADDED = {"prompt": [user("q")], "rejected": [user("q"), assistant("b")]}
 BAD_PAIRS: dict[str, tuple[dict, str]] = {
     "empty prompt": ({"prompt": " "}, "the prompt is empty"),
     "no prompt": ({"prompt": None}, "the prompt is empty"),
     "no messages": ({"prompt": []}, "the prompt is empty"),
     "blank messages": ({"prompt": [user("")]}, "the prompt is empty"),
-    "number": ({"prompt": 3}, "the prompt is 3, neither a text nor messages with a role and a text as content"),
+    "number": ({"prompt": 3}, f"the prompt is 3, {NO_TEXT}"),
     "empty chosen": ({"chosen": ""}, "chosen is empty"),
     "empty rejected": ({"rejected": None}, "rejected is empty"),
     "none rejected": ({"rejected": []}, "rejected is empty"),
     "one of several empty": ({"rejected": ["b", ""]}, "rejected is empty"),
-    "several chosen": (
-        {"chosen": ["a", "c"]},
-        "chosen is ['a', 'c'], neither a text nor messages with a role and a text as content",
-    ),
-    "no content": (
-        {"chosen": [{"role": "user"}]},
-        "chosen is [{'role': 'user'}], neither a text nor messages with a role and a text as content",
-    ),
+    "several chosen": ({"chosen": ["a", "c"]}, f"chosen is ['a', 'c'], {NO_TEXT}"),
+    "no content": ({"chosen": [{"role": "user"}]}, f"chosen is [{{'role': 'user'}}], {NO_TEXT}"),
     "same": ({"rejected": "a"}, "chosen and rejected are the same"),
     "same among several": ({"rejected": ["b", "a"]}, "chosen and rejected are the same"),
     "two forms": (
@@ -442,14 +437,8 @@ BAD_PAIRS: dict[str, tuple[dict, str]] = {
         {"chosen": [assistant("a")], "rejected": [assistant("b")]},
         "chosen and rejected do not begin alike and there is no prompt: give a column prompt",
     ),
-    "nothing added": (
-        {"prompt": [user("q")], "chosen": [user("q"), assistant("")], "rejected": [user("q"), assistant("b")]},
-        "a completion adds nothing to the prompt",
-    ),
-    "the prompt again": (
-        {"prompt": [user("q")], "chosen": [user("q")], "rejected": [user("q"), assistant("b")]},
-        "a completion adds nothing to the prompt",
-    ),
+    "nothing added": (ADDED | {"chosen": [user("q"), assistant("")]}, "a completion adds nothing to the prompt"),
+    "the prompt again": (ADDED | {"chosen": [user("q")]}, "a completion adds nothing to the prompt"),
     "label high": ({"label": 1.5}, "label is 1.5, not a number from 0 to 1"),
     "label nan": ({"label": float("nan")}, "label is nan, not a number from 0 to 1"),
     "label text": ({"label": "good"}, "label is 'good', not a number from 0 to 1"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from text_trainers import SIZES, rows_of
 
 from diffusion_align.data.text_rows import PreferenceRow, PromptRow
 from diffusion_align.errors import ConfigError
@@ -24,29 +25,10 @@ from diffusion_align.training.randomness import generator
 
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {}), PromptRow("c", [7, 8], {})]
 PAIRS = [PreferenceRow("a", [4, 5], [6, 3], [[7, 3]]), PreferenceRow("b", [9], [5], [[8, 8, 3]])]
-SETTINGS = {
-    "model": "tiny-lm",
-    "epochs": 6,
-    "samples_per_epoch": 8,
-    "sample_batch_size": 4,
-    "updates_per_epoch": 1,
-    "max_completion_length": 6,
-    "learning_rate": 0.01,
-    "lora": {"rank": 2},
-    "num_threads": 1,
-    "grid_every": 0,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 9,
-}
+SETTINGS = SIZES | {"epochs": 6, "samples_per_epoch": 8, "sample_batch_size": 4, "updates_per_epoch": 1}
+SETTINGS |= {"lora": {"rank": 2}, "num_threads": 1, "checkpoint_every": 1, "keep_checkpoints": 9}
 HELD_OUT = {"reward": "length"}  # what the settings say; the trainers here are given functions
 ONLINE = {"prompts": ["a"], "reward": "length", "num_generations": 4}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def length(completions):
@@ -92,16 +74,11 @@ def train(tmp_path, make_language_policy):
 
 
 def rows(folder, key):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["epoch"], row[key]) for row in found if key in row]
+    return [(row["epoch"], row[key]) for row in rows_of(folder) if key in row]
 
 
-def adapter(folder):
-    return sorted(load_file(folder / "adapter_model.safetensors").values(), key=lambda value: value.sum().item())
-
-
-def of_checkpoint(path):
-    return sorted(load_file(path / "trained.safetensors").values(), key=lambda value: value.sum().item())
+def adapter(folder, name="adapter_model"):
+    return sorted(load_file(folder / f"{name}.safetensors").values(), key=lambda value: value.sum().item())
 
 
 def same(a, b):
@@ -142,8 +119,8 @@ def test_the_best_weights_are_kept_and_a_falling_gold_reward_ends_the_run(train,
     assert "below its best, 3 after epoch 2" in trainer.stopped
     if kind != "ppo":  # whose checkpoint also holds the value head
         checkpoints = list_checkpoints(folder / "checkpoints")
-        assert same(adapter(folder / "best"), of_checkpoint(checkpoints[1]))
-        assert same(adapter(folder / "final"), of_checkpoint(checkpoints[3]))
+        assert same(adapter(folder / "best"), adapter(checkpoints[1], "trained"))
+        assert same(adapter(folder / "final"), adapter(checkpoints[3], "trained"))
     assert not same(adapter(folder / "best"), adapter(folder / "final"))
     summary = json.loads((folder / "evaluation.json").read_text())
     assert summary == {"best": {"epoch": 2, "gold": 3.0}, "stopped": trainer.stopped}

@@ -1,7 +1,6 @@
 """A language model with 4 tokens and completions of 2: all 16 can be listed, so expectations are sums."""
 
 import itertools
-import json
 from types import SimpleNamespace
 
 import torch
@@ -65,11 +64,3 @@ def gradient(value, policy):
     parameters = list(policy.trainable.values())
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, found)])
-
-
-def nothing(prompts, completions, **columns):
-    return [0.0] * len(prompts)
-
-
-def rows_of(trainer):
-    return [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
