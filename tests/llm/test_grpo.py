@@ -27,7 +27,7 @@ from text_trainers import (
 )
 
 from diffusion_align.errors import TrainingError
-from diffusion_align.estimators import aggregate
+from diffusion_align.estimators import aggregate, group_advantages
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.rollout import Completions
@@ -289,10 +289,13 @@ def test_truncated_completions_add_nothing_and_are_counted_among_all(loss_type, 
 
 
 def test_two_rewards_with_weights(make_run):
-    trainer = make_run(rewards=((short, 0.5), (even, 2.0)), temperature=2.0)
+    trainer = make_run(rewards=((short, 0.5), (even, 2.0)), temperature=2.0, beta=0)
     sampled, metrics = trainer.collect()
     expected = 0.5 * sampled.scores[:, 0] + 2.0 * sampled.scores[:, 1].nan_to_num(0.0)
     torch.testing.assert_close(sampled.rewards, expected)
+    batch, *_ = trainer.estimate(sampled)
+    of_sum = group_advantages(expected, torch.arange(16) // 4)
+    torch.testing.assert_close(batch.advantages[:, 0], of_sum.to(batch.advantages), atol=1e-6, rtol=1e-5)
     assert metrics["rewards/short/mean"] == pytest.approx(sampled.scores[:, 0].mean().item())
 
     each = make_run(
