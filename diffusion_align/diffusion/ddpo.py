@@ -292,7 +292,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         metrics = equal_reward_metric(collected.rewards, config.group_size)
 
-        own = self.local(advantages).to(path.logp_old)
+        own = self.local(advantages.to(path.logp_old.dtype))
         batch = DDPOBatch(path, own[:, None].expand_as(path.steps))
         uses_reference = config.kl_coef > 0
         in_reward = uses_reference and (config.kl == "k1_reward" or config.credit == "to_go")
