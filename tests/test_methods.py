@@ -221,7 +221,7 @@ def test_a_recipe_is_switched_by_its_method(name, overrides, left_out, tmp_path,
     assert capsys.readouterr().err == line
 
 
-def test_a_setting_that_was_typed_must_be_one_of_the_method(tmp_path, capsys):
+def test_a_setting_that_was_typed_must_be_one_of_the_method(tmp_path):
     with pytest.raises(ConfigError, match=r"^unknown setting 'value_coef': "):
         read_config("grpo_tiny", ["method=ppo", "method=grpo", "value_coef=0.2"])
     with pytest.raises(ConfigError, match=r"^unknown setting 'kl_coef': "):

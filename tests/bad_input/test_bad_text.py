@@ -23,7 +23,6 @@ PAIRS = [
     {"prompt": "a dog", "chosen": " is", "rejected": " no"},
 ]
 LABELS = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i == 0} for i, row in enumerate(PAIRS)]
-TALK = [{"role": "user", "content": "who?"}]
 METHODS = {
     "grpo": ONLINE,
     "ppo": ONLINE,

@@ -284,7 +284,7 @@ OTHER_CASES = [
         f"pairs emoji-sd --judge {JPEG} -p a -o note.txt/x",
         "'note.txt/x' cannot be made: note.txt",
     ),
-    ("report of nothing", "report no", "no"),
+    ("report of nothing", "report gone", "gone"),
     ("report of a folder that is no run", "report folder", "folder"),
     ("doctor of nothing", "doctor no.yaml", "config 'no.yaml' is neither a file nor a shipped recipe"),
     ("doctor of an unknown key", "doctor grpo_tiny epoch=3", "unknown setting 'epoch': did you mean 'epochs'"),

@@ -51,15 +51,15 @@ def problems(source):
     return problems_of(load_prompts, source)
 
 
-@pytest.mark.parametrize("kind", ["list", ".jsonl", ".parquet", "folder of prompts.jsonl", "hub"])
+@pytest.mark.parametrize("kind", ["tuple", ".jsonl", ".parquet", "folder of prompts.jsonl", "hub"])
 def test_prompts_are_the_same_whatever_holds_them(tmp_path, hub_rows, kind):
-    source = ROWS
+    source = tuple(ROWS)
     if kind.startswith("."):
         source = write_rows(tmp_path / f"rows{kind}", ROWS)
     elif kind == "hub":
         write_rows(hub_rows / "train.parquet", ROWS)
         source = "some/rows"
-    elif kind != "list":
+    elif kind != "tuple":
         write_rows(tmp_path / "prompts.jsonl", ROWS)
         write_rows(tmp_path / "others.jsonl", ROWS[:1])
         source = tmp_path

@@ -208,6 +208,7 @@ def test_a_list_of_anything_but_mappings():
         f"data.source: row {i} is {value}, not a mapping of column to value: fix or remove it"
         for i, value in ((1, "7"), (2, "'x'"))
     ]
+    assert problems([7] * 11)[10:] == ["data: 1 more row is bad"]
     assert problems([7] * 12)[10:] == ["data: 2 more rows are bad"]
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
+from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer, kl_probes
 from diffusion_align.diffusion.rollout import Trajectory, rollout, transition
 from diffusion_align.diffusion.trainer import Collected
 from diffusion_align.errors import TrainingError
@@ -299,6 +299,7 @@ def test_equal_weights_have_a_kl_of_exactly_0_and_updates_without_samples_lose_n
     trainer, batch = watched_epoch(noise=0.0)
     assert estimated(trainer, batch, 1) == {"kl": 0.0, "kl_path": 0.0, "kl_path_stderr": 0.0}
     assert (trainer._probes.update < 0).all()
+    assert kl_probes(trainer.config, 1, 4) == 2, "of a single step an error needs two"
 
 
 def test_micro_batches_do_not_change_the_estimate(watched_epoch):

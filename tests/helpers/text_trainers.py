@@ -1,7 +1,5 @@
 """Trainers of tiny language models on a few ragged prompts, and what tests ask of them."""
 
-import json
-
 import pytest
 import torch
 from enumerable import PROMPT, gradient
@@ -100,12 +98,6 @@ class Part:
     def reduce(self, x, reduction):
         self.reduced.append(x)
         return x
-
-
-def rows_of(folder):
-    """The metrics of a run but for the seconds."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
 def problems_of(kind, **settings):

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import yaml
-from text_trainers import TINY, rows_of
+from hard_runs import rows_of
+from text_trainers import TINY
 
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.llm.collection import WeightedRewards

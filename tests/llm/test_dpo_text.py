@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from enumerable import COMPLETIONS, PROMPT, enumerable_policy, gradient, log_tables, reference_tables, token_log_probs
+from hard_runs import rows_of
 from oracles import F64
 from safetensors.torch import load_file
-from text_trainers import PROMPTS, Part, estimated, plain, preference_trainer, problems_of, rows_of, score, scores_of
+from text_trainers import PROMPTS, Part, estimated, plain, preference_trainer, problems_of, score, scores_of
 from tiny_runs import changes
 
 from diffusion_align.data.text_rows import PreferenceRow

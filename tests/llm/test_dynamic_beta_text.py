@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from hard_runs import rows_of
 from oracles import F64
 from safetensors.torch import load_file
-from text_trainers import estimated, preference_trainer, problems_of, rows_of
+from text_trainers import estimated, preference_trainer, problems_of
 
 from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.estimators import dpo_loss

@@ -16,13 +16,13 @@ from enumerable import (
     sequences_of,
     token_log_probs,
 )
+from hard_runs import rows_of
 from text_trainers import (
     assert_micro_batches_do_not_matter,
     estimated,
     exact_trainer,
     losses_of,
     online_trainer,
-    rows_of,
     short,
 )
 

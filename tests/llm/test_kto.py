@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from enumerable import gradient
+from hard_runs import rows_of
 from oracles import F64
 from text_trainers import (
     Part,
@@ -14,7 +15,6 @@ from text_trainers import (
     plain,
     preference_trainer,
     problems_of,
-    rows_of,
     score,
     scores_of,
 )

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from hard_runs import rows_of
 from safetensors.torch import load_file
-from text_trainers import rows_of
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hard_runs import rows_of
 from safetensors.torch import load_file
-from text_trainers import SIZES, rows_of
+from text_trainers import SIZES
 
 from diffusion_align.data.text_rows import PreferenceRow, PromptRow
 from diffusion_align.errors import ConfigError

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hard_runs import rows_of
 from PIL import Image
-from rows_on_disk import read_rows
 from safetensors.torch import load_file
 from tiny_runs import TINY
 
@@ -100,10 +100,6 @@ def assert_same_weights(pipe, expected):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def rows(folder):
-    return [{k: v for k, v in row.items() if "time/" not in k} for row in read_rows(folder / "metrics.jsonl")]
-
-
 def config_of(folder):
     return yaml.safe_load((folder / "config.yaml").read_text())
 
@@ -149,7 +145,7 @@ def test_a_run_is_trained_on_as_it_ended(load, first_run, tmp_path, reloaded, se
     pipe.align(reward=redness, output_dir=tmp_path / "second", **SETTINGS | {"lora": second})
     assert (predictions(pipe) - once).abs().max() > 1e-3
     assert config_of(tmp_path / "second")["model"] == str(start)
-    assert [row["kl"] for row in rows(tmp_path / "second") if "kl" in row] == [pytest.approx(0, abs=1e-6)]
+    assert [row["kl"] for row in rows_of(tmp_path / "second") if "kl" in row] == [pytest.approx(0, abs=1e-6)]
     assert_same_unet(load(tmp_path / "second"), pipe)
     assert_same_unet(load(tmp_path / "second" / "final"), pipe)
     torch.testing.assert_close(predictions(load(start)), once, atol=1e-5, rtol=0)
@@ -159,7 +155,7 @@ def test_a_run_as_the_model_of_a_configuration_is_the_same(load, first_run, tmp_
     raw = SETTINGS | {"method": "ddpo", "reward": redness, "output_dir": tmp_path / "yaml", "model": str(first_run)}
     trainer = run(check_config(raw))
     pipe = load(first_run).align(reward=redness, output_dir=tmp_path / "python", **SETTINGS)
-    assert rows(tmp_path / "yaml") == rows(tmp_path / "python")
+    assert rows_of(tmp_path / "yaml") == rows_of(tmp_path / "python")
     assert_same_unet(trainer.policy.pipeline, pipe, tolerance=0)
 
 
@@ -212,7 +208,7 @@ def test_a_run_that_breaks_off_leaves_the_pipeline_and_is_gone_on_with(load, tmp
     pipe.align(reward=reward, output_dir=tmp_path / "run", resume=True, **settings)
     calm = load().align(reward=stops("not", epoch=9), output_dir=tmp_path / "calm", **settings)
     assert_same_weights(pipe, weights(calm))
-    assert rows(tmp_path / "run") == rows(tmp_path / "calm")
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "calm")
 
 
 @pytest.mark.parametrize("reloaded", [False, True])
@@ -229,7 +225,7 @@ def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
     assert_same_weights(pipe, ended)
     pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 3})
     calm = load().align(reward=redness, output_dir=tmp_path / "calm", **short | {"epochs": 3})
-    assert rows(folder) == rows(tmp_path / "calm")
+    assert rows_of(folder) == rows_of(tmp_path / "calm")
     assert_same_unet(pipe, calm, tolerance=0)
     pipe.merge()
     with pytest.raises(UserError, match="is not in memory, as its weights were merged"):
@@ -333,7 +329,7 @@ def test_a_given_lora_is_trained_further_itself(load, tiny_sd, first_run, tmp_pa
     assert_same_weights(pipe, start)
     pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
     assert config_of(tmp_path / "run")["model"] == str(tiny_sd)
-    assert next(row["kl"] for row in rows(tmp_path / "run") if "kl" in row) > 1e-4
+    assert next(row["kl"] for row in rows_of(tmp_path / "run") if "kl" in row) > 1e-4
     assert_same_unet(load(tmp_path / "run"), pipe)
 
 

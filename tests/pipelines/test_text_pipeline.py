@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from rows_on_disk import read_rows
+from hard_runs import rows_of
 from safetensors.torch import load_file
 
 from diffusion_align.assets import asset_path
@@ -68,10 +68,6 @@ def logits(model):
 
 def assert_same_model(a, b, tolerance=5e-5):
     torch.testing.assert_close(logits(a), logits(b), atol=tolerance, rtol=0)
-
-
-def rows(folder):
-    return [{k: v for k, v in row.items() if "time/" not in k} for row in read_rows(folder / "metrics.jsonl")]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ def test_a_reward_in_trls_signature(load, tmp_path):
         assert all(isinstance(text, str) for text in (*prompts, *completions))
         assert answer == [{"the cat": "a", "who?": None}[prompt] for prompt in prompts]
         assert columns == {"n": [{"the cat": 1, "who?": 2}[prompt] for prompt in prompts]}
-    epochs = [row for row in rows(tmp_path / "run") if "reward" in row]
+    epochs = [row for row in rows_of(tmp_path / "run") if "reward" in row]
     assert all({"rewards/reward/mean", "rewards/letters/mean"} <= row.keys() for row in epochs)
 
 
@@ -169,7 +165,7 @@ def test_a_reward_is_learned(load, tmp_path):
     pipe = load()
     settings = SETTINGS | ONLINE | {"epochs": 12, "samples_per_epoch": 32, "sample_batch_size": 32, "lora": {"rank": 8}}
     pipe.align("grpo", reward=share, output_dir=tmp_path / "run", **settings | {"num_generations": 16})
-    rewards = [row["reward"] for row in rows(tmp_path / "run") if "reward" in row]
+    rewards = [row["reward"] for row in rows_of(tmp_path / "run") if "reward" in row]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
     texts = pipe(PROMPTS * 16, max_new_tokens=6).texts
     assert sum(share(texts)) / 32 > 0.1
@@ -181,19 +177,21 @@ def test_bf16_trains_and_says_how_far_the_ratio_is_off(load, tmp_path, lora):
     pipe = load()
     settings = SETTINGS | ONLINE | {"lora": lora, "mixed_precision": "bf16", "reward": letters}
     pipe.align("grpo", output_dir=tmp_path / "run", **settings)
-    found = [row["ratio/first_pass_deviation"] for row in rows(tmp_path / "run") if "ratio/first_pass_deviation" in row]
+    found = [
+        row["ratio/first_pass_deviation"] for row in rows_of(tmp_path / "run") if "ratio/first_pass_deviation" in row
+    ]
     assert len(found) == 2
     assert all(0 <= deviation < 0.3 for deviation in found)  # on some CPUs they round alike
     assert {p.dtype for p in pipe.model.parameters()} == {torch.float32}
     exact = load()
     exact.align("grpo", output_dir=tmp_path / "exact", **settings | {"mixed_precision": "no"})
-    assert all(row.get("ratio/first_pass_deviation", 0) < 1e-4 for row in rows(tmp_path / "exact"))
+    assert all(row.get("ratio/first_pass_deviation", 0) < 1e-4 for row in rows_of(tmp_path / "exact"))
 
 
 def test_weights_of_half_width_are_trained_in_full(tiny_language_model, tmp_path):
     pipe = TextAlignmentPipeline.from_pretrained(tiny_language_model, dtype=torch.bfloat16, device="cpu")
     pipe.align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", **SETTINGS)
-    loss = [row["loss/preference"] for row in rows(tmp_path / "run") if "loss/preference" in row]
+    loss = [row["loss/preference"] for row in rows_of(tmp_path / "run") if "loss/preference" in row]
     assert loss[-1] < loss[0]
     assert pipe("the cat", max_new_tokens=3).texts
 
@@ -252,7 +250,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(load, tmp_path, lora):
     pipe.align("grpo", output_dir=tmp_path / "run", resume=True, **settings)
     calm = load().align("grpo", output_dir=tmp_path / "calm", **settings)
     assert torch.equal(logits(pipe.model), logits(calm.model))
-    assert rows(tmp_path / "run") == rows(tmp_path / "calm")
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "calm")
 
 
 def test_a_finished_run_is_not_gone_on_with_by_its_own_result(load, tmp_path):
@@ -261,7 +259,7 @@ def test_a_finished_run_is_not_gone_on_with_by_its_own_result(load, tmp_path):
     with pytest.raises(UserError, match=r"belongs to another run: model was .*put it back or choose"):
         pipe.align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", resume=True, **SETTINGS | {"epochs": 3})
     load().align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", resume=True, **SETTINGS | {"epochs": 3})
-    assert rows(tmp_path / "run")[-1]["epoch"] == 3
+    assert rows_of(tmp_path / "run")[-1]["epoch"] == 3
 
 
 def test_a_model_that_carries_adapters_keeps_them(load, tmp_path):

@@ -155,6 +155,9 @@ def test_options_are_described_with_their_values(file):
     assert jpeg["options"] == {"quality": "(whole number from 1 to 100, default 95): PIL's scale"}
 
 
+DOWNLOADED = {"pick_score": "yuvalkirstain/PickScore_v1", "hps_v2": "xswu/HPSv2", "image_reward": "zai-org/ImageReward"}
+
+
 @pytest.mark.parametrize(("name", "kind"), [*((n, IMAGES) for n in REWARDS), *((n, TEXT) for n in TEXT_REWARDS)])
 def test_every_shipped_reward_declares_and_describes_itself(name, kind):
     _, settings = find(name, kind)
@@ -166,6 +169,7 @@ def test_every_shipped_reward_declares_and_describes_itself(name, kind):
     assert set(row) == {"name", "description", *about, "options"}
     assert row["description"].endswith(".")
     assert list(row["options"]) == list(settings.model_fields)
+    assert DOWNLOADED.get(name, "") in row.get("model", ""), "which doctor looks for"
     if kind is IMAGES and name != "combine":
         assert declare(kind, name).label == name
 

@@ -162,7 +162,7 @@ def test_recall_and_grid():
     assert picture.size == (130, 130)
 
 
-def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
+def test_training_resumes_bit_for_bit(tmp_path):
     def fresh() -> nn.Linear:
         torch.manual_seed(0)
         return nn.Linear(4, 1)

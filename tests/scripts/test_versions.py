@@ -97,7 +97,7 @@ def test_a_failed_newest_install_is_one_line_with_packages_and_versions(monkeypa
     assert len(error.splitlines()) == 1
 
 
-def test_the_newest_install_ends_in_time(tmp_path, monkeypatch):
+def test_the_newest_install_ends_in_time(tmp_path):
     with pytest.raises(newest.Failure, match="not done after 600 s in all"):
         newest.run([sys.executable, "-c", "import time; time.sleep(30)"], tmp_path, 0)
 
