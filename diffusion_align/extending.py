@@ -13,5 +13,5 @@ from diffusion_align.llm.policy import Sequences
 from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
 from diffusion_align.rewards import RewardSetting, RewardSettings
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.context import Metric
+from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.trainer import Trainer, TrainingPlan

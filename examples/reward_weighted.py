@@ -65,7 +65,7 @@ class RewardWeightedTrainer(DenoisingTrainer[Batch]):
         path, rewards = collected.trajectory, collected.rewards.double()
         deviations = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-8)
         weights = len(rewards) * torch.softmax(deviations / self.config.temperature, dim=0)
-        batch = Batch(path, self.local(weights).to(path.x_t))
+        batch = Batch(path, self.local(weights.to(path.x_t.dtype)))
         plan = TrainingPlan(torch.arange(len(weights)), steps_per_sample=path.steps.shape[1])
         return batch, plan, {"effective_samples": (weights.sum() ** 2 / weights.square().sum()).item()}
 

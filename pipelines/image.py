@@ -398,8 +398,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         if self.run is not None:
-            weights, family = Path(self._called).name, type(self.pipeline).__name__
-            weights = weights if weights == "best" else "final"
+            weights = "best" if Path(self._called).expanduser() == self.run / "best" else "final"
+            family = type(self.pipeline).__name__
             write_model_card(self.run, target, weights=weights, location=location, merged=merged, pipeline_class=family)
 
 

@@ -340,7 +340,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         if self.run is not None:
-            weights = "best" if Path(self.name).name == "best" else "final"
+            weights = "best" if Path(self.name).expanduser() == self.run / "best" else "final"
             write_model_card(self.run, target, kind="text", weights=weights, location=location, merged=merged)
 
 

@@ -36,8 +36,6 @@ Source = str | list[Any] | Annotated[InstanceOf[GivenRows], _AS_TEXT]
 """A file, folder, Hub dataset or shipped name; rows; or rows of which ``config.yaml`` holds a digest only."""
 Layouts = Sequence[Mapping[str, str]]
 """Our name -> the name that is looked for by default; a source has the columns of one of them."""
-
-
 Made = TypeVar("Made")
 
 

@@ -266,5 +266,5 @@ def _describe_epoch(config: Any, cost: EpochCost, evaluation: float = 0, network
         ("epochs", str(config.epochs)),
         cost.what,
         ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
-        (f"{network}passes an epoch", ", ".join(f"{count:g} forward {what}" for what, count in used.items() if count)),
+        (f"{network}passes an epoch", ", ".join(f"{n:.7g} forward {what}" for what, n in used.items() if n)),
     ]

@@ -501,7 +501,7 @@ LABELS = [{"prompt": text, "completion": "c", "label": True} for text in "ab"]
         (ONLINE | {"method": "grpo", "beta": 0.1}, "64 forward while sampling, 64 forward for the reference, "),
         # 2 % of 64 * (1 + 3 * 2) passes
         (ONLINE | {"method": "grpo", "inner_epochs": 2}, "64 forward while sampling, 9 forward for the reference, "),
-        (ONLINE | {"method": "grpo", "lora": None}, "64 forward while sampling, "),
+        (ONLINE | {"method": "grpo", "lora": None, "inner_epochs": 20_000}, "64 forward while sampling, "),
         (
             ONLINE | {"method": "ppo"},
             "64 forward while sampling, 64 forward for the reference, 64 forward before the updates, ",

@@ -489,12 +489,14 @@ def test_the_best_weights_on_a_base_of_this_machine_are_loaded_and_uploaded(load
         return [golds.pop(0)] * len(completions)
 
     settings = SETTINGS | ONLINE | {"evaluation": {"reward": held_out, "samples": 2}}
-    load().align(reward=letters, output_dir=tmp_path / "run", **settings)
-    best = TextAlignmentPipeline.from_pretrained(tmp_path / "run/best", device="cpu")
+    pipe = load().align(reward=letters, output_dir=tmp_path / "best", **settings)
+    pipe.save_pretrained(tmp_path / "whole")
+    assert "weights with the highest gold reward" not in (tmp_path / "whole/README.md").read_text()
+    best = TextAlignmentPipeline.from_pretrained(tmp_path / "best/best", device="cpu")
     best.push_to_hub("me/best")
     weights = load_file(tmp_path / "hub/adapter_model.safetensors")
     for which, same in (("best", True), ("final", False)):
-        theirs = load_file(tmp_path / "run" / which / "adapter_model.safetensors")
+        theirs = load_file(tmp_path / "best" / which / "adapter_model.safetensors")
         assert all(torch.equal(weights[name], theirs[name]) for name in weights) is same
     card = (tmp_path / "hub/README.md").read_text()
     assert "weights with the highest gold reward" in card
