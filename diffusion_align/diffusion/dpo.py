@@ -1,7 +1,7 @@
 """Diffusion-DPO: a denoising policy learns from pairs of images, chosen (w) over rejected (l).
 
 Both images of a pair are noised to one step t with one noise; what the step should give and what the policy's mean
-misses of it is an error in nats, ``err = |x_s - mu|²/(2 std²)``, weighed by step (``step_weights``):
+misses of it is an error in nats, ``err = |x_s - mu|²/(2 std²)``, weighed by step (``step_scales``):
 
     original:   -log sigmoid(beta [(err_w_ref - err_w) - (err_l_ref - err_l)])      Wallace et al. 2023, [000] eq. 34
     corrected:  beta sg(sigmoid(r_l - r_w)) (err_w - err_l)                         [000] eq. 36
