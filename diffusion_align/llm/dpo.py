@@ -143,13 +143,13 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """Of a row both completions; online of all that are sampled those that make pairs."""
+        """Of a row both completions; online of all that are sampled those that make pairs. A beta looks at prompts."""
         every = super().epoch_cost(config, steps)
-        best_worst = config.samples_per_epoch // config.num_generations * 2
-        kept = best_worst if config.pair_selection == "best_worst" else config.samples_per_epoch
-        compared = kept if config.online else 2 * config.samples_per_epoch
+        pairs = config.samples_per_epoch // (config.num_generations if config.online else 1)
+        compared = 2 * pairs if config.pair_selection == "best_worst" else config.samples_per_epoch
         reference = compared if every.reference else 0
-        return replace(every, trained=compared * config.inner_epochs, reference=reference)
+        looks = pairs if config.dynamic_beta is not None and not config.precompute_ref_log_probs else 0
+        return replace(every, trained=compared * config.inner_epochs, reference=reference, estimated=looks)
 
     def data_checks(self) -> Iterator[str]:
         yield from super().data_checks()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored
 from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
+from diffusion_align.training.context import EpochCost
 from diffusion_align.training.statistics import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")
@@ -46,6 +47,12 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
     """
 
     config: PolicyGradientConfig
+
+    @classmethod
+    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
+        """Ratios may start from a pass of their own."""
+        again = config.samples_per_epoch if config.logp_old == "recomputed" else 0
+        return replace(super().epoch_cost(config, steps), estimated=again)
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's completions of the epoch."""

@@ -117,7 +117,8 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         """Values take a pass of their own."""
-        return replace(super().epoch_cost(config, steps), estimated=config.samples_per_epoch)
+        every = super().epoch_cost(config, steps)
+        return replace(every, estimated=every.estimated + config.samples_per_epoch)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -503,8 +503,8 @@ LABELS = [{"prompt": text, "completion": "c", "label": True} for text in "ab"]
         (ONLINE | {"method": "grpo", "inner_epochs": 2}, "64 forward while sampling, 9 forward for the reference, "),
         (ONLINE | {"method": "grpo", "lora": None, "inner_epochs": 20_000}, "64 forward while sampling, "),
         (
-            ONLINE | {"method": "ppo"},
-            "64 forward while sampling, 64 forward for the reference, 64 forward before the updates, ",
+            ONLINE | {"method": "ppo", "logp_old": "recomputed"},
+            "64 forward while sampling, 64 forward for the reference, 128 forward before the updates, ",
         ),
         (
             {"method": "kto", "dataset": LABELS, "kl_samples": 10},
@@ -513,8 +513,9 @@ LABELS = [{"prompt": text, "completion": "c", "label": True} for text in "ab"]
         # 6 held-out completions every other epoch, which the reference scores as well: DPO logs no KL
         (
             {"method": "dpo", "dataset": [{"prompt": "a", "chosen": "b", "rejected": "c"}]}
-            | {"evaluation": {"reward": "length", "samples": 6, "every": 2, "prompts": ["a", "b", "c"]}},
-            "128 forward for the reference, 6 forward for the evaluation, ",
+            | {"evaluation": {"reward": "length", "samples": 6, "every": 2, "prompts": ["a", "b", "c"]}}
+            | {"dynamic_beta": {}},
+            "128 forward for the reference, 64 forward before the updates, 6 forward for the evaluation, ",
         ),
     ],
 )
