@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from diffusion_align import estimators, pipelines, rewards
     from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
     from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "DDPOTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "ImageAlignmentPipeline",
+    "TextAlignmentPipeline",
     "estimators",
     "pipelines",
     "rewards",
@@ -23,6 +26,8 @@ _HOME = {
     "DDPOTrainer": "diffusion_align.diffusion.ddpo",
     "DiffusionDPOConfig": "diffusion_align.diffusion.dpo",
     "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
+    "ImageAlignmentPipeline": "diffusion_align.pipelines",
+    "TextAlignmentPipeline": "diffusion_align.pipelines",
 }
 
 

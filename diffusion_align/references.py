@@ -63,9 +63,12 @@ def module_of(reference: str, what: str, *, noun: str = "function", error: type[
 
 def reference_to(kind: type) -> str:
     """What ``resolve`` finds a class by."""
-    module = sys.modules[kind.__module__]
-    place = module.__file__ if module.__name__.startswith(_OF_FILES) else module.__name__
-    return f"{place}:{kind.__qualname__}"
+    return f"{place_of(kind.__module__)}:{kind.__qualname__}"
+
+
+def place_of(module: str) -> str:
+    """What stands in a reference for the module of this name: the file, if it is one of the user's."""
+    return str(sys.modules[module].__file__) if module.startswith(_OF_FILES) else module
 
 
 def _run_once(path: Path) -> ModuleType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,9 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     """
     _refuse_splits(raw)
     method = method_of(raw.get("method", DEFAULT))
-    model = method.config_class
-    raw = read_as(model, {name: method_name(value) if name == "method" else value for name, value in raw.items()})
+    model, named = method.config_class, {"method": method_name(raw.get("method", DEFAULT))}
+    given = {name: list(value) if isinstance(value, Iterator) else value for name, value in raw.items()}  # read twice
+    raw = read_as(model, given | named)
     opened, problems = _opened(model, raw, method.dataset_kind)
     precision = raw.get("mixed_precision", "no")
     problems += [*problems_of(check_launch, precision), *problems_of(_check_output_dir, raw)]

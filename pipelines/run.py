@@ -123,9 +123,9 @@ class AlignmentPipeline(ABC):
         """What has to be said before there are weights is no setting of ``align``."""
         if "model" in settings:
             raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
-        for name in self.load_time.keys() & settings.keys():
-            argument = self.load_time[name]
-            raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
+        for name, argument in self.load_time.items():
+            if name in settings:
+                raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
 
     @abstractmethod
     def _save_merged(self, folder: Path) -> None:

@@ -192,7 +192,7 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
     if declared.offload:
         if not hasattr(reward, "to"):
             raise RewardError(f"reward '{reward_name(reward)}' has no to(device), so offload=true cannot move it")
-        reward = OffloadedReward(reward, declared.device or device)
+        reward = OffloadedReward(reward, device if declared.device is None else declared.device)
     return reward if declared.scale == 1.0 else ScaledReward(reward, declared.scale)
 
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 from diffusion_align import inputs
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.errors import RewardError, problems_of, short
+from diffusion_align.references import place_of, reference_to
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import sentences
 
@@ -110,15 +111,14 @@ def _by_name(reward: Any) -> Any:
     if isinstance(reward, list | tuple):
         return [_by_name(one) for one in reward]
     if isinstance(reward, RewardSettings):  # a name and options, which resume compares
-        module = type(reward).__module__
-        own = not module.startswith("diffusion_align.rewards.")
-        name = f"{module}:{type(reward).__qualname__}" if own else reward_name(reward)
+        own = not type(reward).__module__.startswith("diffusion_align.rewards.")
+        name = reference_to(type(reward)) if own else reward_name(reward)
         reward = {"name": name, **reward.model_dump(exclude_defaults=True)}
     if isinstance(reward, Mapping):
         written = {key: _by_name(value) if key in ("name", "rewards") else value for key, value in reward.items()}
         inner = written.get("name")
         return {**written, **inner} if isinstance(inner, dict) else written
-    return f"{reward.__module__}:{reward_name(reward)}" if callable(reward) else reward
+    return f"{place_of(str(reward.__module__))}:{reward_name(reward)}" if callable(reward) else reward
 
 
 RewardSetting = Annotated[Any, PlainSerializer(_by_name)]
@@ -129,11 +129,12 @@ def reward_checks(reward: Any, kind: Literal["image", "text"]) -> Iterator[str]:
     """A sentence about each reward of a setting that cannot be built; imports your code if it names some, no model."""
     from diffusion_align.rewards import build  # which imports what rewards are made of, this file too
 
-    if kind == "image":
-        specs = [reward] if reward else []
-    else:
-        specs = [one for one in (reward if isinstance(reward, list | tuple) else [reward]) if one is not None]
-    for one in specs:
+    given = reward if isinstance(reward, list | tuple) else [reward]
+    if not given:
+        yield "reward is an empty list: give at least one"
+    elif kind == "image":  # a list is their sum
+        given = [reward]
+    for one in (one for one in given if one is not None):
         yield from problems_of(build.declare, build.IMAGES if kind == "image" else build.TEXT, one)
 
 
@@ -152,7 +153,5 @@ def check_diversity(measure: str) -> None:
 def weight_checks(reward: Any, weights: Sequence[float] | None) -> Iterator[str]:
     """Sentences about a reward, or a list of them, and ``reward_weights`` that do not fit each other."""
     rewards = reward if isinstance(reward, list | tuple) else [reward]
-    if not rewards:
-        yield "reward is an empty list: give at least one"
     if weights is not None and len(weights) != len(rewards):
         yield f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"

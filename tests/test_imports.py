@@ -141,7 +141,8 @@ def test_estimators_need_no_diffusers():
 def test_the_public_names_are_there():
     result = python(
         "from diffusion_align import DDPOConfig, DDPOTrainer, DiffusionDPOConfig, DiffusionDPOTrainer; "
-        "from diffusion_align import estimators, pipelines, rewards; print('fine')"
+        "from diffusion_align import ImageAlignmentPipeline, TextAlignmentPipeline, estimators, pipelines, rewards; "
+        "print('fine')"
     )
     assert result.stdout.strip() == "fine", result.stderr
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from diffusion_align.errors import RewardError, UserError
-from diffusion_align.references import module_of, resolve
+from diffusion_align.references import module_of, reference_to, resolve
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def test_a_name_in_a_module_and_in_a_file(file, monkeypatch):
     found = resolve(f"{file}:Method", "method")
     monkeypatch.chdir(file.parent)
     assert resolve("mine.py:Method", "reward") is found, "a file is run once, whatever it is for"
+    assert [reference_to(kind) for kind in (found, json.JSONDecoder)] == [f"{file}:Method", "json.decoder:JSONDecoder"]
+    assert reference_to(type("Own", (), {"__module__": "run_by_exec"})) == "run_by_exec:Own"
 
 
 def test_a_new_version_of_a_file_is_run(file):

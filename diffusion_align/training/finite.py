@@ -35,13 +35,12 @@ def require_finite_logits(logp: Tensor, *, what: str) -> None:
 
 
 def require_finite_loss(
-    metrics: Mapping[str, float], *, step: int, coefficients: Mapping[str, float], mixed_precision: str
+    metrics: Mapping[str, float], coefficients: Mapping[str, float], *, mixed_precision: str
 ) -> None:
     """TrainingError unless ``metrics["loss"]`` is finite, which names the term of it and the setting to change.
 
     Args:
-        metrics: of the update; the terms are those whose names begin with ``loss/`` or ``kl``.
-        step: of the optimizer.
+        metrics: of the update at ``step``; the terms are those whose names begin with ``loss/`` or ``kl``.
         coefficients: setting -> value, of those that a term is multiplied by.
         mixed_precision: the setting.
     """
@@ -53,4 +52,4 @@ def require_finite_loss(
     remedy = "lower learning_rate" if abs(value) <= _LARGE else f"{name}={value:g} is too large, lower it"
     if mixed_precision != "no":
         remedy += f" or set mixed_precision=no instead of {mixed_precision}"
-    raise TrainingError(f"the loss became {metrics['loss']} at step {step}{where}: {remedy}")
+    raise TrainingError(f"the loss became {metrics['loss']} at step {metrics['step']}{where}: {remedy}")

@@ -134,10 +134,8 @@ class Trainer(ABC, Generic[Batch]):
         check_accelerator(self.accelerator)
         if config.samples_per_epoch % (self.processes.count * config.sample_batch_size):
             raise ConfigError(
-                [
-                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of {self.processes.count} "
-                    f"processes x sample_batch_size={config.sample_batch_size}"
-                ]
+                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of {self.processes.count} "
+                f"processes x sample_batch_size={config.sample_batch_size}"
             )
         share = config.samples_per_epoch // self.processes.count
         first = share * self.processes.index
@@ -460,22 +458,13 @@ class Trainer(ABC, Generic[Batch]):
                     if len(chunk) == 0:
                         continue
                     local = chunk[(chunk >= own[0]) & (chunk < own[1])] - own[0]
-                    indices = (
-                        torch.cartesian_prod(local, torch.arange(steps))
-                        if len(local)
-                        else torch.empty(0, 2, dtype=torch.int64)
-                    )
+                    indices = torch.stack([local.repeat_interleave(steps), torch.arange(steps).repeat(len(local))], 1)
                     mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.processes.index)
                     indices = indices[torch.randperm(len(indices), generator=mixing)]
                     divisor = len(chunk) if normalizer is None else normalizer / config.updates_per_epoch
                     statistics = self.accumulate(batch, indices, divisor * steps, advance)
                     row = {"step": self.step, "epoch": self.epoch + 1, **statistics.over_processes(self.accelerator)}
-                    require_finite_loss(
-                        row,
-                        step=self.step,
-                        coefficients=self.loss_coefficients(),
-                        mixed_precision=config.mixed_precision,
-                    )
+                    require_finite_loss(row, self.loss_coefficients(), mixed_precision=config.mixed_precision)
                     row |= plain_row(self.check_update(row, first=inner == 0 and update == 0))
                     row["grad_norm"] = self.optimization.step(self.step)
                     row["learning_rate"] = self.optimization.learning_rate

@@ -87,7 +87,7 @@ CASES = {
     "reward=math:nothing": "'math' has no 'nothing'",
     "reward=math:pi": "reward 'math:pi' is a float",
     "reward=os.path:basename": "must take three arguments",
-    "reward={scale: 2.0}": "needs the key 'name'",
+    **dict.fromkeys(["reward={scale: 2.0}", "reward={}"], "needs the key 'name'"),
     "reward={name: jpeg_compressibility, qualty: 3}": "has no option 'qualty': did you mean 'quality'?",
     "reward={name: jpeg_compressibility, quality: 101}": "quality=101 is not allowed: ",
     "reward={name: jpeg_compressibility, scale: 0}": "scale=0 of a reward must be a finite number",

@@ -72,7 +72,7 @@ def test_a_gradient_flows_if_it_flows_through_every_part():
 class Movable:
     differentiable = True
 
-    def __init__(self):
+    def __init__(self, device=None):
         self.places = []
 
     def to(self, device):
@@ -99,6 +99,7 @@ def test_an_offloaded_model_is_on_its_device_only_while_it_scores():
     torch.testing.assert_close(
         score(build_reward({"name": Movable(), "offload": True, "scale": 2}, device="meta"))[0], 2 * PICTURES[0].mean()
     )
+    assert build_reward({"name": Movable, "offload": True, "device": 0}, device="meta").device == 0, "the first GPU"
     with pytest.raises(RewardError, match="has no to"):
         build_reward({"name": red, "offload": True})
 

@@ -69,6 +69,10 @@ class Shout(RewardSettings):
 
     def __call__(self, completions, level, **columns):
         return [self.gain * sum(map(str.isupper, text)) + more for text, more in zip(completions, level)]
+
+
+def quiet(completions):
+    return [0.0] * len(completions)
 '''
 
 
@@ -186,8 +190,10 @@ def test_importing_declaring_and_describing_is_light_and_reaches_no_trainer():
     assert answer.stdout.strip() == "[]"
 
 
-def test_settings_are_written_as_a_name_and_options():
-    given = [Length(target=3), Length(), {"name": Length(target=4), "scale": 2}]
+def test_settings_are_written_as_a_name_and_options(file):
+    own = find(f"{file}:Shout", TEXT)[1](gain=3)
+    given = [Length(target=3), Length(), {"name": Length(target=4), "scale": 2}, own, find(f"{file}:quiet", TEXT)[1]]
     written = TextEvaluationConfig(reward=given).model_dump()["reward"]
     named = {"name": "length"}
-    assert written == [named | {"target": 3.0}, named, named | {"target": 4.0, "scale": 2}]
+    ours = [named | {"target": 3.0}, named, named | {"target": 4.0, "scale": 2}]
+    assert written == [*ours, {"name": f"{file}:Shout", "gain": 3.0}, f"{file}:quiet"]

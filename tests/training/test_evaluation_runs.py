@@ -307,6 +307,7 @@ def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
         ({"evaluation": None, "stop_when": {"gold_falling": 2}}, "stop_when.gold_falling looks at evaluations"),
         ({"stop_when": {"gold_falling": 2}}, "looks at a gold reward: set evaluation.reward"),
         ({"evaluation": {"reward": "aesthtic"}}, "evaluation.unknown reward 'aesthtic': did you mean 'aesthetic'"),
+        ({"evaluation": {"reward": []}}, "evaluation.reward is an empty list: give at least one"),
         ({"evaluation": {"prompts": "nowhere.txt"}}, "evaluation.prompts.source='nowhere.txt': there is no such file"),
         ({"evaluation": {"pictures": 1}}, "evaluation.pictures=1 is not allowed"),
         ({"evaluation": {"every": 0}}, "evaluation.every=0 is not allowed"),

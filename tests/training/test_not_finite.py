@@ -146,9 +146,9 @@ def test_a_gradient_that_is_not_finite_is_not_written_either(run, tmp_path, monk
 def test_the_sentence_about_a_loss_names_its_term_and_setting(metrics, coefficients, sentence):
     about = {"loss": math.nan, **metrics}
     with pytest.raises(TrainingError, match=f"^{re.escape('the loss became nan' + sentence)}$"):
-        require_finite_loss(about, step=3, coefficients=coefficients, mixed_precision="no")
+        require_finite_loss({"step": 3} | about, coefficients, mixed_precision="no")
     with pytest.raises(TrainingError, match=r"lower learning_rate or set mixed_precision=no instead of fp16$"):
-        require_finite_loss({"loss": math.nan}, step=3, coefficients={}, mixed_precision="fp16")
+        require_finite_loss({"loss": math.nan, "step": 3}, {}, mixed_precision="fp16")
 
 
 def test_a_huge_price_of_kl_is_named(run):

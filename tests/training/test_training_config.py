@@ -229,6 +229,12 @@ def test_a_method_is_that_of_its_settings():
     assert check_config(raw | {"method": Mine}).method == f"{__name__}:Mine"
 
 
+def test_what_can_be_gone_through_once_is_kept(tmp_path):
+    raw = BASE | {"output_dir": tmp_path / "run", "prompts": iter("ab"), "reward": "aesthetic"}
+    config = check_config(raw | {"show_prompts": (one for one in "ab"), "callbacks": map(str, ["a:B"])})
+    assert (config.show_prompts, config.callbacks, config.prompts.source) == (["a", "b"], ["a:B"], ["a", "b"])
+
+
 class Mine(method_of("ddpo")):
     pass
 
