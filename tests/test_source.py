@@ -156,7 +156,7 @@ def preludes(path):
                 yield node.value
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.stem)
 def test_what_a_prelude_replaces_is_there(path):
     for text in preludes(path):
         for owner, name in replaced(text):
