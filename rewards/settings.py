@@ -129,12 +129,14 @@ def reward_checks(reward: Any, kind: Literal["image", "text"]) -> Iterator[str]:
     """A sentence about each reward of a setting that cannot be built; imports your code if it names some, no model."""
     from diffusion_align.rewards import build  # which imports what rewards are made of, this file too
 
+    if reward is None:
+        return
     given = reward if isinstance(reward, list | tuple) else [reward]
     if not given:
         yield "reward is an empty list: give at least one"
     elif kind == "image":  # a list is their sum
         given = [reward]
-    for one in (one for one in given if one is not None):
+    for one in given:
         yield from problems_of(build.declare, build.IMAGES if kind == "image" else build.TEXT, one)
 
 

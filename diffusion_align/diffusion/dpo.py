@@ -245,10 +245,8 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         self.pairs = pairs
         if config.online and len(self.local_samples) % config.group_size:
             raise ConfigError(
-                [
-                    f"samples_per_epoch={config.samples_per_epoch} must be a multiple of group_size="
-                    f"{config.group_size} x {self.accelerator.num_processes} processes"
-                ]
+                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of group_size="
+                f"{config.group_size} x {self.accelerator.num_processes} processes"
             )
         schedule = self.exact_schedule
         scales = step_scales(schedule, self.trained_steps, config.weighting)

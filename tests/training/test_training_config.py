@@ -200,9 +200,10 @@ def test_nothing_is_said_of_the_default_of_a_setting_that_is_wrong_by_itself():
         ),
         (
             GRPOConfig,
-            {"reward": ["length", "x", {"name": "regex"}], "reference_model": "./gone", "beta": 0.1},
+            {"reward": ["length", "x", None, {"name": "regex"}], "reference_model": "./gone", "beta": 0.1},
             [
                 "unknown reward 'x'",
+                "a reward must be a name",
                 "reward 'regex'",
                 "model='emoji-sd' is an image model",
                 "reference_model='./gone' is",
