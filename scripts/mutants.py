@@ -46,6 +46,7 @@ EQUIVALENT = {
     "advantages.group_advantages: 0 -> 1 #3": "so does an empty batch, and a batch of one is 0 by what follows",
     "advantages.group_advantages: torch.zeros_like -> torch.ones_like": "any one id makes the batch one group",
     "advantages.gae: torch.zeros_like -> torch.ones_like": "every column is written",
+    "preference.rso_accept: torch.zeros_like -> torch.ones_like": "of no entry at all",
     "dynamic_beta.BetaNetwork.forward: -1 -> 1": "the last of two dimensions is the second",
     "masked.masked_whiten: 1 -> 2": "one entry alone is 0 before it is divided by the count",
     "masked.masked_whiten: torch.where(mask, x, math.inf).amin(dim, keepdim=True).detach() -> "

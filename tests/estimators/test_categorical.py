@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from oracles import F64, FILLS, assert_same, identical, randn, refused, tensor
 from torch.distributions import Categorical, kl_divergence
 
+from diffusion_align import estimators
 from diffusion_align.estimators import categorical_entropy, categorical_kl, linear_token_log_probs, token_log_probs
 
 B, T, V, D = 2, 5, 23, 4
@@ -364,6 +365,7 @@ def test_uniform_entropy_is_the_log_of_the_vocabulary(vocabulary, temperature):
 def test_two_point_entropy_and_kl():
     p, q = 0.9, 0.25
     logits, logits_ref = (tensor(math.log(x), math.log(1 - x)) + 3 for x in (p, q))
+    assert_same(estimators.categorical_log_probs(logits), tensor(p, 1 - p).log())
     entropy = -p * math.log(p) - (1 - p) * math.log(1 - p)
     kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     assert categorical_entropy(logits).item() == pytest.approx(entropy, abs=1e-13)
