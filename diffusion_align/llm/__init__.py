@@ -1,6 +1,8 @@
-"""Language policies: the same estimators and the same loop as for pictures."""
+"""Language policies: the same estimators and the same loop as for images."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffusion_align.lazy import offered
 
 if TYPE_CHECKING:
     from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
@@ -22,14 +24,9 @@ __all__ = [
     "RewardModelTrainer",
 ]
 
-_HOME = {"RewardModel": "reward_model"}  # the others are called as their files are
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, as the package itself does."""
-    import importlib
-
-    if name in __all__:
-        method = name.removesuffix("Config").removesuffix("Trainer")
-        return getattr(importlib.import_module(f"diffusion_align.llm.{_HOME.get(method, method.lower())}"), name)
-    raise AttributeError(f"module 'diffusion_align.llm' has no attribute {name!r}")
+_FILES = {"RewardModel": "reward_model"}  # the others are called as their files are
+_METHODS = {name: name.removesuffix("Config").removesuffix("Trainer") for name in __all__}
+__getattr__, __dir__ = offered(
+    __name__,
+    {name: f"diffusion_align.llm.{_FILES.get(method, method.lower())}" for name, method in _METHODS.items()},
+)
