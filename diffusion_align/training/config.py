@@ -34,6 +34,7 @@ from diffusion_align.bounds import HIGHEST_RANK, LARGEST, MOST
 from diffusion_align.errors import ConfigError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import GRACE
+from diffusion_align.training.hints import hint
 from diffusion_align.yaml_text import EXPONENT, Unread, YamlProblem, odd_number
 
 
@@ -432,7 +433,8 @@ def _sentence(model: type[BaseModel], error: dict[str, Any], section: str | None
     if kind == _RULE:
         return f"{name}.{error['msg']}" if name else error["msg"]
     if kind == "extra_forbidden":
-        return f"unknown setting {short(name)}: {nearest(path[-1], list(known))}"
+        below = [f"{key}.{inner}" for key in known for inner in _fields_at(model, [*path[:-1], key])]
+        return f"unknown setting {short(name)}: {hint(path[-1], list(known), below)}"
     if kind == "missing" and length is None:
         return f"{name} is required: set it"
     reason = _reason(name, error) if length is None else f"it must be a list of {length}"

@@ -14,7 +14,7 @@ CASES = {
     "learning_rat=1e-4": "unknown setting 'learning_rat': did you mean 'learning_rate'?",
     "sampler.step=3": "unknown setting 'sampler.step': did you mean 'steps'?",
     "lora.rnk=3": "unknown setting 'lora.rnk': did you mean 'rank'?",
-    "zzzz=3": "unknown setting 'zzzz': known are .*learning_rate",
+    "zzzz=3": "unknown setting 'zzzz': `diffusion-align list settings` shows what can be set",
     "samplr.steps=3": "unknown setting 'samplr': did you mean 'sampler'?",
     "method=dppo": "method='dppo' is unknown: did you mean",
     "method=grop": "method='grop' is unknown: did you mean 'grpo'",

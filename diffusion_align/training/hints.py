@@ -1,0 +1,135 @@
+"""What to write for an unknown setting: our name for one of diffusers, TRL or transformers, or the nearest of ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+HERE: dict[str, str] = {
+    "adam_beta1": "adam_betas",
+    "adam_beta2": "adam_betas",
+    "adam_weight_decay": "weight_decay",
+    "allow_tf32": "mixed_precision",
+    "base_model": "model",
+    "batch_size": "micro_batch_size samples_per_epoch",
+    "beta": "kl_coef beta_dpo",
+    "bf16": "mixed_precision",
+    "cfg_scale": "sampler.guidance_scale",
+    "checkpointing_steps": "checkpoint_every",
+    "cliprange": "epsilon clip_range",
+    "clip_eps": "epsilon clip_range",
+    "data_seed": "seed",
+    "dataset_name": "dataset pairs prompts",
+    "epsilon": "clip_range",
+    "eval_steps": "evaluation.every",
+    "eval_strategy": "evaluation.every",
+    "fp16": "mixed_precision",
+    "group_size": "num_generations",
+    "guidance_scale": "sampler.guidance_scale",
+    "init_kl_coef": "kl_coef",
+    "kl_beta": "kl_coef beta",
+    "learning_rate_scheduler": "lr_schedule",
+    "local_rollout_forward_batch_size": "sample_batch_size",
+    "log_with": "trackers",
+    "logging_dir": "output_dir",
+    "lora_alpha": "lora.alpha",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_target_modules": "lora.layers",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_schedule",
+    "lr_scheduler_type": "lr_schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "max_length": "max_prompt_length max_completion_length",
+    "max_new_tokens": "max_completion_length",
+    "max_steps": "epochs",
+    "max_tokens": "max_completion_length",
+    "max_train_steps": "epochs",
+    "mini_batch_size": "micro_batch_size",
+    "model_id": "model",
+    "model_name": "model",
+    "model_name_or_path": "model",
+    "model_path": "model",
+    "num_epochs": "epochs",
+    "num_generations": "group_size",
+    "num_images_per_prompt": "group_size",
+    "num_inference_steps": "sampler.steps",
+    "num_iterations": "inner_epochs",
+    "num_inner_epochs": "inner_epochs",
+    "num_ppo_epochs": "inner_epochs",
+    "num_train_epochs": "epochs",
+    "output": "output_dir",
+    "per_device_train_batch_size": "micro_batch_size",
+    "per_device_eval_batch_size": "sample_batch_size",
+    "precision": "mixed_precision",
+    "pretrained_model_name_or_path": "model",
+    "prompt": "prompts",
+    "prompt_fn": "prompts",
+    "r": "lora.rank",
+    "rank": "lora.rank",
+    "ref_model": "reference_model",
+    "report_to": "trackers",
+    "resume_from": "resume",
+    "resume_from_checkpoint": "resume",
+    "reward_fn": "reward",
+    "reward_funcs": "reward",
+    "reward_model": "reward",
+    "sample_eta": "sampler.eta",
+    "sample_guidance_scale": "sampler.guidance_scale",
+    "sample_num_steps": "sampler.steps",
+    "save_freq": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "keep_checkpoints",
+    "scheduler": "sampler.name lr_schedule",
+    "steps": "sampler.steps epochs",
+    "target_modules": "lora.layers",
+    "torch_dtype": "dtype",
+    "train_batch_size": "micro_batch_size",
+    "train_dataset": "dataset pairs prompts",
+    "train_learning_rate": "learning_rate",
+    "train_data_dir": "pairs prompts",
+    "use_lora": "lora.rank",
+    "vf_coef": "value_coef",
+    "wandb": "trackers",
+    "warmup_ratio": "warmup_steps",
+}
+"""A name of the field -> the settings that do its work here, those that a configuration has are named."""
+ELSEWHERE: dict[str, str] = {
+    "device": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES says which",
+    "device_map": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES says which",
+    "gpus": "start one process per GPU with `accelerate launch`",
+    "num_gpus": "start one process per GPU with `accelerate launch`",
+    "num_processes": "start one process per GPU with `accelerate launch`",
+    "gradient_accumulation_steps": "it follows from samples_per_epoch, updates_per_epoch and micro_batch_size",
+    "train_gradient_accumulation_steps": "it follows from samples_per_epoch, updates_per_epoch and micro_batch_size",
+    "gradient_checkpointing": "there is none; a smaller micro_batch_size saves memory",
+    "logging_steps": "every update is logged to metrics.jsonl",
+    "optim": "AdamW is the only optimizer",
+    "optimizer": "AdamW is the only optimizer",
+    "resolution": "images have the size that the model was made for",
+    "height": "images have the size that the model was made for",
+    "width": "images have the size that the model was made for",
+    "negative_prompt": "there is none; the prompt without text guides",
+    "use_vllm": "completions are sampled by the trained model itself",
+}
+"""A name of the field that no setting answers to -> a sentence about it."""
+
+
+def hint(word: str, known: Sequence[str], sections: Sequence[str] = ()) -> str:
+    """What to write for a setting ``word`` that is unknown.
+
+    Args:
+        word: what was written.
+        known: the settings that could have stood there.
+        sections: those below them, as ``section.setting``.
+    """
+    ours = [name for name in HERE.get(word, "").split() if name in known or name in sections]
+    if ours:
+        return f"set {' or '.join(ours)}"
+    if word in ELSEWHERE:
+        return ELSEWHERE[word]
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    few = len(known) <= 12
+    return f"known are {', '.join(sorted(known))}" if few else "`diffusion-align list settings` shows what can be set"
