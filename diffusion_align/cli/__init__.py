@@ -28,10 +28,21 @@ _console = Console()
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from diffusion_align import __version__
+
+        _print(f"diffusion-align {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="print the traceback of an error; may stand after the command, too")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version and leave")
     ] = False,
 ) -> None:
     pass  # main() reads --debug wherever it stands
@@ -359,20 +370,33 @@ def estimators(
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="methods, configs, models, prompts, pairs or rewards; all when not given")
+        str,
+        typer.Argument(help="methods, configs, models, prompts, pairs, rewards or settings; not given, all of them"),
     ] = "",
+    method: Annotated[str, typer.Argument(help="of which method, for `list settings`")] = "",
 ) -> None:
-    """List the methods, models, rewards, prompts, pairs and recipes a configuration can name."""
-    from diffusion_align.cli.listing import LISTINGS
+    """List the methods, models, rewards, prompts, pairs and recipes a configuration can name, and its settings."""
+    from diffusion_align.cli.listing import LISTINGS, settings_of
+    from diffusion_align.methods import DEFAULT
 
-    if what and what not in LISTINGS:
-        raise UserError(f"there is no list {short(what)}: choose one of {', '.join(LISTINGS)}")
+    if what and what not in (*LISTINGS, "settings"):
+        raise UserError(f"there is no list {short(what)}: choose one of {', '.join([*LISTINGS, 'settings'])}")
+    if method and what != "settings":
+        raise UserError(f"only `list settings` takes a method: leave {short(method)} out")
+    if what == "settings":
+        return _print_list(f"settings of {method or DEFAULT}", settings_of(method or DEFAULT))
     for name in [what] if what else LISTINGS:
-        _console.print(f"[bold]{name}[/bold]")
-        for entry, lines in LISTINGS[name]():
-            _console.print(f"  {entry}", highlight=False, markup=False)
-            for line in lines:
-                _console.print(Padding(Text(line), (0, 0, 0, 6)))
+        _print_list(name, LISTINGS[name]())
+    if not what:
+        _console.print("`diffusion-align list settings METHOD` lists the settings of a method", highlight=False)
+
+
+def _print_list(title: str, entries: list[tuple[str, list[str]]]) -> None:
+    _console.print(f"[bold]{title}[/bold]")
+    for entry, lines in entries:
+        _console.print(f"  {entry}", highlight=False, markup=False)
+        for line in lines:
+            _console.print(Padding(Text(line), (0, 0, 0, 6)))
 
 
 @app.command()

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from diffusion_align import yaml_text
 from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
 from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
-from diffusion_align.methods import describe_methods
+from diffusion_align.methods import describe_methods, method_of
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
+from diffusion_align.training.config import section_of
 
 Entries = list[tuple[str, list[str]]]
 """(name, lines about it)."""
@@ -63,6 +70,28 @@ def _rewards() -> Entries:
         about = [f"{key}: {value}" for key, value in shown.items() if value is not None]
         options = [f"option {name} {option}" for name, option in row["options"].items()]
         entries.append((row["name"], [row["description"], *about, *options]))
+    return entries
+
+
+def settings_of(method: str) -> Entries:
+    """The settings of a method: what they mean, their choices and defaults; those of a section by dotted names."""
+    return _settings_of(method_of(method).config_class, "")
+
+
+def _settings_of(section: type[BaseModel], prefix: str) -> Entries:
+    entries = []
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        notes = [] if inner is None else ["a section, or null" if field.default is None else "a section"]
+        if typing.get_origin(field.annotation) is Literal:
+            notes.append(" | ".join(typing.get_args(field.annotation)))
+        if field.is_required():
+            notes.append("required")
+        elif inner is None:
+            default = to_jsonable_python(field.get_default(call_default_factory=True), inf_nan_mode="constants")
+            notes.append("default " + yaml_text.dump(default, default_flow_style=True).splitlines()[0])
+        entries.append((prefix + name, [f"{field.description} ({'; '.join(notes)})"]))
+        entries += [] if inner is None else _settings_of(inner, f"{prefix}{name}.")
     return entries
 
 
