@@ -47,6 +47,13 @@ def check_output(path: str | Path, subject: str, want: Literal["file", "folder"]
         raise error(f"{subject} {problem}")
 
 
+def default_device() -> str:
+    """A GPU where there is one, Apple's included."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_device(device: Any, subject: str, *, error: Error = UserError) -> None:
     """Raise an ``error`` if tensors cannot be put on ``device``; None is well."""
     import torch

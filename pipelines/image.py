@@ -16,21 +16,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_align.arguments import also_called
 from diffusion_align.data.prompts import check_image_prompts
+from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import scheduler_of
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.images import UnreadableImage, to_rgb
-from diffusion_align.inputs import check_device, check_path
+from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import AlignmentPipeline, run
+from diffusion_align.pipelines.run import LOADING, AlignmentPipeline, run
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.training.places import absolute_paths
@@ -41,6 +43,26 @@ if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
 
 Picture = Image.Image | Tensor | np.ndarray
+CALLING = {"prompt": "prompts", "num_inference_steps": "steps", "cfg_scale": "guidance_scale"}
+NOT_CALLED = {
+    "negative_prompt": "the empty prompt guides",
+    "height": "images have the size that the model was made for",
+    "width": "images have the size that the model was made for",
+    "generator": "give seed, of which image i uses seed + i",
+    "num_images_per_prompt": "give a prompt once per image",
+    "output_type": "images are PIL images, which numpy.asarray reads",
+    "return_dict": "what is returned has .images",
+}
+NOT_LOADED = dict.fromkeys(
+    ("safety_checker", "requires_safety_checker", "feature_extractor"), "leave it out, none is loaded"
+) | {
+    "use_safetensors": "leave it out, weights are read from safetensors only",
+    "custom_pipeline": "load the pipeline with diffusers and pass it to from_pipe",
+    "scheduler": "set sampler after loading",
+    "cache_dir": "set HF_HOME",
+    "revision": "download that revision and give its folder",
+    "device_map": "give device",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +127,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
     """
 
+    inside = "pipeline"
     load_time = {"dtype": "dtype", "weights_variant": "variant", "base_config": "base_config"}  # noqa: RUF012
 
     def __init__(self, pipeline: Any, *, model: str, sampler: SamplerConfig | None = None) -> None:
@@ -125,7 +148,12 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self._variant: str | None = None
         self._base_config: str | None = None
 
+    @property
+    def _about(self) -> tuple[str, bool]:
+        return self.model, bool(adapters.adapted_parts(self.pipeline))
+
     @classmethod
+    @also_called(LOADING, NOT_LOADED)
     def from_pretrained(
         cls,
         model: str | Path,
@@ -162,7 +190,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             if i < len(stack) - 1:
                 adapters.merge_adapters(pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipeline.to(device or default_device())
         sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if plan.base == "emoji-sd" else None
         if plan.run is not None:
             sampler = SamplerConfig(**(plan.settings.get("sampler") or {}))
@@ -173,6 +201,27 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipe._below = plan.below if lora is None else str(model)
         pipe._variant, pipe._base_config = variant, base_config
         return pipe
+
+    @classmethod
+    def from_pipe(
+        cls, pipeline: Any, *, model: str | Path | None = None, sampler: SamplerConfig | None = None
+    ) -> ImageAlignmentPipeline:
+        """Align a diffusers pipeline that is loaded already, as it is, with its adapters.
+
+        Args:
+            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+            model: the folder or Hub id that it was loaded from, which ``config.yaml`` and cards name; its own if not
+                given.
+            sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
+
+        Raises:
+            UserError: it is another kind of pipeline, or does not say what it was loaded from.
+        """
+        family_of(pipeline)
+        name = model or pipeline.config.get("_name_or_path")
+        if not name:
+            raise UserError("the pipeline does not say what it was loaded from: give its folder or Hub id as model")
+        return cls(pipeline, model=str(name), sampler=sampler)
 
     def align(
         self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any
@@ -248,6 +297,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self._below = below if config.lora else str(config.output_dir)
         return self
 
+    @also_called(CALLING, NOT_CALLED)
     def __call__(
         self,
         prompts: str | Sequence[str],

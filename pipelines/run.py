@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError
+from diffusion_align.inputs import check_device
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef
@@ -67,6 +68,12 @@ def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, toke
     return trainer
 
 
+LOADING = {
+    "torch_dtype": "dtype",
+    **dict.fromkeys(("pretrained_model_name_or_path", "model_id", "model_name", "model_name_or_path"), "model"),
+}
+
+
 class AlignmentPipeline(ABC):
     """A model that can be saved and uploaded with the card of the run whose result it is.
 
@@ -75,8 +82,52 @@ class AlignmentPipeline(ABC):
     """
 
     run: Path | None = None
+    inside: ClassVar[str]
+    """The attribute that holds the weights."""
     load_time: Mapping[str, str] = {}
     """Setting -> the argument of ``from_pretrained`` that it is."""
+
+    def __repr__(self) -> str:
+        model, adapted = self._about
+        about = {
+            "model": model,
+            "run": None if self.run is None else str(self.run),
+            "adapter": adapted,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in about.items())})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return cast(torch.device, self._loaded.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return cast(torch.dtype, self._loaded.dtype)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the model; returns this pipeline.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        if isinstance(device, torch.dtype):
+            raise UserError(f"dtype={device} is for loading a model: give it to from_pretrained")
+        check_device(device, f"device={str(device)!r}")
+        self._loaded.to(device)
+        return self
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Of what is not there: where the model has it, the error says so."""
+            place = self.inside
+            has = not name.startswith("_") and hasattr(self.__dict__.get(place), name)
+            where = f": use .{place}.{name}" if has else ""
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{where}")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model with its adapters merged in, for plain diffusers or transformers.
@@ -126,6 +177,15 @@ class AlignmentPipeline(ABC):
         for name, argument in self.load_time.items():
             if name in settings:
                 raise UserError(f"{name}={settings[name]!r} is for loading a model: give {argument} to from_pretrained")
+
+    @property
+    def _loaded(self) -> Any:
+        return getattr(self, self.inside)
+
+    @property
+    @abstractmethod
+    def _about(self) -> tuple[str, bool]:
+        """What the model is called, and whether it carries LoRA weights."""
 
     @abstractmethod
     def _save_merged(self, folder: Path) -> None:

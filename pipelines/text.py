@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from diffusion_align.arguments import also_called
 from diffusion_align.data.schemas import BadRow
 from diffusion_align.data.sources import first_rows
 from diffusion_align.data.text_encoding import Messages, Text, TextEncoder, checked_text, context_length, ends_of
 from diffusion_align.data.text_rows import PromptRow, TextDataConfig
 from diffusion_align.errors import ConfigError, UserError, short
-from diffusion_align.inputs import check_device, check_path
+from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.rollout import rollout
@@ -27,7 +28,7 @@ from diffusion_align.models.language_models import language_model_ref, load_lang
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import AlignmentPipeline, run
+from diffusion_align.pipelines.run import LOADING, AlignmentPipeline, run
 from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.randomness import generator
@@ -37,6 +38,25 @@ from diffusion_align.writing import new_folder, write_bytes, write_text
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
     from diffusion_align.pipelines.pairs import PairsWritten
+
+
+CALLING = {"prompt": "prompts", "text_inputs": "prompts", "inputs": "prompts"} | dict.fromkeys(
+    ("max_tokens", "max_length", "max_completion_length"), "max_new_tokens"
+)
+NOT_CALLED = {
+    "do_sample": "a small temperature is nearly greedy",
+    "num_return_sequences": "give a prompt once per completion",
+    "generator": "give seed",
+    "return_full_text": "what is returned has .texts, without the prompts",
+} | dict.fromkeys(("top_k", "top_p"), "completions are sampled from the whole distribution, by temperature")
+NOT_LOADED = {
+    "device_map": "give device",
+    "trust_remote_code": "models that need code of their own are not supported",
+    "cache_dir": "set HF_HOME",
+    "revision": "download that revision and give its folder",
+    "load_in_4bit": "quantized models are not supported",
+    "load_in_8bit": "quantized models are not supported",
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +81,18 @@ class TextAlignmentPipeline(AlignmentPipeline):
         run: the run folder whose result this is, None if it is of no run.
     """
 
+    inside = "model"
     load_time = {"dtype": "dtype"}  # noqa: RUF012
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
 
+    @property
+    def _about(self) -> tuple[str, bool]:
+        return self.name, carries_adapters(self.model)
+
     @classmethod
+    @also_called(LOADING, NOT_LOADED)
     def from_pretrained(
         cls, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
     ) -> TextAlignmentPipeline:
@@ -82,7 +108,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         """
         check_device(device, f"device={str(device)!r}")
         loaded, tokenizer = load_language_model(str(model), dtype=dtype)
-        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded.to(device or default_device())
         pipe = cls(loaded, tokenizer, name=str(model))
         pipe.run = language_model_ref(str(model)).run
         return pipe
@@ -130,6 +156,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         self.model.name_or_path = self.model.config.name_or_path = str(config.output_dir / "final")
         return self
 
+    @also_called(CALLING, NOT_CALLED)
     def __call__(
         self,
         prompts: Text | Sequence[Text],

@@ -10,6 +10,7 @@ run does not depend on how its work is divided.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -54,6 +55,11 @@ from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.writing import WriteError, sweep, write_text
 
 Batch = TypeVar("Batch")
+ELSEWHERE = {
+    *("model", "args", "reward_funcs", "reward_model", "ref_model", "train_dataset", "processing_class", "peft_config"),
+    *("reward_fn", "prompt_fn", "reward_function", "prompt_function", "sd_pipeline", "pipeline"),
+}
+"""Arguments of other libraries' trainers."""
 _LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
 UNTRAINED_EPOCHS = 3
 """After so many epochs in a row in which nothing was trained a run ends."""
@@ -103,6 +109,18 @@ class Trainer(ABC, Generic[Batch]):
     headline = "reward"  # the metric that the progress bar shows
     none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
     keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """A call as TRL's trainers take it is answered with the one that is meant."""
+        named = kwargs.keys() & ELSEWHERE - inspect.signature(cls.__init__).parameters.keys()
+        placed = cls.model_kind is not None and any(isinstance(one, str) or inspect.isroutine(one) for one in args[:2])
+        if named or placed:
+            pipeline = "ImageAlignmentPipeline" if cls.model_kind == "image" else "TextAlignmentPipeline"
+            raise UserError(
+                f"{cls.__name__} takes its config and a loaded policy: call {pipeline}.from_pretrained(model)"
+                f".align({cls.__name__}, output_dir=..., ...) with the settings of {cls.config_class.__name__}"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator | None = None, *, callbacks: Sequence[Callback] = ()

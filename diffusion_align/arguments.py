@@ -1,0 +1,50 @@
+"""Arguments that people know by the names of diffusers, transformers and TRL."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import ParamSpec, TypeVar
+
+from diffusion_align.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def also_called(aliases: Mapping[str, str], without: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function be called with other libraries' names.
+
+    Args:
+        aliases: another library's name -> the argument that it is here.
+        without: a name that no argument answers to -> a sentence about what to do instead.
+
+    The function then raises UserError, in one sentence, where an argument is unknown, or given twice under two names.
+    """
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__.replace("__call__", "the pipeline")
+        parameters = inspect.signature(function).parameters
+        known = [key for key in parameters if key not in ("self", "cls")]
+        takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            for alias in aliases.keys() & kwargs.keys():
+                ours = aliases[alias]
+                if ours in kwargs or list(parameters).index(ours) < len(args):
+                    raise UserError(f"{alias} is another name of {ours}: give one of them")
+                kwargs[ours] = kwargs.pop(alias)
+            for key in kwargs:
+                if key in known or takes_all:
+                    continue
+                near = get_close_matches(key, [*known, *aliases], n=1, cutoff=0.7)
+                meant = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+                raise UserError(f"{name} has no argument {key}: {without.get(key, meant)}")
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    return wrap
