@@ -1,7 +1,7 @@
 """Rewards for images and text. Import it as ``diffusion_align.rewards``; the bare name belongs to your own code.
 
 A reward for images is any callable ``reward(images, prompts, metadata)`` that returns one score per image (see
-`base`). One for text is any callable ``reward(prompts, completions, **columns)`` that returns one score a completion,
+`base`). One for text is any callable ``reward(prompts, completions, **columns)`` that returns one score per completion,
 or None (see `text.base`).
 """
 

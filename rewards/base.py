@@ -259,7 +259,7 @@ def check_reward(
 
 
 def check_prompts(reward: Any, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-    """Let a reward look at the prompts that it will be asked about, if it has a method ``check_prompts``.
+    """Let a reward look at the prompts that it will score, if it has a method ``check_prompts``.
 
     Raises:
         RewardError: it cannot score them.
@@ -336,12 +336,12 @@ def answer_of(reward: Callable[..., Any], /, *arguments: Any, **named: Any) -> A
 
 @contextlib.contextmanager
 def _breakable(reward: Any) -> Iterator[None]:
-    """Inside, what does not come back is left once a run has been asked to stop and its grace period is over."""
+    """Inside, what does not come back is abandoned once a run was interrupted and its grace period is over."""
     try:
         with breakable():
             yield
     except Overdue as error:
-        raise RewardError(f"reward '{reward_name(reward)}' did not answer when the run was asked to stop") from error
+        raise RewardError(f"reward '{reward_name(reward)}' did not answer when the run was interrupted") from error
 
 
 def copied(value: Any) -> Any:

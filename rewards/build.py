@@ -303,7 +303,7 @@ def _built(declared: Declared, context: Mapping[str, Any]) -> Any:
 
 
 class _WithFlag(functools.partial):
-    """A reward of the user's and attributes of its own; what it lacks is asked of that reward."""
+    """A reward of the user's and attributes of its own; what it lacks is looked up on that reward."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -330,7 +330,7 @@ def _called_in(reward: Any, background: bool | None, *, own: bool) -> Any:
 
 
 def describe_rewards(kind: Kind = IMAGES) -> list[dict[str, Any]]:
-    """One dict a built-in reward: name, description, options, and what is said ``about`` it: range, extra, licence."""
+    """One dict per built-in reward: name, description, options, and ``about``: range, extra, licence."""
     rows = []
     for name in kind.table:
         _, settings = find(name, kind)

@@ -1,4 +1,4 @@
-"""What rewards that ask a server share: its address, the token, images as PNG, and patience while it is away.
+"""What rewards that call a server share: its address, the token, images as PNG, and patience while it is away.
 
 Nothing a server sends is trusted: an answer is read up to a bound, as it is on the wire (nothing is decompressed), and
 one deadline holds for all of a request, so that neither an endless nor a dribbling answer is waited for.
@@ -34,7 +34,7 @@ from diffusion_align.streams import printable
 
 LARGEST_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time
-REST = 30.0  # seconds for which a server that failed is asked after the others
+REST = 30.0  # seconds for which a server that failed is called after the others
 CONNECT_TIMEOUT = 10.0
 
 _starting = threading.Lock()
@@ -47,7 +47,7 @@ class Unanswered(Exception):
     """No answer this time; another attempt may get one.
 
     Attributes:
-        pause: seconds that the server asks to wait, 0 if it did not say.
+        pause: seconds that the server asks to wait, 0 if it gave none.
     """
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
@@ -56,7 +56,7 @@ class Unanswered(Exception):
 
 
 class Endpoint:
-    """One server, asked over connections that are kept; any number of threads may ask.
+    """One server, called over connections that are kept; any number of threads may call.
 
     Args:
         url: http(s)://host[:port][/path].
@@ -79,7 +79,7 @@ class Endpoint:
         return f"{self.label} {self.url}"
 
     def ask_once(self, method: str, path: str, body: bytes | None = None) -> Any:
-        """The JSON answer to one request, which is broken off where the loop it works for is interrupted.
+        """The JSON answer to one request, which is abandoned where the loop it works for is interrupted.
 
         Raises:
             Unanswered: no connection, no answer in time, or a transient status.
@@ -123,7 +123,7 @@ class Endpoint:
         ):
             encoding = answer.headers.get("Content-Encoding", "identity")
             if encoding.strip().lower() != "identity":
-                raise RewardError(f"{self} compressed its answer ({printable(encoding)[:40]}), which is not asked for")
+                raise RewardError(f"{self} compressed its answer ({printable(encoding)[:40]}), which was not requested")
             async for chunk in answer.aiter_raw():
                 content += chunk
                 if len(content) > LARGEST_ANSWER:
@@ -146,13 +146,13 @@ class Endpoint:
         return self._client
 
     def note(self, failure: Unanswered | None, patience: float) -> None:
-        """Remember whether it answered; the first failure of a row is said on stderr."""
+        """Remember whether it answered; the first failure in a row is printed on stderr."""
         with self._lock:
-            said, self._away = self._away, failure is not None
+            reported, self._away = self._away, failure is not None
         if failure is not None:
             self.failed_at = time.monotonic()
-            if not said:
-                sentence = printable(f"{self} does not answer ({failure}): asking again for up to {patience:g} s")
+            if not reported:
+                sentence = printable(f"{self} does not answer ({failure}): trying again for up to {patience:g} s")
                 print(sentence, file=sys.stderr, flush=True)
 
 
@@ -166,7 +166,7 @@ def ask(
     first: int = 0,
     stop: threading.Event | None = None,
 ) -> Any:
-    """The JSON answer of the first endpoint that gives one, asked in turns, with growing pauses between the rounds.
+    """The JSON answer of the first endpoint that gives one, called in turn, with growing pauses between the rounds.
 
     Args:
         endpoints: of equal worth; those that failed lately come last.
@@ -205,9 +205,9 @@ def ask(
 
 
 def raise_if_interrupted(names: str) -> None:
-    """RewardError where the loop that servers called ``names`` are asked for was interrupted."""
+    """RewardError where the loop that calls the servers ``names`` was interrupted."""
     if interrupted():
-        raise RewardError(f"interrupted while {names} was asked: resume with resume=true")
+        raise RewardError(f"interrupted while {names} was called: resume with resume=true")
 
 
 def _close(client: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -222,7 +222,7 @@ def _loop_of(process: int) -> asyncio.AbstractEventLoop:
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """Where this process makes its requests: in a thread of its own, as a blocking read cannot be broken off."""
+    """Where this process makes its requests: in a thread of its own, as a blocking read cannot be interrupted."""
     with _starting:
         return _loop_of(os.getpid())
 
@@ -256,7 +256,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def check_url(url: str) -> str:
-    """The address of a server as it is; nobody is asked.
+    """The address of a server as it is; no request is made.
 
     Raises:
         RewardError: it is none; a password in it is not repeated.

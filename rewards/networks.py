@@ -206,7 +206,7 @@ def load_tensors(
 def unfilled() -> Iterator[None]:
     """Networks made here have no parameters yet, only their shapes, for `load_tensors` to put in.
 
-    Drawing a billion initial weights at random would take most of a minute. The global RNG stays put.
+    Sampling a billion initial weights at random would take most of a minute. The global RNG stays put.
     """
     from accelerate import init_empty_weights
 
@@ -241,7 +241,7 @@ def load_network(
     note(place(name))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # of missing weights it warns even where an adapter brings them
-    advice = "give a folder or hub id that holds the network as safetensors, and check the connection for a hub id"
+    advice = "give a folder or Hub id that holds the network as safetensors, and check the connection for a Hub id"
     try:
         options = {"use_safetensors": True, "output_loading_info": True} | settings
         load = getattr(transformers, auto).from_pretrained

@@ -1,4 +1,4 @@
-"""A reward that another process or machine computes, asked over HTTP: the client of `diffusion-align serve-reward`.
+"""A reward that another process or machine computes, called over HTTP: the client of `diffusion-align serve-reward`.
 
 So a reward with awkward dependencies lives in an environment of its own. Images travel as 8-bit PNG and scores as
 numbers that keep every bit, so a reward answers as it would in this process as long as it sees the same batches.

@@ -1,10 +1,10 @@
-"""A reward behind HTTP: what `diffusion-align serve-reward` runs and the reward `remote` asks.
+"""A reward behind HTTP: what `diffusion-align serve-reward` runs and the reward `remote` calls.
 
 ``POST /score`` takes ``{"prompts": [text], "metadata": [object], "images": [base64 of an 8-bit RGB PNG]}``, all of one
 length and the images of one size, and answers ``{"scores": [number], "dtype": "float32" or "float64"}``, each the
 shortest decimal that gives the same bits back. ``GET /health`` says what is served and the limits. Errors are
 ``{"detail": one sentence}``: 401 token, 403 another host's name, 408 too slow, 413 too large, 415 not JSON, 422
-malformed, 500 the reward raised, 503 ask later.
+malformed, 500 the reward raised, 503 try later.
 
 With a token every request needs ``Authorization: Bearer``; without one only requests that name this machine's own
 address are answered, as a page in a browser could otherwise have its own name point here. Whoever connects and says
@@ -109,7 +109,7 @@ def create_app(
     @app.post("/score")
     async def score(request: Request) -> Response:
         check_access(request)
-        # A page in a browser cannot send this type to another site without being asked first.
+        # A page in a browser cannot send this type to another site without permission.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "the body must be JSON: send Content-Type: application/json")
         with bodies.hold() as held:
@@ -118,11 +118,11 @@ def create_app(
             except ClientDisconnect:
                 return Response(status_code=400)
             async with turn:
-                if await request.is_disconnected():  # it gave up waiting and may have asked again
+                if await request.is_disconnected():  # it gave up waiting and may have sent it again
                     return Response(status_code=400)
                 try:
                     scored = await asyncio.get_running_loop().run_in_executor(worker, answer, body)
-                except asyncio.CancelledError:  # of a second Ctrl-C: the client may ask again
+                except asyncio.CancelledError:  # of a second Ctrl-C: the client may send it again
                     return JSONResponse({"detail": "the server is stopping"}, 503)
         return JSONResponse(scored)
 
@@ -191,7 +191,7 @@ class _Held:
         self.size, self.dropped, self.arriving = 0, True, None
 
 
-_BUSY = HTTPException(503, "the server holds as many requests as it can: ask again", headers={"Retry-After": "1"})
+_BUSY = HTTPException(503, "the server holds as many requests as it can: try again", headers={"Retry-After": "1"})
 
 
 async def read_body(request: Request, max_bytes: int, held: _Held | None = None) -> bytes:
@@ -272,7 +272,7 @@ def decode(text: str, index: int, max_pixels: int) -> np.ndarray:
         raise unreadable
     width, height, depth, colours = struct.unpack_from(">IIBB", data, len(_PNG_START))
     if (depth, colours) != (8, 2):
-        raise HTTPException(422, f"image {index} must be RGB with 8 bits a channel: convert it before it is sent")
+        raise HTTPException(422, f"image {index} must be RGB with 8 bits per channel: convert it before it is sent")
     if width * height > max_pixels:
         raise HTTPException(413, f"image {index} is {width} x {height}: at most {max_pixels} pixels each may be sent")
     try:

@@ -69,7 +69,7 @@ def test_a_strangers_method_is_described_and_its_code_is_part_of_the_run(kind, s
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == f"{strangers}/{reference}"
     assert ("Near 1 a single image decides." in (run / "report.html").read_text()) == (kind == "image")
     described = json.loads((run / "metrics.json").read_text())
-    assert described["kl"]["unit"] == ("nats a step" if kind == "image" else "nats a token")
+    assert described["kl"]["unit"] == ("nats per step" if kind == "image" else "nats per token")
     file = strangers / reference.partition(":")[0]
     file.write_text(file.read_text() + "\nchanged = True\n")
     again = ["train", "run/config.yaml", "resume=true", "epochs=2"]

@@ -85,10 +85,13 @@ class DDPOConfig(DenoisingConfig):
         "one; or reward minus the mean of the rest of the group (RLOO)",
     )
     history_size: int = Field(
-        32, ge=1, le=MOST, description="rewards a prompt keeps; the 4096 prompts seen last are remembered"
+        32, ge=1, le=MOST, description="rewards kept per prompt; the 4096 prompts seen last are remembered"
     )
     history_min_count: int = Field(
-        16, ge=1, le=MOST, description="rewards a prompt needs for its own history; before, all of the epoch's are used"
+        16,
+        ge=1,
+        le=MOST,
+        description="rewards a prompt needs before its own history is used; until then, the whole epoch's",
     )
     clip_std: tuple[OrInfinite, OrInfinite] = Field(
         (0.0, math.inf), description="bounds on the std a group is divided by"
@@ -172,7 +175,7 @@ class DDPOBatch:
 
 
 def kl_probes(config: DDPOConfig, steps: int, actions: int) -> int:
-    """How many actions of an epoch ``kl_path`` is estimated from; none where every one is compared.
+    """How many actions per epoch ``kl_path`` is estimated from; none where every one is compared.
 
     1 % of an epoch's passes, a backward pass counted as two, or, if that is more, each step once, and two for an error.
     Each costs two passes: at most 2 % of the epoch's, if not so few.
@@ -267,7 +270,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         if config.objective != "ratio":
             return []
         *_, nats = config.clip_bounds(dimensions)
-        return [("clip in nats", f"{nats:.3g}, the joint bound on a decision's {dimensions} dimensions")]
+        return [("clip in nats", f"{nats:.3g}, the joint bound on an action's {dimensions} dimensions")]
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""

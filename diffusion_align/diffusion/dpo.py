@@ -118,11 +118,11 @@ class DiffusionDPOConfig(DenoisingConfig):
     def cross_checks(self) -> Iterator[str]:
         yield from weight_checks(self.reward, self.reward_weights)
         if (self.beta is None) == (self.beta_dpo is None):
-            yield "give either beta (a nat) or beta_dpo (the field's, for mean squared errors)"
+            yield "give either beta (per nat) or beta_dpo (Diffusion-DPO's, for mean squared errors)"
         if self.online and (self.prompts is None or self.reward is None):
-            yield "give pairs, or prompts and a reward to draw and judge pairs online"
+            yield "give pairs, or prompts and a reward to sample and judge pairs online"
         if not self.online and self.prompts is not None:
-            yield "prompts are drawn and judged online, pairs bring their own: leave one of the two out"
+            yield "prompts are sampled and judged online, pairs bring their own: leave one of the two out"
         if self.online and self.samples_per_epoch % self.group_size:
             yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
@@ -131,7 +131,7 @@ class DiffusionDPOConfig(DenoisingConfig):
         if self.target == "logged" and (not self.online or self.sampler.is_deterministic):
             yield "target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
         if self.target == "logged" and self.caption_dropout:
-            yield "target=logged trains on steps drawn with the caption: leave caption_dropout out"
+            yield "target=logged trains on steps sampled with the caption: leave caption_dropout out"
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
             yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
@@ -279,12 +279,12 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         pairs = config.samples_per_epoch // (config.group_size if online else 1)
         actions = pairs * config.decisions_per_pair
         width = 2 * (sampled.width if logged else 1)
-        # Where the reference is asked once for all inner epochs, so is the policy as it is at the epoch's beginning.
+        # Where the reference is called once for all inner epochs, so is the policy as it is at the epoch's beginning.
         looks = 2 if config.inner_epochs > 1 or config.old_refresh == "epoch" else 1
-        judged = f"{pairs}, the best and the worst of {config.group_size} pictures each"
+        judged = f"{pairs}, the best and the worst of {config.group_size} images each"
         source = "" if config.pairs is None else config.pairs.source
         return EpochCost(
-            what=("pairs an epoch", judged if online else f"{pairs} from {source}"),
+            what=("pairs per epoch", judged if online else f"{pairs} from {source}"),
             units=pairs,
             actions=actions,
             sampling=sampled.sampling if online else 0,
@@ -365,7 +365,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         if ratio > self.config.max_winner_error:
             remedy = "raise kl_coef (2 beta or more)" if self.config.variant == "corrected" else "lower learning_rate"
             raise TrainingError(
-                f"the policy diverges: its error on the chosen pictures is {ratio:.3g} times the reference's, beyond "
+                f"the policy diverges: its error on the chosen images is {ratio:.3g} times the reference's, beyond "
                 f"max_winner_error={self.config.max_winner_error:g}, so it unlearns what is preferred: {remedy}"
             )
         return {"error/winner_ratio": ratio}

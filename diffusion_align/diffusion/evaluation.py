@@ -27,7 +27,7 @@ from diffusion_align.training.randomness import generator
 
 
 class ImageEvaluationConfig(EvaluationConfig):
-    """Images of fixed prompts, sampled from fixed noise every few epochs and scored by what is not trained on."""
+    """Images of fixed prompts, sampled from fixed noise every few epochs and scored by a held-out reward."""
 
     reward: RewardSetting = Field(None, description="the held-out reward; null measures diversity alone")
     prompts: PromptsConfig | None = Field(None, description="as for training; the prompts of the training if null")

@@ -44,7 +44,7 @@ class DenoisingPolicy:
     Args:
         pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``. Text encoders and VAE
             are frozen; on a CPU the network gets eager attention, whose backward pass is faster there. What is frozen
-            keeps its dtype, what is trained becomes float32.
+            keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
         autocast: context in which the network runs; log-probs stay float32.

@@ -95,7 +95,7 @@ def rollout(
 ) -> Trajectory:
     """Sample B images' latents and record the steps ``record``.
 
-    Every sample draws its noise from its own CPU generator, so an image does not depend on the batch, the device or
+    Every sample takes its noise from its own CPU generator, so an image does not depend on the batch, the device or
     the number of processes it is sampled with.
 
     Args:
@@ -159,10 +159,10 @@ def scheduler_of(sampler: SamplerConfig, scheduler: Any) -> Any:
 
 
 class TableScheduler:
-    """What a diffusers text-to-image pipeline asks of its scheduler, answered from a ``DiffusionSchedule``.
+    """What a diffusers text-to-image pipeline needs from its scheduler, taken from a ``DiffusionSchedule``.
 
     Args:
-        schedule: the steps, as many as the pipeline is asked for.
+        schedule: the steps, as many as the pipeline is called with.
         config: of the scheduler that it stands in for.
     """
 

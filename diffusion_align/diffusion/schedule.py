@@ -1,6 +1,6 @@
 """The numbers of a sampler, tabulated once from a diffusers scheduler and never changed.
 
-diffusers' ``step()`` keeps state, rounds its coefficients to float32 and draws its own noise, so it cannot replay a
+diffusers' ``step()`` keeps state, rounds its coefficients to float32 and samples its own noise, so it cannot replay a
 step. Here every coefficient is computed in float64 when the schedule is built; sampling and replay gather from the same
 table.
 """

@@ -52,7 +52,7 @@ class DenoisingConfig(PolicyConfig):
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
     weights_variant: str | None = Field(None, description="weight files of the model to choose, e.g. fp16")
     base_config: str | None = Field(
-        None, description="for a model in one .safetensors file: folder or hub id of a diffusers pipeline built like it"
+        None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
     )
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
@@ -122,11 +122,11 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric(
             "KL to the reference, per step",
-            "nats a step",
+            "nats per step",
             "How far the policy is from the reference at one step of an image.",
         ),
         "kl_path": Metric(
-            "KL to the reference, a whole path",
+            "KL to the reference, per path",
             "nats over all trained steps",
             "How far it is summed over the steps that are trained on.",
         ),
@@ -173,12 +173,12 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """Of a method that trains on every stochastic step of what it samples and asks no reference."""
+        """Of a method that trains on every stochastic step of what it samples and needs no reference."""
         samples, steps_each = config.samples_per_epoch, config.sampler.steps
         guided = 2 if config.sampler.guidance_scale > 1 else 1
         actions = samples * (steps_each if steps is None else len(steps))
         return EpochCost(
-            what=("pictures an epoch", f"{samples}, each {steps_each} steps"),
+            what=("images per epoch", f"{samples}, each {steps_each} steps"),
             units=samples,
             actions=actions,
             sampling=guided * samples * steps_each,

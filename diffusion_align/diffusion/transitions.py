@@ -128,8 +128,8 @@ def step_scales(schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting
 
     - exact: the number of steps. In expectation the sum of the nats over all of them.
     - uniform: one and the same factor for the squared error of every step's output, with the sum of the exact ones, as
-      the field does (Wallace et al. 2023, arXiv:2311.12908, drop omega).
-    - share: one over the step's share of the fall of ``alphas_cumprod``. Only this asks of every step the part of the
+      Diffusion-DPO does (Wallace et al. 2023, arXiv:2311.12908, drop omega).
+    - share: one over the step's share of the fall of ``alphas_cumprod``. Only this gives every step the part of the
       reward that it can pay for at equal price, see docs/mathematics/diffusion_dpo.md.
     """
     scales = torch.zeros(len(schedule), dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Advantages from rewards: groups, leave-one-out, per-prompt history (DDPO, arXiv:2305.13301, §5.2), GAE.
 
-Nothing here carries a gradient, except ``reward_to_go``. Computed in float64 on the CPU, once a batch: the numbers are
-few, and sums over groups are then the same on every run. Results come back on the rewards' device, in float32 or wider.
-There is no hidden epsilon: a spread of exactly zero yields an advantage of exactly zero. [002] "Rethinking KL
+Nothing here carries a gradient, except ``reward_to_go``. Computed in float64 on the CPU, once per batch: there are few
+numbers, and sums over groups are then the same on every run. Results are returned on the rewards' device, in float32 or
+wider. There is no hidden epsilon: a spread of exactly zero yields an advantage of exactly zero. [002] "Rethinking KL
 Divergence in RLHF", 2025, §4.
 """
 
@@ -124,9 +124,9 @@ def several_rewards_advantages(
 def _advantages_where_said(rewards: Tensor, group_ids: Tensor, estimate: Callable[..., Tensor]) -> Tensor:
     """``estimate`` of the rewards (B,) that are not nan, and 0 for the others."""
     check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)
-    said = ~rewards.isnan()
-    found = estimate(rewards[said], group_ids[said.to(group_ids.device)])
-    return found.new_zeros(len(rewards)).masked_scatter(said, found)
+    scored = ~rewards.isnan()
+    found = estimate(rewards[scored], group_ids[scored.to(group_ids.device)])
+    return found.new_zeros(len(rewards)).masked_scatter(scored, found)
 
 
 def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -145,8 +145,8 @@ def gae(
     """Generalised advantage estimates and the returns they imply, in the unit of the reward.
 
     ``A_t = sum_k (gamma lam)^k delta_{t+k}``, ``delta_t = r_t + gamma V_{t+1} - V_t``, ``R = A + V``. Schulman et al.
-    2015 (arXiv:1506.02438), eq. 16. The value after the last decision is 0. Entries that do not count are skipped: the
-    decision before them is followed by the next one that counts.
+    2015 (arXiv:1506.02438), eq. 16. The value after the last action is 0. Entries that do not count are skipped: the
+    action before them is followed by the next one that counts.
 
     Args:
         rewards, values: (B, T); no gradient flows.
@@ -174,7 +174,7 @@ def gae(
 
 
 def reward_to_go(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Sum of ``x`` from each decision to the end, in its unit: ``y_t = sum_{k >= t} x_k``.
+    """Sum of ``x`` from each action to the end, in its unit: ``y_t = sum_{k >= t} x_k``.
 
     ``x`` (B, T), a gradient flows; ``mask`` (B, T) bool, or None if all entries count. Returns (B, T), float32 or
     wider, 0 where masked. Raises ValueError on different shapes or a mask that is not bool.
@@ -195,7 +195,7 @@ class PromptStatistics:
     """Each prompt's last rewards, and advantages measured against them.
 
     Args:
-        buffer_size: how many rewards a prompt keeps.
+        buffer_size: how many rewards are kept per prompt.
         min_count: below this many kept rewards (the new ones included) the whole batch's mean and std are used.
         max_prompts: how many prompts are remembered: those seen last, so that the state has a bound however many
             different ones there are. A batch may have more; the bound holds after it.

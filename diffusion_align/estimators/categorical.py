@@ -1,4 +1,4 @@
-"""Log-probs, entropy and exact KL of categorical decisions: tokens out of a vocabulary of V. Nats.
+"""Log-probs, entropy and exact KL of categorical actions: tokens out of a vocabulary of V. Nats.
 
 Everything from the logits on is computed in float32 or wider. A logit of -inf is an action that cannot happen.
 """
@@ -35,7 +35,7 @@ class _TokenLogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError("token log-probs have no second derivative: do not ask for create_graph.")
+            raise RuntimeError("token log-probs have no second derivative: do not set create_graph.")
         features, weight, labels, normaliser = ctx.saved_tensors
         scored = labels != IGNORED
         outer = torch.where(scored, grads[0] * ctx.scale, 0.0).unsqueeze(-1)

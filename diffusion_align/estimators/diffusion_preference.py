@@ -59,10 +59,10 @@ def corrected_diffusion_dpo_loss(
 
 
 def beta_in_nats(beta_dpo: float, *, dimensions: int, weight_sum: float) -> float:
-    """``beta_dpo / (2 dimensions weight_sum)``: the field's beta (2000–5000, mean-squared errors, factor 1/2) per nat.
+    """``beta_dpo / (2 dimensions weight_sum)``: Diffusion-DPO's beta (2000–5000, mean squared errors, factor ½) in nats.
 
     A step's error in nats is c²/(2 std²) times the summed squared error of the noise; ``weight_sum`` is the sum of that
-    factor over all training steps, for which the field takes one and the same. ``dimensions``: d of a latent.
+    factor over all training steps, for which Diffusion-DPO takes one constant. ``dimensions``: d of a latent.
     Raises ValueError unless all three are > 0.
     """
     if not (beta_dpo > 0 and dimensions > 0 and weight_sum > 0):

@@ -1,4 +1,4 @@
-"""Log-prob and exact KL of isotropic Gaussian decisions, p(x_s | x_t) = N(mean, std² I).
+"""Log-prob and exact KL of isotropic Gaussian actions, p(x_s | x_t) = N(mean, std² I).
 
 [000] Y. Liu, "Rethinking the Reference model in RLHF", 2025, §3.1–3.2 and appendix B.
 """
@@ -31,7 +31,7 @@ def _std_column(std: float | Tensor, like: Tensor, name: str) -> Tensor:
 def _flat(x: Tensor, name: str) -> Tensor:
     """``x`` (B, ...) as (B, d) in float32 or wider; d = 1 for (B,)."""
     if x.ndim == 0 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} must be (B, ...) with at least one entry a sample, got {tuple(x.shape)}.")
+        raise ValueError(f"{name} must be (B, ...) with at least one entry per sample, got {tuple(x.shape)}.")
     return widen(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
@@ -46,7 +46,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: float | Tensor, *, reduction
     the density ratio. In float32 the sum resolves about 6e-8 of its size: 1e-3 nats at d = 16 384.
 
     Args:
-        x: (B, ...) the decisions; a gradient flows.
+        x: (B, ...) the actions; a gradient flows.
         mean: (B, ...) same shape as ``x``; a gradient flows.
         std: float, 0-d or (B,), in the unit of ``x``; a gradient flows. Must be > 0: a deterministic step has no
             density and callers leave it out. Only a Python number is checked; a tensor is not read.

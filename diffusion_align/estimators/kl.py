@@ -92,7 +92,7 @@ def _coefficient(log_ratio: Tensor, kind: str, clip: float) -> Tensor:
 def kl_value(
     logp: Tensor, logp_ref: Tensor, kind: Kind = "k1", *, clip: float = 10.0, mask: Tensor | None = None
 ) -> Tensor:
-    """One-sample estimate of KL(pi||ref) per decision, nats, detached: for logging and for stopping rules.
+    """One-sample estimate of KL(pi||ref) per action, nats, detached: for logging and for stopping rules.
 
     Sampled from pi, k1 and k3 are unbiased and k2 and k3_clip are not. The variance of k3 is infinite when pi_ref²/pi
     is not integrable ([002] appendix D is such a case).
@@ -136,12 +136,12 @@ def kl_loss(
     allow_biased: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """KL loss per decision, unreduced: the weighted value in nats, with the gradient of the module's table.
+    """KL loss per action, unreduced: the weighted value in nats, with the gradient of the module's table.
 
     "unbiased" weighs each sample by w = ``importance_ratio(logp, logp_old)``, 1 without ``logp_old``: sg(w)·k2, and
     w·k1 and w·k3 differentiated through w too; the last has the gradient of sg(w)·k2 sample by sample. Their
     expectation over samples of ``logp_old`` is grad KL(pi||ref) exactly. "direct" is the autograd of the bare value, as
-    [002] eq. 11, 24 and 30 write it. What a decision changes in later ones is left out: see ``reward_to_go``.
+    [002] eq. 11, 24 and 30 write it. What an action changes in later ones is left out: see ``reward_to_go``.
 
     Args:
         logp: (B, T) nats, the policy being trained; the only input with a gradient.
@@ -182,7 +182,7 @@ def kl_reward(
     allow_biased: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Penalty per decision in nats, detached, to *subtract* from the reward (times beta): ``reward - beta * penalty``.
+    """Penalty per action in nats, detached, to *subtract* from the reward (times beta): ``reward - beta * penalty``.
 
     k1, ``logp_old - logp_ref`` ([002] eq. 20), has the policy gradient grad KL(pi||ref) exactly; over several updates
     on one batch, weighed by pi/pi_old, it is grad KL(pi||ref) - grad KL(pi||old) ([002] eq. 39). The others are biased.

@@ -142,7 +142,7 @@ def clip_fractions(
     """Which actions the clip takes out, for logging: ``(low, high)``, average them for the fractions.
 
     ``low``: rho < 1 - clip and A < 0; ``high``: rho > 1 + clip_high and A > 0. These are the entries that the surrogate
-    gives no gradient, but for those that only ``dual_clip`` takes out. Without ``advantages`` the sign is not asked
+    gives no gradient, but for those that only ``dual_clip`` takes out. Without ``advantages`` the sign is not checked
     for. ``low | high`` is the whole clipped region.
 
     Args as in ``clipped_surrogate``; no gradient flows. Returns two bool tensors (B, T); False where masked.

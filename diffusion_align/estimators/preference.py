@@ -1,7 +1,7 @@
 """Preference losses: DPO and its family, the trajectory form, rejection sampling, Bradley–Terry.
 
-A log-ratio is log pi - log pi_ref of a whole sample, summed over its decisions, in nats; ``h`` is the chosen one's
-minus the rejected one's. Arguments are (B,) unless said otherwise; a gradient flows through all that have one, a
+A log-ratio is log pi - log pi_ref of a whole sample, summed over its actions, in nats; ``h`` is the chosen one's
+minus the rejected one's. Arguments are (B,) unless stated otherwise; a gradient flows through all that have one, a
 ``beta`` too. ``beta`` is a float or (B,), > 0 (only a float is checked). Losses are (B,), unreduced, float32 or wider.
 Every function raises a ``ValueError`` on shapes that do not fit and on a setting out of its range. [001] F. Sun,
 "Direct preference optimisation", 2025; [004] notes on DPO.
@@ -171,12 +171,12 @@ def trajectory_dpo_loss(
 ) -> Tensor:
     """Binary cross-entropy of ``sigmoid(beta (sum_t gamma^t l_t of the first - the same of the second))``, nats.
 
-    [001] eq. 46–47 (contrastive preference learning, arXiv:2310.13639). gamma = 1 and label 1 over one decision is DPO.
+    [001] eq. 46–47 (contrastive preference learning, arXiv:2310.13639). gamma = 1 and label 1 over one action is DPO.
 
     Args:
-        first_logratio, second_logratio: (B, T1), (B, T2), log-ratios of single decisions.
+        first_logratio, second_logratio: (B, T1), (B, T2), log-ratios of single actions.
         labels: (B,) in [0, 1]: 1 if the first is preferred, 0 the second, 1/2 a tie.
-        gamma: discount in [0, 1]; t counts the decisions that count.
+        gamma: discount in [0, 1]; t counts the actions that count.
         first_mask, second_mask: bool like the log-ratios; what the others hold does not matter.
     """
     seen = labels.device.type == "cpu"  # elsewhere the test would make the device wait
@@ -186,7 +186,7 @@ def trajectory_dpo_loss(
     for logratio, mask in ((first_logratio, first_mask), (second_logratio, second_mask)):
         check_shapes(ndim=2, logratio=logratio, mask=mask)
         counts = torch.ones_like(logratio, dtype=torch.bool) if mask is None else mask
-        time = (counts.cumsum(1) - 1).clamp(min=0)  # of the decisions that count
+        time = (counts.cumsum(1) - 1).clamp(min=0)  # of the actions that count
         scores.append((counted(logratio, counts) * gamma ** time.to(widen(logratio).dtype)).sum(1))
     check_shapes(ndim=1, labels=labels, first=scores[0], second=scores[1])
     reward = checked_beta(beta, labels) * (scores[0] - scores[1])
@@ -194,7 +194,7 @@ def trajectory_dpo_loss(
 
 
 def rso_accept(rewards: Tensor, beta: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """Which of N candidates a prompt to keep, (..., N) bool: each with probability ``exp((r - max r)/beta)``.
+    """Which of N candidates per prompt to keep, (..., N) bool: each with probability ``exp((r - max r)/beta)``.
 
     The best is always kept. For many candidates from pi_ref those kept are samples of pi_ref exp(r/beta)/Z, the
     optimum; for few they fall short of it. Pairs of them go into any pair loss. Liu et al. 2023 (arXiv:2309.06657).

@@ -7,12 +7,12 @@ With l = log pi - log pi_ref of a whole completion, or of a token (l_t), and h =
     robust       robust_dpo_loss: unbiased where label_smoothing of the labels are swapped
     ipo, hinge   ipo_loss, hinge_loss of h; sums over tokens, not means
     trajectory   trajectory_dpo_loss of l_t with the discount gamma and the row's label
-    simpo, orpo  of the mean log-prob of a token; the reference is not asked
+    simpo, orpo  of the mean log-prob per token; the reference is not used
 
     + sft_weight * -(mean log-prob of the chosen one's tokens)       [002] §5; RPO, arXiv:2404.19733
     + the penalties of beta(x), with dynamic_beta                    [003] §5
 
-Preferences come from a data set, or are sampled and judged by rewards in every epoch (online).
+Preferences come from a dataset, or are sampled and judged by rewards in every epoch (online).
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class DPOConfig(PreferenceConfig):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
     simpo_margin: Weight = Field(0.0, description="simpo: by how much beta h has to be above 0")
     orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: of the odds ratio")
-    gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount a token")
+    gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount per token")
     sft_weight: float = Field(0.0, ge=0, le=LARGEST, description="of the chosen one's mean log-prob")
     precompute_ref_log_probs: bool = Field(
-        False, strict=True, description="ask the reference once; a fully trained model then needs no frozen copy"
+        False, strict=True, description="call the reference once; a fully trained model then needs no frozen copy"
     )
     dynamic_beta: DynamicBetaConfig | None = Field(None, description="a beta for each prompt, which starts at `beta`")
 
@@ -91,8 +91,8 @@ class DPOConfig(PreferenceConfig):
 
     @property
     def needs_reference(self) -> bool:
-        asked = self.sample_from == "reference" or self.stop_when.kl_above is not None
-        return asked or not (self.reference_free or self.precompute_ref_log_probs)
+        called = self.sample_from == "reference" or self.stop_when.kl_above is not None
+        return called or not (self.reference_free or self.precompute_ref_log_probs)
 
     def cross_checks(self) -> Iterator[str]:
         for name, losses in _BELONGS.items():
@@ -112,7 +112,7 @@ class DPOConfig(PreferenceConfig):
         }
         if self.reference_free and any(of_reference.values()):
             given = " and ".join(name for name, is_given in of_reference.items() if is_given)
-            yield f"loss_type={self.loss_type} asks no reference: leave {given} out"
+            yield f"loss_type={self.loss_type} uses no reference: leave {given} out"
         if self.online and self.precompute_ref_log_probs:
             yield "precompute_ref_log_probs is for a dataset: online every epoch has new completions"
         if not self.online and (self.sample_from != "policy" or self.pair_selection != "best_worst"):
@@ -137,7 +137,9 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     config_class = DPOConfig
     keeps = ("reference.safetensors",)
     metrics = {  # noqa: RUF012
-        "beta/mean": Metric("Beta of the prompts, mean", "per nat", "With dynamic_beta: what a nat costs, by prompt."),
+        "beta/mean": Metric(
+            "Beta of the prompts, mean", "per nat", "With dynamic_beta: the price of a nat per prompt."
+        ),
     }
     rows: Sequence[PreferenceRow]
 
@@ -181,7 +183,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
 
     @functools.cached_property
     def reference_file(self) -> ReferenceFile | None:
-        """What the reference says about all rows, if that is asked beforehand."""
+        """The reference's log-probs of all rows, where they are computed beforehand."""
         if not self.config.precompute_ref_log_probs:
             return None
         path = self.folder / "reference.safetensors"

@@ -1,7 +1,7 @@
 """GRPO: group-relative policy optimisation of a language model (Shao et al. 2024, arXiv:2402.03300).
 
-The decisions are tokens. Loss of token t of a completion with group advantage A ([002] "Rethinking KL Divergence in
-RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of a nat:
+The actions are tokens. Loss of token t of a completion with group advantage A ([002] "Rethinking KL Divergence in
+RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of one nat:
 
     -min(rho R, clip(rho) R)
     k1_reward:           R = A - beta log(1/r)              eq. 39, the default
@@ -68,7 +68,7 @@ class GRPOConfig(PolicyGradientConfig):
         description="passes over an epoch's samples; `num_iterations` is the same",
     )
 
-    ratio_level: Literal["decision", "sequence"] = Field("decision", description="sequence: one ratio a completion")
+    ratio_level: Literal["decision", "sequence"] = Field("decision", description="sequence: one ratio per completion")
     loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
 
     advantages: Literal["group", "leave_one_out"] = Field(
@@ -87,7 +87,7 @@ class GRPOConfig(PolicyGradientConfig):
     )
     mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
 
-    beta: float = Field(0.0, ge=0, le=LARGEST, description="price of a nat of KL to the reference; 0 for none")
+    beta: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
     kl: KLForm = Field("k1_reward", description="where the KL stands and how it is estimated")
     kl_gradient: Literal["unbiased", "direct"] = Field("unbiased", description="of the KL as a loss, see `kl_loss`")
     credit: Literal["step", "to_go"] = Field("step", description="k1_reward: to_go charges a token with later ones' KL")

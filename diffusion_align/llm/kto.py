@@ -7,7 +7,7 @@ completion with the next prompt of the epoch that is another one. It is estimate
 over the samples of all processes, so that neither loss nor gradient depend on batches or on how the work is divided;
 the paper and TRL estimate it anew in every batch.
 
-Labels come from a data set, or from rewards of completions sampled in every epoch (online).
+Labels come from a dataset, or from rewards of completions sampled in every epoch (online).
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ class KTOConfig(PreferenceConfig):
         1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
     )
     undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
-    kl_samples: int = Field(
-        64, ge=1, le=MOST, description="at most so many mismatched pairs an epoch for the reference point"
-    )
+    kl_samples: int = Field(64, ge=1, le=MOST, description="most mismatched pairs per epoch for the reference point")
     desirable_above: Weight | None = Field(
         None, description="online: reward; the mean of its prompt's completions when not given"
     )
@@ -97,7 +95,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     metrics = {  # noqa: RUF012
         "reference_point": Metric(
             "Reference point",
-            "nats a completion",
+            "nats per completion",
             "The log-ratio above which a completion counts as preferred: that of completions after other prompts.",
         ),
         "desirable": Metric(

@@ -148,7 +148,7 @@ class Scored:
         labels: (B, K), the token that followed, -100 where none counts.
         places: (B, T), the position of every completion token among the K.
         mask: (B, T) bool, which of them count.
-        hidden: (B, K, D), the last hidden states, if asked for.
+        hidden: (B, K, D), the last hidden states, if requested.
     """
 
     logits: Tensor
@@ -334,7 +334,7 @@ def padding_token(model: Any, tokenizer: Any) -> int:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model, or what is trained of it, and its tokenizer, for plain transformers (with peft)."""
+    """Write a model, or its adapter, and its tokenizer, for plain transformers (with peft)."""
     with new_folder(folder) as aside:
         with _settings_that_are_written(model, aside):
             if carries_adapters(model):

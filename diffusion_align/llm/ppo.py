@@ -1,6 +1,6 @@
 """PPO: a language model with a value head (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al., arXiv:2203.02155).
 
-The decisions are tokens. With the reward r of a completion, the reward of token t is ([002] eq. 20)
+The actions are tokens. With the reward r of a completion, the reward of token t is ([002] eq. 20)
 
     r 1[t = last] - kl_coef log(pi_old/pi_ref)
 
@@ -38,7 +38,7 @@ class PPOConfig(PolicyGradientConfig):
     """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
 
     method: str = Field("ppo", description="the training method")
-    num_generations: int = Field(1, ge=1, le=MOST, description="completions a prompt in an epoch")
+    num_generations: int = Field(1, ge=1, le=MOST, description="completions per prompt per epoch")
     inner_epochs: int = Field(
         1,
         ge=1,
@@ -47,7 +47,7 @@ class PPOConfig(PolicyGradientConfig):
         description="passes over an epoch's samples; `num_ppo_epochs` is the same",
     )
 
-    gamma: float = Field(1.0, ge=0, le=1, description="discount a token")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
     lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
     whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
     value_coef: float = Field(0.1, ge=0, le=LARGEST, description="weight of the value loss")
@@ -55,13 +55,13 @@ class PPOConfig(PolicyGradientConfig):
         0.2, ge=0, description="how far a value may go from that of sampling; null: free"
     )
 
-    kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of a nat of KL to the reference")
-    kl_target: float | None = Field(None, gt=0, le=LARGEST, description="nats a completion; moves kl_coef")
+    kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of one nat of KL to the reference")
+    kl_target: float | None = Field(None, gt=0, le=LARGEST, description="nats per completion; moves kl_coef")
     kl_horizon: int = Field(
         10_000, ge=1, le=MOST_ROWS, description="completions in which kl_coef changes by a fifth at most"
     )
     missing_eos_penalty: float = Field(
-        0.0, ge=0, le=LARGEST, description="taken from the reward of a completion without an end"
+        0.0, ge=0, le=LARGEST, description="subtracted from the reward of a completion without an end of sequence"
     )
 
     @property
@@ -103,12 +103,12 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
 
     @cached_property
     def kl_coef(self) -> float:
-        """The price of a nat of KL now; ``kl_target`` moves it."""
+        """The price of one nat of KL now; ``kl_target`` moves it."""
         return self.config.kl_coef
 
     @cached_property
     def value_head(self) -> nn.Linear:
-        """It begins with 0 for every token, and draws nothing."""
+        """It begins with 0 for every token, and uses no random numbers."""
         head = nn.utils.skip_init(nn.Linear, self.policy.hidden_size, 1, device=self.policy.device)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)

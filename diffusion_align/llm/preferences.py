@@ -20,14 +20,14 @@ Batch = TypeVar("Batch")
 
 
 class PreferenceConfig(OnlineConfig):
-    """Rows of a data set, or prompts whose completions a reward judges in every epoch (online).
+    """Rows of a dataset, or prompts whose completions a reward judges in every epoch (online).
 
     ``samples_per_epoch`` counts rows, or online completions.
     """
 
-    dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or hub id")
-    num_generations: int = Field(4, ge=1, le=MOST, description="online: completions a prompt in an epoch")
-    beta: float = Field(0.1, gt=0, le=LARGEST, description="price of a nat of log-ratio to the reference")
+    dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or Hub id")
+    num_generations: int = Field(4, ge=1, le=MOST, description="online: completions per prompt per epoch")
+    beta: float = Field(0.1, gt=0, le=LARGEST, description="price of one nat of log-ratio to the reference")
 
     @property
     def online(self) -> bool:

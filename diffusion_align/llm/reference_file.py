@@ -1,4 +1,4 @@
-"""What the reference says about the rows of a data set, computed once and kept in a file of the run."""
+"""The reference's log-probs of the rows of a dataset, computed once and kept in a file of the run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ReferenceFile:
 
         Raises:
             CheckpointError: the file is damaged, or it is gone or of other rows and cannot be made again.
-            Interrupted: the run was asked to stop.
+            Interrupted: the run received an interrupt.
         """
         if self._full:
             return

@@ -6,7 +6,7 @@ Loss of a pair with scores r_w, r_l and probability p that the first is preferre
     + center_coef (r_w + r_l)²                                      Eisenstein et al. 2023 (arXiv:2312.09244), eq. 2
 
 [004] prints -sigmoid(r_l - r_w), which trains towards the loser. The scores are fixed up to a constant only;
-``center_coef`` draws them to mean 0.
+``center_coef`` pulls them to mean 0.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class RewardModelConfig(TrainingConfig):
     """
 
     method: str = Field("reward_model", description="the training method")
-    dataset: TextDataConfig = Field(description="preferences: list, file or hub id")
+    dataset: TextDataConfig = Field(description="preferences: list, file or Hub id")
     eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
     learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
     max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
     max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
-    center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², draws them to 0")
+    center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², pulls them to 0")
 
     def name_checks(self) -> Iterator[str]:
         yield from problems_of(language_model_ref, self.model, ("causal", "classifier"))
@@ -171,7 +171,7 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
 
     Args:
         config: checked settings.
-        model: what is trained, on ``accelerator.device``.
+        model: the model to train, on ``accelerator.device``.
         rows: preferences; every rejected completion is one pair.
         eval_rows: preferences to score after every epoch, without training on them.
         accelerator, callbacks: see ``Trainer``.
@@ -201,7 +201,7 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         pairs = config.samples_per_epoch
-        what = ("text an epoch", f"{pairs} rows of {rows_name(config.dataset)}")
+        what = ("text per epoch", f"{pairs} rows of {rows_name(config.dataset)}")
         return EpochCost(what, units=pairs, actions=pairs, trained=2 * pairs * config.inner_epochs)
 
     @classmethod

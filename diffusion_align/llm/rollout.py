@@ -52,8 +52,8 @@ def rollout(
 ) -> Completions:
     """Sample one completion per prompt, all at once, with a key-value cache where the model can keep one.
 
-    Every completion draws from its own CPU generator, so up to rounding it does not depend on the batch, the device or
-    the number of processes.
+    Every completion has its own CPU generator, so up to rounding it does not depend on the batch, the device or the
+    number of processes.
 
     Args:
         policy: the behaviour policy.
@@ -68,7 +68,7 @@ def rollout(
     """
     if len(prompts) != len(generators) or not all(len(p) for p in prompts) or max_new_tokens < 1:
         raise ValueError(
-            f"{len(prompts)} prompts, {len(generators)} generators, {max_new_tokens=}: one generator a prompt, no "
+            f"{len(prompts)} prompts, {len(generators)} generators, {max_new_tokens=}: one generator per prompt, no "
             "prompt empty, at least one token"
         )
     device, batch = policy.device, len(prompts)
@@ -102,7 +102,7 @@ def rollout(
 
 
 def _cached(policy: LanguagePolicy, prompts: Sequence[Sequence[int]], lengths: Tensor) -> NextLogits:
-    """Prompts left-padded, so that the next token of every row is at the same place; then one token a pass."""
+    """Prompts left-padded, so that the next token of every row is at the same place; then one token per pass."""
     longest = int(lengths.max())
     current = torch.full((len(prompts), longest), policy.pad, device=policy.device)
     for row, prompt in enumerate(prompts):

@@ -49,7 +49,7 @@ LossType = Literal["grpo", "dapo", "dr_grpo"]
 
 
 class TextEvaluationConfig(EvaluationConfig):
-    """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by what is not trained on."""
+    """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by a held-out reward."""
 
     reward: RewardSetting = Field(description="the held-out reward, or a list of them")
     reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
@@ -72,7 +72,7 @@ class TextConfig(PolicyConfig):
 
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
     reference_model: str | None = Field(
-        None, description="name, folder or hub id of another reference with the same tokens; the model as it is if null"
+        None, description="name, folder or Hub id of another reference with the same tokens; the model as it is if null"
     )
     learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
@@ -88,7 +88,7 @@ class TextConfig(PolicyConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the policy must keep a reference beside what is trained: where a setting asks for one."""
+        """Whether the policy must keep a reference beside the trained model: where a setting needs one."""
         return self.reference_model is not None or self.stop_when.kl_above is not None
 
     @property
@@ -113,14 +113,14 @@ class TextConfig(PolicyConfig):
 
 
 class OnlineConfig(TextConfig):
-    """What methods have that sample completions and ask rewards about them."""
+    """What methods have that sample completions and score them with rewards."""
 
-    prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or hub id")
+    prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or Hub id")
     reward: RewardSetting = Field(
         None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
     )
     reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-    num_generations: int = Field(8, ge=1, le=MOST, description="completions a prompt in an epoch")
+    num_generations: int = Field(8, ge=1, le=MOST, description="completions per prompt per epoch")
 
     @property
     def online(self) -> bool:
@@ -141,7 +141,7 @@ class TextEvaluation(Evaluation):
     """Of completions; ``prompts`` are ``PromptRow``, ``gold`` are ``WeightedRewards``."""
 
     def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
-        """``kl_path`` and its standard error, nats a completion, of ``kl_path`` (N,) where it is measured.
+        """``kl_path`` and its standard error, nats per completion, of ``kl_path`` (N,) where it is measured.
 
         The mean of log(pi/pi_ref) over completions of the policy as it is: k1, which is unbiased.
         """
@@ -174,12 +174,12 @@ class TextTrainer(PolicyTrainer[Batch]):
     needs_every_reward = True  # False: a completion about which no reward says anything is no error
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric(
-            "KL to the reference, a token",
-            "nats a token",
-            "How far the policy had gone from the reference when it wrote the epoch's completions, for one token.",
+            "KL to the reference, per token",
+            "nats per token",
+            "How far the policy had gone from the reference when it sampled the epoch's completions, per token.",
         ),
         "kl_path": Metric(
-            "KL to the reference, a completion", "nats a completion", "The same, summed over a completion."
+            "KL to the reference, per completion", "nats per completion", "The same, summed over a completion."
         ),
     }
 
@@ -219,7 +219,7 @@ class TextTrainer(PolicyTrainer[Batch]):
         if prompts is None:
             what = f"{count} rows of {rows_name(getattr(config, 'dataset', None))}"
         return EpochCost(
-            what=("text an epoch", what),
+            what=("text per epoch", what),
             units=count,
             actions=count,
             sampling=count if prompts is not None else 0,
@@ -365,7 +365,7 @@ def per_sample(losses: Tensor, mask: Tensor, loss_type: LossType, *, mean_length
 
 
 def kl_metrics(logp: Tensor, logp_ref: Tensor, mask: Tensor, processes: Processes) -> dict[str, float]:
-    """``kl`` in nats a token and ``kl_path`` in nats a completion, of all processes' samples of ``logp``.
+    """``kl`` in nats per token and ``kl_path`` in nats per completion, of all processes' samples of ``logp``.
 
     k1: unbiased, and unlike k3 of finite variance however far the policy is; near 0 it may be a little negative.
     ``kl_path_stderr`` is the standard error over completions.

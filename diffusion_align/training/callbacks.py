@@ -95,7 +95,7 @@ class DescribeMetrics(Callback):
 
 
 class MetricsLog(Callback):
-    """``metrics.jsonl`` of a run: one JSON object a line, of updates and of epochs; the main process writes it."""
+    """``metrics.jsonl`` of a run: one JSON object per line, of updates and of epochs; the main process writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

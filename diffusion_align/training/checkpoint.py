@@ -106,7 +106,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """A safetensors file of the run, opened to read parts of it.
 
     Raises:
-        CheckpointError: it is damaged, or was removed while the run goes on.
+        CheckpointError: it is damaged, or was removed while the run continues.
     """
     try:
         with safe_open(path, "pt") as file:

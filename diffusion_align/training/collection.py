@@ -49,7 +49,7 @@ def sample_and_score(
 
     Args:
         own: global indices of this process's samples.
-        batch_size: samples drawn at once.
+        batch_size: samples per batch.
         sample: indices of a batch -> what was sampled, and the calls that score it.
         processes: all raise if any fails; between batches the run can be stopped.
         check: raises RewardError for this process's scores (B, K) that cannot be used.
@@ -57,7 +57,7 @@ def sample_and_score(
     Raises:
         RewardError: on every process, if a reward failed on any.
         TrainingError: what was sampled is not finite; a RewardError that says so on the other processes.
-        Interrupted: the run was asked to stop.
+        Interrupted: the run received an interrupt.
     """
     parts: list[Part] = []
     with BatchScores(processes, RewardError) as scores:
@@ -133,7 +133,7 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
         """Before a batch is sampled: False if a batch or a score of any process has failed; ``gather`` then raises.
 
         Raises:
-            Interrupted: the run was asked to stop.
+            Interrupted: the run received an interrupt.
         """
         return not self.processes.stop_if_interrupted(failed=self._failure() is not None)
 
@@ -154,7 +154,7 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
                 failure = self._failure()
         except Overdue:
             background.leave()
-            failure = self.kind("a reward did not answer when the run was asked to stop")
+            failure = self.kind("a reward did not answer when the run was interrupted")
         scores = torch.empty(0)
         if failure is None:
             batches = [torch.stack([future.result() for future in batch], dim=1) for batch in self._batches]

@@ -90,8 +90,8 @@ class Section(BaseModel):
     def cross_checks(self) -> Iterator[str]:
         """A generator of sentences about settings that do not fit each other; each begins with a setting's name.
 
-        A class states its own rules, without those of its bases, which are asked as well. Of a setting that is wrong by
-        itself they see the default, or None; the next sentence after it was asked for is not reported.
+        A class states only its own rules; those of its bases are checked as well. A setting that is wrong by itself
+        reads as its default, or None; the next sentence after it was read is not reported.
         """
         return iter(())
 
@@ -150,7 +150,7 @@ class Section(BaseModel):
         for name in [name for name, one in config.__dict__.items() if one is _UNKNOWN]:
             default = cls.model_fields[name].get_default(call_default_factory=True)
             instead[name] = None if default is PydanticUndefined else default
-            del config.__dict__[name]  # so that __getattr__ is asked
+            del config.__dict__[name]  # so that __getattr__ is called
         config.__dict__["_unknown"] = instead
         return config
 
@@ -196,7 +196,7 @@ class TrainingConfig(Section):
     """What every trainer shares. Counts are global: with P processes each does a P-th of them."""
 
     method: str = Field("", description="what trains: a shipped method's name, module:Class or file.py:Class")
-    model: str = Field(description="embedded name, folder or hub id of the model to align")
+    model: str = Field(description="embedded name, folder or Hub id of the model to align")
     output_dir: Folder = Field(description="the run folder; must be new or empty unless `resume` is set")
     resume: bool = Field(
         False, strict=True, description="continue the run in output_dir from its newest checkpoint, bit for bit"
@@ -208,9 +208,9 @@ class TrainingConfig(Section):
     epochs: int = Field(100, ge=1, le=MOST, description="rounds of collect, score, estimate, update")
 
     samples_per_epoch: int = Field(64, ge=1, le=MOST, description="samples per epoch, of all processes together")
-    sample_batch_size: int = Field(8, ge=1, le=MOST, description="samples a process draws at once")
+    sample_batch_size: int = Field(8, ge=1, le=MOST, description="samples that each process generates at once")
     micro_batch_size: int = Field(
-        8, ge=1, le=MOST, description="(sample, decision) pairs in one forward and backward pass"
+        8, ge=1, le=MOST, description="samples, or (sample, step) indices of images, per forward and backward pass"
     )
     updates_per_epoch: int = Field(2, ge=1, le=MOST, description="optimizer steps in one pass over an epoch's samples")
     inner_epochs: int = Field(1, ge=1, le=MOST, description="passes over an epoch's samples")
@@ -228,7 +228,7 @@ class TrainingConfig(Section):
     )
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        "no", description="of the network only, decisions stay float32; auto measures what is faster on this machine"
+        "no", description="of the network only, actions stay float32; auto measures what is faster on this machine"
     )
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of torch; its own default when not given"
@@ -238,11 +238,11 @@ class TrainingConfig(Section):
         10.0, gt=0, le=525_600, description="since the last one: then one is due as well; null for never"
     )
     interrupt_grace: float = Field(
-        GRACE, ge=0, le=86_400, description="seconds for a reward to answer once the run was asked to stop"
+        GRACE, ge=0, le=86_400, description="seconds for a reward to answer after the run received an interrupt"
     )
     keep_checkpoints: int = Field(2, ge=1, le=MOST, description="so many of the newest; older ones are deleted")
     grid_every: int = Field(
-        1, ge=0, le=MOST, description="epochs between pictures (or texts) of the fixed prompts; 0 for none"
+        1, ge=0, le=MOST, description="epochs between images (or texts) of the fixed prompts; 0 for none"
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics are logged besides metrics.jsonl"
@@ -293,7 +293,7 @@ class PolicyConfig(TrainingConfig):
     show_prompts: list[Any] | None = None
     lora: LoRASettings | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of frozen weights, which halves their memory; what is trained is float32"
+        "float32", description="of frozen weights, which halves their memory; trained weights are float32"
     )
 
     def cross_checks(self) -> Iterator[str]:

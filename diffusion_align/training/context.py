@@ -20,7 +20,7 @@ class RunContext:
     Attributes:
         config: checked settings, ``mixed_precision`` decided.
         accelerator: devices, precision, processes and trackers.
-        policy: what is trained, by the method's ``model_kind``: a ``DenoisingPolicy``, a ``LanguagePolicy``, a
+        policy: the model to train, by the method's ``model_kind``: a ``DenoisingPolicy``, a ``LanguagePolicy``, a
             ``RewardModel``, or None.
         data: setting -> its rows: ``prompts``, ``pairs``, ``dataset``, ``eval_dataset``.
         reward: a function for images, ``WeightedRewards`` for text; already checked.
@@ -46,7 +46,7 @@ class Metric(NamedTuple):
 
     Attributes:
         title: of its plot.
-        unit: of its axis, "nats a token" say.
+        unit: of its axis, such as "nats per token".
         reading: one sentence that tells how it is read.
     """
 
@@ -61,11 +61,11 @@ Lines = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class EpochCost:
-    """What an epoch asks for, told from settings alone: passes of the network on one sample, of all processes together
+    """What an epoch costs, told from settings alone: passes of the network on one sample, of all processes together
     and without those of the evaluation.
 
     Attributes:
-        what: what an epoch is about, a name and a value such as ("images an epoch", "64, each 20 steps").
+        what: what an epoch is about, a name and a value such as ("images per epoch", "64, each 20 steps").
         units: samples or pairs that the epoch's updates divide among themselves.
         actions: what is trained on, of all units together: steps of an image or pair, completions.
         sampling: forward passes to sample.

@@ -46,7 +46,7 @@ class StopConfig(Section):
         None, gt=0, description="nats of a whole sample, kl_path less two standard errors"
     )
     gold_falling: int | None = Field(
-        None, ge=1, le=MOST, description="evaluations in a row in which gold is below its best"
+        None, ge=1, le=MOST, description="evaluations in a row in which the held-out reward is below its best"
     )
 
     def unmeasured(self, evaluation: EvaluationConfig | None) -> Iterator[str]:
@@ -54,7 +54,7 @@ class StopConfig(Section):
         if self.gold_falling is not None and evaluation is None:
             yield "stop_when.gold_falling looks at evaluations: set evaluation, or leave it out"
         elif self.gold_falling is not None and evaluation is not None and evaluation.reward is None:
-            yield "stop_when.gold_falling looks at a gold reward: set evaluation.reward, or leave it out"
+            yield "stop_when.gold_falling needs a held-out reward: set evaluation.reward, or leave it out"
 
     def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
         """The rules that an epoch's metrics break, a sentence each."""
@@ -67,7 +67,7 @@ class StopConfig(Section):
         if self.gold_falling is not None and evaluation and best and evaluation.falling >= self.gold_falling:
             epoch, gold = best
             reasons.append(
-                f"the gold reward has been below its best, {gold:.4g} after epoch {epoch}, in the last "
+                f"the held-out reward has been below its best, {gold:.4g} after epoch {epoch}, in the last "
                 f"{evaluation.falling} evaluations (stop_when.gold_falling={self.gold_falling})"
             )
         return reasons
@@ -103,7 +103,7 @@ class Evaluation:
         return [self.prompts[i % len(self.prompts)] for i in indices]
 
     def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics of what ``sample`` found besides the gold reward, of all samples in their global order."""
+        """Metrics of what ``sample`` found besides the held-out reward, of all samples in their global order."""
         return {}
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class Evaluation:
         Raises:
             RewardError: on every process, if the held-out reward failed on any.
             TrainingError: the samples are not finite.
-            Interrupted: the run was asked to stop, which is looked at between batches.
+            Interrupted: the run received an interrupt, which is looked at between batches.
         """
         started = time.perf_counter()
         share = [round(self.samples * k / processes.count) for k in range(processes.count + 1)]
@@ -156,14 +156,14 @@ class Evaluation:
         if "gold" in found:
             golds = found["gold"].double()
             measured |= {"gold": golds.mean().item(), "gold_stderr": golds.std().item() / math.sqrt(len(golds))}
-            # One that was broken off behind this, by a callback say, is made up for on resume: it counts once.
+            # One that was interrupted after this, say by a callback, is repeated on resume: it counts once.
             self.history = [(before, gold) for before, gold in self.history if before != epoch]
             self.history.append((epoch, measured["gold"]))
         return measured | {"time/evaluation": time.perf_counter() - started}
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(epoch, gold) of the first evaluation with the highest gold reward."""
+        """(epoch, gold) of the first evaluation with the highest held-out reward."""
         return max(self.history, key=lambda seen: seen[1], default=None)
 
     @property

@@ -75,7 +75,7 @@ _UNSUPPORTED_STATES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | None = None) -> None:
-    """Look at what the environment asks of accelerate.
+    """Look at what the environment requests from accelerate.
 
     Args:
         mixed_precision: the setting; "auto" takes what the environment says.
@@ -170,7 +170,7 @@ Result = TypeVar("Result")
 
 
 def processes() -> PartialState:
-    """What Accelerator will find; made before it, PartialState does not ask the environment for a CPU by itself."""
+    """What Accelerator will find; made before it, PartialState does not read ACCELERATE_USE_CPU by itself."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
@@ -183,7 +183,7 @@ def agreed(prepare: Callable[[], Result]) -> Result:
     """What ``prepare`` returns; where it fails on one process it fails on all, and none waits for it.
 
     Raises:
-        UserError: of another process, with its number; whatever ``prepare`` raised itself goes on as it is.
+        UserError: of another process, with its number; whatever ``prepare`` raised itself is raised unchanged.
     """
     failure, result = None, None
     try:

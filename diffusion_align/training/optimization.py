@@ -129,7 +129,7 @@ class Optimization:
     # -- for checkpoints -------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """File stem -> name -> tensor: what is trained and, if it is kept, its EMA."""
+        """File stem -> name -> tensor: the trained weights and, if it is kept, their EMA."""
         weights: dict[str, dict[str, Tensor]] = {"trained": dict(zip(self.names, self.parameters, strict=True))}
         if self._ema is not None:
             weights["ema"] = dict(zip(self.names, self._ema.shadow_params, strict=True))

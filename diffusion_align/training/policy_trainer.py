@@ -54,7 +54,7 @@ class PolicyTrainer(Trainer[Batch]):
 
     @abstractmethod
     def write_weights(self, folder: Path) -> None:
-        """Write what was trained, as diffusers or transformers with peft load it."""
+        """Write the trained weights, as diffusers or transformers with peft load them."""
 
     def write_card(self) -> None:
         """Write the model card of ``final/``."""
@@ -76,7 +76,7 @@ class PolicyTrainer(Trainer[Batch]):
         return self._evaluate(self.evaluation) if self.evaluation is not None else {}
 
     def measure(self) -> dict[str, float]:
-        """The evaluation, where it is due; ``best/`` holds the weights with the highest gold reward so far."""
+        """The evaluation, where it is due; ``best/`` holds the weights with the highest held-out reward so far."""
         evaluation = self.evaluation
         return self._evaluate(evaluation) if evaluation and evaluation.due(self.epoch, self.config.epochs) else {}
 

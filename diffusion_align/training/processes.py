@@ -1,4 +1,4 @@
-"""What the processes of a run tell one another: who failed, who was asked to stop. With one process nothing waits."""
+"""What the processes of a run tell one another: who failed, who was interrupted. With one process nothing waits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Processes:
     """All processes of a run, seen from one of them. Every method must be called by all, in the same order.
 
     Attributes:
-        flag: whether this process was asked to stop; the trainer's own while it trains.
+        flag: whether this process received an interrupt; the trainer's own while it trains.
         failed_together: whether the last failure was raised on every process, so that all can still act together.
         unfit_together: whether it was a TrainingError of any process.
     """
@@ -68,7 +68,7 @@ class Processes:
         return float(self.accelerator.reduce(value.to(wide), reduction="sum"))
 
     def stop_if_interrupted(self, *, failed: bool = False) -> bool:
-        """Between batches: leave the epoch if any process was asked to stop.
+        """Between batches: leave the epoch if any process received an interrupt.
 
         Returns:
             Whether anything ``failed`` on any process.
@@ -86,7 +86,7 @@ class Processes:
     def raise_together(self, failure: BaseException | None, kind: type[Exception]) -> None:
         """Raise on every process if any has a ``failure``: its own where it arose, elsewhere one of ``kind``.
 
-        If any process was asked to stop, Interrupted is raised instead of the failure.
+        If any process received an interrupt, raise Interrupted instead of the failure.
         """
         interrupted, unfit = self.flag.raised, isinstance(failure, TrainingError)
         if self.count > 1:

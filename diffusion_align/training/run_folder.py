@@ -54,7 +54,7 @@ class RunFolder:
 
     @property
     def how_to_resume(self) -> str:
-        return f"go on with resume=true output_dir={self.path}"
+        return f"continue with resume=true output_dir={self.path}"
 
     @contextlib.contextmanager
     def held(self, epochs: Callable[[], int]) -> Iterator[None]:
@@ -80,7 +80,7 @@ class RunFolder:
             except Exception:
                 if self.processes.is_main and self.nothing_trained(epochs()):
                     for name in (*_FILES, *_FOLDERS):
-                        with contextlib.suppress(OSError):  # what failed first is what is said
+                        with contextlib.suppress(OSError):  # the first failure is the one reported
                             checkpoint.remove(self.path / name)
                 raise
 

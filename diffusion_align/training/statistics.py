@@ -1,4 +1,4 @@
-"""Averages and extremes over the decisions of one update, of all processes, without a transfer a micro-batch."""
+"""Averages and extremes over the actions of one update, of all processes, without a transfer per micro-batch."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A trainer supplies what it samples, what it estimates from the scores and its loss per action; order, gradient
 accumulation, processes, callbacks, checkpoints, resume and interruption are here.
 
-Randomness is drawn from streams named by (seed, purpose, epoch, sample), and every process knows the global plan, so a
+Random numbers come from streams named by (seed, purpose, epoch, sample), and every process knows the global plan, so a
 run does not depend on how its work is divided.
 """
 
@@ -97,7 +97,7 @@ class Trainer(ABC, Generic[Batch]):
         step: optimizer steps, skipped ones counted.
         resumed: whether a checkpoint was loaded.
         stopped: why the run ended before its last epoch.
-        identity: what the run is made of, by content, if whoever built this trainer has said so.
+        identity: what the run is made of, by content, if whoever built this trainer gave it.
         local_samples: this process's part of an epoch's global samples.
         processes, bars, folder, run_folder, log: what helpers are given.
     """
@@ -175,9 +175,9 @@ class Trainer(ABC, Generic[Batch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """What an epoch asks for, told without a model; ``steps``: those of an image that are trained on, if known."""
+        """What an epoch costs, told without a model; ``steps``: those of an image that are trained on, if known."""
         samples = config.samples_per_epoch
-        what = ("samples an epoch", str(samples))
+        what = ("samples per epoch", str(samples))
         return EpochCost(what, units=samples, actions=samples, trained=samples * config.inner_epochs)
 
     # -- what a method supplies ------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class Trainer(ABC, Generic[Batch]):
         """Write ``final/``; called on the main process."""
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        """Metrics to add to an update's, before its step; TrainingError where training should not go on.
+        """Metrics to add to an update's, before its step; TrainingError where training should not continue.
 
         ``first``: of the epoch, so the weights still equal the sampler's.
         """
@@ -424,7 +424,7 @@ class Trainer(ABC, Generic[Batch]):
         """Why a run ends whose last ``UNTRAINED_EPOCHS`` epochs trained nothing; the same everywhere.
 
         What was trained before is kept as ``stop_when`` would. Where nothing ever was, the run fails; its checkpoint
-        does not count the epochs so far, so that going on with it gives as many again.
+        does not count the epochs so far, so that resuming from it gives as many again.
         """
         if self._untrained < UNTRAINED_EPOCHS:
             return None
@@ -436,7 +436,7 @@ class Trainer(ABC, Generic[Batch]):
         self._untrained = 0
         self.save()
         remedies = {"fp16": "set mixed_precision=bf16 or no", "max_completion_length": "raise max_completion_length"}
-        other = "use another reward, more samples a group or other prompts"
+        other = "use another reward, more samples per group or other prompts"
         remedy = next((remedy for cause, remedy in remedies.items() if cause in reason), other)
         raise TrainingError(f"{reason}: {remedy}")
 
@@ -444,7 +444,7 @@ class Trainer(ABC, Generic[Batch]):
 
     @cached_property
     def optimization(self) -> Optimization:
-        """Made when it is first needed: what is trained is then complete."""
+        """Made when it is first needed: the trained weights are then complete."""
         return Optimization(self.trainable, self.config, self.processes)
 
     @contextlib.contextmanager
@@ -529,10 +529,10 @@ class Trainer(ABC, Generic[Batch]):
             # Of any process: where one saves nothing, the others would wait for it.
             unfit = isinstance(error, TrainingError) or processes.unfit_together  # the weights, for these settings
             if unfit and self.epoch == 0:
-                raise  # there is nothing to go on with
+                raise  # there is nothing to resume from
             together = processes.count == 1 or processes.failed_together  # saving needs every process
             if together and not processes.from_main(processes.is_main and folder.nothing_trained(self.epoch)):
-                with contextlib.suppress(WriteError):  # what failed first is what is said; the last checkpoint stands
+                with contextlib.suppress(WriteError):  # the first failure is reported; the last checkpoint stands
                     self.save()
                 failed_before = not folder.is_new and self.epoch == self._began  # and would again
                 if unfit and self.accelerator.mixed_precision == "fp16":
@@ -613,7 +613,7 @@ class Trainer(ABC, Generic[Batch]):
         self._untrained, self._why_untrained = state.get("untrained", (0, ""))
         self._unmeasured = state.get("unmeasured")
         if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):
-            self.stopped = state.get("stopped")  # under other rules the run goes on
+            self.stopped = state.get("stopped")  # under other rules the run continues
         self.load_extra_state(state["extra"])
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.processes.index, len(own) - 1)])

@@ -1,1 +1,1 @@
-"""Rewards for images: any callable ``reward(images, prompts, metadata)``, one score an image (see `rewards.base`)."""
+"""Rewards for images: any callable ``reward(images, prompts, metadata)``, one score per image (see `rewards.base`)."""

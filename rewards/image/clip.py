@@ -152,7 +152,7 @@ _loaded: "weakref.WeakValueDictionary[tuple[str, str, str], ClipEncoder]" = weak
 def load_clip(
     name: str, *, device: str | torch.device = "cpu", dtype: str = "float32", tokenizer: str | None = None
 ) -> ClipEncoder:
-    """The CLIP called ``name`` (see the module), frozen; rewards that ask for the same one share it.
+    """The CLIP called ``name`` (see the module), frozen; rewards that use the same one share it.
 
     ``tokenizer``: folder or Hub id of the tokenizer to take where a transformers CLIPModel comes without one.
 

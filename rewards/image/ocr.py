@@ -1,4 +1,4 @@
-"""Whether the image shows the text that was asked for: it is read by PP-OCRv6 (PaddleOCR's small models).
+"""Whether the image shows the required text: it is read by PP-OCRv6 (PaddleOCR's small models).
 
 The score is Flow-GRPO's (Liu et al. 2025, arXiv:2505.05470): ``max(0, 1 - edit distance / length of the target)``. As
 there, white space and case do not count, lines are joined in the order in which they are read, from top to bottom, and
@@ -29,7 +29,7 @@ SINGLE = re.compile(r"(?<!\w)['‘‚](?!\s)(.*?)(?<!\s)['‘’](?!\w)")  # not
 
 
 class Ocr(RewardSettings):
-    """Share of the text asked for (in quotation marks in the prompt, or metadata "text") that the image shows."""
+    """Share of the required text (in quotation marks in the prompt, or metadata "text") that the image shows."""
 
     name: ClassVar[str] = "ocr"
     about: ClassVar[dict[str, Any]] = {
@@ -40,7 +40,7 @@ class Ocr(RewardSettings):
         "licence": "Apache-2.0 (rapidocr, PP-OCRv6)",
     }
 
-    # With "ignore" an image crowded with letters is as good as the one asked for, which a policy finds out.
+    # With "ignore" an image crowded with letters is as good as the required one, which a policy finds out.
     extra_text: Literal["count", "ignore"] = Field(
         "count",
         description="whatever else is read adds to the edit distance; or 1 for an image whose text contains the target",
@@ -72,7 +72,7 @@ class Ocr(RewardSettings):
         ]
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-        """RewardError if one of them asks for no text."""
+        """RewardError if one of them names no text."""
         for prompt, notes in zip(prompts, metadata, strict=True):
             target_text(prompt, notes)
 
@@ -124,12 +124,12 @@ def target_text(prompt: str, metadata: dict[str, Any]) -> str:
         if text:
             return text
     raise RewardError(
-        f"reward 'ocr': prompt {prompt[:200]!r} asks for no text: put it in quotation marks or into the metadata 'text'"
+        f"reward 'ocr': prompt {prompt[:200]!r} names no text: put it in quotation marks or into the metadata 'text'"
     )
 
 
 def text_score(found: str, target: str, *, extra_text: str = "count") -> float:
-    """Score in [0, 1] of having read ``found`` where ``target`` was asked for; see `Ocr`."""
+    """Score in [0, 1] of having read ``found`` where ``target`` was required; see `Ocr`."""
     found, target = plain(found), plain(target)
     if extra_text == "ignore" and target in found:
         return 1.0

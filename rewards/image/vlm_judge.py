@@ -94,7 +94,7 @@ class VlmJudgeSettings(RewardSettings):
         "model": "whatever the endpoint serves",
         "range": "0 to 1",
         "cost": "nothing to download here; one question per image, at the endpoint's price and speed",
-        "licence": "that of the model asked",
+        "licence": "that of the model called",
     }
 
     url: Annotated[str, PlainValidator(check_url)] = Field(
@@ -105,7 +105,7 @@ class VlmJudgeSettings(RewardSettings):
     )
     instructions: str = Field(INSTRUCTIONS, description="the question; {prompt}, {low} and {high} are filled in")
     range: tuple[Weight, Weight] = Field(
-        (0.0, 10.0), strict=False, description="lowest and highest number asked for; they become 0 and 1"
+        (0.0, 10.0), strict=False, description="lowest and highest number to ask for; they become 0 and 1"
     )
     token_file: Annotated[str | Path | None, readable_token(TOKEN)] = Field(
         None, description=f"file with the key; without it, for https and this machine, the environment's {TOKEN}"

@@ -1,1 +1,1 @@
-"""Rewards for text: any callable ``reward(prompts, completions, **columns)``, one score a completion (see `base`)."""
+"""Rewards for text: any callable ``reward(prompts, completions, **columns)``, one score per completion (see `base`)."""

@@ -47,7 +47,7 @@ EXTRAS = ("completion_ids", "trainer_state")
 """What TRL passes besides; here a reward gets it if it names it, ``**columns`` do not.
 
 ``completion_ids``: B lists of token ids, with the end of sequence of those that were not cut off. ``trainer_state``: a
-``TrainerState`` for what is trained on, None in ``score`` and for the texts that a run shows.
+``TrainerState`` for training samples, None in ``score`` and for the texts that a run shows.
 """
 _DUMMIES = ("Yes.", "", "The answer is 42: six times seven.\nSurely.")  # an empty completion will come up in training
 
@@ -76,7 +76,7 @@ class TextReward(Protocol):
     def __call__(
         self, prompts: list[Text], completions: list[Text], **columns: list[Any]
     ) -> Sequence[float | None] | Tensor | np.ndarray:
-        """One score a completion, more is better; None where this reward has nothing to say about a sample.
+        """One score per completion, more is better; None where this reward has nothing to say about a sample.
 
         Prompts and completions have the same form. ``columns`` are the other columns of the data, B values each. A
         reward that names ``completion_ids`` or ``trainer_state`` gets those too (see `EXTRAS`).

@@ -104,7 +104,7 @@ class ClassifierSettings(TextNetworkSettings):
     }
 
     model: NetworkName = Field(
-        description="folder or hub id for AutoModelForSequenceClassification, or a folder that PEFT saved over one; "
+        description="folder or Hub id for AutoModelForSequenceClassification, or a folder that PEFT saved over one; "
         "only safetensors are read"
     )
     base: NetworkName | None = Field(None, description="where an adapter's base is, if not where the adapter says")
@@ -171,7 +171,7 @@ def _load_adapter(folder: Path, base: str | None, dtype: str, device: str | torc
     note(folder)
     base = base or settings.get("base_model_name_or_path")
     if not base:
-        raise RewardError(f"the adapter in '{folder}' does not say what it was trained over: give its base")
+        raise RewardError(f"the adapter in '{folder}' does not name the model it was trained on: give its base")
     heads = {key: shape for key, shape in shapes.items() if ".lora_" not in key}
     # A head of several layers ends in the one with the fewest rows, one a label.
     labels = min((shape[0] for key, shape in heads.items() if key.endswith(".weight")), default=None)

@@ -50,12 +50,12 @@ class Similarity:
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float | None]:
         fixed = self.settings.text
         wanted = [fixed] * len(completions) if fixed else column_of(columns, self.settings.column, self.name)
-        said = [row for row, text in enumerate(wanted) if text is not None]
+        given = [row for row, text in enumerate(wanted) if text is not None]
         scores: list[float | None] = [None] * len(completions)
-        if said:
-            texts = [text_of(completions[row]) for row in said] + [text_of(wanted[row]) for row in said]
+        if given:
+            texts = [text_of(completions[row]) for row in given] + [text_of(wanted[row]) for row in given]
             ours, theirs = embed_each(texts, self.settings.batch_size, self._embed).chunk(2)
-            for row, score in zip(said, (ours * theirs).sum(-1).tolist(), strict=True):
+            for row, score in zip(given, (ours * theirs).sum(-1).tolist(), strict=True):
                 scores[row] = score
         return scores
 
@@ -89,7 +89,7 @@ class SimilaritySettings(TextNetworkSettings):
     text: str | None = Field(None, min_length=1, description="one reference for all; no column is then read")
     encoder: NetworkName | None = Field(
         None,
-        description="folder or hub id of an encoder whose mean-pooled last hidden states are sentence embeddings; by "
+        description="folder or Hub id of an encoder whose mean-pooled last hidden states are sentence embeddings; by "
         "default all-MiniLM-L6-v2 from the wheel",
     )
     batch_size: int = Field(32, ge=1, le=MOST, description="texts per forward pass")
@@ -98,7 +98,7 @@ class SimilaritySettings(TextNetworkSettings):
     def _has_an_encoder(self) -> Self:
         if self.encoder is None and _wheel() is None:
             raise RewardError(
-                "encoder is not given: name a folder or a hub id, or pip install 'diffusion-align[similarity]'"
+                "encoder is not given: name a folder or a Hub id, or pip install 'diffusion-align[similarity]'"
             )
         return self
 

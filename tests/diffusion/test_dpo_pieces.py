@@ -312,7 +312,7 @@ def test_only_what_is_trained_has_a_gradient(make_trainer):
         assert not any(v.requires_grad for v in statistics.values())
 
 
-# -- the field's convention ----------------------------------------------------------------------------------------
+# -- Diffusion-DPO's convention ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2"])
@@ -628,7 +628,7 @@ def test_an_epoch_of_ties_trains_on_nothing(settings, model, make_trainer, monke
 @pytest.mark.parametrize("sampler", [{"name": "ddim", "eta": 1.0}, {"name": "ddim", "eta": 0.4}, {"name": "ddpm"}])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_logged_log_ratios_are_those_of_the_sampler(guidance, sampler, make_trainer):
-    """err_ref - err = log p_theta(x_s) - log p_ref(x_s) of the step as drawn; the field's beta counts those steps."""
+    """err_ref - err = log p_theta(x_s) - log p_ref(x_s) of the sampled step; Diffusion-DPO's beta counts them."""
     trainer = make_trainer(
         reward=redness,
         target="logged",
@@ -791,7 +791,7 @@ def test_the_guard(variant, remedy, make_trainer):
     with pytest.raises(TrainingError) as caught:
         trainer.check_update({"error/winner": 51.0, "error/reference": 100.0}, first=True)
     assert str(caught.value) == (
-        "the policy diverges: its error on the chosen pictures is 1.51 times the reference's, beyond "
+        "the policy diverges: its error on the chosen images is 1.51 times the reference's, beyond "
         f"max_winner_error=1.5, so it unlearns what is preferred: {remedy}"
     )
 
@@ -819,7 +819,7 @@ def test_a_diverging_run_stops_before_the_step(make_trainer):
         for name, parameter in trainer.trainable.items():
             parameter.mul_(-1 if ".lora_B" in name else 1)
     before = [p.detach().clone() for p in trainer.trainable.values()]
-    with pytest.raises(TrainingError, match="diverges: its error on the chosen pictures"):
+    with pytest.raises(TrainingError, match="diverges: its error on the chosen images"):
         trainer.train()
     assert (trainer.epoch, trainer.step) == (0, 1)
     assert all(torch.equal(p, q) for p, q in zip(trainer.trainable.values(), before, strict=True))
@@ -910,14 +910,14 @@ def test_latents_are_kept_in_files_of_256_pairs_and_made_once(make_trainer, monk
 
 OFFLINE = {"model": "emoji-sd", "output_dir": "run", "pairs": "emoji_style", "beta": 0.1}
 ONLINE = {"model": "emoji-sd", "output_dir": "run", "prompts": ["a"], "reward": redness, "beta": 0.1}
-EITHER = "give either beta (a nat) or beta_dpo (the field's, for mean squared errors)"
+EITHER = "give either beta (per nat) or beta_dpo (Diffusion-DPO's, for mean squared errors)"
 OLD = "reward_mode and old_refresh belong to variant=corrected: leave them out or set that"
 OWN = "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
 LOGGED = "target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
-JUDGED = "give pairs, or prompts and a reward to draw and judge pairs online"
+JUDGED = "give pairs, or prompts and a reward to sample and judge pairs online"
 
 
-ALONE = "prompts are drawn and judged online, pairs bring their own: leave one of the two out"
+ALONE = "prompts are sampled and judged online, pairs bring their own: leave one of the two out"
 CAPTION = "target=logged trains on steps drawn with the caption: leave caption_dropout out"
 RANGE = "must be two numbers 0 <= first < last <= 1"
 SMOOTH = "loss_type=hinge has no label_smoothing: leave one of the two out"

@@ -228,7 +228,7 @@ def test_a_clip_is_not_counted():
 
 
 def test_stable_diffusion_1_5_costs_6_5277_nats():
-    """The sum over the 999 stochastic steps of the schedule SD 1.5 was trained on, and the field's betas in nats."""
+    """The sum over the 999 stochastic steps of SD 1.5's training schedule, and Diffusion-DPO's betas in nats."""
     schedule = training_schedule(sd15())
     steps = schedule.stochastic_steps
     assert steps.tolist() == list(range(999))

@@ -192,7 +192,7 @@ def test_a_reward_that_hangs_on_one_process_is_left_on_both(forked, settings, tm
     assert finished in (1, 2)
     for error in run.errors:
         assert error.strip().endswith(
-            f"stopped after epoch {finished} of 9; go on with resume=true output_dir={tmp_path}/run"
+            f"stopped after epoch {finished} of 9; continue with resume=true output_dir={tmp_path}/run"
         )
 
 

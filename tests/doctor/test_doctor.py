@@ -96,7 +96,7 @@ def test_a_folder(report, make_policy, model_path, name):
         f"{2 * 8 * 6} forward while sampling, {looked} forward to estimate kl_path, "
         f"{2 * decisions} forward and backward while training"
     )
-    assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on a decision's 256 dimensions")
+    assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on an action's 256 dimensions")
     parameters = {
         part: sum(p.numel() for p in network.parameters())
         for part, network in policy.pipeline.components.items()
@@ -120,7 +120,7 @@ def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, targe
     config = DiffusionDPOConfig(**SETTINGS | settings | {"model": "emoji-sd", "output_dir": tmp_path / "x"})
     trainer = DiffusionDPOTrainer(config, make_policy("tiny_sd"), reward=lambda *_: None, prompts=[("a", {})])
     assert found["beta in nats"].startswith(f"{trainer.beta:.3g}, which beta_dpo=2000 is")
-    assert found["pairs an epoch"] == "2, the best and the worst of 4 pictures each"
+    assert found["pairs per epoch"] == "2, the best and the worst of 4 images each"
     guided = 2 if target == "logged" else 1
     assert f"{2 * 2 * guided} forward for the reference" in found["UNet passes an epoch"]
     assert f"{2 * 2 * guided} samples with" in found["training pass"]
@@ -193,7 +193,7 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert "missing: 4.3 GB will be downloaded" in out
     assert re.search(r"^  unet +missing, 3\.4 GB$", out, re.MULTILINE)
     assert re.search(r"^  aesthetic +installed", out, re.MULTILINE)
-    assert re.search(r"^  clip in nats +1\.64, the joint bound on a decision's 16384 dimensions", out, re.MULTILINE)
+    assert re.search(r"^  clip in nats +1\.64, the joint bound on an action's 16384 dimensions", out, re.MULTILINE)
     assert "1600 of 4" in out
     assert re.search(r"^  recorded latents +1\.7 GB", out, re.MULTILINE)
     # 256 pictures of 50 guided steps, sampled (one pass) and trained on (two), at 0.8 TFLOPs; 512 of their decisions
@@ -211,7 +211,7 @@ def test_an_unknown_hub_id(report, quick):
     assert problems == []
     assert found["files"].startswith("missing, size unknown")
     assert found["memory and time"] == "not estimated: the model's configuration is not here"
-    assert found["pictures an epoch"] == "8, each 6 steps"
+    assert found["images per epoch"] == "8, each 6 steps"
 
 
 def cache(hub, folder, model):
@@ -360,7 +360,7 @@ def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
     assert found["steps an update"].startswith("8 ")
     online = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 16}
     found, problems = report(model=str(tiny_sd), **online)
-    assert found["pairs an epoch"].startswith("0, ")
+    assert found["pairs per epoch"].startswith("0, ")
     assert problems
 
 
@@ -383,7 +383,7 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
         "error: unknown setting 'sampler.step': d",
     ]
     assert "3 problems, see below" in out
-    assert re.search(r"^  pictures an epoch +8, each 6 steps$", out, re.MULTILINE)
+    assert re.search(r"^  images per epoch +8, each 6 steps$", out, re.MULTILINE)
     assert "at the peak" in out
     assert "no problem found" not in out
 
@@ -458,7 +458,7 @@ def test_text_methods(report, tmp_path):
     found, problems = report(f"output_dir={tmp_path / 'run'}", source="grpo_tiny")
     assert problems == []
     assert found["model"] == "tiny-lm (here)"
-    assert found["text an epoch"] == "64 completions of at most 96 tokens, of verses"
+    assert found["text per epoch"] == "64 completions of at most 96 tokens, of verses"
     assert found["settings"] == "no problem found"
 
 
@@ -541,7 +541,7 @@ def test_a_callback_that_cannot_be_had(report, tiny_sd, quick, tmp_path):
 def test_a_text_recipe_without_its_prompts(report, tmp_path):
     found, problems = report(f"output_dir={tmp_path / 'run'}", "prompts=", source="grpo_tiny")
     assert problems == ["prompts and reward must both be given"]
-    assert found["text an epoch"] == "64 rows of nothing"
+    assert found["text per epoch"] == "64 rows of nothing"
 
 
 def test_part_of_the_steps():

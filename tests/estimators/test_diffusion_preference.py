@@ -1,4 +1,4 @@
-"""Diffusion-DPO, original and corrected: worked numbers, which gradient each has where, the field's beta in nats."""
+"""Diffusion-DPO, original and corrected: worked numbers, which gradient each has where, its usual beta in nats."""
 
 import math
 

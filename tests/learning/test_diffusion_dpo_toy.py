@@ -152,7 +152,7 @@ def test_swapped_labels_go_as_far_the_other_way():
 def test_the_corrected_loss_without_a_kl_term_diverges_and_the_guard_stops_it():
     outcome = TOY["train"](LINEAR, with_slope=True, variant="corrected", kl_coef=0.0)
     assert len(outcome.reward) < 400
-    assert outcome.stopped.startswith("the policy diverges: its error on the chosen pictures is")
+    assert outcome.stopped.startswith("the policy diverges: its error on the chosen images is")
     assert "raise kl_coef (2 beta or more)" in outcome.stopped
 
 

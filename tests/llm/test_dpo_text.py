@@ -502,7 +502,7 @@ LEAVE_ONE = "leave one of the two out"
         ("label_smoothing=0.5", "label_smoothing=0.5 is not allowed: it must be less than 0.5"),
         (
             "loss_type=simpo; precompute_ref_log_probs=true; reference_model=tiny-lm",
-            "loss_type=simpo asks no reference: leave precompute_ref_log_probs and reference_model out",
+            "loss_type=simpo uses no reference: leave precompute_ref_log_probs and reference_model out",
         ),
         ("loss_type=orpo; sft_weight=1.0", "loss_type=orpo holds the chosen one's log-prob already"),
         ("sample_from=reference", "sample_from and pair_selection judge online, dataset has its pairs"),

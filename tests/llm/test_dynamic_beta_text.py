@@ -216,7 +216,7 @@ def test_precomputed_features_are_the_live_ones(make, make_language_policy):
             "dynamic_beta.range_weight, smoothness_weight and entropy_weight are all 0, so nothing is learned: "
             "raise one",
         ),
-        ({"dynamic_beta": {}, "loss_type": "simpo"}, "loss_type=simpo asks no reference: leave dynamic_beta out"),
+        ({"dynamic_beta": {}, "loss_type": "simpo"}, "loss_type=simpo uses no reference: leave dynamic_beta out"),
         ({"dynamic_beta": {"hiden": 3}}, "unknown setting 'dynamic_beta.hiden': did you mean 'hidden'?"),
     ],
 )

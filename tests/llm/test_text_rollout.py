@@ -114,7 +114,7 @@ def test_inversion_of_the_distribution_function():
 def test_wrong_calls_are_refused(make_language_policy):
     policy = make_language_policy()
     for prompts, count, tokens in (([[]], 1, 4), ([[1]], 2, 4), ([[1]], 1, 0)):
-        with pytest.raises(ValueError, match="one generator a prompt"):
+        with pytest.raises(ValueError, match="one generator per prompt"):
             rollout(policy, prompts, streams(count), max_new_tokens=tokens)
 
 

@@ -157,7 +157,7 @@ def test_the_target_is_what_is_quoted(prompt, target):
 def test_a_prompt_without_a_text_is_one_sentence_before_anything_is_read(prompt, monkeypatch):
     monkeypatch.setattr(module, "load_engine", None)
     said = refusal(check_reward, build_reward("ocr"), image_size=64, prompts=['"A"', prompt])
-    assert f"{prompt!r} asks for no text: put it in quotation marks" in said
+    assert f"{prompt!r} names no text: put it in quotation marks" in said
 
 
 @pytest.mark.parametrize("text", ["", " ", 3, ["A"]])
@@ -199,6 +199,6 @@ def test_edit_distance_is_the_recursion(a, b):
 def test_every_prompt_is_looked_at_before_anything_is_drawn(reward):
     prompts = ['a sign that says "STOP"'] * 3 + ["a sign without"]
     for whole in (reward, build_reward([reward, {"name": "ocr", "scale": 2.0}])):
-        with pytest.raises(RewardError, match="prompt 'a sign without' asks for no text"):
+        with pytest.raises(RewardError, match="prompt 'a sign without' names no text"):
             check_reward(whole, image_size=32, prompts=prompts)
     assert len(check_reward(reward, image_size=32)) == 3

@@ -226,12 +226,12 @@ MALFORMED = {
     "not ASCII": (body(images=["é"]), 422, "image 0 is not a PNG"),
     "a JPEG": (body(images=[as_file("JPEG")]), 422, "image 0 is not a PNG"),
     "cut": (body(images=[as_file("PNG", size=(64, 64))[:80]]), 422, "image 0 is not a PNG"),
-    "grey": (body(images=[as_file("PNG", "L")]), 422, "image 0 must be RGB with 8 bits a channel"),
-    "alpha": (body(images=[as_file("PNG", "RGBA")]), 422, "image 0 must be RGB with 8 bits a channel"),
+    "grey": (body(images=[as_file("PNG", "L")]), 422, "image 0 must be RGB with 8 bits per channel"),
+    "alpha": (body(images=[as_file("PNG", "RGBA")]), 422, "image 0 must be RGB with 8 bits per channel"),
     "16 bits": (
         body(images=[base64.b64encode(png_header(8, 8, 16) + b"\0\0\0\0IDAT\x35\xaf\x06\x1e").decode()]),
         422,
-        "8 bits a channel",
+        "8 bits per channel",
     ),
     "a bomb": (body(images=[base64.b64encode(png_header(60_000, 60_000)).decode()]), 413, "60000 x 60000"),
     "sizes": (body(2, images=[as_file("PNG"), as_file("PNG", size=(9, 8))]), 422, "images 0 and 1 are 8 x 8 and 9 x 8"),
@@ -520,7 +520,7 @@ def test_an_interruption_ends_the_waiting_and_the_asking():
         timer = threading.Timer(0.3, lambda: setattr(flag, "raised", True))
         timer.start()
         began = time.monotonic()
-        with pytest.raises(RewardError, match=r"^interrupted while reward server http://x was asked"):
+        with pytest.raises(RewardError, match=r"^interrupted while reward server http://x was called"):
             ask([away], "GET", "/", patience=100)
         assert time.monotonic() - began < 5
         with pytest.raises(RewardError, match="interrupted"):
@@ -611,7 +611,7 @@ def test_one_deadline_for_the_whole_request(raw, slow):
 def test_nothing_is_decompressed(raw):
     bomb = gzip.compress(b" " * 10_000_000)
     url = raw(OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
-    with pytest.raises(RewardError, match=r"compressed its answer \(gzip\), which is not asked for"):
+    with pytest.raises(RewardError, match=r"compressed its answer \(gzip\), which was not requested"):
         asked_of(url)
 
 

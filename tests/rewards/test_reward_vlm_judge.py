@@ -201,7 +201,7 @@ def test_busy_endpoints_are_asked_again_when_they_say(judge, status, capfd):
     assert time.monotonic() - started > 0.7  # 0.5 as it says, then 0.2 of our own
     assert len(judge.requests) == 3
     said = capfd.readouterr().err
-    assert said == f"the judge at {judge.url} does not answer ({status}: slow down): asking again for up to 30 s\n"
+    assert said == f"the judge at {judge.url} does not answer ({status}: slow down): trying again for up to 30 s\n"
 
 
 def test_patience_ends(judge):

@@ -85,7 +85,7 @@ def test_one_that_fails_loses_no_epoch(tmp_path, faulty, sentence):
     run = {"checkpoint_every": 100}
     with pytest.raises(UserError, match=sentence) as caught:
         Toy(tmp_path / "run", **run, callbacks=[Noted(**faulty)]).train()
-    assert caught.value.__notes__ == [f"go on with resume=true output_dir={tmp_path / 'run'}"]
+    assert caught.value.__notes__ == [f"continue with resume=true output_dir={tmp_path / 'run'}"]
     noted, epoch = Noted(), 1 if "adds" in faulty else 2
     Toy(tmp_path / "run", **run, resume=True, callbacks=[noted]).train()
     assert noted.calls[:2] == [("start", epoch, True), ("epoch", epoch, epoch)]  # which is made up for

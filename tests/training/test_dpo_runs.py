@@ -105,7 +105,7 @@ def test_signals_change_nothing(forked, calm, tmp_path, kind):
         assert run.status == 130, (moment, run)
         assert "Traceback" not in run.error
         said = run.error.strip().splitlines()[-1]
-        assert said == f"stopped after epoch {finished} of 4; go on with resume=true output_dir={stopped}"
+        assert said == f"stopped after epoch {finished} of 4; continue with resume=true output_dir={stopped}"
         assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{updates * finished:08d}"]
         if moment == "encoding":  # the file that was begun is finished, the others wait
             assert [p.name for p in (stopped / "latents").iterdir()] == ["00000.safetensors"]
@@ -399,7 +399,7 @@ def test_align_from_python_then_draws_other_pictures(tiny_sd, picture_pairs, tmp
 
 DIVERGES = {"variant": "corrected", "kl_coef": 0, "learning_rate": 1.0, "max_winner_error": 1.05, "lora": None}
 DIVERGED = (
-    r"the policy diverges: its error on the chosen pictures is \S+ times the reference's, beyond "
+    r"the policy diverges: its error on the chosen images is \S+ times the reference's, beyond "
     r"max_winner_error=1\.05, so it unlearns what is preferred: raise kl_coef \(2 beta or more\)"
 )
 

@@ -85,7 +85,7 @@ def test_without_room_the_run_ends_in_a_sentence_and_its_checkpoint_stands(tmp_p
     with pytest.raises(WriteError, match=r"cannot be written \(No space left on device\): make room") as caught:
         Toy(folder, resume=True, checkpoint_every=1).train()
     assert str(caught.value).startswith(f"{folder}/{part}")
-    assert notes(caught.value) == [f"the last checkpoint stands, go on with resume=true output_dir={folder}"]
+    assert notes(caught.value) == [f"the last checkpoint stands, continue with resume=true output_dir={folder}"]
     assert left_aside(folder) == []
     load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     monkeypatch.undo()
@@ -317,7 +317,7 @@ def test_a_reward_that_hangs_is_left_after_the_grace_period(tmp_path, quick, num
     finally:
         answer.set()
     assert 0.3 < time.monotonic() - asked[0] < 20
-    assert str(caught.value) == f"stopped after epoch 1 of 3; go on with resume=true output_dir={folder}"
+    assert str(caught.value) == f"stopped after epoch 1 of 3; continue with resume=true output_dir={folder}"
     assert interrupt.left_behind, "a thread of the reward would keep the process from ending"
     assert steps_of(folder) == [2]
     Toy(folder, resume=True).train()
@@ -371,7 +371,9 @@ def test_a_reward_that_hangs_before_the_first_epoch_is_left_too(tmp_path, quick,
     monkeypatch.setattr(Toy, "measures", True)
     with pytest.raises(Interrupted) as caught:
         Toy(tmp_path / "run", reward, interrupt_grace=0.2).train()
-    assert str(caught.value) == f"stopped before the first epoch; go on with resume=true output_dir={tmp_path / 'run'}"
+    assert (
+        str(caught.value) == f"stopped before the first epoch; continue with resume=true output_dir={tmp_path / 'run'}"
+    )
     Toy(tmp_path / "run", resume=True).train()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 
@@ -419,7 +421,7 @@ def test_code_that_python_cannot_reach_ends_the_process_with_a_checkpoint(tmp_pa
     assert steps_of(folder) == [2]
     assert (tmp_path / "said").read_text() == (
         "stopped, as something did not answer; the newest checkpoint is step_00000002; "
-        f"go on with resume=true output_dir={folder}\n"
+        f"continue with resume=true output_dir={folder}\n"
     )
 
 
@@ -497,7 +499,7 @@ def test_only_what_helps_is_advised_where_trained_weights_are_not_fit(tmp_path, 
     folder = tmp_path / "run"
     with pytest.raises(TrainingError, match="not finite") as caught:
         Unfit(folder).train()
-    advice = [f"go on with resume=true output_dir={folder} mixed_precision=no"]
+    advice = [f"continue with resume=true output_dir={folder} mixed_precision=no"]
     assert notes(caught.value) == (advice if precision == "fp16" else [])
     assert steps_of(folder) == [2]
 

@@ -305,7 +305,7 @@ def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
     ("changes", "expected"),
     [
         ({"evaluation": None, "stop_when": {"gold_falling": 2}}, "stop_when.gold_falling looks at evaluations"),
-        ({"stop_when": {"gold_falling": 2}}, "looks at a gold reward: set evaluation.reward"),
+        ({"stop_when": {"gold_falling": 2}}, "needs a held-out reward: set evaluation.reward"),
         ({"evaluation": {"reward": "aesthtic"}}, "evaluation.unknown reward 'aesthtic': did you mean 'aesthetic'"),
         ({"evaluation": {"reward": []}}, "evaluation.reward is an empty list: give at least one"),
         ({"evaluation": {"prompts": "nowhere.txt"}}, "evaluation.prompts.source='nowhere.txt': there is no such file"),

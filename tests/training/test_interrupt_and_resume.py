@@ -138,7 +138,7 @@ def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path):
         assert "Traceback" not in run.error
         said = run.error.strip().splitlines()[-1]
         finished = epochs_logged(stopped)
-        assert said == f"stopped after epoch {finished} of 7; go on with resume=true output_dir={stopped}"
+        assert said == f"stopped after epoch {finished} of 7; continue with resume=true output_dir={stopped}"
         assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{2 * finished:08d}"]
     forked.finish(*arguments, prelude=QUICK)
     assert_same_run(stopped, left_alone)

@@ -220,7 +220,7 @@ def test_a_run_that_fails_before_anything_is_trained_leaves_no_folder(place, run
     calls.clear()
     with pytest.raises(RewardError) as failed:
         run(**settings | {"reward": fails_after(2)})
-    assert failed.value.__notes__ == [f"go on with resume=true output_dir={place}/deep/run"]
+    assert failed.value.__notes__ == [f"continue with resume=true output_dir={place}/deep/run"]
     calls.clear()
     with pytest.raises(RewardError) as failed:
         run(**settings | {"reward": fails_after(1), "resume": True})

@@ -108,7 +108,7 @@ def test_a_run_waits_for_a_server_that_was_killed(serve, train, here, settings, 
     assert run.status == 0, run.error
     (said,) = run.error.splitlines()
     assert said.startswith(f"reward server {url} does not answer (")
-    assert said.endswith("asking again for up to 60 s")
+    assert said.endswith("trying again for up to 60 s")
     assert_same_run(tmp_path / "run", here)
 
 

@@ -100,7 +100,7 @@ def test_a_stopped_run_ends_as_the_one_left_alone(forked, calm, tmp_path, kind):
         assert written == expected[: len(written)], hook
     epochs = max(row["epoch"] for row in written)
     assert run.error.strip().splitlines()[-1] == (
-        f"stopped after epoch {epochs} of 4; go on with resume=true output_dir={harried}"
+        f"stopped after epoch {epochs} of 4; continue with resume=true output_dir={harried}"
     )
     assert 0 < epochs < 4
     forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK)

@@ -18,7 +18,7 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class StableDiffusion:
-    """What a denoising policy asks of a pipeline's family."""
+    """What a denoising policy needs from a pipeline's family."""
 
     network = "unet"
     """The part of the pipeline that is trained."""

@@ -351,7 +351,7 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapter, llama_judge, ber
         assert re.search(sentence, refusal(build_text_reward, {**spec, **options}))
 
     changed(base_model_name_or_path=None)
-    refused("does not say what it was trained over: give its base")
+    refused("does not name the model it was trained on: give its base")
     weights = changed()
     refused("could not be built|does not fit|could not be loaded", base=bert_judge)
     weights.write_bytes(b"not safetensors")
