@@ -166,7 +166,7 @@ def ask(
     first: int = 0,
     stop: threading.Event | None = None,
 ) -> Any:
-    """The JSON answer of the first endpoint that gives one, called in turn, with growing pauses between the rounds.
+    """The JSON answer of the first endpoint that gives one; all are called in turn, with growing pauses between rounds.
 
     Args:
         endpoints: of equal worth; those that failed lately come last.

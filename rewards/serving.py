@@ -430,4 +430,4 @@ class CallsHere(Executor):
 
 def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
-    torch.get_num_threads()  # asking for it also fixes it for this thread
+    torch.get_num_threads()  # reading it also fixes it for this thread

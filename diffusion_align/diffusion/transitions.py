@@ -1,6 +1,6 @@
 """The Gaussian step of a denoising policy: the only place where a mean and a std are made.
 
-The sampler draws from a ``GaussianTransition``, the ratio scores with it and the KL compares two of them.
+The sampler takes its steps from a ``GaussianTransition``, the ratio scores with it and the KL compares two of them.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def corrected_diffusion_dpo_loss(
 
 
 def beta_in_nats(beta_dpo: float, *, dimensions: int, weight_sum: float) -> float:
-    """``beta_dpo / (2 dimensions weight_sum)``: Diffusion-DPO's beta (2000–5000, mean squared errors, factor ½) in nats.
+    """``beta_dpo / (2 dimensions weight_sum)``: Diffusion-DPO's beta (2000–5000, mean squared error, factor ½) in nats.
 
     A step's error in nats is c²/(2 std²) times the summed squared error of the noise; ``weight_sum`` is the sum of that
     factor over all training steps, for which Diffusion-DPO takes one constant. ``dimensions``: d of a latent.

@@ -105,7 +105,7 @@ class Collected:
 def completion_metrics(
     names: Sequence[str], rewards: Tensor, scores: Tensor, lengths: Tensor, finished: Tensor
 ) -> dict[str, float]:
-    """Of an epoch's rewards (N,), made of scores (N, K) by ``names``, and its lengths; nothing of what is nan."""
+    """Metrics of an epoch's rewards (N,), made of scores (N, K) by ``names``, and its lengths; without nan rewards."""
     silent, lengths = rewards.isnan(), lengths.double()
     metrics = reward_metrics(rewards[~silent]) | {
         "completions/mean_length": lengths.mean().item(),

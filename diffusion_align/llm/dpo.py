@@ -145,7 +145,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """Of a row both completions; online of all that are sampled those that make pairs. A beta looks at prompts."""
+        """Both completions of a row; online, the sampled ones that make pairs. ``dynamic_beta`` reads prompts too."""
         every = super().epoch_cost(config, steps)
         pairs = config.samples_per_epoch // (config.num_generations if config.online else 1)
         compared = 2 * pairs if config.pair_selection == "best_worst" else config.samples_per_epoch

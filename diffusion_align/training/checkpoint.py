@@ -118,7 +118,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 def rng_state() -> dict[str, Any]:
     """Every global random state, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - user code may draw from it
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - user code may use it
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],

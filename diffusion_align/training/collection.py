@@ -90,7 +90,7 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
         self.processes, self.kind, self.waited = processes, kind, 0.0
         self._batches: list[list[Future[Tensor]]] = []
         self._failed: Exception | None = None
-        self._threads = torch.get_num_threads()  # asking for it also fixes it for this thread
+        self._threads = torch.get_num_threads()  # reading it also fixes it for this thread
 
     def __exit__(self, *error: object) -> None:
         futures = [future for batch in self._batches for future in batch]

@@ -61,13 +61,13 @@ Lines = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class EpochCost:
-    """What an epoch costs, told from settings alone: passes of the network on one sample, of all processes together
+    """What an epoch costs, computed from settings alone: passes of the network on one sample, of all processes together
     and without those of the evaluation.
 
     Attributes:
         what: what an epoch is about, a name and a value such as ("images per epoch", "64, each 20 steps").
         units: samples or pairs that the epoch's updates divide among themselves.
-        actions: what is trained on, of all units together: steps of an image or pair, completions.
+        actions: those trained on, of all units together: steps of an image or pair, completions.
         sampling: forward passes to sample.
         trained: forward and backward passes.
         reference, probed: forward passes for the reference, and to estimate how far the policy is from it.

@@ -128,7 +128,7 @@ class Evaluation:
         Raises:
             RewardError: on every process, if the held-out reward failed on any.
             TrainingError: the samples are not finite.
-            Interrupted: the run received an interrupt, which is looked at between batches.
+            Interrupted: the run received an interrupt, which is checked between batches.
         """
         started = time.perf_counter()
         share = [round(self.samples * k / processes.count) for k in range(processes.count + 1)]

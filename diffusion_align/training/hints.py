@@ -93,7 +93,7 @@ HERE: dict[str, str] = {
     "wandb": "trackers",
     "warmup_ratio": "warmup_steps",
 }
-"""A name of the field -> the settings that do its work here, those that a configuration has are named."""
+"""A name from diffusers, TRL or peft -> the settings that replace it; a hint names those the configuration has."""
 ELSEWHERE: dict[str, str] = {
     "device": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES says which",
     "device_map": "the GPU is used where there is one; CUDA_VISIBLE_DEVICES says which",
@@ -112,7 +112,7 @@ ELSEWHERE: dict[str, str] = {
     "negative_prompt": "there is none; the prompt without text guides",
     "use_vllm": "completions are sampled by the trained model itself",
 }
-"""A name of the field that no setting answers to -> a sentence about it."""
+"""A name from diffusers, TRL or peft without a setting here -> a sentence about it."""
 
 
 def hint(word: str, known: Sequence[str], sections: Sequence[str] = ()) -> str:

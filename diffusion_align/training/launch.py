@@ -191,10 +191,10 @@ def agreed(prepare: Callable[[], Result]) -> Result:
     except Exception as error:
         failure = error
     if processes().num_processes > 1:
-        said = gather_object([None if failure is None else first_line(failure)])
-        first = next((rank for rank, sentence in enumerate(said) if sentence is not None), None)
+        failures = gather_object([None if failure is None else first_line(failure)])
+        first = next((rank for rank, sentence in enumerate(failures) if sentence is not None), None)
         if failure is None and first is not None:
-            raise UserError(f"process {first}: {said[first]}")
+            raise UserError(f"process {first}: {failures[first]}")
     if failure is not None:
         raise failure
     return cast(Result, result)

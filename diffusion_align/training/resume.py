@@ -1,4 +1,4 @@
-"""What may differ between a run and its continuation: deployment and length; never what decides what is trained."""
+"""What may differ between a run and its continuation: deployment and length; never what determines the weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_same_run(
     path: Path,
     processes: Processes,
 ) -> None:
-    """What decides what is trained must be as it was when the run was started: settings, and content.
+    """Settings and content that determine the weights must be as they were when the run was started.
 
     Args:
         config, identity: of this process; an empty identity is not compared.

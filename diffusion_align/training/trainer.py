@@ -302,8 +302,8 @@ class Trainer(ABC, Generic[Batch]):
         self._each("on_start")
         if self._unmeasured is not None:
             row, last = self._unmeasured
-            asked = self._measure(row, last)
-            self.stopped = self.stop_reason(last | row) or asked or self._nothing_left_to_train()
+            requested = self._measure(row, last)
+            self.stopped = self.stop_reason(last | row) or requested or self._nothing_left_to_train()
         if not newest:
             try:
                 first = self.measure_first()
@@ -345,12 +345,12 @@ class Trainer(ABC, Generic[Batch]):
     def _end_epoch(self, row: Row, last: Row, started: float) -> None:
         config = self.config
         row["time/epoch"] = time.perf_counter() - started
-        asked = self._measure(row, last)
+        requested = self._measure(row, last)
         known, key = last | row, self.headline
         shown = f"{key} {known[key]:.4g}" if key in known else f"step {self.step}"
         self.bars.show_epochs(self.epoch, config.epochs, shown)
         self._rng_at_start = checkpoint.rng_state()
-        self.stopped = self.stop_reason(last | row) or asked or self._nothing_left_to_train()
+        self.stopped = self.stop_reason(last | row) or requested or self._nothing_left_to_train()
         due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
         due = due or bool(self.stopped) or self.checkpoint_wanted()
         if not due and config.checkpoint_minutes is not None:  # by the clock of the main process
@@ -374,9 +374,9 @@ class Trainer(ABC, Generic[Batch]):
         self.accelerator.end_training()
 
     def _each(self, method: str, *row: Row) -> list[Any]:
-        """What the callbacks give, one after the other: one that fails on a process fails on all, and none waits.
+        """What the callbacks return, one after the other: one that fails on a process fails on all, and none waits.
 
-        Those that leave ``method`` as it is are passed over, which spares an update a gather for each of them. What a
+        Those that leave ``method`` as it is are skipped, which saves one gather per update and callback. What a
         user's raises after an update is kept for the end of its epoch, which is then not lost.
         """
         given = []
@@ -407,7 +407,7 @@ class Trainer(ABC, Generic[Batch]):
     def _measure(self, row: Row, last: Row) -> str | None:
         """``measure()`` of the epoch that ``row`` is about, and the callbacks, which may give a reason to stop.
 
-        What breaks off is made up for on resume, and the epoch is not lost.
+        If it is interrupted, it is repeated on resume, and the epoch is not lost.
         """
         started = time.perf_counter()
         self._rng_at_start = checkpoint.rng_state()

@@ -87,7 +87,7 @@ def _writable_folder(cache: str | Path | None) -> str | Path | None:
 
 
 class VlmJudgeSettings(RewardSettings):
-    """What a vision-language model thinks of the image, asked through an OpenAI-compatible endpoint."""
+    """What a vision-language model thinks of the image; it is called through an OpenAI-compatible endpoint."""
 
     name: ClassVar[str] = "vlm_judge"
     about: ClassVar[dict[str, Any]] = {
@@ -214,8 +214,8 @@ class VlmJudge:
 
     def _key(self, pixels: np.ndarray, question: str) -> str:
         """SHA-256 of everything that the answer depends on, except where the endpoint is."""
-        said = json.dumps([self.request, question, self.low, self.high, pixels.shape], sort_keys=True)
-        return hashlib.sha256(said.encode() + b"\0" + pixels.tobytes()).hexdigest()
+        content = json.dumps([self.request, question, self.low, self.high, pixels.shape], sort_keys=True)
+        return hashlib.sha256(content.encode() + b"\0" + pixels.tobytes()).hexdigest()
 
     def _checked(self, score: float) -> float:
         if not self.low <= score <= self.high:

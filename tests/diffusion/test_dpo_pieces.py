@@ -918,7 +918,7 @@ JUDGED = "give pairs, or prompts and a reward to sample and judge pairs online"
 
 
 ALONE = "prompts are sampled and judged online, pairs bring their own: leave one of the two out"
-CAPTION = "target=logged trains on steps drawn with the caption: leave caption_dropout out"
+CAPTION = "target=logged trains on steps sampled with the caption: leave caption_dropout out"
 RANGE = "must be two numbers 0 <= first < last <= 1"
 SMOOTH = "loss_type=hinge has no label_smoothing: leave one of the two out"
 

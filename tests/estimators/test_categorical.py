@@ -1,4 +1,4 @@
-"""Log-probs, entropy and KL of categorical decisions against log_softmax, gather and torch.distributions."""
+"""Log-probs, entropy and KL of categorical actions against log_softmax, gather and torch.distributions."""
 
 import json
 import math

@@ -122,7 +122,7 @@ def test_a_run_that_fails_within_its_first_epoch_leaves_the_folder_to_the_next(t
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(checkpoint, "remove", read_only)
-    with pytest.raises(TrainingError, match="the loss became nan at step 2"):  # what failed first is what is said
+    with pytest.raises(TrainingError, match="the loss became nan at step 2"):  # the first failure is the one reported
         Diverging(tmp_path / "run").train()
 
 
