@@ -105,10 +105,10 @@ class DiffusionDPOConfig(DenoisingConfig):
     old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
     loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected image's error")
     loser_clip: OrInfinite | None = Field(
-        None, gt=0, description="the rejected image's error counts up to the reference's and so many nats"
+        None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
     )
     max_winner_error: OrInfinite = Field(
-        2.0, gt=1, description="stop when the chosen images' error is so many times the reference's"
+        2.0, gt=1, description="stop when the chosen images' error is this many times the reference's"
     )
 
     @property
@@ -219,7 +219,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     config_class = DiffusionDPOConfig
     headline = "rewards/accuracies"
     metrics = {  # noqa: RUF012
-        "beta_nats": Metric("Beta", "per nat", "The price of one nat that beta or beta_dpo comes to for this model."),
+        "beta_nats": Metric("Beta", "per nat", "The price of one nat: beta, or beta_dpo converted for this model."),
         "weight": Metric(
             "Weight of a pair in the gradient",
             "mean weight",
@@ -401,7 +401,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         }
 
     def _judged(self) -> tuple[PairBatch, dict[str, float]]:
-        """Of every prompt's images, sampled now, the best and the worst; prompts whose images tie are left out."""
+        """Sample images of every prompt and keep the best and the worst; prompts whose images tie are left out."""
         config, own, device = self.config, self.local_samples, self.processes.device
         groups = config.samples_per_epoch // config.group_size
         logged = config.target == "logged"

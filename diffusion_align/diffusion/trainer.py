@@ -65,7 +65,7 @@ class DenoisingConfig(PolicyConfig):
             yield from error.problems
         yield from self.stop_when.unmeasured(self.evaluation)
         if self.stop_when.diversity_below is not None and self.evaluation is None:
-            yield "stop_when.diversity_below looks at evaluations: set evaluation, or leave it out"
+            yield "stop_when.diversity_below needs evaluations: set evaluation, or leave it out"
         # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
         if self.dtype == "float16" and self.mixed_precision in ("bf16", "auto") and not torch.cuda.is_available():
             yield (
@@ -162,7 +162,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
     @classmethod
     def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
-        """Of the steps that are trained on, float64 and on the CPU: as sampled. ``scheduler``: what diffusers has."""
+        """The schedule of the trained steps, as sampled; float64, on the CPU. ``scheduler``: the diffusers one."""
         schedule: DiffusionSchedule = config.sampler.schedule(scheduler)
         return schedule
 
@@ -173,7 +173,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """Of a method that trains on every stochastic step of what it samples and needs no reference."""
+        """For a method that trains on every stochastic step of its samples and needs no reference."""
         samples, steps_each = config.samples_per_epoch, config.sampler.steps
         guided = 2 if config.sampler.guidance_scale > 1 else 1
         actions = samples * (steps_each if steps is None else len(steps))

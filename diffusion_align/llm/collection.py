@@ -33,7 +33,7 @@ class WeightedRewards:
 
     @property
     def names(self) -> list[str]:
-        """Of the rewards; a second one of a name is told from the first by a number."""
+        """Names of the rewards; a repeated name gets a number."""
         names = [reward_name(function) for function in self.functions]
         return [name + (f"_{names[:i].count(name) + 1}" if name in names[:i] else "") for i, name in enumerate(names)]
 
@@ -65,7 +65,7 @@ class WeightedRewards:
         ids: Sequence[Sequence[int]] | None = None,
         state: TrainerState | None = None,
     ) -> list[tuple[bool, Callable[[], Tensor]]]:
-        """Of each reward whether it is called in the background, and a function that gives its scores (B,)."""
+        """For each reward: whether it is called in the background, and a function that returns its scores (B,)."""
         prompts = [row.prompt for row in rows]
         answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row.columns)

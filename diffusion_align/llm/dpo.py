@@ -311,7 +311,7 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         return batch, metrics
 
     def _judged(self) -> tuple[PreferenceBatch, dict[str, float]]:
-        """Of every prompt's completions, sampled now, one chosen and others rejected; ties are left out."""
+        """Sample completions of every prompt: one is chosen, others are rejected; ties are left out."""
         config, own, device = self.config, self.local_samples, self.accelerator.device
         by_reference = config.sample_from == "reference"
         with self.policy.reference() if by_reference else contextlib.nullcontext():
@@ -367,7 +367,7 @@ def _sides(x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_against(rewards: Tensor, *, rest: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rewards (G, n): the best of each group (G,), its worst or all (G, M), and which of these are worse (G, M)."""
+    """For rewards (G, n): the best of each group (G,), its worst or all (G, M), and which of these are worse (G, M)."""
     best, worst = rewards.argmax(1), rewards.argmin(1)
     rejected = torch.arange(rewards.shape[1]).expand(rewards.shape) if rest else worst[:, None]
     return best, rejected, rewards.gather(1, rejected) < rewards.amax(1, keepdim=True)
@@ -376,7 +376,7 @@ def best_against(rewards: Tensor, *, rest: bool) -> tuple[Tensor, Tensor, Tensor
 def rso_pairs(
     rewards: Tensor, beta: float, streams: Sequence[torch.Generator]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rewards (G, n), the candidates that ``rso_accept`` keeps (G, n), and two of them at random.
+    """For rewards (G, n): the candidates that ``rso_accept`` keeps (G, n), and two of them at random.
 
     Returns:
         Accepted (G, n) bool, the better of the two (G,), the other (G, 1), and whether there is such a pair (G, 1).

@@ -193,7 +193,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         return batch, metrics | {"desirable": (above > 0).double().mean().item()}
 
     def _batch(self, prompts: Sequence[list[int]], sequences: Sequences, desirable: Tensor, keep: Tensor) -> KTOBatch:
-        """Of this process's ``sequences``; prompts and labels are of the whole epoch."""
+        """The batch of this process's ``sequences``; prompts and labels are of the whole epoch."""
         device, own = self.accelerator.device, self.local_samples
         pairs = mismatched_prompts(prompts, self.config.kl_samples)
         here = [(i - own.start, prompt) for i, prompt in pairs if i in own]
@@ -223,7 +223,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
 
 
 def mismatched_prompts(prompts: Sequence[list[int]], most: int) -> list[tuple[int, list[int]]]:
-    """Of at most ``most`` samples, evenly spread: the place, and the next prompt (in a circle) that is another one."""
+    """For at most ``most`` samples, evenly spread: the index, and the next different prompt (cyclically)."""
     count, found = len(prompts), []
     for i in (torch.arange(min(most, count)) * count // min(most, count)).tolist():
         others = (prompts[(i + step) % count] for step in range(1, count))

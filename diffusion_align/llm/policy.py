@@ -321,7 +321,7 @@ class LanguagePolicy:
 
 
 def padding_token(model: Any, tokenizer: Any) -> int:
-    """Of a model that is to be trained: the end of sequence where the tokenizer has none.
+    """The padding token for training a model: the end of sequence where the tokenizer has none.
 
     Raises:
         UserError: a tokenizer without an end of sequence, or adapters that are there already.

@@ -39,7 +39,7 @@ class PreferenceConfig(OnlineConfig):
 
     @property
     def fewest_generations(self) -> int:
-        """Of which judged online something can be learned."""
+        """Fewest completions per prompt that can be compared online."""
         return 2
 
     def cross_checks(self) -> Iterator[str]:

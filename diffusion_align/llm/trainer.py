@@ -99,8 +99,8 @@ class TextConfig(PolicyConfig):
     def cross_checks(self) -> Iterator[str]:
         if self.stop_when.kl_above is not None and not self.logs_kl and self.evaluation is None:
             yield (
-                "stop_when.kl_above looks at a KL that this run measures in evaluations only: set evaluation, or leave "
-                "it out"
+                "stop_when.kl_above needs the KL, which this run measures only in evaluations: set evaluation, or "
+                "leave it out"
             )
         yield from self.stop_when.unmeasured(self.evaluation)
 
@@ -138,7 +138,7 @@ class OnlineConfig(TextConfig):
 
 @dataclass
 class TextEvaluation(Evaluation):
-    """Of completions; ``prompts`` are ``PromptRow``, ``gold`` are ``WeightedRewards``."""
+    """For completions: ``prompts`` are ``PromptRow``, ``gold`` are ``WeightedRewards``."""
 
     def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
         """``kl_path`` and its standard error, nats per completion, of ``kl_path`` (N,) where it is measured.

@@ -20,7 +20,7 @@ from diffusion_align.training.processes import Processes
 
 Part = TypeVar("Part")
 Calls = Sequence[tuple[bool, Callable[[], Tensor]]]
-"""Of each of K rewards: whether it is called in the background, and a function that gives its scores (B,)."""
+"""For each of K rewards: whether it is called in the background, and a function that returns its scores (B,)."""
 
 
 class Scored(NamedTuple, Generic[Part]):
@@ -169,7 +169,7 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
         return scores
 
     def _failure(self) -> BaseException | None:
-        """Of a batch, or the first error of the scores that are there."""
+        """The failure of a batch, or the first error of the scores so far."""
         if self._failed is not None:
             return self._failed
         for future in (future for batch in self._batches for future in batch):

@@ -240,7 +240,7 @@ class TrainingConfig(Section):
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer after the run received an interrupt"
     )
-    keep_checkpoints: int = Field(2, ge=1, le=MOST, description="so many of the newest; older ones are deleted")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST, description="number of the newest to keep; older ones are deleted")
     grid_every: int = Field(
         1, ge=0, le=MOST, description="epochs between images (or texts) of the fixed prompts; 0 for none"
     )

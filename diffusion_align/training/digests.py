@@ -32,7 +32,7 @@ _UNUSED_PARTS = {"safety_checker", "feature_extractor", "image_encoder"}
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """Of a file's content: all of it up to ``WHOLE`` bytes, blocks of a larger one.
+    """Digest of a file's content: all of it up to ``WHOLE`` bytes, blocks of a larger one.
 
     Raises:
         OSError: it cannot be read.
@@ -50,9 +50,9 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """Of a model's folder: the weights, configurations and tokenizer that lie in it, by name.
+    """Digest of a model's folder: the weights, configurations and tokenizer that lie in it, by name.
 
-    Of a diffusers pipeline (``model_index.json``) those in the folders of its parts. What else lies there, such as a
+    For a diffusers pipeline (``model_index.json``) those in the folders of its parts. What else lies there, such as a
     README, does not count.
     """
     places = [folder]
@@ -84,7 +84,7 @@ def hub_commit(repository: str) -> str | None:
 
 
 def place_digest(place: str | os.PathLike[str]) -> str | None:
-    """Of a file, a model's folder, or a Hub id (its commit); None where this machine holds nothing of that name."""
+    """Digest of a file, a model's folder, or a Hub id (its commit); None where this machine has none of that name."""
     path = os.path.expanduser(place)
     try:
         if os.path.isdir(path):
@@ -97,7 +97,7 @@ def place_digest(place: str | os.PathLike[str]) -> str | None:
 
 
 def content_digest(rows: Iterable[Any]) -> str:
-    """Of values: texts, numbers, bytes, arrays, and lists, mappings and dataclasses of these, in their order.
+    """Digest of values: texts, numbers, bytes, arrays, and lists, mappings and dataclasses of these, in their order.
 
     Of an object of any other kind only its class counts: what it prints may hold its address.
     """

@@ -50,9 +50,9 @@ class StopConfig(Section):
     )
 
     def unmeasured(self, evaluation: EvaluationConfig | None) -> Iterator[str]:
-        """Sentences about rules that look at what ``evaluation`` does not measure."""
+        """Sentences about rules that need what ``evaluation`` does not measure."""
         if self.gold_falling is not None and evaluation is None:
-            yield "stop_when.gold_falling looks at evaluations: set evaluation, or leave it out"
+            yield "stop_when.gold_falling needs evaluations: set evaluation, or leave it out"
         elif self.gold_falling is not None and evaluation is not None and evaluation.reward is None:
             yield "stop_when.gold_falling needs a held-out reward: set evaluation.reward, or leave it out"
 

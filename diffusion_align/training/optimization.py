@@ -53,7 +53,7 @@ class Optimization:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return self._schedule.get_last_lr()[0]
 
     def backward(self, loss: Tensor) -> None:

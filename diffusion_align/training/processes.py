@@ -63,7 +63,7 @@ class Processes:
         return values[0]
 
     def sum(self, value: Tensor) -> float:
-        """Of a 0-d tensor of each process, in the widest float of its device."""
+        """Sum of a 0-d tensor of each process, in the widest float of its device."""
         wide = torch.float32 if value.device.type == "mps" else torch.float64
         return float(self.accelerator.reduce(value.to(wide), reduction="sum"))
 

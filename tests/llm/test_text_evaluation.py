@@ -189,8 +189,8 @@ def wanted(completions, wanted):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"stop_when": {"gold_falling": 2}}, "stop_when.gold_falling looks at evaluations: set evaluation"),
-        ({"stop_when": {"kl_above": 2}}, "stop_when.kl_above looks at a KL that this run measures in evaluations only"),
+        ({"stop_when": {"gold_falling": 2}}, "stop_when.gold_falling needs evaluations: set evaluation"),
+        ({"stop_when": {"kl_above": 2}}, "stop_when.kl_above needs the KL, which this run measures only in"),
         ({"evaluation": {"reward": "lenght"}}, "evaluation.unknown reward 'lenght'"),
         ({"evaluation": {"samples": 4}}, "evaluation.reward is required"),
         ({"evaluation": {"reward": "length", "samples": 1}}, "evaluation.samples=1 is not allowed"),

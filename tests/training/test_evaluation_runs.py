@@ -304,7 +304,7 @@ def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"evaluation": None, "stop_when": {"gold_falling": 2}}, "stop_when.gold_falling looks at evaluations"),
+        ({"evaluation": None, "stop_when": {"gold_falling": 2}}, "stop_when.gold_falling needs evaluations"),
         ({"stop_when": {"gold_falling": 2}}, "needs a held-out reward: set evaluation.reward"),
         ({"evaluation": {"reward": "aesthtic"}}, "evaluation.unknown reward 'aesthtic': did you mean 'aesthetic'"),
         ({"evaluation": {"reward": []}}, "evaluation.reward is an empty list: give at least one"),
