@@ -56,7 +56,7 @@ PATHS = {
     "device": ("/dev/null", "is a device"),
     "long": (LONG, "File name too long"),
 }
-NO_FOLDER = {"folder": ("folder", "is a folder|no shipped recipe|nor a shipped recipe|is not a picture")}
+NO_FOLDER = {"folder": ("folder", "is a folder|no shipped recipe|nor a shipped recipe|is not an image")}
 NO_FILE = {"file": ("note.txt", "is a file|run folder|is a file that does not end in")}
 REMOTE = "reward={name: remote, url: 'http://127.0.0.1:9', token_file: ...}"
 
@@ -326,7 +326,7 @@ OTHER_CASES = [
     (
         "score two prompts for three",
         f"score {JPEG} red.png red.png red.png -p a -p b",
-        "2 prompts for 3 pictures: give one",
+        "2 prompts for 3 images: give one",
     ),
     ("compare by nothing", "compare emoji-sd emoji-sd --judge taste -p a", "unknown reward 'taste'"),
     ("compare with a language model", f"compare emoji-sd tiny-lm --judge {JPEG} -p a", "language model"),
