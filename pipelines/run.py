@@ -111,6 +111,9 @@ class AlignmentPipeline(ABC):
     def to(self, device: str | torch.device) -> Self:
         """Move the model; returns this pipeline.
 
+        Args:
+            device: "cpu", "cuda", "cuda:1" or the like.
+
         Raises:
             UserError: there is no such device.
         """

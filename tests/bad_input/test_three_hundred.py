@@ -398,7 +398,7 @@ USAGE_CASES = [
         f"pairs a -p a --judge {JPEG}": "Missing option '--output'",
         f"pairs a -p a --judge {JPEG} -o x --per-prompt 1": "greater than or equal to 2",
         f"pairs a -p a --judge {JPEG} -o x --seed {2**63}": "'--seed'",
-        "list a b": "unexpected extra argument",
+        "list a b c": "unexpected extra argument",
     }.items()
 ]
 
