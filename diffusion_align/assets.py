@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "assets"
-"""Of the files. Beside this module of the same name, it cannot be imported."""
+"""Where the files are. Beside this module of the same name, it cannot be imported."""
 
 EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip", "tiny-lm": "tiny-lm"}
 """Model name -> folder below ``FOLDER``."""

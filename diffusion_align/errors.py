@@ -58,7 +58,7 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on: a ratio off 1 on the first pass, a loss that is not finite."""
+    """Training cannot continue: a ratio off 1 on the first pass, a loss that is not finite."""
 
 
 class RewardError(UserError, ValueError):
@@ -72,12 +72,12 @@ class Interrupted(Exception):
 def first_line(error: BaseException) -> str:
     """What another library's error says first, to stand in a sentence; its kind if it says nothing.
 
-    diffusers says of a hub out of reach that a file is missing: then what it was caused by decides.
+    Where the Hub is out of reach, diffusers reports a missing file: then its cause decides.
     """
     cause: BaseException | None = error
     while cause is not None:
         if type(cause).__name__ == "LocalEntryNotFoundError":  # huggingface_hub's, which is not imported for this
-            return "it is not in the cache and the hub is out of reach, check the name and the network or give a folder"
+            return "it is not in the cache and the Hub is out of reach, check the name and the network or give a folder"
         cause = cause.__cause__ or cause.__context__
     if str(error).startswith("You set `ignore_mismatched_sizes`"):  # transformers, which has the details in a log
         return "the shapes of its weights are not those that its configuration says"
@@ -101,7 +101,7 @@ def short(value: Any, most: int = 80) -> str:
 def foreign_code(what: str, after: str = "", *, error: type[UserError] = UserError) -> Iterator[None]:
     """Whatever is raised inside becomes an ``error`` that begins with ``what``, SystemExit and its like too.
 
-    An ``error`` stays as it is, and so does a Ctrl-C: KeyboardInterrupt where a loop that counts Ctrl-C has been asked
+    An ``error`` stays as it is, and so does a Ctrl-C: KeyboardInterrupt where a loop that counts Ctrl-C was told
     to stop, or where there is none.
     """
     try:

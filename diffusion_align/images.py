@@ -37,7 +37,7 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
             values that do not say what is white.
     """
     if not isinstance(source, bytes) and not os.path.isfile(source):  # a FIFO would be waited for
-        raise UnreadableImage("is not a picture file")
+        raise UnreadableImage("is not an image file")
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of a damaged EXIF block, of many pixels
@@ -86,7 +86,7 @@ def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Ima
 
 
 def _in_srgb(image: Image.Image) -> Image.Image:
-    """Of an image of 8 bits a channel."""
+    """An image of 8 bits per channel, converted to sRGB."""
     profile, alpha = image.info.get("icc_profile"), None
     if image.has_transparency_data:
         grey = image.mode in ("L", "LA")

@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM and SIGHUP as a flag, read by loops where they can stop without losing anything, and by who waits.
 
 Code that is not ours (a reward, a tracker) may never come back to such a loop. It is called within ``breakable``, where
-it is left when it is still running ``grace`` seconds after the run was asked to stop.
+it is left when it is still running ``grace`` seconds after the run was told to stop.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-GRACE = 20.0  # seconds; batch systems and containers kill 30 s after they have asked
+GRACE = 20.0  # seconds; batch systems and containers kill 30 s after their signal
 PATIENCE = 10.0  # seconds more until foreign code that cannot be left (in C) ends the process
 PATIENCE_WITH_OTHERS = 120.0  # and another process that does not answer, which may still be busy with a batch
 INTERRUPTED = 130  # exit status, of the shells' convention
@@ -21,7 +21,7 @@ _ASKING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 _OVERDUE = getattr(signal, "SIGURG", None)
 _entered: list[InterruptFlag] = []
 _foreign = _waiting = False  # what the main thread is in
-left_behind = False  # whether foreign code was left, a thread of which may go on and would keep the process from ending
+left_behind = False  # whether foreign code was left: a thread of it may continue and keep the process from ending
 
 
 class Overdue(BaseException):
@@ -29,7 +29,7 @@ class Overdue(BaseException):
 
 
 def interrupted() -> bool:
-    """Whether a loop in this process was asked to stop and has not yet: nothing is worth waiting for."""
+    """Whether a loop in this process was told to stop and has not yet: nothing is worth waiting for."""
     return any(flag.raised for flag in _entered)
 
 

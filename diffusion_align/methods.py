@@ -29,7 +29,7 @@ SHIPPED = {
     "kto": "diffusion_align.llm.kto:KTOTrainer",
     "reward_model": "diffusion_align.llm.reward_model:RewardModelTrainer",
 }
-"""Name -> trainer class, imported when it is asked for."""
+"""Name -> trainer class, imported on first use."""
 _MODELS = {"image": "a text-to-image model", "text": "this language model"}
 
 

@@ -1,6 +1,6 @@
 """What comes from the Hugging Face Hub or its local cache, in the dtype that is required.
 
-Whether the Hub can be reached is found out once, within seconds: left to itself, its client asks again and again for
+Whether the Hub can be reached is found out once, within seconds: left to itself, its client retries again and again for
 half a minute and more for each file, and says so each time.
 """
 
@@ -31,7 +31,7 @@ def hub_or_cache(*sources: Any) -> Iterator[None]:
     """Around whatever may read ``sources`` from the Hub: without a connection it reads the cache alone, at once.
 
     Args:
-        sources: names as the libraries take them; nothing is asked where all of them are files or folders here.
+        sources: names as the libraries take them; nothing is requested where all of them are files or folders here.
     """
     from huggingface_hub import constants
 

@@ -142,7 +142,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def make_folder(path: str | Path, *, parents: bool = False) -> Path:
     """Make a folder unless it is there. Without ``parents``, what it is in must exist: a run's folder that was moved
-    or deleted while the run goes on is not made anew behind somebody's back."""
+    or deleted while the run continues is not made anew behind somebody's back."""
     check_path(path, f"the folder {short(str(path))}", to="writable", error=WriteError)
     with writing(path):
         Path(path).mkdir(parents=parents, exist_ok=True)

@@ -1,6 +1,6 @@
 """YAML as people write settings: no tags, no aliases, no key twice, and no number that may be read in two ways.
 
-A bare word such as ``no``, ``7e10`` or ``2024-11-30`` is text, a number or true and false by what is asked for, which
+A bare word such as ``no``, ``7e10`` or ``2024-11-30`` is text, a number or true and false by the requested type, which
 only a setting knows. ``parse(..., unread=True)`` leaves such words ``Unread``; without it they are read as they look.
 """
 
@@ -191,7 +191,7 @@ def _below(key: Any, value: Any, *, rows: bool) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Of the safe subset without tags, anchors and merges; resolves nothing but ``Unread``."""
+    """Loads the safe subset without tags, anchors and merges; resolves nothing but ``Unread``."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (declared so by the base class)
     _depth = 0

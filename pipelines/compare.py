@@ -163,7 +163,7 @@ def compare_texts(
         seed: of the first completion; see ``compare_models``, also for the interval.
         output: .jsonl or .md file of the pairs side by side: all of them, or the first 24.
         per_prompt: completions per prompt.
-        max_new_tokens: the most tokens of a completion.
+        max_new_tokens: the maximum number of tokens per completion.
         temperature: of both.
         on_samples: called with the number of completions sampled, of ``2 * per_prompt * len(prompts)``.
     """
@@ -218,7 +218,7 @@ def _rounds(prompts: Sequence[Any], metadata: Metadata | None, per_prompt: int) 
 
 
 def _loaded(kind: Any, models: Sequence[Any], check: Callable[[str], Any], judge: tuple[Kind, Any]) -> list[Any]:
-    """Pipelines of a ``kind``; first everything is said that is wrong with the models and the judge."""
+    """Pipelines of a ``kind``; first, everything wrong with the models and the judge is reported."""
     named = [str(model) for model in models if isinstance(model, str | Path)]
     problems = [one for name in named for one in problems_of(check, name)] + problems_of(declare, *judge)
     if problems:

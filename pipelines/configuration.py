@@ -139,7 +139,7 @@ def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str
                 rows.open_ahead(key, name if name in section.layouts else dataset_kind)
                 result[key] = rows.model_copy(update={"source": absolute_paths({key: rows.source})[key]})
             except ValidationError:
-                pass  # said where the whole configuration is read
+                pass  # reported where the whole configuration is read
             except ConfigError as error:
                 problems += error.problems
         elif section is not None and isinstance(value, Mapping):
@@ -151,7 +151,7 @@ def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str
 def _check_output_dir(raw: Mapping[str, Any]) -> None:
     given = raw.get("output_dir")
     if not isinstance(given, str | Path):
-        return  # said where the whole configuration is read
+        return  # reported where the whole configuration is read
     check_output(given, f"output_dir={short(os.path.expanduser(given), 320)}", "folder")
     folder = Path(os.path.expanduser(given))
     try:
@@ -164,7 +164,7 @@ def _check_output_dir(raw: Mapping[str, Any]) -> None:
         raise UserError(f"output_dir: {problem}")
     if used and raw.get("resume") is not True:
         raise UserError(
-            f"output_dir={str(folder)!r} is already used: choose another, or set resume=true to go on with that run"
+            f"output_dir={str(folder)!r} is already used: choose another, or set resume=true to resume that run"
         )
     if used:
         _check_resumed(folder, raw.get("method", DEFAULT))

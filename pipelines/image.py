@@ -228,10 +228,10 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     ) -> ImageAlignmentPipeline:
         """Train towards a reward or preferences; afterwards this pipeline samples with the trained weights.
 
-        What is trained, and the reference it is held to, starts from the weights as they are: those of a run, or of an
-        earlier call, are merged, and a new adapter is trained on them. Two exceptions: ``resume=True`` with this
-        pipeline's own run, one with LoRA, continues that run with its reference; and an adapter given as ``lora`` to
-        ``from_pretrained`` is itself trained further, the reference being the model without it.
+        Training and the reference start from the current weights: adapters of a run or an earlier call are merged, and
+        a new adapter is trained. Two exceptions: ``resume=True`` with this pipeline's own LoRA run resumes that run
+        with its reference; and an adapter given as ``lora`` to ``from_pretrained`` is itself trained further, with
+        the model without it as the reference.
 
         Args:
             method: "ddpo", which needs a ``reward`` and ``prompts``, or "diffusion_dpo", which needs ``pairs`` or, to
@@ -454,7 +454,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
 
 def _refuse_other_parts(pipeline: Any) -> None:
-    """What is trained and written is the UNet's adapter; a LoRA on a text encoder would be lost."""
+    """Only the UNet's adapter is trained and written; a LoRA on a text encoder would be lost."""
     others = sorted(adapters.adapted_parts(pipeline).keys() - {"unet"})
     if others:
         raise UserError(
@@ -488,7 +488,7 @@ def score_images(
         RewardError: the reward cannot score them.
     """
     if isinstance(images, Image.Image) or isinstance(prompts, str):
-        raise UserError("a single picture or prompt is given: give lists of one length")
+        raise UserError("a single image or prompt is given: give lists of one length")
     notes = [{} for _ in images] if metadata is None else metadata
     if not len(images) == len(prompts) == len(notes):
         also = "" if metadata is None else f" and {len(notes)} metadata"

@@ -28,12 +28,12 @@ from diffusion_align.training.progress import progress_bars
 
 
 def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
-    """Of a run on images.
+    """The context of a run on images.
 
     Args:
         config: checked settings.
-        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given. A run is trained on as it
-            ended: its adapters are merged, and a new one is trained with those weights as the reference.
+        pipeline: a loaded diffusers pipeline; ``config.model`` is loaded when not given. A run continues from its
+            final weights: its adapters are merged, and a new one is trained with those weights as the reference.
     """
     setting = {name: getattr(config, name, None) for name in ("pairs", "prompts", "reward", "reward_weights")}
     given, judged = setting["pairs"], config.evaluation
@@ -94,7 +94,7 @@ def _load(config: DenoisingConfig, plan: ModelRef) -> Any:
 
 
 def _seconds_a_pass(pipeline: Any, narrow: bool) -> float:
-    """Of a forward pass of two samples."""
+    """Seconds of a forward pass of two samples."""
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
     inputs = family.zero_inputs(network.config, 2, tokens=8, dtype=network.dtype)
@@ -104,7 +104,7 @@ def _seconds_a_pass(pipeline: Any, narrow: bool) -> float:
 def _checked_reward(
     spec: Any, model: str, policy: DenoisingPolicy, prompts: Sequence[Prompt], *, weights: Sequence[float] | None = None
 ) -> Any:
-    """The reward, or the weighted sum of several, asked once about a dummy batch."""
+    """The reward, or the weighted sum of several, called once with a dummy batch."""
     if isinstance(spec, list | tuple) or weights is not None:
         rewards = list(spec) if isinstance(spec, list | tuple) else [spec]
         spec = {"name": "combine", "rewards": rewards, "weights": weights}
@@ -132,10 +132,10 @@ def _evaluation(
 
 
 def _usable_pairs(settings: PairsConfig) -> PairSet:
-    """The pairs, every picture looked at before any model is loaded, and a line about what was left out."""
+    """The pairs, every image looked at before any model is loaded, and a line about what was left out."""
     pairs = open_pairs(settings)
     with progress_bars(transient=True, disable=not processes().is_main_process) as progress:
-        bar = progress.add_task("reading pictures", total=len(pairs))
+        bar = progress.add_task("reading images", total=len(pairs))
         pairs = pairs.check_pictures(lambda: progress.advance(bar))
         if pairs.ties or pairs.skipped:
             rows = ", ".join(map(str, list(pairs.skipped)[:10])) + (" ..." if len(pairs.skipped) > 10 else "")

@@ -1,6 +1,6 @@
 """Preference pairs from a model's own samples: several per prompt, of which a judge chooses the best and the worst.
 
-A folder of pairs holds ``pairs.jsonl`` (one pair a line), ``ties.jsonl`` (the prompts whose samples all scored alike)
+A folder of pairs holds ``pairs.jsonl`` (one pair per line), ``ties.jsonl`` (the prompts whose samples all scored alike)
 and ``pairs_settings.yaml``; of images also ``pictures/``, where the pairs name paths, and, when all is done, the grid
 ``pairs.png``. Rows of completions are what ``dpo`` and ``reward_model`` take as their dataset.
 """
@@ -67,7 +67,7 @@ class ImageCandidates:
         sample_name: of one sample, for messages.
     """
 
-    sample_name = "picture"
+    sample_name = "image"
 
     def __init__(
         self, model: str, *, steps: int | None = None, guidance_scale: float | None = None, eta: float | None = None
@@ -211,7 +211,7 @@ def make_pairs(
         done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
 
         def kept() -> str:
-            return f"{len(pairs)} pairs are in {output}: resume (--resume) to go on" if pairs or ties else ""
+            return f"{len(pairs)} pairs are in {output}: resume (--resume) to continue" if pairs or ties else ""
 
         content = candidates.load(judge)
         _check_content(output, content)
@@ -277,7 +277,7 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
     if not output.is_dir() or all(path.name == LOCK_FILE for path in output.iterdir()):
         return
     if not resume:
-        raise UserError(f"output={str(output)!r} is already used: choose another folder, or resume (--resume) to go on")
+        raise UserError(f"output={str(output)!r} is already used: choose another folder, or resume it (--resume)")
     if not (output / SETTINGS).is_file():
         raise UserError(f"output={str(output)!r} cannot be resumed: it has no {SETTINGS}, choose another folder")
     begun = load_yaml(output / SETTINGS)
@@ -288,7 +288,7 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
 
 
 def _check_content(output: Path, content: Identity) -> None:
-    """The model and the judge of pairs that are gone on with must hold what they held."""
+    """The model and the judge of resumed pairs must hold what they held."""
     if not (output / SETTINGS).is_file():
         return
     begun = load_yaml(output / SETTINGS).get("content")
@@ -323,10 +323,11 @@ def _read_rows(path: Path) -> list[Row]:
         if whole != text:
             write_text(path, whole)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): mend it, or choose another output folder") from None
+        raise UserError(f"{path} cannot be read ({error}): fix it, or choose another output folder") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not _KEYS[path.name] <= row.keys():
-            raise UserError(f"{path}: line {number} is none of ours: mend it, or choose another output folder")
+            problem = f"{path}: line {number} was not written by this command"
+            raise UserError(f"{problem}: fix or remove it, or choose another output folder")
     return rows
 
 

@@ -105,11 +105,14 @@ class AlignmentPipeline(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's weights."""
+        """The dtype of the model's weights."""
         return cast(torch.dtype, self._loaded.dtype)
 
     def to(self, device: str | torch.device) -> Self:
         """Move the model; returns this pipeline.
+
+        Args:
+            device: "cpu", "cuda", "cuda:1" or the like.
 
         Raises:
             UserError: there is no such device.
@@ -123,7 +126,7 @@ class AlignmentPipeline(ABC):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Of what is not there: where the model has it, the error says so."""
+            """Raise; where the loaded model has the attribute, the error says so."""
             place = self.inside
             has = not name.startswith("_") and hasattr(self.__dict__.get(place), name)
             where = f": use .{place}.{name}" if has else ""
@@ -171,7 +174,7 @@ class AlignmentPipeline(ABC):
             return upload(folder, repo_id, private=private, token=token)
 
     def _refuse_load_time(self, settings: Mapping[str, Any]) -> None:
-        """What has to be said before there are weights is no setting of ``align``."""
+        """Load-time settings are not settings of ``align``."""
         if "model" in settings:
             raise UserError(f"model={settings['model']!r} is not this pipeline's: load it with from_pretrained")
         for name, argument in self.load_time.items():

@@ -61,7 +61,7 @@ NOT_LOADED = {
 
 @dataclass(frozen=True)
 class WrittenTexts:
-    """What a call returns: one completion a prompt."""
+    """What a call returns: one completion per prompt."""
 
     texts: list[str]
 
@@ -152,7 +152,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
             raise
         trainer.optimization.load_ema_weights()
         self.model, self.name, self.run = merged(model), str(config.output_dir), config.output_dir
-        # What is trained next is trained on this, and its adapter's configuration has to say so.
+        # The next run is trained on this, and its adapter's configuration must name it.
         self.model.name_or_path = self.model.config.name_or_path = str(config.output_dir / "final")
         return self
 
@@ -171,7 +171,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         Args:
             prompts: texts, or conversations (lists of messages) that go through the chat template; one or several.
             seed: completion i depends on its prompt, ``seed`` and i, whatever else is written.
-            max_new_tokens: the most tokens of a completion.
+            max_new_tokens: the maximum number of tokens per completion.
             temperature: above 0; small is nearly greedy.
             batch_size: completions written at once.
 
@@ -245,7 +245,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
             metadata: mappings, one for each prompt: the columns that the judge names.
             seed: of the first completion; the i-th of each uses ``seed + i``.
             per_prompt: completions per prompt.
-            max_new_tokens: the most tokens of a completion.
+            max_new_tokens: the maximum number of tokens per completion.
             temperature: of both models.
             output: .jsonl or .md file to write the pairs to, side by side.
 
@@ -289,7 +289,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
             metadata: mappings, one for each prompt: the columns that the judge names; they are kept in the rows.
             per_prompt: completions per prompt, at least 2.
             seed: of the first completion; the i-th uses ``seed + i``.
-            max_new_tokens: the most tokens of a completion.
+            max_new_tokens: the maximum number of tokens per completion.
             temperature: of sampling.
             resume: continue the pairs in ``output``, which must have been begun with the same settings.
         """

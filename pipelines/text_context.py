@@ -46,7 +46,7 @@ MOST_CHECKED = 10_000
 
 
 def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunContext:
-    """Of a run on text.
+    """The context of a run on text.
 
     Args:
         config: checked settings of any text method.
@@ -107,7 +107,7 @@ def _sources(config: Any) -> dict[str, TextDataConfig]:
 
 
 def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, LanguagePolicy | RewardModel]:
-    """What is trained, with the settings and the accelerator of the run; the precision depends on the model."""
+    """The trained model, with the settings and the accelerator of the run; the precision depends on the model."""
     classifier = _trains_classifier(config)
     reference = None
     if classifier:
@@ -191,7 +191,7 @@ def bare_rows(prompts: Sequence[Any], encoder: TextEncoder, *, name: str) -> lis
         return prompt_rows(data, encoder, name=name).rows
     except ConfigError as error:
         # There is no source of which bad rows could be left out, or that would hold no others.
-        of_a_source = f"{name}.source=", f"{name}: mend"
+        of_a_source = f"{name}.source=", f"{name}: fix"
         raise ConfigError([problem for problem in error.problems if not problem.startswith(of_a_source)]) from None
 
 
@@ -249,6 +249,6 @@ def check_rows(config: Any) -> tuple[dict[str, int], list[str]]:
 
 
 def _seconds_a_pass(model: Any, narrow: bool) -> float:
-    """Of a forward pass of two short texts."""
+    """Seconds of a forward pass of two short texts."""
     ids = torch.zeros(2, 32, dtype=torch.int64)
     return best_seconds(lambda: model(input_ids=ids, use_cache=False), narrow)

@@ -317,7 +317,7 @@ def test_bombs_and_places_that_are_no_files(tmp_path):
         open_image(encoded(NOISE), max_pixels=4095)
     os.mkfifo(tmp_path / "fifo")
     for place in (tmp_path, tmp_path / "none", tmp_path / "fifo", "a\0b"):
-        with pytest.raises(UnreadableImage, match=r"^is not a picture file$"):
+        with pytest.raises(UnreadableImage, match=r"^is not an image file$"):
             open_image(place)
 
 

@@ -74,7 +74,7 @@ def _place(*names: str, help: str | None = None) -> Any:
     return typer.Option(*names, parser=_path, metavar="PATH", help=help)
 
 
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to draw; repeat for more")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="a prompt; repeat for more")]
 PromptFile = Annotated[
     str | None,
     typer.Option(
@@ -97,7 +97,7 @@ def train(
     config: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted keys, values as YAML")] = None,
 ) -> None:
-    """Train as CONFIG says; `resume=true` goes on with the run in output_dir."""
+    """Train as CONFIG says; `resume=true` resumes the run in output_dir."""
     from diffusion_align.pipelines.configuration import read_config
     from diffusion_align.pipelines.run import run
 
@@ -128,9 +128,9 @@ def sample(
     _check_output(output, "folder")
     _hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model)
-    drawn = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
-    drawn.save(output)
-    _print(f"wrote {len(texts)} pictures and grid.png to {output}")
+    sampled = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    sampled.save(output)
+    _print(f"wrote {len(texts)} images and grid.png to {output}")
 
 
 @app.command()
@@ -163,8 +163,8 @@ def complete(
     written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
     for text, completion in zip(texts, written, strict=True):
         last = text if isinstance(text, str) else text_of(text[-1:])
-        asked, said = (printable(one, keep="\n\t") for one in (last, completion))
-        shown = Text(asked, style="dim").append(said, "not dim")
+        question, answer = (printable(one, keep="\n\t") for one in (last, completion))
+        shown = Text(question, style="dim").append(answer, "not dim")
         _console.print(shown, highlight=False, soft_wrap=True)
     if output is not None:
         rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
@@ -181,17 +181,17 @@ def score(
     option: RewardOptions = None,
     model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
 ) -> None:
-    """Score images with a reward; give one prompt for all or one for each. Without any the prompt is empty."""
+    """Score images with a reward; give one prompt for all, or one per image. The default prompt is empty."""
     import torch
 
     from diffusion_align.pipelines.image import score_images
 
-    asked = _prompts(prompt, prompts) if prompt or prompts else [("", {})]
-    if len(asked) == 1:
-        asked = asked * len(images)
-    if len(asked) != len(images):
-        raise UserError(f"{len(asked)} prompts for {len(images)} pictures: give one prompt, or one for each")
-    texts, metadata = zip(*asked, strict=True)
+    given = _prompts(prompt, prompts) if prompt or prompts else [("", {})]
+    if len(given) == 1:
+        given = given * len(images)
+    if len(given) != len(images):
+        raise UserError(f"{len(given)} prompts for {len(images)} images: give one prompt, or one per image")
+    texts, metadata = zip(*given, strict=True)
     pictures = [_open(path) for path in images]
     _hide_loading_bars()
     function = _reward(reward, option, model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -220,7 +220,7 @@ def serve_reward(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
     prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
 ) -> None:
-    """Serve a reward over HTTP; runs elsewhere ask it with reward: {name: remote, url: ...}."""
+    """Serve a reward over HTTP; runs elsewhere call it with reward: {name: remote, url: ...}."""
     import torch
 
     from diffusion_align.inputs import check_device
@@ -251,7 +251,7 @@ def serve_reward(
 def compare(
     first: Annotated[str, typer.Argument(help="model or run folder A")],
     second: Annotated[str, typer.Argument(help="model or run folder B")],
-    judge: Annotated[str, typer.Option(help="reward that decides")],
+    judge: Annotated[str, typer.Option(help="reward that judges the pairs")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
     per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="samples per prompt by each model")] = 1,
@@ -262,7 +262,7 @@ def compare(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
 ) -> None:
-    """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge."""
+    """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge them."""
     from diffusion_align.models.language_models import model_kind
     from diffusion_align.pipelines.compare import compare_models, compare_texts
 
@@ -328,7 +328,7 @@ def _check_kind(kind: str, of_images: dict[str, Any], of_text: dict[str, Any]) -
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER", help="run folder")]) -> None:
-    """Write report.html of a run anew, also while it is running."""
+    """Rewrite report.html of a run, also while it is running."""
     from diffusion_align.report import write_report
 
     try:
@@ -342,10 +342,10 @@ def report(folder: Annotated[Path, typer.Argument(parser=_path, metavar="FOLDER"
 def estimators(
     q: Annotated[Gaussian, typer.Option(help="mean and std of the Gaussian that is sampled")] = _Q,
     p: Annotated[Gaussian, typer.Option(help="mean and std of the reference")] = _P,
-    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="drawn from q")] = 10_000,
+    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="sampled from q")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the samples")] = 0,
     actions: Annotated[int, typer.Option(min=2, max=1000, help="of the softmax policy; 4 is a fixed example")] = 4,
-    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="draw its logits")] = None,
+    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="of random logits")] = None,
     plot: Annotated[Path | None, _place(help="folder for two figures")] = None,
 ) -> None:
     """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
@@ -591,9 +591,9 @@ def _open(path: Path) -> Any:
     from diffusion_align.images import UnreadableImage, open_image
     from diffusion_align.inputs import check_path
 
-    check_path(path, f"picture {short(str(path))}")
+    check_path(path, f"image {short(str(path))}")
     if not path.exists():
-        raise UserError(f"there is no picture {path}")
+        raise UserError(f"there is no image {path}")
     try:
         return open_image(path)
     except UnreadableImage as problem:

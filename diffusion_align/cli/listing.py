@@ -1,4 +1,4 @@
-"""What `diffusion-align list` says."""
+"""What `diffusion-align list` prints."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _configs() -> Entries:
 
 def _models() -> Entries:
     about = {
-        "emoji-sd": "pictures: draws 64x64 emoji-like pictures of 294 concepts, small enough for a CPU",
-        "tiny-lm": "text: writes English sentences letter by letter, small enough for a CPU",
+        "emoji-sd": "images: samples 64x64 emoji-like images of 294 concepts, small enough for a CPU",
+        "tiny-lm": "text: generates English sentences letter by letter, small enough for a CPU",
         "smollm2": "text: SmolLM2-135M-Instruct, from a wheel; see the README",
     }
     return [
@@ -42,17 +42,17 @@ def _models() -> Entries:
 
 
 def _prompts() -> Entries:
-    pictures = [(name, _for_pictures(load_prompts(path))) for name, path in shipped_prompts().items()]
+    images = [(name, _for_images(load_prompts(path))) for name, path in shipped_prompts().items()]
     texts = [
         (name, f"{len(open_table(TableSource('prompts', str(path), lines='prompt')))} prompts for text")
         for name, path in shipped_text_prompts().items()
     ]
-    return [(name, [about]) for name, about in pictures + texts]
+    return [(name, [about]) for name, about in images + texts]
 
 
-def _for_pictures(prompts: Sequence[Prompt]) -> str:
+def _for_images(prompts: Sequence[Prompt]) -> str:
     keys = ", ".join(dict.fromkeys(key for _, metadata in prompts for key in metadata))
-    return f"{len(prompts)} prompts for pictures" + (f", with the metadata {keys}" if keys else "")
+    return f"{len(prompts)} prompts for images" + (f", with the metadata {keys}" if keys else "")
 
 
 def _pairs() -> Entries:

@@ -52,7 +52,7 @@ def composite(rgba: Tensor, colour: Sequence[int] | Tensor) -> Tensor:
 
     Args:
         rgba: (..., H, W, 4) uint8, colours already multiplied by alpha.
-        colour: (..., 3) in 0..255, one a picture or one for all.
+        colour: (..., 3) in 0..255, one per image or one for all.
     """
     values = rgba.float() / 255
     background = torch.as_tensor(colour, dtype=torch.float32, device=rgba.device) / 255
@@ -90,7 +90,7 @@ _SIDES = ("chosen", "rejected")
 def load_preferences(
     split: Literal["train", "heldout", "all"] = "train", *, backgrounds: Sequence[str] = ("white",)
 ) -> list[PreferencePair]:
-    """The pairs of a split, each concept once on every background asked for.
+    """The pairs of a split, each concept once on every requested background.
 
     The prompt is the caption emoji-sd knows: "a fox", or "a fox on a blue background" where the background is not
     white. It does not name the style.

@@ -1,7 +1,7 @@
-"""Preference pairs of pictures: the embedded drawings, a file, a folder or a Hugging Face dataset.
+"""Preference pairs of images: the embedded drawings, a file, a folder or a Hugging Face dataset.
 
 Rows are ``prompt, chosen, rejected`` or, as in Pick-a-Pic, ``caption, jpg_0, jpg_1, label_0`` where the label says
-whether picture 0 wins. Pictures are decoded when asked for and never kept.
+whether image 0 wins. Images are decoded on access and never kept.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PairSet:
         """Chosen and rejected of pair ``i``, (3, H, W) float32 in [0, 1], scaled to cover ``size`` and centre-cropped.
 
         Raises:
-            ConfigError: a picture that cannot be read.
+            ConfigError: an image that cannot be read.
         """
         try:
             chosen, rejected = (_fitted(value, side, self._table.folder, size) for side, value in self._cells(i))
@@ -101,7 +101,7 @@ class PairSet:
         return [row, self.prompts[i], *(self._contents.get(row) or self._digests(i))]
 
     def check_pictures(self, advance: Callable[[], None] = lambda: None) -> PairSet:
-        """The pairs whose pictures can all be used; decodes each once and calls ``advance`` after each pair.
+        """The pairs whose images can all be used; decodes each once and calls ``advance`` after each pair.
 
         Raises:
             ConfigError: bad rows without ``skip_bad_rows``, or no pair is left.
@@ -135,20 +135,20 @@ class PairSet:
         return list(zip(("chosen", "rejected"), (first, second) if self._first_wins[i] else (second, first)))
 
     def _looked_at(self, i: int) -> tuple[str | None, list[str]]:
-        """What is wrong with the images of pair ``i``, and else the digests of their content."""
+        """The problem with the images of pair ``i``, or the digests of their contents."""
         try:
             chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
             if chosen.size != rejected.size:
                 sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen.size, *rejected.size)
                 raise BadRow(f"{sizes}: both must have one size")
             if chosen.tobytes() == rejected.tobytes():
-                raise BadRow("chosen and rejected are the same picture")
+                raise BadRow("chosen and rejected are the same image")
         except BadRow as bad:
             return f"pairs: row {self.rows[i]}: {bad}", []
         return None, self._digests(i)
 
     def _digests(self, i: int) -> list[str]:
-        """Of the content of the chosen and the rejected image of pair ``i``."""
+        """Digests of the contents of pair ``i``'s chosen and rejected images."""
         try:
             sources = [_picture_source(value, side, self._table.folder) for side, value in self._cells(i)]
             return [_digest(source) for source in sources]
@@ -157,7 +157,7 @@ class PairSet:
 
 
 def open_pairs(config: PairsConfig) -> PairSet:
-    """The pairs of ``config.source``; labels, prompts and the presence of the pictures are checked here.
+    """The pairs of ``config.source``; labels, prompts and the presence of the images are checked here.
 
     Raises:
         ConfigError: everything that is wrong, at once.
@@ -212,7 +212,7 @@ def _label(value: Any) -> float | None:
 def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
     chosen, rejected = (_picture_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
     if isinstance(chosen, Path) and chosen == rejected:
-        raise BadRow("chosen and rejected are the same picture")
+        raise BadRow("chosen and rejected are the same image")
 
 
 def _as_file(cell: Any) -> Any:
@@ -237,22 +237,22 @@ def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | byte
     if isinstance(value, Tensor) or (isinstance(value, bytes) and value):
         return value
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"{side} is {short(value)}, not the path or the bytes of a picture")
+        raise BadRow(f"{side} is {short(value)}, not the path or the bytes of an image")
     path = (folder or Path()) / value
     if not os.path.isfile(path):
-        raise BadRow(f"the picture {short(value)[1:-1]} is missing")
+        raise BadRow(f"the image {short(value)[1:-1]} is missing")
     return path
 
 
 def _digest(source: Tensor | bytes | Path) -> str:
-    """Of an image's file, be it on its own or inside a table; of a tensor's numbers."""
+    """Digest of an image file, alone or inside a table, or of a tensor's numbers."""
     if isinstance(source, Tensor):
         return content_digest([source])
     return file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
 
 
 def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
-    """The picture in RGB, as ``open_image`` reads it."""
+    """The image in RGB, as ``open_image`` reads it."""
     source = _picture_source(value, side, folder)
     if isinstance(source, Tensor):
         return Image.fromarray((source * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -33,7 +33,7 @@ _AS_TEXT = (date, time, timedelta, Decimal, UUID)
 
 
 class PromptsConfig(RowsConfig):
-    """Where the prompts for pictures come from; a bare list, file or name stands for its ``source``."""
+    """Where the prompts for images come from; a bare list, file or name stands for its ``source``."""
 
     places = _PLACES
     layouts: ClassVar[Mapping[str, Layouts]] = {"prompts": LAYOUTS}
@@ -76,7 +76,7 @@ def load_prompts(source: PromptsConfig | str | Path | Iterable[Any] | Mapping[st
     """Prompts with their metadata: a row's other columns, for the reward. Equal prompts are all kept.
 
     Metadata are plain values: text, numbers, true, false, None, lists and mappings of these. A .csv file holds text
-    alone, so a count of 3 is "3" there. Dates and decimal numbers become text. Columns with pictures or other bytes
+    alone, so a count of 3 is "3" there. Dates and decimal numbers become text. Columns with images or other bytes
     are left out and not read. A row of a list or of a .jsonl file has only the keys it was given.
 
     Args:
@@ -153,7 +153,7 @@ def _rows(table: Table, column: str) -> Generator[tuple[Any, dict[Any, Any]], No
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether values of an Arrow type have bytes in them, as a picture's struct of bytes and path has."""
+    """Whether values of an Arrow type have bytes in them, as an image's struct of bytes and path has."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):

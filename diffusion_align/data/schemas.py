@@ -1,4 +1,4 @@
-"""Rows as a setting names them: where they are, our names of their columns, and what is said of bad ones."""
+"""Rows as a setting names them: where they are, our names of their columns, and what is reported about bad ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from diffusion_align.errors import ConfigError, together
 from diffusion_align.training.config import Section, nearest
 
 MOST_CHARACTERS = 1_000_000
-"""Of one prompt or completion."""
+"""Per prompt or completion."""
 _AS_TEXT = PlainSerializer(lambda rows: str(rows), return_type=str, when_used="json")
 Source = str | list[Any] | Annotated[InstanceOf[GivenRows], _AS_TEXT]
 """A file, folder, Hub dataset or shipped name; rows; or rows of which ``config.yaml`` holds a digest only."""
@@ -66,7 +66,7 @@ class RowsConfig(Section):
     source: Source = Field(description="where the rows are, or the rows themselves")
     split: str = Field("train", min_length=1, description="a dataset's own split")
     columns: dict[str, str] | None = Field(None, description="our name -> the source's")
-    skip_bad_rows: bool = Field(False, strict=True, description="leave rows out that cannot be used")
+    skip_bad_rows: bool = Field(False, strict=True, description="leave out rows that cannot be used")
 
     @model_validator(mode="before")
     @classmethod
@@ -140,11 +140,11 @@ class RowsConfig(Section):
     def check_usable(self, name: str, count: int, bad: Collection[str], nothing: str) -> None:
         """ConfigError if no row is left, which ``nothing`` says, or ``bad`` ones, sentences, may not be left out."""
         if not count or (bad and not self.skip_bad_rows):
-            remedy = f"{name}: mend the rows above, or set {name}.skip_bad_rows=true to leave them out"
+            remedy = f"{name}: fix the rows above, or set {name}.skip_bad_rows=true to leave them out"
             raise ConfigError([*listed(list(bad), name), remedy if count else f"{nothing}: give at least one"])
 
     def opened(self, name: str, kind: str) -> Any:
-        """The rows, as far as they can be read without a model: what ``open_ahead`` opened, for the first who asks.
+        """The rows, as far as they can be read without a model: what ``open_ahead`` opened, for the first caller.
 
         Args:
             name: what the setting is called, for messages.

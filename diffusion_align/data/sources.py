@@ -1,7 +1,7 @@
 """Tables of rows: what Python holds, a file with rows, a folder or a Hugging Face dataset.
 
 A parquet file or folder, and a Hub dataset without ``max_rows``, becomes a table mapped from disk. With ``max_rows``
-the rows of a Hub dataset are streamed, no more of them than are asked for.
+the rows of a Hub dataset are streamed, no more of them than are needed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ListTable:
         return len(self.rows)
 
     def scan(self, names: Sequence[str], outlined: Sequence[str] = ()) -> Cells:
-        """The cells of each row, in the order asked for; in ``outlined`` a single byte may stand for all bytes."""
+        """The cells of each row, in the requested order; in ``outlined`` a single byte may stand for all bytes."""
         for row in range(len(self)):
             yield self.cells(row, names)
 
@@ -94,7 +94,7 @@ class ListTable:
 
 
 class ArrowTable:
-    """Rows of an Arrow table mapped from disk; pictures are bytes, paths or structs of both."""
+    """Rows of an Arrow table mapped from disk; images are bytes, paths or structs of both."""
 
     def __init__(self, table: Any, folder: Path | None = None) -> None:
         self.table, self.folder, self.names = table, (folder or Path()).absolute(), table.column_names
@@ -111,7 +111,7 @@ class ArrowTable:
 
 
 class StreamedTable(ArrowTable):
-    """Rows of a Hub dataset: ``scan`` downloads as many as it is asked for, which are the table from then on."""
+    """Rows of a Hub dataset: ``scan`` downloads as many as it is told to, which are the table from then on."""
 
     def __init__(self, source: TableSource) -> None:
         import pyarrow as pa
@@ -129,7 +129,7 @@ class StreamedTable(ArrowTable):
         import pyarrow as pa
 
         first, rest = self._first, self._rest
-        self._first = self._rest = None  # each would hold on to a block of pictures
+        self._first = self._rest = None  # each would keep alive a block of images
         if first is None:
             return
         console = Console(stderr=True)
@@ -170,7 +170,7 @@ class GivenRows:
 
     @cached_property
     def _digest(self) -> str:
-        """Of all rows; of an Arrow table with more than 64 MB, of 4096 evenly spaced ones."""
+        """Digest of all rows, or of 4096 evenly spaced ones if an Arrow table has more than 64 MB."""
         names, count = self.table.names, len(self)
         large = isinstance(self.table, ArrowTable) and self.table.table.nbytes > 64_000_000
         digest = hashlib.sha256(repr((names, count)).encode())
@@ -253,7 +253,7 @@ def _scan(table: Any, names: Sequence[str], outlined: Sequence[str]) -> Cells:
 
 
 def _outline(column: Any) -> list[Any]:
-    """A column of pictures with one byte in place of each picture's bytes, which are not read."""
+    """A column of images with one byte in place of each image's bytes, which are not read."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -391,7 +391,7 @@ def _loading(source: TableSource) -> Iterator[None]:
             yield
     except Exception as error:  # builders, pyarrow, the Hub and the network each raise their own
         reason = first_line(error.__cause__ or error)
-        remedy = "check the name, the network and your access to it" if is_hub(source.source) else "mend it"
+        remedy = "check the name, the network and your access to it" if is_hub(source.source) else "fix it"
         raise ConfigError([f"{source}, split {source.split!r}, cannot be loaded ({reason}): {remedy}"]) from None
     finally:
         if silence:
@@ -425,7 +425,7 @@ def _read(source: TableSource, path: Path) -> Sequence[dict[str, Any]]:
 
 def _csv_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(max(len(text), 1))  # Python's own is 128 kB a cell
+    limit = csv.field_size_limit(max(len(text), 1))  # Python's own is 128 kB per cell
     try:
         names = [name for name in reader.fieldnames or () if name]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -434,7 +434,7 @@ def _csv_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
         return list(reader)
     except csv.Error as error:
         line = f"line {reader.reader.line_num} is not valid CSV ({error})"
-        raise ConfigError([f"{source}: {line}: mend it"]) from None
+        raise ConfigError([f"{source}: {line}: fix it"]) from None
     finally:
         csv.field_size_limit(limit)
 

@@ -2,7 +2,7 @@
 
 ``prompt``; ``prompt, chosen, rejected`` or ``chosen, rejected``; ``prompt, completion, label``: texts, or conversations
 (lists of messages with role and content) that go through the tokenizer's chat template. The other columns stay with
-the row, for rewards. Differences from TRL are said where they are.
+the row, for rewards. Each difference from TRL is noted where it occurs.
 """
 
 from __future__ import annotations

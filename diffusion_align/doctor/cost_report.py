@@ -20,7 +20,7 @@ from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.launch import best_seconds
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
-"""Name -> memory in GB and dense bf16 operations a second, float32 accumulation, from the makers' data sheets."""
+"""Name -> memory in GB and dense bf16 operations per second, float32 accumulation, from the makers' data sheets."""
 SHARE_OF_PEAK = 0.4
 TIMED_BELOW = 100e6
 """Parameters of a UNet: below, a pass is timed on a CPU, and a GPU would not be kept busy enough to estimate it."""
@@ -28,7 +28,7 @@ TIMED_BELOW = 100e6
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on a GPU: what stays, and what each phase needs on top of it."""
+    """Bytes per GPU: what stays, and what each phase needs on top of it."""
 
     weights: int
     trained: int
@@ -43,7 +43,7 @@ class Memory:
 
 
 def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost) -> Lines:
-    """Estimated memory on a GPU and time of an epoch."""
+    """Estimated memory per GPU and time per epoch."""
     unet, vae = model.configs["unet"], model.configs["vae"]
     dtype = getattr(torch, config.dtype)
     autocast = {"no": None, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
@@ -83,20 +83,20 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
     )
     return [
         *_memory_lines(config, cost, memory, sizes, train_batch, guided),
-        ("time an epoch, estimated", ""),
-        ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs a UNet pass; {backward}"),
+        ("time per epoch, estimated", ""),
+        ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs per UNet pass; {backward}"),
         *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
         *_time_here(config, model, cost, passes),
     ]
 
 
 def evaluation_passes(config: DenoisingConfig) -> float:
-    """Forward passes of the network, an epoch on average."""
+    """Forward passes of the network for evaluations, per epoch on average."""
     return (2 if config.sampler.guidance_scale > 1 else 1) * config.sampler.steps * _evaluated(config)
 
 
 def _evaluated(config: DenoisingConfig) -> float:
-    """Images of an evaluation, an epoch on average."""
+    """Images sampled for evaluations, per epoch on average."""
     return config.evaluation.pictures / config.evaluation.every if config.evaluation else 0
 
 
@@ -109,19 +109,19 @@ def _memory_lines(
     name = f"LoRA of rank {config.lora.rank}" if config.lora else "whole UNet"
     precision = {"no": "float32", "auto": "bf16"}.get(config.mixed_precision, config.mixed_precision)
     return [
-        ("memory of a GPU, estimated", ""),
+        ("memory per GPU, estimated", ""),
         ("frozen weights", f"{gigabytes(memory.weights)}: {parts}"),
         (
             "trained",
             f"{gigabytes(memory.trained)}: {name}, {cost.trained / 1e6:.1f} M parameters with gradients and Adam",
         ),
-        ("recorded latents", f"{gigabytes(memory.recorded)} of an epoch, if one process draws them all"),
+        ("recorded latents", f"{gigabytes(memory.recorded)} per epoch, if one process samples them all"),
         (
             "training pass",
             f"{gigabytes(memory.training)} in {precision}, {train_batch} samples with their backward pass",
         ),
         ("sampling pass", f"{gigabytes(memory.sampling)}, {config.sample_batch_size * guided} samples"),
-        ("decoding", f"{gigabytes(memory.decoding)}, {config.sample_batch_size} pictures"),
+        ("decoding", f"{gigabytes(memory.decoding)}, {config.sample_batch_size} images"),
         ("at the peak", f"{gigabytes(memory.peak)}; CUDA itself (about 1 GB) and the reward's model come on top"),
     ]
 
@@ -146,7 +146,7 @@ def _epoch_time(config: DenoisingConfig, seconds: float, memory: Memory, size: f
 
 
 def _gpu_rate() -> float:
-    """Operations a second of a large matrix product in bf16, the best of a few."""
+    """Operations per second of a large matrix product in bf16, the best of a few."""
     matrix = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
     seconds = []
     for _ in range(5):

@@ -142,8 +142,8 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     each = math.ceil(cost.units / config.updates_per_epoch) * (cost.actions // max(1, cost.units))
     batches = f"{math.ceil(each / config.micro_batch_size)} of {config.micro_batch_size}"
     lines += [
-        ("steps an update", f"{each} of all processes together, its effective batch"),
-        ("micro-batches an update", f"{batches}, their gradients added up; shared among the processes"),
+        ("steps per update", f"{each} of all processes together, its effective batch"),
+        ("micro-batches per update", f"{batches}, their gradients added up; shared among the processes"),
     ]
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []
     if not unet or not vae:
@@ -164,7 +164,7 @@ def _as_scheduler(settings: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def _rewards(config: Any, origin: str) -> Lines:
-    """Of the rewards, and of the CLIP that tells how different pictures are. ``origin``: see ``ModelFiles``."""
+    """Lines about the rewards and the CLIP that measures how different images are. ``origin``: see ``ModelFiles``."""
     held_out = config.evaluation.reward if config.evaluation else None
     specs = [(spec, "") for spec in _reward_specs(getattr(config, "reward", None))]
     specs += [(spec, ", held out") for spec in _reward_specs(held_out)]
@@ -240,19 +240,19 @@ def _describe_text(config: Any) -> tuple[Lines, list[str]]:
     if held_out is not None:
         often = "epoch" if held_out.every == 1 else f"{held_out.every} epochs"
         lines.append(("evaluation", f"{held_out.samples} completions, every {often}"))
-    lines.append(("samples an update", f"{each} in micro-batches of {config.micro_batch_size}"))
+    lines.append(("samples per update", f"{each} in micro-batches of {config.micro_batch_size}"))
     if counts:
         lines.append(("rows checked", ", ".join(f"{count} of {name}" for name, count in counts.items())))
     return lines, problems
 
 
 def _describe_other(config: Any) -> tuple[Lines, list[str]]:
-    """Of a method that loads by itself what it trains."""
+    """Lines about a method that loads its own model."""
     return _describe_epoch(config, method_of(config.method).epoch_cost(config)), []
 
 
 def _describe_epoch(config: Any, cost: EpochCost, evaluation: float = 0, network: str = "") -> Lines:
-    """Lines about an epoch; ``evaluation``: forward passes of held-out samples, an epoch on average."""
+    """Lines about an epoch; ``evaluation``: forward passes of held-out samples, per epoch on average."""
     used = {
         "while sampling": cost.sampling,
         "for the reference": cost.reference,
@@ -262,9 +262,9 @@ def _describe_epoch(config: Any, cost: EpochCost, evaluation: float = 0, network
         "and backward while training": cost.trained,
     }
     return [
-        ("an epoch", ""),
+        ("per epoch", ""),
         ("epochs", str(config.epochs)),
         cost.what,
-        ("optimizer steps an epoch", str(config.updates_per_epoch * config.inner_epochs)),
-        (f"{network}passes an epoch", ", ".join(f"{n:.7g} forward {what}" for what, n in used.items() if n)),
+        ("optimizer steps per epoch", str(config.updates_per_epoch * config.inner_epochs)),
+        (f"{network}passes per epoch", ", ".join(f"{n:.7g} forward {what}" for what, n in used.items() if n)),
     ]

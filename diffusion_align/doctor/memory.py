@@ -26,11 +26,11 @@ _WIDE = (functional.group_norm, functional.layer_norm)
 
 @dataclass(frozen=True)
 class UNetCost:
-    """Of a UNet with what is trained on it.
+    """The cost of a UNet with its trained weights.
 
     Attributes:
         frozen, trained: parameters.
-        flops: of a forward pass of one sample, 2 a multiply-add, without adapters. Attention is counted, which
+        flops: of a forward pass of one sample, 2 per multiply-add, without adapters. Attention is counted, which
             published numbers of multiply-adds often leave out.
         kept: bytes that a forward pass of ``train_batch`` samples keeps for the backward pass, parameters excluded.
         working: bytes that a pass of ``sample_batch`` samples without gradients has in use at its peak.
@@ -45,7 +45,7 @@ class UNetCost:
 
 @dataclass(frozen=True)
 class DecoderCost:
-    """Of a VAE that decodes a batch: flops, and the bytes in use at the peak."""
+    """The cost of decoding a batch with a VAE: flops, and the bytes in use at the peak."""
 
     flops: int
     working: int
@@ -66,9 +66,9 @@ def unet_cost(
     Args:
         unet: its ``config.json``.
         lora: adapters to train; None trains the whole network.
-        train_batch, sample_batch: samples in one pass, with guidance twice the pictures.
+        train_batch, sample_batch: samples in one pass, with guidance twice the images.
         tokens: of a prompt.
-        dtype: of frozen weights; what is trained is float32.
+        dtype: of frozen weights; trained weights are float32.
         autocast: the dtype of mixed precision, None without.
     """
     from diffusers import UNet2DConditionModel

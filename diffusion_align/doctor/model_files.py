@@ -100,7 +100,7 @@ def _under_a_run(config: DenoisingConfig, plan: ModelRef) -> ModelFiles:
 
 
 def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: bool) -> ModelFiles:
-    """Of diffusers' layout: a folder, to be ``complete``, or a snapshot of the Hub, whose rest is downloaded."""
+    """Files in diffusers' layout: a ``complete`` folder, or a Hub snapshot whose missing files are downloaded later."""
     model, variant = config.model, config.weights_variant
     lines, problems = [("model", f"{model} ({where})")], []
     index = _read(folder / "model_index.json")
@@ -134,14 +134,14 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
 
 
 def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:
-    """Of a checkpoint in one file, whose configuration stands elsewhere."""
+    """Files of a single-file checkpoint, whose configuration is stored elsewhere."""
     if not path.is_file():
         return ModelFiles({}, [("model", f"{config.model} (missing)")])
     line = ("model", f"{config.model} (one file, {gigabytes(path.stat().st_size)})")
     if config.base_config is None:
-        return ModelFiles({}, [line, ("base_config", "not given: what to build is asked of the Hub")], here=True)
+        return ModelFiles({}, [line, ("base_config", "not given: diffusers looks it up on the Hub")], here=True)
     base = find_model(config.model_copy(update={"model": config.base_config}))
-    found = f"{config.base_config} ({'found' if base.configs else 'not known here: it is asked of the Hub'})"
+    found = f"{config.base_config} ({'found' if base.configs else 'not here: looked up on the Hub'})"
     return ModelFiles(base.configs, [line, ("base_config", found)], here=True)
 
 

@@ -1,1 +1,1 @@
-"""What is loaded and saved."""
+"""Loading and saving models."""

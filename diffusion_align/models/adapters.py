@@ -42,7 +42,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _HEADER = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
 _KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias")
-"""Of peft's settings those that say what weights mean; the others are of training."""
+"""The peft settings that define what the weights mean; the others are about training."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def adapted_parts(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def frozen_dtype(pipeline: Any) -> torch.dtype:
-    """Of the UNet's own weights; those of an adapter may be wider."""
+    """The dtype of the UNet's own weights; an adapter's may be wider."""
     return next(p.dtype for name, p in pipeline.unet.named_parameters() if ".lora_" not in name)
 
 
@@ -176,8 +176,8 @@ def read_lora(lora: str | Path, pipeline: Any, model: str) -> dict[str, PartOfLo
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         parts, left_out = _parts(tensors, header, file, pipeline)
     except Exception as error:  # diffusers and peft raise whatever names and settings of others lead to
-        said = " ".join(str(error).split())  # diffusers names what it cannot convert in lines of its own
-        raise UserError(f"{subject}: {textwrap.shorten(said, 300, placeholder=' …')}") from error
+        reason = " ".join(str(error).split())  # diffusers names what it cannot convert in lines of its own
+        raise UserError(f"{subject}: {textwrap.shorten(reason, 300, placeholder=' …')}") from error
     for name, part in parts.items():
         shapes = {weight: tensor.shape for weight, tensor in part.weights.items()}
         for weight in unfit(getattr(pipeline, name), shapes):

@@ -1,4 +1,4 @@
-"""From a name, folder, file or hub id to a diffusers pipeline. Weights are read from safetensors only."""
+"""From a name, folder, file or Hub id to a diffusers pipeline. Weights are read from safetensors only."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def check_pipeline_name(model: str, *, variant: str | None = None, base_config: 
         return
     if variant is not None:
         raise UserError(
-            f"weights_variant={variant!r} is for a folder or a hub id, and model={model!r} is a file: leave it out"
+            f"weights_variant={variant!r} is for a folder or a Hub id, and model={model!r} is a file: leave it out"
         )
     if base_config is not None:
         if is_one_file(base_config):
-            raise UserError(f"base_config={base_config!r} is a file: give a folder or hub id of a diffusers pipeline")
+            raise UserError(f"base_config={base_config!r} is a file: give a folder or Hub id of a diffusers pipeline")
         _check_folder_or_id(f"base_config={base_config!r}", base_config)
     _check_single_file(model, has_base_config=base_config is not None)
 
@@ -95,11 +95,11 @@ def _check_folder_or_id(subject: str, model: str) -> None:
         raise UserError(f"{subject}: the folder has no model_index.json{hint}")
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         hint = nearest(model, EMBEDDED_PIPELINES)
-        raise UserError(f"{subject} is neither an embedded model, nor a folder, nor a hub id 'owner/name': {hint}")
+        raise UserError(f"{subject} is neither an embedded model, nor a folder, nor a Hub id 'owner/name': {hint}")
 
 
 def _check_variant(model: str, variant: str | None) -> None:
-    """Whether a folder lacks the weights asked for but has others."""
+    """Whether a folder lacks the requested weights but has others."""
     folder = Path(_source(model))
     parts = [folder / name for name in NETWORKS if os.path.isdir(folder / name)]
     held = {
@@ -157,12 +157,12 @@ def load_pipeline(
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
 
     Args:
-        model: "emoji-sd", a folder written by ``save_pretrained``, a hub id, or a ``.safetensors`` file with the
+        model: "emoji-sd", a folder written by ``save_pretrained``, a Hub id, or a ``.safetensors`` file with the
             original names of its tensors.
         dtype: of the weights; a VAE that overflows in half precision is float32 and takes any.
-        variant: weight files of a folder or hub id to choose, e.g. "fp16".
-        base_config: of a model in one file, folder or hub id of a pipeline whose configuration files describe it, the
-            scheduler's too; diffusers' guess, which it asks the hub for, when not given.
+        variant: weight files of a folder or Hub id to choose, e.g. "fp16".
+        base_config: of a model in one file, folder or Hub id of a pipeline whose configuration files describe it, the
+            scheduler's too; by default diffusers' guess, loaded from the Hub.
         to_train: refuse a UNet that cannot be trained before its weights are read.
 
     Raises:
@@ -190,7 +190,7 @@ def load_pipeline(
 
 
 def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_train: bool) -> Any:
-    """The pipeline of a folder or hub id, its VAE in float32."""
+    """The pipeline of a folder or Hub id, its VAE in float32."""
     import diffusers
 
     source = _source(model)
@@ -215,13 +215,13 @@ def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_trai
 
 
 def _source(model: str) -> str:
-    """What diffusers is given for ``model``: a folder that exists, or a hub id."""
+    """What diffusers is given for ``model``: a folder that exists, or a Hub id."""
     folder = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
     return str(folder) if os.path.isdir(folder) else model
 
 
 def _checked_family(model: str, source: str, *, name: str) -> str:
-    """The supported pipeline class of a folder or hub id, all of whose parts are there."""
+    """The supported pipeline class of a folder or Hub id, all of whose parts are there."""
     from diffusers import DiffusionPipeline
 
     try:
@@ -248,7 +248,7 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
 
 
 def _accept_any_dtype(vae: Any) -> None:
-    """Let a VAE in float32 be given latents and pictures in the dtype of the UNet, as diffusers' pipelines do."""
+    """Let a VAE in float32 be given latents and images in the dtype of the UNet, as diffusers' pipelines do."""
     for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv, vae.decoder):
         if part is not None:
             part.register_forward_pre_hook(_cast_to_weights)
@@ -279,7 +279,7 @@ def _quiet() -> Iterator[None]:
 
 
 def is_one_file(model: str) -> bool:
-    """Whether ``model`` names a file, which need not be there, rather than a folder or a hub id."""
+    """Whether ``model`` names a file, which need not be there, rather than a folder or a Hub id."""
     return Path(model).suffix.lower() in {".safetensors", *_PICKLES} or os.path.isfile(os.path.expanduser(model))
 
 
@@ -305,7 +305,7 @@ def _check_single_file(model: str, *, has_base_config: bool) -> None:
     if layout == "Stable Diffusion 2" and not has_base_config:
         raise UserError(
             f"model={model!r} is a {layout}, whose file does not say whether it predicts the noise or v: set "
-            "base_config to a folder or hub id of a diffusers pipeline built like it"
+            "base_config to a folder or Hub id of a diffusers pipeline built like it"
         )
 
 

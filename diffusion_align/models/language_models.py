@@ -1,4 +1,4 @@
-"""From a name, folder or hub id to a causal language model and its tokenizer. Weights come from safetensors only."""
+"""From a name, folder or Hub id to a causal language model and its tokenizer. Weights come from safetensors only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tup
 
     Args:
         name: "tiny-lm", "smollm2" (converted once into ``smollm2_folder()``), a folder with a full model or a PEFT
-            adapter, a run folder (``config.yaml`` and ``final/``), or a hub id of a full model.
+            adapter, a run folder (``config.yaml`` and ``final/``), or a Hub id of a full model.
         dtype: of the weights.
 
     Raises:
@@ -88,7 +88,7 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
     sequence, and then the head reads the token before the end.
 
     Args:
-        name: as for ``load_language_model``; also folders, runs and hub ids of classifiers.
+        name: as for ``load_language_model``; also folders, runs and Hub ids of classifiers.
         num_labels: numbers a text gets; 1 for a reward model.
         dtype: of the weights.
 
@@ -107,7 +107,7 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
         tokenizer = _tokenizer(name, ref, model.get_input_embeddings().num_embeddings)
     if model.config.num_labels != num_labels:
         raise UserError(
-            f"model={name!r} is a classifier of {model.config.num_labels} labels, and {num_labels} are asked"
+            f"model={name!r} is a classifier of {model.config.num_labels} labels, but {num_labels} are required"
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -149,13 +149,13 @@ def language_model_ref(name: str, kinds: tuple[Kind, ...] = ("causal",), above: 
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         hint = nearest(name, LANGUAGE_MODELS)
         raise UserError(
-            f"{subject} is neither an embedded language model, nor a folder, nor a hub id 'owner/name': {hint}"
+            f"{subject} is neither an embedded language model, nor a folder, nor a Hub id 'owner/name': {hint}"
         )
     return ModelRef(name, origin=name)
 
 
 def model_kind(names: Sequence[str]) -> Literal["image", "text"]:
-    """Of all of ``names``, as the loaders take them; "image" where nothing says that they are language models.
+    """The kind of all ``names``, as the loaders take them; "image" unless they are known to be language models.
 
     Raises:
         UserError: they are of both kinds.
@@ -272,7 +272,7 @@ def _check_kind(subject: str, model_type: Any, architectures: Any, kinds: tuple[
         "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     }
-    # Encoders such as BERT have a causal class too: what was saved decides, if it is said.
+    # Encoders such as BERT have a causal class too: the saved class decides, if it is recorded.
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     for kind in kinds:
         if model_type in known["causal"] and (name is None or name == known[kind].get(model_type)):
@@ -282,27 +282,27 @@ def _check_kind(subject: str, model_type: Any, architectures: Any, kinds: tuple[
 
 
 def _config(name: str, source: str, kinds: tuple[Kind, ...]) -> tuple[Any, Kind]:
-    """The configuration of a folder or hub id, and its kind; smollm2 is converted first."""
+    """The configuration of a folder or Hub id, and its kind; smollm2 is converted first."""
     from transformers import AutoConfig
     from transformers.utils import find_adapter_config_file
 
     if Path(source) == smollm2_folder():
         convert_smollm2()
     elif not os.path.isdir(source) and find_adapter_config_file(source) is not None:
-        raise UserError(f"model={name!r} is an adapter on the hub: download it and give its folder")
+        raise UserError(f"model={name!r} is an adapter on the Hub: download it and give its folder")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return config, _check_kind(f"model={name!r}", config.model_type, config.architectures, kinds)
 
 
 def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, ...]) -> Any:
-    """The model of a folder or hub id, every weight found."""
+    """The model of a folder or Hub id, every weight found."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     _, kind = _config(name, source, kinds)
     family: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     model, found = load_in_dtype(family.from_pretrained, source, dtype=dtype, **options)
-    if found["missing_keys"]:  # transformers would go on with random ones
+    if found["missing_keys"]:  # transformers would continue with random ones
         raise UserError(f"model={name!r} is incomplete: its weights lack {min(found['missing_keys'])}")
     _ends(name, SimpleNamespace(eos_token_id=None), getattr(model, "generation_config", None))
     return model
@@ -343,7 +343,7 @@ def _with_head(model: Any, num_labels: int) -> Any:
 
 
 def _tokenizer(name: str, ref: ModelRef, rows: int) -> Any:
-    """Of the last adapter that brings one, else of the full model."""
+    """The tokenizer of the last adapter that has one, or of the full model."""
     from transformers import AutoTokenizer
 
     own = [str(folder) for folder in reversed(ref.adapters) if (folder / "tokenizer_config.json").is_file()]
@@ -351,7 +351,7 @@ def _tokenizer(name: str, ref: ModelRef, rows: int) -> Any:
     if not isinstance(tokenizer.model_max_length, int | float):  # transformers compares whatever is written there
         found = f"model_max_length={short(tokenizer.model_max_length)} of its tokenizer must be a number"
         raise UserError(f"model={name!r}: {found}: correct tokenizer_config.json")
-    # Some models have special tokens of their pictures beyond those of their text.
+    # Some models have special tokens of their images beyond those of their text.
     known = [i for i, token in tokenizer.added_tokens_decoder.items() if i < rows or not token.special]
     tokens = max(tokenizer.vocab_size, *(i + 1 for i in known)) if known else tokenizer.vocab_size
     if not 0 < tokens <= rows:  # transformers makes up an empty one where there is none

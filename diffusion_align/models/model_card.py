@@ -33,7 +33,7 @@ from diffusion_align.writing import new_file, write_text
 
 PICTURE = "before_after.png"
 # With 1 diffusers' DDIM takes, for some numbers of steps (50 of emoji-sd's), the root of a number just below 0 where a
-# schedule begins in pure noise, and the pictures are black.
+# schedule begins in pure noise, and the images are black.
 LARGEST_ETA = 1 - 1e-6
 _CHANGES = {
     "reward": "reward",
@@ -42,7 +42,7 @@ _CHANGES = {
     "accuracy": "accuracy",
     "margin": "margin",
     "eval/accuracy": "held-out accuracy",
-    "gold": "held-out (gold) reward",
+    "gold": "held-out reward",
     "diversity": "diversity",
 }
 _GIVEN = {
@@ -59,7 +59,7 @@ _LONG_LIST = 12
 _TEXTS = ("prompts", "show_prompts", "dataset", "source")  # lists of these hold texts, whatever they begin with
 _LOADS = ("model", "base_config")  # with what stands there the model is loaded
 _EXAMPLES, _LONG_TEXT = 4, 300
-_BEST = " These are its weights with the highest gold reward; the figures below are of the whole run."
+_BEST = " These are its weights with the highest held-out reward; the figures below are of the whole run."
 Kind = Literal["image", "text", "classifier"]
 
 
@@ -70,7 +70,7 @@ class _Words(NamedTuple):
     of: str
     whole: str
     samples: str = "completions"
-    kl: str = "of a completion"
+    kl: str = "per completion"
     library: str = "transformers"
     adapter_library: str = "peft"
 
@@ -81,7 +81,7 @@ _WORDS = {
         "the UNet of",
         "A text-to-image pipeline made from",
         "images",
-        "over all trained steps of an image",
+        "over all trained steps per image",
         library="diffusers",
         adapter_library="diffusers",
     ),
@@ -162,7 +162,7 @@ def model_card(
 
 
 def write_model_card(folder: Path, target: Path, **options: Any) -> None:
-    """Write the card of the run ``folder`` into ``target``, with the picture it shows; ``options`` as above."""
+    """Write the card of the run ``folder`` into ``target``, with the image it shows; ``options`` as above."""
     picture = folder / "samples" / PICTURE
     if picture.is_file():
         with new_file(target / PICTURE) as aside:
@@ -184,7 +184,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, token: str | None) -> s
         address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         message = "Upload with diffusion-align"
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), repo_type="model", commit_message=message)
-    except Exception as error:  # of which kinds, depends on the library that speaks HTTP for the hub's client
+    except Exception as error:  # of which kinds, depends on the library that speaks HTTP for the Hub's client
         raise UserError(f"repo_id={repo_id!r} could not be uploaded to: {first_line(error)}") from error
     return str(address)
 
@@ -262,7 +262,7 @@ def _facts(
             facts.append((name, literal(_short(settings[key]))))
     _, beta = series(rows, "beta_nats", x="epoch")
     if len(beta):
-        facts.append(("beta of a nat", f"{beta[-1]:.4g}"))
+        facts.append(("beta per nat", f"{beta[-1]:.4g}"))
     _, kl = _epoch_means(rows, "kl_path")
     if kl:
         facts.append(("KL to the reference, last epoch", f"{kl[-1]:.4g} nats, {words.kl}"))
@@ -275,12 +275,12 @@ def _facts(
         facts.append(("ended early", plain(str(summary["stopped"]))))
     if summary.get("best"):
         best = summary["best"]
-        facts.append(("highest gold reward", f"{best['gold']:.4g}, after epoch {best['epoch']}"))
+        facts.append(("highest held-out reward", f"{best['gold']:.4g}, after epoch {best['epoch']}"))
     return facts
 
 
 def _figures(rows: Sequence[Row], settings: Mapping[str, Any], words: _Words) -> tuple[list[tuple[str, str, str]], str]:
-    """(name, first, last) of what an epoch says, and how the table is read."""
+    """(name, first, last) per metric of an epoch, and how the table is read."""
     found = []
     for key, name in _CHANGES.items():
         epochs, values = _epoch_means(rows, key)
@@ -288,8 +288,8 @@ def _figures(rows: Sequence[Row], settings: Mapping[str, Any], words: _Words) ->
             first, last = f"{values[0]:.4g} (epoch {epochs[0]:g})", f"{values[-1]:.4g} (epoch {epochs[-1]:g})"
             found.append((name, first, last if len(epochs) > 1 else "the same"))
     reading = (
-        f"The reward is of the {words.samples} an epoch has sampled, before its updates; gold and diversity are "
-        "measured after them, in epoch 0 of the model as it was."
+        f"The reward is of the {words.samples} sampled in an epoch, before its updates; held-out reward and diversity "
+        "are measured after them, in epoch 0 of the model as it was."
         if len(_epoch_means(rows, "reward")[0])
         else "The first epoch starts from the reference."
     )
@@ -381,7 +381,7 @@ def _text_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora
 
 
 def _load_lora(location: str) -> str:
-    """With the file's name, without which diffusers 0.36 asks the Hub."""
+    """With the file's name, without which diffusers 0.36 queries the Hub."""
     return f"pipeline.load_lora_weights({_quoted(location)}, weight_name={_quoted(LORA_FILE)})"
 
 

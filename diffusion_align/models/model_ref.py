@@ -24,7 +24,7 @@ class ModelRef:
     """What has to be loaded for a model.
 
     Attributes:
-        base: an embedded model, a folder or file, or a hub id.
+        base: an embedded model, a folder or file, or a Hub id.
         adapters: folders of the LoRA weights that go on it, one merged after the other.
         below: the model under the last adapter, as it is called in its run's configuration; the model itself if it
             has none.
@@ -51,7 +51,7 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
         above: the runs that led here.
 
     Raises:
-        UserError: a run that is not finished, of a language model, or whose base cannot be found. Nothing is said
+        UserError: a run that is not finished, of a language model, or whose base cannot be found. Nothing is printed
             here about models that are no runs.
     """
     check_path(model, f"model={short(model)}")
@@ -77,9 +77,7 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
             f"where it began: use {str(run)!r}"
         )
     if not final.is_dir():
-        raise UserError(
-            f"{subject} is a run that has not finished, it has no {which}/: go on with it (resume=true) first"
-        )
+        raise UserError(f"{subject} is a run that has not finished, it has no {which}/: resume it (resume=true) first")
     if not (final / LORA_FILE).is_file():
         method = settings.get("method")
         raise UserError(

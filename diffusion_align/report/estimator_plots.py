@@ -1,4 +1,4 @@
-"""Pictures of what multiplies grad log pi in each KL form, and of how noisy k1 in the reward is in many dimensions."""
+"""Figures of what multiplies grad log pi in each KL form, and of how noisy k1 in the reward is in many dimensions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusion_align.report.estimator_tables import CLIP, GradientNoise, gradien
 from diffusion_align.report.plots import INK, PALETTE, label_axes, save_figure
 
 LOGP_REF = -0.7  # [002] figure 1: a probability of one half
-DIMENSIONS = tuple(4**n for n in range(8))  # to 16 384, the latents of a picture of 512 x 512
+DIMENSIONS = tuple(4**n for n in range(8))  # to 16 384, the latents of an image of 512 x 512
 DISTANCES = (4.0, 1.0)
 
 
@@ -109,7 +109,7 @@ def plot_gradient_variance(noise: Sequence[Sequence[GradientNoise]]) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(0, 2 * max(point.k1_reward_theory for row in noise for point in row))
     y = "tr Cov / |E g|², g with respect to μ"
-    label_axes(axes, "Noise of one sample's gradient", "dimensions d of the decision", y, size=11)
+    label_axes(axes, "Noise of one sample's gradient", "dimensions d of the action", y, size=11)
     axes.legend(frameon=False, fontsize=10, labelcolor=INK, loc="upper left", handlelength=1.2, borderaxespad=0.1)
     return figure
 

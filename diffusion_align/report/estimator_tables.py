@@ -61,7 +61,7 @@ class EstimatorError(NamedTuple):
 def estimator_errors(
     q: Normal, p: Normal, *, samples: int = 10_000, seed: int = 0, clip: float = CLIP
 ) -> tuple[float, list[EstimatorError]]:
-    """KL(q||p) in nats, exact, and each estimator's errors over ``samples`` draws from q and by quadrature.
+    """KL(q||p) in nats, exact, and each estimator's errors over ``samples`` from q and by quadrature.
 
     The second moment of k3 is finite exactly where that of p/q is: 2/std_p² > 1/std_q².
 
@@ -168,7 +168,7 @@ class ExpectedGradient(NamedTuple):
 
 
 class GradientNoise(NamedTuple):
-    """tr Cov / |E g|² of the gradient for one Gaussian decision of d dimensions, D standard deviations away."""
+    """tr Cov / |E g|² of the gradient for one Gaussian action of d dimensions, D standard deviations away."""
 
     d: int
     distance: float

@@ -1,4 +1,4 @@
-"""Pictures of pictures: labelled grids, before/after, and an atomic PNG writer."""
+"""Labelled image grids, before/after images, and an atomic PNG writer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MARGIN = 8
 FONT_SIZE = 12
 LINE_HEIGHT = 15
 CAPTION_LINES = 2
-VISIBLE_WIDTH = 128  # smaller pictures are enlarged to about this width
+VISIBLE_WIDTH = 128  # smaller images are enlarged to about this width
 PAIRS_PER_ROW = 8
 BACKGROUND = (255, 255, 255)
 INK = (34, 34, 34)
@@ -27,7 +27,7 @@ FRAME = (221, 221, 221)
 
 
 def to_pil(images: Images) -> list[Image.Image]:
-    """RGB pictures from a float tensor (B, 3, H, W) in [0, 1] or from PIL images; NaN becomes black.
+    """RGB images from a float tensor (B, 3, H, W) in [0, 1] or from PIL images; NaN becomes black.
 
     Values outside [0, 1] are clamped, transparent pixels are put on white.
     """
@@ -48,12 +48,12 @@ def to_pil(images: Images) -> list[Image.Image]:
 
 
 def image_grid(images: Images, *, captions: Sequence[str] | None = None, columns: int | None = None) -> Image.Image:
-    """One picture holding all of them, row by row, each with its caption beneath; small ones (64 px) are enlarged.
+    """One image holding all of them, row by row, each with its caption beneath; small ones (64 px) are enlarged.
 
     Args:
         images: float tensor (B, 3, H, W) in [0, 1], or B PIL images.
         captions: B strings; wrapped to two lines, the rest an ellipsis.
-        columns: pictures a row; by default the near-square number that leaves the fewest holes.
+        columns: images per row; by default the near-square number that leaves the fewest holes.
 
     Raises:
         ValueError: no images, another shape, or not as many captions as images.
@@ -90,9 +90,9 @@ def before_after(
     rewards_after: Sequence[float] | torch.Tensor | None = None,
     labels: tuple[str, str] = ("before", "after"),
 ) -> Image.Image:
-    """One column a prompt: the picture before training on top, the one after beneath it, rows labelled at the left.
+    """One column per prompt: the image before training on top, the one after beneath it, rows labelled at the left.
 
-    Rewards stand under their pictures, the prompt under the pair. More than eight prompts continue in a further block.
+    Rewards stand under their images, the prompt under the pair. More than eight prompts continue in a further block.
 
     Args:
         before, after: the same prompts and seeds in the same order; (B, 3, H, W) floats in [0, 1] or B PIL images.
@@ -156,7 +156,7 @@ def _check_count(name: str, values: Sequence | torch.Tensor | None, count: int) 
 def _enlarged(pictures: list[Image.Image]) -> list[Image.Image]:
     """By the whole number that makes them about ``VISIBLE_WIDTH`` wide."""
     if not pictures:
-        raise ValueError("there are no images to draw: give at least one")
+        raise ValueError("there are no images to show: give at least one")
     factor = max(1, round(VISIBLE_WIDTH / _cell(pictures)[0]))
     if factor == 1:
         return pictures
@@ -176,7 +176,7 @@ def _balanced_columns(count: int) -> int:
 
 
 def _paste(canvas: Image.Image, picture: Image.Image, left: int, top: int, width: int, height: int) -> None:
-    """Centre the picture in its cell, with a hairline around it: many pictures are as white as the page."""
+    """Centre the image in its cell, with a hairline around it: many images are as white as the page."""
     left += (width - picture.width) // 2
     top += (height - picture.height) // 2
     frame = (left - 1, top - 1, left + picture.width, top + picture.height)

@@ -39,7 +39,7 @@ from diffusion_align.writing import write_text
 MAX_GRIDS = 6
 MAX_OTHER_METRICS = 24
 MIN_FOR_ERROR = 5  # fewer updates tell too little about their spread for a standard error
-MAX_IMAGE_WIDTH = 1600  # wider pictures are shrunk inside the report; the files keep their size
+MAX_IMAGE_WIDTH = 1600  # wider images are shrunk inside the report; the files keep their size
 FOLDED_BEYOND = 400  # characters of a text that are shown before the rest is folded away
 FOLDED_LINES = 8
 MAX_ROWS = 32  # of a table; the files hold the others
@@ -63,12 +63,12 @@ COMPLETION_PANELS = (
         {"completions/mean_length": "mean", "completions/min_length": "shortest", "completions/max_length": "longest"}
     ),
     Panel({"completions/clipped_ratio": "without"}),
-    Panel({"entropy": "entropy"}, title="Entropy of a token"),
+    Panel({"entropy": "entropy"}, title="Entropy per token"),
 )
 CLIP_PANELS = (
     Panel(
         {"clip_ratio/region_mean": "either side", "clip_ratio/low_mean": "below", "clip_ratio/high_mean": "above"},
-        unit="fraction of decisions",
+        unit="fraction of actions",
         smooth=False,
     ),
 )
@@ -87,7 +87,7 @@ NORM_PANELS = (Panel({"grad_norm": "norm"}, smooth=False),)
 
 
 class Figure(NamedTuple):
-    """Of the report: how it is drawn, over what, the metrics of which any one is enough, and how it is read."""
+    """A figure of the report: how it is plotted, over which x, the metrics (any one is enough), and how to read it."""
 
     draw: Callable[[Sequence[Row]], plots.Figure]
     x: str
@@ -105,20 +105,21 @@ _FIGURES = {
         plots.plot_reward,
         "epoch",
         ("reward",),
-        "The mean reward of the samples each epoch drew before it was trained on them. Bands that do not overlap "
+        "The mean reward of each epoch's samples, scored before the updates on them. Bands that do not overlap "
         "are a real difference.",
     ),
     "gold": Figure(
         plots.plot_gold,
         "epoch",
         ("gold", "gold_stderr", "diversity"),
-        "What was not trained on, on the same prompts and the same noise every time. A reward that rises while "
-        "this one falls is being hacked; a diversity that falls towards 0 means that all samples become one.",
+        "Measured on the same prompts and the same noise every time; not trained on. If the training reward rises "
+        "while the held-out reward falls, the reward is being hacked; a diversity that falls towards 0 means that all "
+        "samples become one.",
     ),
     "preference": _of_panels(
         PREFERENCE_PANELS,
         "How often, and by how much, the policy prefers the chosen sample more than the reference does. The loss only "
-        "asks for the gap between chosen and rejected: both rewards below 0, or both errors above 0, mean that both "
+        "depends on the gap between chosen and rejected: both rewards below 0, or both errors above 0, mean that both "
         "became less likely. A winner's error that keeps rising is divergence.",
     ),
     "score": _of_panels(
@@ -134,12 +135,13 @@ _FIGURES = {
     ),
     "clip": _of_panels(
         CLIP_PANELS,
-        "Decisions the clip range held back. Near 0 the clip does nothing; near 1 most of the gradient is lost.",
+        "Share of actions (steps or tokens) whose gradient the clip removed. Near 0 the clip does nothing; near 1 most "
+        "of the gradient is lost.",
     ),
     "ratio": _of_panels(
         RATIO_PANELS,
-        "Probability of a sampled decision now over when it was sampled. On the first pass nothing has been updated "
-        "yet, so any deviation from 1 is numerical.",
+        "Probability of a sampled action (step or token) now, divided by its probability when it was sampled. On the "
+        "first pass nothing has been updated yet, so any deviation from 1 is numerical.",
     ),
     "norm": _of_panels(NORM_PANELS, "The norm of each update's gradient."),
     "time": Figure(
@@ -158,7 +160,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     The file needs nothing beside it and nothing from the network. It is written whole or not at all. Whatever the run
-    does not hold (no metrics yet, no samples) is left out and said so.
+    does not hold (no metrics yet, no samples) is left out, and the report mentions it.
 
     Raises:
         ValueError: the folder holds nothing of a run, or its ``metrics.jsonl`` is damaged.
@@ -243,13 +245,13 @@ def _reward_sentence(rows: Sequence[Row]) -> str:
 
 
 def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
-    """The gold reward at the start, at its best and at the end; and why the run stopped early, if it did."""
+    """The held-out reward at the start, at its best and at the end; and why the run stopped early, if it did."""
     sentences = []
     epochs, gold = series(rows, "gold", x="epoch")
     if len(gold):
         best = gold.argmax()
         sentences.append(
-            f"The held-out (gold) reward was {gold[0]:.4g} after epoch {epochs[0]:.0f}, {gold[best]:.4g} at its best "
+            f"The held-out reward was {gold[0]:.4g} after epoch {epochs[0]:.0f}, {gold[best]:.4g} at its best "
             f"after epoch {epochs[best]:.0f} and {gold[-1]:.4g} after epoch {epochs[-1]:.0f}."
         )
     if stopped := read_evaluation(path).get("stopped"):
@@ -462,7 +464,7 @@ def _other_metrics(rows: Sequence[Row], described: Described) -> dict[str, Any] 
     if not keys:
         return None
     left_out = keys[MAX_OTHER_METRICS:]
-    reading = f"Not drawn, see metrics.jsonl: {', '.join(left_out)}." if left_out else ""
+    reading = f"Not plotted, see metrics.jsonl: {', '.join(left_out)}." if left_out else ""
     return _figure(plots.plot_metrics(rows, keys[:MAX_OTHER_METRICS], columns=3), reading)
 
 

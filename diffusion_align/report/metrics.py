@@ -1,4 +1,4 @@
-"""Reading ``metrics.jsonl``: one JSON object a row, of two kinds, one per optimizer update and one per epoch."""
+"""Reading ``metrics.jsonl``: one JSON object per row, of two kinds, one per optimizer update and one per epoch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 Row = dict[str, Any]
 _FAR = "How far the policy was from the reference"
 IMAGE_KL = {
-    "kl": ("KL to the reference, per step", "nats a step", f"{_FAR}, for one step."),
+    "kl": ("KL to the reference, per step", "nats per step", f"{_FAR}, for one step."),
     "kl_path": (
-        "KL to the reference, a whole path",
+        "KL to the reference, whole path",
         "nats over all trained steps",
         "The same, over all trained steps.",
     ),
 }
 TEXT_KL = {
-    "kl": ("KL to the reference, a token", "nats a token", f"{_FAR}, for one token."),
-    "kl_path": ("KL to the reference, a completion", "nats a completion", "The same, summed over a completion."),
+    "kl": ("KL to the reference, per token", "nats per token", f"{_FAR}, for one token."),
+    "kl_path": ("KL to the reference, per completion", "nats per completion", "The same, summed over a completion."),
 }
 
 
@@ -104,7 +104,7 @@ def series(rows: Iterable[Row], key: str, *, x: str = "step") -> tuple[np.ndarra
 def numeric_keys(rows: Iterable[Row], *, x: str | None = None) -> list[str]:
     """Keys that hold a finite number in at least one row, sorted; the counters ``step`` and ``epoch`` are left out.
 
-    With ``x`` only the rows that hold that counter are looked at: the keys that can be drawn over it.
+    With ``x`` only the rows that hold that counter are looked at: the keys that can be plotted over it.
     """
     counted = (row for row in rows if x is None or is_number(row.get(x)))
     keys = {key for row in counted for key, value in row.items() if is_number(value) and math.isfinite(value)}
@@ -112,7 +112,7 @@ def numeric_keys(rows: Iterable[Row], *, x: str | None = None) -> list[str]:
 
 
 def natural_x(runs: Sequence[Sequence[Row]], key: str) -> str:
-    """``"epoch"`` when the key comes at most once an epoch in every run, otherwise ``"step"``."""
+    """``"epoch"`` when the key comes at most once per epoch in every run, otherwise ``"step"``."""
     for rows in runs:
         steps, _ = series(rows, key, x="step")
         epochs, _ = series(rows, key, x="epoch")

@@ -37,15 +37,15 @@ _NAMES = {
     "frac_without_reward": ("Completions without a reward", "fraction of completions"),
     "untrained_epochs": ("Epochs in a row without training", "epochs"),
     "ratio/rollout_deviation": ("Sampling against scoring", "max |ratio − 1|"),
-    "gold": ("Held-out (gold) reward", "mean reward"),
-    "gold_stderr": ("Uncertainty of the gold reward", "standard error"),
-    "diversity": ("Diversity of the fixed pictures", "mean distance of two"),
+    "gold": ("Held-out reward", "mean reward"),
+    "gold_stderr": ("Uncertainty of the held-out reward", "standard error"),
+    "diversity": ("Diversity of the evaluation images", "mean distance of two"),
     "kl": ("KL to the reference, per step", "nats"),
-    "kl_path": ("KL to the reference, a whole path", "nats"),
-    "kl_path_stderr": ("Uncertainty of the KL of a whole path", "standard error"),
-    "clip_ratio/region_mean": ("Clipped decisions", "fraction"),
-    "clip_ratio/low_mean": ("Clipped decisions, ratio too low", "fraction"),
-    "clip_ratio/high_mean": ("Clipped decisions, ratio too high", "fraction"),
+    "kl_path": ("KL to the reference, whole path", "nats"),
+    "kl_path_stderr": ("Uncertainty of the whole path's KL", "standard error"),
+    "clip_ratio/region_mean": ("Clipped actions", "fraction"),
+    "clip_ratio/low_mean": ("Clipped actions, ratio too low", "fraction"),
+    "clip_ratio/high_mean": ("Clipped actions, ratio too high", "fraction"),
     "clip_nats": ("Clip range", "nats"),
     "ratio/mean": ("Importance ratio, mean", "ratio"),
     "ratio/min": ("Importance ratio, smallest", "ratio"),
@@ -76,7 +76,7 @@ _NAMES = {
     "completions/tokens": ("Tokens sampled", "tokens"),
     "completions/clipped_ratio": ("Completions without an end", "fraction"),
     "kl_coef": ("Price of the KL to the reference", "per nat"),
-    "drift": ("Distance from the reference on the data", "nats a token"),
+    "drift": ("Distance from the reference on the data", "nats per token"),
     "accuracy": ("Accuracy", "fraction of pairs"),
     "margin": ("Score, chosen − rejected", "score"),
     "scores/chosen": ("Score, chosen", "score"),
@@ -123,7 +123,7 @@ def plot_metrics(
     columns: int = 2,
     described: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
-    """One panel a key, a line each, over updates or epochs, whichever the key is logged by.
+    """One panel per key, a line each, over updates or epochs, whichever the key is logged by.
 
     ``described``: key -> title and unit where they are not those of the report.
 
@@ -157,12 +157,12 @@ def plot_reward(rows: Sequence[Row]) -> Figure:
 
 
 def plot_gold(rows: Sequence[Row]) -> Figure:
-    """The held-out reward with a band of ± 2 standard errors and its best marked, and the diversity of the pictures."""
+    """The held-out reward with a band of ± 2 standard errors and its best marked, and the diversity of the images."""
     keys = _present(rows, ("gold", "diversity"), x="epoch")
     figure, panels = new_figure(len(keys))
     for axes, key, color in zip(panels, keys, (PALETTE[2], PALETTE[3])):
         epochs, values = series(rows, key, x="epoch")
-        label = "mean over the fixed pictures" if key == "gold" else None
+        label = "mean over the evaluation images" if key == "gold" else None
         draw_line(axes, epochs, values, color, label=label)
         if key == "gold":
             best = epochs[values.argmax()]
@@ -186,7 +186,7 @@ def plot_panels(rows: Sequence[Row], shown: Sequence[Panel]) -> Figure:
     """Panels over the updates, each with several lines; a panel without metrics is left out.
 
     Where a panel has many updates its values are pale and their running mean, whose length the axis names, is bold;
-    what is measured on held-out data, once an epoch, is drawn as it is.
+    what is measured on held-out data, once per epoch, is drawn as it is.
     """
     known = _present(rows, [key for panel in shown for key in panel.lines], x="step")
     shown = [panel for panel in shown if not panel.lines.keys().isdisjoint(known)]
@@ -231,7 +231,7 @@ def plot_time_split(rows: Sequence[Row]) -> Figure:
             width = 0.8 if len(epochs) <= 60 else 1.0
             axes.bar(epochs, heights[part], width, bottom=base, color=color, label=part, linewidth=0)
             base = base + heights[part]
-    finish_axes(axes, "time/epoch", "epoch", title="Time of an epoch")
+    finish_axes(axes, "time/epoch", "epoch", title="Time per epoch")
     axes.grid(False, axis="x")
     axes.set_ylim(0, max(1.02 * base.max(), 1e-9))
     axes.legend(
@@ -249,7 +249,7 @@ def compare_runs(
     columns: int = 2,
     title: str | None = None,
 ) -> Figure:
-    """One panel a key and one line a label: the mean over the label's runs (seeds) with a band from least to greatest.
+    """One panel per key and one line per label: the mean over its runs (seeds), with a band from least to greatest.
 
     Only points that every run of a label reached are averaged, so that a run cut short cannot bend the mean.
 

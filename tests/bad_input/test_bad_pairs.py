@@ -8,7 +8,7 @@ from tiny_runs import changes
 
 DPO = {"method": "diffusion_dpo", "reward": ..., "prompts": ..., "pairs": "pairs/pairs.jsonl", "beta": 1.0}
 ONLINE = {"pairs": ..., "prompts": ["a red apple", "a cat"], "reward": "jpeg_compressibility", "group_size": 2}
-MEND = "^pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out$"
+MEND = "^pairs: fix the rows above, or set pairs.skip_bad_rows=true to leave them out$"
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def label(value, **changes):
 ROWS = {
     "a missing picture": (
         [{"chosen": "gone.png"}],
-        ["pairs: row 0: the picture gone.png is missing", "holds no usable pair"],
+        ["pairs: row 0: the image gone.png is missing", "holds no usable pair"],
     ),
-    "among good ones": ([{}, {"rejected": "gone.png"}], ["pairs: row 1: the picture gone.png is missing", MEND]),
+    "among good ones": ([{}, {"rejected": "gone.png"}], ["pairs: row 1: the image gone.png is missing", MEND]),
     "a truncated picture": ([{}, {"rejected": "cut.png"}], ["row 1: rejected is no PNG, JPEG", MEND]),
     "no picture": ([{}, {"chosen": "note.png"}], ["row 1: chosen is no PNG, JPEG", MEND]),
-    "one picture twice": ([{}, {"rejected": "red.png"}], ["row 1: .* are the same picture", MEND]),
-    "two equal pictures": ([{}, {"rejected": "same.png"}], ["row 1: .* are the same picture", MEND]),
+    "one picture twice": ([{}, {"rejected": "red.png"}], ["row 1: .* are the same image", MEND]),
+    "two equal pictures": ([{}, {"rejected": "same.png"}], ["row 1: .* are the same image", MEND]),
     "unequal sizes": ([{}, {"rejected": "large.png"}], ["row 1: chosen is 16x16 and rejected 24x24", MEND]),
     "an empty caption": ([{}, {"prompt": "  "}], ["row 1: the prompt is empty", MEND]),
     "no caption": ([{}, {"prompt": None}], ["row 1: the prompt is empty", MEND]),
@@ -142,7 +142,7 @@ def test_settings_that_do_not_fit_each_other_are_all_said_at_once(refused, confi
     settings |= changes("prompts=[a cat]; reward=taste; model=./nowhere")
     wanted = ["give either beta", "leave one of the two out", "target=logged", "timestep_range="]
     wanted += ["variant=corrected has a loss of its own", "model='./nowhere'", "unknown reward 'taste'"]
-    wanted += ["row 0: the picture gone.png is missing", "holds no usable pair"]
+    wanted += ["row 0: the image gone.png is missing", "holds no usable pair"]
     refused("train", config([{"chosen": "gone.png"}], **settings), wanted=wanted)
 
 
@@ -150,7 +150,7 @@ def test_values_that_are_not_allowed_are_all_said_at_once(refused, config, no_mo
     settings = changes("beta=0; label_smoothing=0.7; group_size=1; variant=new; model=./nowhere")
     rows = [{"prompt": ""}, {"chosen": "gone.png"}]
     wanted = ["group_size=1", "variant='new'", r"label_smoothing=0\.7", "beta=0", "model='./nowhere'"]
-    wanted += ["row 0: the prompt is empty", r"row 1: the picture gone\.png is missing", "holds no usable pair"]
+    wanted += ["row 0: the prompt is empty", r"row 1: the image gone\.png is missing", "holds no usable pair"]
     assert refused("train", config(rows, **settings), wanted=wanted).out == ""
 
 

@@ -95,8 +95,8 @@ CASES = {
     # prompts
     "prompts=[]": r"prompts.source=\[\] is not allowed: give a list",
     "prompts=": "prompts=None is not allowed: give a list",
-    "prompts=['a cat', '  ']": ["row 1: the prompt is empty", "prompts: mend"],
-    "prompts=[a cat, 3]": ["row 1: the prompt is 3, not a text", "prompts: mend"],
+    "prompts=['a cat', '  ']": ["row 1: the prompt is empty", "prompts: fix"],
+    "prompts=[a cat, 3]": ["row 1: the prompt is 3, not a text", "prompts: fix"],
     "prompts=[{words: a cat}]": "the column prompt or caption or text is needed",
     "prompts=nowhere.txt": "prompts.source='nowhere.txt': there is no such file",
     "prompts=emoji_concept": "prompts.source='emoji_concept': there is no such.*one of animals",

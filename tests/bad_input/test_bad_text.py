@@ -67,7 +67,7 @@ def write(tmp_path, tiny_language_model):
 
 
 BOTH = "prompts are completed and judged online, dataset has completions: leave one of them out"
-MEND = "dataset: mend the rows above"
+MEND = "dataset: fix the rows above"
 NO_TEMPLATE = "the rows hold conversations but the tokenizer has no chat template"
 NEEDS = "reward 'needs_answer' needs 'answer', which is neither an option nor a column of the data: it has 'solution'"
 UNDIVIDED = "is of a std by which advantages=leave_one_out does not divide: leave one out"
@@ -115,13 +115,13 @@ EARLY = {
     # rows
     "dpo dataset+={prompt: a, chosen: '', rejected: b}": ["dataset: row 2: chosen is empty", MEND],
     "kto dataset+={prompt: a, completion: ' ', label: true}": ["dataset: row 2: the completion is empty", MEND],
-    "grpo prompts=[the cat, '']": ["prompts: row 1: the prompt is empty", "prompts: mend the rows above"],
+    "grpo prompts=[the cat, '']": ["prompts: row 1: the prompt is empty", "prompts: fix the rows above"],
     "reward_model dataset+={prompt: a, chosen: b, rejected: b}": ["row 2: chosen and rejected are the same", MEND],
     "kto dataset+={prompt: a, completion: b, label: maybe}": ["row 2: label is 'maybe', not true, false, 1 or 0", MEND],
     f"grpo prompts=[the cat, {'a' * 70}]": [
         "prompts: row 1: a prompt of 70 tokens leaves no room for a completion of 4 in the model's context of 64: "
         "set max_prompt_length=60 or less",
-        "prompts: mend the rows above",
+        "prompts: fix the rows above",
     ],
     "ppo max_completion_length=100": "leaves no room for a prompt in the model's context of 64 tokens: set",
     "dpo max_completion_length=64": "max_completion_length=64 leaves no room for a prompt",

@@ -56,7 +56,7 @@ PATHS = {
     "device": ("/dev/null", "is a device"),
     "long": (LONG, "File name too long"),
 }
-NO_FOLDER = {"folder": ("folder", "is a folder|no shipped recipe|nor a shipped recipe|is not a picture")}
+NO_FOLDER = {"folder": ("folder", "is a folder|no shipped recipe|nor a shipped recipe|is not an image")}
 NO_FILE = {"file": ("note.txt", "is a file|run folder|is a file that does not end in")}
 REMOTE = "reward={name: remote, url: 'http://127.0.0.1:9', token_file: ...}"
 
@@ -326,7 +326,7 @@ OTHER_CASES = [
     (
         "score two prompts for three",
         f"score {JPEG} red.png red.png red.png -p a -p b",
-        "2 prompts for 3 pictures: give one",
+        "2 prompts for 3 images: give one",
     ),
     ("compare by nothing", "compare emoji-sd emoji-sd --judge taste -p a", "unknown reward 'taste'"),
     ("compare with a language model", f"compare emoji-sd tiny-lm --judge {JPEG} -p a", "language model"),
@@ -398,7 +398,7 @@ USAGE_CASES = [
         f"pairs a -p a --judge {JPEG}": "Missing option '--output'",
         f"pairs a -p a --judge {JPEG} -o x --per-prompt 1": "greater than or equal to 2",
         f"pairs a -p a --judge {JPEG} -o x --seed {2**63}": "'--seed'",
-        "list a b": "unexpected extra argument",
+        "list a b c": "unexpected extra argument",
     }.items()
 ]
 

@@ -14,7 +14,7 @@ from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.errors import ConfigError, problems_of
 
-HINT = "pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"
+HINT = "pairs: fix the rows above, or set pairs.skip_bad_rows=true to leave them out"
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
@@ -214,7 +214,7 @@ def test_parquet_without_rows(tmp_path):
 
     pq.write_table(pa.table({"x": pa.array([], pa.string())}), tmp_path / "a.parquet")
     [problem] = problems(tmp_path / "a.parquet")  # datasets refuses a file and a slice without rows
-    assert problem.endswith("): mend it")
+    assert problem.endswith("): fix it")
     write_rows(tmp_path / "a.parquet", [{"x": "y"}])
     [problem] = problems(tmp_path, split="train[1:]")
     assert "no data" in problem
@@ -245,22 +245,22 @@ def test_mappings_that_do_not_fit(folder):
 
 
 GOOD = {"prompt": "fine", "chosen": "20.png", "rejected": "21.png"}
-NO_PICTURE = "not the path or the bytes of a picture"
+NO_PICTURE = "not the path or the bytes of an image"
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"chosen": "a/b.png"}, "the picture a/b.png is missing"),
-        ({"rejected": "."}, "the picture . is missing"),
-        ({"chosen": "x" * 9999}, f"the picture {'x' * 76}.. is missing"),
-        ({"chosen": "a\0.png"}, r"the picture a\x00.png is missing"),
-        ({"chosen": "\ud800.png"}, r"the picture \ud800.png is missing"),
+        ({"chosen": "a/b.png"}, "the image a/b.png is missing"),
+        ({"rejected": "."}, "the image . is missing"),
+        ({"chosen": "x" * 9999}, f"the image {'x' * 76}.. is missing"),
+        ({"chosen": "a\0.png"}, r"the image a\x00.png is missing"),
+        ({"chosen": "\ud800.png"}, r"the image \ud800.png is missing"),
         ({"chosen": None}, f"chosen is None, {NO_PICTURE}"),
         ({"rejected": 3}, f"rejected is 3, {NO_PICTURE}"),
         ({"rejected": [1]}, f"rejected is [1], {NO_PICTURE}"),
         ({"rejected": " "}, f"rejected is ' ', {NO_PICTURE}"),
-        ({"rejected": "20.png"}, "chosen and rejected are the same picture"),
+        ({"rejected": "20.png"}, "chosen and rejected are the same image"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": ["a", "b"]}, "the prompt is ['a', 'b'], not a text"),
     ],
@@ -296,8 +296,8 @@ def test_labels_and_sides_of_a_bad_picture_agree(folder):
     rows = binary_rows([0, 1, 1])
     rows[0]["jpg_0"], rows[1]["jpg_0"] = 5, 5
     assert problems(write_rows(folder / "a.jsonl", rows))[:2] == [
-        "pairs: row 0: rejected is 5, not the path or the bytes of a picture",
-        "pairs: row 1: chosen is 5, not the path or the bytes of a picture",
+        "pairs: row 0: rejected is 5, not the path or the bytes of an image",
+        "pairs: row 1: chosen is 5, not the path or the bytes of an image",
     ]
 
 
@@ -318,15 +318,15 @@ def test_bad_rows_of_a_parquet_file(folder, how):
     rows[1]["rejected"] = {"bytes": None, "path": None} if how == "struct" else b""
     rows[2]["prompt"] = None
     assert problems(write_rows(folder / "a.parquet", rows))[:3] == [
-        "pairs: row 0: chosen is None, not the path or the bytes of a picture",
-        "pairs: row 1: rejected is None, not the path or the bytes of a picture",
+        "pairs: row 0: chosen is None, not the path or the bytes of an image",
+        "pairs: row 1: rejected is None, not the path or the bytes of an image",
         "pairs: row 2: the prompt is empty",
     ]
     for odd in (7, [1, 2], {"x": 1}, {"bytes": None}, {"bytes": 3, "path": "0.png"}, {"bytes": [1]}, {"path": 4}, None):
         rows = [row | {"chosen": odd} for row in direct_rows(2)]
         found = problems(write_rows(folder / "b.parquet", rows))
         assert found[0].startswith("pairs: row 0: chosen is ")
-        assert found[0].endswith(", not the path or the bytes of a picture")
+        assert found[0].endswith(", not the path or the bytes of an image")
         assert len(found) == 3
 
 
@@ -362,7 +362,7 @@ def test_pairs_whose_pictures_do_not_compare(folder):
     source = write_rows(folder / "a.jsonl", rows)
     wanted = [
         "pairs: row 1: chosen is 8x8 and rejected 4x8: both must have one size",
-        "pairs: row 2: chosen and rejected are the same picture",
+        "pairs: row 2: chosen and rejected are the same image",
     ]
     assert problems(write_rows(folder / "b.jsonl", rows[:3]), decode=True) == [*wanted, HINT]
     left = open_(source, skip_bad_rows=True).check_pictures()
@@ -390,9 +390,9 @@ def test_labels_stay_with_their_rows_when_a_row_is_left_out(folder):
 def test_a_picture_that_vanishes(folder):
     pairs = open_(write_rows(folder / "a.jsonl", [GOOD, GOOD]))
     (folder / "21.png").unlink()
-    with pytest.raises(ConfigError, match=r"^pairs: row 1: the picture 21\.png is missing$"):
+    with pytest.raises(ConfigError, match=r"^pairs: row 1: the image 21\.png is missing$"):
         pairs.pictures(1, (8, 8))
-    with pytest.raises(ConfigError, match=r"row 0: the picture 21\.png is missing\n.*row 1: the picture"):
+    with pytest.raises(ConfigError, match=r"row 0: the image 21\.png is missing\n.*row 1: the image"):
         pairs.check_pictures()
 
 

@@ -139,7 +139,7 @@ def test_bad_rows_end_the_download(hub_rows):
     write(hub_rows, [rows([1.0] + [3.0] * 12), b"PAR1 no"])
     found = problems(max_pairs=50)
     assert found[:10] == [f"pairs: row {i}: label_0 is 3.0, not one of 0, 0.5, 1" for i in range(1, 11)]
-    assert found[10:] == ["pairs: mend the rows above, or set pairs.skip_bad_rows=true to leave them out"]
+    assert found[10:] == ["pairs: fix the rows above, or set pairs.skip_bad_rows=true to leave them out"]
 
 
 def test_no_usable_pair(hub_rows):

@@ -27,7 +27,7 @@ from diffusion_align.training.config import dump_config
 
 ROWS = [{"prompt": "three apples", "count": 3}, {"prompt": "a, b", "count": 1}, {"prompt": "three apples", "count": 3}]
 PROMPTS = [("three apples", {"count": 3}), ("a, b", {"count": 1}), ("three apples", {"count": 3})]
-MEND = "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out"
+MEND = "prompts: fix the rows above, or set prompts.skip_bad_rows=true to leave them out"
 PLACES = (
     "a list of prompts, a .txt file, a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder, or a Hub dataset "
     "owner/name"
@@ -253,7 +253,7 @@ def test_all_that_is_wrong_with_a_configuration_at_once(tmp_path):
         check_config(DDPO | changes)
     assert sorted(caught.value.problems) == [
         "epochs=0 is not allowed: it must be greater than or equal to 1",
-        "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out",
+        "prompts: fix the rows above, or set prompts.skip_bad_rows=true to leave them out",
         "prompts: row 1: the prompt is 3, not a text",
         "prompts: row 2: the prompt is empty",
     ]
@@ -318,9 +318,9 @@ def test_counted_coloured_and_written_things_say_what_is_asked_for():
 
 def test_the_listing_says_how_many_and_which_metadata():
     entries = dict(LISTINGS["prompts"]())
-    assert entries["animals"] == ["45 prompts for pictures"]
-    assert entries["counting"] == ["120 prompts for pictures, with the metadata object, count"]
-    assert entries["text_in_pictures"] == ["50 prompts for pictures, with the metadata text"]
+    assert entries["animals"] == ["45 prompts for images"]
+    assert entries["counting"] == ["120 prompts for images, with the metadata object, count"]
+    assert entries["text_in_pictures"] == ["50 prompts for images, with the metadata text"]
     assert set(shipped_prompts()) <= set(entries)
 
 

@@ -148,7 +148,7 @@ def test_sources_that_cannot_be_read(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     [problem] = problems(str(tmp_path / "a.parquet"))
     assert problem.startswith(f"data.source='{tmp_path / 'a.parquet'}', split 'train', cannot be loaded (")
-    assert problem.endswith("): mend it")
+    assert problem.endswith("): fix it")
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n')
     assert "line 2 is not valid CSV (" in problems(str(tmp_path / "a.csv"))[0]
     (tmp_path / "a.csv").write_text("a,b,a,,\n1,2,3,,\n")

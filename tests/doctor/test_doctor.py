@@ -89,10 +89,10 @@ def test_a_folder(report, make_policy, model_path, name):
     settings = SETTINGS | {"model": model_path(name), "output_dir": "run", "timestep_range": [0.2, 1.0]}
     trainer = DDPOTrainer(DDPOConfig(**settings), policy, lambda *_: None, [("a", {})])
     decisions = 8 * len(trainer.trained_steps)
-    assert found["steps an update"].startswith(f"{decisions // 2} of all processes")
-    assert found["micro-batches an update"].startswith(f"{decisions // 4} of 2,")
+    assert found["steps per update"].startswith(f"{decisions // 2} of all processes")
+    assert found["micro-batches per update"].startswith(f"{decisions // 4} of 2,")
     looked = 2 * 2 * len(trainer.trained_steps)  # one a step is more than 1 % here; guided, and the reference too
-    assert found["UNet passes an epoch"] == (
+    assert found["UNet passes per epoch"] == (
         f"{2 * 8 * 6} forward while sampling, {looked} forward to estimate kl_path, "
         f"{2 * decisions} forward and backward while training"
     )
@@ -122,7 +122,7 @@ def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, targe
     assert found["beta in nats"].startswith(f"{trainer.beta:.3g}, which beta_dpo=2000 is")
     assert found["pairs per epoch"] == "2, the best and the worst of 4 images each"
     guided = 2 if target == "logged" else 1
-    assert f"{2 * 2 * guided} forward for the reference" in found["UNet passes an epoch"]
+    assert f"{2 * 2 * guided} forward for the reference" in found["UNet passes per epoch"]
     assert f"{2 * 2 * guided} samples with" in found["training pass"]
 
 
@@ -159,16 +159,16 @@ def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd, quick):
     """Nothing where every decision is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
     settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
     priced, _ = report(**settings, kl_coef=0.1)
-    assert priced["UNet passes an epoch"] == (
+    assert priced["UNet passes per epoch"] == (
         f"{2 * 8 * 6} forward while sampling, {2 * 40} forward for the reference, "
         f"{2 * 20 * 40} forward and backward while training"
     )
-    assert f", {2 * 2 * 24} forward to estimate kl_path, " in report(**settings)[0]["UNet passes an epoch"]
+    assert f", {2 * 2 * 24} forward to estimate kl_path, " in report(**settings)[0]["UNet passes per epoch"]
 
 
 def test_the_evaluation_is_counted(report, tiny_sd, quick):
     found, _ = report(model=str(tiny_sd), evaluation={"pictures": 6, "every": 2, "reward": "jpeg_incompressibility"})
-    assert f"{2 * 6 * 6 // 2} forward for the evaluation" in found["UNet passes an epoch"]
+    assert f"{2 * 6 * 6 // 2} forward for the evaluation" in found["UNet passes per epoch"]
     assert found["jpeg_incompressibility"] == "installed, held out"
 
 
@@ -301,7 +301,7 @@ def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path, quick):
     assert found["base_config"] == f"{tiny_sd} (found)"
     assert "at the peak" in found
     found, _ = report(model=str(path))
-    assert found["base_config"] == "not given: what to build is asked of the Hub"
+    assert found["base_config"] == "not given: diffusers looks it up on the Hub"
     assert "at the peak" not in found
 
 
@@ -357,7 +357,7 @@ def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
 def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
     settings = {"timestep_fraction": 0.34, "updates_per_epoch": 3}  # 2 of 6 steps
     found, _ = report(model=str(tiny_sd), samples_per_epoch=10, sample_batch_size=2, **settings)
-    assert found["steps an update"].startswith("8 ")
+    assert found["steps per update"].startswith("8 ")
     online = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 16}
     found, problems = report(model=str(tiny_sd), **online)
     assert found["pairs per epoch"].startswith("0, ")
@@ -371,7 +371,7 @@ def test_configurations_that_leave_things_out(report, tiny_sd, tmp_path, quick):
     found, problems = report(model=str(folder))
     assert problems == []
     assert found["memory and time"].startswith("not estimated")
-    assert found["UNet passes an epoch"] == report(model=str(tiny_sd))[0]["UNet passes an epoch"]
+    assert found["UNet passes per epoch"] == report(model=str(tiny_sd))[0]["UNet passes per epoch"]
 
 
 def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
@@ -467,7 +467,7 @@ def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, mon
     found, problems = report(out, "prompts=[a: b, c]", "show_prompts=['']", source="grpo_tiny")
     assert problems == [
         "prompts: row 0: the prompt is a mapping, {'a': 'b'}: quote the text, or give a list of messages",
-        "prompts: mend the rows above, or set prompts.skip_bad_rows=true to leave them out",
+        "prompts: fix the rows above, or set prompts.skip_bad_rows=true to leave them out",
         "show_prompts: row 0: the prompt is empty",
     ]
     assert found["settings"] == "3 problems, see below"
@@ -525,7 +525,7 @@ def test_passes_of_text_methods(report, tmp_path, settings, passes):
     found, problems = report(source=str(tmp_path / "text.yaml"))
     assert problems == []
     trained = (2 if settings["method"] == "dpo" else 1) * 64 * settings.get("inner_epochs", 1)
-    assert found["passes an epoch"] == f"{passes}{trained} forward and backward while training"
+    assert found["passes per epoch"] == f"{passes}{trained} forward and backward while training"
     if "evaluation" in settings:
         assert found["evaluation"] == "6 completions, every 2 epochs"
         assert found["rows checked"] == "1 of dataset, 3 of evaluation.prompts"

@@ -164,7 +164,7 @@ def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(capfd):
         ("emoji-sd", "is an image model, not a language model: embedded language models are tiny-lm, smollm2"),
         ("emoji-clip", "is an image model"),
         ("tiny-lmm", "did you mean 'tiny-lm'"),
-        ("~/no/such/folder", "neither an embedded language model, nor a folder, nor a hub id"),
+        ("~/no/such/folder", "neither an embedded language model, nor a folder, nor a Hub id"),
         (str(asset_path("emoji-sd")), "text-to-image pipeline"),
         (str(asset_path("emoji-clip")), "is a CLIPModel, not a causal language model"),
     ],
@@ -354,7 +354,7 @@ def test_a_saved_classifier_keeps_its_head_and_is_no_language_model(saved, tmp_p
     tokenizer.save_pretrained(str(target))
     again, _ = load_sequence_classifier(str(target), num_labels=3, dtype=torch.float64)
     assert torch.equal(_logits(again), _logits(classifier))
-    with pytest.raises(UserError, match="is a classifier of 3 labels, and 1 are asked"):
+    with pytest.raises(UserError, match="is a classifier of 3 labels, but 1 are required"):
         load_sequence_classifier(str(target))
     assert "is a LlamaForSequenceClassification, not a causal" in problems_of(language_model_ref, str(target))[0]
     assert load_tokenizer(str(target))[1] == 64

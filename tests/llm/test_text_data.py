@@ -26,7 +26,7 @@ from diffusion_align.llm.policy import pack
 BOS, EOS = 0, 1
 MESSAGES = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}</s>\n{% endfor %}"
 CHATML = MESSAGES + "{% if add_generation_prompt %}<a>{% endif %}"
-HINT = "data: mend the rows above, or set data.skip_bad_rows=true to leave them out"
+HINT = "data: fix the rows above, or set data.skip_bad_rows=true to leave them out"
 
 
 def make_tokenizer(*, bos="", template=None, unknown=True, also_eos=False):

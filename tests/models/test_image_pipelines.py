@@ -101,7 +101,7 @@ def test_a_name_that_is_nothing_gives_one_sentence_without_loading(model, expect
 def test_a_hub_name_out_of_reach_gives_one_sentence():
     check_pipeline_name("nobody-at-all/no-such-model")  # only asking can tell
     with pytest.raises(
-        UserError, match=r"^model='nobody-at-all/no-such-model' could not be loaded: it is not in the cache and the hub"
+        UserError, match=r"^model='nobody-at-all/no-such-model' could not be loaded: it is not in the cache and the Hub"
     ):
         load_pipeline("nobody-at-all/no-such-model")
 

@@ -80,9 +80,9 @@ def test_the_figures_are_those_of_the_run(card):
     body, _ = card()
     said = table(body)
     assert said["reward"] == ["1.235 (epoch 1)", "-2.5 (epoch 3)"]  # the second table's row comes last
-    assert said["held-out (gold) reward"] == ["0.5 (epoch 1)", "0.25 (epoch 3)"]
+    assert said["held-out reward"] == ["0.5 (epoch 1)", "0.25 (epoch 3)"]
     assert said["diversity"] == ["0.75 (epoch 1)", "the same"]
-    assert said["KL to the reference, last epoch"] == ["3.5 nats, over all trained steps of an image"]
+    assert said["KL to the reference, last epoch"] == ["3.5 nats, over all trained steps per image"]
     assert said["kl_coef, the price of a nat of KL"] == ["`0.25`"]
     assert said["epochs"] == ["3"]
     assert said["images sampled"] == ["24"]
@@ -97,10 +97,10 @@ def test_the_figures_are_those_of_the_run(card):
 
 def test_nothing_is_said_that_was_not_logged(card):
     body, _ = card([])
-    assert not {"held-out (gold) reward", "diversity", "KL to the reference, last epoch"} & table(body).keys()
+    assert not {"held-out reward", "diversity", "KL to the reference, last epoch"} & table(body).keys()
     assert table(body)["epochs"] == ["0"]
     assert table(body)["images sampled"] == ["0"]
-    assert "mean of an epoch" not in body
+    assert "mean per epoch" not in body
     assert "before_after.png" not in body
     short, _ = card(ROWS[:2])
     assert table(short)["reward"] == ["1.235 (epoch 1)", "the same"]
@@ -108,11 +108,11 @@ def test_nothing_is_said_that_was_not_logged(card):
 
 
 def test_how_it_ended_and_where_it_was_best(card, tmp_path):
-    assert not {"ended early", "highest gold reward"} & table(card()[0]).keys()
+    assert not {"ended early", "highest held-out reward"} & table(card()[0]).keys()
     found = {"best": {"epoch": 2, "gold": 0.98765}, "stopped": "the KL is 9 nats"}
     (tmp_path / "run" / "evaluation.json").write_text(json.dumps(found))
     said = table(card()[0])
-    assert said["highest gold reward"] == ["0.9877, after epoch 2"]
+    assert said["highest held-out reward"] == ["0.9877, after epoch 2"]
     assert said["ended early"] == ["the KL is 9 nats"]
 
 
@@ -147,7 +147,7 @@ def test_a_run_from_pairs(card):
     said = table(body)
     assert said["implicit accuracy"] == ["0.375 (epoch 1)", "0.75 (epoch 2)"]
     assert said["implicit margin"] == ["0.5 (epoch 1)", "2.5 (epoch 2)"]
-    assert said["beta of a nat"] == ["0.125"]
+    assert said["beta per nat"] == ["0.125"]
     assert said["beta_dpo"] == ["`2000.0`"]
     assert said["pairs"] == ['`{"source": "emoji_style"}`']
     assert said["pairs trained on"] == ["16"]
@@ -407,5 +407,5 @@ def test_the_card_of_a_reward_model(card, tmp_path, lora):
 
 def test_the_card_of_the_best_weights_says_so(card):
     body, _ = card(options={"weights": "best"})
-    assert "weights with the highest gold reward" in body
+    assert "weights with the highest held-out reward" in body
     assert "/best" in code_of(body)

@@ -228,7 +228,7 @@ def test_settings_that_do_not_fit_the_kind_of_model_are_said_together(published,
     folder, file = str(published("sd15")), str(published("sd15", "file"))
     for settings, expected in (
         ({"model": folder, "base_config": folder}, "is for a model in one .safetensors file"),
-        ({"model": file, "weights_variant": "fp16"}, "weights_variant='fp16' is for a folder or a hub id"),
+        ({"model": file, "weights_variant": "fp16"}, "weights_variant='fp16' is for a folder or a Hub id"),
         ({"model": "x.ckpt"}, "is a pickle"),
     ):
         problems = problems_of(check_config, common | settings | {"epochs": 0})

@@ -392,7 +392,7 @@ def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
     (unfinished / "final").rmdir()
     own = written(tmp_path / "own", final=[lora], model=str(tmp_path / "own"))
     problems = {
-        unfinished: r"is a run that has not finished, it has no final/: go on with it \(resume=true\) first$",
+        unfinished: r"is a run that has not finished, it has no final/: resume it \(resume=true\) first$",
         written(tmp_path / "text", final=["adapter_config.json"], method="grpo", model="tiny-lm"): (
             "is a run of method='grpo' without weights of a text-to-image pipeline"
         ),
@@ -500,7 +500,7 @@ def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
     none = base([])
     assert none.images == []
     assert none._repr_png_() is None
-    with pytest.raises(UserError, match="there are no images to draw"):
+    with pytest.raises(UserError, match="there are no images to show"):
         none.save(tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file cannot be written \(File exists\): something else of that name is"):
@@ -580,8 +580,8 @@ WHITE = Image.new("RGB", (4, 4), "white")
     ("images", "prompts", "wanted"),
     [
         ([WHITE] * 2, ["a"], "2 images, 1 prompts: give lists of one length"),
-        ([WHITE], "a", "a single picture or prompt is given: give lists of one length"),
-        (WHITE, ["a"], "a single picture or prompt is given"),
+        ([WHITE], "a", "a single image or prompt is given: give lists of one length"),
+        (WHITE, ["a"], "a single image or prompt is given"),
         ([WHITE, "x.png"], ["a", "b"], "image 1 is a str: give PIL images, float tensors or uint8 arrays"),
         ([Image.new("F", (4, 4))], ["a"], "image 0 holds floating-point numbers, which do not say what is white"),
         ([Image.new("I;16", (4, 4), 999)], ["a"], "image 0 has 16 bits a channel and uses less than a quarter"),

@@ -238,7 +238,7 @@ def test_a_damaged_folder_is_not_resumed(whole, tmp_path):
     make(folder, PROMPTS[:1])
     for damage in ('{"prompt": "a cat"}\n', "[]\n", "nothing\n"):
         (folder / "pairs.jsonl").write_text(damage)
-        with pytest.raises(UserError, match=r"pairs\.jsonl.* mend it, or choose another"):
+        with pytest.raises(UserError, match=r"pairs\.jsonl.* fix (or remove )?it, or choose another"):
             make(folder, PROMPTS[:1], resume=True)
     (folder / "pairs_settings.yaml").unlink()
     with pytest.raises(UserError, match=r"it has no pairs_settings\.yaml"):

@@ -83,7 +83,7 @@ def test_pictures_that_cannot_be_read(score, tmp_path):
     assert score("jpeg_compressibility", "deep.png")[1].startswith(
         "error: deep.png has 16 bits a channel and uses less"
     )
-    assert score("jpeg_compressibility", "none.png") == (2, "error: there is no picture none.png")
+    assert score("jpeg_compressibility", "none.png") == (2, "error: there is no image none.png")
 
 
 def test_compare_gives_the_judge_the_metadata(tmp_path, monkeypatch, call_cli):

@@ -430,7 +430,7 @@ def test_the_lines_of_a_card_load_what_was_trained(load, chat, tmp_path, prompts
         exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), found)
         assert isinstance(found["text"], str)
         assert_same_model(found["model"], pipe.model)
-    assert "| mean of an epoch | first | last |" in card
+    assert "| mean per epoch | first | last |" in card
     assert yaml.safe_load(card.split("---\n")[1]) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -449,8 +449,8 @@ def test_the_card_of_a_run_shows_its_texts_and_figures(tmp_path):
     assert f"| `{shown['prompt']}` |" in card
     assert " ".join(shown["after"].split())[:20].replace("|", "\\|") in card
     assert "| rows trained on | 8 |" in card
-    assert "| held-out (gold) reward |" in card
-    assert "nats, of a completion" in card
+    assert "| held-out reward |" in card
+    assert "nats, per completion" in card
     assert 'AutoModelForCausalLM.from_pretrained(asset_path("tiny-lm"))' in card
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["library_name"], front["tags"][2:]) == ("peft", ["lora", "dpo", "diffusion-align"])
@@ -491,7 +491,7 @@ def test_the_best_weights_on_a_base_of_this_machine_are_loaded_and_uploaded(load
     settings = SETTINGS | ONLINE | {"evaluation": {"reward": held_out, "samples": 2}}
     pipe = load().align(reward=letters, output_dir=tmp_path / "best", **settings)
     pipe.save_pretrained(tmp_path / "whole")
-    assert "weights with the highest gold reward" not in (tmp_path / "whole/README.md").read_text()
+    assert "weights with the highest held-out reward" not in (tmp_path / "whole/README.md").read_text()
     best = TextAlignmentPipeline.from_pretrained(tmp_path / "best/best", device="cpu")
     best.push_to_hub("me/best")
     weights = load_file(tmp_path / "hub/adapter_model.safetensors")
@@ -499,7 +499,7 @@ def test_the_best_weights_on_a_base_of_this_machine_are_loaded_and_uploaded(load
         theirs = load_file(tmp_path / "best" / which / "adapter_model.safetensors")
         assert all(torch.equal(weights[name], theirs[name]) for name in weights) is same
     card = (tmp_path / "hub/README.md").read_text()
-    assert "weights with the highest gold reward" in card
+    assert "weights with the highest held-out reward" in card
     everything = card + (tmp_path / "hub/adapter_config.json").read_text()
     assert str(tiny_language_model.parent) not in everything
     assert '"base_model_name_or_path": "lm"' in everything

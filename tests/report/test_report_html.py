@@ -121,7 +121,7 @@ def test_the_summary_states_the_figures_of_the_rows(tmp_path):
         "rose from 4.00 ± 0.12 to 5.00 ± 0.16 (± 2 standard errors)",
         "a change of 10.0 standard errors",
         "over 2 epochs, 124 samples trained on and 2.5 minutes",
-        "0.02 nats a step and 0.4 nats over all trained steps",
+        "0.02 nats per step and 0.4 nats over all trained steps",
         "strayed from 1 by at most 2.4e-06",
     ):
         assert figure in page.text
@@ -148,7 +148,7 @@ def test_the_summary_of_a_preference_run():
         "(chance is 0.5; ± 2 standard errors). There the implicit reward margin was 9.95 ± 0.41, the winner's error "
         "minus the reference's was -1.890 ± 0.038 nats and the loser's error minus the reference's was "
         "1.000 ± 0.000 nats. The run took 2 epochs, 800 pairs trained on and 3.0 minutes. In the last epoch the policy "
-        "was 0.2 nats a step away from the reference (KL, mean over its updates)."
+        "was 0.2 nats per step away from the reference (KL, mean over its updates)."
     )
 
 
@@ -175,7 +175,7 @@ def test_the_report_of_a_preference_run(tmp_path):
     run = make_run(tmp_path / "run", rows=[*PREFERENCES, *PAIR_EPOCHS], config=config, epochs=())
     page = page_of(run)
     assert "DIFFUSION-DPO · emoji_style · emoji-sd" in page.text
-    assert "The loss only asks for the gap between chosen and rejected" in page.text
+    assert "The loss only depends on the gap between chosen and rejected" in page.text
     text = (run / "report.html").read_text(encoding="utf-8")
     assert 'alt="Plot: Implicit accuracy; Implicit reward, chosen − rejected; Implicit reward; Error' in text
     assert "Beta; Loss; Pairs trained on; Samples trained on; Weight of the corrected loss" in text
@@ -303,7 +303,7 @@ def test_the_held_out_reward_is_drawn_with_its_best_and_its_band():
 def test_the_report_says_what_the_held_out_reward_did_and_why_the_run_stopped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOLD))
     page = Page(report.write_report(tmp_path).read_text())
-    assert "gold) reward was 1 after epoch 0, 3 at its best after epoch 1 and 2 after epoch 2." in page.text
+    assert "held-out reward was 1 after epoch 0, 3 at its best after epoch 1 and 2 after epoch 2." in page.text
     assert "over 2 epochs" in page.text, "what is before training is no epoch"
     assert "stopped by a rule" not in page.text
     (tmp_path / "evaluation.json").write_text(json.dumps({"best": None, "stopped": "gold & KL"}))

@@ -106,7 +106,7 @@ def test_clip_fraction_lines_are_not_swapped():
         "below": [0.1] * 60,
         "above": [0.2] * 60,
     }, "and not smoothed"
-    assert axes.get_ylabel() == "fraction of decisions"
+    assert axes.get_ylabel() == "fraction of actions"
 
 
 def test_ratio_is_drawn_minus_one():

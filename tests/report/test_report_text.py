@@ -191,10 +191,10 @@ def test_the_summary_of_a_run_with_rewards():
     assert summary(ROWS, TEXT_KL) == (
         "The mean reward rose from 1 to 2, over 2 epochs, 16 samples trained on and 0.2 minutes. The mean length "
         "of completions went from 40 to 80 tokens; the limit cut 25 % of them off in the last epoch. In the last "
-        "epoch the policy was 0.02 nats a token and 1 nats a completion away from the reference (KL, mean over its "
+        "epoch the policy was 0.02 nats per token and 1 nats per completion away from the reference (KL, mean over its "
         "samples). On the first pass over its samples the importance ratio strayed from 1 by at most 1e-06."
     )
-    assert "0.02 nats a step and 1 nats over all trained steps" in summary(ROWS)
+    assert "0.02 nats per step and 1 nats over all trained steps" in summary(ROWS)
     assert "was 40 tokens; the limit cut 12.5 %" in summary(ROWS[:3], TEXT_KL)
     assert "KL to the reference was not logged." in summary(UPDATES, TEXT_KL)
 
@@ -206,7 +206,7 @@ def test_the_summary_of_preferences_says_nothing_of_a_kl_that_is_not_needed():
         "implicit reward margin was 1.5."
     )
     assert "KL" not in summary([{"step": 1, "loss": 0.6}], TEXT_KL)
-    assert "0.1 nats a token" in summary([*PREFERENCES, {"step": 3, "epoch": 3, "kl": 0.1}], TEXT_KL)
+    assert "0.1 nats per token" in summary([*PREFERENCES, {"step": 3, "epoch": 3, "kl": 0.1}], TEXT_KL)
 
 
 def test_the_summary_of_a_reward_model():
@@ -229,8 +229,8 @@ def test_the_plots_of_each_method(tmp_path, monkeypatch):
     assert online[:4] == [
         "Reward",
         "Reward: a; Reward: b",
-        "KL to the reference, a token; KL to the reference, a completion; Price of the KL",
-        "Length of the completions; Completions without an end; Entropy of a token",
+        "KL to the reference, per token; KL to the reference, per completion; Price of the KL",
+        "Length of the completions; Completions without an end; Entropy per token",
     ]
     assert online[-1] == "Groups with equal rewards; Loss; Policy loss; Value loss; Samples trained on"
     assert plots_of(make_run(tmp_path / "dpo", method="dpo", rows=PREFERENCES))[0].split("; ") == [
@@ -243,7 +243,7 @@ def test_the_plots_of_each_method(tmp_path, monkeypatch):
         "Accuracy; Score, chosen − rejected; Scores"
     )
     image = plots_of(make_run(tmp_path / "ddpo", method="ddpo", rows=ROWS, own="sampler: {steps: 10}"))
-    assert "KL to the reference, per step; KL to the reference, a whole path; Price of the KL" in image
+    assert "KL to the reference, per step; KL to the reference, whole path; Price of the KL" in image
     # A run says itself what its metrics mean; what no plot of the report shows has one of its own.
     folder = make_run(tmp_path / "own", method="file.py:Own", rows=[row | {"weight_largest": 2.0} for row in ROWS])
     described = {"title": "Largest weight", "unit": "times the mean", "reading": "One sample alone is too few."}
@@ -256,7 +256,7 @@ def test_the_plots_of_each_method(tmp_path, monkeypatch):
     assert "One sample alone is too few." in text
     assert "0.02 nats a frame" in text
     (folder / "metrics.json").write_text("[1]")  # damaged: as if there were none
-    assert "KL to the reference, a token; KL to the reference, a completion; Price of the KL" in plots_of(folder)
+    assert "KL to the reference, per token; KL to the reference, per completion; Price of the KL" in plots_of(folder)
 
 
 def test_held_out_values_are_drawn_as_they_are_beside_smoothed_ones():
