@@ -32,7 +32,7 @@ from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, AlignmentPipeline, run
+from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, run
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.training.places import absolute_paths
@@ -53,15 +53,10 @@ NOT_CALLED = {
     "output_type": "images are PIL images, which numpy.asarray reads",
     "return_dict": "what is returned has .images",
 }
-NOT_LOADED = dict.fromkeys(
-    ("safety_checker", "requires_safety_checker", "feature_extractor"), "leave it out, none is loaded"
-) | {
-    "use_safetensors": "leave it out, weights are read from safetensors only",
+NOT_LOADED_HERE = NOT_LOADED | {
     "custom_pipeline": "load the pipeline with diffusers and pass it to from_pipe",
     "scheduler": "set sampler after loading",
-    "cache_dir": "set HF_HOME",
-    "revision": "download that revision and give its folder",
-    "device_map": "give device",
+    **dict.fromkeys(("safety_checker", "requires_safety_checker", "feature_extractor"), "leave it out, none is loaded"),
 }
 
 
@@ -153,7 +148,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         return self.model, bool(adapters.adapted_parts(self.pipeline))
 
     @classmethod
-    @also_called(LOADING, NOT_LOADED)
+    @also_called(LOADING, NOT_LOADED_HERE)
     def from_pretrained(
         cls,
         model: str | Path,
@@ -206,7 +201,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     def from_pipe(
         cls, pipeline: Any, *, model: str | Path | None = None, sampler: SamplerConfig | None = None
     ) -> ImageAlignmentPipeline:
-        """Align a diffusers pipeline that is loaded already, as it is, with its adapters.
+        """Align a diffusers pipeline that is loaded already.
 
         Args:
             pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
@@ -215,9 +210,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
 
         Raises:
-            UserError: it is another kind of pipeline, or does not say what it was loaded from.
+            UserError: it is another kind of pipeline, carries adapters, or does not say what it was loaded from.
         """
         family_of(pipeline)
+        if adapters.adapted_parts(pipeline):
+            raise UserError("the pipeline carries LoRA weights: give their folder as lora to from_pretrained")
         name = model or pipeline.config.get("_name_or_path")
         if not name:
             raise UserError("the pipeline does not say what it was loaded from: give its folder or Hub id as model")

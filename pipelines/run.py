@@ -72,6 +72,12 @@ LOADING = {
     "torch_dtype": "dtype",
     **dict.fromkeys(("pretrained_model_name_or_path", "model_id", "model_name", "model_name_or_path"), "model"),
 }
+NOT_LOADED = {
+    "cache_dir": "set HF_HOME",
+    "device_map": "give device",
+    "revision": "download that revision and give its folder",
+    "use_safetensors": "leave it out, weights are read from safetensors only",
+}
 
 
 class AlignmentPipeline(ABC):

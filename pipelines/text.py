@@ -28,7 +28,7 @@ from diffusion_align.models.language_models import language_model_ref, load_lang
 from diffusion_align.models.lora import carries_adapters, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, AlignmentPipeline, run
+from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, run
 from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.randomness import generator
@@ -49,13 +49,9 @@ NOT_CALLED = {
     "generator": "give seed",
     "return_full_text": "what is returned has .texts, without the prompts",
 } | dict.fromkeys(("top_k", "top_p"), "completions are sampled from the whole distribution, by temperature")
-NOT_LOADED = {
-    "device_map": "give device",
+NOT_LOADED_HERE = NOT_LOADED | {
     "trust_remote_code": "models that need code of their own are not supported",
-    "cache_dir": "set HF_HOME",
-    "revision": "download that revision and give its folder",
-    "load_in_4bit": "quantized models are not supported",
-    "load_in_8bit": "quantized models are not supported",
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "quantized models are not supported"),
 }
 
 
@@ -92,7 +88,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         return self.name, carries_adapters(self.model)
 
     @classmethod
-    @also_called(LOADING, NOT_LOADED)
+    @also_called(LOADING, NOT_LOADED_HERE)
     def from_pretrained(
         cls, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
     ) -> TextAlignmentPipeline:

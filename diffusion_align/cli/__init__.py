@@ -182,8 +182,7 @@ def score(
     model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
 ) -> None:
     """Score images with a reward; give one prompt for all, or one per image. The default prompt is empty."""
-    import torch
-
+    from diffusion_align.inputs import default_device
     from diffusion_align.pipelines.image import score_images
 
     given = _prompts(prompt, prompts) if prompt or prompts else [("", {})]
@@ -194,7 +193,7 @@ def score(
     texts, metadata = zip(*given, strict=True)
     pictures = [_open(path) for path in images]
     _hide_loading_bars()
-    function = _reward(reward, option, model, "cuda" if torch.cuda.is_available() else "cpu")
+    function = _reward(reward, option, model, default_device())
     scores = score_images(function, pictures, texts, metadata)
     for path, value in zip(images, scores.tolist(), strict=True):
         _print(f"{value:10.4f}  {path}")
@@ -223,7 +222,7 @@ def serve_reward(
     """Serve a reward over HTTP; runs elsewhere call it with reward: {name: remote, url: ...}."""
     import torch
 
-    from diffusion_align.inputs import check_device
+    from diffusion_align.inputs import check_device, default_device
     from diffusion_align.rewards import check_reward, reward_name
     from diffusion_align.rewards.endpoints import read_token
 
@@ -232,7 +231,7 @@ def serve_reward(
     except ImportError as error:
         raise UserError(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
     token = read_token(token_file, serving.TOKEN)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    device = default_device() if device is None else device
     check_device(device, f"--device {device if len(device) < 80 else short(device)}")
     texts, metadata = zip(*_prompts(None, prompts), strict=True) if prompts else (None, None)
     with serving.bind(host, port, token=token) as bound:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_runs import TINY
 
 import diffusion_align
@@ -111,6 +112,13 @@ SAYS = {
     "PPOConfig(model=lm, prompts=['a'], reward='length', cliprange=.2, **out)": "unknown setting 'cliprange': set eps",
     "KTOConfig(model=lm, dataset=[], lora_r=8, **out)": "unknown setting 'lora_r': set lora.rank",
 }
+
+
+def test_a_pipeline_with_adapters_is_not_taken(tiny_sd):
+    loaded = load_pipeline(str(tiny_sd))
+    loaded.unet.add_adapter(LoraConfig(target_modules=["to_q"]), adapter_name="default_0")
+    with pytest.raises(UserError, match="carries LoRA weights: give their folder as lora to from_pretrained"):
+        ImageAlignmentPipeline.from_pipe(loaded, model=tiny_sd)
 
 
 @pytest.mark.parametrize("call", WORKS)
