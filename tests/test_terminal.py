@@ -13,6 +13,7 @@ import typer
 
 import diffusion_align.report as reports
 from diffusion_align import cli, inputs
+from diffusion_align.cli import options
 from diffusion_align.errors import UserError
 from diffusion_align.pipelines import TextAlignmentPipeline
 from diffusion_align.streams import LastingStreams, printable
@@ -140,9 +141,9 @@ def test_whoever_may_not_write_to_dev_may_write_to_stdout(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(inputs.tempfile, "TemporaryFile", denied)
-    cli._check_output_file(Path("/dev/stdout"))
+    options.check_output_file(Path("/dev/stdout"))
     with pytest.raises(UserError, match="--output: the folder /dev cannot be used: it is not writable: Permission"):
-        cli._check_output_file(Path("/dev/no-stream"))
+        options.check_output_file(Path("/dev/no-stream"))
 
 
 def test_completions_and_prompts(monkeypatch, call_cli):
@@ -175,8 +176,8 @@ def test_sentences_about_bad_input(monkeypatch, call_cli, tmp_path, arguments):
 
 def test_a_place_that_no_shell_has_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cli._path("~/a") == tmp_path / "a"
-    assert cli._path("a~/b") == Path("a~/b")
+    assert options.to_path("~/a") == tmp_path / "a"
+    assert options.to_path("a~/b") == Path("a~/b")
 
 
 class Unspeakable(Exception):

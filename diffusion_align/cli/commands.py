@@ -1,0 +1,374 @@
+"""The commands: each a few lines over the Python entry points, which it imports only when it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.padding import Padding
+from rich.text import Text
+
+from diffusion_align.bounds import MOST
+from diffusion_align.cli.options import (
+    Eta,
+    Gaussian,
+    GuidanceScale,
+    MaxNewTokens,
+    PromptFile,
+    Prompts,
+    RewardOptions,
+    Seed,
+    Steps,
+    Temperature,
+    check_kind,
+    check_output_file,
+    check_output_path,
+    given_options,
+    number_option,
+    path_option,
+    read_image,
+    read_prompts,
+    read_reward,
+    to_path,
+)
+from diffusion_align.cli.terminal import console, hide_loading_bars, print_aligned, print_line, progress_bar
+from diffusion_align.errors import ConfigError, UserError, short
+
+_Q, _P = (0.1, 0.2), (0.0, 1.0)
+
+app = typer.Typer(
+    help="Align diffusion models and language models with rewards and preferences.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from diffusion_align import __version__
+
+        print_line(f"diffusion-align {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="print the traceback of an error; may stand after the command, too")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version and leave")
+    ] = False,
+) -> None:
+    pass  # main() reads --debug wherever it stands
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted keys, values as YAML")] = None,
+) -> None:
+    """Train as CONFIG says; `resume=true` resumes the run in output_dir."""
+    from diffusion_align.pipelines.configuration import read_config
+    from diffusion_align.pipelines.run import run
+
+    settings: Any = read_config(config, overrides or [])
+    hide_loading_bars()
+    trainer = run(settings)
+    if trainer.accelerator.is_main_process:
+        if trainer.stopped:
+            print_line(f"stopped after epoch {trainer.epoch}: {trainer.stopped}")
+        print_line(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="embedded name, folder, Hub id or run folder")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    output: Annotated[Path, path_option("--output", "-o", help="folder for the images")] = Path("samples"),
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
+) -> None:
+    """Sample one image per prompt, and write a grid of them all."""
+    from diffusion_align.pipelines import ImageAlignmentPipeline
+
+    texts = [text for text, _ in read_prompts(prompt, prompts)]
+    check_output_path(output, "folder")
+    hide_loading_bars()
+    pipeline = ImageAlignmentPipeline.from_pretrained(model)
+    sampled = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    sampled.save(output)
+    print_line(f"wrote {len(texts)} images and grid.png to {output}")
+
+
+@app.command()
+def complete(
+    model: Annotated[str, typer.Argument(help="language model: embedded name, folder, Hub id or run folder")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="text to complete; repeat for more")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
+    output: Annotated[Path | None, path_option("--output", "-o", help=".jsonl file to write as well")] = None,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
+    temperature: Annotated[float, number_option(0.01, 1000)] = 1.0,
+) -> None:
+    """Complete each prompt with a language model."""
+    import json
+
+    from diffusion_align.pipelines import TextAlignmentPipeline
+    from diffusion_align.pipelines.text import check_completions
+    from diffusion_align.rewards import text_of
+    from diffusion_align.streams import printable
+    from diffusion_align.writing import make_folder, write_text
+
+    texts = [text for text, _ in read_prompts(prompt, prompts, "text")]
+    if output is not None:
+        check_output_file(output)
+    hide_loading_bars()
+    check_completions(model, texts, max_new_tokens)
+    pipeline = TextAlignmentPipeline.from_pretrained(model)
+    written = pipeline(texts, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature).texts
+    for text, completion in zip(texts, written, strict=True):
+        last = text if isinstance(text, str) else text_of(text[-1:])
+        question, answer = (printable(one, keep="\n\t") for one in (last, completion))
+        shown = Text(question, style="dim").append(answer, "not dim")
+        console.print(shown, highlight=False, soft_wrap=True)
+    if output is not None:
+        rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
+        make_folder(output.parent, parents=True)
+        write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    images: Annotated[list[Path], typer.Argument(parser=to_path, metavar="IMAGES...", help="image files")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    option: RewardOptions = None,
+    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+) -> None:
+    """Score images with a reward; give one prompt for all, or one per image. The default prompt is empty."""
+    from diffusion_align.inputs import default_device
+    from diffusion_align.pipelines.image import score_images
+
+    given = read_prompts(prompt, prompts) if prompt or prompts else [("", {})]
+    if len(given) == 1:
+        given = given * len(images)
+    if len(given) != len(images):
+        raise UserError(f"{len(given)} prompts for {len(images)} images: give one prompt, or one per image")
+    texts, metadata = zip(*given, strict=True)
+    pictures = [read_image(path) for path in images]
+    hide_loading_bars()
+    function = read_reward(reward, option, model, default_device())
+    scores = score_images(function, pictures, texts, metadata)
+    for path, value in zip(images, scores.tolist(), strict=True):
+        print_line(f"{value:10.4f}  {path}")
+    print_line(f"{scores.mean().item():10.4f}  mean of {len(images)}")
+
+
+@app.command("serve-reward")
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    option: RewardOptions = None,
+    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+    host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
+    token_file: Annotated[
+        Path | None, typer.Option(parser=to_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="images per request")] = 64,
+    max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes per request")] = 64_000_000,
+    max_pixels: Annotated[int, typer.Option(min=1, max=10**10, help="pixels per request, of all images together")] = 8
+    * 1024
+    * 1024,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="of torch; a training run scores with one")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
+) -> None:
+    """Serve a reward over HTTP; runs elsewhere call it with reward: {name: remote, url: ...}."""
+    import torch
+
+    from diffusion_align.inputs import check_device, default_device
+    from diffusion_align.rewards import check_reward, reward_name
+    from diffusion_align.rewards.endpoints import read_token
+
+    try:
+        from diffusion_align.rewards import serving
+    except ImportError as error:
+        raise UserError(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
+    token = read_token(token_file, serving.TOKEN)
+    device = default_device() if device is None else device
+    check_device(device, f"--device {device if len(device) < 80 else short(device)}")
+    texts, metadata = zip(*read_prompts(None, prompts), strict=True) if prompts else (None, None)
+    with serving.bind(host, port, token=token) as bound:
+        hide_loading_bars()
+        torch.set_num_threads(threads)
+        function = read_reward(reward, option, model, device)
+        check_reward(function, image_size=256, device=device, prompts=texts, metadata=metadata)
+        limits = serving.Limits(max_batch, max_bytes, max_pixels)
+        calls = serving.CallsHere()
+        served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device, calls=calls)
+        line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
+        serving.RewardServer(served, lambda: print_line(line)).serve_on(bound, calls)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="model or run folder A")],
+    second: Annotated[str, typer.Argument(help="model or run folder B")],
+    judge: Annotated[str, typer.Option(help="reward that judges the pairs")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="samples per prompt by each model")] = 1,
+    output: Annotated[
+        Path | None, path_option("--output", "-o", help="compare.png; of language models compare.md, or a .jsonl file")
+    ] = None,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+) -> None:
+    """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge them."""
+    from diffusion_align.models.language_models import model_kind
+    from diffusion_align.pipelines.compare import compare_models, compare_texts
+
+    kind = model_kind([first, second])
+    of_text = given_options(max_new_tokens=max_new_tokens, temperature=temperature)
+    check_kind(kind, {}, of_text)
+    found = read_prompts(prompt, prompts, kind)
+    texts, metadata = zip(*found, strict=True)
+    output = output or Path("compare.md" if kind == "text" else "compare.png")
+    check_output_file(output)
+    hide_loading_bars()
+    options: Any = {"metadata": metadata, "seed": seed, "output": output, "per_prompt": per_prompt}
+    with progress_bar("samples", 2 * per_prompt * len(texts)) as update:
+        judged: Any = compare_texts if kind == "text" else compare_models
+        result = judged(first, second, texts, judge, on_samples=update, **options, **of_text)
+    print_line(f"{result}; {'texts' if kind == 'text' else 'images'} in {output}")
+
+
+@app.command()
+def pairs(
+    model: Annotated[str, typer.Argument(help="embedded name, folder, Hub id or run folder")],
+    judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst sample")],
+    output: Annotated[Path, path_option("--output", "-o", help="folder for the pairs")],
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    per_prompt: Annotated[int, typer.Option(min=2, max=MOST, help="samples per prompt")] = 4,
+    seed: Seed = 0,
+    steps: Steps = None,
+    guidance_scale: GuidanceScale = None,
+    eta: Eta = None,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the pairs in the folder")] = False,
+) -> None:
+    """Sample several images or completions per prompt and keep the best and the worst as a preference pair."""
+    from diffusion_align.models.language_models import model_kind
+    from diffusion_align.pipelines.pairs import PAIRS, ImageCandidates, TextCandidates, make_pairs
+
+    kind = model_kind([model])
+    of_images = given_options(steps=steps, guidance_scale=guidance_scale, eta=eta)
+    of_text = given_options(max_new_tokens=max_new_tokens, temperature=temperature)
+    check_kind(kind, of_images, of_text)
+    wanted = read_prompts(prompt, prompts, kind)
+    hide_loading_bars()
+    candidates = TextCandidates(model, **of_text) if kind == "text" else ImageCandidates(model, **of_images)
+    options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume}
+    with progress_bar("prompts", len(wanted)) as update:
+        made = make_pairs(candidates, wanted, judge, output, on_prompt=update, **options)
+    gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""
+    print_line(f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(parser=to_path, metavar="FOLDER", help="run folder")]) -> None:
+    """Rewrite report.html of a run, also while it is running."""
+    from diffusion_align.report import write_report
+
+    try:
+        written = write_report(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    print_line(f"wrote {written}")
+
+
+@app.command()
+def estimators(
+    q: Annotated[Gaussian, typer.Option(help="mean and std of the Gaussian that is sampled")] = _Q,
+    p: Annotated[Gaussian, typer.Option(help="mean and std of the reference")] = _P,
+    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="sampled from q")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the samples")] = 0,
+    actions: Annotated[int, typer.Option(min=2, max=1000, help="of the softmax policy; 4 is a fixed example")] = 4,
+    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="of random logits")] = None,
+    plot: Annotated[Path | None, path_option(help="folder for two figures")] = None,
+) -> None:
+    """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
+    from diffusion_align.report.estimator_plots import write_estimator_plots
+    from diffusion_align.report.estimator_tables import EXAMPLE, Normal, gradient_report, random_softmax, value_report
+    from diffusion_align.writing import make_folder
+
+    fixed = softmax_seed is None and actions == len(EXAMPLE.policy)
+    example = EXAMPLE if fixed else random_softmax(actions, softmax_seed or 0)
+    try:
+        parts = [*value_report(Normal(*q), Normal(*p), samples=samples, seed=seed), "", *gradient_report(example)]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if plot is not None:
+        check_output_path(plot, "folder", "--plot")
+        make_folder(plot, parents=True)
+        parts += ["", *(f"wrote {path}" for path in write_estimator_plots(plot, seed=seed))]
+    for part in parts:
+        console.print(part, highlight=False, markup=False)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str,
+        typer.Argument(help="methods, configs, models, prompts, pairs, rewards or settings; not given, all of them"),
+    ] = "",
+    method: Annotated[str, typer.Argument(help="of which method, for `list settings`")] = "",
+) -> None:
+    """List the methods, models, rewards, prompts, pairs and recipes a configuration can name, and its settings."""
+    from diffusion_align.cli.listing import LISTINGS, settings_of
+    from diffusion_align.methods import DEFAULT
+
+    if what and what not in (*LISTINGS, "settings"):
+        raise UserError(f"there is no list {short(what)}: choose one of {', '.join([*LISTINGS, 'settings'])}")
+    if method and what != "settings":
+        raise UserError(f"only `list settings` takes a method: leave {short(method)} out")
+    if what == "settings":
+        return _print_list(f"settings of {method or DEFAULT}", settings_of(method or DEFAULT))
+    for name in [what] if what else LISTINGS:
+        _print_list(name, LISTINGS[name]())
+    if not what:
+        console.print("`diffusion-align list settings METHOD` lists the settings of a method", highlight=False)
+
+
+def _print_list(title: str, entries: list[tuple[str, list[str]]]) -> None:
+    console.print(f"[bold]{title}[/bold]")
+    for entry, lines in entries:
+        console.print(f"  {entry}", highlight=False, markup=False)
+        for line in lines:
+            console.print(Padding(Text(line), (0, 0, 0, 6)))
+
+
+@app.command()
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="recipe to check; nothing is downloaded")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+) -> None:
+    """Check this machine and, with CONFIG, whether a recipe would run and what it would cost."""
+    from diffusion_align.doctor.describe import describe_config, describe_machine
+
+    about, problems = describe_config(config, overrides or []) if config is not None else ([], [])
+    print_aligned(describe_machine() + about)
+    if problems:
+        raise ConfigError(problems)

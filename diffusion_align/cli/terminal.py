@@ -1,0 +1,69 @@
+"""What is printed on a terminal or into a pipe: lines as they are, errors that are seen, a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.text import Text
+
+console = Console()
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_line(line: str) -> None:
+    """Print as it is: no markup in it, not cut at the terminal's width, nothing that steers a terminal."""
+    from diffusion_align.streams import printable
+
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_error(sentences: str) -> int:
+    """Each line of ``sentences`` behind a red "error:"; returns the exit status of a user's error."""
+    for sentence in sentences.split("\n"):
+        _print_labelled("error:", "bold red", sentence)
+    return 2
+
+
+def print_warning(sentence: str) -> None:
+    """``sentence`` on stderr behind a yellow "warning:"."""
+    _print_labelled("warning:", "bold yellow", sentence)
+
+
+def _print_labelled(label: str, style: str, sentence: str) -> None:
+    from diffusion_align.streams import printable
+
+    errors.print(Text.assemble((label, style), f" {printable(sentence)}"))
+
+
+def print_aligned(lines: list[tuple[str, str]]) -> None:
+    """Names and their values side by side, at most 100 columns; a name without a value heads those that follow."""
+    import textwrap
+
+    for name, value in lines:
+        if not value:
+            console.print(f"\n[bold]{name}[/bold]", highlight=False)
+        for i, part in enumerate(textwrap.wrap(value, 72, break_long_words=False, break_on_hyphens=False)):
+            console.print(f"  {name if i == 0 else '':<26}{part}", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, gone when done, and the function that sets it; nothing where nobody looks."""
+    from diffusion_align.training.progress import progress_bars
+
+    console = Console(stderr=True)
+    with progress_bars(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def hide_loading_bars() -> None:
+    """The libraries show one for every model part, and remarks about packages nobody needs here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
