@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusion_align.data.sources import in_python, refuse_splits
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_name, method_of
+from diffusion_align.training.aliases import aliases_of, canonical, canonical_place
 from diffusion_align.training.config import (
     FIELDS_ALONE,
     WITHOUT_NAMES,
@@ -67,30 +68,45 @@ def read_settings(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         hint = nearest(source, list(shipped_configs()))
         raise ConfigError([f"config {short(source)} is neither a file nor a shipped recipe: {hint}"])
     recipe = load_yaml(path, unread=True)
-    raw = apply_overrides(recipe, overrides, unread=True)
-    of_recipe, of_run = (read_as(dict[str, Any], {k: one[k] for k in ("method",) if k in one}) for one in (recipe, raw))
-    raw |= of_run
-    if of_run == of_recipe:
-        return raw
-    typed = {override.partition("=")[0].partition(".")[0] for override in overrides}
-    return _switched(raw, recipe.keys() - typed)
+    of_recipe, of_run = (_method_in(one) for one in (recipe, apply_overrides(recipe, overrides, unread=True)))
+    section = _section_of(of_run)
+    if of_run == of_recipe or section is None:
+        return apply_overrides(recipe, overrides, unread=True, section=section) | of_run
+    return _switched(canonical(_section_of(of_recipe) or section, recipe), overrides, section) | of_run
 
 
-def _switched(raw: dict[str, Any], of_recipe: Set[str]) -> dict[str, Any]:
-    """``raw``, whose method is not its recipe's, without the settings ``of_recipe`` that the method does not have.
+def _switched(recipe: dict[str, Any], overrides: Sequence[str], section: type[TrainingConfig]) -> dict[str, Any]:
+    """The settings of a method that is not its recipe's: without those of the recipe that the method does not have.
 
     What it has, but not with that value, is left out as well; a line says what was.
     """
-    model, problems = method_of(raw["method"]).config_class, []
+    # A setting there whose name is an alias here is another one.
+    kept = {key: value for key, value in recipe.items() if key not in aliases_of(section)}
+    raw = apply_overrides(kept, overrides, unread=True, section=section)
+    typed = {canonical_place(section, override.partition("=")[0].split("."))[0] for override in overrides}
     try:
-        model.model_validate(read_as(model, raw), context=FIELDS_ALONE)
+        section.model_validate(read_as(section, raw), context=FIELDS_ALONE)
+        problems = []
     except ValidationError as error:
         problems = error.errors()
     wrong = {str(one["loc"][0]) for one in problems if one["loc"] and one["type"] != "missing"}
-    left_out = [key for key in raw if key in wrong and key in of_recipe]
+    unfit = wrong & kept.keys() - typed
+    left_out = [key for key in recipe if key in unfit or key not in kept]
     if left_out and is_first_process():
         print(f"method={raw['method']} leaves out of the recipe: {', '.join(left_out)}", file=sys.stderr)
-    return {key: value for key, value in raw.items() if key not in left_out}
+    return {key: value for key, value in raw.items() if key not in unfit}
+
+
+def _method_in(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return read_as(dict[str, Any], {key: settings[key] for key in ("method",) if key in settings})
+
+
+def _section_of(named: Mapping[str, Any]) -> type[TrainingConfig] | None:
+    """The settings of a method; None where there is none, which is reported where they are checked."""
+    try:
+        return method_of(named.get("method", DEFAULT)).config_class
+    except ConfigError:
+        return None
 
 
 def check_config(raw: Mapping[str, Any]) -> TrainingConfig:

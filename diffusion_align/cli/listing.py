@@ -19,6 +19,7 @@ from diffusion_align.methods import describe_methods, method_of
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
+from diffusion_align.training.aliases import aliases_of
 from diffusion_align.training.config import section_of
 
 Entries = list[tuple[str, list[str]]]
@@ -80,6 +81,7 @@ def settings_of(method: str) -> Entries:
 
 def _settings_of(section: type[BaseModel], prefix: str) -> Entries:
     entries = []
+    others = aliases_of(section)
     for name, field in section.model_fields.items():
         inner = section_of(field.annotation)
         notes = [] if inner is None else ["a section, or null" if field.default is None else "a section"]
@@ -90,6 +92,8 @@ def _settings_of(section: type[BaseModel], prefix: str) -> Entries:
         elif inner is None:
             default = to_jsonable_python(field.get_default(call_default_factory=True), inf_nan_mode="constants")
             notes.append("default " + yaml_text.dump(default, default_flow_style=True).splitlines()[0])
+        if also := [other for other, place in others.items() if place == name]:
+            notes.append("also: " + ", ".join(also))
         entries.append((prefix + name, [f"{field.description} ({'; '.join(notes)})"]))
         entries += [] if inner is None else _settings_of(inner, f"{prefix}{name}.")
     return entries

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import math
 import os
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -34,6 +34,8 @@ from diffusion_align.bounds import HIGHEST_RANK, LARGEST, MOST
 from diffusion_align.errors import ConfigError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import GRACE
+from diffusion_align.training.aliases import aliases_of, canonical, canonical_place
+from diffusion_align.training.annotations import kinds_of, section_of
 from diffusion_align.training.hints import hint
 from diffusion_align.yaml_text import EXPONENT, Unread, YamlProblem, odd_number
 
@@ -86,6 +88,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     stands_for: ClassVar[str | None] = None
     """The field that a bare word or list in its place is, if there is one."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Another name of a setting -> the setting, dotted where it is in a section below; a class adds to its bases'.
+
+    A setting may be given, overridden and read (``config.alias``) under either name; ``config.yaml`` has its own.
+    """
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for other in aliases_of(cls).keys() & cls.model_fields.keys():
+            name = aliases_of(cls)[other]
+            raise ConfigError([f"{cls.__name__}.{other} is another name of {name}: rename the field, to {name} or not"])
 
     def cross_checks(self) -> Iterator[str]:
         """A generator of sentences about settings that do not fit each other; each begins with a setting's name.
@@ -110,6 +124,8 @@ class Section(BaseModel):
         __init__.__pydantic_base_init__ = True  # sections within others are not made by it: theirs are one error
 
         def __getattr__(self, name: str) -> Any:
+            if (place := aliases_of(type(self)).get(name)) is not None:
+                return functools.reduce(getattr, place.split("."), self)
             unknown = self.__dict__.get("_unknown", {})
             if name not in unknown:
                 return super().__getattr__(name)
@@ -120,11 +136,18 @@ class Section(BaseModel):
     @classmethod
     def _everything_at_once(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Self:
         errors: list[InitErrorDetails] = []
+        if isinstance(value, Mapping):
+            value = canonical(cls, value)
+            twice = {other: name for other, name in aliases_of(cls).items() if other in value}
+            errors = [
+                _again({"type": _TWICE, "msg": name, "loc": (other,), "input": value.pop(other)})
+                for other, name in twice.items()
+            ]
         config: Self | None
         try:
             config = handler(value)
         except ValidationError as error:
-            config, errors = cls._without(error, value, handler), [_again(one) for one in error.errors()]
+            config, errors = cls._without(error, value, handler), [*errors, *(_again(one) for one in error.errors())]
         if config is not None:
             wanted = (info.context or {}).get("checks", ("cross_checks", "name_checks"))
             rules = [sentence for checks in wanted for sentence in config._broken_rules(checks)]
@@ -175,7 +198,7 @@ class Section(BaseModel):
     def _only_numbers_are_numbers(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         if value is _UNKNOWN:
             return value
-        wanted = _flatten(cls.model_fields[str(info.field_name)].annotation)
+        wanted = kinds_of(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool | str) and {int, float} & set(wanted) and type(value) not in wanted:
             odd = odd_number(value) if isinstance(value, str) else None
             raise ValueError(odd or "it must be a number")
@@ -184,6 +207,8 @@ class Section(BaseModel):
 
 _RULE = "settings_do_not_fit"
 """pydantic's type of the errors that ``cross_checks`` makes."""
+_TWICE = "given_under_two_names"
+"""The type of the error that a setting is given under its own name and under another."""
 
 
 def _again(error: Any) -> InitErrorDetails:
@@ -326,19 +351,36 @@ def load_yaml(path: Path, *, unread: bool = False) -> dict[str, Any]:
     return raw
 
 
-def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str], *, unread: bool = False) -> dict[str, Any]:
+def apply_overrides(
+    raw: Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    unread: bool = False,
+    section: type[BaseModel] | None = None,
+) -> dict[str, Any]:
     """``raw`` with ``dotted.key=value`` strings applied; values are YAML, ``unread`` as in ``yaml_text.parse``.
 
     Where rows are given by their source alone (``prompts: verses``), ``prompts.max_rows=8`` is set beside it.
+
+    Args:
+        section: whose settings they are, if it is known: what an override names by an alias replaces the setting.
+
+    Raises:
+        ConfigError: an override is not of the form, its value is not YAML, or two name a setting in different ways.
     """
-    result = _copy(raw)
+    result = _copy(raw if section is None else canonical(section, raw))
+    typed: dict[str, str] = {}
     problems = []
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             problems.append(f"{short(override)} is not of the form key=value")
             continue
-        *parents, last = key.split(".")
+        place = key.split(".") if section is None else canonical_place(section, key.split("."))
+        if (before := typed.setdefault(".".join(place), key)) != key:
+            problems.append(f"{short(before)} and {short(key)} are one setting: give one of them")
+            continue
+        *parents, last = place
         try:
             value = yaml_text.parse(text, unread=True)
             if not unread:
@@ -365,6 +407,8 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str], *, unread:
 def read_as(wanted: Any, value: Any) -> Any:
     """``value`` with every ``Unread`` word in it text, a number, true or false, as what is wanted says.
 
+    Settings of a ``Section`` come under their own names.
+
     Args:
         wanted: a type as annotations have it, or a ``Section``.
         value: from ``load_yaml(..., unread=True)``. Of what is read already, texts like 1e-4 become numbers where
@@ -373,6 +417,9 @@ def read_as(wanted: Any, value: Any) -> Any:
     Raises:
         ConfigError: a word in a place of which no type is known may be read as more than one number.
     """
+    section = section_of(wanted)
+    if section is not None and isinstance(value, Mapping):
+        value = canonical(section, value)
     try:
         return _read_as(wanted, value)
     except YamlProblem as error:
@@ -434,7 +481,11 @@ def _sentence(model: type[BaseModel], error: dict[str, Any], section: str | None
         return f"{name}.{error['msg']}" if name else error["msg"]
     if kind == "extra_forbidden":
         below = [f"{key}.{inner}" for key in known for inner in _fields_at(model, [*path[:-1], key])]
-        return f"unknown setting {short(name)}: {hint(path[-1], list(known), below)}"
+        section_there = _section_at(model, path[:-1])
+        others = [] if section_there is None else list(aliases_of(section_there))
+        return f"unknown setting {short(name)}: {hint(path[-1], list(known), below, others)}"
+    if kind == _TWICE:
+        return f"{name} is another name of {'.'.join([*name.split('.')[:-1], error['msg']])}: give one of them"
     if kind == "missing" and length is None:
         return f"{name} is required: set it"
     reason = _reason(name, error) if length is None else f"it must be a list of {length}"
@@ -467,31 +518,19 @@ _REASONS = {
 }
 
 
-def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, FieldInfo]:
-    """The settings of the section at ``path`` below ``model``; {} if that is none."""
+def _section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+    """The section at ``path`` below ``model``, if it is one."""
+    found: type[BaseModel] | None = model
     for part in path:
-        field = model.model_fields.get(part)
-        inner = section_of(field.annotation) if field else None
-        if inner is None:
-            return {}
-        model = inner
-    return model.model_fields
+        field = found.model_fields.get(part) if found else None
+        found = section_of(field.annotation) if field else None
+    return found
 
 
-def section_of(annotation: Any) -> type[Any] | None:
-    """The section of settings that a field may hold, if it may hold one."""
-    kinds = _flatten(annotation)
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    """The types that a union stands for, without what is only annotated."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return _flatten(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [t for arg in typing.get_args(annotation) for t in _flatten(arg)]
-    return [annotation]
+def _fields_at(model: type[BaseModel], path: Sequence[str]) -> dict[str, FieldInfo]:
+    """Its settings; {} if there is none."""
+    found = _section_at(model, path)
+    return {} if found is None else found.model_fields
 
 
 def _copy(value: Any) -> Any:
@@ -501,7 +540,7 @@ def _copy(value: Any) -> Any:
 
 
 def _read_as(wanted: Any, value: Any) -> Any:
-    kinds = _flatten(wanted)
+    kinds = kinds_of(wanted)
     section = section_of(wanted)
     if isinstance(value, Mapping):
         if section is not None:

@@ -115,20 +115,21 @@ ELSEWHERE: dict[str, str] = {
 """A name from diffusers, TRL or peft without a setting here -> a sentence about it."""
 
 
-def hint(word: str, known: Sequence[str], sections: Sequence[str] = ()) -> str:
+def hint(word: str, known: Sequence[str], sections: Sequence[str] = (), others: Sequence[str] = ()) -> str:
     """What to write for a setting ``word`` that is unknown.
 
     Args:
         word: what was written.
         known: the settings that could have stood there.
         sections: those below them, as ``section.setting``.
+        others: other names of settings, which could have stood there too.
     """
     ours = [name for name in HERE.get(word, "").split() if name in known or name in sections]
     if ours:
         return f"set {' or '.join(ours)}"
     if word in ELSEWHERE:
         return ELSEWHERE[word]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(word, [*known, *others], n=1, cutoff=0.7)
     if close:
         return f"did you mean {close[0]!r}?"
     few = len(known) <= 12

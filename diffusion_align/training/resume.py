@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffusion_align.errors import CheckpointError
+from diffusion_align.training.aliases import canonical
 from diffusion_align.training.config import FIELDS_ALONE, Content, TrainingConfig
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.places import absolute_paths
@@ -69,6 +70,7 @@ def check_same_run(
     Raises:
         CheckpointError: it is another run.
     """
+    theirs = canonical(type(config), theirs)
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
     mine, theirs = (

@@ -1,0 +1,138 @@
+"""Other names of settings: given, overridden and read under any, checked and written under their own."""
+
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from diffusion_align.cli.listing import settings_of
+from diffusion_align.errors import ConfigError
+from diffusion_align.training.aliases import other_words
+from diffusion_align.training.config import Section, TrainingConfig, apply_overrides, dump_config, parse_config
+from diffusion_align.yaml_text import parse
+
+
+class Rare(Section):
+    clip: float = Field(1.0, gt=0, description="a clip")
+    mode: Literal["a", "b"] = Field("a", description="a mode")
+
+
+class Looks(Section):
+    aliases: ClassVar = {"pictures": "images"}
+    images: int = Field(8, ge=1, description="how many")
+
+
+class Base(TrainingConfig):
+    aliases: ClassVar = {"beta": "kl_coef", "kl_penalty": "kl_coef"}
+    kl_coef: float = Field(0.0, ge=0, description="price")
+    looks: Looks = Field(default_factory=Looks, description="looks")
+    level: Annotated[Literal["action", "sequence"], other_words(decision="action")] = Field("action", description="of")
+
+
+class Config(Base):
+    aliases: ClassVar = {"loser_clip": "experimental.clip", "mode": "experimental.mode"}
+    experimental: Rare = Field(default_factory=Rare, description="rarely used")
+
+    def cross_checks(self):
+        if self.mode == "b" and self.beta == 0:
+            yield "experimental.mode=b needs kl_coef"
+
+
+BASE = {"model": "emoji-sd", "output_dir": "run"}
+OLD = {"beta": 0.5, "looks": {"pictures": 3}, "loser_clip": 2.0, "mode": "b", "level": "decision"}
+NEW = {"kl_coef": 0.5, "looks": {"images": 3}, "experimental": {"clip": 2.0, "mode": "b"}, "level": "action"}
+
+
+def problems(make):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    return caught.value.problems
+
+
+def test_settings_are_taken_under_any_name_and_written_under_their_own():
+    text = yaml.safe_dump(BASE | OLD)
+    wanted = Config(**BASE | NEW)
+    for config in (
+        Config(**BASE | OLD),
+        parse_config(Config, yaml.safe_load(text)),
+        parse_config(Config, parse(text, unread=True)),
+        Config(**BASE | NEW | {"looks": Looks(pictures=3)}),
+        Config(**BASE | OLD | {"experimental": Rare()}),
+    ):
+        assert config == wanted
+        assert yaml.safe_load(dump_config(config)).items() >= NEW.items()
+    assert not {"beta", "mode", "loser_clip"} & set(yaml.safe_load(dump_config(wanted)))
+
+
+def test_settings_are_read_under_any_name():
+    config = Config(**BASE | NEW)
+    read = (config.beta, config.kl_penalty, config.looks.pictures, config.loser_clip, config.mode)
+    assert read == (0.5, 0.5, 3, 2.0, "b")
+    with pytest.raises(AttributeError):
+        _ = config.pictures
+    assert not hasattr(config, "betas")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"beta": 1, "kl_coef": 1}, "beta is another name of kl_coef: give one of them"),
+        ({"beta": 1, "kl_penalty": 1}, "kl_penalty is another name of kl_coef: give one of them"),
+        (
+            {"looks": {"pictures": 1, "images": 2}},
+            "looks.pictures is another name of looks.images: give one of them",
+        ),
+        (
+            {"mode": "a", "experimental": {"mode": "a"}},
+            "mode is another name of experimental.mode: give one of them",
+        ),
+        (
+            {"mode": "a", "experimental": Rare(mode="a")},
+            "mode is another name of experimental.mode: give one of them",
+        ),
+        ({"mode": "a", "experimental": 3}, "experimental=3 is not allowed: it must be a section of settings"),
+        ({"beta": -1}, "kl_coef=-1 is not allowed"),
+        ({"mode": "c"}, "experimental.mode='c' is not allowed"),
+        ({"mode": "b"}, "experimental.mode=b needs kl_coef"),
+        ({"loser_clop": 1}, "unknown setting 'loser_clop': did you mean 'loser_clip'?"),
+        ({"looks": {"picture": 1}}, "unknown setting 'looks.picture': did you mean 'pictures'?"),
+    ],
+)
+def test_one_sentence_about_what_is_wrong(given, sentence):
+    for make in (lambda: Config(**BASE | given), lambda: parse_config(Config, BASE | given)):
+        (found,) = problems(make)
+        assert found.startswith(sentence)
+
+
+def test_overrides_replace_what_a_recipe_set_under_another_name():
+    def overridden(*overrides, of=NEW):
+        return apply_overrides(of, overrides, section=Config)
+
+    for recipe in (OLD, NEW):
+        result = overridden("beta=0.1", "looks.pictures=5", "mode=a", "experimental.clip=3", of=recipe)
+        assert Config(**BASE | result) == Config(**BASE | {"kl_coef": 0.1, "looks": {"images": 5}, "loser_clip": 3})
+        assert "beta" not in result
+        assert "mode" not in result
+    assert overridden("kl_coef=1", "kl_coef=2")["kl_coef"] == 2
+    both = "'beta' and 'kl_coef' are one setting: give one of them"
+    assert problems(lambda: overridden("beta=1", "kl_coef=1")) == [both]
+    place = "'looks.pictures' and 'looks.images' are one setting: give one of them"
+    assert problems(lambda: overridden("looks.pictures=1", "looks.images=1")) == [place]
+    assert overridden("looks.=1")["looks"] == {"images": 3, "": 1}, "a key that ends in a dot was taken for another"
+
+
+def test_a_class_cannot_use_an_alias_for_another_setting():
+    def declare():
+        class Own(Config):
+            beta: float = 0.1
+
+    assert problems(declare) == ["Own.beta is another name of kl_coef: rename the field, to kl_coef or not"]
+
+
+def test_the_page_of_settings_shows_other_names(monkeypatch):
+    monkeypatch.setattr("diffusion_align.cli.listing.method_of", lambda name: type("T", (), {"config_class": Config}))
+    page = dict(settings_of("some"))
+    assert page["kl_coef"] == ["price (default 0.0; also: beta, kl_penalty)"]
+    assert page["looks.images"] == ["how many (default 8; also: pictures)"]
+    assert page["experimental.mode"] == ["a mode (a | b; default a)"]
