@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # set it to 0 for the tests marked
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tests.helpers")
+pytest_plugins = ["tests.helpers.golden"]
 LATENT = 8  # side of the tiny models' latents
 # Files of a minute or about it. They start first, so that no core idles while another ends one of them.
 LONG_FILES = (
@@ -46,7 +48,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """Built from a tree without symbolic links."""
-    from installed import build_wheel, tree_without_links
+    from tests.helpers.installed import build_wheel, tree_without_links
 
     return build_wheel(tree_without_links(tmp_path_factory.mktemp("source")), tmp_path_factory.mktemp("wheel"))
 
@@ -65,7 +67,7 @@ def unpacked(wheel, tmp_path_factory):
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory):
     """The command line in processes of its own."""
-    from forked_cli import ForkedCli
+    from tests.helpers.forked_cli import ForkedCli
 
     with ForkedCli(tmp_path_factory.mktemp("forked")) as client:
         yield client
@@ -178,7 +180,8 @@ _SDXL = _SD15 | {
 
 def _stable_diffusion(scheduler, **unet):
     from diffusers import StableDiffusionPipeline
-    from published import text_encoder
+
+    from tests.helpers.published import text_encoder
 
     torch.manual_seed(0)
     tokenizer = _tokenizer()
@@ -229,7 +232,8 @@ def tiny_inpainting(tmp_path_factory):
 def tiny_sdxl(tmp_path_factory):
     """Folder of a tiny Stable Diffusion XL: two text encoders, size conditioning, zeros for the empty prompt."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-    from published import text_encoder
+
+    from tests.helpers.published import text_encoder
 
     folder = tmp_path_factory.mktemp("tiny") / "sdxl"
     torch.manual_seed(0)
@@ -262,9 +266,10 @@ def published(tmp_path_factory):
     Forms: "folder"; "fp16", a folder that holds only weights of that variant; "bf16", a folder of such weights under
     the usual names; "file", in one file with the original names, which "folder" describes.
     """
-    import published as made
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
     from safetensors.torch import save_file
+
+    from tests.helpers import published as made
 
     root, schedulers = tmp_path_factory.mktemp("published"), {"sd15": PNDMScheduler.from_config(_SD15)}
     schedulers |= {"sd2": DDIMScheduler.from_config(_SD2), "sdxl": EulerDiscreteScheduler.from_config(_SDXL)}

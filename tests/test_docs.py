@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from printed import blocks, shorter, shorter_code
 
 import diffusion_align.estimators as estimators
 from diffusion_align.methods import SHIPPED, method_of
 from diffusion_align.rewards import REWARDS
+from tests.helpers.printed import blocks, shorter, shorter_code
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"

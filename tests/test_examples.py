@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked_cli import ForkedCli
-from printed import SHORT, blocks, shorter_code
+
+from tests.helpers.forked_cli import ForkedCli
+from tests.helpers.printed import SHORT, blocks, shorter_code
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/extending.md").read_text()

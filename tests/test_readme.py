@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from printed import SHORT_IMAGES, blocks, shorter, shorter_code
 
 from diffusion_align.report import plots
+from tests.helpers.printed import SHORT_IMAGES, blocks, shorter, shorter_code
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

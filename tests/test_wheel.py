@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from installed import build_wheel, environment_with, tree_without_links
+
+from tests.helpers.installed import build_wheel, environment_with, tree_without_links
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import IMAGE_RUN as SETTINGS
+
+from tests.helpers.tiny_runs import IMAGE_RUN as SETTINGS
 
 
 @dataclasses.dataclass

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from PIL import Image
-from tiny_runs import changes
+
+from tests.helpers.tiny_runs import changes
 
 DPO = {"method": "diffusion_dpo", "reward": ..., "prompts": ..., "pairs": "pairs/pairs.jsonl", "beta": 1.0}
 ONLINE = {"pairs": ..., "prompts": ["a red apple", "a cat"], "reward": "jpeg_compressibility", "group_size": 2}

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from tiny_runs import IMAGE_RUN, edit_json
+
+from tests.helpers.tiny_runs import IMAGE_RUN, edit_json
 
 REWARDS = """
 import torch

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import TINY, changes, edit_json
+
+from tests.helpers.tiny_runs import TINY, changes, edit_json
 
 SETTINGS = {key: value for key, value in TINY.items() if key != "sampler"} | {
     "output_dir": "run",

@@ -4,10 +4,10 @@ import shutil
 import time
 
 import pytest
-from tiny_runs import edit_json
 
 from diffusion_align.errors import UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
+from tests.helpers.tiny_runs import edit_json
 
 
 def write(file, content):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny_runs import IMAGE_RUN
+
+from tests.helpers.tiny_runs import IMAGE_RUN
 
 LONG = "x" * 5000
 MEGABYTES = "ab " * 10**6

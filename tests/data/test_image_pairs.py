@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rows_on_disk import write_rows
 
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.errors import ConfigError, problems_of
+from tests.helpers.rows_on_disk import write_rows
 
 HINT = "pairs: fix the rows above, or set pairs.skip_bad_rows=true to leave them out"
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from rows_on_disk import write_rows
 
 from diffusion_align.assets import asset_path, shipped_prompts
 from diffusion_align.cli.listing import LISTINGS
@@ -24,6 +23,7 @@ from diffusion_align.errors import ConfigError, problems_of
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
 from diffusion_align.training.config import dump_config
+from tests.helpers.rows_on_disk import write_rows
 
 ROWS = [{"prompt": "three apples", "count": 3}, {"prompt": "a, b", "count": 1}, {"prompt": "three apples", "count": 3}]
 PROMPTS = [("three apples", {"count": 3}), ("a, b", {"count": 1}), ("three apples", {"count": 3})]

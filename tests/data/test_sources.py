@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from rows_on_disk import write_rows
 
 from diffusion_align.data.schemas import check_columns, mapping
 from diffusion_align.data.sources import (
@@ -23,6 +22,7 @@ from diffusion_align.data.sources import (
     short,
 )
 from diffusion_align.errors import ConfigError, problems_of
+from tests.helpers.rows_on_disk import write_rows
 
 ROWS = [{"prompt": f"p{i}", "turns": [{"role": "user", "content": f"c{i}"}], "n": i} for i in range(7)]
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from hard_runs import rows_of
-from kills import QUICK
 from safetensors.torch import load_file
-from two_processes import assert_same_gradients, end_in_a_sentence, run_both
 
 from diffusion_align.data.prompts import items_of_epoch
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.kills import QUICK
+from tests.helpers.two_processes import assert_same_gradients, end_in_a_sentence, run_both
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 REWARD = """

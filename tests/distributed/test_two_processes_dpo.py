@@ -3,9 +3,16 @@
 import json
 
 import pytest
-from hard_runs import rows_of
-from kills import QUICK
-from two_processes import PLAIN_STEPS, assert_same_gradients, assert_same_weights, end_in_a_sentence, run_both
+
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.kills import QUICK
+from tests.helpers.two_processes import (
+    PLAIN_STEPS,
+    assert_same_gradients,
+    assert_same_weights,
+    end_in_a_sentence,
+    run_both,
+)
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 DPO = {

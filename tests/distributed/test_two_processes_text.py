@@ -3,11 +3,17 @@
 import json
 
 import pytest
-from hard_runs import PREFERENCES, labels_of, rows_of
-from two_processes import PLAIN_STEPS, assert_same_gradients, assert_same_weights, end_in_a_sentence, run_both
 
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.yaml_text import dump
+from tests.helpers.hard_runs import PREFERENCES, labels_of, rows_of
+from tests.helpers.two_processes import (
+    PLAIN_STEPS,
+    assert_same_gradients,
+    assert_same_weights,
+    end_in_a_sentence,
+    run_both,
+)
 
 REWARDS = """
 import os

@@ -10,7 +10,6 @@ import torch
 import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from tiny_runs import edit_json
 
 from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.doctor import cost_report as costs
@@ -19,6 +18,7 @@ from diffusion_align.doctor.memory import UNetCost
 from diffusion_align.doctor.model_files import gigabytes
 from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines import text_context
+from tests.helpers.tiny_runs import edit_json
 
 SETTINGS = {
     "method": "ddpo",

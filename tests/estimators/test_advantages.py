@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, FILLS, assert_same, randn, refused, tensor
 
 from diffusion_align.estimators import (
     PromptStatistics,
@@ -17,6 +16,7 @@ from diffusion_align.estimators import (
     reward_to_go,
     several_rewards_advantages,
 )
+from tests.helpers.oracles import F64, FILLS, assert_same, randn, refused, tensor
 
 IDS = torch.tensor([7, 3, 7, 3, 7, 9])
 

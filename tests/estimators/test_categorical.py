@@ -4,16 +4,16 @@ import json
 import math
 from functools import partial
 
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, FILLS, assert_same, identical, randn, refused, tensor
 from torch.distributions import Categorical, kl_divergence
 
 from diffusion_align import estimators
 from diffusion_align.estimators import categorical_entropy, categorical_kl, linear_token_log_probs, token_log_probs
+from tests.helpers import oracles
+from tests.helpers.oracles import F64, FILLS, assert_same, identical, randn, refused, tensor
 
 B, T, V, D = 2, 5, 23, 4
 CHUNKS = [None, 1, 7, V, V + 5]

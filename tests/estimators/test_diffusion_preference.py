@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, assert_same, randn, refused, tensor
 from torch import nn
 
 from diffusion_align.estimators import beta_in_nats, corrected_diffusion_dpo_loss, diffusion_dpo_loss, dpo_loss
+from tests.helpers.oracles import F64, assert_same, randn, refused, tensor
 
 
 def _errors(n=7):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, assert_same, randn, refused, tensor
 from torch.func import functional_call
 from torch.nn.functional import softplus
 
@@ -18,6 +17,7 @@ from diffusion_align.estimators import (
     beta_smoothness_penalty,
     dpo_loss,
 )
+from tests.helpers.oracles import F64, assert_same, randn, refused, tensor
 
 
 def _trained(dimensions=4, hidden=6, beta=0.3):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, assert_same, randn, refused, tensor
 from torch.distributions import Normal, kl_divergence
 
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob, score_function_loss
+from tests.helpers.oracles import F64, assert_same, randn, refused, tensor
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 3), (2, 4, 3, 3), (0, 3)])

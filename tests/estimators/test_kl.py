@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, FILLS, assert_compiles, assert_same, randn, refused, tensor, unmoved_by
 
 from diffusion_align.estimators import (
     categorical_kl,
@@ -24,6 +23,7 @@ from diffusion_align.estimators import (
     reward_to_go,
     score_function_loss,
 )
+from tests.helpers.oracles import F64, FILLS, assert_compiles, assert_same, randn, refused, tensor, unmoved_by
 
 KINDS = kl.KINDS
 FORMS = [(kind, gradient) for kind in KINDS for gradient in ("unbiased", "direct")]

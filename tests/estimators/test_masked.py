@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, FILLS, assert_same, randn, refused, tensor, unmoved_by
 
 from diffusion_align.estimators import aggregate, masked_mean, masked_sum, masked_whiten
+from tests.helpers.oracles import F64, FILLS, assert_same, randn, refused, tensor, unmoved_by
 
 MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
 LONG = {"mode": "fixed_length", "length": 10}

@@ -6,7 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
+
+from diffusion_align.estimators import (
+    clip_fractions,
+    clipped_ratio_loss,
+    clipped_ratios,
+    clipped_surrogate,
+    importance_ratio,
+    score_function_loss,
+    value_loss,
+)
+from tests.helpers.oracles import (
     F64,
     FILLS,
     assert_compiles,
@@ -17,16 +27,6 @@ from oracles import (
     tensor,
     unmoved_by,
     with_gradients,
-)
-
-from diffusion_align.estimators import (
-    clip_fractions,
-    clipped_ratio_loss,
-    clipped_ratios,
-    clipped_surrogate,
-    importance_ratio,
-    score_function_loss,
-    value_loss,
 )
 
 

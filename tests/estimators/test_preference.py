@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import F64, FILLS, assert_same, randn, refused, tensor, unmoved_by, with_gradients
 from torch.nn.functional import softplus
 
 from diffusion_align.estimators import (
@@ -24,6 +23,7 @@ from diffusion_align.estimators import (
     simpo_loss,
     trajectory_dpo_loss,
 )
+from tests.helpers.oracles import F64, FILLS, assert_same, randn, refused, tensor, unmoved_by, with_gradients
 
 FIT = 1e-9  # of a log-strength
 

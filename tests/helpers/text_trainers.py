@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from enumerable import PROMPT, gradient
 
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import ConfigError
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.training.config import parse_config
+from tests.helpers.enumerable import PROMPT, gradient
 
 SIZES = {"model": "tiny-lm", "grid_every": 0, "epochs": 2, "samples_per_epoch": 16, "sample_batch_size": 8}
 SIZES |= {"micro_batch_size": 5, "max_completion_length": 6, "learning_rate": 1e-2}

@@ -1,8 +1,9 @@
 """The same run in one process and in two, and what of both must be equal; runs that both processes end."""
 
 import torch
-from kills import QUICK
 from safetensors.torch import load_file
+
+from tests.helpers.kills import QUICK
 
 # Writes the summed gradients of every optimizer step, before clipping.
 GRADIENTS = """

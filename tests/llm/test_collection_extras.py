@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 import yaml
-from hard_runs import rows_of
-from text_trainers import TINY
 
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.llm.collection import WeightedRewards
@@ -18,6 +16,8 @@ from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards import RewardError
 from diffusion_align.rewards.text.base import TrainerState
 from diffusion_align.training.randomness import generator
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.text_trainers import TINY
 
 END, OTHER_END = 3, 7  # of the tokenizer, and of the model besides
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {})]

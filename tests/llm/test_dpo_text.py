@@ -7,12 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from enumerable import COMPLETIONS, PROMPT, enumerable_policy, gradient, log_tables, reference_tables, token_log_probs
-from hard_runs import rows_of
-from oracles import F64
 from safetensors.torch import load_file
-from text_trainers import PROMPTS, Part, estimated, plain, preference_trainer, problems_of, score, scores_of
-from tiny_runs import changes
 
 from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.errors import CheckpointError, ConfigError
@@ -28,6 +23,28 @@ from diffusion_align.estimators import (
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer, best_against, rso_pairs
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.training.randomness import generator
+from tests.helpers.enumerable import (
+    COMPLETIONS,
+    PROMPT,
+    enumerable_policy,
+    gradient,
+    log_tables,
+    reference_tables,
+    token_log_probs,
+)
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.oracles import F64
+from tests.helpers.text_trainers import (
+    PROMPTS,
+    Part,
+    estimated,
+    plain,
+    preference_trainer,
+    problems_of,
+    score,
+    scores_of,
+)
+from tests.helpers.tiny_runs import changes
 
 BETA = 0.3
 EXACT = {"atol": 1e-10, "rtol": 1e-8}

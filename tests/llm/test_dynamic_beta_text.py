@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from hard_runs import rows_of
-from oracles import F64
 from safetensors.torch import load_file
-from text_trainers import estimated, preference_trainer, problems_of
 
 from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.estimators import dpo_loss
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, pack
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.oracles import F64
+from tests.helpers.text_trainers import estimated, preference_trainer, problems_of
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [4, 4]]
 CHOSEN = [[30, 31, 3], [14, 3], [21, 22, 23, 3], [35, 3]]

@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from enumerable import (
+
+from diffusion_align.errors import TrainingError
+from diffusion_align.estimators import aggregate, group_advantages
+from diffusion_align.llm.collection import Collected
+from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
+from diffusion_align.llm.rollout import Completions
+from diffusion_align.llm.trainer import OnlineConfig, per_sample
+from diffusion_align.training.statistics import equal_reward_metric
+from tests.helpers.enumerable import (
     REWARDS,
     enumerable_policy,
     gradient,
@@ -16,8 +24,8 @@ from enumerable import (
     sequences_of,
     token_log_probs,
 )
-from hard_runs import rows_of
-from text_trainers import (
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.text_trainers import (
     assert_micro_batches_do_not_matter,
     estimated,
     exact_trainer,
@@ -25,14 +33,6 @@ from text_trainers import (
     online_trainer,
     short,
 )
-
-from diffusion_align.errors import TrainingError
-from diffusion_align.estimators import aggregate, group_advantages
-from diffusion_align.llm.collection import Collected
-from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
-from diffusion_align.llm.rollout import Completions
-from diffusion_align.llm.trainer import OnlineConfig, per_sample
-from diffusion_align.training.statistics import equal_reward_metric
 
 PAIRS = list(itertools.product(range(16), repeat=2))  # all groups of two
 BETA = 0.4

@@ -5,10 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import gradient
-from hard_runs import rows_of
-from oracles import F64
-from text_trainers import (
+
+from diffusion_align.data.text_rows import LabelledRow
+from diffusion_align.errors import ConfigError
+from diffusion_align.estimators import kto_loss
+from diffusion_align.llm.kto import KTOConfig, KTOTrainer, mismatched_prompts
+from tests.helpers.enumerable import gradient
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.oracles import F64
+from tests.helpers.text_trainers import (
     Part,
     estimated,
     losses_of,
@@ -18,12 +23,7 @@ from text_trainers import (
     score,
     scores_of,
 )
-from tiny_runs import changes
-
-from diffusion_align.data.text_rows import LabelledRow
-from diffusion_align.errors import ConfigError
-from diffusion_align.estimators import kto_loss
-from diffusion_align.llm.kto import KTOConfig, KTOTrainer, mismatched_prompts
+from tests.helpers.tiny_runs import changes
 
 BETA = 0.3
 EXACT = {"atol": 1e-10, "rtol": 1e-8}

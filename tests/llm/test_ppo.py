@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from enumerable import (
+
+from diffusion_align.estimators import gae, masked_whiten
+from diffusion_align.llm.collection import Collected
+from diffusion_align.llm.policy import pack
+from diffusion_align.llm.ppo import PPOTrainer, adapted
+from diffusion_align.llm.rollout import Completions
+from tests.helpers.enumerable import (
     REWARDS,
     enumerable_policy,
     gradient,
@@ -14,8 +20,8 @@ from enumerable import (
     sequences_of,
     token_log_probs,
 )
-from hard_runs import rows_of
-from text_trainers import (
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.text_trainers import (
     assert_micro_batches_do_not_matter,
     estimated,
     exact_trainer,
@@ -23,12 +29,6 @@ from text_trainers import (
     online_trainer,
     short,
 )
-
-from diffusion_align.estimators import gae, masked_whiten
-from diffusion_align.llm.collection import Collected
-from diffusion_align.llm.policy import pack
-from diffusion_align.llm.ppo import PPOTrainer, adapted
-from diffusion_align.llm.rollout import Completions
 
 BETA = 0.4
 

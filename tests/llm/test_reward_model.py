@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from hard_runs import rows_of
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -17,6 +16,7 @@ from diffusion_align.llm.policy import LoRAConfig, Sequences
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.config import parse_config
+from tests.helpers.hard_runs import rows_of
 
 EOS, PAD = 3, 2
 HOW = {"lora": LoRAConfig(rank=4), "full": None}

@@ -6,9 +6,7 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from hard_runs import rows_of
 from safetensors.torch import load_file
-from text_trainers import SIZES
 
 from diffusion_align.data.text_rows import PreferenceRow, PromptRow
 from diffusion_align.errors import ConfigError
@@ -23,6 +21,8 @@ from diffusion_align.pipelines.run import run as run_config
 from diffusion_align.rewards import RewardError
 from diffusion_align.training.checkpoint import list_checkpoints
 from diffusion_align.training.randomness import generator
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.text_trainers import SIZES
 
 ROWS = [PromptRow("a", [4, 5, 6], {}), PromptRow("b", [9], {}), PromptRow("c", [7, 8], {})]
 PAIRS = [PreferenceRow("a", [4, 5], [6, 3], [[7, 3]]), PreferenceRow("b", [9], [5], [[8, 8, 3]])]

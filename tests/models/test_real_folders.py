@@ -12,13 +12,13 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
-from tiny_runs import TINY
 
 from diffusion_align.pipelines.configuration import check_config, read_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.run import run
 from diffusion_align.pretrained import load_in_dtype
 from diffusion_align.report import plots, read_metrics
+from tests.helpers.tiny_runs import TINY
 
 HEAD = Path(__file__).resolve().parents[3] / "shared/data/aesthetic/sac+logos+ava1-l14-linearMSE.pth"
 PROMPTS = ["a red apple", "a cat"]

@@ -5,13 +5,13 @@ import re
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_runs import TINY
 
 import diffusion_align
 from diffusion_align import DDPOConfig, DDPOTrainer, DiffusionDPOConfig, ImageAlignmentPipeline, TextAlignmentPipeline
 from diffusion_align.errors import UserError
 from diffusion_align.llm import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, PPOConfig
 from diffusion_align.models.image_pipelines import load_pipeline
+from tests.helpers.tiny_runs import TINY
 
 SIZE = "images have the size that the model was made for"
 ALIGN = r"GRPOTrainer takes its config and a loaded policy: call TextAlignmentPipeline\.from_pretrained\(model\)\.align"

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hard_runs import rows_of
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import TINY
 
 from diffusion_align.errors import ConfigError, Interrupted, UserError
 from diffusion_align.interrupt import InterruptFlag
@@ -25,6 +23,8 @@ from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import DrawnImages, as_picture
 from diffusion_align.pipelines.run import run
 from diffusion_align.rewards.base import RewardError
+from tests.helpers.hard_runs import rows_of
+from tests.helpers.tiny_runs import TINY
 
 PROMPTS = ["a red apple", "a cat"]
 SETTINGS = TINY | {

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rows_on_disk import read_rows
 
 from diffusion_align.assets import asset_path
 from diffusion_align.data.drawings import load_preferences
@@ -19,6 +18,7 @@ from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.pairs import ImageCandidates, PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
 from diffusion_align.training.run_folder import FolderLock
+from tests.helpers.rows_on_disk import read_rows
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]
 FAST = {"steps": 2, "guidance_scale": 1.0}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from rows_on_disk import read_rows
 
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.language_models import model_kind
@@ -10,6 +9,7 @@ from diffusion_align.pipelines.compare import compare_texts
 from diffusion_align.pipelines.pairs import PairsWritten, TextCandidates, make_pairs
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards import RewardError, text_of
+from tests.helpers.rows_on_disk import read_rows
 
 PROMPTS = ["the cat", "a dog is", "who?"]
 FAST = {"max_new_tokens": 5, "seed": 7}

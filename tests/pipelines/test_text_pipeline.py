@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 import yaml
-from hard_runs import rows_of
 from safetensors.torch import load_file
 
 from diffusion_align.assets import asset_path
@@ -18,6 +17,7 @@ from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards.base import RewardError
+from tests.helpers.hard_runs import rows_of
 
 SETTINGS = {
     "epochs": 2,

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rewarding import check_gradient, levels, refusal, save_clip, score
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,6 +13,7 @@ from diffusion_align.assets import asset_path
 from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image import aesthetic as module
 from diffusion_align.rewards.image.aesthetic import Aesthetic, load_head
+from tests.helpers.rewarding import check_gradient, levels, refusal, save_clip, score
 
 HEADS = Path(__file__).resolve().parents[3] / "shared" / "data" / "aesthetic"
 V2, V1 = HEADS / "sac+logos+ava1-l14-linearMSE.pth", HEADS / "sa_0_4_vit_l_14_linear.pth"

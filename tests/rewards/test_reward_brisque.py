@@ -9,12 +9,12 @@ import pytest
 import torch
 from libsvm import svm
 from PIL import Image
-from rewarding import score
 from skimage import data, filters
 
 from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image import brisque as module
 from diffusion_align.rewards.image.brisque import data_folder, features, fit, load_regression, luma, normalise
+from tests.helpers.rewarding import score
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from rewarding import levels, refusal, score
 
 from diffusion_align.rewards import (
     IMAGES,
@@ -21,6 +20,7 @@ from diffusion_align.rewards import (
 from diffusion_align.rewards.base import reward_parts
 from diffusion_align.rewards.build import user_modules
 from diffusion_align.rewards.text.base import TrainerState, extras_of
+from tests.helpers.rewarding import levels, refusal, score
 
 CODE = """
 calls = 0

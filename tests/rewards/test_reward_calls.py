@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rewarding import refusal
 
 from diffusion_align.background import background
 from diffusion_align.data.text_rows import PromptRow
@@ -33,6 +32,7 @@ from diffusion_align.rewards import (
 )
 from diffusion_align.rewards.base import check_prompts, reward_name, reward_parts, runs_in_background
 from diffusion_align.training.collection import BatchScores
+from tests.helpers.rewarding import refusal
 
 IMAGES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
 PROMPTS = ["a", "b", "c", "d"]

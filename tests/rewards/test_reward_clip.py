@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from rewarding import check_gradient, refusal, save_clip, save_open_clip, score
 from torch.nn import functional
 
 from diffusion_align.assets import asset_path
 from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image.clip import VIT_L_14, default_clip, load_clip, preprocess
+from tests.helpers.rewarding import check_gradient, refusal, save_clip, save_open_clip, score
 
 COLOURS = {
     "white": (255, 255, 255),

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rewarding import check_gradient, refusal, smooth_pictures
-from rewarding import score as score_of
 from safetensors.torch import save_file
 
 from diffusion_align.rewards import build_reward, call_reward, check_reward
 from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD
 from diffusion_align.rewards.image.image_reward import ImageReward, load_image_reward
+from tests.helpers.rewarding import check_gradient, refusal, smooth_pictures
+from tests.helpers.rewarding import score as score_of
 
 SIZE, PATCH, VISION, TEXT, DEPTH = 32, 8, 192, 128, 2
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
-from rewarding import refusal
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
 from diffusion_align.rewards.image import ocr as module
 from diffusion_align.rewards.image.ocr import edit_distance, target_text, text_score
+from tests.helpers.rewarding import refusal
 
 
 def drawn(text, *, size=256, font_size=40):

@@ -5,9 +5,9 @@ import re
 import sys
 
 import pytest
-from rewarding import refusal
 
 from diffusion_align.rewards import IMAGES, TEXT, TEXT_REWARDS, build_reward, build_text_reward, declare
+from tests.helpers.rewarding import refusal
 
 
 def red(images, prompts, metadata):

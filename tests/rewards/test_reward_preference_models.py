@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rewarding import PROMPTS, check_gradient, refusal, save_clip, save_open_clip, smooth_pictures
-from rewarding import score as score_of
 from safetensors.torch import save_file
 from torch.nn import functional
 
@@ -18,6 +16,8 @@ from diffusion_align.rewards.image import hps_v2 as hps
 from diffusion_align.rewards.image import pick_score as pick
 from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD, load_transformers
 from diffusion_align.rewards.image.clip_score import ClipScore
+from tests.helpers.rewarding import PROMPTS, check_gradient, refusal, save_clip, save_open_clip, smooth_pictures
+from tests.helpers.rewarding import score as score_of
 
 SIZE, LOGIT_SCALE = 32, 3.9
 

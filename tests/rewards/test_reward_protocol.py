@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from rewarding import refusal
 
 from diffusion_align.rewards import RewardError, call_reward, check_reward, reward_name
+from tests.helpers.rewarding import refusal
 
 HERE = r"\(test_reward_protocol.py, line \d+\)"
 

@@ -25,7 +25,6 @@ import pytest
 import torch
 from fastapi import HTTPException, Request
 from PIL import Image
-from rewarding import json_server, refusal, serving
 
 from diffusion_align.cli import serve_reward
 from diffusion_align.interrupt import InterruptFlag
@@ -43,6 +42,7 @@ from diffusion_align.rewards.serving import (
     parse_request,
     read_body,
 )
+from tests.helpers.rewarding import json_server, refusal, serving
 
 
 def odd(images, prompts, metadata):

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from rewarding import refusal
 
 from diffusion_align.llm.trainer import TextEvaluationConfig
 from diffusion_align.rewards import (
@@ -27,6 +26,7 @@ from diffusion_align.rewards.build import IMAGES, TEXT, find
 from diffusion_align.rewards.image.jpeg import JpegCompressibility
 from diffusion_align.rewards.settings import describe_options
 from diffusion_align.rewards.text.length import Length
+from tests.helpers.rewarding import refusal
 
 CODE = '''
 from typing import Literal

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rewarding import json_server, refusal
 
 from diffusion_align.rewards import RewardError, build_reward, call_reward, check_reward
 from diffusion_align.rewards.base import to_uint8
 from diffusion_align.rewards.image.vlm_judge import parse_score
+from tests.helpers.rewarding import json_server, refusal
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import json
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
-from hard_runs import HARD_RUN, NOISY
 
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run
 from diffusion_align.yaml_text import dump
+from tests.helpers.hard_runs import HARD_RUN, NOISY
 
 
 @pytest.fixture

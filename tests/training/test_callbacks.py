@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toy import Toy
 
 from diffusion_align.errors import UserError
 from diffusion_align.training import processes
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.checkpoint import list_checkpoints
 from diffusion_align.training.config import load_yaml
+from tests.helpers.toy import Toy
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def epochs_of(folder):
 def test_they_are_called_in_order_and_what_they_add_is_logged(tmp_path):
     noted = Noted()
     Toy(tmp_path / "run", epochs=2, callbacks=[noted]).train()
-    assert load_yaml(tmp_path / "run" / "config.yaml")["method"] == "toy:Toy"
+    assert load_yaml(tmp_path / "run" / "config.yaml")["method"] == "tests.helpers.toy:Toy"
     epochs = [[("update", 2 * n - 1), ("update", 2 * n), ("epoch", n, n)] for n in (1, 2)]
     assert noted.calls == [("start", 0, False), *epochs[0], *epochs[1], ("end", True), ("close",)]
     assert [row["mine"] for row in epochs_of(tmp_path / "run")] == [10.0, 20.0]

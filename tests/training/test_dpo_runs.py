@@ -12,8 +12,6 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from hard_runs import HARD_RUN, assert_same_run, rows_of
-from kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,6 +21,8 @@ from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.training.optimization import Optimization
+from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
+from tests.helpers.kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
 OF_DDPO = ("reward", "prompts", "history_size", "history_min_count", "model", "output_dir")

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from toy import Toy, brightness, score_of
 
 from diffusion_align import interrupt, writing
 from diffusion_align.errors import Interrupted, TrainingError
@@ -32,6 +31,7 @@ from diffusion_align.training.config import TrainingConfig, dump_config
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.trainer import TrainingPlan
 from diffusion_align.writing import WriteError, write_text
+from tests.helpers.toy import Toy, brightness, score_of
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny_runs import TINY
 
 from diffusion_align.diffusion import ddpo
 from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance, sample_images
@@ -19,6 +18,7 @@ from diffusion_align.training.checkpoint import list_checkpoints
 from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
+from tests.helpers.tiny_runs import TINY
 
 
 def brightness(images, prompts, metadata):

@@ -11,9 +11,10 @@ import time
 
 import pytest
 import torch
-from hard_runs import HARD_RUN, assert_same_run, rows_of
-from kills import HOOK, KILL, QUICK, STEP, UPDATING, place
 from safetensors.torch import load_file
+
+from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
+from tests.helpers.kills import HOOK, KILL, QUICK, STEP, UPDATING, place
 
 
 def epochs_logged(folder):

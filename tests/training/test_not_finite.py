@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from tiny_runs import TINY
 
 from diffusion_align.diffusion.ddpo import DDPOTrainer
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
@@ -16,6 +15,7 @@ from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.training.finite import all_finite, largest, require_finite_loss
+from tests.helpers.tiny_runs import TINY
 
 SETTINGS = TINY | {
     "reward": "jpeg_compressibility",

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import TINY
 
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.run_folder import LOCK_FILE, FolderLock
+from tests.helpers.tiny_runs import TINY
 
 REWARD = """import scale_of_mine
 

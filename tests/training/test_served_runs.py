@@ -6,8 +6,9 @@ import time
 
 import pytest
 import yaml
-from hard_runs import HARD_RUN, assert_same_run, rows_of
-from kills import QUICK
+
+from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
+from tests.helpers.kills import QUICK
 
 SERVED = {
     "samples_per_epoch": 8,

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from hard_runs import HARD_RUN, PREFERENCES, assert_same_run, labels_of, newest, rows_of
-from kills import HOOK, KILL, QUICK, STEP, TERMINATE, TRAINER, place
 from safetensors.torch import load_file
 
 from diffusion_align.yaml_text import dump
+from tests.helpers.hard_runs import HARD_RUN, PREFERENCES, assert_same_run, labels_of, newest, rows_of
+from tests.helpers.kills import HOOK, KILL, QUICK, STEP, TERMINATE, TRAINER, place
 
 OF_IMAGES = ("reward", "prompts", "history_size", "history_min_count", "sampler", "method")
 CHANGES = {"epochs": 4, "samples_per_epoch": 8, "sample_batch_size": 4, "micro_batch_size": 3, "learning_rate": 3e-3}

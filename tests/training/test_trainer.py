@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_runs import TINY
 
 from diffusion_align.errors import TrainingError
+from tests.helpers.tiny_runs import TINY
 
 
 def brightness(images, prompts, metadata):

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rewarding import refusal
 
 from diffusion_align.models.lora import add_lora, save_peft
 from diffusion_align.rewards import TEXT, RewardError, build_text_reward, call_text_reward, declare
 from diffusion_align.rewards.networks import without_token_types
 from diffusion_align.rewards.text import similarity as similarity_module
 from diffusion_align.rewards.text.classifier import layout
+from tests.helpers.rewarding import refusal
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>", "a", "red", "green", "apple", "pear", "is", "good", "bad", "very"]
 WORDS += ["user", "assistant", "."]

@@ -8,10 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from rewarding import refusal
 
 from diffusion_align.rewards import RewardError, call_text_reward, check_text_reward, text_of, weighted_sum
 from diffusion_align.rewards.text.base import TrainerState, extras_of
+from tests.helpers.rewarding import refusal
 
 PROMPTS = ["add one and one", "name a fruit", "say hello"]
 COMPLETIONS = ["2", "a pear", ""]

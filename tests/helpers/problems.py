@@ -1,0 +1,31 @@
+"""Refusals, asserted by the setting's name and the kind of problem instead of by whole sentences."""
+
+import re
+
+
+def problems(error):
+    """The sentences of a UserError, of ``pytest.raises``' record of one, or of what a command wrote to stderr."""
+    error = getattr(error, "value", error)
+    if isinstance(error, str):
+        return [line.removeprefix("error: ") for line in error.splitlines()]
+    return list(getattr(error, "problems", [str(error)]))
+
+
+def problem(setting, kind=""):
+    """A pattern, for ``match=``: the sentence begins with ``setting``, whole and dotted, and says ``kind`` later."""
+    return rf"^{re.escape(setting)}(?![\w.]\w).*{re.escape(kind)}"
+
+
+def assert_problems(error, *expected):
+    """``error`` holds a sentence for each (setting, kind) of ``expected``, and no others."""
+    found, missing = problems(error), []
+    for setting, kind in expected:
+        fitting = [sentence for sentence in found if re.search(problem(setting, kind), sentence, re.IGNORECASE)]
+        missing += [] if fitting else [(setting, kind)]
+        found = [sentence for sentence in found if sentence not in fitting[:1]]
+    assert (missing, found) == ([], []), f"not said: {missing}; said and not expected: {found}"
+
+
+def assert_problem(error, setting, kind):
+    """``error`` is one sentence, which begins with ``setting`` and says ``kind``."""
+    assert_problems(error, (setting, kind))
