@@ -35,6 +35,7 @@ from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, run
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
+from diffusion_align.rewards.image.clip import model_for_images
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import make_folder, new_folder, output_folder
@@ -471,18 +472,22 @@ def score_images(
     images: Sequence[Picture] | Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    model: str | None = None,
 ) -> Tensor:
     """Scores (B,) of images, which may differ in size.
 
     Args:
-        reward: from ``build_reward``.
+        reward: from ``build_reward``, or the name, mapping or list that it takes.
         images: B of them: PIL images, float tensors (3, H, W) in [0, 1], or uint8 arrays (H, W, 3) or (H, W).
         prompts: B texts.
         metadata: B mappings that the reward receives; empty ones if not given.
+        model: the model that sampled the images, for a reward that is built here (see ``build_reward``); if not given,
+            ``emoji-sd`` for images of 64 x 64 pixels, else none: photographs are scored by the published networks.
 
     Raises:
         UserError: the counts differ, or something is no such image.
-        RewardError: the reward cannot score them.
+        RewardError: the reward cannot be built, or cannot score them.
     """
     if isinstance(images, Image.Image) or isinstance(prompts, str):
         raise UserError("a single image or prompt is given: give lists of one length")
@@ -491,6 +496,9 @@ def score_images(
         also = "" if metadata is None else f" and {len(notes)} metadata"
         raise UserError(f"{len(images)} images, {len(prompts)} prompts{also}: give lists of one length")
     pictures = [as_picture(image, i) for i, image in enumerate(images)]
+    if not callable(reward):
+        model = model_for_images((x.shape[-1], x.shape[-2]) for x in pictures) if model is None else model
+        reward = build_reward(reward, model=model, device=default_device())
     scores = [call_reward(reward, x[None], [text], [dict(n)]) for x, text, n in zip(pictures, prompts, notes)]
     return torch.cat(scores) if scores else torch.empty(0)
 

@@ -5,7 +5,7 @@ A reward for images is any callable ``reward(images, prompts, metadata)`` that r
 or None (see `text.base`).
 """
 
-from diffusion_align.rewards.base import Reward, RewardError, call_reward, check_reward, reward_name
+from diffusion_align.rewards.base import Reward, RewardError, call_reward, check_reward, reward_name, scored_by
 from diffusion_align.rewards.build import (
     IMAGES,
     REWARDS,
@@ -43,6 +43,7 @@ __all__ = [
     "describe_rewards",
     "describe_text_rewards",
     "reward_name",
+    "scored_by",
     "text_of",
     "weighted_sum",
 ]

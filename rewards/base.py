@@ -293,6 +293,12 @@ def reward_name(reward: Any) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
+def scored_by(reward: Any) -> str:
+    """What scores: the reward's name and, where its attribute ``scorer`` says so, the network that it runs."""
+    scorer = getattr(reward, "scorer", None)
+    return f"{reward_name(reward)}: {scorer}" if isinstance(scorer, str) and scorer else reward_name(reward)
+
+
 def runs_in_background(reward: Any) -> bool:
     """Whether every call of ``reward`` is made in the long-lived thread: its attribute ``background``."""
     return getattr(reward, "background", False) is True

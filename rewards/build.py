@@ -104,6 +104,7 @@ class Wrapped:
 
     def __init__(self, reward: Any, name: str):
         self.reward, self.name, self.background = reward, name, runs_in_background(reward)
+        self.scorer = getattr(reward, "scorer", None)
 
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         check_prompts(self.reward, prompts, metadata)
@@ -181,7 +182,8 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
               ``background: true`` calls it in a thread of its own, in training while the next batch is sampled;
               ``offload: true`` keeps the reward's model in main memory and on ``device`` only while it scores;
             - a list of these: their sum, see `combine`.
-        model: name or path of the diffusion model being trained; the default CLIP depends on it.
+        model: name or path of the diffusion model whose images are scored. The default CLIP and aesthetic head are the
+            published ones, which judge photographs, and for ``emoji-sd`` the embedded ones, which judge emoji drawings.
 
     Raises:
         RewardError: ``declare`` refuses it, or the reward's model cannot be loaded.

@@ -11,7 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts
+from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts, scored_by
 from diffusion_align.rewards.build import IMAGES, build_reward, declare
 from diffusion_align.rewards.settings import Device, RewardSettings
 from diffusion_align.training.config import Weight
@@ -29,6 +29,7 @@ class Combined:
     def __init__(self, parts: Sequence[Reward], weights: Sequence[float]):
         self.parts, self.weights = list(parts), [float(weight) for weight in weights]
         self.differentiable = all(getattr(part, "differentiable", False) for part in parts)
+        self.scorer = "; ".join(map(scored_by, parts))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         scores = torch.stack([ask_reward(part, images, prompts, metadata) for part in self.parts], dim=1)

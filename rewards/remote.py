@@ -50,6 +50,7 @@ class Remote:
 
     def __init__(self, endpoints: Sequence[Endpoint], limits: Limits, *, patience: float) -> None:
         self.endpoints, self.limits, self.patience = list(endpoints), limits, patience
+        self.scorer = f"served at {', '.join(endpoint.url for endpoint in endpoints)}"
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         rows = [

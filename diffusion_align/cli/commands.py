@@ -32,7 +32,7 @@ from diffusion_align.cli.options import (
     read_reward,
     to_path,
 )
-from diffusion_align.cli.terminal import console, hide_loading_bars, print_aligned, print_line, progress_bar
+from diffusion_align.cli.terminal import console, hide_loading_bars, print_aligned, print_line, print_note, progress_bar
 from diffusion_align.errors import ConfigError, UserError, short
 
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
@@ -152,11 +152,22 @@ def score(
     prompt: Prompts = None,
     prompts: PromptFile = None,
     option: RewardOptions = None,
-    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="the model that sampled them; emoji-sd is judged by the embedded CLIP and aesthetic head, any other "
+            "by the published ones; default: emoji-sd for images of 64x64 pixels"
+        ),
+    ] = None,
 ) -> None:
-    """Score images with a reward; give one prompt for all, or one per image. The default prompt is empty."""
+    """Score images with a reward; give one prompt for all, or one per image. The default prompt is empty.
+
+    A line on stderr names the network that scored.
+    """
     from diffusion_align.inputs import default_device
     from diffusion_align.pipelines.image import score_images
+    from diffusion_align.rewards import scored_by
+    from diffusion_align.rewards.image.clip import model_for_images
 
     given = read_prompts(prompt, prompts) if prompt or prompts else [("", {})]
     if len(given) == 1:
@@ -166,8 +177,11 @@ def score(
     texts, metadata = zip(*given, strict=True)
     pictures = [read_image(path) for path in images]
     hide_loading_bars()
+    if model is None:
+        model = model_for_images(picture.size for picture in pictures)
     function = read_reward(reward, option, model, default_device())
     scores = score_images(function, pictures, texts, metadata)
+    print_note(f"scored by {scored_by(function)}")
     for path, value in zip(images, scores.tolist(), strict=True):
         print_line(f"{value:10.4f}  {path}")
     print_line(f"{scores.mean().item():10.4f}  mean of {len(images)}")
@@ -177,7 +191,13 @@ def score(
 def serve_reward(
     reward: Annotated[str, typer.Argument(help="name or module:function")],
     option: RewardOptions = None,
-    model: Annotated[str, typer.Option(help="the model the reward's default backbone goes with")] = "emoji-sd",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="the model whose images are scored; emoji-sd is judged by the embedded CLIP and aesthetic head, any "
+            "other by the published ones, the default"
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
     token_file: Annotated[
@@ -196,7 +216,7 @@ def serve_reward(
     import torch
 
     from diffusion_align.inputs import check_device, default_device
-    from diffusion_align.rewards import check_reward, reward_name
+    from diffusion_align.rewards import check_reward, scored_by
     from diffusion_align.rewards.endpoints import read_token
 
     try:
@@ -215,7 +235,7 @@ def serve_reward(
         limits = serving.Limits(max_batch, max_bytes, max_pixels)
         calls = serving.CallsHere()
         served = serving.create_app(function, token=token, limits=limits, threads=threads, device=device, calls=calls)
-        line = f"serving {reward_name(function)} at {serving.address_of(bound)}"
+        line = f"serving {scored_by(function)} at {serving.address_of(bound)}"
         serving.RewardServer(served, lambda: print_line(line)).serve_on(bound, calls)
 
 

@@ -46,7 +46,9 @@ PromptFile = Annotated[
         "--prompts", help="file (.txt, .jsonl, .jsonl.gz, .json, .csv, .parquet), folder, Hub dataset or shipped list"
     ),
 ]
-RewardOptions = Annotated[list[str] | None, typer.Option("--option", help="key=value of the reward; repeat")]
+RewardOptions = Annotated[
+    list[str] | None, typer.Option("--option", help="key=value, an option of the reward (`list rewards NAME`); repeat")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Steps = Annotated[int | None, typer.Option(min=1, max=MOST)]
 GuidanceScale = Annotated[float | None, number_option(0, LARGEST)]
@@ -56,7 +58,7 @@ Temperature = Annotated[float | None, number_option(0.01, 1000)]
 Gaussian = tuple[float, float]
 
 
-def read_reward(name: str, options: list[str] | None, model: str, device: str) -> Any:
+def read_reward(name: str, options: list[str] | None, model: str | None, device: str) -> Any:
     from diffusion_align.rewards import build_reward
     from diffusion_align.training.config import apply_overrides
 

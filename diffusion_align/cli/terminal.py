@@ -19,6 +19,13 @@ def print_line(line: str) -> None:
     console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
+def print_note(line: str) -> None:
+    """The same on stderr, so that what is piped on holds results only."""
+    from diffusion_align.streams import printable
+
+    errors.print(printable(line), markup=False)
+
+
 def print_error(sentences: str) -> int:
     """Each line of ``sentences`` behind a red "error:"; returns the exit status of a user's error."""
     for sentence in sentences.split("\n"):

@@ -26,6 +26,11 @@ from diffusion_align.rewards.image.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipE
 from diffusion_align.rewards.networks import LocalFile, NetworkSettings, has_digest, note, read_tensors
 
 VARIANTS = {"v2": VIT_L_14, "v1": VIT_L_14, "embedded": EMOJI_CLIP}
+HEADS = {
+    "v2": "LAION's V2 head, fitted to people's ratings of photographs and generated images",
+    "v1": "LAION's V1 head, fitted to people's ratings of images",
+    "embedded": "the embedded head, fitted to preferences over emoji drawings",
+}
 V2_REPOSITORY, V2_FILE = "camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth"
 V1_URL = "https://github.com/LAION-AI/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth"
 SHA256 = {
@@ -40,8 +45,9 @@ class Aesthetic:
     name = "aesthetic"
     differentiable = True
 
-    def __init__(self, encoder: ClipEncoder, head: nn.Module, *, batch_size: int = 64):
+    def __init__(self, encoder: ClipEncoder, head: nn.Module, *, batch_size: int = 64, label: str = "a head"):
         self.encoder, self.batch_size = encoder, batch_size
+        self.scorer = f"{label}, on {encoder.label}"
         self.head = head.eval().requires_grad_(False).to(encoder.device)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -85,7 +91,8 @@ class AestheticSettings(NetworkSettings):
                 f"the aesthetic head '{self.head or variant}' takes {scorer[0].in_features} numbers but CLIP "
                 f"'{encoder.name}' gives {encoder.dim}: choose the CLIP that the head was trained on"
             )
-        return Aesthetic(encoder, scorer, batch_size=self.batch_size)
+        label = f"the head in {self.head}" if self.head else HEADS[variant]
+        return Aesthetic(encoder, scorer, batch_size=self.batch_size, label=label)
 
 
 def load_head(path: Path) -> nn.Sequential:
@@ -125,7 +132,7 @@ def head_file(variant: str) -> Path:
     if variant == "embedded":
         return Path(asset_path("aesthetic-head"))
     source = f"{V2_REPOSITORY}, {V2_FILE}" if variant == "v2" else V1_URL
-    advice = "connect once, or give a local file as head"
+    advice = "connect once, or give local copies by the options head=FILE and clip=FOLDER"
     with foreign_code(f"the aesthetic head '{variant}' could not be downloaded ({source}; ", f"): {advice}"):
         if variant == "v2":
             from huggingface_hub import hf_hub_download

@@ -11,7 +11,7 @@ A CLIP is named by a string:
 import functools
 import importlib.util
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -50,6 +50,14 @@ def default_clip(model: str | None) -> str:
 def is_emoji_sd(model: str | None) -> bool:
     """Whether ``model`` names the embedded diffusion model."""
     return model is not None and Path(str(model)).name == "emoji-sd"
+
+
+def model_for_images(sizes: Iterable[tuple[int, int]]) -> str | None:
+    """The model whose default CLIP judges images of these sizes in pixels, for ``default_clip``.
+
+    ``emoji-sd`` if all are 64 x 64, which are its samples and the emoji drawings; else None, for photographs and art.
+    """
+    return "emoji-sd" if set(sizes) == {(64, 64)} else None
 
 
 def resize_and_crop(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
@@ -119,6 +127,10 @@ class ClipEncoder:
         self.places: list[str] = []  # what it was loaded from
 
     @property
+    def label(self) -> str:
+        return f"CLIP {self.name}" + (", trained on emoji drawings" if self.name == EMOJI_CLIP else "")
+
+    @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
@@ -182,7 +194,7 @@ def share_encoder(
     key, wanted = (name, str(device), dtype), torch_dtype(dtype, device)
     encoder = _loaded.get(key) if _shared.get() else None
     if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
-        advice = "give a folder that holds one, or check the name and the connection"
+        advice = "check the name and the connection, or give a folder that holds one"
         with foreign_code(f"CLIP '{name}' could not be loaded (", f"): {advice}"), recorded() as places:
             encoder = load(device, wanted)
         encoder.places = places

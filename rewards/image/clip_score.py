@@ -17,6 +17,7 @@ class ClipScore:
 
     def __init__(self, encoder: ClipEncoder, *, name: str = "clip_score", scale: float = 1.0, batch_size: int = 64):
         self.encoder, self.name, self.scale, self.batch_size = encoder, name, scale, batch_size
+        self.scorer = encoder.label
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         seen = self.encoder.embed_images(images, batch_size=self.batch_size)

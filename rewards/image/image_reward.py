@@ -54,8 +54,11 @@ class ImageReward:
     name = "image_reward"
     differentiable = True
 
-    def __init__(self, vision: Any, text: Any, head: nn.Module, tokenizer: Any, *, batch_size: int = 64):
+    def __init__(
+        self, vision: Any, text: Any, head: nn.Module, tokenizer: Any, *, batch_size: int = 64, file: str = FILE
+    ):
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
+        self.scorer = f"{file}, fitted to people's rankings of images of one prompt"
         self.batch_size = batch_size
         for part in (vision, text, head):
             part.eval().requires_grad_(False)
@@ -114,10 +117,11 @@ class ImageRewardSettings(NetworkSettings):
 
     def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> ImageReward:
         wanted = torch_dtype(self.dtype, device)
-        vision, text, head = load_image_reward(weights_file(self.weights, REPOSITORY, FILE))
+        file = weights_file(self.weights, REPOSITORY, FILE)
+        vision, text, head = load_image_reward(file)
         words = load_tokenizer(self.tokenizer, text.config.vocab_size)
         parts = vision.to(device, wanted), text.to(device, wanted), head.to(device)
-        return ImageReward(*parts, words, batch_size=self.batch_size)
+        return ImageReward(*parts, words, batch_size=self.batch_size, file=str(self.weights or FILE))
 
 
 def load_image_reward(path: Path) -> tuple[Any, Any, nn.Module]:

@@ -163,6 +163,7 @@ class VlmJudge:
     def __init__(self, endpoint: Endpoint, request: Mapping[str, Any], settings: VlmJudgeSettings) -> None:
         self.endpoint, self.request, self.settings = endpoint, dict(request), settings
         self.low, self.high = settings.range
+        self.scorer = f"{settings.model_name or 'the model'} at {endpoint.url}"
         self.cache = Path(settings.cache).expanduser().absolute() if settings.cache is not None else None
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

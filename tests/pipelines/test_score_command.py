@@ -1,13 +1,16 @@
 """`diffusion-align score`: the numbers of ``score_images``, whatever the picture and its name are like."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from rewarding import save_clip
 
 from diffusion_align.pipelines import image
-from diffusion_align.rewards import build_reward
+from diffusion_align.rewards import build_reward, scored_by
+from diffusion_align.rewards.image import aesthetic
 
 MANY = """
 def wanted(images, prompts, metadata):
@@ -30,8 +33,8 @@ def score(tmp_path, monkeypatch, call_cli):
     return call
 
 
-def drawn(mode="RGB"):
-    picture = Image.new(mode, (48, 40), (0, 0, 0, 0) if mode == "RGBA" else "white")
+def drawn(mode="RGB", size=(48, 40)):
+    picture = Image.new(mode, size, (0, 0, 0, 0) if mode == "RGBA" else "white")
     ImageDraw.Draw(picture).ellipse((8, 8, 36, 30), fill="red")
     return picture
 
@@ -84,6 +87,50 @@ def test_pictures_that_cannot_be_read(score, tmp_path):
         "error: deep.png has 16 bits a channel and uses less"
     )
     assert score("jpeg_compressibility", "none.png") == (2, "error: there is no image none.png")
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A CLIP and a head of the published kind, and 512 x 384 and 64 x 64 images, in the folder we are in."""
+    monkeypatch.chdir(tmp_path)
+    save_clip(tmp_path / "clip", projection=32)
+    torch.save({"weight": torch.ones(1, 32), "bias": torch.ones(1)}, "head.pth")
+    for name, size in (("photo", (512, 384)), ("emoji", (64, 64))):
+        drawn(size=size).save(f"{name}.png")
+
+
+def test_the_images_choose_the_networks_and_score_names_them(published, monkeypatch, call_cli):
+    monkeypatch.setitem(aesthetic.VARIANTS, "v2", "clip")
+    monkeypatch.setattr(aesthetic, "head_file", lambda variant, real=aesthetic.head_file: (
+        Path("head.pth") if variant == "v2" else real(variant)
+    ))  # fmt: skip
+    v2 = f"scored by aesthetic: {aesthetic.HEADS['v2']}, on CLIP clip"
+    embedded = f"scored by aesthetic: {aesthetic.HEADS['embedded']}, on CLIP emoji-clip, trained on emoji drawings"
+    for files, options, named in (
+        (["photo.png"], [], v2),
+        (["emoji.png"], [], embedded),
+        (["emoji.png", "photo.png"], [], v2),
+        (["photo.png"], ["--model", "emoji-sd"], embedded),
+        (["emoji.png"], ["--model", "sd15"], v2),
+    ):
+        status, out, err = call_cli("score", "aesthetic", *files, *options)
+        assert (status, err) == (0, named + "\n")
+        opened = [Image.open(file) for file in files]
+        scores = image.score_images("aesthetic", opened, [""] * len(files), model=options[1] if options else None)
+        assert [float(line.split()[0]) for line in out.splitlines()[:-1]] == pytest.approx(scores.tolist(), abs=1e-4)
+
+
+def test_local_copies_of_the_published_networks(published, call_cli):
+    status, _, err = call_cli("score", "aesthetic", "photo.png")
+    assert status == 2
+    assert err.endswith("connect once, or give local copies by the options head=FILE and clip=FOLDER\n")
+    status, _, err = call_cli("score", "aesthetic", "photo.png", "--option", "head=head.pth", "--option", "clip=clip")
+    assert (status, err) == (0, "scored by aesthetic: the head in head.pth, on CLIP clip\n")
+
+
+def test_what_scores_is_named_through_scale_and_sum(published):
+    parts = ["jpeg_compressibility", {"name": "clip_score", "clip": "clip", "scale": 2.0, "offload": True}]
+    assert scored_by(build_reward(parts)) == "combine: jpeg_compressibility; 2*clip_score: CLIP clip"
 
 
 def test_compare_gives_the_judge_the_metadata(tmp_path, monkeypatch, call_cli):

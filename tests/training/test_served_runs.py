@@ -61,7 +61,7 @@ def serve(forked):
     processes = []
 
     def start(port=0, prelude=""):
-        process = Process(forked, "serve-reward", "aesthetic", "--port", port, prelude=prelude)
+        process = Process(forked, "serve-reward", "aesthetic", "--model", "emoji-sd", "--port", port, prelude=prelude)
         processes.append(process)
         return process, process.wait_for("\n").split()[-1]
 
