@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from rewarding import save_clip
 
 from diffusion_align.pipelines import image
 from diffusion_align.rewards import build_reward, scored_by
 from diffusion_align.rewards.image import aesthetic
+from tests.helpers.rewarding import save_clip
 
 MANY = """
 def wanted(images, prompts, metadata):
