@@ -21,6 +21,12 @@ def aliases_of(section: type[BaseModel]) -> dict[str, str]:
     return {other: name for kind in reversed(section.__mro__) for other, name in vars(kind).get("aliases", {}).items()}
 
 
+def are_settings(section: type[BaseModel], value: Any) -> bool:
+    """Whether ``value`` is a mapping of settings, and not rows in a mapping of their own, as a ``DatasetDict`` is."""
+    known = {*section.model_fields, *aliases_of(section)}
+    return isinstance(value, Mapping) and (type(value) is dict or not known.isdisjoint(value))
+
+
 def canonical(section: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]:
     """``settings`` of ``section`` and of the sections below under their own names.
 
@@ -32,7 +38,7 @@ def canonical(section: type[BaseModel], settings: Mapping[str, Any]) -> dict[str
             _rename(result, other, name.split("."))
     for key in result.keys() & section.model_fields.keys():
         inner = section_of(section.model_fields[key].annotation)
-        if inner is not None and isinstance(result[key], Mapping):
+        if inner is not None and are_settings(inner, result[key]):
             result[key] = canonical(inner, result[key])
     return result
 

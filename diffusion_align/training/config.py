@@ -34,7 +34,7 @@ from diffusion_align.bounds import HIGHEST_RANK, LARGEST, MOST
 from diffusion_align.errors import ConfigError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import GRACE
-from diffusion_align.training.aliases import aliases_of, canonical, canonical_place
+from diffusion_align.training.aliases import aliases_of, are_settings, canonical, canonical_place
 from diffusion_align.training.annotations import kinds_of, section_of
 from diffusion_align.training.hints import hint
 from diffusion_align.yaml_text import EXPONENT, Unread, YamlProblem, odd_number
@@ -136,7 +136,7 @@ class Section(BaseModel):
     @classmethod
     def _everything_at_once(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Self:
         errors: list[InitErrorDetails] = []
-        if isinstance(value, Mapping):
+        if are_settings(cls, value):
             value = canonical(cls, value)
             twice = {other: name for other, name in aliases_of(cls).items() if other in value}
             errors = [
