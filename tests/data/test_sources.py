@@ -22,6 +22,7 @@ from diffusion_align.data.sources import (
     short,
 )
 from diffusion_align.errors import ConfigError, problems_of
+from tests.helpers.problems import assert_problem
 from tests.helpers.rows_on_disk import write_rows
 
 ROWS = [{"prompt": f"p{i}", "turns": [{"role": "user", "content": f"c{i}"}], "n": i} for i in range(7)]
@@ -62,18 +63,15 @@ def test_a_folder_in_the_format_of_datasets(tmp_path):
     assert read(str(tmp_path)) == ROWS[:2]
     assert read(str(tmp_path), split="test") == ROWS[2:5]
     assert read(str(tmp_path), split="test[1:]") == ROWS[3:5]
-    [problem] = problems(str(tmp_path), split="dev")
-    assert problem.startswith(f"data.source='{tmp_path}', split 'dev', cannot be loaded (Unknown split")
+    assert_problem(problems(str(tmp_path), split="dev")[0], f"data.source='{tmp_path}', split 'dev'", "Unknown split")
 
 
-def test_a_file_of_the_name_in_the_settings_stands_for_its_folder(tmp_path):
+def test_a_file_of_the_name_in_the_settings_stands_for_its_folder(tmp_path, golden):
     write_rows(tmp_path / "mine.jsonl", ROWS[:1])
     write_rows(tmp_path / "other.jsonl", ROWS[:2])
     assert read(str(tmp_path), stem="mine") == ROWS[:1]
     write_rows(tmp_path / "mine.csv", [{"a": 1}])
-    assert problems(str(tmp_path), stem="mine") == [
-        f"data.source='{tmp_path}' holds mine.jsonl and mine.csv: give the file that is meant"
-    ]
+    golden("two files of the name", problems(str(tmp_path), stem="mine"))
 
 
 def test_a_scan_over_several_blocks(tmp_path):
@@ -101,9 +99,9 @@ def test_the_first_rows_of_a_hub_dataset_are_streamed_and_no_more(hub_rows):
 
 
 def test_a_part_of_a_split_cannot_be_streamed(hub_rows):
-    sentence = "data.split='train[:2]' cannot be used with data.{}: name the split without [...]"
-    assert problems("some/rows", split="train[:2]", max_rows=1) == [sentence.format("max_rows")]
-    assert problems("some/rows", split="train[:2]", max_rows=1, limit="most") == [sentence.format("most")]
+    for limit in ("max_rows", "most"):
+        [problem] = problems("some/rows", split="train[:2]", max_rows=1, limit=limit)
+        assert_problem(problem, "data.split='train[:2]'", f"with data.{limit}: name the split without [...]")
     check_hub(TableSource("data", "some/rows", split="train[:2]"))
 
 
@@ -118,63 +116,34 @@ def test_what_is_a_hub_dataset(tmp_path, monkeypatch):
 def test_missing_package(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source in ("some/rows", write_rows(tmp_path / "a.parquet", ROWS)):
-        assert problems(source) == [
-            f"data.source={source!r} needs the package datasets: pip install 'diffusion-align[datasets]'"
-        ]
+        assert_problem(problems(source)[0], f"data.source={source!r}", "pip install 'diffusion-align[datasets]'")
     assert read(write_rows(tmp_path / "a.jsonl", ROWS)) == read(ROWS) == ROWS
 
 
-def test_sources_that_cannot_be_read(tmp_path):
-    places = "a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a folder, or a Hub dataset owner/name"
-    assert problems("no.jsonl") == [f"data.source='no.jsonl': there is no such file or folder: give {places}"]
-    assert problems("no", allowed="this or that")[0].endswith("there is no such file or folder: give this or that")
-    (tmp_path / "a.txt").write_text("x")
-    assert problems(str(tmp_path / "a.txt")) == [
-        f"data.source='{tmp_path / 'a.txt'}': use a .jsonl, .jsonl.gz, .json, .csv or .parquet file"
-    ]
-    source = write_rows(tmp_path / "a.jsonl", ROWS)
-    for place, what in ((source, "file"), (ROWS, "list")):
-        assert problems(place, split="dev") == [
-            f"data.split='dev' is not known: a {what} holds one split, train; leave it out"
-        ]
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n[1]\n{\n' + "[" * 100_000)
-    assert problems(source) == [
-        f"data.source={source!r}: line {n} is not a JSON object: fix or remove it" for n in (3, 4, 5)
-    ]
-    (tmp_path / "a.jsonl").write_text("?\n" * 15)
-    assert problems(source)[10:] == ["data: 5 more lines are bad"]
-    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert problems(source)[0].startswith(f"data.source={source!r} cannot be read: ")
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    [problem] = problems(str(tmp_path / "a.parquet"))
-    assert problem.startswith(f"data.source='{tmp_path / 'a.parquet'}', split 'train', cannot be loaded (")
-    assert problem.endswith("): fix it")
-    (tmp_path / "a.csv").write_text('a,b\n1,"2\n')
-    assert "line 2 is not valid CSV (" in problems(str(tmp_path / "a.csv"))[0]
-    (tmp_path / "a.csv").write_text("a,b,a,,\n1,2,3,,\n")
-    twice = f"data.source='{tmp_path / 'a.csv'}': two columns are called 'a': rename or remove one"
-    assert problems(str(tmp_path / "a.csv")) == [twice]
+def test_sources_that_are_not_there(tmp_path, golden):
+    golden("no file", problems("no.jsonl"))
+    assert problems("no", allowed="this or that")[0].endswith(": give this or that")
+    for place, what in ((write_rows(tmp_path / "a.jsonl", ROWS), "file"), (ROWS, "list")):
+        golden(f"split of a {what}", problems(place, split="dev"))
 
 
-def test_files_of_rows_that_are_none(tmp_path):
-    path = tmp_path / "a.json"
-    for text in ('{"a": 1}', "", "null", '{"a": 1}\n{"a": 2}', "[1,", "[" * 100_000, "7"):
-        path.write_text(text)
-        assert problems(str(path)) == [
-            f"data.source='{path}' is not a JSON list: give a list of rows, [{{...}}, ...], or call a file of one "
-            "object a line .jsonl"
-        ]
-    path.write_text('[{"a": 1}, 7, null]')
-    assert problems(str(path)) == [
-        f"data.source='{path}': row {i} is {value}, not a JSON object: fix or remove it"
-        for i, value in ((1, "7"), (2, "None"))
-    ]
-    whole = gzip.compress(b'{"a": 1}\n' * 100)
-    for content in (b'{"a": 1}\n', whole[:-12], whole[:12] + b"\0" * 9 + whole[12:], gzip.compress(b"\xff\xfe")):
-        (tmp_path / "a.jsonl.gz").write_bytes(content)
-        assert problems(str(tmp_path / "a.jsonl.gz"))[0].startswith(
-            f"data.source='{tmp_path / 'a.jsonl.gz'}' cannot be read: "
-        )
+GZIP = gzip.compress(b'{"a": 1}\n' * 100)
+UNREADABLE: dict[str, list[bytes]] = {
+    "a.txt": [b"x"],
+    "a.jsonl": [b'{"a": 1}\n\n[1]\n{\n' + b"[" * 100_000, b"?\n" * 15, b"\xff\xfe\x00"],
+    "a.json": [b'{"a": 1}', b"", b"null", b'{"a": 1}\n{"a": 2}', b"[1,", b"[" * 100_000, b"7", b'[{"a": 1}, 7, null]'],
+    "a.jsonl.gz": [b'{"a": 1}\n', GZIP[:-12], GZIP[:12] + b"\0" * 9 + GZIP[12:], gzip.compress(b"\xff\xfe")],
+    "a.parquet": [b"PAR1 no"],
+    "a.csv": [b'a,b\n1,"2\n', b"a,b,a,,\n1,2,3,,\n"],
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, all_ in UNREADABLE.items() for i in range(len(all_))])
+def test_files_that_cannot_be_read(tmp_path, golden, name, number):
+    (tmp_path / name).write_bytes(UNREADABLE[name][number])
+    found = problems(str(tmp_path / name))
+    start, library, _ = found[0].partition("cannot be loaded (" if name == "a.parquet" else "cannot be read: ")
+    golden(f"{name}, {number}", start + library if library else found)  # what follows are a library's words
 
 
 def test_lines_end_at_line_breaks_only_and_keep_their_blanks(tmp_path):
@@ -203,11 +172,8 @@ def test_a_single_number():
         assert scalar(value) is value
 
 
-def test_a_list_of_anything_but_mappings():
-    assert problems([{"a": 1}, 7, "x"]) == [
-        f"data.source: row {i} is {value}, not a mapping of column to value: fix or remove it"
-        for i, value in ((1, "7"), (2, "'x'"))
-    ]
+def test_a_list_of_anything_but_mappings(golden):
+    golden("a list of texts", problems([{"a": 1}, 7, "x"]))
     assert problems([7] * 11)[10:] == ["data: 1 more row is bad"]
     assert problems([7] * 12)[10:] == ["data: 2 more rows are bad"]
 
@@ -222,22 +188,11 @@ def test_columns_by_our_names():
     assert mapping("data", LAYOUTS, {"text": "x"}, ["chosen", "x"]) == {"text": "x", "good": "chosen"}
 
 
-def test_columns_that_are_not_there():
-    def refused(columns, found):
-        [problem] = problems_of(mapping, "data", LAYOUTS, columns, found)
-        return problem
-
-    end = "; the columns found are 'a', 'b': map our names to these"
-    assert refused(None, ["a", "b"]) == "data.columns: the column chosen is needed" + end
-    assert refused({"text": "a"}, ["a", "b"]) == "data.columns: the columns a, chosen are needed" + end
-    assert refused({"good": "c"}, ["a", "b"]) == "data.columns: there is no column 'c'" + end
-
-    assert problems_of(check_columns, "data", LAYOUTS, {"goood": "a", "text": "a"}) == [
-        "data.columns: unknown name 'goood': did you mean 'good'?",
-        "data.columns: two names stand for one column: give each its own",
-    ]
-    apart = ({"a": "a"}, {"b": "b"})
-    assert problems_of(check_columns, "data", apart, {"a": "x", "b": "y"}) == ["data.columns: give a or b, not both"]
+def test_columns_that_are_not_there(golden):
+    for columns in (None, {"text": "a"}, {"good": "c"}):
+        golden(f"columns={columns}", problems_of(mapping, "data", LAYOUTS, columns, ["a", "b"]))
+    golden("two names", problems_of(check_columns, "data", LAYOUTS, {"goood": "a", "text": "a"}))
+    golden("columns of both", problems_of(check_columns, "data", ({"a": "a"}, {"b": "b"}), {"a": "x", "b": "y"}))
     for fine in ({"good": "x"}, None):
         check_columns("data", LAYOUTS, fine)
 

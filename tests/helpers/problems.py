@@ -4,7 +4,9 @@ import re
 
 
 def problems(error):
-    """The sentences of a UserError, of ``pytest.raises``' record of one, or of what a command wrote to stderr."""
+    """The sentences of a UserError, of ``pytest.raises``' record of one, of a list, or of what a command wrote."""
+    if isinstance(error, list):
+        return error
     error = getattr(error, "value", error)
     if isinstance(error, str):
         return [line.removeprefix("error: ") for line in error.splitlines()]
