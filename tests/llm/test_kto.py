@@ -13,6 +13,7 @@ from diffusion_align.llm.kto import KTOConfig, KTOTrainer, mismatched_prompts
 from tests.helpers.enumerable import gradient
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.oracles import F64
+from tests.helpers.problems import assert_problem
 from tests.helpers.text_trainers import (
     Part,
     estimated,
@@ -224,25 +225,19 @@ SAMPLED = "dataset=null; prompts=[x]; reward=length; "
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("settings", "name", "kind"),
     [
-        ("beta=0", "beta=0 is not allowed: it must be greater than 0"),
-        (
-            "desirable_weight=0; undesirable_weight=0",
-            "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one",
-        ),
-        ("desirable_above=0.5", "desirable_above judges online, dataset has labels: leave one of the two out"),
-        (
-            SAMPLED + "num_generations=64",
-            "samples_per_epoch=64 holds one prompt, and the reference point needs two: raise it",
-        ),
-        (SAMPLED + "num_generations=1", "num_generations=1 leaves nothing to compare a completion with: use 2 or more"),
+        ("beta=0", "beta=0", "greater than 0"),
+        ("desirable_weight=0; undesirable_weight=0", "desirable_weight and undesirable_weight", "both 0"),
+        ("desirable_above=0.5", "desirable_above", "dataset has labels"),
+        (SAMPLED + "num_generations=64", "samples_per_epoch=64", "one prompt"),
+        (SAMPLED + "num_generations=1", "num_generations=1", "nothing to compare"),
     ],
 )
-def test_settings_that_do_not_fit_are_one_sentence_each(settings, sentence):
-    assert problems_of(KTOConfig, **changes(settings)) == [sentence]
+def test_settings_that_do_not_fit_are_one_sentence_each(settings, name, kind):
+    assert_problem(*problems_of(KTOConfig, **changes(settings)), name, kind)
 
 
 def test_data_with_one_prompt_is_refused(make):
-    with pytest.raises(ConfigError, match=r"dataset holds one prompt, and KTO's reference point needs two or more"):
+    with pytest.raises(ConfigError, match=r"^dataset holds one prompt"):
         make(ROWS[:2])

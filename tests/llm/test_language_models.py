@@ -21,6 +21,7 @@ from diffusion_align.models.language_models import (
     load_tokenizer,
 )
 from diffusion_align.models.lora import add_lora, save_peft
+from tests.helpers.characters import character_tokenizer
 
 HELDOUT = [  # verses that tiny-lm was not trained on
     "Then I said, I shall die in my nest, and I shall multiply my days as the sand.",
@@ -31,16 +32,8 @@ HELDOUT = [  # verses that tiny-lm was not trained on
 IDS = torch.arange(3, 15).reshape(2, 6)
 
 
-def _tokenizer(**special):
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {
-        token: i for i, token in enumerate(["<pad>", "<unk>", "<bos>", "<eos>", *string.ascii_lowercase, " "])
-    }
-    characters = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>", unk_token="<unk>", **special)
+def _tokenizer():
+    return character_tokenizer(["<pad>", "<unk>", "<bos>", "<eos>", *string.ascii_lowercase, " "], eos_token="<eos>")
 
 
 @pytest.fixture
@@ -161,8 +154,8 @@ def test_loading_is_quiet_and_leaves_the_libraries_as_they_were(capfd):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("emoji-sd", "is an image model, not a language model: embedded language models are tiny-lm, smollm2"),
-        ("emoji-clip", "is an image model"),
+        ("emoji-sd", "image model, not a language model"),
+        ("emoji-clip", "image model"),
         ("tiny-lmm", "did you mean 'tiny-lm'"),
         ("~/no/such/folder", "neither an embedded language model, nor a folder, nor a Hub id"),
         (str(asset_path("emoji-sd")), "text-to-image pipeline"),
@@ -300,11 +293,8 @@ def test_a_run_that_trained_the_whole_model_needs_no_base(saved, tmp_path):
         (lambda run: (run / "final" / "adapter_config.json").unlink(), "method='grpo' whose final/ holds no language"),
         (lambda run: (run / "config.yaml").write_text("a: [1"), "config.yaml cannot be read"),
         (lambda run: _run(run, model=str(run)), "is trained on itself"),
-        (
-            lambda run: _run(run, model="no-such-model"),
-            "adapter whose base cannot be used: model='no-such-model' is nei",
-        ),
-        (lambda run: _run(run, model="emoji-sd"), "base cannot be used: model='emoji-sd' is an image model"),
+        (lambda run: _run(run, model="no-such-model"), "model='no-such-model' is neither"),
+        (lambda run: _run(run, model="emoji-sd"), "model='emoji-sd' is an image model"),
         (lambda run: _edit(run / "final" / "adapter_config.json", task_type="SEQ_CLS"), "task_type='SEQ_CLS'"),
         (lambda run: (run / "config.yaml").unlink(), "no config.json, no adapter_config.json and no config.yaml"),
     ],

@@ -6,8 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from diffusion_align.data.text_encoding import TextEncoder
 from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, preference_rows
@@ -16,6 +15,7 @@ from diffusion_align.llm.policy import LoRAConfig, Sequences
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.config import parse_config
+from tests.helpers.characters import character_tokenizer
 from tests.helpers.hard_runs import rows_of
 
 EOS, PAD = 3, 2
@@ -35,16 +35,8 @@ def characters():
 
     def make(*, pad=None, template=None):
         known = ["<s>", "<unk>", "<pad>", "</s>", *"abcdefghijklmnopqrstuvwxyz :.!?\n"]
-        assert len(known) <= 40
         assert (known[EOS], known[PAD]) == ("</s>", "<pad>")
-        backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(known)}, unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        backend.decoder = decoders.Fuse()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", **({"pad_token": pad} if pad else {})
-        )
-        tokenizer.chat_template = template
-        return tokenizer
+        return character_tokenizer(known, template=template, eos_token="</s>", **({"pad_token": pad} if pad else {}))
 
     return make
 

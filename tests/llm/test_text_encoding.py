@@ -185,13 +185,9 @@ def test_a_template_that_leaves_words_out_is_refused():
     pair = {"prompt": asked, "chosen": "blue", "rejected": "green"}
     encoder = TextEncoder(tokenizer, max_completion_length=9)
     for load, row in ((prompt_rows, {"prompt": asked}), (preference_rows, pair)):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=r"^data: row 0: .*leaves .* out \('the king'\): set another"):
             load(TextDataConfig(source=[row]), encoder)
-        assert caught.value.problems[0] == (
-            "data: row 0: the tokenizer's chat template leaves the words of a message out ('the king'): set another "
-            "tokenizer.chat_template, or give plain texts"
-        )
-    with pytest.raises(RewardError, match=r"leaves the words of a message out \('the king'\): give one whose template"):
+    with pytest.raises(RewardError, match=r"leaves .* out \('the king'\): give one"):
         layout(tokenizer, [asked], [[{"role": "assistant", "content": "blue"}]], "joined")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role != 'system' %}{{ m.content | trim }}\n{% endif %}{% endfor %}"
@@ -225,7 +221,7 @@ def test_content_in_parts():
         {"role": "user", "content": "the king"}
     ]
     for wrong in ([*parts, {"type": "image", "text": None}], [], ["the king"], [{"type": "text"}], [parts]):
-        with pytest.raises(BadRow, match="neither a text nor messages with a role and a text as content"):
+        with pytest.raises(BadRow, match="neither a text nor messages"):
             checked_text([{"role": "user", "content": wrong}], "x")
     with pytest.raises(BadRow, match="is empty"):
         checked_text([{"role": "user", "content": [{"type": "text", "text": " "}]}], "x")
@@ -254,16 +250,13 @@ def test_a_text_of_megabytes_is_refused_before_it_is_tokenized():
         (prompt_rows, {"prompt": [{"role": "user", "content": long}]}, "the prompt"),
         (preference_rows, pair, "rejected"),
     ):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=f"row 0: {what} has {len(long)} characters, more than {MOST_CHARACTERS}"):
             load(TextDataConfig(source=[row]), encoder)
-        assert caught.value.problems[0] == (
-            f"data: row 0: {what} has {len(long)} characters, more than {MOST_CHARACTERS}: shorten it"
-        )
     assert time.process_time() - begun < 1
 
 
 def test_a_mapping_in_place_of_a_text():
-    with pytest.raises(BadRow, match=r"^x is a mapping, \{'a sign': 'stop'\}: quote the text, or give a list of mess"):
+    with pytest.raises(BadRow, match=r"^x is a mapping, \{'a sign': 'stop'\}"):
         checked_text({"a sign": "stop"}, "x")
 
 
@@ -281,9 +274,7 @@ def test_the_ends_are_those_that_the_loaded_model_has(tmp_path):
     GenerationConfig(eos_token_id=[eos, 9]).save_pretrained(tmp_path)
     assert load_ends(str(tmp_path), tokenizer) == sorted({eos, 9})
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["seven"]}')
-    with pytest.raises(
-        UserError, match=r": eos_token_id=\['seven'\] of generation_config.json must be a token's number$"
-    ):
+    with pytest.raises(UserError, match=r": eos_token_id=\['seven'\] of generation_config.json"):
         load_ends(str(tmp_path), tokenizer)
 
 
@@ -296,7 +287,7 @@ def test_a_tokenizer_with_any_limit_of_its_own(tmp_path, limit):
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"model_max_length": limit}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     if isinstance(limit, str | list):
-        with pytest.raises(UserError, match=r"model_max_length=.* must be a number: correct tokenizer_config\.json$"):
+        with pytest.raises(UserError, match=r"model_max_length=.*tokenizer_config\.json$"):
             load_tokenizer(str(tmp_path))
         return
     tokenizer, context = load_tokenizer(str(tmp_path))
