@@ -1,20 +1,17 @@
 """build_reward, build_text_reward and declare: names, references, options, scale; every refusal is one sentence."""
 
 import os
-import re
 
 import pytest
 import torch
 
 from diffusion_align.rewards import (
     IMAGES,
-    REWARDS,
     TEXT,
     RewardError,
     build_reward,
     build_text_reward,
     call_text_reward,
-    check_reward,
     declare,
 )
 from diffusion_align.rewards.base import reward_parts
@@ -231,62 +228,28 @@ def test_a_text_reward_where_one_for_images_is_wanted(file):
     from diffusion_align.rewards.image.jpeg import JpegCompressibility
     from diffusion_align.rewards.text.length import Length
 
-    wrong = f"reward 'length' scores text, not images: there are {', '.join(REWARDS)}"
-    assert refusal(declare, IMAGES, "length").startswith(wrong)
-    assert "takes 'completions', so it scores text, not images" in refusal(declare, IMAGES, f"{file}:graded")
-    assert "takes 'completions', so it scores text, not images" in refusal(declare, IMAGES, build_text_reward("length"))
-    assert "takes 'images', so it scores images" in refusal(declare, TEXT, build_reward("jpeg_compressibility"))
-    assert "scores text, not images: choose another" in refusal(declare, IMAGES, Length)
-    assert "scores images, not text: choose another" in refusal(declare, TEXT, JpegCompressibility)
+    for spec in ("length", f"{file}:graded", build_text_reward("length"), Length):
+        assert "scores text, not images" in refusal(declare, IMAGES, spec)
+    for spec in ("aesthetic", f"{file}:picture", build_reward("jpeg_compressibility"), JpegCompressibility):
+        assert "scores images, not text" in refusal(declare, TEXT, spec)
 
 
-ALL_OF_IMAGES = r"must take three arguments .images, prompts, metadata., of which the last may be left out, it takes 1"
-ANSWER = "has no option 'anwser': did you mean 'answer'. It takes answer, background, scale"
-BAD = [
-    ("jpeg_compresibility", "unknown reward 'jpeg_compresibility': did you mean 'jpeg_compressibility'"),
-    ("clipscore", "did you mean 'clip_score'"),
-    ("zzz", "unknown reward 'zzz': there are aesthetic, brisque, clip_score"),
-    ("", "unknown reward ''"),
-    (":f", "must read 'package.module:function'"),
-    ("module:", "must read 'package.module:function'"),
-    ("no_such_module_here:f", "cannot be imported .ModuleNotFoundError: No module named 'no_such_module_here'"),
-    ("os.path:joim", "has no 'joim': did you mean 'join'"),
-    ("os:environ", "name a function or a class"),
-    ("nowhere/x.py:f", "reward file 'nowhere/x.py' does not exist"),
-    ("{file}:rednes", "has no 'rednes': did you mean 'redness'"),
-    ("{file}:one", ALL_OF_IMAGES),
-    ("{file}:needy", "needs the option 'target'"),
-    ({"name": "{file}:redness", "gian": 2.0}, "did you mean 'gain'. It takes background, gain, offload, scale"),
-    ({"name": "{file}:Judge", "wieght": 2.0}, "did you mean 'weight'"),
-    ({"name": "{file}:redness", "sclae": -1.0}, "did you mean 'scale'"),
-    (3, "got int"),
-    (None, "got NoneType"),
-    ({"quality": 3}, "needs the key 'name', got .'quality'."),
-    ({"name": 3}, "got int"),
-]
-BAD_TEXT = [
-    ("lenght", "unknown reward 'lenght': did you mean 'length'. There are classifier, exact_match"),
-    ("zzz", "unknown reward 'zzz': there are classifier, .* or your own as 'module:function'"),
-    ("aesthetic", "reward 'aesthetic' scores images, not text: there are classifier"),
-    ("{file}:without_completions", "'without_completions' must take the argument 'completions' by name"),
-    ("{file}:by_place", "'by_place' must take the argument 'completions' by name"),
-    ("{file}:picture", "'picture' takes 'images', so it scores images, not text"),
-    ("{file}:shuot", "has no 'shuot': did you mean 'shout'"),
-    ({"name": "{file}:correct", "anwser": 1}, ANSWER),
-    ({"name": "{file}:TextJudge", "wieght": 1}, "did you mean 'weight'"),
-]
+BAD: list = ["jpeg_compresibility", "clipscore", "zzz", "", ":f", "module:", "no_such_module_here:f", "os.path:joim"]
+BAD += ["os:environ", "nowhere/x.py:f", "{file}:rednes", "{file}:one", "{file}:needy", 3, None, {"quality": 3}]
+BAD += [{"name": 3}, {"name": "{file}:redness", "gian": 2.0}, {"name": "{file}:Judge", "wieght": 2.0}]
+BAD_TEXT: list = ["lenght", "zzz", "aesthetic", *(f"{{file}}:{name}" for name in ("without_completions", "by_place"))]
+BAD_TEXT += ["{file}:picture", {"name": "{file}:correct", "anwser": 1}, {"name": "{file}:TextJudge", "wieght": 1}]
 
 
 @pytest.mark.parametrize(
-    ("build", "spec", "sentence"),
-    [*((build_reward, *row) for row in BAD), *((build_text_reward, *row) for row in BAD_TEXT)],
+    ("build", "spec"), [*((build_reward, spec) for spec in BAD), *((build_text_reward, spec) for spec in BAD_TEXT)]
 )
-def test_a_bad_spec_is_one_sentence(build, spec, sentence, file):
-    if isinstance(spec, str):
-        spec = spec.replace("{file}", str(file))
-    elif isinstance(spec, dict) and isinstance(spec.get("name"), str):
-        spec = {**spec, "name": spec["name"].replace("{file}", str(file))}
-    assert re.search(sentence, refusal(build, spec))
+def test_a_bad_spec_is_one_sentence(build, spec, file, golden):
+    def placed(value):
+        return value.replace("{file}", str(file)) if isinstance(value, str) else value
+
+    given = {key: placed(value) for key, value in spec.items()} if isinstance(spec, dict) else placed(spec)
+    golden(f"{build.__name__}({spec!r})", refusal(build, given))
 
 
 def test_a_file_that_fails_is_one_sentence_and_is_forgotten(tmp_path):
@@ -305,16 +268,10 @@ def test_a_module_name_for_a_file_here_gets_the_hint(file, monkeypatch):
 
 
 def test_what_fails_while_building_names_the_reward(file):
-    with pytest.raises(RewardError, match="reward 'Broken' could not be built: OSError: no such weights"):
+    with pytest.raises(RewardError, match=r"reward 'Broken' .*OSError: no such weights"):
         build_reward(f"{file}:Broken")
     with pytest.raises(RewardError, match="'Mute' gives a Mute, which is not callable"):
         build_reward(f"{file}:Mute")
-
-
-def test_jpeg_rewards_pass_the_dummy_batch():
-    for name in ("jpeg_compressibility", "jpeg_incompressibility"):
-        values = check_reward(build_reward(name), image_size=64)
-        assert abs(values[0]) < abs(values[1]) < abs(values[2])
 
 
 def test_every_part_of_a_sum_has_its_own_name():

@@ -59,7 +59,3 @@ def test_half_precision_and_values_outside_the_range():
     assert call_reward(reward, images, ["", ""], [{}, {}]).shape == (2,)
     white, beyond = torch.ones(1, 3, 16, 16), torch.full((1, 3, 16, 16), 1.2)
     assert torch.equal(call_reward(reward, white, [""], [{}]), call_reward(reward, beyond, [""], [{}]))
-
-
-def test_it_is_not_differentiable():
-    assert not build_reward("jpeg_compressibility").differentiable

@@ -259,7 +259,7 @@ def test_a_request_of_many_values_is_refused_before_they_are_made():
     def asked(notes):
         return json.dumps(body(metadata=[{"a": 0}])).encode().replace(b'{"a": 0}', notes)
 
-    with pytest.raises(HTTPException, match="413: the request holds more than 1000000 values"):
+    with pytest.raises(HTTPException, match=r"413: .* more than 1000000 values"):
         parse_request(asked(b'{"a": ' + values + b"}"), Limits())
     with pytest.raises(HTTPException, match="413"):
         parse_request(asked(b"{" + b'"a":0,' * 10**6 + b'"a":0}'), Limits())
@@ -325,7 +325,7 @@ def test_a_token_is_asked_for_and_compared(serve, tmp_path, monkeypatch):
 
 def test_open_to_other_machines_only_with_a_token():
     for host in ("0.0.0.0", "::"):
-        with pytest.raises(RewardError, match="can be reached from other machines: give a token with --token-file"):
+        with pytest.raises(RewardError, match="from other machines: give a token with --token-file"):
             bind(host, 0, token=None)
     bind("0.0.0.0", 0, token="s3cret").close()
     with bind("localhost", 0, token=None) as bound:
@@ -479,9 +479,7 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(serve, monkeyp
 
 
 def test_metadata_that_is_no_json_is_named(serve):
-    with pytest.raises(
-        RewardError, match="metadata of prompt 'prompt 0' cannot be sent as JSON: Object of type Tensor"
-    ):
+    with pytest.raises(RewardError, match=r"metadata of prompt 'prompt 0' .* JSON: Object of type Tensor"):
         score(remote(serve()), 1, tensor=torch.ones(1))
 
 
@@ -520,7 +518,7 @@ def test_an_interruption_ends_the_waiting_and_the_asking():
         timer = threading.Timer(0.3, lambda: setattr(flag, "raised", True))
         timer.start()
         began = time.monotonic()
-        with pytest.raises(RewardError, match=r"^interrupted while reward server http://x was called"):
+        with pytest.raises(RewardError, match=r"^interrupted while reward server http://x"):
             ask([away], "GET", "/", patience=100)
         assert time.monotonic() - began < 5
         with pytest.raises(RewardError, match="interrupted"):
@@ -544,7 +542,7 @@ def test_two_servers_bound_to_one_address():
     first = bind("127.0.0.1", 0, token=None)
     second = bind("127.0.0.1", first.getsockname()[1], token=None)  # the first does not listen yet
     first.listen()
-    with first, second, pytest.raises(RewardError, match="the address cannot be used: Address already in use"):
+    with first, second, pytest.raises(RewardError, match="cannot be used: Address already in use"):
         RewardServer(create_app(odd)).serve_on(second)
 
 
@@ -593,7 +591,7 @@ LENGTH = OK + b"Content-Length: %d\r\n\r\n"
 @pytest.mark.parametrize("start", [OK + b"Connection: close\r\n\r\n", OK.replace(b"200", b"500") + b"\r\n"])
 def test_an_endless_answer_is_read_to_a_bound(raw, start):
     url = raw(start, itertools.repeat(b" " * 65536))
-    with pytest.raises(RewardError, match=r"answered more than 1000000 bytes: is this the right address\?"):
+    with pytest.raises(RewardError, match="answered more than 1000000 bytes"):
         asked_of(url)
     assert raw.sent < 20_000_000  # what the sockets' buffers hold
 

