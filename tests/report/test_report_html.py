@@ -2,7 +2,6 @@ import base64
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -11,8 +10,10 @@ from PIL import Image
 import diffusion_align.report as report
 from diffusion_align.report.html import summary
 from diffusion_align.report.plots import plot_gold
+from tests.helpers.html_page import Page
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
 UPDATES = [
@@ -36,34 +37,6 @@ PAIR_EPOCHS = [
     for epoch, step in ((1, 50), (2, 100))
 ]
 ROWS = [UPDATES[0], EPOCHS[0], *UPDATES[1:], EPOCHS[1]]
-
-
-class Page(HTMLParser):
-    """Collects what the page shows, and checks that its tags close in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.images, self.text, self.links, self.tags = [], [], "", [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        self.tags.append(tag)
-        if tag == "img":
-            assert attrs["alt"]
-            self.images.append(attrs["src"])
-        self.links += [attrs[name] for name in ("href", "src", "srcset") if name in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
 
 
 def make_run(folder, *, rows=(), epochs=(0, 1, 2), config="method: ddpo\nmodel: emoji-sd\nreward: aesthetic\n"):
@@ -91,7 +64,8 @@ def decode(uri):
     return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
 
 
-def test_the_report_holds_everything_it_shows(tmp_path):
+def test_the_report_holds_everything_it_shows(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the plots are drawn
     run = make_run(tmp_path / "run", rows=ROWS)
     page = page_of(run)
     text = (run / "report.html").read_text(encoding="utf-8")

@@ -2,8 +2,6 @@
 
 import json
 import re
-import runpy
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +10,9 @@ from diffusion_align.report import html
 from diffusion_align.report.html import summary
 from diffusion_align.report.metrics import TEXT_KL
 from diffusion_align.report.plots import plot_panels
+from tests.helpers.html_page import Page
 
-Page = runpy.run_path(str(Path(__file__).parent / "test_report_html.py"))["Page"]
+pytestmark = pytest.mark.usefixtures("blank_plots")
 EVIL = "<script>alert('x')</script> & \"quotes\" </td></table>"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Why?\n{EVIL}"}]
 PAIR = {"prompt": "Once", "before": "was", "after": "upon a time", "reward_before": 0.25, "reward_after": 1.5}
@@ -223,8 +222,7 @@ def plots_of(folder):
     return re.findall(r'alt="Plot: ([^"]*)"', (folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_the_plots_of_each_method(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusion_align.report.plots.figure_png", lambda figure: b"")  # slow; here titles count
+def test_the_plots_of_each_method(tmp_path):
     online = plots_of(make_run(tmp_path / "ppo", method="ppo", rows=ROWS))
     assert online[:4] == [
         "Reward",
