@@ -13,6 +13,7 @@ from diffusion_align.diffusion.transitions import denoise, posterior
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from tests.helpers.oracles import randn
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 SETTINGS = {"model": "emoji-sd", "prompts": ["a"], "reward": "jpeg_compressibility", "output_dir": "runs/a"}
@@ -50,14 +51,10 @@ def mine(tmp_path):
     return lambda name: f"{tmp_path / 'mine.py'}:{name}"
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def test_a_sampler_of_ones_own_is_found_by_reference_and_given_its_options(mine):
     config = SamplerConfig(name=mine("falling_eta"), steps=4, eta=0.9, options={"last": 0.3})
     schedule = config.schedule(DDIMScheduler(**BETAS, steps_offset=1))
-    x_t, prediction = normal(4, 2, 3, 3), normal(4, 2, 3, 3, seed=1)
+    x_t, prediction = randn(4, 2, 3, 3), randn(4, 2, 3, 3, seed=1)
     found = denoise(x_t, prediction, torch.arange(4), schedule)
     for i, eta in enumerate((0.9, 0.7, 0.5, 0.3)):
         plain = build_schedule(DDIMScheduler(**BETAS, steps_offset=1), 4, eta=eta)
@@ -73,7 +70,7 @@ def test_the_step_is_affine_in_x_0_eps_and_x_t():
         return Step(table.timestep, table.alpha_t, table.sigma_t, *weights, table.std)
 
     schedule = build_schedule(DDIMScheduler(**BETAS), 4, sampler=affine)
-    x_t, x_0, eps = (normal(2, 1, 2, 2, seed=seed) for seed in range(3))
+    x_t, x_0, eps = (randn(2, 1, 2, 2, seed=seed) for seed in range(3))
     found = posterior(x_t, x_0, eps, torch.tensor([1, 3]), schedule)
     a, b, c = (torch.tensor(w, dtype=torch.float64).view(2, 1, 1, 1) for w in ([2, 4], [6, 8], [10, 12]))
     torch.testing.assert_close(found.mean, a * x_0 + b * eps + c * x_t, atol=1e-12, rtol=0)
@@ -117,7 +114,7 @@ def test_a_timestep_that_is_there_twice_has_the_numbers_of_each_step():
     schedule = build_schedule(DDIMScheduler(**BETAS), 3, sampler=twice, eta=0.0)
     scheduler = TableScheduler(schedule, DDIMScheduler(**BETAS).config)
     scheduler.set_timesteps(3)
-    x_t, prediction = normal(1, 1, 2, 2, seed=0).float(), normal(1, 1, 2, 2, seed=1).float()
+    x_t, prediction = randn(1, 1, 2, 2, seed=0).float(), randn(1, 1, 2, 2, seed=1).float()
     for i, timestep in enumerate(scheduler.timesteps):
         (found,) = scheduler.step(prediction, timestep, x_t, generator=[])
         expected = denoise(x_t, prediction, torch.tensor([i]), scheduler.schedule).mean
@@ -129,7 +126,7 @@ def test_references_are_checked_with_the_configuration_and_made_absolute(mine, t
     raw = {"method": "ddpo", **SETTINGS, "sampler": {"name": "mine.py:falling_eta", "options": {"last": 0.5}}}
     assert check_config(raw).sampler.name == mine("falling_eta")
     for name, message in [
-        ("dim", "is not allowed: it must be 'ddim', 'ddpm', 'module:function' or 'file.py:function'"),
+        ("dim", "must be 'ddim', 'ddpm'"),
         ("other.py:falling_eta", "other.py' does not exist"),
         ("mine.py:rising_eta", "no 'rising_eta': did you mean 'falling_eta'"),
     ]:
@@ -146,7 +143,7 @@ def test_references_are_checked_with_the_configuration_and_made_absolute(mine, t
         ("names", "must return a Step, .* returned a dict"),
         ("short", "must return timestep as 4 numbers"),
         ("negative", "negative std"),
-        ("late", "a timestep that the model does not know: they go from 0 to 999"),
+        ("late", "a timestep .* from 0 to 999"),
         ("broken", r"raised KeyError: 'missing' \(mine.py, line 20\)"),
     ],
 )

@@ -27,8 +27,8 @@ from diffusion_align.diffusion.transitions import (
 )
 from diffusion_align.errors import UserError
 from diffusion_align.estimators import beta_in_nats
+from tests.helpers.oracles import F64, randn
 
-F64 = torch.float64
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PLAIN = BETAS | {"clip_sample": False}
 KINDS = ["epsilon", "v_prediction", "sample"]
@@ -36,12 +36,8 @@ SHAPE, SMALL = (3, 4, 5, 5), (2, 3, 2, 2)
 EXACT, CLOSE = {"atol": 1e-12, "rtol": 1e-12}, {"atol": 1e-10, "rtol": 1e-10}
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
 def decisions(seed=0, std=(0.5, 0.03, 2.0)):
-    return GaussianTransition(normal(*SHAPE, seed=seed), torch.tensor(std, dtype=F64))
+    return GaussianTransition(randn(*SHAPE, seed=seed), torch.tensor(std, dtype=F64))
 
 
 def as_torch(decision):
@@ -57,8 +53,8 @@ def schedules(**config):
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("std", [(0.5, 0.03, 2.0), (0.7, 0.02, 1.0)])
 def test_log_prob_kl_and_their_gradients_equal_torch_distributions(std, reduction):
-    mean = normal(*SHAPE).requires_grad_()
-    ours, other, x_s = GaussianTransition(mean, decisions().std), decisions(seed=1, std=std), normal(*SHAPE, seed=2)
+    mean = randn(*SHAPE).requires_grad_()
+    ours, other, x_s = GaussianTransition(mean, decisions().std), decisions(seed=1, std=std), randn(*SHAPE, seed=2)
     for value, each in [
         (ours.log_prob(x_s, reduction=reduction), as_torch(ours).log_prob(x_s)),
         (ours.kl(other, reduction=reduction), kl_divergence(as_torch(ours), as_torch(other))),
@@ -70,7 +66,7 @@ def test_log_prob_kl_and_their_gradients_equal_torch_distributions(std, reductio
 
 
 def test_kl_of_a_decision_with_itself_is_exactly_zero_with_zero_gradient():
-    mean = normal(*SHAPE).requires_grad_()
+    mean = randn(*SHAPE).requires_grad_()
     ours = GaussianTransition(mean, decisions().std)
     kl = ours.kl(ours.detach())
     assert torch.equal(kl, torch.zeros_like(kl))
@@ -89,16 +85,16 @@ def test_oracle_of_the_source():
 
 
 def test_deterministic_decisions_are_their_mean():
-    decision = GaussianTransition(normal(*SHAPE), torch.tensor([0.5, 0.0, 0.0], dtype=F64))
-    x_s = decision.sample(normal(*SHAPE, seed=3))
+    decision = GaussianTransition(randn(*SHAPE), torch.tensor([0.5, 0.0, 0.0], dtype=F64))
+    x_s = decision.sample(randn(*SHAPE, seed=3))
     assert torch.equal(x_s[1:], decision.mean[1:])
-    torch.testing.assert_close(x_s[0] - decision.mean[0], 0.5 * normal(*SHAPE, seed=3)[0], **EXACT)
+    torch.testing.assert_close(x_s[0] - decision.mean[0], 0.5 * randn(*SHAPE, seed=3)[0], **EXACT)
 
 
 @pytest.mark.parametrize("index", range(5))
 def test_predictions_of_the_three_kinds_are_one_decision(index):
     """eps, v and x_0 that describe the same noise give the same transition."""
-    x_0, eps = normal(*SHAPE), normal(*SHAPE, seed=1)
+    x_0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
     steps = torch.full((3,), index)
     for sampler in range(2):
         found = []
@@ -127,7 +123,7 @@ def test_kl_in_epsilon_space(kind, eta):
         variance = eta**2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
         c = (1 - ab_s - variance).sqrt() - (ab_s * (1 - ab_t) / ab_t).sqrt()
         weight = c**2 / (2 * variance) * {"epsilon": 1, "v_prediction": ab_t, "sample": ab_t / (1 - ab_t)}[kind]
-        x_t, here, there = (normal(*SHAPE, seed=s) for s in (1, 2, 3))
+        x_t, here, there = (randn(*SHAPE, seed=s) for s in (1, 2, 3))
         index = torch.full((3,), i)
         kl = denoise(x_t, here, index, schedule).kl(denoise(x_t, there, index, schedule))
         torch.testing.assert_close(kl, weight * (here - there).square().flatten(1).sum(1), atol=1e-9, rtol=1e-9)
@@ -137,7 +133,7 @@ def test_a_clipped_x_0_is_left_out_of_the_kl():
     """Where the clip acts, x_0 no longer follows the prediction: the epsilon-space weight would be wrong there."""
     scheduler = DDPMScheduler(**PLAIN | {"clip_sample": True, "clip_sample_range": 0.5}, prediction_type="sample")
     schedule = build_schedule(scheduler, 5, sampler="ddpm")
-    x_t, index = normal(*SHAPE), torch.full((3,), 2)
+    x_t, index = randn(*SHAPE), torch.full((3,), 2)
     prediction = torch.full(SHAPE, 0.7, dtype=F64)
     same = denoise(x_t, prediction, index, schedule).kl(denoise(x_t, prediction + 1, index, schedule))
     assert torch.equal(same, torch.zeros_like(same))
@@ -147,7 +143,7 @@ def test_a_clipped_x_0_is_left_out_of_the_kl():
 
 def test_mixed_timesteps_in_one_batch():
     for schedule in schedules(prediction_type="v_prediction"):
-        x_t, prediction, index = normal(*SHAPE), normal(*SHAPE, seed=1), torch.tensor([4, 0, 2])
+        x_t, prediction, index = randn(*SHAPE), randn(*SHAPE, seed=1), torch.tensor([4, 0, 2])
         together = denoise(x_t, prediction, index, schedule)
         for b in range(3):
             apart = denoise(x_t[[b]], prediction[[b]], index[[b]], schedule)
@@ -158,16 +154,16 @@ def test_mixed_timesteps_in_one_batch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_predictions_are_widened(dtype):
     schedule = next(schedules()).to("cpu")
-    decision = denoise(normal(*SHAPE).to(dtype), normal(*SHAPE, seed=1).to(dtype), torch.tensor([0, 1, 2]), schedule)
+    decision = denoise(randn(*SHAPE).to(dtype), randn(*SHAPE, seed=1).to(dtype), torch.tensor([0, 1, 2]), schedule)
     assert decision.mean.dtype == decision.std.dtype == torch.float32
 
 
 def test_different_shapes_are_refused():
     schedule = next(schedules())
     with pytest.raises(ValueError, match="must have one shape"):
-        denoise(normal(3, 4, 5, 5), normal(1, 4, 5, 5), torch.tensor([0, 1, 2]), schedule)
+        denoise(randn(3, 4, 5, 5), randn(1, 4, 5, 5), torch.tensor([0, 1, 2]), schedule)
     with pytest.raises(ValueError, match=r"index \(1,\)"):
-        denoise(normal(3, 4, 5, 5), normal(3, 4, 5, 5), torch.tensor([0]), schedule)
+        denoise(randn(3, 4, 5, 5), randn(3, 4, 5, 5), torch.tensor([0]), schedule)
     with pytest.raises(ValueError, match=r"index must have shape"):
         schedule.at(torch.tensor([[0]]))
 
@@ -205,7 +201,7 @@ def test_an_error_in_nats_is_the_weight_times_the_squared_error(kind, sampler):
     weights, index = nats_per_squared_error(schedule), schedule.stochastic_steps
     assert weights.dtype == F64
     assert weights.shape == (len(schedule),)
-    x_0, eps, miss = (normal(len(index), 4, 2, 2, seed=s) for s in range(3))
+    x_0, eps, miss = (randn(len(index), 4, 2, 2, seed=s) for s in range(3))
     x_t = add_noise(x_0, eps, index, schedule)
     true = prediction_of(kind, x_0, eps, schedule.at(index))
     nats = posterior(x_t, x_0, eps, index, schedule).kl(denoise(x_t, true + miss, index, schedule))
@@ -263,7 +259,7 @@ def test_scales_of_a_random_step(subset, kind):
     steps = schedule.stochastic_steps[subset]
     weights, shares = nats_per_squared_error(schedule), share_of_signal(schedule)
     nats = torch.zeros(1000, dtype=F64)
-    nats[steps] = normal(len(steps)).square() + 0.1
+    nats[steps] = randn(len(steps)).square() + 0.1
     scales = {w: step_scales(schedule, steps, w) for w in ("exact", "uniform", "share")}
     left_out = torch.ones(1000, dtype=torch.bool)
     left_out[steps] = False
@@ -309,7 +305,7 @@ def test_posterior_is_ddpms_closed_form():
     """arXiv:2006.11239 eq. 7, from betas: sqrt(ab_s) beta/(1 - ab_t) x_0 + sqrt(alpha) (1 - ab_s)/(1 - ab_t) x_t."""
     schedule = training_schedule(sd15())
     ab_t, ab_s = (ab.view(-1, 1, 1, 1) for ab in by_hand())
-    x_0, eps = normal(999, *SMALL[1:]), normal(999, *SMALL[1:], seed=1)
+    x_0, eps = randn(999, *SMALL[1:]), randn(999, *SMALL[1:], seed=1)
     index = torch.arange(999)
     x_t = add_noise(x_0, eps, index, schedule)
     torch.testing.assert_close(x_t, ab_t.sqrt() * x_0 + (1 - ab_t).sqrt() * eps, atol=1e-5, rtol=1e-5)
@@ -325,7 +321,7 @@ def test_posterior_is_the_mean_of_diffusers_step(kind, monkeypatch):
     """DDPMScheduler.step fed the truth; its own draw is made 0, and 1 to see its std."""
     scheduler = DDPMScheduler(**BETAS, clip_sample=False, prediction_type=kind)
     schedule = training_schedule(scheduler)
-    x_0, eps = normal(*SMALL), normal(*SMALL, seed=1)
+    x_0, eps = randn(*SMALL), randn(*SMALL, seed=1)
     draw = torch.zeros(SMALL, dtype=F64)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: draw)
     for i in (0, 1, 333, 500, 997, 998):
@@ -349,7 +345,7 @@ def test_posterior_is_the_mean_of_diffusers_step(kind, monkeypatch):
 def test_the_true_prediction_denoises_to_the_posterior(kind, sampler):
     schedule = schedule_of(sampler[0], kind, sampler[1])
     index = torch.tensor([0, len(schedule) // 2, len(schedule) - 1])
-    x_0, eps = normal(3, 2, 2, 2), normal(3, 2, 2, 2, seed=1)
+    x_0, eps = randn(3, 2, 2, 2), randn(3, 2, 2, 2, seed=1)
     x_t = add_noise(x_0, eps, index, schedule)
     output = prediction_of(kind, x_0, eps, schedule.at(index)).requires_grad_()
     found, target = denoise(x_t, output, index, schedule), posterior(x_t, x_0, eps, index, schedule)
@@ -415,7 +411,7 @@ def test_zero_terminal_snr(kind):
         scales = step_scales(schedule, schedule.stochastic_steps, weighting)
         assert scales.isfinite().all()
     index = torch.zeros(2, dtype=torch.int64)
-    x_0, eps = normal(*SMALL), normal(*SMALL, seed=1)
+    x_0, eps = randn(*SMALL), randn(*SMALL, seed=1)
     x_t = add_noise(x_0, eps, index, schedule)
     assert torch.equal(x_t, eps)
     output = {"v_prediction": -x_0, "sample": x_0}[kind]

@@ -1,6 +1,5 @@
 """Loading: what works, and one sentence for everything that does not."""
 
-import json
 import shutil
 
 import pytest
@@ -14,6 +13,7 @@ from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.image_pipelines import check_pipeline_name, load_pipeline
 from diffusion_align.pipelines.configuration import check_config
+from tests.helpers.tiny_runs import edit_json
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -34,33 +34,19 @@ def remove(path):
     return change
 
 
-def edit(path, **changes):
-    def change(folder):
-        settings = json.loads((folder / path).read_text())
-        (folder / path).write_text(json.dumps(settings | changes))
-
-    return change
-
-
 DAMAGE = {
     "unet-cut": (cut(UNET), "could not be loaded"),
-    "unet-garbage": (write(UNET, "hello"), "could not be loaded"),
-    "text-encoder-cut": (cut(TEXT), "could not be loaded"),
     "text-encoder-empty": (write(TEXT, ""), "could not be loaded"),
     "vae-weights-absent": (remove("vae/diffusion_pytorch_model.safetensors"), "no file named diffusion_pytorch_model"),
     "unet-absent": (remove("unet"), "no unet/"),
-    "tokenizer-absent": (remove("tokenizer"), "no tokenizer/"),
-    "scheduler-absent": (remove("scheduler"), "no scheduler/"),
     "tokenizer-garbage": (write("tokenizer/tokenizer.json", "{"), "could not be loaded"),
     "scheduler-garbage": (write("scheduler/scheduler_config.json", "nope"), "not a valid JSON"),
     "index-absent": (remove("model_index.json"), "the folder has no model_index.json"),
-    "index-garbage": (write("model_index.json", "{"), "not a valid JSON"),
     "index-list": (write("model_index.json", "[1]"), "not supported"),
-    "index-empty": (write("model_index.json", "{}"), "not supported"),
-    "another-class": (edit("model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not supported"),
-    "another-width": (edit("unet/config.json", block_out_channels=[8, 24]), "expected shape"),
-    "another-text-width": (edit("text_encoder/config.json", hidden_size=24), "could not be loaded"),
-    "unknown-part": (edit("model_index.json", unet=["diffusers", "NoSuchModel"]), "NoSuchModel"),
+    "another-class": (edit_json("model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not"),
+    "another-width": (edit_json("unet/config.json", block_out_channels=[8, 24]), "expected shape"),
+    "another-text-width": (edit_json("text_encoder/config.json", hidden_size=24), "could not be loaded"),
+    "unknown-part": (edit_json("model_index.json", unet=["diffusers", "NoSuchModel"]), "NoSuchModel"),
 }
 
 
@@ -100,9 +86,7 @@ def test_a_name_that_is_nothing_gives_one_sentence_without_loading(model, expect
 
 def test_a_hub_name_out_of_reach_gives_one_sentence():
     check_pipeline_name("nobody-at-all/no-such-model")  # only asking can tell
-    with pytest.raises(
-        UserError, match=r"^model='nobody-at-all/no-such-model' could not be loaded: it is not in the cache and the Hub"
-    ):
+    with pytest.raises(UserError, match=r"^model='nobody-at-all/no-such-model' could not be loaded: .* the Hub"):
         load_pipeline("nobody-at-all/no-such-model")
 
 
@@ -134,14 +118,14 @@ def test_a_folder_that_names_a_safety_checker_it_does_not_hold_loads(tiny_sd, tm
     """People delete it; it is not used here."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd, folder)
-    edit("model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])(folder)
+    edit_json("model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])(folder)
     assert load_pipeline(str(folder)).safety_checker is None
 
 
 def renamed(folder, changes):
-    """``folder`` with weight files under other names: pattern -> replacement of ``.safetensors``."""
-    for pattern, ending in changes.items():
-        for path in list(folder.glob(pattern)):
+    """``folder`` with weight files under other names: pattern of the part -> replacement of ``.safetensors``."""
+    for part, ending in changes.items():
+        for path in list(folder.glob(f"{part}/*.safetensors")):
             path.rename(path.with_name(path.name.replace(".safetensors", ending)))
     return folder
 
@@ -149,26 +133,18 @@ def renamed(folder, changes):
 @pytest.mark.parametrize(
     ("endings", "variant", "expected"),
     [
-        ({}, "fp16", r"weights_variant='fp16': of variants the folder '.*' has none at all"),
-        ({"*/*.safetensors": ".fp16.safetensors"}, "bf16", "weights_variant='bf16': of variants .* has only fp16"),
-        ({"*/*.safetensors": ".fp16.safetensors"}, "fp", "weights_variant='fp': of variants .* has only fp16"),
-        ({"*/*.safetensors": ".fp16.safetensors"}, None, "has weights of the variants fp16 only: name one of them"),
-        (
-            {"unet/*.safetensors": ".fp16.safetensors", "vae/*.safetensors": ".ema.safetensors"},
-            "fp16",
-            "weights_variant='fp16': vae/ of the folder .* has weights of the variants ema only: name one of them",
-        ),
-        (
-            {"*/*.safetensors": ".fp16-00001-of-00002.safetensors"},
-            None,
-            "weights_variant=None: .* has weights of the variants fp16 only",
-        ),
+        ({}, "fp16", "none at all"),
+        ({"*": ".fp16.safetensors"}, "bf16", "only fp16"),
+        ({"*": ".fp16.safetensors"}, "fp", "only fp16"),
+        ({"*": ".fp16.safetensors"}, None, "fp16 only"),
+        ({"unet": ".fp16.safetensors", "vae": ".ema.safetensors"}, "fp16", "vae/.* ema only"),
+        ({"*": ".fp16-00001-of-00002.safetensors"}, None, "fp16 only"),
     ],
 )
 def test_a_missing_variant_gives_one_sentence_without_loading(endings, variant, expected, tiny_sd, tmp_path):
     folder = renamed(shutil.copytree(tiny_sd, tmp_path / "model"), endings)
     for read in (check_pipeline_name, load_pipeline):
-        with pytest.raises(UserError, match=expected) as caught:
+        with pytest.raises(UserError, match=f"weights_variant={variant!r}: .*{expected}") as caught:
             read(str(folder), variant=variant)
         assert "\n" not in str(caught.value)
 
@@ -214,7 +190,7 @@ def test_a_vae_that_overflows_in_half_precision_stays_wide(dtype, model, model_p
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_vae_that_needs_no_float32_is_as_narrow_as_the_rest(dtype, tiny_sd, tmp_path):
     folder = shutil.copytree(tiny_sd, tmp_path / "model")
-    edit("vae/config.json", force_upcast=False)(folder)
+    edit_json("vae/config.json", force_upcast=False)(folder)
     assert load_pipeline(str(folder), dtype=dtype).vae.dtype == dtype
 
 
@@ -268,6 +244,5 @@ def test_the_reference_of_a_whole_unet_is_as_wide_as_what_is_trained(tiny_sd):
 def test_what_a_cpu_cannot_mix_is_refused_before_loading(precision, tiny_sd, tmp_path):
     settings = {"model": str(tiny_sd), "prompts": ["a"], "reward": "jpeg_compressibility", "output_dir": tmp_path / "a"}
     check_config(settings | {"dtype": "float16"})
-    expected = f"dtype=float16 with mixed_precision={precision} needs a GPU: use dtype=bfloat16, or mixed_precision=no"
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(ConfigError, match=f"^dtype=float16 with mixed_precision={precision} needs a GPU"):
         check_config(settings | {"dtype": "float16", "mixed_precision": precision})

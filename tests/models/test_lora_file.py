@@ -152,7 +152,7 @@ def test_pefts_own_folder_is_read(tiny_sd, tmp_path):
             torch.testing.assert_close(pipeline.unet(*inputs).sample, theirs(*inputs).sample)
         take_off(pipeline)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"in peft's layout, whose scale stands in adapter_config\.json: put that"):
+    with pytest.raises(UserError, match=r"whose scale stands in adapter_config\.json"):
         put_on(pipeline, tmp_path, "tiny")
 
 
@@ -252,28 +252,29 @@ def test_which_file_of_a_folder_is_meant(tiny_sd, tmp_path, written):
     file, _ = written(of_peft("unet."), text=False)
     pipeline = load_pipeline(str(tiny_sd))
     (tmp_path / "text.txt").write_text("x")
-    with pytest.raises(UserError, match=r"text\.txt' is no \.safetensors file: other formats are not read"):
+    with pytest.raises(UserError, match=r"text\.txt' is no \.safetensors file"):
         put_on(pipeline, tmp_path / "text.txt", "tiny")
     (tmp_path / "run" / "final").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no \.safetensors file \(the weights of a run are in its final/\): name"):
+    with pytest.raises(UserError, match=r"no \.safetensors file \(.* in its final/\)"):
         put_on(pipeline, tmp_path / "run", "tiny")
     shutil.copy(file, tmp_path / "optimizer.safetensors")
     put_on(pipeline, tmp_path, "tiny")
     take_off(pipeline)
     shutil.copy(file, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"the folder has 2 \(other\.safetensors, some\.safetensors\) files: name one"):
+    with pytest.raises(UserError, match=r"2 \(other\.safetensors, some\.safetensors\) files"):
         put_on(pipeline, tmp_path, "tiny")
     shutil.copy(file, tmp_path / LORA_FILE)
     put_on(pipeline, tmp_path, "tiny")
 
 
-def test_a_reader_that_ignores_the_header_gets_the_whole_change(tiny_sd, tmp_path, make_policy):
-    policy = make_policy("tiny_sd", lora=LoRAConfig(rank=2, alpha=8), noise=0.1)
+@pytest.mark.parametrize("lora", [{"rank": 2, "alpha": 8}, {"rank": 3, "alpha": 1, "layers": "attention+convolutions"}])
+def test_a_reader_that_ignores_the_header_gets_the_whole_change(tiny_sd, tmp_path, make_policy, lora):
+    policy = make_policy("tiny_sd", lora=LoRAConfig(**lora), noise=0.1)
     policy.save_lora(tmp_path)
     plain = load_pipeline(str(tiny_sd))
     plain.load_lora_weights(load_file(tmp_path / LORA_FILE))  # the tensors alone
     layers = lora_layers(policy.network)
-    assert layers
+    assert 2 * len(layers) == len(policy.trainable) > 0
     for name, layer in layers.items():
         theirs = plain.unet.get_submodule(name)
         change = theirs.get_delta_weight(theirs.active_adapters[0])

@@ -163,7 +163,7 @@ def test_without_base_config_and_hub_one_sentence_says_what_to_give(published):
 
 
 def test_which_prediction_a_stable_diffusion_2_makes_is_not_guessed(published):
-    with pytest.raises(UserError, match="does not say whether it predicts the noise or v: set base_config"):
+    with pytest.raises(UserError, match="the noise or v: set base_config"):
         check_pipeline_name(str(published("sd2", "file")))
 
 
@@ -213,7 +213,7 @@ def test_a_base_config_that_is_none_gives_one_sentence(base, expected, published
 def test_an_incomplete_base_config_is_refused(published, tmp_path):
     shutil.copytree(published("sd15"), tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "tokenizer")
-    with pytest.raises(UserError, match=r"^base_config=.*is incomplete: the folder has no tokenizer/"):
+    with pytest.raises(UserError, match=r"^base_config=.*incomplete.*no tokenizer/"):
         load_pipeline(str(published("sd15", "file")), base_config=str(tmp_path / "base"))
 
 
