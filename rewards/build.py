@@ -332,12 +332,12 @@ def _called_in(reward: Any, background: bool | None, *, own: bool) -> Any:
 
 
 def describe_rewards(kind: Kind = IMAGES) -> list[dict[str, Any]]:
-    """One dict per built-in reward: name, description, options, and ``about``: range, extra, licence."""
+    """One dict per built-in reward: name, description, options, and ``about``: range, needs, extra, licence."""
     rows = []
     for name in kind.table:
         _, settings = find(name, kind)
         options = describe_options(settings)
-        about = {"extra": None} | ({"differentiable": False} if kind is IMAGES else {}) | settings.about
+        about = {"extra": None, "needs": None} | ({"differentiable": False} if kind is IMAGES else {}) | settings.about
         rows.append({"name": name, "description": description(settings), **about, "options": options})
     return rows
 

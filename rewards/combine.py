@@ -47,7 +47,7 @@ class Combined:
 
 
 class Combine(RewardSettings):
-    """The weighted sum of several rewards, as their scores are."""
+    """The weighted sum of several rewards: of their scores as they are."""
 
     name: ClassVar[str] = "combine"
     about: ClassVar[dict[str, Any]] = {

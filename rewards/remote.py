@@ -91,7 +91,7 @@ def _check_urls(url: Any) -> str | list[str]:
 
 
 class RemoteSettings(RewardSettings):
-    """Scores from one or several `diffusion-align serve-reward`.
+    """What a reward served elsewhere scores: by one or several `diffusion-align serve-reward`.
 
     A batch is cut into equal contiguous parts, one for each server (and smaller where a server's limits say so), which
     are sent at the same time; the part of a server that is away goes to the others. How it is cut depends on the
@@ -100,6 +100,7 @@ class RemoteSettings(RewardSettings):
 
     name: ClassVar[str] = "remote"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "a server",
         "model": "no model here; the server's",
         "range": "that of the reward served",
         "cost": "nothing to download; one request per batch and server",

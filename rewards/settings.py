@@ -21,6 +21,7 @@ from diffusion_align.training.config import sentences
 class RewardSettings(BaseModel):
     """The options of a reward: subclass it, with a field for each option and a docstring that says what is scored.
 
+    Its first line reads "WHAT: HOW.", or "WHAT."; a table of rewards shows WHAT.
     A subclass with ``__call__`` is the reward itself. One that loads a model has a ``build`` that returns the reward.
     A check of your own (a pydantic validator) may raise ValueError, whose sentence follows the option's name and value,
     or RewardError, whose sentence stands alone. Nothing is loaded before ``build``.

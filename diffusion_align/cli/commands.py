@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.padding import Padding
 from rich.text import Text
 
 from diffusion_align.bounds import MOST
@@ -32,7 +31,15 @@ from diffusion_align.cli.options import (
     read_reward,
     to_path,
 )
-from diffusion_align.cli.terminal import console, hide_loading_bars, print_aligned, print_line, print_note, progress_bar
+from diffusion_align.cli.terminal import (
+    console,
+    hide_loading_bars,
+    print_aligned,
+    print_line,
+    print_listing,
+    print_note,
+    progress_bar,
+)
 from diffusion_align.errors import ConfigError, UserError, short
 
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
@@ -352,32 +359,32 @@ def estimators(
 def list_(
     what: Annotated[
         str,
-        typer.Argument(help="methods, configs, models, prompts, pairs, rewards or settings; not given, all of them"),
+        typer.Argument(
+            help="methods, configs, models, prompts, pairs, rewards or settings; by default all but settings"
+        ),
     ] = "",
-    method: Annotated[str, typer.Argument(help="of which method, for `list settings`")] = "",
+    name: Annotated[str, typer.Argument(help="settings of which method, or which reward")] = "",
 ) -> None:
     """List the methods, models, rewards, prompts, pairs and recipes a configuration can name, and its settings."""
-    from diffusion_align.cli.listing import LISTINGS, settings_of
+    from diffusion_align.cli.listing import LISTINGS, reward_called, settings_of
     from diffusion_align.methods import DEFAULT
 
     if what and what not in (*LISTINGS, "settings"):
         raise UserError(f"there is no list {short(what)}: choose one of {', '.join([*LISTINGS, 'settings'])}")
-    if method and what != "settings":
-        raise UserError(f"only `list settings` takes a method: leave {short(method)} out")
+    if name and what not in ("settings", "rewards"):
+        raise UserError(f"only `list settings` and `list rewards` take a name: leave {short(name)} out")
     if what == "settings":
-        return _print_list(f"settings of {method or DEFAULT}", settings_of(method or DEFAULT))
-    for name in [what] if what else LISTINGS:
-        _print_list(name, LISTINGS[name]())
+        print_listing(settings_of(name or DEFAULT))
+    elif name:
+        print_listing(reward_called(name))
+    else:
+        print_listing([part for one in ([what] if what else LISTINGS) for part in LISTINGS[one]()])
+    if what == "settings" and not name:
+        print_note("`diffusion-align list settings METHOD` lists those of another method")
+    if what in ("", "rewards") and not name:
+        print_note("`diffusion-align list rewards NAME` lists the options of a reward")
     if not what:
-        console.print("`diffusion-align list settings METHOD` lists the settings of a method", highlight=False)
-
-
-def _print_list(title: str, entries: list[tuple[str, list[str]]]) -> None:
-    console.print(f"[bold]{title}[/bold]")
-    for entry, lines in entries:
-        console.print(f"  {entry}", highlight=False, markup=False)
-        for line in lines:
-            console.print(Padding(Text(line), (0, 0, 0, 6)))
+        print_note("`diffusion-align list settings METHOD` lists the settings of a method")
 
 
 @app.command()

@@ -2,53 +2,65 @@
 
 from __future__ import annotations
 
+import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from diffusion_align import yaml_text
 from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
+from diffusion_align.cli.terminal import Entry, Group, Table
 from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
+from diffusion_align.errors import UserError, short
 from diffusion_align.methods import describe_methods, method_of
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 from diffusion_align.training.aliases import aliases_of
-from diffusion_align.training.config import section_of
-
-Entries = list[tuple[str, list[str]]]
-"""(name, lines about it)."""
+from diffusion_align.training.config import TrainingConfig, nearest, section_of
 
 
-def _configs() -> Entries:
-    return [(name, [_first_comment(path)]) for name, path in shipped_configs().items()]
+def _methods() -> list[Group]:
+    return [Group("methods", [Entry(name, "; ".join(about)) for name, about in describe_methods()])]
 
 
-def _models() -> Entries:
+def _configs() -> list[Group]:
+    return [Group("configs", [Entry(name, describe_recipe(path)) for name, path in shipped_configs().items()])]
+
+
+def describe_recipe(path: Path) -> str:
+    """What the comment at the top of a recipe says up to how it is launched: what it trains and what it needs."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    header = " ".join(line.removeprefix("#").strip() for line in lines[:end])
+    return header.partition("Launch:")[0].strip()
+
+
+def _models() -> list[Group]:
     about = {
         "emoji-sd": "images: samples 64x64 emoji-like images of 294 concepts, small enough for a CPU",
         "tiny-lm": "text: generates English sentences letter by letter, small enough for a CPU",
         "smollm2": "text: SmolLM2-135M-Instruct, from a wheel; see the README",
     }
-    return [
-        *((name, [about[name]]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)),
-        ("any other", ["an SD1.x, SD2 or SDXL diffusers folder or Hub id, or a causal language model's"]),
-    ]
+    embedded = [Entry(name, about[name]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)]
+    other = "an SD1.x, SD2 or SDXL diffusers folder or Hub id, or a causal language model's"
+    return [Group("models", [*embedded, Entry("any other", other)])]
 
 
-def _prompts() -> Entries:
-    images = [(name, _for_images(load_prompts(path))) for name, path in shipped_prompts().items()]
+def _prompts() -> list[Group]:
+    images = [Entry(name, _for_images(load_prompts(path))) for name, path in shipped_prompts().items()]
     texts = [
-        (name, f"{len(open_table(TableSource('prompts', str(path), lines='prompt')))} prompts for text")
+        Entry(name, f"{len(open_table(TableSource('prompts', str(path), lines='prompt')))} prompts for text")
         for name, path in shipped_text_prompts().items()
     ]
-    return [(name, [about]) for name, about in images + texts]
+    return [Group("prompts", images + texts)]
 
 
 def _for_images(prompts: Sequence[Prompt]) -> str:
@@ -56,59 +68,105 @@ def _for_images(prompts: Sequence[Prompt]) -> str:
     return f"{len(prompts)} prompts for images" + (f", with the metadata {keys}" if keys else "")
 
 
-def _pairs() -> Entries:
+def _pairs() -> list[Group]:
     counts = " and ".join(f"{len(open_pairs(PairsConfig(source=EMBEDDED, split=s)))} {s}" for s in ("train", "heldout"))
+    embedded = f"{counts} pairs of drawings of one concept: shaded 3-D, chosen, and flat"
+    return [Group("pairs", [Entry(EMBEDDED, embedded), Entry("any other", FILES)])]
+
+
+def _rewards() -> list[Table]:
+    header = ("name", "scores (more is better)", "range", "needs")
+    kinds = {"images": describe_rewards(), "text": describe_text_rewards()}
+    return [Table(f"rewards for {kind}", header, [_row(reward) for reward in rows]) for kind, rows in kinds.items()]
+
+
+def _row(reward: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """A reward in a few words: what is said of it up to the mark that explanations follow."""
+    required = [f"option {name}" for name, about in reward["options"].items() if "required" in about.partition(")")[0]]
+    download = re.findall(r"[\d.]+ GB(?= to download)", reward.get("cost", ""))
+    extra = [f"extra {_start(reward['extra'])}"] if reward["extra"] else []
+    needs = [*required, *extra, *(f"{size} download" for size in download)]
+    needs += [reward["needs"]] if reward["needs"] else []
+    scores = reward["description"].partition(":")[0].rstrip(".")
+    return reward["name"], scores, _start(reward["range"]), ", ".join(needs)
+
+
+def _start(phrase: str) -> str:
+    return re.split(r"[:,;(]", phrase)[0].strip()
+
+
+def reward_called(name: str) -> list[Group]:
+    """All that is known of a shipped reward, and its options.
+
+    Raises:
+        UserError: there is no reward of this name.
+    """
+    rewards = {row["name"]: row for row in describe_rewards() + describe_text_rewards()}
+    if name not in rewards:
+        raise UserError(f"there is no reward {short(name)} to list: {nearest(name, list(rewards))}")
+    about = {"scores" if key == "description" else key: value for key, value in rewards[name].items()}
+    options = about.pop("options")
+    facts = [Entry(key, str(value)) for key, value in about.items() if key != "name" and value is not None]
     return [
-        (EMBEDDED, [f"{counts} pairs of drawings of one concept: shaded 3-D, chosen, and flat"]),
-        ("any other", [FILES]),
+        Group(f"reward {name}", facts),
+        Group(f"options of {name}", [Entry(option, text) for option, text in options.items()]),
     ]
 
 
-def _rewards() -> Entries:
-    entries = []
-    for row in describe_rewards() + describe_text_rewards():
-        shown = {key: value for key, value in row.items() if key not in ("name", "description", "options")}
-        about = [f"{key}: {value}" for key, value in shown.items() if value is not None]
-        options = [f"option {name} {option}" for name, option in row["options"].items()]
-        entries.append((row["name"], [row["description"], *about, *options]))
-    return entries
+def settings_of(method: str) -> list[Group]:
+    """The settings of a method in groups: what they mean, their choices and defaults."""
+    return grouped_settings(method_of(method).config_class, method)
 
 
-def settings_of(method: str) -> Entries:
-    """The settings of a method: what they mean, their choices and defaults; those of a section by dotted names."""
-    return _settings_of(method_of(method).config_class, "")
+def grouped_settings(config: type[BaseModel], method: str) -> list[Group]:
+    """First those of the method and its sections, by dotted names, then those of every method."""
+    groups = []
+    for title, shared in ((f"settings of {method}", False), ("settings of every method", True)):
+        fields = {
+            name: field
+            for name, field in config.model_fields.items()
+            if (name in TrainingConfig.model_fields) is shared
+        }
+        groups.append(Group(title, [_setting(config, name, field) for name, field in fields.items()]))
+        for name, field in fields.items():
+            groups += _sections(name, field)
+    return groups
 
 
-def _settings_of(section: type[BaseModel], prefix: str) -> Entries:
-    entries = []
-    others = aliases_of(section)
-    for name, field in section.model_fields.items():
-        inner = section_of(field.annotation)
-        notes = [] if inner is None else ["a section, or null" if field.default is None else "a section"]
-        if typing.get_origin(field.annotation) is Literal:
-            notes.append(" | ".join(typing.get_args(field.annotation)))
-        if field.is_required():
-            notes.append("required")
-        elif inner is None:
-            default = to_jsonable_python(field.get_default(call_default_factory=True), inf_nan_mode="constants")
-            notes.append("default " + yaml_text.dump(default, default_flow_style=True).splitlines()[0])
-        if also := [other for other, place in others.items() if place == name]:
-            notes.append("also: " + ", ".join(also))
-        entries.append((prefix + name, [f"{field.description} ({'; '.join(notes)})"]))
-        entries += [] if inner is None else _settings_of(inner, f"{prefix}{name}.")
-    return entries
+def _sections(name: str, field: FieldInfo) -> Iterator[Group]:
+    inner = section_of(field.annotation)
+    if inner is None:
+        return
+    yield Group(
+        f"{name}: {field.description}",
+        [_setting(inner, key, one, f"{name}.") for key, one in inner.model_fields.items()],
+    )
+    for key, one in inner.model_fields.items():
+        yield from _sections(f"{name}.{key}", one)
 
 
-LISTINGS: dict[str, Callable[[], Entries]] = {
-    "methods": describe_methods,
+def _setting(section: type[BaseModel], name: str, field: FieldInfo, prefix: str = "") -> Entry:
+    notes = []
+    inner = section_of(field.annotation)
+    if inner is not None:
+        notes.append("a section, or null" if field.default is None else "a section")
+    if typing.get_origin(field.annotation) is Literal:
+        notes.append(" | ".join(typing.get_args(field.annotation)))
+    if field.is_required():
+        notes.append("required")
+    elif inner is None:
+        default = to_jsonable_python(field.get_default(call_default_factory=True), inf_nan_mode="constants")
+        notes.append("default " + yaml_text.dump(default, default_flow_style=True).splitlines()[0])
+    if also := [other for other, place in aliases_of(section).items() if place == name]:
+        notes.append("also: " + ", ".join(also))
+    return Entry(prefix + name, field.description or "", "; ".join(notes))
+
+
+LISTINGS: dict[str, Callable[[], Sequence[Group | Table]]] = {
+    "methods": _methods,
     "configs": _configs,
     "models": _models,
     "prompts": _prompts,
     "pairs": _pairs,
     "rewards": _rewards,
 }
-
-
-def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.removeprefix("#").strip()

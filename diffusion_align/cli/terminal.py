@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import rich.table
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 console = Console()
@@ -42,6 +45,65 @@ def _print_labelled(label: str, style: str, sentence: str) -> None:
     from diffusion_align.streams import printable
 
     errors.print(Text.assemble((label, style), f" {printable(sentence)}"))
+
+
+class Entry(NamedTuple):
+    """Something that a configuration can name: what it is, and in a few words its choices, its default."""
+
+    name: str
+    text: str
+    note: str = ""
+
+
+class Group(NamedTuple):
+    """Entries under a title."""
+
+    title: str
+    rows: list[Entry]
+
+
+class Table(NamedTuple):
+    """Rows of cells under a title and a header."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+def print_listing(parts: Sequence[Group | Table]) -> None:
+    """On a terminal wrapped at its width; in a pipe a line for every entry or row, for grep."""
+    for i, part in enumerate(parts):
+        console.print(Text(part.title, style="bold"), soft_wrap=not console.is_terminal)
+        if isinstance(part, Group):
+            _print_group(part)
+        else:
+            _print_table(part)
+        if console.is_terminal and i + 1 < len(parts):
+            console.print()
+
+
+def _print_group(group: Group) -> None:
+    for name, text, note in group.rows:
+        if not console.is_terminal:
+            print_line(f"  {name}  {text}" + (f" ({note})" if note else ""))
+        elif not note and len(name) + len(text) + 4 <= console.width:
+            console.print(Text.assemble("  ", (name, "cyan"), f"  {text}"))
+        else:
+            console.print(Padding(Text.assemble((name, "cyan"), (f"  {note}" if note else "", "dim")), (0, 0, 0, 2)))
+            console.print(Padding(Text(text), (0, 0, 0, 6)))
+
+
+def _print_table(table: Table) -> None:
+    if console.is_terminal:
+        shown = rich.table.Table(*table.header, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        shown.columns[0].no_wrap = True
+        for row in table.rows:
+            shown.add_row(*(Text(cell, style="cyan" if i == 0 else "") for i, cell in enumerate(row)))
+        console.print(Padding(shown, (0, 0, 0, 2)))
+        return
+    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
+    for row in (table.header, *table.rows):
+        print_line("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_aligned(lines: list[tuple[str, str]]) -> None:

@@ -60,7 +60,7 @@ class Aesthetic:
 
 
 class AestheticSettings(NetworkSettings):
-    """Aesthetic score from a head on the unit-length CLIP image embedding.
+    """How pleasing the image is: the score of a head on its unit-length CLIP embedding.
 
     The head is always float32.
     """

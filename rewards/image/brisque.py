@@ -61,7 +61,7 @@ class Regression(NamedTuple):
 
 
 class Brisque(RewardSettings):
-    """Minus the BRISQUE score of the image: how far its local contrast is from that of clean photographs."""
+    """How free of blur and noise the image is: minus BRISQUE, how far its local contrast is from clean photographs'."""
 
     name: ClassVar[str] = "brisque"
     about: ClassVar[dict[str, Any]] = {

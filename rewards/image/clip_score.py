@@ -30,13 +30,14 @@ class ClipScore:
 
 
 class ClipSettings(NetworkSettings):
-    """Cosine similarity of the image's and the prompt's CLIP embeddings.
+    """How well the image fits its prompt: cosine similarity of their CLIP embeddings.
 
     The cosine itself: not times 100, not clamped at 0 (torchmetrics' CLIPScore is ``max(100 * cosine, 0)``).
     """
 
     name: ClassVar[str] = "clip_score"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "prompts",
         "model": "CLIP openai/clip-vit-large-patch14, emoji-clip, any CLIPModel or open_clip model",
         "range": "-1 to 1, in practice 0.1 to 0.4 (ViT-L/14), 0.2 to 0.8 (emoji-clip)",
         "cost": "1.7 GB to download, 0.16 TFLOPs per image (ViT-L/14); nothing to download (emoji-clip)",

@@ -38,6 +38,7 @@ class HpsV2Settings(NetworkSettings):
 
     name: ClassVar[str] = "hps_v2"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "prompts",
         "model": f"{REPOSITORY}, {FILES['v2.1']}",
         "range": "-1 to 1, in practice 0.15 to 0.35",
         "cost": "2 GB to download, 0.4 TFLOPs per image",

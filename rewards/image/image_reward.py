@@ -87,13 +87,14 @@ class ImageReward:
 
 
 class ImageRewardSettings(NetworkSettings):
-    """How well the image serves its prompt by ImageReward-v1.0, in standard deviations from the average.
+    """How well the image serves its prompt: ImageReward-v1.0, in standard deviations from the average.
 
     Prompts lose what is beyond 35 tokens, as with the authors. The head is always float32.
     """
 
     name: ClassVar[str] = "image_reward"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "prompts",
         "model": f"{REPOSITORY}, {FILE} (tokenizer: {TOKENIZER})",
         "range": "unbounded, 0 is average and 1 a standard deviation; in practice -2.3 to 2",
         "cost": "1.8 GB to download, 0.14 TFLOPs per image",

@@ -28,7 +28,7 @@ def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
 
 
 class JpegCompressibility(RewardSettings):
-    """Minus the JPEG file size in kB: small files score high."""
+    """How small the image is as a JPEG file: minus the file size in kB."""
 
     name: ClassVar[str] = "jpeg_compressibility"
     sign: ClassVar[float] = -1.0
@@ -46,7 +46,7 @@ class JpegCompressibility(RewardSettings):
 
 
 class JpegIncompressibility(JpegCompressibility):
-    """The JPEG file size in kB: large files score high."""
+    """How large the image is as a JPEG file: the file size in kB."""
 
     name = "jpeg_incompressibility"
     sign = 1.0

@@ -29,10 +29,11 @@ SINGLE = re.compile(r"(?<!\w)['‘‚](?!\s)(.*?)(?<!\s)['‘’](?!\w)")  # not
 
 
 class Ocr(RewardSettings):
-    """Share of the required text (in quotation marks in the prompt, or metadata "text") that the image shows."""
+    """How much of the required text the image shows: text in quotation marks in the prompt, or metadata "text"."""
 
     name: ClassVar[str] = "ocr"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "prompts with text",
         "model": "PP-OCRv6 small, from the package rapidocr",
         "range": "0 to 1",
         "cost": "no download (31 MB in the package); 0.2 s per image of any size up to 512x512 on one CPU core",

@@ -26,6 +26,7 @@ class PickScoreSettings(NetworkSettings):
 
     name: ClassVar[str] = "pick_score"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "prompts",
         "model": f"{PICK_SCORE} (tokenizer: {VIT_H_14})",
         "range": "-100 to 100, in practice 17 to 24",
         "cost": "3.9 GB to download, 0.4 TFLOPs per image",

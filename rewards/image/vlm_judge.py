@@ -87,10 +87,11 @@ def _writable_folder(cache: str | Path | None) -> str | Path | None:
 
 
 class VlmJudgeSettings(RewardSettings):
-    """What a vision-language model thinks of the image; it is called through an OpenAI-compatible endpoint."""
+    """What a vision-language model thinks of the image: it is called through an OpenAI-compatible endpoint."""
 
     name: ClassVar[str] = "vlm_judge"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "an endpoint",
         "model": "whatever the endpoint serves",
         "range": "0 to 1",
         "cost": "nothing to download here; one question per image, at the endpoint's price and speed",

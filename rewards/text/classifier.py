@@ -91,7 +91,7 @@ def _number_or_name(label: Any) -> int | str | None:
 
 
 class ClassifierSettings(TextNetworkSettings):
-    """The logit or probability that a sequence classifier, such as a reward model, gives to a label.
+    """What a sequence classifier, such as a reward model, scores: the logit or probability of a label.
 
     "probability" is the sigmoid of the only logit (and of each, in a model of several labels at once), else the
     softmax. Input longer than ``max_length`` loses its beginning.

@@ -12,13 +12,13 @@ from diffusion_align.rewards.text.regex import Pattern
 
 
 class ExactMatch(RewardSettings):
-    """1 where the completion equals the answer, else 0; white space at the ends and its amount never count.
+    """Whether the completion equals the answer: 1 or 0; white space at the ends and its amount never count.
 
     A sample whose answer is None gets no score.
     """
 
     name: ClassVar[str] = "exact_match"
-    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "licence": "no model"}
+    about: ClassVar[dict[str, Any]] = {"needs": "answers in the data", "range": "0 or 1", "licence": "no model"}
 
     column: Column = Field(
         "answer", description="of the data, that holds the answer, or a list of answers any of which will do"

@@ -10,7 +10,7 @@ from diffusion_align.rewards.text.base import Text, text_of
 
 
 class Length(RewardSettings):
-    """The number of words or characters, or minus its relative distance to a target.
+    """How long the completion is: words or characters, or minus their relative distance to a target.
 
     With n the length: n itself without a target, so longer is better (``scale: -1`` for shorter); with one
     ``-|n - target| / target``, which is 0 at the target and -1 for an empty completion.

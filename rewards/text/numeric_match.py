@@ -32,13 +32,13 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 class NumericMatch(RewardSettings):
-    """1 where the last (or first) number in the completion equals the answer, else 0.
+    """Whether a number in the completion equals the answer: 1 or 0, by the last number or the first.
 
     A sample whose answer holds no number gets no score; a completion without one scores 0.
     """
 
     name: ClassVar[str] = "numeric_match"
-    about: ClassVar[dict[str, Any]] = {"range": "0 or 1", "licence": "no model"}
+    about: ClassVar[dict[str, Any]] = {"needs": "answers in the data", "range": "0 or 1", "licence": "no model"}
 
     column: Column = Field(
         "answer", description="of the data, that holds the answer: a number, or text whose last number it is (GSM8K)"

@@ -12,7 +12,7 @@ from diffusion_align.rewards.text.base import Text, text_of
 
 
 class Sentiment(RewardSettings):
-    """VADER's compound sentiment of the completion, English: -1 negative, 0 neutral or empty, 1 positive."""
+    """How positive the English completion is: VADER's compound sentiment, 0 where it is neutral or empty."""
 
     name: ClassVar[str] = "sentiment"
     about: ClassVar[dict[str, Any]] = {"range": "-1 to 1", "extra": "text-rewards", "licence": "MIT (vaderSentiment)"}

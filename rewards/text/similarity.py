@@ -73,13 +73,14 @@ class Similarity:
 
 
 class SimilaritySettings(TextNetworkSettings):
-    """Cosine similarity of the completion's sentence embedding with a reference's.
+    """How similar the completion is to a reference: cosine of their sentence embeddings.
 
     A sample whose reference is None gets no score.
     """
 
     name: ClassVar[str] = "similarity"
     about: ClassVar[dict[str, Any]] = {
+        "needs": "references in the data",
         "range": "-1 to 1, in practice -0.1 to 1",
         "extra": "similarity, for the default encoder only",
         "licence": "Apache-2.0 (all-MiniLM-L6-v2); other encoders: see each",

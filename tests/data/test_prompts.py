@@ -281,10 +281,11 @@ def test_counted_coloured_and_written_things_say_what_is_asked_for():
 
 
 def test_the_listing_says_how_many_and_which_metadata():
-    entries = dict(LISTINGS["prompts"]())
-    assert entries["animals"] == ["45 prompts for images"]
-    assert entries["counting"] == ["120 prompts for images, with the metadata object, count"]
-    assert entries["text_in_pictures"] == ["50 prompts for images, with the metadata text"]
+    (group,) = LISTINGS["prompts"]()
+    entries = {entry.name: entry.text for entry in group.rows}
+    assert entries["animals"] == "45 prompts for images"
+    assert entries["counting"] == "120 prompts for images, with the metadata object, count"
+    assert entries["text_in_pictures"] == "50 prompts for images, with the metadata text"
     assert set(shipped_prompts()) <= set(entries)
 
 

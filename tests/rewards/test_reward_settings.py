@@ -155,7 +155,7 @@ def test_every_shipped_reward_declares_and_describes_itself(name, kind):
     assert settings.name == name
     assert all(field.description for field in settings.model_fields.values())
     [row] = [row for row in describe_rewards() + describe_text_rewards() if row["name"] == name]
-    about = {"range", "extra", "licence", *(("model", "cost", "differentiable") if kind is IMAGES else ())}
+    about = {"range", "needs", "extra", "licence", *(("model", "cost", "differentiable") if kind is IMAGES else ())}
     assert set(row) == {"name", "description", *about, "options"}
     assert row["description"].endswith(".")
     assert list(row["options"]) == list(settings.model_fields)

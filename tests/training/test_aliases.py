@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from diffusion_align.cli.listing import settings_of
+from diffusion_align.cli.listing import grouped_settings
 from diffusion_align.errors import ConfigError
 from diffusion_align.training.aliases import other_words
 from diffusion_align.training.config import Section, TrainingConfig, apply_overrides, dump_config, parse_config
@@ -130,9 +130,8 @@ def test_a_class_cannot_use_an_alias_for_another_setting():
     assert problems(declare) == ["Own.beta is another name of kl_coef: rename the field, to kl_coef or not"]
 
 
-def test_the_page_of_settings_shows_other_names(monkeypatch):
-    monkeypatch.setattr("diffusion_align.cli.listing.method_of", lambda name: type("T", (), {"config_class": Config}))
-    page = dict(settings_of("some"))
-    assert page["kl_coef"] == ["price (default 0.0; also: beta, kl_penalty)"]
-    assert page["looks.images"] == ["how many (default 8; also: pictures)"]
-    assert page["experimental.mode"] == ["a mode (a | b; default a)"]
+def test_the_page_of_settings_shows_other_names():
+    page = {name: (text, note) for group in grouped_settings(Config, "some") for name, text, note in group.rows}
+    assert page["kl_coef"] == ("price", "default 0.0; also: beta, kl_penalty")
+    assert page["looks.images"] == ("how many", "default 8; also: pictures")
+    assert page["experimental.mode"] == ("a mode", "a | b; default a")
