@@ -1,7 +1,6 @@
 """The command line called in this process, its exit status and what it printed; settings that would train."""
 
 import dataclasses
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.helpers.problems import assert_one_sentence
 from tests.helpers.tiny_runs import IMAGE_RUN as SETTINGS
 
 
@@ -69,29 +69,21 @@ def tree(tmp_path):
 
 @pytest.fixture
 def refused(cli, tree):
-    """The command exits 2 with exactly these sentences, in this order, no traceback, and has written nothing."""
+    """The sentences with which a command is refused: exit 2, nothing else on stderr or stdout, and nothing written."""
 
-    def check(*arguments, wanted):
+    def check(*arguments):
         before = tree()
         outcome = cli(*arguments)
         assert outcome.status == 2, outcome.err
-        wanted = [wanted] if isinstance(wanted, str) else wanted
         errors = [line for line in outcome.err.splitlines() if "had the prompt cut" not in line]
-        assert len(outcome.sentences) == len(errors) == len(wanted), outcome.err
-        for pattern, sentence in zip(wanted, outcome.sentences):
-            assert re.search(pattern, sentence), (pattern, sentence)
+        assert len(outcome.sentences) == len(errors) > 0, outcome.err
+        for sentence in outcome.sentences:
             assert_one_sentence(sentence)
         assert tree() == before
-        return outcome
+        assert arguments[0] == "doctor" or outcome.out == ""
+        return outcome.sentences
 
     return check
-
-
-def assert_one_sentence(text):
-    assert 0 < len(text.strip()) == len(text) < 1000, text[:1200]  # the longest lists every setting
-    assert text.isprintable(), text
-    assert not text.endswith("."), text
-    assert not re.search(r"Traceback|pydantic|<class|<function|object at 0x", text), "a repr is not a sentence"
 
 
 @pytest.fixture

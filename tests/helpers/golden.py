@@ -2,9 +2,11 @@
 
 A case stands on a line of its own, its sentences below it, indented by four spaces; cases are sorted. Where all tests
 of a file ran and passed, an entry that none of them asked for fails the run (and ``--update-golden`` drops it).
+Places, libraries' own words and lists of what ships are replaced by <names>.
 """
 
 import difflib
+import functools
 import re
 import sys
 from pathlib import Path
@@ -13,6 +15,13 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "golden"
 INDENT = "    "
+# What others say, which differs with their versions and with the machine.
+FOREIGN = {
+    "could not be loaded: <a library's words>": re.compile(r"could not be loaded: .*"),
+    "cannot be used: <torch's words>": re.compile(
+        r"cannot be used: (Expected one of|Found no NVIDIA|Torch not compiled|Invalid device|CUDA|Device string).*"
+    ),
+}
 _incomplete = pytest.StashKey[set]()  # paths of test files of which a test with a golden case was deselected
 
 
@@ -41,6 +50,19 @@ def printable(case, most=110):
     return case if len(case) <= most else f"{case[:most]}... ({len(case)})"
 
 
+@functools.cache
+def registries():
+    """What grows with the project: a name -> the list of names as sentences print it."""
+    from diffusion_align.assets import shipped_prompts
+    from diffusion_align.pipelines.configuration import shipped_configs
+    from diffusion_align.rewards import describe_rewards, describe_text_rewards
+
+    found = {"recipes": shipped_configs(), "prompt lists": shipped_prompts()}
+    found |= {"image rewards": [row["name"] for row in describe_rewards()]}
+    found |= {"text rewards": [row["name"] for row in describe_text_rewards()]}
+    return {name: ", ".join(sorted(names)) for name, names in found.items()}
+
+
 class Golden:
     """What the tests of one file say; ``golden(case, sentences, name=value)`` writes <name> for the text ``value``."""
 
@@ -51,8 +73,10 @@ class Golden:
     def __call__(self, case, sentences, **replaced):
         text = sentences if isinstance(sentences, str) else "\n".join(sentences)
         text = self.scratch.sub("<tmp>", text)
-        for name, value in (self.places | replaced).items():
+        for name, value in (self.places | registries() | replaced).items():
             text = text.replace(str(value), f"<{name}>")
+        for name, pattern in FOREIGN.items():
+            text = pattern.sub(name, text)
         text = "\n".join(line.rstrip() for line in text.rstrip("\n").split("\n"))
         case = printable(case)
         assert self.seen.setdefault(case, text) == text, f"two texts for the case {case!r}: give it two names"

@@ -31,3 +31,11 @@ def assert_problems(error, *expected):
 def assert_problem(error, setting, kind):
     """``error`` is one sentence, which begins with ``setting`` and says ``kind``."""
     assert_problems(error, (setting, kind))
+
+
+def assert_one_sentence(text):
+    """Of a line, without a full stop or anything that only Python says."""
+    assert 0 < len(text.strip()) == len(text) < 1000, text[:1200]  # the longest lists every setting
+    assert text.isprintable(), text
+    assert not text.endswith("."), text
+    assert not re.search(r"Traceback|pydantic|<class|<function|object at 0x", text), "a repr is not a sentence"

@@ -39,3 +39,8 @@ def changes(text):
     """``a=1; b=...`` as a mapping of settings, values as YAML; a value of ``...`` stays one."""
     pairs = (setting.partition("=")[::2] for setting in text.split("; "))
     return {key: ... if value == "..." else yaml.safe_load(value) for key, value in pairs}
+
+
+def cases(text):
+    """The lines of a table of inputs, without blank ones and those that begin with "# "."""
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("# ")]
