@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_align.errors import UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
+from tests.helpers.problems import problems
 from tests.helpers.tiny_runs import edit_json
 
 
@@ -22,125 +23,116 @@ UNET, VAE, TEXT, INDEX = "unet/config.json", "vae/config.json", "text_encoder/co
 TOKENIZER, SCHEDULER = "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGE = {
-    "sample_size null": (edit_json(UNET, sample_size=None), "unet/config.json: sample_size=None must be the side"),
-    "sample_size a text": (edit_json(UNET, sample_size="8"), "sample_size='8' must be"),
-    "sample_size negative": (edit_json(UNET, sample_size=-8), "sample_size=-8 must be"),
-    "sample_size a fraction": (edit_json(UNET, sample_size=8.5), "sample_size=8.5 must be"),
-    "sample_size endless": (edit_json(UNET, sample_size=10**9), "sample_size=1000000000 is too large"),
-    "channels a text": (edit_json(UNET, in_channels="4"), "could not be loaded"),
-    "channels missing": (edit_json(UNET, block_out_channels=...), "could not be loaded"),
-    "no list of channels": (edit_json(UNET, block_out_channels=5), "could not be loaded"),
-    "width a text": (edit_json(UNET, cross_attention_dim="16"), "could not be loaded"),
-    "width endless": (edit_json(UNET, cross_attention_dim=10**12), "cross_attention_dim=1000000000000 is too large"),
-    "width of 400 digits": (edit_json(UNET, cross_attention_dim=10**400), "cross_attention_dim=1000.* is too large"),
-    "no heads": (edit_json(UNET, attention_head_dim=0), "could not be loaded"),
-    "unet a list": (write(UNET, b"[]"), "unet/config.json holds no JSON object"),
-    "unet null": (write(UNET, b"null"), "unet/config.json holds no JSON object"),
-    "unet cut off": (write(UNET, b'{"a'), "unet/config.json is not a valid JSON file"),
-    "unet deep": (write(UNET, b'{"a":' * 5000), "unet/config.json is not a valid JSON file"),
-    "unet no text": (write(UNET, b"\xff\xfe"), "unet/config.json is not a valid JSON file"),
-    "unet gone": (drop(UNET), "could not be loaded"),
-    "weights empty": (write(f"unet/{WEIGHTS}", b""), "could not be loaded"),
-    "weights noise": (write(f"unet/{WEIGHTS}", b"\xff" * 8), "could not be loaded"),
-    "weights gone": (drop(f"unet/{WEIGHTS}"), "could not be loaded"),
-    "scaling a text": (edit_json(VAE, scaling_factor="0.5"), "vae/config.json: scaling_factor='0.5' must be a number"),
-    "scaling null": (edit_json(VAE, scaling_factor=None), "scaling_factor=None must be a number"),
-    "vae channels": (edit_json(VAE, latent_channels=8), "could not be loaded"),
-    "vae a list": (write(VAE, b"[]"), "vae/config.json holds no JSON object"),
-    "a billion layers": (edit_json(TEXT, num_hidden_layers=10**9), "num_hidden_layers=1000000000 is too large"),
-    "hidden size a text": (edit_json(TEXT, hidden_size="16"), "could not be loaded: .*hidden_size"),
-    "text positions": (edit_json(TEXT, max_position_embeddings=5), "shapes of its weights are not those"),
-    "text a list": (write(TEXT, b"[]"), "text_encoder/config.json holds no JSON object"),
-    "text activation": (edit_json(TEXT, hidden_act="nothing"), "could not be loaded"),
-    "timesteps a text": (
-        edit_json(SCHEDULER, num_train_timesteps="1000"),
-        "num_train_timesteps='1000' must be a whole",
-    ),
-    "no timesteps": (edit_json(SCHEDULER, num_train_timesteps=0), "num_train_timesteps=0 must be"),
-    "timesteps endless": (
-        edit_json(SCHEDULER, num_train_timesteps=10**12),
-        "num_train_timesteps=1000000000000 must be",
-    ),
-    "beta a text": (edit_json(SCHEDULER, beta_start="x"), "beta_start='x' must be a number from 0 to 1"),
-    "beta above 1": (edit_json(SCHEDULER, beta_end=5), "beta_end=5 must be"),
-    "beta nan": (edit_json(SCHEDULER, beta_start=float("nan")), "beta_start=nan must be"),
-    "schedule unknown": (edit_json(SCHEDULER, beta_schedule="foo"), "could not be loaded"),
-    "betas a text": (edit_json(SCHEDULER, trained_betas="x"), "trained_betas='x' must be"),
-    "two betas": (edit_json(SCHEDULER, trained_betas=[0.1, 0.2]), "trained_betas=.* must be"),
-    "offset": (edit_json(SCHEDULER, steps_offset=10**6), "steps_offset=1000000 must be"),
-    "spacing": (edit_json(SCHEDULER, timestep_spacing="foo"), "timestep_spacing='foo' must be one of leading"),
-    "scheduler a list": (write(SCHEDULER, b"[]"), "scheduler_config.json holds no JSON object"),
-    "tokenizer gone": (drop("tokenizer"), "the folder has no tokenizer/"),
-    "tokenizer a list": (write(TOKENIZER, b"[]"), "could not be loaded"),
-    "no length": (
-        edit_json(TOKENIZER, model_max_length=10**30),
-        "tokenizer: model_max_length=10.* must be a whole number",
-    ),
-    "negative length": (edit_json(TOKENIZER, model_max_length=-1), "tokenizer: model_max_length=-1 must be"),
-    "index a list": (write(INDEX, b"[]"), "model='"),
-    "index of code": (edit_json(INDEX, unet=["os", "system"]), "its unet is of 'os', of which nothing is loaded"),
-    "index without lists": (edit_json(INDEX, unet=[]), "could not be loaded"),
-    "index of nothing": (edit_json(INDEX, _class_name=3), "is a 3, which is not supported"),
+    "sample_size null": edit_json(UNET, sample_size=None),
+    "sample_size a text": edit_json(UNET, sample_size="8"),
+    "sample_size negative": edit_json(UNET, sample_size=-8),
+    "sample_size a fraction": edit_json(UNET, sample_size=8.5),
+    "sample_size endless": edit_json(UNET, sample_size=10**9),
+    "channels a text": edit_json(UNET, in_channels="4"),
+    "channels missing": edit_json(UNET, block_out_channels=...),
+    "no list of channels": edit_json(UNET, block_out_channels=5),
+    "width a text": edit_json(UNET, cross_attention_dim="16"),
+    "width endless": edit_json(UNET, cross_attention_dim=10**12),
+    "width of 400 digits": edit_json(UNET, cross_attention_dim=10**400),
+    "no heads": edit_json(UNET, attention_head_dim=0),
+    "unet a list": write(UNET, b"[]"),
+    "unet null": write(UNET, b"null"),
+    "unet cut off": write(UNET, b'{"a'),
+    "unet deep": write(UNET, b'{"a":' * 5000),
+    "unet no text": write(UNET, b"\xff\xfe"),
+    "unet gone": drop(UNET),
+    "weights empty": write(f"unet/{WEIGHTS}", b""),
+    "weights noise": write(f"unet/{WEIGHTS}", b"\xff" * 8),
+    "weights gone": drop(f"unet/{WEIGHTS}"),
+    "scaling a text": edit_json(VAE, scaling_factor="0.5"),
+    "scaling null": edit_json(VAE, scaling_factor=None),
+    "vae channels": edit_json(VAE, latent_channels=8),
+    "vae a list": write(VAE, b"[]"),
+    "a billion layers": edit_json(TEXT, num_hidden_layers=10**9),
+    "hidden size a text": edit_json(TEXT, hidden_size="16"),
+    "text positions": edit_json(TEXT, max_position_embeddings=5),
+    "text a list": write(TEXT, b"[]"),
+    "text activation": edit_json(TEXT, hidden_act="nothing"),
+    "timesteps a text": edit_json(SCHEDULER, num_train_timesteps="1000"),
+    "no timesteps": edit_json(SCHEDULER, num_train_timesteps=0),
+    "timesteps endless": edit_json(SCHEDULER, num_train_timesteps=10**12),
+    "beta a text": edit_json(SCHEDULER, beta_start="x"),
+    "beta above 1": edit_json(SCHEDULER, beta_end=5),
+    "beta nan": edit_json(SCHEDULER, beta_start=float("nan")),
+    "schedule unknown": edit_json(SCHEDULER, beta_schedule="foo"),
+    "betas a text": edit_json(SCHEDULER, trained_betas="x"),
+    "two betas": edit_json(SCHEDULER, trained_betas=[0.1, 0.2]),
+    "offset": edit_json(SCHEDULER, steps_offset=10**6),
+    "spacing": edit_json(SCHEDULER, timestep_spacing="foo"),
+    "scheduler a list": write(SCHEDULER, b"[]"),
+    "tokenizer gone": drop("tokenizer"),
+    "tokenizer a list": write(TOKENIZER, b"[]"),
+    "no length": edit_json(TOKENIZER, model_max_length=10**30),
+    "negative length": edit_json(TOKENIZER, model_max_length=-1),
+    "index a list": write(INDEX, b"[]"),
+    "index of code": edit_json(INDEX, unet=["os", "system"]),
+    "index without lists": edit_json(INDEX, unet=[]),
+    "index of nothing": edit_json(INDEX, _class_name=3),
 }
 CONFIG = "config.json"
 LANGUAGE = {
-    "hidden size a text": (edit_json(CONFIG, hidden_size="32"), "could not be loaded: .*hidden_size"),
-    "hidden size endless": (edit_json(CONFIG, hidden_size=10**9), "shapes of its weights are not those"),
-    "a billion layers": (edit_json(CONFIG, num_hidden_layers=10**9), "has 1000000000 layers, not 1 to"),
-    "a billion layers, as others call them": (edit_json(CONFIG, n_layers=10**9), "has 1000000000 layers, not 1 to"),
-    "of its text": (edit_json(CONFIG, text_config={"num_layers": 10**9}), "has 1000000000 layers, not 1 to"),
-    "no layers": (edit_json(CONFIG, num_hidden_layers=-1), "has -1 layers"),
-    "no heads": (edit_json(CONFIG, num_attention_heads=0), "could not be loaded"),
-    "vocabulary": (edit_json(CONFIG, vocab_size=10**9), "shapes of its weights are not those"),
-    "activation": (edit_json(CONFIG, hidden_act="foo"), "could not be loaded"),
-    "type": (edit_json(CONFIG, model_type=3), "not a causal language model"),
-    "a list": (write(CONFIG, b"[]"), "config.json holds no JSON object"),
-    "cut off": (write(CONFIG, b'{"a'), "config.json cannot be read"),
-    "deep": (write(CONFIG, b'{"a":' * 5000), "config.json cannot be read"),
-    "no text": (write(CONFIG, b"\xff\xfe"), "config.json cannot be read"),
-    "weights empty": (write("model.safetensors", b""), "could not be loaded"),
-    "weights noise": (write("model.safetensors", b"\xff" * 8), "could not be loaded"),
-    "weights gone": (drop("model.safetensors"), "could not be loaded"),
-    "end a text": (edit_json("generation_config.json", eos_token_id="x"), "eos_token_id='x' of generation_config.json"),
-    "tokenizer gone": (drop("tokenizer.json"), "could not be loaded"),
-    "tokenizer empty": (write("tokenizer.json", b"{}"), "could not be loaded"),
-    "tokenizer a list": (write("tokenizer_config.json", b"[]"), "could not be loaded"),
-    "length a text": (
-        edit_json("tokenizer_config.json", model_max_length="x"),
-        "model_max_length='x' of its tokenizer",
-    ),
+    "hidden size a text": edit_json(CONFIG, hidden_size="32"),
+    "hidden size endless": edit_json(CONFIG, hidden_size=10**9),
+    "a billion layers": edit_json(CONFIG, num_hidden_layers=10**9),
+    "a billion layers, as others call them": edit_json(CONFIG, n_layers=10**9),
+    "of its text": edit_json(CONFIG, text_config={"num_layers": 10**9}),
+    "no layers": edit_json(CONFIG, num_hidden_layers=-1),
+    "no heads": edit_json(CONFIG, num_attention_heads=0),
+    "vocabulary": edit_json(CONFIG, vocab_size=10**9),
+    "activation": edit_json(CONFIG, hidden_act="foo"),
+    "type": edit_json(CONFIG, model_type=3),
+    "a list": write(CONFIG, b"[]"),
+    "cut off": write(CONFIG, b'{"a'),
+    "deep": write(CONFIG, b'{"a":' * 5000),
+    "no text": write(CONFIG, b"\xff\xfe"),
+    "weights empty": write("model.safetensors", b""),
+    "weights noise": write("model.safetensors", b"\xff" * 8),
+    "weights gone": drop("model.safetensors"),
+    "end a text": edit_json("generation_config.json", eos_token_id="x"),
+    "tokenizer gone": drop("tokenizer.json"),
+    "tokenizer empty": write("tokenizer.json", b"{}"),
+    "tokenizer a list": write("tokenizer_config.json", b"[]"),
+    "length a text": edit_json("tokenizer_config.json", model_max_length="x"),
 }
 
 
-def assert_refused(load, source, folder, damage, wanted):
+def refusal(load, source, folder, damage):
+    """The sentence with which ``load`` soon refuses a damaged copy of ``source``."""
     shutil.copytree(source, folder)
     damage(folder)
     started = time.process_time()
-    with pytest.raises(UserError, match=wanted) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder)
     assert time.process_time() - started < 10
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600 + 2 * len(str(folder))
+    (sentence,) = problems(caught)
+    assert "\n" not in sentence
+    assert len(sentence) < 600 + 2 * len(str(folder))
+    return sentence
 
 
 @pytest.mark.parametrize("case", IMAGE)
-def test_an_image_model(tiny_sd, tmp_path, case):
-    assert_refused(ImageAlignmentPipeline.from_pretrained, tiny_sd, tmp_path / "model", *IMAGE[case])
+def test_an_image_model(golden, tiny_sd, tmp_path, case):
+    load = ImageAlignmentPipeline.from_pretrained
+    golden(f"image: {case}", refusal(load, tiny_sd, tmp_path / "model", IMAGE[case]))
 
 
 @pytest.mark.parametrize("case", LANGUAGE)
-def test_a_language_model(tiny_language_model, tmp_path, case):
-    assert_refused(TextAlignmentPipeline.from_pretrained, tiny_language_model, tmp_path / "model", *LANGUAGE[case])
+def test_a_language_model(golden, tiny_language_model, tmp_path, case):
+    load = TextAlignmentPipeline.from_pretrained
+    golden(f"text: {case}", refusal(load, tiny_language_model, tmp_path / "model", LANGUAGE[case]))
 
 
-@pytest.mark.parametrize(
-    ("lora", "wanted"), [("nowhere", "there is no such file or folder"), ("", "could not be loaded into emoji-sd")]
-)
-def test_a_lora_of_another_model(tmp_path, lora, wanted):
+@pytest.mark.parametrize("lora", ["nowhere", ""])
+def test_a_lora_of_another_model(golden, tmp_path, lora):
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=wanted) as caught:
+    with pytest.raises(UserError) as caught:
         ImageAlignmentPipeline.from_pretrained("emoji-sd", lora=tmp_path / lora)
-    assert "\n" not in str(caught.value)
+    golden(f"lora: {lora}", problems(caught))
 
 
 @pytest.mark.parametrize("load", [ImageAlignmentPipeline.from_pretrained, TextAlignmentPipeline.from_pretrained])
