@@ -24,6 +24,7 @@ from diffusion_align.pipelines.image import DrawnImages, as_picture
 from diffusion_align.pipelines.run import run
 from diffusion_align.rewards.base import RewardError
 from tests.helpers.hard_runs import rows_of
+from tests.helpers.problems import assert_problem, problems
 from tests.helpers.tiny_runs import TINY
 
 PROMPTS = ["a red apple", "a cat"]
@@ -228,7 +229,7 @@ def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
     assert rows_of(folder) == rows_of(tmp_path / "calm")
     assert_same_unet(pipe, calm, tolerance=0)
     pipe.merge()
-    with pytest.raises(UserError, match="is not in memory, as its weights were merged"):
+    with pytest.raises(UserError, match="its weights were merged"):
         pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 4})
 
 
@@ -251,7 +252,7 @@ def test_nothing_is_saved_in_the_place_of_a_file(load, tmp_path, monkeypatch):
         (pipe.save_lora, "pytorch_lora_weights.safetensors"),
         (pipe.save_pretrained, "model_index.json"),
     ):
-        with pytest.raises(UserError, match="is a file: name a folder"):
+        with pytest.raises(UserError, match="is a file"):
             save(tmp_path / "file")
         save("~/home/saved")
         assert (tmp_path / "home" / "saved" / written).is_file()
@@ -345,7 +346,7 @@ def test_a_lora_on_a_run(load, first_run, tmp_path):
 def test_weights_that_no_folder_holds_are_not_trained_on(load, first_run, tmp_path):
     """The run could not say what it was trained on."""
     pipe = load(lora=first_run / "final").merge()
-    with pytest.raises(UserError, match=r"are in no folder, as a lora was merged: save_pretrained\(\) them"):
+    with pytest.raises(UserError, match="a lora was merged"):
         pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
     assert not (tmp_path / "run").exists()
 
@@ -386,27 +387,19 @@ def test_what_lies_under_a_run_of_runs(tmp_path):
         assert image_model_ref(model).base == model
 
 
-def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
+def test_runs_that_cannot_be_models(golden, tmp_path, tiny_sd):
     lora = "pytorch_lora_weights.safetensors"
     unfinished = written(tmp_path / "unfinished", model="emoji-sd")
     (unfinished / "final").rmdir()
-    own = written(tmp_path / "own", final=[lora], model=str(tmp_path / "own"))
-    problems = {
-        unfinished: r"is a run that has not finished, it has no final/: resume it \(resume=true\) first$",
-        written(tmp_path / "text", final=["adapter_config.json"], method="grpo", model="tiny-lm"): (
-            "is a run of method='grpo' without weights of a text-to-image pipeline"
-        ),
-        written(tmp_path / "nameless", final=[lora]): "does not say what it was trained on: set model in",
-        own: "is a run trained on itself: correct model in",
-        written(
-            tmp_path / "lost", final=[lora], model="./gone"
-        ): r"whose base cannot be used: '\./gone' lies neither around the run nor",
-    }
-    for folder, wanted in problems.items():
+    written(tmp_path / "own", final=[lora], model=str(tmp_path / "own"))
+    written(tmp_path / "text", final=["adapter_config.json"], method="grpo", model="tiny-lm")
+    written(tmp_path / "nameless", final=[lora])
+    written(tmp_path / "lost", final=[lora], model="./gone")
+    for name in ("unfinished", "text", "nameless", "own", "lost"):
         for read in (check_image_model, ImageAlignmentPipeline.from_pretrained):
-            with pytest.raises(UserError, match=wanted) as caught:
-                read(str(folder))
-            assert "\n" not in str(caught.value)
+            with pytest.raises(UserError) as caught:
+                read(str(tmp_path / name))
+            golden(f"a run as a model: {name}", problems(caught))
     for model in (written(tmp_path / "good", final=[lora], model=str(tiny_sd)), "emoji-sd", tiny_sd):
         check_image_model(str(model))
     with pytest.raises(UserError, match="is neither an embedded model"):
@@ -417,24 +410,25 @@ def test_runs_that_cannot_be_models(tmp_path, tiny_sd):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    "arguments",
     [
-        ({"method": "dppo"}, "method='dppo' does not train a text-to-image model: use one of ddpo, diffusion_dpo"),
-        ({"method": "grpo"}, "method='grpo' does not train a text-to-image model"),
-        ({"model": "emoji-sd"}, "model='emoji-sd' is not this pipeline's: load it with from_pretrained"),
-        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for loading a model: give dtype to from_pretrained"),
-        ({"weights_variant": "fp16"}, "weights_variant='fp16' is for loading a model: give variant to from_pretrained"),
-        ({"base_config": "a/b"}, "base_config='a/b' is for loading a model: give base_config to from_pretrained"),
-        ({"group_sise": 4}, "unknown setting 'group_sise': did you mean 'group_size'"),
-        ({"reward": lambda: 1}, "reward"),
+        {"method": "dppo"},
+        {"method": "grpo"},
+        {"model": "emoji-sd"},
+        {"dtype": "bfloat16"},
+        {"weights_variant": "fp16"},
+        {"base_config": "a/b"},
+        {"group_sise": 4},
+        {"reward": len},
     ],
+    ids=str,
 )
-def test_what_cannot_be_aligned(load, tmp_path, arguments, wanted):
+def test_what_cannot_be_aligned(load, golden, tmp_path, arguments):
     pipe = load()
     before = weights(pipe)
-    with pytest.raises((UserError, RewardError), match=wanted) as caught:
+    with pytest.raises((UserError, RewardError)) as caught:
         pipe.align(**{"method": "ddpo", "reward": redness, "output_dir": tmp_path / "run"} | SETTINGS | arguments)
-    assert len(str(caught.value).splitlines()) == 1
+    golden(f"align: {arguments}", problems(caught))
     assert not (tmp_path / "run").exists()
     assert_same_weights(pipe, before)
 
@@ -468,18 +462,12 @@ def test_no_number_of_steps_gives_black_pictures(steps):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        ({"steps": 0}, "steps=0 must lie"),
-        ({"steps": 2.5}, "steps=2.5 must lie"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"eta": 2.0}, "eta=2.0 must lie between 0 and 1"),
-        ({"guidance_scale": -3.0}, "guidance_scale=-3.0 must be a number from 0"),
-    ],
+    "arguments", [{"steps": 0}, {"steps": 2.5}, {"batch_size": 0}, {"eta": 2.0}, {"guidance_scale": -3.0}], ids=str
 )
-def test_what_cannot_be_drawn(base, arguments, wanted):
-    with pytest.raises(UserError, match=wanted):
+def test_what_cannot_be_drawn(base, golden, arguments):
+    with pytest.raises(UserError) as caught:
         base(PROMPTS, **arguments)
+    golden(f"pipe: {arguments}", problems(caught))
 
 
 def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
@@ -503,7 +491,7 @@ def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
     with pytest.raises(UserError, match="there are no images to show"):
         none.save(tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file cannot be written \(File exists\): something else of that name is"):
+    with pytest.raises(UserError, match="File exists"):
         drawn.save(tmp_path / "file")
 
 
@@ -576,28 +564,31 @@ def test_metadata_reaches_the_reward(base):
 WHITE = Image.new("RGB", (4, 4), "white")
 
 
-@pytest.mark.parametrize(
-    ("images", "prompts", "wanted"),
-    [
-        ([WHITE] * 2, ["a"], "2 images, 1 prompts: give lists of one length"),
-        ([WHITE], "a", "a single image or prompt is given: give lists of one length"),
-        (WHITE, ["a"], "a single image or prompt is given"),
-        ([WHITE, "x.png"], ["a", "b"], "image 1 is a str: give PIL images, float tensors or uint8 arrays"),
-        ([Image.new("F", (4, 4))], ["a"], "image 0 holds floating-point numbers, which do not say what is white"),
-        ([Image.new("I;16", (4, 4), 999)], ["a"], "image 0 has 16 bits a channel and uses less than a quarter"),
-        ([np.zeros((4, 4, 3))], ["a"], r"image 0 is an array of float64 \(4, 4, 3\): give uint8"),
-        ([np.zeros((3, 4, 5), np.uint8)], ["a"], r"image 0 is an array of uint8 \(3, 4, 5\): give uint8"),
-        ([torch.zeros(4, 4, 3)], ["a"], r"image 0 is a tensor of torch.float32 \(4, 4, 3\): give float \(3, H, W\)"),
-        ([torch.zeros(3, 4, 4, dtype=torch.uint8)], ["a"], r"image 0 is a tensor of torch.uint8"),
-        ([torch.full((3, 4, 4), 255.0)], ["a"], r"image 0 has values from 255 to 255: scale them to \[0, 1\]"),
-        ([torch.full((3, 4, 4), float("nan"))], ["a"], "image 0 has values from nan to nan"),
-    ],
-)
-def test_what_cannot_be_scored(base, images, prompts, wanted):
-    with pytest.raises(UserError, match=wanted) as caught:
-        base.score(images, prompts, redness)
-    assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(UserError, match="1 images, 1 prompts and 2 metadata: give lists of one length"):
+NOT_SCORED = {
+    "two images, one prompt": ([WHITE] * 2, ["a"]),
+    "a single prompt": ([WHITE], "a"),
+    "a single image": (WHITE, ["a"]),
+    "a path": ([WHITE, "x.png"], ["a", "b"]),
+    "an image of floats": ([Image.new("F", (4, 4))], ["a"]),
+    "an image of 16 bits": ([Image.new("I;16", (4, 4), 999)], ["a"]),
+    "an array of floats": ([np.zeros((4, 4, 3))], ["a"]),
+    "an array of another layout": ([np.zeros((3, 4, 5), np.uint8)], ["a"]),
+    "a tensor of another layout": ([torch.zeros(4, 4, 3)], ["a"]),
+    "a tensor of integers": ([torch.zeros(3, 4, 4, dtype=torch.uint8)], ["a"]),
+    "a tensor up to 255": ([torch.full((3, 4, 4), 255.0)], ["a"]),
+    "a tensor of nan": ([torch.full((3, 4, 4), float("nan"))], ["a"]),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SCORED)
+def test_what_cannot_be_scored(base, golden, case):
+    with pytest.raises(UserError) as caught:
+        base.score(*NOT_SCORED[case], redness)
+    golden(f"score: {case}", problems(caught))
+
+
+def test_metadata_of_another_length(base):
+    with pytest.raises(UserError, match="2 metadata"):
         base.score([WHITE], ["a"], redness, metadata=[{}, {}])
 
 
@@ -641,10 +632,10 @@ def test_a_whole_pipeline_is_uploaded(load, first_run, tmp_path, hub):
 
 
 def test_what_is_not_uploaded(load, base, first_run, tmp_path, hub, monkeypatch):
-    with pytest.raises(UserError, match="there is no adapter to upload: give merged=True"):
+    with pytest.raises(UserError, match="no adapter to upload"):
         base.push_to_hub("me/red")
     chained = load(first_run).align(reward=redness, output_dir=tmp_path / "second", **SETTINGS)
-    with pytest.raises(UserError, match=r"the adapter stands on .*first, which is not on the Hub: give merged=True"):
+    with pytest.raises(UserError, match="not on the Hub"):
         chained.push_to_hub("me/red")
     assert hub == []
 
@@ -654,5 +645,5 @@ def test_what_is_not_uploaded(load, base, first_run, tmp_path, hub, monkeypatch)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse, raising=False)
     with pytest.raises(UserError) as caught:
         load(first_run).push_to_hub("a/b/c", token="hf_secret")
-    assert str(caught.value) == "repo_id='a/b/c' could not be uploaded to: Repo id must be in the form 'name'"
+    assert_problem(caught, "repo_id", "Repo id must be in the form 'name'")
     assert not (tmp_path / "hub").exists()

@@ -18,6 +18,7 @@ from diffusion_align.pipelines.run import run
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.rewards.base import RewardError
 from tests.helpers.hard_runs import rows_of
+from tests.helpers.problems import problems
 
 SETTINGS = {
     "epochs": 2,
@@ -116,7 +117,7 @@ def test_where_a_model_is_saved(load, tmp_path, monkeypatch):
     pipe.save_pretrained("~/new/saved")
     assert_same_model(plain(tmp_path / "new" / "saved"), pipe.model, tolerance=0)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^'~/file' is a file: name a folder$"):
+    with pytest.raises(UserError, match="is a file"):
         pipe.save_pretrained("~/file")
 
 
@@ -242,7 +243,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(load, tmp_path, lora):
     settings = SETTINGS | ONLINE | {"lora": lora, "beta": 0.1, "epochs": 3, "reward": reward}
     pipe = load()
     before, names = logits(pipe.model), list(pipe.model.state_dict())
-    with pytest.raises(RewardError, match="reward 'reward' returned nan"):
+    with pytest.raises(RewardError, match="returned nan"):
         pipe.align("grpo", output_dir=tmp_path / "run", **settings)
     assert len(calls) >= 4
     assert torch.equal(logits(pipe.model), before)
@@ -256,7 +257,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(load, tmp_path, lora):
 def test_a_finished_run_is_not_gone_on_with_by_its_own_result(load, tmp_path):
     """Its adapters would be added once more."""
     pipe = load().align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", **SETTINGS)
-    with pytest.raises(UserError, match=r"belongs to another run: model was .*put it back or choose"):
+    with pytest.raises(UserError, match="model was"):
         pipe.align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", resume=True, **SETTINGS | {"epochs": 3})
     load().align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", resume=True, **SETTINGS | {"epochs": 3})
     assert rows_of(tmp_path / "run")[-1]["epoch"] == 3
@@ -268,7 +269,7 @@ def test_a_model_that_carries_adapters_keeps_them(load, tmp_path):
     pipe = load()
     add_lora(pipe.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     before = logits(pipe.model)
-    with pytest.raises(UserError, match="the model carries adapters already: merge or unload them before training"):
+    with pytest.raises(UserError, match="carries adapters already"):
         pipe.align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", **SETTINGS)
     assert torch.equal(logits(pipe.model), before)
 
@@ -317,23 +318,24 @@ def test_a_low_temperature_is_greedy(load):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    "arguments",
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0, .*must be at least 1"),
-        ({"temperature": 0}, "temperature=0, .*above 0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"batch_size": 0}, "batch_size=0.*at least 1"),
-        ({"max_new_tokens": 60}, "max_new_tokens=60 does not fit behind a prompt of 7 tokens in the .*context of 64"),
-        ({"max_new_tokens": 100}, "max_new_tokens=100 does not fit behind a prompt of 7 tokens"),
-        ({"prompts": ["the cat", " "]}, "prompts: row 1: the prompt is empty$"),
-        ({"prompts": ["the cat", 3]}, "prompts: row 1: the prompt is 3, neither a text nor messages"),
-        ({"prompts": TALKS}, "prompts: the rows hold conversations but the tokenizer has no chat template"),
+        {"max_new_tokens": 0},
+        {"temperature": 0},
+        {"temperature": float("nan")},
+        {"batch_size": 0},
+        {"max_new_tokens": 60},
+        {"max_new_tokens": 100},
+        {"prompts": ["the cat", " "]},
+        {"prompts": ["the cat", 3]},
+        {"prompts": TALKS},
     ],
+    ids=str,
 )
-def test_what_cannot_be_written(load, arguments, wanted):
-    with pytest.raises(UserError, match=wanted) as caught:
+def test_what_cannot_be_written(load, golden, arguments):
+    with pytest.raises(UserError) as caught:
         load()(**{"prompts": "the cat", "max_new_tokens": 8} | arguments)
-    assert len(str(caught.value).splitlines()) == 1
+    golden(f"pipe: {arguments}", problems(caught))
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------
@@ -369,41 +371,44 @@ def test_scores_of_conversations(chat):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "columns", "wanted"),
+    ("arguments", "columns"),
     [
-        ((PROMPTS, ["a"], "length"), {}, "2 prompts and 1 texts: give lists of one length"),
-        ((PROMPTS, ["a", "b"], "length"), {"answer": ["b"]}, "2 prompts and 1 answer: give lists of one length"),
-        (("ab", ["a", "b"], "length"), {}, "a single text: give lists of one length"),
-        ((PROMPTS, ["a", "b"], "lenght"), {}, "unknown reward 'lenght': did you mean 'length'"),
-        ((PROMPTS, ["a", "b"], "exact_match"), {}, "needs the column 'answer'"),
+        ((PROMPTS, ["a"], "length"), {}),
+        ((PROMPTS, ["a", "b"], "length"), {"answer": ["b"]}),
+        (("ab", ["a", "b"], "length"), {}),
+        ((PROMPTS, ["a", "b"], "lenght"), {}),
+        ((PROMPTS, ["a", "b"], "exact_match"), {}),
     ],
 )
-def test_what_cannot_be_scored(load, arguments, columns, wanted):
-    with pytest.raises((UserError, RewardError), match=wanted):
+def test_what_cannot_be_scored(load, golden, arguments, columns):
+    with pytest.raises((UserError, RewardError)) as caught:
         load().score(*arguments, **columns)
+    golden(f"score: {arguments} {columns}", problems(caught))
 
 
 # -- wrong arguments of align ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    "arguments",
     [
-        ({"method": "grop"}, "method='grop' does not train this language model: use one of grpo, ppo, dpo, kto"),
-        ({"method": "ddpo"}, "method='ddpo' does not train this language model"),
-        ({"method": "reward_model"}, "method='reward_model' does not train this language model"),
-        ({"model": "tiny-lm"}, "model='tiny-lm' is not this pipeline's: load it with from_pretrained"),
-        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for loading a model: give dtype to from_pretrained"),
-        ({"reward": lambda: 1}, "reward"),
-        ({"prompts": ["a" * 70]}, "prompts: row 0: a prompt of 70 tokens leaves no room for a completion of 6"),
+        {"method": "grop"},
+        {"method": "ddpo"},
+        {"method": "reward_model"},
+        {"model": "tiny-lm"},
+        {"dtype": "bfloat16"},
+        {"reward": len},
+        {"prompts": ["a" * 70]},
     ],
+    ids=str,
 )
-def test_what_cannot_be_aligned(load, tmp_path, arguments, wanted):
+def test_what_cannot_be_aligned(load, golden, tmp_path, arguments):
     pipe = load()
     before = logits(pipe.model)
     settings = {"method": "grpo", "reward": "length", "output_dir": tmp_path / "run"} | SETTINGS | ONLINE | arguments
-    with pytest.raises((UserError, RewardError), match=wanted):
+    with pytest.raises((UserError, RewardError)) as caught:
         pipe.align(**settings)
+    golden(f"align: {arguments}", problems(caught))
     assert not (tmp_path / "run").exists()
     assert torch.equal(logits(pipe.model), before)
 
@@ -460,7 +465,7 @@ def test_an_adapter_is_uploaded_with_its_card(tmp_path, hub):
     from peft import PeftModel
 
     pipe = TextAlignmentPipeline.from_pretrained("tiny-lm", device="cpu")
-    with pytest.raises(UserError, match="there is no adapter to upload: give merged=True"):
+    with pytest.raises(UserError, match="no adapter to upload"):
         pipe.push_to_hub("me/a")
     settings = SETTINGS | ONLINE | {"epochs": 1}
     pipe.align(reward=letters, output_dir=tmp_path / "run", **settings)
@@ -475,7 +480,7 @@ def test_an_adapter_is_uploaded_with_its_card(tmp_path, hub):
     theirs = PeftModel.from_pretrained(plain(asset_path("tiny-lm")).float(), tmp_path / "hub").merge_and_unload()
     assert_same_model(theirs, pipe.model)
     pipe.align(reward=letters, output_dir=tmp_path / "second", **settings)
-    with pytest.raises(UserError, match=r"the adapter stands on .*run.*, which is not on the Hub: give merged=True"):
+    with pytest.raises(UserError, match="not on the Hub"):
         pipe.push_to_hub("me/a")
     shutil.rmtree(tmp_path / "hub")
     pipe.push_to_hub("me/b", merged=True)
