@@ -50,6 +50,12 @@ def without_deployment_options(value: Any) -> Any:
     return value
 
 
+def _one_by_one(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With each setting of ``experimental`` under its dotted name."""
+    found = {name: value for name, value in settings.items() if name != "experimental"}
+    return found | {f"experimental.{name}": value for name, value in settings.get("experimental", {}).items()}
+
+
 def check_same_run(
     config: TrainingConfig,
     identity: Identity,
@@ -74,7 +80,8 @@ def check_same_run(
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
     mine, theirs = (
-        resume_fingerprint(absolute_paths(one, config.output_dir)) for one in (config.model_dump(mode="json"), theirs)
+        _one_by_one(resume_fingerprint(absolute_paths(one, config.output_dir)))
+        for one in (config.model_dump(mode="json"), theirs)
     )
     theirs["method"] = theirs.get("method") or mine["method"]  # older versions did not write what Python had made
     free = MUTABLE_ON_RESUME if config.lr_schedule == "constant" else MUTABLE_ON_RESUME - {"epochs"}
