@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -119,37 +119,55 @@ def settings_of(method: str) -> list[Group]:
 
 
 def grouped_settings(config: type[BaseModel], method: str) -> list[Group]:
-    """First those of the method and its sections, by dotted names, then those of every method."""
-    groups = []
-    for title, shared in ((f"settings of {method}", False), ("settings of every method", True)):
-        fields = {
-            name: field
+    """First those of the method, its sections by dotted names, those of every method, and experimental ones last."""
+    homes = _homes(config)
+    own, shared = (
+        [
+            _setting(config, name, field, homes)
             for name, field in config.model_fields.items()
-            if (name in TrainingConfig.model_fields) is shared
-        }
-        groups.append(Group(title, [_setting(config, name, field) for name, field in fields.items()]))
-        for name, field in fields.items():
-            groups += _sections(name, field)
-    return groups
-
-
-def _sections(name: str, field: FieldInfo) -> Iterator[Group]:
-    inner = section_of(field.annotation)
-    if inner is None:
-        return
-    yield Group(
-        f"{name}: {field.description}",
-        [_setting(inner, key, one, f"{name}.") for key, one in inner.model_fields.items()],
+            if (name in TrainingConfig.model_fields) is of_every_method
+        ]
+        for of_every_method in (False, True)
     )
-    for key, one in inner.model_fields.items():
-        yield from _sections(f"{name}.{key}", one)
+    sections = [
+        Group(
+            f"{home.name}: {home.about}",
+            [_setting(section, key, field, homes, f"{home.name}.") for key, field in section.model_fields.items()],
+        )
+        for section, home in homes.items()
+    ]
+    groups = [Group(f"settings of {method}", own), *sections, Group("settings of every method", shared)]
+    return sorted(groups, key=lambda group: group.title.startswith("experimental"))
 
 
-def _setting(section: type[BaseModel], name: str, field: FieldInfo, prefix: str = "") -> Entry:
+class _Home(NamedTuple):
+    """The dotted name under which a section is listed, and what it is."""
+
+    name: str
+    about: str
+
+
+def _homes(config: type[BaseModel]) -> dict[type[BaseModel], _Home]:
+    """Of each section below ``config``, the uppermost first; one that is found again is listed once."""
+    found: dict[type[BaseModel], _Home] = {}
+    sections = [("", config)]
+    for prefix, section in sections:  # which grow on the way
+        for key, field in section.model_fields.items():
+            inner = section_of(field.annotation)
+            if inner is not None and inner not in found:
+                found[inner] = _Home(prefix + key, field.description or "")
+                sections.append((f"{prefix}{key}.", inner))
+    return found
+
+
+def _setting(
+    section: type[BaseModel], name: str, field: FieldInfo, homes: dict[type[BaseModel], _Home], prefix: str = ""
+) -> Entry:
     notes = []
     inner = section_of(field.annotation)
     if inner is not None:
-        notes.append("a section, or null" if field.default is None else "a section")
+        like = "" if homes[inner].name == prefix + name else f" like {homes[inner].name}"
+        notes.append(f"a section{like}{', or null' if field.default is None else ''}")
     if typing.get_origin(field.annotation) is Literal:
         notes.append(" | ".join(typing.get_args(field.annotation)))
     if field.is_required():

@@ -135,3 +135,14 @@ def test_the_page_of_settings_shows_other_names():
     assert page["kl_coef"] == ("price", "default 0.0; also: beta, kl_penalty")
     assert page["looks.images"] == ("how many", "default 8; also: pictures")
     assert page["experimental.mode"] == ("a mode", "a | b; default a")
+
+
+def test_experimental_settings_are_listed_last_and_a_section_that_comes_twice_once():
+    class Twice(Config):
+        more: Looks = Field(default_factory=Looks, description="looks again")
+
+    groups = grouped_settings(Twice, "some")
+    assert groups[-1].title.startswith("experimental: ")
+    page = {name: note for group in groups for name, _, note in group.rows}
+    assert page["more"] == "a section like looks"
+    assert "more.images" not in page
