@@ -24,6 +24,7 @@ from diffusion_align.training.config import (
     nearest,
     parse_config,
 )
+from tests.helpers.problems import assert_problem, assert_problems, problem
 
 
 class Inner(Section):
@@ -44,7 +45,7 @@ class Config(TrainingConfig):
 BASE = {"model": "emoji-sd", "output_dir": "run"}
 
 
-def problems(raw, **options):
+def said(raw, **options):
     """What is said of settings from YAML and, unless others check too, of the same from Python."""
     found = []
     for make in [lambda: parse_config(Config, BASE | raw, **options), *[lambda: Config(**BASE | raw)][: not options]]:
@@ -97,121 +98,78 @@ def test_a_name_that_only_looks_a_little_like_a_number_stays_a_name():
     assert parse_config(Config, BASE | {"model": "1e-4x"}).model == "1e-4x"
 
 
-def test_all_problems_at_once_and_each_only_once():
-    found = problems(
+def test_all_problems_at_once_and_each_only_once(golden):
+    found = said(
         {"learning_rat": 1, "epochs": 0, "inner": {"step": 1}, "maybe": {"scal": 1}},
         problems=["a check failed", "a check failed", "another"],
     )
-    assert sorted(found) == sorted(
-        [
-            "unknown setting 'learning_rat': did you mean 'learning_rate'?",
-            "epochs=0 is not allowed: it must be greater than or equal to 1",
-            "unknown setting 'inner.step': did you mean 'steps'?",
-            "unknown setting 'maybe.scal': did you mean 'scale'?",
-            "a check failed",
-            "another",
-        ]
-    )
+    golden("all at once", sorted(found))
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "reason"),
+    ("setting", "value"),
     [
-        ("trackers", "wandb", "it must be a list, as in trackers=[wandb]"),
-        ("accept_changed", "reward", "it must be a list, as in accept_changed=[reward]"),
-        ("accept_changed", 3, "it must be a list"),
-        ("adam_betas", 0.9, "it must be a list"),
-        ("adam_betas", [0.9, 0.9, 0.9], "it must be a list of 2"),
-        ("adam_betas", [], "it must be a list of 2"),
-        ("lr_schedule", "step", "it must be 'constant', 'linear' or 'cosine'"),
-        ("inner", 3, "it must be a section of settings, as in {key: value}"),
-        ("resume", "maybe", "it must be true or false"),
-        ("epochs", 1.5, "it must be a whole number"),
-        ("epochs", None, "it must be a whole number"),
-        ("learning_rate", [1], "it must be a number"),
-        ("model", ["a"], "it must be text"),
-        ("output_dir", 3, "it must be a path"),
+        ("trackers", "wandb"),
+        ("accept_changed", 3),
+        ("adam_betas", [0.9, 0.9, 0.9]),
+        ("lr_schedule", "step"),
+        ("inner", 3),
+        ("resume", "maybe"),
+        ("epochs", 1.5),
+        ("learning_rate", [1]),
+        ("model", ["a"]),
+        ("output_dir", 3),
     ],
 )
-def test_what_is_of_another_kind_is_said_in_words_of_settings(setting, value, reason):
-    assert problems({setting: value}) == [f"{setting}={value!r} is not allowed: {reason}"]
+def test_what_is_of_another_kind_is_said_in_words_of_settings(golden, setting, value):
+    golden(f"{setting}={value!r}", said({setting: value}))
 
 
 def test_missing_settings_are_named():
     with pytest.raises(ConfigError) as caught:
         parse_config(Config, {})
-    assert caught.value.problems == ["model is required: set it", "output_dir is required: set it"]
+    assert_problems(caught, ("model", "required"), ("output_dir", "required"))
 
 
 def test_cross_checks():
-    found = problems({"samples_per_epoch": 5, "sample_batch_size": 2, "updates_per_epoch": 6})
-    assert [text.split(":")[0] for text in found] == [
-        "samples_per_epoch=5 is not a multiple of sample_batch_size=2",
-        "updates_per_epoch=6 is more than samples_per_epoch=5",
-    ]
+    found = said({"samples_per_epoch": 5, "sample_batch_size": 2, "updates_per_epoch": 6})
+    assert_problems(found, ("samples_per_epoch", "multiple of sample_batch_size"), ("updates_per_epoch", "more than"))
 
 
-def test_cross_checks_of_what_is_valid_stand_beside_what_is_wrong_by_itself():
-    assert problems({"epochs": "x", "updates_per_epoch": 100, "inner": {"steps": 40}, "maybe": {"step": 1}}) == [
-        "epochs='x' is not allowed: it must be a number",
-        "inner.steps=40 is more than ten times scale=1: change one of them",
-        "unknown setting 'maybe.step': did you mean 'steps'?",
-        "updates_per_epoch=100 is more than samples_per_epoch=64: each update needs at least one sample",
-    ]
+def test_cross_checks_of_what_is_valid_stand_beside_what_is_wrong_by_itself(golden):
+    found = said({"epochs": "x", "updates_per_epoch": 100, "inner": {"steps": 40}, "maybe": {"step": 1}})
+    golden("wrong by themselves and together", found)
 
 
 def test_nothing_is_said_of_the_default_of_a_setting_that_is_wrong_by_itself():
     wrong = {"samples_per_epoch": 0, "sample_batch_size": 7, "updates_per_epoch": 100}
-    assert problems(wrong) == ["samples_per_epoch=0 is not allowed: it must be greater than or equal to 1"]
+    assert_problem(said(wrong), "samples_per_epoch", "not allowed")
     with pytest.raises(ConfigError) as caught:
         DiffusionDPOConfig(**BASE, pairs={"sourc": "a"}, samples_per_epoch=6, sample_batch_size=6, beta=1)
-    assert caught.value.problems == [
-        "pairs.source is required: set it",
-        "unknown setting 'pairs.sourc': did you mean 'source'?",
-    ]
+    assert_problems(caught, ("pairs.source", "required"), ("unknown setting 'pairs.sourc'", "did you mean 'source'"))
     with pytest.raises(ConfigError) as caught:
         DDPOConfig(**BASE | wrong, prompts=["a"], reward="aesthetic", sampler={"eta": 0})
-    assert [problem.partition("=")[0] for problem in caught.value.problems] == ["samples_per_epoch", "sampler.eta"]
+    assert_problems(caught, ("samples_per_epoch", "not allowed"), ("sampler.eta", "deterministic"))
     with pytest.raises(ConfigError) as caught:
         Needy(**BASE | {"limit": None, "at": 5, "updates_per_epoch": 100})
-    assert caught.value.problems == [
-        "limit=None is not allowed: it must be a whole number",
-        "updates_per_epoch=100 is more than samples_per_epoch=64: each update needs at least one sample",
-    ]
+    assert_problems(caught, ("limit", "not allowed"), ("updates_per_epoch", "more than"))
 
 
 @pytest.mark.parametrize(
-    ("config_class", "settings", "beginnings"),
+    ("config_class", "settings"),
     [
-        (
-            DDPOConfig,
-            {"model": "a/b/c", "reward": "aesthtic", "evaluation": {"reward": "length", "diversity": "/no"}},
-            [
-                "evaluation.reward 'length' scores text",
-                "evaluation.diversity: clip='/no'",
-                "unknown reward",
-                "model='a/b/c'",
-            ],
-        ),
+        (DDPOConfig, {"model": "a/b/c", "reward": "aesthtic", "evaluation": {"reward": "length", "diversity": "/no"}}),
         (
             DiffusionDPOConfig,
             {"reward": ["ocr"] * 2, "reward_weights": [1.0], "mixed_precision": "fp16", "dtype": "float16"},
-            ["give either beta", "mixed_precision='fp16' needs", "reward_weights=[1.0] are 1 numbers for 2"],
         ),
         (
             GRPOConfig,
             {"reward": ["length", "x", None, {"name": "regex"}], "reference_model": "./gone", "beta": 0.1},
-            [
-                "unknown reward 'x'",
-                "a reward must be a name",
-                "reward 'regex'",
-                "model='emoji-sd' is an image model",
-                "reference_model='./gone' is",
-            ],
         ),
     ],
 )
-def test_names_are_checked_in_python_as_in_yaml(tmp_path, config_class, settings, beginnings):
+def test_names_are_checked_in_python_as_in_yaml(golden, tmp_path, config_class, settings):
     raw = BASE | {"output_dir": tmp_path / "run", "prompts": ["a"]} | settings
     with pytest.raises(ConfigError) as in_yaml:
         check_config({"method": config_class.model_fields["method"].default} | raw)
@@ -219,11 +177,11 @@ def test_names_are_checked_in_python_as_in_yaml(tmp_path, config_class, settings
         config_class(**raw)
     found = in_python.value.problems
     assert found == in_yaml.value.problems
-    assert [[one.startswith(begins) for one in found].count(True) for begins in beginnings] == [1] * len(beginnings)
+    golden(f"names: {config_class.__name__}", found)
 
 
 def test_a_method_is_that_of_its_settings():
-    with pytest.raises(ConfigError, match=r"^method='grpo' does not fit DDPOConfig, which is of 'ddpo': leave it out$"):
+    with pytest.raises(ConfigError, match=problem("method", "does not fit DDPOConfig")):
         DDPOConfig(**BASE, prompts=["a"], reward="aesthetic", method="grpo")
     raw = BASE | {"prompts": ["a"], "reward": "aesthetic"}
     assert check_config(raw | {"method": method_of("ddpo")}).method == "ddpo"
@@ -259,9 +217,9 @@ def test_a_mistake_in_a_rule_itself_is_not_hidden():
 
 
 def test_a_section_made_in_python_is_checked_too():
-    with pytest.raises(ConfigError, match=r"^unknown setting 'step': did you mean 'steps'\?$"):
+    with pytest.raises(ConfigError, match="unknown setting 'step'"):
         Inner(step=3)
-    with pytest.raises(ConfigError, match=r"^steps=30 is more than ten times"):
+    with pytest.raises(ConfigError, match=problem("steps", "ten times")):
         Inner(steps=30)
     config = Config(**BASE, inner=Inner(steps=4))
     assert Config.model_validate(config.model_dump(mode="json")) == config
