@@ -1,8 +1,7 @@
-"""What a method, sampler, reward or callback of your own is made of, in one place; docs/extending.md shows each."""
+"""What a reward, sampler, model family, method or callback of your own is made of; docs/extending.md shows each."""
 
 # ruff: noqa: F401
 from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
-from diffusion_align.diffusion.policy import Conditioning
 from diffusion_align.diffusion.rollout import Trajectory, replay
 from diffusion_align.diffusion.samplers import Step, ddim
 from diffusion_align.diffusion.trainer import Collected as CollectedImages
@@ -11,6 +10,7 @@ from diffusion_align.llm.collection import Collected as CollectedTexts
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
 from diffusion_align.llm.policy import Sequences
 from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
+from diffusion_align.models.families import ATTENTION, Conditioning, ModelFamily
 from diffusion_align.rewards import RewardSetting, RewardSettings
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, Metric, RunContext

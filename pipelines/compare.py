@@ -96,6 +96,7 @@ def compare_models(
     seed: int = 0,
     output: Path | None = None,
     per_prompt: int = 1,
+    family: str | None = None,
     on_samples: Callable[[int], object] | None = None,
 ) -> Comparison:
     """Sample every prompt by each image model, from the same noise and with B's sampler, and judge the pairs.
@@ -114,13 +115,14 @@ def compare_models(
             uses ``seed + i`` for A and B, so that the first round is the comparison with ``per_prompt=1``.
         output: where to write the first 24 pairs side by side.
         per_prompt: images per prompt.
+        family: of models that are not Stable Diffusion, see ``ImageAlignmentPipeline.from_pretrained``.
         on_samples: called with the number of images sampled, of ``2 * per_prompt * len(prompts)``.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     output = None if output is None else Path(output).absolute()  # whatever folder a judge changes to
     texts, notes = _rounds(prompts, metadata, per_prompt)
     check_image_prompts(prompts)
-    pipelines = _loaded(ImageAlignmentPipeline, [first, second], check_image_model, (IMAGES, judge))
+    pipelines = _loaded(ImageAlignmentPipeline, [first, second], check_image_model, (IMAGES, judge), family=family)
     pipelines[0] = copy.copy(pipelines[0])
     pipelines[0].sampler = pipelines[1].sampler
     reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)
@@ -217,13 +219,15 @@ def _rounds(prompts: Sequence[Any], metadata: Metadata | None, per_prompt: int) 
     return list(prompts) * per_prompt, list(metadata or [{} for _ in prompts]) * per_prompt
 
 
-def _loaded(kind: Any, models: Sequence[Any], check: Callable[[str], Any], judge: tuple[Kind, Any]) -> list[Any]:
+def _loaded(
+    kind: Any, models: Sequence[Any], check: Callable[..., Any], judge: tuple[Kind, Any], **options: Any
+) -> list[Any]:
     """Pipelines of a ``kind``; first, everything wrong with the models and the judge is reported."""
     named = [str(model) for model in models if isinstance(model, str | Path)]
-    problems = [one for name in named for one in problems_of(check, name)] + problems_of(declare, *judge)
+    problems = [one for name in named for one in problems_of(check, name, **options)] + problems_of(declare, *judge)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return [model if isinstance(model, kind) else kind.from_pretrained(model) for model in models]
+    return [model if isinstance(model, kind) else kind.from_pretrained(model, **options) for model in models]
 
 
 def _sampled(

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from diffusion_align.arguments import also_called
 from diffusion_align.data.prompts import check_image_prompts
-from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import scheduler_of
 from diffusion_align.diffusion.schedule import SamplerConfig
@@ -28,8 +27,9 @@ from diffusion_align.images import UnreadableImage, to_rgb
 from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
+from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.models.model_card import LARGEST_ETA, write_model_card
+from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, run
@@ -116,7 +116,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         >>> pipe(["a red apple"], seed=0).images[0].save("apple.png")
 
     Attributes:
-        pipeline: the diffusers pipeline; after ``align`` its UNet holds the trained weights.
+        pipeline: the diffusers pipeline; after ``align`` its UNet (or transformer) holds the trained weights.
         model: what lies under all adapters: an embedded name, a folder or a Hub id.
         origin: what that was before anything was trained, by which rewards choose their CLIP.
         run: the run folder whose result this is, None if it is of no run.
@@ -124,13 +124,13 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     """
 
     inside = "pipeline"
-    load_time = {"dtype": "dtype", "weights_variant": "variant", "base_config": "base_config"}  # noqa: RUF012
+    load_time = dict(dtype="dtype", weights_variant="variant", base_config="base_config", family="family")  # noqa: RUF012
 
     def __init__(self, pipeline: Any, *, model: str, sampler: SamplerConfig | None = None) -> None:
         """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
 
         Args:
-            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of a family of your own.
             model: what it was loaded from.
             sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
         """
@@ -143,6 +143,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self._called = model  # the weights as they are
         self._variant: str | None = None
         self._base_config: str | None = None
+        self._family: str | None = None
 
     @property
     def _about(self) -> tuple[str, bool]:
@@ -159,6 +160,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         device: str | torch.device | None = None,
         variant: str | None = None,
         base_config: str | None = None,
+        family: str | type[ModelFamily] | None = None,
     ) -> ImageAlignmentPipeline:
         """Load an embedded model ("emoji-sd"), a folder, a Hub id, a ``.safetensors`` file, or a run folder.
 
@@ -171,6 +173,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 not given.
             base_config: for a model in one file, folder or Hub id of a diffusers pipeline built like it; that of the
                 run, of a run folder, if not given.
+            family: for a model that is not Stable Diffusion, a model family of your own: the class, or where it is
+                found, "module:Class" or "file.py:Class"; that of the run, of a run folder, if not given.
 
         Raises:
             UserError: the model or the LoRA cannot be loaded.
@@ -179,7 +183,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         plan = image_model_ref(str(model))
         variant = plan.variant if variant is None else variant
         base_config = plan.base_config if base_config is None else base_config
-        pipeline = load_pipeline(plan.base, dtype=dtype, variant=variant, base_config=base_config)
+        family = plan.family if family is None else family
+        options: Any = {"variant": variant, "base_config": base_config, "family": find_family(family)}
+        pipeline = load_pipeline(plan.base, dtype=dtype, **options)
         stack = [*plan.adapters, *([lora] if lora is not None else [])]
         for i, adapter in enumerate(stack):
             adapters.put_on(pipeline, adapter, plan.base)
@@ -195,31 +201,39 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipe.run = plan.run if lora is None else None
         pipe._called = str(model)
         pipe._below = plan.below if lora is None else str(model)
-        pipe._variant, pipe._base_config = variant, base_config
+        pipe._variant, pipe._base_config, pipe._family = variant, base_config, family_name(family)
         return pipe
 
     @classmethod
     def from_pipe(
-        cls, pipeline: Any, *, model: str | Path | None = None, sampler: SamplerConfig | None = None
+        cls,
+        pipeline: Any,
+        *,
+        model: str | Path | None = None,
+        sampler: SamplerConfig | None = None,
+        family: str | type[ModelFamily] | None = None,
     ) -> ImageAlignmentPipeline:
         """Align a diffusers pipeline that is loaded already.
 
         Args:
-            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of ``family``.
             model: the folder or Hub id that it was loaded from, which ``config.yaml`` and cards name; its own if not
                 given.
             sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
+            family: as of ``from_pretrained``.
 
         Raises:
             UserError: it is another kind of pipeline, carries adapters, or does not say what it was loaded from.
         """
-        family_of(pipeline)
+        give_family(pipeline, find_family(family))
         if adapters.adapted_parts(pipeline):
             raise UserError("the pipeline carries LoRA weights: give their folder as lora to from_pretrained")
         name = model or pipeline.config.get("_name_or_path")
         if not name:
             raise UserError("the pipeline does not say what it was loaded from: give its folder or Hub id as model")
-        return cls(pipeline, model=str(name), sampler=sampler)
+        pipe = cls(pipeline, model=str(name), sampler=sampler)
+        pipe._family = family_name(family)
+        return pipe
 
     def align(
         self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any
@@ -268,26 +282,28 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             raise UserError("the weights are in no folder, as a lora was merged: save_pretrained() them and load that")
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
         raw: dict[str, Any] = {"method": method_name(method), "model": self.model, "output_dir": output_dir}
-        raw |= {"weights_variant": self._variant, "base_config": self._base_config}
+        raw |= {"weights_variant": self._variant, "base_config": self._base_config, "family": self._family}
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
         checked = check_config(raw | settings)
         config = cast(DenoisingConfig, checked.model_copy(update=absolute_paths({"model": below})))
 
-        unet, weights, was_below = self.pipeline.unet, adapters.adapter_weights(self.pipeline), self._below
+        part, network = family_of(self.pipeline).network, adapters.trained_network(self.pipeline)
+        weights, was_below = adapters.adapter_weights(self.pipeline), self._below
         merges = self.run is not None and not goes_on and bool(weights)
         if merges:
             _refuse_other_parts(self.pipeline)
         if merges or config.lora is None:
-            self.pipeline.unet = copy.deepcopy(unet)
-            unet.to("cpu")  # where it waits in case that training breaks off
+            setattr(self.pipeline, part, copy.deepcopy(network))
+            network.to("cpu")  # where it waits in case that training breaks off
         try:
             if merges:
                 self.merge()
             _refuse_other_parts(self.pipeline)
             trainer = run(config, pipeline=self.pipeline)
         except BaseException:
-            self.pipeline.unet, self._below = unet.to(self.pipeline.device), was_below
+            setattr(self.pipeline, part, network.to(self.pipeline.device))
+            self._below = was_below
             adapters.put_back(self.pipeline, weights)
             raise
         trainer.optimization.load_ema_weights()
@@ -345,6 +361,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                         guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
                         eta=min(chosen["eta"], LARGEST_ETA),
                         generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
+                        **family_of(self.pipeline).call_options,
                     ).images
         finally:
             self.pipeline.scheduler = original
@@ -379,7 +396,15 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
         path = None if output is None else Path(output).expanduser()
         return compare_models(
-            other, self, prompts, judge, metadata=metadata, seed=seed, output=path, per_prompt=per_prompt
+            other,
+            self,
+            prompts,
+            judge,
+            metadata=metadata,
+            seed=seed,
+            output=path,
+            per_prompt=per_prompt,
+            family=self._family,
         )
 
     def score(
@@ -424,7 +449,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         Raises:
             UserError: there is no adapter, or ``folder`` is a file.
         """
-        if "unet" not in adapters.adapted_parts(self.pipeline):
+        if family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
         with new_folder(output_folder(folder)) as aside:
@@ -435,8 +460,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             self.pipeline.save_pretrained(str(aside))
 
     def _save_adapter(self, folder: Path) -> None:
-        if "unet" not in adapters.adapted_parts(self.pipeline):
+        if family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
+        if not hasattr(self.pipeline, "load_lora_weights"):
+            kind = type(self.pipeline).__name__
+            raise UserError(f"diffusers loads no LoRA for a {kind}: give merged=True to upload the whole model")
         if self._below != self.model:
             raise UserError(
                 f"the adapter stands on {self._below}, which is not on the Hub: give merged=True to upload the whole "
@@ -447,17 +475,19 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         if self.run is not None:
             weights = "best" if Path(self._called).expanduser() == self.run / "best" else "final"
-            family = type(self.pipeline).__name__
-            write_model_card(self.run, target, weights=weights, location=location, merged=merged, pipeline_class=family)
+            write_model_card(
+                self.run, target, weights=weights, location=location, merged=merged, pipeline=facts_of(self.pipeline)
+            )
 
 
 def _refuse_other_parts(pipeline: Any) -> None:
-    """Only the UNet's adapter is trained and written; a LoRA on a text encoder would be lost."""
-    others = sorted(adapters.adapted_parts(pipeline).keys() - {"unet"})
+    """Only the adapter of the trained network is trained and written; a LoRA on a text encoder would be lost."""
+    family = family_of(pipeline)
+    others = sorted(adapters.adapted_parts(pipeline).keys() - {family.network})
     if others:
         raise UserError(
-            f"the lora also changes {', '.join(others)}, which the adapter of a UNet cannot hold: merge() it, "
-            "save_pretrained() the pipeline and load that"
+            f"the lora also changes {', '.join(others)}, which the adapter of a {family.network_title} cannot hold: "
+            "merge() it, save_pretrained() the pipeline and load that"
         )
 
 

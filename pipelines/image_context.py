@@ -11,13 +11,13 @@ import torch
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import ImageEvaluation, ImageEvaluationConfig
-from diffusion_align.diffusion.families import family_of
-from diffusion_align.diffusion.policy import DenoisingPolicy
+from diffusion_align.diffusion.policy import DenoisingPolicy, check_family
 from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.models import adapters
+from diffusion_align.models.families import family_of, find_family
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
-from diffusion_align.pipelines.run import built, code_content, image_model_content, rows_content
+from diffusion_align.pipelines.run import built, code_content, family_content, image_model_content, rows_content
 from diffusion_align.references import module_of
 from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.image.clip import default_clip, load_clip
@@ -41,6 +41,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     prompts = _prompts(setting["prompts"])
     asked = [] if judged is None else _prompts(judged.prompts)
     plan = image_model_ref(config.model)
+    config = config.model_copy(update={"family": config.family or plan.family})
     if pipeline is None:
         pipeline = _load(config, plan)
     config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline, narrow))
@@ -53,6 +54,9 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     )
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     identity: Identity = {"model": image_model_content(plan, config.base_config)}
+    if config.family is not None:
+        check_family(policy, config.family)
+        identity["family"] = family_content(config.family)
     if prompts:
         identity["prompts"] = [rows_content(setting["prompts"], prompts)]
     if pairs is not None:
@@ -85,6 +89,7 @@ def _load(config: DenoisingConfig, plan: ModelRef) -> Any:
         dtype=getattr(torch, config.dtype),
         variant=config.weights_variant or plan.variant,
         base_config=config.base_config or plan.base_config,
+        family=find_family(config.family),
         to_train=True,
     )
     for adapter in plan.adapters:
@@ -97,8 +102,8 @@ def _seconds_a_pass(pipeline: Any, narrow: bool) -> float:
     """Seconds of a forward pass of two samples."""
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
-    inputs = family.zero_inputs(network.config, 2, tokens=8, dtype=network.dtype)
-    return best_seconds(lambda: network(**inputs), narrow)
+    inputs = family.zeros(network.config, 2, tokens=8, dtype=network.dtype)
+    return best_seconds(lambda: family.predict(network, *inputs), narrow)
 
 
 def _checked_reward(

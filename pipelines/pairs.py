@@ -30,7 +30,7 @@ from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
-from diffusion_align.pipelines.run import built, image_model_content, language_model_content
+from diffusion_align.pipelines.run import built, family_content, image_model_content, language_model_content
 from diffusion_align.pipelines.text import TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, call_reward, declare
@@ -63,6 +63,7 @@ class ImageCandidates:
 
     Attributes:
         model: as the settings name it.
+        family: of a model that is not Stable Diffusion.
         sampling: settings of sampling, kept with the pairs; None is the model's own.
         sample_name: of one sample, for messages.
     """
@@ -70,9 +71,15 @@ class ImageCandidates:
     sample_name = "image"
 
     def __init__(
-        self, model: str, *, steps: int | None = None, guidance_scale: float | None = None, eta: float | None = None
+        self,
+        model: str,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
+        family: str | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.family = model, family
         self.sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
 
     def problems(self, prompts: Sequence[Prompt], judge: Any) -> list[str]:
@@ -87,15 +94,21 @@ class ImageCandidates:
             f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
         }
         problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
-        return [*problems, *problems_of(check_image_model, self.model), *problems_of(declare, IMAGES, judge)]
+        return [
+            *problems,
+            *problems_of(check_image_model, self.model, family=self.family),
+            *problems_of(declare, IMAGES, judge),
+        ]
 
     def load(self, judge: Any) -> Identity:
         """Load the model and the judge; what they hold."""
-        self.pipeline = ImageAlignmentPipeline.from_pretrained(self.model)
+        self.pipeline = ImageAlignmentPipeline.from_pretrained(self.model, family=self.family)
         device = self.pipeline.pipeline.device
         making = partial(build_reward, judge, model=self.pipeline.origin, device=device)
         self.reward, content = built(judge, making)
-        return {"model": image_model_content(image_model_ref(self.model), None), "judge": content}
+        plan = image_model_ref(self.model)
+        family = family_content(self.family or plan.family)
+        return {"model": image_model_content(plan, None) + family, "judge": content}
 
     def sample(self, prompt: str, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
         """One sample per seed, and their scores."""

@@ -23,6 +23,7 @@ from diffusion_align.inputs import check_device
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef
+from diffusion_align.references import module_of
 from diffusion_align.rewards.build import user_modules
 from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.callbacks import named_callbacks
@@ -212,6 +213,11 @@ class AlignmentPipeline(ABC):
 def image_model_content(plan: ModelRef, base_config: str | None) -> Places:
     described = base_config or plan.base_config
     return _of_places([plan.base, *([described] if described else []), *map(str, plan.adapters)])
+
+
+def family_content(family: str | None) -> Places:
+    """The user's own files that a model family is made of, if one is named."""
+    return [] if family is None else code_content([module_of(family, "family", noun="Class")])
 
 
 def language_model_content(name: str) -> Places:

@@ -17,6 +17,10 @@ PAGE = (ROOT / "docs/extending.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 FAST = ["epochs=1", *SHORT]
 FAST_TEXTS = [*FAST, "sample_batch_size=8"]
+SCRIPT = """import runpy, sys
+before, sys.argv = sys.argv, {0}
+runpy.run_path(sys.argv[0], run_name='__main__')
+sys.argv = before"""
 ENTRY_POINT = re.search(r"^```toml\n\[project.entry-points.\"(.+)\"\]\n(.*?)\n```", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -72,10 +76,14 @@ def test_a_file_of_ones_own_runs_through_every_command(section, installed, elsew
     (_, commands), (_, code) = printed = blocks(SECTIONS[section], "bash|python")
     assert [language for language, _ in printed] == ["bash", "python"]
     lines = [shlex.split(line) for line in commands.splitlines()]
-    assert [words[:2] for words in lines[:3:2]] == [["diffusion-align", "doctor"], ["diffusion-align", "report"]]
+    called = [words[1] for words in lines if words[0] == "diffusion-align"]
+    assert called[:4] == ["doctor", "train", "report", "train"]
     before = set((elsewhere / "runs").glob("*"))
     for words in lines:
-        done = installed(*shortened(words[1:]))
+        if words[0] == "python":
+            done = installed("--help", prelude=SCRIPT.format(words[1:]))
+        else:
+            done = installed(*shortened(words[1:]))
         assert done.status == 0, f"{shlex.join(words)}\n{done.outputs[0][-2000:]}\n{done.error[-2000:]}"
     done = installed("--help", prelude=shorter_code(code))
     assert done.status == 0, done.error[-2000:]

@@ -11,6 +11,7 @@ from rich.text import Text
 from diffusion_align.bounds import MOST
 from diffusion_align.cli.options import (
     Eta,
+    Family,
     Gaussian,
     GuidanceScale,
     MaxNewTokens,
@@ -100,6 +101,7 @@ def sample(
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     eta: Eta = None,
+    family: Family = None,
 ) -> None:
     """Sample one image per prompt, and write a grid of them all."""
     from diffusion_align.pipelines import ImageAlignmentPipeline
@@ -107,7 +109,7 @@ def sample(
     texts = [text for text, _ in read_prompts(prompt, prompts)]
     check_output_path(output, "folder")
     hide_loading_bars()
-    pipeline = ImageAlignmentPipeline.from_pretrained(model)
+    pipeline = ImageAlignmentPipeline.from_pretrained(model, family=family)
     sampled = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
     sampled.save(output)
     print_line(f"wrote {len(texts)} images and grid.png to {output}")
@@ -260,6 +262,7 @@ def compare(
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
+    family: Family = None,
 ) -> None:
     """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge them."""
     from diffusion_align.models.language_models import model_kind
@@ -267,7 +270,8 @@ def compare(
 
     kind = model_kind([first, second])
     of_text = given_options(max_new_tokens=max_new_tokens, temperature=temperature)
-    check_kind(kind, {}, of_text)
+    of_images = given_options(family=family)
+    check_kind(kind, of_images, of_text)
     found = read_prompts(prompt, prompts, kind)
     texts, metadata = zip(*found, strict=True)
     output = output or Path("compare.md" if kind == "text" else "compare.png")
@@ -276,7 +280,7 @@ def compare(
     options: Any = {"metadata": metadata, "seed": seed, "output": output, "per_prompt": per_prompt}
     with progress_bar("samples", 2 * per_prompt * len(texts)) as update:
         judged: Any = compare_texts if kind == "text" else compare_models
-        result = judged(first, second, texts, judge, on_samples=update, **options, **of_text)
+        result = judged(first, second, texts, judge, on_samples=update, **options, **of_images, **of_text)
     print_line(f"{result}; {'texts' if kind == 'text' else 'images'} in {output}")
 
 
@@ -294,6 +298,7 @@ def pairs(
     eta: Eta = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
+    family: Family = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the pairs in the folder")] = False,
 ) -> None:
     """Sample several images or completions per prompt and keep the best and the worst as a preference pair."""
@@ -301,7 +306,7 @@ def pairs(
     from diffusion_align.pipelines.pairs import PAIRS, ImageCandidates, TextCandidates, make_pairs
 
     kind = model_kind([model])
-    of_images = given_options(steps=steps, guidance_scale=guidance_scale, eta=eta)
+    of_images = given_options(steps=steps, guidance_scale=guidance_scale, eta=eta, family=family)
     of_text = given_options(max_new_tokens=max_new_tokens, temperature=temperature)
     check_kind(kind, of_images, of_text)
     wanted = read_prompts(prompt, prompts, kind)

@@ -55,6 +55,7 @@ GuidanceScale = Annotated[float | None, number_option(0, LARGEST)]
 Eta = Annotated[float | None, number_option(0, 1)]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="of language models; 128 if not given")]
 Temperature = Annotated[float | None, number_option(0.01, 1000)]
+Family = Annotated[str | None, typer.Option(help="of a model that is not Stable Diffusion: file.py:Class")]
 Gaussian = tuple[float, float]
 
 

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.diffusion.families import Conditioning, StableDiffusion, family_of
-from diffusion_align.errors import TrainingError, UserError
+from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
+from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 from diffusion_align.training.config import LoRASettings
 from diffusion_align.training.finite import all_finite
@@ -42,7 +42,8 @@ class DenoisingPolicy:
     """pi(x_s | x_t, c) of a Stable Diffusion pipeline; log-probs come from ``rollout`` and ``replay``.
 
     Args:
-        pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``. Text encoders and VAE
+        pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``, or one that
+            ``load_pipeline`` has loaded with a family of the user's own. Text encoders and VAE
             are frozen; on a CPU the network gets eager attention, whose backward pass is faster there. What is frozen
             keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
@@ -62,7 +63,7 @@ class DenoisingPolicy:
         device: torch.device | str = "cpu",
         autocast: Autocast = contextlib.nullcontext,
     ) -> None:
-        self.family: StableDiffusion = family_of(pipeline)
+        self.family: ModelFamily = family_of(pipeline)
         self.family.check(pipeline)
         self.pipeline = pipeline
         adapted = _check_adapter(self.network, lora, self.family)
@@ -174,9 +175,7 @@ class DenoisingPolicy:
         Raises:
             TrainingError: latents or images are not finite; a clamp would make them black or white.
         """
-        vae = self.pipeline.vae
-        shift, scale = self._vae_shift_and_scale(latents)
-        images = vae.decode((latents * scale + shift).to(vae.dtype), return_dict=False)[0]
+        images = self.family.decode(self.pipeline, latents)
         _require_finite(self.pipeline, *all_finite(latents, images), autocast=self.autocast)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
@@ -187,24 +186,30 @@ class DenoisingPolicy:
         Raises:
             TrainingError: they are not finite.
         """
-        vae = self.pipeline.vae
-        raw = vae.encode((images * 2 - 1).to(self.device, vae.dtype)).latent_dist.mode().float()
-        _require_finite(self.pipeline, True, *all_finite(raw))
-        shift, scale = self._vae_shift_and_scale(raw)
-        return (raw - shift) / scale
-
-    def _vae_shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What turns the UNet's latents into the VAE's: ``latents * scale + shift``."""
-        config = self.pipeline.vae.config
-        shift, scale = like.new_zeros(()), like.new_tensor(1 / config.scaling_factor)
-        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-            shift, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
-            scale = scale * std
-        return shift + (getattr(config, "shift_factor", None) or 0.0), scale
+        latents = self.family.encode_images(self.pipeline, (images * 2 - 1).to(self.device, self.pipeline.vae.dtype))
+        _require_finite(self.pipeline, True, *all_finite(latents))
+        return latents
 
     def save_lora(self, folder: Path) -> None:
         """Write the adapter, see ``save_lora``."""
         save_lora(self.pipeline, folder)
+
+
+def check_family(policy: DenoisingPolicy, name: str) -> None:
+    """Run a model family of the user's own once.
+
+    Raises:
+        UserError: it raises, or its output does not have the shape of the latents.
+    """
+    given = torch.zeros(1, *policy.latent_shape, device=policy.device)
+    with foreign_code(f"family {short(name)} raised "), torch.no_grad():
+        timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
+        output = policy.predict(given, timestep, policy.encode([""]), guidance_scale=1)
+    if output.shape != given.shape:
+        raise UserError(
+            f"family {short(name)} predicts {tuple(output.shape)} for latents {tuple(given.shape)}: predict must "
+            "return the shape of the latents"
+        )
 
 
 def _require_finite(pipeline: Any, latents: bool, images: bool, *, autocast: Autocast = contextlib.nullcontext) -> None:
@@ -255,7 +260,7 @@ def finite_images(pipeline: Any) -> Iterator[None]:
     _require_finite(pipeline, latents, images)
 
 
-def _check_adapter(network: Any, lora: LoRAConfig | None, family: StableDiffusion) -> bool:
+def _check_adapter(network: Any, lora: LoRAConfig | None, family: ModelFamily) -> bool:
     """Whether ``network`` already carries an adapter of the shape that ``lora`` describes, which is then trained on."""
     if not carries_adapters(network):
         return False
@@ -283,9 +288,9 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, part
 
 
-def peft_config(lora: LoRAConfig, family: StableDiffusion) -> Any:
+def peft_config(lora: LoRAConfig, family: ModelFamily) -> Any:
     """peft's settings for adapters on the network of a pipeline of ``family``."""
     from peft import LoraConfig
 
-    layers = list(family.lora_layers[lora.layers])
+    layers = family.adapted_layers(lora.layers)
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=layers)

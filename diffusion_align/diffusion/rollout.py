@@ -14,6 +14,7 @@ from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.samplers import scheduler_config
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
 from diffusion_align.diffusion.transitions import GaussianTransition, Reduction, denoise
+from diffusion_align.models.image_pipelines import diffusers_scheduler
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,10 @@ def _noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device
 
 def scheduler_of(sampler: SamplerConfig, scheduler: Any) -> Any:
     """What samples as ``sampler`` does with the configuration of ``scheduler``: diffusers' own class where it can."""
-    from diffusers import DDIMScheduler, DDPMScheduler
+    import diffusers
 
-    if kind := {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}.get(sampler.name):
-        return kind.from_config(scheduler_config(scheduler))
+    if kind := diffusers_scheduler(sampler.name, scheduler.config):
+        return getattr(diffusers, kind).from_config(scheduler_config(scheduler))
     return TableScheduler(sampler.schedule(scheduler), scheduler.config)
 
 

@@ -27,7 +27,7 @@ from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.errors import ConfigError, problems_of
-from diffusion_align.models.model_card import write_model_card
+from diffusion_align.models.model_card import facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
 from diffusion_align.rewards.settings import reward_checks
@@ -54,6 +54,9 @@ class DenoisingConfig(PolicyConfig):
     base_config: str | None = Field(
         None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
     )
+    family: str | None = Field(
+        None, description="for a model that is not Stable Diffusion: a model family of your own, file.py:Class"
+    )
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
@@ -74,7 +77,8 @@ class DenoisingConfig(PolicyConfig):
             )
 
     def name_checks(self) -> Iterator[str]:
-        own = {"variant": self.weights_variant, "base_config": self.base_config}
+        own = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
+        own["lora_layers"] = self.lora.layers if self.lora else None
         yield from problems_of(check_image_model, self.model, **own)
         yield from reward_checks(getattr(self, "reward", None), "image")
 
@@ -289,4 +293,4 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
                 self.policy.save_lora(aside)
 
     def write_card(self) -> None:
-        write_model_card(self.folder, self.folder / "final", pipeline_class=type(self.policy.pipeline).__name__)
+        write_model_card(self.folder, self.folder / "final", pipeline=facts_of(self.policy.pipeline))

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.trainer import DenoisingConfig
-from diffusion_align.doctor.memory import UNetCost, decoder_cost, parameter_counts, unet_cost
+from diffusion_align.doctor.memory import NetworkCost, decoder_cost, network_cost, parameter_counts
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines
@@ -23,7 +22,7 @@ GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations per second, float32 accumulation, from the makers' data sheets."""
 SHARE_OF_PEAK = 0.4
 TIMED_BELOW = 100e6
-"""Parameters of a UNet: below, a pass is timed on a CPU, and a GPU would not be kept busy enough to estimate it."""
+"""Parameters of the network: below, a pass is timed on a CPU, and a GPU would not be busy enough to estimate it."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,27 @@ class Memory:
 
 def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost) -> Lines:
     """Estimated memory per GPU and time per epoch."""
-    unet, vae = model.configs["unet"], model.configs["vae"]
+    family, vae = model.family, model.configs["vae"]
+    network = model.configs[family.network]
     dtype = getattr(torch, config.dtype)
     autocast = {"no": None, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
     guided = 2 if config.sampler.guidance_scale > 1 else 1
     train_batch = config.micro_batch_size * epoch.width
-    cost = unet_cost(
-        unet,
+    cost = network_cost(
+        family,
+        network,
         config.lora,
         train_batch=train_batch,
         sample_batch=config.sample_batch_size * guided,
-        tokens=model.configs.get("text_encoder", {}).get("max_position_embeddings", 77),
+        tokens=family.prompt_tokens(model.configs),
         dtype=dtype,
         autocast=autocast,
     )
     vae_dtype = torch.float32 if vae.get("force_upcast", True) else dtype
-    latents = family_of_network(unet).latent_shape(unet)
+    latents = family.latent_shape(network)
     decoding = decoder_cost(vae, latents, config.sample_batch_size, vae_dtype)
-    sizes = {name: n * dtype.itemsize for name, n in parameter_counts(model.configs).items() if name != "unet"}
+    counts = parameter_counts(family, model.configs)
+    sizes = {name: n * dtype.itemsize for name, n in counts.items() if name != family.network}
     sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
     frozen = cost.frozen * dtype.itemsize + (0 if config.lora else 4 * cost.trained)
     averaged = 4 * cost.trained if config.ema_decay else 0
@@ -82,9 +84,9 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
         else "a training pass counts as 3 forward passes"
     )
     return [
-        *_memory_lines(config, cost, memory, sizes, train_batch, guided),
+        *_memory_lines(config, family.network_title, cost, memory, sizes, train_batch, guided),
         ("time per epoch, estimated", ""),
-        ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs per UNet pass; {backward}"),
+        ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs per {family.network_title} pass; {backward}"),
         *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
         *_time_here(config, model, cost, passes),
     ]
@@ -101,12 +103,18 @@ def _evaluated(config: DenoisingConfig) -> float:
 
 
 def _memory_lines(
-    config: DenoisingConfig, cost: UNetCost, memory: Memory, others: Mapping[str, int], train_batch: int, guided: int
+    config: DenoisingConfig,
+    network: str,
+    cost: NetworkCost,
+    memory: Memory,
+    others: Mapping[str, int],
+    train_batch: int,
+    guided: int,
 ) -> Lines:
-    unet = memory.weights - sum(others.values())
-    what = f"UNet {gigabytes(unet)}" if config.lora else f"reference UNet {gigabytes(unet)}"
+    own = gigabytes(memory.weights - sum(others.values()))
+    what = f"{network} {own}" if config.lora else f"reference {network} {own}"
     parts = ", ".join([what, *(f"{name} {gigabytes(size)}" for name, size in others.items())])
-    name = f"LoRA of rank {config.lora.rank}" if config.lora else "whole UNet"
+    name = f"LoRA of rank {config.lora.rank}" if config.lora else f"whole {network}"
     precision = {"no": "float32", "auto": "bf16"}.get(config.mixed_precision, config.mixed_precision)
     return [
         ("memory per GPU, estimated", ""),
@@ -158,7 +166,7 @@ def _gpu_rate() -> float:
     return 2 * 8192**3 / min(seconds)
 
 
-def _time_here(config: DenoisingConfig, model: ModelFiles, cost: UNetCost, passes: float) -> Lines:
+def _time_here(config: DenoisingConfig, model: ModelFiles, cost: NetworkCost, passes: float) -> Lines:
     """An epoch on this CPU, from a pass of a network of the model's shape that is timed now."""
     if torch.cuda.is_available() or not model.here:
         return []
@@ -166,13 +174,12 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: UNetCost, passe
         return [("this CPU", "not timed: with more than 100 M parameters a GPU is needed")]
     batch = config.sample_batch_size * (2 if config.sampler.guidance_scale > 1 else 1)
     choices = {"no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
-    network = _random_unet(model.configs["unet"], config)
-    tokens = model.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
-    inputs = family_of_network(network.config).zero_inputs(network.config, batch, tokens=tokens, dtype=network.dtype)
+    family, network = model.family, _random_network(model, config)
+    inputs = family.zeros(network.config, batch, tokens=family.prompt_tokens(model.configs), dtype=network.dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or threads)
     try:
-        seconds = min(best_seconds(lambda: network(**inputs), narrow) for narrow in choices)
+        seconds = min(best_seconds(lambda: family.predict(network, *inputs), narrow) for narrow in choices)
     finally:
         torch.set_num_threads(threads)
     total = seconds / batch * passes
@@ -182,13 +189,13 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: UNetCost, passe
     ]
 
 
-def _random_unet(unet: Mapping[str, Any], config: DenoisingConfig) -> Any:
+def _random_network(model: ModelFiles, config: DenoisingConfig) -> Any:
     """A network as the trainer has it on a CPU, with random weights; the global generator is left as it was."""
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
-    family = family_of_network(unet)
+    family = model.family
     with torch.random.fork_rng(devices=[]):
-        network = UNet2DConditionModel.from_config(dict(unet))
+        network = getattr(diffusers, family.network_class).from_config(dict(model.configs[family.network]))
         family.use_eager_attention(network)
         if config.lora is not None:
             add_lora(network, peft_config(config.lora, family))

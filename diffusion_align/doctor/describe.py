@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
-from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.doctor.cost_report import describe_costs, evaluation_passes
 from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
@@ -125,7 +124,8 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     method, model = cast(type[DenoisingTrainer[Any]], method_of(config.method)), find_model(config)
     lines: Lines = [("model", ""), *model.lines, *_rewards(config, model.origin or config.model)]
     problems = list(model.problems)
-    unet, vae = model.configs.get("unet"), model.configs.get("vae")
+    family, vae = model.family, model.configs.get("vae")
+    network = model.configs.get(family.network)
     schedule = steps = None
     try:
         if "scheduler" in model.configs:
@@ -135,9 +135,9 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         problems.append(str(error))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("steps", f"not known: {first_line(error)}"))
-    dimensions = math.prod(family_of_network(unet).latent_shape(unet)) if unet and unet.get("sample_size") else None
+    dimensions = math.prod(family.latent_shape(network)) if network and network.get("sample_size") else None
     cost = method.epoch_cost(config, steps)
-    lines += _describe_epoch(config, cost, evaluation_passes(config), "UNet ")
+    lines += _describe_epoch(config, cost, evaluation_passes(config), f"{family.network_title} ")
     # An update takes whole images or pairs; with settings that are not allowed there may be none.
     each = math.ceil(cost.units / config.updates_per_epoch) * (cost.actions // max(1, cost.units))
     batches = f"{math.ceil(each / config.micro_batch_size)} of {config.micro_batch_size}"
@@ -146,7 +146,7 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         ("micro-batches per update", f"{batches}, their gradients added up; shared among the processes"),
     ]
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []
-    if not unet or not vae:
+    if not network or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
     try:
         lines += describe_costs(config, model, cost)

@@ -1,4 +1,4 @@
-"""What the networks of a Stable Diffusion pipeline cost, counted from their configurations alone.
+"""What the networks of a text-to-image pipeline cost, counted from their configurations alone.
 
 They are built and run on torch's meta device, which has shapes and dtypes but no data, so that a model needs neither
 its weights nor their memory. ``GpuPass`` makes a pass on that device what it is on a GPU.
@@ -17,16 +17,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
+from diffusion_align.models.families import ModelFamily
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
 _WIDE = (functional.group_norm, functional.layer_norm)
 
 
 @dataclass(frozen=True)
-class UNetCost:
-    """The cost of a UNet with its trained weights.
+class NetworkCost:
+    """The cost of the network that is trained.
 
     Attributes:
         frozen, trained: parameters.
@@ -51,8 +51,9 @@ class DecoderCost:
     working: int
 
 
-def unet_cost(
-    unet: Mapping[str, Any],
+def network_cost(
+    family: ModelFamily,
+    config: Mapping[str, Any],
     lora: LoRAConfig | None,
     *,
     train_batch: int,
@@ -60,23 +61,26 @@ def unet_cost(
     tokens: int = 77,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
-) -> UNetCost:
-    """What training and sampling with a UNet of configuration ``unet`` costs on a GPU.
+) -> NetworkCost:
+    """What training and sampling with a network of ``family`` costs on a GPU.
 
     Args:
-        unet: its ``config.json``.
+        family: of the model.
+        config: the network's ``config.json``.
         lora: adapters to train; None trains the whole network.
         train_batch, sample_batch: samples in one pass, with guidance twice the images.
         tokens: of a prompt.
         dtype: of frozen weights; trained weights are float32.
         autocast: the dtype of mixed precision, None without.
     """
-    from diffusers import UNet2DConditionModel
+    import diffusers
     from peft import inject_adapter_in_model
 
-    family, network = family_of_network(unet), _on_meta(UNet2DConditionModel, unet, dtype)
+    network = _on_meta(getattr(diffusers, family.network_class), config, dtype)
+    shape: Any = {"tokens": tokens, "device": "meta", "dtype": dtype}
+    inputs = family.zeros(config, sample_batch, **shape)
     with torch.no_grad(), GpuPass(autocast, network.parameters()) as sampling:
-        network(**family.zero_inputs(unet, sample_batch, tokens=tokens, device="meta", dtype=dtype))
+        family.predict(network, *inputs)
     if lora is None:
         network.requires_grad_(True)
     else:
@@ -85,9 +89,9 @@ def unet_cost(
     frozen, trained = (
         sum(p.numel() for p in network.parameters() if p.requires_grad is wanted) for wanted in (False, True)
     )
-    inputs = family.zero_inputs(unet, train_batch, tokens=tokens, device="meta", dtype=dtype)
-    kept = saved_bytes(network, inputs, autocast=autocast)
-    return UNetCost(frozen, trained, sampling.flops // sample_batch, kept, sampling.peak)
+    inputs = family.zeros(config, train_batch, **shape)
+    kept = saved_bytes(network, lambda: family.predict(network, *inputs), autocast=autocast)
+    return NetworkCost(frozen, trained, sampling.flops // sample_batch, kept, sampling.peak)
 
 
 def decoder_cost(vae: Mapping[str, Any], latents: tuple[int, int, int], batch: int, dtype: torch.dtype) -> DecoderCost:
@@ -101,33 +105,32 @@ def decoder_cost(vae: Mapping[str, Any], latents: tuple[int, int, int], batch: i
     return DecoderCost(decoding.flops, decoding.peak)
 
 
-def parameter_counts(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Part -> parameters, of the networks among a pipeline's configurations."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+def parameter_counts(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Part -> parameters, of the networks among the configurations of a pipeline of ``family``."""
+    import diffusers
+    import transformers
 
     counts = {}
     with torch.device("meta"):
         for name, config in configs.items():
-            if name == "unet":
-                counts[name] = _size(UNet2DConditionModel.from_config(dict(config)))
+            if name == family.network:
+                counts[name] = _size(getattr(diffusers, family.network_class).from_config(dict(config)))
             elif name == "vae":
-                counts[name] = _size(AutoencoderKL.from_config(dict(config)))
+                counts[name] = _size(diffusers.AutoencoderKL.from_config(dict(config)))
             elif name.startswith("text_encoder"):
-                projects = "CLIPTextModelWithProjection" in (config.get("architectures") or ())
-                encoder = CLIPTextModelWithProjection if projects else CLIPTextModel
-                counts[name] = _size(encoder(CLIPTextConfig(**config)))
+                encoder = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
+                counts[name] = _size(encoder(encoder.config_class(**config)))
     return counts
 
 
-def saved_bytes(network: nn.Module, inputs: Mapping[str, Any], *, autocast: torch.dtype | None = None) -> int:
-    """Bytes that one pass of a network on the meta device keeps for the backward pass, parameters excluded."""
+def saved_bytes(network: nn.Module, forward: Callable[[], Any], *, autocast: torch.dtype | None = None) -> int:
+    """Bytes that a pass on the meta device keeps for the backward pass, the parameters of ``network`` excluded."""
     saved: dict[int, int] = {}
     with (
         torch.autograd.graph.saved_tensors_hooks(storage_sizes(network, saved), lambda tensor: tensor),
         GpuPass(autocast),
     ):
-        output = network(**inputs)  # alive until counted, so that no storage's address is used again
+        output = forward()  # alive until counted, so that no storage's address is used again
     del output
     return sum(saved.values())
 

@@ -12,8 +12,15 @@ from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.trainer import DenoisingConfig
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.doctor.memory import parameter_counts
-from diffusion_align.errors import UserError, problems_of
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, FAMILIES, NETWORKS, WEIGHTS_FILE, check_unet
+from diffusion_align.errors import UserError
+from diffusion_align.models.families import (
+    ModelFamily,
+    StableDiffusion,
+    family_of_class,
+    family_of_network,
+    find_family,
+)
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, NETWORKS, WEIGHTS_FILE
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 
 
@@ -27,6 +34,7 @@ class ModelFiles:
         problems: sentences about what is missing where nothing will be downloaded.
         here: whether all of it is on this machine.
         origin: of a run, what it was before anything was trained; rewards choose their CLIP by it.
+        family: of the pipeline, as far as it is known.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -34,6 +42,7 @@ class ModelFiles:
     problems: list[str] = field(default_factory=list)
     here: bool = False
     origin: str | None = None
+    family: ModelFamily = field(default_factory=StableDiffusion)
 
 
 def find_model(config: DenoisingConfig) -> ModelFiles:
@@ -92,9 +101,11 @@ def _under_a_run(config: DenoisingConfig, plan: ModelRef) -> ModelFiles:
         "model": plan.base,
         "weights_variant": config.weights_variant or plan.variant,
         "base_config": config.base_config or plan.base_config,
+        "family": config.family or plan.family,
     }
     base = find_model(config.model_copy(update=loaded))
-    what = f"a run: LoRA of {len(plan.adapters)} on its base" if plan.adapters else "a run that trained the whole UNet"
+    whole = f"a run that trained the whole {base.family.network_title}"
+    what = f"a run: LoRA of {len(plan.adapters)} on its base" if plan.adapters else whole
     (_, first), *rest = base.lines
     return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest], origin=plan.origin)
 
@@ -104,11 +115,12 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
     model, variant = config.model, config.weights_variant
     lines, problems = [("model", f"{model} ({where})")], []
     index = _read(folder / "model_index.json")
-    family = index.get("_class_name")
-    if index and family not in FAMILIES:
-        problems.append(f"model={model!r} is a {family}, which is not supported: use one of {', '.join(FAMILIES)}")
-    elif index:
-        problems += problems_of(check_unet, f"model={model!r}", family, _read(folder / "unet" / "config.json"))
+    family: ModelFamily = StableDiffusion()
+    try:
+        family = family_of_class(index.get("_class_name"), find_family(config.family), f"model={model!r}")
+        family.check_network(f"model={model!r}", _read(folder / family.network / "config.json"))
+    except UserError as error:
+        problems += [str(error)] if index else []
     parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"]
     configs, here = {}, bool(parts)
     sizes: dict[str, int] = {}
@@ -130,7 +142,8 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
             lack = f"{name}/ has no .safetensors file" if (folder / name).is_dir() else f"the folder has no {name}/"
             problems.append(f"model={model!r} is incomplete: {lack}")
     known = {} if complete else PUBLISHED.get(model, {})
-    return ModelFiles(known | {name: part for name, part in configs.items() if part}, lines, problems, here)
+    configs = known | {name: part for name, part in configs.items() if part}
+    return ModelFiles(configs, lines, problems, here, family=family)
 
 
 def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:
@@ -142,7 +155,7 @@ def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:
         return ModelFiles({}, [line, ("base_config", "not given: diffusers looks it up on the Hub")], here=True)
     base = find_model(config.model_copy(update={"model": config.base_config}))
     found = f"{config.base_config} ({'found' if base.configs else 'not here: looked up on the Hub'})"
-    return ModelFiles(base.configs, [line, ("base_config", found)], here=True)
+    return ModelFiles(base.configs, [line, ("base_config", found)], here=True, family=base.family)
 
 
 def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
@@ -157,13 +170,15 @@ def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
     sizes = _published_sizes(config)
     total = f"missing: {gigabytes(sum(sizes.values()))} will be downloaded{offline}"
     parts = [(name, f"missing, {gigabytes(size)}") for name, size in sizes.items()]
-    return ModelFiles(dict(configs), [("model", f"{model} (Hub id)"), ("files", total), *parts])
+    lines = [("model", f"{model} (Hub id)"), ("files", total), *parts]
+    return ModelFiles(dict(configs), lines, family=family_of_network(configs["unet"]))
 
 
 def _published_sizes(config: DenoisingConfig) -> dict[str, int]:
     """Part -> bytes of the weights that would be downloaded; published files are float32 or, as a variant, fp16."""
-    width = 2 if config.weights_variant == "fp16" else 4
-    return {name: width * count for name, count in parameter_counts(PUBLISHED.get(config.model, {})).items()}
+    width, configs = 2 if config.weights_variant == "fp16" else 4, PUBLISHED.get(config.model, {})
+    counts = parameter_counts(family_of_network(configs.get("unet", {})), configs)
+    return {name: width * count for name, count in counts.items()}
 
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:

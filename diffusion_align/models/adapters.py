@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.inputs import check_path
+from diffusion_align.models.families import family_of
 from diffusion_align.models.lora import (
     ADAPTER,
     adapter_state,
@@ -47,7 +48,7 @@ _KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "
 
 @dataclass(frozen=True)
 class AdapterState:
-    """The UNet's adapter at some time; false without one.
+    """The adapter of the trained network at some time; false without one.
 
     Attributes:
         weights: name -> copy of every weight.
@@ -69,9 +70,14 @@ def adapted_parts(pipeline: Any) -> dict[str, nn.Module]:
     return {name: network for name, network in networks.items() if carries_adapters(network)}
 
 
+def trained_network(pipeline: Any) -> Any:
+    """The network that is trained: the UNet of Stable Diffusion."""
+    return getattr(pipeline, family_of(pipeline).network)
+
+
 def frozen_dtype(pipeline: Any) -> torch.dtype:
-    """The dtype of the UNet's own weights; an adapter's may be wider."""
-    return next(p.dtype for name, p in pipeline.unet.named_parameters() if ".lora_" not in name)
+    """The dtype of the trained network's own weights; an adapter's may be wider."""
+    return next(p.dtype for name, p in trained_network(pipeline).named_parameters() if ".lora_" not in name)
 
 
 def put_on(pipeline: Any, lora: str | Path, model: str) -> None:
@@ -97,26 +103,28 @@ def take_off(pipeline: Any) -> None:
 
 
 def adapter_weights(pipeline: Any) -> AdapterState:
-    """A copy of the UNet's adapter."""
-    if "unet" not in adapted_parts(pipeline):
+    """A copy of the trained network's adapter."""
+    network = trained_network(pipeline)
+    if not carries_adapters(network):
         return AdapterState()
-    named = pipeline.unet.named_parameters()
+    named = network.named_parameters()
     weights = {name: p.detach().clone() for name, p in named if ".lora_" in name}
-    layers = lora_layers(pipeline.unet).items()
+    layers = lora_layers(network).items()
     scales = {name: (layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER]) for name, layer in layers}
-    return AdapterState(weights, scales, pipeline.unet.peft_config[ADAPTER])
+    return AdapterState(weights, scales, network.peft_config[ADAPTER])
 
 
 @torch.no_grad()
 def put_back(pipeline: Any, state: AdapterState) -> None:
-    """Undo what has happened to the UNet's adapter since ``adapter_weights``; without any then, take it off."""
+    """Undo what has happened to the adapter since ``adapter_weights``; without any then, take it off."""
     if not state:
         take_off(pipeline)
         return
-    pipeline.unet.peft_config[ADAPTER] = state.config
-    for name, layer in lora_layers(pipeline.unet).items():
+    network = trained_network(pipeline)
+    network.peft_config[ADAPTER] = state.config
+    for name, layer in lora_layers(network).items():
         layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = state.scales[name]
-    for name, parameter in pipeline.unet.named_parameters():
+    for name, parameter in network.named_parameters():
         if name in state.weights:
             parameter.data = state.weights[name].to(parameter.device)
 
@@ -144,16 +152,17 @@ class PartOfLoRA:
 
 
 def save_lora(pipeline: Any, folder: Path) -> None:
-    """Write the UNet's adapter: ``pytorch_lora_weights.safetensors``, which diffusers' ``load_lora_weights`` reads.
+    """Write the trained network's adapter: ``pytorch_lora_weights.safetensors``, as diffusers' pipelines read it.
 
     Equal adapters give equal bytes. Scales other than 1 are multiplied into the weights, as many readers of this
     layout do not look into the header, which holds the settings.
     """
     # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with names
     # of both kinds load_lora_weights drops the attention layers.
-    layers = {f"unet.{name}": weight for name, weight in adapter_state(pipeline.unet, baked=True).items()}
-    settings = plain_config(pipeline.unet.peft_config[ADAPTER], baked=True)
-    header = json.dumps({f"unet.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True)
+    prefix, network = family_of(pipeline).network, trained_network(pipeline)
+    layers = {f"{prefix}.{name}": weight for name, weight in adapter_state(network, baked=True).items()}
+    settings = plain_config(network.peft_config[ADAPTER], baked=True)
+    header = json.dumps({f"{prefix}.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True)
     make_folder(folder, parents=True)
     write_tensors(folder / LORA_FILE, layers, {"format": "pt", _HEADER: header})
 
@@ -219,6 +228,7 @@ def _parts(
     tensors: dict[str, Tensor], header: Mapping[str, str], file: Path, pipeline: Any
 ) -> tuple[dict[str, PartOfLoRA], list[str]]:
     """The adapters in peft's names, and the tensors that no network of the pipeline is there for."""
+    denoiser = family_of(pipeline).network
     if any(name.startswith(_PEFT_PREFIX) for name in tensors):
         given = file.parent / PEFT_CONFIG
         if not given.is_file():
@@ -227,26 +237,24 @@ def _parts(
         if settings.get("peft_type") != "LORA":
             raise ValueError(f"{PEFT_CONFIG} is of peft_type={settings.get('peft_type')!r}, and only LORA is read")
         weights = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-        return {"unet": PartOfLoRA(_config(settings), weights)}, []
+        return {denoiser: PartOfLoRA(_config(settings), weights)}, []
     # diffusers drops these and applies the rest.
     dropped = [name for name in tensors if "dora_scale" in name]
     if dropped:
         return {}, dropped
-    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
-    state, found = pipeline.lora_state_dict(dict(tensors), **options)
-    alphas: dict[str, float] = found or {}
+    state, alphas = _in_diffusers_names(tensors, pipeline)
     settings = json.loads(header.get(_HEADER, "{}"))
-    networks = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None)]
+    networks = [name for name in (denoiser, "text_encoder", "text_encoder_2") if getattr(pipeline, name, None)]
     if not any(name.startswith(tuple(f"{network}." for network in networks)) for name in state):
         # UNet2DConditionModel.save_lora_adapter writes no prefix.
-        state = {f"unet.{name}": tensor for name, tensor in state.items()}
-        settings = {f"unet.{name}": value for name, value in settings.items()}
+        state = {f"{denoiser}.{name}": tensor for name, tensor in state.items()}
+        settings = {f"{denoiser}.{name}": value for name, value in settings.items()}
     parts = {}
     for network in networks:
         own = _of(network, state)
         if not own:
             continue
-        convert = _unet_names if network == "unet" else _text_encoder_names
+        convert = _denoiser_names if network == denoiser else _text_encoder_names
         renamed = convert(getattr(pipeline, network), own)
         scales = convert(getattr(pipeline, network), {_as_weight(k): v for k, v in _of(network, alphas).items()})
         described = _of(network, settings)
@@ -254,6 +262,15 @@ def _parts(
         parts[network] = PartOfLoRA(config, renamed)
     prefixes = tuple(f"{network}." for network in networks)
     return parts, [name for name in state if not name.startswith(prefixes)]
+
+
+def _in_diffusers_names(tensors: dict[str, Tensor], pipeline: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Tensors with the name of a network before theirs, and the alphas of kohya's files."""
+    if not hasattr(pipeline, "unet"):  # whose files have had names of their own
+        return dict(tensors), {}
+    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
+    state, alphas = pipeline.lora_state_dict(dict(tensors), **options)
+    return state, alphas or {}
 
 
 def _of(network: str, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,7 +287,7 @@ def _layer(name: str) -> str:
     return name.rpartition(".lora_")[0]
 
 
-def _unet_names(network: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
+def _denoiser_names(network: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
     """The names of older diffusers and of kohya's files as peft's."""
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
@@ -278,7 +295,7 @@ def _unet_names(network: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_encoder_names(network: nn.Module, named: dict[str, Any]) -> dict[str, Any]:
-    """As ``_unet_names``; transformers has put the layers of CLIP under text_model, and taken them from there."""
+    """As ``_denoiser_names``; transformers has put the layers of CLIP under text_model, and taken them from there."""
     from diffusers.utils.state_dict_utils import StateDictType, convert_state_dict_to_peft
 
     modules = dict(network.named_modules())

@@ -18,16 +18,14 @@ from safetensors import SafetensorError, safe_open
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.inputs import check_path
+from diffusion_align.models.families import ModelFamily, family_of, family_of_class, give_family
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.training.config import nearest
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
-FAMILIES: dict[str, dict[str, Any]] = {  # class -> arguments for what is not used here
-    "StableDiffusionPipeline": {"safety_checker": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes model_index.json may name
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_DENOISERS = ("unet", "transformer")
+NETWORKS = (*_DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # model.safetensors, model.fp16.safetensors and their shards
 WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
@@ -117,32 +115,18 @@ def _check_variant(model: str, variant: str | None) -> None:
         )
 
 
-def check_unet(subject: str, family: str | None, unet: Mapping[str, Any]) -> None:
-    """UserError about ``subject`` if its UNet, of a pipeline of class ``family``, takes what training does not feed."""
-    fed = {
-        "time_cond_proj_dim": (None,),
-        "class_embed_type": (None,),
-        "num_class_embeds": (None,),
-        "addition_embed_type": (None, "text_time") if family == "StableDiffusionXLPipeline" else (None,),
-        "encoder_hid_dim_type": (None, "text_proj"),
-    }
-    for name, values in fed.items():
-        if unet.get(name) not in values:
-            raise UserError(
-                f"{subject} has a UNet with {name}={unet[name]!r}, an input that training does not feed: use a plain "
-                "Stable Diffusion 1.x, 2 or XL model"
-            )
+def check_folder(model: str, family: ModelFamily | None = None) -> None:
+    """UserError if a folder or an embedded model cannot be trained, as far as its configuration is at hand.
 
-
-def check_folder_unet(model: str) -> None:
-    """``check_unet`` of a folder or an embedded model, as far as its configuration is at hand."""
+    ``family``: the user's own, if one was named.
+    """
     folder = Path(_source(model))
     try:
-        index, unet = (
-            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("model_index.json", "unet/config.json")
-        )
-        check_unet(f"model={model!r}", index.get("_class_name"), unet)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # which loading will say
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        of_model = family_of_class(name, family, f"model={model!r}")
+        config = json.loads((folder / of_model.network / "config.json").read_text(encoding="utf-8"))
+        of_model.check_network(f"model={model!r}", config)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return
 
 
@@ -152,6 +136,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     base_config: str | None = None,
+    family: ModelFamily | None = None,
     to_train: bool = False,
 ) -> Any:
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
@@ -163,7 +148,8 @@ def load_pipeline(
         variant: weight files of a folder or Hub id to choose, e.g. "fp16".
         base_config: of a model in one file, folder or Hub id of a pipeline whose configuration files describe it, the
             scheduler's too; by default diffusers' guess, loaded from the Hub.
-        to_train: refuse a UNet that cannot be trained before its weights are read.
+        family: the user's own, of a class of pipelines that is not shipped.
+        to_train: refuse a network that cannot be trained before its weights are read.
 
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
@@ -172,15 +158,17 @@ def load_pipeline(
     described_by = base_config if is_one_file(model) else _source(model)
     with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
         if is_one_file(model):
-            family, base = _family_of_file(model), None
+            kind, base = _class_of_file(model), None
+            of_file = family_of_class(kind, family, f"model={model!r}")
             if base_config is not None:
                 base = _source(base_config)
-                described = _checked_family(base_config, base, name="base_config")
-                if described != family:
-                    raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {family}")
-            pipeline = _load_single_file(model, dtype=dtype, base_config=base, options=FAMILIES[family])
+                described = _checked_class(base_config, base, family, name="base_config")
+                if described != kind:
+                    raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {kind}")
+            pipeline = _load_single_file(model, dtype=dtype, base_config=base, options=of_file.load_options)
         else:
-            pipeline = _load_folder(model, dtype, variant, to_train=to_train)
+            pipeline = _load_folder(model, dtype, variant, family, to_train=to_train)
+        give_family(pipeline, family)
         _check_loaded(f"model={model!r}", pipeline)
         if pipeline.vae.config.force_upcast:
             _accept_any_dtype(pipeline.vae)
@@ -189,24 +177,27 @@ def load_pipeline(
     return pipeline
 
 
-def _load_folder(model: str, dtype: torch.dtype, variant: str | None, *, to_train: bool) -> Any:
+def _load_folder(
+    model: str, dtype: torch.dtype, variant: str | None, family: ModelFamily | None, *, to_train: bool
+) -> Any:
     """The pipeline of a folder or Hub id, its VAE in float32."""
     import diffusers
 
     source = _source(model)
-    family = _checked_family(model, source, name="model")
+    kind = _checked_class(model, source, family, name="model")
+    of_model = family_of_class(kind, family)
     try:
         if to_train:
-            unet = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")
-            check_unet(f"model={model!r}", family, unet)
+            network = getattr(diffusers, of_model.network_class).load_config(source, subfolder=of_model.network)
+            of_model.check_network(f"model={model!r}", network)
         return load_in_dtype(
-            getattr(diffusers, family).from_pretrained,
+            getattr(diffusers, kind).from_pretrained,
             source,
             # float32 as it is in the file, not as it comes back from half precision
             dtype={"default": dtype, "vae": torch.float32},
             variant=variant,
             use_safetensors=True,
-            **FAMILIES[family],
+            **of_model.load_options,
         )
     except UserError:
         raise
@@ -220,7 +211,7 @@ def _source(model: str) -> str:
     return str(folder) if os.path.isdir(folder) else model
 
 
-def _checked_family(model: str, source: str, *, name: str) -> str:
+def _checked_class(model: str, source: str, family: ModelFamily | None, *, name: str) -> str:
     """The supported pipeline class of a folder or Hub id, all of whose parts are there."""
     from diffusers import DiffusionPipeline
 
@@ -228,11 +219,8 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
         index = DiffusionPipeline.load_config(source)
     except Exception as error:  # of a file that holds something else
         raise UserError(f"{name}={model!r} could not be loaded: {first_line(error)}") from error
-    family = index.get("_class_name") if isinstance(index, dict) else None
-    if family not in FAMILIES:
-        raise UserError(
-            f"{name}={model!r} is a {family}, which is not supported: use one of {', '.join(sorted(FAMILIES))}"
-        )
+    kind: Any = index.get("_class_name") if isinstance(index, dict) else None
+    family_of_class(kind, family, f"{name}={model!r}")
     # transformers makes up an empty tokenizer where there is none.
     parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[:1] and kind[0]]
     foreign = [(part, index[part][0]) for part in parts if index[part][0] not in _LIBRARIES]
@@ -244,7 +232,17 @@ def _checked_family(model: str, source: str, *, name: str) -> str:
     if absent:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
     _check_configurations(f"{name}={model!r}", Path(source))
-    return family
+    return str(kind)
+
+
+def diffusers_scheduler(sampler: str, config: Mapping[str, Any]) -> str | None:
+    """The diffusers class that samples as ``sampler`` does, None if there is none; ``config``: the model's scheduler's.
+
+    With ``timestep_spacing="linspace"`` diffusers' DDIM leaves the list of timesteps, see ``samplers.ddim``.
+    """
+    if sampler == "ddim" and config.get("timestep_spacing") == "linspace":
+        return None
+    return {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}.get(sampler)
 
 
 def _accept_any_dtype(vae: Any) -> None:
@@ -309,13 +307,13 @@ def _check_single_file(model: str, *, has_base_config: bool) -> None:
         )
 
 
-def _family_of_file(model: str) -> str:
+def _class_of_file(model: str) -> str:
     """The diffusers pipeline class of a file that ``_check_single_file`` lets pass."""
     is_xl = _layout(_names(model)) == "Stable Diffusion XL"
     return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
 
 
-def _load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None, options: dict[str, Any]) -> Any:
+def _load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None, options: Mapping[str, Any]) -> Any:
     """The diffusers pipeline in the file ``model``, its VAE in float32; ``options`` are for ``from_single_file``."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -328,7 +326,7 @@ def _load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None
     try:
         part = {"subfolder": "vae"} if base_config else {}
         vae = load_in_dtype(diffusers.AutoencoderKL.from_single_file, file, dtype=torch.float32, **source, **part)
-        kind = getattr(diffusers, _family_of_file(model))
+        kind = getattr(diffusers, _class_of_file(model))
         pipeline = load_in_dtype(kind.from_single_file, file, dtype=dtype, vae=vae, **source, **options)
     except NotImplementedError as error:  # of torch, about a weight that nothing was put into
         raise UserError(f"model={model!r} does not fit {told}: the file lacks weights of it; {advice}") from error
@@ -379,14 +377,14 @@ def _check_configurations(subject: str, folder: Path) -> None:
 
 def _check_loaded(subject: str, pipeline: Any) -> None:
     """The same of a pipeline that is loaded, wherever its configuration comes from; and of its tokenizers."""
-    for part in ("unet", "vae", "scheduler"):
+    for part in (family_of(pipeline).network, "vae", "scheduler"):
         _check(f"{subject}: {part}", part, dict(getattr(pipeline, part).config))
     for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         tokenizer, network = getattr(pipeline, name, None), getattr(pipeline, encoder, None)
         if tokenizer is None or network is None:
             continue
-        length, most = tokenizer.model_max_length, network.config.max_position_embeddings
-        if not isinstance(length, int) or not 1 <= length <= most:
+        length, most = tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None)
+        if most is not None and (not isinstance(length, int) or not 1 <= length <= most):  # T5 has no limit
             raise UserError(
                 f"{subject}: {name}: model_max_length={short(length)} must be a whole number from 1 to the {most} "
                 f"tokens that {encoder} reads"
@@ -403,7 +401,7 @@ def _wrong(part: str, config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in _numbers(config) if part in NETWORKS else ():  # a scheduler may be infinite on purpose
         if abs(value) > MOST or not math.isfinite(value):  # whole numbers may be beyond what a float holds
             yield f"{key}={short(value)} is too large"
-    if part == "unet":
+    if part in _DENOISERS:
         size = config.get("sample_size")
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
         if not all(_is_whole(side, 1, LARGEST_LATENT) for side in sides):

@@ -18,7 +18,8 @@ from diffusion_align import __version__, yaml_text
 from diffusion_align.assets import asset_path
 from diffusion_align.errors import UserError, first_line
 from diffusion_align.models.adapters import LORA_FILE
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, is_one_file
+from diffusion_align.models.families import family_of
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, diffusers_scheduler, is_one_file
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.models.smollm2 import smollm2_folder
@@ -57,7 +58,7 @@ _GIVEN = {
 }
 _LONG_LIST = 12
 _TEXTS = ("prompts", "show_prompts", "dataset", "source")  # lists of these hold texts, whatever they begin with
-_LOADS = ("model", "base_config")  # with what stands there the model is loaded
+_LOADS = ("model", "base_config", "family")  # with what stands there the model is loaded
 _EXAMPLES, _LONG_TEXT = 4, 300
 _BEST = " These are its weights with the highest held-out reward; the figures below are of the whole run."
 Kind = Literal["image", "text", "classifier"]
@@ -78,7 +79,7 @@ class _Words(NamedTuple):
 _WORDS = {
     "image": _Words(
         "text-to-image",
-        "the UNet of",
+        "the {network} of",
         "A text-to-image pipeline made from",
         "images",
         "over all trained steps per image",
@@ -88,6 +89,33 @@ _WORDS = {
     "text": _Words("text-generation", "the language model", "A language model made from"),
     "classifier": _Words("text-classification", "a reward model on", "A reward model made from"),
 }
+
+
+class PipelineFacts(NamedTuple):
+    """What the lines of a card depend on, of a diffusers pipeline.
+
+    Attributes:
+        kind: its class.
+        network: what its trained network is called.
+        loads_lora: whether diffusers loads a LoRA for it.
+        call_options: of its family.
+        scheduler: the configuration of its scheduler.
+    """
+
+    kind: str = "DiffusionPipeline"
+    network: str = "UNet"
+    loads_lora: bool = True
+    call_options: Mapping[str, Any] = {}
+    scheduler: Mapping[str, Any] = {}
+
+
+def facts_of(pipeline: Any) -> PipelineFacts:
+    """Those of a loaded pipeline."""
+    family, loads_lora = family_of(pipeline), hasattr(pipeline, "load_lora_weights")
+    options, scheduler = family.call_options, pipeline.scheduler.config
+    return PipelineFacts(type(pipeline).__name__, family.network_title, loads_lora, options, scheduler)
+
+
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
 # By the name that diffusers 0.36 knows and later ones, before 1.0, still take; what they do not know they ignore.
 _DTYPE = "torch_dtype=torch.float32"
@@ -100,7 +128,7 @@ def model_card(
     weights: Literal["final", "best"] = "final",
     location: str | None = None,
     merged: bool = False,
-    pipeline_class: str = "DiffusionPipeline",
+    pipeline: PipelineFacts | None = None,
 ) -> str:
     """The text of README.md for the result of a run.
 
@@ -112,7 +140,7 @@ def model_card(
         location: where the result is to be loaded from; the run's own folder of these weights if not given. On the
             Hub, say, it is read by others, for whom folders of this machine are called by their names.
         merged: there is a whole model at ``location``; without it, the run's adapter if it trained one.
-        pipeline_class: of diffusers, for the lines that load images.
+        pipeline: of an image model, for the lines that load and sample.
 
     Raises:
         ValueError: ``metrics.jsonl`` or ``evaluation.json`` is damaged.
@@ -137,11 +165,12 @@ def model_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    words = _WORDS[kind]
+    pipeline = pipeline or PipelineFacts()
+    words = _WORDS[kind]._replace(of=_WORDS[kind].of.format(network=pipeline.network))
     figures, reading = _figures(rows, settings, words)
     location = location or str(folder / weights)
     if kind == "image":
-        code = _image_code(below, settings, location, lora, pipeline_class)
+        code = _image_code(below, settings, location, lora, pipeline)
     else:
         code = _text_code(below, settings, location, lora, kind)
     shown = _settings(settings)
@@ -307,14 +336,25 @@ def _epoch_means(rows: Sequence[Row], key: str) -> tuple[list[float], list[float
     return sorted(values), [sum(values[epoch]) / len(values[epoch]) for epoch in sorted(values)]
 
 
-def _image_code(below: ModelRef, settings: Mapping[str, Any], location: str, lora: bool, pipeline_class: str) -> str:
+def _image_code(
+    below: ModelRef,
+    settings: Mapping[str, Any],
+    location: str,
+    lora: bool,
+    pipeline: PipelineFacts,
+) -> str:
     """Lines that sample an image with diffusers as the run's own sampler does."""
     sampler = {"name": "ddim", "steps": 50, "eta": 1.0, "guidance_scale": 5.0} | (settings.get("sampler") or {})
-    scheduler = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}.get(sampler["name"])
+    scheduler = diffusers_scheduler(sampler["name"], pipeline.scheduler)
+    pipeline_class = pipeline.kind
     if lora and is_one_file(below.base) and pipeline_class == "DiffusionPipeline":
         pipeline_class = "StableDiffusionPipeline"  # the general class reads folders only
-    lines = ["import torch", f"from diffusers import {f'{scheduler}, ' if scheduler else ''}{pipeline_class}"]
-    if lora and below.base in EMBEDDED_PIPELINES:
+    own = lora and not pipeline.loads_lora
+    classes = [*([scheduler] if scheduler else []), *([] if own else [pipeline_class])]
+    lines = ["import torch", *([f"from diffusers import {', '.join(classes)}"] if classes else [])]
+    if own:
+        lines.append("from diffusion_align import ImageAlignmentPipeline")
+    elif lora and below.base in EMBEDDED_PIPELINES:
         lines.append("from diffusion_align.assets import asset_path")
     if scheduler is None:
         lines.append("from diffusion_align.diffusion.rollout import scheduler_of")
@@ -322,15 +362,20 @@ def _image_code(below: ModelRef, settings: Mapping[str, Any], location: str, lor
     lines.append("")
     if not lora:
         lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_DTYPE})")
+    elif own:
+        options = {"lora": location} | {k: settings[k] for k in ("family",) if settings.get(k)}
+        given = ", ".join(f"{key}={_quoted(value)}" for key, value in options.items())
+        lines.append(f"aligned = ImageAlignmentPipeline.from_pretrained({_quoted(str(settings['model']))}, {given})")
+        lines.append("pipeline = aligned.pipeline")
     else:
         lines.append(f"pipeline = {_load_base(below, settings, pipeline_class)}")
         for adapter in below.adapters:
             lines.append(_load_lora(str(adapter)))
             lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
         lines.append(_load_lora(location))
-    noise = ""
+    noise = "".join(f", {name}={value!r}" for name, value in pipeline.call_options.items())
     if scheduler is None:
-        noise = ", generator=[torch.Generator().manual_seed(0)]"
+        noise += ", generator=[torch.Generator().manual_seed(0)]"
         lines.append(f"pipeline.scheduler = scheduler_of(SamplerConfig(**{sampler}), pipeline.scheduler)")
     else:
         config = '{"clip_sample": False, **pipeline.scheduler.config}'

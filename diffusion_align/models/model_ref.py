@@ -14,9 +14,10 @@ from typing import Any
 from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.adapters import LORA_FILE
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder_unet, check_pipeline_name
+from diffusion_align.models.families import find_family
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder, check_pipeline_name
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.places import found_from
+from diffusion_align.training.places import absolute_paths, found_from
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ModelRef:
         origin: what it was before anything was trained, by which rewards choose their CLIP.
         run: the run folder, if the model is one; with its ``settings``.
         variant, base_config: with which the base has to be loaded.
+        family: of the run, the user's own family of pipelines, if it has one.
     """
 
     base: str
@@ -41,6 +43,7 @@ class ModelRef:
     settings: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
     base_config: str | None = None
+    family: str | None = None
 
 
 def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
@@ -65,8 +68,10 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
     settings = load_yaml(run / "config.yaml")
     below = settings.get("model")
     named, below = below, found_from(run, below) if isinstance(below, str) else below
+    family = absolute_paths({"family": settings.get("family")}, run)["family"]
     if (final / "model_index.json").is_file():
-        ref = ModelRef(str(final), below=model, origin=str(below or named), run=run, settings=settings)
+        origin = str(below or named)
+        ref = ModelRef(str(final), below=model, origin=origin, run=run, settings=settings, family=family)
         try:
             return replace(ref, origin=image_model_ref(ref.origin, above=(*above, run.resolve())).origin)
         except UserError:  # what it was trained on is not needed any more
@@ -104,20 +109,33 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
         settings=settings,
         variant=settings.get("weights_variant") if own else ref.variant,
         base_config=_found(run, settings.get("base_config")) if own else ref.base_config,
+        family=family,
     )
 
 
-def check_image_model(model: str, *, variant: str | None = None, base_config: str | None = None) -> None:
+def check_image_model(
+    model: str,
+    *,
+    variant: str | None = None,
+    base_config: str | None = None,
+    family: str | None = None,
+    lora_layers: str | None = None,
+) -> None:
     """UserError if ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
 
-    ``variant`` and ``base_config`` are as for ``load_pipeline``; those of a run if not given.
+    Args:
+        model, variant, base_config, family: as in a configuration; those of a run if not given.
+        lora_layers: of the adapter to train, if any.
     """
     ref = image_model_ref(model)
+    chosen = find_family(family or ref.family)
+    if chosen is not None and lora_layers is not None:
+        chosen.adapted_layers(lora_layers)
     variant = ref.variant if variant is None else variant
     base_config = ref.base_config if base_config is None else base_config
     try:
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
-        check_folder_unet(ref.base)
+        check_folder(ref.base, chosen)
     except UserError as error:
         if ref.run is None:
             raise

@@ -64,6 +64,7 @@ Content = Literal[
     "reward",
     "evaluation",
     "sampler",
+    "family",
 ]
 """Settings that name what lies elsewhere and may change there."""
 

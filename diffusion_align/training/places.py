@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_align.assets import embedded_names
 
 _MODELS = ("model", "reference_model", "base_config")
-_CODE = ("method", "callbacks", "reward", "sampler")
+_CODE = ("method", "callbacks", "reward", "sampler", "family")
 _DATA = ("prompts", "dataset", "eval_dataset", "pairs")
 # Options of rewards that name a file or a folder; of others a value with a separator in it does, where it is there.
 _REWARD_PLACES = {"weights", "head", "clip", "model", "base", "encoder", "token_file", "cache"}

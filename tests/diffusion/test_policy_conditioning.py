@@ -13,7 +13,8 @@ from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.errors import UserError
-from diffusion_align.models.image_pipelines import check_unet, load_pipeline
+from diffusion_align.models.families import family_of_class
+from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_ref import check_image_model
 
 MODELS = ["tiny_sd", "tiny_sd2", "tiny_sdxl", "emoji-sd"]
@@ -196,7 +197,7 @@ def test_other_pipelines_and_inpainting_networks_are_refused(tiny_sd, tiny_inpai
     from diffusers import StableDiffusionImg2ImgPipeline
 
     other = StableDiffusionImg2ImgPipeline(**load_pipeline(str(tiny_sd)).components, requires_safety_checker=False)
-    with pytest.raises(UserError, match="StableDiffusionImg2ImgPipeline is not supported"):
+    with pytest.raises(UserError, match="is a StableDiffusionImg2ImgPipeline, which is not supported"):
         DenoisingPolicy(other, lora=None)
     with pytest.raises(UserError, match="inpainting"):
         DenoisingPolicy(load_pipeline(str(tiny_inpainting)), lora=None)
@@ -236,7 +237,7 @@ def test_the_published_families_have_no_input_that_is_not_fed(tiny_sd, tiny_sd2,
         check_image_model(str(folder))
     for model, configs in PUBLISHED.items():
         family = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
-        check_unet(model, family, configs["unet"])
+        family_of_class(family).check_network(model, configs["unet"])
 
 
 def test_an_adapter_that_is_there_is_trained_on_and_another_one_refused(make_policy, model_path):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.doctor import cost_report as costs
 from diffusion_align.doctor import describe as doctor
-from diffusion_align.doctor.memory import UNetCost
+from diffusion_align.doctor.memory import NetworkCost
 from diffusion_align.doctor.model_files import gigabytes
 from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines import text_context
@@ -69,7 +69,9 @@ def report(write):
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is counted or timed, for tests about something else."""
-    monkeypatch.setattr(costs, "unet_cost", lambda unet, *_, **__: UNetCost(unet["sample_size"], 10, 10, 10, 10))
+    monkeypatch.setattr(
+        costs, "network_cost", lambda _, unet, *__, **___: NetworkCost(unet["sample_size"], 10, 10, 10, 10)
+    )
     monkeypatch.setattr(costs, "_time_here", lambda config, model, *_: [("this CPU", "fast")] if model.here else [])
 
 

@@ -10,13 +10,30 @@ from torch import nn
 from torch.nn import functional
 
 from diffusion_align.assets import asset_path
-from diffusion_align.diffusion.families import family_of_network
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
 from diffusion_align.doctor.known_models import SD15, SD21, SDXL
-from diffusion_align.doctor.memory import GpuPass, decoder_cost, parameter_counts, saved_bytes, storage_sizes, unet_cost
+from diffusion_align.doctor.memory import (
+    GpuPass,
+    decoder_cost,
+    network_cost,
+    parameter_counts,
+    saved_bytes,
+    storage_sizes,
+)
+from diffusion_align.models.families import family_of_network
 
 EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text())
 SMALL = {"train_batch": 2, "sample_batch": 2}
+
+
+def unet_cost(config, lora, **options):
+    return network_cost(family_of_network(config), config, lora, **options)
+
+
+def forward(unet, batch, **options):
+    """A pass of a UNet."""
+    family = family_of_network(unet.config)
+    return family.predict(unet, *family.zeros(unet.config, batch, **options))
 
 
 def unet_on(device, config, lora=None):
@@ -40,7 +57,7 @@ def unet_on(device, config, lora=None):
     ids=["sd15", "sd21", "sdxl"],
 )
 def test_published_numbers_of_parameters(configs, millions):
-    counts = parameter_counts(configs)
+    counts = parameter_counts(family_of_network(configs["unet"]), configs)
     assert {name: round(count / 1e6, 2) for name, count in counts.items()} == millions
 
 
@@ -50,7 +67,7 @@ def test_stable_diffusion_15():
 
     cost = unet_cost(SD15["unet"], LoRAConfig(rank=16), **SMALL)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        unet_on("meta", SD15["unet"])(**family_of_network(SD15["unet"]).zero_inputs(SD15["unet"], 1, device="meta"))
+        forward(unet_on("meta", SD15["unet"]), 1, device="meta")
     assert cost.flops == counter.get_total_flops()
     products = (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution)
     outside = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in products)
@@ -90,9 +107,9 @@ def test_what_is_kept_in_closed_form():
     """Frozen, trained, frozen: the trained layer's input, and where it is narrowed the last layer's weight."""
     network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)).to("meta").requires_grad_(False)
     network[1].requires_grad_(True)
-    inputs = {"input": torch.zeros(3, 4, device="meta")}
-    assert saved_bytes(network, inputs) == 4 * 3 * 8
-    assert saved_bytes(network, inputs, autocast=torch.bfloat16) == 2 * (3 * 8 + 2 * 8)
+    x = torch.zeros(3, 4, device="meta")
+    assert saved_bytes(network, lambda: network(x)) == 4 * 3 * 8
+    assert saved_bytes(network, lambda: network(x), autocast=torch.bfloat16) == 2 * (3 * 8 + 2 * 8)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +130,9 @@ def test_what_real_tensors_keep_for_the_backward_pass(lora, attention):
     real, counted = networks
     sizes = {}
     with torch.autograd.graph.saved_tensors_hooks(storage_sizes(real, sizes), lambda tensor: tensor):
-        output = real(**family_of_network(EMOJI).zero_inputs(EMOJI, 3, tokens=24))
+        output = forward(real, 3, tokens=24)
     del output
-    found = saved_bytes(counted, family_of_network(EMOJI).zero_inputs(EMOJI, 3, tokens=24, device="meta"))
+    found = saved_bytes(counted, lambda: forward(counted, 3, tokens=24, device="meta"))
     assert found == pytest.approx(sum(sizes.values()), rel=1e-3)
     if attention == "fused":
         cost = unet_cost(EMOJI, lora, train_batch=3, sample_batch=3, tokens=24)
@@ -136,9 +153,8 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else dtype)
-    counted = saved_bytes(
-        network, family_of_network(EMOJI).zero_inputs(EMOJI, 3, device="meta", dtype=dtype), autocast=torch.bfloat16
-    )
+    given = {"device": "meta", "dtype": dtype}
+    counted = saved_bytes(network, lambda: forward(network, 3, **given), autocast=torch.bfloat16)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
     sizes = {}
     with FakeTensorMode():
@@ -148,12 +164,14 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
         }
         own = nn.ParameterList()
         own.parameters = lambda: weights.values()
-        inputs = family_of_network(EMOJI).zero_inputs(EMOJI, 3, device="cuda", dtype=dtype)
+        family = family_of_network(EMOJI)
+        x_t, timestep, conditioning = family.zeros(EMOJI, 3, device="cuda", dtype=dtype)
+        inputs = family.inputs(timestep, conditioning, dtype)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
             with torch.autograd.graph.saved_tensors_hooks(storage_sizes(own, sizes), lambda tensor: tensor):
-                output = torch.func.functional_call(network, weights, (), inputs)
+                output = torch.func.functional_call(network, weights, (x_t,), inputs)
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()

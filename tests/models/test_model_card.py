@@ -15,7 +15,7 @@ from diffusion_align.diffusion.rollout import TableScheduler
 from diffusion_align.errors import ConfigError
 from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.language_models import load_sequence_classifier
-from diffusion_align.models.model_card import LARGEST_ETA, model_card, write_model_card
+from diffusion_align.models.model_card import LARGEST_ETA, PipelineFacts, facts_of, model_card, write_model_card
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.report import write_report
 
@@ -220,7 +220,7 @@ ONE_FILE = {"model": "x.safetensors", "base_config": "a/b"}
         ({}, {}, f'DiffusionPipeline.from_pretrained("owner/sd"{FULL}'),
         ({"weights_variant": "fp16"}, {}, f'DiffusionPipeline.from_pretrained("owner/sd", variant="fp16"{FULL}'),
         ({"model": "x.safetensors"}, {}, f'{FILE}("x.safetensors"{FULL}'),
-        (ONE_FILE, {"pipeline_class": "Own"}, f'Own.from_single_file("x.safetensors", config="a/b"{FULL}'),
+        (ONE_FILE, {"pipeline": PipelineFacts("Own")}, f'Own.from_single_file("x.safetensors", config="a/b"{FULL}'),
         ({}, {"location": "me/red", "merged": True}, f'DiffusionPipeline.from_pretrained("me/red"{FULL}'),
         ({}, {"location": "me/red"}, f'load_lora_weights("me/red", weight_name="{LORA_FILE}")'),
         ({"sampler": {"name": "ddpm", "steps": 4}}, {}, "DDPMScheduler.from_config"),
@@ -304,7 +304,7 @@ def test_the_lines_of_a_real_card_draw_the_runs_picture(runs, name):
     pipe = runs[name]
     folder = pipe.run
     text = (folder / "final" / "README.md").read_text()
-    assert text == model_card(folder, pipeline_class=type(pipe.pipeline).__name__)
+    assert text == model_card(folder, pipeline=facts_of(pipe.pipeline))
     assert (folder / "final" / "before_after.png").read_bytes() == (
         folder / "samples" / "before_after.png"
     ).read_bytes()

@@ -4,9 +4,9 @@ import pytest
 import torch
 import yaml
 
-from diffusion_align.diffusion.families import family_of
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig, peft_config
 from diffusion_align.errors import UserError
+from diffusion_align.models.families import family_of
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora import adapter_layers, add_lora
 from diffusion_align.models.model_ref import check_image_model, image_model_ref

@@ -43,7 +43,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(ImageAlignmentPipeline, "from_pretrained", from_pretrained)
     monkeypatch.setattr(ImageAlignmentPipeline, "__call__", call)
-    monkeypatch.setattr("diffusion_align.pipelines.compare.check_image_model", lambda model: None)
+    monkeypatch.setattr("diffusion_align.pipelines.compare.check_image_model", lambda model, **_: None)
     return made
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from diffusion_align.diffusion.families.stable_diffusion import Conditioning, StableDiffusion
+from diffusion_align.models.families.contract import Conditioning
+from diffusion_align.models.families.stable_diffusion import StableDiffusion
 
 
 class StableDiffusionXL(StableDiffusion):
+    pipelines: ClassVar[Sequence[str]] = ("StableDiffusionXLPipeline",)
+    load_options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
+    fed: ClassVar[Mapping[str, Sequence[str | None]]] = {
+        **StableDiffusion.fed,
+        "addition_embed_type": (None, "text_time"),
+    }
+
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         device = pipeline.text_encoder_2.device
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
@@ -20,13 +29,11 @@ class StableDiffusionXL(StableDiffusion):
         size = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=embeds.dtype, device=device)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size.expand(len(prompts), -1)}
 
-    def inputs(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
+    def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
-        return super().inputs(conditioning, dtype) | {"added_cond_kwargs": added}
+        return super().inputs(timestep, conditioning, dtype) | {"added_cond_kwargs": added}
 
-    def zero_inputs(self, config: Mapping[str, Any], batch: int, *, tokens: int = 77, **kind: Any) -> dict[str, Any]:
-        plain = super().zero_inputs(config, batch, tokens=tokens, **kind)
+    def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        shapes = {"text_embeds": pooled, "time_ids": 6}
-        added = {name: torch.zeros(batch, size, **kind) for name, size in shapes.items()}
-        return plain | {"added_cond_kwargs": added}
+        added = {"text_embeds": torch.zeros(batch, pooled, **kind), "time_ids": torch.zeros(batch, 6, **kind)}
+        return super().zero_conditioning(config, batch, tokens, **kind) | added

@@ -1,0 +1,104 @@
+"""Families of diffusers pipelines: what sets one apart, in one short file each.
+
+``ModelFamily`` is the contract. A family of the user's is named where a model is: ``file.py:Class``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_align.errors import UserError, short
+from diffusion_align.models.families.contract import ATTENTION, Conditioning, ModelFamily
+from diffusion_align.models.families.sdxl import StableDiffusionXL
+from diffusion_align.models.families.stable_diffusion import StableDiffusion
+from diffusion_align.references import reference_to, resolve
+
+__all__ = [
+    "ATTENTION",
+    "SHIPPED",
+    "Conditioning",
+    "ModelFamily",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "family_name",
+    "family_of",
+    "family_of_class",
+    "family_of_network",
+    "find_family",
+    "give_family",
+]
+
+SHIPPED: dict[str, ModelFamily] = {
+    name: family for family in (StableDiffusion(), StableDiffusionXL()) for name in family.pipelines
+}
+"""Class of pipeline -> its family."""
+_ATTRIBUTE = "model_family"
+"""Of a diffusers pipeline: the family that the user named for it."""
+_GIVEN_BY_EVERY_FAMILY = ("pipelines", "network_class")
+
+
+def find_family(family: str | type[ModelFamily] | None) -> ModelFamily | None:
+    """The family that the setting ``family`` names, ``path/to/file.py:Class`` or ``package.module:Class``, if any.
+
+    Raises:
+        UserError: it cannot be found, or is no whole family.
+    """
+    if family is None:
+        return None
+    found, subject = resolve(family, "family", noun="Class"), f"family={family_name(family)!r}"
+    if not isinstance(found, type) or not issubclass(found, ModelFamily):
+        raise UserError(f"{subject} is not a model family: write a subclass of ModelFamily")
+    missing = [*found.__abstractmethods__, *(name for name in _GIVEN_BY_EVERY_FAMILY if not hasattr(found, name))]
+    if missing:
+        raise UserError(f"{subject} lacks {', '.join(sorted(missing))}: a model family must define them")
+    if isinstance(found.pipelines, str) or not all(isinstance(name, str) for name in found.pipelines):
+        raise UserError(f"{subject} has pipelines={short(found.pipelines)}: give a tuple of names of diffusers classes")
+    return found()
+
+
+def family_name(family: str | type[ModelFamily] | None) -> str | None:
+    """What stands in ``config.yaml`` for a family that may be given as a class."""
+    return reference_to(family) if isinstance(family, type) else family
+
+
+def family_of_class(name: Any, chosen: ModelFamily | None = None, subject: str = "the pipeline") -> ModelFamily:
+    """The family of the pipelines of a class of diffusers.
+
+    Args:
+        name: of the class.
+        chosen: by the user.
+        subject: how the sentence about a class that is not supported begins.
+
+    Raises:
+        UserError: the class is not supported, or is not of the chosen family.
+    """
+    if chosen is not None and name not in chosen.pipelines:
+        raise UserError(
+            f"{subject} is a {name}, and family={type(chosen).__name__} is for {', '.join(chosen.pipelines)}: name "
+            "another model or family"
+        )
+    if chosen is None and name not in SHIPPED:
+        raise UserError(
+            f"{subject} is a {name}, which is not supported: use one of {', '.join(SHIPPED)}, or set family to a class "
+            "of your own (docs/extending.md)"
+        )
+    return chosen or SHIPPED[name]
+
+
+def family_of(pipeline: Any) -> ModelFamily:
+    """The family of a diffusers pipeline; UserError as of ``family_of_class``."""
+    return family_of_class(type(pipeline).__name__, getattr(pipeline, _ATTRIBUTE, None))
+
+
+def give_family(pipeline: Any, chosen: ModelFamily | None) -> None:
+    """Let ``pipeline`` be of the family that the user has chosen, if any; UserError as of ``family_of_class``."""
+    family_of_class(type(pipeline).__name__, chosen)
+    if chosen is not None:
+        setattr(pipeline, _ATTRIBUTE, chosen)
+
+
+def family_of_network(config: Mapping[str, Any]) -> ModelFamily:
+    """The shipped family whose network has a configuration, where no pipeline is at hand."""
+    is_xl = config.get("addition_embed_type") == "text_time"
+    return SHIPPED["StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"]

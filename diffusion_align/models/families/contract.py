@@ -1,0 +1,146 @@
+"""What training needs to know of a family of text-to-image pipelines; docs/extending.md writes one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusion_align.errors import UserError
+
+Conditioning = dict[str, Tensor]
+"""What the network is told of the prompts, name -> (B, ...)."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of an attention layer of diffusers."""
+
+
+class ModelFamily(ABC):
+    """What sets the pipelines of one architecture apart from others: a class without state.
+
+    A pipeline is diffusers' own: its network denoises latents (B, C, H, W), its ``vae`` is an ``AutoencoderKL``, and
+    its scheduler is of the DDPM kind, with a beta schedule and epsilon, v or x_0 predicted; flow matching is refused
+    when a run starts. Rollout, replay, guidance, LoRA, the reference and every method are the same for all families.
+
+    ``pipelines``, ``network_class``, ``encode``, ``inputs`` and ``zero_conditioning`` must be given; the rest has
+    defaults.
+    """
+
+    pipelines: ClassVar[Sequence[str]]
+    """Names of the diffusers classes that are of this family."""
+    network: ClassVar[str] = "unet"
+    """The part of the pipeline that is trained: "unet" or "transformer"."""
+    network_title: ClassVar[str] = "UNet"
+    """What messages call it."""
+    network_class: ClassVar[str]
+    """Name of its class in diffusers; ``doctor`` counts what such a network costs."""
+    load_options: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of the pipeline's ``from_pretrained``."""
+    call_options: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of the pipeline's own call, by which ``ImageAlignmentPipeline`` samples."""
+    lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ATTENTION}
+    """``lora.layers`` ("attention", "attention+convolutions") -> endings of the names of the layers it adapts."""
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
+        """What ``inputs`` takes for B prompts, (B, ...) each, on the pipeline's device.
+
+        An entry has the same shape for every prompt (padded to a fixed length), so that prompts can be batched.
+
+        Args:
+            pipeline: with text encoders.
+            prompts: texts; the empty one is what guidance leads away from.
+            image_size: (height, width) in pixels.
+        """
+
+    @abstractmethod
+    def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments of the network's forward pass, beside the latents, which come first.
+
+        Args:
+            timestep: (B,) int64.
+            conditioning: of B samples.
+            dtype: of the network.
+        """
+
+    @abstractmethod
+    def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
+        """Conditioning of the shapes that ``encode`` gives, all 0, for a network of which only ``config`` is known.
+
+        Args:
+            config: of the network.
+            batch: samples.
+            tokens: of a prompt.
+            **kind: device and dtype, as ``torch.zeros`` takes them.
+        """
+
+    def predict(self, network: Any, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (B, C, H, W) for ``x_t`` in its dtype, ``timestep`` (B,)."""
+        output: Tensor = network(x_t, **self.inputs(timestep, conditioning, network.dtype), return_dict=False)[0]
+        return output
+
+    def zeros(
+        self, config: Mapping[str, Any], batch: int, *, tokens: int = 77, **kind: Any
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """``x_t``, ``timestep`` and conditioning of ``batch`` samples, all 0; see ``zero_conditioning``."""
+        latents = torch.zeros(batch, *self.latent_shape(config), **kind)
+        timestep = torch.zeros(batch, **kind | {"dtype": torch.int64})
+        return latents, timestep, self.zero_conditioning(config, batch, tokens, **kind)
+
+    def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """(C, H, W) of one latent at the resolution of the network's configuration."""
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return config["in_channels"], height, width
+
+    def prompt_tokens(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Tokens of an encoded prompt; ``configs``: part of the pipeline -> its configuration."""
+        tokens: int = configs.get("text_encoder", {}).get("max_position_embeddings", 77)
+        return tokens
+
+    def check(self, pipeline: Any) -> None:
+        """Raise a UserError if this pipeline cannot be trained."""
+        self.check_network("the model", getattr(pipeline, self.network).config)
+
+    def check_network(  # noqa: B027, there is nothing wrong by default
+        self, subject: str, config: Mapping[str, Any]
+    ) -> None:
+        """Raise a UserError about ``subject`` if a network of configuration ``config`` cannot be trained."""
+
+    def adapted_layers(self, name: str) -> list[str]:
+        """The ``lora_layers`` of a name; UserError if it has none of that name."""
+        if name not in self.lora_layers:
+            raise UserError(
+                f"lora.layers={name!r} is not of this model, a {self.network_title}: use {', '.join(self.lora_layers)}"
+            )
+        return list(self.lora_layers[name])
+
+    def use_eager_attention(self, network: Any) -> None:
+        """On a CPU its backward pass is faster than fused attention's."""
+        from diffusers.models.attention_processor import AttnProcessor
+
+        network.set_attn_processor(AttnProcessor())
+
+    def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), most of whose values are in [-1, 1], from x_0 latents (B, C, H, W)."""
+        shift, scale = self._vae_shift_and_scale(pipeline, latents)
+        images: Tensor = pipeline.vae.decode((latents * scale + shift).to(pipeline.vae.dtype), return_dict=False)[0]
+        return images
+
+    def encode_images(self, pipeline: Any, images: Tensor) -> Tensor:
+        """x_0 latents (B, C, H, W), float32, of images (B, 3, H, W) in [-1, 1]: the mode of the VAE's posterior."""
+        raw = pipeline.vae.encode(images).latent_dist.mode().float()
+        shift, scale = self._vae_shift_and_scale(pipeline, raw)
+        latents: Tensor = (raw - shift) / scale
+        return latents
+
+    def _vae_shift_and_scale(self, pipeline: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """What turns the network's latents into the VAE's: ``latents * scale + shift``."""
+        config = pipeline.vae.config
+        shift, scale = like.new_zeros(()), like.new_tensor(1 / config.scaling_factor)
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            shift, std = (like.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            scale = scale * std
+        return shift + (getattr(config, "shift_factor", None) or 0.0), scale
