@@ -22,7 +22,8 @@ from PIL import Image, ImageCms, ImageOps
 # what a file is called, or begins with, must not choose among those.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 178_956_970  # where PIL itself takes an image for a decompression bomb
-_UNTOLD = 0x4000  # of 0x10000; below it, the brightest value of 16 bits is likelier the white of 10, 12 or 14 bits
+# Of 0x10000: if the brightest value of 16 bits is lower, it is more likely the white of 10, 12 or 14 bits.
+_AMBIGUOUS_DEPTH = 0x4000
 
 
 class UnreadableImage(ValueError):
@@ -149,7 +150,7 @@ def _from_16_bits(image: Image.Image, bits: tuple[int, int]) -> Image.Image:
 
 def _check_range(highest: int, *, at_zero: bool = True) -> None:
     """Refuse 16-bit values of which the highest is such that they are likelier of 8, 10, 12 or 14 bits."""
-    if highest < _UNTOLD and not (highest == 0 and at_zero):
+    if highest < _AMBIGUOUS_DEPTH and not (highest == 0 and at_zero):
         raise UnreadableImage(
             "has 16 bits a channel and uses less than a quarter of their range, which does not say what is white: "
             "save it with 8 bits a channel"

@@ -58,7 +58,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that readers, and a kill, find the old content or the new, never a part."""
-    with new_file(path) as aside, aside.open("wb") as file:
+    with new_file(path) as temporary, temporary.open("wb") as file:
         file.write(data)
 
 
@@ -97,16 +97,16 @@ def new_file(path: str | Path) -> Iterator[Path]:
             yield path
         return
     named, path = path, Path(os.path.realpath(path))
-    aside = _aside(path)
+    temporary = _temporary(path)
     with writing(named):
         try:
-            yield aside
-            _share(aside)
-            _sync(aside)
-            _take_place(aside, path)
+            yield temporary
+            _share(temporary)
+            _sync(temporary)
+            _take_place(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise
 
 
@@ -117,26 +117,26 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Other files of a folder that exists stay. The folder that ``path`` is in must exist.
     """
     path = Path(path)
-    aside = _aside(path / "new" if path.is_dir() else path)  # inside: beside it may be another disk
+    temporary = _temporary(path / "new" if path.is_dir() else path)  # inside: beside it may be another disk
     with writing(path):
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            yield aside
-            files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
             for file in files:
                 _share(file)
                 _sync(file)
             if not path.is_dir():
-                rename(aside, path)
+                rename(temporary, path)
                 return
             for file in files:
-                target = path / file.relative_to(aside)
+                target = path / file.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 rename(file, target)
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
@@ -201,7 +201,7 @@ def _take_place(source: Path, target: Path) -> None:
         source.unlink()
 
 
-def _aside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     # A name may have 255 bytes; several threads may write one path.
     return path.with_name(f".{path.name[:40]}.{os.getpid()}-{next(_count)}.tmp")
 

@@ -42,7 +42,7 @@ class Comparison:
         independent_pairs: what ``pairs`` are worth: all of them where no prompt occurs twice, else ``effective_pairs``.
         mean_difference: of the scores, B - A.
         standard_error: of ``mean_difference``, clustered by prompt; nan for a single prompt.
-        picture: of image models, the first 24 pairs side by side, which notebooks show.
+        image: of image models, the first 24 pairs side by side, which notebooks show.
         texts: of language models, every pair: ``prompt``, ``a``, ``b``, ``score_a``, ``score_b``.
     """
 
@@ -55,8 +55,13 @@ class Comparison:
     independent_pairs: float
     mean_difference: float
     standard_error: float
-    picture: Image.Image | None = field(default=None, compare=False, repr=False)
+    image: Image.Image | None = field(default=None, compare=False, repr=False)
     texts: Sequence[Mapping[str, Any]] = field(default=(), compare=False, repr=False)
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The former name of ``image``."""
+        return self.image
 
     def __str__(self) -> str:
         """One sentence with every number."""
@@ -71,12 +76,12 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         text = f"<p>{html.escape(str(self))}</p>"
-        if self.picture is None:
+        if self.image is None:
             cells = [[text_of(row["prompt"]), row["a"], row["b"]] for row in self.texts[:_SHOWN]]
             body = ["".join(f"<td>{html.escape(one)}</td>" for one in row) for row in cells]
             head = "<tr><th>prompt</th><th>A</th><th>B</th></tr>"
             return text + f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in body)}</table>"
-        data = base64.b64encode(png_bytes(self.picture)).decode()
+        data = base64.b64encode(png_bytes(self.image)).decode()
         return f'{text}<img alt="pairs of images, A above B" src="data:image/png;base64,{data}">'
 
 
@@ -135,9 +140,9 @@ def compare_models(
     scores, shown = _sampled(len(texts), sample, on_samples)
     above, below = (s[:_SHOWN].tolist() for s in scores)
     captions = texts[:_SHOWN]
-    picture = before_after(*shown, captions=captions, rewards_before=above, rewards_after=below, labels=("A", "B"))
-    result = replace(_summary(*scores, texts), picture=picture)
-    _write(result, output, lambda path: save_png(picture, path))
+    grid = before_after(*shown, captions=captions, rewards_before=above, rewards_after=below, labels=("A", "B"))
+    result = replace(_summary(*scores, texts), image=grid)
+    _write(result, output, lambda path: save_png(grid, path))
     return result
 
 

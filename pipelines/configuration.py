@@ -152,7 +152,7 @@ def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str
             result[key] = in_python(value)
             try:
                 rows = section.model_validate(result[key])
-                rows.open_ahead(key, name if name in section.layouts else dataset_kind)
+                rows.open_ahead(key, name if name in section.column_schemas else dataset_kind)
                 result[key] = rows.model_copy(update={"source": absolute_paths({key: rows.source})[key]})
             except ValidationError:
                 pass  # reported where the whole configuration is read

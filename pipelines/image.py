@@ -43,7 +43,7 @@ from diffusion_align.writing import make_folder, new_folder, output_folder
 if TYPE_CHECKING:
     from diffusion_align.pipelines.compare import Comparison
 
-Picture = Image.Image | Tensor | np.ndarray
+ImageLike = Image.Image | Tensor | np.ndarray
 CALLING = {"prompt": "prompts", "num_inference_steps": "steps", "cfg_scale": "guidance_scale"}
 NOT_CALLED = {
     "negative_prompt": "the empty prompt guides",
@@ -62,7 +62,7 @@ NOT_LOADED_HERE = NOT_LOADED | {
 
 
 @dataclass(frozen=True)
-class DrawnImages:
+class SampledImages:
     """What a call returns, as diffusers' pipelines do; notebooks show it as a grid.
 
     Attributes:
@@ -105,6 +105,9 @@ class DrawnImages:
 
     def _repr_png_(self) -> bytes | None:
         return png_bytes(self.grid()) if self.images else None
+
+
+DrawnImages = SampledImages  # the former name
 
 
 class ImageAlignmentPipeline(AlignmentPipeline):
@@ -180,27 +183,27 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             UserError: the model or the LoRA cannot be loaded.
         """
         check_device(device, f"device={str(device)!r}")
-        plan = image_model_ref(str(model))
-        variant = plan.variant if variant is None else variant
-        base_config = plan.base_config if base_config is None else base_config
-        family = plan.family if family is None else family
+        ref = image_model_ref(str(model))
+        variant = ref.variant if variant is None else variant
+        base_config = ref.base_config if base_config is None else base_config
+        family = ref.family if family is None else family
         options: Any = {"variant": variant, "base_config": base_config, "family": find_family(family)}
-        pipeline = load_pipeline(plan.base, dtype=dtype, **options)
-        stack = [*plan.adapters, *([lora] if lora is not None else [])]
+        pipeline = load_pipeline(ref.base, dtype=dtype, **options)
+        stack = [*ref.adapters, *([lora] if lora is not None else [])]
         for i, adapter in enumerate(stack):
-            adapters.put_on(pipeline, adapter, plan.base)
+            adapters.load_lora(pipeline, adapter, ref.base)
             if i < len(stack) - 1:
                 adapters.merge_adapters(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device or default_device())
-        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if plan.base == "emoji-sd" else None
-        if plan.run is not None:
-            sampler = SamplerConfig(**(plan.settings.get("sampler") or {}))
-        pipe = cls(pipeline, model=plan.base, sampler=sampler)
-        pipe.origin = plan.origin
-        pipe.run = plan.run if lora is None else None
+        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if ref.base == "emoji-sd" else None
+        if ref.run is not None:
+            sampler = SamplerConfig(**(ref.settings.get("sampler") or {}))
+        pipe = cls(pipeline, model=ref.base, sampler=sampler)
+        pipe.origin = ref.origin
+        pipe.run = ref.run if lora is None else None
         pipe._called = str(model)
-        pipe._below = plan.below if lora is None else str(model)
+        pipe._below = ref.below if lora is None else str(model)
         pipe._variant, pipe._base_config, pipe._family = variant, base_config, family_name(family)
         return pipe
 
@@ -304,7 +307,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         except BaseException:
             setattr(self.pipeline, part, network.to(self.pipeline.device))
             self._below = was_below
-            adapters.put_back(self.pipeline, weights)
+            adapters.restore_lora(self.pipeline, weights)
             raise
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
@@ -321,7 +324,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         guidance_scale: float | None = None,
         eta: float | None = None,
         batch_size: int = 8,
-    ) -> DrawnImages:
+    ) -> SampledImages:
         """Sample one image per prompt by diffusers' own call.
 
         Args:
@@ -365,7 +368,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                     ).images
         finally:
             self.pipeline.scheduler = original
-        return DrawnImages(images, texts)
+        return SampledImages(images, texts)
 
     def compare(
         self,
@@ -409,7 +412,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
     def score(
         self,
-        images: Sequence[Picture] | Tensor,
+        images: Sequence[ImageLike] | Tensor,
         prompts: Sequence[str],
         reward: Any,
         *,
@@ -452,12 +455,12 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         if family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
-        with new_folder(output_folder(folder)) as aside:
-            adapters.save_lora(self.pipeline, aside)
+        with new_folder(output_folder(folder)) as temporary:
+            adapters.save_lora(self.pipeline, temporary)
 
     def _save_merged(self, folder: Path) -> None:
-        with adapters.merged(self.pipeline), new_folder(folder) as aside:
-            self.pipeline.save_pretrained(str(aside))
+        with adapters.merged(self.pipeline), new_folder(folder) as temporary:
+            self.pipeline.save_pretrained(str(temporary))
 
     def _save_adapter(self, folder: Path) -> None:
         if family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
@@ -499,7 +502,7 @@ def png_bytes(image: Image.Image) -> bytes:
 
 def score_images(
     reward: Any,
-    images: Sequence[Picture] | Tensor,
+    images: Sequence[ImageLike] | Tensor,
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
     *,
@@ -525,15 +528,15 @@ def score_images(
     if not len(images) == len(prompts) == len(notes):
         also = "" if metadata is None else f" and {len(notes)} metadata"
         raise UserError(f"{len(images)} images, {len(prompts)} prompts{also}: give lists of one length")
-    pictures = [as_picture(image, i) for i, image in enumerate(images)]
+    tensors = [as_image_tensor(image, i) for i, image in enumerate(images)]
     if not callable(reward):
-        model = model_for_images((x.shape[-1], x.shape[-2]) for x in pictures) if model is None else model
+        model = model_for_images((x.shape[-1], x.shape[-2]) for x in tensors) if model is None else model
         reward = build_reward(reward, model=model, device=default_device())
-    scores = [call_reward(reward, x[None], [text], [dict(n)]) for x, text, n in zip(pictures, prompts, notes)]
+    scores = [call_reward(reward, x[None], [text], [dict(n)]) for x, text, n in zip(tensors, prompts, notes)]
     return torch.cat(scores) if scores else torch.empty(0)
 
 
-def as_picture(image: Picture, index: int = 0) -> Tensor:
+def as_image_tensor(image: ImageLike, index: int = 0) -> Tensor:
     """Float (3, H, W) in [0, 1] of an image; a PIL image as ``diffusion_align.images`` has it from a file.
 
     Args:
@@ -557,7 +560,7 @@ def as_picture(image: Picture, index: int = 0) -> Tensor:
                 f"{subject} is an array of {image.dtype} {image.shape}: give uint8 (H, W, 3) or float tensors (3, H, W)"
             )
         plain = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
-        return as_picture(Image.fromarray(np.ascontiguousarray(plain)), index)
+        return as_image_tensor(Image.fromarray(np.ascontiguousarray(plain)), index)
     if not isinstance(image, Tensor):
         raise UserError(f"{subject} is a {type(image).__name__}: give PIL images, float tensors or uint8 arrays")
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():

@@ -23,7 +23,7 @@ from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.image.clip import default_clip, load_clip
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
-from diffusion_align.training.launch import agreed, best_seconds, processes, start
+from diffusion_align.training.launch import agreed, processes, start, time_forward
 from diffusion_align.training.progress import progress_bars
 
 
@@ -39,12 +39,12 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     given, judged = setting["pairs"], config.evaluation
     pairs = None if given is None else agreed(lambda: _usable_pairs(given))
     prompts = _prompts(setting["prompts"])
-    asked = [] if judged is None else _prompts(judged.prompts)
-    plan = image_model_ref(config.model)
-    config = config.model_copy(update={"family": config.family or plan.family})
+    held_out_prompts = [] if judged is None else _prompts(judged.prompts)
+    ref = image_model_ref(config.model)
+    config = config.model_copy(update={"family": config.family or ref.family})
     if pipeline is None:
-        pipeline = _load(config, plan)
-    config, accelerator = start(config, lambda narrow: _seconds_a_pass(pipeline, narrow))
+        pipeline = _load(config, ref)
+    config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(pipeline, use_bf16))
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
@@ -53,7 +53,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         autocast=accelerator.autocast,
     )
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
-    identity: Identity = {"model": image_model_content(plan, config.base_config)}
+    identity: Identity = {"model": image_model_content(ref, config.base_config)}
     if config.family is not None:
         check_family(policy, config.family)
         identity["family"] = family_content(config.family)
@@ -64,10 +64,10 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     reward = evaluation = None
     if (spec := setting["reward"]) is not None:
         weights = setting["reward_weights"]
-        making = partial(_checked_reward, spec, plan.origin, policy, known, weights=weights)
+        making = partial(_checked_reward, spec, ref.origin, policy, known, weights=weights)
         reward, identity["reward"] = built(spec, making)
     if judged is not None:
-        making = partial(_evaluation, judged, plan.origin, policy, asked or known)
+        making = partial(_evaluation, judged, ref.origin, policy, held_out_prompts or known)
         evaluation, content = built(judged.reward, making)
         identity["evaluation"] = [rows_content(judged.prompts or setting["prompts"], evaluation.prompts), *content]
     if ":" in config.sampler.name:
@@ -83,27 +83,27 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     )
 
 
-def _load(config: DenoisingConfig, plan: ModelRef) -> Any:
+def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
     pipeline = load_pipeline(
-        plan.base,
+        ref.base,
         dtype=getattr(torch, config.dtype),
-        variant=config.weights_variant or plan.variant,
-        base_config=config.base_config or plan.base_config,
+        variant=config.weights_variant or ref.variant,
+        base_config=config.base_config or ref.base_config,
         family=find_family(config.family),
         to_train=True,
     )
-    for adapter in plan.adapters:
-        adapters.put_on(pipeline, adapter, plan.base)
+    for adapter in ref.adapters:
+        adapters.load_lora(pipeline, adapter, ref.base)
         adapters.merge_adapters(pipeline)
     return pipeline
 
 
-def _seconds_a_pass(pipeline: Any, narrow: bool) -> float:
+def _seconds_per_pass(pipeline: Any, use_bf16: bool) -> float:
     """Seconds of a forward pass of two samples."""
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
     inputs = family.zeros(network.config, 2, tokens=8, dtype=network.dtype)
-    return best_seconds(lambda: family.predict(network, *inputs), narrow)
+    return time_forward(lambda: family.predict(network, *inputs), use_bf16)
 
 
 def _checked_reward(
@@ -132,8 +132,8 @@ def _evaluation(
     if settings.diversity != "pixels":
         clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
         embed = load_clip(clip, device=policy.device).embed_images
-    gold = None if settings.reward is None else _checked_reward(settings.reward, model, policy, prompts)
-    return ImageEvaluation(prompts, settings.pictures, settings.every, gold, embed)
+    reward = None if settings.reward is None else _checked_reward(settings.reward, model, policy, prompts)
+    return ImageEvaluation(prompts, settings.pictures, settings.every, reward, embed)
 
 
 def _usable_pairs(settings: PairsConfig) -> PairSet:
@@ -141,7 +141,7 @@ def _usable_pairs(settings: PairsConfig) -> PairSet:
     pairs = open_pairs(settings)
     with progress_bars(transient=True, disable=not processes().is_main_process) as progress:
         bar = progress.add_task("reading images", total=len(pairs))
-        pairs = pairs.check_pictures(lambda: progress.advance(bar))
+        pairs = pairs.check_images(lambda: progress.advance(bar))
         if pairs.ties or pairs.skipped:
             rows = ", ".join(map(str, list(pairs.skipped)[:10])) + (" ..." if len(pairs.skipped) > 10 else "")
             progress.console.print(

@@ -1,7 +1,7 @@
 """Preference pairs from a model's own samples: several per prompt, of which a judge chooses the best and the worst.
 
 A folder of pairs holds ``pairs.jsonl`` (one pair per line), ``ties.jsonl`` (the prompts whose samples all scored alike)
-and ``pairs_settings.yaml``; of images also ``pictures/``, where the pairs name paths, and, when all is done, the grid
+and ``pairs_settings.yaml``; of images also ``images/``, where the pairs name paths, and, when all is done, the grid
 ``pairs.png``. Rows of completions are what ``dpo`` and ``reward_model`` take as their dataset.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
-from diffusion_align.data.text_encoding import Text, completion_of
+from diffusion_align.data.text_encoding import Text, as_completion_message
 from diffusion_align.errors import ConfigError, Interrupted, UserError, problems_of, short
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.inputs import check_output, check_path
@@ -122,7 +122,7 @@ class ImageCandidates:
 
     def row(self, output: Path, index: int, prompt: str, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
         """``prompt``, ``chosen`` and ``rejected`` as ``pairs.jsonl`` has them, files written."""
-        row = {"prompt": prompt} | {side: f"pictures/{index:05d}_{side}.png" for side in ("chosen", "rejected")}
+        row = {"prompt": prompt} | {side: f"images/{index:05d}_{side}.png" for side in ("chosen", "rejected")}
         save_png(best, output / row["chosen"])
         save_png(worst, output / row["rejected"])
         return row
@@ -166,7 +166,7 @@ class TextCandidates:
 
     def row(self, output: Path, index: int, prompt: Text, notes: Mapping[str, Any], best: Any, worst: Any) -> Row:
         sides = {"chosen": best, "rejected": worst}
-        return {**notes, "prompt": prompt} | {side: completion_of(text, prompt) for side, text in sides.items()}
+        return {**notes, "prompt": prompt} | {side: as_completion_message(text, prompt) for side, text in sides.items()}
 
     def finish(self, output: Path, pairs: Sequence[Row]) -> None:
         pass

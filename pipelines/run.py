@@ -57,7 +57,7 @@ def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, toke
 
         context = image_context(config, pipeline)  # type: ignore[arg-type]
     elif method.model_kind is None:
-        context = RunContext(*start(config, lambda narrow: 0.0))
+        context = RunContext(*start(config, lambda use_bf16: 0.0))
     else:
         from diffusion_align.pipelines.text_context import text_context
 
@@ -210,9 +210,9 @@ class AlignmentPipeline(ABC):
         """Write the model card of the run, if it is of one."""
 
 
-def image_model_content(plan: ModelRef, base_config: str | None) -> Places:
-    described = base_config or plan.base_config
-    return _of_places([plan.base, *([described] if described else []), *map(str, plan.adapters)])
+def image_model_content(ref: ModelRef, base_config: str | None) -> Places:
+    described = base_config or ref.base_config
+    return _of_places([ref.base, *([described] if described else []), *map(str, ref.adapters)])
 
 
 def family_content(family: str | None) -> Places:

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion_align.arguments import also_called
 from diffusion_align.data.schemas import BadRow
 from diffusion_align.data.sources import first_rows
-from diffusion_align.data.text_encoding import Messages, Text, TextEncoder, checked_text, context_length, ends_of
+from diffusion_align.data.text_encoding import Messages, Text, TextEncoder, checked_text, context_length, eos_token_ids
 from diffusion_align.data.text_rows import PromptRow, TextDataConfig
 from diffusion_align.errors import ConfigError, UserError, short
 from diffusion_align.inputs import check_device, check_path, default_device
@@ -330,7 +330,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         return rewards.scores(rows, texts, ids).squeeze(1)
 
     def _answer_ids(self, prompts: Sequence[Text], texts: Sequence[str]) -> list[list[int]]:
-        ends = ends_of(self.tokenizer, getattr(self.model, "generation_config", None))
+        ends = eos_token_ids(self.tokenizer, getattr(self.model, "generation_config", None))
         encoder = TextEncoder(self.tokenizer, max_completion_length=1, ends=ends)
         try:
             return [
@@ -353,13 +353,13 @@ class TextAlignmentPipeline(AlignmentPipeline):
                 f"the adapter stands on {ref.below}, which is not on the Hub: give merged=True to upload the whole "
                 "model"
             )
-        with new_folder(folder) as aside:
+        with new_folder(folder) as temporary:
             for file in filter(Path.is_file, Path(ref.adapters[0]).iterdir()):
-                write_bytes(aside / file.name, file.read_bytes())
-            settings = json.loads((aside / "adapter_config.json").read_text(encoding="utf-8"))
+                write_bytes(temporary / file.name, file.read_bytes())
+            settings = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))
             base = Path(ref.origin)
             settings["base_model_name_or_path"] = base.name if base.is_absolute() else ref.origin
-            write_text(aside / "adapter_config.json", json.dumps(settings, indent=2))
+            write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2))
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
         if self.run is not None:

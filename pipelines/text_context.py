@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from diffusion_align.data.sources import is_hub
-from diffusion_align.data.text_encoding import TextEncoder, context_length, ends_of
+from diffusion_align.data.text_encoding import TextEncoder, context_length, eos_token_ids
 from diffusion_align.data.text_rows import (
     LabelledRow,
     PreferenceRow,
@@ -40,7 +40,7 @@ from diffusion_align.pipelines.run import built, language_model_content, rows_co
 from diffusion_align.rewards import build_text_reward, check_text_reward
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
-from diffusion_align.training.launch import agreed, best_seconds, processes, start
+from diffusion_align.training.launch import agreed, processes, start, time_forward
 
 MOST_CHECKED = 10_000
 
@@ -61,15 +61,15 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         if tokenizer is None:
             reader = _Reader.of(config)
         else:
-            ends = ends_of(tokenizer, getattr(model, "generation_config", None))
+            ends = eos_token_ids(tokenizer, getattr(model, "generation_config", None))
             reader = _Reader(config, tokenizer, context_length(model.config), ends)
         data = {name: reader(name, rows) for name, rows in _sources(config).items()}
-        asked = data.pop("evaluation.prompts", [])
+        held_out_prompts = data.pop("evaluation.prompts", [])
         if held_out is not None and held_out.prompts is None:
-            asked = prompts_of(data.get("prompts") or data["dataset"])
-        return reader.encoder, data, reader.shown(data.get("prompts", ())), asked
+            held_out_prompts = prompts_of(data.get("prompts") or data["dataset"])
+        return reader.encoder, data, reader.shown(data.get("prompts", ())), held_out_prompts
 
-    encoder, data, shown, asked = agreed(read)  # before any weights are loaded
+    encoder, data, shown, held_out_prompts = agreed(read)  # before any weights are loaded
     spec, other = getattr(config, "reward", None), getattr(config, "reference_model", None)
     identity: Identity = {"model": language_model_content(config.model)}
     if other is not None:
@@ -81,10 +81,10 @@ def text_context(config: Any, model: Any = None, tokenizer: Any = None) -> RunCo
         some = data.get("prompts") or data.get("dataset", [])
         rewards, identity["reward"] = built(spec, lambda: _rewards(config, config, some, encoder))
     if held_out is not None:
-        gold, content = built(held_out.reward, lambda: _rewards(held_out, config, asked, encoder))
-        evaluation = TextEvaluation(asked, held_out.samples, held_out.every, gold)
+        reward, content = built(held_out.reward, lambda: _rewards(held_out, config, held_out_prompts, encoder))
+        evaluation = TextEvaluation(held_out_prompts, held_out.samples, held_out.every, reward)
         fixed = held_out.prompts or getattr(config, "prompts", None) or config.dataset
-        identity["evaluation"] = [rows_content(fixed, asked), *content]
+        identity["evaluation"] = [rows_content(fixed, held_out_prompts), *content]
     config, accelerator, policy = _policy(config, model, encoder.tokenizer)
     return RunContext(
         config,
@@ -116,7 +116,7 @@ def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, 
         model, _ = load_language_model(config.model, dtype=getattr(torch, config.dtype))
     if getattr(config, "reference_model", None) is not None:
         reference, _ = load_language_model(config.reference_model, dtype=getattr(torch, config.dtype))
-    config, accelerator = start(config, lambda narrow: _seconds_a_pass(model, narrow))
+    config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(model, use_bf16))
     common: dict[str, Any] = {"lora": config.lora, "device": accelerator.device, "autocast": accelerator.autocast}
     if classifier:
         return config, accelerator, RewardModel(model, tokenizer, **common)
@@ -248,7 +248,7 @@ def check_rows(config: Any) -> tuple[dict[str, int], list[str]]:
     return counts, problems + problems_of(read.shown, [])
 
 
-def _seconds_a_pass(model: Any, narrow: bool) -> float:
+def _seconds_per_pass(model: Any, use_bf16: bool) -> float:
     """Seconds of a forward pass of two short texts."""
     ids = torch.zeros(2, 32, dtype=torch.int64)
-    return best_seconds(lambda: model(input_ids=ids, use_cache=False), narrow)
+    return time_forward(lambda: model(input_ids=ids, use_cache=False), use_bf16)

@@ -282,7 +282,7 @@ def without_token_types(tokenizer: Any, config: Any) -> None:
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
 
 
-def tokens_of(
+def tokenize_batch(
     tokenizer: Any, texts: list[Any], *, limit: int | None, device: torch.device, **settings: Any
 ) -> dict[str, Tensor]:
     """Padded input of the network, (n, L) on ``device``; a text of no token at all becomes one end of sequence."""

@@ -4,7 +4,7 @@
     python scripts/benchmark.py diffusion-dpo       # the embedded model, as dpo_emoji_style trains it
     python scripts/benchmark.py grpo                # the embedded language model, as grpo_tiny trains it
     python scripts/benchmark.py dpo                 # and as dpo_multi_negative_tiny does
-    python scripts/benchmark.py ddpo --growth       # and how time and memory grow with pictures and steps
+    python scripts/benchmark.py ddpo --growth       # and how time and memory grow with images and steps
     python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
 
 All but the last: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by exactly
@@ -48,7 +48,7 @@ def ddpo(
     recipe: str = "quickstart",
     epochs: int = 5,
     growth: Annotated[
-        bool, typer.Option(help="also other numbers of pictures and steps, each in its own process")
+        bool, typer.Option(help="also other numbers of images and steps, each in its own process")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:

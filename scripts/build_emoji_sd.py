@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """The stages asked for, in their own order."""
     import torch
     from build_emoji import clip, data, evaluate, head, preferences, unet, vae
-    from build_emoji.common import Build, BuildError, written_aside
+    from build_emoji.common import Build, BuildError, written_atomically
 
     from diffusion_align.assets import asset_path
 
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     begun = kept.read_text(encoding="utf-8").strip() if kept.exists() else None
     if begun is not None and json.loads(begun) != settings:
         raise BuildError(f"{build.work} was begun with {begun}: pass the same, or another --work-dir")
-    with written_aside(kept) as aside:
-        aside.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    with written_atomically(kept) as temporary:
+        temporary.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     functions = {
         "data": data.build_data,
         "vae": vae.build_vae,

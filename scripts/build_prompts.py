@@ -1,4 +1,4 @@
-"""Writes the prompt lists for pictures that follow from others or from a rule; the same files each time.
+"""Writes the prompt lists for images that follow from others or from a rule; the same files each time.
 
     python scripts/build_prompts.py                         # into diffusion_align/assets/prompts
     python scripts/build_prompts.py --out-dir FOLDER

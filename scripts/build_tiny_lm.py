@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from build_emoji.common import BuildError, cosine_with_warmup, written_aside
+from build_emoji.common import BuildError, cosine_with_warmup, written_atomically
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -198,8 +198,8 @@ def beginnings(texts: list[str], count: int, taken: set[str]) -> list[str]:
 
 
 def write(path: Path, lines: list[str]) -> None:
-    with written_aside(path) as aside:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with written_atomically(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -55,8 +55,8 @@ def main(
             why = (folder / "stopped.txt").read_text(encoding="utf-8").strip()
             print(f"{name:28s}{seed:4d}  stopped by the guard: {why}")
             continue
-        picture = folder / "compare.png"
-        result = compare_models("emoji-sd", str(folder), prompts, "aesthetic", per_prompt=per_prompt, output=picture)
+        image = folder / "compare.png"
+        result = compare_models("emoji-sd", str(folder), prompts, "aesthetic", per_prompt=per_prompt, output=image)
         print(_line(name, seed, folder, result), flush=True)
     if only:
         return

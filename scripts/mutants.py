@@ -84,9 +84,10 @@ _TWINS = (
 )
 FUNCTIONS = {a: b for twins in _TWINS for a, b in (twins, twins[::-1])}
 DROPPED = re.compile(
-    "detach|clamp|masked_fill|relu|square|exp|expm1|log|sqrt|abs|flip|cumsum|widen|(log)?sigmoid|softplus|log_softmax"
+    "detach|clamp|masked_fill|relu|square|exp|expm1|log|sqrt|abs|flip|cumsum|at_least_float32|(log)?sigmoid|softplus"
+    "|log_softmax"
 )
-WIDENED = re.compile(r"widen\((\w+)\)((?:\.detach\(\))?(?:\.clamp\(min=0\))?)")
+CONVERTED = re.compile(r"at_least_float32\((\w+)\)((?:\.detach\(\))?(?:\.clamp\(min=0\))?)")
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
                 yield "swap operator", node, _with(node, op=other())
             if isinstance(node, ast.BinOp) and isinstance(op, ast.BitAnd):
                 yield from (("drop operand", node, side) for side in (node.left, node.right))
-            if _both_widened(node):
-                yield "drop widen", node, ast.parse(WIDENED.sub(r"\1\2", ast.unparse(node)), mode="eval").body
+            if _both_converted(node):
+                plain = CONVERTED.sub(r"\1\2", ast.unparse(node))
+                yield "drop at_least_float32", node, ast.parse(plain, mode="eval").body
         case ast.BoolOp(op=op, values=values):
             yield "swap operator", node, _with(node, op=OPERATORS[type(op)][0]())
             for value in values:
@@ -149,7 +151,7 @@ def _changes_of_call(call: ast.Call) -> Iterator[tuple[str, ast.AST, ast.AST]]:
         yield "swap function", called, _with(called, **{"attr" if is_attribute else "id": FUNCTIONS[name]})
     if name == "where":
         yield from (("drop mask", call, arg) for arg in call.args[1:] if not isinstance(arg, ast.Constant))
-    if name == "counted":
+    if name == "masked_fill_zero":
         yield "drop mask", call, _with(call, args=[call.args[0], ast.Constant(None)])
     for keyword in call.keywords:
         rest = [other for other in call.keywords if other is not keyword]
@@ -159,9 +161,9 @@ def _changes_of_call(call: ast.Call) -> Iterator[tuple[str, ast.AST, ast.AST]]:
             yield "swap argument", call, _with(call, keywords=[ast.keyword(FUNCTIONS[keyword.arg], keyword.value)])
 
 
-def _both_widened(node: ast.AST) -> bool:
-    """Of ``widen(a) - widen(b)`` one alone is enough to widen the result: only both together are dropped."""
-    return isinstance(node, ast.BinOp) and all(WIDENED.fullmatch(ast.unparse(x)) for x in (node.left, node.right))
+def _both_converted(node: ast.AST) -> bool:
+    """A difference of two ``at_least_float32(...)``: either one converts the result, so only both are dropped."""
+    return isinstance(node, ast.BinOp) and all(CONVERTED.fullmatch(ast.unparse(x)) for x in (node.left, node.right))
 
 
 def _with(node: Any, **fields: Any) -> Any:
@@ -185,10 +187,10 @@ def mutants_of(module: str, source: str) -> list[Mutant]:
             return
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             where = f"{where}.{node.name}"
-        if _both_widened(node):
+        if _both_converted(node):
             together.update(child for child in ast.walk(node) if child is not node)
         for operator, old, new in changes(node):
-            if operator == "drop widen" and old in together:
+            if operator == "drop at_least_float32" and old in together:
                 continue
             text = ast.unparse(new)
             if isinstance(new, (ast.UnaryOp, ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp)):

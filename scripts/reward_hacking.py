@@ -4,7 +4,7 @@
 
 The recipe ``ddpo_emoji_gold`` rewards small JPEG files and evaluates the aesthetic score, not trained on. Three
 runs: as it is, ended by ``stop_when``; the same carried on without that rule; and one in which a nat of KL has a price.
-Draws docs/images/reward_hacking.png and the pictures of the best and of the last weights.
+Draws docs/images/reward_hacking.png and the images of the best and of the last weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(
     epochs: int = 26,
     seed: int = 0,
     kl_coef: float = 0.1,
-    images: Annotated[Path, typer.Option(help="where the pictures go")] = ROOT / "docs" / "images",
+    images: Annotated[Path, typer.Option(help="where the images go")] = ROOT / "docs" / "images",
 ) -> None:
     """Train, draw and print."""
     common = ["grid_every=0", f"epochs={epochs}", f"seed={seed}"]
@@ -46,7 +46,7 @@ def main(
 
 
 def draw(stopped: Path, curves: dict[str, Path], images: Path) -> None:
-    """Both pictures, from finished runs; ``stopped`` is the first of ``curves`` as far as the rule let it go."""
+    """Both figures, from finished runs; ``stopped`` is the first of ``curves`` as far as the rule let it go."""
     print(json.loads((stopped / "evaluation.json").read_text(encoding="utf-8")))
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     end = max(row["epoch"] for row in read_metrics(stopped / "metrics.jsonl"))
@@ -64,12 +64,12 @@ def draw(stopped: Path, curves: dict[str, Path], images: Path) -> None:
     best = ImageAlignmentPipeline.from_pretrained("emoji-sd", lora=stopped / "best")
     last = ImageAlignmentPipeline.from_pretrained(stopped)
     best.sampler = last.sampler
-    pictures = [pipe(PROMPTS, seed=0).images for pipe in (best, last)]
-    scores = [pipe.score(drawn, PROMPTS, "aesthetic").tolist() for pipe, drawn in zip((best, last), pictures)]
+    sampled = [pipe(PROMPTS, seed=0).images for pipe in (best, last)]
+    scores = [pipe.score(drawn, PROMPTS, "aesthetic").tolist() for pipe, drawn in zip((best, last), sampled)]
     grid = before_after(
-        *pictures, captions=PROMPTS, rewards_before=scores[0], rewards_after=scores[1], labels=("best", "last")
+        *sampled, captions=PROMPTS, rewards_before=scores[0], rewards_after=scores[1], labels=("best", "last")
     )
-    save_png(grid, images / "reward_hacking_pictures.png")
+    save_png(grid, images / "reward_hacking_images.png")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(only: Annotated[list[str] | None, typer.Option(help="names of tutorials
 
 
 def _shrink(data: dict[str, Any]) -> None:
-    """Pictures with 256 colours, a fifth of the bytes, and without the text that stands for them."""
+    """Images with 256 colours, a fifth of the bytes, and without the text that stands for them."""
     for kind in {"image/png", "text/html"} & data.keys():
         data[kind] = re.sub(r"iVBORw0KGgo[A-Za-z0-9+/=\n]+", lambda match: _few_colours(match.group()), data[kind])
         data.pop("text/plain", None)
@@ -49,8 +49,8 @@ def _shrink(data: dict[str, Any]) -> None:
 
 def _few_colours(encoded: str) -> str:
     buffer = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
-        picture.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        image.convert("RGB").quantize(256).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -302,14 +302,14 @@ def comparisons(bench: Bench) -> list[tuple[str, Callable[[], float]]]:
     clip = {"epsilon": 0.1}
     dapo, grpo, dr = ({"loss_type": name} for name in ("dapo", "grpo", "dr_grpo"))
     forms = [
-        (f"GRPO, loss_type={kind['loss_type']}, {level} ratio", kind, level, ours)
+        (f"GRPO, loss_type={kind['loss_type']}, {level} ratio", kind, level)
         for kind in (dapo, grpo, dr)
-        for level, ours in (("token", "decision"), ("sequence", "sequence"))
+        for level in ("token", "sequence")
     ]
     lines: list[tuple[str, Callable[[], float]]] = [
-        (name, lambda kind=kind, level=level, ours=ours: bench.grpo(  # type: ignore[misc]
-            kind | {"importance_sampling_level": level}, ratio_level=ours, **kind, **clip))
-        for name, kind, level, ours in forms
+        (name, lambda kind=kind, level=level: bench.grpo(  # type: ignore[misc]
+            kind | {"importance_sampling_level": level}, ratio_level=level, **kind, **clip))
+        for name, kind, level in forms
     ]  # fmt: skip
     biased = {"beta": BETA, "kl": "k3_loss", "kl_gradient": "direct"}
     unbiased = {"beta": BETA, "kl": "k3_loss", "kl_gradient": "unbiased"}

@@ -11,7 +11,7 @@ from diffusion_align.report import plots, read_metrics
 from diffusion_align.training.config import load_yaml
 
 SHORT = ["epochs=1", "samples_per_epoch=8", "sample_batch_size=4", "mixed_precision=no", "grid_every=0"]
-SHORT_PICTURES = [*SHORT, "sampler.steps=3"]
+SHORT_IMAGES = [*SHORT, "sampler.steps=3"]
 SHORT_TEXTS = [*SHORT, "samples_per_epoch=16", "max_completion_length=12"]
 # recipe for a real checkpoint -> tiny model of its class, and what stands for what has to be downloaded
 REAL = {
@@ -63,7 +63,7 @@ def test_its_first_epoch_runs(name, tmp_path, request, monkeypatch):
     if name not in DRAWN:
         monkeypatch.setattr(plots, "figure_png", lambda figure: b"")
     text = method_of(load_yaml(shipped_configs()[name])["method"]).model_kind != "image"
-    short = SHORT_TEXTS if text else SHORT_PICTURES
+    short = SHORT_TEXTS if text else SHORT_IMAGES
     few = ["pairs.max_pairs=16"] if name.startswith("dpo_emoji_style") else []
     overrides = [f"output_dir={tmp_path / 'run'}", *short, *few, *OTHER_MODEL.get(name, [])]
     if name in REAL:
@@ -77,7 +77,7 @@ def test_its_first_epoch_runs(name, tmp_path, request, monkeypatch):
     assert all(row["grad_norm"] > 0 for row in updates)
     if config.method in ("ddpo", "grpo", "ppo"):
         # Texts are sampled with a cache and padded on the left, scored without and on the right: logits of size 20
-        # then differ by a few float32 roundings, 1e-6 each. Pictures are replayed by the very same pass.
+        # then differ by a few float32 roundings, 1e-6 each. Images are replayed by the very same pass.
         assert updates[0]["ratio/first_pass_deviation"] < (3e-5 if text else 1e-5)
     else:
         assert updates[0]["rewards/accuracies"] == 0.5

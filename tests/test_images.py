@@ -348,7 +348,7 @@ SPECIAL = {
 @pytest.mark.parametrize("data", SPECIAL.values(), ids=SPECIAL)
 def test_pairs_score_notebooks_and_the_server_see_the_same(data, tmp_path, call_cli):
     from diffusion_align.data.image_pairs import _decoded
-    from diffusion_align.pipelines.image import as_picture
+    from diffusion_align.pipelines.image import as_image_tensor
     from diffusion_align.report.grids import to_pil
     from diffusion_align.rewards.serving import decode
 
@@ -364,7 +364,7 @@ def test_pairs_score_notebooks_and_the_server_see_the_same(data, tmp_path, call_
     assert (np.asarray(_decoded({"bytes": data, "path": None}, "chosen", None)) == wanted).all()
     assert (np.asarray(_decoded("x.png", "chosen", tmp_path)) == wanted).all()
     assert torch.equal(
-        (as_picture(Image.open(io.BytesIO(data))) * 255).round().byte(),
+        (as_image_tensor(Image.open(io.BytesIO(data))) * 255).round().byte(),
         torch.from_numpy(wanted.copy()).permute(2, 0, 1),
     )
     assert (np.asarray(to_pil([Image.open(io.BytesIO(data))])[0]) == wanted).all()
@@ -393,7 +393,7 @@ def test_pairs_and_score_refuse_the_same(data, side, tmp_path, call_cli):
     row = {"prompt": "p", "chosen": "good.png", "rejected": "good.png", side: "odd.png"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     with pytest.raises(ConfigError) as caught:
-        open_pairs(PairsConfig(source=str(tmp_path / "a.jsonl"))).check_pictures()
+        open_pairs(PairsConfig(source=str(tmp_path / "a.jsonl"))).check_images()
     assert caught.value.problems[0].startswith(f"pairs: row 0: {side} h")
     assert "does not say what is white" in caught.value.problems[0].replace("do not", "does not")
     status, _, error = call_cli("score", "jpeg_compressibility", tmp_path / "odd.png")

@@ -59,7 +59,7 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
             stamp.unlink()
     assert (workplace / "runs/quickstart/report.html").is_file()
     assert (workplace / "runs/quickstart/final/pytorch_lora_weights.safetensors").is_file()
-    assert (workplace / "pictures/grid.png").is_file()
+    assert (workplace / "images/grid.png").is_file()
     figures = list((workplace / "figures").glob("*.png"))
     assert figures
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)

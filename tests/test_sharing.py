@@ -1,4 +1,4 @@
-"""Pictures and texts are trained by the same functions, and their formulas stand in ``estimators`` alone."""
+"""Images and texts are trained by the same functions, and their formulas stand in ``estimators`` alone."""
 
 import ast
 import sys
@@ -12,7 +12,7 @@ from diffusion_align.estimators import diffusion_preference, kl, policy, prefere
 
 ROOT = Path(__file__).parent.parent
 PREFERENCES = {"dpo_loss", "ipo_loss", "hinge_loss"}
-PICTURES = ROOT / "diffusion_align" / "diffusion"
+IMAGES = ROOT / "diffusion_align" / "diffusion"
 TEXTS = ROOT / "diffusion_align" / "llm"
 # Operations that only a formula needs. Sigmoid is a weight that Diffusion-DPO logs.
 FORMULAS = {"logsigmoid", "log_softmax", "softmax", "softplus", "logsumexp", "cross_entropy", "relu"}
@@ -57,7 +57,7 @@ def train(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pictures(tiny_sd):
+def images(tiny_sd):
     sampling = {"prompts": ["a red apple"], "sampler": {"steps": 2, "guidance_scale": 1.0}, "group_size": 4}
     return {"model": str(tiny_sd), "reward": "jpeg_compressibility", **sampling}
 
@@ -68,8 +68,8 @@ def texts():
     return {"model": "tiny-lm", "reward": "length", **sampling}
 
 
-def test_policy_gradients_share_ratio_surrogate_advantages_and_kl(train, pictures, texts):
-    drawn = train(method="ddpo", advantages="group", kl="k1_reward", kl_coef=0.1, **pictures)
+def test_policy_gradients_share_ratio_surrogate_advantages_and_kl(train, images, texts):
+    drawn = train(method="ddpo", advantages="group", kl="k1_reward", kl_coef=0.1, **images)
     written = train(method="grpo", beta=0.1, **texts)
     shared = {"importance_ratio", "clipped_ratio_loss", "clipped_ratios", "group_advantages", "kl_reward"}
     assert shared <= drawn & written
@@ -78,8 +78,8 @@ def test_policy_gradients_share_ratio_surrogate_advantages_and_kl(train, picture
     assert {"clipped_ratio_loss", "kl_reward", "gae", "value_loss"} <= train(method="ppo", kl_coef=0.1, **texts)
 
 
-def test_preferences_share_their_loss(train, pictures, texts):
-    drawn = train(method="diffusion_dpo", beta=0.1, **pictures)
+def test_preferences_share_their_loss(train, images, texts):
+    drawn = train(method="diffusion_dpo", beta=0.1, **images)
     written = train(method="dpo", **texts)
     assert "dpo_loss" in drawn & written
 
@@ -115,7 +115,7 @@ def defined_in(path):
 def test_no_formula_stands_twice():
     outside = [
         path
-        for folder in (PICTURES, TEXTS, ROOT / "diffusion_align" / "training", ROOT / "pipelines")
+        for folder in (IMAGES, TEXTS, ROOT / "diffusion_align" / "training", ROOT / "pipelines")
         for path in sorted(folder.rglob("*.py"))
     ]
     assert len(outside) > 30
@@ -126,7 +126,7 @@ def test_no_formula_stands_twice():
     assert inside  # the search finds what it looks for
 
 
-def test_both_kinds_of_decision_give_one_loss():
+def test_both_kinds_of_action_give_one_loss():
     """The surrogate of one-dimensional Gaussians and of tokens with the same log-probs is the same number."""
     logp, logp_old = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-1.3, -1.8]).double()
     advantages = torch.tensor([1.0, -0.5]).double()

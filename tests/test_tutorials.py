@@ -23,7 +23,7 @@ SHORTER = {
     r"\[:24\]": "[:4]",
     r'"every": \d+': '"every": 1, "pictures": 4',
 }
-# The time of a tutorial is pictures with 20 steps and guidance, and curves that nobody looks at here.
+# The time of a tutorial is images with 20 steps and guidance, and curves that nobody looks at here.
 FIRST = """
 import torch
 import diffusion_align.report.plots as plots
@@ -54,7 +54,7 @@ def test_every_cell_runs(path, tmp_path):
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     shown = {kind for output in outputs for kind in output.get("data", {})}
-    assert path.stem == "text" or "text/html" in shown or "image/png" in shown, "a notebook shows pictures"
+    assert path.stem == "text" or "text/html" in shown or "image/png" in shown, "a notebook shows images"
     assert [p for p in (tmp_path / "runs").iterdir() if (p / "report.html").is_file()]
 
 

@@ -69,7 +69,9 @@ PAST_US = {"diffusion_align/writing.py", "diffusion_align/models/lora.py"}
 
 
 def test_everything_is_written_in_the_one_way():
-    assert written_past_us("path.write_text(x)\nwith new_file(path) as aside:\n    save_file(x, aside)\n") == [1]
+    assert written_past_us("path.write_text(x)\nwith new_file(path) as temporary:\n    save_file(x, temporary)\n") == [
+        1
+    ]
     root = Path(__file__).parent.parent
     files = [path for part in ("diffusion_align", "pipelines", "rewards") for path in (root / part).rglob("*.py")]
     assert len(files) > 100
@@ -93,19 +95,19 @@ def as_checkpoint(**parts):
 
 
 def as_safetensors(folder):
-    with new_file(folder / "a.safetensors") as aside:
-        save_file({"a": torch.zeros(4000)}, aside)
+    with new_file(folder / "a.safetensors") as temporary:
+        save_file({"a": torch.zeros(4000)}, temporary)
 
 
 def as_language_model(folder):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, num_attention_heads=2, num_hidden_layers=1))
-    with new_folder(folder / "final") as aside:
-        model.save_pretrained(aside)
+    with new_folder(folder / "final") as temporary:
+        model.save_pretrained(temporary)
 
 
-def as_picture(folder):
+def as_image_tensor(folder):
     from PIL import Image
 
     from diffusion_align.report import save_png
@@ -129,7 +131,7 @@ WRITERS = {
     "a row": (lambda folder: append_line(folder / "rows.jsonl", "a" * 16_000), "rows.jsonl"),
     "safetensors": (as_safetensors, "a.safetensors"),
     "a language model": (as_language_model, "final"),
-    "a picture": (as_picture, "a.png"),
+    "an image": (as_image_tensor, "a.png"),
     "a figure": (as_figure, "a.png"),
 }
 
@@ -171,8 +173,8 @@ def test_every_reason_is_said_with_what_to_do(tmp_path, broken, number, remedy, 
         with pytest.raises(WriteError, match=r"a\.txt cannot be written") as caught:
             write(tmp_path / "a.txt", "new")
         assert str(caught.value).endswith(remedy)
-    with pytest.raises(WriteError), new_folder(tmp_path / "final") as aside:
-        (aside / "a.txt").write_text("new")
+    with pytest.raises(WriteError), new_folder(tmp_path / "final") as temporary:
+        (temporary / "a.txt").write_text("new")
     assert not [path for path in tmp_path.rglob("*") if path.read_bytes()]
 
 
@@ -185,8 +187,8 @@ def test_torch_does_not_say_why():
 
 
 def half_of(target, error):
-    with target as aside:
-        (aside / "b.txt" if aside.is_dir() else aside).write_text("half")
+    with target as temporary:
+        (temporary / "b.txt" if temporary.is_dir() else temporary).write_text("half")
         raise error
 
 
@@ -233,9 +235,9 @@ def test_a_kill_leaves_the_old_text(tmp_path, monkeypatch):
 
 def test_a_folder_that_exists_keeps_what_is_not_written_anew(tmp_path):
     for text in ("old", "new"):
-        with new_folder(tmp_path / "final") as aside:
-            (aside / "unet").mkdir()
-            (aside / "unet" / "a.txt").write_text(text)
+        with new_folder(tmp_path / "final") as temporary:
+            (temporary / "unet").mkdir()
+            (temporary / "unet" / "a.txt").write_text(text)
         (tmp_path / "final" / "mine.txt").write_text("mine")
     assert names(tmp_path) == ["final/mine.txt", "final/unet/a.txt"]
     assert (tmp_path / "final" / "unet" / "a.txt").read_text() == "new"

@@ -184,12 +184,12 @@ def score(
     if len(given) != len(images):
         raise UserError(f"{len(given)} prompts for {len(images)} images: give one prompt, or one per image")
     texts, metadata = zip(*given, strict=True)
-    pictures = [read_image(path) for path in images]
+    opened = [read_image(path) for path in images]
     hide_loading_bars()
     if model is None:
-        model = model_for_images(picture.size for picture in pictures)
+        model = model_for_images(image.size for image in opened)
     function = read_reward(reward, option, model, default_device())
-    scores = score_images(function, pictures, texts, metadata)
+    scores = score_images(function, opened, texts, metadata)
     print_note(f"scored by {scored_by(function)}")
     for path, value in zip(images, scores.tolist(), strict=True):
         print_line(f"{value:10.4f}  {path}")

@@ -24,14 +24,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from diffusion_align.data.drawings import load_preferences
-from diffusion_align.data.schemas import BadRow, Layouts, RowsConfig, Source, checked_prompt, limit_of
+from diffusion_align.data.schemas import BadRow, ColumnSchemas, RowsConfig, Source, checked_prompt, limit_of
 from diffusion_align.data.sources import FILES, GivenRows, ListTable, Table, short
 from diffusion_align.errors import ConfigError
 from diffusion_align.images import UnreadableImage, open_image, to_rgb
 from diffusion_align.training.digests import content_digest, file_digest
 
 EMBEDDED = "emoji_style"
-LAYOUTS = (
+COLUMN_SCHEMAS = (
     {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"prompt": "caption", "first": "jpg_0", "second": "jpg_1", "first_wins": "label_0"},
 )
@@ -41,7 +41,7 @@ class PairsConfig(RowsConfig):
     """Where the pairs come from."""
 
     places = f"{EMBEDDED}, {FILES}"
-    layouts: ClassVar[Mapping[str, Layouts]] = {"pairs": LAYOUTS}
+    column_schemas: ClassVar[Mapping[str, ColumnSchemas]] = {"pairs": COLUMN_SCHEMAS}
     limit, stem = "max_pairs", "pairs"
     source: Source = Field(description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
@@ -83,7 +83,7 @@ class PairSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def pictures(self, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def images(self, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Chosen and rejected of pair ``i``, (3, H, W) float32 in [0, 1], scaled to cover ``size`` and centre-cropped.
 
         Raises:
@@ -100,7 +100,7 @@ class PairSet:
         row = self.rows[i]
         return [row, self.prompts[i], *(self._contents.get(row) or self._digests(i))]
 
-    def check_pictures(self, advance: Callable[[], None] = lambda: None) -> PairSet:
+    def check_images(self, advance: Callable[[], None] = lambda: None) -> PairSet:
         """The pairs whose images can all be used; decodes each once and calls ``advance`` after each pair.
 
         Raises:
@@ -150,7 +150,7 @@ class PairSet:
     def _digests(self, i: int) -> list[str]:
         """Digests of the contents of pair ``i``'s chosen and rejected images."""
         try:
-            sources = [_picture_source(value, side, self._table.folder) for side, value in self._cells(i)]
+            sources = [_image_source(value, side, self._table.folder) for side, value in self._cells(i)]
             return [_digest(source) for source in sources]
         except (BadRow, OSError) as error:  # it has vanished
             raise ConfigError([f"pairs: row {self.rows[i]}: {error}"]) from None
@@ -210,7 +210,7 @@ def _label(value: Any) -> float | None:
 
 
 def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
-    chosen, rejected = (_picture_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
+    chosen, rejected = (_image_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
     if isinstance(chosen, Path) and chosen == rejected:
         raise BadRow("chosen and rejected are the same image")
 
@@ -230,7 +230,7 @@ def _as_file(cell: Any) -> Any:
     return buffer.getvalue()
 
 
-def _picture_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes | Path:
+def _image_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes | Path:
     """The tensor, the encoded bytes or the existing file that a row names; ``BadRow`` if it names none."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -253,7 +253,7 @@ def _digest(source: Tensor | bytes | Path) -> str:
 
 def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
     """The image in RGB, as ``open_image`` reads it."""
-    source = _picture_source(value, side, folder)
+    source = _image_source(value, side, folder)
     if isinstance(source, Tensor):
         return Image.fromarray((source * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     try:
@@ -265,13 +265,13 @@ def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
 def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -> Tensor:
     if isinstance(value, Tensor) and value.shape[1:] == size:
         return value.clone()
-    picture, (height, width) = _decoded(value, side, folder), size
-    scale = max(height / picture.height, width / picture.width)
-    wide, tall = max(width, round(scale * picture.width)), max(height, round(scale * picture.height))
+    image, (height, width) = _decoded(value, side, folder), size
+    scale = max(height / image.height, width / image.width)
+    wide, tall = max(width, round(scale * image.width)), max(height, round(scale * image.height))
     left, top = (wide - width) // 2, (tall - height) // 2
-    x, y = picture.width / wide, picture.height / tall
-    box = (left * x, top * y, min((left + width) * x, picture.width), min((top + height) * y, picture.height))
-    pixels = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    x, y = image.width / wide, image.height / tall
+    box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
+    pixels = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float() / 255
 
 

@@ -16,7 +16,15 @@ from pydantic import Field, ValidationError, model_serializer
 
 from diffusion_align.assets import shipped_prompts
 from diffusion_align.bounds import LONGEST_PROMPT
-from diffusion_align.data.schemas import BadRow, Layouts, RowsConfig, Source, bare_prompts, checked_prompt, limit_of
+from diffusion_align.data.schemas import (
+    BadRow,
+    ColumnSchemas,
+    RowsConfig,
+    Source,
+    bare_prompts,
+    checked_prompt,
+    limit_of,
+)
 from diffusion_align.data.sources import FILES, ListTable, Table, TableSource, scalar, short
 from diffusion_align.errors import ConfigError
 from diffusion_align.inputs import check_path
@@ -26,7 +34,7 @@ from diffusion_align.training.randomness import generator
 Prompt = tuple[str, dict[str, Any]]
 """Text and the metadata a reward receives with it."""
 Item = TypeVar("Item")
-LAYOUTS = ({"prompt": "prompt"}, {"prompt": "caption"}, {"prompt": "text"})
+COLUMN_SCHEMAS = ({"prompt": "prompt"}, {"prompt": "caption"}, {"prompt": "text"})
 """The columns that hold the prompts where none is named; the first one found does."""
 _PLACES = f"a list of prompts, a .txt file, {FILES}"
 _AS_TEXT = (date, time, timedelta, Decimal, UUID)
@@ -36,7 +44,7 @@ class PromptsConfig(RowsConfig):
     """Where the prompts for images come from; a bare list, file or name stands for its ``source``."""
 
     places = _PLACES
-    layouts: ClassVar[Mapping[str, Layouts]] = {"prompts": LAYOUTS}
+    column_schemas: ClassVar[Mapping[str, ColumnSchemas]] = {"prompts": COLUMN_SCHEMAS}
     limit, stem, lines = "max_prompts", "prompts", "prompt"
     source: Source = Field(description=f"a shipped list, {_PLACES}")
     columns: dict[str, str] | None = Field(
@@ -47,7 +55,7 @@ class PromptsConfig(RowsConfig):
     def table_source(self, name: str) -> TableSource:
         rows, shipped = self.source, shipped_prompts()
         if isinstance(rows, list):
-            known = [column for layout in LAYOUTS for column in layout.values()]
+            known = [column for schema in COLUMN_SCHEMAS for column in schema.values()]
             rows = bare_prompts(rows, self.columns, known, all_but_mappings=True)
         elif isinstance(rows, str):
             rows = str(shipped.get(rows, rows))

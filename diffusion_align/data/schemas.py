@@ -34,7 +34,7 @@ MOST_CHARACTERS = 1_000_000
 _AS_TEXT = PlainSerializer(lambda rows: str(rows), return_type=str, when_used="json")
 Source = str | list[Any] | Annotated[InstanceOf[GivenRows], _AS_TEXT]
 """A file, folder, Hub dataset or shipped name; rows; or rows of which ``config.yaml`` holds a digest only."""
-Layouts = Sequence[Mapping[str, str]]
+ColumnSchemas = Sequence[Mapping[str, str]]
 """Our name -> the name that is looked for by default; a source has the columns of one of them."""
 Made = TypeVar("Made")
 
@@ -55,7 +55,7 @@ class RowsConfig(Section):
     stands_for: ClassVar[str] = "source"
     places: ClassVar[str] = f"a list of rows, {FILES}"
     """What ``source`` may be, for messages."""
-    layouts: ClassVar[Mapping[str, Layouts]] = {}
+    column_schemas: ClassVar[Mapping[str, ColumnSchemas]] = {}
     """The columns of each kind of rows that there may be."""
     limit: ClassVar[str]
     """The setting that says how many rows are used."""
@@ -101,9 +101,9 @@ class RowsConfig(Section):
         Raises:
             ConfigError: all that is wrong with the settings and the source, at once.
         """
-        layouts = self.layouts[kind]
-        _, table = together(lambda: check_columns(name, layouts, self.columns), lambda: self.open_source(name))
-        return table, mapping(name, layouts, self.columns, table.names) if table.names else {}
+        column_schemas = self.column_schemas[kind]
+        _, table = together(lambda: check_columns(name, column_schemas, self.columns), lambda: self.open_source(name))
+        return table, mapping(name, column_schemas, self.columns, table.names) if table.names else {}
 
     def open_source(self, name: str) -> Table:
         return open_table(self.table_source(name))
@@ -148,7 +148,7 @@ class RowsConfig(Section):
 
         Args:
             name: what the setting is called, for messages.
-            kind: of rows, one of ``layouts``.
+            kind: of rows, one of ``column_schemas``.
 
         Raises:
             ConfigError: everything that is wrong with the rows and the settings, at once.
@@ -163,7 +163,7 @@ class RowsConfig(Section):
         """
         source = self.table_source(name)
         if is_hub(source.source):
-            together(lambda: check_columns(name, self.layouts[kind], self.columns), lambda: check_hub(source))
+            together(lambda: check_columns(name, self.column_schemas[kind], self.columns), lambda: check_hub(source))
         else:
             self.__dict__["_ahead"] = self.read(name, kind)
 
@@ -220,33 +220,35 @@ def checked_prompt(prompt: Any) -> str:
     return prompt
 
 
-def check_columns(name: str, layouts: Layouts, columns: Mapping[str, str] | None) -> None:
+def check_columns(name: str, column_schemas: ColumnSchemas, columns: Mapping[str, str] | None) -> None:
     """ConfigError if the setting ``name.columns``, our name -> the source's, cannot be right whatever there is."""
     columns, start = columns or {}, f"{name}.columns"
-    known = list(dict.fromkeys(ours for layout in layouts for ours in layout))
+    known = list(dict.fromkeys(ours for schema in column_schemas for ours in schema))
     problems = [f"{start}: unknown name {ours!r}: {nearest(ours, known)}" for ours in columns if ours not in known]
-    if not problems and not any(columns.keys() <= layout.keys() for layout in layouts):
-        problems.append(f"{start}: give {' or '.join(', '.join(layout) for layout in layouts)}, not both")
+    if not problems and not any(columns.keys() <= schema.keys() for schema in column_schemas):
+        problems.append(f"{start}: give {' or '.join(', '.join(schema) for schema in column_schemas)}, not both")
     if len(set(columns.values())) < len(columns):
         problems.append(f"{start}: two names stand for one column: give each its own")
     if problems:
         raise ConfigError(problems)
 
 
-def mapping(name: str, layouts: Layouts, columns: Mapping[str, str] | None, found: Sequence[str]) -> dict[str, str]:
-    """Our name -> the source's, of the first layout whose columns are all among ``found``.
+def mapping(
+    name: str, column_schemas: ColumnSchemas, columns: Mapping[str, str] | None, found: Sequence[str]
+) -> dict[str, str]:
+    """Our name -> the source's, of the first schema whose columns are all among ``found``.
 
     Raises:
         ConfigError: there is none.
     """
     columns = columns or {}
-    fitting = [{**layout, **columns} for layout in layouts if columns.keys() <= layout.keys()]
-    for layout in fitting:
-        if set(layout.values()) <= set(found):
-            return layout
+    fitting = [{**schema, **columns} for schema in column_schemas if columns.keys() <= schema.keys()]
+    for schema in fitting:
+        if set(schema.values()) <= set(found):
+            return schema
     have = f"the columns found are {', '.join(map(short, found))}"
     missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
-    wanted = [tuple(layout.values()) for layout in fitting]
+    wanted = [tuple(schema.values()) for schema in fitting]
     least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
     needed = " or ".join(", ".join(these) for these in least)
     many = "columns" if "," in needed else "column"

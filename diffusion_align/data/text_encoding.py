@@ -44,7 +44,7 @@ class TextEncoder:
             beginning, and have no end.
         max_prompt_length: longer prompts keep their end, and the beginning-of-sequence token.
         context_length: the most tokens of prompt and completion together.
-        ends: tokens that end a sample (``ends_of``); the tokenizer's end of sequence when not given. () for a
+        ends: tokens that end a sample (``eos_token_ids``); the tokenizer's end of sequence when not given. () for a
             classifier, which samples nothing: completions keep all their turns then.
     """
 
@@ -59,8 +59,8 @@ class TextEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt, self.max_completion, self.context = max_prompt_length, max_completion_length, context_length
-        self.ends = frozenset(ends_of(tokenizer) if ends is None else ends)
-        bos, plain, default = tokenizer.bos_token_id, tokens_of(tokenizer, "a"), tokenizer("a").input_ids
+        self.ends = frozenset(eos_token_ids(tokenizer) if ends is None else ends)
+        bos, plain, default = tokenizer.bos_token_id, tokenize(tokenizer, "a"), tokenizer("a").input_ids
         self.bos = bos if default[:1] == [bos] and plain[:1] != [bos] else None
 
     def check(self) -> None:
@@ -95,12 +95,12 @@ class TextEncoder:
             text, rests = prompt, cast(list[str], completions)
         else:
             text, rests = self._rendered(prompt, cast(list[Messages], completions))
-        alone = tokens_of(self.tokenizer, text)
+        alone = tokenize(self.tokenizer, text)
         if not alone:
             raise BadRow("the prompt holds nothing that the tokenizer knows")
-        tokens = [self._ended(text, alone, rest) for rest in rests]
+        tokens = [self._tokenize_with_eos(text, alone, rest) for rest in rests]
         whole = [self.bos, *alone] if isinstance(prompt, str) and self.bos not in (None, alone[0]) else alone
-        ids, kept = self._end_of(whole), [these[: self.max_completion] for these, _ in tokens]
+        ids, kept = self._last_tokens(whole), [these[: self.max_completion] for these, _ in tokens]
         self._check_room(len(ids), max(map(len, kept)) if kept else self.max_completion)
         cut = any(more or len(these) > self.max_completion for these, more in tokens)
         return Encoded(ids, kept, ids != whole, cut)
@@ -116,13 +116,13 @@ class TextEncoder:
             opening = self._rendered(prompt, [])[0]
         return self._up_to_end(continuation_tokens(self.tokenizer, opening, answer))[0]
 
-    def _end_of(self, ids: list[int]) -> list[int]:
+    def _last_tokens(self, ids: list[int]) -> list[int]:
         if self.max_prompt is None or len(ids) <= self.max_prompt:
             return ids
         head = ids[:1] if ids[0] == self.tokenizer.bos_token_id and self.max_prompt > 1 else []
         return head + ids[len(ids) - self.max_prompt + len(head) :]
 
-    def _ended(self, prompt: str, ids: list[int], text: str) -> tuple[list[int], bool]:
+    def _tokenize_with_eos(self, prompt: str, ids: list[int], text: str) -> tuple[list[int], bool]:
         """Tokens of a completion with their end, and whether words stood behind the end."""
         if text.rstrip().endswith(self.tokenizer.eos_token):
             text = text.rstrip()  # white space that a chat template writes behind the end
@@ -180,7 +180,7 @@ class TextEncoder:
             raise BadRow(f"a prompt of {prompt} tokens leaves no room for {lengths}: {remedy}")
 
 
-def tokens_of(tokenizer: Any, text: str) -> list[int]:
+def tokenize(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a text and nothing besides."""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
@@ -197,15 +197,15 @@ def continuation_tokens(tokenizer: Any, prompt: str, text: str, prompt_ids: list
     Args:
         prompt_ids: the tokens of ``prompt`` alone, if they are known.
     """
-    ids = tokens_of(tokenizer, prompt) if prompt_ids is None else prompt_ids
-    together = tokens_of(tokenizer, prompt + text)
+    ids = tokenize(tokenizer, prompt) if prompt_ids is None else prompt_ids
+    together = tokenize(tokenizer, prompt + text)
     if together[: len(ids)] == ids:
         return together[len(ids) :]
-    apart, line_end = tokens_of(tokenizer, text), tokens_of(tokenizer, "\n")
+    apart, line_end = tokenize(tokenizer, text), tokenize(tokenizer, "\n")
     wanted = tokenizer.decode(together)
     if tokenizer.decode([*ids, *apart]) == wanted:
         return apart
-    behind = tokens_of(tokenizer, "\n" + text)
+    behind = tokenize(tokenizer, "\n" + text)
     if behind[: len(line_end)] == line_end:
         behind = behind[len(line_end) :]
         if tokenizer.decode([*ids, *behind]) == wanted:
@@ -213,7 +213,7 @@ def continuation_tokens(tokenizer: Any, prompt: str, text: str, prompt_ids: list
     return apart
 
 
-def ends_of(tokenizer: Any, generation_config: Any = None) -> list[int]:
+def eos_token_ids(tokenizer: Any, generation_config: Any = None) -> list[int]:
     """The tokens that end a sample: the tokenizer's end of sequence, and those that a model's settings name besides.
 
     Some models end a turn with another token than their tokenizer's end of sequence.
@@ -230,7 +230,7 @@ def context_length(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def completion_of(text: str, like_prompt: Text) -> Text:
+def as_completion_message(text: str, like_prompt: Text) -> Text:
     """``text`` in the form of its prompt: a conversation of one assistant message, or as it is."""
     return text if isinstance(like_prompt, str) else [{"role": "assistant", "content": text}]
 
@@ -284,7 +284,7 @@ def split_prompt(cells: Mapping[str, Any], sides: Sequence[Text]) -> tuple[Text,
     """The prompt of a row and what each side adds to it."""
     prompt = checked_text(cells["prompt"], "the prompt") if "prompt" in cells else None
     if isinstance(prompt, list):
-        sides = [completion_of(side, prompt) if isinstance(side, str) else side for side in sides]
+        sides = [as_completion_message(side, prompt) if isinstance(side, str) else side for side in sides]
         repeated = len(prompt) if all(side[: len(prompt)] == prompt for side in sides) else 0
         sides = [side[repeated:] for side in sides]
     elif len({isinstance(side, str) for side in sides}) > 1:

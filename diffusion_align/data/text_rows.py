@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from pydantic import Field
 
 from diffusion_align.assets import shipped_text_prompts
-from diffusion_align.data.schemas import BadRow, Layouts, RowsConfig, Source, bare_prompts, limit_of
+from diffusion_align.data.schemas import BadRow, ColumnSchemas, RowsConfig, Source, bare_prompts, limit_of
 from diffusion_align.data.sources import FILES, TableSource, first_rows, scalar, short
 from diffusion_align.data.text_encoding import Encoded, Text, TextEncoder, checked_text, checked_texts, split_prompt
 from diffusion_align.errors import ConfigError, together
@@ -22,7 +22,7 @@ from diffusion_align.errors import ConfigError, together
 Row = TypeVar("Row")
 _PAIR = {"chosen": "chosen", "rejected": "rejected"}
 _PROMPT, _LABEL = {"prompt": "prompt"}, {"label": "label"}
-LAYOUTS: dict[str, Layouts] = {
+COLUMN_SCHEMAS: dict[str, ColumnSchemas] = {
     "prompts": (_PROMPT,),
     "preferences": (_PROMPT | _PAIR | _LABEL, _PROMPT | _PAIR, _PAIR | _LABEL, _PAIR),
     "labels": (_PROMPT | {"completion": "completion"} | _LABEL,),
@@ -35,7 +35,7 @@ class TextDataConfig(RowsConfig):
     """Where the rows come from."""
 
     places = _PLACES
-    layouts = LAYOUTS
+    column_schemas = COLUMN_SCHEMAS
     limit, lines = "max_rows", "prompt"
     source: Source = Field(description=_PLACES)
     columns: dict[str, str] | None = Field(

@@ -36,9 +36,9 @@ from diffusion_align.estimators import (
     importance_ratio,
     kl_reward,
     leave_one_out_advantages,
+    multi_reward_advantages,
     reward_to_go,
     score_function_loss,
-    several_rewards_advantages,
 )
 from diffusion_align.rewards.base import part_weights
 from diffusion_align.rewards.settings import RewardSetting, weight_checks
@@ -285,9 +285,9 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         apart = config.multi_objective_aggregation == "normalize_then_sum"
         columns = collected.scores if apart else collected.rewards[:, None]
         if config.advantages == "leave_one_out":
-            advantages = several_rewards_advantages(columns, groups, self.weights, estimator=leave_one_out_advantages)
+            advantages = multi_reward_advantages(columns, groups, self.weights, estimator=leave_one_out_advantages)
         elif config.advantages == "group":
-            advantages = several_rewards_advantages(columns, groups, self.weights, clip_std=config.clip_std)
+            advantages = multi_reward_advantages(columns, groups, self.weights, clip_std=config.clip_std)
         else:
             texts = [text for text, _ in collected.samples]
             measured = [one.update(texts, c) for one, c in zip(self.statistics, columns.unbind(1))]
@@ -337,7 +337,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         Without a price of the KL, looks at that of some actions before the step.
         """
         if self._probes is not None:
-            self._look_at(self._probes, self._probes.updates)
+            self._measure_kl(self._probes, self._probes.updates)
             self._probes.updates += 1
         if not first:
             return {}
@@ -355,7 +355,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         probes = self._probes
         if probes is None:
             return {}
-        self._look_at(probes, None)  # what belonged to updates without samples
+        self._measure_kl(probes, None)  # what belonged to updates without samples
         # Of all processes, in an order that does not depend on how many there are.
         found = self.processes.gather_in_order([(steps.cpu(), kl.double().cpu()) for steps, kl in probes.found])
         steps, kl = (torch.cat(column) for column in zip(*found, strict=True))
@@ -400,7 +400,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return KLProbes(batch, keep[rows], columns, updates)
 
     @torch.no_grad()
-    def _look_at(self, probes: KLProbes, update: int | None) -> None:
+    def _measure_kl(self, probes: KLProbes, update: int | None) -> None:
         """Compare the policy as it is now with the reference, at this process's actions of ``update`` or all left."""
         batch, own = probes.batch, self.local_samples
         due = probes.update >= 0 if update is None else probes.update == update

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,7 @@ from diffusion_align.estimators import (
     ipo_loss,
 )
 from diffusion_align.rewards.settings import RewardSetting, weight_checks
+from diffusion_align.training.aliases import other_words
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines, Metric
@@ -84,7 +85,9 @@ class DiffusionDPOConfig(DenoisingConfig):
     beta_dpo: float | None = Field(
         None, gt=0, le=LARGEST, description="Diffusion-DPO's beta (2000 to 5000), for mean squared errors"
     )
-    weighting: Weighting = Field("uniform", description="of the steps: exact, uniform (Diffusion-DPO's) or share")
+    weighting: Annotated[Weighting, other_words(share="snr_share")] = Field(
+        "uniform", description="of the steps: exact, uniform (Diffusion-DPO's) or snr_share"
+    )
     timestep_range: tuple[Weight, Weight] = Field(
         (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
     )
@@ -387,7 +390,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         batch = PairBatch(
             chosen=rows[: len(own)],
             rejected=rows[len(own) :],
-            steps=torch.stack([self._drawn_steps(i) for i in self.local_samples]).to(rows.device),
+            steps=torch.stack([self._sampled_steps(i) for i in self.local_samples]).to(rows.device),
             conditioning=self._conditioning([pairs.prompts[i] for i in own]),
             keep=torch.arange(config.samples_per_epoch),
             x_0=torch.cat(latents.read(own)),
@@ -408,7 +411,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         nothing = torch.empty(0, dtype=torch.int64)
         collected = self.sample(
             group_size=config.group_size,
-            record=lambda i: self._drawn_steps(i // config.group_size) if logged else nothing,
+            record=lambda i: self._sampled_steps(i // config.group_size) if logged else nothing,
         )
         path, scores = collected.trajectory, collected.rewards.view(groups, config.group_size)
         first = torch.arange(groups) * config.group_size
@@ -419,7 +422,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         batch = PairBatch(
             chosen=torch.arange(len(own), device=device),
             rejected=self.local(rejected_of) - own.start,
-            steps=torch.stack([self._drawn_steps(i // config.group_size) for i in own]).to(device),
+            steps=torch.stack([self._sampled_steps(i // config.group_size) for i in own]).to(device),
             conditioning=self._conditioning([collected.samples[i][0] for i in own], path.conditioning),
             keep=best[gaps > 0],
             x_0=path.latents,
@@ -429,7 +432,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         equal = equal_reward_metric(collected.rewards, config.group_size)
         return batch, collected.metrics | equal | {"reward_gap": gaps.mean().item()}
 
-    def _drawn_steps(self, sample: int) -> Tensor:
+    def _sampled_steps(self, sample: int) -> Tensor:
         """(K,) one step at random from each of K equal parts of the trained ones."""
         count, steps = self.config.decisions_per_pair, self.trained_steps
         places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))

@@ -56,7 +56,7 @@ class ImageStopConfig(StopConfig):
 
 @dataclass
 class ImageEvaluation(Evaluation):
-    """For images: ``prompts`` are texts with their metadata, ``gold`` is ``reward(images, prompts, metadata)``.
+    """For images: ``prompts`` are texts with their metadata, ``reward`` is ``reward(images, prompts, metadata)``.
 
     Args:
         embed: images (B, 3, H, W) in [0, 1] -> unit embeddings (B, D); None for distances of pixels.

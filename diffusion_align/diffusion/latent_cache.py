@@ -89,7 +89,7 @@ class LatentCache:
         return chosen, rejected
 
     def _encode(self, batch: range) -> tuple[Tensor, Tensor]:
-        chosen, rejected = zip(*(self.pairs.pictures(i, self.policy.image_size) for i in batch), strict=True)
+        chosen, rejected = zip(*(self.pairs.images(i, self.policy.image_size) for i in batch), strict=True)
         latents = self.policy.encode_images(torch.stack(chosen + rejected)).cpu()
         return latents[: len(batch)], latents[len(batch) :]
 
@@ -107,8 +107,8 @@ class LatentCache:
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
         make_folder(self.folder)
         metadata = {"pairs": self._digest(number)}
-        with new_file(self._path(number)) as aside:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        with new_file(self._path(number)) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.safetensors"

@@ -280,17 +280,17 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             first=indices.start,
         )
         found = {"features": images if evaluation.embed is None else evaluation.embed(images)}
-        if evaluation.gold is not None:
-            found["gold"] = call_reward(evaluation.gold, images.to(self.policy.device), list(texts), list(metadata))
+        if evaluation.reward is not None:
+            found["gold"] = call_reward(evaluation.reward, images.to(self.policy.device), list(texts), list(metadata))
         return found
 
     def write_weights(self, folder: Path) -> None:
         """Write the adapter, or the whole pipeline if all of the UNet is trained, as diffusers loads them."""
-        with new_folder(folder) as aside:
+        with new_folder(folder) as temporary:
             if self.policy.lora is None:
-                self.policy.pipeline.save_pretrained(str(aside))
+                self.policy.pipeline.save_pretrained(str(temporary))
             else:
-                self.policy.save_lora(aside)
+                self.policy.save_lora(temporary)
 
     def write_card(self) -> None:
         write_model_card(self.folder, self.folder / "final", pipeline=facts_of(self.policy.pipeline))

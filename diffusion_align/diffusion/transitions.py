@@ -17,7 +17,7 @@ from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
 
 Reduction = Literal["sum", "mean"]
-Weighting = Literal["exact", "uniform", "share"]
+Weighting = Literal["exact", "uniform", "snr_share"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def nats_per_squared_error(schedule: DiffusionSchedule) -> Tensor:
     return ((at_one.mean - at_zero.mean).flatten() ** 2) / (2 * at_zero.std**2)
 
 
-def share_of_signal(schedule: DiffusionSchedule) -> Tensor:
+def snr_shares(schedule: DiffusionSchedule) -> Tensor:
     """(T,) float64: how much ``alphas_cumprod`` rises in each step, up to 1 in the last."""
     signal = schedule.table.alpha_t.double().cpu() ** 2
     return torch.cat([signal[1:], signal.new_ones(1)]) - signal
@@ -129,7 +129,7 @@ def step_scales(schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting
     - exact: the number of steps. In expectation the sum of the nats over all of them.
     - uniform: one and the same factor for the squared error of every step's output, with the sum of the exact ones, as
       Diffusion-DPO does (Wallace et al. 2023, arXiv:2311.12908, drop omega).
-    - share: one over the step's share of the fall of ``alphas_cumprod``. Only this gives every step the part of the
+    - snr_share: one over the step's share of the fall of ``alphas_cumprod``. Only this gives every step the part of the
       reward that it can pay for at equal price, see docs/mathematics/diffusion_dpo.md.
     """
     scales = torch.zeros(len(schedule), dtype=torch.float64)
@@ -139,6 +139,6 @@ def step_scales(schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting
         weights = nats_per_squared_error(schedule)[steps]
         scales[steps] = weights.sum() / weights
     else:
-        shares = share_of_signal(schedule)[steps]
+        shares = snr_shares(schedule)[steps]
         scales[steps] = shares.sum() / shares
     return scales

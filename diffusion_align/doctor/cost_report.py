@@ -16,7 +16,7 @@ from diffusion_align.doctor.memory import NetworkCost, decoder_cost, network_cos
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines
-from diffusion_align.training.launch import best_seconds
+from diffusion_align.training.launch import time_forward
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations per second, float32 accumulation, from the makers' data sheets."""
@@ -179,7 +179,7 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: NetworkCost, pa
     threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or threads)
     try:
-        seconds = min(best_seconds(lambda: family.predict(network, *inputs), narrow) for narrow in choices)
+        seconds = min(time_forward(lambda: family.predict(network, *inputs), use_bf16) for use_bf16 in choices)
     finally:
         torch.set_num_threads(threads)
     total = seconds / batch * passes

@@ -49,11 +49,11 @@ def find_model(config: DenoisingConfig) -> ModelFiles:
     """The files of ``config.model``: embedded, a folder, one file, a Hub id in the cache or not, or a run's base."""
     model = config.model
     try:
-        plan = image_model_ref(model)
+        ref = image_model_ref(model)
     except UserError:  # which is among the settings' problems
         return ModelFiles({}, [("model", f"{model} (a run that cannot be used)")])
-    if plan.run is not None and plan.base != model:
-        return _under_a_run(config, plan)
+    if ref.run is not None and ref.base != model:
+        return _under_a_run(config, ref)
     path = asset_path(model) if model in EMBEDDED_PIPELINES else Path(os.path.expanduser(model))
     where = "embedded" if model in EMBEDDED_PIPELINES else "a folder"
     if os.path.isdir(path):
@@ -96,18 +96,18 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.{0 if count >= 1e7 else 1}f} MB"
 
 
-def _under_a_run(config: DenoisingConfig, plan: ModelRef) -> ModelFiles:
+def _under_a_run(config: DenoisingConfig, ref: ModelRef) -> ModelFiles:
     loaded = {
-        "model": plan.base,
-        "weights_variant": config.weights_variant or plan.variant,
-        "base_config": config.base_config or plan.base_config,
-        "family": config.family or plan.family,
+        "model": ref.base,
+        "weights_variant": config.weights_variant or ref.variant,
+        "base_config": config.base_config or ref.base_config,
+        "family": config.family or ref.family,
     }
     base = find_model(config.model_copy(update=loaded))
     whole = f"a run that trained the whole {base.family.network_title}"
-    what = f"a run: LoRA of {len(plan.adapters)} on its base" if plan.adapters else whole
+    what = f"a run: LoRA of {len(ref.adapters)} on its base" if ref.adapters else whole
     (_, first), *rest = base.lines
-    return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest], origin=plan.origin)
+    return replace(base, lines=[("model", f"{config.model} ({what})"), ("base", first), *rest], origin=ref.origin)
 
 
 def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: bool) -> ModelFiles:

@@ -8,6 +8,7 @@ from diffusion_align.estimators.advantages import (
     gae,
     group_advantages,
     leave_one_out_advantages,
+    multi_reward_advantages,
     reward_to_go,
     several_rewards_advantages,
 )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_choice, check_mask, check_shapes, counted
+from diffusion_align.estimators.masked import check_choice, check_mask, check_shapes, masked_fill_zero
 
 
 def _float64(x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def group_advantages(
     return _like(torch.where(std == 0, 0.0, centred / std), rewards)
 
 
-def several_rewards_advantages(
+def multi_reward_advantages(
     rewards: Tensor,
     group_ids: Tensor,
     weights: Tensor | None = None,
@@ -117,11 +117,14 @@ def several_rewards_advantages(
         raise ValueError(f"expected rewards (B, K) with K > 0 and weights (K,) or None, got {found}.")
     columns = rewards.unbind(1)
     estimate = partial(estimator or group_advantages, **settings)
-    advantages = torch.stack([_advantages_where_said(column, group_ids, estimate) for column in columns], 1)
+    advantages = torch.stack([_advantages_of_scored(column, group_ids, estimate) for column in columns], 1)
     return advantages.sum(1) if weights is None else (advantages * weights.detach().to(advantages)).sum(1)
 
 
-def _advantages_where_said(rewards: Tensor, group_ids: Tensor, estimate: Callable[..., Tensor]) -> Tensor:
+several_rewards_advantages = multi_reward_advantages  # the former name
+
+
+def _advantages_of_scored(rewards: Tensor, group_ids: Tensor, estimate: Callable[..., Tensor]) -> Tensor:
     """``estimate`` of the rewards (B,) that are not nan, and 0 for the others."""
     check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)
     scored = ~rewards.isnan()
@@ -180,7 +183,7 @@ def reward_to_go(x: Tensor, mask: Tensor | None = None) -> Tensor:
     wider, 0 where masked. Raises ValueError on different shapes or a mask that is not bool.
     """
     check_shapes(ndim=2, x=x, mask=mask)
-    return counted(counted(x, mask).flip(1).cumsum(1).flip(1), mask)
+    return masked_fill_zero(masked_fill_zero(x, mask).flip(1).cumsum(1).flip(1), mask)
 
 
 def _standardised(rewards: Tensor, history: Tensor) -> Tensor:

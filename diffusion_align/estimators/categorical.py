@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_shapes, widen
+from diffusion_align.estimators.masked import at_least_float32, check_shapes
 
 IGNORED = -100  # the label of a position that is not scored
 
@@ -23,7 +23,7 @@ class _TokenLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor | None, labels: Tensor, scale: float, size: int) -> Tensor:
         ctx.scale, ctx.size = scale, size
-        dtype = widen(features[:0]).dtype
+        dtype = at_least_float32(features[:0]).dtype
         normaliser = picked = torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device)
         for start, logits in _slices(ctx, features, weight):
             normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
@@ -63,7 +63,7 @@ def _slices(ctx: Any, features: Tensor, weight: Tensor | None) -> Iterator[tuple
     for start in range(0, features.shape[-1] if weight is None else weight.shape[0], ctx.size):
         part = slice(start, start + ctx.size)
         logits = features[..., part] if weight is None else features @ weight[part].mT
-        yield start, widen(logits) * ctx.scale
+        yield start, at_least_float32(logits) * ctx.scale
 
 
 def _position(labels: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def categorical_log_probs(logits: Tensor, *, temperature: float = 1.0) -> Tensor
     _check_temperature(temperature)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits (..., V) with V > 0, got {_shapes(logits)}.")
-    return (widen(logits) / temperature).log_softmax(-1)
+    return (at_least_float32(logits) / temperature).log_softmax(-1)
 
 
 def categorical_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:

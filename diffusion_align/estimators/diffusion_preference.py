@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_shapes, widen
+from diffusion_align.estimators.masked import at_least_float32, check_shapes
 from diffusion_align.estimators.preference import Beta, checked_beta, dpo_loss
 
 
@@ -31,7 +31,8 @@ def diffusion_dpo_loss(
     Raises ValueError on different shapes or a setting out of its range.
     """
     check_shapes(ndim=1, err_w=err_w, err_w_ref=err_w_ref, err_l=err_l, err_l_ref=err_l_ref)
-    chosen, rejected = widen(err_w_ref).detach() - widen(err_w), widen(err_l_ref).detach() - widen(err_l)
+    chosen = at_least_float32(err_w_ref).detach() - at_least_float32(err_w)
+    rejected = at_least_float32(err_l_ref).detach() - at_least_float32(err_l)
     return dpo_loss(chosen, rejected, beta, label_smoothing=label_smoothing)
 
 
@@ -54,8 +55,8 @@ def corrected_diffusion_dpo_loss(
     """
     check_shapes(ndim=1, err_w=err_w, err_l=err_l, kl_old_w=kl_old_w, kl_old_l=kl_old_l)
     beta = checked_beta(beta, err_w)
-    weight = torch.sigmoid(beta * (widen(kl_old_l) - widen(kl_old_w))).detach()
-    return beta * weight * (widen(err_w) - widen(err_l))
+    weight = torch.sigmoid(beta * (at_least_float32(kl_old_l) - at_least_float32(kl_old_w))).detach()
+    return beta * weight * (at_least_float32(err_w) - at_least_float32(err_l))
 
 
 def beta_in_nats(beta_dpo: float, *, dimensions: int, weight_sum: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from diffusion_align.estimators.masked import check_choice, check_shapes, widen
+from diffusion_align.estimators.masked import at_least_float32, check_choice, check_shapes
 
 
 class BetaNetwork(nn.Module):
@@ -37,7 +37,7 @@ class BetaNetwork(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         if embeddings.ndim != 2 or embeddings.shape[1] != self.dimensions:
             raise ValueError(f"expected embeddings (B, {self.dimensions}), got {tuple(embeddings.shape)}.")
-        return softplus(widen(self.layers(embeddings)).squeeze(-1))
+        return softplus(at_least_float32(self.layers(embeddings)).squeeze(-1))
 
 
 def beta_factor(beta: Tensor, *, convention: Literal["product", "inverse"] = "product", detach: bool = True) -> Tensor:
@@ -48,7 +48,7 @@ def beta_factor(beta: Tensor, *, convention: Literal["product", "inverse"] = "pr
         detach: False lets the preference loss train beta too, as [003] does.
     """
     check_choice("convention", convention, ("product", "inverse"))
-    beta = widen(beta.detach() if detach else beta)
+    beta = at_least_float32(beta.detach() if detach else beta)
     return beta if convention == "product" else 1.0 / beta
 
 
@@ -57,7 +57,7 @@ def beta_range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor
     check_shapes(ndim=1, beta=beta)
     if not 0 <= beta_min <= beta_max:
         raise ValueError(f"{beta_min=}, {beta_max=} is not allowed: 0 <= beta_min <= beta_max.")
-    return (widen(beta) - beta_max).relu() + (beta_min - widen(beta)).relu()
+    return (at_least_float32(beta) - beta_max).relu() + (beta_min - at_least_float32(beta)).relu()
 
 
 def beta_smoothness_penalty(beta: Tensor, embeddings: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def beta_smoothness_penalty(beta: Tensor, embeddings: Tensor) -> Tensor:
     (slope,) = torch.autograd.grad(beta.sum(), embeddings, create_graph=True, allow_unused=True)
     if slope is None:
         raise ValueError("beta was not computed from these embeddings.")
-    return widen(slope).square().sum(1)
+    return at_least_float32(slope).square().sum(1)
 
 
 def beta_entropy_penalty(beta: Tensor, entropy: Tensor, alpha: float) -> Tensor:
@@ -84,4 +84,4 @@ def beta_entropy_penalty(beta: Tensor, entropy: Tensor, alpha: float) -> Tensor:
     check_shapes(ndim=1, beta=beta, entropy=entropy)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"{alpha=} is not allowed: it must be at least 0.")
-    return (widen(beta) - alpha * widen(entropy).detach()).square()
+    return (at_least_float32(beta) - alpha * at_least_float32(entropy).detach()).square()

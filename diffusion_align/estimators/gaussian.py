@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_choice, check_shapes, widen
+from diffusion_align.estimators.masked import at_least_float32, check_choice, check_shapes
 
 Reduction = Literal["sum", "mean"]
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -32,7 +32,7 @@ def _flat(x: Tensor, name: str) -> Tensor:
     """``x`` (B, ...) as (B, d) in float32 or wider; d = 1 for (B,)."""
     if x.ndim == 0 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must be (B, ...) with at least one entry per sample, got {tuple(x.shape)}.")
-    return widen(x).reshape(x.shape[0], math.prod(x.shape[1:]))
+    return at_least_float32(x).reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _reduce(x: Tensor, reduction: Reduction) -> Tensor:

@@ -30,7 +30,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_choice, check_shapes, counted, widen
+from diffusion_align.estimators.masked import at_least_float32, check_choice, check_shapes, masked_fill_zero
 from diffusion_align.estimators.policy import importance_ratio
 
 Kind = Literal["k1", "k2", "k3", "k3_clip", "k4"]
@@ -62,7 +62,7 @@ def _log_ratio(logp: Tensor, logp_ref: Tensor, kind: str, clip: float, mask: Ten
     check_shapes(logp=logp, logp_ref=logp_ref, mask=mask)
     if not clip > 0:
         raise ValueError(f"clip={clip} is not allowed: the bound on pi_ref/pi must be > 0.")
-    return counted(widen(logp.detach()) - logp_ref.detach(), mask)
+    return masked_fill_zero(at_least_float32(logp.detach()) - logp_ref.detach(), mask)
 
 
 def _bound(x: Tensor) -> float:
@@ -121,8 +121,8 @@ def kl_gradient_coefficient(
     log_ratio = _log_ratio(logp, logp_ref, kind, clip, mask)
     if kind != "minimax":
         return _coefficient(log_ratio, kind, clip)
-    bounded, bounded_ref = (widen(x).detach().clamp(max=_bound(log_ratio)) for x in (logp, logp_ref))
-    return counted(bounded.exp() - bounded_ref.exp(), mask)
+    bounded, bounded_ref = (at_least_float32(x).detach().clamp(max=_bound(log_ratio)) for x in (logp, logp_ref))
+    return masked_fill_zero(bounded.exp() - bounded_ref.exp(), mask)
 
 
 def kl_loss(
@@ -169,7 +169,7 @@ def kl_loss(
         coefficient = torch.ones_like(value)
     elif kind == "k3_clip":
         coefficient = torch.where(-log_ratio > math.log(clip), 1.0, coefficient)
-    path = counted(logp, mask)
+    path = masked_fill_zero(logp, mask)
     return value + coefficient * (path - path.detach())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 Dim = int | tuple[int, ...]
 
 
-def widen(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float32 or wider: half precision and integers become float32, float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -40,10 +40,10 @@ def check_mask(mask: Tensor | None) -> None:
         raise ValueError(f"mask must be a bool tensor (True = counts), got {mask.dtype}; use mask.bool().")
 
 
-def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+def masked_fill_zero(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` in float32 or wider, and 0, without a gradient, where ``mask`` says that an entry does not count."""
     check_mask(mask)
-    return widen(x) if mask is None else torch.where(mask, widen(x), 0.0)
+    return at_least_float32(x) if mask is None else torch.where(mask, at_least_float32(x), 0.0)
 
 
 def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
@@ -56,7 +56,7 @@ def _check(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:
     check_shapes(x=x, mask=mask)
     if dim is None or (not isinstance(dim, int) and len(dim) == 0):
         raise ValueError(f"dim={dim!r} is not allowed for x {tuple(x.shape)}: name every dimension to reduce.")
-    return counted(x, mask)
+    return masked_fill_zero(x, mask)
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: Dim) -> Tensor:

@@ -13,9 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_choice, check_shapes, counted, masked_mean, widen
+from diffusion_align.estimators.masked import (
+    at_least_float32,
+    check_choice,
+    check_shapes,
+    masked_fill_zero,
+    masked_mean,
+)
 
-Level = Literal["decision", "sequence"]
+Level = Literal["action", "sequence"]
+_LEVEL_ALIASES: dict[str, Level] = {"decision": "action", "token": "action"}
 LOG_CLAMP = 20.0  # nats; how many log-ratios are beyond it is for the caller to log
 
 
@@ -43,12 +50,12 @@ def importance_ratio(
     logp_old: Tensor,
     *,
     mask: Tensor | None = None,
-    level: Level = "decision",
+    level: Level = "action",
     log_clamp: float = LOG_CLAMP,
 ) -> Tensor:
     """Ratio ``rho = exp(logp - logp_old)`` of the trained to the sampling policy, no unit.
 
-    "decision": one ratio per action, [002] eq. 74 (PPO). "sequence": ``rho = exp(mean_t(logp - logp_old))`` over the
+    "action": one ratio per action, [002] eq. 74 (PPO). "sequence": ``rho = exp(mean_t(logp - logp_old))`` over the
     actions that count, so length-normalised, and the same at each t of its row (GSPO, arXiv:2507.18071, eq. 7).
 
     The exponent is clamped to ±``log_clamp`` straight through: the value is exp(clamped), the gradient that value times
@@ -57,16 +64,17 @@ def importance_ratio(
     Args:
         logp: (B, T) nats; the only input with a gradient.
         logp_old: (B, T) nats, the behaviour policy; detached.
-        level: "decision" or "sequence".
+        level: "action" or "sequence".
         log_clamp: bound on the log-ratio in nats, > 0 and at most 80.
 
-    Masked entries are 1 ("decision") or their row's ratio ("sequence").
+    Masked entries are 1 ("action") or their row's ratio ("sequence").
     """
-    check_choice("level", level, ("decision", "sequence"))
+    level = _LEVEL_ALIASES.get(level, level)
+    check_choice("level", level, ("action", "sequence"))
     check_shapes(ndim=2 if level == "sequence" else None, logp=logp, logp_old=logp_old, mask=mask)
     if not 0 < log_clamp <= 80:
         raise ValueError(f"log_clamp={log_clamp} is not allowed: it must be > 0 and at most 80.")
-    log_ratio = counted(widen(logp) - widen(logp_old).detach(), mask)
+    log_ratio = masked_fill_zero(at_least_float32(logp) - at_least_float32(logp_old).detach(), mask)
     if level == "sequence":
         counts = torch.ones_like(log_ratio, dtype=torch.bool) if mask is None else mask
         log_ratio = masked_mean(log_ratio, counts, 1).unsqueeze(1).expand(logp.shape)
@@ -82,7 +90,7 @@ def clipped_surrogate(
     clip_high: float | None = None,
     dual_clip: float | None = None,
     mask: Tensor | None = None,
-    level: Level = "decision",
+    level: Level = "action",
 ) -> Tensor:
     """PPO-2 clipped loss per action, unreduced: ``-min(rho*A, clamp(rho, 1-clip, 1+clip_high)*A)``.
 
@@ -96,7 +104,7 @@ def clipped_surrogate(
         clip: width of the trust region below 1, at least 0.
         clip_high: width above 1; None means ``clip``.
         dual_clip: None, or a bound > 1 on the ratio where the advantage is negative.
-        level: "decision" or "sequence", see ``importance_ratio``.
+        level: "action" or "sequence", see ``importance_ratio``.
     """
     check_shapes(logp=logp, logp_old=logp_old, advantages=advantages, mask=mask)
     ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
@@ -120,7 +128,7 @@ def clipped_ratio_loss(
     low, high = _check_clip(clip, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip} is not allowed: it must be > 1, or None to switch it off.")
-    advantages = counted(advantages.detach(), mask)
+    advantages = masked_fill_zero(advantages.detach(), mask)
     free, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
     # Not torch.minimum: it halves the gradient at a tie, which is every first pass if clip is 0.
     loss = -torch.where(clipped < free, clipped, free)
@@ -137,7 +145,7 @@ def clip_fractions(
     clip_high: float | None = None,
     advantages: Tensor | None = None,
     mask: Tensor | None = None,
-    level: Level = "decision",
+    level: Level = "action",
 ) -> tuple[Tensor, Tensor]:
     """Which actions the clip takes out, for logging: ``(low, high)``, average them for the fractions.
 
@@ -179,7 +187,7 @@ def score_function_loss(logp: Tensor, advantages: Tensor, *, mask: Tensor | None
         advantages: (B, T); detached.
     """
     check_shapes(logp=logp, advantages=advantages, mask=mask)
-    return -counted(advantages.detach(), mask) * counted(logp, mask)
+    return -masked_fill_zero(advantages.detach(), mask) * masked_fill_zero(logp, mask)
 
 
 def value_loss(
@@ -199,7 +207,7 @@ def value_loss(
     check_shapes(values=values, values_old=values_old, returns=returns, mask=mask)
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip={clip} is not allowed: it must be at least 0, or None to switch it off.")
-    values, values_old, returns = (counted(x, mask) for x in (values, values_old.detach(), returns.detach()))
+    values, values_old, returns = (masked_fill_zero(x, mask) for x in (values, values_old.detach(), returns.detach()))
     error = (values - returns).square()
     if clip is not None:
         clipped = values_old + (values - values_old).clamp(-clip, clip)

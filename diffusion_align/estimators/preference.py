@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from diffusion_align.estimators.masked import check_shapes, counted, masked_mean, widen
+from diffusion_align.estimators.masked import at_least_float32, check_shapes, masked_fill_zero, masked_mean
 
 Beta = float | Tensor
 
@@ -23,7 +23,7 @@ Beta = float | Tensor
 def checked_beta(beta: Beta, like: Tensor) -> Beta:
     if isinstance(beta, Tensor):
         if beta.ndim == 0 or beta.shape == like.shape[:1]:
-            return widen(beta)
+            return at_least_float32(beta)
         raise ValueError(f"beta must be a float or {tuple(like.shape[:1])}, got shape {tuple(beta.shape)}.")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta} is not allowed: it must be > 0.")
@@ -32,7 +32,7 @@ def checked_beta(beta: Beta, like: Tensor) -> Beta:
 
 def _gap(chosen: Tensor, rejected: Tensor) -> Tensor:
     check_shapes(ndim=1, chosen=chosen, rejected=rejected)
-    return widen(chosen) - widen(rejected)
+    return at_least_float32(chosen) - at_least_float32(rejected)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def dpo_loss(
         mask: bool like ``rejected_logratio``, which of them count, whatever the others hold; a row without any is 0.
     """
     check_shapes(rejected_logratio=rejected_logratio, mask=mask)
-    rejected = widen(rejected_logratio.unsqueeze(1) if rejected_logratio.ndim == 1 else rejected_logratio)
+    rejected = at_least_float32(rejected_logratio.unsqueeze(1) if rejected_logratio.ndim == 1 else rejected_logratio)
     if chosen_logratio.ndim != 1 or rejected.ndim != 2 or len(rejected) != len(chosen_logratio):
         shapes = f"{tuple(chosen_logratio.shape)} and {tuple(rejected_logratio.shape)}"
         raise ValueError(f"expected chosen_logratio (B,) and rejected_logratio (B,) or (B, M), got {shapes}.")
@@ -72,7 +72,7 @@ def dpo_loss(
     counts = torch.ones_like(rejected, dtype=torch.bool) if mask is None else mask.reshape(rejected.shape)
     beta = checked_beta(beta, chosen_logratio)
     beta = beta.unsqueeze(1) if isinstance(beta, Tensor) and beta.ndim else beta
-    margins = beta * (counted(rejected, counts) - widen(chosen_logratio).unsqueeze(1))
+    margins = beta * (masked_fill_zero(rejected, counts) - at_least_float32(chosen_logratio).unsqueeze(1))
     # Not log_softmax: its float32 result loses the gradient of a chosen one that is well ahead.
     loss = -logsigmoid(-margins.masked_fill(~counts, -math.inf).logsumexp(1))
     return loss - label_smoothing * masked_mean(margins, counts, 1) if label_smoothing else loss
@@ -132,7 +132,8 @@ def kto_loss(
         raise ValueError(f"expected a bool desirable and a reference_point 0-d or like logratio, got {found}.")
     if not (desirable_weight >= 0 and undesirable_weight >= 0):
         raise ValueError(f"{desirable_weight=}, {undesirable_weight=} is not allowed: both must be at least 0.")
-    reward = checked_beta(beta, logratio) * (widen(logratio) - widen(reference_point).detach().clamp(min=0))
+    baseline = at_least_float32(reference_point).detach().clamp(min=0)
+    reward = checked_beta(beta, logratio) * (at_least_float32(logratio) - baseline)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-reward), undesirable_weight * torch.sigmoid(reward))
 
 
@@ -153,10 +154,10 @@ def orpo_loss(chosen_logp: Tensor, rejected_logp: Tensor, weight: float = 0.1) -
     if not weight >= 0:
         raise ValueError(f"weight={weight} is not allowed: it must be at least 0.")
     odds = []
-    for logp in (widen(chosen_logp), widen(rejected_logp)):
+    for logp in (at_least_float32(chosen_logp), at_least_float32(rejected_logp)):
         below_zero = torch.where(logp < -1e-6, logp, logp - logp.detach() - 1e-6)
         odds.append(logp - torch.log(-torch.expm1(below_zero)))
-    return -widen(chosen_logp) - weight * logsigmoid(_gap(*odds))
+    return -at_least_float32(chosen_logp) - weight * logsigmoid(_gap(*odds))
 
 
 def trajectory_dpo_loss(
@@ -187,10 +188,10 @@ def trajectory_dpo_loss(
         check_shapes(ndim=2, logratio=logratio, mask=mask)
         counts = torch.ones_like(logratio, dtype=torch.bool) if mask is None else mask
         time = (counts.cumsum(1) - 1).clamp(min=0)  # of the actions that count
-        scores.append((counted(logratio, counts) * gamma ** time.to(widen(logratio).dtype)).sum(1))
+        scores.append((masked_fill_zero(logratio, counts) * gamma ** time.to(at_least_float32(logratio).dtype)).sum(1))
     check_shapes(ndim=1, labels=labels, first=scores[0], second=scores[1])
     reward = checked_beta(beta, labels) * (scores[0] - scores[1])
-    return -widen(labels) * logsigmoid(reward) - (1 - widen(labels)) * logsigmoid(-reward)
+    return -at_least_float32(labels) * logsigmoid(reward) - (1 - at_least_float32(labels)) * logsigmoid(-reward)
 
 
 def rso_accept(rewards: Tensor, beta: float, *, generator: torch.Generator | None = None) -> Tensor:
@@ -206,7 +207,7 @@ def rso_accept(rewards: Tensor, beta: float, *, generator: torch.Generator | Non
     if rewards.ndim == 0 or not bool(rewards.isfinite().all()) or isinstance(beta, Tensor):
         raise ValueError(f"rewards {tuple(rewards.shape)} must be (..., N) and finite, and beta a float.")
     checked_beta(beta, rewards)
-    rewards = widen(rewards).detach()
+    rewards = at_least_float32(rewards).detach()
     if rewards.numel() == 0:
         return torch.zeros_like(rewards, dtype=torch.bool)
     chance = ((rewards - rewards.amax(-1, keepdim=True)) / beta).exp()

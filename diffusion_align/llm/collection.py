@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.data.text_encoding import completion_of
+from diffusion_align.data.text_encoding import as_completion_message
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.llm.rollout import Completions
 from diffusion_align.rewards.base import reward_name, runs_in_background
@@ -67,7 +67,7 @@ class WeightedRewards:
     ) -> list[tuple[bool, Callable[[], Tensor]]]:
         """For each reward: whether it is called in the background, and a function that returns its scores (B,)."""
         prompts = [row.prompt for row in rows]
-        answers = [completion_of(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
+        answers = [as_completion_message(text, row.prompt) for text, row in zip(completions, rows, strict=True)]
         names = dict.fromkeys(name for row in rows for name in row.columns)
         columns = {name: [row.columns.get(name) for row in rows] for name in names}
         extras: dict[str, Any] = {"completion_ids": ids, "trainer_state": state}

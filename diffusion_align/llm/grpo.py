@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AliasChoices, Field
@@ -32,13 +32,14 @@ from diffusion_align.estimators import (
     kl_loss,
     kl_reward,
     leave_one_out_advantages,
+    multi_reward_advantages,
     reward_to_go,
-    several_rewards_advantages,
 )
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored, Sequences, pad_to
 from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
 from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
+from diffusion_align.training.aliases import other_words
 from diffusion_align.training.config import OrInfinite
 from diffusion_align.training.context import EpochCost
 from diffusion_align.training.statistics import equal_reward_metric
@@ -68,7 +69,9 @@ class GRPOConfig(PolicyGradientConfig):
         description="passes over an epoch's samples; `num_iterations` is the same",
     )
 
-    ratio_level: Literal["decision", "sequence"] = Field("decision", description="sequence: one ratio per completion")
+    ratio_level: Annotated[Literal["token", "sequence"], other_words(decision="token")] = Field(
+        "token", description="one ratio per token, or per completion (sequence)"
+    )
     loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
 
     advantages: Literal["group", "leave_one_out"] = Field(
@@ -174,22 +177,22 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         if config.multi_objective_aggregation == "normalize_then_sum":
             assert self.rewards is not None
             scores, weights = collected.scores, self.rewards.weights
-        of_group = several_rewards_advantages(scores, groups, weights, estimator=estimator)
+        of_group = multi_reward_advantages(scores, groups, weights, estimator=estimator)
         metrics = equal_reward_metric(rewards, config.num_generations)
 
         advantages = self.local(of_group.to(logp_old.dtype))[:, None].expand(sequences.mask.shape)
         logp_ref, found = self._reference(sequences, logp_old)
         if logp_ref is not None and config.kl.endswith("_reward"):
             advantages = advantages - config.beta * self._kl_in_reward(logp_old, logp_ref, sequences.mask)
-        counted = collected.finished if config.mask_truncated_completions else torch.ones_like(collected.finished)
+        included = collected.finished if config.mask_truncated_completions else torch.ones_like(collected.finished)
         # Without an advantage there is no policy gradient; with a KL term there still is that one.
-        used = counted & ((of_group != 0) | torch.tensor(config.beta > 0))
-        tokens = self.processes.sum(sequences.mask[self.local(counted)].sum())
-        mean_length = max(tokens / max(int(counted.sum()), 1), 1.0)
+        used = included & ((of_group != 0) | torch.tensor(config.beta > 0))
+        tokens = self.processes.sum(sequences.mask[self.local(included)].sum())
+        mean_length = max(tokens / max(int(included.sum()), 1), 1.0)
         # A mean over tokens is of those that count; a mean over completions is of all, those left out adding 0.
-        among = counted if config.loss_type == "dapo" else torch.ones_like(counted)
+        among = included if config.loss_type == "dapo" else torch.ones_like(included)
         cut = "every completion was cut off at max_completion_length, and mask_truncated_completions leaves those out"
-        self.none_left = super().none_left if counted.any() else cut
+        self.none_left = super().none_left if included.any() else cut
         batch = GRPOBatch(sequences, logp_old, advantages, mean_length, logp_ref)
         return batch, TrainingPlan(used.nonzero().squeeze(1), normalizer=int(among.sum())), metrics | found
 
@@ -201,7 +204,9 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         logp_old, advantages = (x[samples, : mask.shape[1]] for x in (batch.logp_old, batch.advantages))
         scored = policy.score(sequences)
         logp = policy.log_probs(scored)
-        losses, statistics = self.surrogate(scored, logp, logp_old, advantages, level=config.ratio_level)
+        losses, statistics = self.surrogate(
+            scored, logp, logp_old, advantages, level="sequence" if config.ratio_level == "sequence" else "action"
+        )
         if config.beta > 0 and not config.kl.endswith("_reward"):
             penalty = self._kl_as_loss(batch, samples, sequences, scored, logp, logp_old)
             statistics["loss/kl"] = penalty.detach()[mask]

@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffusion_align.bounds import HIGHEST_RANK, MOST
-from diffusion_align.data.text_encoding import context_length, ends_of
+from diffusion_align.data.text_encoding import context_length, eos_token_ids
 from diffusion_align.errors import UserError
 from diffusion_align.estimators import token_log_probs
-from diffusion_align.estimators.masked import widen
+from diffusion_align.estimators.masked import at_least_float32
 from diffusion_align.models.lora import (
     adapter_layers,
     add_lora,
@@ -204,7 +204,8 @@ class LanguagePolicy:
         self.model, self.tokenizer, self.lora = model.to(device), tokenizer, lora
         self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
         self.eos = int(tokenizer.eos_token_id)
-        self.ends = torch.tensor(ends_of(tokenizer, getattr(model, "generation_config", None)), device=self.device)
+        ends = eos_token_ids(tokenizer, getattr(model, "generation_config", None))
+        self.ends = torch.tensor(ends, device=self.device)
         model.requires_grad_(False).eval()
         if lora is None:
             model.requires_grad_(True)
@@ -213,7 +214,7 @@ class LanguagePolicy:
             model.eval()  # the new layers as well
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
-            parameter.data = widen(parameter.data)
+            parameter.data = at_least_float32(parameter.data)
         self._adapter_layers = adapter_layers(model)
         self._frozen: nn.Module | None = None
         if reference is not None:
@@ -335,15 +336,15 @@ def padding_token(model: Any, tokenizer: Any) -> int:
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model, or its adapter, and its tokenizer, for plain transformers (with peft)."""
-    with new_folder(folder) as aside:
-        with _settings_that_are_written(model, aside):
+    with new_folder(folder) as temporary:
+        with _settings_that_are_written(model, temporary):
             if carries_adapters(model):
-                save_peft(model, aside)
+                save_peft(model, temporary)
                 if model.can_generate():
-                    model.generation_config.save_pretrained(str(aside))
+                    model.generation_config.save_pretrained(str(temporary))
             else:
-                model.save_pretrained(str(aside))
-        tokenizer.save_pretrained(str(aside))
+                model.save_pretrained(str(temporary))
+        tokenizer.save_pretrained(str(temporary))
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         logp_old: Tensor,
         advantages: Tensor,
         *,
-        level: Level = "decision",
+        level: Level = "action",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
         clip, mask = self.config.epsilon, scored.mask

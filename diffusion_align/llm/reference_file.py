@@ -93,8 +93,8 @@ class ReferenceFile:
         return {"model": self._model, **found} == self._identity()  # older versions did not say the model
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
-        with new_file(self.path) as aside:
-            save_file(tensors, aside, self._identity())
+        with new_file(self.path) as temporary:
+            save_file(tensors, temporary, self._identity())
 
     def put_into(self, batch: PreferenceBatch, indices: Sequence[int]) -> PreferenceBatch:
         """A batch of the given rows ``indices``, with what is known of them."""
@@ -127,8 +127,8 @@ class ReferenceFile:
                         for name, feature in zip(_FEATURES, features, strict=True):
                             parts[name].append(feature.cpu())
                     advance(len(some))
-        everyones = processes.gather_in_order([parts])
-        joined = {name: [x for part in everyones for x in part[name]] for name in parts}
+        gathered = processes.gather_in_order([parts])
+        joined = {name: [x for part in gathered for x in part[name]] for name in parts}
         tensors = {name: torch.cat(found) for name, found in joined.items() if found}
         require_finite_logits(tensors["logp"], what="the reference")
         return tensors

@@ -29,7 +29,7 @@ from diffusion_align.data.text_encoding import context_length, continuation_toke
 from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, rows_name
 from diffusion_align.errors import TrainingError, UserError, problems_of
 from diffusion_align.estimators import bradley_terry_loss
-from diffusion_align.estimators.masked import widen
+from diffusion_align.estimators.masked import at_least_float32
 from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, padding_token, peft_config, save_model
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.lora import add_lora
@@ -97,7 +97,7 @@ class RewardModel:
             add_lora(model, peft_config(lora, model, task_type="SEQ_CLS", also_trained=["score", "classifier"]))
         model.eval()
         for parameter in self.trainable.values():
-            parameter.data = widen(parameter.data)
+            parameter.data = at_least_float32(parameter.data)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -125,7 +125,7 @@ class RewardModel:
         """(B,) scores, float32 or wider."""
         with self.autocast():
             output = self.model(input_ids=sequences.ids, attention_mask=sequences.attention_mask, use_cache=False)
-        return widen(output.logits[:, 0])
+        return at_least_float32(output.logits[:, 0])
 
     def save(self, folder: Path) -> None:
         """Write the model, or head and adapters, and the tokenizer, for plain transformers (with peft)."""

@@ -138,7 +138,7 @@ class OnlineConfig(TextConfig):
 
 @dataclass
 class TextEvaluation(Evaluation):
-    """For completions: ``prompts`` are ``PromptRow``, ``gold`` are ``WeightedRewards``."""
+    """For completions: ``prompts`` are ``PromptRow``, ``reward`` are ``WeightedRewards``."""
 
     def metrics(self, found: Mapping[str, Tensor]) -> dict[str, float]:
         """``kl_path`` and its standard error, nats per completion, of ``kl_path`` (N,) where it is measured.
@@ -259,7 +259,7 @@ class TextTrainer(PolicyTrainer[Batch]):
         streams = [generator(self.config.seed, "evaluation", i) for i in indices]
         length = self.config.max_completion_length
         completions = rollout(self.policy, [row.ids for row in rows], streams, max_new_tokens=length)
-        sequences, rewards = completions.sequences, evaluation.gold
+        sequences, rewards = completions.sequences, evaluation.reward
         scores = rewards.scores(rows, self.policy.decode(sequences), sequences.tokens)
         found = {"gold": rewards.total(rows, scores)}
         if self.policy.has_reference and not self.config.logs_kl:

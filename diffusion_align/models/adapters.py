@@ -27,7 +27,7 @@ from diffusion_align.models.lora import (
     ADAPTER,
     adapter_state,
     carries_adapters,
-    load_lora,
+    inject_lora,
     lora_layers,
     merge_lora,
     plain_config,
@@ -80,12 +80,12 @@ def frozen_dtype(pipeline: Any) -> torch.dtype:
     return next(p.dtype for name, p in trained_network(pipeline).named_parameters() if ".lora_" not in name)
 
 
-def put_on(pipeline: Any, lora: str | Path, model: str) -> None:
+def load_lora(pipeline: Any, lora: str | Path, model: str) -> None:
     """Load LoRA weights, from safetensors only, onto a pipeline without adapters; Args, Raises: as of ``read_lora``."""
     check_path(lora, f"lora={short(str(lora))}")
     for name, part in read_lora(lora, pipeline, model).items():
         try:
-            load_lora(getattr(pipeline, name), part.config, part.weights)
+            inject_lora(getattr(pipeline, name), part.config, part.weights)
         except Exception as error:  # peft raises whatever settings of others lead to
             raise UserError(f"lora={str(lora)!r} could not be loaded into {model}: {first_line(error)}") from error
 
@@ -96,7 +96,7 @@ def merge_adapters(pipeline: Any) -> None:
         merge_lora(network)
 
 
-def take_off(pipeline: Any) -> None:
+def unload_lora(pipeline: Any) -> None:
     """Leave the pipeline as it was before adapters were put on it."""
     for network in adapted_parts(pipeline).values():
         remove_lora(network)
@@ -115,10 +115,10 @@ def adapter_weights(pipeline: Any) -> AdapterState:
 
 
 @torch.no_grad()
-def put_back(pipeline: Any, state: AdapterState) -> None:
+def restore_lora(pipeline: Any, state: AdapterState) -> None:
     """Undo what has happened to the adapter since ``adapter_weights``; without any then, take it off."""
     if not state:
-        take_off(pipeline)
+        unload_lora(pipeline)
         return
     network = trained_network(pipeline)
     network.peft_config[ADAPTER] = state.config

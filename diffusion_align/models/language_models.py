@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
-from diffusion_align.data.text_encoding import context_length, ends_of
+from diffusion_align.data.text_encoding import context_length, eos_token_ids
 from diffusion_align.errors import UserError, first_line, problems_of, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.lora import forget_adapters, load_peft
@@ -310,7 +310,7 @@ def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, .
 
 def _ends(name: str, tokenizer: Any, settings: Any) -> list[int]:
     try:
-        return ends_of(tokenizer, settings)
+        return eos_token_ids(tokenizer, settings)
     except (TypeError, ValueError):
         found = f"eos_token_id={short(settings.eos_token_id)} of generation_config.json must be a token's number"
         raise UserError(f"model={name!r}: {found}") from None

@@ -47,7 +47,7 @@ def add_lora(network: Any, config: Any) -> None:
     _tell(network, True)
 
 
-def load_lora(network: Any, config: Any, weights: Mapping[str, Tensor]) -> None:
+def inject_lora(network: Any, config: Any, weights: Mapping[str, Tensor]) -> None:
     """Put an adapter of given weights on ``network``, in their own dtype.
 
     Args:

@@ -32,7 +32,7 @@ from diffusion_align.training.places import found_from
 from diffusion_align.training.resume import WATCHING, resume_fingerprint
 from diffusion_align.writing import new_file, write_text
 
-PICTURE = "before_after.png"
+BEFORE_AFTER = "before_after.png"
 # With 1 diffusers' DDIM takes, for some numbers of steps (50 of emoji-sd's), the root of a number just below 0 where a
 # schedule begins in pure noise, and the images are black.
 LARGEST_ETA = 1 - 1e-6
@@ -178,7 +178,7 @@ def model_card(
         front_matter=_front_matter(below.base, method, lora, words),
         title=plain(f"{Path(below.base).stem} aligned with {_title(method)}"),
         opening=_opening(below, lora, words) + (_BEST if weights == "best" else ""),
-        picture=PICTURE if (folder / "samples" / PICTURE).is_file() else None,
+        image=BEFORE_AFTER if (folder / "samples" / BEFORE_AFTER).is_file() else None,
         examples=_examples(folder / "samples" / "before_after.jsonl"),
         facts=[(name, cell(value)) for name, value in _facts(rows, settings, below, summary, words)],
         figures=figures,
@@ -192,10 +192,10 @@ def model_card(
 
 def write_model_card(folder: Path, target: Path, **options: Any) -> None:
     """Write the card of the run ``folder`` into ``target``, with the image it shows; ``options`` as above."""
-    picture = folder / "samples" / PICTURE
-    if picture.is_file():
-        with new_file(target / PICTURE) as aside:
-            shutil.copyfile(picture, aside)
+    image = folder / "samples" / BEFORE_AFTER
+    if image.is_file():
+        with new_file(target / BEFORE_AFTER) as temporary:
+            shutil.copyfile(image, temporary)
     write_text(target / "README.md", model_card(folder, **options))
 
 

@@ -78,9 +78,9 @@ def convert_smollm2() -> None:
             model.load_state_dict(read.state_dict())
             tokenizer.model_max_length = config.max_position_embeddings
             sweep(target.parent, of=target.name)  # the cache folder may be one that others use
-            with new_folder(target) as aside:
-                model.half().save_pretrained(str(aside))
-                tokenizer.save_pretrained(str(aside))
+            with new_folder(target) as temporary:
+                model.half().save_pretrained(str(temporary))
+                tokenizer.save_pretrained(str(temporary))
     except (OSError, WriteError) as error:
         raise UserError(
             f"model='smollm2' cannot be converted into {target}: {first_line(error)}; set DIFFUSION_ALIGN_CACHE to a "

@@ -37,14 +37,14 @@ def to_pil(images: Images) -> list[Image.Image]:
                 f"images must be a float tensor (B, 3, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}"
             )
         pixels = torch.nan_to_num(images.detach().float()).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in pixels]
-    pictures = []
+        return [Image.fromarray(each.permute(1, 2, 0).cpu().numpy()) for each in pixels]
+    converted = []
     for i, image in enumerate(images):
         try:
-            pictures.append(to_rgb(image))
+            converted.append(to_rgb(image))
         except UnreadableImage as problem:
             raise ValueError(f"image {i} {problem}") from None
-    return pictures
+    return converted
 
 
 def image_grid(images: Images, *, captions: Sequence[str] | None = None, columns: int | None = None) -> Image.Image:
@@ -58,24 +58,24 @@ def image_grid(images: Images, *, captions: Sequence[str] | None = None, columns
     Raises:
         ValueError: no images, another shape, or not as many captions as images.
     """
-    pictures = _enlarged(to_pil(images))
-    _check_count("captions", captions, len(pictures))
+    images = _enlarged(to_pil(images))
+    _check_count("captions", captions, len(images))
     if columns is not None and columns < 1:
         raise ValueError(f"columns={columns} must be at least 1")
-    columns = min(columns or _balanced_columns(len(pictures)), len(pictures))
-    width, height = _cell(pictures)
+    columns = min(columns or _balanced_columns(len(images)), len(images))
+    width, height = _cell(images)
     blocks = [_wrap(caption, width) for caption in captions] if captions is not None else []
     text_height = LINE_HEIGHT * max((len(block) for block in blocks), default=0)
     text_height += MARGIN // 2 if text_height else 0
-    n_rows = -(-len(pictures) // columns)
+    n_rows = -(-len(images) // columns)
     canvas = Image.new(
         "RGB", (MARGIN + columns * (width + MARGIN), MARGIN + n_rows * (height + text_height + MARGIN)), BACKGROUND
     )
     draw = ImageDraw.Draw(canvas)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         left = MARGIN + (i % columns) * (width + MARGIN)
         top = MARGIN + (i // columns) * (height + text_height + MARGIN)
-        _paste(canvas, picture, left, top, width, height)
+        _paste(canvas, image, left, top, width, height)
         if blocks:
             _centred(draw, blocks[i], left, top + height + MARGIN // 2, width, INK)
     return canvas
@@ -125,11 +125,11 @@ def before_after(
     draw = ImageDraw.Draw(canvas)
     for first in range(0, count, per_row):
         top = MARGIN + (first // per_row) * block_height
-        for (word, pictures, rewards), row_height in zip(rows, row_heights):
+        for (word, images, rewards), row_height in zip(rows, row_heights):
             draw.text((MARGIN, top + height // 2 - LINE_HEIGHT // 2), word, fill=INK, font=_font())
             for i in range(first, min(first + per_row, count)):
                 left = MARGIN + gutter + (i - first) * (width + MARGIN)
-                _paste(canvas, pictures[i], left, top, width, height)
+                _paste(canvas, images[i], left, top, width, height)
                 if rewards is not None:
                     _centred(draw, [f"{float(rewards[i]):.4g}"], left, top + height + 2, width, MUTED)
             top += row_height + MARGIN
@@ -153,19 +153,19 @@ def _check_count(name: str, values: Sequence | torch.Tensor | None, count: int) 
         raise ValueError(f"{name} holds {len(values)} entries for {count} images: give one for each image")
 
 
-def _enlarged(pictures: list[Image.Image]) -> list[Image.Image]:
+def _enlarged(images: list[Image.Image]) -> list[Image.Image]:
     """By the whole number that makes them about ``VISIBLE_WIDTH`` wide."""
-    if not pictures:
+    if not images:
         raise ValueError("there are no images to show: give at least one")
-    factor = max(1, round(VISIBLE_WIDTH / _cell(pictures)[0]))
+    factor = max(1, round(VISIBLE_WIDTH / _cell(images)[0]))
     if factor == 1:
-        return pictures
-    sizes = [(picture.width * factor, picture.height * factor) for picture in pictures]
-    return [picture.resize(size, Image.Resampling.BICUBIC) for picture, size in zip(pictures, sizes)]
+        return images
+    sizes = [(image.width * factor, image.height * factor) for image in images]
+    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, sizes)]
 
 
-def _cell(pictures: Sequence[Image.Image]) -> tuple[int, int]:
-    return max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+def _cell(images: Sequence[Image.Image]) -> tuple[int, int]:
+    return max(image.width for image in images), max(image.height for image in images)
 
 
 def _balanced_columns(count: int) -> int:
@@ -175,13 +175,13 @@ def _balanced_columns(count: int) -> int:
     return min(range(side, 2 * side + 1), key=lambda columns: (-count % columns, columns))
 
 
-def _paste(canvas: Image.Image, picture: Image.Image, left: int, top: int, width: int, height: int) -> None:
+def _paste(canvas: Image.Image, image: Image.Image, left: int, top: int, width: int, height: int) -> None:
     """Centre the image in its cell, with a hairline around it: many images are as white as the page."""
-    left += (width - picture.width) // 2
-    top += (height - picture.height) // 2
-    frame = (left - 1, top - 1, left + picture.width, top + picture.height)
+    left += (width - image.width) // 2
+    top += (height - image.height) // 2
+    frame = (left - 1, top - 1, left + image.width, top + image.height)
     ImageDraw.Draw(canvas).rectangle(frame, outline=FRAME)
-    canvas.paste(picture, (left, top))
+    canvas.paste(image, (left, top))
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

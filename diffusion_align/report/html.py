@@ -109,7 +109,7 @@ _FIGURES = {
         "are a real difference.",
     ),
     "gold": Figure(
-        plots.plot_gold,
+        plots.plot_held_out_reward,
         "epoch",
         ("gold", "gold_stderr", "diversity"),
         "Measured on the same prompts and the same noise every time; not trained on. If the training reward rises "
@@ -247,12 +247,12 @@ def _reward_sentence(rows: Sequence[Row]) -> str:
 def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
     """The held-out reward at the start, at its best and at the end; and why the run stopped early, if it did."""
     sentences = []
-    epochs, gold = series(rows, "gold", x="epoch")
-    if len(gold):
-        best = gold.argmax()
+    epochs, rewards = series(rows, "gold", x="epoch")
+    if len(rewards):
+        best = rewards.argmax()
         sentences.append(
-            f"The held-out reward was {gold[0]:.4g} after epoch {epochs[0]:.0f}, {gold[best]:.4g} at its best "
-            f"after epoch {epochs[best]:.0f} and {gold[-1]:.4g} after epoch {epochs[-1]:.0f}."
+            f"The held-out reward was {rewards[0]:.4g} after epoch {epochs[0]:.0f}, {rewards[best]:.4g} at its best "
+            f"after epoch {epochs[best]:.0f} and {rewards[-1]:.4g} after epoch {epochs[-1]:.0f}."
         )
     if stopped := read_evaluation(path).get("stopped"):
         sentences.append(f"The run was stopped by a rule: {stopped}.")

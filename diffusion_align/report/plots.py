@@ -156,7 +156,7 @@ def plot_reward(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_gold(rows: Sequence[Row]) -> Figure:
+def plot_held_out_reward(rows: Sequence[Row]) -> Figure:
     """The held-out reward with a band of ± 2 standard errors and its best marked, and the diversity of the images."""
     keys = _present(rows, ("gold", "diversity"), x="epoch")
     figure, panels = new_figure(len(keys))

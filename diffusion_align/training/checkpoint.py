@@ -1,4 +1,4 @@
-"""Checkpoints: written aside and renamed, so that a kill leaves the old one or the new one and never half of one."""
+"""Checkpoints, written atomically: a kill leaves the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ def save_checkpoint(
     target = folder / f"step_{step:08d}"
     if not (target / _MANIFEST).exists():  # the same step again: what is there is as good, and is never without a copy
         shutil.rmtree(target, ignore_errors=True)
-        with writing.new_folder(target) as aside:
+        with writing.new_folder(target) as temporary:
             for stem, named in weights.items():
-                save_file({n: t.detach().cpu().contiguous() for n, t in named.items()}, aside / f"{stem}.safetensors")
-            with (aside / "tensors.pt").open("wb") as file:  # of a path torch would not say why it cannot be written
+                copies = {n: t.detach().cpu().contiguous() for n, t in named.items()}
+                save_file(copies, temporary / f"{stem}.safetensors")
+            with (temporary / "tensors.pt").open("wb") as file:  # given a path, torch hides why it cannot be written
                 torch.save(tensors, file)
-            (aside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-            manifest = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-            (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target

@@ -106,12 +106,14 @@ class BatchScores(contextlib.AbstractContextManager["BatchScores"]):
 
     def submit(self, parts: Calls) -> None:
         """Score a batch by K rewards."""
-        started: list[Future[Tensor]] = [background.submit(part) if aside else Future() for aside, part in parts]
+        started: list[Future[Tensor]] = [
+            background.submit(part) if in_background else Future() for in_background, part in parts
+        ]
         self._batches.append(started)
         start = time.perf_counter()
         with one_torch_thread():
-            for future, (aside, part) in zip(started, parts, strict=True):
-                if aside:
+            for future, (in_background, part) in zip(started, parts, strict=True):
+                if in_background:
                     continue
                 try:
                     future.set_result(part())

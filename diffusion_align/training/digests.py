@@ -135,7 +135,7 @@ def code_files(module: ModuleType) -> list[Path]:
         file = getattr(one, "__file__", None)
         if one is None or not isinstance(file, str) or Path(file) in found or not os.path.isfile(file):
             continue
-        if _is_ours(one) or (found and _is_installed(file)):
+        if _is_own_code(one) or (found and _is_installed(file)):
             continue
         found[Path(file)] = None
         for value in list(vars(one).values()):
@@ -207,7 +207,7 @@ def _plain(value: Any) -> Any:
     return type(value).__name__ if type(value).__str__ is object.__str__ else str(value)
 
 
-def _is_ours(module: ModuleType) -> bool:
+def _is_own_code(module: ModuleType) -> bool:
     return module.__name__.split(".")[0] == "diffusion_align"
 
 

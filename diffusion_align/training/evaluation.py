@@ -65,9 +65,9 @@ class StopConfig(Section):
             reasons.append(f"the KL to the reference is {known}, above stop_when.kl_above={self.kl_above:g}")
         best = None if evaluation is None else evaluation.best
         if self.gold_falling is not None and evaluation and best and evaluation.falling >= self.gold_falling:
-            epoch, gold = best
+            epoch, score = best
             reasons.append(
-                f"the held-out reward has been below its best, {gold:.4g} after epoch {epoch}, in the last "
+                f"the held-out reward has been below its best, {score:.4g} after epoch {epoch}, in the last "
                 f"{evaluation.falling} evaluations (stop_when.gold_falling={self.gold_falling})"
             )
         return reasons
@@ -82,16 +82,16 @@ class Evaluation:
             ``i % len(prompts)``-th.
         samples: how many.
         every: epochs.
-        gold: the held-out reward, or rewards, as the trainer calls them; None for none.
+        reward: the held-out reward, or rewards, as the trainer calls them; None for none.
 
     Attributes:
-        history: (epoch, gold) of every evaluation so far.
+        history: (epoch, held-out reward) of every evaluation so far.
     """
 
     prompts: Sequence[Any]
     samples: int
     every: int
-    gold: Any = None
+    reward: Any = None
     history: list[tuple[int, float]] = field(default_factory=list, kw_only=True)
 
     def due(self, epoch: int, last: int) -> bool:
@@ -154,22 +154,22 @@ class Evaluation:
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         measured = self.metrics(found)
         if "gold" in found:
-            golds = found["gold"].double()
-            measured |= {"gold": golds.mean().item(), "gold_stderr": golds.std().item() / math.sqrt(len(golds))}
+            scores = found["gold"].double()
+            measured |= {"gold": scores.mean().item(), "gold_stderr": scores.std().item() / math.sqrt(len(scores))}
             # One that was interrupted after this, say by a callback, is repeated on resume: it counts once.
-            self.history = [(before, gold) for before, gold in self.history if before != epoch]
+            self.history = [(before, score) for before, score in self.history if before != epoch]
             self.history.append((epoch, measured["gold"]))
         return measured | {"time/evaluation": time.perf_counter() - started}
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(epoch, gold) of the first evaluation with the highest held-out reward."""
+        """(epoch, held-out reward) of the first evaluation with the highest held-out reward."""
         return max(self.history, key=lambda seen: seen[1], default=None)
 
     @property
     def falling(self) -> int:
         """How many evaluations in a row, up to the last, lie below the best one."""
-        best = max((gold for _, gold in self.history), default=0.0)
+        best = max((score for _, score in self.history), default=0.0)
         return sum(1 for _ in takewhile(lambda seen: seen[1] < best, reversed(self.history)))
 
 

@@ -200,15 +200,15 @@ def agreed(prepare: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
-def start(config: Config, seconds_a_pass: Callable[[bool], float]) -> tuple[Config, Accelerator]:
+def start(config: Config, seconds_per_pass: Callable[[bool], float]) -> tuple[Config, Accelerator]:
     """The accelerator of a run and its settings, ``mixed_precision="auto"`` decided; seeds the global generators.
 
     Args:
         config: checked settings.
-        seconds_a_pass: how long the network takes on the CPU, with bf16 (True) or without.
+        seconds_per_pass: how long the network takes on the CPU, with bf16 (True) or without.
     """
     if config.mixed_precision == "auto":
-        choice = [_faster_precision(config, seconds_a_pass)]
+        choice = [_faster_precision(config, seconds_per_pass)]
         processes()
         broadcast_object_list(choice)  # every process must use the same
         config = config.model_copy(update={"mixed_precision": choice[0]})
@@ -220,18 +220,18 @@ def start(config: Config, seconds_a_pass: Callable[[bool], float]) -> tuple[Conf
     return config, accelerator
 
 
-def best_seconds(forward: Callable[[], object], narrow: bool) -> float:
+def time_forward(forward: Callable[[], object], use_bf16: bool) -> float:
     """The best of two forward passes on the CPU, after one to warm up."""
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):
             forward()
         seconds.append(time.perf_counter() - begun)
     return min(seconds[1:])
 
 
-def _faster_precision(config: TrainingConfig, seconds_a_pass: Callable[[bool], float]) -> str:
+def _faster_precision(config: TrainingConfig, seconds_per_pass: Callable[[bool], float]) -> str:
     """A resumed run's own choice, what accelerate was launched with, a GPU's bf16, or the faster on this CPU."""
     if config.resume and (config.output_dir / "config.yaml").is_file():
         return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
@@ -239,4 +239,4 @@ def _faster_precision(config: TrainingConfig, seconds_a_pass: Callable[[bool], f
         return launched
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if seconds_a_pass(True) < 0.9 * seconds_a_pass(False) else "no"
+    return "bf16" if seconds_per_pass(True) < 0.9 * seconds_per_pass(False) else "no"

@@ -93,7 +93,7 @@ class PolicyTrainer(Trainer[Batch]):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         if self.evaluation is not None:
-            self.evaluation.history = [(epoch, gold) for epoch, gold in state.get("gold", ())]
+            self.evaluation.history = [(epoch, score) for epoch, score in state.get("gold", ())]
 
     def _evaluate(self, evaluation: Evaluation) -> dict[str, float]:
         with self.ema_weights():

@@ -195,7 +195,7 @@ class VlmJudge:
                 f"time {answer[:80]!r}: change instructions, or choose another model"
             )
         if kept is not None:
-            _write_aside(kept, json.dumps({"score": score, "answer": answer, "prompt": prompt}))
+            _write_atomically(kept, json.dumps({"score": score, "answer": answer, "prompt": prompt}))
         return score
 
     def _ask(self, messages: Sequence[Mapping[str, Any]], stop: threading.Event) -> tuple[str, float | None]:
@@ -284,7 +284,7 @@ def _only_model(endpoint: Endpoint, patience: float) -> str:
     return names[0]
 
 
-def _write_aside(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     """Whole or not at all, whoever else writes it."""
     try:
         make_folder(path.parent, parents=True)

@@ -18,7 +18,7 @@ from diffusion_align.rewards.networks import (
     load_tokenizer,
     note,
     token_limit,
-    tokens_of,
+    tokenize_batch,
     without_token_types,
 )
 from diffusion_align.rewards.text.base import Text, text_of, words_left_out
@@ -42,7 +42,7 @@ class Classifier:
         for start in range(0, len(texts), self.settings.batch_size):
             part = texts[start : start + self.settings.batch_size]
             device = self.network.device
-            tokens = tokens_of(self.tokenizer, part, limit=self.limit, device=device, add_special_tokens=special)
+            tokens = tokenize_batch(self.tokenizer, part, limit=self.limit, device=device, add_special_tokens=special)
             parts.append(self._scores(self.network(**tokens).logits.float()))
         return torch.cat(parts)
 

@@ -26,7 +26,7 @@ from diffusion_align.rewards.networks import (
     load_tokenizer,
     settings_beside,
     token_limit,
-    tokens_of,
+    tokenize_batch,
     without_token_types,
 )
 from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
@@ -62,7 +62,7 @@ class Similarity:
     @torch.no_grad()
     def _embed(self, texts: list[str]) -> Tensor:
         """(B, D) float32, unit length, on the encoder's device; long texts lose their end."""
-        tokens = tokens_of(self.tokenizer, texts, limit=self.limit, device=self.network.device)
+        tokens = tokenize_batch(self.tokenizer, texts, limit=self.limit, device=self.network.device)
         hidden = self.network(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"].unsqueeze(-1)
         return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

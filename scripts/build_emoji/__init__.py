@@ -1,1 +1,1 @@
-"""Stages of ``scripts/build_emoji_sd.py``, one a file: each writes its result aside and renames it when it is whole."""
+"""Stages of ``scripts/build_emoji_sd.py``, one per file: each writes its result atomically."""

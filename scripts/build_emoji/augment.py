@@ -25,7 +25,7 @@ def move(
 def degrade(
     images: Tensor, generator: torch.Generator, *, tint: float = 0.1, blur: float = 1.2, noise: float = 0.06
 ) -> Tensor:
-    """(B, 3, H, W) pictures in [0, 1] with random brightness, contrast, saturation, then blur, then noise."""
+    """(B, 3, H, W) images in [0, 1] with random brightness, contrast, saturation, then blur, then noise."""
     B = len(images)
     u = torch.rand((B, 5, 1, 1, 1), generator=generator)
     factor = 1 + tint * (2 * u - 1)
@@ -34,7 +34,7 @@ def degrade(
     images = (images - mean) * factor[:, 1] + mean
     gray = images.mean(1, keepdim=True)
     images = (images - gray) * factor[:, 2] + gray
-    # Two blurs of fixed width, mixed by a random weight: cheaper than a kernel for every picture.
+    # Two blurs of fixed width, mixed by a random weight: cheaper than a kernel for every image.
     kernel = torch.exp(-(torch.arange(-3.0, 4.0) ** 2) / (2 * blur**2))
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, 7)
     soft = F.conv2d(F.pad(images, (3, 3, 3, 3), mode="replicate"), kernel, groups=3)

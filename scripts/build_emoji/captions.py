@@ -16,7 +16,7 @@ TEMPLATES = ("a {}", "a {}", "{}", "a picture of a {}", "an image of a {}", "a d
 
 @dataclass(frozen=True)
 class Look:
-    """What is in a picture, or what a caption says: None is "not said"."""
+    """What is in a image, or what a caption says: None is "not said"."""
 
     concept: int
     colour: str | None = None
@@ -24,7 +24,7 @@ class Look:
 
 
 def matches(said: Look, seen: Look) -> bool:
-    """Whether a caption contradicts nothing of a picture."""
+    """Whether a caption contradicts nothing of a image."""
     return (
         said.concept == seen.concept
         and said.colour in (None, seen.colour)
@@ -49,7 +49,7 @@ def random_caption(
     style_probability: float,
     tag_probability: float = 0.0,
 ) -> tuple[str, Look]:
-    """A caption of a picture, and what it says: the colour and style are each told with a probability.
+    """A caption of a image, and what it says: the colour and style are each told with a probability.
 
     ``names[0]`` is the label, the others are tags. White is the colour of "no background": it is told less often.
     """

@@ -11,7 +11,7 @@ from diffusion_align.data.drawings import BACKGROUNDS, composite
 
 from .augment import degrade, move
 from .captions import COLOURS, TEMPLATES, Look, caption, matches, random_caption
-from .common import Build, choose, mean_of_last, train, written_aside
+from .common import Build, choose, mean_of_last, train, written_atomically
 from .data import STYLE_WORD, Concept, Drawings, load_drawings
 from .models import embed_captions, embed_images, features, tokenize
 from .tokenizer import learn_tokenizer, save_tokenizer
@@ -39,7 +39,7 @@ def contrastive_loss(images: Tensor, texts: Tensor, positive: Tensor, scale: Ten
     Args:
         images: (N, D) embeddings, normalised here.
         texts: (N, D) embeddings, normalised here.
-        positive: (N, N) bool, ``positive[i, j]``: caption j contradicts nothing of picture i.
+        positive: (N, N) bool, ``positive[i, j]``: caption j contradicts nothing of image i.
         scale: () the inverse temperature.
     """
     logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
@@ -69,7 +69,7 @@ def retrieval(clip, tokenizer, drawings: Drawings, sources: tuple[str, ...]) -> 
         "R@1": (top[:, :1] == truth).any(1).float().mean().item(),
         "R@5": (top == truth).any(1).float().mean().item(),
         "colour": right / len(picked),
-        "pictures": len(picked),
+        "images": len(picked),
     }
 
 
@@ -104,7 +104,7 @@ def build_clip(build: Build) -> None:
 
     def loss_at(generator: torch.Generator) -> Tensor:
         picked = torch.randperm(len(trained), generator=generator)[:CONCEPTS_A_BATCH].tolist()
-        seen, said, texts, pictures = [], [], [], []
+        seen, said, texts, sampled = [], [], [], []
         for concept in (trained[i] for i in picked for _ in range(VIEWS)):
             options = list(rows[concept].items())
             source, row = options[choose(generator, options, 1)[0]]
@@ -113,10 +113,10 @@ def build_clip(build: Build) -> None:
             text, told = random_caption(
                 generator, names, look, colour_probability=0.5, style_probability=0.4, tag_probability=0.2
             )
-            seen.append(look), said.append(told), texts.append(text), pictures.append(row)
+            seen.append(look), said.append(told), texts.append(text), sampled.append(row)
         positive = torch.tensor([[matches(told, look) for told in said] for look in seen])
         background = colours[[COLOURS.index(look.colour) for look in seen]]
-        images = degrade(composite(move(drawings.rgba[pictures], generator), background), generator)
+        images = degrade(composite(move(drawings.rgba[sampled], generator), background), generator)
         with build.autocast():
             image = features(clip.get_image_features((images * 2 - 1).to(build.device)))
             text = features(clip.get_text_features(tokenize(fast, texts).to(build.device)))
@@ -135,10 +135,10 @@ def build_clip(build: Build) -> None:
     folder = build.out / "emoji-sd" / "text_encoder"
     text_encoder.half().save_pretrained(folder)
     weights = folder / "model.safetensors"
-    with written_aside(weights) as aside:
-        save_file(with_text_model_prefix(load_file(weights)), aside, metadata={"format": "pt"})
-    with written_aside(build.work / "clip.json") as aside:
-        aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    with written_atomically(weights) as temporary:
+        save_file(with_text_model_prefix(load_file(weights)), temporary, metadata={"format": "pt"})
+    with written_atomically(build.work / "clip.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _clip_tokenizer(build: Build):

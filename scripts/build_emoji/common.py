@@ -57,13 +57,13 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_atomically(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name only if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    yield aside
-    aside.chmod(0o644)  # safetensors makes its files private
-    os.replace(aside, path)
+    temporary = path.with_name(f"{path.name}.part")
+    yield temporary
+    temporary.chmod(0o644)  # safetensors makes its files private
+    os.replace(temporary, path)
 
 
 class EMA:
@@ -144,9 +144,9 @@ def train(
         ema.shadow, ema.updates, losses = state["ema"], state["ema_updates"], state["losses"]
 
     def save() -> None:
-        with written_aside(progress) as aside:
+        with written_atomically(progress) as temporary:
             state = {"steps": steps, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"ema": ema.shadow, "ema_updates": ema.updates, "losses": losses}, aside)
+            torch.save(state | {"ema": ema.shadow, "ema_updates": ema.updates, "losses": losses}, temporary)
 
     module.train()
     saved = time.monotonic()

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .common import Build, BuildError, written_aside
+from .common import Build, BuildError, written_atomically
 
 SIZE, FIT = 64, 56
 
@@ -108,12 +108,12 @@ def fetch(package: str, cache: Path) -> Path:
         last = (packed.stderr.strip().splitlines() or ["no message"])[-1]
         raise BuildError(f"npm could not download {package} ({last}): check the network, or unpack it into {folder}")
     archive = cache / packed.stdout.strip().splitlines()[-1]
-    aside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
     with tarfile.open(archive) as tar:
-        tar.extractall(aside, filter="data")
-    (aside / "package").rename(folder)
-    shutil.rmtree(aside)
+        tar.extractall(temporary, filter="data")
+    (temporary / "package").rename(folder)
+    shutil.rmtree(temporary)
     archive.unlink()
     return folder
 
@@ -172,8 +172,8 @@ class IconSet:
         return None
 
 
-class PictureFolder:
-    """Drawings stored as one picture a hexcode."""
+class ImageFolder:
+    """Drawings stored as one image a hexcode."""
 
     def __init__(self, folder: Path, suffix: str):
         self.folder, self.suffix = folder, suffix
@@ -200,8 +200,8 @@ def build_data(build: Build) -> None:
     tags = useful_tags({c.label: names.get(c.hexcode, {}).get("tags", []) for c in concepts})
     concepts = [Concept(c.label, c.hexcode, c.trained, tags[c.label]) for c in concepts]
     sets = {
-        "noto": PictureFolder(folders["noto"] / "img" / "google" / "64", ".png"),
-        "3d": PictureFolder(folders["3d"] / "assets", ".webp"),
+        "noto": ImageFolder(folders["noto"] / "img" / "google" / "64", ".png"),
+        "3d": ImageFolder(folders["3d"] / "assets", ".webp"),
     } | {source: IconSet(folders[source]) for source in ("noto_v1", "flat", "gradient")}
     rgba, concept_of, source_of = [], [], []
     for index, concept in enumerate(tqdm(concepts, "drawings", unit="concept")):
@@ -217,8 +217,8 @@ def build_data(build: Build) -> None:
         "source": torch.tensor(source_of, dtype=torch.int32),
     }
     table = json.dumps([[c.label, c.hexcode, c.trained, c.tags] for c in concepts])
-    with written_aside(target) as aside:
-        save_file(tensors, aside, metadata={"concepts": table, "sources": json.dumps(SOURCES)})
+    with written_atomically(target) as temporary:
+        save_file(tensors, temporary, metadata={"concepts": table, "sources": json.dumps(SOURCES)})
 
 
 def load_drawings(build: Build) -> Drawings:

@@ -1,4 +1,4 @@
-"""Stage ``evaluate``: a grid of pictures, and how well emoji-clip finds the concept and background in them."""
+"""Stage ``evaluate``: a grid of images, and how well emoji-clip finds the concept and background in them."""
 
 import json
 
@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from .captions import COLOURS, caption
-from .common import Build, written_aside
+from .common import Build, written_atomically
 from .data import load_drawings
 from .models import draw, embed_captions, embed_images, load_clip, load_pipeline
 from .unet import heldout_pairs
@@ -30,7 +30,7 @@ STYLES = ("cartoon", "flat", "3d")
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Pictures (N, 3, H, W) in [0, 1] in rows of ``columns``, with white gaps."""
+    """Images (N, 3, H, W) in [0, 1] in rows of ``columns``, with white gaps."""
     N, C, H, W = images.shape
     rows = -(-N // columns)
     canvas = torch.ones(C, rows * (H + gap) - gap, columns * (W + gap) - gap)
@@ -41,7 +41,7 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def recall(images: Tensor, texts: Tensor, truth: list[int]) -> dict[str, float]:
-    """R@1 and R@5: how often a picture's own text is the nearest, or among the nearest five."""
+    """R@1 and R@5: how often a image's own text is the nearest, or among the nearest five."""
     top = (images @ texts.T).topk(min(5, len(texts)), dim=1).indices
     right = top == torch.tensor(truth)[:, None]
     return {"R@1": right[:, 0].float().mean().item(), "R@5": right.any(1).float().mean().item()}
@@ -65,7 +65,7 @@ def build_evaluation(build: Build) -> None:
         images = draw(
             pipe, [caption(labels[i]) for i in asked], steps=steps, guidance=guidance, eta=eta, seed=build.seed
         )
-        figures[name] = recall(embed_images(clip, images), texts, asked) | {"pictures": len(asked)}
+        figures[name] = recall(embed_images(clip, images), texts, asked) | {"images": len(asked)}
     index = {concept.label: i for i, concept in enumerate(drawings.concepts)}
     pairs = sorted(heldout_pairs(drawings, build.seed))[:: max(1, round(3 / min(1.0, 8 * build.scale)))][:96]
     prompts = [caption(drawings.concepts[concept].label, colour=COLOURS[colour]) for concept, colour in pairs]
@@ -84,11 +84,11 @@ def build_evaluation(build: Build) -> None:
         *(caption(label, style=STYLES[i % 3]) for i, label in enumerate(shown)),
     ]
     images = draw(pipe, prompts, steps=20, guidance=2.0, eta=0.0, seed=build.seed)
-    with written_aside(build.out / "emoji-sd-grid.png") as aside:
-        grid(images, 12).save(aside, "PNG")
+    with written_atomically(build.out / "emoji-sd-grid.png") as temporary:
+        grid(images, 12).save(temporary, "PNG")
     for stage in ("vae", "clip", "unet"):
         path = build.work / f"{stage}.json"
         if path.exists():
             figures[stage] = json.loads(path.read_text(encoding="utf-8"))
-    with written_aside(target) as aside:
-        aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    with written_atomically(target) as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

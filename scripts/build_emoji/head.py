@@ -18,7 +18,7 @@ from diffusion_align.pretrained import load_in_dtype
 
 from .augment import degrade, move
 from .captions import COLOURS, caption
-from .common import Build, choose, written_aside
+from .common import Build, choose, written_atomically
 from .data import load_drawings
 from .models import draw, embed_images, existing, load_clip, load_pipeline
 
@@ -41,7 +41,7 @@ def read_pairs(build: Build, split: str) -> tuple[list[str], Pairs]:
 
 
 def through_vae(vae, images: Tensor) -> Tensor:
-    """Pictures in [0, 1] encoded and decoded: the softness that every generated picture has."""
+    """Images in [0, 1] encoded and decoded: the softness that every generated image has."""
     with torch.no_grad():
         chunks = images.to(vae.device).split(32)
         decoded = [vae.decode(vae.encode(chunk * 2 - 1).latent_dist.mode()).sample for chunk in chunks]
@@ -111,7 +111,7 @@ def fit_head(
 
 
 def generated_check(build: Build, clip, head: nn.Linear, labels: list[str], guidance: float) -> dict[str, float]:
-    """How the head ranks emoji-sd's own "3d style" and "flat style" pictures of the same concept and seed."""
+    """How the head ranks emoji-sd's own "3d style" and "flat style" images of the same concept and seed."""
     pipe = load_pipeline(build)
     score = {}
     for style in ("3d", "flat", None):
@@ -127,7 +127,7 @@ def generated_check(build: Build, clip, head: nn.Linear, labels: list[str], guid
         "mean_flat": score["flat"].mean().item(),
         "mean_no_style": score[None].mean().item(),
         "std_no_style": score[None].std().item(),
-        "pictures_a_style": len(labels),
+        "images_a_style": len(labels),
     }
 
 
@@ -168,13 +168,13 @@ def build_head(build: Build) -> None:
     }
     metadata = {
         "architecture": "one linear layer: score = weight @ (image embedding of emoji-clip, scaled to length 1) + bias",
-        "input": "emoji-clip embedding (128) of a 64x64 RGB picture scaled to [-1, 1]",
+        "input": "emoji-clip embedding (128) of a 64x64 RGB image scaled to [-1, 1]",
         "trained_on": f"{len(labels)} concepts of preferences.safetensors, 3-D over flat drawing, Bradley-Terry",
         "heldout_pair_accuracy": f"{figures['heldout_accuracy']:.4f} of {figures['heldout_pairs']} pairs "
         f"({len(heldout_labels)} concepts x {len(BACKGROUNDS)} backgrounds)",
         "unit": "log-odds of being preferred (nats); 0 is the mean over altered training drawings",
     }
-    with written_aside(build.out / "aesthetic_head.json") as aside:
-        aside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    with written_aside(target) as aside:
-        save_file({"weight": head.weight.data, "bias": head.bias.data}, aside, metadata=metadata)
+    with written_atomically(build.out / "aesthetic_head.json") as temporary:
+        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    with written_atomically(target) as temporary:
+        save_file({"weight": head.weight.data, "bias": head.bias.data}, temporary, metadata=metadata)

@@ -39,7 +39,7 @@ def features(output) -> Tensor:
 
 @torch.no_grad()
 def embed_images(clip, images: Tensor, batch_size: int = 256) -> Tensor:
-    """(B, 128) unit-length image embeddings of pictures (B, 3, 64, 64) in [0, 1]."""
+    """(B, 128) unit-length image embeddings of images (B, 3, 64, 64) in [0, 1]."""
     device = next(clip.parameters()).device
     chunks = [features(clip.get_image_features(chunk.to(device) * 2 - 1)) for chunk in images.split(batch_size)]
     return F.normalize(torch.cat(chunks), dim=-1).cpu()
@@ -66,7 +66,7 @@ def load_pipeline(build: Build):
 def draw(
     pipe, prompts: list[str], *, steps: int, guidance: float, eta: float, seed: int, batch_size: int = 16
 ) -> Tensor:
-    """(B, 3, 64, 64) pictures in [0, 1], on the CPU; picture i has seed ``seed + i``, whatever the batch size."""
+    """(B, 3, 64, 64) images in [0, 1], on the CPU; image i has seed ``seed + i``, whatever the batch size."""
     images = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 
 from diffusion_align.data.drawings import encode_drawing
 
-from .common import Build, written_aside
+from .common import Build, written_atomically
 from .data import Concept, load_drawings
 
 HELDOUT_FRACTION = 0.2
@@ -45,11 +45,11 @@ def build_preferences(build: Build) -> None:
         "rejected": "Fluent Emoji Flat (Microsoft, MIT)",
         "split_seed": str(build.seed),
     }
-    with written_aside(table) as aside:
+    with written_atomically(table) as temporary:
         lines = [
             f"{row}\t{concept.label}\ta {concept.label}\t{split[concept.label]}"
             for row, (concept, _, _) in enumerate(pairs)
         ]
-        aside.write_text("\n".join(["row\tlabel\tprompt\tsplit", *lines]) + "\n", encoding="utf-8")
-    with written_aside(target) as aside:
-        save_file(tensors, aside, metadata=metadata)
+        temporary.write_text("\n".join(["row\tlabel\tprompt\tsplit", *lines]) + "\n", encoding="utf-8")
+    with written_atomically(target) as temporary:
+        save_file(tensors, temporary, metadata=metadata)

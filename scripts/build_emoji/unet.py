@@ -12,7 +12,7 @@ from diffusion_align.data.drawings import BACKGROUNDS, composite
 from diffusion_align.pretrained import load_in_dtype
 
 from .captions import COLOURS, Look, random_caption
-from .common import Build, chance, choose, mean_of_last, train, written_aside
+from .common import Build, chance, choose, mean_of_last, train, written_atomically
 from .data import STYLE_WORD, Drawings, load_drawings
 from .models import existing, tokenize
 
@@ -45,7 +45,7 @@ SCHEDULER = {
 
 
 def heldout_pairs(drawings: Drawings, seed: int) -> set[tuple[int, int]]:
-    """(concept, colour) index pairs that no training picture shows: a tenth of them; white is never held out."""
+    """(concept, colour) index pairs that no training image shows: a tenth of them; white is never held out."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand((len(drawings.concepts), len(COLOURS)), generator=generator) < HELDOUT_COLOURS
     drawn[:, COLOURS.index("white")] = False
@@ -68,8 +68,8 @@ def cache_latents(build: Build, vae, drawings: Drawings, rows: list[int]) -> Ten
         modes = [vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(64)]
         latents.append(torch.cat(modes).cpu().half().view(len(part), len(BACKGROUNDS), 2, 4, 16, 16))
     scaled = torch.cat(latents) * vae.config.scaling_factor
-    with written_aside(kept) as aside:
-        save_file({"latents": scaled}, aside)
+    with written_atomically(kept) as temporary:
+        save_file({"latents": scaled}, temporary)
     return scaled
 
 
@@ -142,8 +142,8 @@ def build_unet(build: Build) -> None:
         requires_safety_checker=False,
     )
     _save_fp16(pipe, folder)
-    with written_aside(build.work / "unet.json") as aside:
-        aside.write_text(
+    with written_atomically(build.work / "unet.json") as temporary:
+        temporary.write_text(
             json.dumps({"loss": mean_of_last(losses), "final_loss": mean_of_last(longer)}, indent=2) + "\n",
             encoding="utf-8",
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffusion_align.data.drawings import BACKGROUNDS, composite
 
 from .augment import move
-from .common import Build, chance, choose, mean_of_last, train, written_aside
+from .common import Build, chance, choose, mean_of_last, train, written_atomically
 from .data import Drawings, load_drawings
 
 CONFIG = {
@@ -29,7 +29,7 @@ CONFIG = {
 KL_WEIGHT = 3e-4
 
 
-def random_pictures(drawings: Drawings, generator: torch.Generator, n: int) -> Tensor:
+def random_images(drawings: Drawings, generator: torch.Generator, n: int) -> Tensor:
     """(n, 3, 64, 64) drawings of any source, moved, on any of the 12 backgrounds or a random colour; in [-1, 1]."""
     rgba = move(drawings.rgba[choose(generator, drawings.rgba, n)], generator)
     colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)[choose(generator, list(BACKGROUNDS), n)]
@@ -56,7 +56,7 @@ def build_vae(build: Build) -> None:
     drawings, vae = load_drawings(build), AutoencoderKL(**CONFIG).to(build.device, memory_format=torch.channels_last)
 
     def whole(generator: torch.Generator) -> Tensor:
-        x = random_pictures(drawings, generator, 24).to(build.device)
+        x = random_images(drawings, generator, 24).to(build.device)
         with build.autocast():
             moments = vae.encode(x).latent_dist
             noise = torch.randn(moments.mean.shape, generator=generator).to(build.device)
@@ -66,7 +66,7 @@ def build_vae(build: Build) -> None:
         return reconstruction_loss(y.float(), x) + KL_WEIGHT * kl
 
     def decoder_only(generator: torch.Generator) -> Tensor:
-        x = random_pictures(drawings, generator, 24).to(build.device)
+        x = random_images(drawings, generator, 24).to(build.device)
         with build.autocast():
             with torch.no_grad():
                 latents = vae.encode(x).latent_dist.mode()
@@ -79,14 +79,14 @@ def build_vae(build: Build) -> None:
         build, "dec-vae", vae, decoder_only, steps=build.steps(900), lr=1.5e-3, warmup=50, ema_decay=0.995
     )
     with torch.no_grad():
-        x = random_pictures(drawings, torch.Generator().manual_seed(1), 256)
+        x = random_images(drawings, torch.Generator().manual_seed(1), 256)
         latents = torch.cat([vae.encode(part.to(build.device)).latent_dist.mode() for part in x.split(32)])
         y = torch.cat([vae.decode(part).sample.cpu().clamp(-1, 1) for part in latents.split(32)])
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
     psnr = (-10 * torch.log10(F.mse_loss(y / 2, x / 2, reduction="none").mean((1, 2, 3)))).mean().item()
     vae.half().save_pretrained(folder)
     figures = {"psnr_db": psnr, "loss": mean_of_last(losses), "decoder_loss": mean_of_last(decoder_losses)}
-    with written_aside(build.work / "vae.json") as aside:
-        aside.write_text(
+    with written_atomically(build.work / "vae.json") as temporary:
+        temporary.write_text(
             json.dumps(figures | {"scaling_factor": vae.config.scaling_factor}, indent=2) + "\n", encoding="utf-8"
         )

@@ -20,7 +20,7 @@ def config(tmp_path, write_settings, tiny_sd):
     for name, colour, size in (("red", "red", 16), ("blue", "blue", 16), ("same", "red", 16), ("large", "blue", 24)):
         Image.new("RGB", (size, size), colour).save(folder / f"{name}.png")
     (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:50])
-    (folder / "note.png").write_text("no picture")
+    (folder / "note.png").write_text("no image")
 
     def make(rows=None, **changes):
         rows = [{}] if rows is None else rows
@@ -37,12 +37,12 @@ def label(value, **changes):
 
 
 ROWS = {
-    "a missing picture": [{"chosen": "gone.png"}],
+    "a missing image": [{"chosen": "gone.png"}],
     "among good ones": [{}, {"rejected": "gone.png"}],
-    "a truncated picture": [{}, {"rejected": "cut.png"}],
-    "no picture": [{}, {"chosen": "note.png"}],
-    "one picture twice": [{}, {"rejected": "red.png"}],
-    "two equal pictures": [{}, {"rejected": "same.png"}],
+    "a truncated image": [{}, {"rejected": "cut.png"}],
+    "no image": [{}, {"chosen": "note.png"}],
+    "one image twice": [{}, {"rejected": "red.png"}],
+    "two equal images": [{}, {"rejected": "same.png"}],
     "unequal sizes": [{}, {"rejected": "large.png"}],
     "an empty caption": [{}, {"prompt": "  "}],
     "no caption": [{}, {"prompt": None}],
@@ -58,7 +58,7 @@ def test_rows_that_cannot_be_used(refused, golden, config, no_model, case):
     golden(f"rows: {case}", refused("train", config(ROWS[case])))
 
 
-def test_pictures_that_cannot_be_used_and_none_is_left(refused, config, no_model):
+def test_images_that_cannot_be_used_and_none_is_left(refused, config, no_model):
     path = config([{"chosen": "cut.png"}])
     found = refused("train", path)
     assert_problems(found, ("pairs", "row 0"), ("pairs.source", "no usable pair (1 rows, 0 ties, 1 bad rows)"))
@@ -145,7 +145,7 @@ def test_values_that_are_not_allowed_are_all_said_at_once(refused, golden, confi
     golden("all values at once", refused("train", config(rows, **settings)))
 
 
-def test_all_bad_pictures_are_said_at_once_and_before_any_model(refused, config, no_model):
+def test_all_bad_images_are_said_at_once_and_before_any_model(refused, config, no_model):
     rows = [{}, {"chosen": "cut.png"}, {"rejected": "same.png"}, {"rejected": "large.png"}, {"chosen": "note.png"}]
     found = refused("train", config(rows))
     assert_problems(found, *(("pairs", f"row {i}") for i in (1, 2, 3, 4)), ("pairs", "fix the rows above"))

@@ -148,7 +148,7 @@ def test_a_device_that_is_not_there(load, device, monkeypatch):
 def test_a_path_in_python(path, tmp_path, monkeypatch):
     from PIL import Image
 
-    from diffusion_align.pipelines.image import DrawnImages
+    from diffusion_align.pipelines.image import SampledImages
 
     monkeypatch.chdir(tmp_path)
     pipe = ImageAlignmentPipeline(None, model="emoji-sd")
@@ -161,5 +161,5 @@ def test_a_path_in_python(path, tmp_path, monkeypatch):
         TextAlignmentPipeline.from_pretrained(path)
     if path:
         with pytest.raises(UserError, match="the folder"):
-            DrawnImages([Image.new("RGB", (8, 8))], ["a"]).save(path)
+            SampledImages([Image.new("RGB", (8, 8))], ["a"]).save(path)
     assert list(tmp_path.iterdir()) == []

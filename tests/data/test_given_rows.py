@@ -131,14 +131,14 @@ def test_what_pandas_makes_of_a_parquet_file(encoder, tmp_path):
     assert row == PAIRS[0]
 
 
-def pictures(as_they_are):
+def rows_of_images(as_they_are):
     red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     return [{"prompt": "a", "chosen": as_they_are(red), "rejected": as_they_are(blue)}]
 
 
 @pytest.mark.parametrize("kind", ["list", "arrays", "DataFrame", "generator", "Dataset", "files"])
 def test_pairs_of_images(kind, tmp_path):
-    rows = pictures(np.asarray if kind == "arrays" else lambda image: image)
+    rows = rows_of_images(np.asarray if kind == "arrays" else lambda image: image)
     if kind == "files":
         for side in ("chosen", "rejected"):
             rows[0][side].save(tmp_path / f"{side}.png")
@@ -152,8 +152,8 @@ def test_pairs_of_images(kind, tmp_path):
         given = {"DataFrame": pd.DataFrame, "generator": iter}.get(kind, list)(rows)
     settings = {"method": "diffusion_dpo", "model": "emoji-sd", "output_dir": "run", "beta": 1.0, "pairs": given}
     config = check_config(settings | {"samples_per_epoch": 8})
-    pairs = open_pairs(config.pairs).check_pictures()
-    chosen, rejected = pairs.pictures(0, (8, 8))
+    pairs = open_pairs(config.pairs).check_images()
+    chosen, rejected = pairs.images(0, (8, 8))
     assert [image.mean((1, 2)).tolist() for image in (chosen, rejected)] == [[1, 0, 0], [0, 0, 1]]
     written = yaml.safe_load(dump_config(config))["pairs"]["source"]
     assert written == rows if kind == "files" else written.startswith("1 rows given in Python, sha256 ")
@@ -162,7 +162,7 @@ def test_pairs_of_images(kind, tmp_path):
 
 def test_what_is_no_image_is_said_with_its_row():
     with pytest.raises(ConfigError, match=r"^pairs: row 0: chosen is <PIL"):
-        open_pairs(PairsConfig(source=pictures(lambda image: image.convert("F"))))
+        open_pairs(PairsConfig(source=rows_of_images(lambda image: image.convert("F"))))
 
 
 def test_rows_that_yaml_cannot_hold_are_named_by_their_content(encoder):

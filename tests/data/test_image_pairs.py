@@ -1,4 +1,4 @@
-"""Preference pairs: every source and layout, every bad row, pictures against an independent computation."""
+"""Preference pairs: every source and layout, every bad row, images against an independent computation."""
 
 import gc
 import io
@@ -22,9 +22,9 @@ def colour(i):
     return (37 * i % 256, 91 * i % 256, (200 + 53 * i) % 256)
 
 
-def encoded(picture, kind="PNG"):
+def encoded(image, kind="PNG"):
     buffer = io.BytesIO()
-    picture.save(buffer, kind)
+    image.save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -38,7 +38,7 @@ def noise(size, seed=0, low=0, high=256):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures 0.png ... 29.png of one colour each."""
+    """Images 0.png ... 29.png of one colour each."""
     for i in range(30):
         (tmp_path / f"{i}.png").write_bytes(plain(i))
     return tmp_path
@@ -56,7 +56,7 @@ def direct_rows(count):
 
 
 def packed(rows, how):
-    """``rows`` with the pictures in place of their names."""
+    """``rows`` with the images in place of their names."""
 
     def cell(name, value):
         if name not in ("chosen", "rejected", "jpg_0", "jpg_1"):
@@ -74,7 +74,7 @@ def open_(source, **settings):
 def shown(pairs, size=(8, 8)):
     """(colour of chosen, colour of rejected) of each pair, as 8-bit numbers."""
     corner = [
-        [tuple((side[:, 0, 0] * 255).round().int().tolist()) for side in pairs.pictures(i, size)]
+        [tuple((side[:, 0, 0] * 255).round().int().tolist()) for side in pairs.images(i, size)]
         for i in range(len(pairs))
     ]
     return [tuple(pair) for pair in corner]
@@ -86,7 +86,7 @@ def problems_ahead(config):
 
 def problems(source, *, decode=False, **settings):
     config = PairsConfig(source=str(source), **settings)
-    found = problems_of(open_pairs(config).check_pictures) if decode else problems_of(open_pairs, config)
+    found = problems_of(open_pairs(config).check_images) if decode else problems_of(open_pairs, config)
     assert problems_ahead(config) == ([] if decode else found)
     return found
 
@@ -105,19 +105,19 @@ def test_embedded_pairs_are_the_shipped_ones():
         assert pairs.rows == list(range(len(wanted)))
         assert (pairs.ties, pairs.skipped) == (0, {})
         for i in range(0, len(wanted), 7):
-            chosen, rejected = pairs.pictures(i, (64, 64))
+            chosen, rejected = pairs.images(i, (64, 64))
             assert torch.equal(chosen, wanted[i].chosen)
             assert torch.equal(rejected, wanted[i].rejected)
     assert len(open_("emoji_style")) == len(load_preferences("train"))
 
 
-def test_embedded_pictures_are_resized_and_cannot_be_spoilt():
-    pairs = open_("emoji_style", split="heldout", max_pairs=2).check_pictures()
+def test_embedded_images_are_resized_and_cannot_be_spoilt():
+    pairs = open_("emoji_style", split="heldout", max_pairs=2).check_images()
     assert len(pairs) == 2
-    first = pairs.pictures(0, (64, 64))[0].clone()
-    pairs.pictures(0, (64, 64))[0].zero_()
-    assert torch.equal(pairs.pictures(0, (64, 64))[0], first)
-    small = pairs.pictures(0, (32, 32))[0]
+    first = pairs.images(0, (64, 64))[0].clone()
+    pairs.images(0, (64, 64))[0].zero_()
+    assert torch.equal(pairs.images(0, (64, 64))[0], first)
+    small = pairs.images(0, (32, 32))[0]
     assert small.shape == (3, 32, 32)
     assert small.dtype == torch.float32
     torch.testing.assert_close(small, torch.nn.functional.avg_pool2d(first, 2), atol=0.25, rtol=0)
@@ -141,14 +141,14 @@ def test_both_layouts_in_every_kind_of_file(folder, suffix, as_folder):
     assert (binary.prompts, binary.rows, binary.ties, len(binary)) == (["c0", "c2", "c3"], [0, 2, 3], 2, 3)
     assert shown(binary) == [(colour(0), colour(1)), (colour(5), colour(4)), (colour(6), colour(7))]
     assert problems_ahead(PairsConfig(source=str(source))) == []
-    assert isinstance(binary.check_pictures(), PairSet)
+    assert isinstance(binary.check_images(), PairSet)
 
 
 @pytest.mark.parametrize("how", ["struct", "bytes"])
-def test_parquet_with_the_pictures_inside(tmp_path, how):
+def test_parquet_with_the_images_inside(tmp_path, how):
     pairs = open_(write_rows(tmp_path / "p[1]*.parquet", packed(binary_rows([0, 0.5, 1]), how)))
     assert (pairs.rows, pairs.ties) == ([0, 2], 1)
-    assert shown(pairs.check_pictures()) == [(colour(1), colour(0)), (colour(4), colour(5))]
+    assert shown(pairs.check_images()) == [(colour(1), colour(0)), (colour(4), colour(5))]
 
 
 def test_a_changed_parquet_file_is_read_again(tmp_path):
@@ -171,13 +171,13 @@ def test_a_folder_that_datasets_can_load(tmp_path, declared):
         dataset.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     pairs = open_(tmp_path)
     assert (pairs.prompts, pairs.ties) == (["c0", "c1"], 1)
-    assert shown(pairs.check_pictures()) == [(colour(0), colour(1)), (colour(3), colour(2))]
+    assert shown(pairs.check_images()) == [(colour(0), colour(1)), (colour(3), colour(2))]
     assert shown(open_(tmp_path, split="validation")) == [(colour(1), colour(0))]
     assert open_(tmp_path, split="train[1:]").prompts == ["c1"]
     assert_problem(problems(tmp_path, split="heldout"), f"pairs.source='{tmp_path}', split 'heldout'", "Unknown split")
 
 
-def test_a_picture_folder_with_metadata(folder):
+def test_an_image_folder_with_metadata(folder):
     rows = [{"prompt": "x", "chosen_file_name": "0.png", "rejected_file_name": "1.png"}]
     write_rows(folder / "metadata.jsonl", rows)
     assert shown(open_(folder)) == [(colour(0), colour(1))]
@@ -262,7 +262,7 @@ def test_a_tie_is_dropped_whatever_else_its_row_holds(folder):
     assert (len(pairs), pairs.ties, pairs.skipped) == (1, 1, {})
 
 
-def test_labels_and_sides_of_a_bad_picture_agree(folder, golden):
+def test_labels_and_sides_of_a_bad_image_agree(folder, golden):
     rows = binary_rows([0, 1, 1])
     rows[0]["jpg_0"], rows[1]["jpg_0"] = 5, 5
     golden("labels and sides", bad_rows(write_rows(folder / "a.jsonl", rows)))
@@ -287,7 +287,7 @@ def test_bad_rows_of_a_parquet_file(folder, how, golden):
         assert_problem(problem, "pairs: row 0: chosen", "not the path or the bytes")
 
 
-def test_pictures_by_path_inside_structs(folder):
+def test_images_by_path_inside_structs(folder):
     rows = [
         {name: value if name == "prompt" else {"path": value, "bytes": None} for name, value in row.items()}
         for row in direct_rows(2)
@@ -297,29 +297,29 @@ def test_pictures_by_path_inside_structs(folder):
 
 
 @pytest.mark.parametrize(
-    ("side", "data"), [("chosen", b"not a picture"), ("rejected", encoded(noise((64, 64)))[:-2000])]
+    ("side", "data"), [("chosen", b"not an image"), ("rejected", encoded(noise((64, 64)))[:-2000])]
 )
-def test_files_that_are_no_pictures(folder, side, data, golden):
+def test_files_that_are_no_images(folder, side, data, golden):
     """Of which kinds there are, the tests of images know."""
     (folder / "odd.png").write_bytes(data)
     source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {side: "odd.png"}, GOOD])
     assert problems_ahead(PairsConfig(source=source)) == []
     [problem] = bad_rows(source, decode=True)
     golden(f"{side} is no image", problem)
-    assert problems_of(open_(source).pictures, 1, (8, 8)) == [problem]
-    left = open_(source, skip_bad_rows=True).check_pictures()
+    assert problems_of(open_(source).images, 1, (8, 8)) == [problem]
+    left = open_(source, skip_bad_rows=True).check_images()
     assert (left.rows, left.skipped) == ([0, 2], {1: problem})
     assert shown(left) == [(colour(20), colour(21))] * 2
 
 
-def test_pairs_whose_pictures_do_not_compare(folder, golden):
+def test_pairs_whose_images_do_not_compare(folder, golden):
     (folder / "narrow.png").write_bytes(plain(1, (4, 8)))
     (folder / "copy.png").write_bytes(encoded(Image.new("RGBA", (8, 8), (*colour(20), 255))))
     rows = [GOOD, GOOD | {"rejected": "narrow.png"}, GOOD | {"rejected": "copy.png"}, GOOD | {"prompt": ""}]
     source = write_rows(folder / "a.jsonl", rows)
     found = bad_rows(write_rows(folder / "b.jsonl", rows[:3]), decode=True)
     golden("images that do not compare", found)
-    left = open_(source, skip_bad_rows=True).check_pictures()
+    left = open_(source, skip_bad_rows=True).check_images()
     assert left.rows == [0]
     assert list(left.skipped.items()) == [*enumerate(found, 1), (3, "pairs: row 3: the prompt is empty")]
 
@@ -332,61 +332,61 @@ def test_no_pair_is_left_after_decoding(folder, golden):
 
 def test_labels_stay_with_their_rows_when_a_row_is_left_out(folder):
     (folder / "0.png").write_bytes(b"")
-    left = open_(write_rows(folder / "a.jsonl", binary_rows([1, 0, 0.5, 1, 0])), skip_bad_rows=True).check_pictures()
+    left = open_(write_rows(folder / "a.jsonl", binary_rows([1, 0, 0.5, 1, 0])), skip_bad_rows=True).check_images()
     assert (left.prompts, left.rows, left.ties) == (["c1", "c3", "c4"], [1, 3, 4], 1)
     assert shown(left) == [(colour(3), colour(2)), (colour(6), colour(7)), (colour(9), colour(8))]
 
 
-def test_a_picture_that_vanishes(folder):
+def test_an_image_that_vanishes(folder):
     pairs = open_(write_rows(folder / "a.jsonl", [GOOD, GOOD]))
     (folder / "21.png").unlink()
     with pytest.raises(ConfigError, match=r"^pairs: row 1: the image 21\.png is missing$"):
-        pairs.pictures(1, (8, 8))
+        pairs.images(1, (8, 8))
     with pytest.raises(ConfigError, match=r"row 0: the image 21\.png is missing\n.*row 1: the image"):
-        pairs.check_pictures()
+        pairs.check_images()
 
 
 def test_every_pair_advances_once_also_a_bad_one(folder):
     (folder / "odd.png").write_bytes(b"")
     source = write_rows(folder / "a.jsonl", [*direct_rows(5), GOOD | {"chosen": "odd.png"}, GOOD | {"prompt": ""}])
     calls = []
-    left = open_(source, skip_bad_rows=True).check_pictures(lambda: calls.append(1))
+    left = open_(source, skip_bad_rows=True).check_images(lambda: calls.append(1))
     assert (len(calls), len(left)) == (6, 5)
 
 
-def by_hand(picture, size):
-    """Scale the whole picture until it covers ``size``, then cut the middle out."""
+def by_hand(image, size):
+    """Scale the whole image until it covers ``size``, then cut the middle out."""
     height, width = size
-    scale = max(height / picture.height, width / picture.width)
-    whole = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS)
+    scale = max(height / image.height, width / image.width)
+    whole = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
     left, top = (whole.width - width) // 2, (whole.height - height) // 2
     return torch.tensor(np.asarray(whole)[top : top + height, left : left + width] / 255.0).permute(2, 0, 1).float()
 
 
 @pytest.mark.parametrize("source", [(64, 64), (96, 64), (64, 97), (131, 57), (20, 33)])
 @pytest.mark.parametrize("size", [(64, 64), (32, 48), (50, 33)])
-def test_pictures_are_scaled_and_cut_in_the_middle(folder, source, size):
+def test_images_are_scaled_and_cut_in_the_middle(folder, source, size):
     both = [noise(source, seed, 80, 176) for seed in (0, 1)]  # nothing is clipped between PIL's two passes
-    for name, picture in zip(("x.png", "y.png"), both):
-        picture.save(folder / name)
+    for name, image in zip(("x.png", "y.png"), both):
+        image.save(folder / name)
     pairs = open_(write_rows(folder / "a.jsonl", [{"prompt": "p", "chosen": "x.png", "rejected": "y.png"}]))
-    for result, picture in zip(pairs.pictures(0, size), both):
+    for result, image in zip(pairs.images(0, size), both):
         assert (result.shape, result.dtype) == ((3, *size), torch.float32)
-        torch.testing.assert_close(result, by_hand(picture, size), atol=1.01 / 255, rtol=0)
+        torch.testing.assert_close(result, by_hand(image, size), atol=1.01 / 255, rtol=0)
 
 
-def test_a_picture_of_the_right_height_is_cut_to_the_pixel(folder):
-    picture = noise((97, 64))
-    picture.save(folder / "x.png")
+def test_an_image_of_the_right_height_is_cut_to_the_pixel(folder):
+    image = noise((97, 64))
+    image.save(folder / "x.png")
     pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
-    wanted = torch.tensor(np.asarray(picture)[:, 16:80]).permute(2, 0, 1) / 255
-    assert torch.equal(pairs.pictures(0, (64, 64))[0], wanted)
+    wanted = torch.tensor(np.asarray(image)[:, 16:80]).permute(2, 0, 1) / 255
+    assert torch.equal(pairs.images(0, (64, 64))[0], wanted)
 
 
-def test_a_very_long_picture_takes_no_more_memory_than_it_has_to(folder):
+def test_a_very_long_image_takes_no_more_memory_than_it_has_to(folder):
     noise((1, 40_000)).save(folder / "x.png")
     pairs = open_(write_rows(folder / "a.jsonl", [GOOD | {"chosen": "x.png"}]))
-    assert pairs.pictures(0, (512, 512))[0].shape == (3, 512, 512)
+    assert pairs.images(0, (512, 512))[0].shape == (3, 512, 512)
 
 
 def test_the_first_pairs_only(folder):
@@ -401,8 +401,8 @@ def test_the_first_pairs_only(folder):
 
 
 @pytest.mark.parametrize("how", ["path", "bytes", "struct"])
-def test_pictures_are_read_when_asked_for(tmp_path, how):
-    """60 pictures of 110 kB: neither opening nor looking at all of them holds a third of them."""
+def test_images_are_read_when_asked_for(tmp_path, how):
+    """60 images of 110 kB: neither opening nor looking at all of them holds a third of them."""
     import pyarrow as pa
 
     size, rows = (192, 192), []
@@ -424,9 +424,9 @@ def test_pictures_are_read_when_asked_for(tmp_path, how):
     tracemalloc.start()
     pairs = open_(source)
     held = [tracemalloc.get_traced_memory()[1]]
-    pairs = pairs.check_pictures()
+    pairs = pairs.check_images()
     for i in range(len(pairs)):
-        pairs.pictures(i, (64, 64))
+        pairs.images(i, (64, 64))
     gc.collect()
     held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()

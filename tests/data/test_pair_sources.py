@@ -30,7 +30,7 @@ def bars():
     (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
-def picture(seed, size=8):
+def image(seed, size=8):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
@@ -40,8 +40,8 @@ def rows(labels, start=0, size=8):
     return [
         {
             "caption": f"c{i}",
-            "jpg_0": picture(2 * i, size),
-            "jpg_1": picture(2 * i + 1, size),
+            "jpg_0": image(2 * i, size),
+            "jpg_1": image(2 * i + 1, size),
             "label_0": label,
             "more": [i],
         }
@@ -88,9 +88,9 @@ def test_a_streamed_prefix_is_the_prefix_of_the_whole(hub_rows, kind):
         )
         assert len(streamed) == min(count, 5)
         assert len(streamed._table) == (len(labels) if count == 100 else streamed.rows[-1] + 1)
-        streamed = streamed.check_pictures()
+        streamed = streamed.check_images()
         for i in range(len(streamed)):
-            for a, b in zip(streamed.pictures(i, (8, 8)), whole.pictures(i, (8, 8))):
+            for a, b in zip(streamed.images(i, (8, 8)), whole.images(i, (8, 8))):
                 assert torch.equal(a, b)
 
 
@@ -104,12 +104,12 @@ def test_later_files_are_not_read(hub_rows):
     assert problem.startswith(START)
 
 
-def test_only_the_pictures_in_use_are_in_memory(hub_rows):
+def test_only_the_images_in_use_are_in_memory(hub_rows):
     write(hub_rows, [rows([1.0] * 20, size=192)], block=20)
     open_(max_pairs=1)
     gc.collect()
     before = pa.total_allocated_bytes()
-    pairs = open_(max_pairs=20).check_pictures()
+    pairs = open_(max_pairs=20).check_images()
     gc.collect()
     assert len(pairs) == 20
     assert pa.total_allocated_bytes() - before < 1_000_000  # of 4.4 MB

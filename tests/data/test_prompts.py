@@ -1,4 +1,4 @@
-"""Prompts for pictures from every source, what of a row becomes metadata, the shipped lists, and a run on both."""
+"""Prompts for images from every source, what of a row becomes metadata, the shipped lists, and a run on both."""
 
 import csv
 import datetime
@@ -112,11 +112,11 @@ def test_metadata_are_plain_and_columns_of_bytes_are_not_even_read(tmp_path, mon
 
     from diffusion_align.data.sources import ArrowTable
 
-    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {
         "text": pa.array(["a cat"]),
-        "image": pa.array([{"bytes": b"PNG", "path": "a"}], picture),
-        "images": pa.array([[{"bytes": b"PNG", "path": "a"}]], pa.list_(picture)),
+        "image": pa.array([{"bytes": b"PNG", "path": "a"}], image),
+        "images": pa.array([[{"bytes": b"PNG", "path": "a"}]], pa.list_(image)),
         "raw": pa.array([b"PNG"], pa.large_binary()),
         "hash": pa.array([b"PNG"], pa.binary(3)),
         "binary": pa.array([True]),
@@ -145,7 +145,7 @@ def test_values_of_a_list_that_are_not_plain_are_refused(golden):
     assert load_prompts([{"prompt": "a cat", "day": day, "box": (1, 2)}]) == [
         ("a cat", {"day": "2024-05-01", "box": [1, 2]})
     ]
-    rows = ["a dog", {"prompt": "a cat", "picture": b"x"}, {"prompt": "a cat", "a": {"b": [{1}]}}]
+    rows = ["a dog", {"prompt": "a cat", "image": b"x"}, {"prompt": "a cat", "a": {"b": [{1}]}}]
     golden("metadata that are not plain", bad_rows(rows))
 
 
@@ -309,5 +309,5 @@ def test_metadata_reach_the_reward(tmp_path, monkeypatch):
     assert (row["reward"], row["reward_min"], row["reward_max"]) == (3.75, 2, 6)
     kept = {text: {"count": str(n)} for text, n in counts.items()}  # the cells of a csv file are texts
     assert all(metadata == kept[text] for call in seen for text, metadata in call)
-    assert sorted(text for text, _ in seen[1]) == sorted(counts), "after the dummy batch, the epoch's four pictures"
+    assert sorted(text for text, _ in seen[1]) == sorted(counts), "after the dummy batch, the epoch's four images"
     assert [text for text, _ in seen[-1]] == ["six apples", "two apples"], "and those that are shown"

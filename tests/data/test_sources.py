@@ -178,23 +178,23 @@ def test_a_list_of_anything_but_mappings(golden):
     assert problems([7] * 12)[10:] == ["data: 2 more rows are bad"]
 
 
-LAYOUTS = ({"text": "prompt", "good": "chosen"}, {"good": "chosen"})
+COLUMN_SCHEMAS = ({"text": "prompt", "good": "chosen"}, {"good": "chosen"})
 
 
 def test_columns_by_our_names():
-    assert mapping("data", LAYOUTS, None, ["chosen", "prompt", "x"]) == {"text": "prompt", "good": "chosen"}
-    assert mapping("data", LAYOUTS, None, ["chosen"]) == {"good": "chosen"}
-    assert mapping("data", LAYOUTS, {"good": "x"}, ["chosen", "x"]) == {"good": "x"}
-    assert mapping("data", LAYOUTS, {"text": "x"}, ["chosen", "x"]) == {"text": "x", "good": "chosen"}
+    assert mapping("data", COLUMN_SCHEMAS, None, ["chosen", "prompt", "x"]) == {"text": "prompt", "good": "chosen"}
+    assert mapping("data", COLUMN_SCHEMAS, None, ["chosen"]) == {"good": "chosen"}
+    assert mapping("data", COLUMN_SCHEMAS, {"good": "x"}, ["chosen", "x"]) == {"good": "x"}
+    assert mapping("data", COLUMN_SCHEMAS, {"text": "x"}, ["chosen", "x"]) == {"text": "x", "good": "chosen"}
 
 
 def test_columns_that_are_not_there(golden):
     for columns in (None, {"text": "a"}, {"good": "c"}):
-        golden(f"columns={columns}", problems_of(mapping, "data", LAYOUTS, columns, ["a", "b"]))
-    golden("two names", problems_of(check_columns, "data", LAYOUTS, {"goood": "a", "text": "a"}))
+        golden(f"columns={columns}", problems_of(mapping, "data", COLUMN_SCHEMAS, columns, ["a", "b"]))
+    golden("two names", problems_of(check_columns, "data", COLUMN_SCHEMAS, {"goood": "a", "text": "a"}))
     golden("columns of both", problems_of(check_columns, "data", ({"a": "a"}, {"b": "b"}), {"a": "x", "b": "y"}))
     for fine in ({"good": "x"}, None):
-        check_columns("data", LAYOUTS, fine)
+        check_columns("data", COLUMN_SCHEMAS, fine)
 
 
 def test_lists_of_sentences_and_long_values():

@@ -69,7 +69,7 @@ def everything(batch):
 
 
 def means(trainer, batch):
-    """The policy's mean of every recorded decision, and the reference's, in float64; and the stds."""
+    """The policy's mean of every recorded action, and the reference's, in float64; and the stds."""
     path, found = batch.path, []
     with torch.no_grad():
         for _ in range(2):
@@ -146,7 +146,7 @@ HISTORY = {"advantages": "prompt_history", "history_size": 8, "history_min_count
         ({"kl_coef": 0.1}, [-HALF, HALF, 0.0, 0.0], [0, 1, 2, 3]),
     ],
 )
-def test_advantages_and_which_pictures_are_trained_on(settings, advantages, kept, make_trainer, streams):
+def test_advantages_and_which_images_are_trained_on(settings, advantages, kept, make_trainer, streams):
     trainer = make_trainer(**settings)
     batch, (keep, actions, normalizer), metrics = trainer.estimate(recorded(trainer, streams))
     torch.testing.assert_close(batch.advantages, torch.tensor(advantages)[:, None].expand(4, 4))
@@ -165,12 +165,12 @@ def test_groups_of_one_have_no_spread_to_log(size, expected):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("objective", ["ratio", "score_function"])
 def test_loss_is_the_formula(objective, reduction, make_trainer, streams):
-    """eq. 26 (or 22-24) plus kl_coef times eq. 71, per decision, in one unit."""
+    """eq. 26 (or 22-24) plus kl_coef times eq. 71, per action, in one unit."""
     trainer = make_trainer(kl_coef=0.3, objective=objective, logp_reduction=reduction)
     batch, *_ = trainer.estimate(recorded(trainer, streams))
     now, reference, std = means(trainer, batch)
-    samples, decisions = everything(batch)
-    losses, statistics = trainer.loss(batch, samples, decisions)
+    samples, actions = everything(batch)
+    losses, statistics = trainer.loss(batch, samples, actions)
     logp = reduced(Normal(now, std).log_prob(batch.path.x_s.double()), reduction)
     kl = kl_divergence(Normal(now, std), Normal(reference, std))
     policy = -batch.advantages if objective == "ratio" else -batch.advantages * logp
@@ -187,10 +187,10 @@ def test_cached_reference_equals_the_reference_on_the_fly(make_trainer, streams)
     trainer = make_trainer(kl_coef=0.3, inner_epochs=2)
     batch, *_ = trainer.estimate(recorded(trainer, streams))
     assert batch.reference_mean is not None
-    samples, decisions = everything(batch)
-    cached, with_cache = trainer.loss(batch, samples, decisions)
+    samples, actions = everything(batch)
+    cached, with_cache = trainer.loss(batch, samples, actions)
     batch = replace(batch, reference_mean=None)
-    fresh, without = trainer.loss(batch, samples, decisions)
+    fresh, without = trainer.loss(batch, samples, actions)
     torch.testing.assert_close(cached, fresh, atol=1e-6, rtol=0)
     torch.testing.assert_close(with_cache["kl"], without["kl"], atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(with_cache["kl_path"], 4 * with_cache["kl"])
@@ -214,8 +214,8 @@ def test_kl_in_the_reward_by_hand(kl, credit, reduction, make_trainer, streams):
                 ("closed_form", "to_go"): k1[b, k + 1 :].sum(),
             }[kl, credit]
             assert batch.advantages[b, k].item() == pytest.approx((plain[b] - 0.2 * charged).item(), abs=2e-4)
-    samples, decisions = everything(batch)
-    losses, statistics = trainer.loss(batch, samples, decisions)
+    samples, actions = everything(batch)
+    losses, statistics = trainer.loss(batch, samples, actions)
     in_loss = (losses.detach() - statistics["loss/policy"]).abs().max()
     assert (in_loss > 1e-9) == (kl == "closed_form")
 
@@ -226,9 +226,9 @@ def test_a_deterministic_last_step_takes_no_part(make_trainer, tmp_path, monkeyp
     assert trainer.schedule.stochastic_steps.tolist() == [0, 1, 2]
     seen, loss = [], trainer.loss
 
-    def watched(batch, samples, decisions):
-        losses, statistics = loss(batch, samples, decisions)
-        seen.extend(batch.path.steps[samples, decisions].tolist())
+    def watched(batch, samples, actions):
+        losses, statistics = loss(batch, samples, actions)
+        seen.extend(batch.path.steps[samples, actions].tolist())
         assert losses.isfinite().all()
         return losses, statistics
 
@@ -243,7 +243,7 @@ def test_a_deterministic_last_step_takes_no_part(make_trainer, tmp_path, monkeyp
 
 @pytest.fixture
 def watched_epoch(make_trainer, streams):
-    """``watched_epoch(noise=0.05, **settings)``: a trainer without a price of the KL, and an epoch of 16 pictures."""
+    """``watched_epoch(noise=0.05, **settings)``: a trainer without a price of the KL, and an epoch of 16 images."""
     common = {"samples_per_epoch": 16, "sample_batch_size": 16, "micro_batch_size": 7, "group_size": 1}
     common |= {"advantages": "prompt_history", "sampler": {"steps": 6, "guidance_scale": 1.0}}
 
@@ -352,10 +352,10 @@ def test_a_tiny_sdxl_trains_and_samples(tiny_sdxl, tmp_path):
     trained = ImageAlignmentPipeline.from_pretrained(folder, device="cpu")
     assert trained.sampler.steps == 3
     untrained = ImageAlignmentPipeline.from_pretrained(tiny_sdxl, device="cpu")
-    pictures = [p(PROMPTS, steps=3, guidance_scale=2.0, eta=0.0).images for p in (trained, untrained)]
-    assert [p.size for p in pictures[0]] == [(16, 16)] * 2
+    by_run = [p(PROMPTS, steps=3, guidance_scale=2.0, eta=0.0).images for p in (trained, untrained)]
+    assert [p.size for p in by_run[0]] == [(16, 16)] * 2
     live = ImageAlignmentPipeline(trainer.policy.pipeline, model="tiny")
-    for ours, theirs in zip(live(PROMPTS, steps=3, guidance_scale=2.0, eta=0.0).images, pictures[0], strict=True):
+    for ours, theirs in zip(live(PROMPTS, steps=3, guidance_scale=2.0, eta=0.0).images, by_run[0], strict=True):
         difference = torch.tensor(list(ours.tobytes())).float() - torch.tensor(list(theirs.tobytes()))
         assert difference.abs().max() <= 1
 
@@ -387,9 +387,9 @@ def test_k1_in_the_reward_and_the_closed_form_have_one_expected_gradient(reducti
         }
         x_t = path.x_t[:1, 1].expand(len(rule), *trainer.policy.latent_shape)
         with torch.no_grad():
-            decision = transition(trainer.policy, trainer.schedule, x_t, index, conditioning)
-            x_s = decision.sample(rule)
-            logp_old = decision.log_prob(x_s, reduction=reduction)
+            action = transition(trainer.policy, trainer.schedule, x_t, index, conditioning)
+            x_s = action.sample(rule)
+            logp_old = action.log_prob(x_s, reduction=reduction)
         steps = Trajectory(x_t[:, None], x_s[:, None], index[:, None], logp_old[:, None], x_s, conditioning)
         batch = DDPOBatch(steps, torch.zeros(len(rule), 1))
         if kl == "k1_reward":

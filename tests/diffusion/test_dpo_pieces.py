@@ -42,7 +42,7 @@ def moved_policy(make_policy):
 
 
 class Pairs:
-    """Random pictures in place of a ``PairSet``."""
+    """Random images in place of a ``PairSet``."""
 
     def __init__(self, count=6, prompts=PROMPTS, ties=0, skipped=0):
         stream = torch.Generator().manual_seed(3)
@@ -57,7 +57,7 @@ class Pairs:
     def identity(self, i):
         return [self.rows[i], self.prompts[i]]
 
-    def pictures(self, i, size):
+    def images(self, i, size):
         assert size == (16, 16)
         return self.images[0, i], self.images[1, i]
 
@@ -118,13 +118,13 @@ def collected(trainer):
 
 
 def everything(batch):
-    """Every decision of every sample, in a mixed order."""
+    """Every action of every sample, in a mixed order."""
     pairs = torch.cartesian_prod(*(torch.arange(n) for n in batch.steps.shape))
     return pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(5))].unbind(1)
 
 
 def gradient(trainer, losses):
-    """Of the losses times different factors, so that no two decisions can stand for each other."""
+    """Of the losses times different factors, so that no two actions can stand for each other."""
     factors = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype)
     parts = torch.autograd.grad((losses * factors).sum(), trainer.trainable.values(), retain_graph=True)
     return torch.cat([g.flatten() for g in parts])
@@ -147,11 +147,11 @@ def the_reference(policy):
     policy.network.enable_adapters()
 
 
-def outputs(trainer, batch, samples, decisions, pictures):
-    """x_0, eps, x_t, t and the UNet's output for pictures, of the policy (with gradient) and of the reference."""
+def outputs(trainer, batch, samples, actions, images):
+    """x_0, eps, x_t, t and the UNet's output for images, of the policy (with gradient) and of the reference."""
     policy = trainer.policy
-    t = 999 - batch.steps[samples, decisions]
-    x_0, eps = batch.x_0[pictures[samples]], batch.noise[0, samples, decisions]
+    t = 999 - batch.steps[samples, actions]
+    x_0, eps = batch.x_0[images[samples]], batch.noise[0, samples, actions]
     x_t = DDPMScheduler(**BETAS).add_noise(x_0, eps, t)
     conditioning = {k: v[samples].double() for k, v in batch.conditioning.items()}
     text, added = conditioning.pop("encoder_hidden_states"), conditioning or None
@@ -165,13 +165,13 @@ def nats(x, mean, var):
     return ((x - mean) ** 2 / (2 * var)).flatten(1).sum(1)
 
 
-def by_hand(trainer, batch, samples, decisions):
-    """err, err_ref and KL of the chosen and of the rejected pictures, plain nats: Ho et al. 2020, eq. 6, 7 and 11."""
+def by_hand(trainer, batch, samples, actions):
+    """err, err_ref and KL of the chosen and of the rejected images, plain nats: Ho et al. 2020, eq. 6, 7 and 11."""
     v_prediction = trainer.policy.pipeline.scheduler.config.get("prediction_type") == "v_prediction"
     ab = DDPMScheduler(**BETAS).alphas_cumprod.double()
     found = []
-    for pictures in (batch.chosen, batch.rejected):
-        x_0, _, x_t, t, *predictions = outputs(trainer, batch, samples, decisions, pictures)
+    for images in (batch.chosen, batch.rejected):
+        x_0, _, x_t, t, *predictions = outputs(trainer, batch, samples, actions, images)
         ab_t, ab_s = ab[t].view(-1, 1, 1, 1), ab[t - 1].view(-1, 1, 1, 1)
         alpha = ab_t / ab_s
         var = (1 - ab_s) / (1 - ab_t) * (1 - alpha)
@@ -264,9 +264,9 @@ def test_loss_and_gradient_by_the_papers_formulas(settings, model, make_trainer,
     noise = 0.05 if "loser_clip" in settings else 0.3  # little noise makes some losers worse and some better
     trainer = make_trainer(policy=moved_policy(model, noise), decisions_per_pair=3, **settings)
     batch = collected(trainer)
-    samples, decisions = everything(batch)
-    losses, statistics = trainer.loss(batch, samples, decisions)
-    values = by_hand(trainer, batch, samples, decisions)
+    samples, actions = everything(batch)
+    losses, statistics = trainer.loss(batch, samples, actions)
+    values = by_hand(trainer, batch, samples, actions)
     expected = expected_losses(trainer.config, BETA, values)
     torch.testing.assert_close(losses, expected, **CLOSE)
     assert_same_gradient(trainer, losses, expected, 1e-7)
@@ -321,11 +321,11 @@ def test_beta_dpo_is_the_fields(timestep_range, model, make_trainer, make_policy
     common = {"weighting": "uniform", "timestep_range": timestep_range, "decisions_per_pair": 2}
     trainer = make_trainer(policy=policy, beta_dpo=2000, **common)
     batch = collected(trainer)
-    samples, decisions = everything(batch)
-    losses, statistics = trainer.loss(batch, samples, decisions)
+    samples, actions = everything(batch)
+    losses, statistics = trainer.loss(batch, samples, actions)
     errors = []
-    for pictures in (batch.chosen, batch.rejected):
-        x_0, eps, _, t, now, reference = outputs(trainer, batch, samples, decisions, pictures)
+    for images in (batch.chosen, batch.rejected):
+        x_0, eps, _, t, now, reference = outputs(trainer, batch, samples, actions, images)
         truth = eps if model == "tiny_sd" else DDPMScheduler(**BETAS).get_velocity(x_0, eps, t)
         errors.append([(truth - v).square().mean(dim=(1, 2, 3)) for v in (now, reference)])
     (w, w_ref), (l, l_ref) = errors  # noqa: E741
@@ -341,7 +341,7 @@ def test_beta_dpo_is_the_fields(timestep_range, model, make_trainer, make_policy
     assert trainer.estimate(batch)[2]["beta_nats"] == pytest.approx(nats, rel=1e-9)
     again = make_trainer(policy=policy, beta=nats, **common)
     batch = collected(again)
-    others, _ = again.loss(batch, samples, decisions)
+    others, _ = again.loss(batch, samples, actions)
     torch.testing.assert_close(others, losses, atol=1e-10, rtol=1e-9)
     assert_same_gradient(trainer, others, losses, 1e-9)
 
@@ -349,7 +349,7 @@ def test_beta_dpo_is_the_fields(timestep_range, model, make_trainer, make_policy
 # -- steps and noise -----------------------------------------------------------------------------------------------
 
 
-def asked(trainer, batch, samples, decisions, monkeypatch):
+def asked(trainer, batch, samples, actions, monkeypatch):
     """What the policy's network was shown: x_t, timestep and conditioning of w, and of l."""
     calls, predict = [], trainer.policy.predict
 
@@ -359,19 +359,19 @@ def asked(trainer, batch, samples, decisions, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.policy, "predict", watched)
-        trainer.loss(batch, samples, decisions)
-    assert len(calls) == 2  # reference and policy, of both pictures at once
+        trainer.loss(batch, samples, actions)
+    assert len(calls) == 2  # reference and policy, of both images at once
     for first, second in zip(calls[0][:2], calls[1][:2], strict=True):
         assert torch.equal(first, second)
     x_t, timestep, conditioning, settings = calls[1]
     return x_t.chunk(2), timestep.chunk(2), {k: v.chunk(2) for k, v in conditioning.items()}, settings
 
 
-def test_both_pictures_share_step_and_noise(make_trainer, monkeypatch):
+def test_both_images_share_step_and_noise(make_trainer, monkeypatch):
     trainer = make_trainer(decisions_per_pair=3)
     batch = collected(trainer)
-    samples, decisions = everything(batch)
-    x_t, t, conditioning, settings = asked(trainer, batch, samples, decisions, monkeypatch)
+    samples, actions = everything(batch)
+    x_t, t, conditioning, settings = asked(trainer, batch, samples, actions, monkeypatch)
     assert settings["guidance_scale"] == 1
     assert torch.equal(*t)
     assert torch.equal(*conditioning["encoder_hidden_states"])
@@ -381,7 +381,7 @@ def test_both_pictures_share_step_and_noise(make_trainer, monkeypatch):
     ]
     torch.testing.assert_close(eps[0], eps[1], atol=1e-9, rtol=0)
     flat = eps[0].flatten(1)
-    assert (flat @ flat.T / DIMENSIONS).triu(1).abs().max() < 0.5  # no two decisions share a noise: 8 sigma
+    assert (flat @ flat.T / DIMENSIONS).triu(1).abs().max() < 0.5  # no two actions share a noise: 8 sigma
     assert flat.mean().abs() < 5 / flat.numel() ** 0.5
     assert flat.var().item() == pytest.approx(1, abs=5 * (2 / flat.numel()) ** 0.5)
 
@@ -430,7 +430,7 @@ def test_steps_fall_one_into_each_part_evenly(make_trainer):
     trainer = make_trainer(decisions_per_pair=4, timestep_range=(0.2, 0.9), samples_per_epoch=4000)
     first, count = 200, 699
     assert trainer.trained_steps.tolist() == list(range(first, first + count))
-    steps = torch.stack([trainer._drawn_steps(i) for i in range(4000)]).double()
+    steps = torch.stack([trainer._sampled_steps(i) for i in range(4000)]).double()
     places = (steps - first) / count
     for part in range(4):
         inside = 4 * places[:, part] - part
@@ -442,11 +442,11 @@ def test_steps_fall_one_into_each_part_evenly(make_trainer):
     assert correlations.max() < 5 / 4000**0.5
 
 
-def test_timestep_range_goes_from_noise_to_picture(make_trainer, make_policy):
+def test_timestep_range_goes_from_noise_to_image(make_trainer, make_policy):
     policy = make_policy("tiny_sd")
     for timestep_range, first, last in (((0.0, 0.5), 0, 500), ((0.5, 1.0), 500, 999), ((0.0, 1.0), 0, 999)):
         trainer = make_trainer(policy=policy, timestep_range=timestep_range, samples_per_epoch=64)
-        steps = torch.stack([trainer._drawn_steps(i) for i in range(64)])
+        steps = torch.stack([trainer._sampled_steps(i) for i in range(64)])
         assert first <= steps.min() < first + 40
         assert last - 40 <= steps.max() < last
         assert trainer.scales[first:last].tolist() == [last - first] * (last - first)
@@ -460,7 +460,7 @@ def test_too_narrow_a_range_is_refused(make_trainer, make_policy):
         make_trainer(policy=policy, timestep_range=(0.5, 0.502), decisions_per_pair=2)
 
 
-def test_captions_are_dropped_from_both_pictures(make_trainer, monkeypatch):
+def test_captions_are_dropped_from_both_images(make_trainer, monkeypatch):
     """n = 400, p = .3: a frequency between .2 and .4 is 4.4 sigma wide."""
     trainer = make_trainer(caption_dropout=0.3, samples_per_epoch=400, sample_batch_size=8)
     batch = collected(trainer)
@@ -485,12 +485,12 @@ def test_captions_are_dropped_from_both_pictures(make_trainer, monkeypatch):
 def test_posterior_sample_has_the_posteriors_mean_and_std(make_trainer):
     trainer = make_trainer(target="posterior_sample", samples_per_epoch=16, decisions_per_pair=4)
     batch = collected(trainer)
-    samples, decisions = everything(batch)
-    target = trainer._transitions(batch, samples, decisions).target
-    steps, eps = batch.steps[samples, decisions], batch.noise[0, samples, decisions]
+    samples, actions = everything(batch)
+    target = trainer._transitions(batch, samples, actions).target
+    steps, eps = batch.steps[samples, actions], batch.noise[0, samples, actions]
     draws = []
-    for x_s, std, pictures in zip(target.mean.chunk(2), target.std.chunk(2), (batch.chosen, batch.rejected)):
-        x_0 = batch.x_0[pictures[samples]]
+    for x_s, std, images in zip(target.mean.chunk(2), target.std.chunk(2), (batch.chosen, batch.rejected)):
+        x_0 = batch.x_0[images[samples]]
         mean = posterior(add_noise(x_0, eps, steps, trainer.schedule), x_0, eps, steps, trainer.schedule)
         torch.testing.assert_close(std, mean.std, atol=0, rtol=1e-12)
         draws.append((x_s - mean.mean) / mean.std.view(-1, 1, 1, 1))
@@ -503,7 +503,7 @@ def test_posterior_sample_has_the_posteriors_mean_and_std(make_trainer):
     assert (draws * eps).mean().abs() < 5 / n**0.5
 
 
-def test_epochs_go_through_all_pairs_and_their_pictures_are_read(make_trainer):
+def test_epochs_go_through_all_pairs_and_their_images_are_read(make_trainer):
     pairs = Pairs(6, ties=2, skipped=3)
     trainer = make_trainer(pairs=pairs)
     latents = trainer.policy.encode_images(pairs.images.flatten(0, 1)).unflatten(0, (2, 6))
@@ -542,10 +542,10 @@ def test_the_best_and_the_worst_are_the_pair(target, sign, make_trainer):
         reward=lambda *a: sign * redness(*a), samples_per_epoch=12, group_size=4, decisions_per_pair=2, target=target
     )
     batch, metrics = trainer.collect()
-    batch, (keep, decisions, _), _ = trainer.estimate(batch)
-    assert decisions == 2
+    batch, (keep, actions, _), _ = trainer.estimate(batch)
+    assert actions == 2
     assert len(keep) == 3
-    seen = (trainer.policy.decode(batch.x_0) * 255).round() / 255  # as rewards see pictures
+    seen = (trainer.policy.decode(batch.x_0) * 255).round() / 255  # as rewards see images
     scores = redness(seen, None, None).view(3, 4)
     best, worst = (scores.argmax(1), scores.argmin(1)) if sign > 0 else (scores.argmin(1), scores.argmax(1))
     first = torch.tensor([0, 4, 8])
@@ -562,7 +562,7 @@ def test_the_best_and_the_worst_are_the_pair(target, sign, make_trainer):
 
 
 def test_ties_are_left_out_and_counted(make_trainer, streams):
-    """Values by picture, 3 prompts of 4; the judge is asked in batches of 4 and sees prompt and metadata."""
+    """Values by image, 3 prompts of 4; the judge is asked in batches of 4 and sees prompt and metadata."""
     values = iter([[0.5, 2.0, -1.0, 2.0], [3.0] * 4, [0.0, 0.0, 0.0, 1e-3]])
     calls = []
 
@@ -636,11 +636,11 @@ def test_logged_log_ratios_are_those_of_the_sampler(guidance, sampler, make_trai
     assert len(schedule) == 6
     batch, _ = trainer.collect()
     samples = batch.keep.repeat_interleave(3)
-    decisions = torch.arange(3).repeat(len(batch.keep))
-    seen = trainer._transitions(batch, samples, decisions)
+    actions = torch.arange(3).repeat(len(batch.keep))
+    seen = trainer._transitions(batch, samples, actions)
     logps, twice = [], torch.cat([batch.chosen[samples], batch.rejected[samples]])
-    steps = batch.steps[samples, decisions].repeat(2)
-    recorded = batch.path.at(twice, decisions.repeat(2))
+    steps = batch.steps[samples, actions].repeat(2)
+    recorded = batch.path.at(twice, actions.repeat(2))
     assert torch.equal(recorded[2], steps)  # the pair was recorded at one step
     for reference in (False, True):
         with torch.no_grad(), policy.reference() if reference else contextlib.nullcontext():
@@ -656,7 +656,7 @@ def test_logged_log_ratios_are_those_of_the_sampler(guidance, sampler, make_trai
 
     nats = (seen.error / scales).detach()  # the policy is the sampler's: half a chi-square of d
     assert nats.mean().item() == pytest.approx(DIMENSIONS / 2, abs=5 * math.sqrt(DIMENSIONS / 2 / len(nats)))
-    _, statistics = trainer.loss(batch, samples, decisions)
+    _, statistics = trainer.loss(batch, samples, actions)
     torch.testing.assert_close(statistics["rewards/chosen"], trainer.beta * scales.chunk(2)[0] * found.chunk(2)[0])
 
 
@@ -674,13 +674,13 @@ SOURCES = {
 def test_the_kept_reference_gives_the_same_losses(source, make_trainer):
     trainer = make_trainer(inner_epochs=2, decisions_per_pair=2, variant="corrected", kl_coef=0.1, **source)
     batch, _ = trainer.collect()
-    batch, (keep, decisions, _), _ = trainer.estimate(batch)
+    batch, (keep, actions, _), _ = trainer.estimate(batch)
     assert batch.reference_mean is not None
     assert batch.implicit_reward is None
-    samples, decisions = torch.cartesian_prod(keep, torch.arange(decisions)).unbind(1)
-    kept, with_cache = trainer.loss(batch, samples, decisions)
+    samples, actions = torch.cartesian_prod(keep, torch.arange(actions)).unbind(1)
+    kept, with_cache = trainer.loss(batch, samples, actions)
     batch = replace(batch, reference_mean=None)
-    fresh, without = trainer.loss(batch, samples, decisions)
+    fresh, without = trainer.loss(batch, samples, actions)
     torch.testing.assert_close(kept, fresh, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(with_cache["kl"], without["kl"], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(with_cache["rewards/margins"], without["rewards/margins"], atol=1e-3, rtol=1e-3)
@@ -744,10 +744,10 @@ def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_p
 def test_metrics_by_hand(variant, make_trainer):
     trainer = make_trainer(decisions_per_pair=3, variant=variant, timestep_range=(0.0, 0.5), loser_clip=0.001)
     batch = collected(trainer)
-    samples, decisions = everything(batch)
-    _, found = trainer.loss(batch, samples, decisions)
+    samples, actions = everything(batch)
+    _, found = trainer.loss(batch, samples, actions)
     (err_w, ref_w, kl_w), (err_l, ref_l, kl_l) = (
-        [v.detach() for v in side] for side in by_hand(trainer, batch, samples, decisions)
+        [v.detach() for v in side] for side in by_hand(trainer, batch, samples, actions)
     )
     count, beta = 500, BETA  # half of the steps are trained
     assert len(trainer.trained_steps) == count
@@ -823,7 +823,7 @@ MEASURED = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [0.5, 1.5, 2.0
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
 @pytest.mark.parametrize("config", [{}, {"shift_factor": 0.25}, MEASURED, MEASURED | {"shift_factor": -0.5}])
-def test_pictures_are_encoded_as_they_are_decoded(config, model, make_policy, monkeypatch):
+def test_images_are_encoded_as_they_are_decoded(config, model, make_policy, monkeypatch):
     policy = make_policy(model)
     vae = policy.pipeline.vae
     vae.register_to_config(**config)

@@ -1,4 +1,4 @@
-"""The KL of a path from few decisions: which, the estimate and its error."""
+"""The KL of a path from few actions: which, the estimate and its error."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_only_what_was_recorded_is_looked_at():
     chosen = choose_actions(steps, STEPS, torch.ones(10), 20, stream())
     looked = steps[chosen[:, 0], chosen[:, 1]]
     assert torch.bincount(looked)[3:].tolist() == [2] * 10
-    one = STEPS[:1]  # of a single step an error needs two decisions
+    one = STEPS[:1]  # of a single step an error needs two actions
     assert choose_actions(one.expand(4, -1), one, torch.ones(1), 2, stream()).shape == (2, 2)
     weighted = choose_actions(STEPS.expand(40, -1), STEPS, WEIGHTS, 20, stream())
     assert torch.bincount(weighted[:, 1]).tolist() == [1] * 9 + [11]
@@ -69,7 +69,7 @@ def test_what_is_all_known_has_the_plain_error_and_gaps_are_filled_by_weight():
     assert estimate == 14
     assert error >= math.sqrt(2 / 2 + 8 / 2)
     assert path_kl(steps[:2], kl[:2], torch.tensor([5, 7]), torch.tensor([1.0, 3.0]))[0] == pytest.approx(8)
-    assert path_kl(steps[:1], kl[:1], steps[:1], torch.ones(1)) == (1.0, 1.0)  # of one decision nothing is known
+    assert path_kl(steps[:1], kl[:1], steps[:1], torch.ones(1)) == (1.0, 1.0)  # of one action nothing is known
     assert path_kl(steps, 0 * kl, torch.tensor([5, 7]), torch.ones(2)) == (0.0, 0.0)
     with pytest.raises(ValueError, match="kl is empty"):
         path_kl(steps[:0], kl[:0], steps[:1], torch.ones(1))

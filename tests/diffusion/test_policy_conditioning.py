@@ -30,7 +30,7 @@ def plain_pipeline(path):
 
 
 def captured(pipeline, prompts, latents, **options):
-    """Pictures, final latents, and what the UNet was given at every call."""
+    """Images, final latents, and what the UNet was given at every call."""
     calls = []
     hook = pipeline.unet.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -64,7 +64,7 @@ def test_sampling_and_decoding_equal_diffusers(model, scale, model_path, make_po
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
 def test_stochastic_sampling_equals_diffusers_with_the_same_noise(model, model_path, make_policy, streams):
-    """eta 1: diffusers draws from the same generators in the same order, so even the noisy picture is the same."""
+    """eta 1: diffusers draws from the same generators in the same order, so even the noisy image is the same."""
     policy = make_policy(model, guidance_scale=3.0)
     schedule = build_schedule(policy.pipeline.scheduler, 5, eta=1.0).to("cpu")
     path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))

@@ -28,7 +28,7 @@ def moved(policy, scale=0.05):
 
 
 def pairs(policy, streams):
-    """One recorded decision of each sample, at different times, with its conditioning and schedule."""
+    """One recorded action of each sample, at different times, with its conditioning and schedule."""
     schedule = build_schedule(policy.pipeline.scheduler, 5).to("cpu")
     conditioning = policy.encode(PROMPTS)
     path = rollout(policy, schedule, conditioning, streams(3))

@@ -156,15 +156,15 @@ def test_sum_is_mean_times_dimensions(policy, streams):
 
 
 def test_logged_log_probs_are_those_of_the_recorded_latents(policy, streams):
-    """The log-prob is of the latent that goes on, and the next decision starts from it."""
+    """The log-prob is of the latent that goes on, and the next action starts from it."""
     schedule = build_schedule(policy.pipeline.scheduler, 4).to("cpu")
     path = rollout(policy, schedule, policy.encode(PROMPTS), streams(4))
     assert torch.equal(path.x_s[:, :-1], path.x_t[:, 1:])
     assert torch.equal(path.x_s[:, -1], path.latents)
     for k in range(4):
         with torch.no_grad():
-            decision = transition(policy, schedule, path.x_t[:, k], path.steps[:, k], policy.encode(PROMPTS))
-        normal = torch.distributions.Normal(decision.mean.double(), decision.std.double().view(-1, 1, 1, 1))
+            action = transition(policy, schedule, path.x_t[:, k], path.steps[:, k], policy.encode(PROMPTS))
+        normal = torch.distributions.Normal(action.mean.double(), action.std.double().view(-1, 1, 1, 1))
         expected = normal.log_prob(path.x_s[:, k].double()).flatten(1).mean(1)
         torch.testing.assert_close(path.logp_old[:, k].double(), expected, atol=1e-5, rtol=0)
 
@@ -180,12 +180,12 @@ def test_noise_is_standard_normal_and_each_samples_own(sampler, policy, streams)
         for k in range(path.steps.shape[1]):
             one = {key: value[[b]] for key, value in conditioning.items()}
             with torch.no_grad():
-                decision = transition(policy, schedule, path.x_t[b, [k]], path.steps[b, [k]], one)
-            noise = (path.x_s[b, [k]] - decision.mean) / decision.std
+                action = transition(policy, schedule, path.x_t[b, [k]], path.steps[b, [k]], one)
+            noise = (path.x_s[b, [k]] - action.mean) / action.std
             torch.testing.assert_close(noise[0], torch.randn(4, 8, 8, generator=generator), atol=2e-4, rtol=0)
 
 
-def test_a_picture_does_not_depend_on_its_batch(policy, streams):
+def test_an_image_does_not_depend_on_its_batch(policy, streams):
     schedule = build_schedule(policy.pipeline.scheduler, 5).to("cpu")
     together = rollout(policy, schedule, policy.encode(PROMPTS), streams(4))
     for subset in ([2], [3, 0], [1, 2, 3]):
@@ -195,14 +195,14 @@ def test_a_picture_does_not_depend_on_its_batch(policy, streams):
         torch.testing.assert_close(apart.logp_old, together.logp_old[subset], atol=1e-5, rtol=0)
 
 
-def test_shown_pictures_do_not_depend_on_how_many_are_shown(policy):
+def test_shown_images_do_not_depend_on_how_many_are_shown(policy):
     schedule = build_schedule(policy.pipeline.scheduler, 3).to("cpu")
     prompts = [PROMPTS[i % 4] for i in range(10)]  # more than one batch
     images = sample_images(policy, schedule, prompts, seed=3)
     assert images.shape == (10, 3, 16, 16)
     torch.testing.assert_close(sample_images(policy, schedule, prompts[:3], seed=3), images[:3], atol=1e-4, rtol=0)
     assert (sample_images(policy, schedule, prompts[:3], seed=4) - images[:3]).abs().max() > 0.01
-    assert (images[0] - images[4]).abs().max() > 0.01  # one prompt, two places, two pictures
+    assert (images[0] - images[4]).abs().max() > 0.01  # one prompt, two places, two images
 
 
 def test_recorded_subsets_agree_with_the_full_recording(policy, streams):
@@ -262,7 +262,7 @@ def test_sizes_that_differ_are_refused(prompts, record, policy, streams):
 
 @with_and_without_guidance
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
-def test_bf16_autocast_keeps_decisions_float32(model, guided, make_policy, streams):
+def test_bf16_autocast_keeps_actions_float32(model, guided, make_policy, streams):
     """Equal shapes replay exactly in bf16 too; other batch shapes stay well inside a nat per dimension."""
     policy = make_policy(model, noise=0.05, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
     policy.guidance_scale = guided.guidance_scale

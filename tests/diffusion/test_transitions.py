@@ -22,7 +22,7 @@ from diffusion_align.diffusion.transitions import (
     nats_per_squared_error,
     posterior,
     predicted_x_0_and_eps,
-    share_of_signal,
+    snr_shares,
     step_scales,
 )
 from diffusion_align.errors import UserError
@@ -36,12 +36,12 @@ SHAPE, SMALL = (3, 4, 5, 5), (2, 3, 2, 2)
 EXACT, CLOSE = {"atol": 1e-12, "rtol": 1e-12}, {"atol": 1e-10, "rtol": 1e-10}
 
 
-def decisions(seed=0, std=(0.5, 0.03, 2.0)):
+def actions(seed=0, std=(0.5, 0.03, 2.0)):
     return GaussianTransition(randn(*SHAPE, seed=seed), torch.tensor(std, dtype=F64))
 
 
-def as_torch(decision):
-    return Normal(decision.mean, decision.std.view(-1, 1, 1, 1))
+def as_torch(action):
+    return Normal(action.mean, action.std.view(-1, 1, 1, 1))
 
 
 def schedules(**config):
@@ -54,7 +54,7 @@ def schedules(**config):
 @pytest.mark.parametrize("std", [(0.5, 0.03, 2.0), (0.7, 0.02, 1.0)])
 def test_log_prob_kl_and_their_gradients_equal_torch_distributions(std, reduction):
     mean = randn(*SHAPE).requires_grad_()
-    ours, other, x_s = GaussianTransition(mean, decisions().std), decisions(seed=1, std=std), randn(*SHAPE, seed=2)
+    ours, other, x_s = GaussianTransition(mean, actions().std), actions(seed=1, std=std), randn(*SHAPE, seed=2)
     for value, each in [
         (ours.log_prob(x_s, reduction=reduction), as_torch(ours).log_prob(x_s)),
         (ours.kl(other, reduction=reduction), kl_divergence(as_torch(ours), as_torch(other))),
@@ -65,9 +65,9 @@ def test_log_prob_kl_and_their_gradients_equal_torch_distributions(std, reductio
         torch.testing.assert_close(found, wanted, **EXACT)
 
 
-def test_kl_of_a_decision_with_itself_is_exactly_zero_with_zero_gradient():
+def test_kl_of_an_action_with_itself_is_exactly_zero_with_zero_gradient():
     mean = randn(*SHAPE).requires_grad_()
-    ours = GaussianTransition(mean, decisions().std)
+    ours = GaussianTransition(mean, actions().std)
     kl = ours.kl(ours.detach())
     assert torch.equal(kl, torch.zeros_like(kl))
     assert torch.equal(torch.autograd.grad(kl.sum(), mean)[0], torch.zeros_like(mean))
@@ -84,15 +84,15 @@ def test_oracle_of_the_source():
     assert (1.5 * squares + 0.1 * ours.kl(reference)).item() == pytest.approx(0.1505, abs=1e-9)
 
 
-def test_deterministic_decisions_are_their_mean():
-    decision = GaussianTransition(randn(*SHAPE), torch.tensor([0.5, 0.0, 0.0], dtype=F64))
-    x_s = decision.sample(randn(*SHAPE, seed=3))
-    assert torch.equal(x_s[1:], decision.mean[1:])
-    torch.testing.assert_close(x_s[0] - decision.mean[0], 0.5 * randn(*SHAPE, seed=3)[0], **EXACT)
+def test_deterministic_actions_are_their_mean():
+    action = GaussianTransition(randn(*SHAPE), torch.tensor([0.5, 0.0, 0.0], dtype=F64))
+    x_s = action.sample(randn(*SHAPE, seed=3))
+    assert torch.equal(x_s[1:], action.mean[1:])
+    torch.testing.assert_close(x_s[0] - action.mean[0], 0.5 * randn(*SHAPE, seed=3)[0], **EXACT)
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_predictions_of_the_three_kinds_are_one_decision(index):
+def test_predictions_of_the_three_kinds_are_one_action(index):
     """eps, v and x_0 that describe the same noise give the same transition."""
     x_0, eps = randn(*SHAPE), randn(*SHAPE, seed=1)
     steps = torch.full((3,), index)
@@ -154,8 +154,8 @@ def test_mixed_timesteps_in_one_batch():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_predictions_are_widened(dtype):
     schedule = next(schedules()).to("cpu")
-    decision = denoise(randn(*SHAPE).to(dtype), randn(*SHAPE, seed=1).to(dtype), torch.tensor([0, 1, 2]), schedule)
-    assert decision.mean.dtype == decision.std.dtype == torch.float32
+    action = denoise(randn(*SHAPE).to(dtype), randn(*SHAPE, seed=1).to(dtype), torch.tensor([0, 1, 2]), schedule)
+    assert action.mean.dtype == action.std.dtype == torch.float32
 
 
 def test_different_shapes_are_refused():
@@ -257,10 +257,10 @@ def test_scales_of_a_random_step(subset, kind):
     """Over an even step of the trained ones; ``nats`` are what each step of some policy costs."""
     schedule = training_schedule(DDIMScheduler(**BETAS, prediction_type=kind))
     steps = schedule.stochastic_steps[subset]
-    weights, shares = nats_per_squared_error(schedule), share_of_signal(schedule)
+    weights, shares = nats_per_squared_error(schedule), snr_shares(schedule)
     nats = torch.zeros(1000, dtype=F64)
     nats[steps] = randn(len(steps)).square() + 0.1
-    scales = {w: step_scales(schedule, steps, w) for w in ("exact", "uniform", "share")}
+    scales = {w: step_scales(schedule, steps, w) for w in ("exact", "uniform", "snr_share")}
     left_out = torch.ones(1000, dtype=torch.bool)
     left_out[steps] = False
     for scale in scales.values():
@@ -274,27 +274,27 @@ def test_scales_of_a_random_step(subset, kind):
     torch.testing.assert_close(expectation, nats[steps].sum(), **CLOSE)
     factors = (scales["uniform"] * weights)[steps]
     torch.testing.assert_close(factors, weights[steps].sum().expand(len(steps)), **CLOSE)
-    asked = (scales["share"] * shares)[steps]
+    asked = (scales["snr_share"] * shares)[steps]
     torch.testing.assert_close(asked, shares[steps].sum().expand(len(steps)), **CLOSE)
 
 
 def test_shares_are_the_rise_of_alphas_cumprod():
     schedule = training_schedule(sd15())
-    shares = share_of_signal(schedule)
+    shares = snr_shares(schedule)
     ab_t, ab_s = by_hand()
     torch.testing.assert_close(shares[:-1], ab_s - ab_t, atol=3e-7, rtol=1e-4)
     assert shares.sum().item() == pytest.approx(1 - ab_t[0].item(), abs=1e-6)
     assert shares[-1].item() == pytest.approx(1 - ab_s[-1].item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("weighting", "kl"), [("exact", 1.19), ("uniform", 6.4), ("share", 0.50)])
+@pytest.mark.parametrize(("weighting", "kl"), [("exact", 1.19), ("uniform", 6.4), ("snr_share", 0.50)])
 def test_only_share_asks_every_step_for_what_it_can_pay(weighting, kl):
-    """The KL of the toy of docs/mathematics/diffusion_dpo.md, whose optimum has ½: Σ share_asked²/2 share_of_signal."""
+    """The KL of the toy of docs/mathematics/diffusion_dpo.md, whose optimum has ½: Σ share_asked²/2 snr_shares."""
     schedule = training_schedule(sd15())
     steps = schedule.stochastic_steps
     asked = 1 / step_scales(schedule, steps, weighting)[steps]
     asked = asked / asked.sum()
-    shares = share_of_signal(schedule)[steps]
+    shares = snr_shares(schedule)[steps]
     assert (asked**2 / (2 * shares)).sum().item() == pytest.approx(kl, rel=0.02)
 
 
@@ -407,7 +407,7 @@ def test_zero_terminal_snr(kind):
     weights = nats_per_squared_error(schedule)[:-1]
     assert weights.isfinite().all()
     assert (weights > 0).all()
-    for weighting in ("exact", "uniform", "share"):
+    for weighting in ("exact", "uniform", "snr_share"):
         scales = step_scales(schedule, schedule.stochastic_steps, weighting)
         assert scales.isfinite().all()
     index = torch.zeros(2, dtype=torch.int64)

@@ -23,7 +23,7 @@ from diffusion_align.rewards.image.jpeg import jpeg_sizes
 
 def sometimes(images, prompts, metadata):
     flat = torch.tensor([bool(m.get("flat")) for m in metadata])
-    return torch.where(flat, torch.ones(len(images)), images.mean(dim=(1, 2, 3)))  # no two pictures tie
+    return torch.where(flat, torch.ones(len(images)), images.mean(dim=(1, 2, 3)))  # no two images tie
 
 def only_one_fails(images, prompts, metadata):
     import os
@@ -65,7 +65,7 @@ def assert_same_rows(folders, tolerance):
             "evaluation": {"reward": "jpeg_incompressibility", "pictures": 5, "diversity": "pixels"},
         },
     ],
-    ids=["history", "emoji-sd", "groups, kl, some steps", "two rewards, five pictures evaluated"],
+    ids=["history", "emoji-sd", "groups, kl, some steps", "two rewards, five images evaluated"],
 )
 def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path, changes):
     folders, gradients = run_both(forked, settings(**changes), tmp_path)
@@ -97,7 +97,7 @@ def test_the_comparison_notices(forked, settings, tmp_path, fault):
 
 @pytest.mark.parametrize("case", ["one flat on rank 1", "rank 1 flat", "rank 0 flat", "all flat"])
 def test_processes_with_unequal_work_do_not_wait_for_each_other(forked, settings, tmp_path, case):
-    """Pictures without advantage are dropped: 8, 6, 4 or none are left, on one process perhaps none."""
+    """Images without advantage are dropped: 8, 6, 4 or none are left, on one process perhaps none."""
     (tmp_path / "mine.py").write_text(REWARD)
     order = [text for text, _ in items_of_epoch([(p, {}) for p in PROMPTS], 0, 0, 4)]
     flat = {"one flat on rank 1": order[3:], "rank 1 flat": order[2:], "rank 0 flat": order[:2], "all flat": order}[

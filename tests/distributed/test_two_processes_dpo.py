@@ -23,7 +23,7 @@ DPO = {
     "epochs": 2,
     "updates_per_epoch": 2,
     "show_prompts": ["a cat"],
-    "timestep_range": [0, 0.6],  # near the picture errors are thousands of nats, and so is what float32 rounds
+    "timestep_range": [0, 0.6],  # near the image errors are thousands of nats, and so is what float32 rounds
     "learning_rate": 0.01,
 }
 OFFLINE = DPO | {"seed": 2, "pairs": {"source": "emoji_style", "max_pairs": 10}}
@@ -44,7 +44,7 @@ cache.LatentCache._write = noted
 """
 # mixed_precision=auto means what is faster, and a busy machine would choose by chance.
 SAME_PRECISION = (
-    "import diffusion_align.pipelines.image_context as context\ncontext._seconds_a_pass = lambda unet, narrow: 1.0\n"
+    "import diffusion_align.pipelines.image_context as context\ncontext._seconds_per_pass = lambda unet, narrow: 1.0\n"
 )
 PRELUDE = FILES + PLAIN_STEPS + SAME_PRECISION
 REWARD = """
@@ -137,7 +137,7 @@ def test_the_comparison_notices(forked, write, tmp_path, fault):
 
 
 def test_groups_stay_on_one_process(forked, write, tmp_path):
-    """Every pair is two pictures of one prompt, drawn where it is trained on."""
+    """Every pair is two images of one prompt, drawn where it is trained on."""
     note = f"""
 import json, os
 from diffusion_align.diffusion.dpo import DiffusionDPOTrainer

@@ -90,13 +90,13 @@ def test_a_folder(report, make_policy, model_path, name):
     policy = make_policy(name, lora=None)
     settings = SETTINGS | {"model": model_path(name), "output_dir": "run", "timestep_range": [0.2, 1.0]}
     trainer = DDPOTrainer(DDPOConfig(**settings), policy, lambda *_: None, [("a", {})])
-    decisions = 8 * len(trainer.trained_steps)
-    assert found["steps per update"].startswith(f"{decisions // 2} of all processes")
-    assert found["micro-batches per update"].startswith(f"{decisions // 4} of 2,")
+    actions = 8 * len(trainer.trained_steps)
+    assert found["steps per update"].startswith(f"{actions // 2} of all processes")
+    assert found["micro-batches per update"].startswith(f"{actions // 4} of 2,")
     looked = 2 * 2 * len(trainer.trained_steps)  # one a step is more than 1 % here; guided, and the reference too
     assert found["UNet passes per epoch"] == (
         f"{2 * 8 * 6} forward while sampling, {looked} forward to estimate kl_path, "
-        f"{2 * decisions} forward and backward while training"
+        f"{2 * actions} forward and backward while training"
     )
     assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on an action's 256 dimensions")
     parameters = {
@@ -106,7 +106,7 @@ def test_a_folder(report, make_policy, model_path, name):
     }
     assert found["frozen weights"].startswith(gigabytes(4 * sum(parameters.values())) + ": UNet ")
     assert f"vae {gigabytes(4 * parameters['vae'])}" in found["frozen weights"]
-    assert found["recorded latents"].startswith(gigabytes(2 * 4 * 256 * decisions))
+    assert found["recorded latents"].startswith(gigabytes(2 * 4 * 256 * actions))
     assert re.match(r"\d.* in float32, 4 samples", found["training pass"])
     assert found["this CPU"].endswith(" for 3 epochs")
     assert found[""].startswith("from a pass of 8 samples timed now")
@@ -158,7 +158,7 @@ def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
 
 
 def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd, quick):
-    """Nothing where every decision is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
+    """Nothing where every action is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
     settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
     priced, _ = report(**settings, kl_coef=0.1)
     assert priced["UNet passes per epoch"] == (
@@ -198,7 +198,7 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert re.search(r"^  clip in nats +1\.64, the joint bound on an action's 16384 dimensions", out, re.MULTILINE)
     assert "1600 of 4" in out
     assert re.search(r"^  recorded latents +1\.7 GB", out, re.MULTILINE)
-    # 256 pictures of 50 guided steps, sampled (one pass) and trained on (two), at 0.8 TFLOPs; 512 of their decisions
+    # 256 images of 50 guided steps, sampled (one pass) and trained on (two), at 0.8 TFLOPs; 512 of their actions
     # again, and by the reference, for kl_path; and their decoding
     operations = float(re.search(r"operations +([\d.]+) PFLOPs", out)[1]) * 1e15
     passes = 256 * 50 * 2 * 3 + 512 * 2 * 2
@@ -356,7 +356,7 @@ def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
     ]
 
 
-def test_an_update_takes_whole_pictures(report, tiny_sd, quick):
+def test_an_update_takes_whole_images(report, tiny_sd, quick):
     settings = {"timestep_fraction": 0.34, "updates_per_epoch": 3}  # 2 of 6 steps
     found, _ = report(model=str(tiny_sd), samples_per_epoch=10, sample_batch_size=2, **settings)
     assert found["steps per update"].startswith("8 ")

@@ -209,7 +209,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_dtype():
     assert half.kept < mixed.kept
 
 
-def test_decoding_needs_memory_in_proportion_to_the_pictures():
+def test_decoding_needs_memory_in_proportion_to_the_images():
     config = copy.deepcopy(SD15["vae"])
     one, two = (decoder_cost(config, (4, 64, 64), batch, torch.float32) for batch in (1, 2))
     assert two.working == 2 * one.working

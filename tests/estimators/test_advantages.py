@@ -13,8 +13,8 @@ from diffusion_align.estimators import (
     gae,
     group_advantages,
     leave_one_out_advantages,
+    multi_reward_advantages,
     reward_to_go,
-    several_rewards_advantages,
 )
 from tests.helpers.oracles import F64, FILLS, assert_same, randn, refused, tensor
 
@@ -74,12 +74,12 @@ def test_leave_one_out_subtracts_the_mean_of_the_others():
 def test_several_rewards_are_normalised_one_by_one_and_then_weighed(settings_):
     rewards, weights = randn(6, 3), tensor(1.0, -0.5, 2.0)
     columns = [group_advantages(rewards[:, k], IDS, **settings_) for k in range(3)]
-    result = several_rewards_advantages(rewards, IDS, weights, **settings_)
+    result = multi_reward_advantages(rewards, IDS, weights, **settings_)
     assert_same(result, columns[0] - 0.5 * columns[1] + 2 * columns[2])
-    ones = several_rewards_advantages(rewards, IDS, **settings_)
+    ones = multi_reward_advantages(rewards, IDS, **settings_)
     assert_same(ones, columns[0] + columns[1] + columns[2])
-    assert torch.equal(ones, several_rewards_advantages(rewards, IDS, torch.ones(3, dtype=F64), **settings_))
-    assert torch.equal(several_rewards_advantages(rewards[:, :1], IDS, **settings_), columns[0])
+    assert torch.equal(ones, multi_reward_advantages(rewards, IDS, torch.ones(3, dtype=F64), **settings_))
+    assert torch.equal(multi_reward_advantages(rewards[:, :1], IDS, **settings_), columns[0])
 
 
 def test_several_rewards_less_the_mean_of_the_others_that_have_something_to_say():
@@ -88,20 +88,20 @@ def test_several_rewards_less_the_mean_of_the_others_that_have_something_to_say(
     said = torch.arange(6) > 0
     first = torch.zeros(6, dtype=F64)
     first[said] = leave_one_out_advantages(rewards[said, 0], IDS[said])
-    result = several_rewards_advantages(rewards, IDS, weights, estimator=leave_one_out_advantages)
+    result = multi_reward_advantages(rewards, IDS, weights, estimator=leave_one_out_advantages)
     assert_same(result, 1.5 * first - 2 * leave_one_out_advantages(rewards[:, 1], IDS))
 
 
 def test_several_rewards_by_hand_and_whatever_their_units():
     ids, root = torch.zeros(2, dtype=torch.long), math.sqrt(0.5)
     rewards = tensor([0.0, 500.0, 3.0], [1.0, 100.0, 3.0])
-    assert several_rewards_advantages(rewards, ids).tolist() == pytest.approx([0, 0], abs=1e-15)
+    assert multi_reward_advantages(rewards, ids).tolist() == pytest.approx([0, 0], abs=1e-15)
     weights = tensor(3.0, 1.0, 9.0)  # the third never differs and has no say
-    assert several_rewards_advantages(rewards, ids, weights).tolist() == pytest.approx([-2 * root, 2 * root])
+    assert multi_reward_advantages(rewards, ids, weights).tolist() == pytest.approx([-2 * root, 2 * root])
     rewards = randn(6, 2)
     units = tensor(1e-3, 1e4)
-    other = several_rewards_advantages(units * rewards + 7, IDS)
-    assert_same(other, several_rewards_advantages(rewards, IDS), rtol=1e-9, atol=1e-9)
+    other = multi_reward_advantages(units * rewards + 7, IDS)
+    assert_same(other, multi_reward_advantages(rewards, IDS), rtol=1e-9, atol=1e-9)
     together = group_advantages((units * rewards).sum(1), IDS)
     assert (other - together).abs().max() > 0.1
 
@@ -116,9 +116,9 @@ def test_a_reward_with_nothing_to_say_is_left_out_of_its_group(settings_):
     std = 1.0 if settings_.get("scale") == "none" else said.std(correction=ddof).clamp(low, high)
     second[[2, 4]] = (said - said.mean()) / std
     first = group_advantages(rewards[:, 0], IDS, **settings_)
-    result = several_rewards_advantages(rewards, IDS, weights, **settings_)
+    result = multi_reward_advantages(rewards, IDS, weights, **settings_)
     assert_same(result, 1.5 * first - 2 * second)
-    assert several_rewards_advantages(torch.full((6, 2), math.nan), IDS, **settings_).tolist() == [0.0] * 6
+    assert multi_reward_advantages(torch.full((6, 2), math.nan), IDS, **settings_).tolist() == [0.0] * 6
 
 
 def test_a_batch_is_scaled_by_the_rewards_that_were_given():
@@ -126,14 +126,14 @@ def test_a_batch_is_scaled_by_the_rewards_that_were_given():
     rewards = tensor(1.0, 3.0, math.nan, 10.0, math.nan, 14.0)
     std = tensor(1.0, 3.0, 10.0, 14.0).std()
     expected = tensor(-1.0, 1.0, 0.0, -2.0, 0.0, 2.0) / std
-    assert_same(several_rewards_advantages(rewards[:, None], ids, scale="batch"), expected)
+    assert_same(multi_reward_advantages(rewards[:, None], ids, scale="batch"), expected)
 
 
 def test_several_rewards_errors_types_and_empty_batches():
     rewards, weights = randn(6, 2).requires_grad_(), randn(2, seed=1).requires_grad_()
-    assert not several_rewards_advantages(rewards, IDS, weights).requires_grad
+    assert not multi_reward_advantages(rewards, IDS, weights).requires_grad
     for dtype, expected in ((torch.int64, torch.float32), (torch.float16, torch.float32), (F64, F64)):
-        assert several_rewards_advantages(rewards.to(dtype), IDS).dtype == expected
+        assert multi_reward_advantages(rewards.to(dtype), IDS).dtype == expected
     for bad, bad_weights in (
         (rewards[:, 0], None),
         (rewards[:, :0], None),
@@ -144,14 +144,14 @@ def test_several_rewards_errors_types_and_empty_batches():
         (rewards, torch.tensor(1.0)),
     ):
         with pytest.raises(ValueError, match=r"expected rewards \(B, K\) with K > 0 and weights \(K,\) or None"):
-            several_rewards_advantages(bad, IDS, bad_weights)
-    refused(r"\(6,\).*\(5,\)", several_rewards_advantages, rewards, IDS[:5])
+            multi_reward_advantages(bad, IDS, bad_weights)
+    refused(r"\(6,\).*\(5,\)", multi_reward_advantages, rewards, IDS[:5])
     for bad in (math.inf, -math.inf, 1e200):
         values = torch.tensor([[0.0, math.nan]] * 5 + [[0.0, bad]], dtype=F64)
-        refused(r"hold 1 value\(s\) that are not finite", several_rewards_advantages, values, IDS)
-    refused("scale='std'", several_rewards_advantages, rewards, IDS, scale="std")
-    assert several_rewards_advantages(torch.zeros(0, 2), IDS[:0], torch.ones(2)).shape == (0,)
-    assert several_rewards_advantages(rewards[:1], IDS[:1]).tolist() == [0.0]
+        refused(r"hold 1 value\(s\) that are not finite", multi_reward_advantages, values, IDS)
+    refused("scale='std'", multi_reward_advantages, rewards, IDS, scale="std")
+    assert multi_reward_advantages(torch.zeros(0, 2), IDS[:0], torch.ones(2)).shape == (0,)
+    assert multi_reward_advantages(rewards[:1], IDS[:1]).tolist() == [0.0]
 
 
 def test_results_carry_no_gradient_and_the_dtype_of_the_rewards():

@@ -75,12 +75,12 @@ def test_sequence_ratio_is_the_geometric_mean_over_what_counts():
     assert_same(no_mask[:, 0], difference.mean(1).exp())
 
 
-@pytest.mark.parametrize("level", ["decision", "sequence"])
+@pytest.mark.parametrize("level", ["action", "sequence"])
 @pytest.mark.parametrize("fill", FILLS)
 def test_masked_entries_change_neither_value_nor_gradient(level, fill):
     mask, old = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), randn(2, 3, seed=1)
     ratio, _ = unmoved_by(fill, mask, lambda x: importance_ratio(x, old, mask=mask, level=level), randn(2, 3))
-    if level == "decision":
+    if level == "action":
         assert (ratio[~mask] == 1).all()
 
 
@@ -165,7 +165,7 @@ def test_half_precision_becomes_float32():
         assert result.dtype == torch.float32
 
 
-@pytest.mark.parametrize("level", ["decision", "sequence"])
+@pytest.mark.parametrize("level", ["action", "sequence"])
 def test_half_precision_log_probs_are_subtracted_in_float32(level):
     logp, logp_old = ((40 * randn(2, 50, seed=s) - 100).to(torch.bfloat16) for s in range(2))
     wide = importance_ratio(logp.float(), logp_old.float(), level=level)
@@ -183,7 +183,7 @@ def test_wrong_shapes_and_settings_are_named():
         refused(r"\(2, 3\).*\(2, 1\)", call, x, column)
     refused(r"mask \(2, 1\)", importance_ratio, x, x, mask=column.bool())
     refused("mask must be a bool", importance_ratio, x, x, mask=torch.ones(2, 3))
-    refused("level='token'", importance_ratio, x, x, level="token")
+    refused("level='word'", importance_ratio, x, x, level="word")
     refused(r"2 dimension.*\(3,\)", importance_ratio, x[0], x[0], level="sequence")
     assert importance_ratio(x, x, log_clamp=80).tolist() == [[1.0] * 3] * 2
     for bad in (0, -1, 80.5, math.inf, math.nan):
@@ -194,7 +194,7 @@ def test_wrong_shapes_and_settings_are_named():
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), max_size=6),
-    st.sampled_from(["decision", "sequence"]),
+    st.sampled_from(["action", "sequence"]),
 )
 def test_extreme_log_ratios_stay_finite(pairs, level):
     logp, logp_old = torch.tensor(pairs, dtype=torch.float32).reshape(-1, 1, 2).unbind(-1)
@@ -261,7 +261,7 @@ def test_expected_gradient_at_ratio_one_is_minus_the_gradient_of_the_expected_re
     assert_same(gradient, -exact)
 
 
-@pytest.mark.parametrize("level", ["decision", "sequence"])
+@pytest.mark.parametrize("level", ["action", "sequence"])
 @pytest.mark.parametrize("fill", FILLS)
 def test_masked_entries_have_no_loss_no_gradient_and_no_say(level, fill):
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
@@ -355,7 +355,7 @@ def test_extreme_inputs_stay_finite(pairs, dual_clip, clip_high):
     assert logp.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("level", ["decision", "sequence"])
+@pytest.mark.parametrize("level", ["action", "sequence"])
 def test_compiles_without_a_graph_break(level):
     logp, logp_old, advantages = (randn(3, 4, seed=s) * 12 for s in range(3))
     given = {"clip_high": 0.3, "dual_clip": 3.0, "mask": randn(3, 4, seed=3) > -1, "level": level}

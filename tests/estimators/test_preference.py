@@ -432,7 +432,7 @@ def test_what_padding_holds_changes_no_bit(fill):
     )
 
 
-def test_trajectories_without_decisions_are_undecided():
+def test_trajectories_without_actions_are_undecided():
     loss = trajectory_dpo_loss(torch.zeros(2, 0), torch.zeros(2, 3), torch.ones(2), 0.1)
     assert loss.tolist() == pytest.approx([math.log(2)] * 2)
     assert trajectory_dpo_loss(torch.zeros(0, 4), torch.zeros(0, 3), torch.ones(0), 0.1).shape == (0,)
@@ -745,7 +745,7 @@ def test_more_shapes_and_the_limits_of_settings():
     assert none.tolist() == [0.0, 0.0]
 
 
-def test_no_discount_left_and_a_masked_first_decision():
+def test_no_discount_left_and_a_masked_first_action():
     logratio, mask = torch.tensor([[9.0, 1.0, 5.0]]), torch.tensor([[False, True, True]])
     loss = trajectory_dpo_loss(logratio, torch.zeros(1, 1), torch.ones(1), 1.0, gamma=0.0, first_mask=mask)
     torch.testing.assert_close(loss, bradley_terry_loss(torch.ones(1), torch.zeros(1)))

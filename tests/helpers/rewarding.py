@@ -22,12 +22,12 @@ def levels(count, size=8, seed=0):
     return torch.randint(256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)) / 255
 
 
-def smooth_pictures(height=32, width=32):
-    """Four smooth random pictures in 8 bits, by PIL and as a reward gets them."""
+def smooth_images(height=32, width=32):
+    """Four smooth random images in 8 bits, by PIL and as a reward gets them."""
     coarse = torch.rand(len(PROMPTS), 3, 5, 5, generator=torch.Generator().manual_seed(0))
     smooth = functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
     pixels = (smooth * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels], pixels / 255
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels], pixels / 255
 
 
 def score(reward, images, prompts="", metadata=None, **options):

@@ -74,5 +74,5 @@ class Toy(Trainer):
         return {"held_out": score.item()}
 
     def finish(self):
-        with new_folder(self.folder / "final") as aside:
-            (aside / "weights.txt").write_text(str(self.weights.tolist()))
+        with new_folder(self.folder / "final") as temporary:
+            (temporary / "weights.txt").write_text(str(self.weights.tolist()))

@@ -51,8 +51,8 @@ def expected_gradient(trainer, policy, behaviour):
     finished = torch.ones(len(indices), dtype=torch.bool)
     completions = Completions(sequences_of(indices), logp_old[indices], finished)
     collected = Collected(completions, finished, REWARDS[indices, None], REWARDS[indices], {})
-    batch, (keep, decisions, _), metrics = trainer.estimate(collected)
-    assert decisions == 1
+    batch, (keep, actions, _), metrics = trainer.estimate(collected)
+    assert actions == 1
     losses = torch.zeros(len(indices), dtype=torch.float64)
     computed, _ = trainer.loss(batch, keep, torch.zeros_like(keep))
     losses = losses.index_put((keep,), computed)  # what is skipped has no gradient

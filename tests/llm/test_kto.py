@@ -70,8 +70,8 @@ def reference_point(policy, rows, most=64):
 def test_value_and_gradient_are_those_of_plain_forward_passes(make, inner_epochs):
     trainer = make(desirable_weight=1.3, undesirable_weight=0.6, inner_epochs=inner_epochs)
     policy = trainer.policy
-    batch, (keep, decisions, _), metrics = estimated(trainer)
-    assert (len(keep), decisions) == (6, 1)
+    batch, (keep, actions, _), metrics = estimated(trainer)
+    assert (len(keep), actions) == (6, 1)
     rows = texts_of(batch.sequences)
     z = reference_point(policy, rows)
     assert abs(z) > 1e-3

@@ -57,8 +57,8 @@ def test_expected_gradient_is_that_of_reward_less_path_kl(tmp_path):
         trainer.value_head.weight.normal_()
     tables, reference = log_tables(policy), reference_tables(policy)
     batch = all_completions(tables)
-    batch, (keep, decisions, _), metrics = trainer.estimate(batch)
-    assert (keep.tolist(), decisions) == (list(range(16)), 1)
+    batch, (keep, actions, _), metrics = trainer.estimate(batch)
+    assert (keep.tolist(), actions) == (list(range(16)), 1)
     assert batch.values_old.abs().min() > 0
     losses = losses_of(trainer, batch, keep)
     chances = token_log_probs(tables).sum(1).exp()

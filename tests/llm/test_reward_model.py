@@ -181,8 +181,8 @@ def test_every_rejected_completion_is_a_pair_and_a_pass_shows_each_once(make_mod
     assert (len(batch.sequences), len(batch.labels)) == (12, 6)
     seen = {tuple(pair) for pair in zip(batch.sequences.ids[:6, 1].tolist(), batch.sequences.ids[6:, 1].tolist())}
     assert seen == {(30 + i, other + i) for i in range(3) for other in (10, 20)}
-    batch, (keep, decisions, _), _ = trainer.estimate(batch)
-    assert (keep.tolist(), decisions) == ([0, 1, 2, 3, 4, 5], 1)
+    batch, (keep, actions, _), _ = trainer.estimate(batch)
+    assert (keep.tolist(), actions) == ([0, 1, 2, 3, 4, 5], 1)
 
 
 def separable(count, start=0):

@@ -10,7 +10,7 @@ import yaml
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from diffusion_align.data.text_encoding import TextEncoder, completion_of, ends_of
+from diffusion_align.data.text_encoding import TextEncoder, as_completion_message, eos_token_ids
 from diffusion_align.data.text_rows import (
     LabelledRow,
     PreferenceRow,
@@ -290,8 +290,8 @@ def test_labels_of_a_csv_file(plain, tmp_path):
 
 
 def test_completion_of():
-    assert completion_of("yes", "hi") == "yes"
-    assert completion_of("yes", [user("hi")]) == [assistant("yes")]
+    assert as_completion_message("yes", "hi") == "yes"
+    assert as_completion_message("yes", [user("hi")]) == [assistant("yes")]
 
 
 # Lengths
@@ -352,9 +352,9 @@ def test_nothing_stands_behind_the_first_end(chat):
 
 def test_the_ends_of_a_model(plain):
     def ends(eos):
-        return ends_of(plain, SimpleNamespace(eos_token_id=eos))
+        return eos_token_ids(plain, SimpleNamespace(eos_token_id=eos))
 
-    assert ends_of(plain) == ends(None) == [EOS]
+    assert eos_token_ids(plain) == ends(None) == [EOS]
     assert ends(5) == [EOS, 5]
     assert ends([5, EOS, 4]) == [EOS, 4, 5]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffusion_align.assets import asset_path
 from diffusion_align.data.schemas import MOST_CHARACTERS, BadRow
-from diffusion_align.data.text_encoding import TextEncoder, checked_text, context_length, continuation_tokens, tokens_of
+from diffusion_align.data.text_encoding import TextEncoder, checked_text, context_length, continuation_tokens, tokenize
 from diffusion_align.data.text_rows import TextDataConfig, preference_rows, prompt_rows
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.language_models import load_ends, load_tokenizer
@@ -164,11 +164,11 @@ def test_byte_level_tokens_stay_as_they_were():
     for tokenizer, prompt, completion in itertools.product((ours, embedded), prompts, completions):
         if tokenizer is ours and completion[0] == "'" and not prompt[-1].isalpha():
             continue  # GPT-2's rule for 's reads what stands before it
-        assert continuation_tokens(tokenizer, prompt, completion) == tokens_of(tokenizer, completion)
+        assert continuation_tokens(tokenizer, prompt, completion) == tokenize(tokenizer, completion)
         found = encoded(tokenizer, prompt, completion)
         assert found.ids == encoded(tokenizer, prompt).ids
-        assert found.completions == [[*tokens_of(tokenizer, completion), tokenizer.eos_token_id]]
-    assert tokens_of(ours, "a. blue") != tokens_of(ours, "a. ") + tokens_of(ours, "blue")  # a border is crossed
+        assert found.completions == [[*tokenize(tokenizer, completion), tokenizer.eos_token_id]]
+    assert tokenize(ours, "a. blue") != tokenize(ours, "a. ") + tokenize(ours, "blue")  # a border is crossed
 
 
 # Chat templates

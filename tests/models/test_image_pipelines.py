@@ -177,11 +177,11 @@ def test_a_vae_that_overflows_in_half_precision_stays_wide(dtype, model, model_p
     weights = wide.vae.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in pipeline.vae.state_dict().items())
     # diffusers' pipelines hand it latents in the dtype of the UNet
-    latents, pictures = torch.randn(1, 4, 8, 8).to(dtype), torch.rand(1, 3, 16, 16).to(dtype)
+    latents, pixels = torch.randn(1, 4, 8, 8).to(dtype), torch.rand(1, 3, 16, 16).to(dtype)
     with torch.no_grad():
         assert torch.equal(pipeline.vae.decode(latents).sample, wide.vae.decode(latents.float()).sample)
         assert torch.equal(
-            pipeline.vae.encode(pictures).latent_dist.mode(), wide.vae.encode(pictures.float()).latent_dist.mode()
+            pipeline.vae.encode(pixels).latent_dist.mode(), wide.vae.encode(pixels.float()).latent_dist.mode()
         )
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a cat", num_inference_steps=2, output_type="pt").images.dtype == torch.float32

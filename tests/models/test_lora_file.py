@@ -14,10 +14,10 @@ from diffusion_align.models.adapters import (
     LORA_FILE,
     adapter_weights,
     merge_adapters,
-    put_back,
-    put_on,
+    restore_lora,
+    load_lora,
     save_lora,
-    take_off,
+    unload_lora,
 )
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.lora import lora_layers, rescale_lora, write_tensors
@@ -102,7 +102,7 @@ def of_peft(prefix):
 def test_every_layout_changes_its_layers_as_meant(tiny_sd, tmp_path, written, names, settings):
     file, meant = written(names, **settings)
     plain, pipeline = load_pipeline(str(tiny_sd)), load_pipeline(str(tiny_sd))
-    put_on(pipeline, file, "tiny")
+    load_lora(pipeline, file, "tiny")
     save_lora(pipeline, tmp_path / "again")
     merge_adapters(pipeline)
     for network in ("unet", "text_encoder"):
@@ -115,7 +115,7 @@ def test_every_layout_changes_its_layers_as_meant(tiny_sd, tmp_path, written, na
         found = weight_of(getattr(pipeline, network), layer) - weight_of(getattr(plain, network), layer)
         torch.testing.assert_close(found, change, atol=1e-5, rtol=1e-4)
     again = load_pipeline(str(tiny_sd))
-    put_on(again, tmp_path / "again", "tiny")
+    load_lora(again, tmp_path / "again", "tiny")
     merge_adapters(again)
     for name, weight in again.unet.state_dict().items():
         torch.testing.assert_close(weight, pipeline.unet.state_dict()[name], atol=1e-5, rtol=1e-4)
@@ -127,7 +127,7 @@ def test_kohyas_file_changes_the_layers_as_in_diffusers(tiny_sd, written):
 
     file, _ = written(kohya, alphas=(3, 3), ranks=(2, 2), text=False)
     ours, theirs = load_pipeline(str(tiny_sd)), load_pipeline(str(tiny_sd))
-    put_on(ours, file, "tiny")
+    load_lora(ours, file, "tiny")
     state, alphas = Theirs.lora_state_dict(load_file(file))
     theirs.unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name="default")
     theirs.unet.fuse_lora()
@@ -146,14 +146,14 @@ def test_pefts_own_folder_is_read(tiny_sd, tmp_path):
     theirs = get_peft_model(load_pipeline(str(tiny_sd)).unet, config)
     theirs.save_pretrained(tmp_path)
     for lora in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        put_on(pipeline, lora, "tiny")
+        load_lora(pipeline, lora, "tiny")
         inputs = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 16)
         with torch.no_grad():
             torch.testing.assert_close(pipeline.unet(*inputs).sample, theirs(*inputs).sample)
-        take_off(pipeline)
+        unload_lora(pipeline)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"whose scale stands in adapter_config\.json"):
-        put_on(pipeline, tmp_path, "tiny")
+        load_lora(pipeline, tmp_path, "tiny")
 
 
 HALF = {
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tiny_sd, tmp_path, case)
     pipeline = load_pipeline(str(tiny_sd))
     before = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
     with pytest.raises(UserError, match=r"^lora='.*' could not be loaded into tiny: [^\n]*" + wanted) as caught:
-        put_on(pipeline, tmp_path, "tiny")
+        load_lora(pipeline, tmp_path, "tiny")
     assert "\n" not in str(caught.value)
     after = pipeline.unet.state_dict()
     assert before.keys() == after.keys()
@@ -210,7 +210,7 @@ def test_part_of_a_file_that_fits_is_not_enough(tiny_sd, tmp_path, make_policy):
     tensors["unet.down_blocks.7.to_q.lora_A.weight"] = tensors[name].clone()
     save_file(tensors, tmp_path / LORA_FILE)
     with pytest.raises(UserError, match=rf"not all of its {known + 1} tensors fit a layer, left over are 1 \(unet"):
-        put_on(load_pipeline(str(tiny_sd)), tmp_path, "tiny")
+        load_lora(load_pipeline(str(tiny_sd)), tmp_path, "tiny")
 
 
 PEFT_SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["conv1"]}
@@ -243,7 +243,7 @@ def test_settings_that_are_none_are_one_sentence(tiny_sd, tmp_path, settings, la
         metadata = {"lora_adapter_metadata": header}
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata)
     with pytest.raises(UserError, match=r"^lora='.*' could not be loaded into tiny: ") as caught:
-        put_on(pipeline, tmp_path, "tiny")
+        load_lora(pipeline, tmp_path, "tiny")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -253,18 +253,18 @@ def test_which_file_of_a_folder_is_meant(tiny_sd, tmp_path, written):
     pipeline = load_pipeline(str(tiny_sd))
     (tmp_path / "text.txt").write_text("x")
     with pytest.raises(UserError, match=r"text\.txt' is no \.safetensors file"):
-        put_on(pipeline, tmp_path / "text.txt", "tiny")
+        load_lora(pipeline, tmp_path / "text.txt", "tiny")
     (tmp_path / "run" / "final").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no \.safetensors file \(.* in its final/\)"):
-        put_on(pipeline, tmp_path / "run", "tiny")
+        load_lora(pipeline, tmp_path / "run", "tiny")
     shutil.copy(file, tmp_path / "optimizer.safetensors")
-    put_on(pipeline, tmp_path, "tiny")
-    take_off(pipeline)
+    load_lora(pipeline, tmp_path, "tiny")
+    unload_lora(pipeline)
     shutil.copy(file, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"2 \(other\.safetensors, some\.safetensors\) files"):
-        put_on(pipeline, tmp_path, "tiny")
+        load_lora(pipeline, tmp_path, "tiny")
     shutil.copy(file, tmp_path / LORA_FILE)
-    put_on(pipeline, tmp_path, "tiny")
+    load_lora(pipeline, tmp_path, "tiny")
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2, "alpha": 8}, {"rank": 3, "alpha": 1, "layers": "attention+convolutions"}])
@@ -284,7 +284,7 @@ def test_a_reader_that_ignores_the_header_gets_the_whole_change(tiny_sd, tmp_pat
 def test_a_loaded_adapter_that_training_has_rescaled_is_put_back(tiny_sd, written):
     file, _ = written(kohya, alphas=(1, 3), text=False)
     pipeline = load_pipeline(str(tiny_sd))
-    put_on(pipeline, file, "tiny")
+    load_lora(pipeline, file, "tiny")
     before = {name: layer.get_delta_weight("default") for name, layer in lora_layers(pipeline.unet).items()}
     state = adapter_weights(pipeline)
     rescale_lora(pipeline.unet, 5)
@@ -292,7 +292,7 @@ def test_a_loaded_adapter_that_training_has_rescaled_is_put_back(tiny_sd, writte
     for name, layer in layers.items():
         torch.testing.assert_close(layer.get_delta_weight("default"), before[name])
     torch.nn.init.zeros_(layers[UNET[0]].lora_B["default"].weight)
-    put_back(pipeline, state)
+    restore_lora(pipeline, state)
     for name, layer in lora_layers(pipeline.unet).items():
         assert torch.equal(layer.get_delta_weight("default"), before[name])
     assert pipeline.unet.peft_config["default"].alpha_pattern

@@ -48,12 +48,12 @@ ROWS = [
 def card(tmp_path):
     """``card(rows, **settings)``: the card of a run that has logged these rows, and its metadata."""
 
-    def make(rows=ROWS, *, picture=False, options=None, **settings):
+    def make(rows=ROWS, *, image=False, options=None, **settings):
         folder = tmp_path / "run"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS | settings))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if picture:
+        if image:
             Image.new("RGB", (4, 4)).save(folder / "samples" / "before_after.png")
         text = model_card(folder, **options or {})
         _, front, body = text.split("---\n", 2)
@@ -246,8 +246,8 @@ def test_no_run(tmp_path):
         model_card(tmp_path)
 
 
-def test_the_picture_lies_beside_the_card(card, tmp_path):
-    body, _ = card(picture=True)
+def test_the_image_lies_beside_the_card(card, tmp_path):
+    body, _ = card(image=True)
     assert "](before_after.png)" in body
     target = tmp_path / "target"
     target.mkdir()
@@ -300,7 +300,7 @@ def drawn(pipeline, **options):
 
 
 @pytest.mark.parametrize("name", ["one", "two", "whole"])
-def test_the_lines_of_a_real_card_draw_the_runs_picture(runs, name):
+def test_the_lines_of_a_real_card_draw_the_runs_image(runs, name):
     pipe = runs[name]
     folder = pipe.run
     text = (folder / "final" / "README.md").read_text()

@@ -67,12 +67,12 @@ def draw_plainly(pipeline):
     return pixels(pipeline(PROMPTS, **options).images)
 
 
-def pixels(pictures):
-    return np.stack([np.asarray(picture, dtype=np.float64) for picture in pictures])
+def pixels(images):
+    return np.stack([np.asarray(image, dtype=np.float64) for image in images])
 
 
 def draw(pipe):
-    """The pictures of an ImageAlignmentPipeline in their 8 bits."""
+    """The images of an ImageAlignmentPipeline in their 8 bits."""
     return pixels(pipe(PROMPTS, seed=0, steps=2, guidance_scale=3.0, eta=1.0).images)
 
 
@@ -106,11 +106,11 @@ def test_ddpo_trains_saves_and_what_is_saved_draws_the_same(name, form, publishe
     plain.load_lora_weights(tmp_path / "run" / "final", weight_name="pytorch_lora_weights.safetensors")
     again = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", dtype=dtype, device="cpu")
     assert again.pipeline.scheduler.config.prediction_type == trainer.schedule.prediction_type
-    for pictures in (draw(again), draw_plainly(plain)):
+    for images in (draw(again), draw_plainly(plain)):
         if dtype == torch.float32:
-            assert abs(pictures - trained).max() <= 1  # of 255 levels
+            assert abs(images - trained).max() <= 1  # of 255 levels
         else:  # diffusers rounds adapters to the dtype of the UNet, and attention sums in another order
-            assert abs(pictures - trained).mean() < 0.2 * change
+            assert abs(images - trained).mean() < 0.2 * change
     assert change > 3
 
 
@@ -123,8 +123,8 @@ def test_the_whole_unet_of_a_file_is_trained_and_saved_as_a_folder(published, tm
     plain = DiffusionPipeline.from_pretrained(tmp_path / "run" / "final")
     assert plain.scheduler.config.prediction_type == "v_prediction"
     again = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
-    for pictures in (draw(again), draw_plainly(plain)):
-        assert abs(pictures - trained).max() <= 1
+    for images in (draw(again), draw_plainly(plain)):
+        assert abs(images - trained).max() <= 1
 
 
 @pytest.mark.parametrize("form", ["folder", "fp16"])
@@ -162,7 +162,7 @@ def test_the_shipped_recipe_with_the_published_aesthetic_head(published, clip_76
     assert all(row["grad_norm"] > 0 for row in updates)
     scores = [row["reward"] for row in rows if "reward" in row]
     assert len(scores) == 2
-    assert all(-10 < score < 20 for score in scores)  # real pictures lie between 1.66 and 5.75, noise may not
+    assert all(-10 < score < 20 for score in scores)  # real images lie between 1.66 and 5.75, noise may not
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (saved["mixed_precision"], saved["prompts"], saved["lora"]["rank"]) == ("bf16", "animals", 16)
     assert "aesthetic" in (tmp_path / "run" / "report.html").read_text()

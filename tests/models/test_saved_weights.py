@@ -1,4 +1,4 @@
-"""What is saved loads in plain diffusers and peft, and draws the same pictures."""
+"""What is saved loads in plain diffusers and peft, and draws the same images."""
 
 import pytest
 import torch
@@ -78,12 +78,12 @@ def test_merged_pipeline_loads_in_plain_diffusers(model, lora, tmp_path, model_p
     torch.testing.assert_close(draw_plainly(plain, streams, 3.0), untrained, atol=1e-4, rtol=0)
 
 
-def test_pictures_of_the_pipeline_are_those_of_the_policy(make_policy, streams):
+def test_images_of_the_pipeline_are_those_of_the_policy(make_policy, streams):
     policy = make_policy("tiny_sd", noise=0.1, guidance_scale=3.0)
     pipe = ImageAlignmentPipeline(policy.pipeline, model="tiny")
     scheduler = pipe.pipeline.scheduler
-    pictures = pipe(PROMPTS, seed=0, steps=3, guidance_scale=3.0).images
+    saved = pipe(PROMPTS, seed=0, steps=3, guidance_scale=3.0).images
     assert pipe.pipeline.scheduler is scheduler
-    for picture, ours in zip(pictures, draw(policy, streams), strict=True):
-        pixels = torch.tensor(list(picture.convert("RGB").tobytes())).view(16, 16, 3).permute(2, 0, 1) / 255
+    for image, ours in zip(saved, draw(policy, streams), strict=True):
+        pixels = torch.tensor(list(image.convert("RGB").tobytes())).view(16, 16, 3).permute(2, 0, 1) / 255
         torch.testing.assert_close(pixels, ours, atol=1.01 / 255, rtol=0)

@@ -25,13 +25,13 @@ def outputs(pipeline):
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()  # a file's tensors are not aligned, and kernels sum by alignment
     generator = torch.Generator().manual_seed(0)
-    latents, pictures = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, 3, 64, 64, generator=generator)
+    latents, images = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, 3, 64, 64, generator=generator)
     texts = {"prompt": ["a red apple", "a cat"], "device": "cpu", "do_classifier_free_guidance": False}
     states, _, *pooled = pipeline.encode_prompt(num_images_per_prompt=1, **texts)
     results = {
         "text": states,
         "decoded": pipeline.vae.decode(latents).sample,
-        "encoded": pipeline.vae.encode(pictures).latent_dist.parameters,
+        "encoded": pipeline.vae.encode(images).latent_dist.parameters,
     }
     added = {}
     if pooled:

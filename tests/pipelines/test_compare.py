@@ -26,7 +26,7 @@ FAST = SamplerConfig(steps=2, guidance_scale=1.0, eta=0.0)
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Models draw in two steps; "brighter" is emoji-sd with lighter pictures. The list holds (model, texts, seed)."""
+    """Models draw in two steps; "brighter" is emoji-sd with lighter images. The list holds (model, texts, seed)."""
     load, draw, made = ImageAlignmentPipeline.from_pretrained, ImageAlignmentPipeline.__call__, []
 
     def from_pretrained(model, **settings):
@@ -88,7 +88,7 @@ def test_both_models_draw_the_same_prompts_from_the_same_seeds(calls):
     assert progress == [8, 16, 20, 24]
 
 
-def test_the_first_round_is_the_comparison_with_one_picture_a_prompt(calls, tmp_path):
+def test_the_first_round_is_the_comparison_with_one_image_a_prompt(calls, tmp_path):
     drawn = []
 
     def remember(images, prompts, metadata):
@@ -107,7 +107,7 @@ def test_the_first_round_is_the_comparison_with_one_picture_a_prompt(calls, tmp_
     assert (one.pairs, two.pairs) == (3, 6)
 
 
-def test_the_same_arguments_give_the_same_result_and_the_same_picture(calls, tmp_path):
+def test_the_same_arguments_give_the_same_result_and_the_same_image(calls, tmp_path):
     results = [
         compare_models("emoji-sd", "brighter", PROMPTS, brightness, per_prompt=2, output=tmp_path / name)
         for name in ("a.png", "b.png")
@@ -124,7 +124,7 @@ def test_at_most_24_pairs_are_shown(calls, tmp_path):
     assert Image.open(tmp_path / "grid.png").height == wanted.height
 
 
-def test_what_was_found_out_is_said_where_the_picture_cannot_be_written(calls, tmp_path):
+def test_what_was_found_out_is_said_where_the_image_cannot_be_written(calls, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=r"cannot be written") as caught:
         compare_models("emoji-sd", "emoji-sd", PROMPTS, brightness, output=tmp_path / "file" / "grid.png")

@@ -20,7 +20,7 @@ from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.image import DrawnImages, as_picture
+from diffusion_align.pipelines.image import SampledImages, as_image_tensor
 from diffusion_align.pipelines.run import run
 from diffusion_align.rewards.base import RewardError
 from tests.helpers.hard_runs import rows_of
@@ -293,7 +293,7 @@ def test_a_handler_from_outside_python_is_no_obstacle(monkeypatch):
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-def test_merging_changes_no_picture_and_leaves_a_plain_pipeline(load, base, first_run, tmp_path):
+def test_merging_changes_no_image_and_leaves_a_plain_pipeline(load, base, first_run, tmp_path):
     pipe = load(first_run)
     before, drawn = predictions(pipe), pipe(PROMPTS, steps=2, eta=0.0).images
     assert pipe.merge() is pipe
@@ -437,7 +437,7 @@ def test_every_argument_is_documented():
     """Each parameter of each public method is named at the start of a line of its "Args:"."""
     methods = {name for name, found in inspect.getmembers(ImageAlignmentPipeline) if callable(found)}
     public = {"__init__", "__call__"} | {name for name in methods if not name.startswith("_")}
-    functions = [compare_models, DrawnImages.grid, DrawnImages.save]
+    functions = [compare_models, SampledImages.grid, SampledImages.save]
     functions += [getattr(ImageAlignmentPipeline, name) for name in sorted(public)]
     assert {"align", "compare", "push_to_hub", "merge"} <= public
     for function in functions:
@@ -453,12 +453,12 @@ def test_every_argument_is_documented():
 
 @pytest.mark.filterwarnings("error:invalid value")
 @pytest.mark.parametrize("steps", [3, 50])
-def test_no_number_of_steps_gives_black_pictures(steps):
+def test_no_number_of_steps_gives_black_images(steps):
     """diffusers' DDIM with eta=1 does, for these, on a schedule that begins in pure noise."""
     pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
     pipe.pipeline.unet.forward = lambda x, *_, **__: (0.1 * x,)  # quick, and finite
-    picture = pipe("a cat", steps=steps, guidance_scale=1.0, eta=1.0).images[0]
-    assert np.asarray(picture).std() > 1
+    image = pipe("a cat", steps=steps, guidance_scale=1.0, eta=1.0).images[0]
+    assert np.asarray(image).std() > 1
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_what_cannot_be_drawn(base, golden, arguments):
     golden(f"pipe: {arguments}", problems(caught))
 
 
-def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
+def test_drawn_images_show_and_save_themselves(base, tmp_path):
     from io import BytesIO
 
     from diffusion_align.report import image_grid
@@ -482,9 +482,9 @@ def test_drawn_pictures_show_and_save_themselves(base, tmp_path):
     assert drawn.grid(columns=1).height > grid.height
     shown = Image.open(BytesIO(drawn._repr_png_()))
     assert (shown.format, shown.tobytes()) == ("PNG", grid.tobytes())
-    assert drawn.save(tmp_path / "new" / "pictures") == tmp_path / "new" / "pictures"
-    assert sorted(p.name for p in (tmp_path / "new" / "pictures").iterdir()) == ["0000.png", "0001.png", "grid.png"]
-    assert Image.open(tmp_path / "new" / "pictures" / "0001.png").tobytes() == drawn.images[1].tobytes()
+    assert drawn.save(tmp_path / "new" / "images") == tmp_path / "new" / "images"
+    assert sorted(p.name for p in (tmp_path / "new" / "images").iterdir()) == ["0000.png", "0001.png", "grid.png"]
+    assert Image.open(tmp_path / "new" / "images" / "0001.png").tobytes() == drawn.images[1].tobytes()
     none = base([])
     assert none.images == []
     assert none._repr_png_() is None
@@ -509,7 +509,8 @@ def test_comparing_with_a_model_and_with_a_pipeline(load, base, tiny_sd, first_r
     assert result.mean_first == pytest.approx(scores[0].mean().item(), abs=1e-3)
     assert result.mean_second == pytest.approx(scores[1].mean().item(), abs=1e-3)
     assert result.mean_second != result.mean_first
-    assert result.picture.tobytes() == Image.open(tmp_path / "pairs.png").tobytes()
+    assert result.image.tobytes() == Image.open(tmp_path / "pairs.png").tobytes()
+    assert result.picture is result.image  # the former name
 
 
 def test_a_comparison_reads_as_a_sentence():
@@ -518,14 +519,14 @@ def test_a_comparison_reads_as_a_sentence():
         "A 0.2500, B 0.5000, B - A 0.2500 (standard error 0.05); B wins 75.0% of 40 pairs "
         "(95 % interval 60.0% to 85.0%, Wilson for 10 independent pairs)"
     )
-    assert "picture" not in repr(result)
+    assert "image" not in repr(result)
     page = result._repr_html_()
     assert page.startswith(f"<p>{result}</p><img ")
     assert 'src="data:image/png;base64,iVBOR' in page
 
 
-def picture_forms():
-    """One picture in every accepted form: the left half red, the right half white."""
+def image_forms():
+    """One image in every accepted form: the left half red, the right half white."""
     array = np.full((16, 16, 3), 255, dtype=np.uint8)
     array[:, :8, 1:] = 0
     opaque = Image.fromarray(array)
@@ -543,8 +544,8 @@ def picture_forms():
     }
 
 
-def test_pictures_in_every_form_get_the_same_score(base):
-    forms = picture_forms()
+def test_images_in_every_form_get_the_same_score(base):
+    forms = image_forms()
     scores = base.score(list(forms.values()), ["a"] * len(forms), redness)
     torch.testing.assert_close(scores, torch.full((len(forms),), 0.5))
     batch = torch.stack([forms["tensor"], 0 * forms["tensor"]])
@@ -557,8 +558,8 @@ def test_metadata_reaches_the_reward(base):
     def count(images, prompts, metadata):
         return [float(row["count"]) for row in metadata]
 
-    picture = picture_forms()["RGB"]
-    assert base.score([picture] * 2, ["a", "b"], count, metadata=[{"count": 3}, {"count": 5}]).tolist() == [3, 5]
+    image = image_forms()["RGB"]
+    assert base.score([image] * 2, ["a", "b"], count, metadata=[{"count": 3}, {"count": 5}]).tolist() == [3, 5]
 
 
 WHITE = Image.new("RGB", (4, 4), "white")
@@ -592,11 +593,11 @@ def test_metadata_of_another_length(base):
         base.score([WHITE], ["a"], redness, metadata=[{}, {}])
 
 
-def test_a_picture_keeps_its_levels():
+def test_an_image_keeps_its_levels():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = torch.arange(256).view(16, 16).expand(3, 16, 16) / 255
-    for picture in (Image.fromarray(levels), levels, np.repeat(levels[..., None], 3, axis=2)):
-        torch.testing.assert_close(as_picture(picture), expected, atol=1e-7, rtol=0)
+    for image in (Image.fromarray(levels), levels, np.repeat(levels[..., None], 3, axis=2)):
+        torch.testing.assert_close(as_image_tensor(image), expected, atol=1e-7, rtol=0)
 
 
 # -- the Hub -----------------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def cli(tmp_path, monkeypatch, call_cli):
     return call_cli
 
 
-def test_best_and_worst_of_a_prompts_pictures(tmp_path):
-    """Every picture is drawn again from its seed and scored: none beats the chosen, the rejected beats none."""
+def test_best_and_worst_of_a_prompts_images(tmp_path):
+    """Every image is drawn again from its seed and scored: none beats the chosen, the rejected beats none."""
     written = make(tmp_path / "pairs", PROMPTS[:2], "jpeg_compressibility", per_prompt=5)
     pipeline, judge = ImageAlignmentPipeline.from_pretrained("emoji-sd"), build_reward("jpeg_compressibility")
     gaps = []
@@ -73,7 +73,7 @@ def test_best_and_worst_of_a_prompts_pictures(tmp_path):
         assert row["score_chosen"] == max(scores) == scores[row["seed_chosen"] - seeds[0]]
         assert row["score_rejected"] == min(scores) == scores[row["seed_rejected"] - seeds[0]]
         for side in ("chosen", "rejected"):
-            assert row[side] == f"pictures/{index:05d}_{side}.png"
+            assert row[side] == f"images/{index:05d}_{side}.png"
             with Image.open(tmp_path / "pairs" / row[side]) as image:
                 assert image.tobytes() == images[row[f"seed_{side}"] - seeds[0]].tobytes()
         gaps.append(row["score_chosen"] - row["score_rejected"])
@@ -81,12 +81,12 @@ def test_best_and_worst_of_a_prompts_pictures(tmp_path):
     assert min(gaps) > 0
 
 
-def test_a_prompt_whose_pictures_score_alike_gives_no_pair(whole):
+def test_a_prompt_whose_images_score_alike_gives_no_pair(whole):
     written, folder = whole
     assert (written.pairs, written.ties) == (3, 1)
     assert [row["prompt"] for row in rows(folder)] == ["a cat", "a rocket", "a crab"]
     assert rows(folder, "ties.jsonl") == [{"prompt": "a red apple", "score": 0.5, "seed": 12}]
-    assert not (folder / "pictures/00001_chosen.png").exists()
+    assert not (folder / "images/00001_chosen.png").exists()
     assert [row["chosen"][9:14] for row in rows(folder)] == ["00000", "00002", "00003"]
 
 
@@ -97,7 +97,7 @@ def test_nothing_but_ties(tmp_path):
     assert not (tmp_path / "pairs/pairs.jsonl").exists()
 
 
-def test_the_first_of_equally_good_pictures_is_taken(tmp_path):
+def test_the_first_of_equally_good_images_is_taken(tmp_path):
     make(tmp_path / "p", PROMPTS[:1], lambda images, *_: [0.0, 1.0, 1.0, 0.0], per_prompt=4)
     assert (rows(tmp_path / "p")[0]["seed_chosen"], rows(tmp_path / "p")[0]["seed_rejected"]) == (11, 10)
 
@@ -139,8 +139,8 @@ def test_a_line_cut_off_by_a_kill_is_drawn_again(whole, tmp_path, cut):
     make(folder, judge=undecided_about_apples)
     text = (folder / "pairs.jsonl").read_text()
     (folder / "pairs.jsonl").write_text(text[:-cut])
-    (folder / "pictures/00003_chosen.png").unlink()
-    (folder / "pictures/.00003_chosen.png.123.tmp").write_bytes(b"half")
+    (folder / "images/00003_chosen.png").unlink()
+    (folder / "images/.00003_chosen.png.123.tmp").write_bytes(b"half")
     (folder / "pairs.png").unlink()
     assert make(folder, judge=undecided_about_apples, resume=True) == whole[0]
     assert content(folder) == content(whole[1])
@@ -266,7 +266,7 @@ def test_all_wrong_settings_at_once():
 
 
 def test_the_grid_holds_chosen_above_rejected(whole):
-    with Image.open(whole[1] / "pairs.png") as grid, Image.open(whole[1] / "pictures/00000_chosen.png") as chosen:
+    with Image.open(whole[1] / "pairs.png") as grid, Image.open(whole[1] / "images/00000_chosen.png") as chosen:
         left = grid.width - 3 * (128 + 8)
         assert grid.crop((left, 8, left + 128, 136)).tobytes() == chosen.resize((128, 128), 3).tobytes()
 

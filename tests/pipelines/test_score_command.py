@@ -1,4 +1,4 @@
-"""`diffusion-align score`: the numbers of ``score_images``, whatever the picture and its name are like."""
+"""`diffusion-align score`: the numbers of ``score_images``, whatever the image and its name are like."""
 
 import json
 from pathlib import Path
@@ -34,9 +34,9 @@ def score(tmp_path, monkeypatch, call_cli):
 
 
 def drawn(mode="RGB", size=(48, 40)):
-    picture = Image.new(mode, size, (0, 0, 0, 0) if mode == "RGBA" else "white")
-    ImageDraw.Draw(picture).ellipse((8, 8, 36, 30), fill="red")
-    return picture
+    image = Image.new(mode, size, (0, 0, 0, 0) if mode == "RGBA" else "white")
+    ImageDraw.Draw(image).ellipse((8, 8, 36, 30), fill="red")
+    return image
 
 
 def test_what_is_transparent_is_on_white(score, tmp_path):
@@ -69,7 +69,7 @@ def test_prompts_bring_their_metadata_and_rewards_their_options(score, tmp_path)
     assert triple == pytest.approx(3 * plain, abs=2e-4)
 
 
-def test_pictures_that_cannot_be_read(score, tmp_path):
+def test_images_that_cannot_be_read(score, tmp_path):
     drawn().save(tmp_path / "whole.png")
     data = bytearray((tmp_path / "whole.png").read_bytes())
     data[data.index(b"IDAT") + 1] = 0x01  # a chunk of no known kind, at which PIL raises a SyntaxError

@@ -18,7 +18,7 @@ def at(image, column, row, *, cell=128, row_pitch=128 + MARGIN, left=MARGIN):
     return image.getpixel((left + column * (cell + MARGIN) + cell // 2, MARGIN + row * row_pitch + cell // 2))
 
 
-def test_small_pictures_are_doubled_and_land_in_reading_order():
+def test_small_images_are_doubled_and_land_in_reading_order():
     image = image_grid(flat(RED, GREEN, BLUE, GREY), columns=3)
     assert image.size == (MARGIN + 3 * (128 + MARGIN), MARGIN + 2 * (128 + MARGIN))
     assert [at(image, 0, 0), at(image, 1, 0), at(image, 2, 0), at(image, 0, 1)] == [RED, GREEN, BLUE, GREY]
@@ -36,7 +36,7 @@ def test_default_columns_leave_few_holes(count, columns):
     assert image.size == (MARGIN + columns * (128 + MARGIN), MARGIN + count // columns * (128 + MARGIN))
 
 
-def test_orientation_of_a_picture_is_kept():
+def test_orientation_of_an_image_is_kept():
     pixels = torch.zeros(1, 3, 128, 128)
     pixels[0, 0, :64, 64:] = 1.0
     image = image_grid(pixels)
@@ -124,7 +124,7 @@ def inked(pixels):
     return pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].astype(int)
 
 
-def test_rewards_and_captions_stand_under_the_pictures():
+def test_rewards_and_captions_stand_under_the_images():
     bare = before_after(flat(RED), flat(BLUE))
     image = before_after(
         flat(RED), flat(BLUE), captions=["a square"], rewards_before=[1.5], rewards_after=torch.tensor([2.5])

@@ -9,7 +9,7 @@ from PIL import Image
 
 import diffusion_align.report as report
 from diffusion_align.report.html import summary
-from diffusion_align.report.plots import plot_gold
+from diffusion_align.report.plots import plot_held_out_reward
 from tests.helpers.html_page import Page
 
 pytestmark = pytest.mark.usefixtures("blank_plots")
@@ -209,7 +209,7 @@ def test_wide_grids_are_shrunk_in_the_report_only(tmp_path):
     assert Image.open(wide).size == (3200, 400)
 
 
-def test_a_damaged_picture_is_left_out(tmp_path):
+def test_a_damaged_image_is_left_out(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "samples" / "epoch_0002.png").write_bytes(b"\x89PNG\r\n")
     assert "After epoch 2" not in page_of(run).text
@@ -264,14 +264,14 @@ GOLD = [
 
 
 def test_the_held_out_reward_is_drawn_with_its_best_and_its_band():
-    gold, diversity = plot_gold(GOLD).axes
+    gold, diversity = plot_held_out_reward(GOLD).axes
     curve, best = gold.lines
     assert curve.get_xydata().tolist() == [[0, 1], [1, 3], [2, 2]]
     assert set(best.get_xdata()) == {1}
     low, high = (f([p[1] for p in gold.collections[0].get_paths()[0].vertices]) for f in (min, max))
     assert (low, high) == (0.0, 3.5)  # 1 - 2 * 0.5 and 3 + 2 * 0.25
     assert diversity.lines[0].get_ydata().tolist() == [0.8, 0.5, 0.5]
-    assert len(plot_gold([{"epoch": 1, "diversity": 0.5}]).axes) == 1
+    assert len(plot_held_out_reward([{"epoch": 1, "diversity": 0.5}]).axes) == 1
 
 
 def test_the_report_says_what_the_held_out_reward_did_and_why_the_run_stopped(tmp_path):

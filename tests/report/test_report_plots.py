@@ -220,7 +220,7 @@ def plot_nonsense(rows):
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.plot_reward, plots.plot_gold, plots.plot_time_split, plot_preference, plot_nonsense]
+    "draw", [plots.plot_reward, plots.plot_held_out_reward, plots.plot_time_split, plot_preference, plot_nonsense]
 )
 def test_absent_metrics_are_one_sentence(draw):
     with pytest.raises(ValueError, match=r"no row holds .*: the metrics"):

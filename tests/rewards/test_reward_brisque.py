@@ -38,7 +38,7 @@ def noisy(array, sigma):
 
 
 def copies(array):
-    """The picture made worse in seven ways, uint8."""
+    """The image made worse in seven ways, uint8."""
     for sigma in (1, 2, 3):
         blurred = filters.gaussian(array / 255, sigma, channel_axis=-1)
         yield f"blur {sigma}", (255 * blurred).round().astype(np.uint8)
@@ -120,8 +120,8 @@ def halved(gray):
 
 def expected_features(gray):
     answer = []
-    for picture in (gray, halved(gray)):
-        x = normalised(picture)
+    for image in (gray, halved(gray)):
+        x = normalised(image)
         height, width = x.shape
         shape, left, right = fitted(x.flatten().tolist())
         answer += [shape, (left**2 + right**2) / 2]
@@ -139,10 +139,10 @@ def expected_features(gray):
 
 
 def test_the_36_features_are_those_of_plain_loops():
-    pictures = torch.stack([torch.from_numpy(data.camera()[y : y + 20, 200:226] / 255) for y in (100, 250)])
-    pictures[1, :, :13] = 0.2  # a flat half
-    expected = torch.stack([expected_features(picture.numpy()) for picture in pictures])
-    torch.testing.assert_close(features(pictures), expected, rtol=0, atol=1e-9)
+    images = torch.stack([torch.from_numpy(data.camera()[y : y + 20, 200:226] / 255) for y in (100, 250)])
+    images[1, :, :13] = 0.2  # a flat half
+    expected = torch.stack([expected_features(image.numpy()) for image in images])
+    torch.testing.assert_close(features(images), expected, rtol=0, atol=1e-9)
 
 
 def test_the_fit_finds_shapes_and_variances_it_was_given():
@@ -182,11 +182,11 @@ def test_rounding_errors_are_not_contrast():
 
 @pytest.mark.parametrize("level", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("size", [(512, 512), (64, 64), (8, 8), (1, 1)])
-def test_a_flat_picture_is_worse_than_any_distorted_one(reward, level, size):
+def test_a_flat_image_is_worse_than_any_distorted_one(reward, level, size):
     assert score(reward, torch.full((1, 3, *size), level)).item() == pytest.approx(-123.1418, abs=1e-3)
 
 
-def test_odd_and_tiny_pictures_have_a_finite_score(reward):
+def test_odd_and_tiny_images_have_a_finite_score(reward):
     generator = torch.Generator().manual_seed(0)
     for size in ((64, 64), (8, 8), (7, 9), (3, 2), (1, 5)):
         assert -160 < score(reward, torch.rand(1, 3, *size, generator=generator)).item() < 50
@@ -197,7 +197,7 @@ def test_odd_and_tiny_pictures_have_a_finite_score(reward):
     assert check_reward(reward, image_size=64).tolist()[0] == pytest.approx(-123.1418, abs=1e-3)
 
 
-def test_a_batch_scores_as_its_pictures_do(reward, monkeypatch):
+def test_a_batch_scores_as_its_images_do(reward, monkeypatch):
     images = as_tensor(data.chelsea()).unfold(2, 64, 64).unfold(3, 64, 64)[0].flatten(1, 2).transpose(0, 1)
     together = score(reward, images)
     assert len(together) == 28

@@ -59,7 +59,7 @@ def without_completions(prompts):
 def by_place(completions, /):
     return [0.0] * len(completions)
 
-def picture(images, prompts, metadata):
+def image(images, prompts, metadata):
     return [0.0] * len(images)
 
 def graded(prompts, completions, answer):
@@ -230,7 +230,7 @@ def test_a_text_reward_where_one_for_images_is_wanted(file):
 
     for spec in ("length", f"{file}:graded", build_text_reward("length"), Length):
         assert "scores text, not images" in refusal(declare, IMAGES, spec)
-    for spec in ("aesthetic", f"{file}:picture", build_reward("jpeg_compressibility"), JpegCompressibility):
+    for spec in ("aesthetic", f"{file}:image", build_reward("jpeg_compressibility"), JpegCompressibility):
         assert "scores images, not text" in refusal(declare, TEXT, spec)
 
 
@@ -238,7 +238,7 @@ BAD: list = ["jpeg_compresibility", "clipscore", "zzz", "", ":f", "module:", "no
 BAD += ["os:environ", "nowhere/x.py:f", "{file}:rednes", "{file}:one", "{file}:needy", 3, None, {"quality": 3}]
 BAD += [{"name": 3}, {"name": "{file}:redness", "gian": 2.0}, {"name": "{file}:Judge", "wieght": 2.0}]
 BAD_TEXT: list = ["lenght", "zzz", "aesthetic", *(f"{{file}}:{name}" for name in ("without_completions", "by_place"))]
-BAD_TEXT += ["{file}:picture", {"name": "{file}:correct", "anwser": 1}, {"name": "{file}:TextJudge", "wieght": 1}]
+BAD_TEXT += ["{file}:image", {"name": "{file}:correct", "anwser": 1}, {"name": "{file}:TextJudge", "wieght": 1}]
 
 
 @pytest.mark.parametrize(

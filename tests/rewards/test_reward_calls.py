@@ -84,17 +84,17 @@ def every_path(reward):
     assert metadata == notes()
 
 
-@pytest.mark.parametrize("aside", BACKGROUND)
+@pytest.mark.parametrize("in_background", BACKGROUND)
 @pytest.mark.parametrize("first", [0, 1, 2])
-def test_a_reward_that_changes_what_it_is_given_changes_nothing_for_others(first, aside):
+def test_a_reward_that_changes_what_it_is_given_changes_nothing_for_others(first, in_background):
     parts = [brightness, noted]
-    parts.insert(first, {"name": spoils, "background": aside})
+    parts.insert(first, {"name": spoils, "background": in_background})
     wanted = brightness(IMAGES, PROMPTS, notes()) + torch.tensor(noted(IMAGES, PROMPTS, notes()))
     for path, found in every_path(build_reward(parts)):
         torch.testing.assert_close(found.float(), wanted, msg=path)
 
 
-def test_pictures_shown_and_a_scaled_reward_are_copies_too():
+def test_images_shown_and_a_scaled_reward_are_copies_too():
     images = IMAGES.clone()
     both = build_reward([{"name": spoils, "scale": 2.0}, {"name": "combine", "rewards": [spoils, brightness]}])
     for _ in range(2):
@@ -266,11 +266,11 @@ WHERE: list[threading.Thread] = []
 
 
 @pytest.mark.parametrize("function", [where, waits])
-@pytest.mark.parametrize("aside", BACKGROUND)
-def test_a_reward_is_always_called_in_its_thread_and_scores_with_one(function, aside):
+@pytest.mark.parametrize("in_background", BACKGROUND)
+def test_a_reward_is_always_called_in_its_thread_and_scores_with_one(function, in_background):
     WHERE.clear()
-    reward = build_reward({"name": function, "background": aside, "scale": 3.0})
-    assert runs_in_background(reward) is aside
+    reward = build_reward({"name": function, "background": in_background, "scale": 3.0})
+    assert runs_in_background(reward) is in_background
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -282,17 +282,17 @@ def test_a_reward_is_always_called_in_its_thread_and_scores_with_one(function, a
     finally:
         torch.set_num_threads(before)
     assert len(set(WHERE)) == 1
-    assert (WHERE[0] is threading.main_thread()) is not aside
+    assert (WHERE[0] is threading.main_thread()) is not in_background
 
 
-@pytest.mark.parametrize("aside", BACKGROUND)
-def test_a_part_of_a_sum_is_called_without_gradients_in_either_thread(aside):
+@pytest.mark.parametrize("in_background", BACKGROUND)
+def test_a_part_of_a_sum_is_called_without_gradients_in_either_thread(in_background):
     network = torch.nn.Linear(3, 1)
 
     def scored(images, prompts, metadata):
         return network(images.mean(dim=(2, 3))).squeeze(1).numpy()  # which a tensor with a graph refuses
 
-    reward = build_reward([{"name": scored, "background": aside}, brightness])
+    reward = build_reward([{"name": scored, "background": in_background}, brightness])
     check_reward(reward, image_size=8)
     assert not call_reward(reward, IMAGES, PROMPTS, notes()).requires_grad
 
@@ -303,8 +303,10 @@ def test_the_same_bits_in_both_threads():
     def network(images, prompts, metadata):
         return (images.flatten(1) @ weights).tanh().sum(1)
 
-    here, aside = (collected(build_reward({"name": network, "background": aside})) for aside in BACKGROUND)
-    assert torch.equal(here, aside)
+    here, in_background = (
+        collected(build_reward({"name": network, "background": in_background})) for in_background in BACKGROUND
+    )
+    assert torch.equal(here, in_background)
     assert torch.equal(here[:4, 0], call_reward(network, IMAGES, PROMPTS, notes()))
 
 
@@ -313,7 +315,7 @@ def test_those_in_the_background_and_those_here_are_one_batch_in_their_order():
 
     def slow(images, prompts, metadata):
         done.wait(10)
-        order.append("aside")
+        order.append("in_background")
         return brightness(images, prompts, metadata)
 
     def quick(images, prompts, metadata):
@@ -323,9 +325,9 @@ def test_those_in_the_background_and_those_here_are_one_batch_in_their_order():
 
     done = threading.Event()
     with Batches() as scoring:
-        aside, here = (partial(call_reward, f, IMAGES, PROMPTS, notes()) for f in (slow, quick))
+        in_background, here = (partial(call_reward, f, IMAGES, PROMPTS, notes()) for f in (slow, quick))
         for _ in range(2):
-            scoring.submit([(True, aside), (False, here)])
+            scoring.submit([(True, in_background), (False, here)])
         scores = scoring.gather()
     assert order[0] == "here"
     assert scores.dtype == torch.float64
@@ -333,15 +335,15 @@ def test_those_in_the_background_and_those_here_are_one_batch_in_their_order():
     assert torch.equal(scores[:4, 0].float(), call_reward(brightness, IMAGES, PROMPTS, notes()))
 
 
-@pytest.mark.parametrize("aside", BACKGROUND)
-def test_a_failure_ends_the_epoch_at_the_next_batch(aside):
+@pytest.mark.parametrize("in_background", BACKGROUND)
+def test_a_failure_ends_the_epoch_at_the_next_batch(in_background):
     def fails(images, prompts, metadata):
         calls.append(1)
         raise SystemExit(0)
 
     calls = []
     with Batches() as scoring:
-        scoring.submit([(aside, partial(call_reward, fails, IMAGES, PROMPTS, notes()))])
+        scoring.submit([(in_background, partial(call_reward, fails, IMAGES, PROMPTS, notes()))])
         background.run(int)
         assert not scoring.go_on()
         with pytest.raises(RewardError, match=r"reward 'fails' raised SystemExit: 0"):
@@ -469,10 +471,10 @@ async def later_fails(images, prompts, metadata):
     raise SystemExit(3)
 
 
-@pytest.mark.parametrize("aside", BACKGROUND)
-def test_async_rewards_are_run_also_where_a_loop_runs(aside):
-    reward = build_reward({"name": later, "background": aside})
-    text = build_text_reward({"name": LaterObject(), "background": aside})
+@pytest.mark.parametrize("in_background", BACKGROUND)
+def test_async_rewards_are_run_also_where_a_loop_runs(in_background):
+    reward = build_reward({"name": later, "background": in_background})
+    text = build_text_reward({"name": LaterObject(), "background": in_background})
 
     def both():
         images = call_reward(reward, IMAGES, ["a", "bb", "c", "d"], notes()).tolist()

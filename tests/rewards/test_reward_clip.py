@@ -27,17 +27,17 @@ COLOURS = {
 
 def smiling_face(background, size=64):
     """A drawing no model made."""
-    picture = Image.new("RGB", (64, 64), background)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (64, 64), background)
+    pen = ImageDraw.Draw(image)
     pen.ellipse((8, 8, 56, 56), fill=(255, 200, 40))
     for left in (20, 38):
         pen.ellipse((left, 22, left + 6, 32), fill=(60, 40, 20))
     pen.arc((18, 22, 46, 48), 20, 160, fill=(60, 40, 20), width=3)
-    return picture.resize((size, size), Image.Resampling.BICUBIC)
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def as_tensor(pictures):
-    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in pictures])
+def as_tensor(images):
+    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in images])
 
 
 def faces():
@@ -161,14 +161,12 @@ def test_open_clip(tmp_path):
         model, _, transform = open_clip.create_model_and_transforms("tiny-for-tests")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     reward = build_reward({"name": "clip_score", "clip": f"open_clip:tiny-for-tests/{tmp_path / 'weights.pt'}"})
-    pictures = [smiling_face(colour, 32) for colour in COLOURS.values()]
+    images = [smiling_face(colour, 32) for colour in COLOURS.values()]
     prompts = [f"a {name} face" for name in COLOURS]
     with torch.no_grad():
         texts = model.eval().encode_text(open_clip.get_tokenizer("tiny-for-tests")(prompts))
-        expected = functional.cosine_similarity(
-            model.encode_image(torch.stack([transform(p) for p in pictures])), texts
-        )
-    torch.testing.assert_close(score(reward, as_tensor(pictures), prompts), expected, rtol=0, atol=2e-6)
+        expected = functional.cosine_similarity(model.encode_image(torch.stack([transform(p) for p in images])), texts)
+    torch.testing.assert_close(score(reward, as_tensor(images), prompts), expected, rtol=0, atol=2e-6)
     with pytest.raises(RewardError, match="'open_clip:no-such-model/x' could not be loaded"):
         build_reward({"name": "clip_score", "clip": "open_clip:no-such-model/x"})
 
@@ -188,9 +186,9 @@ def test_open_clip_weights_are_used_as_they_were_trained(tmp_path, monkeypatch):
     encoder = load_clip("open_clip:quick-for-tests/mine")
     with torch.no_grad():
         square, wide = faces()[:2, :, :32, :32], faces()[:2, :, :20]
-        for pictures in (square, functional.interpolate(wide, size=(32, 32), mode="bilinear", antialias=True)):
-            seen = trained.encode_image((pictures - 0.5) / 0.25)
-            given = square if pictures is square else wide
+        for images in (square, functional.interpolate(wide, size=(32, 32), mode="bilinear", antialias=True)):
+            seen = trained.encode_image((images - 0.5) / 0.25)
+            given = square if images is square else wide
             torch.testing.assert_close(encoder.embed_images(given), functional.normalize(seen, dim=-1))
 
 

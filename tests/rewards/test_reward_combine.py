@@ -6,7 +6,7 @@ import torch
 from diffusion_align.rewards import RewardError, build_reward, call_reward
 from diffusion_align.rewards.base import part_weights, reward_parts
 
-PICTURES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+IMAGES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
 
 
 def red(images, prompts, metadata):
@@ -21,7 +21,7 @@ red.differentiable = True
 
 
 def score(reward, **options):
-    return call_reward(reward, PICTURES, [""] * 4, [{}] * 4, **options)
+    return call_reward(reward, IMAGES, [""] * 4, [{}] * 4, **options)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_a_part_that_fails_is_named():
 
 def test_a_gradient_flows_if_it_flows_through_every_part():
     both = build_reward({"name": "combine", "rewards": [red, red], "weights": [1.0, 2.0]})
-    pictures = PICTURES.clone().requires_grad_()
-    call_reward(both, pictures, [""] * 4, [{}] * 4, differentiable=True).sum().backward()
-    torch.testing.assert_close(pictures.grad[:, 0], torch.full((4, 8, 8), 3 / 64))
-    assert pictures.grad[:, 1:].abs().max() == 0
+    images = IMAGES.clone().requires_grad_()
+    call_reward(both, images, [""] * 4, [{}] * 4, differentiable=True).sum().backward()
+    torch.testing.assert_close(images.grad[:, 0], torch.full((4, 8, 8), 3 / 64))
+    assert images.grad[:, 1:].abs().max() == 0
     with pytest.raises(RewardError, match="reward 'combine' is not differentiable"):
         score(build_reward([red, wide]), differentiable=True)
 
@@ -90,14 +90,14 @@ def test_an_offloaded_model_is_on_its_device_only_while_it_scores():
     reward = build_reward({"name": Movable(), "offload": True}, device="meta")
     inner = reward.reward
     assert inner.places[-1] == "cpu"
-    torch.testing.assert_close(score(reward), PICTURES.mean((1, 2, 3)))
+    torch.testing.assert_close(score(reward), IMAGES.mean((1, 2, 3)))
     assert inner.places[-2:] == ["meta", "cpu"]
     with pytest.raises(RewardError, match="raised OSError: no"):
-        call_reward(reward, PICTURES, ["fail"] * 4, [{}] * 4)
+        call_reward(reward, IMAGES, ["fail"] * 4, [{}] * 4)
     assert inner.places[-1] == "cpu"
     assert not reward.differentiable, "its weights would be gone before the backward pass"
     torch.testing.assert_close(
-        score(build_reward({"name": Movable(), "offload": True, "scale": 2}, device="meta"))[0], 2 * PICTURES[0].mean()
+        score(build_reward({"name": Movable(), "offload": True, "scale": 2}, device="meta"))[0], 2 * IMAGES[0].mean()
     )
     assert build_reward({"name": Movable, "offload": True, "device": 0}, device="meta").device == 0, "the first GPU"
     with pytest.raises(RewardError, match="has no to"):

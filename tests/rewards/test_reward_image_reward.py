@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from diffusion_align.rewards import build_reward, call_reward, check_reward
 from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD
 from diffusion_align.rewards.image.image_reward import ImageReward, load_image_reward
-from tests.helpers.rewarding import check_gradient, refusal, smooth_pictures
+from tests.helpers.rewarding import check_gradient, refusal, smooth_images
 from tests.helpers.rewarding import score as score_of
 
 SIZE, PATCH, VISION, TEXT, DEPTH = 32, 8, 192, 128, 2
@@ -104,7 +104,7 @@ def attend(query, key, value):
 
 
 def score_by_hand(state, inputs, prompt):
-    """The score of one picture, (3, 32, 32) normalised float64, for one prompt; nothing is padded."""
+    """The score of one image, (3, 32, 32) normalised float64, for one prompt; nothing is padded."""
     eye, words = "blip.visual_encoder", "blip.text_encoder"
     kernel = state[f"{eye}.patch_embed.proj.weight"].flatten(1)
     squares = [
@@ -186,7 +186,7 @@ def reward(folder):
 
 
 def test_the_score_and_its_gradient_are_those_of_the_networks_written_out(reward, exact):
-    images = smooth_pictures()[1]
+    images = smooth_images()[1]
     pixels = images.double().requires_grad_()
     expected = torch.stack([score_by_hand(exact, normalised(x), p) for x, p in zip(pixels, PROMPTS)])
     assert expected.std() > 0.1
@@ -202,13 +202,13 @@ def test_the_score_and_its_gradient_are_those_of_the_networks_written_out(reward
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (77, 40), (20, 26)])
-def test_pictures_are_resized_and_cropped_as_pil_does(height, width, reward, exact):
-    drawn, images = smooth_pictures(height, width)
+def test_images_are_resized_and_cropped_as_pil_does(height, width, reward, exact):
+    drawn, images = smooth_images(height, width)
     width, height = (side * SIZE // min(width, height) for side in (width, height))
     left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
 
-    def by_pil(picture, kind):
-        planes = [Image.fromarray(np.asarray(plane).astype(kind)) for plane in picture.split()]
+    def by_pil(image, kind):
+        planes = [Image.fromarray(np.asarray(plane).astype(kind)) for plane in image.split()]
         planes = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) / 255.0 for plane in planes]
         return torch.tensor(np.stack(planes).clip(0, 1)[:, top : top + SIZE, left : left + SIZE]).double()
 
@@ -221,11 +221,11 @@ def test_pictures_are_resized_and_cropped_as_pil_does(height, width, reward, exa
 
 
 def test_finite_differences(reward):
-    check_gradient(reward, smooth_pictures(48, 40)[1] * 0.5 + 0.25, PROMPTS, step=0.02, rtol=0.02)
+    check_gradient(reward, smooth_images(48, 40)[1] * 0.5 + 0.25, PROMPTS, step=0.02, rtol=0.02)
 
 
 def test_scores_do_not_depend_on_the_batch(reward, folder):
-    images = smooth_pictures(40, 48)[1]
+    images = smooth_images(40, 48)[1]
     together = score(reward, images)
     assert torch.equal(together, score(reward, images))
     torch.testing.assert_close(score(build_reward(spec(folder, batch_size=3)), images), together, rtol=0, atol=1e-5)
@@ -235,7 +235,7 @@ def test_scores_do_not_depend_on_the_batch(reward, folder):
 
 
 def test_prompts_lose_what_is_beyond_35_tokens(reward):
-    images = smooth_pictures()[1][:1]
+    images = smooth_images()[1][:1]
     words = (WORDS * 4)[:50]
 
     def scored(prompt):
@@ -248,14 +248,14 @@ def test_prompts_lose_what_is_beyond_35_tokens(reward):
 def test_half_precision_changes_the_scores_little(reward, folder):
     vision, text, head = load_image_reward(folder / "ImageReward.pt")
     half = ImageReward(vision.bfloat16(), text.bfloat16(), head, reward.tokenizer)
-    difference = score(half, smooth_pictures()[1]) - score(reward, smooth_pictures()[1])
-    assert 0 < difference.abs().max() < 0.1 * score(reward, smooth_pictures()[1]).std()
+    difference = score(half, smooth_images()[1]) - score(reward, smooth_images()[1])
+    assert 0 < difference.abs().max() < 0.1 * score(reward, smooth_images()[1]).std()
 
 
 def test_safetensors_weights_are_the_same(reward, state, folder, tmp_path):
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "w.safetensors")
     other = build_reward(spec(folder, weights=str(tmp_path / "w.safetensors")))
-    assert torch.equal(score(other, smooth_pictures()[1]), score(reward, smooth_pictures()[1]))
+    assert torch.equal(score(other, smooth_images()[1]), score(reward, smooth_images()[1]))
 
 
 def test_building_leaves_the_global_rng_alone(folder):

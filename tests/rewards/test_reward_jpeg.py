@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion_align.rewards import build_reward, call_reward
 
 
-def pictures():
+def arrays():
     generator = np.random.default_rng(0)
     noise = generator.integers(0, 256, (40, 56, 3), dtype=np.uint8)
     ramp = np.broadcast_to(np.linspace(0, 255, 56).astype(np.uint8)[None, :, None], (40, 56, 3))
@@ -34,8 +34,8 @@ def as_tensor(arrays):
 @pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
 def test_sizes_are_pils_and_both_signs(quality):
     spec = {} if quality is None else {"quality": quality}
-    images, prompts, metadata = as_tensor(pictures()), [""] * 3, [{}] * 3
-    expected = torch.tensor([pil_size(a, quality or 95) for a in pictures()])
+    images, prompts, metadata = as_tensor(arrays()), [""] * 3, [{}] * 3
+    expected = torch.tensor([pil_size(a, quality or 95) for a in arrays()])
     up = call_reward(build_reward({"name": "jpeg_incompressibility", **spec}), images, prompts, metadata)
     down = call_reward(build_reward({"name": "jpeg_compressibility", **spec}), images, prompts, metadata)
     torch.testing.assert_close(up, expected, rtol=0, atol=1e-6)

@@ -47,7 +47,7 @@ def test_several_words_and_lines(reward):
     assert score(reward, images, ['"GOOD DAY"', '"GOOD" above "DAY"', '"GOOD DAY"']) == pytest.approx([1, 1, 4 / 7])
 
 
-def test_pictures_as_small_as_emoji_sd_draws_are_read(reward):
+def test_images_as_small_as_emoji_sd_draws_are_read(reward):
     assert score(reward, [drawn("HELLO", size=64, font_size=16)], ['"HELLO"']) == [1]
 
 
@@ -87,8 +87,8 @@ def test_a_second_call_and_half_precision_change_nothing(reward):
 def test_colours_are_clipped_and_in_the_order_that_the_engine_takes(reward, monkeypatch):
     seen = []
 
-    def engine(picture):
-        seen.append(picture)
+    def engine(image):
+        seen.append(image)
         return type("Found", (), {"txts": None})
 
     monkeypatch.setattr(module, "load_engine", lambda **options: engine)

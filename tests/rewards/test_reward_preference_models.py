@@ -16,7 +16,7 @@ from diffusion_align.rewards.image import hps_v2 as hps
 from diffusion_align.rewards.image import pick_score as pick
 from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD, load_transformers
 from diffusion_align.rewards.image.clip_score import ClipScore
-from tests.helpers.rewarding import PROMPTS, check_gradient, refusal, save_clip, save_open_clip, smooth_pictures
+from tests.helpers.rewarding import PROMPTS, check_gradient, refusal, save_clip, save_open_clip, smooth_images
 from tests.helpers.rewarding import score as score_of
 
 SIZE, LOGIT_SCALE = 32, 3.9
@@ -26,11 +26,11 @@ def score(reward, images):
     return score_of(reward, images, PROMPTS)
 
 
-def fitted(picture, fit, rounded):
-    """One PIL picture as the network's input by PIL alone: resized in 8 bits if ``rounded``, else in floats."""
-    resize, box, offset = {"crop": cropped, "pad": padded}[fit](picture)
+def fitted(image, fit, rounded):
+    """One PIL image as the network's input by PIL alone: resized in 8 bits if ``rounded``, else in floats."""
+    resize, box, offset = {"crop": cropped, "pad": padded}[fit](image)
     planes = []
-    for plane in picture.split():
+    for plane in image.split():
         plane = plane if rounded else Image.fromarray(np.asarray(plane, dtype=np.float32))
         canvas = np.zeros((SIZE, SIZE))
         part = np.asarray(plane.resize(resize, Image.Resampling.BICUBIC), dtype=np.float64) / 255
@@ -43,15 +43,15 @@ def fitted(picture, fit, rounded):
     )
 
 
-def cropped(picture):
+def cropped(image):
     """(width, height), the corner of the crop, and where it lies: the shorter side fits."""
-    width, height = (side * SIZE // min(picture.size) for side in picture.size)
+    width, height = (side * SIZE // min(image.size) for side in image.size)
     return (width, height), (round((width - SIZE) / 2), round((height - SIZE) / 2)), (0, 0)
 
 
-def padded(picture):
+def padded(image):
     """The longer side fits."""
-    width, height = (round(side * SIZE / max(picture.size)) for side in picture.size)
+    width, height = (round(side * SIZE / max(image.size)) for side in image.size)
     return (width, height), (0, 0), ((SIZE - width) // 2, (SIZE - height) // 2)
 
 
@@ -118,7 +118,7 @@ SHAPES = [(32, 32), (64, 64), (48, 80), (77, 40), (20, 26)]
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_pick_score_is_the_scaled_cosine(height, width, picker, clip_folder):
-    drawn, images = smooth_pictures(height, width)
+    drawn, images = smooth_images(height, width)
     expected = pick_score_by_hand(clip_folder, torch.stack([fitted(p, "crop", rounded=False) for p in drawn]))
     assert expected.std() > 1
     torch.testing.assert_close(score(picker, images).double(), expected, rtol=0, atol=2e-4)
@@ -127,8 +127,8 @@ def test_pick_score_is_the_scaled_cosine(height, width, picker, clip_folder):
 
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
-def test_hps_is_the_cosine_of_a_picture_with_borders(height, width, preferrer, hps_files):
-    drawn, images = smooth_pictures(height, width)
+def test_hps_is_the_cosine_of_an_image_with_borders(height, width, preferrer, hps_files):
+    drawn, images = smooth_images(height, width)
     expected = hps_by_hand(hps_files, torch.stack([fitted(p, "pad", rounded=False) for p in drawn]))
     torch.testing.assert_close(score(preferrer, images).double(), expected, rtol=0, atol=5e-6)
     in_8_bits = hps_by_hand(hps_files, torch.stack([fitted(p, "pad", rounded=True) for p in drawn]))
@@ -140,7 +140,7 @@ def test_hps_is_the_cosine_of_a_picture_with_borders(height, width, preferrer, h
 
 @pytest.mark.parametrize("name", ["picker", "preferrer"])
 def test_scores_do_not_depend_on_the_batch(name, request, clip_folder, hps_files):
-    reward, (_, images) = request.getfixturevalue(name), smooth_pictures(40, 48)
+    reward, (_, images) = request.getfixturevalue(name), smooth_images(40, 48)
     spec = {"name": "pick_score", "clip": str(clip_folder)} if name == "picker" else hps_spec(hps_files)
     small = build_reward({**spec, "batch_size": 3})
     assert small.batch_size == 3
@@ -153,12 +153,12 @@ def test_scores_do_not_depend_on_the_batch(name, request, clip_folder, hps_files
 @pytest.mark.parametrize("name", ["picker", "preferrer"])
 def test_gradients_flow_to_the_pixels_and_to_nothing_else(name, request):
     reward = request.getfixturevalue(name)
-    check_gradient(reward, smooth_pictures(48, 40)[1] * 0.5 + 0.25, PROMPTS, step=0.05, rtol=0.02)
+    check_gradient(reward, smooth_images(48, 40)[1] * 0.5 + 0.25, PROMPTS, step=0.05, rtol=0.02)
     assert all(parameter.grad is None for parameter in reward.encoder.module.parameters())
 
 
 def test_half_precision_changes_the_scores_little_and_the_scale_not_at_all(picker, preferrer, clip_folder, hps_files):
-    _, images = smooth_pictures()
+    _, images = smooth_images()
     encoder = load_transformers(str(clip_folder), torch.device("cpu"), torch.bfloat16)
     assert next(encoder.module.parameters()).dtype == torch.bfloat16
     assert encoder.scale == picker.encoder.scale == pytest.approx(math.exp(LOGIT_SCALE), rel=1e-6)
@@ -175,7 +175,7 @@ def test_a_pick_score_folder_without_a_tokenizer_borrows_one(picker, clip_folder
     spec = {"name": "pick_score", "clip": str(tmp_path)}
     assert "comes without a tokenizer, and 'laion/CLIP-ViT-H-14" in refusal(build_reward, spec)
     monkeypatch.setattr(pick, "VIT_H_14", str(clip_folder))
-    _, images = smooth_pictures()
+    _, images = smooth_images()
     assert torch.equal(score(build_reward(spec), images), score(picker, images))
 
 
@@ -188,7 +188,7 @@ def test_clip_score_refuses_a_folder_without_a_tokenizer(clip_folder, tmp_path):
 
 def test_safetensors_weights_are_the_same(preferrer, hps_files):
     other = build_reward(hps_spec(hps_files, weights=str(hps_files / "weights.safetensors")))
-    assert torch.equal(score(other, smooth_pictures()[1]), score(preferrer, smooth_pictures()[1]))
+    assert torch.equal(score(other, smooth_images()[1]), score(preferrer, smooth_images()[1]))
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v2"])
@@ -202,7 +202,7 @@ def test_the_version_names_the_file_to_download(version, preferrer, hps_files, m
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     reward = build_reward({"name": "hps_v2", "architecture": "tiny-hps", "version": version})
     assert asked == [("xswu/HPSv2", {"v2.1": "HPS_v2.1_compressed.pt", "v2": "HPS_v2_compressed.pt"}[version])]
-    assert torch.equal(score(reward, smooth_pictures()[1]), score(preferrer, smooth_pictures()[1]))
+    assert torch.equal(score(reward, smooth_images()[1]), score(preferrer, smooth_images()[1]))
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ class Brightness:
 
 
 def test_gradients_are_off_in_a_worker_thread_unless_asked_for():
-    reward, pictures = Brightness(), images().requires_grad_()
+    reward, pixels = Brightness(), images().requires_grad_()
     answers = {}
 
     def work():
-        answers["off"] = call_reward(reward, pictures, PROMPTS, [{}] * 4), reward.grad_enabled
-        answers["on"] = call_reward(reward, pictures, PROMPTS, [{}] * 4, differentiable=True), reward.grad_enabled
+        answers["off"] = call_reward(reward, pixels, PROMPTS, [{}] * 4), reward.grad_enabled
+        answers["on"] = call_reward(reward, pixels, PROMPTS, [{}] * 4, differentiable=True), reward.grad_enabled
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -169,7 +169,7 @@ def test_gradients_are_off_in_a_worker_thread_unless_asked_for():
     assert not answers["off"][0].requires_grad
     assert answers["on"][1] is True
     answers["on"][0].sum().backward()
-    torch.testing.assert_close(pictures.grad, torch.full_like(pictures, 1 / (3 * 8 * 8)))
+    torch.testing.assert_close(pixels.grad, torch.full_like(pixels, 1 / (3 * 8 * 8)))
 
 
 def test_asking_a_reward_for_gradients_it_has_not_is_refused():
@@ -185,7 +185,7 @@ def test_asking_a_reward_for_gradients_it_has_not_is_refused():
 
 
 @pytest.mark.parametrize("size", [8, (8, 12)])
-def test_check_reward_shows_a_flat_picture_a_ramp_and_noise(size):
+def test_check_reward_shows_a_flat_image_a_ramp_and_noise(size):
     seen = {}
 
     def spy(images, prompts, metadata):
@@ -209,7 +209,7 @@ def test_check_reward_refuses_what_call_reward_refuses():
         check_reward(lambda images, prompts, metadata: [m["label"] for m in metadata], image_size=8)
     with pytest.raises(RewardError, match="returned 1 score for 3 images"):
         check_reward(lambda images, prompts, metadata: [0.0], image_size=8)
-    with pytest.raises(RewardError, match="nan for image 0"):  # correlation with a flat picture
+    with pytest.raises(RewardError, match="nan for image 0"):  # correlation with a flat image
         check_reward(lambda images, prompts, metadata: images.std((1, 2, 3)) / images.std((1, 2, 3)), image_size=8)
     with pytest.raises(RewardError, match="must be callable, got int"):
         check_reward(3, image_size=8)
@@ -230,9 +230,9 @@ def test_without_gradients_a_reward_sees_what_a_file_holds():
     """So training, a served reward and a score of the saved files are one number."""
     seen = []
 
-    def look(pictures, prompts, metadata):
-        seen.append(pictures)
-        return [0.0] * len(pictures)
+    def look(pixels, prompts, metadata):
+        seen.append(pixels)
+        return [0.0] * len(pixels)
 
     look.differentiable = True
     exact = images() * 1.2 - 0.1

@@ -51,13 +51,13 @@ def odd(images, prompts, metadata):
     return torch.tensor([m.get("score", v) for m, v in zip(metadata, values.tolist())]) + len(prompts[0]) * 1e-9
 
 
-def pictures(count, size=16, seed=0):
+def random_images(count, size=16, seed=0):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def body(count=1, **changes):
-    picture = base64.b64encode(png(np.zeros((8, 8, 3), np.uint8))).decode()
-    return {"prompts": ["a cat"] * count, "metadata": [{}] * count, "images": [picture] * count} | changes
+    image = base64.b64encode(png(np.zeros((8, 8, 3), np.uint8))).decode()
+    return {"prompts": ["a cat"] * count, "metadata": [{}] * count, "images": [image] * count} | changes
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def remote(url, **options):
 
 def score(reward, count=5, seed=0, **notes):
     prompts = [f"prompt {i}" for i in range(count)]
-    return call_reward(reward, pictures(count, seed=seed), prompts, [notes] * count)
+    return call_reward(reward, random_images(count, seed=seed), prompts, [notes] * count)
 
 
 def test_a_served_reward_is_called_in_the_thread_that_serves_and_its_exits_are_details(serve):
@@ -146,7 +146,7 @@ def test_eight_bits():
     assert to_uint8(levels.expand(1, 3, 1, 256)).tolist() == [[[[i] * 3 for i in range(256)]]]
     outside = torch.tensor([-0.3, 1.2, 0.5 / 255 + 1e-4]).view(1, 3, 1, 1).requires_grad_()
     assert to_uint8(outside).tolist() == [[[[0, 255, 1]]]]
-    random = pictures(2).double()
+    random = random_images(2).double()
     expected = (
         np.rint(random.float().numpy().astype(np.float32) * np.float32(255)).astype(np.uint8).transpose(0, 2, 3, 1)
     )
@@ -184,7 +184,7 @@ def test_the_reward_sees_what_it_would_see_here(serve):
     notes = [{"tags": ["é", None, {"n": 2**60, "x": 0.1}], "ok": True}, {}]
     served = remote(serve(spy))
     for reward in (served, spy):
-        call_reward(reward, pictures(2), ['a \U0001f34e\n"red" apple', ""], notes)
+        call_reward(reward, random_images(2), ['a \U0001f34e\n"red" apple', ""], notes)
     (there, *rest), (here, *expected) = seen
     assert torch.equal(there, here)
     assert (there.dtype, there.stride()) == (torch.float32, here.stride())
@@ -297,7 +297,7 @@ def test_a_batch_is_cut_to_what_the_server_takes(serve):
         return odd(images, ["prompt 0"], metadata)
 
     expected = score(odd, 10)
-    row = max(len(base64.b64encode(png(one))) for one in to_uint8(pictures(10)).numpy()) + 40
+    row = max(len(base64.b64encode(png(one))) for one in to_uint8(random_images(10)).numpy()) + 40
     for limits in (Limits(max_batch=4), Limits(max_bytes=100 + 4 * row), Limits(max_pixels=4 * 256 + 100)):
         sizes.clear()
         assert torch.equal(score(remote(serve(spy, limits=limits)), 10), expected)

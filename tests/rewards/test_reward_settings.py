@@ -92,9 +92,9 @@ def test_a_class_that_can_be_called_is_the_reward(file):
     reward = build_reward({"name": f"{file}:Brightness", "target": 0, "scale": 2.0})
     assert scores(reward) == pytest.approx([-0.8, -0.8])
     assert reward.name == "2*Brightness"
-    aside = build_reward({"name": f"{file}:Brightness", "background": True})
-    assert runs_in_background(aside)
-    assert scores(aside) == pytest.approx([-0.1, -0.1])
+    temporary = build_reward({"name": f"{file}:Brightness", "background": True})
+    assert runs_in_background(temporary)
+    assert scores(temporary) == pytest.approx([-0.1, -0.1])
 
 
 def test_a_class_that_builds_gets_the_model_and_the_device(file):

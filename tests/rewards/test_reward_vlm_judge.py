@@ -55,15 +55,15 @@ def judge(monkeypatch):
         yield start
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
 def score(reward, count=1, prompt="a cat", seed=0):
-    return call_reward(reward, pictures(count, seed), [prompt] * count, [{}] * count).tolist()
+    return call_reward(reward, images(count, seed), [prompt] * count, [{}] * count).tolist()
 
 
-def asked_picture(body):
+def asked_image(body):
     kind, data = body["messages"][0]["content"][1]["image_url"]["url"].split(",")
     assert kind == "data:image/png;base64"
     return np.array(Image.open(io.BytesIO(base64.b64decode(data)), formats=["PNG"]))
@@ -87,7 +87,7 @@ def test_the_request_is_what_an_endpoint_takes(judge, tmp_path):
     assert (role, [part["type"] for part in content]) == ("user", ["text", "image_url"])
     assert content[0]["text"].startswith("Rate this picture from 0 to 10. 10: it shows")
     assert content[0]["text"].endswith(f"Text: {prompt}\nAnswer with the number alone.")
-    assert np.array_equal(asked_picture(body), to_uint8(pictures(1))[0].numpy())
+    assert np.array_equal(asked_image(body), to_uint8(images(1))[0].numpy())
 
 
 def test_settings_change_the_request_and_the_scale(judge, monkeypatch):
@@ -129,8 +129,8 @@ def test_settings_change_the_request_and_the_scale(judge, monkeypatch):
         ("<think>9? no, 4 legs</think> 5", 5),
         ("It has 4 legs, maybe 3/10?\n</think>\n8", 8),
         ("I would say score: 2 at first.</think>\n\n8", 8),
-        ("<think>the picture shows 3 apples and", None),
-        ("8. The picture shows 2 cats.", None),
+        ("<think>the image shows 3 apples and", None),
+        ("8. The image shows 2 cats.", None),
         ("I rate it 7 (1 = bad, 10 = best)", None),
         ("first score: 3, final score: 4", None),
         ("", None),
@@ -149,7 +149,7 @@ def test_settings_change_the_request_and_the_scale(judge, monkeypatch):
         ("Score: 8\n\nThe text says 'rating: 2'", 8.0),
         ('The sign says "score: 10". I give it 2.', 2.0),
         ("The sign says score: 10. I give it 2.", 2.0),
-        ("The picture asks for a rating: 10", None),
+        ("The image asks for a rating: 10", None),
         ("“rating: 9” is written there; Score: 3", 3.0),
         ('{"score": 7, "reason": "The sign says \\"score: 10\\""}', 7.0),
         ("`score: 10` is painted on it: 2", 2.0),
@@ -252,7 +252,7 @@ def test_a_damaged_file_of_the_cache_is_replaced(judge, tmp_path, content):
 
 def test_writers_of_one_cache_do_not_meet(judge, tmp_path):
     rewards = [judge(["5"], cache=str(tmp_path), concurrency=8) for _ in range(2)]
-    same = pictures(1).expand(24, -1, -1, -1)
+    same = images(1).expand(24, -1, -1, -1)
     results = []
     threads = [
         threading.Thread(target=lambda r=r: results.append(call_reward(r, same, ["a cat"] * 24, [{}] * 24).tolist()))
@@ -268,11 +268,11 @@ def test_writers_of_one_cache_do_not_meet(judge, tmp_path):
 
 
 def test_many_questions_at_once_keep_their_order(judge):
-    order = {hashlib.sha256(one.numpy().tobytes()).digest(): i for i, one in enumerate(to_uint8(pictures(8)))}
+    order = {hashlib.sha256(one.numpy().tobytes()).digest(): i for i, one in enumerate(to_uint8(images(8)))}
     under_way, most = [], []
 
     def answer(body):
-        index = order[hashlib.sha256(asked_picture(body).tobytes()).digest()]
+        index = order[hashlib.sha256(asked_image(body).tobytes()).digest()]
         under_way.append(1)
         most.append(len(under_way))
         time.sleep(0.05 * (8 - index))  # the last one is the first to be answered

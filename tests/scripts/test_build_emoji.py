@@ -56,7 +56,7 @@ def test_captions_say_what_they_are_told():
     assert not captions.matches(captions.Look(4), seen)
 
 
-def test_random_captions_match_their_picture_and_repeat_with_the_seed():
+def test_random_captions_match_their_image_and_repeat_with_the_seed():
     seen = captions.Look(0, "blue", "flat")
 
     def some(seed: int) -> list:
@@ -75,13 +75,13 @@ def test_composite_is_the_over_operator():
     rgba = torch.zeros(64, 64, 4, dtype=torch.uint8)
     rgba[0, 0] = torch.tensor([255, 0, 0, 255])
     rgba[0, 1] = torch.tensor([51, 0, 0, 102])
-    picture = composite(rgba, (0, 0, 255))
-    assert picture.shape == (3, 64, 64)
-    torch.testing.assert_close(picture[:, 0, 0], torch.tensor([1.0, 0, 0]))
-    torch.testing.assert_close(picture[:, 0, 1], torch.tensor([0.2, 0, 0.6]))
-    torch.testing.assert_close(picture[:, 5, 5], torch.tensor([0.0, 0, 1]))
+    image = composite(rgba, (0, 0, 255))
+    assert image.shape == (3, 64, 64)
+    torch.testing.assert_close(image[:, 0, 0], torch.tensor([1.0, 0, 0]))
+    torch.testing.assert_close(image[:, 0, 1], torch.tensor([0.2, 0, 0.6]))
+    torch.testing.assert_close(image[:, 5, 5], torch.tensor([0.0, 0, 1]))
     batch = composite(torch.stack([rgba, rgba]), torch.tensor([[0, 0, 255], [255, 255, 255]]))
-    torch.testing.assert_close(batch[0], picture)
+    torch.testing.assert_close(batch[0], image)
     assert batch[1, :, 5, 5].tolist() == [1, 1, 1]
 
 
@@ -158,8 +158,8 @@ def test_recall_and_grid():
     texts = torch.eye(6)
     images = torch.stack([texts[0], texts[1], texts[2] + 2 * texts[3]])
     assert evaluate.recall(images, texts, [0, 1, 2]) == {"R@1": pytest.approx(2 / 3), "R@5": 1.0}
-    picture = evaluate.grid(torch.zeros(3, 3, 64, 64), columns=2)
-    assert picture.size == (130, 130)
+    image = evaluate.grid(torch.zeros(3, 3, 64, 64), columns=2)
+    assert image.size == (130, 130)
 
 
 def test_training_resumes_bit_for_bit(tmp_path):

@@ -19,7 +19,7 @@ def loss(x: Number | None, mask, *, λ: float = 0.5):
         raise ValueError(f"{-λ} < 0")
     check_shapes(x=x, n=2)
     y = -torch.where(mask, x.detach(), 0.0)
-    return counted((y + λ).clamp(min=0), mask)
+    return masked_fill_zero((y + λ).clamp(min=0), mask)
 '''
 EXPECTED = {
     (4, "constant", "def loss(x: Number | None, mask, *, λ: float = 1.0):"),
@@ -35,11 +35,11 @@ EXPECTED = {
     (9, "drop mask", "y = -x.detach()"),
     (9, "drop detach", "y = -torch.where(mask, x, 0.0)"),
     (9, "constant", "y = -torch.where(mask, x.detach(), 1.0)"),
-    (10, "drop mask", "return counted((y + λ).clamp(min=0), None)"),
-    (10, "drop clamp", "return counted((y + λ), mask)"),
-    (10, "swap argument", "return counted((y + λ).clamp(max=0), mask)"),
-    (10, "swap operator", "return counted(((y - λ)).clamp(min=0), mask)"),
-    (10, "constant", "return counted((y + λ).clamp(min=1), mask)"),
+    (10, "drop mask", "return masked_fill_zero((y + λ).clamp(min=0), None)"),
+    (10, "drop clamp", "return masked_fill_zero((y + λ), mask)"),
+    (10, "swap argument", "return masked_fill_zero((y + λ).clamp(max=0), mask)"),
+    (10, "swap operator", "return masked_fill_zero(((y - λ)).clamp(min=0), mask)"),
+    (10, "constant", "return masked_fill_zero((y + λ).clamp(min=1), mask)"),
 }
 
 
@@ -75,12 +75,16 @@ def test_every_mutant_of_a_sample_is_one_change_of_one_line():
         ("torch.minimum(a, b)", {"torch.maximum(a, b)"}),
         ("g(1, 1.0, True)", {"g(2, 1.0, True)", "g(1, 2.0, True)", "g(1, 1.0, False)"}),
         ("f'{-a}'", set()),
-        ("widen(a).detach() - widen(b)", {
+        ("at_least_float32(a).detach() - at_least_float32(b)", {
             "(a.detach() - b)",
-            "(widen(a).detach() + widen(b))",
-            "widen(a) - widen(b)",
+            "(at_least_float32(a).detach() + at_least_float32(b))",
+            "at_least_float32(a) - at_least_float32(b)",
         }),
-        ("f(widen(a)) - widen(b)", {"(f(widen(a)) + widen(b))", "f(a) - widen(b)", "f(widen(a)) - b"}),
+        ("f(at_least_float32(a)) - at_least_float32(b)", {
+            "(f(at_least_float32(a)) + at_least_float32(b))",
+            "f(a) - at_least_float32(b)",
+            "f(at_least_float32(a)) - b",
+        }),
     ],
 )  # fmt: skip
 def test_operators(expression, changed):

@@ -73,7 +73,7 @@ def test_a_kill_while_writing_leaves_the_old_one(tmp_path, monkeypatch, place):
             save(tmp_path, 2, 2.0, keep=1)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000001"]
     assert load_checkpoint(tmp_path / "step_00000001")[0]["trained"]["a.b"][0, 0] == 1
-    save(tmp_path, 2, 2.0, keep=1)  # what was left aside is not in the way
+    save(tmp_path, 2, 2.0, keep=1)  # a temporary folder left behind is not in the way
     assert names(tmp_path) == ["step_00000002"]
     assert load_checkpoint(tmp_path / "step_00000002")[0]["trained"]["a.b"][0, 0] == 2
 

@@ -75,7 +75,7 @@ def test_kills_change_nothing(forked, calm, tmp_path, kind):
     forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=SMALL_FILES + QUICK)
     assert_same_run(harried, left_alone)
     assert_same_latents(harried, left_alone)
-    assert not list(harried.rglob(".*")), "something aside was left behind"
+    assert not list(harried.rglob(".*")), "a temporary file was left behind"
 
 
 def assert_same_latents(folder, other):
@@ -139,8 +139,8 @@ def test_a_finished_run_holds_all_its_files(calm):
     for kind in KINDS:
         folder = calm(kind)[1]
         assert (folder / "report.html").stat().st_size > 1000
-        with Image.open(folder / "samples" / "before_after.png") as picture:
-            assert picture.height > 2 * 16
+        with Image.open(folder / "samples" / "before_after.png") as image:
+            assert image.height > 2 * 16
         assert (folder / "latents").is_dir() == ("offline" in kind)
 
 
@@ -154,8 +154,8 @@ def brightness(images, prompts, metadata):
 
 
 @pytest.fixture(scope="module")
-def picture_pairs(tmp_path_factory):
-    """A folder with six pairs of noise pictures as files; the chosen ones are bright."""
+def image_pairs(tmp_path_factory):
+    """A folder with six pairs of noise images as files; the chosen ones are bright."""
     folder = tmp_path_factory.mktemp("pairs")
     draw = np.random.default_rng(0)
     rows = []
@@ -169,11 +169,11 @@ def picture_pairs(tmp_path_factory):
 
 
 @pytest.fixture
-def train(train, model_path, picture_pairs):
+def train(train, model_path, image_pairs):
     """``train(model, name, **changes)``: the finished trainer and its rows."""
 
     def run(model="tiny_sd", name="run", **changes):
-        source = {} if "prompts" in changes else {"pairs": str(picture_pairs)}
+        source = {} if "prompts" in changes else {"pairs": str(image_pairs)}
         return train(SETTINGS | QUIET | source, name, **{"model": model_path(model)} | changes)
 
     return run
@@ -213,7 +213,7 @@ def test_rows_hold_what_there_is_to_know(train, source, variant):
     assert last["rewards/margins"] != 0
 
 
-def test_the_chosen_pictures_are_learned_and_not_the_rejected_ones(train):
+def test_the_chosen_images_are_learned_and_not_the_rejected_ones(train):
     """The whole UNet, all pairs in an update, several passes over an epoch's steps."""
     pace = {"samples_per_epoch": 6, "updates_per_epoch": 1, "inner_epochs": 4, "epochs": 8, "micro_batch_size": 24}
     settings = {"lora": None, "learning_rate": 2e-3, "beta": None, "beta_dpo": 500, "max_winner_error": 1e9}
@@ -224,16 +224,16 @@ def test_the_chosen_pictures_are_learned_and_not_the_rejected_ones(train):
     assert last["error/winner"] < last["error/loser"]
     assert last["loss"] < math.log(2)
     # Measured again with other steps and noises, and without the trainer, on what the files call chosen and rejected.
-    sides = [[trainer.pairs.pictures(i, (16, 16))[side] for i in range(6)] for side in (0, 1)]
-    chosen, rejected = (gain(trainer, pictures) for pictures in sides)
+    sides = [[trainer.pairs.images(i, (16, 16))[side] for i in range(6)] for side in (0, 1)]
+    chosen, rejected = (gain(trainer, side) for side in sides)
     assert chosen - rejected > 0.05, (chosen, rejected)
 
 
 @torch.no_grad()
-def gain(trainer, pictures):
+def gain(trainer, images):
     """How much less the policy's squared error of the noise is than the reference's, on average."""
     policy, draw = trainer.policy, torch.Generator().manual_seed(1)
-    x_0 = policy.encode_images(torch.stack(pictures)).repeat(50, 1, 1, 1)
+    x_0 = policy.encode_images(torch.stack(images)).repeat(50, 1, 1, 1)
     t = torch.randint(1000, (len(x_0),), generator=draw)
     eps = torch.randn(x_0.shape, generator=draw)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2  # scaled linear, as in tiny_sd
@@ -285,7 +285,7 @@ def predict(policy):
 
 @torch.no_grad()
 def predict_plainly(pipeline):
-    """The network's output with the conditioning that diffusers makes of prompts and picture size."""
+    """The network's output with the conditioning that diffusers makes of prompts and image size."""
     x_t, timestep = noised()
     pooled = None
     if hasattr(pipeline, "text_encoder_2"):
@@ -329,13 +329,13 @@ def test_the_whole_unet_is_trained_and_saved(train, model_path, tmp_path):
 
 
 def test_prediction_types_agree_where_the_latents_are_the_same(train, tmp_path):
-    """The latents of a run are the VAE's of its pictures, whatever the UNet predicts."""
+    """The latents of a run are the VAE's of its images, whatever the UNet predicts."""
     for model in ("tiny_sd", "tiny_sd2"):
         trainer, _ = train(model, model, epochs=1)
         stored = load_file(tmp_path / model / "latents" / "00000.safetensors")
         for i, side in enumerate(("chosen", "rejected")):
-            pictures = torch.stack([trainer.pairs.pictures(pair, (16, 16))[i] for pair in range(6)])
-            torch.testing.assert_close(stored[side], trainer.policy.encode_images(pictures), atol=1e-6, rtol=0)
+            pixels = torch.stack([trainer.pairs.images(pair, (16, 16))[i] for pair in range(6)])
+            torch.testing.assert_close(stored[side], trainer.policy.encode_images(pixels), atol=1e-6, rtol=0)
         assert not torch.equal(stored["chosen"], stored["rejected"])
 
 
@@ -378,13 +378,13 @@ def test_kept_reference_means_are_those_of_the_reference(train):
     assert again.step == 8
 
 
-def test_align_from_python_then_draws_other_pictures(tiny_sd, picture_pairs, tmp_path):
+def test_align_from_python_then_draws_other_images(tiny_sd, image_pairs, tmp_path):
     pipe = ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu")
     drawing = {"seed": 0, "steps": 3, "guidance_scale": 1.0, "eta": 0.0}
     before = pipe(PROMPTS[:2], **drawing).images
     settings = {k: v for k, v in (SETTINGS | QUIET).items() if k != "method"} | {"learning_rate": 0.05}
     try:
-        pipe.align(method="diffusion_dpo", pairs=picture_pairs, output_dir=tmp_path / "run", **settings)
+        pipe.align(method="diffusion_dpo", pairs=image_pairs, output_dir=tmp_path / "run", **settings)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     after = pipe(PROMPTS[:2], **drawing).images
@@ -444,9 +444,9 @@ def swapped(line):
 
 
 @pytest.mark.parametrize("change", [lambda lines: lines[:3], lambda lines: [swapped(lines[0]), *lines[1:]]])
-def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(change, forked, calm, picture_pairs, tmp_path):
+def test_a_changed_list_of_pairs_is_not_taken_for_the_old_one(change, forked, calm, image_pairs, tmp_path):
     """The latents in the run folder are of the pairs the run began with: other pairs must not be mixed with them."""
-    source = Path(shutil.copytree(picture_pairs, tmp_path / "pairs"))
+    source = Path(shutil.copytree(image_pairs, tmp_path / "pairs"))
     lines = (source / "pairs.jsonl").read_text().splitlines(keepends=True)
     settings = yaml.safe_load(calm("offline")[0].read_text()) | QUIET | {"pairs": str(source), "epochs": 1}
     config = tmp_path / "tiny.yaml"

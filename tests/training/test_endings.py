@@ -130,7 +130,7 @@ def test_a_gradient_that_overflows_is_not_said_to_be_weights(tmp_path):
     """Each of its parts is finite, their norm is not, and clipped by that they are 0."""
 
     class Steep(Toy):
-        def loss(self, batch, samples, decisions):
+        def loss(self, batch, samples, actions):
             return (3e38 * self.weights.sum()).expand(len(samples)), {}
 
     with pytest.raises(TrainingError, match="the norm of the gradient is not finite at step 1: lower"):
@@ -177,7 +177,7 @@ def test_a_reward_that_changes_the_working_directory_moves_nothing(tmp_path, mon
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_pictures_of_pairs_are_found_wherever_a_reward_goes(tmp_path, monkeypatch):
+def test_images_of_pairs_are_found_wherever_a_reward_goes(tmp_path, monkeypatch):
     from PIL import Image
 
     from diffusion_align.data.image_pairs import PairsConfig, open_pairs
@@ -191,7 +191,7 @@ def test_pictures_of_pairs_are_found_wherever_a_reward_goes(tmp_path, monkeypatc
     sources = [open_pairs(PairsConfig(source=source)) for source in ("pairs", "pairs/pairs.jsonl")]
     monkeypatch.chdir("/")
     for pairs in sources:
-        assert [int(255 * side.mean()) for side in pairs.pictures(0, (8, 8))] == [10, 200]
+        assert [int(255 * side.mean()) for side in pairs.images(0, (8, 8))] == [10, 200]
 
 
 class Failing:

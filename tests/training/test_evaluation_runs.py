@@ -39,7 +39,7 @@ SETTINGS = TINY | {
 
 
 class Scripted:
-    """The k-th evaluation of two pictures gives ``golds[k]``; an exception there is raised, once."""
+    """The k-th evaluation of two images gives ``golds[k]``; an exception there is raised, once."""
 
     def __init__(self, *golds):
         self.golds = list(golds)
@@ -88,16 +88,16 @@ def same(a, b):
 
 def test_distances_are_those_of_all_pairs():
     embeddings = torch.nn.functional.normalize(torch.randn(5, 7, dtype=torch.float64), dim=1)
-    pictures = torch.rand(5, 3, 4, 6, dtype=torch.float64)
+    images = torch.rand(5, 3, 4, 6, dtype=torch.float64)
     pairs = [(i, j) for i in range(5) for j in range(i)]
     cosine = sum(1 - float(embeddings[i] @ embeddings[j]) for i, j in pairs) / 10
-    pixels = sum(math.sqrt(float((pictures[i] - pictures[j]).square().mean())) for i, j in pairs) / 10
+    pixels = sum(math.sqrt(float((images[i] - images[j]).square().mean())) for i, j in pairs) / 10
     assert mean_pairwise_distance(embeddings) == pytest.approx(cosine, rel=1e-12)
-    assert mean_pairwise_distance(pictures) == pytest.approx(pixels, rel=1e-12)
+    assert mean_pairwise_distance(images) == pytest.approx(pixels, rel=1e-12)
     assert mean_pairwise_distance(embeddings[:1].expand(4, -1)) == pytest.approx(0, abs=1e-12)
-    assert mean_pairwise_distance(pictures[:1].expand(4, -1, -1, -1)) == 0
+    assert mean_pairwise_distance(images[:1].expand(4, -1, -1, -1)) == 0
     with pytest.raises(ValueError, match="at least two"):
-        mean_pairwise_distance(pictures[:1])
+        mean_pairwise_distance(images[:1])
 
 
 def seen(*golds):
@@ -171,7 +171,7 @@ def test_each_rule_and_its_sentence():
     assert reason(ImageStopConfig(kl_above=1, diversity_below=1), row, None).count(";") == 1
 
 
-def test_what_is_logged_is_what_the_fixed_pictures_score(train, tmp_path):
+def test_what_is_logged_is_what_the_fixed_images_score(train, tmp_path):
     trainer = train(gold=brightness, epochs=2, evaluation={"pictures": 5, "diversity": "pixels", "every": 2})
     folder = tmp_path / "run"
     assert [epoch for epoch, _ in rows(folder, "gold")] == [0, 2]
@@ -184,14 +184,14 @@ def test_what_is_logged_is_what_the_fixed_pictures_score(train, tmp_path):
     with trainer.policy.reference():
         before = draw()
     after = draw()
-    for (_, gold), (_, error), (_, diversity), pictures in zip(
+    for (_, gold), (_, error), (_, diversity), images in zip(
         rows(folder, "gold"), rows(folder, "gold_stderr"), rows(folder, "diversity"), (before, after), strict=True
     ):
-        pictures = torch.cat(pictures)
-        scores = ((pictures * 255).round() / 255).mean(dim=(1, 2, 3)).double()
+        images = torch.cat(images)
+        scores = ((images * 255).round() / 255).mean(dim=(1, 2, 3)).double()
         assert gold == pytest.approx(scores.mean().item(), rel=1e-5)
         assert error == pytest.approx(scores.std().item() / math.sqrt(5), rel=1e-3)
-        assert diversity == pytest.approx(mean_pairwise_distance(pictures), rel=1e-4)
+        assert diversity == pytest.approx(mean_pairwise_distance(images), rel=1e-4)
 
 
 def test_evaluation_changes_nothing_of_the_training(train, tmp_path):

@@ -93,7 +93,7 @@ def test_kills_at_every_delicate_place_change_nothing(forked, calm, tmp_path):
         assert written == expected[: len(written)], moment
     forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK)
     assert_same_run(harried, left_alone)
-    assert not list(harried.rglob(".*")), "something aside was left behind"
+    assert not list(harried.rglob(".*")), "a temporary file was left behind"
 
 
 def whole_lines(path):

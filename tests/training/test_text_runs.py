@@ -105,7 +105,7 @@ def test_a_stopped_run_ends_as_the_one_left_alone(forked, calm, tmp_path, kind):
     assert 0 < epochs < 4
     forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK)
     assert_same_run(harried, left_alone)
-    assert not list(harried.rglob(".*")), "something aside was left behind"
+    assert not list(harried.rglob(".*")), "a temporary file was left behind"
 
 
 def test_the_runs_are_worth_comparing(calm):

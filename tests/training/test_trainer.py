@@ -120,7 +120,7 @@ def test_what_is_skipped_changes_no_gradient(train):
     ("kept", "counted", "divisors"), [(4, None, [6, 6]), (2, 4, [6, 6]), (3, 4, [6, 6]), (1, 4, [6])]
 )
 def test_updates_divide_by_equal_shares_of_what_counts(train, monkeypatch, kept, counted, divisors):
-    """Each of two updates by half of the samples that count, however few it trains on; three decisions each."""
+    """Each of two updates by half of the samples that count, however few it trains on; three actions each."""
     from diffusion_align.diffusion.ddpo import DDPOTrainer
     from diffusion_align.training.trainer import TrainingPlan
 
@@ -148,7 +148,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(train, micro_batch_size
     assert other[0]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4, abs=1e-5)
 
 
-def test_the_pictures_do_not_depend_on_the_sampling_batch(train):
+def test_the_images_do_not_depend_on_the_sampling_batch(train):
     _, rows = train("pairs", epochs=1)
     _, other = train("all", epochs=1, sample_batch_size=4)
     for key in ("reward", "reward_min", "reward_max"):
