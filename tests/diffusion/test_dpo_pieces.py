@@ -46,7 +46,7 @@ class Pairs:
 
     def __init__(self, count=6, prompts=PROMPTS, ties=0, skipped=0):
         stream = torch.Generator().manual_seed(3)
-        self.images = torch.rand(2, count, 3, 16, 16, generator=stream)
+        self.pixels = torch.rand(2, count, 3, 16, 16, generator=stream)
         self.prompts = [prompts[i % len(prompts)] for i in range(count)]
         self.rows = list(range(count))
         self.ties, self.skipped = ties, dict.fromkeys(range(skipped), "bad")
@@ -59,7 +59,7 @@ class Pairs:
 
     def images(self, i, size):
         assert size == (16, 16)
-        return self.images[0, i], self.images[1, i]
+        return self.pixels[0, i], self.pixels[1, i]
 
 
 def redness(images, prompts, metadata):
@@ -827,7 +827,7 @@ def test_images_are_encoded_as_they_are_decoded(config, model, make_policy, monk
     policy = make_policy(model)
     vae = policy.pipeline.vae
     vae.register_to_config(**config)
-    images = Pairs(2).images[0]
+    images = Pairs(2).pixels[0]
     latents = policy.encode_images(images)
     assert latents.shape == (2, 4, 8, 8)
     with torch.no_grad():
@@ -888,7 +888,7 @@ def test_latents_are_kept_in_files_of_256_pairs_and_made_once(make_trainer, monk
         assert calls == []
     assert sorted(p.name for p in folder.iterdir()) == [f"0000{i}.safetensors" for i in range(3)]
     rows = [519, 0, 256, 255, 300, 0, 512]
-    expected = trainer.policy.encode_images(pairs.images[:, rows].flatten(0, 1)).unflatten(0, (2, 7))
+    expected = trainer.policy.encode_images(pairs.pixels[:, rows].flatten(0, 1)).unflatten(0, (2, 7))
     for side, latents in zip(cache.read(rows), expected, strict=True):
         torch.testing.assert_close(side, latents, atol=1e-5, rtol=0)
     again = LatentCache(folder, pairs, SimpleNamespace(device="cpu")).read(rows[::-1])  # needs no model

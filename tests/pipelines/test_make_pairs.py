@@ -87,7 +87,7 @@ def test_a_prompt_whose_images_score_alike_gives_no_pair(whole):
     assert [row["prompt"] for row in rows(folder)] == ["a cat", "a rocket", "a crab"]
     assert rows(folder, "ties.jsonl") == [{"prompt": "a red apple", "score": 0.5, "seed": 12}]
     assert not (folder / "images/00001_chosen.png").exists()
-    assert [row["chosen"][9:14] for row in rows(folder)] == ["00000", "00002", "00003"]
+    assert [row["chosen"][7:12] for row in rows(folder)] == ["00000", "00002", "00003"]
 
 
 def test_nothing_but_ties(tmp_path):
