@@ -10,7 +10,6 @@ from diffusion_align.estimators.advantages import (
     leave_one_out_advantages,
     multi_reward_advantages,
     reward_to_go,
-    several_rewards_advantages,
 )
 from diffusion_align.estimators.categorical import (
     categorical_entropy,
@@ -56,3 +55,10 @@ from diffusion_align.estimators.preference import (
     simpo_loss,
     trajectory_dpo_loss,
 )
+
+
+def __getattr__(name: str) -> object:
+    """The former name of a function."""
+    if name == "several_rewards_advantages":
+        return multi_reward_advantages
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -121,9 +121,6 @@ def multi_reward_advantages(
     return advantages.sum(1) if weights is None else (advantages * weights.detach().to(advantages)).sum(1)
 
 
-several_rewards_advantages = multi_reward_advantages  # the former name
-
-
 def _advantages_of_scored(rewards: Tensor, group_ids: Tensor, estimate: Callable[..., Tensor]) -> Tensor:
     """``estimate`` of the rewards (B,) that are not nan, and 0 for the others."""
     check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)

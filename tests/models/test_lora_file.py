@@ -13,9 +13,9 @@ from diffusion_align.errors import UserError
 from diffusion_align.models.adapters import (
     LORA_FILE,
     adapter_weights,
+    load_lora,
     merge_adapters,
     restore_lora,
-    load_lora,
     save_lora,
     unload_lora,
 )
