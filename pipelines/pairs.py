@@ -106,9 +106,9 @@ class ImageCandidates:
         device = self.pipeline.pipeline.device
         making = partial(build_reward, judge, model=self.pipeline.origin, device=device)
         self.reward, content = built(judge, making)
-        plan = image_model_ref(self.model)
-        family = family_content(self.family or plan.family)
-        return {"model": image_model_content(plan, None) + family, "judge": content}
+        ref = image_model_ref(self.model)
+        family = family_content(self.family or ref.family)
+        return {"model": image_model_content(ref, None) + family, "judge": content}
 
     def sample(self, prompt: str, notes: Mapping[str, Any], seeds: Sequence[int]) -> tuple[list[Any], list[float]]:
         """One sample per seed, and their scores."""
