@@ -121,15 +121,14 @@ def test_values_are_of_the_state_before_the_token(tmp_path, make_language_policy
 
 @pytest.fixture
 def make_run(make_language_policy, tmp_path):
-    def make(family="llama", *, policy=None, **settings):
-        return online_trainer(PPOTrainer, policy or make_language_policy(family), tmp_path / "run", short, **settings)
+    def make(*, policy=None, **settings):
+        return online_trainer(PPOTrainer, policy or make_language_policy(), tmp_path / "run", short, **settings)
 
     return make
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-def test_the_first_pass_has_ratio_one(family, make_run):
-    trainer = make_run(family, kl_target=0.5, kl_horizon=100)
+def test_the_first_pass_has_ratio_one(make_run):
+    trainer = make_run(kl_target=0.5, kl_horizon=100)
     trainer.train()
     rows = rows_of(trainer.folder)
     assert max(row["ratio/first_pass_deviation"] for row in rows if "ratio/first_pass_deviation" in row) < 1e-5

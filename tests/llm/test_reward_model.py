@@ -236,8 +236,10 @@ def test_it_learns_what_separates_the_answers_and_the_opposite_from_the_opposite
     assert [row for row in flipped if "eval/accuracy" in row][-1]["eval/accuracy"] < 0.1
 
 
-@pytest.mark.parametrize(("lora", "family"), [("lora", "llama"), ("full", "llama"), ("lora", "gpt2")])
-@pytest.mark.parametrize("pad", [None, "<pad>"])
+@pytest.mark.parametrize(
+    ("lora", "family", "pad"),
+    [("lora", "llama", None), ("lora", "llama", "<pad>"), ("full", "llama", None), ("lora", "gpt2", "<pad>")],
+)
 def test_what_is_saved_scores_the_same_for_transformers_peft_and_the_reward(train, characters, lora, family, pad):
     trainer = train(lora=lora, family=family, epochs=1, tokenizer=characters(pad=pad, template=CHATML))
     model, final = trainer.model, trainer.folder / "final"
