@@ -103,3 +103,117 @@ def test_what_cannot_be_listed(call_cli, arguments, parts):
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
     assert all(part in err for part in parts), err
+
+
+def ask(monkeypatch, capfd, shell, line):
+    """What ``shell`` is told of the completions of a command line."""
+    from diffusion_align.cli import main
+
+    words = line.split(" ")
+    for name, value in {
+        "_DIFFUSION_ALIGN_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": line.replace("=", " = ") if shell == "bash" else line,  # as readline splits words
+        "COMP_CWORD": str(len(line.replace("=", " = ").split(" ")) - 1),
+        "_TYPER_COMPLETE_ARGS": line,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", words[:1])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capfd.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    return {line.partition("\t")[0] for line in out.splitlines() if line} if shell != "zsh" else out
+
+
+@pytest.fixture
+def complete(monkeypatch, capfd, tmp_path):
+    """``complete(shell, "train qui")``, in a folder with two runs, a recipe and a file that is none."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/first", "second"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.yaml").touch()
+    (tmp_path / "quick.yaml").write_text("method: grpo\nepsilon: 0.25\nlora: {rank: 3}\n")
+    (tmp_path / "quick.txt").touch()
+    (tmp_path / "empty").mkdir()
+    return lambda shell, line: ask(monkeypatch, capfd, shell, f"diffusion-align {line}")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("tra", {"train"}),
+        ("train qui", {"quickstart", "quick.yaml"}),
+        ("doctor dpo_sdxl", {"dpo_sdxl_pickapic"}),
+        ("train e", {"empty/"}),
+        ("train quickstart learning_r", {"learning_rate=", "learning_rate=0.003"}),
+        ("train quick.yaml epsilon_", {"epsilon_high=", "epsilon_high=null"}),
+        ("train quick.yaml lora.ra", {"lora.rank=", "lora.rank=3"}),
+        ("train missing.yaml lora.ra", set()),
+        ("report ", {"second", "runs/first"}),
+        ("sample runs/f", {"runs/first"}),
+        ("complete tiny", {"tiny-lm"}),
+        ("score cl", {"clip_score"}),
+        ("serve-reward oc", {"ocr"}),
+        ("compare emoji-sd runs/first --judge numeric", {"numeric_match"}),
+        ("sample emoji-sd --prompts emoji_c", {"emoji_concepts"}),
+        ("list pai", {"pairs"}),
+        ("list settings gr", {"grpo"}),
+        ("list rewards pick", {"pick_score"}),
+        ("list models e", set()),
+    ],
+)
+def test_a_shell_is_told_the_words(complete, shell, line, words):
+    told = complete(shell, line)
+    if shell != "zsh":
+        assert told == words
+        return
+    assert all(f'"{word}"' in told for word in words)
+    assert told.count("\n") == max(len(words), 1)
+    assert words or told == "_files\n"
+
+
+@pytest.mark.parametrize(
+    ("shell", "line", "words"),
+    [
+        ("bash", "train quick.yaml epsilon=", {"0.25"}),
+        ("bash", "train quick.yaml kl=k3_g", {"k3_gradient_reward"}),
+        ("bash", "train quick.yaml epsilon=0.1 resume=", {"false", "true"}),
+        ("fish", "train quick.yaml epsilon=", {"epsilon=0.25"}),
+        ("fish", "train quick.yaml kl=k3_g", {"kl=k3_gradient_reward"}),
+        ("fish", "train quick.yaml method=ddpo clip_range_", {"clip_range_nats=", "clip_range_nats=null"}),
+    ],
+)
+def test_values_are_what_is_set_and_the_choices(complete, shell, line, words):
+    assert complete(shell, line) == words
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_for_a_shell(monkeypatch, call_cli, shell):
+    monkeypatch.setenv("SHELL", f"/bin/{shell}")
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: (shell, f"/bin/{shell}"))
+    status, out, err = call_cli("--show-completion")
+    assert (status, err) == (0, "")
+    assert "_DIFFUSION_ALIGN_COMPLETE=complete_" + shell in out
+
+
+@pytest.mark.parametrize("option", ["--version", "-V", "-v"])
+def test_the_version(call_cli, option):
+    from diffusion_align import __version__
+
+    assert call_cli(option) == (0, f"diffusion-align {__version__}\n", "")
+
+
+def test_an_error_is_red_on_a_terminal_only(monkeypatch, call_cli):
+    def shown(**options):
+        console = Console(file=io.StringIO(), width=80, soft_wrap=True, highlight=False, **options)
+        monkeypatch.setattr(terminal, "errors", console)
+        assert terminal.print_error("model=[/x] is wrong") == 2
+        return console.file.getvalue()
+
+    assert shown(force_terminal=True, color_system="standard") == "\x1b[1;31merror:\x1b[0m model=[/x] is wrong\n"
+    assert "31m" not in shown(force_terminal=True, color_system="standard", no_color=True)
+    assert shown() == "error: model=[/x] is wrong\n"
+    monkeypatch.undo()
+    assert call_cli("train", "no_such")[2].startswith("error: config 'no_such'")

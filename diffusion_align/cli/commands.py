@@ -10,11 +10,16 @@ from rich.text import Text
 
 from diffusion_align.bounds import MOST
 from diffusion_align.cli.options import (
+    Config,
     Eta,
     Family,
     Gaussian,
     GuidanceScale,
+    ImageReward,
+    Judge,
     MaxNewTokens,
+    Model,
+    Overrides,
     PromptFile,
     Prompts,
     RewardOptions,
@@ -24,6 +29,7 @@ from diffusion_align.cli.options import (
     check_kind,
     check_output_file,
     check_output_path,
+    completed_by,
     given_options,
     number_option,
     path_option,
@@ -46,11 +52,22 @@ from diffusion_align.errors import ConfigError, UserError, short
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
 
 app = typer.Typer(
-    help="Align diffusion models and language models with rewards and preferences.",
+    help="Fine-tune diffusion models and language models with rewards and preferences.",
+    epilog="Start with: diffusion-align train quickstart\n\n"
+    "Recipes, rewards, models: diffusion-align list\n\n"
+    "More about a command: diffusion-align COMMAND --help",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _epilog(example: str, *more: str) -> str:
+    """The end of a command's help: a command to try, and where to read on."""
+    return "\n\n".join([f"Example: diffusion-align {example}", *more])
+
+
+_SETTINGS = "Settings: diffusion-align list settings METHOD\n\nRecipes: diffusion-align list configs"
+_REWARDS = "Rewards and their options: diffusion-align list rewards\n\nDocs: docs/rewards.md"
 
 
 def _show_version(wanted: bool) -> None:
@@ -67,18 +84,19 @@ def _options(
         bool, typer.Option("--debug", help="print the traceback of an error; may stand after the command, too")
     ] = False,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version and leave")
+        bool,
+        typer.Option("--version", "-V", "-v", is_eager=True, callback=_show_version, help="print the version and exit"),
     ] = False,
 ) -> None:
     pass  # main() reads --debug wherever it stands
 
 
-@app.command()
-def train(
-    config: Annotated[str, typer.Argument(help="a YAML file or the name of a shipped recipe")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted keys, values as YAML")] = None,
-) -> None:
-    """Train as CONFIG says; `resume=true` resumes the run in output_dir."""
+@app.command(epilog=_epilog("train quickstart epochs=12", _SETTINGS, "Docs: docs/ddpo.md, diffusion_dpo.md, text.md"))
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train a model as a recipe says.
+
+    Weights, checkpoints, metrics and report.html go to output_dir; resume=true resumes the run that is there.
+    """
     from diffusion_align.pipelines.configuration import read_config
     from diffusion_align.pipelines.run import run
 
@@ -91,9 +109,9 @@ def train(
         print_line(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
 
 
-@app.command()
+@app.command(epilog=_epilog('sample runs/quickstart -p "a lion" -p "a rocket" -o images'))
 def sample(
-    model: Annotated[str, typer.Argument(help="embedded name, folder, Hub id or run folder")],
+    model: Model,
     prompt: Prompts = None,
     prompts: PromptFile = None,
     output: Annotated[Path, path_option("--output", "-o", help="folder for the images")] = Path("samples"),
@@ -103,7 +121,10 @@ def sample(
     eta: Eta = None,
     family: Family = None,
 ) -> None:
-    """Sample one image per prompt, and write a grid of them all."""
+    """Sample one image per prompt, and write a grid of them all.
+
+    The model may be a base model or what a run has trained; the same seed gives the same images.
+    """
     from diffusion_align.pipelines import ImageAlignmentPipeline
 
     texts = [text for text, _ in read_prompts(prompt, prompts)]
@@ -115,19 +136,22 @@ def sample(
     print_line(f"wrote {len(texts)} images and grid.png to {output}")
 
 
-@app.command()
+@app.command(epilog=_epilog('complete tiny-lm -p "And the king said"', "Docs: docs/text.md"))
 def complete(
-    model: Annotated[str, typer.Argument(help="language model: embedded name, folder, Hub id or run folder")],
+    model: Model,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="text to complete; repeat for more")
     ] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", help="file of prompts, or a shipped list")] = None,
+    prompts: PromptFile = None,
     output: Annotated[Path | None, path_option("--output", "-o", help=".jsonl file to write as well")] = None,
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
     temperature: Annotated[float, number_option(0.01, 1000)] = 1.0,
 ) -> None:
-    """Complete each prompt with a language model."""
+    """Complete each prompt with a language model.
+
+    The model may be a base model or what a run has trained; the same seed gives the same texts.
+    """
     import json
 
     from diffusion_align.pipelines import TextAlignmentPipeline
@@ -154,9 +178,9 @@ def complete(
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-@app.command()
+@app.command(epilog=_epilog("score aesthetic images/0000.png images/0001.png", _REWARDS))
 def score(
-    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    reward: ImageReward,
     images: Annotated[list[Path], typer.Argument(parser=to_path, metavar="IMAGES...", help="image files")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
@@ -169,9 +193,11 @@ def score(
         ),
     ] = None,
 ) -> None:
-    """Score images with a reward; give one prompt for all, or one per image. The default prompt is empty.
+    """Score image files with a reward, and name the network that scored.
 
-    A line on stderr names the network that scored.
+    Give one prompt for all images or one per image; without any the prompt is empty.
+
+    Photographs need the published networks: from the Hub, or --option head=FILE --option clip=FOLDER (aesthetic).
     """
     from diffusion_align.inputs import default_device
     from diffusion_align.pipelines.image import score_images
@@ -196,9 +222,9 @@ def score(
     print_line(f"{scores.mean().item():10.4f}  mean of {len(images)}")
 
 
-@app.command("serve-reward")
+@app.command("serve-reward", epilog=_epilog("serve-reward aesthetic --model emoji-sd --port 8901", _REWARDS))
 def serve_reward(
-    reward: Annotated[str, typer.Argument(help="name or module:function")],
+    reward: ImageReward,
     option: RewardOptions = None,
     model: Annotated[
         str | None,
@@ -221,7 +247,10 @@ def serve_reward(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
     prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
 ) -> None:
-    """Serve a reward over HTTP; runs elsewhere call it with reward: {name: remote, url: ...}."""
+    """Serve a reward over HTTP for runs in another environment or on another machine.
+
+    They call it with reward: {name: remote, url: ...}.
+    """
     import torch
 
     from diffusion_align.inputs import check_device, default_device
@@ -248,11 +277,11 @@ def serve_reward(
         serving.RewardServer(served, lambda: print_line(line)).serve_on(bound, calls)
 
 
-@app.command()
+@app.command(epilog=_epilog("compare emoji-sd runs/quickstart --judge aesthetic --prompts emoji_weak", _REWARDS))
 def compare(
-    first: Annotated[str, typer.Argument(help="model or run folder A")],
-    second: Annotated[str, typer.Argument(help="model or run folder B")],
-    judge: Annotated[str, typer.Option(help="reward that judges the pairs")],
+    first: Annotated[str, typer.Argument(help="model or run folder A", autocompletion=completed_by("models"))],
+    second: Annotated[str, typer.Argument(help="model or run folder B", autocompletion=completed_by("models"))],
+    judge: Judge,
     prompt: Prompts = None,
     prompts: PromptFile = None,
     per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="samples per prompt by each model")] = 1,
@@ -264,7 +293,10 @@ def compare(
     temperature: Temperature = None,
     family: Family = None,
 ) -> None:
-    """Sample the same prompts with the same seeds by two models, of images or of text, and let a reward judge them."""
+    """Compare two models, of images or of text: a reward judges samples of the same prompts and seeds.
+
+    Prints the mean rewards and how often B wins, and writes the samples side by side.
+    """
     from diffusion_align.models.language_models import model_kind
     from diffusion_align.pipelines.compare import compare_models, compare_texts
 
@@ -284,10 +316,16 @@ def compare(
     print_line(f"{result}; {'texts' if kind == 'text' else 'images'} in {output}")
 
 
-@app.command()
+@app.command(
+    epilog=_epilog(
+        "pairs emoji-sd --judge jpeg_compressibility --prompts emoji_weak -o my_pairs",
+        "Then: diffusion-align train dpo_emoji_style pairs=my_pairs",
+        "Docs: docs/diffusion_dpo.md",
+    )
+)
 def pairs(
-    model: Annotated[str, typer.Argument(help="embedded name, folder, Hub id or run folder")],
-    judge: Annotated[str, typer.Option(help="reward that chooses the best and the worst sample")],
+    model: Model,
+    judge: Judge,
     output: Annotated[Path, path_option("--output", "-o", help="folder for the pairs")],
     prompt: Prompts = None,
     prompts: PromptFile = None,
@@ -301,7 +339,7 @@ def pairs(
     family: Family = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the pairs in the folder")] = False,
 ) -> None:
-    """Sample several images or completions per prompt and keep the best and the worst as a preference pair."""
+    """Make a preference dataset with a model: of several samples per prompt, a reward keeps the best and the worst."""
     from diffusion_align.models.language_models import model_kind
     from diffusion_align.pipelines.pairs import PAIRS, ImageCandidates, TextCandidates, make_pairs
 
@@ -319,9 +357,13 @@ def pairs(
     print_line(f"{made.pairs} pairs, {made.ties} ties dropped{gap}; see {output / PAIRS if made.pairs else output}")
 
 
-@app.command()
-def report(folder: Annotated[Path, typer.Argument(parser=to_path, metavar="FOLDER", help="run folder")]) -> None:
-    """Rewrite report.html of a run, also while it is running."""
+@app.command(epilog=_epilog("report runs/quickstart"))
+def report(
+    folder: Annotated[
+        Path, typer.Argument(parser=to_path, metavar="FOLDER", help="run folder", autocompletion=completed_by("runs"))
+    ],
+) -> None:
+    """Write report.html of a run again, also while it is running: curves, images or texts, settings on one page."""
     from diffusion_align.report import write_report
 
     try:
@@ -331,7 +373,7 @@ def report(folder: Annotated[Path, typer.Argument(parser=to_path, metavar="FOLDE
     print_line(f"wrote {written}")
 
 
-@app.command()
+@app.command(epilog=_epilog("estimators --q 0.1 0.2 --p 0 1", "Docs: docs/mathematics/kl.md"))
 def estimators(
     q: Annotated[Gaussian, typer.Option(help="mean and std of the Gaussian that is sampled")] = _Q,
     p: Annotated[Gaussian, typer.Option(help="mean and std of the reference")] = _P,
@@ -360,17 +402,24 @@ def estimators(
         console.print(part, highlight=False, markup=False)
 
 
-@app.command("list")
+@app.command("list", epilog=_epilog("list settings ddpo", "Example: diffusion-align list rewards aesthetic"))
 def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="methods, configs, models, prompts, pairs, rewards or settings; by default all but settings"
+            help="methods, configs, models, prompts, pairs, rewards or settings; by default all but settings",
+            autocompletion=completed_by("listings"),
         ),
     ] = "",
-    name: Annotated[str, typer.Argument(help="settings of which method, or which reward")] = "",
+    name: Annotated[
+        str,
+        typer.Argument(help="settings of which method, or which reward", autocompletion=completed_by("listed_names")),
+    ] = "",
 ) -> None:
-    """List the methods, models, rewards, prompts, pairs and recipes a configuration can name, and its settings."""
+    """List the methods, models, rewards, prompts, pairs and recipes a configuration can name, and its settings.
+
+    In a pipe every entry is one line, for grep.
+    """
     from diffusion_align.cli.listing import LISTINGS, reward_called, settings_of
     from diffusion_align.methods import DEFAULT
 
@@ -392,10 +441,17 @@ def list_(
         print_note("`diffusion-align list settings METHOD` lists the settings of a method")
 
 
-@app.command()
+@app.command(epilog=_epilog("doctor ddpo_sd15_aesthetic", _SETTINGS))
 def doctor(
-    config: Annotated[str | None, typer.Argument(help="recipe to check; nothing is downloaded")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value")] = None,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="a shipped recipe or a YAML file; nothing is downloaded",
+            metavar="CONFIG",
+            autocompletion=completed_by("recipes"),
+        ),
+    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Check this machine and, with CONFIG, whether a recipe would run and what it would cost."""
     from diffusion_align.doctor.describe import describe_config, describe_machine

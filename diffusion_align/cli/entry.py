@@ -12,16 +12,20 @@ from diffusion_align.cli.commands import app
 from diffusion_align.cli.terminal import errors, print_error
 from diffusion_align.errors import Interrupted, UserError, first_line
 
+PROGRAM = "diffusion-align"
+
 
 def main() -> None:
     """Run a command; the exit status is 0, 2 (a user's error), 130 (interrupted) or 1 (anything unexpected)."""
     from diffusion_align import interrupt
     from diffusion_align.streams import LastingStreams
 
+    if _is_for_a_shell(sys.argv[1:]):
+        app(prog_name=PROGRAM)
     streams = LastingStreams()
     arguments, debug = _without_debug(sys.argv[1:])
     try:
-        status = app(arguments, standalone_mode=False, prog_name="diffusion-align")
+        status = app(arguments, standalone_mode=False, prog_name=PROGRAM)
         if status == interrupt.INTERRUPTED:  # what typer makes of Ctrl-C in its newer versions
             errors.print("stopped")
     except Interrupted as stop:
@@ -50,6 +54,12 @@ def main() -> None:
     if interrupt.left_behind:
         os._exit(status)
     sys.exit(status)
+
+
+def _is_for_a_shell(arguments: list[str]) -> bool:
+    """Whether a shell asks for completions, or is to be given the script that asks: typer then exits by itself."""
+    asked = {"--install-completion", "--show-completion"}.intersection(arguments[:1])
+    return bool(asked) or f"_{PROGRAM}_COMPLETE".replace("-", "_").upper() in os.environ
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -173,11 +173,18 @@ def _setting(
     if field.is_required():
         notes.append("required")
     elif inner is None:
-        default = to_jsonable_python(field.get_default(call_default_factory=True), inf_nan_mode="constants")
-        notes.append("default " + yaml_text.dump(default, default_flow_style=True).splitlines()[0])
+        notes.append(f"default {default_of(field)}")
     if also := [other for other, place in aliases_of(section).items() if place == name]:
         notes.append("also: " + ", ".join(also))
     return Entry(prefix + name, field.description or "", "; ".join(notes))
+
+
+def default_of(field: FieldInfo) -> str | None:
+    """The default of a setting as YAML on one line; None where it is required."""
+    if field.is_required():
+        return None
+    default = to_jsonable_python(field.get_default(call_default_factory=True), inf_nan_mode="constants")
+    return yaml_text.dump(default, default_flow_style=True).splitlines()[0]
 
 
 LISTINGS: dict[str, Callable[[], Sequence[Group | Table]]] = {

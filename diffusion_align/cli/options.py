@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 import typer
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.errors import UserError, short
+
+
+def completed_by(name: str) -> Callable[[typer.Context, str], Any]:
+    """The function ``name`` of `completion`, imported when a shell asks; what fails there completes to nothing."""
+
+    def complete(context: typer.Context, typed: str) -> Any:
+        try:
+            from diffusion_align.cli import completion
+
+            found = getattr(completion, name)(context, typed)
+            # Some shells take every line of a help for a completion, and typer wraps long ones.
+            return [one if isinstance(one, str) else (one[0], shorten(one[1], 60, placeholder=" ...")) for one in found]
+        except Exception:  # a shell would show a traceback as a completion
+            return []
+
+    return complete
 
 
 def number_option(low: float, high: float) -> Any:
@@ -36,14 +54,36 @@ def to_path(text: str | Path) -> Path:
 
 
 def path_option(*names: str, help: str | None = None) -> Any:
+    """An option that is a path."""
     return typer.Option(*names, parser=to_path, metavar="PATH", help=help)
 
 
+Config = Annotated[
+    str,
+    typer.Argument(help="a shipped recipe or a YAML file", metavar="CONFIG", autocompletion=completed_by("recipes")),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="settings that differ, dotted names for those of sections, values as YAML: learning_rate=1e-4 lora.rank=8",
+        metavar="KEY=VALUE",
+        autocompletion=completed_by("overrides"),
+    ),
+]
+Model = Annotated[
+    str, typer.Argument(help="embedded name, folder, Hub id or run folder", autocompletion=completed_by("models"))
+]
+ImageReward = Annotated[
+    str,
+    typer.Argument(help="name, module:function or file.py:function", autocompletion=completed_by("image_rewards")),
+]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="a prompt; repeat for more")]
 PromptFile = Annotated[
     str | None,
     typer.Option(
-        "--prompts", help="file (.txt, .jsonl, .jsonl.gz, .json, .csv, .parquet), folder, Hub dataset or shipped list"
+        "--prompts",
+        help="file (.txt, .jsonl, .jsonl.gz, .json, .csv, .parquet), folder, Hub dataset or shipped list",
+        autocompletion=completed_by("prompt_lists"),
     ),
 ]
 RewardOptions = Annotated[
@@ -56,6 +96,7 @@ Eta = Annotated[float | None, number_option(0, 1)]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="of language models; 128 if not given")]
 Temperature = Annotated[float | None, number_option(0.01, 1000)]
 Family = Annotated[str | None, typer.Option(help="of a model that is not Stable Diffusion: file.py:Class")]
+Judge = Annotated[str, typer.Option(help="reward that judges the samples", autocompletion=completed_by("rewards"))]
 Gaussian = tuple[float, float]
 
 
