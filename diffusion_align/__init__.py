@@ -6,8 +6,9 @@ from diffusion_align.lazy import offered
 
 if TYPE_CHECKING:
     from diffusion_align import estimators, llm, pipelines, rewards
-    from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
-    from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+    from diffusion_align.diffusion.ddpo import DDPOTrainer
+    from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
+    from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
     from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
 
 __version__ = "0.1.0"

@@ -4,12 +4,14 @@
 from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.rollout import Trajectory, replay
 from diffusion_align.diffusion.samplers import Step, ddim
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.trainer import Collected as CollectedImages
-from diffusion_align.diffusion.trainer import DenoisingConfig, DenoisingTrainer
+from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.llm.collection import Collected as CollectedTexts
-from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
+from diffusion_align.llm.dpo import DPOTrainer
 from diffusion_align.llm.policy import Sequences
-from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
+from diffusion_align.llm.settings import DPOConfig, OnlineConfig
+from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.models.families import ATTENTION, Conditioning, ModelFamily
 from diffusion_align.rewards import RewardSetting, RewardSettings
 from diffusion_align.training.callbacks import Callback

@@ -20,8 +20,7 @@ from diffusion_align.arguments import also_called
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import scheduler_of
-from diffusion_align.diffusion.schedule import SamplerConfig
-from diffusion_align.diffusion.trainer import DenoisingConfig
+from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig
 from diffusion_align.errors import UserError, first_line, short
 from diffusion_align.images import UnreadableImage, to_rgb
 from diffusion_align.inputs import check_device, check_path, default_device

@@ -10,9 +10,9 @@ import torch
 
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
-from diffusion_align.diffusion.evaluation import ImageEvaluation, ImageEvaluationConfig
+from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.policy import DenoisingPolicy, check_family
-from diffusion_align.diffusion.trainer import DenoisingConfig
+from diffusion_align.diffusion.settings import DenoisingConfig, ImageEvaluationConfig
 from diffusion_align.models import adapters
 from diffusion_align.models.families import family_of, find_family
 from diffusion_align.models.image_pipelines import load_pipeline

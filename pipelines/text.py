@@ -22,7 +22,7 @@ from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.rollout import rollout
-from diffusion_align.llm.trainer import TextConfig
+from diffusion_align.llm.settings import TextConfig
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models.language_models import language_model_ref, load_language_model, load_tokenizer
 from diffusion_align.models.lora import carries_adapters, remove_lora

@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 import diffusion_align.diffusion.dpo as dpo
 from diffusion_align.diffusion.samplers import Step
-from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.errors import TrainingError
 from diffusion_align.report import save_figure
 

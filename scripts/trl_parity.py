@@ -28,11 +28,12 @@ from transformers.utils import logging as transformers_logging
 from diffusion_align.data.text_encoding import TextEncoder
 from diffusion_align.data.text_rows import LabelledRow, PreferenceRow, PromptRow
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-from diffusion_align.llm.grpo import GRPOBatch, GRPOConfig, GRPOTrainer
-from diffusion_align.llm.kto import KTOConfig, KTOTrainer
+from diffusion_align.llm.dpo import DPOTrainer
+from diffusion_align.llm.grpo import GRPOBatch, GRPOTrainer
+from diffusion_align.llm.kto import KTOTrainer
 from diffusion_align.llm.policy import LanguagePolicy, pack
-from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
+from diffusion_align.llm.reward_model import RewardModel, RewardModelTrainer
+from diffusion_align.llm.settings import DPOConfig, GRPOConfig, KTOConfig, RewardModelConfig
 from diffusion_align.models.language_models import load_language_model, load_sequence_classifier
 
 PAIRS = [

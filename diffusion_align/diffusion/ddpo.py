@@ -11,23 +11,22 @@ The actions are the Gaussian steps of the sampler. Loss of one action, with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.data.prompts import Prompt, PromptsConfig
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range
-from diffusion_align.diffusion.trainer import Collected, DenoisingConfig, DenoisingTrainer
+from diffusion_align.diffusion.settings import DDPOConfig
+from diffusion_align.diffusion.trainer import Collected, DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition, nats_per_squared_error
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
@@ -41,122 +40,12 @@ from diffusion_align.estimators import (
     score_function_loss,
 )
 from diffusion_align.rewards.base import part_weights
-from diffusion_align.rewards.settings import RewardSetting, weight_checks
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric, first_pass_deviation, ratio_statistics
 from diffusion_align.training.trainer import TrainingPlan
-
-
-class DDPOConfig(DenoisingConfig):
-    """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
-
-    method: str = Field("ddpo", description="the training method")
-    prompts: PromptsConfig = Field(
-        description="list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"
-    )
-    reward: RewardSetting = Field(
-        description="name, 'module:function', {name: ..., options}, a function, or a list of these"
-    )
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-
-    objective: Literal["ratio", "score_function"] = Field(
-        "ratio", description="clipped importance ratio, or the score function, which has no ratio"
-    )
-    logp_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="over latent dimensions: log-prob, ratio and KL alike"
-    )
-    clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
-    clip_range_nats: OrInfinite | None = Field(
-        None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
-    )
-    timestep_range: tuple[Weight, Weight] = Field(
-        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
-    )
-    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, sampled per image")
-
-    group_size: int = Field(1, ge=1, le=MOST, description="images per prompt per epoch")
-    advantages: Literal["prompt_history", "group", "leave_one_out"] = Field(
-        "prompt_history",
-        description="deviation from a prompt's mean reward in units of its std, over past epochs or the group of this "
-        "one; or reward minus the mean of the rest of the group (RLOO)",
-    )
-    history_size: int = Field(
-        32, ge=1, le=MOST, description="rewards kept per prompt; the 4096 prompts seen last are remembered"
-    )
-    history_min_count: int = Field(
-        16,
-        ge=1,
-        le=MOST,
-        description="rewards a prompt needs before its own history is used; until then, the whole epoch's",
-    )
-    clip_std: tuple[OrInfinite, OrInfinite] = Field(
-        (0.0, math.inf), description="bounds on the std a group is divided by"
-    )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize",
-        description="of several rewards: the advantage of their sum, or the sum of each one's",
-    )
-    advantage_clip: OrInfinite = Field(
-        5.0, gt=0, description="bound on an advantage; one of leave_one_out is in the unit of the reward"
-    )
-
-    kl_coef: float = Field(
-        0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference, in units of the advantage"
-    )
-    kl: Literal["closed_form", "k1_reward"] = Field(
-        "closed_form", description="KL as a loss in closed form, or its k1 estimate subtracted from the reward"
-    )
-    credit: Literal["step", "to_go"] = Field(
-        "step", description="to_go charges a step with the KL of the later ones too"
-    )
-
-    def cross_checks(self) -> Iterator[str]:
-        yield from weight_checks(self.reward, self.reward_weights)
-        if self.reward is None:
-            yield "reward is empty: give a name, 'module:function' or a mapping"
-        if self.sampler.is_deterministic:
-            yield (
-                "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
-                "smaller positive value), and eta=0 only for sampling"
-            )
-        if self.samples_per_epoch % self.group_size:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
-                "change one of them"
-            )
-        if self.advantages != "prompt_history" and self.group_size < 2:
-            yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
-        if self.advantages == "leave_one_out" and self.clip_std != (0.0, math.inf):
-            yield "clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out"
-        if self.history_min_count > self.history_size:
-            yield (
-                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
-                "would ever use its own history"
-            )
-        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
-            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
-        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
-        if self.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
-            yield (
-                "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
-            )
-
-    def nats_in_logp(self, dimensions: int) -> int:
-        """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""
-        return dimensions if self.logp_reduction == "mean" else 1
-
-    def clip_bounds(self, dimensions: int) -> tuple[float, float, float]:
-        """How far below and above 1 the ratio counts, and the upper bound on the joint log-ratio of an action, nats."""
-        low = high = self.clip_range
-        if self.clip_range_nats is not None:
-            bound = self.clip_range_nats / self.nats_in_logp(dimensions)
-            low, high = -math.expm1(-bound), math.expm1(bound)
-        return low, high, math.log1p(high) * self.nats_in_logp(dimensions)
 
 
 @dataclass(frozen=True)

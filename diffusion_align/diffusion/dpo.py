@@ -14,28 +14,26 @@ Pairs come from a dataset, or are sampled by the policy and judged by a reward i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.data.image_pairs import PairsConfig, PairSet
-from diffusion_align.data.prompts import Prompt, PromptsConfig, items_of_epoch
+from diffusion_align.data.image_pairs import PairSet
+from diffusion_align.data.prompts import Prompt, items_of_epoch
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range, training_schedule
-from diffusion_align.diffusion.trainer import DenoisingConfig, DenoisingTrainer
+from diffusion_align.diffusion.settings import DiffusionDPOConfig
+from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import (
     GaussianTransition,
-    Weighting,
     add_noise,
     nats_per_squared_error,
     posterior,
@@ -49,100 +47,11 @@ from diffusion_align.estimators import (
     hinge_loss,
     ipo_loss,
 )
-from diffusion_align.rewards.settings import RewardSetting, weight_checks
-from diffusion_align.training.aliases import other_words
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.config import OrInfinite, Weight
 from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
-
-
-class DiffusionDPOConfig(DenoisingConfig):
-    """Settings of DiffusionDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
-
-    ``samples_per_epoch`` counts pairs, or with online judging images.
-    """
-
-    method: str = Field("diffusion_dpo", description="the training method")
-    pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
-    prompts: PromptsConfig | None = Field(
-        None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
-    )
-    reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown images")
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-    group_size: int = Field(
-        4, ge=2, le=MOST, description="online: images per prompt; the best and the worst are a pair"
-    )
-
-    variant: Literal["original", "corrected"] = Field(
-        "original", description="the loss of the Diffusion-DPO paper, or eq. 36 of [000]"
-    )
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the difference of log-ratios")
-    label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
-    beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighed by `weighting`")
-    beta_dpo: float | None = Field(
-        None, gt=0, le=LARGEST, description="Diffusion-DPO's beta (2000 to 5000), for mean squared errors"
-    )
-    weighting: Annotated[Weighting, other_words(share="snr_share")] = Field(
-        "uniform", description="of the steps: exact, uniform (Diffusion-DPO's) or snr_share"
-    )
-    timestep_range: tuple[Weight, Weight] = Field(
-        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
-    )
-    decisions_per_pair: int = Field(
-        1, ge=1, le=MOST, description="steps sampled per pair per epoch, each with its own noise"
-    )
-    target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
-        "posterior_mean", description="x_s: given x_0, sampled given x_0, or online as the sampler sampled it"
-    )
-    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
-
-    kl_coef: float | None = Field(
-        None, ge=0, le=LARGEST, description="price of one nat of KL; 2 beta (corrected) or 0 when not given"
-    )
-    reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
-        "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
-    )
-    old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
-    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected image's error")
-    loser_clip: OrInfinite | None = Field(
-        None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
-    )
-    max_winner_error: OrInfinite = Field(
-        2.0, gt=1, description="stop when the chosen images' error is this many times the reference's"
-    )
-
-    @property
-    def online(self) -> bool:
-        return self.pairs is None
-
-    def cross_checks(self) -> Iterator[str]:
-        yield from weight_checks(self.reward, self.reward_weights)
-        if (self.beta is None) == (self.beta_dpo is None):
-            yield "give either beta (per nat) or beta_dpo (Diffusion-DPO's, for mean squared errors)"
-        if self.online and (self.prompts is None or self.reward is None):
-            yield "give pairs, or prompts and a reward to sample and judge pairs online"
-        if not self.online and self.prompts is not None:
-            yield "prompts are sampled and judged online, pairs bring their own: leave one of the two out"
-        if self.online and self.samples_per_epoch % self.group_size:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
-                "change one of them"
-            )
-        if self.target == "logged" and (not self.online or self.sampler.is_deterministic):
-            yield "target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
-        if self.target == "logged" and self.caption_dropout:
-            yield "target=logged trains on steps sampled with the caption: leave caption_dropout out"
-        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
-        if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
-            yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
-        if self.loss_type != "sigmoid" and self.label_smoothing:
-            yield f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out"
-        if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
-            yield "reward_mode and old_refresh belong to variant=corrected: leave them out or set that"
 
 
 def beta_of(config: DiffusionDPOConfig, schedule: DiffusionSchedule, steps: Tensor, dimensions: int) -> float:

@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.data.prompts import Prompt, PromptsConfig
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.errors import problems_of
 from diffusion_align.report import before_after, image_grid, save_png
 from diffusion_align.rewards.base import RewardError, call_reward
-from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks
-from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
+from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.policy_trainer import PREVIEWED, Previews
 from diffusion_align.training.randomness import generator
-
-
-class ImageEvaluationConfig(EvaluationConfig):
-    """Images of fixed prompts, sampled from fixed noise every few epochs and scored by a held-out reward."""
-
-    reward: RewardSetting = Field(None, description="the held-out reward; null measures diversity alone")
-    prompts: PromptsConfig | None = Field(None, description="as for training; the prompts of the training if null")
-    pictures: int = Field(32, ge=2, le=MOST, description="how many images; the prompts take turns")
-    diversity: str = Field(
-        "clip", description="distance between two images: pixels, the CLIP that suits the model (clip) or another one"
-    )
-
-    def name_checks(self) -> Iterator[str]:
-        yield from reward_checks(self.reward, "image")
-        yield from (f"diversity: {problem}" for problem in problems_of(check_diversity, self.diversity))
-
-
-class ImageStopConfig(StopConfig):
-    """Also when images come to be all alike."""
-
-    diversity_below: float | None = Field(None, gt=0, le=LARGEST, description="in the unit of evaluation.diversity")
-
-    def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
-        reasons = super().broken(row, evaluation)
-        diversity, least = row.get("diversity"), self.diversity_below
-        if least is not None and diversity is not None and diversity < least:
-            reasons.append(f"the diversity is {diversity:.4g}, below stop_when.diversity_below={least:g}")
-        return reasons
 
 
 @dataclass

@@ -9,17 +9,16 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
-from diffusion_align.training.config import LoRASettings
 from diffusion_align.training.finite import all_finite
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -28,14 +27,6 @@ CACHED_PROMPTS = 2048
 PROMPT_BATCH = 8
 """Prompts in every pass of the text encoders, the last ones of which repeat one if there are fewer: with one shape for
 all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
-
-
-class LoRAConfig(LoRASettings):
-    """Low-rank adapters on the UNet."""
-
-    layers: Literal["attention", "attention+convolutions"] = Field(
-        "attention", description="small models need the convolutions of the residual blocks as well"
-    )
 
 
 class DenoisingPolicy:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.samplers import scheduler_config
-from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.diffusion.transitions import GaussianTransition, Reduction, denoise
 from diffusion_align.models.image_pipelines import diffusers_scheduler
 

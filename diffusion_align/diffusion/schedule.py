@@ -14,49 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.samplers import SAMPLERS, Sampler, Step, find_sampler, scheduler_config
+from diffusion_align.diffusion.settings import SamplerConfig  # noqa: F401, from where model cards import it
 from diffusion_align.errors import UserError, foreign_code
-from diffusion_align.training.config import Section
 
 _PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-class SamplerConfig(Section):
-    """How images are sampled, in training and for the grids."""
-
-    name: str = Field("ddim", description="ddim, ddpm, or a function of your own: module:function, file.py:function")
-    steps: int = Field(50, ge=1, le=MOST, description="denoising steps per image")
-    eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
-    guidance_scale: float = Field(5.0, ge=1, le=LARGEST, description="1 switches guidance off")
-    options: dict[str, Any] = Field(default_factory=dict, description="further options of a sampler of your own")
-
-    @field_validator("name")
-    @classmethod
-    def _found(cls, name: str) -> str:
-        try:
-            find_sampler(name)
-        except UserError as error:
-            raise ValueError(str(error).removeprefix(f"sampler={name!r} is unknown: ")) from error
-        return name
-
-    @model_validator(mode="after")
-    def _takes_options(self) -> SamplerConfig:
-        if self.options and self.name in SAMPLERS:
-            raise ValueError(f"{self.name} takes no options: leave them out")
-        return self
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether no step has a density; of a sampler of one's own its table says so."""
-        return self.name == "ddim" and self.eta == 0
-
-    def schedule(self, scheduler: Any) -> DiffusionSchedule:
-        """``build_schedule`` with these settings; the sampler's options are ``eta`` and those of ``options``."""
-        return build_schedule(scheduler, self.steps, sampler=self.name, options={"eta": self.eta, **self.options})
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,30 +10,20 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from diffusion_align.data.prompts import Prompt, check_image_prompts, items_of_epoch
-from diffusion_align.data.sources import in_python
-from diffusion_align.diffusion.evaluation import (
-    ImageEvaluation,
-    ImageEvaluationConfig,
-    ImagePreviews,
-    ImageStopConfig,
-    sample_images,
-)
-from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.data.prompts import Prompt, items_of_epoch
+from diffusion_align.diffusion.evaluation import ImageEvaluation, ImagePreviews, sample_images
+from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
-from diffusion_align.diffusion.schedule import DiffusionSchedule, SamplerConfig
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import DenoisingConfig, ImageStopConfig
 from diffusion_align.diffusion.transitions import Reduction
-from diffusion_align.errors import ConfigError, problems_of
 from diffusion_align.models.model_card import facts_of, write_model_card
-from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
-from diffusion_align.rewards.settings import reward_checks
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
-from diffusion_align.training.config import PolicyConfig, TrainingConfig
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.policy_trainer import PolicyTrainer
@@ -41,46 +31,6 @@ from diffusion_align.training.randomness import generator
 from diffusion_align.writing import new_folder
 
 Batch = TypeVar("Batch")
-
-
-class DenoisingConfig(PolicyConfig):
-    """What every method that trains a diffusion model has."""
-
-    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
-    _listed = field_validator("show_prompts", mode="before")(in_python)
-    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
-    weights_variant: str | None = Field(None, description="weight files of the model to choose, e.g. fp16")
-    base_config: str | None = Field(
-        None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
-    )
-    family: str | None = Field(
-        None, description="for a model that is not Stable Diffusion: a model family of your own, file.py:Class"
-    )
-
-    evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
-    stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
-
-    def cross_checks(self) -> Iterator[str]:
-        try:
-            check_image_prompts(self.show_prompts or [], name="show_prompts")
-        except ConfigError as error:
-            yield from error.problems
-        yield from self.stop_when.unmeasured(self.evaluation)
-        if self.stop_when.diversity_below is not None and self.evaluation is None:
-            yield "stop_when.diversity_below needs evaluations: set evaluation, or leave it out"
-        # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
-        if self.dtype == "float16" and self.mixed_precision in ("bf16", "auto") and not torch.cuda.is_available():
-            yield (
-                f"dtype=float16 with mixed_precision={self.mixed_precision} needs a GPU: use dtype=bfloat16, or "
-                "mixed_precision=no"
-            )
-
-    def name_checks(self) -> Iterator[str]:
-        own = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
-        own["lora_layers"] = self.lora.layers if self.lora else None
-        yield from problems_of(check_image_model, self.model, **own)
-        yield from reward_checks(getattr(self, "reward", None), "image")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diffusion_align.diffusion.samplers import Step
 from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import Weighting
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
 
 Reduction = Literal["sum", "mean"]
-Weighting = Literal["exact", "uniform", "snr_share"]
 
 
 @dataclass(frozen=True)

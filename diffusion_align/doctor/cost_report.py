@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_align.diffusion.policy import peft_config
-from diffusion_align.diffusion.trainer import DenoisingConfig
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.memory import NetworkCost, decoder_cost, network_cost, parameter_counts
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora

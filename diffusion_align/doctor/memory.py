@@ -17,7 +17,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from diffusion_align.diffusion.policy import LoRAConfig, peft_config
+from diffusion_align.diffusion.policy import peft_config
+from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.models.families import ModelFamily
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)

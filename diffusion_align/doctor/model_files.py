@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.assets import asset_path
-from diffusion_align.diffusion.trainer import DenoisingConfig
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.doctor.memory import parameter_counts
 from diffusion_align.errors import UserError

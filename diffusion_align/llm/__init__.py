@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from diffusion_align.lazy import offered
 
 if TYPE_CHECKING:
-    from diffusion_align.llm.dpo import DPOConfig, DPOTrainer
-    from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
-    from diffusion_align.llm.kto import KTOConfig, KTOTrainer
-    from diffusion_align.llm.ppo import PPOConfig, PPOTrainer
-    from diffusion_align.llm.reward_model import RewardModelConfig, RewardModelTrainer
+    from diffusion_align.llm.dpo import DPOTrainer
+    from diffusion_align.llm.grpo import GRPOTrainer
+    from diffusion_align.llm.kto import KTOTrainer
+    from diffusion_align.llm.ppo import PPOTrainer
+    from diffusion_align.llm.reward_model import RewardModelTrainer
+    from diffusion_align.llm.settings import DPOConfig, GRPOConfig, KTOConfig, PPOConfig, RewardModelConfig
 
 __all__ = [
     "DPOConfig",

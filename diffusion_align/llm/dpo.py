@@ -21,13 +21,11 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.bounds import LARGEST
 from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.estimators import (
     dpo_loss,
@@ -42,88 +40,14 @@ from diffusion_align.estimators import (
     simpo_loss,
     trajectory_dpo_loss,
 )
-from diffusion_align.llm.dynamic_beta import DynamicBeta, DynamicBetaConfig, prompt_features
-from diffusion_align.llm.preferences import PreferenceBatch, PreferenceConfig, PreferenceTrainer, given_preferences
+from diffusion_align.llm.dynamic_beta import DynamicBeta, prompt_features
+from diffusion_align.llm.preferences import PreferenceBatch, PreferenceTrainer, given_preferences
 from diffusion_align.llm.reference_file import ReferenceFile
-from diffusion_align.training.config import Weight
+from diffusion_align.llm.settings import DPOConfig
 from diffusion_align.training.context import EpochCost, Metric
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
-
-# What only some losses have: setting -> those losses.
-_BELONGS = {
-    "label_smoothing": ("sigmoid", "robust"),
-    "simpo_margin": ("simpo",),
-    "orpo_weight": ("orpo",),
-    "gamma": ("trajectory",),
-}
-_WITHOUT_REFERENCE = ("simpo", "orpo")
-
-
-class DPOConfig(PreferenceConfig):
-    """Settings of DPOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
-
-    method: str = Field("dpo", description="the training method")
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = Field(
-        "sigmoid", description="the preference loss; simpo and orpo need no reference"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
-    simpo_margin: Weight = Field(0.0, description="simpo: by how much beta h has to be above 0")
-    orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: of the odds ratio")
-    gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount per token")
-    sft_weight: float = Field(0.0, ge=0, le=LARGEST, description="of the chosen one's mean log-prob")
-    precompute_ref_log_probs: bool = Field(
-        False, strict=True, description="call the reference once; a fully trained model then needs no frozen copy"
-    )
-    dynamic_beta: DynamicBetaConfig | None = Field(None, description="a beta for each prompt, which starts at `beta`")
-
-    sample_from: Literal["policy", "reference"] = Field("policy", description="online: whose completions are judged")
-    pair_selection: Literal["best_worst", "best_rest", "rso"] = Field(
-        "best_worst",
-        description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
-    )
-    rso_beta: float = Field(0.5, ge=1e-6, le=LARGEST, description="rso: reward that is worth a factor e")
-
-    @property
-    def reference_free(self) -> bool:
-        return self.loss_type in _WITHOUT_REFERENCE
-
-    @property
-    def needs_reference(self) -> bool:
-        called = self.sample_from == "reference" or self.stop_when.kl_above is not None
-        return called or not (self.reference_free or self.precompute_ref_log_probs)
-
-    def cross_checks(self) -> Iterator[str]:
-        for name, losses in _BELONGS.items():
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.loss_type not in losses:
-                yield f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out"
-        if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
-            yield f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight"
-        if self.pair_selection != "rso" and self.rso_beta != type(self).model_fields["rso_beta"].default:
-            yield f"rso_beta={self.rso_beta:g} belongs to pair_selection=rso: leave one of the two out"
-        if self.loss_type == "orpo" and self.sft_weight:
-            yield "loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out"
-        of_reference = {
-            "precompute_ref_log_probs": self.precompute_ref_log_probs,
-            "dynamic_beta": self.dynamic_beta is not None,
-            "reference_model": self.reference_model is not None and self.sample_from == "policy",
-        }
-        if self.reference_free and any(of_reference.values()):
-            given = " and ".join(name for name, is_given in of_reference.items() if is_given)
-            yield f"loss_type={self.loss_type} uses no reference: leave {given} out"
-        if self.online and self.precompute_ref_log_probs:
-            yield "precompute_ref_log_probs is for a dataset: online every epoch has new completions"
-        if not self.online and (self.sample_from != "policy" or self.pair_selection != "best_worst"):
-            yield "sample_from and pair_selection judge online, dataset has its pairs: leave them out"
-        if self.pair_selection == "best_rest" and self.loss_type != "sigmoid":
-            yield (
-                f"pair_selection=best_rest gives several rejected, which loss_type={self.loss_type} cannot use: "
-                "use sigmoid"
-            )
-        if self.pair_selection == "rso" and self.sample_from != "reference":
-            yield "pair_selection=rso accepts completions of the reference: set sample_from=reference"
 
 
 class DPOTrainer(PreferenceTrainer[PreferenceBatch]):

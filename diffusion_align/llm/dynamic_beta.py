@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.bounds import HIGHEST_RANK, LARGEST
 from diffusion_align.estimators import (
     BetaNetwork,
     beta_entropy_penalty,
@@ -19,30 +14,8 @@ from diffusion_align.estimators import (
     categorical_entropy,
 )
 from diffusion_align.llm.policy import LanguagePolicy, Sequences
-from diffusion_align.training.config import Section
+from diffusion_align.llm.settings import DynamicBetaConfig
 from diffusion_align.training.randomness import generator
-
-
-class DynamicBetaConfig(Section):
-    """beta(x), which is ``beta`` for every prompt before training; see ``estimators.dynamic_beta``."""
-
-    beta_min: float = Field(0.01, ge=0, le=LARGEST, description="below it beta(x) is penalized")
-    beta_max: float = Field(1.0, gt=0, le=LARGEST, description="above it beta(x) is penalized")
-    range_weight: float = Field(1.0, ge=0, le=LARGEST, description="of leaving [beta_min, beta_max]")
-    smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the squared slope in the embedding")
-    entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the distance to alpha x entropy")
-    alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta for a nat of the reference's entropy")
-    hidden: int = Field(64, ge=1, le=HIGHEST_RANK, description="width of the network")
-    convention: Literal["product", "inverse"] = Field(
-        "product", description="the loss has beta(x) h, or h / beta(x) as [003] prints it"
-    )
-    detach: bool = Field(True, strict=True, description="false: the preference loss trains beta too (it runs away)")
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.beta_min > self.beta_max:
-            yield f"beta_min={self.beta_min:g} is more than beta_max={self.beta_max:g}: change one of them"
-        if self.detach and not (self.range_weight or self.smoothness_weight or self.entropy_weight):
-            yield "range_weight, smoothness_weight and entropy_weight are all 0, so nothing is learned: raise one"
 
 
 class DynamicBeta:

@@ -13,18 +13,14 @@ RLHF", 2025, §4), rho = pi/pi_old, r = pi_ref/pi_old, beta the price of one nat
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
-from diffusion_align.errors import short
 from diffusion_align.estimators import (
     categorical_kl,
     group_advantages,
@@ -37,99 +33,12 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored, Sequences, pad_to
-from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
-from diffusion_align.llm.trainer import LossType, kl_metrics, per_sample
-from diffusion_align.training.aliases import other_words
-from diffusion_align.training.config import OrInfinite
+from diffusion_align.llm.policy_gradient import PolicyGradientTrainer
+from diffusion_align.llm.settings import GRPOConfig
+from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.context import EpochCost
 from diffusion_align.training.statistics import equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
-
-KLForm = Literal[
-    "k1_reward",
-    "k2_reward",
-    "k3_reward",
-    "k3_gradient_reward",
-    "k1_loss",
-    "k2_loss",
-    "k3_loss",
-    "full_vocabulary",
-]
-
-
-class GRPOConfig(PolicyGradientConfig):
-    """Settings of GRPOTrainer; see ``PolicyGradientConfig`` for the others."""
-
-    method: str = Field("grpo", description="the training method")
-    inner_epochs: int = Field(
-        1,
-        ge=1,
-        le=MOST,
-        validation_alias=AliasChoices("inner_epochs", "num_iterations"),
-        description="passes over an epoch's samples; `num_iterations` is the same",
-    )
-
-    ratio_level: Annotated[Literal["token", "sequence"], other_words(decision="token")] = Field(
-        "token", description="one ratio per token, or per completion (sequence)"
-    )
-    loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
-
-    advantages: Literal["group", "leave_one_out"] = Field(
-        "group",
-        description="reward minus its group's mean, divided by what scale_rewards says; or minus the mean of "
-        "the rest of its group, undivided (RLOO)",
-    )
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="whose std the rewards are divided by"
-    )
-    clip_std: tuple[OrInfinite, OrInfinite] = Field(
-        (0.0, math.inf), description="bounds on the std that rewards are divided by"
-    )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize", description="of several rewards: the advantage of their sum, or the sum of each one's"
-    )
-    mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
-
-    beta: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
-    kl: KLForm = Field("k1_reward", description="where the KL stands and how it is estimated")
-    kl_gradient: Literal["unbiased", "direct"] = Field("unbiased", description="of the KL as a loss, see `kl_loss`")
-    credit: Literal["step", "to_go"] = Field("step", description="k1_reward: to_go charges a token with later ones' KL")
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.beta > 0 or super().needs_reference
-
-    @property
-    def logs_kl(self) -> bool:
-        return self.needs_reference or self.lora is not None
-
-    @property
-    def compared(self) -> int:
-        """Completions of an epoch whose KL to the reference is measured.
-
-        Without a price of it only some, to see how far the policy has gone: 2 % of the epoch's passes (a backward pass
-        counts as two), or four.
-        """
-        every = self.samples_per_epoch
-        return every if self.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * self.inner_epochs))))
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.num_generations < 2:
-            yield "num_generations=1 leaves nothing to compare a completion with: use 2 or more"
-        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
-            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
-        if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
-            setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={short(self.reference_model)}"
-            yield f"{setting} has no effect while beta=0: set beta above 0, or leave it out"
-        if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or self.clip_std != (0.0, math.inf)):
-            setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "clip_std"
-            yield f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out"
-        elif self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
-            yield "clip_std bounds a std by which scale_rewards=none does not divide: leave one out"
-        if self.credit == "to_go" and self.kl != "k1_reward":
-            yield f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them"
-        if self.kl_gradient == "direct" and not self.kl.endswith("_loss"):
-            yield f"kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them"
 
 
 @dataclass(frozen=True)

@@ -17,47 +17,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.text_rows import LabelledRow
 from diffusion_align.estimators import kl_value, kto_loss, masked_sum
 from diffusion_align.llm.policy import Sequences, pack, widest_float
-from diffusion_align.llm.preferences import PreferenceConfig, PreferenceTrainer
-from diffusion_align.training.config import Weight
+from diffusion_align.llm.preferences import PreferenceTrainer
+from diffusion_align.llm.settings import KTOConfig
 from diffusion_align.training.context import EpochCost, Metric
 from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
-
-
-class KTOConfig(PreferenceConfig):
-    """Settings of KTOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
-
-    method: str = Field("kto", description="the training method")
-    desirable_weight: float = Field(
-        1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
-    )
-    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
-    kl_samples: int = Field(64, ge=1, le=MOST, description="most mismatched pairs per epoch for the reference point")
-    desirable_above: Weight | None = Field(
-        None, description="online: reward; the mean of its prompt's completions when not given"
-    )
-
-    @property
-    def fewest_generations(self) -> int:
-        return 2 if self.desirable_above is None else 1
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.desirable_weight == self.undesirable_weight == 0:
-            yield "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one"
-        if not self.online and self.desirable_above is not None:
-            yield "desirable_above judges online, dataset has labels: leave one of the two out"
-        if self.samples_per_epoch < 2 * (self.num_generations if self.online else 1):
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} holds one prompt, and the reference point needs two: "
-                "raise it"
-            )
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,16 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.data.text_encoding import context_length, eos_token_ids
 from diffusion_align.errors import UserError
 from diffusion_align.estimators import token_log_probs
 from diffusion_align.estimators.masked import at_least_float32
+from diffusion_align.llm.settings import LoRAConfig
 from diffusion_align.models.lora import (
     adapter_layers,
     add_lora,
@@ -32,7 +31,6 @@ from diffusion_align.models.lora import (
     save_peft,
     switched_off,
 )
-from diffusion_align.training.config import LoRASettings
 from diffusion_align.writing import new_folder
 
 IGNORED = -100
@@ -41,14 +39,6 @@ IGNORED = -100
 _WITHOUT_CACHE = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "openai-gpt"}
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
-
-
-class LoRAConfig(LoRASettings):
-    """Low-rank adapters on the language model."""
-
-    rank: int = Field(16, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
-    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; twice the rank when not given")
-    layers: Literal["all-linear", "attention"] = Field("all-linear", description="that get an adapter")
 
 
 @dataclass(frozen=True)

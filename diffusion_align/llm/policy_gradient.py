@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST
 from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, importance_ratio
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored
-from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
+from diffusion_align.llm.settings import PolicyGradientConfig
+from diffusion_align.llm.trainer import TextTrainer
 from diffusion_align.training.context import EpochCost
 from diffusion_align.training.statistics import first_pass_deviation, ratio_statistics
 
 Batch = TypeVar("Batch")
 MOST_DEVIATION = 1e-2
 """Of the ratio from 1 on the first pass in float32; rounding is some 1e-5."""
-
-
-class PolicyGradientConfig(OnlineConfig):
-    """Prompts, rewards and the clip of the ratio."""
-
-    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
-    epsilon_high: float | None = Field(None, gt=0, le=LARGEST, description="clip of the ratio above 1")
-    logp_old: Literal["rollout", "recomputed"] = Field(
-        "rollout",
-        description="log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)",
-    )
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.prompts is None or self.reward is None:
-            yield "prompts and reward must both be given"
 
 
 class PolicyGradientTrainer(TextTrainer[Batch]):

@@ -14,69 +14,22 @@ that many nats (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
-from diffusion_align.bounds import LARGEST, MOST, MOST_ROWS
 from diffusion_align.estimators import gae, kl_reward, masked_whiten, value_loss
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored, Sequences, pad_to
-from diffusion_align.llm.policy_gradient import PolicyGradientConfig, PolicyGradientTrainer
+from diffusion_align.llm.policy_gradient import PolicyGradientTrainer
+from diffusion_align.llm.settings import PPOConfig
 from diffusion_align.llm.trainer import kl_metrics, per_sample
-from diffusion_align.training.config import OrInfinite
 from diffusion_align.training.context import EpochCost, Metric
 from diffusion_align.training.trainer import TrainingPlan
-
-
-class PPOConfig(PolicyGradientConfig):
-    """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
-
-    method: str = Field("ppo", description="the training method")
-    num_generations: int = Field(1, ge=1, le=MOST, description="completions per prompt per epoch")
-    inner_epochs: int = Field(
-        1,
-        ge=1,
-        le=MOST,
-        validation_alias=AliasChoices("inner_epochs", "num_ppo_epochs"),
-        description="passes over an epoch's samples; `num_ppo_epochs` is the same",
-    )
-
-    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
-    whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
-    value_coef: float = Field(0.1, ge=0, le=LARGEST, description="weight of the value loss")
-    value_clip: OrInfinite | None = Field(
-        0.2, ge=0, description="how far a value may go from that of sampling; null: free"
-    )
-
-    kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of one nat of KL to the reference")
-    kl_target: float | None = Field(None, gt=0, le=LARGEST, description="nats per completion; moves kl_coef")
-    kl_horizon: int = Field(
-        10_000, ge=1, le=MOST_ROWS, description="completions in which kl_coef changes by a fifth at most"
-    )
-    missing_eos_penalty: float = Field(
-        0.0, ge=0, le=LARGEST, description="subtracted from the reward of a completion without an end of sequence"
-    )
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_coef > 0 or super().needs_reference
-
-    @property
-    def logs_kl(self) -> bool:
-        return self.kl_coef > 0
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.kl_coef == 0 and self.reference_model is not None:
-            yield "reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out"
-        if self.kl_target is not None and self.kl_coef == 0:
-            yield "kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from"
 
 
 @dataclass(frozen=True)

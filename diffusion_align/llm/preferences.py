@@ -7,51 +7,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig
+from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.llm.policy import Sequences, pack
-from diffusion_align.llm.trainer import OnlineConfig, TextTrainer
+from diffusion_align.llm.settings import PreferenceConfig
+from diffusion_align.llm.trainer import TextTrainer
 
 Batch = TypeVar("Batch")
-
-
-class PreferenceConfig(OnlineConfig):
-    """Rows of a dataset, or prompts whose completions a reward judges in every epoch (online).
-
-    ``samples_per_epoch`` counts rows, or online completions.
-    """
-
-    dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or Hub id")
-    num_generations: int = Field(4, ge=1, le=MOST, description="online: completions per prompt per epoch")
-    beta: float = Field(0.1, gt=0, le=LARGEST, description="price of one nat of log-ratio to the reference")
-
-    @property
-    def online(self) -> bool:
-        return self.dataset is None
-
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
-    @property
-    def fewest_generations(self) -> int:
-        """Fewest completions per prompt that can be compared online."""
-        return 2
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.online and (self.prompts is None or self.reward is None):
-            yield "give dataset, or prompts and a reward to sample and judge completions online"
-        if not self.online and self.prompts is not None:
-            yield "prompts are completed and judged online, dataset has completions: leave one of them out"
-        if self.online and self.num_generations < self.fewest_generations:
-            yield (
-                f"num_generations={self.num_generations} leaves nothing to compare a completion with: "
-                f"use {self.fewest_generations} or more"
-            )
 
 
 class PreferenceTrainer(TextTrainer[Batch]):

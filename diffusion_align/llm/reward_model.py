@@ -12,7 +12,7 @@ Loss of a pair with scores r_w, r_l and probability p that the first is preferre
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,45 +20,23 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
-from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.data.text_encoding import context_length, continuation_tokens
-from diffusion_align.data.text_rows import PreferenceRow, TextDataConfig, rows_name
-from diffusion_align.errors import TrainingError, UserError, problems_of
+from diffusion_align.data.text_rows import PreferenceRow, rows_name
+from diffusion_align.errors import TrainingError, UserError
 from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.estimators.masked import at_least_float32
-from diffusion_align.llm.policy import LoRAConfig, Sequences, pack, padding_token, peft_config, save_model
-from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.llm.policy import Sequences, pack, padding_token, peft_config, save_model
+from diffusion_align.llm.settings import LoRAConfig, RewardModelConfig
 from diffusion_align.models.lora import add_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, RunContext
 from diffusion_align.training.finite import MORE_ROOM, all_finite
 from diffusion_align.training.statistics import agreement
 from diffusion_align.training.trainer import Trainer, TrainingPlan
-
-
-class RewardModelConfig(TrainingConfig):
-    """Settings of RewardModelTrainer; see ``TrainingConfig`` for those of every trainer.
-
-    ``samples_per_epoch`` counts pairs; a row with several rejected completions is as many pairs.
-    """
-
-    method: str = Field("reward_model", description="the training method")
-    dataset: TextDataConfig = Field(description="preferences: list, file or Hub id")
-    eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
-    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
-    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
-    center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², pulls them to 0")
-
-    def name_checks(self) -> Iterator[str]:
-        yield from problems_of(language_model_ref, self.model, ("causal", "classifier"))
 
 
 class RewardModel:

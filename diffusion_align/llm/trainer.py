@@ -7,133 +7,40 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
-from pydantic import AliasChoices, Field, field_validator
 from torch import Tensor, nn
 
-from diffusion_align.bounds import MOST
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.data.sources import in_python
 from diffusion_align.data.text_rows import (
     LabelledRow,
     PreferenceRow,
     PromptRow,
-    TextDataConfig,
     prompts_of,
     rows_name,
 )
-from diffusion_align.errors import ConfigError, TrainingError, problems_of
+from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import kl_value, masked_mean, masked_sum
 from diffusion_align.llm.collection import Collected, WeightedRewards, completion_metrics, trainer_state
-from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, Sequences, pad_to, widest_float
+from diffusion_align.llm.policy import LanguagePolicy, Sequences, pad_to, widest_float
 from diffusion_align.llm.previews import TextPreviews
 from diffusion_align.llm.rollout import Completions, joined, rollout
-from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.llm.settings import LossType, TextConfig
 from diffusion_align.models.model_card import write_model_card
-from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, sample_and_score
-from diffusion_align.training.config import PolicyConfig, TrainingConfig, Weight
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Metric, RunContext
-from diffusion_align.training.evaluation import Evaluation, EvaluationConfig, StopConfig
+from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.finite import require_finite_logits
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.settings import StopConfig
 
 Batch = TypeVar("Batch")
-LossType = Literal["grpo", "dapo", "dr_grpo"]
-
-
-class TextEvaluationConfig(EvaluationConfig):
-    """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by a held-out reward."""
-
-    reward: RewardSetting = Field(description="the held-out reward, or a list of them")
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-    prompts: TextDataConfig | None = Field(
-        None,
-        validation_alias=AliasChoices("prompts", "dataset"),
-        description="as for training; the prompts of the training if null; `dataset` is the same",
-    )
-    samples: int = Field(32, ge=2, le=MOST, description="how many completions; the prompts take turns")
-
-    def cross_checks(self) -> Iterator[str]:
-        yield from weight_checks(self.reward, self.reward_weights)
-
-    def name_checks(self) -> Iterator[str]:
-        yield from reward_checks(self.reward, "text")
-
-
-class TextConfig(PolicyConfig):
-    """What every method that trains a language model has."""
-
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
-    reference_model: str | None = Field(
-        None, description="name, folder or Hub id of another reference with the same tokens; the model as it is if null"
-    )
-    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
-    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
-    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
-    show_prompts: list[Any] | None = Field(
-        None, description="prompts of the samples; the first of the data when not given"
-    )
-    _listed = field_validator("show_prompts", mode="before")(in_python)
-
-    evaluation: TextEvaluationConfig | None = Field(None, description="a held-out reward on fixed prompts")
-    stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the policy must keep a reference beside the trained model: where a setting needs one."""
-        return self.reference_model is not None or self.stop_when.kl_above is not None
-
-    @property
-    def logs_kl(self) -> bool:
-        """Whether every epoch logs ``kl_path``; else evaluations do."""
-        return False
-
-    def cross_checks(self) -> Iterator[str]:
-        if self.stop_when.kl_above is not None and not self.logs_kl and self.evaluation is None:
-            yield (
-                "stop_when.kl_above needs the KL, which this run measures only in evaluations: set evaluation, or "
-                "leave it out"
-            )
-        yield from self.stop_when.unmeasured(self.evaluation)
-
-    def name_checks(self) -> Iterator[str]:
-        yield from problems_of(language_model_ref, self.model)
-        if self.reference_model is not None:
-            found = problems_of(language_model_ref, self.reference_model)
-            yield from (problem.replace("model=", "reference_model=", 1) for problem in found)
-        yield from reward_checks(getattr(self, "reward", None), "text")
-
-
-class OnlineConfig(TextConfig):
-    """What methods have that sample completions and score them with rewards."""
-
-    prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or Hub id")
-    reward: RewardSetting = Field(
-        None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
-    )
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
-    num_generations: int = Field(8, ge=1, le=MOST, description="completions per prompt per epoch")
-
-    @property
-    def online(self) -> bool:
-        """Whether completions are sampled, not given."""
-        return True
-
-    def cross_checks(self) -> Iterator[str]:
-        yield from weight_checks(self.reward, self.reward_weights)
-        if self.online and self.samples_per_epoch % self.num_generations:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
-                f"num_generations={self.num_generations}: change one of them"
-            )
 
 
 @dataclass

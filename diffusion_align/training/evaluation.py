@@ -9,68 +9,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from diffusion_align.bounds import MOST
 from diffusion_align.interrupt import Overdue
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.rewards.settings import RewardSetting
-from diffusion_align.training.config import OrInfinite, Section
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
 from diffusion_align.writing import write_text
 
 SUMMARY = "evaluation.json"
 """In a run folder: the best evaluation, and why the run stopped if a rule ended it."""
-
-
-class EvaluationConfig(Section):
-    """What every held-out evaluation has."""
-
-    reward: RewardSetting = Field(None, description="the held-out reward")
-    every: int = Field(1, ge=1, le=MOST, description="epochs")
-
-
-class StopConfig(Section):
-    """When a run ends before its last epoch: as soon as one of these holds."""
-
-    kl_above: OrInfinite | None = Field(
-        None, gt=0, description="nats of a whole sample, kl_path less two standard errors"
-    )
-    gold_falling: int | None = Field(
-        None, ge=1, le=MOST, description="evaluations in a row in which the held-out reward is below its best"
-    )
-
-    def unmeasured(self, evaluation: EvaluationConfig | None) -> Iterator[str]:
-        """Sentences about rules that need what ``evaluation`` does not measure."""
-        if self.gold_falling is not None and evaluation is None:
-            yield "stop_when.gold_falling needs evaluations: set evaluation, or leave it out"
-        elif self.gold_falling is not None and evaluation is not None and evaluation.reward is None:
-            yield "stop_when.gold_falling needs a held-out reward: set evaluation.reward, or leave it out"
-
-    def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
-        """The rules that an epoch's metrics break, a sentence each."""
-        reasons = []
-        kl, error = row.get("kl_path"), row.get("kl_path_stderr", 0.0)
-        if self.kl_above is not None and kl is not None and kl - 2 * error > self.kl_above:
-            known = f"{kl:.4g} nats" + (f" (standard error {error:.2g})" if error else "")
-            reasons.append(f"the KL to the reference is {known}, above stop_when.kl_above={self.kl_above:g}")
-        best = None if evaluation is None else evaluation.best
-        if self.gold_falling is not None and evaluation and best and evaluation.falling >= self.gold_falling:
-            epoch, score = best
-            reasons.append(
-                f"the held-out reward has been below its best, {score:.4g} after epoch {epoch}, in the last "
-                f"{evaluation.falling} evaluations (stop_when.gold_falling={self.gold_falling})"
-            )
-        return reasons
 
 
 @dataclass

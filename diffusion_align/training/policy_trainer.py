@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.evaluation import SUMMARY, Evaluation, StopConfig, write_summary
+from diffusion_align.training.evaluation import SUMMARY, Evaluation, write_summary
+from diffusion_align.training.settings import StopConfig
 from diffusion_align.training.trainer import Trainer
 
 Batch = TypeVar("Batch")

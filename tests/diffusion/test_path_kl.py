@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion_align.diffusion.path_kl import choose_actions, path_kl
-from diffusion_align.training.evaluation import StopConfig
+from diffusion_align.training.settings import StopConfig
 from diffusion_align.training.statistics import UpdateStatistics
 
 # Of the embedded model in ten steps, docs/ddpo.md: the last step outweighs all others.

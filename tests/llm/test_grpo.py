@@ -12,7 +12,8 @@ from diffusion_align.estimators import aggregate, group_advantages
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.grpo import GRPOConfig, GRPOTrainer
 from diffusion_align.llm.rollout import Completions
-from diffusion_align.llm.trainer import OnlineConfig, per_sample
+from diffusion_align.llm.settings import OnlineConfig
+from diffusion_align.llm.trainer import per_sample
 from diffusion_align.training.statistics import equal_reward_metric
 from tests.helpers.enumerable import (
     REWARDS,

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from diffusion_align.llm.trainer import TextEvaluationConfig
+from diffusion_align.llm.settings import TextEvaluationConfig
 from diffusion_align.rewards import (
     REWARDS,
     TEXT_REWARDS,

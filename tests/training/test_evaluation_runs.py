@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from diffusion_align.diffusion import ddpo
-from diffusion_align.diffusion.evaluation import ImageStopConfig, mean_pairwise_distance, sample_images
+from diffusion_align.diffusion.evaluation import mean_pairwise_distance, sample_images
+from diffusion_align.diffusion.settings import ImageStopConfig
 from diffusion_align.errors import ConfigError, Interrupted
 from diffusion_align.interrupt import Overdue
 from diffusion_align.pipelines.configuration import check_config

@@ -1,0 +1,337 @@
+"""Settings of the methods that train a diffusion model; they import no torch, so that the command line is quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.data.image_pairs import PairsConfig
+from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
+from diffusion_align.data.sources import in_python
+from diffusion_align.diffusion.samplers import SAMPLERS, find_sampler
+from diffusion_align.errors import ConfigError, UserError, problems_of
+from diffusion_align.models.model_ref import check_image_model
+from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
+from diffusion_align.training.aliases import other_words
+from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, Weight
+from diffusion_align.training.settings import EvaluationConfig, StopConfig
+
+if TYPE_CHECKING:
+    from diffusion_align.diffusion.schedule import DiffusionSchedule
+    from diffusion_align.training.evaluation import Evaluation
+
+
+class SamplerConfig(Section):
+    """How images are sampled, in training and for the grids."""
+
+    name: str = Field("ddim", description="ddim, ddpm, or a function of your own: module:function, file.py:function")
+    steps: int = Field(50, ge=1, le=MOST, description="denoising steps per image")
+    eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
+    guidance_scale: float = Field(5.0, ge=1, le=LARGEST, description="1 switches guidance off")
+    options: dict[str, Any] = Field(default_factory=dict, description="further options of a sampler of your own")
+
+    @field_validator("name")
+    @classmethod
+    def _found(cls, name: str) -> str:
+        try:
+            find_sampler(name)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix(f"sampler={name!r} is unknown: ")) from error
+        return name
+
+    @model_validator(mode="after")
+    def _takes_options(self) -> SamplerConfig:
+        if self.options and self.name in SAMPLERS:
+            raise ValueError(f"{self.name} takes no options: leave them out")
+        return self
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no step has a density; of a sampler of one's own its table says so."""
+        return self.name == "ddim" and self.eta == 0
+
+    def schedule(self, scheduler: Any) -> DiffusionSchedule:
+        """``build_schedule`` with these settings; the sampler's options are ``eta`` and those of ``options``."""
+        from diffusion_align.diffusion.schedule import build_schedule
+
+        return build_schedule(scheduler, self.steps, sampler=self.name, options={"eta": self.eta, **self.options})
+
+
+class LoRAConfig(LoRASettings):
+    """Low-rank adapters on the UNet."""
+
+    layers: Literal["attention", "attention+convolutions"] = Field(
+        "attention", description="small models need the convolutions of the residual blocks as well"
+    )
+
+
+class ImageEvaluationConfig(EvaluationConfig):
+    """Images of fixed prompts, sampled from fixed noise every few epochs and scored by a held-out reward."""
+
+    reward: RewardSetting = Field(None, description="the held-out reward; null measures diversity alone")
+    prompts: PromptsConfig | None = Field(None, description="as for training; the prompts of the training if null")
+    pictures: int = Field(32, ge=2, le=MOST, description="how many images; the prompts take turns")
+    diversity: str = Field(
+        "clip", description="distance between two images: pixels, the CLIP that suits the model (clip) or another one"
+    )
+
+    def name_checks(self) -> Iterator[str]:
+        yield from reward_checks(self.reward, "image")
+        yield from (f"diversity: {problem}" for problem in problems_of(check_diversity, self.diversity))
+
+
+class ImageStopConfig(StopConfig):
+    """Also when images come to be all alike."""
+
+    diversity_below: float | None = Field(None, gt=0, le=LARGEST, description="in the unit of evaluation.diversity")
+
+    def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
+        reasons = super().broken(row, evaluation)
+        diversity, least = row.get("diversity"), self.diversity_below
+        if least is not None and diversity is not None and diversity < least:
+            reasons.append(f"the diversity is {diversity:.4g}, below stop_when.diversity_below={least:g}")
+        return reasons
+
+
+class DenoisingConfig(PolicyConfig):
+    """What every method that trains a diffusion model has."""
+
+    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
+    _listed = field_validator("show_prompts", mode="before")(in_python)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
+    weights_variant: str | None = Field(None, description="weight files of the model to choose, e.g. fp16")
+    base_config: str | None = Field(
+        None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
+    )
+    family: str | None = Field(
+        None, description="for a model that is not Stable Diffusion: a model family of your own, file.py:Class"
+    )
+
+    evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
+    stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
+
+    def cross_checks(self) -> Iterator[str]:
+        try:
+            check_image_prompts(self.show_prompts or [], name="show_prompts")
+        except ConfigError as error:
+            yield from error.problems
+        yield from self.stop_when.unmeasured(self.evaluation)
+        if self.stop_when.diversity_below is not None and self.evaluation is None:
+            yield "stop_when.diversity_below needs evaluations: set evaluation, or leave it out"
+        if self.dtype == "float16" and self.mixed_precision in ("bf16", "auto"):
+            import torch
+
+            # torch's normalization layers for CPUs do not take bf16 activations with fp16 weights.
+            if not torch.cuda.is_available():
+                yield (
+                    f"dtype=float16 with mixed_precision={self.mixed_precision} needs a GPU: use dtype=bfloat16, or "
+                    "mixed_precision=no"
+                )
+
+    def name_checks(self) -> Iterator[str]:
+        own = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
+        own["lora_layers"] = self.lora.layers if self.lora else None
+        yield from problems_of(check_image_model, self.model, **own)
+        yield from reward_checks(getattr(self, "reward", None), "image")
+
+
+class DDPOConfig(DenoisingConfig):
+    """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
+
+    method: str = Field("ddpo", description="the training method")
+    prompts: PromptsConfig = Field(
+        description="list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"
+    )
+    reward: RewardSetting = Field(
+        description="name, 'module:function', {name: ..., options}, a function, or a list of these"
+    )
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+
+    objective: Literal["ratio", "score_function"] = Field(
+        "ratio", description="clipped importance ratio, or the score function, which has no ratio"
+    )
+    logp_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="over latent dimensions: log-prob, ratio and KL alike"
+    )
+    clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
+    clip_range_nats: OrInfinite | None = Field(
+        None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
+    )
+    timestep_range: tuple[Weight, Weight] = Field(
+        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
+    )
+    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, sampled per image")
+
+    group_size: int = Field(1, ge=1, le=MOST, description="images per prompt per epoch")
+    advantages: Literal["prompt_history", "group", "leave_one_out"] = Field(
+        "prompt_history",
+        description="deviation from a prompt's mean reward in units of its std, over past epochs or the group of this "
+        "one; or reward minus the mean of the rest of the group (RLOO)",
+    )
+    history_size: int = Field(
+        32, ge=1, le=MOST, description="rewards kept per prompt; the 4096 prompts seen last are remembered"
+    )
+    history_min_count: int = Field(
+        16,
+        ge=1,
+        le=MOST,
+        description="rewards a prompt needs before its own history is used; until then, the whole epoch's",
+    )
+    clip_std: tuple[OrInfinite, OrInfinite] = Field(
+        (0.0, math.inf), description="bounds on the std a group is divided by"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize",
+        description="of several rewards: the advantage of their sum, or the sum of each one's",
+    )
+    advantage_clip: OrInfinite = Field(
+        5.0, gt=0, description="bound on an advantage; one of leave_one_out is in the unit of the reward"
+    )
+
+    kl_coef: float = Field(
+        0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference, in units of the advantage"
+    )
+    kl: Literal["closed_form", "k1_reward"] = Field(
+        "closed_form", description="KL as a loss in closed form, or its k1 estimate subtracted from the reward"
+    )
+    credit: Literal["step", "to_go"] = Field(
+        "step", description="to_go charges a step with the KL of the later ones too"
+    )
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from weight_checks(self.reward, self.reward_weights)
+        if self.reward is None:
+            yield "reward is empty: give a name, 'module:function' or a mapping"
+        if self.sampler.is_deterministic:
+            yield (
+                "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
+                "smaller positive value), and eta=0 only for sampling"
+            )
+        if self.samples_per_epoch % self.group_size:
+            yield (
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
+                "change one of them"
+            )
+        if self.advantages != "prompt_history" and self.group_size < 2:
+            yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
+        if self.advantages == "leave_one_out" and self.clip_std != (0.0, math.inf):
+            yield "clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out"
+        if self.history_min_count > self.history_size:
+            yield (
+                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
+                "would ever use its own history"
+            )
+        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
+            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
+        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
+            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
+        if self.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
+            yield (
+                "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
+            )
+
+    def nats_in_logp(self, dimensions: int) -> int:
+        """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""
+        return dimensions if self.logp_reduction == "mean" else 1
+
+    def clip_bounds(self, dimensions: int) -> tuple[float, float, float]:
+        """How far below and above 1 the ratio counts, and the upper bound on the joint log-ratio of an action, nats."""
+        low = high = self.clip_range
+        if self.clip_range_nats is not None:
+            bound = self.clip_range_nats / self.nats_in_logp(dimensions)
+            low, high = -math.expm1(-bound), math.expm1(bound)
+        return low, high, math.log1p(high) * self.nats_in_logp(dimensions)
+
+
+Weighting = Literal["exact", "uniform", "snr_share"]
+
+
+class DiffusionDPOConfig(DenoisingConfig):
+    """Settings of DiffusionDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
+
+    ``samples_per_epoch`` counts pairs, or with online judging images.
+    """
+
+    method: str = Field("diffusion_dpo", description="the training method")
+    pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
+    prompts: PromptsConfig | None = Field(
+        None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
+    )
+    reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown images")
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    group_size: int = Field(
+        4, ge=2, le=MOST, description="online: images per prompt; the best and the worst are a pair"
+    )
+
+    variant: Literal["original", "corrected"] = Field(
+        "original", description="the loss of the Diffusion-DPO paper, or eq. 36 of [000]"
+    )
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the difference of log-ratios")
+    label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
+    beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighed by `weighting`")
+    beta_dpo: float | None = Field(
+        None, gt=0, le=LARGEST, description="Diffusion-DPO's beta (2000 to 5000), for mean squared errors"
+    )
+    weighting: Annotated[Weighting, other_words(share="snr_share")] = Field(
+        "uniform", description="of the steps: exact, uniform (Diffusion-DPO's) or snr_share"
+    )
+    timestep_range: tuple[Weight, Weight] = Field(
+        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
+    )
+    decisions_per_pair: int = Field(
+        1, ge=1, le=MOST, description="steps sampled per pair per epoch, each with its own noise"
+    )
+    target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
+        "posterior_mean", description="x_s: given x_0, sampled given x_0, or online as the sampler sampled it"
+    )
+    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
+
+    kl_coef: float | None = Field(
+        None, ge=0, le=LARGEST, description="price of one nat of KL; 2 beta (corrected) or 0 when not given"
+    )
+    reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
+        "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
+    )
+    old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
+    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected image's error")
+    loser_clip: OrInfinite | None = Field(
+        None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
+    )
+    max_winner_error: OrInfinite = Field(
+        2.0, gt=1, description="stop when the chosen images' error is this many times the reference's"
+    )
+
+    @property
+    def online(self) -> bool:
+        return self.pairs is None
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from weight_checks(self.reward, self.reward_weights)
+        if (self.beta is None) == (self.beta_dpo is None):
+            yield "give either beta (per nat) or beta_dpo (Diffusion-DPO's, for mean squared errors)"
+        if self.online and (self.prompts is None or self.reward is None):
+            yield "give pairs, or prompts and a reward to sample and judge pairs online"
+        if not self.online and self.prompts is not None:
+            yield "prompts are sampled and judged online, pairs bring their own: leave one of the two out"
+        if self.online and self.samples_per_epoch % self.group_size:
+            yield (
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
+                "change one of them"
+            )
+        if self.target == "logged" and (not self.online or self.sampler.is_deterministic):
+            yield "target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
+        if self.target == "logged" and self.caption_dropout:
+            yield "target=logged trains on steps sampled with the caption: leave caption_dropout out"
+        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
+            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
+        if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
+            yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
+        if self.loss_type != "sigmoid" and self.label_smoothing:
+            yield f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out"
+        if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
+            yield "reward_mode and old_refresh belong to variant=corrected: leave them out or set that"

@@ -1,0 +1,447 @@
+"""Settings of the methods that train a language model; they import no torch, so that the command line is quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, field_validator
+
+from diffusion_align.bounds import HIGHEST_RANK, LARGEST, MOST, MOST_ROWS
+from diffusion_align.data.sources import in_python
+from diffusion_align.data.text_rows import TextDataConfig
+from diffusion_align.errors import problems_of, short
+from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
+from diffusion_align.training.aliases import other_words
+from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, TrainingConfig, Weight
+from diffusion_align.training.settings import EvaluationConfig, StopConfig
+
+
+class LoRAConfig(LoRASettings):
+    """Low-rank adapters on the language model."""
+
+    rank: int = Field(16, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
+    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; twice the rank when not given")
+    layers: Literal["all-linear", "attention"] = Field("all-linear", description="that get an adapter")
+
+
+class TextEvaluationConfig(EvaluationConfig):
+    """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by a held-out reward."""
+
+    reward: RewardSetting = Field(description="the held-out reward, or a list of them")
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    prompts: TextDataConfig | None = Field(
+        None,
+        validation_alias=AliasChoices("prompts", "dataset"),
+        description="as for training; the prompts of the training if null; `dataset` is the same",
+    )
+    samples: int = Field(32, ge=2, le=MOST, description="how many completions; the prompts take turns")
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from weight_checks(self.reward, self.reward_weights)
+
+    def name_checks(self) -> Iterator[str]:
+        yield from reward_checks(self.reward, "text")
+
+
+class TextConfig(PolicyConfig):
+    """What every method that trains a language model has."""
+
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    reference_model: str | None = Field(
+        None, description="name, folder or Hub id of another reference with the same tokens; the model as it is if null"
+    )
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
+    show_prompts: list[Any] | None = Field(
+        None, description="prompts of the samples; the first of the data when not given"
+    )
+    _listed = field_validator("show_prompts", mode="before")(in_python)
+
+    evaluation: TextEvaluationConfig | None = Field(None, description="a held-out reward on fixed prompts")
+    stop_when: StopConfig = Field(default_factory=StopConfig, description="rules that end the run early")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy must keep a reference beside the trained model: where a setting needs one."""
+        return self.reference_model is not None or self.stop_when.kl_above is not None
+
+    @property
+    def logs_kl(self) -> bool:
+        """Whether every epoch logs ``kl_path``; else evaluations do."""
+        return False
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.stop_when.kl_above is not None and not self.logs_kl and self.evaluation is None:
+            yield (
+                "stop_when.kl_above needs the KL, which this run measures only in evaluations: set evaluation, or "
+                "leave it out"
+            )
+        yield from self.stop_when.unmeasured(self.evaluation)
+
+    def name_checks(self) -> Iterator[str]:
+        yield from problems_of(language_model_ref, self.model)
+        if self.reference_model is not None:
+            found = problems_of(language_model_ref, self.reference_model)
+            yield from (problem.replace("model=", "reference_model=", 1) for problem in found)
+        yield from reward_checks(getattr(self, "reward", None), "text")
+
+
+class OnlineConfig(TextConfig):
+    """What methods have that sample completions and score them with rewards."""
+
+    prompts: TextDataConfig | None = Field(None, description="texts or messages: list, file, shipped list or Hub id")
+    reward: RewardSetting = Field(
+        None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
+    )
+    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    num_generations: int = Field(8, ge=1, le=MOST, description="completions per prompt per epoch")
+
+    @property
+    def online(self) -> bool:
+        """Whether completions are sampled, not given."""
+        return True
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from weight_checks(self.reward, self.reward_weights)
+        if self.online and self.samples_per_epoch % self.num_generations:
+            yield (
+                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
+                f"num_generations={self.num_generations}: change one of them"
+            )
+
+
+LossType = Literal["grpo", "dapo", "dr_grpo"]
+
+
+class PolicyGradientConfig(OnlineConfig):
+    """Prompts, rewards and the clip of the ratio."""
+
+    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
+    epsilon_high: float | None = Field(None, gt=0, le=LARGEST, description="clip of the ratio above 1")
+    logp_old: Literal["rollout", "recomputed"] = Field(
+        "rollout",
+        description="log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)",
+    )
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.prompts is None or self.reward is None:
+            yield "prompts and reward must both be given"
+
+
+KLForm = Literal[
+    "k1_reward",
+    "k2_reward",
+    "k3_reward",
+    "k3_gradient_reward",
+    "k1_loss",
+    "k2_loss",
+    "k3_loss",
+    "full_vocabulary",
+]
+
+
+class GRPOConfig(PolicyGradientConfig):
+    """Settings of GRPOTrainer; see ``PolicyGradientConfig`` for the others."""
+
+    method: str = Field("grpo", description="the training method")
+    inner_epochs: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        validation_alias=AliasChoices("inner_epochs", "num_iterations"),
+        description="passes over an epoch's samples; `num_iterations` is the same",
+    )
+
+    ratio_level: Annotated[Literal["token", "sequence"], other_words(decision="token")] = Field(
+        "token", description="one ratio per token, or per completion (sequence)"
+    )
+    loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
+
+    advantages: Literal["group", "leave_one_out"] = Field(
+        "group",
+        description="reward minus its group's mean, divided by what scale_rewards says; or minus the mean of "
+        "the rest of its group, undivided (RLOO)",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="whose std the rewards are divided by"
+    )
+    clip_std: tuple[OrInfinite, OrInfinite] = Field(
+        (0.0, math.inf), description="bounds on the std that rewards are divided by"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="of several rewards: the advantage of their sum, or the sum of each one's"
+    )
+    mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
+
+    beta: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
+    kl: KLForm = Field("k1_reward", description="where the KL stands and how it is estimated")
+    kl_gradient: Literal["unbiased", "direct"] = Field("unbiased", description="of the KL as a loss, see `kl_loss`")
+    credit: Literal["step", "to_go"] = Field("step", description="k1_reward: to_go charges a token with later ones' KL")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0 or super().needs_reference
+
+    @property
+    def logs_kl(self) -> bool:
+        return self.needs_reference or self.lora is not None
+
+    @property
+    def compared(self) -> int:
+        """Completions of an epoch whose KL to the reference is measured.
+
+        Without a price of it only some, to see how far the policy has gone: 2 % of the epoch's passes (a backward pass
+        counts as two), or four.
+        """
+        every = self.samples_per_epoch
+        return every if self.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * self.inner_epochs))))
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.num_generations < 2:
+            yield "num_generations=1 leaves nothing to compare a completion with: use 2 or more"
+        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
+            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
+        if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
+            setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={short(self.reference_model)}"
+            yield f"{setting} has no effect while beta=0: set beta above 0, or leave it out"
+        if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or self.clip_std != (0.0, math.inf)):
+            setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "clip_std"
+            yield f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out"
+        elif self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
+            yield "clip_std bounds a std by which scale_rewards=none does not divide: leave one out"
+        if self.credit == "to_go" and self.kl != "k1_reward":
+            yield f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them"
+        if self.kl_gradient == "direct" and not self.kl.endswith("_loss"):
+            yield f"kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them"
+
+
+class PPOConfig(PolicyGradientConfig):
+    """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
+
+    method: str = Field("ppo", description="the training method")
+    num_generations: int = Field(1, ge=1, le=MOST, description="completions per prompt per epoch")
+    inner_epochs: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        validation_alias=AliasChoices("inner_epochs", "num_ppo_epochs"),
+        description="passes over an epoch's samples; `num_ppo_epochs` is the same",
+    )
+
+    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
+    lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
+    whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
+    value_coef: float = Field(0.1, ge=0, le=LARGEST, description="weight of the value loss")
+    value_clip: OrInfinite | None = Field(
+        0.2, ge=0, description="how far a value may go from that of sampling; null: free"
+    )
+
+    kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of one nat of KL to the reference")
+    kl_target: float | None = Field(None, gt=0, le=LARGEST, description="nats per completion; moves kl_coef")
+    kl_horizon: int = Field(
+        10_000, ge=1, le=MOST_ROWS, description="completions in which kl_coef changes by a fifth at most"
+    )
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, le=LARGEST, description="subtracted from the reward of a completion without an end of sequence"
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or super().needs_reference
+
+    @property
+    def logs_kl(self) -> bool:
+        return self.kl_coef > 0
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.kl_coef == 0 and self.reference_model is not None:
+            yield "reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out"
+        if self.kl_target is not None and self.kl_coef == 0:
+            yield "kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from"
+
+
+class PreferenceConfig(OnlineConfig):
+    """Rows of a dataset, or prompts whose completions a reward judges in every epoch (online).
+
+    ``samples_per_epoch`` counts rows, or online completions.
+    """
+
+    dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or Hub id")
+    num_generations: int = Field(4, ge=1, le=MOST, description="online: completions per prompt per epoch")
+    beta: float = Field(0.1, gt=0, le=LARGEST, description="price of one nat of log-ratio to the reference")
+
+    @property
+    def online(self) -> bool:
+        return self.dataset is None
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def fewest_generations(self) -> int:
+        """Fewest completions per prompt that can be compared online."""
+        return 2
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.online and (self.prompts is None or self.reward is None):
+            yield "give dataset, or prompts and a reward to sample and judge completions online"
+        if not self.online and self.prompts is not None:
+            yield "prompts are completed and judged online, dataset has completions: leave one of them out"
+        if self.online and self.num_generations < self.fewest_generations:
+            yield (
+                f"num_generations={self.num_generations} leaves nothing to compare a completion with: "
+                f"use {self.fewest_generations} or more"
+            )
+
+
+class DynamicBetaConfig(Section):
+    """beta(x), which is ``beta`` for every prompt before training; see ``estimators.dynamic_beta``."""
+
+    beta_min: float = Field(0.01, ge=0, le=LARGEST, description="below it beta(x) is penalized")
+    beta_max: float = Field(1.0, gt=0, le=LARGEST, description="above it beta(x) is penalized")
+    range_weight: float = Field(1.0, ge=0, le=LARGEST, description="of leaving [beta_min, beta_max]")
+    smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the squared slope in the embedding")
+    entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the distance to alpha x entropy")
+    alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta for a nat of the reference's entropy")
+    hidden: int = Field(64, ge=1, le=HIGHEST_RANK, description="width of the network")
+    convention: Literal["product", "inverse"] = Field(
+        "product", description="the loss has beta(x) h, or h / beta(x) as [003] prints it"
+    )
+    detach: bool = Field(True, strict=True, description="false: the preference loss trains beta too (it runs away)")
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.beta_min > self.beta_max:
+            yield f"beta_min={self.beta_min:g} is more than beta_max={self.beta_max:g}: change one of them"
+        if self.detach and not (self.range_weight or self.smoothness_weight or self.entropy_weight):
+            yield "range_weight, smoothness_weight and entropy_weight are all 0, so nothing is learned: raise one"
+
+
+# What only some losses have: setting -> those losses.
+_BELONGS = {
+    "label_smoothing": ("sigmoid", "robust"),
+    "simpo_margin": ("simpo",),
+    "orpo_weight": ("orpo",),
+    "gamma": ("trajectory",),
+}
+
+
+_WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+class DPOConfig(PreferenceConfig):
+    """Settings of DPOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
+
+    method: str = Field("dpo", description="the training method")
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = Field(
+        "sigmoid", description="the preference loss; simpo and orpo need no reference"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
+    simpo_margin: Weight = Field(0.0, description="simpo: by how much beta h has to be above 0")
+    orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: of the odds ratio")
+    gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount per token")
+    sft_weight: float = Field(0.0, ge=0, le=LARGEST, description="of the chosen one's mean log-prob")
+    precompute_ref_log_probs: bool = Field(
+        False, strict=True, description="call the reference once; a fully trained model then needs no frozen copy"
+    )
+    dynamic_beta: DynamicBetaConfig | None = Field(None, description="a beta for each prompt, which starts at `beta`")
+
+    sample_from: Literal["policy", "reference"] = Field("policy", description="online: whose completions are judged")
+    pair_selection: Literal["best_worst", "best_rest", "rso"] = Field(
+        "best_worst",
+        description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
+    )
+    rso_beta: float = Field(0.5, ge=1e-6, le=LARGEST, description="rso: reward that is worth a factor e")
+
+    @property
+    def reference_free(self) -> bool:
+        return self.loss_type in _WITHOUT_REFERENCE
+
+    @property
+    def needs_reference(self) -> bool:
+        called = self.sample_from == "reference" or self.stop_when.kl_above is not None
+        return called or not (self.reference_free or self.precompute_ref_log_probs)
+
+    def cross_checks(self) -> Iterator[str]:
+        for name, losses in _BELONGS.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.loss_type not in losses:
+                yield f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out"
+        if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
+            yield f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight"
+        if self.pair_selection != "rso" and self.rso_beta != type(self).model_fields["rso_beta"].default:
+            yield f"rso_beta={self.rso_beta:g} belongs to pair_selection=rso: leave one of the two out"
+        if self.loss_type == "orpo" and self.sft_weight:
+            yield "loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out"
+        of_reference = {
+            "precompute_ref_log_probs": self.precompute_ref_log_probs,
+            "dynamic_beta": self.dynamic_beta is not None,
+            "reference_model": self.reference_model is not None and self.sample_from == "policy",
+        }
+        if self.reference_free and any(of_reference.values()):
+            given = " and ".join(name for name, is_given in of_reference.items() if is_given)
+            yield f"loss_type={self.loss_type} uses no reference: leave {given} out"
+        if self.online and self.precompute_ref_log_probs:
+            yield "precompute_ref_log_probs is for a dataset: online every epoch has new completions"
+        if not self.online and (self.sample_from != "policy" or self.pair_selection != "best_worst"):
+            yield "sample_from and pair_selection judge online, dataset has its pairs: leave them out"
+        if self.pair_selection == "best_rest" and self.loss_type != "sigmoid":
+            yield (
+                f"pair_selection=best_rest gives several rejected, which loss_type={self.loss_type} cannot use: "
+                "use sigmoid"
+            )
+        if self.pair_selection == "rso" and self.sample_from != "reference":
+            yield "pair_selection=rso accepts completions of the reference: set sample_from=reference"
+
+
+class KTOConfig(PreferenceConfig):
+    """Settings of KTOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
+
+    method: str = Field("kto", description="the training method")
+    desirable_weight: float = Field(
+        1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
+    )
+    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
+    kl_samples: int = Field(64, ge=1, le=MOST, description="most mismatched pairs per epoch for the reference point")
+    desirable_above: Weight | None = Field(
+        None, description="online: reward; the mean of its prompt's completions when not given"
+    )
+
+    @property
+    def fewest_generations(self) -> int:
+        return 2 if self.desirable_above is None else 1
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.desirable_weight == self.undesirable_weight == 0:
+            yield "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one"
+        if not self.online and self.desirable_above is not None:
+            yield "desirable_above judges online, dataset has labels: leave one of the two out"
+        if self.samples_per_epoch < 2 * (self.num_generations if self.online else 1):
+            yield (
+                f"samples_per_epoch={self.samples_per_epoch} holds one prompt, and the reference point needs two: "
+                "raise it"
+            )
+
+
+class RewardModelConfig(TrainingConfig):
+    """Settings of RewardModelTrainer; see ``TrainingConfig`` for those of every trainer.
+
+    ``samples_per_epoch`` counts pairs; a row with several rejected completions is as many pairs.
+    """
+
+    method: str = Field("reward_model", description="the training method")
+    dataset: TextDataConfig = Field(description="preferences: list, file or Hub id")
+    eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
+    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
+    center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², pulls them to 0")
+
+    def name_checks(self) -> Iterator[str]:
+        yield from problems_of(language_model_ref, self.model, ("causal", "classifier"))
