@@ -28,9 +28,9 @@ __all__ = [
 __getattr__, __dir__ = offered(
     __name__,
     {
-        "DDPOConfig": "diffusion_align.diffusion.ddpo",
+        "DDPOConfig": "diffusion_align.diffusion.settings",
         "DDPOTrainer": "diffusion_align.diffusion.ddpo",
-        "DiffusionDPOConfig": "diffusion_align.diffusion.dpo",
+        "DiffusionDPOConfig": "diffusion_align.diffusion.settings",
         "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
         "ImageAlignmentPipeline": "diffusion_align.pipelines.image",
         "TextAlignmentPipeline": "diffusion_align.pipelines.text",

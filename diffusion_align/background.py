@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
-import torch
-
 from diffusion_align.interrupt import Overdue
 
 Result = TypeVar("Result")
@@ -44,6 +42,8 @@ class LongLivedThread:
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """``function(*arguments)`` in the thread, waited for; at once if this is the thread."""
+        import torch
+
         if threading.current_thread() is self._thread:
             return function(*arguments)
         threads = torch.get_num_threads()  # asking for it also fixes it for this thread
@@ -63,6 +63,8 @@ class LongLivedThread:
             self._thread = None
 
     def _work(self, jobs: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]) -> None:
+        import torch
+
         while True:
             future, function, arguments = jobs.get()
             if future.set_running_or_notify_cancel():
@@ -92,6 +94,8 @@ background = LongLivedThread("diffusion-align background")
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Inside, torch computes in this thread as it does in the long-lived one: scores are the same bits in both."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 # PIL has plug-ins that run other programs (Ghostscript for EPS) or read formats that are no images (FITS, PSD):
@@ -69,6 +68,8 @@ def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Ima
     Raises:
         UnreadableImage: its values do not say what is white.
     """
+    import numpy as np
+
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block says nothing about the image
@@ -111,6 +112,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
     sRGB is told by what it does: a transform that moves no colour by more than one level would only add its rounding.
     """
+    import numpy as np
+
     try:
         transform = ImageCms.buildTransform(
             ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
@@ -128,6 +131,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def _from_16_bits(image: Image.Image, bits: tuple[int, int]) -> Image.Image:
     """Greys of 16 bits in 8, with a mask where one of them stands for transparent."""
+    import numpy as np
+
     values = np.asarray(image).astype(np.int64)
     stored, used = bits
     full = (1 << min(stored, 16)) - 1

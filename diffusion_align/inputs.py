@@ -56,10 +56,10 @@ def default_device() -> str:
 
 def check_device(device: Any, subject: str, *, error: Error = UserError) -> None:
     """Raise an ``error`` if tensors cannot be put on ``device``; None is well."""
-    import torch
-
     if device is None:
         return
+    import torch
+
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
         raise error(f"{subject} is {short(device)}: give cpu, cuda, cuda:1 or such")
     try:

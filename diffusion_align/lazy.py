@@ -3,7 +3,11 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import TypeIs
 
 
 def offered(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -24,3 +28,9 @@ def offered(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any
         return sorted({*homes, *(name for name in vars(sys.modules[package]) if name.startswith("__"))})
 
     return find, names
+
+
+def is_tensor(value: Any) -> "TypeIs[Tensor]":
+    """Whether ``value`` is one of torch's, which is not imported to find out: before it is, nothing can be."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)

@@ -1,6 +1,7 @@
 """A method is one object: the class of its trainer, which says what it needs, costs and logs (see ``Trainer``).
 
-It is found by name, by ``module:Class`` or ``file.py:Class``, or by an entry point of an installed package, group
+Its settings are another class, so that those of a shipped method are known without importing what trains. A method is
+found by name, by ``module:Class`` or ``file.py:Class``, or by an entry point of an installed package, group
 ``diffusion_align.methods``. No other file names the methods.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_align.errors import ConfigError, UserError, foreign_code, short
 from diffusion_align.references import reference_to, resolve
@@ -20,17 +21,38 @@ if TYPE_CHECKING:
 
 DEFAULT = "ddpo"
 """The method of a configuration that names none."""
+
+
+class Shipped(NamedTuple):
+    """``module:Class`` of a shipped method's trainer and of its settings, imported on first use."""
+
+    trainer: str
+    settings: str
+
+
+_IMAGE, _TEXT = "diffusion_align.diffusion", "diffusion_align.llm"
 SHIPPED = {
-    "ddpo": "diffusion_align.diffusion.ddpo:DDPOTrainer",
-    "diffusion_dpo": "diffusion_align.diffusion.dpo:DiffusionDPOTrainer",
-    "grpo": "diffusion_align.llm.grpo:GRPOTrainer",
-    "ppo": "diffusion_align.llm.ppo:PPOTrainer",
-    "dpo": "diffusion_align.llm.dpo:DPOTrainer",
-    "kto": "diffusion_align.llm.kto:KTOTrainer",
-    "reward_model": "diffusion_align.llm.reward_model:RewardModelTrainer",
+    "ddpo": Shipped(f"{_IMAGE}.ddpo:DDPOTrainer", f"{_IMAGE}.settings:DDPOConfig"),
+    "diffusion_dpo": Shipped(f"{_IMAGE}.dpo:DiffusionDPOTrainer", f"{_IMAGE}.settings:DiffusionDPOConfig"),
+    "grpo": Shipped(f"{_TEXT}.grpo:GRPOTrainer", f"{_TEXT}.settings:GRPOConfig"),
+    "ppo": Shipped(f"{_TEXT}.ppo:PPOTrainer", f"{_TEXT}.settings:PPOConfig"),
+    "dpo": Shipped(f"{_TEXT}.dpo:DPOTrainer", f"{_TEXT}.settings:DPOConfig"),
+    "kto": Shipped(f"{_TEXT}.kto:KTOTrainer", f"{_TEXT}.settings:KTOConfig"),
+    "reward_model": Shipped(f"{_TEXT}.reward_model:RewardModelTrainer", f"{_TEXT}.settings:RewardModelConfig"),
 }
-"""Name -> trainer class, imported on first use."""
 _MODELS = {"image": "a text-to-image model", "text": "this language model"}
+
+
+class Outline(NamedTuple):
+    """What is known of a shipped method before its trainer is imported: see ``Trainer`` and ``TrainingConfig``.
+
+    ``summary`` is the first line of a docstring: what the method does.
+    """
+
+    config_class: type[TrainingConfig]
+    model_kind: str | None
+    dataset_kind: str
+    summary: str
 
 
 def method_of(method: Any, kind: str | None = None) -> type[Trainer[Any]]:
@@ -46,11 +68,25 @@ def method_of(method: Any, kind: str | None = None) -> type[Trainer[Any]]:
     """
     found = _find(method)
     if kind is not None and (found is None or found.model_kind != kind):
-        fitting = ", ".join(name for name in SHIPPED if _shipped(name).model_kind == kind)
+        fitting = ", ".join(name for name in SHIPPED if outline_of(name).model_kind == kind)
         raise ConfigError([f"method={_shown(method)} does not train {_MODELS[kind]}: use one of {fitting}"])
     if found is None:
         raise ConfigError([f"method={_shown(method)} is unknown: {nearest(str(method), [*SHIPPED, *plug_ins()])}"])
     return found
+
+
+def outline_of(method: Any) -> Outline:
+    """What has to be known of a method to check its settings; of a shipped one its trainer is not imported.
+
+    Args, Raises: as of ``method_of``.
+    """
+    if isinstance(method, str) and method in SHIPPED:
+        found = config_class = _imported(SHIPPED[method].settings)
+    else:
+        found = method_of(method)
+        config_class = found.config_class
+    summary = (inspect.getdoc(found) or "").split("\n")[0].rstrip(".")
+    return Outline(config_class, found.model_kind, found.dataset_kind, summary)
 
 
 def method_name(method: Any) -> Any:
@@ -58,7 +94,7 @@ def method_name(method: Any) -> Any:
     if not isinstance(method, type):
         return method
     path = reference_to(method)
-    return next((name for name, shipped in SHIPPED.items() if shipped == path), path)
+    return next((name for name, shipped in SHIPPED.items() if shipped.trainer == path), path)
 
 
 def plug_ins() -> dict[str, EntryPoint]:
@@ -71,20 +107,19 @@ def describe_methods() -> list[tuple[str, list[str]]]:
     entries = []
     for name in (*SHIPPED, *plug_ins()):
         try:
-            found = method_of(name)
+            found = outline_of(name)
         except ConfigError as error:  # a plug-in that is broken hides no other
             entries.append((name, error.problems))
             continue
-        about = (inspect.getdoc(found) or "").split("\n")[0].rstrip(".")
         trained = {"image": "a text-to-image model", "text": "a language model", "classifier": "a reward model"}
-        entries.append((name, [about, f"trains: {trained.get(str(found.model_kind), 'what it loads itself')}"]))
+        entries.append((name, [found.summary, f"trains: {trained.get(str(found.model_kind), 'what it loads itself')}"]))
     return [*entries, ("any other", ["your own trainer class: module:Class or file.py:Class"])]
 
 
 def _find(method: Any) -> type[Trainer[Any]] | None:
     """None where there is nothing of that name."""
     if isinstance(method, str) and method in SHIPPED:
-        return _shipped(method)
+        return _imported(SHIPPED[method].trainer)
     found = method
     if isinstance(method, str):
         point = None if ":" in method else plug_ins().get(method)
@@ -117,10 +152,9 @@ def _checked(found: Any, subject: str) -> type[Trainer[Any]]:
     return found
 
 
-def _shipped(name: str) -> type[Trainer[Any]]:
-    module, _, attribute = SHIPPED[name].partition(":")
-    found: type[Trainer[Any]] = getattr(importlib.import_module(module), attribute)
-    return found
+def _imported(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _shown(method: Any) -> str:

@@ -14,7 +14,7 @@ from diffusion_align.data.schemas import RowsConfig
 from diffusion_align.data.sources import in_python, refuse_splits
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.inputs import PROBE, check_output, check_path
-from diffusion_align.methods import DEFAULT, method_name, method_of
+from diffusion_align.methods import DEFAULT, method_name, outline_of
 from diffusion_align.training.aliases import aliases_of, canonical, canonical_place
 from diffusion_align.training.config import (
     FIELDS_ALONE,
@@ -27,9 +27,9 @@ from diffusion_align.training.config import (
     read_as,
     section_of,
 )
+from diffusion_align.training.folder_lock import LOCK_FILE, check_not_in_use
 from diffusion_align.training.launch import check_launch, is_first_process
 from diffusion_align.training.places import absolute_paths
-from diffusion_align.training.run_folder import LOCK_FILE, check_not_in_use
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -104,7 +104,7 @@ def _method_in(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _section_of(named: Mapping[str, Any]) -> type[TrainingConfig] | None:
     """The settings of a method; None where there is none, which is reported where they are checked."""
     try:
-        return method_of(named.get("method", DEFAULT)).config_class
+        return outline_of(named.get("method", DEFAULT)).config_class
     except ConfigError:
         return None
 
@@ -116,7 +116,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
         ConfigError: with every problem that can be found without loading a model.
     """
     _refuse_splits(raw)
-    method = method_of(raw.get("method", DEFAULT))
+    method = outline_of(raw.get("method", DEFAULT))
     model, named = method.config_class, {"method": method_name(raw.get("method", DEFAULT))}
     given = {name: list(value) if isinstance(value, Iterator) else value for name, value in raw.items()}  # read twice
     raw = read_as(model, given | named)

@@ -37,7 +37,7 @@ from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_rewar
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
-from diffusion_align.training.run_folder import LOCK_FILE, FolderLock
+from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"

@@ -10,6 +10,8 @@ Rewards for images and text, their checks and their construction all come here, 
 evaluation, ``compare``, ``pairs``, ``score``, a server, Python. Every end but an answer is a sentence.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import copy
@@ -24,16 +26,17 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from decimal import Decimal
 from numbers import Real
-from typing import Any, Protocol, TypeVar
-
-import numpy as np
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from diffusion_align import errors
 from diffusion_align.background import LongLivedThread, background
 from diffusion_align.errors import RewardError
 from diffusion_align.interrupt import Overdue, breakable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -80,6 +83,8 @@ def call_reward(
         RewardError: the reward raised, or answered a wrong type, shape or length, or a value that is not finite.
         ValueError: images, prompts and metadata do not belong together.
     """
+    import torch
+
     name, batch = reward_name(reward), len(images)
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -149,6 +154,8 @@ def reward_parts(reward: Reward) -> dict[str, Reward]:
 
 def part_weights(reward: Reward) -> Tensor:
     """(K,) float64: what the scores of ``reward_parts`` are multiplied with, in their dtype, before they are summed."""
+    import torch
+
     return torch.tensor(list(getattr(reward, "weights", ())) if _is_sum(reward) else [1.0], dtype=torch.float64)
 
 
@@ -162,6 +169,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
     Rounded as diffusers does; what lies outside [0, 1] is cut off.
     """
+    import torch
+
     return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
@@ -179,6 +188,10 @@ def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Te
     Raises:
         RewardError: not numbers, or not of shape (B,).
     """
+    import numpy as np
+    import torch
+    from torch import Tensor
+
     wanted = f"return a tensor, a list of floats or a numpy array of shape ({batch},)"
     answer = without_info(answer)
     if isinstance(answer, list | tuple):
@@ -220,6 +233,8 @@ def as_scores(answer: Any, batch: int, name: str, subject: str = "images") -> Te
 
 def check_finite(scores: Tensor, name: str, where: Callable[[int], str], otherwise: str = "") -> None:
     """RewardError at the first of scores (B,) that is not finite or beyond float32; ``where(i)`` says what it is of."""
+    import torch
+
     good = scores.detach().abs() <= torch.finfo(torch.float32).max
     if not good.all():
         first = int((~good).nonzero()[0])
@@ -246,6 +261,8 @@ def check_reward(
     Raises:
         RewardError: see `call_reward`.
     """
+    import torch
+
     if not callable(reward):
         raise RewardError(f"a reward must be callable, got {type(reward).__name__}")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -277,7 +294,9 @@ def check_prompts(reward: Any, prompts: Sequence[str], metadata: Sequence[dict[s
 
 def parameters_of(reward: Any) -> list[inspect.Parameter] | None:
     """What a reward, or what builds one, can be called with; None for a builtin that does not say."""
-    target = reward.forward if isinstance(reward, nn.Module) else reward  # whose __call__ takes anything
+    torch = sys.modules.get("torch")  # where it is not imported, nothing is a module of it
+    is_module = torch is not None and isinstance(reward, torch.nn.Module)
+    target = reward.forward if is_module else reward  # whose __call__ takes anything
     try:
         return list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
@@ -306,6 +325,8 @@ def runs_in_background(reward: Any) -> bool:
 
 def in_its_thread(reward: Any, function: Callable[[], Result]) -> Result:
     """``function()`` in the thread where ``reward`` is called: this one, or the long-lived one; gradients as here."""
+    import torch
+
     if not runs_in_background(reward):
         return function()
     gradients = torch.is_grad_enabled()  # each thread has its own switch
@@ -354,6 +375,8 @@ def copied(value: Any) -> Any:
     """A copy that shares nothing that can be changed, item by item of a list; what cannot be copied is as it is."""
     if isinstance(value, _PLAIN):
         return value
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         return value.clone()
     if type(value) in (list, tuple):

@@ -3,6 +3,8 @@
 Rewards for images and for text differ by their table of names and by how they are called; both are a `Kind`.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib
 import inspect
@@ -11,10 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_align.bounds import LARGEST
 from diffusion_align.errors import short
@@ -34,6 +33,10 @@ from diffusion_align.rewards.base import (
 from diffusion_align.rewards.image.clip import unshared
 from diffusion_align.rewards.settings import RewardSettings, describe_options, description
 from diffusion_align.rewards.text.base import Text, TextReward, call_text_reward, extras_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # name: (module, the class of its settings), see ``settings.RewardSettings``.
 REWARDS: dict[str, tuple[str, str]] = {
@@ -83,7 +86,7 @@ class Kind:
     switches: tuple[str, ...]
 
     @property
-    def other(self) -> "Kind":
+    def other(self) -> Kind:
         return TEXT if self is IMAGES else IMAGES
 
 
@@ -109,7 +112,7 @@ class Wrapped:
     def check_prompts(self, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
         check_prompts(self.reward, prompts, metadata)
 
-    def to(self, device: str | torch.device) -> "Wrapped":
+    def to(self, device: str | torch.device) -> Wrapped:
         if hasattr(self.reward, "to"):
             self.reward.to(device)
         return self
@@ -161,7 +164,7 @@ class OffloadedReward(Wrapped):
         finally:
             self.reward.to("cpu")
 
-    def to(self, device: str | torch.device) -> "OffloadedReward":
+    def to(self, device: str | torch.device) -> OffloadedReward:
         self.device = device
         return self
 

@@ -4,17 +4,21 @@ What a trainer does with the parts is its own: DDPO can also normalise each by i
 (``multi_objective_aggregation: normalize_then_sum``), which needs more than the images of one call.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
 from pydantic import BeforeValidator, Field, model_validator
-from torch import Tensor
 
 from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts, scored_by
 from diffusion_align.rewards.build import IMAGES, build_reward, declare
 from diffusion_align.rewards.settings import Device, RewardSettings
 from diffusion_align.training.config import Weight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # pydantic 2.7 knows no strict=False of a list.
 AsList = BeforeValidator(lambda given: list(given) if isinstance(given, tuple) else given)
@@ -32,6 +36,8 @@ class Combined:
         self.scorer = "; ".join(map(scored_by, parts))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        import torch
+
         scores = torch.stack([ask_reward(part, images, prompts, metadata) for part in self.parts], dim=1)
         return (scores * torch.tensor(self.weights, dtype=scores.dtype)).sum(dim=1)
 
@@ -39,7 +45,7 @@ class Combined:
         for part in self.parts:
             check_prompts(part, prompts, metadata)
 
-    def to(self, device: str | torch.device) -> "Combined":
+    def to(self, device: str | torch.device) -> Combined:
         for part in self.parts:
             if hasattr(part, "to"):
                 part.to(device)

@@ -4,6 +4,8 @@ Nothing a server sends is trusted: an answer is read up to a bound, as it is on 
 one deadline holds for all of a request, so that neither an endless nor a dribbling answer is waited for.
 """
 
+from __future__ import annotations
+
 import asyncio
 import concurrent.futures
 import email.utils
@@ -19,10 +21,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-import numpy as np
 from PIL import Image
 from pydantic import PlainValidator
 
@@ -31,6 +32,9 @@ from diffusion_align.inputs import check_path
 from diffusion_align.interrupt import interrupted
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.streams import printable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LARGEST_ANSWER = 1_000_000  # bytes
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0  # seconds between two attempts; doubled each time

@@ -1,16 +1,16 @@
 """What rewards with a network share: the file, given or downloaded once; its tensors, read without running any code."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
-from torch import Tensor, nn
 
 from diffusion_align.bounds import MOST
 from diffusion_align.errors import short
@@ -19,7 +19,9 @@ from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.rewards.base import RewardError, foreign_code
 from diffusion_align.rewards.settings import Device, RewardSettings
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 _places: ContextVar[list[str] | None] = ContextVar("_places", default=None)
 
@@ -101,9 +103,12 @@ def place(name: str) -> str:
 
 def torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
     """The dtype called ``dtype``; RewardError for half precision on a CPU."""
+    import torch
+
     if torch.device(device).type == "cpu" and dtype != "float32":
         raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU rewards run in float32")
-    return DTYPES[dtype]
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def has_digest(file: Path, sha256: str) -> bool:
@@ -146,6 +151,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         RewardError: not a file of tensors; a pickle of anything else is refused, not run.
     """
+    import torch
+    from torch import Tensor
+
     with foreign_code(f"'{path}' is not a file of tensors (", ")"):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -208,6 +216,7 @@ def unfilled() -> Iterator[None]:
 
     Sampling a billion initial weights at random would take most of a minute. The global RNG stays put.
     """
+    import torch
     from accelerate import init_empty_weights
 
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
@@ -228,7 +237,7 @@ def load_network(
     Args:
         auto: the transformers class that loads it, e.g. "AutoModel".
         name: folder or Hub id; only its safetensors files are read, and no code of it is run.
-        dtype: a key of `DTYPES`.
+        dtype: "float32", "float16" or "bfloat16".
         may_lack: which weights may be missing, because something else supplies them or nothing uses them.
         settings: for ``from_pretrained``.
 
@@ -304,6 +313,8 @@ def token_limit(tokenizer: Any, config: Any, max_length: int | None) -> int | No
 
 def embed_each(texts: Sequence[str], batch_size: int, embed: Callable[[list[str]], Tensor]) -> Tensor:
     """What ``embed`` makes of ``texts``, (B, D), in batches; equal texts are embedded once."""
+    import torch
+
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     unique = list(rows)
     parts = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]

@@ -4,22 +4,26 @@ So a reward with awkward dependencies lives in an environment of its own. Images
 numbers that keep every bit, so a reward answers as it would in this process as long as it sees the same batches.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-import torch
 from pydantic import Field, PlainValidator
-from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, to_uint8
 from diffusion_align.rewards.endpoints import Endpoint, ask, check_url, in_parallel, png, read_token, readable_token
 from diffusion_align.rewards.settings import RewardSettings, Seconds
 from diffusion_align.streams import printable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 URL = "http://127.0.0.1:8901"
 TOKEN = "DIFFUSION_ALIGN_TOKEN"
@@ -53,6 +57,8 @@ class Remote:
         self.scorer = f"served at {', '.join(endpoint.url for endpoint in endpoints)}"
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        import torch
+
         rows = [
             _row(prompt, notes, image)
             for prompt, notes, image in zip(prompts, metadata, to_uint8(images).numpy(), strict=True)
@@ -163,6 +169,8 @@ def _body(rows: Sequence[tuple[str, str, str]]) -> bytes:
 
 def _scores(answer: Any, count: int, endpoints: Sequence[Endpoint]) -> Tensor:
     """(B,) in the dtype that the reward returned over there; an older server does not say it."""
+    import torch
+
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list) or len(scores) != count or not all(map(_is_score, scores)):
         who = ", ".join(map(str, endpoints))

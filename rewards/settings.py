@@ -1,13 +1,14 @@
 """The options of a reward, declared once: types, ranges, defaults and help. Check, builder and listing read them."""
 
+from __future__ import annotations
+
 import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from diffusion_align import inputs
@@ -16,6 +17,9 @@ from diffusion_align.errors import RewardError, problems_of, short
 from diffusion_align.references import place_of, reference_to
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.training.config import sentences
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RewardSettings(BaseModel):

@@ -1,4 +1,6 @@
-"""What a training epoch, and what the log-probs of tokens cost. Not tests: run them on a quiet machine.
+"""What a training epoch, the log-probs of tokens, and answers of the command line cost.
+
+Not tests: run them on a quiet machine.
 
     python scripts/benchmark.py ddpo                # the embedded model, as the quickstart trains it
     python scripts/benchmark.py diffusion-dpo       # the embedded model, as dpo_emoji_style trains it
@@ -6,21 +8,25 @@
     python scripts/benchmark.py dpo                 # and as dpo_multi_negative_tiny does
     python scripts/benchmark.py ddpo --growth       # and how time and memory grow with images and steps
     python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
+    python scripts/benchmark.py commands            # what is answered without a model, beside ``import torch``
 
-All but the last: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by exactly
-the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both see the
-same machine; the median of the ratios is what counts. Tokens a second are those of the backward passes, padding and
-prompts too, over the whole epoch.
+All but the last two: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
+exactly the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both
+see the same machine; the median of the ratios is what counts. Tokens a second are those of the backward passes, padding
+and prompts too, over the whole epoch.
 
 ``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
 the peak of the resident memory over what is resident once the inputs are there, so the result and the gradients
 count: where logits are given, their gradient alone is as large as they are. "forward" is without a graph.
+
+``commands``: CPU-seconds, of Python's start too; ``import torch`` is measured in the same run, since machines differ.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -35,6 +41,25 @@ import torch
 import typer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+ANSWERS = [
+    ["--help"],
+    ["--version"],
+    ["train", "--help"],
+    ["list"],
+    *(["list", what] for what in ("methods", "configs", "models", "prompts", "pairs", "rewards", "settings")),
+    ["list", "settings", "grpo"],
+    ["list", "settings", "nosuch"],
+    ["train", "nosuch"],
+    ["train", "quickstart", "method=nosuch"],
+    ["train", "quickstart", "epocs=3"],
+    ["train", "dpo_emoji_style", "epocs=3"],
+    ["train", "grpo_tiny", "epocs=3"],
+    ["train", "quickstart", "epochs=-1"],
+    ["train", "quickstart", "samples_per_epoch=7"],
+    ["train", "quickstart", "reward=nosuch"],
+]
+"""Command lines that are answered without a model, the last ones by what is wrong with them."""
 
 
 @app.callback()
@@ -252,6 +277,30 @@ def token_log_probs(
             f"{naive['seconds']:7.2f}  {chunked['seconds']:7.2f}  {naive['seconds'] / chunked['seconds']:6.2f}  "
             f"{chunked['value']:9.1e}  " + (f"{chunked['gradient']:9.1e}" if CASES[case][1] else "        -")
         )
+
+
+@app.command()
+def commands(repeats: int = 3, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """CPU-seconds of answers that need no model, and their ratio to those of ``import torch``; medians."""
+    reference = _cpu_seconds(["-c", "import torch"], repeats)
+    lines = {" ".join(answer): _cpu_seconds(["-m", "diffusion_align", *answer], repeats) for answer in ANSWERS}
+    if as_json:
+        print(json.dumps({"import torch": reference, **lines}))
+        return
+    print(f"CPU s  ratio\n{reference:5.2f}   1.00  import torch")
+    for line, seconds in lines.items():
+        print(f"{seconds:5.2f}  {seconds / reference:5.2f}  {line}")
+
+
+def _cpu_seconds(arguments: list[str], repeats: int) -> float:
+    """Of Python run with ``arguments``: user and system time, the median."""
+    seconds = []
+    for _ in range(repeats):
+        child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        seconds.append(used.ru_utime + used.ru_stime)
+    return statistics.median(seconds)
 
 
 def measure_log_probs(

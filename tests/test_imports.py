@@ -1,11 +1,13 @@
 """Imports point left: estimators <- training, data <- models <- diffusion, llm <- methods <- pipelines <- doctor."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from benchmark import ANSWERS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffusion_align"
@@ -127,10 +129,49 @@ def test_a_users_own_folder_of_that_name_is_not_in_the_way(part, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib"}
+
+
 def test_importing_the_package_stays_light():
-    heavy = "{'torch', 'diffusers', 'transformers', 'accelerate', 'matplotlib', 'numpy', 'pydantic'}"
+    heavy = HEAVY | {"numpy", "pydantic"}
     result = python(f"import sys, diffusion_align; print(sorted(set(sys.modules) & {heavy}))")
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_settings_of_methods_and_rewards_import_nothing_heavy(tmp_path):
+    settings = {"model": "emoji-sd", "output_dir": str(tmp_path / "run"), "prompts": ["a fox"]}
+    code = f"""
+import sys
+from diffusion_align import DDPOConfig, DiffusionDPOConfig, llm
+from diffusion_align.methods import SHIPPED, outline_of
+from diffusion_align.rewards import IMAGES, TEXT, describe_rewards
+shipped = {{outline_of(name).config_class for name in SHIPPED}}
+assert shipped == {{DDPOConfig, DiffusionDPOConfig, *(getattr(llm, n) for n in llm.__all__ if n.endswith("Config"))}}
+assert [row["name"] for kind in (IMAGES, TEXT) for row in describe_rewards(kind)] == [*IMAGES.table, *TEXT.table]
+DDPOConfig(reward="jpeg_compressibility", **{settings})
+print(sorted(set(sys.modules) & {HEAVY}))
+"""
+    result = python(code)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_answers_that_need_no_model_import_nothing_heavy():
+    code = f"""
+import json, sys
+from diffusion_align.cli import main
+for line in {ANSWERS}:
+    sys.argv[1:] = line
+    try:
+        main()
+    except SystemExit as end:
+        print(json.dumps([line, end.code or 0, sorted(set(sys.modules) & {HEAVY})]), file=sys.stderr)
+"""
+    result = python(code)
+    found = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("[[")]
+    assert [line for line, _, _ in found] == ANSWERS, result.stderr
+    wrong = ANSWERS[ANSWERS.index(["list", "settings", "nosuch"]) :]
+    assert [status for _, status, _ in found] == [2 if line in wrong else 0 for line in ANSWERS], result.stderr
+    assert not [(line, modules) for line, _, modules in found if modules]
 
 
 def test_estimators_need_no_diffusers():

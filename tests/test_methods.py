@@ -10,7 +10,7 @@ import yaml
 
 from diffusion_align import methods
 from diffusion_align.errors import ConfigError
-from diffusion_align.methods import SHIPPED, describe_methods, method_name, method_of
+from diffusion_align.methods import SHIPPED, describe_methods, method_name, method_of, outline_of
 from diffusion_align.pipelines.configuration import read_config
 from diffusion_align.training.config import PLUG_INS
 
@@ -183,6 +183,14 @@ def test_an_installed_package_brings_methods(strangers, monkeypatch):
     assert listed["rloo"] == [about, "trains: a language model"]
     [problem] = listed["bad"]
     assert problem.startswith("method 'bad' cannot be imported")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_known_of_a_method_before_its_trainer_is_what_the_trainer_says(name):
+    trainer, outline = method_of(name), outline_of(name)
+    assert outline[:3] == (trainer.config_class, trainer.model_kind, trainer.dataset_kind)
+    assert outline.summary.startswith(("Fine-tune a ", "Train a "))
+    assert outline_of(trainer)[:3] == outline[:3]
 
 
 def test_a_class_is_written_by_its_name():

@@ -98,9 +98,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
     Weights, checkpoints, metrics and report.html go to output_dir; resume=true resumes the run that is there.
     """
     from diffusion_align.pipelines.configuration import read_config
-    from diffusion_align.pipelines.run import run
 
     settings: Any = read_config(config, overrides or [])
+
+    from diffusion_align.pipelines.run import run  # with torch, without which wrong settings are answered at once
+
     hide_loading_bars()
     trainer = run(settings)
     if trainer.accelerator.is_main_process:

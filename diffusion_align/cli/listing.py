@@ -19,7 +19,7 @@ from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
 from diffusion_align.errors import UserError, short
-from diffusion_align.methods import describe_methods, method_of
+from diffusion_align.methods import describe_methods, outline_of
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
@@ -115,7 +115,7 @@ def reward_called(name: str) -> list[Group]:
 
 def settings_of(method: str) -> list[Group]:
     """The settings of a method in groups: what they mean, their choices and defaults."""
-    return grouped_settings(method_of(method).config_class, method)
+    return grouped_settings(outline_of(method).config_class, method)
 
 
 def grouped_settings(config: type[BaseModel], method: str) -> list[Group]:

@@ -5,18 +5,23 @@ on any background; ``preferences.tsv`` says which rows make a pair and which spl
 licences: Fluent Emoji, MIT, see ``NOTICE``.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
 
 from diffusion_align.assets import asset_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
@@ -37,14 +42,22 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One comparison: ``chosen`` and ``rejected`` are (3, 64, 64) float32 in [0, 1] and show the same concept."""
+    """One comparison; the drawings, both of the same concept, are decoded when they are looked at."""
 
     prompt: str
     label: str
     background: str
     split: str
-    chosen: Tensor = field(repr=False)
-    rejected: Tensor = field(repr=False)
+    row: int
+
+    @property
+    def chosen(self) -> Tensor:
+        """(3, 64, 64) float32 in [0, 1]; so is ``rejected``."""
+        return composite(_drawing("chosen", self.row), BACKGROUNDS[self.background])
+
+    @property
+    def rejected(self) -> Tensor:
+        return composite(_drawing("rejected", self.row), BACKGROUNDS[self.background])
 
 
 def composite(rgba: Tensor, colour: Sequence[int] | Tensor) -> Tensor:
@@ -54,6 +67,8 @@ def composite(rgba: Tensor, colour: Sequence[int] | Tensor) -> Tensor:
         rgba: (..., H, W, 4) uint8, colours already multiplied by alpha.
         colour: (..., 3) in 0..255, one per image or one for all.
     """
+    import torch
+
     values = rgba.float() / 255
     background = torch.as_tensor(colour, dtype=torch.float32, device=rgba.device) / 255
     mixed = values[..., :3] + (1 - values[..., 3:]) * background[..., None, None, :]
@@ -68,23 +83,30 @@ def load_drawing_pairs(split: Literal["train", "heldout", "all"] = "all") -> lis
     Raises:
         ValueError: ``split`` is none of the three names.
     """
+    rows = _rows(split)
+    return [(label, part, _drawing("chosen", row), _drawing("rejected", row)) for label, part, row in rows]
+
+
+def _rows(split: str) -> list[tuple[str, str, int]]:
+    """(label, split, row of its drawings) of every concept of a split."""
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split is {split!r}: choose train, heldout or all")
     with asset_path("preferences-table").open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file, delimiter="\t") if split in ("all", row["split"])]
-    with safe_open(asset_path("preferences"), "pt") as file:
-        packed = {side: (file.get_tensor(side).numpy(), file.get_tensor(f"{side}_ends").tolist()) for side in _SIDES}
-
-    def drawing(side: str, row: int) -> Tensor:
-        data, ends = packed[side]
-        return decode_drawing(data[ends[row - 1] if row else 0 : ends[row]].tobytes())
-
-    return [
-        (r["label"], r["split"], drawing("chosen", int(r["row"])), drawing("rejected", int(r["row"]))) for r in rows
-    ]
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    return [(one["label"], one["split"], int(one["row"])) for one in rows if split in ("all", one["split"])]
 
 
-_SIDES = ("chosen", "rejected")
+def _drawing(side: str, row: int) -> Tensor:
+    data, ends = _packed()[side]
+    return decode_drawing(data[ends[row - 1] if row else 0 : ends[row]].tobytes())
+
+
+@cache
+def _packed() -> dict[str, tuple[np.ndarray, list[int]]]:
+    """Side -> its drawings, one WebP file after the other, and where each ends."""
+    with safe_open(asset_path("preferences"), "np") as file:
+        sides = ("chosen", "rejected")
+        return {side: (file.get_tensor(side), file.get_tensor(f"{side}_ends").tolist()) for side in sides}
 
 
 def load_preferences(
@@ -106,12 +128,11 @@ def load_preferences(
     if unknown:
         raise ValueError(f"there is no background {unknown[0]!r}: choose from {', '.join(BACKGROUNDS)}")
     pairs = []
-    for label, part, chosen, rejected in load_drawing_pairs(split):
+    for label, part, row in _rows(split):
         for name in backgrounds:
             article = "an" if name == "orange" else "a"
             prompt = f"a {label}" if name == "white" else f"a {label} on {article} {name} background"
-            sides = (composite(side, BACKGROUNDS[name]) for side in (chosen, rejected))
-            pairs.append(PreferencePair(prompt, label, name, part, *sides))
+            pairs.append(PreferencePair(prompt, label, name, part, row))
     return pairs
 
 
@@ -124,6 +145,8 @@ def encode_drawing(rgba: Tensor) -> bytes:
 
 def decode_drawing(data: bytes) -> Tensor:
     """Inverse of ``encode_drawing``."""
+    import torch
+
     with Image.open(io.BytesIO(data), formats=["WEBP"]) as image:
         rgba = image.convert("RGBA")
     return torch.frombuffer(bytearray(rgba.tobytes()), dtype=torch.uint8).reshape(rgba.height, rgba.width, 4)

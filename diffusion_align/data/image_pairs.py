@@ -15,20 +15,21 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
 from PIL import Image
 from pydantic import Field, field_validator
-from torch import Tensor
 
-from diffusion_align.data.drawings import load_preferences
+from diffusion_align.data.drawings import PreferencePair, load_preferences
 from diffusion_align.data.schemas import BadRow, ColumnSchemas, RowsConfig, Source, checked_prompt, limit_of
-from diffusion_align.data.sources import FILES, GivenRows, ListTable, Table, short
+from diffusion_align.data.sources import FILES, Cells, GivenRows, ListTable, Table, short
 from diffusion_align.errors import ConfigError
 from diffusion_align.images import UnreadableImage, open_image, to_rgb
+from diffusion_align.lazy import is_tensor
 from diffusion_align.training.digests import content_digest, file_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDED = "emoji_style"
 COLUMN_SCHEMAS = (
@@ -217,6 +218,8 @@ def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
 
 def _as_file(cell: Any) -> Any:
     """A PIL image, or an array (H, W, 3) of 8 bits, as the bytes of a PNG; anything else as it is."""
+    import numpy as np
+
     if isinstance(cell, np.ndarray) and cell.dtype == np.uint8 and cell.ndim == 3 and cell.shape[2] == 3:
         cell = Image.fromarray(cell)
     if not isinstance(cell, Image.Image):
@@ -234,7 +237,7 @@ def _image_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes 
     """The tensor, the encoded bytes or the existing file that a row names; ``BadRow`` if it names none."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, Tensor) or (isinstance(value, bytes) and value):
+    if is_tensor(value) or (isinstance(value, bytes) and value):
         return value
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{side} is {short(value)}, not the path or the bytes of an image")
@@ -246,7 +249,7 @@ def _image_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes 
 
 def _digest(source: Tensor | bytes | Path) -> str:
     """Digest of an image file, alone or inside a table, or of a tensor's numbers."""
-    if isinstance(source, Tensor):
+    if is_tensor(source):
         return content_digest([source])
     return file_digest(source) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
 
@@ -254,8 +257,8 @@ def _digest(source: Tensor | bytes | Path) -> str:
 def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
     """The image in RGB, as ``open_image`` reads it."""
     source = _image_source(value, side, folder)
-    if isinstance(source, Tensor):
-        return Image.fromarray((source * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    if is_tensor(source):
+        return Image.fromarray((source * 255).round().byte().permute(1, 2, 0).numpy())
     try:
         return open_image(source)
     except UnreadableImage as problem:
@@ -263,7 +266,10 @@ def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
 
 
 def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -> Tensor:
-    if isinstance(value, Tensor) and value.shape[1:] == size:
+    import numpy as np
+    import torch
+
+    if is_tensor(value) and value.shape[1:] == size:
         return value.clone()
     image, (height, width) = _decoded(value, side, folder), size
     scale = max(height / image.height, width / image.width)
@@ -275,11 +281,25 @@ def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float() / 255
 
 
+class _DrawnPairs(ListTable):
+    """The embedded pairs, whose drawings are decoded when they are looked at."""
+
+    def __init__(self, pairs: Sequence[PreferencePair]) -> None:
+        super().__init__([{"prompt": pair.prompt, "chosen": pair, "rejected": pair} for pair in pairs], None)
+
+    def scan(self, names: Sequence[str], outlined: Sequence[str] = ()) -> Cells:
+        for row in range(len(self)):
+            yield [b"0" if name in outlined else self.cells(row, [name])[0] for name in names]
+
+    def cells(self, row: int, names: Sequence[str]) -> list[Any]:
+        found = [(name, self.rows[row][name]) for name in names]
+        return [getattr(cell, name) if isinstance(cell, PreferencePair) else cell for name, cell in found]
+
+
 def _embedded(config: PairsConfig) -> ListTable:
     problems = [f"pairs.columns cannot be used with {EMBEDDED}: leave it out"] if config.columns else []
     if config.split not in ("train", "heldout", "all"):
         problems.append(f"pairs.split={config.split!r} is not known: choose train, heldout or all")
     if problems:
         raise ConfigError(problems)
-    pairs = load_preferences(config.split)  # type: ignore[arg-type]
-    return ListTable([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs], None)
+    return _DrawnPairs(load_preferences(config.split))  # type: ignore[arg-type]

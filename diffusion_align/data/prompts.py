@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
-import torch
 from pydantic import Field, ValidationError, model_serializer
 
 from diffusion_align.assets import shipped_prompts
@@ -29,7 +28,6 @@ from diffusion_align.data.sources import FILES, ListTable, Table, TableSource, s
 from diffusion_align.errors import ConfigError
 from diffusion_align.inputs import check_path
 from diffusion_align.training.config import sentences
-from diffusion_align.training.randomness import generator
 
 Prompt = tuple[str, dict[str, Any]]
 """Text and the metadata a reward receives with it."""
@@ -142,6 +140,10 @@ def _short_enough(prompt: str) -> str:
 
 def items_of_epoch(items: Sequence[Item], seed: int, epoch: int, count: int) -> list[Item]:
     """``count`` prompts (or pairs) of ``epoch``: all in a new random order each pass, without gaps between epochs."""
+    import torch
+
+    from diffusion_align.training.randomness import generator
+
     places = range(epoch * count, (epoch + 1) * count)
     turns = {place // len(items) for place in places}
     orders = {turn: torch.randperm(len(items), generator=generator(seed, "prompts", turn)).tolist() for turn in turns}

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jinja2 import TemplateError
-
 from diffusion_align.data.schemas import BadRow, check_length
 from diffusion_align.data.sources import short
 from diffusion_align.errors import ConfigError, first_line
@@ -147,6 +145,8 @@ class TextEncoder:
         As in TRL the prompt ends where its own text, with the opening of an answer, and those of the whole
         conversations part: some templates open an answer with more than they write before one that is there.
         """
+        from jinja2 import TemplateError
+
         if not getattr(self.tokenizer, "chat_template", None):
             lack = "the rows hold conversations but the tokenizer has no chat template"
             raise ConfigError([f"{lack}: give plain texts, or set tokenizer.chat_template"])

@@ -101,7 +101,7 @@ class KLProbes:
 
 
 class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
-    """Fine-tune a Stable Diffusion pipeline towards a reward; see ``DenoisingTrainer`` for what it takes.
+    """Trains as ``DDPOConfig`` says; see ``DenoisingTrainer`` for the arguments.
 
     Raises:
         ConfigError: the sampler setting has no stochastic step.

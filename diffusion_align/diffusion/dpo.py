@@ -116,7 +116,7 @@ class PairTransitions:
 
 
 class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
-    """Fine-tune a Stable Diffusion pipeline towards the preferred of two images.
+    """Trains as ``DiffusionDPOConfig`` says.
 
     Args:
         pairs: checked pairs, unless they are sampled and judged online.

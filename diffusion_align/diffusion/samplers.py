@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from diffusion_align.errors import UserError
 from diffusion_align.references import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Sampler = Callable[[Any, int, Mapping[str, Any]], "Step"]
 _DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
@@ -53,6 +53,7 @@ def ddim(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     stride leaves the list: its 10 timesteps are 999, 888, ..., 0 and ``step`` goes down by 100, so that the UNet would
     be told 888 of a latent with the noise of 899.
     """
+    import torch
     from diffusers import DDIMScheduler
 
     eta = torch.as_tensor(options.get("eta", 1.0), dtype=torch.float64)
@@ -87,6 +88,7 @@ def ddpm(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     Raises:
         UserError: a variance that is not a function of the step.
     """
+    import torch
     from diffusers import DDPMScheduler
 
     source, timesteps = diffusers_timesteps(DDPMScheduler, scheduler, steps)
@@ -134,6 +136,8 @@ def diffusers_timesteps(kind: Any, scheduler: Any, steps: int) -> tuple[Any, Ten
     Raises:
         UserError: the configuration has no room for so many steps.
     """
+    import torch
+
     config = scheduler_config(scheduler)
     source = kind.from_config(config)
     source.set_timesteps(steps)

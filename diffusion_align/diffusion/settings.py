@@ -100,6 +100,8 @@ class ImageStopConfig(StopConfig):
 class DenoisingConfig(PolicyConfig):
     """What every method that trains a diffusion model has."""
 
+    model_kind = "image"
+
     show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
@@ -141,7 +143,10 @@ class DenoisingConfig(PolicyConfig):
 
 
 class DDPOConfig(DenoisingConfig):
-    """Settings of DDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer."""
+    """Fine-tune a Stable Diffusion pipeline towards a reward (DDPO).
+
+    Settings of ``DDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
+    """
 
     method: str = Field("ddpo", description="the training method")
     prompts: PromptsConfig = Field(
@@ -252,8 +257,9 @@ Weighting = Literal["exact", "uniform", "snr_share"]
 
 
 class DiffusionDPOConfig(DenoisingConfig):
-    """Settings of DiffusionDPOTrainer; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
+    """Fine-tune a Stable Diffusion pipeline towards the preferred of two images (Diffusion-DPO).
 
+    Settings of ``DiffusionDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
     ``samples_per_epoch`` counts pairs, or with online judging images.
     """
 

@@ -71,7 +71,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
     config: DenoisingConfig
     config_class: ClassVar[type[TrainingConfig]] = DenoisingConfig
-    model_kind = "image"
+    model_kind = DenoisingConfig.model_kind
     previews: ImagePreviews
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric(

@@ -25,9 +25,8 @@ __all__ = [
     "RewardModelTrainer",
 ]
 
-_FILES = {"RewardModel": "reward_model"}  # the others are called as their files are
-_METHODS = {name: name.removesuffix("Config").removesuffix("Trainer") for name in __all__}
+_FILES = {"RewardModelTrainer": "reward_model"} | {name: "settings" for name in __all__ if name.endswith("Config")}
 __getattr__, __dir__ = offered(
-    __name__,
-    {name: f"diffusion_align.llm.{_FILES.get(method, method.lower())}" for name, method in _METHODS.items()},
+    __name__,  # the other trainers' files are called as their methods are
+    {name: f"diffusion_align.llm.{_FILES.get(name, name.removesuffix('Trainer').lower())}" for name in __all__},
 )

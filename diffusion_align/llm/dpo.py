@@ -51,7 +51,7 @@ from diffusion_align.training.trainer import TrainingPlan
 
 
 class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
-    """Train a language model towards preferred completions; see ``PreferenceTrainer`` for the arguments.
+    """Trains as ``DPOConfig`` says; see ``PreferenceTrainer`` for the arguments.
 
     Raises:
         ConfigError: rows that the loss cannot use, or settings that do not fit the number of processes.

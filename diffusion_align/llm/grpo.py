@@ -60,10 +60,7 @@ class GRPOBatch:
 
 
 class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
-    """Train a language model towards rewards, each completion compared with the others of its prompt.
-
-    See ``PolicyGradientTrainer`` for the arguments.
-    """
+    """Trains as ``GRPOConfig`` says; see ``PolicyGradientTrainer`` for the arguments."""
 
     config: GRPOConfig
     config_class = GRPOConfig

@@ -52,7 +52,7 @@ class KTOBatch:
 
 
 class KTOTrainer(PreferenceTrainer[KTOBatch]):
-    """Train a language model towards desirable completions; see ``PreferenceTrainer`` for the arguments.
+    """Trains as ``KTOConfig`` says; see ``PreferenceTrainer`` for the arguments.
 
     Raises:
         ConfigError: data with one prompt only, or settings that do not fit the number of processes.
@@ -60,7 +60,7 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
 
     config: KTOConfig
     config_class = KTOConfig
-    dataset_kind = "labels"
+    dataset_kind = KTOConfig.dataset_kind
     metrics = {  # noqa: RUF012
         "reference_point": Metric(
             "Reference point",

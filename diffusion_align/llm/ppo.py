@@ -45,7 +45,7 @@ class PPOBatch:
 
 
 class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
-    """Train a language model towards rewards, with a value for every token; see ``PolicyGradientTrainer``."""
+    """Trains as ``PPOConfig`` says; see ``PolicyGradientTrainer`` for the arguments."""
 
     config: PPOConfig
     config_class = PPOConfig

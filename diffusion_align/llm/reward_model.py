@@ -145,7 +145,7 @@ Pair = tuple[PreferenceRow, list[int]]
 
 
 class RewardModelTrainer(Trainer[ScoredPairs]):
-    """Train a reward model on preferences.
+    """Trains as ``RewardModelConfig`` says.
 
     Args:
         config: checked settings.
@@ -157,7 +157,7 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
 
     config: RewardModelConfig
     config_class = RewardModelConfig
-    model_kind = "classifier"
+    model_kind = RewardModelConfig.model_kind
     headline = "accuracy"
 
     def __init__(

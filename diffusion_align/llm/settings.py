@@ -49,6 +49,8 @@ class TextEvaluationConfig(EvaluationConfig):
 class TextConfig(PolicyConfig):
     """What every method that trains a language model has."""
 
+    model_kind = "text"
+
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
     reference_model: str | None = Field(
         None, description="name, folder or Hub id of another reference with the same tokens; the model as it is if null"
@@ -146,7 +148,10 @@ KLForm = Literal[
 
 
 class GRPOConfig(PolicyGradientConfig):
-    """Settings of GRPOTrainer; see ``PolicyGradientConfig`` for the others."""
+    """Train a language model towards rewards, each completion compared with the others of its prompt (GRPO).
+
+    Settings of ``GRPOTrainer``; see ``PolicyGradientConfig`` for the others.
+    """
 
     method: str = Field("grpo", description="the training method")
     inner_epochs: int = Field(
@@ -221,7 +226,10 @@ class GRPOConfig(PolicyGradientConfig):
 
 
 class PPOConfig(PolicyGradientConfig):
-    """Settings of PPOTrainer; see ``PolicyGradientConfig`` for the others."""
+    """Train a language model towards rewards, with a value for every token (PPO).
+
+    Settings of ``PPOTrainer``; see ``PolicyGradientConfig`` for the others.
+    """
 
     method: str = Field("ppo", description="the training method")
     num_generations: int = Field(1, ge=1, le=MOST, description="completions per prompt per epoch")
@@ -335,7 +343,10 @@ _WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 class DPOConfig(PreferenceConfig):
-    """Settings of DPOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
+    """Train a language model towards preferred completions (DPO and its family).
+
+    Settings of ``DPOTrainer``; see ``TextConfig`` and ``PreferenceConfig`` for the others.
+    """
 
     method: str = Field("dpo", description="the training method")
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = Field(
@@ -400,7 +411,12 @@ class DPOConfig(PreferenceConfig):
 
 
 class KTOConfig(PreferenceConfig):
-    """Settings of KTOTrainer; see ``TextConfig`` and ``PreferenceConfig`` for the others."""
+    """Train a language model towards desirable completions (KTO).
+
+    Settings of ``KTOTrainer``; see ``TextConfig`` and ``PreferenceConfig`` for the others.
+    """
+
+    dataset_kind = "labels"
 
     method: str = Field("kto", description="the training method")
     desirable_weight: float = Field(
@@ -429,10 +445,13 @@ class KTOConfig(PreferenceConfig):
 
 
 class RewardModelConfig(TrainingConfig):
-    """Settings of RewardModelTrainer; see ``TrainingConfig`` for those of every trainer.
+    """Train a reward model on preferences.
 
+    Settings of ``RewardModelTrainer``; see ``TrainingConfig`` for those of every trainer.
     ``samples_per_epoch`` counts pairs; a row with several rejected completions is as many pairs.
     """
+
+    model_kind = "classifier"
 
     method: str = Field("reward_model", description="the training method")
     dataset: TextDataConfig = Field(description="preferences: list, file or Hub id")

@@ -77,7 +77,7 @@ class TextTrainer(PolicyTrainer[Batch]):
 
     config: TextConfig
     config_class: ClassVar[type[TrainingConfig]] = TextConfig
-    model_kind = "text"
+    model_kind = TextConfig.model_kind
     needs_every_reward = True  # False: a completion about which no reward says anything is no error
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric(

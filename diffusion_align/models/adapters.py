@@ -36,9 +36,9 @@ from diffusion_align.models.lora import (
     unfit,
     write_tensors,
 )
+from diffusion_align.models.model_ref import LORA_FILE
 from diffusion_align.writing import make_folder
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _HEADER = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."

@@ -10,9 +10,8 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
@@ -21,6 +20,9 @@ from diffusion_align.inputs import check_path
 from diffusion_align.models.families import ModelFamily, family_of, family_of_class, give_family
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.training.config import nearest
+
+if TYPE_CHECKING:
+    import torch
 
 EMBEDDED_PIPELINES = ["emoji-sd"]
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes model_index.json may name
@@ -133,7 +135,7 @@ def check_folder(model: str, family: ModelFamily | None = None) -> None:
 def load_pipeline(
     model: str,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     variant: str | None = None,
     base_config: str | None = None,
     family: ModelFamily | None = None,
@@ -144,7 +146,7 @@ def load_pipeline(
     Args:
         model: "emoji-sd", a folder written by ``save_pretrained``, a Hub id, or a ``.safetensors`` file with the
             original names of its tensors.
-        dtype: of the weights; a VAE that overflows in half precision is float32 and takes any.
+        dtype: of the weights, float32 if not given; a VAE that overflows in half precision is float32 and takes any.
         variant: weight files of a folder or Hub id to choose, e.g. "fp16".
         base_config: of a model in one file, folder or Hub id of a pipeline whose configuration files describe it, the
             scheduler's too; by default diffusers' guess, loaded from the Hub.
@@ -154,6 +156,9 @@ def load_pipeline(
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
     """
+    import torch
+
+    dtype = torch.float32 if dtype is None else dtype
     check_pipeline_name(model, variant=variant, base_config=base_config)
     described_by = base_config if is_one_file(model) else _source(model)
     with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
@@ -182,6 +187,7 @@ def _load_folder(
 ) -> Any:
     """The pipeline of a folder or Hub id, its VAE in float32."""
     import diffusers
+    import torch
 
     source = _source(model)
     kind = _checked_class(model, source, family, name="model")
@@ -253,6 +259,8 @@ def _accept_any_dtype(vae: Any) -> None:
 
 
 def _cast_to_weights(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    import torch
+
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) if isinstance(value, torch.Tensor) else value for value in inputs)
 
@@ -316,6 +324,7 @@ def _class_of_file(model: str) -> str:
 def _load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None, options: Mapping[str, Any]) -> Any:
     """The diffusers pipeline in the file ``model``, its VAE in float32; ``options`` are for ``from_single_file``."""
     import diffusers
+    import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     file = os.path.expanduser(model)

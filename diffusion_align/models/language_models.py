@@ -11,21 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.data.text_encoding import context_length, eos_token_ids
 from diffusion_align.errors import UserError, first_line, problems_of, short
 from diffusion_align.inputs import check_path
-from diffusion_align.models.lora import forget_adapters, load_peft
 from diffusion_align.models.model_ref import ModelRef, check_image_model
 from diffusion_align.models.smollm2 import NOT_INSTALLED, convert_smollm2, installed_weights, smollm2_folder
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.training.config import load_yaml, nearest
 from diffusion_align.training.places import found_from
+
+if TYPE_CHECKING:
+    import torch
+
 
 Kind = Literal["causal", "classifier"]
 MOST_LAYERS = 10_000
@@ -39,13 +39,13 @@ def model_places(name: str) -> list[str]:
     return [ref.base, *map(str, ref.adapters)]
 
 
-def load_language_model(name: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_language_model(name: str, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """The model ``name`` stands for, adapters merged into it, in eval mode on the CPU; and its tokenizer.
 
     Args:
         name: "tiny-lm", "smollm2" (converted once into ``smollm2_folder()``), a folder with a full model or a PEFT
             adapter, a run folder (``config.yaml`` and ``final/``), or a Hub id of a full model.
-        dtype: of the weights.
+        dtype: of the weights; float32 if not given.
 
     Raises:
         UserError: the model is not there, is not a causal language model, or cannot be read.
@@ -80,7 +80,7 @@ def load_ends(name: str, tokenizer: Any) -> list[int]:
         return _ends(name, tokenizer, settings)
 
 
-def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A classifier on top of the language model ``name`` (or the saved classifier it is), and its tokenizer.
 
     The head reads the last token that is not padding. A language model gets a head of zeros, so that all scores start
@@ -90,7 +90,7 @@ def load_sequence_classifier(name: str, num_labels: int = 1, *, dtype: torch.dty
     Args:
         name: as for ``load_language_model``; also folders, runs and Hub ids of classifiers.
         num_labels: numbers a text gets; 1 for a reward model.
-        dtype: of the weights.
+        dtype: of the weights; float32 if not given.
 
     Raises:
         UserError: the model is not there, of another kind, has another number of labels, or cannot be read.
@@ -294,10 +294,12 @@ def _config(name: str, source: str, kinds: tuple[Kind, ...]) -> tuple[Any, Kind]
     return config, _check_kind(f"model={name!r}", config.model_type, config.architectures, kinds)
 
 
-def _full_model(name: str, source: str, dtype: torch.dtype, kinds: tuple[Kind, ...]) -> Any:
+def _full_model(name: str, source: str, dtype: torch.dtype | None, kinds: tuple[Kind, ...]) -> Any:
     """The model of a folder or Hub id, every weight found."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    dtype = torch.float32 if dtype is None else dtype
     _, kind = _config(name, source, kinds)
     family: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
@@ -318,6 +320,8 @@ def _ends(name: str, tokenizer: Any, settings: Any) -> list[int]:
 
 def _merged(model: Any, folder: Path) -> Any:
     """The model with the adapter added to its weights; it is called after the adapter's folder from now on."""
+    from diffusion_align.models.lora import forget_adapters, load_peft
+
     adapted = load_peft(model, folder)
     if not hasattr(adapted.base_model, "merge_and_unload"):
         raise UserError(f"{folder} is an adapter that cannot be merged into a model: use one of LoRA's kind")
@@ -329,6 +333,7 @@ def _merged(model: Any, folder: Path) -> Any:
 
 def _with_head(model: Any, num_labels: int) -> Any:
     """The model if it is a classifier already, else a classifier with its body and a new head."""
+    from torch import nn
     from transformers import AutoModelForSequenceClassification
 
     if not problems_of(_check_kind, "", model.config.model_type, [type(model).__name__], ("classifier",)):

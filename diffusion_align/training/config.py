@@ -221,6 +221,11 @@ def _again(error: Any) -> InitErrorDetails:
 class TrainingConfig(Section):
     """What every trainer shares. Counts are global: with P processes each does a P-th of them."""
 
+    model_kind: ClassVar[Literal["image", "text", "classifier"] | None] = None
+    """What is loaded for the method to train; None: it loads that itself."""
+    dataset_kind: ClassVar[Literal["preferences", "labels"]] = "preferences"
+    """What a row of its ``dataset`` says."""
+
     method: str = Field("", description="what trains: a shipped method's name, module:Class or file.py:Class")
     model: str = Field(description="embedded name, folder or Hub id of the model to align")
     output_dir: Folder = Field(description="the run folder; must be new or empty unless `resume` is set")

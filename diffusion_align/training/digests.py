@@ -18,9 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
 Identity = dict[str, list[tuple[str, str | None]]]
 """Setting -> (place, digest) of all that it names; None where nothing on this machine says what is there."""
 
@@ -188,6 +185,9 @@ def _block_offsets(length: int, spacing: int) -> Iterable[int]:
 
 def _plain(value: Any) -> Any:
     """What stands for a value that JSON does not have."""
+    import torch
+    from torch import Tensor
+
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return vars(value)
     if isinstance(value, bytes | bytearray):

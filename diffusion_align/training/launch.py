@@ -9,23 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, cast
-
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    gather_object,
-    get_int_from_env,
-    parse_flag_from_env,
-    set_seed,
-)
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.inputs import check_device
 from diffusion_align.training.config import TrainingConfig, load_yaml
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
 
 Treatment = Literal["honoured", "overruled", "compared", "refused", "idle"]
 ENVIRONMENT: dict[str, Treatment] = {
@@ -137,6 +129,10 @@ def make_accelerator(mixed_precision: str | None = None, **options: Any) -> Acce
     Raises:
         ConfigError: see ``check_launch``.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
+
     begun = AcceleratorState().mixed_precision if AcceleratorState._shared_state else None
     check_launch(mixed_precision or begun or "no")
     return Accelerator(
@@ -171,12 +167,16 @@ Result = TypeVar("Result")
 
 def processes() -> PartialState:
     """What Accelerator will find; made before it, PartialState does not read ACCELERATE_USE_CPU by itself."""
+    from accelerate.state import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def is_first_process() -> bool:
     """Told by the variables that launchers set, before anything connects the processes."""
-    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+    given = (os.environ.get(name, "") for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"))
+    return int(next((rank for rank in given if rank.isdigit()), 0)) == 0
 
 
 def agreed(prepare: Callable[[], Result]) -> Result:
@@ -185,6 +185,8 @@ def agreed(prepare: Callable[[], Result]) -> Result:
     Raises:
         UserError: of another process, with its number; whatever ``prepare`` raised itself is raised unchanged.
     """
+    from accelerate.utils import gather_object
+
     failure, result = None, None
     try:
         result = prepare()
@@ -207,6 +209,9 @@ def start(config: Config, seconds_per_pass: Callable[[bool], float]) -> tuple[Co
         config: checked settings.
         seconds_per_pass: how long the network takes on the CPU, with bf16 (True) or without.
     """
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import broadcast_object_list, set_seed
+
     if config.mixed_precision == "auto":
         choice = [_faster_precision(config, seconds_per_pass)]
         processes()
@@ -222,6 +227,8 @@ def start(config: Config, seconds_per_pass: Callable[[bool], float]) -> tuple[Co
 
 def time_forward(forward: Callable[[], object], use_bf16: bool) -> float:
     """The best of two forward passes on the CPU, after one to warm up."""
+    import torch
+
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -233,6 +240,8 @@ def time_forward(forward: Callable[[], object], use_bf16: bool) -> float:
 
 def _faster_precision(config: TrainingConfig, seconds_per_pass: Callable[[bool], float]) -> str:
     """A resumed run's own choice, what accelerate was launched with, a GPU's bf16, or the faster on this CPU."""
+    import torch
+
     if config.resume and (config.output_dir / "config.yaml").is_file():
         return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
     if launched := launched_precision():

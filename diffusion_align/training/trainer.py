@@ -103,8 +103,8 @@ class Trainer(ABC, Generic[Batch]):
     """
 
     config_class: ClassVar[type[TrainingConfig]] = TrainingConfig  # its settings
-    model_kind: ClassVar[Literal["image", "text", "classifier"] | None] = None  # what is loaded for it to train
-    dataset_kind: ClassVar[Literal["preferences", "labels"]] = "preferences"  # what a row of its dataset says
+    model_kind: ClassVar[Literal["image", "text", "classifier"] | None] = TrainingConfig.model_kind
+    dataset_kind: ClassVar[Literal["preferences", "labels"]] = TrainingConfig.dataset_kind
     metrics: ClassVar[Mapping[str, Metric]] = {}  # what its own mean, beside those of the classes it comes from
     headline = "reward"  # the metric that the progress bar shows
     none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on

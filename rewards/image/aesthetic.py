@@ -11,19 +11,23 @@
 ``head`` takes a local file instead (.pth or .safetensors), and its own shape decides what is built from it.
 """
 
+from __future__ import annotations
+
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from diffusion_align.assets import asset_path
 from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError, foreign_code
 from diffusion_align.rewards.image.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipEncoder, is_emoji_sd, load_clip
 from diffusion_align.rewards.networks import LocalFile, NetworkSettings, has_digest, note, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 VARIANTS = {"v2": VIT_L_14, "v1": VIT_L_14, "embedded": EMOJI_CLIP}
 HEADS = {
@@ -54,7 +58,7 @@ class Aesthetic:
         embeddings = self.encoder.embed_images(images, batch_size=self.batch_size)
         return self.head.to(embeddings.device)(embeddings).squeeze(-1)
 
-    def to(self, device: str | torch.device) -> "Aesthetic":
+    def to(self, device: str | torch.device) -> Aesthetic:
         self.encoder.to(device)
         return self
 
@@ -104,6 +108,8 @@ def load_head(path: Path) -> nn.Sequential:
     Raises:
         RewardError: not a file of tensors, or not a head.
     """
+    from torch import nn
+
     state = read_tensors(path)
     with foreign_code(f"'{path}' does not hold an aesthetic head (", ")"):
         if "weight" in state:
@@ -129,6 +135,8 @@ def head_file(variant: str) -> Path:
     Raises:
         RewardError: it cannot be downloaded, or is not the published file.
     """
+    import torch
+
     if variant == "embedded":
         return Path(asset_path("aesthetic-head"))
     source = f"{V2_REPOSITORY}, {V2_FILE}" if variant == "v2" else V1_URL

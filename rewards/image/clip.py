@@ -8,6 +8,8 @@ A CLIP is named by a string:
   knows or a checkpoint file. Needs ``pip install 'diffusion-align[open-clip]'``.
 """
 
+from __future__ import annotations
+
 import functools
 import importlib.util
 import weakref
@@ -15,12 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import PlainValidator
-from torch import Tensor, nn
-from torch.nn import functional
 
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.rewards.base import RewardError, foreign_code
@@ -34,6 +33,10 @@ from diffusion_align.rewards.networks import (
     settings_beside,
     torch_dtype,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
 EMOJI_CLIP = "emoji-clip"
@@ -78,6 +81,8 @@ def squash(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
 
 
 def _resized(images: Tensor, target: list[int], mode: str) -> Tensor:
+    from torch.nn import functional
+
     resized = functional.interpolate(images, size=target, mode=mode, antialias=True, align_corners=False)
     return resized.clamp(0, 1)
 
@@ -134,12 +139,15 @@ class ClipEncoder:
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def to(self, device: str | torch.device) -> "ClipEncoder":
+    def to(self, device: str | torch.device) -> ClipEncoder:
         self.module.to(device)
         return self
 
     def embed_images(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
         """Unit embeddings, float32 (B, D) on the encoder's device; a gradient flows to ``images`` where it is on."""
+        import torch
+        from torch.nn import functional
+
         parameter = next(self.module.parameters())
         features = [
             self._image_features(
@@ -151,14 +159,17 @@ class ClipEncoder:
         ]
         return functional.normalize(torch.cat(features).float(), dim=-1)
 
-    @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str], *, batch_size: int = 64) -> Tensor:
         """Unit embeddings, float32 (B, D), no gradient. Equal prompts are encoded once; long ones lose their end."""
-        return functional.normalize(embed_each(prompts, batch_size, self._text_features).float(), dim=-1)
+        import torch
+        from torch.nn import functional
+
+        with torch.no_grad():
+            return functional.normalize(embed_each(prompts, batch_size, self._text_features).float(), dim=-1)
 
 
 _shared = ContextVar("_shared", default=True)
-_loaded: "weakref.WeakValueDictionary[tuple[str, str, str], ClipEncoder]" = weakref.WeakValueDictionary()
+_loaded: weakref.WeakValueDictionary[tuple[str, str, str], ClipEncoder] = weakref.WeakValueDictionary()
 
 
 def load_clip(
@@ -190,6 +201,8 @@ def share_encoder(
     Raises:
         RewardError: ``load`` failed, or ``dtype`` does not suit ``device``.
     """
+    import torch
+
     device = torch.device(device)
     key, wanted = (name, str(device), dtype), torch_dtype(dtype, device)
     encoder = _loaded.get(key) if _shared.get() else None
@@ -245,6 +258,7 @@ def load_transformers(
     name: str, device: torch.device, dtype: torch.dtype, other_tokenizer: str | None = None
 ) -> ClipEncoder:
     """A transformers CLIPModel; ``other_tokenizer`` is where to take the tokenizer if it comes without one."""
+    import torch
     from transformers import AutoConfig, CLIPModel
 
     if name == EMOJI_CLIP:
@@ -302,6 +316,8 @@ def _tokenizer(name: str, source: str, other: str | None, config: Any) -> Any:
 
 def _pooled(features: Any) -> Tensor:
     """The projected embedding: transformers up to 4 returns it, 5 wraps it in an output object."""
+    from torch import Tensor
+
     return features if isinstance(features, Tensor) else features.pooler_output
 
 

@@ -1,13 +1,17 @@
 """How well an image fits its prompt, by CLIP (Radford et al. 2021, arXiv:2103.00020)."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from pydantic import Field
-from torch import Tensor
 
 from diffusion_align.rewards.image.clip import OPEN_CLIP, Clip, ClipEncoder, default_clip, load_clip
 from diffusion_align.rewards.networks import NetworkSettings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class ClipScore:
@@ -24,7 +28,7 @@ class ClipScore:
         texts = self.encoder.embed_texts(prompts, batch_size=self.batch_size)
         return self.scale * (seen * texts).sum(dim=-1)
 
-    def to(self, device: str | torch.device) -> "ClipScore":
+    def to(self, device: str | torch.device) -> ClipScore:
         self.encoder.to(device)
         return self
 

@@ -5,14 +5,13 @@ resized until its *longer* side fits and gets black borders, as in the authors' 
 through torchvision, which antialiases since version 0.17 and did not before; here it is always antialiased.)
 """
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.nn import functional
 
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.image.clip import ClipEncoder, open_clip_encoder, share_encoder
@@ -25,6 +24,10 @@ from diffusion_align.rewards.networks import (
     unfilled,
     weights_file,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2": "HPS_v2_compressed.pt"}
@@ -89,6 +92,8 @@ def load_hps(path: Path, architecture: str, device: torch.device, dtype: torch.d
 
 def resize_and_pad(images: Tensor, size: int) -> Tensor:
     """(B, 3, size, size): the longer side resized to ``size`` (bicubic, antialiased, not clamped), black borders."""
+    from torch.nn import functional
+
     long = max(images.shape[-2:])
     height, width = (round(side * size / long) for side in images.shape[-2:])
     if long != size:

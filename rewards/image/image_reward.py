@@ -7,13 +7,13 @@ published weights are renamed to fit. Their sizes are read off the weights; ever
 published model.
 """
 
+from __future__ import annotations
+
 from math import isqrt
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
 
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.rewards.image.clip import CLIP_MEAN, CLIP_STD, preprocess
@@ -29,6 +29,10 @@ from diffusion_align.rewards.networks import (
     unfilled,
     weights_file,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -64,6 +68,8 @@ class ImageReward:
             part.eval().requires_grad_(False)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        import torch
+
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
         )
@@ -80,7 +86,7 @@ class ImageReward:
         ).last_hidden_state
         return (self.head(words[:, 0].float()).squeeze(-1) - MEAN) / STD
 
-    def to(self, device: str | torch.device) -> "ImageReward":
+    def to(self, device: str | torch.device) -> ImageReward:
         for part in (self.vision, self.text, self.head):
             part.to(device)
         return self
@@ -131,6 +137,7 @@ def load_image_reward(path: Path) -> tuple[Any, Any, nn.Module]:
     Raises:
         RewardError: not a file of tensors, or not those of ImageReward.
     """
+    from torch import nn
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     tensors = read_tensors(path)

@@ -1,15 +1,18 @@
 """JPEG file size as a reward: the two compressibility tasks of DDPO (Black et al. 2023, arXiv:2305.13301)."""
 
-import io
-from typing import Any, ClassVar
+from __future__ import annotations
 
-import torch
+import io
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
 
 from diffusion_align.rewards.base import to_uint8
 from diffusion_align.rewards.settings import RewardSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
@@ -19,6 +22,8 @@ def jpeg_sizes(images: Tensor, *, quality: int = 95) -> Tensor:
         images: float (B, 3, H, W) in [0, 1]; rounded to 8 bits as diffusers does. No gradient flows.
         quality: PIL's scale, 1 to 100.
     """
+    import torch
+
     sizes = []
     for image in to_uint8(images).numpy():
         buffer = io.BytesIO()

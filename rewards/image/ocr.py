@@ -8,20 +8,24 @@ letters, ligatures) and curly quotation marks count as the plain ones: the reade
 The target is ``metadata["text"]`` if there is one, else what stands in quotation marks in the prompt: `target_text`.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import re
 import threading
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, PrivateAttr, model_validator
-from torch import Tensor
 
 from diffusion_align.rewards.base import RewardError, to_uint8
 from diffusion_align.rewards.settings import RewardSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 PLAIN = str.maketrans("‘’‚“”„«»", '\'\'\'"""""')
 DOUBLE = re.compile(r'(?<!\d)"([^"]*)"|“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»')  # not after a digit: 5" is a length
@@ -79,6 +83,8 @@ class Ocr(RewardSettings):
 
     def read(self, image: np.ndarray) -> str:
         """All text in ``image``, uint8 RGB (H, W, 3); lines are joined by newlines, "" if nothing is read."""
+        import numpy as np
+
         with self._lock:
             if self._engine is None:
                 self._engine = load_engine(min_side=self.min_side, num_threads=self.num_threads)

@@ -4,14 +4,18 @@ PickScore_v1 is CLIP ViT-H/14 trained on choices between two images made for one
 transformers CLIPModel; the tokenizer is that of the CLIP it started from.
 """
 
-from typing import Any, ClassVar
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
+
 from pydantic import Field
 
 from diffusion_align.rewards.image.clip import Clip, load_clip
 from diffusion_align.rewards.image.clip_score import ClipScore
 from diffusion_align.rewards.networks import NetworkSettings
+
+if TYPE_CHECKING:
+    import torch
 
 PICK_SCORE = "yuvalkirstain/PickScore_v1"
 VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -5,6 +5,8 @@ is none. A local server (vLLM, llama.cpp, Ollama, LM Studio) does as well as a h
 other reward: it sees the prompt and 8-bit pixels, is easily flattered, and a hosted model may change under its name.
 """
 
+from __future__ import annotations
+
 import base64
 import contextlib
 import hashlib
@@ -13,12 +15,9 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
-import torch
 from pydantic import Field, PlainValidator, ValidatorFunctionWrapHandler, WrapValidator, field_validator
-from torch import Tensor
 
 from diffusion_align.bounds import MOST
 from diffusion_align.errors import short
@@ -38,6 +37,11 @@ from diffusion_align.rewards.settings import RewardSettings, Seconds
 from diffusion_align.streams import printable
 from diffusion_align.training.config import Weight
 from diffusion_align.writing import WriteError, make_folder, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
 
 URL = "http://127.0.0.1:8000/v1"
 TOKEN = "OPENAI_API_KEY"
@@ -142,7 +146,7 @@ class VlmJudgeSettings(RewardSettings):
             raise ValueError("it must begin with its lower end")
         return range
 
-    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> "VlmJudge":
+    def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> VlmJudge:
         """RewardError: the endpoint refused, or was away for longer than ``patience``."""
         base = self.url.rstrip("/").removesuffix("/chat/completions")
         # The environment's key is not sent over a network in the clear.
@@ -168,6 +172,8 @@ class VlmJudge:
         self.cache = Path(settings.cache).expanduser().absolute() if settings.cache is not None else None
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        import torch
+
         pairs = list(zip(to_uint8(images).numpy(), prompts, strict=True))
         scores = in_parallel(lambda pair, stop: self._score(*pair, stop), pairs, self.settings.concurrency)
         return torch.tensor([(score - self.low) / (self.high - self.low) for score in scores], dtype=torch.float32)

@@ -16,17 +16,16 @@ Nothing a reward answers is trusted: `call_text_reward` checks it at every call,
 training starts.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from diffusion_align.rewards.base import (
     RewardError,
@@ -39,6 +38,10 @@ from diffusion_align.rewards.base import (
     reward_name,
     without_info,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 Text = str | list[dict[str, Any]]
 """A prompt or a completion: plain text, or messages ``[{"role": ..., "content": ...}, ...]``."""
@@ -141,6 +144,8 @@ def call_text_reward(
             length, or a value that is not finite.
         ValueError: prompts, completions, their tokens and columns do not belong together.
     """
+    import torch
+
     name, batch = reward_name(reward), len(completions)
     lengths = {"prompts": len(prompts)} | {key: len(values) for key, values in columns.items()}
     if completion_ids is not None:
@@ -227,6 +232,8 @@ def weighted_sum(
         RewardError: a sample about which no reward had anything to say.
         ValueError: shapes that do not belong together.
     """
+    import torch
+
     if scores.ndim != 2 or weights.shape != scores.shape[1:]:
         raise ValueError(f"scores {tuple(scores.shape)} must be (B, K) and weights {tuple(weights.shape)} (K,)")
     silent = scores.isnan()
@@ -305,6 +312,8 @@ def _content(content: Any) -> str:
 
 def _number(value: Any) -> Any:
     """A scalar tensor, on whatever device, as a number; all else as it is."""
+    from torch import Tensor
+
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 

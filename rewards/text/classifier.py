@@ -1,13 +1,13 @@
 """A sequence classifier as judge: a reward model, a sentiment or toxicity network, or one that you trained."""
 
+from __future__ import annotations
+
 import json
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, PlainValidator, model_validator
-from torch import Tensor
 
 from diffusion_align.bounds import MOST
 from diffusion_align.rewards.base import RewardError, foreign_code
@@ -23,6 +23,10 @@ from diffusion_align.rewards.networks import (
 )
 from diffusion_align.rewards.text.base import Text, text_of, words_left_out
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -31,19 +35,21 @@ class Classifier:
 
     name = "classifier"
 
-    def __init__(self, network: Any, tokenizer: Any, label: int, settings: "ClassifierSettings"):
+    def __init__(self, network: Any, tokenizer: Any, label: int, settings: ClassifierSettings):
         self.network, self.tokenizer, self.label, self.settings = network, tokenizer, label, settings
         self.limit = token_limit(tokenizer, network.config, settings.max_length)
 
-    @torch.no_grad()
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> Tensor:
+        import torch
+
         texts, special = layout(self.tokenizer, prompts, completions, self.settings.reads)
         parts = []
         for start in range(0, len(texts), self.settings.batch_size):
             part = texts[start : start + self.settings.batch_size]
             device = self.network.device
             tokens = tokenize_batch(self.tokenizer, part, limit=self.limit, device=device, add_special_tokens=special)
-            parts.append(self._scores(self.network(**tokens).logits.float()))
+            with torch.no_grad():
+                parts.append(self._scores(self.network(**tokens).logits.float()))
         return torch.cat(parts)
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ class Classifier:
         several = logits.shape[1] > 1 and self.network.config.problem_type != "multi_label_classification"
         return (logits.softmax(-1) if several else logits.sigmoid())[:, self.label]
 
-    def to(self, device: str | torch.device) -> "Classifier":
+    def to(self, device: str | torch.device) -> Classifier:
         self.network.to(device)
         return self
 

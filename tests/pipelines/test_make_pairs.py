@@ -17,7 +17,7 @@ from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.pairs import ImageCandidates, PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
-from diffusion_align.training.run_folder import FolderLock
+from diffusion_align.training.folder_lock import FolderLock
 from tests.helpers.rows_on_disk import read_rows
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]

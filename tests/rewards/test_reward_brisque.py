@@ -13,7 +13,8 @@ from skimage import data, filters
 
 from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image import brisque as module
-from diffusion_align.rewards.image.brisque import data_folder, features, fit, load_regression, luma, normalise
+from diffusion_align.rewards.image.brisque import data_folder, load_regression
+from diffusion_align.rewards.image.brisque_features import features, fit, luma, normalise
 from tests.helpers.rewarding import score
 
 

@@ -140,7 +140,7 @@ def others(monkeypatch):
     def make(said):
         own = []
         monkeypatch.setattr(launch, "processes", lambda: SimpleNamespace(num_processes=1 + len(said)))
-        monkeypatch.setattr(launch, "gather_object", lambda mine: own.extend(mine) or [*said, *mine])
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: own.extend(mine) or [*said, *mine])
         return own
 
     return make
@@ -163,7 +163,7 @@ def test_all_processes_raise_where_one_fails(others):
 
 
 def test_one_process_alone_asks_nobody(monkeypatch):
-    monkeypatch.setattr(launch, "gather_object", None)
+    monkeypatch.setattr("accelerate.utils.gather_object", None)
     assert agreed(lambda: 3) == 3
     with pytest.raises(ConfigError, match=r"^a$"):
         agreed(lambda: raising(ConfigError(["a"])))

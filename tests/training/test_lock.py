@@ -11,14 +11,14 @@ import sys
 import pytest
 
 from diffusion_align.errors import UserError
-from diffusion_align.training import run_folder
-from diffusion_align.training.run_folder import LOCK_FILE, FolderLock, check_not_in_use
+from diffusion_align.training import folder_lock
+from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock, check_not_in_use
 from diffusion_align.writing import WriteError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from diffusion_align.training.run_folder import FolderLock
+from diffusion_align.training.folder_lock import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -88,7 +88,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     def unsupported(descriptor, *, shared=False):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder, "_lock", unsupported)
+    monkeypatch.setattr(folder_lock, "_lock", unsupported)
     with FolderLock(tmp_path):
         check_not_in_use(tmp_path)
         said = capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_without_room_for_it_nothing_is_left_or_held(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.os, "write", full)
+        patched.setattr(folder_lock.os, "write", full)
         with pytest.raises(WriteError, match=r"\.lock cannot be written \(No space left"), FolderLock(tmp_path):
             pass
     assert not list(tmp_path.iterdir())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from diffusion_align.errors import UserError
 
-Conditioning = dict[str, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Conditioning: TypeAlias = "dict[str, Tensor]"
 """What the network is told of the prompts, name -> (B, ...)."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of an attention layer of diffusers."""
@@ -85,6 +86,8 @@ class ModelFamily(ABC):
         self, config: Mapping[str, Any], batch: int, *, tokens: int = 77, **kind: Any
     ) -> tuple[Tensor, Tensor, Conditioning]:
         """``x_t``, ``timestep`` and conditioning of ``batch`` samples, all 0; see ``zero_conditioning``."""
+        import torch
+
         latents = torch.zeros(batch, *self.latent_shape(config), **kind)
         timestep = torch.zeros(batch, **kind | {"dtype": torch.int64})
         return latents, timestep, self.zero_conditioning(config, batch, tokens, **kind)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_align.models.families.contract import Conditioning
 from diffusion_align.models.families.stable_diffusion import StableDiffusion
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -21,6 +22,8 @@ class StableDiffusionXL(StableDiffusion):
     }
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
+        import torch
+
         device = pipeline.text_encoder_2.device
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
         if pipeline.config.get("force_zeros_for_empty_prompt"):
@@ -34,6 +37,8 @@ class StableDiffusionXL(StableDiffusion):
         return super().inputs(timestep, conditioning, dtype) | {"added_cond_kwargs": added}
 
     def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
+        import torch
+
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         added = {"text_embeds": torch.zeros(batch, pooled, **kind), "time_ids": torch.zeros(batch, 6, **kind)}
         return super().zero_conditioning(config, batch, tokens, **kind) | added

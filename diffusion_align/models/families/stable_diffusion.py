@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_align.errors import UserError
 from diffusion_align.models.families.contract import ATTENTION, Conditioning, ModelFamily
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class StableDiffusion(ModelFamily):
@@ -50,4 +51,6 @@ class StableDiffusion(ModelFamily):
         return {"timestep": timestep, "encoder_hidden_states": conditioning["encoder_hidden_states"].to(dtype)}
 
     def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
+        import torch
+
         return {"encoder_hidden_states": torch.zeros(batch, tokens, config["cross_attention_dim"], **kind)}
