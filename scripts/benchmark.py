@@ -12,7 +12,7 @@ Not tests: run them on a quiet machine.
 
 All but the last two: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
 exactly the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both
-see the same machine; the median of the ratios is what counts. Tokens a second are those of the backward passes, padding
+see the same machine; the median of the ratios is what counts. Tokens per second are those of the backward passes, padding
 and prompts too, over the whole epoch.
 
 ``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
@@ -109,7 +109,7 @@ def grpo(
     epochs: int = 5,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """GRPO's epoch time over the time of its forward, backward and generating passes; tokens a second."""
+    """GRPO's epoch time over the time of its forward, backward and generating passes; tokens per second."""
     _print_text([measure(recipe, overrides or [], epochs)], as_json)
 
 
@@ -120,7 +120,7 @@ def dpo(
     epochs: int = 5,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Online DPO's epoch time over the time of its forward, backward and generating passes; tokens a second."""
+    """Online DPO's epoch time over the time of its forward, backward and generating passes; tokens per second."""
     _print_text([measure(recipe, overrides or [], epochs)], as_json)
 
 
@@ -150,7 +150,7 @@ def _print_epochs(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
-    """Run ``epochs`` epochs after one to warm up; seconds, ratios, peak memory and, of text, tokens a second."""
+    """Run ``epochs`` epochs after one to warm up; seconds, ratios, peak memory and, of text, tokens per second."""
     from bare_passes import LanguagePasses, UNetPasses
 
     from diffusion_align.methods import method_of

@@ -1,7 +1,7 @@
 """Trains the embedded language model ``tiny-lm`` (characters, 1.3 M parameters) on verses, and writes its prompt lists.
 
     apt-get install bible-kjv                               # Debian; the text is in the public domain
-    bible -f 'gen1:1-rev22:21' </dev/null > kjv.txt         # one verse a line, its reference first
+    bible -f 'gen1:1-rev22:21' </dev/null > kjv.txt         # one verse per line, its reference first
     python scripts/build_tiny_lm.py kjv.txt --steps 2800    # the embedded one: 17 minutes on one CPU core
     python scripts/build_tiny_lm.py kjv.txt --minutes 2     # a worse one
 
@@ -43,7 +43,7 @@ class Verses:
 
 
 def read_verses(files: list[Path], *, references: bool) -> Verses:
-    """One text a line, no longer than the context, the reference cut off."""
+    """One text per line, no longer than the context, the reference cut off."""
     texts = []
     for file in files:
         try:
@@ -59,7 +59,7 @@ def read_verses(files: list[Path], *, references: bool) -> Verses:
 
 
 def build_tokenizer() -> Any:
-    """One token a character; what it decodes is the text that was encoded."""
+    """One token per character; what it decodes is the text that was encoded."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -104,7 +104,7 @@ def encoded(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def batches(rows: list[list[int]], seed: int) -> Iterator[list[list[int]]]:
-    """Without end: ``ROWS`` rows of about one length, each row once an epoch, in random order.
+    """Without end: ``ROWS`` rows of about one length, each row once per epoch, in random order.
 
     Half of the rows come without their first end of sequence, so that the model knows texts with and without one.
     """
@@ -231,7 +231,7 @@ def run(arguments: argparse.Namespace) -> None:
         lr=arguments.lr,
         seed=arguments.seed,
     )
-    print(f"{steps} steps, held out: {heldout_loss(model, heldout):.4f} nats a character", flush=True)
+    print(f"{steps} steps, held out: {heldout_loss(model, heldout):.4f} nats per character", flush=True)
 
     folder = arguments.out_dir / "tiny-lm"
     model.half().save_pretrained(str(folder))

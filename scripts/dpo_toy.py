@@ -5,7 +5,7 @@
 Data and reference N(0, 1), reward x_0, beta 1: the optimum is N(1, 1), with E r = 1 and a KL of 1/2. A chain of 25
 steps whose reference is exact; the policy adds a shift (and a slope) to each step's mean, and what it attains follows
 from a recursion, without sampling. Policy, schedule and pairs are this file's; loss, steps, noise, guard and optimizer
-are the trainer's. A quarter of a minute a run.
+are the trainer's. A quarter of a minute per run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python scripts/experiments.py --runs runs/experiments
 
-Runs that are finished are not repeated; interrupted ones are resumed. One thread a run, as many runs at once as
+Runs that are finished are not repeated; interrupted ones are resumed. One thread per run, as many runs at once as
 ``--at-once``, so wall times are not those of a recipe run alone.
 """
 
@@ -43,7 +43,7 @@ def main(
     grouped = {name: [folders[job] for job in jobs if job[0] == name] for name in names}
     print(
         "experiment               reward: first epoch -> last   difference (std. error over seeds)   "
-        "KL nats a step at the end"
+        "KL nats per step at the end"
     )
     for name, group in grouped.items():
         print(_line(name, group))

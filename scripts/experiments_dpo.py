@@ -2,7 +2,7 @@
 
     python scripts/experiments_dpo.py --runs runs/experiments_dpo
 
-Runs that are finished are not repeated. One thread a run, as many at once as ``--at-once``. The judge is the embedded
+Runs that are finished are not repeated. One thread per run, as many at once as ``--at-once``. The judge is the embedded
 style head, the prompts are the 59 concepts that no training pair shows; every prompt is drawn ``--per-prompt`` times.
 """
 

@@ -3,7 +3,7 @@
     python scripts/experiments_text.py --runs runs/experiments_text
     python scripts/experiments_text.py --only grpo_tiny --only ppo_tiny
 
-Runs that are finished are not repeated; interrupted ones are resumed. One thread a run, as many runs at once as
+Runs that are finished are not repeated; interrupted ones are resumed. One thread per run, as many runs at once as
 ``--at-once``, so wall times are not those of a recipe run alone. A recipe with a held-out list is judged on it: base
 model and final weights complete every held-out prompt several times, with the same seeds, and the recipe's reward
 scores the completions. The smollm2 recipes need the demo model (README, "Language models").

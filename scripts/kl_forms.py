@@ -65,7 +65,7 @@ def main(
         jobs,
         at_once,
     )
-    print(f"last 5 epochs, beta {beta}                 KL, nats a completion    reward")
+    print(f"last 5 epochs, beta {beta}                 KL, nats per completion    reward")
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex="col")
     for column, regime in enumerate(REGIMES):
@@ -79,7 +79,7 @@ def main(
                 panel.plot(range(1, len(curve) + 1), curve, style, color=f"C{number}", label=form)
                 ends.append(statistics.mean(curve[-5:]))
             print(f"{regime:12s}{form:30s}{ends[0]:16.2f}{ends[1]:16.3f}", flush=True)
-        panels[0, column].set(title=regime, yscale="symlog", ylabel="KL to the reference, nats a completion")
+        panels[0, column].set(title=regime, yscale="symlog", ylabel="KL to the reference, nats per completion")
         panels[1, column].set(xlabel="epoch", ylabel="reward")
     panels[1, 1].legend(frameon=False, fontsize=8)
     figure.suptitle(f"GRPO on tiny-lm: eight forms of the KL, each at {beta} a nat, and none")

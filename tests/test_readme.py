@@ -67,7 +67,7 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
 
 def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(plots, "figure_png", lambda figure: b"")  # seconds a run; the quickstart draws its own
+    monkeypatch.setattr(plots, "figure_png", lambda figure: b"")  # seconds per run; the quickstart draws its own
     assert blocks(README, "python")
     for _, block in blocks(README, "python"):
         exec(compile(shorter_code(block), "README.md", "exec"), {"__name__": "readme"})

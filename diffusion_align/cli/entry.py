@@ -58,8 +58,8 @@ def main() -> None:
 
 def _is_for_a_shell(arguments: list[str]) -> bool:
     """Whether a shell asks for completions, or is to be given the script that asks: typer then exits by itself."""
-    asked = {"--install-completion", "--show-completion"}.intersection(arguments[:1])
-    return bool(asked) or f"_{PROGRAM}_COMPLETE".replace("-", "_").upper() in os.environ
+    completing = {"--install-completion", "--show-completion"}.intersection(arguments[:1])
+    return bool(completing) or f"_{PROGRAM}_COMPLETE".replace("-", "_").upper() in os.environ
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -81,7 +81,7 @@ def _rewards() -> list[Table]:
 
 
 def _row(reward: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    """A reward in a few words: what is said of it up to the mark that explanations follow."""
+    """A reward in a few words: its description up to the mark where explanations begin."""
     required = [f"option {name}" for name, about in reward["options"].items() if "required" in about.partition(")")[0]]
     download = re.findall(r"[\d.]+ GB(?= to download)", reward.get("cost", ""))
     extra = [f"extra {_start(reward['extra'])}"] if reward["extra"] else []

@@ -442,7 +442,7 @@ def _csv_rows(source: TableSource, text: str) -> list[dict[str, Any]]:
 def _json_rows(source: TableSource, text: str) -> Sequence[dict[str, Any]]:
     rows = _json(text)
     if not isinstance(rows, list):
-        remedy = "give a list of rows, [{...}, ...], or call a file of one object a line .jsonl"
+        remedy = "give a list of rows, [{...}, ...], or call a file of one object per line .jsonl"
         raise ConfigError([f"{source} is not a JSON list: {remedy}"])
     return _mappings(source, rows, str(source), "a JSON object")
 

@@ -23,7 +23,7 @@ _SHARD = 256  # pairs in a file
 
 
 class LatentCache:
-    """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs a file.
+    """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs per file.
 
     A file that is there is not made again, so an interrupted encoding resumes where it stopped. Every file holds a
     digest of what it was made from, the content of its pairs and of the model: a file of others is made again.

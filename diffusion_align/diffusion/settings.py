@@ -185,7 +185,7 @@ class DDPOConfig(DenoisingConfig):
         16,
         ge=1,
         le=MOST,
-        description="rewards a prompt needs before its own history is used; until then, the whole epoch's",
+        description="after how many rewards of a prompt its own history is used; until then, the whole epoch's",
     )
     clip_std: tuple[OrInfinite, OrInfinite] = Field(
         (0.0, math.inf), description="bounds on the std a group is divided by"

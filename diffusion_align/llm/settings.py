@@ -274,7 +274,7 @@ class PPOConfig(PolicyGradientConfig):
 
 
 class PreferenceConfig(OnlineConfig):
-    """Rows of a dataset, or prompts whose completions a reward judges in every epoch (online).
+    """Rows of a dataset, or prompts for whose completions a reward is called in every epoch (online).
 
     ``samples_per_epoch`` counts rows, or online completions.
     """

@@ -99,7 +99,7 @@ def make_trainer(make_policy, tmp_path):
     return make
 
 
-def widened(trainer, batch):
+def in_float64(trainer, batch):
     """Both in float64, the schedule and the scales from their float64 sources."""
     for unet in (trainer.policy.network, trainer.policy._frozen):
         if unet is not None:
@@ -114,7 +114,7 @@ def widened(trainer, batch):
 
 def collected(trainer):
     batch, _ = trainer.collect()
-    return widened(trainer, batch)
+    return in_float64(trainer, batch)
 
 
 def everything(batch):

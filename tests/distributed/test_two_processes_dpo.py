@@ -28,7 +28,7 @@ DPO = {
 }
 OFFLINE = DPO | {"seed": 2, "pairs": {"source": "emoji_style", "max_pairs": 10}}
 ONLINE = DPO | {"prompts": PROMPTS, "reward": "jpeg_compressibility", "group_size": 4, "samples_per_epoch": 16}
-# Two pairs a file; a line for each file that is encoded and by whom.
+# Two pairs per file; a line for each file that is encoded and by whom.
 FILES = """
 import time
 import diffusion_align.diffusion.latent_cache as cache

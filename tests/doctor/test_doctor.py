@@ -93,7 +93,7 @@ def test_a_folder(report, make_policy, model_path, name):
     actions = 8 * len(trainer.trained_steps)
     assert found["steps per update"].startswith(f"{actions // 2} of all processes")
     assert found["micro-batches per update"].startswith(f"{actions // 4} of 2,")
-    looked = 2 * 2 * len(trainer.trained_steps)  # one a step is more than 1 % here; guided, and the reference too
+    looked = 2 * 2 * len(trainer.trained_steps)  # one per step is more than 1 % here; guided, and the reference too
     assert found["UNet passes per epoch"] == (
         f"{2 * 8 * 6} forward while sampling, {looked} forward to estimate kl_path, "
         f"{2 * actions} forward and backward while training"
@@ -158,7 +158,7 @@ def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
 
 
 def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd, quick):
-    """Nothing where every action is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one a step."""
+    """Nothing where every action is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one per step."""
     settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
     priced, _ = report(**settings, kl_coef=0.1)
     assert priced["UNet passes per epoch"] == (

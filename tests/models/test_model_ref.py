@@ -1,4 +1,4 @@
-"""Runs as models: which weights are meant, what they were before, where a base is looked for; adapters gone on with."""
+"""Runs as models: which weights are meant, what they were before, where a base is looked for; trained-on adapters."""
 
 import pytest
 import torch

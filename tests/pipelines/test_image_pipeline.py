@@ -179,7 +179,7 @@ def test_rewards_judge_a_run_as_they_judge_its_base(first_run, tiny_sd, tmp_path
 
 
 def stops(how, epoch):
-    """A reward that breaks off its ``epoch``, once: the calls are a trial before training, then one an epoch."""
+    """A reward that breaks off its ``epoch``, once: the calls are a trial before training, then one per epoch."""
     calls = []
 
     def reward(images, prompts, metadata):

@@ -39,7 +39,7 @@ CORRECTED = {
     "target": "posterior_sample",
 }
 KINDS = {"offline": OFFLINE, "online": ONLINE, "offline, corrected": OFFLINE | CORRECTED}
-# Two pairs a file, so that six pairs take three.
+# Two pairs per file, so that six pairs take three.
 SMALL_FILES = "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
 CACHE = "diffusion_align.diffusion.latent_cache"
 ENCODING = place(f"{CACHE}.LatentCache", "_encode", 1)

@@ -47,7 +47,7 @@ def test_every_objective_trains(train, objective, kl):
     assert all(torch.isfinite(torch.tensor(list(row.values()), dtype=torch.float64)).all() for row in rows)
     assert all(row["grad_norm"] > 0 for row in steps)
     assert steps[0]["ratio/first_pass_deviation"] < 1e-5
-    known = steps if kl else [row for row in rows if "reward" in row]  # without a price, once an epoch
+    known = steps if kl else [row for row in rows if "reward" in row]  # without a price, once per epoch
     assert kl or not any("kl" in row for row in steps)
     assert known[-1]["kl"] > 0
     assert known[-1]["kl_path_stderr"] > 0

@@ -24,7 +24,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 
 def save_tokenizer(folder, *, encoder, pad=True):
-    """One token a word; an encoder's adds [CLS] and [SEP]."""
+    """One token per word; an encoder's adds [CLS] and [SEP]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
