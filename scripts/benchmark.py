@@ -12,8 +12,8 @@ Not tests: run them on a quiet machine.
 
 All but the last two: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
 exactly the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both
-see the same machine; the median of the ratios is what counts. Tokens per second are those of the backward passes, padding
-and prompts too, over the whole epoch.
+see the same machine; the median of the ratios is what counts. Tokens per second are those of the backward passes,
+padding and prompts too, over the whole epoch.
 
 ``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
 the peak of the resident memory over what is resident once the inputs are there, so the result and the gradients
