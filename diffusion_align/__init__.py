@@ -9,16 +9,40 @@ if TYPE_CHECKING:
     from diffusion_align.diffusion.ddpo import DDPOTrainer
     from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
     from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
+    from diffusion_align.llm import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        PPOConfig,
+        PPOTrainer,
+        RewardModelConfig,
+        RewardModelTrainer,
+    )
     from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
+    from diffusion_align.pipelines.run import build_trainer
 
 __version__ = "0.1.0"
 __all__ = [
     "DDPOConfig",
     "DDPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
     "ImageAlignmentPipeline",
+    "KTOConfig",
+    "KTOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardModelConfig",
+    "RewardModelTrainer",
     "TextAlignmentPipeline",
+    "build_trainer",
     "estimators",
     "llm",
     "pipelines",
@@ -32,8 +56,19 @@ __getattr__, __dir__ = offered(
         "DDPOTrainer": "diffusion_align.diffusion.ddpo",
         "DiffusionDPOConfig": "diffusion_align.diffusion.settings",
         "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
+        "DPOConfig": "diffusion_align.llm",
+        "DPOTrainer": "diffusion_align.llm",
+        "GRPOConfig": "diffusion_align.llm",
+        "GRPOTrainer": "diffusion_align.llm",
+        "KTOConfig": "diffusion_align.llm",
+        "KTOTrainer": "diffusion_align.llm",
+        "PPOConfig": "diffusion_align.llm",
+        "PPOTrainer": "diffusion_align.llm",
+        "RewardModelConfig": "diffusion_align.llm",
+        "RewardModelTrainer": "diffusion_align.llm",
         "ImageAlignmentPipeline": "diffusion_align.pipelines.image",
         "TextAlignmentPipeline": "diffusion_align.pipelines.text",
+        "build_trainer": "diffusion_align.pipelines.run",
         "estimators": "diffusion_align.estimators",
         "llm": "diffusion_align.llm",
         "pipelines": "diffusion_align.pipelines",

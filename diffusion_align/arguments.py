@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import ParamSpec, TypeVar
 
-from diffusion_align.errors import UserError
+from diffusion_align.errors import UserError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,8 +39,7 @@ def also_called(aliases: Mapping[str, str], without: Mapping[str, str]) -> Calla
             for key in kwargs:
                 if key in known or takes_all:
                     continue
-                near = get_close_matches(key, [*known, *aliases], n=1, cutoff=0.7)
-                meant = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+                meant = did_you_mean(key, [*known, *aliases], cutoff=0.7) or f"it takes {', '.join(known)}"
                 raise UserError(f"{name} has no argument {key}: {without.get(key, meant)}")
             return function(*args, **kwargs)
 

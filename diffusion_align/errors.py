@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -95,6 +96,21 @@ def short(value: Any, most: int = 80) -> str:
         text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
     text = re.sub(r"\s*\n\s*", " ", text)  # of a table, an array
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """ "did you mean 'x'?", x of ``known`` being the nearest to ``word``; empty where none is near.
+
+    ``cutoff``: how near, from 0 to 1, as of ``difflib``.
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "did you mean 'x'?", or else the list of what is known."""
+    known = sorted(known)
+    return did_you_mean(word, known) or f"known are {', '.join(known)}"
 
 
 @contextlib.contextmanager

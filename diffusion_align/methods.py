@@ -12,9 +12,9 @@ import inspect
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffusion_align.errors import ConfigError, UserError, foreign_code, short
+from diffusion_align.errors import ConfigError, UserError, foreign_code, nearest, short
 from diffusion_align.references import reference_to, resolve
-from diffusion_align.training.config import PLUG_INS, TrainingConfig, nearest
+from diffusion_align.training.config import PLUG_INS, TrainingConfig
 
 if TYPE_CHECKING:
     from diffusion_align.training.trainer import Trainer

@@ -6,12 +6,11 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from diffusion_align.errors import UserError, foreign_code, short
+from diffusion_align.errors import UserError, did_you_mean, foreign_code, short
 from diffusion_align.inputs import check_path
 
 _OF_FILES = "diffusion_align_file_"
@@ -90,5 +89,5 @@ def _run_once(path: Path) -> ModuleType:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f": did you mean '{near[0]}'?" if near else ""
+    meant = did_you_mean(name, known)
+    return f": {meant}" if meant else ""

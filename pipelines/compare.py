@@ -22,7 +22,7 @@ from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, png_bytes, score_images
-from diffusion_align.pipelines.text import TextAlignmentPipeline, several
+from diffusion_align.pipelines.text import IN_MEMORY, TextAlignmentPipeline, several
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, declare, text_of, weighted_sum
 from diffusion_align.rewards.build import Kind
@@ -194,7 +194,7 @@ def compare_texts(
         for prompt, a, b, score_a, score_b in zip(texts, *written, *(s.tolist() for s in scores), strict=True)
     ]
     result = replace(_summary(*scores, [str(text) for text in texts]), texts=rows)
-    names = [model.name if isinstance(model, TextAlignmentPipeline) else str(model) for model in (first, second)]
+    names = [str(m.name or IN_MEMORY if isinstance(m, TextAlignmentPipeline) else m) for m in (first, second)]
     _write(result, output, lambda path: write_text(path, _as_text(result, names, path.suffix)))
     return result
 

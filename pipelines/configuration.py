@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffusion_align.data.schemas import RowsConfig
 from diffusion_align.data.sources import in_python, refuse_splits
-from diffusion_align.errors import ConfigError, UserError, problems_of, short
+from diffusion_align.errors import ConfigError, UserError, nearest, problems_of, short
 from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_name, outline_of
 from diffusion_align.training.aliases import aliases_of, canonical, canonical_place
@@ -22,7 +22,6 @@ from diffusion_align.training.config import (
     TrainingConfig,
     apply_overrides,
     load_yaml,
-    nearest,
     parse_config,
     read_as,
     section_of,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -21,25 +21,27 @@ from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import scheduler_of
 from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig
-from diffusion_align.errors import UserError, first_line, short
+from diffusion_align.errors import ConfigError, UserError, first_line, problems_of, short
 from diffusion_align.images import UnreadableImage, to_rgb
 from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
-from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline
+from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
-from diffusion_align.models.model_ref import image_model_ref
+from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, run
+from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, not_in_memory, on_disk, run
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.rewards.image.clip import model_for_images
-from diffusion_align.training.places import absolute_paths
+from diffusion_align.training.places import is_base_of_run
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import make_folder, new_folder, output_folder
 
 if TYPE_CHECKING:
+    from diffusion_align.pipelines import settings as typed
     from diffusion_align.pipelines.compare import Comparison
 
 ImageLike = Image.Image | Tensor | np.ndarray
@@ -119,7 +121,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
     Attributes:
         pipeline: the diffusers pipeline; after ``align`` its UNet (or transformer) holds the trained weights.
-        model: what lies under all adapters: an embedded name, a folder or a Hub id.
+        model: what lies under all adapters: an embedded name, a folder or a Hub id; None if that is not known.
         origin: what that was before anything was trained, by which rewards choose their CLIP.
         run: the run folder whose result this is, None if it is of no run.
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
@@ -128,28 +130,33 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     inside = "pipeline"
     load_time = dict(dtype="dtype", weights_variant="variant", base_config="base_config", family="family")  # noqa: RUF012
 
-    def __init__(self, pipeline: Any, *, model: str, sampler: SamplerConfig | None = None) -> None:
+    def __init__(self, pipeline: Any, *, model: str | None, sampler: SamplerConfig | None = None) -> None:
         """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
 
         Args:
             pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of a family of your own.
-            model: what it was loaded from.
+            model: what it was loaded from; None if it is in no folder.
             sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
         """
         self.pipeline = pipeline
         self.model = model
         self.sampler = sampler or SamplerConfig(eta=0.0)
         self.origin = model
-        # What the weights without their adapter are called in a configuration; None if nothing on disk holds them.
-        self._below: str | None = model
-        self._called = model  # the weights as they are
+        # Called so in a configuration, None if in no folder: the weights without their adapter, and as they are.
+        self._below = self._called = model
+        self._trains = False  # whether peft's ADAPTER is one that ``align`` trains further, and not part of the weights
         self._variant: str | None = None
         self._base_config: str | None = None
         self._family: str | None = None
 
     @property
-    def _about(self) -> tuple[str, bool]:
+    def _about(self) -> tuple[str | None, bool]:
         return self.model, bool(adapters.adapted_parts(self.pipeline))
+
+    @property
+    def _others(self) -> bool:
+        """Whether it carries adapters that belong to its weights, as diffusers' ``load_lora_weights`` puts them on."""
+        return bool(adapters.adapter_names(self.pipeline) - ({ADAPTER} if self._trains else set()))
 
     @classmethod
     @also_called(LOADING, NOT_LOADED_HERE)
@@ -201,8 +208,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipe = cls(pipeline, model=ref.base, sampler=sampler)
         pipe.origin = ref.origin
         pipe.run = ref.run if lora is None else None
-        pipe._called = str(model)
+        pipe._called = str(model) if lora is None else None
         pipe._below = ref.below if lora is None else str(model)
+        pipe._trains = bool(stack)
         pipe._variant, pipe._base_config, pipe._family = variant, base_config, family_name(family)
         return pipe
 
@@ -217,6 +225,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     ) -> ImageAlignmentPipeline:
         """Align a diffusers pipeline that is loaded already.
 
+        LoRA weights that it carries, active and at their scales, belong to it: it samples with them, and ``align``
+        starts from them merged, which is its reference. Weights that are in no folder, such as these, are written to
+        ``base/`` of the run folder, which ``config.yaml`` then names. Weights changed in any other way are not noticed:
+        save and load such a pipeline first.
+
         Args:
             pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of ``family``.
             model: the folder or Hub id that it was loaded from, which ``config.yaml`` and cards name; its own if not
@@ -225,25 +238,38 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             family: as of ``from_pretrained``.
 
         Raises:
-            UserError: it is another kind of pipeline, carries adapters, or does not say what it was loaded from.
+            UserError: it is another kind of pipeline, or ``model`` is none.
         """
         give_family(pipeline, find_family(family))
-        if adapters.adapted_parts(pipeline):
-            raise UserError("the pipeline carries LoRA weights: give their folder as lora to from_pretrained")
-        name = model or pipeline.config.get("_name_or_path")
-        if not name:
-            raise UserError("the pipeline does not say what it was loaded from: give its folder or Hub id as model")
-        pipe = cls(pipeline, model=str(name), sampler=sampler)
+        name = str(model or pipeline.config.get("_name_or_path") or "")
+        problems = problems_of(lambda: check_image_model(name, family=family_name(family)))
+        if problems and (model is not None or family is not None):  # what is in no folder is loaded by a shipped family
+            raise ConfigError(problems)
+        pipe = cls(pipeline, model=None if problems else name, sampler=sampler)
+        pipe.origin = image_model_ref(name).origin if name else None
         pipe._family = family_name(family)
+        if getattr(pipeline, "num_fused_loras", 0):
+            pipe._below = pipe._called = None
         return pipe
 
+    @overload
     def align(
-        self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any
-    ) -> ImageAlignmentPipeline:
+        self, method: typed.DDPO = ..., *, output_dir: str | Path, **settings: Unpack[typed.DDPOSettings]
+    ) -> Self: ...
+
+    @overload
+    def align(
+        self, method: typed.DiffusionDPO, *, output_dir: str | Path, **settings: Unpack[typed.DiffusionDPOSettings]
+    ) -> Self: ...
+
+    @overload
+    def align(self, method: type[Trainer[Any]], *, output_dir: str | Path, **settings: Any) -> Self: ...
+
+    def align(self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any) -> Self:
         """Train towards a reward or preferences; afterwards this pipeline samples with the trained weights.
 
-        Training and the reference start from the current weights: adapters of a run or an earlier call are merged, and
-        a new adapter is trained. Two exceptions: ``resume=True`` with this pipeline's own LoRA run resumes that run
+        Training and the reference start from the current weights: adapters on them are merged into a copy, and a new
+        adapter is trained. Two exceptions: ``resume=True`` with this pipeline's own LoRA run resumes that run
         with its reference; and an adapter given as ``lora`` to ``from_pretrained`` is itself trained further, with
         the model without it as the reference.
 
@@ -257,6 +283,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(images, prompts, metadata) -> (B,)``;
                 - prompts: list of texts, file, or shipped list; a generator, ``datasets.Dataset`` or pandas DataFrame;
+                  or a function that returns a prompt or (prompt, metadata), called ahead, see ``rows_of_calls``;
                 - pairs: "emoji_style", a folder or file with pairs, or the id of a dataset on the Hub; or rows, as for
                   prompts, with PIL images;
                 - callbacks: ``Callback`` objects, called during the run, or where they are found, as in YAML;
@@ -272,45 +299,46 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         method_of(method, "image")
         self._refuse_load_time(settings)
         check_path(output_dir, f"output_dir={short(str(output_dir))}", to="writable")
-        own = self.run is not None and self.run.resolve() == Path(output_dir).expanduser().resolve()
+        folder = Path(output_dir).expanduser()
+        own = self.run is not None and self.run.resolve() == folder.resolve()
         goes_on = own and settings.get("resume") is True
-        if goes_on and not adapters.adapted_parts(self.pipeline):
-            raise UserError(
-                f"resume=True: the reference of {str(self.run)!r} is not in memory, as its weights were merged or all "
-                "were trained: align what it was trained on, loaded by from_pretrained, or use the command line"
-            )
-        below = self._below if self.run is None or goes_on else self._called
-        if below is None:
-            raise UserError("the weights are in no folder, as a lora was merged: save_pretrained() them and load that")
+        given = adapters.adapted_parts(self.pipeline)
+        as_they_are = self._others or (self.run is not None and not goes_on)
+        below = None if self._others else self._called if as_they_are else self._below
+        if (goes_on and not given) or (below is None and settings.get("resume") is True and folder.exists()):
+            raise not_in_memory(folder)
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
-        raw: dict[str, Any] = {"method": method_name(method), "model": self.model, "output_dir": output_dir}
+        named = self.model or EMBEDDED_PIPELINES[0]
+        raw: dict[str, Any] = {"method": method_name(method), "model": named, "output_dir": output_dir}
         raw |= {"weights_variant": self._variant, "base_config": self._base_config, "family": self._family}
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
-        checked = check_config(raw | settings)
-        config = cast(DenoisingConfig, checked.model_copy(update=absolute_paths({"model": below})))
+        config = cast(DenoisingConfig, check_config(raw | settings))
 
-        part, network = family_of(self.pipeline).network, adapters.trained_network(self.pipeline)
-        weights, was_below = adapters.adapter_weights(self.pipeline), self._below
-        merges = self.run is not None and not goes_on and bool(weights)
-        if merges:
-            _refuse_other_parts(self.pipeline)
-        if merges or config.lora is None:
-            setattr(self.pipeline, part, copy.deepcopy(network))
+        trained = family_of(self.pipeline).network
+        before = given if as_they_are else {}
+        weights = adapters.AdapterState() if before else adapters.adapter_weights(self.pipeline)
+        before = before | ({trained: getattr(self.pipeline, trained)} if config.lora is None else {})
+        device = self.pipeline.device
+        for name, network in before.items():
+            setattr(self.pipeline, name, copy.deepcopy(network))
             network.to("cpu")  # where it waits in case that training breaks off
         try:
-            if merges:
-                self.merge()
+            if as_they_are:
+                adapters.merge_adapters(self.pipeline)
             _refuse_other_parts(self.pipeline)
-            trainer = run(config, pipeline=self.pipeline)
+            with on_disk(config, below, self._write, without=("weights_variant", "base_config")) as config:
+                trainer = run(config, pipeline=self.pipeline)
         except BaseException:
-            setattr(self.pipeline, part, network.to(self.pipeline.device))
-            self._below = was_below
-            adapters.restore_lora(self.pipeline, weights)
+            for name, network in before.items():
+                setattr(self.pipeline, name, network.to(device))
+            if not (as_they_are and given):
+                adapters.restore_lora(self.pipeline, weights)
             raise
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
-        self._below = below if config.lora else str(config.output_dir)
+        self._below = (below or str(config.model)) if config.lora else str(config.output_dir)
+        self._trains = True
         return self
 
     @also_called(CALLING, NOT_CALLED)
@@ -438,8 +466,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         Sampling is faster then, and ``save_lora`` has nothing to write any more. Without an adapter nothing happens.
         """
         if adapters.adapted_parts(self.pipeline):
+            self._called = None if self._others else self._called
             adapters.merge_adapters(self.pipeline)
-            self._below = None if self.run is None else self._called
+            self._below = self._called
         return self
 
     def save_lora(self, folder: str | Path) -> None:
@@ -451,23 +480,27 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         Raises:
             UserError: there is no adapter, or ``folder`` is a file.
         """
-        if family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
+        if self._others or family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
         _refuse_other_parts(self.pipeline)
         with new_folder(output_folder(folder)) as temporary:
             adapters.save_lora(self.pipeline, temporary)
 
     def _save_merged(self, folder: Path) -> None:
-        with adapters.merged(self.pipeline), new_folder(folder) as temporary:
+        with adapters.merged(self.pipeline):
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        with new_folder(folder) as temporary:
             self.pipeline.save_pretrained(str(temporary))
 
     def _save_adapter(self, folder: Path) -> None:
-        if family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
+        if self._others or family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
         if not hasattr(self.pipeline, "load_lora_weights"):
             kind = type(self.pipeline).__name__
             raise UserError(f"diffusers loads no LoRA for a {kind}: give merged=True to upload the whole model")
-        if self._below != self.model:
+        if self._below != self.model or is_base_of_run(str(self._below)):
             raise UserError(
                 f"the adapter stands on {self._below}, which is not on the Hub: give merged=True to upload the whole "
                 "model"
@@ -475,7 +508,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self.save_lora(folder)
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
-        if self.run is not None:
+        if self.run is not None and self._called is not None and not self._others:
             weights = "best" if Path(self._called).expanduser() == self.run / "best" else "final"
             write_model_card(
                 self.run, target, weights=weights, location=location, merged=merged, pipeline=facts_of(self.pipeline)
@@ -489,7 +522,7 @@ def _refuse_other_parts(pipeline: Any) -> None:
     if others:
         raise UserError(
             f"the lora also changes {', '.join(others)}, which the adapter of a {family.network_title} cannot hold: "
-            "merge() it, save_pretrained() the pipeline and load that"
+            "merge() it first"
         )
 
 

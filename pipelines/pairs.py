@@ -31,7 +31,7 @@ from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
 from diffusion_align.pipelines.run import built, family_content, image_model_content, language_model_content
-from diffusion_align.pipelines.text import TextAlignmentPipeline
+from diffusion_align.pipelines.text import IN_MEMORY, TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, call_reward, declare
 from diffusion_align.rewards.base import reward_name
@@ -141,7 +141,7 @@ class TextCandidates:
         self, model: str | TextAlignmentPipeline, *, max_new_tokens: int = 128, temperature: float = 1.0
     ) -> None:
         self.pipeline = model if isinstance(model, TextAlignmentPipeline) else None
-        self.model = self.pipeline.name if self.pipeline else str(model)
+        self.model = str(model) if self.pipeline is None else self.pipeline.name or IN_MEMORY
         self.sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
 
     def problems(self, prompts: Sequence[tuple[Text, dict[str, Any]]], judge: Any) -> list[str]:

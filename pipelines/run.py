@@ -5,15 +5,18 @@ And what a run is made of, by content: its model, data, images and rewards. Chec
 
 from __future__ import annotations
 
+import html
 import os
+import shutil
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 
@@ -23,18 +26,22 @@ from diffusion_align.inputs import check_device
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef
+from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.references import module_of
+from diffusion_align.report import RunReport, read_metrics
 from diffusion_align.rewards.build import user_modules
 from diffusion_align.rewards.networks import recorded
 from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import code_files, content_digest, file_digest, place_digest
-from diffusion_align.training.launch import agreed, start
+from diffusion_align.training.launch import agreed, processes, start
+from diffusion_align.training.places import BASE, absolute_paths
 from diffusion_align.training.trainer import Trainer
-from diffusion_align.writing import output_folder
+from diffusion_align.writing import make_folder, output_folder
 
 Places = list[tuple[str, str | None]]
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, tokenizer: Any = None) -> Trainer[Any]:
@@ -48,6 +55,27 @@ def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, toke
     Raises:
         UserError: data, models or rewards that do not fit; and see ``Trainer.train``.
     """
+    trainer = _trainer(config, pipeline, model, tokenizer)
+    trainer.train()
+    return trainer
+
+
+def build_trainer(config: TrainingConfig) -> Trainer[Any]:
+    """The trainer of a configuration, with its model, data and rewards, ready for ``train()``.
+
+    Args:
+        config: of any method, as ``DDPOConfig(model="emoji-sd", reward=..., prompts=..., output_dir=...)``.
+
+    Raises:
+        UserError: everything that is wrong with the settings; data, models or rewards that do not fit.
+    """
+    if not config.method:
+        raise UserError(f"{type(config).__name__} does not say what trains: set method to 'module:Class'")
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    return _trainer(check_config(given | {"method": config.method}), None, None, None)
+
+
+def _trainer(config: TrainingConfig, pipeline: Any, model: Any, tokenizer: Any) -> Trainer[Any]:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     method = method_of(config.method)
@@ -65,8 +93,49 @@ def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, toke
     trainer = method.from_run(replace(context, callbacks=callbacks))
     own = code_content([sys.modules[method.__module__]])  # this package's is known by its version
     trainer.identity = context.identity | ({"method": own} if own else {})
-    trainer.train()
     return trainer
+
+
+@contextmanager
+def on_disk(
+    config: Config, model: str | None, save: Callable[[Path], None], *, without: Iterable[str] = ()
+) -> Iterator[Config]:
+    """``config`` whose model is ``model``; None stands for weights that are in no folder.
+
+    ``save`` writes those to ``base/`` of the run folder: what the run can be resumed from, and its adapter loaded on,
+    ``without`` some settings of loading. Where the run does not begin, they are gone again.
+    """
+    if model is not None:
+        yield config.model_copy(update=absolute_paths({"model": model}))
+        return
+    base = config.output_dir / BASE
+    absent = [place for place in (config.output_dir, *config.output_dir.parents) if not place.exists()]
+
+    def write() -> None:
+        if processes().is_main_process:
+            make_folder(config.output_dir, parents=True)
+            save(base)
+
+    agreed(lambda: None)  # all have looked at the folder before the main process writes to it
+    try:
+        agreed(write)
+        yield config.model_copy(update={"model": str(base)} | dict.fromkeys(without))
+    except BaseException:
+        if processes().is_main_process and not (config.output_dir / "config.yaml").exists():
+            shutil.rmtree(base, ignore_errors=True)
+            for place in absent:
+                with suppress(OSError):
+                    place.rmdir()
+        raise
+
+
+def not_in_memory(run: Path) -> UserError:
+    """Of a run that cannot be resumed by the pipeline at hand."""
+    place = repr(str(run / BASE)) if (run / BASE).is_dir() else "the model of its config.yaml"
+    return UserError(
+        f"resume=True: the reference of {str(run)!r} is not in memory: align what it was trained on, {place}, loaded "
+        "by from_pretrained, or use the command line"
+    )
 
 
 LOADING = {
@@ -139,6 +208,30 @@ class AlignmentPipeline(ABC):
             where = f": use .{place}.{name}" if has else ""
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{where}")
 
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of the run's ``metrics.jsonl``, one per update and one per epoch; none without a run.
+
+        ``pandas.DataFrame(pipe.metrics)`` is a table of them.
+        """
+        path = None if self.run is None else self.run / "metrics.jsonl"
+        return read_metrics(path) if path is not None and path.is_file() else []
+
+    def report(self) -> RunReport:
+        """The report of the run, which a notebook shows.
+
+        Raises:
+            UserError: it is of no run.
+        """
+        if self.run is None:
+            raise UserError("there is no run to report on: call align() first")
+        return RunReport(self.run)
+
+    def _repr_html_(self) -> str | None:
+        if self.run is None or not (self.run / "report.html").is_file():
+            return None
+        return f"<pre>{html.escape(repr(self))}</pre>{self.report()._repr_html_()}"
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model with its adapters merged in, for plain diffusers or transformers.
 
@@ -194,7 +287,7 @@ class AlignmentPipeline(ABC):
 
     @property
     @abstractmethod
-    def _about(self) -> tuple[str, bool]:
+    def _about(self) -> tuple[str | None, bool]:
         """What the model is called, and whether it carries LoRA weights."""
 
     @abstractmethod

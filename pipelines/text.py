@@ -7,17 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
 from diffusion_align.arguments import also_called
+from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.data.schemas import BadRow
 from diffusion_align.data.sources import first_rows
 from diffusion_align.data.text_encoding import Messages, Text, TextEncoder, checked_text, context_length, eos_token_ids
 from diffusion_align.data.text_rows import PromptRow, TextDataConfig
-from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.errors import ConfigError, UserError, first_line, problems_of, short
 from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.llm.collection import WeightedRewards
 from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
@@ -25,17 +26,19 @@ from diffusion_align.llm.rollout import rollout
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models.language_models import language_model_ref, load_language_model, load_tokenizer
-from diffusion_align.models.lora import carries_adapters, remove_lora
+from diffusion_align.models.lora import adapter_layers, carries_adapters, forget_adapters, merge_lora, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, run
+from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, not_in_memory, on_disk, run
 from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards import build_text_reward
+from diffusion_align.training.places import is_base_of_run
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import new_folder, write_bytes, write_text
 
 if TYPE_CHECKING:
+    from diffusion_align.pipelines import settings as typed
     from diffusion_align.pipelines.compare import Comparison
     from diffusion_align.pipelines.pairs import PairsWritten
 
@@ -53,6 +56,10 @@ NOT_LOADED_HERE = NOT_LOADED | {
     "trust_remote_code": "models that need code of their own are not supported",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "quantized models are not supported"),
 }
+
+
+IN_MEMORY = "a model in memory"
+"""What one is called that is in no folder."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +80,18 @@ class TextAlignmentPipeline(AlignmentPipeline):
     Attributes:
         model: the transformers model; after ``align`` it holds the trained weights.
         tokenizer: its tokenizer.
-        name: what the model is called in a configuration; after ``align`` the run folder.
+        name: what the model is called in a configuration, None if it is in no folder; after ``align`` the run folder.
         run: the run folder whose result this is, None if it is of no run.
     """
 
     inside = "model"
     load_time = {"dtype": "dtype"}  # noqa: RUF012
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, name: str | None) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
 
     @property
-    def _about(self) -> tuple[str, bool]:
+    def _about(self) -> tuple[str | None, bool]:
         return self.name, carries_adapters(self.model)
 
     @classmethod
@@ -109,9 +116,59 @@ class TextAlignmentPipeline(AlignmentPipeline):
         pipe.run = language_model_ref(str(model)).run
         return pipe
 
-    def align(
-        self, method: str | type[Trainer[Any]] = "grpo", *, output_dir: str | Path, **settings: Any
+    @classmethod
+    def from_pipe(
+        cls, pipeline: Any, tokenizer: Any = None, *, model: str | Path | None = None
     ) -> TextAlignmentPipeline:
+        """Align a language model that is loaded already.
+
+        Adapters that it carries, active and at their scales, are merged into a copy, which is sampled and aligned.
+        Weights that are in no folder, such as these, are written to ``base/`` of the run folder, which ``config.yaml``
+        then names. Weights changed in any other way are not noticed: save and load such a model first.
+
+        Args:
+            pipeline: a causal language model of transformers, one of peft, or a ``pipeline("text-generation")``.
+            tokenizer: of the model; a pipeline has its own.
+            model: the folder or Hub id that it was loaded from, which ``config.yaml`` and cards name; its own if not
+                given.
+
+        Raises:
+            UserError: it is no such model, has no tokenizer, carries adapters that cannot be merged, or ``model`` is
+                none.
+        """
+        inside = getattr(pipeline, "tokenizer", None)
+        loaded = pipeline.model if inside is not None and hasattr(pipeline, "model") else pipeline
+        tokenizer = tokenizer or inside
+        if not hasattr(loaded, "generate") or not hasattr(loaded, "config"):
+            raise UserError(f"a {type(loaded).__name__} is not supported: give a causal language model of transformers")
+        if tokenizer is None:
+            raise UserError("the model comes without a tokenizer: give it as well, as in from_pipe(model, tokenizer)")
+        if getattr(loaded, "is_quantized", False):
+            raise UserError("quantized models are not supported: load the model without quantization")
+        if model is not None:
+            language_model_ref(str(model))
+        plain = _without_adapters(loaded)
+        name = str(model or getattr(plain, "name_or_path", "")) if plain is loaded else ""
+        return cls(plain, tokenizer, name=None if problems_of(language_model_ref, name) else name)
+
+    @overload
+    def align(
+        self, method: typed.GRPO = ..., *, output_dir: str | Path, **settings: Unpack[typed.GRPOSettings]
+    ) -> Self: ...
+
+    @overload
+    def align(self, method: typed.PPO, *, output_dir: str | Path, **settings: Unpack[typed.PPOSettings]) -> Self: ...
+
+    @overload
+    def align(self, method: typed.DPO, *, output_dir: str | Path, **settings: Unpack[typed.DPOSettings]) -> Self: ...
+
+    @overload
+    def align(self, method: typed.KTO, *, output_dir: str | Path, **settings: Unpack[typed.KTOSettings]) -> Self: ...
+
+    @overload
+    def align(self, method: type[Trainer[Any]], *, output_dir: str | Path, **settings: Any) -> Self: ...
+
+    def align(self, method: str | type[Trainer[Any]] = "grpo", *, output_dir: str | Path, **settings: Any) -> Self:
         """Train towards rewards or preferences; afterwards this pipeline samples with the trained weights.
 
         Args:
@@ -124,7 +181,8 @@ class TextAlignmentPipeline(AlignmentPipeline):
                 - reward: a name, "module:function", a mapping with options, or a function
                   ``reward(prompts, completions, **columns) -> list of floats (or None)``; or a list of these;
                 - prompts, dataset: a list, a generator, a ``datasets.Dataset``, a pandas DataFrame, a file or the id of
-                  a dataset on the Hub, with TRL's columns;
+                  a dataset on the Hub, with TRL's columns; prompts may be a function that returns a prompt or (prompt,
+                  columns), called ahead, see ``rows_of_calls``;
                 - callbacks: ``Callback`` objects, called during the run, or where they are found, as in YAML.
 
         Returns:
@@ -136,12 +194,20 @@ class TextAlignmentPipeline(AlignmentPipeline):
         """
         method_of(method, "text")
         self._refuse_load_time(settings)
-        raw: dict[str, Any] = {"method": method_name(method), "model": self.name, "output_dir": output_dir}
+        folder = Path(output_dir).expanduser()
+        if self.name is None and settings.get("resume") is True and folder.exists():
+            raise not_in_memory(folder)
+        # The model is here already: what has to be right about it is its name in the run's config.yaml.
+        named = self.name or LANGUAGE_MODELS[0]
+        raw: dict[str, Any] = {"method": method_name(method), "model": named, "output_dir": output_dir}
         config = cast(TextConfig, check_config(raw | settings))
         adapted = carries_adapters(self.model)
         model = copy.deepcopy(self.model) if config.lora is None else self.model
         try:
-            trainer = run(config, model=model, tokenizer=self.tokenizer)
+            with on_disk(config, self.name, self._save_merged) as config:
+                if self.name is None:
+                    model.name_or_path = model.config.name_or_path = config.model
+                trainer = run(config, model=model, tokenizer=self.tokenizer)
         except BaseException:
             if not adapted:
                 remove_lora(self.model)
@@ -345,10 +411,10 @@ class TextAlignmentPipeline(AlignmentPipeline):
 
     def _save_adapter(self, folder: Path) -> None:
         """The adapter of the run, which names its base as others know it."""
-        ref = None if self.run is None else language_model_ref(self.name)
+        ref = None if self.run is None or self.name is None else language_model_ref(self.name)
         if ref is None or not ref.adapters:
             raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
-        if len(ref.adapters) > 1:
+        if len(ref.adapters) > 1 or is_base_of_run(ref.base):
             raise UserError(
                 f"the adapter stands on {ref.below}, which is not on the Hub: give merged=True to upload the whole "
                 "model"
@@ -362,9 +428,29 @@ class TextAlignmentPipeline(AlignmentPipeline):
             write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2))
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:
-        if self.run is not None:
+        if self.run is not None and self.name is not None:
             weights = "best" if Path(self.name).expanduser() == self.run / "best" else "final"
             write_model_card(self.run, target, kind="text", weights=weights, location=location, merged=merged)
+
+
+def _without_adapters(model: Any) -> Any:
+    """``model`` itself, or a copy of what is under peft's layers with what they compute in its weights."""
+    layers = adapter_layers(model)
+    if not layers and not hasattr(model, "get_base_model"):
+        return model
+    try:
+        plain = copy.deepcopy(model)
+        if not hasattr(plain, "merge_and_unload"):
+            merge_lora(plain)
+        else:
+            off = any(getattr(layer, "disable_adapters", False) for layer in layers)
+            plain = plain.unload() if off else plain.merge_and_unload(safe_merge=True)
+    except Exception as error:  # peft raises whatever an adapter of its many kinds cannot do
+        raise UserError(
+            f"the model's adapters cannot be merged into its weights ({first_line(error)}): give a model without them"
+        ) from error
+    forget_adapters(plain)  # peft's settings stay on it
+    return plain
 
 
 def _fitting_rows(prompts: Sequence[Text], tokenizer: Any, context: int | None, max_new_tokens: int) -> list[PromptRow]:

@@ -12,11 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_align.bounds import LARGEST
-from diffusion_align.errors import short
+from diffusion_align.errors import did_you_mean, short
 from diffusion_align.inputs import check_path
 from diffusion_align.references import module_of, resolve
 from diffusion_align.rewards.base import (
@@ -361,9 +360,8 @@ def find(source: str, kind: Kind) -> tuple[str, Any]:
         ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
         if source in kind.other.table:
             raise RewardError(f"reward '{source}' scores {kind.other.subject}, not {kind.subject}: there are {ours}")
-        near = get_close_matches(source, kind.table, n=1, cutoff=0.5)
-        meant = f"did you mean '{near[0]}'? There are" if near else "there are"
-        raise RewardError(f"unknown reward '{source}': {meant} {ours}")
+        meant = did_you_mean(source, kind.table)
+        raise RewardError(f"unknown reward '{source}': {meant + ' There' if meant else 'there'} are {ours}")
     target = resolve(source, "reward", error=RewardError)
     if not callable(target):
         raise RewardError(f"reward '{source}' is a {type(target).__name__}: name a function or a class")
@@ -398,9 +396,9 @@ def _check_options(label: str, target: Any, options: Mapping[str, Any], kind: Ki
         for key in options:
             if key not in allowed:
                 known = sorted([*allowed, *kind.switches, "scale"])
-                near = get_close_matches(str(key), known, n=1, cutoff=0.5)
-                meant = f"did you mean '{near[0]}'? It takes" if near else "it takes"
-                raise RewardError(f"reward '{label}' has no option '{key}': {meant} {', '.join(known)}")
+                meant = did_you_mean(str(key), known)
+                takes = f"{meant + ' It' if meant else 'it'} takes {', '.join(known)}"
+                raise RewardError(f"reward '{label}' has no option '{key}': {takes}")
     if kind.by_name and not inspect.isclass(target):
         return  # what is missing may be a column of the data
     missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]

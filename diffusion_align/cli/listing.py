@@ -18,13 +18,13 @@ from diffusion_align.cli.terminal import Entry, Group, Table
 from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
-from diffusion_align.errors import UserError, short
+from diffusion_align.errors import UserError, nearest, short
 from diffusion_align.methods import describe_methods, outline_of
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 from diffusion_align.training.aliases import aliases_of
-from diffusion_align.training.config import TrainingConfig, nearest, section_of
+from diffusion_align.training.config import TrainingConfig, section_of
 
 
 def _methods() -> list[Group]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import Field, InstanceOf, PlainSerializer, field_validator, model_validator
 
 from diffusion_align.bounds import MOST_ROWS
+from diffusion_align.data.prompt_functions import CALLS, rows_of_calls
 from diffusion_align.data.sources import (
     FILES,
     SHOWN,
@@ -26,8 +27,8 @@ from diffusion_align.data.sources import (
     refuse_splits,
     short,
 )
-from diffusion_align.errors import ConfigError, together
-from diffusion_align.training.config import Section, nearest
+from diffusion_align.errors import ConfigError, nearest, together
+from diffusion_align.training.config import Section
 
 MOST_CHARACTERS = 1_000_000
 """Per prompt or completion."""
@@ -72,11 +73,18 @@ class RowsConfig(Section):
     @classmethod
     def _source_alone(cls, value: Any) -> Any:
         refuse_splits(value)
-        if isinstance(value, Mapping | cls):
+        if isinstance(value, cls):
             return value
-        if not isinstance(value, Iterable | Path | GivenRows):
+        settings = value if isinstance(value, Mapping) else {"source": value}
+        source = settings.get("source")
+        if callable(source) and not isinstance(source, Iterable) and "prompts" in cls.column_schemas:
+            calls, columns = settings.get(cls.limit), settings.get("columns")
+            column = columns.get("prompt", "prompt") if isinstance(columns, Mapping) else "prompt"
+            calls = calls if isinstance(calls, int) and 0 < calls <= MOST_ROWS else CALLS
+            return {**settings, "source": rows_of_calls(source, calls, column=column)}
+        if settings is not value and not isinstance(value, Iterable | Path | GivenRows):
             raise ValueError(f"give {cls.places}")
-        return {"source": value}
+        return settings
 
     @field_validator("source", mode="before")
     @classmethod

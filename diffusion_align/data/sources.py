@@ -26,6 +26,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 from rich.console import Console
 
@@ -193,7 +194,7 @@ def in_python(value: Any) -> Any:
     generator, a column) is a list, with numpy's numbers as Python's own; it is ``GivenRows`` if there is more in it
     than YAML can hold.
     """
-    if isinstance(value, str | bytes | Path | Mapping | GivenRows) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes | Path | Mapping | GivenRows | BaseModel) or not isinstance(value, Iterable):
         return value
     kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(value).__mro__}
     if "datasets.Dataset" in kinds:

@@ -75,6 +75,11 @@ def trained_network(pipeline: Any) -> Any:
     return getattr(pipeline, family_of(pipeline).network)
 
 
+def adapter_names(pipeline: Any) -> set[str]:
+    """What peft calls the adapters of all networks."""
+    return {name for network in adapted_parts(pipeline).values() for name in network.peft_config}  # type: ignore[union-attr]
+
+
 def frozen_dtype(pipeline: Any) -> torch.dtype:
     """The dtype of the trained network's own weights; an adapter's may be wider."""
     return next(p.dtype for name, p in trained_network(pipeline).named_parameters() if ".lora_" not in name)
@@ -91,9 +96,19 @@ def load_lora(pipeline: Any, lora: str | Path, model: str) -> None:
 
 
 def merge_adapters(pipeline: Any) -> None:
-    """Add the adapters to the weights; no adapter layers are left."""
-    for network in adapted_parts(pipeline).values():
-        merge_lora(network)
+    """Leave in the weights what the pipeline computes with its adapters; no adapter layers are left.
+
+    Raises:
+        UserError: of a kind that peft cannot merge; some are merged by then.
+    """
+    for name, network in adapted_parts(pipeline).items():
+        try:
+            merge_lora(network)
+        except Exception as error:  # peft raises whatever an adapter of its many kinds cannot do
+            raise UserError(
+                f"the adapters of {name} cannot be merged into its weights ({first_line(error)}): unload them, or load "
+                "others"
+            ) from error
 
 
 def unload_lora(pipeline: Any) -> None:

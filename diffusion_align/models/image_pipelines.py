@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
-from diffusion_align.errors import UserError, first_line, short
+from diffusion_align.errors import UserError, first_line, nearest, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.families import ModelFamily, family_of, family_of_class, give_family
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
-from diffusion_align.training.config import nearest
 
 if TYPE_CHECKING:
     import torch

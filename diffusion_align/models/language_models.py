@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.data.text_encoding import context_length, eos_token_ids
-from diffusion_align.errors import UserError, first_line, problems_of, short
+from diffusion_align.errors import UserError, first_line, nearest, problems_of, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.model_ref import ModelRef, check_image_model
 from diffusion_align.models.smollm2 import NOT_INSTALLED, convert_smollm2, installed_weights, smollm2_folder
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
-from diffusion_align.training.config import load_yaml, nearest
+from diffusion_align.training.config import load_yaml
 from diffusion_align.training.places import found_from
 
 if TYPE_CHECKING:

@@ -118,9 +118,16 @@ def switched_off(layers: Sequence[Any]) -> Iterator[None]:
 
 
 def merge_lora(network: Any) -> None:
-    """Add the adapters of a network to its weights, in place; no adapter layers are left."""
+    """Leave in the weights of a network, in place, what it computes with its adapters; no adapter layers are left.
+
+    Those that are active count, at their scales; switched-off ones are dropped, and merged ones stay merged.
+    """
     for layer in _unwrap(network):
-        layer.merge()
+        # In a merged layer peft ignores whatever was activated since.
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        elif not layer.disable_adapters and not layer.merged:
+            layer.merge()
 
 
 def forget_adapters(network: Any) -> None:
@@ -237,8 +244,11 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def _unwrap(network: Any) -> Iterator[Any]:
-    """Each LoRA layer, which afterwards is replaced by the layer below it."""
-    for name, layer in lora_layers(network).items():
+    """Each layer with adapters, which afterwards is replaced by the layer below it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, layer in layers.items():
         yield layer
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer.get_base_layer())

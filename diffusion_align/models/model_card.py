@@ -176,7 +176,7 @@ def model_card(
     shown = _settings(settings)
     return environment.get_template("model_card.md.j2").render(
         front_matter=_front_matter(below.base, method, lora, words),
-        title=plain(f"{Path(below.base).stem} aligned with {_title(method)}"),
+        title=plain(f"{Path(below.origin or below.base).stem} aligned with {_title(method)}"),
         opening=_opening(below, lora, words) + (_BEST if weights == "best" else ""),
         image=BEFORE_AFTER if (folder / "samples" / BEFORE_AFTER).is_file() else None,
         examples=_examples(folder / "samples" / "before_after.jsonl"),

@@ -5,6 +5,7 @@ A run with LoRA is its adapter on the model it was trained on, which may be a ru
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,7 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
     check_path(model, f"model={short(model)}")
     found = _run_folder(model)
     if found is None:
-        return ModelRef(model, below=model, origin=model)
+        return ModelRef(model, below=model, origin=_saved_from(model))
     (run, which), subject = found, f"model={model!r}"
     final = run / which
     if run.resolve() in above:
@@ -113,6 +114,19 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
         base_config=_found(run, settings.get("base_config")) if own else ref.base_config,
         family=family,
     )
+
+
+def _saved_from(model: str) -> str:
+    """What a folder's pipeline was loaded from before it was saved there, as diffusers notes; else ``model`` itself."""
+    seen: list[str] = []
+    while model not in seen:
+        seen.append(model)
+        try:
+            index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+            model = str(index["_name_or_path"] or model)
+        except (OSError, ValueError, RecursionError, TypeError, KeyError):
+            break
+    return model
 
 
 def check_image_model(

@@ -8,12 +8,23 @@ if TYPE_CHECKING:
     from diffusion_align.report.grids import before_after, image_grid, save_png
     from diffusion_align.report.html import write_report
     from diffusion_align.report.metrics import read_metrics
+    from diffusion_align.report.notebook import RunReport
     from diffusion_align.report.plots import compare_runs, save_figure
 
-__all__ = ["before_after", "compare_runs", "image_grid", "read_metrics", "save_figure", "save_png", "write_report"]
+__all__ = [
+    "RunReport",
+    "before_after",
+    "compare_runs",
+    "image_grid",
+    "read_metrics",
+    "save_figure",
+    "save_png",
+    "write_report",
+]
 __getattr__, __dir__ = offered(
     __name__,
     {
+        "RunReport": "diffusion_align.report.notebook",
         "before_after": "diffusion_align.report.grids",
         "compare_runs": "diffusion_align.report.plots",
         "image_grid": "diffusion_align.report.grids",

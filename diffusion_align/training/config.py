@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import math
@@ -462,12 +461,6 @@ def parse_config(
 def dump_config(config: BaseModel) -> str:
     """The resolved configuration as YAML."""
     return yaml_text.dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """ ", did you mean 'x'?" or the list of what is known."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 def sentences(model: type[BaseModel], error: ValidationError, *, section: str | None = None) -> list[str]:

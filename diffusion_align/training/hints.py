@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+
+from diffusion_align.errors import did_you_mean
 
 HERE: dict[str, str] = {
     "adam_beta1": "adam_betas",
@@ -129,8 +130,7 @@ def hint(word: str, known: Sequence[str], sections: Sequence[str] = (), others: 
         return f"set {' or '.join(ours)}"
     if word in ELSEWHERE:
         return ELSEWHERE[word]
-    close = difflib.get_close_matches(word, [*known, *others], n=1, cutoff=0.7)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    if meant := did_you_mean(word, [*known, *others], cutoff=0.7):
+        return meant
     few = len(known) <= 12
     return f"known are {', '.join(sorted(known))}" if few else "`diffusion-align list settings` shows what can be set"

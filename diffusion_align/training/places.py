@@ -9,11 +9,19 @@ from typing import Any
 
 from diffusion_align.assets import embedded_names
 
+BASE = "base"
+"""The folder of a run with the model it was trained on, where that was in no folder."""
 _MODELS = ("model", "reference_model", "base_config")
 _CODE = ("method", "callbacks", "reward", "sampler", "family")
 _DATA = ("prompts", "dataset", "eval_dataset", "pairs")
 # Options of rewards that name a file or a folder; of others a value with a separator in it does, where it is there.
 _REWARD_PLACES = {"weights", "head", "clip", "model", "base", "encoder", "token_file", "cache"}
+
+
+def is_base_of_run(model: str) -> bool:
+    """Whether ``model`` is what a run has written to its ``base/``."""
+    place = Path(os.path.expanduser(model))
+    return place.name == BASE and os.path.isfile(place.parent / "config.yaml")
 
 
 def looks_like_path(name: str) -> bool:
@@ -24,11 +32,13 @@ def looks_like_path(name: str) -> bool:
 def found_from(run: Path, name: str) -> str | None:
     """What ``name`` in the configuration of ``run`` stands for.
 
-    An embedded name or an absolute path is itself. A relative path, as older versions wrote, is looked for around the
-    run, in its parents from the nearest on, and only then in the current folder. What is nowhere is a Hub id, or None
-    if it cannot be one.
+    An embedded name or an absolute path is itself, but that the run's own ``base/`` moves with it. A relative path, as
+    older versions wrote, is looked for around the run, in its parents from the nearest on, and only then in the current
+    folder. What is nowhere is a Hub id, or None if it cannot be one.
     """
     path = os.path.expanduser(name)
+    if os.path.isabs(path) and os.path.basename(path) == BASE and not _exists(path):
+        path = next((str(place / BASE) for place in (run, run.parent) if _exists(place / BASE)), path)
     if name in embedded_names() or os.path.isabs(path):
         return path if os.path.isabs(path) else name
     for parent in run.resolve().parents:

@@ -1,8 +1,13 @@
 """Progress bars that look alike everywhere."""
 
+import importlib.util
+import io
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from rich import get_console
 from rich.console import Console
@@ -16,6 +21,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_SECONDS = 0.5
+"""Between two looks of the bars in a notebook."""
 
 
 class _LastingConsole(Console):
@@ -33,16 +41,55 @@ class _Bars(Progress):
             super().stop()
 
 
+class _NotebookBars(_Bars):
+    """Without ipywidgets rich shows nothing in a notebook: the bars are a display there, which is replaced."""
+
+    def __init__(self, *columns: str | ProgressColumn, **options: Any) -> None:
+        super().__init__(*columns, auto_refresh=False, **options)
+        self._display: Any = None
+        self._shown = -math.inf
+
+    def start(self) -> None:
+        if not self.disable:
+            ipython = sys.modules["IPython"]  # which a notebook runs in
+            self._display = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
+
+    def stop(self) -> None:
+        self._show()
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._shown > _SECONDS:
+            self._show()
+
+    def update(self, *arguments: Any, **options: Any) -> None:
+        super().update(*arguments, **options)
+        self.refresh()
+
+    def advance(self, *arguments: Any, **options: Any) -> None:
+        super().advance(*arguments, **options)
+        self.refresh()
+
+    def _show(self) -> None:
+        if self._display is None:
+            return
+        self._shown = time.monotonic()
+        console = Console(file=io.StringIO(), width=100, force_jupyter=False)
+        console.print(self.get_renderable())
+        self._display.update({"text/plain": cast(io.StringIO, console.file).getvalue()}, raw=True)
+
+
 def progress_bars(*columns: str | ProgressColumn, **options: Any) -> Progress:
     """rich's ``Progress`` with ``columns``, else what is done, of how much, and the time; ``options`` are its own."""
+    kind: type[Progress] = _Bars
     if (options.get("console") or get_console()).is_jupyter:
+        kind = _Bars if importlib.util.find_spec("ipywidgets") else _NotebookBars
         # IPython flushes what rich has put in the place of stdout and stderr, and rich then displays, without end.
         options = {"redirect_stdout": False, "redirect_stderr": False} | options
     options.setdefault("console", _LastingConsole())
     if not columns:
         done = BarColumn(), MofNCompleteColumn()
         columns = TextColumn("{task.description}"), *done, TimeElapsedColumn(), TimeRemainingColumn()
-    return _Bars(*columns, **options)
+    return kind(*columns, **options)
 
 
 class Bars:

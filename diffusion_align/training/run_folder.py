@@ -9,12 +9,13 @@ from pathlib import Path
 from diffusion_align.errors import Interrupted
 from diffusion_align.training import checkpoint
 from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock
+from diffusion_align.training.places import BASE
 from diffusion_align.training.processes import Processes
 from diffusion_align.writing import make_folder
 
 # What a run writes into its folder.
 _FILES = ("config.yaml", "metrics.json", "metrics.jsonl", "report.html", "evaluation.json")
-_FOLDERS = ("samples", "checkpoints", "best", "final", "diffusion-align")
+_FOLDERS = (BASE, "samples", "checkpoints", "best", "final", "diffusion-align")
 
 
 class RunFolder:
@@ -53,7 +54,7 @@ class RunFolder:
             UserError: another process holds it.
         """
         absent = [place for place in (self.path, *self.path.parents) if not place.exists()]
-        self.is_new = bool(absent) or all(path.name == LOCK_FILE for path in self.path.iterdir())
+        self.is_new = bool(absent) or all(path.name in (LOCK_FILE, BASE) for path in self.path.iterdir())
         self.processes.wait()  # all have looked before the main process makes it
         with contextlib.ExitStack() as stack:
             if self.processes.is_main:

@@ -111,14 +111,18 @@ class Trainer(ABC, Generic[Batch]):
     keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A call as TRL's trainers take it is answered with the one that is meant."""
-        named = kwargs.keys() & ELSEWHERE - inspect.signature(cls.__init__).parameters.keys()
+        """A call as TRL's trainers take it, or without a policy, is answered with the one that is meant."""
+        known = inspect.signature(cls.__init__).parameters
+        named = kwargs.keys() & ELSEWHERE - known.keys()
         placed = cls.model_kind is not None and any(isinstance(one, str) or inspect.isroutine(one) for one in args[:2])
-        if named or placed:
-            pipeline = "ImageAlignmentPipeline" if cls.model_kind == "image" else "TextAlignmentPipeline"
+        policy = known.get("policy")
+        alone = policy is not None and policy.default is policy.empty and len(args) < 2 and "policy" not in kwargs
+        if named or placed or alone:
+            pipeline = {"image": "ImageAlignmentPipeline", "text": "TextAlignmentPipeline"}.get(str(cls.model_kind))
             raise UserError(
-                f"{cls.__name__} takes its config and a loaded policy: call {pipeline}.from_pretrained(model)"
-                f".align({cls.__name__}, output_dir=..., ...) with the settings of {cls.config_class.__name__}"
+                f"{cls.__name__} takes its config and a loaded policy: call "
+                f"diffusion_align.build_trainer({cls.config_class.__name__}(...)).train()"
+                + (f", or {pipeline}.from_pretrained(model).align({cls.__name__}, ...)" if pipeline else "")
             )
         return super().__new__(cls)
 

@@ -229,7 +229,7 @@ def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
     assert rows_of(folder) == rows_of(tmp_path / "calm")
     assert_same_unet(pipe, calm, tolerance=0)
     pipe.merge()
-    with pytest.raises(UserError, match="its weights were merged"):
+    with pytest.raises(UserError, match="align what it was trained on"):
         pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 4})
 
 
@@ -343,12 +343,11 @@ def test_a_lora_on_a_run(load, first_run, tmp_path):
     assert_same_unet(load(tmp_path / "run"), pipe)
 
 
-def test_weights_that_no_folder_holds_are_not_trained_on(load, first_run, tmp_path):
-    """The run could not say what it was trained on."""
+def test_weights_that_no_folder_holds_are_written_beside_the_run(load, first_run, tmp_path):
     pipe = load(lora=first_run / "final").merge()
-    with pytest.raises(UserError, match="a lora was merged"):
-        pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
-    assert not (tmp_path / "run").exists()
+    pipe.align(reward=redness, output_dir=tmp_path / "run", **SETTINGS)
+    assert config_of(tmp_path / "run")["model"] == str(tmp_path / "run" / "base")
+    assert_same_unet(load(tmp_path / "run"), pipe)
 
 
 def test_what_was_loaded_narrow_is_said_in_the_run(load, tmp_path):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
-from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.errors import ConfigError, UserError, nearest
 from diffusion_align.llm.grpo import GRPOConfig
 from diffusion_align.methods import SHIPPED, method_of
 from diffusion_align.pipelines.configuration import check_config
@@ -21,7 +21,6 @@ from diffusion_align.training.config import (
     apply_overrides,
     dump_config,
     load_yaml,
-    nearest,
     parse_config,
 )
 from tests.helpers.problems import assert_problem, assert_problems, problem
