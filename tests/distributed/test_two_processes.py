@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from diffusion_align.data.prompts import items_of_epoch
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.kills import QUICK
+from tests.helpers.problems import assert_problem
 from tests.helpers.two_processes import assert_same_gradients, end_in_a_sentence, run_both
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
@@ -209,20 +210,20 @@ writing.rename = full
 
 
 def test_a_full_disk_ends_both_processes_with_the_sentence(forked, settings, tmp_path):
-    said = f"error: {tmp_path}/run/checkpoints/step_00000001 cannot be written (No space left on device)"
-    assert all(said in line for line in end_in_a_sentence(forked, settings(), tmp_path, prelude=FULL))
+    for said in end_in_a_sentence(forked, settings(), tmp_path, prelude=FULL):
+        assert f"{tmp_path}/run/checkpoints/step_00000001 cannot be written (No space left" in said
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_reward_that_fails_on_one_process_ends_both(forked, settings, tmp_path):
     (tmp_path / "mine.py").write_text(REWARD)
     _, said = end_in_a_sentence(forked, settings(reward=f"{tmp_path}/mine.py:only_one_fails"), tmp_path)
-    assert "error: reward 'only_one_fails' raised RuntimeError: no answer" in said
+    assert "reward 'only_one_fails' raised" in said
 
 
 def test_batches_that_do_not_fit_the_processes_are_refused(forked, settings, tmp_path):
     for said in end_in_a_sentence(forked, settings(samples_per_epoch=6), tmp_path):
-        assert said == "error: samples_per_epoch=6 must be a multiple of 2 processes x sample_batch_size=2"
+        assert_problem([said], "samples_per_epoch", "multiple of 2 processes x sample_batch_size=2")
     assert not (tmp_path / "run").exists()
 
 

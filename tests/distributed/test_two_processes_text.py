@@ -7,6 +7,7 @@ import pytest
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.yaml_text import dump
 from tests.helpers.hard_runs import PREFERENCES, labels_of, rows_of
+from tests.helpers.problems import assert_problem
 from tests.helpers.two_processes import (
     PLAIN_STEPS,
     assert_same_gradients,
@@ -189,8 +190,8 @@ def test_advantages_are_whitened_over_processes_whose_completions_differ_in_leng
 @pytest.mark.parametrize("method", ["grpo", "ppo", "dpo", "kto"])
 def test_a_reward_that_fails_on_one_process_ends_both(forked, write, tmp_path, method):
     config = write(**ONLINE | {"method": method, "reward": ["only_one_fails"]})
-    said = "error: reward 'only_one_fails' raised RuntimeError: no answer (mine.py, line 16)"
-    assert end_in_a_sentence(forked, config, tmp_path) == [said] * 2
+    for said in end_in_a_sentence(forked, config, tmp_path):
+        assert_problem([said], "reward 'only_one_fails'", "raised")
     assert not (tmp_path / "run").exists()  # nothing was trained, so the same command can be run again
 
 
@@ -201,20 +202,20 @@ def test_a_check_that_fails_on_one_process_ends_both_and_one_says_what_is_left_o
     assert run.statuses == [2, 2], run.errors
     first, second = (error.strip().splitlines() for error in run.errors)
     assert first[0] == "method=kto leaves out of the recipe: loss_type"
-    assert first[-1].startswith("error: process 1: reward 'only_one_refuses' raised RuntimeError: not here")
+    assert first[-1].startswith("error: process 1: reward 'only_one_refuses' raised")
     assert len(second) == 1
 
 
 def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "kto", "reward": ["silent"]})
-    said = f"error: no reward has anything to say about sample 0 (prompt {ORDER[1]!r}): at least one must return"
-    assert all(line.startswith(said) for line in end_in_a_sentence(forked, config, tmp_path))
+    for said in end_in_a_sentence(forked, config, tmp_path):
+        assert_problem([said], "no reward", f"about sample 0 (prompt {ORDER[1]!r})")
 
 
 def test_a_prompts_completions_that_would_be_divided_are_refused(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "dpo", "samples_per_epoch": 12, "sample_batch_size": 3})
-    said = "error: samples_per_epoch=12 must be a multiple of num_generations=4 x 2 processes"
-    assert all(line.startswith(said) for line in end_in_a_sentence(forked, config, tmp_path))
+    for said in end_in_a_sentence(forked, config, tmp_path):
+        assert_problem([said], "samples_per_epoch", "multiple of num_generations=4 x 2 processes")
     assert not (tmp_path / "run").exists()
 
 

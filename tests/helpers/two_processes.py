@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.kills import QUICK
+from tests.helpers.problems import problems
 
 # Writes the summed gradients of every optimizer step, before clipping.
 GRADIENTS = """
@@ -59,10 +60,10 @@ def assert_same_weights(folders):
 
 
 def end_in_a_sentence(forked, config, scratch, *overrides, prelude=""):
-    """The last line that each of two processes says of a run that ends in errors, where neither waits for the other."""
+    """The sentence in which each of two processes ends a run that fails, where neither waits for the other."""
     arguments = ["train", config, f"output_dir={scratch}/run", *overrides]
     run = forked(*arguments, processes=2, timeout=60, prelude=QUICK + prelude)
     assert not run.timed_out, "a process went on waiting for one that is gone"
     assert run.statuses == [2, 2], run.errors
     assert "Traceback" not in "".join(run.errors)
-    return [error.strip().splitlines()[-1] for error in run.errors]
+    return [problems(error)[-1] for error in run.errors]

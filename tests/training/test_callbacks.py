@@ -11,6 +11,7 @@ from diffusion_align.training import processes
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.checkpoint import list_checkpoints
 from diffusion_align.training.config import load_yaml
+from tests.helpers.problems import problem
 from tests.helpers.toy import Toy
 
 
@@ -73,12 +74,9 @@ def test_a_reason_ends_the_run_which_is_then_finished(tmp_path):
 @pytest.mark.parametrize(
     ("faulty", "sentence"),
     [
-        (
-            {"fail_at": 2},
-            r"callback Noted.on_epoch_end raised RuntimeError: my own fault \(test_callbacks.py, line \d+\)",
-        ),
-        ({"fail_at": ("update", 3)}, r"callback Noted.on_update raised RuntimeError: my own fault \(test_callbacks.py"),
-        ({"adds": {"many": torch.ones(2)}}, r"the metric 'many' is a Tensor of shape \(2,\): give one number"),
+        ({"fail_at": 2}, problem("callback Noted.on_epoch_end", "my own fault (test_callbacks.py, line ")),
+        ({"fail_at": ("update", 3)}, problem("callback Noted.on_update", "my own fault")),
+        ({"adds": {"many": torch.ones(2)}}, problem("the metric 'many'", "shape (2,)")),
     ],
 )
 def test_one_that_fails_loses_no_epoch(tmp_path, faulty, sentence):

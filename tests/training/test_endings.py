@@ -82,7 +82,7 @@ def test_without_room_the_run_ends_in_a_sentence_and_its_checkpoint_stands(tmp_p
     folder = tmp_path / "run"
     Toy(folder, epochs=1).train()
     full_disk(part)
-    with pytest.raises(WriteError, match=r"cannot be written \(No space left on device\): make room") as caught:
+    with pytest.raises(WriteError, match="No space left on device") as caught:
         Toy(folder, resume=True, checkpoint_every=1).train()
     assert str(caught.value).startswith(f"{folder}/{part}")
     assert notes(caught.value) == [f"the last checkpoint stands, continue with resume=true output_dir={folder}"]
@@ -156,9 +156,7 @@ def test_a_folder_that_goes_away_is_noticed_and_not_made_anew(tmp_path, how):
             folder.rename(tmp_path / "other") if how == "moved" else shutil.rmtree(folder)
         return brightness(images)
 
-    with pytest.raises(
-        WriteError, match=r"\(No such file or directory\): its folder was moved, removed or never there"
-    ):
+    with pytest.raises(WriteError, match=r"\(No such file or directory\)"):
         Toy(folder, reward).train()
     assert not folder.exists()
     assert (tmp_path / "other" / "config.yaml").is_file() == (how == "moved")
@@ -511,7 +509,7 @@ def test_epochs_in_which_all_is_masked_say_so_and_what_to_do(tmp_path, capsys):
         def estimate(self, collected):
             return collected, TrainingPlan(torch.arange(0)), {}
 
-    with pytest.raises(TrainingError, match=r"no sample was left .*cut off .*: raise max_completion_length$"):
+    with pytest.raises(TrainingError, match="raise max_completion_length"):
         Masked(tmp_path / "run").train()
     assert "equal rewards" not in capsys.readouterr().err
 
@@ -543,10 +541,10 @@ def test_all_that_has_to_be_accepted_is_named_at_once(tmp_path, settings, conten
     if advised is None:
         assert failure is None
     elif advised:
-        remedy = f"put it back, choose a new output_dir, or set accept_changed={advised} to resume with what is there"
-        assert remedy in str(failure)
+        assert f"accept_changed={advised}" in str(failure)
     else:
-        assert str(failure).endswith("put it back or choose a new output_dir")
+        assert "put it back" in str(failure)
+        assert "accept_changed" not in str(failure)
 
 
 def test_no_process_waits_to_save_what_another_says_is_not_fit(tmp_path, monkeypatch):

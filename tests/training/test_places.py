@@ -10,6 +10,7 @@ from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config, read_config, read_settings
 from diffusion_align.training.config import dump_config, load_yaml
 from diffusion_align.training.places import absolute_paths, found_from
+from tests.helpers.problems import problem
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
         assert language_model_ref(name, ("causal",)).base == str(base)
         (run / "config.yaml").write_text("model: ./gone\n")
         (run / "final" / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
-        with pytest.raises(UserError, match=r"whose base cannot be used: '\./gone' lies neither around its folder nor"):
+        with pytest.raises(UserError, match="whose base cannot be used"):
             language_model_ref(name, ("causal",))
 
 
@@ -121,7 +122,7 @@ def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(tmp_path):
     (moved / "checkpoints").mkdir(parents=True)
     (moved / "config.yaml").write_text(dump_config(check_config(raw)))
     source = str(moved / "config.yaml")
-    with pytest.raises(ConfigError, match=rf"/run' is not there: if it was moved, set output_dir={moved}$"):
+    with pytest.raises(ConfigError, match=problem("output_dir", f"set output_dir={moved}")):
         read_config(source, ["resume=true"])
     assert read_config(source).output_dir == tmp_path / "run"
     assert read_config(source, ["resume=true", f"output_dir={moved}"]).output_dir == moved
