@@ -122,7 +122,7 @@ def test_a_run_that_was_moved_does_not_begin_anew_where_it_was(tmp_path):
     (moved / "checkpoints").mkdir(parents=True)
     (moved / "config.yaml").write_text(dump_config(check_config(raw)))
     source = str(moved / "config.yaml")
-    with pytest.raises(ConfigError, match=problem("output_dir", f"set output_dir={moved}")):
+    with pytest.raises(ConfigError, match=problem("resume=true", f"set output_dir={moved}")):
         read_config(source, ["resume=true"])
     assert read_config(source).output_dir == tmp_path / "run"
     assert read_config(source, ["resume=true", f"output_dir={moved}"]).output_dir == moved
