@@ -506,7 +506,7 @@ def test_posterior_sample_has_the_posteriors_mean_and_std(make_trainer):
 def test_epochs_go_through_all_pairs_and_their_images_are_read(make_trainer):
     pairs = Pairs(6, ties=2, skipped=3)
     trainer = make_trainer(pairs=pairs)
-    latents = trainer.policy.encode_images(pairs.images.flatten(0, 1)).unflatten(0, (2, 6))
+    latents = trainer.policy.encode_images(pairs.pixels.flatten(0, 1)).unflatten(0, (2, 6))
     seen = []
     for trainer.epoch in range(3):
         batch, metrics = trainer.collect()
