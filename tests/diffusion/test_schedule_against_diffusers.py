@@ -219,10 +219,6 @@ def test_other_samplers_configurations_do_not_clip(scheduler):
         assert build_schedule(scheduler, 5, sampler=sampler).clip_range is None
 
 
-def test_clip_range_is_the_schedulers():
-    assert build_schedule(DDIMScheduler(clip_sample=True, clip_sample_range=2.5), 5).clip_range == 2.5
-
-
 def test_the_scheduler_is_only_read():
     scheduler = DDIMScheduler(**BETAS)
     scheduler.set_timesteps(3)

@@ -189,15 +189,13 @@ def wanted(completions, wanted):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"stop_when": {"gold_falling": 2}}, "stop_when.gold_falling needs evaluations: set evaluation"),
-        ({"stop_when": {"kl_above": 2}}, "stop_when.kl_above needs the KL, which this run measures only in"),
+        ({"stop_when": {"gold_falling": 2}}, "stop_when.gold_falling needs evaluations"),
+        ({"stop_when": {"kl_above": 2}}, "stop_when.kl_above needs the KL"),
         ({"evaluation": {"reward": "lenght"}}, "evaluation.unknown reward 'lenght'"),
         ({"evaluation": {"samples": 4}}, "evaluation.reward is required"),
-        ({"evaluation": {"reward": "length", "samples": 1}}, "evaluation.samples=1 is not allowed"),
         ({"evaluation": {"reward": "length", "prompts": "nowhere.txt"}}, "evaluation.prompts.source='nowhere.txt'"),
         ({"evaluation": {"reward": ["length"], "reward_weights": [1, 2]}}, "evaluation.reward_weights=[1.0, 2.0] are"),
         ({"evaluation": {"reward": "length", "pictures": 3}}, "unknown setting 'evaluation.pictures'"),
-        ({"stop_when": {"diversity_below": 1}}, "unknown setting 'stop_when.diversity_below'"),
     ],
 )
 def test_settings_that_make_no_sense(changes, expected, tmp_path):

@@ -50,7 +50,7 @@ def copies(array):
     yield "jpeg 8", np.array(Image.open(buffer))
 
 
-@pytest.mark.parametrize("name", ["astronaut", "camera", "chelsea", "coffee", "rocket"])
+@pytest.mark.parametrize("name", ["astronaut", "camera", "coffee"])
 def test_a_clean_photograph_beats_its_worse_copies(reward, name):
     clean = photograph(name)
     best = score(reward, as_tensor(clean)).item()

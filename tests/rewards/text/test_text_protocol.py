@@ -191,12 +191,6 @@ def test_what_does_not_belong_together_is_refused():
         call_text_reward(zero, PROMPTS, COMPLETIONS, {"completions": COMPLETIONS})
 
 
-def test_the_original_exception_is_kept():
-    with pytest.raises(RewardError) as caught:
-        call(KeyError("label"))
-    assert isinstance(caught.value.__cause__, KeyError)
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
