@@ -297,7 +297,7 @@ class DDPOSettings(ImageSettings, total=False):
     history_size: int
     """rewards kept per prompt; the 4096 prompts seen last are remembered"""
     history_min_count: int
-    """rewards a prompt needs before its own history is used; until then, the whole epoch's"""
+    """after how many rewards of a prompt its own history is used; until then, the whole epoch's"""
     clip_std: Sequence[float]
     """bounds on the std a group is divided by"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
