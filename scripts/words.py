@@ -101,7 +101,7 @@ ALLOWED = (
 
 def places() -> Iterator[tuple[str, int, str]]:
     """(file, line number, line) of all that is read: tracked files, and what the command line prints."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
     for name in listed.splitlines():
         path = ROOT / name
         if path.suffix in SUFFIXES and path.is_file() and not path.is_symlink():

@@ -146,11 +146,13 @@ def test_a_pipeline_with_adapters_is_sampled_and_aligned_as_it_is(given, tiny, t
     pipe.align(reward=redness, output_dir=tmp_path / "run", callbacks=[reference], **IMAGES)
     torch.testing.assert_close(reference.found, before, atol=2e-5, rtol=0)
     assert (predictions(loaded) - before).abs().max() > 1e-3
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == str(tmp_path / "run" / "base")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))["model"] == str(
+        tmp_path / "run" / "base"
+    )
     again = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
     torch.testing.assert_close(predictions(again.pipeline), predictions(pipe.pipeline), atol=1e-6, rtol=0)
     assert again.origin == pipe.origin == str(tiny_sd)
-    assert (tmp_path / "run" / "final" / "README.md").read_text().count("# sd aligned with DDPO") == 1
+    assert (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8").count("# sd aligned with DDPO") == 1
     for result in (pipe, again):
         with pytest.raises(UserError, match="base, which is not on the Hub: give merged=True"):
             result.push_to_hub("owner/name")
@@ -269,7 +271,9 @@ def test_a_model_of_peft_is_aligned_as_it_is(language_model, tmp_path, off):
     pipe.align(output_dir=tmp_path / "run", callbacks=[reference], **TEXTS)
     torch.testing.assert_close(reference.found, before, atol=5e-5, rtol=0)
     assert torch.equal(logits(given), before)
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == str(tmp_path / "run" / "base")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))["model"] == str(
+        tmp_path / "run" / "base"
+    )
     again = TextAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
     torch.testing.assert_close(logits(again.model), logits(pipe.model), atol=5e-5, rtol=0)
 
@@ -284,7 +288,7 @@ def test_such_a_run_on_text_resumes(language_model, tmp_path):
         pipe.push_to_hub("owner/name")
     with pytest.raises(UserError, match=r"what it was trained on, '.*run/base', loaded by"):
         TextAlignmentPipeline.from_pipe(given, tokenizer).align(output_dir=tmp_path / "run", resume=True, **TEXTS)
-    raw = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    raw = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     run(check_config(raw | {"resume": True, "epochs": 2}))
     final = [(tmp_path / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("run", "whole")]
     assert final[0] == final[1]
