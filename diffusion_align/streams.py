@@ -21,6 +21,13 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
+def print_warning(sentence: str) -> None:
+    """Print ``sentence`` on stderr behind "warning:", which is yellow on a terminal unless NO_COLOR is set."""
+    seen = sys.stderr is not None and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    label = "\x1b[1;33mwarning:\x1b[0m" if seen and os.environ.get("TERM") != "dumb" else "warning:"
+    print(label, sentence, file=sys.stderr, flush=True)
+
+
 def literal(text: str) -> str:
     """``text`` as code: markup in it is shown and not obeyed."""
     text = " ".join(text.split())

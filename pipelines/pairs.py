@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ from diffusion_align.pipelines.text import IN_MEMORY, TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, call_reward, declare
 from diffusion_align.rewards.base import reward_name
+from diffusion_align.streams import print_warning
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
 from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock
@@ -306,7 +306,7 @@ def _check_content(output: Path, content: Identity) -> None:
         return
     begun = load_yaml(output / SETTINGS).get("content")
     if begun is None:
-        print(f"{output}: whether its model and judge are the same was not checked: it does not say", file=sys.stderr)
+        print_warning(f"{output} does not say what its model and judge held: whether they are the same was not checked")
     if changed := changed_content(begun or {}, content):
         what = " and ".join(f"{name} ({', '.join(places)})" for name, places in changed.items())
         raise UserError(

@@ -2,14 +2,18 @@
 
 import io
 import re
+import shlex
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from diffusion_align.cli import listing, terminal
+from diffusion_align.cli import app, listing, terminal
 from diffusion_align.methods import SHIPPED
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import REWARDS, TEXT_REWARDS
+from diffusion_align.streams import print_warning
+from tests.helpers.printed import shorter
 
 
 @pytest.fixture
@@ -217,3 +221,88 @@ def test_an_error_is_red_on_a_terminal_only(monkeypatch, call_cli):
     assert shown() == "error: model=[/x] is wrong\n"
     monkeypatch.undo()
     assert call_cli("train", "no_such")[2].startswith("error: config 'no_such'")
+
+
+def test_a_warning_is_yellow_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(stream):
+        monkeypatch.setattr("sys.stderr", stream)
+        print_warning("it is late")
+        return stream.getvalue()
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert shown(Terminal()) == "\x1b[1;33mwarning:\x1b[0m it is late\n"
+    assert shown(io.StringIO()) == "warning: it is late\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown(Terminal()) == "warning: it is late\n"
+
+
+COMMANDS = ["train", "sample", "complete", "score", "serve-reward", "compare", "pairs", "report", "estimators", "list"]
+
+
+def examples():
+    """The commands at the end of each command's help."""
+    found = [re.findall(r"Example: (.*)", command.epilog or "") for command in app.registered_commands]
+    return [line for lines in found for line in lines]
+
+
+def test_every_command_says_what_it_is_for_and_ends_in_an_example(call_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert {line.split()[1] for line in examples()} == {*COMMANDS, "doctor"}
+    for name in [*COMMANDS, "doctor"]:
+        status, out, _ = call_cli(name, "--help")
+        assert status == 0
+        assert max(map(len, out.splitlines())) <= 80
+        about, _, end = out.partition("╭")
+        assert len(about.split()) > 10
+        assert f"Example: diffusion-align {name} " in end.rpartition("╯")[2]
+    status, out, _ = call_cli()
+    assert "diffusion-align train quickstart" in out
+
+
+def test_the_examples_run(tmp_path, forked):
+    """As they are printed, only shorter; serve-reward, which does not end, is run by the pages on rewards."""
+    first = {"train": 0, "sample": 1}  # what the others need
+    for line in sorted(examples(), key=lambda line: first.get(line.split()[1], 2)):
+        words = shlex.split(line)
+        if words[1] != "serve-reward":
+            run = forked(*shorter(words[1:], tmp_path), cwd=tmp_path, timeout=300)
+            assert run.status == 0, f"{line}\n{run.error[-2000:]}"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("-x", "-x"),
+        ("--versionn", "--version"),
+        ("trian quickstart", "train"),
+        ("train", "CONFIG"),
+        ("train quickstart lr", "'lr' is not of the form key=value"),
+        ("train ~/no_such.yaml", "no_such.yaml"),
+        ("train quickstart --epochs 3", "--epochs"),
+        ("list settings list", "method='list'"),
+        ("list rewards combin", "combine"),
+        ("list rewards module:function", "module:function"),
+        ("list models emoji-sd more", "more"),
+        ("score aesthetic a.png --model", "--model"),
+        ("score aesthetic a.png --option head=none.pth", "head"),
+        ("score aesthetic a.png --option variant=v3", "variant"),
+        ("score aesthetic a.png --option clip=./none", "clip"),
+        ("score length a.png", "text"),
+        ("score aesthetic", "IMAGES"),
+        ("serve-reward sentiment", "text"),
+        ("report runs", "runs"),
+        ("doctor quickstart epochs", "'epochs' is not of the form key=value"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(line, named, call_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    status, out, err = call_cli(*line.split())
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: ")
+    assert named in err

@@ -30,21 +30,12 @@ def print_note(line: str) -> None:
 
 
 def print_error(sentences: str) -> int:
-    """Each line of ``sentences`` behind a red "error:"; returns the exit status of a user's error."""
-    for sentence in sentences.split("\n"):
-        _print_labelled("error:", "bold red", sentence)
-    return 2
-
-
-def print_warning(sentence: str) -> None:
-    """``sentence`` on stderr behind a yellow "warning:"."""
-    _print_labelled("warning:", "bold yellow", sentence)
-
-
-def _print_labelled(label: str, style: str, sentence: str) -> None:
+    """Each line of ``sentences`` on stderr behind "error:", red on a terminal; returns a user error's exit status."""
     from diffusion_align.streams import printable
 
-    errors.print(Text.assemble((label, style), f" {printable(sentence)}"))
+    for sentence in sentences.split("\n"):
+        errors.print(Text.assemble(("error:", "bold red"), f" {printable(sentence)}"))
+    return 2
 
 
 class Entry(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from accelerate import Accelerator
 from diffusion_align.errors import ConfigError, UserError, first_line, foreign_code, short
 from diffusion_align.interrupt import Overdue, breakable
 from diffusion_align.references import resolve
+from diffusion_align.streams import print_warning
 from diffusion_align.training.config import dump_config
 from diffusion_align.writing import append_line, write_text
 
@@ -177,7 +177,7 @@ class Trackers(Callback):
                 call()
         except (Exception, SystemExit, Overdue) as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            print(f"warning: the tracker {name} failed and gets no more ({why})", file=sys.stderr, flush=True)
+            print_warning(f"the tracker {name} failed and gets no more ({why})")
             return False
         return True
 

@@ -29,6 +29,7 @@ from diffusion_align import __version__
 from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, foreign_code
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.references import reference_to
+from diffusion_align.streams import print_warning
 from diffusion_align.training import checkpoint
 from diffusion_align.training.callbacks import (
     Callback,
@@ -343,7 +344,7 @@ class Trainer(ABC, Generic[Batch]):
         else:
             self._why_untrained = "every step overflowed in fp16 and was skipped"
         if self.processes.is_main:
-            print(f"epoch {self.epoch}: nothing was trained, {self._why_untrained}", file=sys.stderr, flush=True)
+            print_warning(f"epoch {self.epoch}: nothing was trained, {self._why_untrained}")
         return row | {"untrained_epochs": self._untrained}
 
     def _end_epoch(self, row: Row, last: Row, started: float) -> None:
@@ -602,9 +603,8 @@ class Trainer(ABC, Generic[Batch]):
         weights, tensors, state = checkpoint.load_checkpoint(path)
         check_same_run(self.config, self.identity, state["config"], state.get("identity") or {}, path, self.processes)
         if self.identity and not state.get("identity") and self.processes.is_main:
-            print(
-                f"{path} does not say what its model, data and rewards held: whether they are the same was not checked",
-                file=sys.stderr,
+            print_warning(
+                f"{path} does not say what its model, data and rewards held: whether they are the same was not checked"
             )
         if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in self.trainable.items()}:
             raise CheckpointError(
