@@ -1,8 +1,11 @@
 """The pages of the command line: lists, help, versions, completion; at 80 columns, and in a pipe."""
 
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -191,6 +194,22 @@ def test_a_shell_is_told_the_words(complete, shell, line, words):
 )
 def test_values_are_what_is_set_and_the_choices(complete, shell, line, words):
     assert complete(shell, line) == words
+
+
+@pytest.mark.parametrize(
+    "line", ["train quickstart learning_r", "compare emoji-sd run", "score cl", "list settings gr"]
+)
+def test_completing_imports_no_torch(line, tmp_path):
+    code = (
+        "import sys\nfrom diffusion_align.cli import main\nsys.argv = ['diffusion-align']\ntry:\n    main()\n"
+        "except SystemExit:\n    print(sorted({'torch', 'numpy', 'diffusers', 'transformers'} & sys.modules.keys()))\n"
+    )
+    asked = {"_DIFFUSION_ALIGN_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    env = os.environ | asked | {"_TYPER_COMPLETE_ARGS": f"diffusion-align {line}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from diffusion_align import yaml_text
 from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
 from diffusion_align.cli.listing import LISTINGS, default_of, describe_recipe, grouped_settings
-from diffusion_align.methods import DEFAULT, SHIPPED, method_of, plug_ins
+from diffusion_align.methods import DEFAULT, SHIPPED, outline_of, plug_ins
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import REWARDS, TEXT_REWARDS
@@ -92,7 +92,7 @@ def _recipe(config: str, before: list[str]) -> tuple[dict[str, Any], type[BaseMo
     """What a configuration holds, and the settings of its method, or of the one that was typed."""
     recipe = load_yaml(shipped_configs().get(config) or Path(config).expanduser())
     typed = [word.removeprefix("method=") for word in before if word.startswith("method=")]
-    return recipe, method_of((typed or [recipe.get("method", DEFAULT)])[-1]).config_class
+    return recipe, outline_of((typed or [recipe.get("method", DEFAULT)])[-1]).config_class
 
 
 def _values(recipe: dict[str, Any], section: type[BaseModel], key: str) -> Words:
