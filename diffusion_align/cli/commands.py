@@ -147,8 +147,8 @@ def complete(
     prompts: PromptFile = None,
     output: Annotated[Path | None, path_option("--output", "-o", help=".jsonl file to write as well")] = None,
     seed: Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST)] = 128,
-    temperature: Annotated[float, number_option(0.01, 1000)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="longer completions are cut")] = 128,
+    temperature: Annotated[float, number_option(0.01, 1000, help="below 1 the likelier tokens win")] = 1.0,
 ) -> None:
     """Complete each prompt with a language model.
 

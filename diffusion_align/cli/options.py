@@ -31,7 +31,7 @@ def completed_by(name: str) -> Callable[[typer.Context, str], Any]:
     return complete
 
 
-def number_option(low: float, high: float) -> Any:
+def number_option(low: float, high: float, *, help: str | None = None) -> Any:
     """An option that is a number; nan, which some comparisons let through, lies between no two bounds."""
 
     def number(text: str | float) -> float:
@@ -43,7 +43,7 @@ def number_option(low: float, high: float) -> Any:
             raise typer.BadParameter(f"{str(text)[:40]!r} is not a number from {low:g} to {high:g}")
         return value
 
-    return typer.Option(parser=number, metavar=f"FLOAT from {low:g} to {high:g}")
+    return typer.Option(parser=number, metavar=f"FLOAT from {low:g} to {high:g}", help=help)
 
 
 def to_path(text: str | Path) -> Path:
@@ -89,12 +89,12 @@ PromptFile = Annotated[
 RewardOptions = Annotated[
     list[str] | None, typer.Option("--option", help="key=value, an option of the reward (`list rewards NAME`); repeat")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
-Steps = Annotated[int | None, typer.Option(min=1, max=MOST)]
-GuidanceScale = Annotated[float | None, number_option(0, LARGEST)]
-Eta = Annotated[float | None, number_option(0, 1)]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed gives the same samples")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help="denoising steps per image")]
+GuidanceScale = Annotated[float | None, number_option(0, LARGEST, help="classifier-free guidance of images")]
+Eta = Annotated[float | None, number_option(0, 1, help="noise that DDIM adds; 1 is as much as DDPM")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="of language models; 128 if not given")]
-Temperature = Annotated[float | None, number_option(0.01, 1000)]
+Temperature = Annotated[float | None, number_option(0.01, 1000, help="of language models")]
 Family = Annotated[str | None, typer.Option(help="of a model that is not Stable Diffusion: file.py:Class")]
 Judge = Annotated[str, typer.Option(help="reward that judges the samples", autocompletion=completed_by("rewards"))]
 Gaussian = tuple[float, float]
