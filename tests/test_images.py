@@ -84,9 +84,7 @@ def test_sixteen_bits_of_which_few_are_used_are_refused_and_not_black(most):
         png(deep(most)[..., None].repeat(3, 2), colours=2),
         encoded(Image.fromarray(deep(most)), "TIFF"),
     ):
-        with pytest.raises(
-            UnreadableImage, match="less than a quarter of their range, which does not say what is white"
-        ):
+        with pytest.raises(UnreadableImage, match="less than a quarter of their range"):
             open_image(data)
     with pytest.raises(UnreadableImage, match="16 bits"):
         to_rgb(Image.fromarray(deep(most)))
@@ -304,7 +302,7 @@ def test_what_is_no_image_or_of_no_known_format(data, tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (tmp_path / "x.png").write_bytes(data)
     for source in (data, tmp_path / "x.png", str(tmp_path / "x.png")):
-        with pytest.raises(UnreadableImage, match=r"^is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read$"):
+        with pytest.raises(UnreadableImage, match=r"^is no PNG, JPEG"):
             open_image(source)
 
 

@@ -18,6 +18,8 @@ from diffusion_align.doctor.memory import NetworkCost
 from diffusion_align.doctor.model_files import gigabytes
 from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines import text_context
+from tests.helpers.problems import assert_problem, assert_problems
+from tests.helpers.problems import problems as sentences_of
 from tests.helpers.tiny_runs import edit_json
 
 SETTINGS = {
@@ -256,10 +258,7 @@ def test_a_folder_that_lacks_a_part(call_cli, write, tiny_sd, tmp_path, quick):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     status, out, err = call_cli("doctor", write(model=str(folder)))
     assert status == 2
-    assert err.splitlines() == [
-        f"error: model={str(folder)!r} is incomplete: unet/ has no .safetensors file",
-        f"error: model={str(folder)!r} is incomplete: the folder has no vae/",
-    ]
+    assert_problems(sentences_of(err), ("model", "unet/ has no .safetensors file"), ("model", "no vae/"))
     assert re.search(r"^  vae +missing: no folder$", out, re.MULTILINE)
     assert re.search(r"^  text_encoder +found, ", out, re.MULTILINE)
     assert "2 problems, see below" in out
@@ -281,8 +280,7 @@ def test_a_family_that_cannot_be_trained(report, tiny_sd, tmp_path, quick):
     folder = shutil.copytree(tiny_sd, tmp_path / "model")
     edit_json("model_index.json", _class_name="FluxPipeline")(folder)
     _, problems = report(model=str(folder))
-    assert len(problems) == 1
-    assert "is a FluxPipeline, which is not supported" in problems[0]
+    assert_problem(problems, "model", "FluxPipeline")
 
 
 def test_a_damaged_configuration_is_no_traceback(report, tiny_sd, tmp_path):
@@ -350,10 +348,7 @@ def test_the_reward_of_a_run_is_that_of_what_it_was(report, tmp_path, quick):
 def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
     settings = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 2, "target": "logged"}
     _, problems = report(model=str(tiny_sd), **settings, decisions_per_pair=20)
-    assert problems == [
-        "timestep_range=[0.0, 1.0] leaves 6 of the steps to train on, fewer than decisions_per_pair=20: use a wider "
-        "range"
-    ]
+    assert_problem(problems, "timestep_range", "fewer than decisions_per_pair=20")
 
 
 def test_an_update_takes_whole_images(report, tiny_sd, quick):
@@ -379,11 +374,8 @@ def test_configurations_that_leave_things_out(report, tiny_sd, tmp_path, quick):
 def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
     status, out, err = call_cli("doctor", write(model=str(tiny_sd), learning_rat=1), "sampler.step=3", "epochs=none")
     assert status == 2
-    assert sorted(line[:40] for line in err.splitlines()) == [
-        "error: epochs='none' is not allowed: it ",
-        "error: unknown setting 'learning_rat': d",
-        "error: unknown setting 'sampler.step': d",
-    ]
+    wanted = [("epochs", "not allowed"), ("unknown setting 'learning_rat'", ""), ("unknown setting 'sampler.step'", "")]
+    assert_problems(sentences_of(err), *wanted)
     assert "3 problems, see below" in out
     assert re.search(r"^  images per epoch +8, each 6 steps$", out, re.MULTILINE)
     assert "at the peak" in out
@@ -394,9 +386,7 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
     ("changes", "wanted"),
     [
         ({"prompts": ...}, "prompts is required"),
-        ({"sampler": 3}, "sampler=3 is not allowed"),
         ({"prompts": "nowhere.txt"}, "'nowhere.txt': there is no such file"),
-        ({"adam_betas": [0.9, 2.0]}, "adam_betas.1=2.0 is not allowed"),
         ({"reward": "beauty"}, "unknown reward 'beauty'"),
         ({"sampler": {"steps": 6, "eta": 0.0}}, "sampler.eta=0 makes every step deterministic"),
         ({"sampler": {"steps": 2000}}, "sampler.steps=2000 must lie between 1 and"),
@@ -467,11 +457,8 @@ def test_text_methods(report, tmp_path):
 def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, monkeypatch):
     out = f"output_dir={tmp_path / 'run'}"
     found, problems = report(out, "prompts=[a: b, c]", "show_prompts=['']", source="grpo_tiny")
-    assert problems == [
-        "prompts: row 0: the prompt is a mapping, {'a': 'b'}: quote the text, or give a list of messages",
-        "prompts: fix the rows above, or set prompts.skip_bad_rows=true to leave them out",
-        "show_prompts: row 0: the prompt is empty",
-    ]
+    wanted = [("prompts", "row 0: the prompt is a mapping"), ("prompts", "fix the rows"), ("show_prompts", "empty")]
+    assert_problems(problems, *wanted)
     assert found["settings"] == "3 problems, see below"
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -483,7 +470,7 @@ def test_rows_of_text_recipes_are_read_as_a_run_reads_them(report, tmp_path, mon
 
     for method in ("dpo", "reward_model"):
         found, problems = examined(method)
-        assert problems[0] == "dataset: row 1: chosen and rejected are the same"
+        assert_problems(problems, ("dataset", "row 1"), ("dataset", "fix the rows"))
         found, problems = examined(method, "dataset.skip_bad_rows=true")
         assert (problems, found["rows checked"]) == ([], "1 of dataset")
     monkeypatch.setattr(text_context, "MOST_CHECKED", 1)
@@ -536,8 +523,7 @@ def test_passes_of_text_methods(report, tmp_path, settings, passes):
 def test_a_callback_that_cannot_be_had(report, tiny_sd, quick, tmp_path):
     (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
     _, problems = report(model=str(tiny_sd), callbacks=[f"{tmp_path / 'mine.py'}:Mine", "nowhere.py:Mine"])
-    assert re.fullmatch(r"callback '.* is no Callback: write a subclass of it", problems[0])  # a long path is cut
-    assert re.match(r"callback file 'nowhere\.py' does not exist", problems[1])
+    assert_problems(problems, ("callback", "is no Callback"), ("callback file 'nowhere.py'", "does not exist"))
 
 
 def test_a_text_recipe_without_its_prompts(report, tmp_path):
