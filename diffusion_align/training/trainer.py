@@ -118,6 +118,7 @@ class Trainer(ABC, Generic[Batch]):
         placed = cls.model_kind is not None and any(isinstance(one, str) or inspect.isroutine(one) for one in args[:2])
         policy = known.get("policy")
         alone = policy is not None and policy.default is policy.empty and len(args) < 2 and "policy" not in kwargs
+        alone &= bool(args or kwargs)  # copy.copy gives neither
         if named or placed or alone:
             pipeline = {"image": "ImageAlignmentPipeline", "text": "TextAlignmentPipeline"}.get(str(cls.model_kind))
             raise UserError(

@@ -141,7 +141,7 @@ YAML = {
 }
 OVERRIDES = ["tag", "python tag", "anchor", "4000 brackets", "5000 digits", "octal", "sexagesimal", "NUL", "date"]
 YAML_CASES = [
-    *((f"train YAML: {what}", f"train yaml/{i}.yaml") for i, what in enumerate(YAML)),
+    *((f"train YAML: {what}", ["train", f"yaml/{what}.yaml"]) for what in YAML),
     *((f"override: {what}", ["train", "image.yaml", YAML[what].replace(": ", "=", 1)]) for what in OVERRIDES),
 ]
 
@@ -341,10 +341,10 @@ def here(tmp_path_factory):
     for name, run in {"image": IMAGE_RUN, "text": TEXT_RUN, "pairs": PAIRS_RUN, "dpo": DPO_RUN}.items():
         (folder / f"{name}.yaml").write_text(json.dumps(run))
     (folder / "yaml").mkdir()
-    for i, text in enumerate(YAML.values()):
+    for what, text in YAML.items():
         keys = set(re.findall(r"^\w+", text, re.MULTILINE))
         rest = {key: value for key, value in IMAGE_RUN.items() if key not in keys}
-        (folder / "yaml" / f"{i}.yaml").write_text(text + "\n" + ("" if "---" in text else yaml.safe_dump(rest)))
+        (folder / "yaml" / f"{what}.yaml").write_text(text + "\n" + ("" if "---" in text else yaml.safe_dump(rest)))
     (folder / "utf16.yaml").write_bytes("epochs: 1\n".encode("utf-16"))
     (folder / "latin1.yaml").write_bytes("epochs: 1\nmodel: größer\n".encode("latin-1"))
     Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(folder / "red.png")
