@@ -36,7 +36,7 @@ from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.rewards.image.clip import model_for_images
-from diffusion_align.training.places import is_base_of_run
+from diffusion_align.training.places import absolute_paths, is_base_of_run
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import make_folder, new_folder, output_folder
 
@@ -243,7 +243,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         give_family(pipeline, find_family(family))
         name = str(model or pipeline.config.get("_name_or_path") or "")
         problems = problems_of(lambda: check_image_model(name, family=family_name(family)))
-        if problems and (model is not None or family is not None):  # what is in no folder is loaded by a shipped family
+        if problems and model is not None:
             raise ConfigError(problems)
         pipe = cls(pipeline, model=None if problems else name, sampler=sampler)
         pipe.origin = image_model_ref(name).origin if name else None
@@ -310,10 +310,12 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
         named = self.model or EMBEDDED_PIPELINES[0]
         raw: dict[str, Any] = {"method": method_name(method), "model": named, "output_dir": output_dir}
-        raw |= {"weights_variant": self._variant, "base_config": self._base_config, "family": self._family}
+        raw |= {"weights_variant": self._variant, "base_config": self._base_config}
+        raw["family"] = self._family if self.model else None
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
-        config = cast(DenoisingConfig, check_config(raw | settings))
+        found = absolute_paths({"family": self._family})
+        config = cast(DenoisingConfig, check_config(raw | settings).model_copy(update=found))
 
         trained = family_of(self.pipeline).network
         before = given if as_they_are else {}

@@ -198,6 +198,16 @@ def test_a_loaded_pipeline_is_aligned_and_left_alone_where_training_fails(tiny_p
     assert load_yaml(tmp_path / "run/config.yaml")["family"] == family
 
 
+def test_a_pipeline_in_memory_is_written_into_its_run(family, tmp_path, monkeypatch, run_here):
+    made = resolve(f"{EXAMPLES / 'tiny_pixart.py'}:tiny_pixart", "example")()
+    monkeypatch.chdir(tmp_path)  # where pixart.py is
+    pipe = ImageAlignmentPipeline.from_pipe(made, family="pixart.py:PixArt")
+    tiny = {k: v for k, v in IMAGE_RUN.items() if k not in ("model", "method", "output_dir")}
+    pipe.align(output_dir=tmp_path / "run", **tiny)
+    assert load_yaml(tmp_path / "run/config.yaml")["family"] == family
+    assert ImageAlignmentPipeline.from_pretrained(tmp_path / "run")("a lion").images[0].size == (16, 16)
+
+
 WRONG = {
     "nothing there": ("{folder}/none.py:PixArt", "does not exist"),
     "no family": ("{folder}/pixart.py:Tensor", "is not a model family"),
