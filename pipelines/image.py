@@ -27,7 +27,7 @@ from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline
+from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
@@ -494,7 +494,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
     def _write(self, folder: Path) -> None:
         with new_folder(folder) as temporary:
-            self.pipeline.save_pretrained(str(temporary))
+            save_pipeline(self.pipeline, temporary)
 
     def _save_adapter(self, folder: Path) -> None:
         if self._others or family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):

@@ -19,6 +19,7 @@ from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import DenoisingConfig, ImageStopConfig
 from diffusion_align.diffusion.transitions import Reduction
+from diffusion_align.models.image_pipelines import save_pipeline
 from diffusion_align.models.model_card import facts_of, write_model_card
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
 from diffusion_align.training.callbacks import Callback
@@ -238,7 +239,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         """Write the adapter, or the whole pipeline if all of the UNet is trained, as diffusers loads them."""
         with new_folder(folder) as temporary:
             if self.policy.lora is None:
-                self.policy.pipeline.save_pretrained(str(temporary))
+                save_pipeline(self.policy.pipeline, temporary)
             else:
                 self.policy.save_lora(temporary)
 

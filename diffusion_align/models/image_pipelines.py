@@ -19,6 +19,7 @@ from diffusion_align.errors import UserError, first_line, nearest, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.families import ModelFamily, family_of, family_of_class, give_family
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
+from diffusion_align.writing import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -238,6 +239,20 @@ def _checked_class(model: str, source: str, family: ModelFamily | None, *, name:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
     _check_configurations(f"{name}={model!r}", Path(source))
     return str(kind)
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline as diffusers does, but for what its scheduler has by default of its class.
+
+    diffusers carries settings from one scheduler to another, here to a sampler's, unless they are such defaults:
+    written out they would be settings, and a pipeline that is read back would be sampled at other timesteps.
+    """
+    pipeline.save_pretrained(str(folder))
+    defaults = pipeline.scheduler.config.get("_use_default_values", ())
+    file = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in settings.items() if name not in defaults}
+    write_text(file, json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def diffusers_scheduler(sampler: str, config: Mapping[str, Any]) -> str | None:

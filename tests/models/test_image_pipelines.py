@@ -11,7 +11,7 @@ from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.errors import ConfigError, UserError, problems_of
-from diffusion_align.models.image_pipelines import check_pipeline_name, load_pipeline
+from diffusion_align.models.image_pipelines import check_pipeline_name, load_pipeline, save_pipeline
 from diffusion_align.pipelines.configuration import check_config
 from tests.helpers.tiny_runs import edit_json
 
@@ -246,3 +246,16 @@ def test_what_a_cpu_cannot_mix_is_refused_before_loading(precision, tiny_sd, tmp
     check_config(settings | {"dtype": "float16"})
     with pytest.raises(ConfigError, match=f"^dtype=float16 with mixed_precision={precision} needs a GPU"):
         check_config(settings | {"dtype": "float16", "mixed_precision": precision})
+
+
+def test_a_pipeline_that_is_written_and_read_back_is_sampled_at_the_same_timesteps(tiny_sd, tmp_path):
+    """Euler's spacing is another than DDIM's; a default of its class is none of the model."""
+    from diffusers import EulerDiscreteScheduler
+
+    pipeline = load_pipeline(str(tiny_sd))
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    save_pipeline(pipeline, tmp_path / "written")
+    again = load_pipeline(str(tmp_path / "written"))
+    assert again.scheduler.config.timestep_spacing == "linspace"
+    steps = [build_schedule(one.scheduler, 5, eta=1.0).table.timestep.tolist() for one in (pipeline, again)]
+    assert steps[0] == steps[1]
