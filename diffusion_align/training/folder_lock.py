@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from diffusion_align.errors import UserError
+from diffusion_align.streams import print_warning
 from diffusion_align.writing import writing
 
 LOCK_FILE = ".lock"
@@ -48,10 +49,9 @@ class FolderLock:
                 os.close(descriptor)
                 if error.errno not in _UNSUPPORTED:
                     raise
-                print(
+                print_warning(
                     f"{self.folder}: its file system knows no locks ({error.strerror}): see to it that no other "
-                    "process uses this folder",
-                    file=sys.stderr,
+                    "process uses this folder"
                 )
                 self.path.unlink(missing_ok=True)
                 return self
