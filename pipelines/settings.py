@@ -37,7 +37,7 @@ class LoRASettings(TypedDict, total=False):
     rank: int
     """rank of every adapter"""
     alpha: int | None
-    """scale is alpha / rank; the rank itself when not given"""
+    """scale is alpha / rank; alpha is the rank if not given"""
     layers: Literal["attention", "attention+convolutions"]
     """small models need the convolutions of the residual blocks as well"""
 
@@ -52,7 +52,7 @@ class SamplerSettings(TypedDict, total=False):
     guidance_scale: float
     """1 switches guidance off"""
     options: Mapping[str, Any]
-    """further options of a sampler of your own"""
+    """further options of your own sampler"""
 
 
 class PromptsSettings(TypedDict, total=False):
@@ -61,11 +61,11 @@ class PromptsSettings(TypedDict, total=False):
     split: str
     """a dataset's own split"""
     columns: Mapping[str, str] | None
-    """our name -> the source's: prompt; it is prompt, caption or text if not given"""
+    """our name -> the source's: prompt; prompt, caption or text if not given"""
     skip_bad_rows: bool
-    """leave out rows that cannot be used"""
+    """skip rows that cannot be used"""
     max_prompts: int | None
-    """use the first so many prompts only; of a Hub dataset no more than these are downloaded"""
+    """use only the first so many prompts; no more are downloaded from a Hub dataset"""
 
 
 class ImageEvaluationSettings(TypedDict, total=False):
@@ -74,20 +74,20 @@ class ImageEvaluationSettings(TypedDict, total=False):
     every: int
     """epochs"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
-    """as for training; the prompts of the training if null"""
+    """like the training prompts, which are used if null"""
     pictures: int
-    """how many images; the prompts take turns"""
+    """number of images; they take the prompts in turn"""
     diversity: str
     """distance between two images: pixels, the CLIP that suits the model (clip) or another one"""
 
 
 class ImageStopSettings(TypedDict, total=False):
     kl_above: float | None
-    """nats of a whole sample, kl_path less two standard errors"""
+    """largest kl_path of a whole sample in nats, less two standard errors"""
     gold_falling: int | None
     """evaluations in a row in which the held-out reward is below its best"""
     diversity_below: float | None
-    """in the unit of evaluation.diversity"""
+    """lowest diversity, in the unit of evaluation.diversity"""
 
 
 class PairsSettings(TypedDict, total=False):
@@ -98,9 +98,9 @@ class PairsSettings(TypedDict, total=False):
     columns: Mapping[str, str] | None
     """our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"""
     skip_bad_rows: bool
-    """leave out rows that cannot be used"""
+    """skip rows that cannot be used"""
     max_pairs: int | None
-    """use the first so many pairs only; of a Hub dataset no more than these are downloaded"""
+    """use only the first so many pairs; no more are downloaded from a Hub dataset"""
 
 
 class TextLoRASettings(TypedDict, total=False):
@@ -120,9 +120,9 @@ class TextDataSettings(TypedDict, total=False):
     columns: Mapping[str, str] | None
     """our name -> the source's: prompt, chosen, rejected, completion, label"""
     skip_bad_rows: bool
-    """leave out rows that cannot be used"""
+    """skip rows that cannot be used"""
     max_rows: int | None
-    """use the first so many rows only; of a Hub dataset no more than these are downloaded"""
+    """use only the first so many rows; no more are downloaded from a Hub dataset"""
 
 
 class TextEvaluationSettings(TypedDict, total=False):
@@ -131,35 +131,35 @@ class TextEvaluationSettings(TypedDict, total=False):
     every: int
     """epochs"""
     reward_weights: Sequence[float] | None
-    """one for each reward of a list; all 1 if not given"""
+    """one weight per reward of a list; 1 each if not given"""
     prompts: TextDataSettings | TextDataConfig | Rows | None
-    """as for training; the prompts of the training if null; `dataset` is the same"""
+    """like the training prompts, which are used if null; `dataset` is the same"""
     samples: int
-    """how many completions; the prompts take turns"""
+    """number of completions; they take the prompts in turn"""
     dataset: TextDataSettings | TextDataConfig | Rows | None
     """another name of prompts"""
 
 
 class StopSettings(TypedDict, total=False):
     kl_above: float | None
-    """nats of a whole sample, kl_path less two standard errors"""
+    """largest kl_path of a whole sample in nats, less two standard errors"""
     gold_falling: int | None
     """evaluations in a row in which the held-out reward is below its best"""
 
 
 class DynamicBetaSettings(TypedDict, total=False):
     beta_min: float
-    """below it beta(x) is penalized"""
+    """beta(x) is penalized below this"""
     beta_max: float
-    """above it beta(x) is penalized"""
+    """beta(x) is penalized above this"""
     range_weight: float
     """of leaving [beta_min, beta_max]"""
     smoothness_weight: float
-    """of the squared slope in the embedding"""
+    """weight of the squared slope in the embedding"""
     entropy_weight: float
-    """of the distance to alpha x entropy"""
+    """weight of the distance to alpha x entropy"""
     alpha: float
-    """beta for a nat of the reference's entropy"""
+    """beta per nat of the reference's entropy"""
     hidden: int
     """width of the network"""
     convention: Literal["product", "inverse"]
@@ -186,9 +186,9 @@ class SharedSettings(TypedDict, total=False):
             "family",
         ]
     ]
-    """resume although the content of these is not what the run began with"""
+    """settings whose content may have changed since the run began"""
     seed: int
-    """of all randomness: the same seed gives the same run"""
+    """seed of all randomness: the same seed gives the same run"""
     epochs: int
     """rounds of collect, score, estimate, update"""
     samples_per_epoch: int
@@ -200,23 +200,23 @@ class SharedSettings(TypedDict, total=False):
     updates_per_epoch: int
     """optimizer steps in one pass over an epoch's samples"""
     learning_rate: float
-    """of AdamW, after the warm-up"""
+    """AdamW's learning rate, after the warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"]
-    """after the warm-up: linear and cosine fall to 0 at the last update"""
+    """schedule after the warm-up: linear and cosine fall to 0 at the last update"""
     warmup_steps: int
     """updates in which the learning rate rises from 0"""
     adam_betas: Sequence[float]
     """decay of AdamW's two moments per update"""
     weight_decay: float
-    """of AdamW, decoupled from the gradient"""
+    """AdamW's weight decay, decoupled from the gradient"""
     max_grad_norm: float
-    """longer gradients are scaled down to it; .inf for never"""
+    """largest gradient norm; longer gradients are scaled down; .inf for none"""
     ema_decay: float | None
     """average the trained weights; used for grids and final/"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"]
-    """of the network only, actions stay float32; auto measures what is faster on this machine"""
+    """precision of the network; log-probs stay float32; auto measures what is faster on this machine"""
     num_threads: int | None
-    """CPU threads of torch; its own default when not given"""
+    """torch's CPU threads; its own default if not given"""
     checkpoint_every: int
     """epochs"""
     checkpoint_minutes: float | None
@@ -224,7 +224,7 @@ class SharedSettings(TypedDict, total=False):
     interrupt_grace: float
     """seconds for a reward to answer after the run received an interrupt"""
     keep_checkpoints: int
-    """number of the newest to keep; older ones are deleted"""
+    """number of newest checkpoints to keep"""
     grid_every: int
     """epochs between images (or texts) of the fixed prompts; 0 for none"""
     trackers: Sequence[Literal["tensorboard", "wandb"]]
@@ -232,14 +232,14 @@ class SharedSettings(TypedDict, total=False):
     callbacks: Sequence[Any]
     """module:Class or file.py:Class of each; in Python objects, too"""
     reward_weights: Sequence[float] | None
-    """one for each reward of a list; all 1 if not given"""
+    """one weight per reward of a list; 1 each if not given"""
 
 
 class ImageSettings(SharedSettings, total=False):
     inner_epochs: int
     """passes over an epoch's samples"""
     show_prompts: Sequence[str] | None
-    """prompts of the grids; the first ones if not given"""
+    """prompts of the preview grids; the first ones if not given"""
     lora: LoRASettings | LoRAConfig | None
     """null trains the whole UNet"""
     sampler: SamplerSettings | SamplerConfig
@@ -254,17 +254,17 @@ class ImageSettings(SharedSettings, total=False):
 
 class TextSettings(SharedSettings, total=False):
     show_prompts: Sequence[Any] | None
-    """prompts of the samples; the first of the data when not given"""
+    """prompts of the previews; the first of the data if not given"""
     lora: TextLoRASettings | TextLoRAConfig | None
     """null trains the whole model"""
     reference_model: str | None
-    """name, folder or Hub id of another reference with the same tokens; the model as it is if null"""
+    """name, folder or Hub id of a reference with the same tokens; if null, the model before training"""
     temperature: float
-    """of sampling and of every log-prob alike"""
+    """temperature of sampling and of every log-prob"""
     max_prompt_length: int | None
-    """tokens; longer prompts keep their end"""
+    """in tokens; longer prompts keep their end"""
     max_completion_length: int
-    """tokens; longer completions are cut"""
+    """in tokens; longer completions are cut off"""
     evaluation: TextEvaluationSettings | TextEvaluationConfig | None
     """a held-out reward on fixed prompts"""
     stop_when: StopSettings | StopConfig
@@ -285,7 +285,7 @@ class DDPOSettings(ImageSettings, total=False):
     logp_reduction: Literal["mean", "sum"]
     """over latent dimensions: log-prob, ratio and KL alike"""
     clip_range: float
-    """of the ratio in the chosen reduction"""
+    """clip range of the ratio, in the chosen reduction"""
     clip_range_nats: float | None
     """bound on the joint log-ratio; replaces clip_range"""
     timestep_fraction: float
@@ -295,21 +295,21 @@ class DDPOSettings(ImageSettings, total=False):
     advantages: Literal["prompt_history", "group", "leave_one_out"]
     """deviation from a prompt's mean reward in units of its std, over past epochs or the group of this one; or reward minus the mean of the rest of the group (RLOO)"""
     history_size: int
-    """rewards kept per prompt; the 4096 prompts seen last are remembered"""
+    """rewards kept per prompt, for the 4096 prompts seen last"""
     history_min_count: int
-    """after how many rewards of a prompt its own history is used; until then, the whole epoch's"""
+    """number of rewards of a prompt from which on its own history is used; before, the whole epoch's"""
     clip_std: Sequence[float]
-    """bounds on the std a group is divided by"""
+    """bounds on the std that a group is divided by"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
-    """of several rewards: the advantage of their sum, or the sum of each one's"""
+    """several rewards: the advantage of their sum, or the sum of their advantages"""
     advantage_clip: float
-    """bound on an advantage; one of leave_one_out is in the unit of the reward"""
+    """bound on an advantage; with leave_one_out, in the unit of the reward"""
     kl_coef: float
     """price of one nat of KL to the reference, in units of the advantage"""
     kl: Literal["closed_form", "k1_reward"]
     """KL as a loss in closed form, or its k1 estimate subtracted from the reward"""
     credit: Literal["step", "to_go"]
-    """to_go charges a step with the KL of the later ones too"""
+    """to_go also charges a step with the KL of later steps"""
 
 
 class DiffusionDPOSettings(ImageSettings, total=False):
@@ -324,15 +324,15 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     variant: Literal["original", "corrected"]
     """the loss of the Diffusion-DPO paper, or eq. 36 of [000]"""
     loss_type: Literal["sigmoid", "ipo", "hinge"]
-    """of the difference of log-ratios"""
+    """loss of the difference of log-ratios"""
     label_smoothing: float
     """probability that a label is wrong"""
     beta: float | None
-    """price of one nat, as weighed by `weighting`"""
+    """price of one nat, as weighted by `weighting`"""
     beta_dpo: float | None
     """Diffusion-DPO's beta (2000 to 5000), for mean squared errors"""
     weighting: Literal["exact", "uniform", "snr_share"]
-    """of the steps: exact, uniform (Diffusion-DPO's) or snr_share"""
+    """weights of the steps: exact, uniform (Diffusion-DPO's) or snr_share"""
     decisions_per_pair: int
     """steps sampled per pair per epoch, each with its own noise"""
     target: Literal["posterior_mean", "posterior_sample", "logged"]
@@ -346,7 +346,7 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     old_refresh: Literal["update", "epoch"]
     """corrected: how old the policy of r is"""
     loser_weight: float
-    """of the rejected image's error"""
+    """weight of the rejected image's error"""
     loser_clip: float | None
     """the rejected image's error counts up to the reference's plus this many nats"""
     max_winner_error: float
@@ -371,23 +371,23 @@ class GRPOSettings(TextSettings, total=False):
     advantages: Literal["group", "leave_one_out"]
     """reward minus its group's mean, divided by what scale_rewards says; or minus the mean of the rest of its group, undivided (RLOO)"""
     scale_rewards: Literal["group", "batch", "none"]
-    """whose std the rewards are divided by"""
+    """divide rewards by the std of their group, of the batch, or not at all"""
     clip_std: Sequence[float]
-    """bounds on the std that rewards are divided by"""
+    """bounds on that std"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
-    """of several rewards: the advantage of their sum, or the sum of each one's"""
+    """several rewards: the advantage of their sum, or the sum of their advantages"""
     mask_truncated_completions: bool
-    """leave completions without an end out of the loss"""
+    """exclude completions that were cut off from the loss"""
     beta: float
     """price of one nat of KL to the reference; 0 for none"""
     kl: Literal[
         "k1_reward", "k2_reward", "k3_reward", "k3_gradient_reward", "k1_loss", "k2_loss", "k3_loss", "full_vocabulary"
     ]
-    """where the KL stands and how it is estimated"""
+    """form of the KL to the reference: as a loss or in the reward, and its estimator"""
     kl_gradient: Literal["unbiased", "direct"]
-    """of the KL as a loss, see `kl_loss`"""
+    """gradient of the KL as a loss, see `kl_loss`"""
     credit: Literal["step", "to_go"]
-    """k1_reward: to_go charges a token with later ones' KL"""
+    """k1_reward: to_go also charges a token with the KL of later tokens"""
     num_iterations: int
     """another name of inner_epochs"""
 
@@ -406,19 +406,19 @@ class PPOSettings(TextSettings, total=False):
     gamma: float
     """discount per token"""
     lam: float
-    """of GAE: 0 is the one-step error, 1 the return less the value"""
+    """lambda of GAE: 0 is the one-step error, 1 the return minus the value"""
     whiten_advantages: bool
-    """to mean 0 and std 1 over an epoch's tokens"""
+    """scale advantages to mean 0 and std 1 over an epoch's tokens"""
     value_coef: float
     """weight of the value loss"""
     value_clip: float | None
-    """how far a value may go from that of sampling; null: free"""
+    """bound on the change of a value since sampling; null for none"""
     kl_coef: float
     """price of one nat of KL to the reference"""
     kl_target: float | None
-    """nats per completion; moves kl_coef"""
+    """target KL in nats per completion; adapts kl_coef"""
     kl_horizon: int
-    """completions in which kl_coef changes by a fifth at most"""
+    """number of completions over which kl_coef changes by at most a fifth"""
     missing_eos_penalty: float
     """subtracted from the reward of a completion without an end of sequence"""
     num_ppo_epochs: int
@@ -431,7 +431,7 @@ class DPOSettings(TextSettings, total=False):
     num_generations: int
     """online: completions per prompt per epoch"""
     dataset: TextDataSettings | TextDataConfig | Rows | None
-    """rows of the data: list, file, shipped list or Hub id"""
+    """rows: list, file, shipped list or Hub id"""
     beta: float
     """price of one nat of log-ratio to the reference"""
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"]
@@ -439,23 +439,23 @@ class DPOSettings(TextSettings, total=False):
     label_smoothing: float
     """probability that a label is wrong"""
     simpo_margin: float
-    """simpo: by how much beta h has to be above 0"""
+    """simpo: target margin of beta h"""
     orpo_weight: float
-    """orpo: of the odds ratio"""
+    """orpo: weight of the odds ratio"""
     gamma: float
     """trajectory: discount per token"""
     sft_weight: float
-    """of the chosen one's mean log-prob"""
+    """weight of the chosen completion's mean log-prob"""
     precompute_ref_log_probs: bool
     """call the reference once; a fully trained model then needs no frozen copy"""
     dynamic_beta: DynamicBetaSettings | DynamicBetaConfig | None
-    """a beta for each prompt, which starts at `beta`"""
+    """learn a beta per prompt, starting at `beta`"""
     sample_from: Literal["policy", "reference"]
-    """online: whose completions are judged"""
+    """online: the model that samples the completions"""
     pair_selection: Literal["best_worst", "best_rest", "rso"]
     """online: best and worst, best and all worse ones, or two that rejection sampling keeps"""
     rso_beta: float
-    """rso: reward that is worth a factor e"""
+    """rso: reward difference that changes the probability by a factor e"""
 
 
 class KTOSettings(TextSettings, total=False):
@@ -464,7 +464,7 @@ class KTOSettings(TextSettings, total=False):
     num_generations: int
     """online: completions per prompt per epoch"""
     dataset: TextDataSettings | TextDataConfig | Rows | None
-    """rows of the data: list, file, shipped list or Hub id"""
+    """rows: list, file, shipped list or Hub id"""
     beta: float
     """price of one nat of log-ratio to the reference"""
     desirable_weight: float
@@ -472,6 +472,6 @@ class KTOSettings(TextSettings, total=False):
     undesirable_weight: float
     """the same of the undesirable"""
     kl_samples: int
-    """most mismatched pairs per epoch for the reference point"""
+    """largest number of mismatched pairs per epoch for the reference point"""
     desirable_above: float | None
-    """online: reward; the mean of its prompt's completions when not given"""
+    """online: threshold on the reward; the mean over the prompt's completions if not given"""

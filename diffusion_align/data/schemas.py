@@ -42,7 +42,7 @@ Made = TypeVar("Made")
 
 def limit_of(rows: str) -> Any:
     """The field that says how many of ``rows`` are used."""
-    what = f"use the first so many {rows} only; of a Hub dataset no more than these are downloaded"
+    what = f"use only the first so many {rows}; no more are downloaded from a Hub dataset"
     return Field(None, ge=1, le=MOST_ROWS, description=what)
 
 
@@ -67,7 +67,7 @@ class RowsConfig(Section):
     source: Source = Field(description="where the rows are, or the rows themselves")
     split: str = Field("train", min_length=1, description="a dataset's own split")
     columns: dict[str, str] | None = Field(None, description="our name -> the source's")
-    skip_bad_rows: bool = Field(False, strict=True, description="leave out rows that cannot be used")
+    skip_bad_rows: bool = Field(False, strict=True, description="skip rows that cannot be used")
 
     @model_validator(mode="before")
     @classmethod

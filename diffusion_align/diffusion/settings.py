@@ -32,7 +32,7 @@ class SamplerConfig(Section):
     steps: int = Field(50, ge=1, le=MOST, description="denoising steps per image")
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
     guidance_scale: float = Field(5.0, ge=1, le=LARGEST, description="1 switches guidance off")
-    options: dict[str, Any] = Field(default_factory=dict, description="further options of a sampler of your own")
+    options: dict[str, Any] = Field(default_factory=dict, description="further options of your own sampler")
 
     @field_validator("name")
     @classmethod
@@ -73,8 +73,8 @@ class ImageEvaluationConfig(EvaluationConfig):
     """Images of fixed prompts, sampled from fixed noise every few epochs and scored by a held-out reward."""
 
     reward: RewardSetting = Field(None, description="the held-out reward; null measures diversity alone")
-    prompts: PromptsConfig | None = Field(None, description="as for training; the prompts of the training if null")
-    pictures: int = Field(32, ge=2, le=MOST, description="how many images; the prompts take turns")
+    prompts: PromptsConfig | None = Field(None, description="like the training prompts, which are used if null")
+    pictures: int = Field(32, ge=2, le=MOST, description="number of images; they take the prompts in turn")
     diversity: str = Field(
         "clip", description="distance between two images: pixels, the CLIP that suits the model (clip) or another one"
     )
@@ -87,7 +87,9 @@ class ImageEvaluationConfig(EvaluationConfig):
 class ImageStopConfig(StopConfig):
     """Also when images come to be all alike."""
 
-    diversity_below: float | None = Field(None, gt=0, le=LARGEST, description="in the unit of evaluation.diversity")
+    diversity_below: float | None = Field(
+        None, gt=0, le=LARGEST, description="lowest diversity, in the unit of evaluation.diversity"
+    )
 
     def broken(self, row: Mapping[str, Any], evaluation: Evaluation | None) -> list[str]:
         reasons = super().broken(row, evaluation)
@@ -102,11 +104,13 @@ class DenoisingConfig(PolicyConfig):
 
     model_kind = "image"
 
-    show_prompts: list[str] | None = Field(None, description="prompts of the grids; the first ones if not given")
+    show_prompts: list[str] | None = Field(
+        None, description="prompts of the preview grids; the first ones if not given"
+    )
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
-    weights_variant: str | None = Field(None, description="weight files of the model to choose, e.g. fp16")
+    weights_variant: str | None = Field(None, description="variant of the model's weight files, e.g. fp16")
     base_config: str | None = Field(
         None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
     )
@@ -155,7 +159,9 @@ class DDPOConfig(DenoisingConfig):
     reward: RewardSetting = Field(
         description="name, 'module:function', {name: ..., options}, a function, or a list of these"
     )
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    reward_weights: list[Weight] | None = Field(
+        None, description="one weight per reward of a list; 1 each if not given"
+    )
 
     objective: Literal["ratio", "score_function"] = Field(
         "ratio", description="clipped importance ratio, or the score function, which has no ratio"
@@ -163,7 +169,7 @@ class DDPOConfig(DenoisingConfig):
     logp_reduction: Literal["mean", "sum"] = Field(
         "mean", description="over latent dimensions: log-prob, ratio and KL alike"
     )
-    clip_range: float = Field(1e-4, gt=0, lt=1, description="of the ratio in the chosen reduction")
+    clip_range: float = Field(1e-4, gt=0, lt=1, description="clip range of the ratio, in the chosen reduction")
     clip_range_nats: OrInfinite | None = Field(
         None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
     )
@@ -178,24 +184,22 @@ class DDPOConfig(DenoisingConfig):
         description="deviation from a prompt's mean reward in units of its std, over past epochs or the group of this "
         "one; or reward minus the mean of the rest of the group (RLOO)",
     )
-    history_size: int = Field(
-        32, ge=1, le=MOST, description="rewards kept per prompt; the 4096 prompts seen last are remembered"
-    )
+    history_size: int = Field(32, ge=1, le=MOST, description="rewards kept per prompt, for the 4096 prompts seen last")
     history_min_count: int = Field(
         16,
         ge=1,
         le=MOST,
-        description="after how many rewards of a prompt its own history is used; until then, the whole epoch's",
+        description="number of rewards of a prompt from which on its own history is used; before, the whole epoch's",
     )
     clip_std: tuple[OrInfinite, OrInfinite] = Field(
-        (0.0, math.inf), description="bounds on the std a group is divided by"
+        (0.0, math.inf), description="bounds on the std that a group is divided by"
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
         "sum_then_normalize",
-        description="of several rewards: the advantage of their sum, or the sum of each one's",
+        description="several rewards: the advantage of their sum, or the sum of their advantages",
     )
     advantage_clip: OrInfinite = Field(
-        5.0, gt=0, description="bound on an advantage; one of leave_one_out is in the unit of the reward"
+        5.0, gt=0, description="bound on an advantage; with leave_one_out, in the unit of the reward"
     )
 
     kl_coef: float = Field(
@@ -204,9 +208,7 @@ class DDPOConfig(DenoisingConfig):
     kl: Literal["closed_form", "k1_reward"] = Field(
         "closed_form", description="KL as a loss in closed form, or its k1 estimate subtracted from the reward"
     )
-    credit: Literal["step", "to_go"] = Field(
-        "step", description="to_go charges a step with the KL of the later ones too"
-    )
+    credit: Literal["step", "to_go"] = Field("step", description="to_go also charges a step with the KL of later steps")
 
     def cross_checks(self) -> Iterator[str]:
         yield from weight_checks(self.reward, self.reward_weights)
@@ -269,7 +271,9 @@ class DiffusionDPOConfig(DenoisingConfig):
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
     )
     reward: RewardSetting = Field(None, description="judges online; with `pairs` it only scores the shown images")
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    reward_weights: list[Weight] | None = Field(
+        None, description="one weight per reward of a list; 1 each if not given"
+    )
     group_size: int = Field(
         4, ge=2, le=MOST, description="online: images per prompt; the best and the worst are a pair"
     )
@@ -277,14 +281,14 @@ class DiffusionDPOConfig(DenoisingConfig):
     variant: Literal["original", "corrected"] = Field(
         "original", description="the loss of the Diffusion-DPO paper, or eq. 36 of [000]"
     )
-    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="of the difference of log-ratios")
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="loss of the difference of log-ratios")
     label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")
-    beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighed by `weighting`")
+    beta: float | None = Field(None, gt=0, le=LARGEST, description="price of one nat, as weighted by `weighting`")
     beta_dpo: float | None = Field(
         None, gt=0, le=LARGEST, description="Diffusion-DPO's beta (2000 to 5000), for mean squared errors"
     )
     weighting: Annotated[Weighting, other_words(share="snr_share")] = Field(
-        "uniform", description="of the steps: exact, uniform (Diffusion-DPO's) or snr_share"
+        "uniform", description="weights of the steps: exact, uniform (Diffusion-DPO's) or snr_share"
     )
     timestep_range: tuple[Weight, Weight] = Field(
         (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
@@ -304,7 +308,7 @@ class DiffusionDPOConfig(DenoisingConfig):
         "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
     )
     old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
-    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the rejected image's error")
+    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the rejected image's error")
     loser_clip: OrInfinite | None = Field(
         None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
     )

@@ -31,13 +31,15 @@ class TextEvaluationConfig(EvaluationConfig):
     """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by a held-out reward."""
 
     reward: RewardSetting = Field(description="the held-out reward, or a list of them")
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    reward_weights: list[Weight] | None = Field(
+        None, description="one weight per reward of a list; 1 each if not given"
+    )
     prompts: TextDataConfig | None = Field(
         None,
         validation_alias=AliasChoices("prompts", "dataset"),
-        description="as for training; the prompts of the training if null; `dataset` is the same",
+        description="like the training prompts, which are used if null; `dataset` is the same",
     )
-    samples: int = Field(32, ge=2, le=MOST, description="how many completions; the prompts take turns")
+    samples: int = Field(32, ge=2, le=MOST, description="number of completions; they take the prompts in turn")
 
     def cross_checks(self) -> Iterator[str]:
         yield from weight_checks(self.reward, self.reward_weights)
@@ -53,14 +55,15 @@ class TextConfig(PolicyConfig):
 
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
     reference_model: str | None = Field(
-        None, description="name, folder or Hub id of another reference with the same tokens; the model as it is if null"
+        None,
+        description="name, folder or Hub id of a reference with the same tokens; if null, the model before training",
     )
-    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
-    temperature: float = Field(1.0, ge=1e-3, le=1000, description="of sampling and of every log-prob alike")
-    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
+    temperature: float = Field(1.0, ge=1e-3, le=1000, description="temperature of sampling and of every log-prob")
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="in tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="in tokens; longer completions are cut off")
     show_prompts: list[Any] | None = Field(
-        None, description="prompts of the samples; the first of the data when not given"
+        None, description="prompts of the previews; the first of the data if not given"
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
 
@@ -100,7 +103,9 @@ class OnlineConfig(TextConfig):
     reward: RewardSetting = Field(
         None, description="name, 'module:function', {name: ..., options}, a function, or a list of these"
     )
-    reward_weights: list[Weight] | None = Field(None, description="one for each reward of a list; all 1 if not given")
+    reward_weights: list[Weight] | None = Field(
+        None, description="one weight per reward of a list; 1 each if not given"
+    )
     num_generations: int = Field(8, ge=1, le=MOST, description="completions per prompt per epoch")
 
     @property
@@ -173,20 +178,24 @@ class GRPOConfig(PolicyGradientConfig):
         "the rest of its group, undivided (RLOO)",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="whose std the rewards are divided by"
+        "group", description="divide rewards by the std of their group, of the batch, or not at all"
     )
-    clip_std: tuple[OrInfinite, OrInfinite] = Field(
-        (0.0, math.inf), description="bounds on the std that rewards are divided by"
-    )
+    clip_std: tuple[OrInfinite, OrInfinite] = Field((0.0, math.inf), description="bounds on that std")
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize", description="of several rewards: the advantage of their sum, or the sum of each one's"
+        "sum_then_normalize", description="several rewards: the advantage of their sum, or the sum of their advantages"
     )
-    mask_truncated_completions: bool = Field(False, description="leave completions without an end out of the loss")
+    mask_truncated_completions: bool = Field(False, description="exclude completions that were cut off from the loss")
 
     beta: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
-    kl: KLForm = Field("k1_reward", description="where the KL stands and how it is estimated")
-    kl_gradient: Literal["unbiased", "direct"] = Field("unbiased", description="of the KL as a loss, see `kl_loss`")
-    credit: Literal["step", "to_go"] = Field("step", description="k1_reward: to_go charges a token with later ones' KL")
+    kl: KLForm = Field(
+        "k1_reward", description="form of the KL to the reference: as a loss or in the reward, and its estimator"
+    )
+    kl_gradient: Literal["unbiased", "direct"] = Field(
+        "unbiased", description="gradient of the KL as a loss, see `kl_loss`"
+    )
+    credit: Literal["step", "to_go"] = Field(
+        "step", description="k1_reward: to_go also charges a token with the KL of later tokens"
+    )
 
     @property
     def needs_reference(self) -> bool:
@@ -242,17 +251,21 @@ class PPOConfig(PolicyGradientConfig):
     )
 
     gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="of GAE: 0 is the one-step error, 1 the return less the value")
-    whiten_advantages: bool = Field(True, description="to mean 0 and std 1 over an epoch's tokens")
+    lam: float = Field(
+        0.95, ge=0, le=1, description="lambda of GAE: 0 is the one-step error, 1 the return minus the value"
+    )
+    whiten_advantages: bool = Field(True, description="scale advantages to mean 0 and std 1 over an epoch's tokens")
     value_coef: float = Field(0.1, ge=0, le=LARGEST, description="weight of the value loss")
     value_clip: OrInfinite | None = Field(
-        0.2, ge=0, description="how far a value may go from that of sampling; null: free"
+        0.2, ge=0, description="bound on the change of a value since sampling; null for none"
     )
 
     kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of one nat of KL to the reference")
-    kl_target: float | None = Field(None, gt=0, le=LARGEST, description="nats per completion; moves kl_coef")
+    kl_target: float | None = Field(
+        None, gt=0, le=LARGEST, description="target KL in nats per completion; adapts kl_coef"
+    )
     kl_horizon: int = Field(
-        10_000, ge=1, le=MOST_ROWS, description="completions in which kl_coef changes by a fifth at most"
+        10_000, ge=1, le=MOST_ROWS, description="number of completions over which kl_coef changes by at most a fifth"
     )
     missing_eos_penalty: float = Field(
         0.0, ge=0, le=LARGEST, description="subtracted from the reward of a completion without an end of sequence"
@@ -279,7 +292,7 @@ class PreferenceConfig(OnlineConfig):
     ``samples_per_epoch`` counts rows, or online completions.
     """
 
-    dataset: TextDataConfig | None = Field(None, description="rows of the data: list, file, shipped list or Hub id")
+    dataset: TextDataConfig | None = Field(None, description="rows: list, file, shipped list or Hub id")
     num_generations: int = Field(4, ge=1, le=MOST, description="online: completions per prompt per epoch")
     beta: float = Field(0.1, gt=0, le=LARGEST, description="price of one nat of log-ratio to the reference")
 
@@ -311,12 +324,12 @@ class PreferenceConfig(OnlineConfig):
 class DynamicBetaConfig(Section):
     """beta(x), which is ``beta`` for every prompt before training; see ``estimators.dynamic_beta``."""
 
-    beta_min: float = Field(0.01, ge=0, le=LARGEST, description="below it beta(x) is penalized")
-    beta_max: float = Field(1.0, gt=0, le=LARGEST, description="above it beta(x) is penalized")
+    beta_min: float = Field(0.01, ge=0, le=LARGEST, description="beta(x) is penalized below this")
+    beta_max: float = Field(1.0, gt=0, le=LARGEST, description="beta(x) is penalized above this")
     range_weight: float = Field(1.0, ge=0, le=LARGEST, description="of leaving [beta_min, beta_max]")
-    smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the squared slope in the embedding")
-    entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="of the distance to alpha x entropy")
-    alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta for a nat of the reference's entropy")
+    smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the squared slope in the embedding")
+    entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the distance to alpha x entropy")
+    alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta per nat of the reference's entropy")
     hidden: int = Field(64, ge=1, le=HIGHEST_RANK, description="width of the network")
     convention: Literal["product", "inverse"] = Field(
         "product", description="the loss has beta(x) h, or h / beta(x) as [003] prints it"
@@ -353,21 +366,25 @@ class DPOConfig(PreferenceConfig):
         "sigmoid", description="the preference loss; simpo and orpo need no reference"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="probability that a label is wrong")
-    simpo_margin: Weight = Field(0.0, description="simpo: by how much beta h has to be above 0")
-    orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: of the odds ratio")
+    simpo_margin: Weight = Field(0.0, description="simpo: target margin of beta h")
+    orpo_weight: float = Field(0.1, ge=0, le=LARGEST, description="orpo: weight of the odds ratio")
     gamma: float = Field(1.0, ge=0, le=1, description="trajectory: discount per token")
-    sft_weight: float = Field(0.0, ge=0, le=LARGEST, description="of the chosen one's mean log-prob")
+    sft_weight: float = Field(0.0, ge=0, le=LARGEST, description="weight of the chosen completion's mean log-prob")
     precompute_ref_log_probs: bool = Field(
         False, strict=True, description="call the reference once; a fully trained model then needs no frozen copy"
     )
-    dynamic_beta: DynamicBetaConfig | None = Field(None, description="a beta for each prompt, which starts at `beta`")
+    dynamic_beta: DynamicBetaConfig | None = Field(None, description="learn a beta per prompt, starting at `beta`")
 
-    sample_from: Literal["policy", "reference"] = Field("policy", description="online: whose completions are judged")
+    sample_from: Literal["policy", "reference"] = Field(
+        "policy", description="online: the model that samples the completions"
+    )
     pair_selection: Literal["best_worst", "best_rest", "rso"] = Field(
         "best_worst",
         description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
     )
-    rso_beta: float = Field(0.5, ge=1e-6, le=LARGEST, description="rso: reward that is worth a factor e")
+    rso_beta: float = Field(
+        0.5, ge=1e-6, le=LARGEST, description="rso: reward difference that changes the probability by a factor e"
+    )
 
     @property
     def reference_free(self) -> bool:
@@ -423,9 +440,11 @@ class KTOConfig(PreferenceConfig):
         1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
     )
     undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
-    kl_samples: int = Field(64, ge=1, le=MOST, description="most mismatched pairs per epoch for the reference point")
+    kl_samples: int = Field(
+        64, ge=1, le=MOST, description="largest number of mismatched pairs per epoch for the reference point"
+    )
     desirable_above: Weight | None = Field(
-        None, description="online: reward; the mean of its prompt's completions when not given"
+        None, description="online: threshold on the reward; the mean over the prompt's completions if not given"
     )
 
     @property
@@ -457,9 +476,9 @@ class RewardModelConfig(TrainingConfig):
     dataset: TextDataConfig = Field(description="preferences: list, file or Hub id")
     eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
     lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
-    learning_rate: float = Field(1e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
-    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, le=MOST, description="tokens; longer completions are cut")
+    learning_rate: float = Field(1e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
+    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="in tokens; longer prompts keep their end")
+    max_completion_length: int = Field(256, ge=1, le=MOST, description="in tokens; longer completions are cut off")
     center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², pulls them to 0")
 
     def name_checks(self) -> Iterator[str]:

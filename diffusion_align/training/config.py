@@ -232,9 +232,9 @@ class TrainingConfig(Section):
         False, strict=True, description="continue the run in output_dir from its newest checkpoint, bit for bit"
     )
     accept_changed: list[Content] = Field(
-        default_factory=list, description="resume although the content of these is not what the run began with"
+        default_factory=list, description="settings whose content may have changed since the run began"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of all randomness: the same seed gives the same run")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of all randomness: the same seed gives the same run")
     epochs: int = Field(100, ge=1, le=MOST, description="rounds of collect, score, estimate, update")
 
     samples_per_epoch: int = Field(64, ge=1, le=MOST, description="samples per epoch, of all processes together")
@@ -245,23 +245,26 @@ class TrainingConfig(Section):
     updates_per_epoch: int = Field(2, ge=1, le=MOST, description="optimizer steps in one pass over an epoch's samples")
     inner_epochs: int = Field(1, ge=1, le=MOST, description="passes over an epoch's samples")
 
-    learning_rate: float = Field(3e-4, gt=0, le=1000, description="of AdamW, after the warm-up")
+    learning_rate: float = Field(3e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up: linear and cosine fall to 0 at the last update"
+        "constant", description="schedule after the warm-up: linear and cosine fall to 0 at the last update"
     )
     warmup_steps: int = Field(0, ge=0, le=MOST, description="updates in which the learning rate rises from 0")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of AdamW's two moments per update")
-    weight_decay: float = Field(1e-4, ge=0, le=1000, description="of AdamW, decoupled from the gradient")
-    max_grad_norm: OrInfinite = Field(1.0, gt=0, description="longer gradients are scaled down to it; .inf for never")
+    weight_decay: float = Field(1e-4, ge=0, le=1000, description="AdamW's weight decay, decoupled from the gradient")
+    max_grad_norm: OrInfinite = Field(
+        1.0, gt=0, description="largest gradient norm; longer gradients are scaled down; .inf for none"
+    )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
     )
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        "no", description="of the network only, actions stay float32; auto measures what is faster on this machine"
+        "no",
+        description="precision of the network; log-probs stay float32; auto measures what is faster on this machine",
     )
     num_threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads of torch; its own default when not given"
+        None, ge=1, le=1024, description="torch's CPU threads; its own default if not given"
     )
     checkpoint_every: int = Field(10, ge=1, le=MOST, description="epochs")
     checkpoint_minutes: float | None = Field(
@@ -270,7 +273,7 @@ class TrainingConfig(Section):
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer after the run received an interrupt"
     )
-    keep_checkpoints: int = Field(2, ge=1, le=MOST, description="number of the newest to keep; older ones are deleted")
+    keep_checkpoints: int = Field(2, ge=1, le=MOST, description="number of newest checkpoints to keep")
     grid_every: int = Field(
         1, ge=0, le=MOST, description="epochs between images (or texts) of the fixed prompts; 0 for none"
     )
@@ -314,7 +317,7 @@ class LoRASettings(Section):
     """Low-rank adapters; a policy's own ``LoRAConfig`` says on which layers."""
 
     rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
-    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; the rank itself when not given")
+    alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; alpha is the rank if not given")
 
 
 class PolicyConfig(TrainingConfig):
@@ -323,7 +326,8 @@ class PolicyConfig(TrainingConfig):
     show_prompts: list[Any] | None = None
     lora: LoRASettings | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of frozen weights, which halves their memory; trained weights are float32"
+        "float32",
+        description="dtype of frozen weights: bfloat16 or float16 halves their memory; trained weights are float32",
     )
 
     def cross_checks(self) -> Iterator[str]:

@@ -26,7 +26,7 @@ class StopConfig(Section):
     """When a run ends before its last epoch: as soon as one of these holds."""
 
     kl_above: OrInfinite | None = Field(
-        None, gt=0, description="nats of a whole sample, kl_path less two standard errors"
+        None, gt=0, description="largest kl_path of a whole sample in nats, less two standard errors"
     )
     gold_falling: int | None = Field(
         None, ge=1, le=MOST, description="evaluations in a row in which the held-out reward is below its best"
