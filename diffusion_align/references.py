@@ -89,5 +89,5 @@ def _run_once(path: Path) -> ModuleType:
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    meant = did_you_mean(name, known)
+    meant = did_you_mean(name, known, cutoff=0.7)
     return f": {meant}" if meant else ""
