@@ -35,11 +35,11 @@ class RLOOTrainer(TextTrainer[Batch]):
     config_class = RLOOConfig
 
     def collect(self) -> tuple[CollectedTexts, dict[str, float]]:
-        _, collected = self.sample(self.prompts, self.config.num_generations)
+        _, collected = self.sample(self.prompts, self.config.group_size)
         return collected, collected.metrics
 
     def estimate(self, collected: CollectedTexts) -> tuple[Batch, TrainingPlan, dict[str, float]]:
-        groups = torch.arange(len(collected.rewards)) // self.config.num_generations
+        groups = torch.arange(len(collected.rewards)) // self.config.group_size
         clip = self.config.advantage_clip
         advantages = leave_one_out_advantages(collected.rewards, groups).clamp(-clip, clip)
         own = self.local(advantages)

@@ -142,24 +142,22 @@ def _opened(sections: type[BaseModel], raw: Mapping[str, Any], dataset_kind: str
     """``raw`` with its sources of rows opened, and what is wrong with the rows."""
     result, problems = dict(raw), []
     for name, field in sections.model_fields.items():
-        names = [name, *getattr(field.validation_alias, "choices", ())]
-        key = next((one for one in names if raw.get(one) is not None), name)
-        section, value = section_of(field.annotation), raw.get(key)
+        section, value = section_of(field.annotation), raw.get(name)
         if section is not None and issubclass(section, RowsConfig) and value is not None:
             if isinstance(value, Mapping) and "source" in value:  # a generator can be read once
                 value = {**value, "source": in_python(value["source"])}
-            result[key] = in_python(value)
+            result[name] = in_python(value)
             try:
-                rows = section.model_validate(result[key])
-                rows.open_ahead(key, name if name in section.column_schemas else dataset_kind)
-                result[key] = rows.model_copy(update={"source": absolute_paths({key: rows.source})[key]})
+                rows = section.model_validate(result[name])
+                rows.open_ahead(name, name if name in section.column_schemas else dataset_kind)
+                result[name] = rows.model_copy(update={"source": absolute_paths({name: rows.source})[name]})
             except ValidationError:
                 pass  # reported where the whole configuration is read
             except ConfigError as error:
                 problems += error.problems
         elif section is not None and isinstance(value, Mapping):
-            result[key], found = _opened(section, value, dataset_kind)
-            problems += [f"{key}.{problem}" for problem in found]
+            result[name], found = _opened(section, value, dataset_kind)
+            problems += [f"{name}.{problem}" for problem in found]
     return result, problems
 
 

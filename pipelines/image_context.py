@@ -133,7 +133,7 @@ def _evaluation(
         clip = default_clip(model) if settings.diversity == "clip" else settings.diversity
         embed = load_clip(clip, device=policy.device).embed_images
     reward = None if settings.reward is None else _checked_reward(settings.reward, model, policy, prompts)
-    return ImageEvaluation(prompts, settings.pictures, settings.every, reward, embed)
+    return ImageEvaluation(prompts, settings.samples, settings.every, reward, embed)
 
 
 def _usable_pairs(settings: PairsConfig) -> PairSet:

@@ -11,11 +11,17 @@ if TYPE_CHECKING:
     from diffusion_align.data.image_pairs import PairsConfig as PairsConfig
     from diffusion_align.data.prompts import PromptsConfig as PromptsConfig
     from diffusion_align.data.text_rows import TextDataConfig as TextDataConfig
+    from diffusion_align.diffusion.settings import ExperimentalDDPO as ExperimentalDDPOConfig
+    from diffusion_align.diffusion.settings import ExperimentalDiffusionDPO as ExperimentalDiffusionDPOConfig
     from diffusion_align.diffusion.settings import ImageEvaluationConfig as ImageEvaluationConfig
     from diffusion_align.diffusion.settings import ImageStopConfig as ImageStopConfig
     from diffusion_align.diffusion.settings import LoRAConfig as LoRAConfig
     from diffusion_align.diffusion.settings import SamplerConfig as SamplerConfig
     from diffusion_align.llm.settings import DynamicBetaConfig as DynamicBetaConfig
+    from diffusion_align.llm.settings import ExperimentalDPO as ExperimentalDPOConfig
+    from diffusion_align.llm.settings import ExperimentalGRPO as ExperimentalGRPOConfig
+    from diffusion_align.llm.settings import ExperimentalKTO as ExperimentalKTOConfig
+    from diffusion_align.llm.settings import ExperimentalPPO as ExperimentalPPOConfig
     from diffusion_align.llm.settings import LoRAConfig as TextLoRAConfig
     from diffusion_align.llm.settings import TextEvaluationConfig as TextEvaluationConfig
     from diffusion_align.training.settings import StopConfig as StopConfig
@@ -75,10 +81,14 @@ class ImageEvaluationSettings(TypedDict, total=False):
     """epochs"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """like the training prompts, which are used if null"""
-    pictures: int
+    samples: int
     """number of images; they take the prompts in turn"""
     diversity: str
     """distance between two images: pixels, the CLIP that suits the model (clip) or another one"""
+    images: int
+    """another name of samples"""
+    pictures: int
+    """another name of samples"""
 
 
 class ImageStopSettings(TypedDict, total=False):
@@ -88,6 +98,15 @@ class ImageStopSettings(TypedDict, total=False):
     """evaluations in a row in which the held-out reward is below its best"""
     diversity_below: float | None
     """lowest diversity, in the unit of evaluation.diversity"""
+
+
+class ExperimentalDDPOSettings(TypedDict, total=False):
+    clip_std: Sequence[float]
+    """bounds on the std that rewards are divided by"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    """several rewards: the advantage of their sum, or the sum of their advantages"""
+    credit: Literal["step", "to_go"]
+    """to_go also charges a step with the KL of later steps"""
 
 
 class PairsSettings(TypedDict, total=False):
@@ -101,6 +120,21 @@ class PairsSettings(TypedDict, total=False):
     """skip rows that cannot be used"""
     max_pairs: int | None
     """use only the first so many pairs; no more are downloaded from a Hub dataset"""
+
+
+class ExperimentalDiffusionDPOSettings(TypedDict, total=False):
+    target: Literal["posterior_mean", "posterior_sample", "logged"]
+    """x_s: given x_0, sampled given x_0, or online as the sampler sampled it"""
+    reward_mode: Literal["kl", "signed_kl", "logratio"]
+    """corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"""
+    old_refresh: Literal["update", "epoch"]
+    """corrected: how old the policy of r is"""
+    loser_weight: float
+    """weight of the rejected image's error"""
+    loser_clip: float | None
+    """the rejected image's error counts up to the reference's plus this many nats"""
+    max_winner_error: float
+    """stop when the chosen images' error is this many times the reference's"""
 
 
 class TextLoRASettings(TypedDict, total=False):
@@ -133,7 +167,7 @@ class TextEvaluationSettings(TypedDict, total=False):
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
     prompts: TextDataSettings | TextDataConfig | Rows | None
-    """like the training prompts, which are used if null; `dataset` is the same"""
+    """like the training prompts, which are used if null"""
     samples: int
     """number of completions; they take the prompts in turn"""
     dataset: TextDataSettings | TextDataConfig | Rows | None
@@ -145,6 +179,24 @@ class StopSettings(TypedDict, total=False):
     """largest kl_path of a whole sample in nats, less two standard errors"""
     gold_falling: int | None
     """evaluations in a row in which the held-out reward is below its best"""
+
+
+class ExperimentalGRPOSettings(TypedDict, total=False):
+    clip_std: Sequence[float]
+    """bounds on the std that rewards are divided by"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    """several rewards: the advantage of their sum, or the sum of their advantages"""
+    kl_gradient: Literal["unbiased", "direct"]
+    """gradient of the KL as a loss, see `kl_loss`"""
+    credit: Literal["step", "to_go"]
+    """k1_reward: to_go also charges a token with the KL of later tokens"""
+
+
+class ExperimentalPPOSettings(TypedDict, total=False):
+    kl_target: float | None
+    """target KL in nats per completion; adapts kl_coef"""
+    kl_horizon: int
+    """number of completions over which kl_coef changes by at most a fifth"""
 
 
 class DynamicBetaSettings(TypedDict, total=False):
@@ -166,6 +218,20 @@ class DynamicBetaSettings(TypedDict, total=False):
     """the loss has beta(x) h, or h / beta(x) as [003] prints it"""
     detach: bool
     """false: the preference loss trains beta too (it runs away)"""
+
+
+class ExperimentalDPOSettings(TypedDict, total=False):
+    sample_from: Literal["policy", "reference"]
+    """online: the model that samples the completions"""
+    rso_beta: float
+    """rso: reward difference that changes the probability by a factor e"""
+    dynamic_beta: DynamicBetaSettings | DynamicBetaConfig | None
+    """learn a beta per prompt, starting at `beta`"""
+
+
+class ExperimentalKTOSettings(TypedDict, total=False):
+    kl_samples: int
+    """largest number of mismatched pairs per epoch for the reference point"""
 
 
 class SharedSettings(TypedDict, total=False):
@@ -199,6 +265,8 @@ class SharedSettings(TypedDict, total=False):
     """samples, or (sample, step) indices of images, per forward and backward pass"""
     updates_per_epoch: int
     """optimizer steps in one pass over an epoch's samples"""
+    inner_epochs: int
+    """passes over an epoch's samples"""
     learning_rate: float
     """AdamW's learning rate, after the warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"]
@@ -233,11 +301,11 @@ class SharedSettings(TypedDict, total=False):
     """module:Class or file.py:Class of each; in Python objects, too"""
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
+    num_generations: int
+    """another name of group_size"""
 
 
 class ImageSettings(SharedSettings, total=False):
-    inner_epochs: int
-    """passes over an epoch's samples"""
     show_prompts: Sequence[str] | None
     """prompts of the preview grids; the first ones if not given"""
     lora: LoRASettings | LoRAConfig | None
@@ -298,18 +366,24 @@ class DDPOSettings(ImageSettings, total=False):
     """rewards kept per prompt, for the 4096 prompts seen last"""
     history_min_count: int
     """number of rewards of a prompt from which on its own history is used; before, the whole epoch's"""
-    clip_std: Sequence[float]
-    """bounds on the std that a group is divided by"""
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
-    """several rewards: the advantage of their sum, or the sum of their advantages"""
     advantage_clip: float
     """bound on an advantage; with leave_one_out, in the unit of the reward"""
     kl_coef: float
     """price of one nat of KL to the reference, in units of the advantage"""
     kl: Literal["closed_form", "k1_reward"]
     """KL as a loss in closed form, or its k1 estimate subtracted from the reward"""
+    experimental: ExperimentalDDPOSettings | ExperimentalDDPOConfig
+    """rarely used settings"""
+    beta: float
+    """another name of kl_coef"""
+    epsilon: float
+    """another name of clip_range"""
+    clip_std: Sequence[float]
+    """another name of experimental.clip_std"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    """another name of experimental.multi_objective_aggregation"""
     credit: Literal["step", "to_go"]
-    """to_go also charges a step with the KL of later steps"""
+    """another name of experimental.credit"""
 
 
 class DiffusionDPOSettings(ImageSettings, total=False):
@@ -333,34 +407,36 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """Diffusion-DPO's beta (2000 to 5000), for mean squared errors"""
     weighting: Literal["exact", "uniform", "snr_share"]
     """weights of the steps: exact, uniform (Diffusion-DPO's) or snr_share"""
-    decisions_per_pair: int
+    steps_per_pair: int
     """steps sampled per pair per epoch, each with its own noise"""
-    target: Literal["posterior_mean", "posterior_sample", "logged"]
-    """x_s: given x_0, sampled given x_0, or online as the sampler sampled it"""
     caption_dropout: float
     """share of pairs trained on with the empty prompt"""
     kl_coef: float | None
     """price of one nat of KL; 2 beta (corrected) or 0 when not given"""
+    experimental: ExperimentalDiffusionDPOSettings | ExperimentalDiffusionDPOConfig
+    """rarely used settings"""
+    decisions_per_pair: int
+    """another name of steps_per_pair"""
+    target: Literal["posterior_mean", "posterior_sample", "logged"]
+    """another name of experimental.target"""
     reward_mode: Literal["kl", "signed_kl", "logratio"]
-    """corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"""
+    """another name of experimental.reward_mode"""
     old_refresh: Literal["update", "epoch"]
-    """corrected: how old the policy of r is"""
+    """another name of experimental.old_refresh"""
     loser_weight: float
-    """weight of the rejected image's error"""
+    """another name of experimental.loser_weight"""
     loser_clip: float | None
-    """the rejected image's error counts up to the reference's plus this many nats"""
+    """another name of experimental.loser_clip"""
     max_winner_error: float
-    """stop when the chosen images' error is this many times the reference's"""
+    """another name of experimental.max_winner_error"""
 
 
 class GRPOSettings(TextSettings, total=False):
-    inner_epochs: int
-    """passes over an epoch's samples; `num_iterations` is the same"""
-    num_generations: int
+    group_size: int
     """completions per prompt per epoch"""
-    epsilon: float
-    """clip of the ratio below 1, and above unless epsilon_high"""
-    epsilon_high: float | None
+    clip_range: float
+    """clip of the ratio below 1, and above unless clip_range_high is given"""
+    clip_range_high: float | None
     """clip of the ratio above 1"""
     logp_old: Literal["rollout", "recomputed"]
     """log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)"""
@@ -372,34 +448,40 @@ class GRPOSettings(TextSettings, total=False):
     """reward minus its group's mean, divided by what scale_rewards says; or minus the mean of the rest of its group, undivided (RLOO)"""
     scale_rewards: Literal["group", "batch", "none"]
     """divide rewards by the std of their group, of the batch, or not at all"""
-    clip_std: Sequence[float]
-    """bounds on that std"""
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
-    """several rewards: the advantage of their sum, or the sum of their advantages"""
     mask_truncated_completions: bool
     """exclude completions that were cut off from the loss"""
-    beta: float
+    kl_coef: float
     """price of one nat of KL to the reference; 0 for none"""
     kl: Literal[
         "k1_reward", "k2_reward", "k3_reward", "k3_gradient_reward", "k1_loss", "k2_loss", "k3_loss", "full_vocabulary"
     ]
     """form of the KL to the reference: as a loss or in the reward, and its estimator"""
-    kl_gradient: Literal["unbiased", "direct"]
-    """gradient of the KL as a loss, see `kl_loss`"""
-    credit: Literal["step", "to_go"]
-    """k1_reward: to_go also charges a token with the KL of later tokens"""
+    experimental: ExperimentalGRPOSettings | ExperimentalGRPOConfig
+    """rarely used settings"""
+    epsilon: float
+    """another name of clip_range"""
+    epsilon_high: float | None
+    """another name of clip_range_high"""
+    beta: float
+    """another name of kl_coef"""
     num_iterations: int
     """another name of inner_epochs"""
+    clip_std: Sequence[float]
+    """another name of experimental.clip_std"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    """another name of experimental.multi_objective_aggregation"""
+    kl_gradient: Literal["unbiased", "direct"]
+    """another name of experimental.kl_gradient"""
+    credit: Literal["step", "to_go"]
+    """another name of experimental.credit"""
 
 
 class PPOSettings(TextSettings, total=False):
-    inner_epochs: int
-    """passes over an epoch's samples; `num_ppo_epochs` is the same"""
-    num_generations: int
+    group_size: int
     """completions per prompt per epoch"""
-    epsilon: float
-    """clip of the ratio below 1, and above unless epsilon_high"""
-    epsilon_high: float | None
+    clip_range: float
+    """clip of the ratio below 1, and above unless clip_range_high is given"""
+    clip_range_high: float | None
     """clip of the ratio above 1"""
     logp_old: Literal["rollout", "recomputed"]
     """log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)"""
@@ -415,20 +497,26 @@ class PPOSettings(TextSettings, total=False):
     """bound on the change of a value since sampling; null for none"""
     kl_coef: float
     """price of one nat of KL to the reference"""
-    kl_target: float | None
-    """target KL in nats per completion; adapts kl_coef"""
-    kl_horizon: int
-    """number of completions over which kl_coef changes by at most a fifth"""
     missing_eos_penalty: float
     """subtracted from the reward of a completion without an end of sequence"""
+    experimental: ExperimentalPPOSettings | ExperimentalPPOConfig
+    """rarely used settings"""
+    epsilon: float
+    """another name of clip_range"""
+    epsilon_high: float | None
+    """another name of clip_range_high"""
+    beta: float
+    """another name of kl_coef"""
     num_ppo_epochs: int
     """another name of inner_epochs"""
+    kl_target: float | None
+    """another name of experimental.kl_target"""
+    kl_horizon: int
+    """another name of experimental.kl_horizon"""
 
 
 class DPOSettings(TextSettings, total=False):
-    inner_epochs: int
-    """passes over an epoch's samples"""
-    num_generations: int
+    group_size: int
     """online: completions per prompt per epoch"""
     dataset: TextDataSettings | TextDataConfig | Rows | None
     """rows: list, file, shipped list or Hub id"""
@@ -448,20 +536,20 @@ class DPOSettings(TextSettings, total=False):
     """weight of the chosen completion's mean log-prob"""
     precompute_ref_log_probs: bool
     """call the reference once; a fully trained model then needs no frozen copy"""
-    dynamic_beta: DynamicBetaSettings | DynamicBetaConfig | None
-    """learn a beta per prompt, starting at `beta`"""
-    sample_from: Literal["policy", "reference"]
-    """online: the model that samples the completions"""
     pair_selection: Literal["best_worst", "best_rest", "rso"]
     """online: best and worst, best and all worse ones, or two that rejection sampling keeps"""
+    experimental: ExperimentalDPOSettings | ExperimentalDPOConfig
+    """rarely used settings"""
+    sample_from: Literal["policy", "reference"]
+    """another name of experimental.sample_from"""
     rso_beta: float
-    """rso: reward difference that changes the probability by a factor e"""
+    """another name of experimental.rso_beta"""
+    dynamic_beta: DynamicBetaSettings | DynamicBetaConfig | None
+    """another name of experimental.dynamic_beta"""
 
 
 class KTOSettings(TextSettings, total=False):
-    inner_epochs: int
-    """passes over an epoch's samples"""
-    num_generations: int
+    group_size: int
     """online: completions per prompt per epoch"""
     dataset: TextDataSettings | TextDataConfig | Rows | None
     """rows: list, file, shipped list or Hub id"""
@@ -471,7 +559,9 @@ class KTOSettings(TextSettings, total=False):
     """times their number, 1 to 4/3 of the same of the undesirable"""
     undesirable_weight: float
     """the same of the undesirable"""
-    kl_samples: int
-    """largest number of mismatched pairs per epoch for the reference point"""
     desirable_above: float | None
     """online: threshold on the reward; the mean over the prompt's completions if not given"""
+    experimental: ExperimentalKTOSettings | ExperimentalKTOConfig
+    """rarely used settings"""
+    kl_samples: int
+    """another name of experimental.kl_samples"""

@@ -192,7 +192,7 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
         "peak_mib": _peak_mib(),
     }
     if of_images:
-        row["steps"] = getattr(config, "decisions_per_pair", config.sampler.steps)
+        row["steps"] = getattr(config, "steps_per_pair", config.sampler.steps)
     else:
         row["tokens_per_second"] = statistics.median(tokens / epoch for epoch, _, tokens in measured)
     return row

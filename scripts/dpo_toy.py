@@ -151,7 +151,7 @@ def train(
                 "weighting": "exact",
                 "samples_per_epoch": 512,
                 "sample_batch_size": 512,
-                "decisions_per_pair": 5,
+                "steps_per_pair": 5,
                 "micro_batch_size": 2560,
                 "updates_per_epoch": 1,
                 "epochs": updates,

@@ -21,19 +21,19 @@ from diffusion_align.report import read_metrics, save_figure
 
 ROOT = Path(__file__).parent.parent
 FORMS = {
-    "no KL": ["beta=0"],
-    "k1 as the loss": ["kl=k1_loss", "kl_gradient=direct"],
-    "k2 as the loss": ["kl=k2_loss", "kl_gradient=direct"],
+    "no KL": ["kl_coef=0"],
+    "k1 as the loss": ["kl=k1_loss", "experimental.kl_gradient=direct"],
+    "k2 as the loss": ["kl=k2_loss", "experimental.kl_gradient=direct"],
     "k2 as the loss, weighed": ["kl=k2_loss"],
-    "k3 as the loss": ["kl=k3_loss", "kl_gradient=direct"],
+    "k3 as the loss": ["kl=k3_loss", "experimental.kl_gradient=direct"],
     "k1 in the reward": ["kl=k1_reward"],
     "k2 in the reward": ["kl=k2_reward"],
     "k3 in the reward": ["kl=k3_reward"],
     "full vocabulary": ["kl=full_vocabulary"],
 }
 REGIMES = {
-    "on-policy": ["updates_per_epoch=1", "num_iterations=1"],
-    "off-policy": ["updates_per_epoch=2", "num_iterations=4"],
+    "on-policy": ["updates_per_epoch=1", "inner_epochs=1"],
+    "off-policy": ["updates_per_epoch=2", "inner_epochs=4"],
 }
 
 
@@ -53,13 +53,13 @@ def main(
             runs / folder_name(*job),
             "grpo_tiny",
             [
-                f"beta={beta}",
+                f"kl_coef={beta}",
                 *FORMS[job[1]],
                 *REGIMES[job[0]],
                 f"seed={job[2]}",
                 f"epochs={length[job[0]]}",
                 "grid_every=0",
-                "epsilon_high=0.2",
+                "clip_range_high=0.2",
             ],
         ),
         jobs,

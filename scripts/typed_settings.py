@@ -70,10 +70,7 @@ class Sections:
         """The settings of a section, then their other names."""
         fields = section.model_fields
         found = {name: (self.type_of(section, name, kind), one.description or "") for name, one in fields.items()}
-        choices = {
-            other: name for name, one in fields.items() for other in getattr(one.validation_alias, "choices", ())
-        }
-        for other, place in (aliases_of(section) | choices).items():
+        for other, place in aliases_of(section).items():
             inner, *below, last = [section, *place.split(".")]
             for part in below:
                 inner = section_of(inner.model_fields[part].annotation)

@@ -140,7 +140,7 @@ def complete(monkeypatch, capfd, tmp_path):
     for run in ("runs/first", "second"):
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "config.yaml").touch()
-    (tmp_path / "quick.yaml").write_text("method: grpo\nepsilon: 0.25\nlora: {rank: 3}\n")
+    (tmp_path / "quick.yaml").write_text("method: grpo\nclip_range: 0.25\nlora: {rank: 3}\n")
     (tmp_path / "quick.txt").touch()
     (tmp_path / "empty").mkdir()
     return lambda shell, line: ask(monkeypatch, capfd, shell, f"diffusion-align {line}")
@@ -155,7 +155,7 @@ def complete(monkeypatch, capfd, tmp_path):
         ("doctor dpo_sdxl", {"dpo_sdxl_pickapic"}),
         ("train e", {"empty/"}),
         ("train quickstart learning_r", {"learning_rate=", "learning_rate=0.003"}),
-        ("train quick.yaml epsilon_", {"epsilon_high=", "epsilon_high=null"}),
+        ("train quick.yaml clip_range_", {"clip_range_high=", "clip_range_high=null"}),
         ("train quick.yaml lora.ra", {"lora.rank=", "lora.rank=3"}),
         ("train missing.yaml lora.ra", set()),
         ("report ", {"second", "runs/first"}),
@@ -184,10 +184,10 @@ def test_a_shell_is_told_the_words(complete, shell, line, words):
 @pytest.mark.parametrize(
     ("shell", "line", "words"),
     [
-        ("bash", "train quick.yaml epsilon=", {"0.25"}),
+        ("bash", "train quick.yaml clip_range=", {"0.25"}),
         ("bash", "train quick.yaml kl=k3_g", {"k3_gradient_reward"}),
-        ("bash", "train quick.yaml epsilon=0.1 resume=", {"false", "true"}),
-        ("fish", "train quick.yaml epsilon=", {"epsilon=0.25"}),
+        ("bash", "train quick.yaml clip_range=0.1 resume=", {"false", "true"}),
+        ("fish", "train quick.yaml clip_range=", {"clip_range=0.25"}),
         ("fish", "train quick.yaml kl=k3_g", {"kl=k3_gradient_reward"}),
         ("fish", "train quick.yaml method=ddpo clip_range_", {"clip_range_nats=", "clip_range_nats=null"}),
     ],

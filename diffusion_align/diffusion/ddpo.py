@@ -122,7 +122,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)
-        apart = config.multi_objective_aggregation == "normalize_then_sum"
+        apart = config.experimental.multi_objective_aggregation == "normalize_then_sum"
         self.weights = part_weights(reward) if apart else torch.ones(1)
         self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
         self._kl_weights = nats_per_squared_error(self.exact_schedule)[self.trained_steps]
@@ -171,12 +171,12 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
         config, path = self.config, collected.trajectory
         groups = torch.arange(len(collected.rewards)) // config.group_size
-        apart = config.multi_objective_aggregation == "normalize_then_sum"
+        apart = config.experimental.multi_objective_aggregation == "normalize_then_sum"
         columns = collected.scores if apart else collected.rewards[:, None]
         if config.advantages == "leave_one_out":
             advantages = multi_reward_advantages(columns, groups, self.weights, estimator=leave_one_out_advantages)
         elif config.advantages == "group":
-            advantages = multi_reward_advantages(columns, groups, self.weights, clip_std=config.clip_std)
+            advantages = multi_reward_advantages(columns, groups, self.weights, clip_std=config.experimental.clip_std)
         else:
             texts = [text for text, _ in collected.samples]
             measured = [one.update(texts, c) for one, c in zip(self.statistics, columns.unbind(1))]
@@ -187,7 +187,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         own = self.local(advantages.to(path.logp_old.dtype))
         batch = DDPOBatch(path, own[:, None].expand_as(path.steps))
         uses_reference = config.kl_coef > 0
-        in_reward = uses_reference and (config.kl == "k1_reward" or config.credit == "to_go")
+        in_reward = uses_reference and (config.kl == "k1_reward" or config.experimental.credit == "to_go")
         if uses_reference and (in_reward or config.inner_epochs > 1):
             batch = replace(batch, reference_mean=self._reference_means(batch))
         if in_reward:
@@ -332,7 +332,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         reference = GaussianTransition(batch.reference_mean.flatten(0, 1), std)
         logp_ref = reference.log_prob(path.x_s.flatten(0, 1), reduction=self.config.logp_reduction)
         k1 = kl_reward(path.logp_old, logp_ref.view_as(path.steps), "k1") * self.config.nats_in_logp(self.dimensions)
-        if self.config.credit == "step":
+        if self.config.experimental.credit == "step":
             return k1
         # reward_to_go sums along dim 1 in the order of the steps; recorded steps are sorted.
         to_go = reward_to_go(k1)

@@ -167,32 +167,32 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         default_kl_coef = 2 * self.beta if config.variant == "corrected" else 0.0
         self.kl_coef = default_kl_coef if config.kl_coef is None else config.kl_coef
         # Guidance belongs to the sampler's steps; the noising process, which the other targets undo, has none.
-        self.guidance_scale = config.sampler.guidance_scale if config.target == "logged" else 1.0
+        self.guidance_scale = config.sampler.guidance_scale if config.experimental.target == "logged" else 1.0
         self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
 
     @classmethod
     def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
-        logged = config.target == "logged"
+        logged = config.experimental.target == "logged"
         return super().trained_schedule(config, scheduler) if logged else training_schedule(scheduler)
 
     @classmethod
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
         steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
-        if len(steps) < config.decisions_per_pair:
+        if len(steps) < config.steps_per_pair:
             left = f"timestep_range={list(config.timestep_range)} leaves {len(steps)} of the steps to train on"
-            each = f"decisions_per_pair={config.decisions_per_pair}"
+            each = f"steps_per_pair={config.steps_per_pair}"
             raise ConfigError([f"{left}, fewer than {each}: use a wider range"])
         return steps
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         sampled = super().epoch_cost(config, steps)
-        online, logged = config.online, config.target == "logged"
+        online, logged = config.online, config.experimental.target == "logged"
         pairs = config.samples_per_epoch // (config.group_size if online else 1)
-        actions = pairs * config.decisions_per_pair
+        actions = pairs * config.steps_per_pair
         width = 2 * (sampled.width if logged else 1)
         # Where the reference is called once for all inner epochs, so is the policy as it is at the epoch's beginning.
-        looks = 2 if config.inner_epochs > 1 or config.old_refresh == "epoch" else 1
+        looks = 2 if config.inner_epochs > 1 or config.experimental.old_refresh == "epoch" else 1
         judged = f"{pairs}, the best and the worst of {config.group_size} images each"
         source = "" if config.pairs is None else config.pairs.source
         return EpochCost(
@@ -223,7 +223,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     def estimate(self, batch: PairBatch) -> tuple[PairBatch, TrainingPlan, dict[str, float]]:
         """The reference's means where they are used more than once, and the reward of the policy as it is now."""
-        if self.config.inner_epochs > 1 or self.config.old_refresh == "epoch":
+        if self.config.inner_epochs > 1 or self.config.experimental.old_refresh == "epoch":
             batch = self._with_reference_means(batch)
         return batch, TrainingPlan(batch.keep, batch.steps.shape[1]), {"beta_nats": self.beta}
 
@@ -233,9 +233,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         seen = self._transitions(batch, samples, actions)
         (err_w, err_l), (ref_w, ref_l), kl = seen.error.chunk(2), seen.reference_error.chunk(2), seen.kl
         gain_w, gain_l = (ref_w - err_w).detach(), (ref_l - err_l).detach()
-        if config.loser_clip is not None:
-            err_l = err_l.minimum(ref_l + config.loser_clip)
-        err_l, loser_ref = config.loser_weight * err_l, config.loser_weight * ref_l
+        rare = config.experimental
+        if rare.loser_clip is not None:
+            err_l = err_l.minimum(ref_l + rare.loser_clip)
+        err_l, loser_ref = rare.loser_weight * err_l, rare.loser_weight * ref_l
         statistics = {}
         if config.variant == "corrected":
             if batch.implicit_reward is not None:
@@ -274,18 +275,19 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
         """The divergence guard: the chosen images must not become much less likely than they were."""
         ratio = 1 + statistics["error/winner"] / statistics["error/reference"]
-        if ratio > self.config.max_winner_error:
+        most = self.config.experimental.max_winner_error
+        if ratio > most:
             remedy = "raise kl_coef (2 beta or more)" if self.config.variant == "corrected" else "lower learning_rate"
             raise TrainingError(
                 f"the policy diverges: its error on the chosen images is {ratio:.3g} times the reference's, beyond "
-                f"max_winner_error={self.config.max_winner_error:g}, so it unlearns what is preferred: {remedy}"
+                f"experimental.max_winner_error={most:g}, so it unlearns what is preferred: {remedy}"
             )
         return {"error/winner_ratio": ratio}
 
     def loss_coefficients(self) -> dict[str, float]:
         config = self.config
         beta = {"beta": config.beta} if config.beta is not None else {"beta_dpo": config.beta_dpo or 0.0}
-        return {"kl_coef": self.kl_coef, "loser_weight": config.loser_weight, **beta}
+        return {"kl_coef": self.kl_coef, "loser_weight": config.experimental.loser_weight, **beta}
 
     # -- where pairs come from -------------------------------------------------------------------------------------
 
@@ -316,7 +318,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         """Sample images of every prompt and keep the best and the worst; prompts whose images tie are left out."""
         config, own, device = self.config, self.local_samples, self.processes.device
         groups = config.samples_per_epoch // config.group_size
-        logged = config.target == "logged"
+        logged = config.experimental.target == "logged"
         nothing = torch.empty(0, dtype=torch.int64)
         collected = self.sample(
             group_size=config.group_size,
@@ -343,14 +345,15 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     def _sampled_steps(self, sample: int) -> Tensor:
         """(K,) one step at random from each of K equal parts of the trained ones."""
-        count, steps = self.config.decisions_per_pair, self.trained_steps
+        count, steps = self.config.steps_per_pair, self.trained_steps
         places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))
         return steps[((torch.arange(count) + places) * len(steps) / count).long().clamp(max=len(steps) - 1)]
 
     def _noise(self) -> Tensor:
         """(n, B, K, C, H, W), shared by the two images of a pair; n = 2 where x_s is sampled as well."""
         config = self.config
-        shape = (2 if config.target == "posterior_sample" else 1, config.decisions_per_pair, *self.policy.latent_shape)
+        noises = 2 if config.experimental.target == "posterior_sample" else 1
+        shape = (noises, config.steps_per_pair, *self.policy.latent_shape)
         streams = [generator(config.seed, "pair noise", self.epoch, i) for i in self.local_samples]
         return torch.stack([torch.randn(shape, generator=s) for s in streams], dim=1).to(self.processes.device)
 
@@ -397,16 +400,17 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         x_0, eps = batch.x_0[images], batch.noise[0, samples, actions]
         x_t = add_noise(x_0, eps, steps, self.schedule)
         target = posterior(x_t, x_0, eps, steps, self.schedule)
-        if self.config.target == "posterior_sample":
+        if self.config.experimental.target == "posterior_sample":
             target = GaussianTransition(target.sample(batch.noise[1, samples, actions]), std)
         return x_t, target
 
     def _implicit_reward(self, seen: PairTransitions) -> Tensor:
         """r of the corrected loss, (2n,) nats times the step's scale, without beta."""
-        if self.config.reward_mode == "kl":
+        mode = self.config.experimental.reward_mode
+        if mode == "kl":
             return seen.scale * seen.kl.detach()
         gain = (seen.reference_error - seen.error).detach()
-        return gain if self.config.reward_mode == "logratio" else seen.scale * seen.kl.detach() * gain.sign()
+        return gain if mode == "logratio" else seen.scale * seen.kl.detach() * gain.sign()
 
     @torch.no_grad()
     def _with_reference_means(self, batch: PairBatch) -> PairBatch:
@@ -422,5 +426,5 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             seen = self._transitions(batch, samples, actions)
             means[:, samples, actions] = seen.reference.mean.unflatten(0, (2, -1))
             rewards[:, samples, actions] = self._implicit_reward(seen).view(2, -1)
-        of_old = rewards if self.config.old_refresh == "epoch" else None
+        of_old = rewards if self.config.experimental.old_refresh == "epoch" else None
         return replace(batch, reference_mean=means, implicit_reward=of_old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,9 +16,9 @@ from diffusion_align.diffusion.samplers import SAMPLERS, find_sampler
 from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
-from diffusion_align.training.aliases import other_words
+from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, Weight
-from diffusion_align.training.settings import EvaluationConfig, StopConfig
+from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig
 
 if TYPE_CHECKING:
     from diffusion_align.diffusion.schedule import DiffusionSchedule
@@ -72,9 +72,11 @@ class LoRAConfig(LoRASettings):
 class ImageEvaluationConfig(EvaluationConfig):
     """Images of fixed prompts, sampled from fixed noise every few epochs and scored by a held-out reward."""
 
+    aliases: ClassVar = {"images": "samples", "pictures": "samples"}
+
     reward: RewardSetting = Field(None, description="the held-out reward; null measures diversity alone")
     prompts: PromptsConfig | None = Field(None, description="like the training prompts, which are used if null")
-    pictures: int = Field(32, ge=2, le=MOST, description="number of images; they take the prompts in turn")
+    samples: int = Field(32, ge=2, le=MOST, description="number of images; they take the prompts in turn")
     diversity: str = Field(
         "clip", description="distance between two images: pixels, the CLIP that suits the model (clip) or another one"
     )
@@ -146,11 +148,24 @@ class DenoisingConfig(PolicyConfig):
         yield from reward_checks(getattr(self, "reward", None), "image")
 
 
+class ExperimentalDDPO(ExperimentalAdvantages):
+    """Rarely used settings of DDPO."""
+
+    credit: Literal["step", "to_go"] = Field("step", description="to_go also charges a step with the KL of later steps")
+
+
 class DDPOConfig(DenoisingConfig):
     """Fine-tune a Stable Diffusion pipeline towards a reward (DDPO).
 
     Settings of ``DDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
     """
+
+    aliases: ClassVar = {
+        "beta": "kl_coef",
+        "epsilon": "clip_range",
+        "num_generations": "group_size",
+        **formerly_beside(ExperimentalDDPO),
+    }
 
     method: str = Field("ddpo", description="the training method")
     prompts: PromptsConfig = Field(
@@ -191,13 +206,6 @@ class DDPOConfig(DenoisingConfig):
         le=MOST,
         description="number of rewards of a prompt from which on its own history is used; before, the whole epoch's",
     )
-    clip_std: tuple[OrInfinite, OrInfinite] = Field(
-        (0.0, math.inf), description="bounds on the std that a group is divided by"
-    )
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize",
-        description="several rewards: the advantage of their sum, or the sum of their advantages",
-    )
     advantage_clip: OrInfinite = Field(
         5.0, gt=0, description="bound on an advantage; with leave_one_out, in the unit of the reward"
     )
@@ -208,7 +216,7 @@ class DDPOConfig(DenoisingConfig):
     kl: Literal["closed_form", "k1_reward"] = Field(
         "closed_form", description="KL as a loss in closed form, or its k1 estimate subtracted from the reward"
     )
-    credit: Literal["step", "to_go"] = Field("step", description="to_go also charges a step with the KL of later steps")
+    experimental: ExperimentalDDPO = Field(default_factory=ExperimentalDDPO, description="rarely used settings")
 
     def cross_checks(self) -> Iterator[str]:
         yield from weight_checks(self.reward, self.reward_weights)
@@ -226,20 +234,20 @@ class DDPOConfig(DenoisingConfig):
             )
         if self.advantages != "prompt_history" and self.group_size < 2:
             yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
-        if self.advantages == "leave_one_out" and self.clip_std != (0.0, math.inf):
-            yield "clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out"
+        if self.advantages == "leave_one_out" and self.experimental.clips_std:
+            yield "experimental.clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out"
         if self.history_min_count > self.history_size:
             yield (
                 f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
                 "would ever use its own history"
             )
-        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
-            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
+        yield from self.experimental.bounds_checks()
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
             yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
-        if self.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
+        if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
             yield (
-                "credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
+                "experimental.credit=to_go needs the KL of every later step: set timestep_fraction=1 and "
+                "timestep_range to end at 1"
             )
 
     def nats_in_logp(self, dimensions: int) -> int:
@@ -258,12 +266,37 @@ class DDPOConfig(DenoisingConfig):
 Weighting = Literal["exact", "uniform", "snr_share"]
 
 
+class ExperimentalDiffusionDPO(Section):
+    """Rarely used settings of Diffusion-DPO."""
+
+    target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
+        "posterior_mean", description="x_s: given x_0, sampled given x_0, or online as the sampler sampled it"
+    )
+    reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
+        "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
+    )
+    old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
+    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the rejected image's error")
+    loser_clip: OrInfinite | None = Field(
+        None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
+    )
+    max_winner_error: OrInfinite = Field(
+        2.0, gt=1, description="stop when the chosen images' error is this many times the reference's"
+    )
+
+
 class DiffusionDPOConfig(DenoisingConfig):
     """Fine-tune a Stable Diffusion pipeline towards the preferred of two images (Diffusion-DPO).
 
     Settings of ``DiffusionDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
     ``samples_per_epoch`` counts pairs, or with online judging images.
     """
+
+    aliases: ClassVar = {
+        "decisions_per_pair": "steps_per_pair",
+        "num_generations": "group_size",
+        **formerly_beside(ExperimentalDiffusionDPO),
+    }
 
     method: str = Field("diffusion_dpo", description="the training method")
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
@@ -293,27 +326,16 @@ class DiffusionDPOConfig(DenoisingConfig):
     timestep_range: tuple[Weight, Weight] = Field(
         (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
     )
-    decisions_per_pair: int = Field(
+    steps_per_pair: int = Field(
         1, ge=1, le=MOST, description="steps sampled per pair per epoch, each with its own noise"
-    )
-    target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
-        "posterior_mean", description="x_s: given x_0, sampled given x_0, or online as the sampler sampled it"
     )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
 
     kl_coef: float | None = Field(
         None, ge=0, le=LARGEST, description="price of one nat of KL; 2 beta (corrected) or 0 when not given"
     )
-    reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
-        "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
-    )
-    old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
-    loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the rejected image's error")
-    loser_clip: OrInfinite | None = Field(
-        None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
-    )
-    max_winner_error: OrInfinite = Field(
-        2.0, gt=1, description="stop when the chosen images' error is this many times the reference's"
+    experimental: ExperimentalDiffusionDPO = Field(
+        default_factory=ExperimentalDiffusionDPO, description="rarely used settings"
     )
 
     @property
@@ -333,15 +355,19 @@ class DiffusionDPOConfig(DenoisingConfig):
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
                 "change one of them"
             )
-        if self.target == "logged" and (not self.online or self.sampler.is_deterministic):
-            yield "target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
-        if self.target == "logged" and self.caption_dropout:
-            yield "target=logged trains on steps sampled with the caption: leave caption_dropout out"
+        rare = self.experimental
+        if rare.target == "logged" and (not self.online or self.sampler.is_deterministic):
+            yield "experimental.target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
+        if rare.target == "logged" and self.caption_dropout:
+            yield "experimental.target=logged trains on steps sampled with the caption: leave caption_dropout out"
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
             yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
             yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
         if self.loss_type != "sigmoid" and self.label_smoothing:
             yield f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out"
-        if self.variant == "original" and (self.reward_mode != "kl" or self.old_refresh != "update"):
-            yield "reward_mode and old_refresh belong to variant=corrected: leave them out or set that"
+        if self.variant == "original" and (rare.reward_mode != "kl" or rare.old_refresh != "update"):
+            yield (
+                "experimental.reward_mode and experimental.old_refresh belong to variant=corrected: leave them out or "
+                "set that"
+            )

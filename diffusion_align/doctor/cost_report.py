@@ -99,7 +99,7 @@ def evaluation_passes(config: DenoisingConfig) -> float:
 
 def _evaluated(config: DenoisingConfig) -> float:
     """Images sampled for evaluations, per epoch on average."""
-    return config.evaluation.pictures / config.evaluation.every if config.evaluation else 0
+    return config.evaluation.samples / config.evaluation.every if config.evaluation else 0
 
 
 def _memory_lines(

@@ -71,10 +71,10 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         """Both completions of a row; online, the sampled ones that make pairs. ``dynamic_beta`` reads prompts too."""
         every = super().epoch_cost(config, steps)
-        pairs = config.samples_per_epoch // (config.num_generations if config.online else 1)
+        pairs = config.samples_per_epoch // (config.group_size if config.online else 1)
         compared = 2 * pairs if config.pair_selection == "best_worst" else config.samples_per_epoch
         reference = compared if every.reference else 0
-        looks = pairs if config.dynamic_beta is not None and not config.precompute_ref_log_probs else 0
+        looks = pairs if config.experimental.dynamic_beta is not None and not config.precompute_ref_log_probs else 0
         return replace(every, trained=compared * config.inner_epochs, reference=reference, estimated=looks)
 
     def data_checks(self) -> Iterator[str]:
@@ -97,12 +97,12 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     def dynamic_beta(self) -> DynamicBeta | None:
         """The beta of each prompt, if it is trained."""
         config, policy = self.config, self.policy
-        if config.dynamic_beta is None:
+        if config.experimental.dynamic_beta is None:
             return None
         with policy.reference() if policy.has_reference else contextlib.nullcontext():
             size = policy.hidden_size  # of the model whose states are the embeddings
         return DynamicBeta(
-            config.dynamic_beta, dimensions=size, beta=config.beta, seed=config.seed, device=policy.device
+            config.experimental.dynamic_beta, dimensions=size, beta=config.beta, seed=config.seed, device=policy.device
         )
 
     @functools.cached_property
@@ -111,7 +111,9 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
         if not self.config.precompute_ref_log_probs:
             return None
         path = self.folder / "reference.safetensors"
-        return ReferenceFile(path, self.rows, self.policy, with_features=self.config.dynamic_beta is not None)
+        return ReferenceFile(
+            path, self.rows, self.policy, with_features=self.config.experimental.dynamic_beta is not None
+        )
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -237,18 +239,18 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
     def _judged(self) -> tuple[PreferenceBatch, dict[str, float]]:
         """Sample completions of every prompt: one is chosen, others are rejected; ties are left out."""
         config, own, device = self.config, self.local_samples, self.accelerator.device
-        by_reference = config.sample_from == "reference"
+        by_reference = config.experimental.sample_from == "reference"
         with self.policy.reference() if by_reference else contextlib.nullcontext():
-            _, collected = self.sample(self.prompts, config.num_generations)
-        rewards = collected.rewards.view(-1, config.num_generations)
-        first = torch.arange(len(rewards)) * config.num_generations
+            _, collected = self.sample(self.prompts, config.group_size)
+        rewards = collected.rewards.view(-1, config.group_size)
+        first = torch.arange(len(rewards)) * config.group_size
         metrics = {
-            **equal_reward_metric(collected.rewards, config.num_generations),
+            **equal_reward_metric(collected.rewards, config.group_size),
             "reward_gap": (rewards.amax(1) - rewards.amin(1)).mean().item(),
         }
         if config.pair_selection == "rso":
             streams = [generator(config.seed, "rso", self.epoch, group) for group in range(len(rewards))]
-            accepted, chosen, rejected, counts = rso_pairs(rewards, config.rso_beta, streams)
+            accepted, chosen, rejected, counts = rso_pairs(rewards, config.experimental.rso_beta, streams)
             metrics["rso/accepted"] = accepted.double().mean().item()
         else:
             chosen, rejected, counts = best_against(rewards, rest=config.pair_selection == "best_rest")

@@ -75,24 +75,24 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         """Group advantages over all processes, less the KL where it stands in the reward."""
         config, rewards = self.config, collected.rewards
         sequences, logp_old = collected.completions.sequences, collected.completions.logp_old
-        groups = torch.arange(len(rewards)) // config.num_generations
+        groups = torch.arange(len(rewards)) // config.group_size
         estimator: Callable[..., Tensor] = leave_one_out_advantages
         if config.advantages == "group":
-            estimator = partial(group_advantages, scale=config.scale_rewards, clip_std=config.clip_std)
+            estimator = partial(group_advantages, scale=config.scale_rewards, clip_std=config.experimental.clip_std)
         scores, weights = rewards[:, None], None
-        if config.multi_objective_aggregation == "normalize_then_sum":
+        if config.experimental.multi_objective_aggregation == "normalize_then_sum":
             assert self.rewards is not None
             scores, weights = collected.scores, self.rewards.weights
         of_group = multi_reward_advantages(scores, groups, weights, estimator=estimator)
-        metrics = equal_reward_metric(rewards, config.num_generations)
+        metrics = equal_reward_metric(rewards, config.group_size)
 
         advantages = self.local(of_group.to(logp_old.dtype))[:, None].expand(sequences.mask.shape)
         logp_ref, found = self._reference(sequences, logp_old)
         if logp_ref is not None and config.kl.endswith("_reward"):
-            advantages = advantages - config.beta * self._kl_in_reward(logp_old, logp_ref, sequences.mask)
+            advantages = advantages - config.kl_coef * self._kl_in_reward(logp_old, logp_ref, sequences.mask)
         included = collected.finished if config.mask_truncated_completions else torch.ones_like(collected.finished)
         # Without an advantage there is no policy gradient; with a KL term there still is that one.
-        used = included & ((of_group != 0) | torch.tensor(config.beta > 0))
+        used = included & ((of_group != 0) | torch.tensor(config.kl_coef > 0))
         tokens = self.processes.sum(sequences.mask[self.local(included)].sum())
         mean_length = max(tokens / max(int(included.sum()), 1), 1.0)
         # A mean over tokens is of those that count; a mean over completions is of all, those left out adding 0.
@@ -113,10 +113,10 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         losses, statistics = self.surrogate(
             scored, logp, logp_old, advantages, level="sequence" if config.ratio_level == "sequence" else "action"
         )
-        if config.beta > 0 and not config.kl.endswith("_reward"):
+        if config.kl_coef > 0 and not config.kl.endswith("_reward"):
             penalty = self._kl_as_loss(batch, samples, sequences, scored, logp, logp_old)
             statistics["loss/kl"] = penalty.detach()[mask]
-            losses = losses + config.beta * penalty
+            losses = losses + config.kl_coef * penalty
         means = per_sample(
             losses,
             mask,
@@ -127,7 +127,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         return means, statistics
 
     def loss_coefficients(self) -> dict[str, float]:
-        return {"beta": self.config.beta}
+        return {"kl_coef": self.config.kl_coef}
 
     def _reference(self, sequences: Sequences, logp_old: Tensor) -> tuple[Tensor | None, dict[str, float]]:
         """The reference's log-probs (B, T), None where a nat of KL has no price, and metrics of the KL."""
@@ -138,7 +138,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         some = sequences[rows]
         logp_ref = self.reference_log_probs(some)
         metrics = kl_metrics(logp_old[rows, : some.mask.shape[1]], logp_ref, some.mask, self.processes)
-        return (pad_to(logp_ref, logp_old.shape[1], 0.0) if config.beta > 0 else None), metrics
+        return (pad_to(logp_ref, logp_old.shape[1], 0.0) if config.kl_coef > 0 else None), metrics
 
     def _kl_in_reward(self, logp_old: Tensor, logp_ref: Tensor, mask: Tensor) -> Tensor:
         """(B, T) what is subtracted from the advantage, times beta."""
@@ -146,7 +146,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         if kind == "k3_gradient":
             return kl_gradient_coefficient(logp_old, logp_ref, "k3", mask=mask)
         penalty = kl_reward(logp_old, logp_ref, kind, mask=mask, allow_biased=True)  # type: ignore[arg-type]
-        return reward_to_go(penalty, mask) if self.config.credit == "to_go" else penalty
+        return reward_to_go(penalty, mask) if self.config.experimental.credit == "to_go" else penalty
 
     def _kl_as_loss(
         self,
@@ -168,9 +168,9 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         return kl_loss(
             logp,
             batch.logp_ref[samples, : mask.shape[1]],
-            logp_old=logp_old if config.kl_gradient == "unbiased" else None,
+            logp_old=logp_old if config.experimental.kl_gradient == "unbiased" else None,
             kind=config.kl.removesuffix("_loss"),  # type: ignore[arg-type]
-            gradient=config.kl_gradient,
+            gradient=config.experimental.kl_gradient,
             mask=mask,
             allow_biased=True,  # the recipe names the form; math and docs say what is wrong with it
         )

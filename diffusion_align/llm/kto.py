@@ -76,7 +76,10 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         """The mismatched pairs take a pass of the policy and one of the reference."""
-        every, mismatched = super().epoch_cost(config, steps), min(config.kl_samples, config.samples_per_epoch)
+        every, mismatched = (
+            super().epoch_cost(config, steps),
+            min(config.experimental.kl_samples, config.samples_per_epoch),
+        )
         return replace(every, reference=every.reference + mismatched, estimated=mismatched)
 
     def data_checks(self) -> Iterator[str]:
@@ -150,21 +153,21 @@ class KTOTrainer(PreferenceTrainer[KTOBatch]):
         return batch, metrics | {"desirable": desirable.double().mean().item()}
 
     def _judged(self) -> tuple[KTOBatch, dict[str, float]]:
-        rows, collected = self.sample(self.prompts, self.config.num_generations)
-        groups = collected.rewards.double().view(-1, self.config.num_generations)
+        rows, collected = self.sample(self.prompts, self.config.group_size)
+        groups = collected.rewards.double().view(-1, self.config.group_size)
         limit = self.config.desirable_above
         # Measured from the first, equal rewards are exactly at their mean.
         spread = groups - groups[:, :1]
         above = (spread - spread.mean(1, keepdim=True) if limit is None else groups - limit).flatten()
         keep = above.nonzero().squeeze(1)
         batch = self._batch([row.ids for row in rows], collected.completions.sequences, above > 0, keep)
-        metrics = collected.metrics | equal_reward_metric(groups.flatten(), self.config.num_generations)
+        metrics = collected.metrics | equal_reward_metric(groups.flatten(), self.config.group_size)
         return batch, metrics | {"desirable": (above > 0).double().mean().item()}
 
     def _batch(self, prompts: Sequence[list[int]], sequences: Sequences, desirable: Tensor, keep: Tensor) -> KTOBatch:
         """The batch of this process's ``sequences``; prompts and labels are of the whole epoch."""
         device, own = self.accelerator.device, self.local_samples
-        pairs = mismatched_prompts(prompts, self.config.kl_samples)
+        pairs = mismatched_prompts(prompts, self.config.experimental.kl_samples)
         here = [(i - own.start, prompt) for i, prompt in pairs if i in own]
         mismatched = None
         if here:

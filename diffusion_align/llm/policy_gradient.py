@@ -40,7 +40,7 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's completions of the epoch."""
-        _, collected = self.sample(self.prompts, self.config.num_generations)
+        _, collected = self.sample(self.prompts, self.config.group_size)
         if self.config.logp_old == "recomputed":
             collected = self._scored_again(collected)
         return collected, collected.metrics
@@ -69,8 +69,8 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         level: Level = "action",
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
-        clip, mask = self.config.epsilon, scored.mask
-        clip_high = clip if self.config.epsilon_high is None else self.config.epsilon_high
+        clip, mask = self.config.clip_range, scored.mask
+        clip_high = clip if self.config.clip_range_high is None else self.config.clip_range_high
         ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
         losses = clipped_ratio_loss(ratio, advantages, clip=clip, clip_high=clip_high, mask=mask)
         statistics = {"loss/policy": losses.detach()[mask]}

@@ -99,9 +99,12 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         if config.whiten_advantages:
             advantages = self._whitened(advantages, mask)
         mean_length = max(self.processes.sum(mask.sum()) / config.samples_per_epoch, 1.0)
-        if config.kl_target is not None:
+        if config.experimental.kl_target is not None:
             self.kl_coef = adapted(
-                self.kl_coef, metrics["kl_path"], config.kl_target, config.samples_per_epoch / config.kl_horizon
+                self.kl_coef,
+                metrics["kl_path"],
+                config.experimental.kl_target,
+                config.samples_per_epoch / config.experimental.kl_horizon,
             )
         batch = PPOBatch(sequences, logp_old, values, advantages, returns, mean_length)
         return batch, TrainingPlan(torch.arange(config.samples_per_epoch)), metrics

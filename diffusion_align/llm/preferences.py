@@ -32,10 +32,10 @@ class PreferenceTrainer(TextTrainer[Batch]):
 
     def data_checks(self) -> Iterator[str]:
         config = self.config
-        if config.online and len(self.local_samples) % config.num_generations:
+        if config.online and len(self.local_samples) % config.group_size:
             yield (
-                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of num_generations="
-                f"{config.num_generations} x {self.accelerator.num_processes} processes"
+                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of group_size="
+                f"{config.group_size} x {self.accelerator.num_processes} processes"
             )
 
     def given(self) -> tuple[list[int], dict[str, float]]:

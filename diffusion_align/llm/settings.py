@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import Field, field_validator
 
 from diffusion_align.bounds import HIGHEST_RANK, LARGEST, MOST, MOST_ROWS
 from diffusion_align.data.sources import in_python
@@ -14,9 +13,9 @@ from diffusion_align.data.text_rows import TextDataConfig
 from diffusion_align.errors import problems_of, short
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
-from diffusion_align.training.aliases import other_words
+from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, TrainingConfig, Weight
-from diffusion_align.training.settings import EvaluationConfig, StopConfig
+from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig
 
 
 class LoRAConfig(LoRASettings):
@@ -30,14 +29,15 @@ class LoRAConfig(LoRASettings):
 class TextEvaluationConfig(EvaluationConfig):
     """Completions of fixed prompts, sampled from fixed streams every few epochs, scored by a held-out reward."""
 
+    aliases: ClassVar = {"dataset": "prompts"}
+
     reward: RewardSetting = Field(description="the held-out reward, or a list of them")
     reward_weights: list[Weight] | None = Field(
         None, description="one weight per reward of a list; 1 each if not given"
     )
     prompts: TextDataConfig | None = Field(
         None,
-        validation_alias=AliasChoices("prompts", "dataset"),
-        description="like the training prompts, which are used if null; `dataset` is the same",
+        description="like the training prompts, which are used if null",
     )
     samples: int = Field(32, ge=2, le=MOST, description="number of completions; they take the prompts in turn")
 
@@ -106,7 +106,8 @@ class OnlineConfig(TextConfig):
     reward_weights: list[Weight] | None = Field(
         None, description="one weight per reward of a list; 1 each if not given"
     )
-    num_generations: int = Field(8, ge=1, le=MOST, description="completions per prompt per epoch")
+    aliases: ClassVar = {"num_generations": "group_size"}
+    group_size: int = Field(8, ge=1, le=MOST, description="completions per prompt per epoch")
 
     @property
     def online(self) -> bool:
@@ -115,10 +116,10 @@ class OnlineConfig(TextConfig):
 
     def cross_checks(self) -> Iterator[str]:
         yield from weight_checks(self.reward, self.reward_weights)
-        if self.online and self.samples_per_epoch % self.num_generations:
+        if self.online and self.samples_per_epoch % self.group_size:
             yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
-                f"num_generations={self.num_generations}: change one of them"
+                f"group_size={self.group_size}: change one of them"
             )
 
 
@@ -128,8 +129,12 @@ LossType = Literal["grpo", "dapo", "dr_grpo"]
 class PolicyGradientConfig(OnlineConfig):
     """Prompts, rewards and the clip of the ratio."""
 
-    epsilon: float = Field(0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless epsilon_high")
-    epsilon_high: float | None = Field(None, gt=0, le=LARGEST, description="clip of the ratio above 1")
+    aliases: ClassVar = {"epsilon": "clip_range", "epsilon_high": "clip_range_high"}
+
+    clip_range: float = Field(
+        0.2, gt=0, lt=1, description="clip of the ratio below 1, and above unless clip_range_high is given"
+    )
+    clip_range_high: float | None = Field(None, gt=0, le=LARGEST, description="clip of the ratio above 1")
     logp_old: Literal["rollout", "recomputed"] = Field(
         "rollout",
         description="log-probs that ratios start from: as sampled, or scored once more before the first update (bf16)",
@@ -152,22 +157,32 @@ KLForm = Literal[
 ]
 
 
+class ExperimentalGRPO(ExperimentalAdvantages):
+    """Rarely used settings of GRPO."""
+
+    kl_gradient: Literal["unbiased", "direct"] = Field(
+        "unbiased", description="gradient of the KL as a loss, see `kl_loss`"
+    )
+    credit: Literal["step", "to_go"] = Field(
+        "step", description="k1_reward: to_go also charges a token with the KL of later tokens"
+    )
+
+
 class GRPOConfig(PolicyGradientConfig):
     """Train a language model towards rewards, each completion compared with the others of its prompt (GRPO).
 
     Settings of ``GRPOTrainer``; see ``PolicyGradientConfig`` for the others.
     """
 
-    method: str = Field("grpo", description="the training method")
-    inner_epochs: int = Field(
-        1,
-        ge=1,
-        le=MOST,
-        validation_alias=AliasChoices("inner_epochs", "num_iterations"),
-        description="passes over an epoch's samples; `num_iterations` is the same",
-    )
+    aliases: ClassVar = {
+        "beta": "kl_coef",
+        "num_iterations": "inner_epochs",
+        **formerly_beside(ExperimentalGRPO),
+    }
 
-    ratio_level: Annotated[Literal["token", "sequence"], other_words(decision="token")] = Field(
+    method: str = Field("grpo", description="the training method")
+
+    ratio_level: Annotated[Literal["token", "sequence"], other_words(decision="token", action="token")] = Field(
         "token", description="one ratio per token, or per completion (sequence)"
     )
     loss_type: LossType = Field("dapo", description="mean over tokens (dapo), samples' means (grpo), or sums (dr_grpo)")
@@ -180,26 +195,18 @@ class GRPOConfig(PolicyGradientConfig):
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="divide rewards by the std of their group, of the batch, or not at all"
     )
-    clip_std: tuple[OrInfinite, OrInfinite] = Field((0.0, math.inf), description="bounds on that std")
-    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize", description="several rewards: the advantage of their sum, or the sum of their advantages"
-    )
     mask_truncated_completions: bool = Field(False, description="exclude completions that were cut off from the loss")
 
-    beta: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
+    kl_coef: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
     kl: KLForm = Field(
         "k1_reward", description="form of the KL to the reference: as a loss or in the reward, and its estimator"
     )
-    kl_gradient: Literal["unbiased", "direct"] = Field(
-        "unbiased", description="gradient of the KL as a loss, see `kl_loss`"
-    )
-    credit: Literal["step", "to_go"] = Field(
-        "step", description="k1_reward: to_go also charges a token with the KL of later tokens"
-    )
+
+    experimental: ExperimentalGRPO = Field(default_factory=ExperimentalGRPO, description="rarely used settings")
 
     @property
     def needs_reference(self) -> bool:
-        return self.beta > 0 or super().needs_reference
+        return self.kl_coef > 0 or super().needs_reference
 
     @property
     def logs_kl(self) -> bool:
@@ -213,25 +220,36 @@ class GRPOConfig(PolicyGradientConfig):
         counts as two), or four.
         """
         every = self.samples_per_epoch
-        return every if self.beta > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * self.inner_epochs))))
+        return every if self.kl_coef > 0 else min(every, max(4, round(0.02 * every * (1 + 3 * self.inner_epochs))))
 
     def cross_checks(self) -> Iterator[str]:
-        if self.num_generations < 2:
-            yield "num_generations=1 leaves nothing to compare a completion with: use 2 or more"
-        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
-            yield f"clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
-        if self.beta == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
+        if self.group_size < 2:
+            yield "group_size=1 leaves nothing to compare a completion with: use 2 or more"
+        yield from self.experimental.bounds_checks()
+        if self.kl_coef == 0 and (self.kl != "k1_reward" or self.reference_model is not None):
             setting = f"kl={self.kl}" if self.kl != "k1_reward" else f"reference_model={short(self.reference_model)}"
-            yield f"{setting} has no effect while beta=0: set beta above 0, or leave it out"
-        if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or self.clip_std != (0.0, math.inf)):
-            setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "clip_std"
+            yield f"{setting} has no effect while kl_coef=0: set kl_coef above 0, or leave it out"
+        rare = self.experimental
+        if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or rare.clips_std):
+            setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "experimental.clip_std"
             yield f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out"
-        elif self.scale_rewards == "none" and self.clip_std != (0.0, math.inf):
-            yield "clip_std bounds a std by which scale_rewards=none does not divide: leave one out"
-        if self.credit == "to_go" and self.kl != "k1_reward":
-            yield f"credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them"
-        if self.kl_gradient == "direct" and not self.kl.endswith("_loss"):
-            yield f"kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them"
+        elif self.scale_rewards == "none" and rare.clips_std:
+            yield "experimental.clip_std bounds a std by which scale_rewards=none does not divide: leave one out"
+        if rare.credit == "to_go" and self.kl != "k1_reward":
+            yield f"experimental.credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them"
+        if rare.kl_gradient == "direct" and not self.kl.endswith("_loss"):
+            yield f"experimental.kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them"
+
+
+class ExperimentalPPO(Section):
+    """Rarely used settings of PPO."""
+
+    kl_target: float | None = Field(
+        None, gt=0, le=LARGEST, description="target KL in nats per completion; adapts kl_coef"
+    )
+    kl_horizon: int = Field(
+        10_000, ge=1, le=MOST_ROWS, description="number of completions over which kl_coef changes by at most a fifth"
+    )
 
 
 class PPOConfig(PolicyGradientConfig):
@@ -240,15 +258,14 @@ class PPOConfig(PolicyGradientConfig):
     Settings of ``PPOTrainer``; see ``PolicyGradientConfig`` for the others.
     """
 
+    aliases: ClassVar = {
+        "beta": "kl_coef",
+        "num_ppo_epochs": "inner_epochs",
+        **formerly_beside(ExperimentalPPO),
+    }
+
     method: str = Field("ppo", description="the training method")
-    num_generations: int = Field(1, ge=1, le=MOST, description="completions per prompt per epoch")
-    inner_epochs: int = Field(
-        1,
-        ge=1,
-        le=MOST,
-        validation_alias=AliasChoices("inner_epochs", "num_ppo_epochs"),
-        description="passes over an epoch's samples; `num_ppo_epochs` is the same",
-    )
+    group_size: int = Field(1, ge=1, le=MOST, description="completions per prompt per epoch")
 
     gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
     lam: float = Field(
@@ -261,15 +278,10 @@ class PPOConfig(PolicyGradientConfig):
     )
 
     kl_coef: float = Field(0.05, ge=0, le=LARGEST, description="price of one nat of KL to the reference")
-    kl_target: float | None = Field(
-        None, gt=0, le=LARGEST, description="target KL in nats per completion; adapts kl_coef"
-    )
-    kl_horizon: int = Field(
-        10_000, ge=1, le=MOST_ROWS, description="number of completions over which kl_coef changes by at most a fifth"
-    )
     missing_eos_penalty: float = Field(
         0.0, ge=0, le=LARGEST, description="subtracted from the reward of a completion without an end of sequence"
     )
+    experimental: ExperimentalPPO = Field(default_factory=ExperimentalPPO, description="rarely used settings")
 
     @property
     def needs_reference(self) -> bool:
@@ -282,8 +294,8 @@ class PPOConfig(PolicyGradientConfig):
     def cross_checks(self) -> Iterator[str]:
         if self.kl_coef == 0 and self.reference_model is not None:
             yield "reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out"
-        if self.kl_target is not None and self.kl_coef == 0:
-            yield "kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from"
+        if self.experimental.kl_target is not None and self.kl_coef == 0:
+            yield "experimental.kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from"
 
 
 class PreferenceConfig(OnlineConfig):
@@ -293,7 +305,7 @@ class PreferenceConfig(OnlineConfig):
     """
 
     dataset: TextDataConfig | None = Field(None, description="rows: list, file, shipped list or Hub id")
-    num_generations: int = Field(4, ge=1, le=MOST, description="online: completions per prompt per epoch")
+    group_size: int = Field(4, ge=1, le=MOST, description="online: completions per prompt per epoch")
     beta: float = Field(0.1, gt=0, le=LARGEST, description="price of one nat of log-ratio to the reference")
 
     @property
@@ -314,9 +326,9 @@ class PreferenceConfig(OnlineConfig):
             yield "give dataset, or prompts and a reward to sample and judge completions online"
         if not self.online and self.prompts is not None:
             yield "prompts are completed and judged online, dataset has completions: leave one of them out"
-        if self.online and self.num_generations < self.fewest_generations:
+        if self.online and self.group_size < self.fewest_generations:
             yield (
-                f"num_generations={self.num_generations} leaves nothing to compare a completion with: "
+                f"group_size={self.group_size} leaves nothing to compare a completion with: "
                 f"use {self.fewest_generations} or more"
             )
 
@@ -355,11 +367,25 @@ _BELONGS = {
 _WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
+class ExperimentalDPO(Section):
+    """Rarely used settings of DPO."""
+
+    sample_from: Literal["policy", "reference"] = Field(
+        "policy", description="online: the model that samples the completions"
+    )
+    rso_beta: float = Field(
+        0.5, ge=1e-6, le=LARGEST, description="rso: reward difference that changes the probability by a factor e"
+    )
+    dynamic_beta: DynamicBetaConfig | None = Field(None, description="learn a beta per prompt, starting at `beta`")
+
+
 class DPOConfig(PreferenceConfig):
     """Train a language model towards preferred completions (DPO and its family).
 
     Settings of ``DPOTrainer``; see ``TextConfig`` and ``PreferenceConfig`` for the others.
     """
+
+    aliases: ClassVar = formerly_beside(ExperimentalDPO)
 
     method: str = Field("dpo", description="the training method")
     loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "trajectory"] = Field(
@@ -373,18 +399,12 @@ class DPOConfig(PreferenceConfig):
     precompute_ref_log_probs: bool = Field(
         False, strict=True, description="call the reference once; a fully trained model then needs no frozen copy"
     )
-    dynamic_beta: DynamicBetaConfig | None = Field(None, description="learn a beta per prompt, starting at `beta`")
 
-    sample_from: Literal["policy", "reference"] = Field(
-        "policy", description="online: the model that samples the completions"
-    )
     pair_selection: Literal["best_worst", "best_rest", "rso"] = Field(
         "best_worst",
         description="online: best and worst, best and all worse ones, or two that rejection sampling keeps",
     )
-    rso_beta: float = Field(
-        0.5, ge=1e-6, le=LARGEST, description="rso: reward difference that changes the probability by a factor e"
-    )
+    experimental: ExperimentalDPO = Field(default_factory=ExperimentalDPO, description="rarely used settings")
 
     @property
     def reference_free(self) -> bool:
@@ -392,7 +412,7 @@ class DPOConfig(PreferenceConfig):
 
     @property
     def needs_reference(self) -> bool:
-        called = self.sample_from == "reference" or self.stop_when.kl_above is not None
+        called = self.experimental.sample_from == "reference" or self.stop_when.kl_above is not None
         return called or not (self.reference_free or self.precompute_ref_log_probs)
 
     def cross_checks(self) -> Iterator[str]:
@@ -402,29 +422,38 @@ class DPOConfig(PreferenceConfig):
                 yield f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out"
         if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
             yield f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight"
-        if self.pair_selection != "rso" and self.rso_beta != type(self).model_fields["rso_beta"].default:
-            yield f"rso_beta={self.rso_beta:g} belongs to pair_selection=rso: leave one of the two out"
+        rare, standard = self.experimental, ExperimentalDPO()
+        if self.pair_selection != "rso" and rare.rso_beta != standard.rso_beta:
+            yield f"experimental.rso_beta={rare.rso_beta:g} belongs to pair_selection=rso: leave one of the two out"
         if self.loss_type == "orpo" and self.sft_weight:
             yield "loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out"
         of_reference = {
             "precompute_ref_log_probs": self.precompute_ref_log_probs,
-            "dynamic_beta": self.dynamic_beta is not None,
-            "reference_model": self.reference_model is not None and self.sample_from == "policy",
+            "experimental.dynamic_beta": rare.dynamic_beta is not None,
+            "reference_model": self.reference_model is not None and rare.sample_from == "policy",
         }
         if self.reference_free and any(of_reference.values()):
             given = " and ".join(name for name, is_given in of_reference.items() if is_given)
             yield f"loss_type={self.loss_type} uses no reference: leave {given} out"
         if self.online and self.precompute_ref_log_probs:
             yield "precompute_ref_log_probs is for a dataset: online every epoch has new completions"
-        if not self.online and (self.sample_from != "policy" or self.pair_selection != "best_worst"):
-            yield "sample_from and pair_selection judge online, dataset has its pairs: leave them out"
+        if not self.online and (rare.sample_from != "policy" or self.pair_selection != "best_worst"):
+            yield "experimental.sample_from and pair_selection judge online, dataset has its pairs: leave them out"
         if self.pair_selection == "best_rest" and self.loss_type != "sigmoid":
             yield (
                 f"pair_selection=best_rest gives several rejected, which loss_type={self.loss_type} cannot use: "
                 "use sigmoid"
             )
-        if self.pair_selection == "rso" and self.sample_from != "reference":
-            yield "pair_selection=rso accepts completions of the reference: set sample_from=reference"
+        if self.pair_selection == "rso" and rare.sample_from != "reference":
+            yield "pair_selection=rso accepts completions of the reference: set experimental.sample_from=reference"
+
+
+class ExperimentalKTO(Section):
+    """Rarely used settings of KTO."""
+
+    kl_samples: int = Field(
+        64, ge=1, le=MOST, description="largest number of mismatched pairs per epoch for the reference point"
+    )
 
 
 class KTOConfig(PreferenceConfig):
@@ -435,17 +464,17 @@ class KTOConfig(PreferenceConfig):
 
     dataset_kind = "labels"
 
+    aliases: ClassVar = formerly_beside(ExperimentalKTO)
+
     method: str = Field("kto", description="the training method")
     desirable_weight: float = Field(
         1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
     )
     undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
-    kl_samples: int = Field(
-        64, ge=1, le=MOST, description="largest number of mismatched pairs per epoch for the reference point"
-    )
     desirable_above: Weight | None = Field(
         None, description="online: threshold on the reward; the mean over the prompt's completions if not given"
     )
+    experimental: ExperimentalKTO = Field(default_factory=ExperimentalKTO, description="rarely used settings")
 
     @property
     def fewest_generations(self) -> int:
@@ -456,7 +485,7 @@ class KTOConfig(PreferenceConfig):
             yield "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one"
         if not self.online and self.desirable_above is not None:
             yield "desirable_above judges online, dataset has labels: leave one of the two out"
-        if self.samples_per_epoch < 2 * (self.num_generations if self.online else 1):
+        if self.samples_per_epoch < 2 * (self.group_size if self.online else 1):
             yield (
                 f"samples_per_epoch={self.samples_per_epoch} holds one prompt, and the reference point needs two: "
                 "raise it"

@@ -182,8 +182,8 @@ class TextTrainer(PolicyTrainer[Batch]):
     def write_card(self) -> None:
         write_model_card(self.folder, self.folder / "final", kind="text")
 
-    def sample(self, prompts: Sequence[PromptRow], num_generations: int) -> tuple[list[PromptRow], Collected]:
-        """Each of the epoch's prompts ``num_generations`` times, N rows, and their completions, scored.
+    def sample(self, prompts: Sequence[PromptRow], group_size: int) -> tuple[list[PromptRow], Collected]:
+        """Each of the epoch's prompts ``group_size`` times, N rows, and their completions, scored.
 
         This process samples its part, batch by batch, and scores it, in the background where a reward is called there.
 
@@ -192,8 +192,8 @@ class TextTrainer(PolicyTrainer[Batch]):
         """
         config, rewards = self.config, self.rewards
         assert rewards is not None
-        chosen = items_of_epoch(prompts, config.seed, self.epoch, config.samples_per_epoch // num_generations)
-        rows = [row for row in chosen for _ in range(num_generations)]
+        chosen = items_of_epoch(prompts, config.seed, self.epoch, config.samples_per_epoch // group_size)
+        rows = [row for row in chosen for _ in range(group_size)]
         length, state = config.max_completion_length, trainer_state(config, step=self.step, epoch=self.epoch)
 
         def sample_batch(batch: range) -> tuple[Completions, Calls]:

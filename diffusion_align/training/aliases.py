@@ -52,6 +52,11 @@ def canonical_place(section: type[BaseModel], place: Sequence[str]) -> list[str]
     return [first, *(below if inner is None else canonical_place(inner, below))]
 
 
+def formerly_beside(experimental: type[BaseModel]) -> dict[str, str]:
+    """For ``Section.aliases``: the settings of ``experimental`` stood beside that section in older versions."""
+    return {name: f"experimental.{name}" for name in experimental.model_fields}
+
+
 def other_words(**words: str) -> BeforeValidator:
     """For ``Annotated``: other words for a setting's value -> the value."""
     return BeforeValidator(lambda value: words.get(value, value) if isinstance(value, str) else value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -20,6 +21,26 @@ class EvaluationConfig(Section):
 
     reward: RewardSetting = Field(None, description="the held-out reward")
     every: int = Field(1, ge=1, le=MOST, description="epochs")
+
+
+class ExperimentalAdvantages(Section):
+    """Rarely used settings of advantages."""
+
+    clip_std: tuple[OrInfinite, OrInfinite] = Field(
+        (0.0, math.inf), description="bounds on the std that rewards are divided by"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        "sum_then_normalize", description="several rewards: the advantage of their sum, or the sum of their advantages"
+    )
+
+    def bounds_checks(self) -> Iterator[str]:
+        """For the ``cross_checks`` of the configuration that holds it, so that its others are reported as well."""
+        if not 0 <= self.clip_std[0] <= self.clip_std[1]:
+            yield f"experimental.clip_std={list(self.clip_std)} must be two numbers 0 <= low <= high"
+
+    @property
+    def clips_std(self) -> bool:
+        return self.clip_std != (0.0, math.inf)
 
 
 class StopConfig(Section):

@@ -180,5 +180,5 @@ def test_no_signal_at_the_start_and_epsilon(refused, config, model, online):
 
 
 def test_a_range_that_leaves_too_few_steps(refused, config):
-    settings = {"timestep_range": [0.5, 0.503], "decisions_per_pair": 3}
+    settings = {"timestep_range": [0.5, 0.503], "steps_per_pair": 3}
     assert_problem(refused("train", config(**settings)), "timestep_range", "leaves 2 of the steps")

@@ -198,7 +198,7 @@ def test_at_the_reference_the_loss_is_ln_2_and_both_variants_have_one_gradient(m
     rounding = 0 if how == "lora" else 1e-10  # a copy of the weights may lie differently in memory
     losses = {}
     for variant in ("original", "corrected"):
-        trainer = make_trainer(policy=policy, decisions_per_pair=2, variant=variant, kl_coef=0, **lora)
+        trainer = make_trainer(policy=policy, steps_per_pair=2, variant=variant, kl_coef=0, **lora)
         batch = collected(trainer)
         losses[variant], statistics = trainer.loss(batch, *everything(batch))
         assert losses[variant].dtype == F64
@@ -262,7 +262,7 @@ def expected_losses(config, beta, values):
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_loss_and_gradient_by_the_papers_formulas(settings, model, make_trainer, moved_policy):
     noise = 0.05 if "loser_clip" in settings else 0.3  # little noise makes some losers worse and some better
-    trainer = make_trainer(policy=moved_policy(model, noise), decisions_per_pair=3, **settings)
+    trainer = make_trainer(policy=moved_policy(model, noise), steps_per_pair=3, **settings)
     batch = collected(trainer)
     samples, actions = everything(batch)
     losses, statistics = trainer.loss(batch, samples, actions)
@@ -318,7 +318,7 @@ def test_only_what_is_trained_has_a_gradient(make_trainer):
 def test_beta_dpo_is_the_fields(timestep_range, model, make_trainer, make_policy):
     """``-logsigmoid(-0.5 beta_dpo (model_diff - ref_diff))`` of mean squared errors of the output (eps, or v)."""
     policy = make_policy(model, noise=0.3)
-    common = {"weighting": "uniform", "timestep_range": timestep_range, "decisions_per_pair": 2}
+    common = {"weighting": "uniform", "timestep_range": timestep_range, "steps_per_pair": 2}
     trainer = make_trainer(policy=policy, beta_dpo=2000, **common)
     batch = collected(trainer)
     samples, actions = everything(batch)
@@ -368,7 +368,7 @@ def asked(trainer, batch, samples, actions, monkeypatch):
 
 
 def test_both_images_share_step_and_noise(make_trainer, monkeypatch):
-    trainer = make_trainer(decisions_per_pair=3)
+    trainer = make_trainer(steps_per_pair=3)
     batch = collected(trainer)
     samples, actions = everything(batch)
     x_t, t, conditioning, settings = asked(trainer, batch, samples, actions, monkeypatch)
@@ -400,7 +400,7 @@ def test_pairs_epochs_and_seeds_have_steps_and_noises_of_their_own(make_trainer,
     policy = make_policy("tiny_sd")
     seen = []
     for seed in (0, 1):
-        trainer = make_trainer(policy=policy, seed=seed, decisions_per_pair=2)
+        trainer = make_trainer(policy=policy, seed=seed, steps_per_pair=2)
         for trainer.epoch in (0, 1):
             batch, _ = trainer.collect()
             again, _ = trainer.collect()
@@ -427,7 +427,7 @@ def test_each_pairs_steps_do_not_depend_on_the_others(make_trainer, make_policy)
 
 def test_steps_fall_one_into_each_part_evenly(make_trainer):
     """Chi-square of 10 bins in each of 4 parts, n = 4000: 15 % more in half of the bins would be found with p > .99."""
-    trainer = make_trainer(decisions_per_pair=4, timestep_range=(0.2, 0.9), samples_per_epoch=4000)
+    trainer = make_trainer(steps_per_pair=4, timestep_range=(0.2, 0.9), samples_per_epoch=4000)
     first, count = 200, 699
     assert trainer.trained_steps.tolist() == list(range(first, first + count))
     steps = torch.stack([trainer._sampled_steps(i) for i in range(4000)]).double()
@@ -455,9 +455,9 @@ def test_timestep_range_goes_from_noise_to_image(make_trainer, make_policy):
 
 def test_too_narrow_a_range_is_refused(make_trainer, make_policy):
     policy = make_policy("tiny_sd")
-    make_trainer(policy=policy, timestep_range=(0.5, 0.502), decisions_per_pair=1)
-    with pytest.raises(ConfigError, match=problem("timestep_range=[0.5, 0.502]", "fewer than decisions_per_pair=2")):
-        make_trainer(policy=policy, timestep_range=(0.5, 0.502), decisions_per_pair=2)
+    make_trainer(policy=policy, timestep_range=(0.5, 0.502), steps_per_pair=1)
+    with pytest.raises(ConfigError, match=problem("timestep_range=[0.5, 0.502]", "fewer than steps_per_pair=2")):
+        make_trainer(policy=policy, timestep_range=(0.5, 0.502), steps_per_pair=2)
 
 
 def test_captions_are_dropped_from_both_images(make_trainer, monkeypatch):
@@ -483,7 +483,7 @@ def test_captions_are_dropped_from_both_images(make_trainer, monkeypatch):
 
 
 def test_posterior_sample_has_the_posteriors_mean_and_std(make_trainer):
-    trainer = make_trainer(target="posterior_sample", samples_per_epoch=16, decisions_per_pair=4)
+    trainer = make_trainer(target="posterior_sample", samples_per_epoch=16, steps_per_pair=4)
     batch = collected(trainer)
     samples, actions = everything(batch)
     target = trainer._transitions(batch, samples, actions).target
@@ -539,7 +539,7 @@ def test_epochs_go_through_all_pairs_and_their_images_are_read(make_trainer):
 @pytest.mark.parametrize("target", ["posterior_mean", "logged"])
 def test_the_best_and_the_worst_are_the_pair(target, sign, make_trainer):
     trainer = make_trainer(
-        reward=lambda *a: sign * redness(*a), samples_per_epoch=12, group_size=4, decisions_per_pair=2, target=target
+        reward=lambda *a: sign * redness(*a), samples_per_epoch=12, group_size=4, steps_per_pair=2, target=target
     )
     batch, metrics = trainer.collect()
     batch, (keep, actions, _), _ = trainer.estimate(batch)
@@ -628,7 +628,7 @@ def test_logged_log_ratios_are_those_of_the_sampler(guidance, sampler, make_trai
         target="logged",
         beta_dpo=2000,
         sampler={"steps": 6, "guidance_scale": guidance} | sampler,
-        decisions_per_pair=3,
+        steps_per_pair=3,
         samples_per_epoch=8,
         sample_batch_size=8,
     )
@@ -672,7 +672,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 def test_the_kept_reference_gives_the_same_losses(source, make_trainer):
-    trainer = make_trainer(inner_epochs=2, decisions_per_pair=2, variant="corrected", kl_coef=0.1, **source)
+    trainer = make_trainer(inner_epochs=2, steps_per_pair=2, variant="corrected", kl_coef=0.1, **source)
     batch, _ = trainer.collect()
     batch, (keep, actions, _), _ = trainer.estimate(batch)
     assert batch.reference_mean is not None
@@ -691,7 +691,7 @@ def test_the_kept_reference_gives_the_same_losses(source, make_trainer):
 def test_old_refresh(reward_mode, make_trainer, make_policy):
     """With epoch the weight stays that of the epoch's beginning while the policy moves; with update it follows."""
     policy = make_policy("tiny_sd", noise=0.3)
-    common = {"policy": policy, "variant": "corrected", "reward_mode": reward_mode, "decisions_per_pair": 2}
+    common = {"policy": policy, "variant": "corrected", "reward_mode": reward_mode, "steps_per_pair": 2}
     trainers = {old: make_trainer(**common, old_refresh=old) for old in ("epoch", "update")}
     batches, weights = {}, {}
     for old, trainer in trainers.items():
@@ -723,7 +723,7 @@ def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_p
     policy = make_policy("tiny_sd", noise=0.3)
     found = []
     for size in (1, 3, 100):
-        trainer = make_trainer(policy=policy, micro_batch_size=size, decisions_per_pair=2, kl_coef=0.02, **settings)
+        trainer = make_trainer(policy=policy, micro_batch_size=size, steps_per_pair=2, kl_coef=0.02, **settings)
         batch = collected(trainer)
         batch, *_ = trainer.estimate(batch)
         pairs = torch.stack(everything(batch), dim=1)
@@ -742,7 +742,7 @@ def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_p
 
 @pytest.mark.parametrize("variant", ["original", "corrected"])
 def test_metrics_by_hand(variant, make_trainer):
-    trainer = make_trainer(decisions_per_pair=3, variant=variant, timestep_range=(0.0, 0.5), loser_clip=0.001)
+    trainer = make_trainer(steps_per_pair=3, variant=variant, timestep_range=(0.0, 0.5), loser_clip=0.001)
     batch = collected(trainer)
     samples, actions = everything(batch)
     _, found = trainer.loss(batch, samples, actions)
@@ -782,7 +782,9 @@ def test_the_guard(variant, remedy, make_trainer):
     for winner, ratio in ((0.0, 1.0), (-30.0, 0.7), (49.0, 1.49)):
         found = trainer.check_update({"error/winner": winner, "error/reference": 100.0}, first=False)
         assert found == {"error/winner_ratio": pytest.approx(ratio)}
-    with pytest.raises(TrainingError, match=rf"1\.51 times .* max_winner_error=1\.5,.*{re.escape(remedy)}$"):
+    with pytest.raises(
+        TrainingError, match=rf"1\.51 times .* experimental\.max_winner_error=1\.5,.*{re.escape(remedy)}$"
+    ):
         trainer.check_update({"error/winner": 51.0, "error/reference": 100.0}, first=True)
 
 
@@ -803,7 +805,7 @@ def test_a_run_starts_at_ln_2_and_logs_what_it_should(make_trainer, monkeypatch)
 
 
 def test_a_diverging_run_stops_before_the_step(make_trainer):
-    settings = {"samples_per_epoch": 8, "decisions_per_pair": 2, "updates_per_epoch": 1, "max_winner_error": 1.0001}
+    settings = {"samples_per_epoch": 8, "steps_per_pair": 2, "updates_per_epoch": 1, "max_winner_error": 1.0001}
     trainer = make_trainer(noise=0.05, **SHORT, **settings)  # a policy that is off, and a little worse
     with torch.no_grad():
         for name, parameter in trainer.trainable.items():

@@ -347,8 +347,8 @@ def test_the_reward_of_a_run_is_that_of_what_it_was(report, tmp_path, quick):
 
 def test_too_few_steps_for_a_pair(report, tiny_sd, quick):
     settings = {"method": "diffusion_dpo", "beta_dpo": 2000.0, "group_size": 2, "target": "logged"}
-    _, problems = report(model=str(tiny_sd), **settings, decisions_per_pair=20)
-    assert_problem(problems, "timestep_range", "fewer than decisions_per_pair=20")
+    _, problems = report(model=str(tiny_sd), **settings, steps_per_pair=20)
+    assert_problem(problems, "timestep_range", "fewer than steps_per_pair=20")
 
 
 def test_an_update_takes_whole_images(report, tiny_sd, quick):

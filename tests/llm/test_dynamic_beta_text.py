@@ -212,9 +212,13 @@ def test_precomputed_features_are_the_live_ones(make, make_language_policy):
 @pytest.mark.parametrize(
     ("settings", "name", "kind"),
     [
-        ({"dynamic_beta": NO_PENALTY}, "dynamic_beta.range_weight, smoothness_weight and entropy_weight", "all 0"),
-        ({"dynamic_beta": {}, "loss_type": "simpo"}, "loss_type=simpo", "leave dynamic_beta out"),
-        ({"dynamic_beta": {"hiden": 3}}, "unknown setting 'dynamic_beta.hiden'", "did you mean 'hidden'"),
+        (
+            {"dynamic_beta": NO_PENALTY},
+            "experimental.dynamic_beta.range_weight, smoothness_weight and entropy_weight",
+            "all 0",
+        ),
+        ({"dynamic_beta": {}, "loss_type": "simpo"}, "loss_type=simpo", "leave experimental.dynamic_beta out"),
+        ({"dynamic_beta": {"hiden": 3}}, "unknown setting 'experimental.dynamic_beta.hiden'", "did you mean 'hidden'"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence_each(settings, name, kind):

@@ -231,7 +231,7 @@ SAMPLED = "dataset=null; prompts=[x]; reward=length; "
         ("desirable_weight=0; undesirable_weight=0", "desirable_weight and undesirable_weight", "both 0"),
         ("desirable_above=0.5", "desirable_above", "dataset has labels"),
         (SAMPLED + "num_generations=64", "samples_per_epoch=64", "one prompt"),
-        (SAMPLED + "num_generations=1", "num_generations=1", "nothing to compare"),
+        (SAMPLED + "num_generations=1", "group_size=1", "nothing to compare"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_sentence_each(settings, name, kind):

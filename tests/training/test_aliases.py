@@ -4,12 +4,17 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from pydantic import Field
 
 from diffusion_align.cli.listing import grouped_settings
-from diffusion_align.errors import ConfigError
+from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
+from diffusion_align.errors import CheckpointError, ConfigError
+from diffusion_align.pipelines.configuration import read_config
 from diffusion_align.training.aliases import other_words
 from diffusion_align.training.config import Section, TrainingConfig, apply_overrides, dump_config, parse_config
+from diffusion_align.training.processes import Processes
+from diffusion_align.training.resume import check_same_run
 from diffusion_align.yaml_text import parse
 
 
@@ -146,3 +151,30 @@ def test_experimental_settings_are_listed_last_and_a_section_that_comes_twice_on
     page = {name: note for group in groups for name, _, note in group.rows}
     assert page["more"] == "a section like looks"
     assert "more.images" not in page
+
+
+def test_a_recipe_is_overridden_by_the_names_of_other_libraries_and_of_older_versions(tmp_path):
+    config = read_config(
+        "grpo_tiny", ["num_generations=4", "beta=0.5", "credit=to_go", "ratio_level=decision", f"output_dir={tmp_path}"]
+    )
+    assert (config.group_size, config.kl_coef, config.experimental.credit, config.ratio_level) == (
+        4,
+        0.5,
+        "to_go",
+        "token",
+    )
+    image = {"model": "emoji-sd", "output_dir": tmp_path, "prompts": ["a"], "reward": "jpeg_compressibility"}
+    config = DDPOConfig(**image, beta=0.5, epsilon=0.2, num_generations=2, evaluation={"pictures": 3})
+    assert (config.kl_coef, config.clip_range, config.group_size, config.evaluation.samples) == (0.5, 0.2, 2, 3)
+
+
+def test_a_run_of_an_older_version_is_the_same_run(tmp_path):
+    settings = {"model": "emoji-sd", "output_dir": tmp_path, "pairs": "emoji_style", "beta_dpo": 2000}
+    rare = {"reward_mode": "signed_kl", "loser_weight": 0.5}
+    config = DiffusionDPOConfig(**settings, variant="corrected", steps_per_pair=2, experimental=rare)
+    theirs = yaml.safe_load(dump_config(config))
+    theirs |= theirs.pop("experimental") | {"decisions_per_pair": theirs.pop("steps_per_pair")}
+    here = Processes(Accelerator(cpu=True))
+    check_same_run(config, {}, theirs, None, tmp_path / "config.yaml", here)
+    with pytest.raises(CheckpointError, match=r"another run: experimental\.loser_weight was 0\.7 and is 0\.5;"):
+        check_same_run(config, {}, theirs | {"loser_weight": 0.7}, None, tmp_path / "config.yaml", here)

@@ -311,7 +311,7 @@ def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
         ({"evaluation": {"reward": "aesthtic"}}, ("evaluation.unknown reward", "did you mean 'aesthetic'")),
         ({"evaluation": {"reward": []}}, ("evaluation.reward", "empty")),
         ({"evaluation": {"prompts": "nowhere.txt"}}, ("evaluation.prompts.source", "no such file")),
-        ({"evaluation": {"pictures": 1}}, ("evaluation.pictures", "not allowed")),
+        ({"evaluation": {"pictures": 1}}, ("evaluation.samples", "not allowed")),
         ({"evaluation": {"diversity": "/no/such/clip"}}, ("evaluation.diversity", "not a folder")),
         ({"evaluation": {"rewrad": "aesthetic"}}, ("unknown setting 'evaluation.rewrad'", "did you mean 'reward'")),
         ({"stop_when": {"kl_above": -1}}, ("stop_when.kl_above", "not allowed")),

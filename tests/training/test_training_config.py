@@ -258,8 +258,8 @@ def test_a_setting_beside_a_source_that_stands_alone(source):
 # -- every setting of every method -------------------------------------------------------------------------------------
 
 # Bounds and limits that .inf takes away.
-MAY_BE_INFINITE = {"max_grad_norm", "stop_when.kl_above", "clip_range_nats", "clip_std", "advantage_clip", "loser_clip"}
-MAY_BE_INFINITE |= {"max_winner_error", "value_clip"}
+MAY_BE_INFINITE = {"max_grad_norm", "stop_when.kl_above", "clip_range_nats", "advantage_clip", "value_clip"}
+MAY_BE_INFINITE |= {f"experimental.{name}" for name in ("clip_std", "loser_clip", "max_winner_error")}
 
 
 def numbers(model, path=""):
@@ -319,8 +319,8 @@ def test_every_setting_has_a_description(method):
 
 
 def test_the_walk_finds_numbers_of_every_depth():
-    assert {"ddpo.epochs", "ddpo.sampler.eta", "grpo.lora.rank", "dpo.dynamic_beta.hidden"} <= CASES.keys()
-    assert {"ddpo.adam_betas", "grpo.reward_weights", "ppo.num_generations", "kto.dataset.max_rows"} <= CASES.keys()
+    assert {"ddpo.epochs", "ddpo.sampler.eta", "grpo.lora.rank", "dpo.experimental.dynamic_beta.hidden"} <= CASES.keys()
+    assert {"ddpo.adam_betas", "grpo.reward_weights", "ppo.group_size", "kto.dataset.max_rows"} <= CASES.keys()
     assert len(CASES) > 150
 
 
