@@ -30,7 +30,7 @@ _UNIT = (
     "sequence|step|style|token|update|word"
 )
 _AMOUNT = (
-    r"nats?|tokens?|threads?|objects?|verses?|numbers?|samples|images|completions|steps|passes|updates|pairs|rows|texts?|"
+    r"nats?|tokens?|threads?|objects?|verses?|numbers?|samples|images|completions|steps?|passes|updates|pairs|rows|texts?|"
     r"scores?|rewards|bytes|seconds?|minutes?|[kMG]B|GFLOPs?|USD|once|twice|times|(?<![\w.])[.\d]*\d"
 )
 _AFTER_PER = r"(?![ '-](?:\w+ing|time|later|before|ago|and|break|that|whose|is|was|with|shown|once|s|predicting)\b)"

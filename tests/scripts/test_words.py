@@ -22,6 +22,7 @@ def test_no_retired_word_is_left():
         "the field's default",
         "0.02 nats a step",
         "one thread a run",
+        "one step a sample",
         "256 pairs a file",
         "it was said above",
         "the setting has to be given",
