@@ -150,7 +150,7 @@ def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted
         line for line in capfd.readouterr().err.splitlines() if "whether they are the same was not checked" in line
     ]
     assert len(lines) == 1
-    assert lines[0].startswith(f"{newest} does not say what its model, data and rewards held")
+    assert lines[0].startswith(f"warning: {newest} does not say what its model, data and rewards held")
 
 
 def pairs_folder(folder):
