@@ -21,7 +21,7 @@ SHORTER = {
     r'"steps": \d+': '"steps": 2',
     r'\bpairs="emoji_style"': 'pairs={"source": "emoji_style", "max_pairs": 16}',
     r"\[:24\]": "[:4]",
-    r'"every": \d+': '"every": 1, "pictures": 4',
+    r'"every": \d+': '"every": 1, "samples": 4',
 }
 # The time of a tutorial is images with 20 steps and guidance, and curves that nobody looks at here.
 FIRST = """
