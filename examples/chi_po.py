@@ -1,7 +1,7 @@
-"""A preference loss for text: chi-squared preference optimisation (XPO; Huang et al. 2024, arXiv:2407.13399).
+"""A preference loss for text: chi-squared preference optimisation (χPO; Huang et al. 2024, arXiv:2407.13399).
 
-DPO with the link ``phi(z) = z + log z`` in place of ``log z``, z = pi/pi_ref, so that a policy far from its reference
-pays more than a logarithm. With r the log-ratio of a completion, R the clip:
+DPO with the link ``phi(z) = z + log z`` in place of ``log z``, z = pi/pi_ref, which penalises a policy far from its
+reference more strongly. With the log-ratio r of a completion and the clip R:
 
     loss = -log sigmoid(clamp(beta (phi(r_chosen) - phi(r_rejected)), -2R, 2R)),    phi(r) = exp(r) + r
 """
@@ -16,19 +16,19 @@ from diffusion_align.extending import DPOConfig, DPOTrainer
 
 
 class ChiPOConfig(DPOConfig):
-    """Settings of ChiPOTrainer, beside those of DPO."""
+    """Settings of ChiPOTrainer, in addition to those of DPO."""
 
-    clip: float = Field(2.0, gt=0, description="R, half the largest difference of rewards")
+    clip: float = Field(2.0, gt=0, description="R: rewards may differ by at most 2 R")
 
 
 class ChiPOTrainer(DPOTrainer):
-    """Chi-squared preference optimisation: DPO that is careful where the policy leaves its reference."""
+    """Chi-squared preference optimisation: DPO with a stronger penalty on leaving the reference."""
 
     config: ChiPOConfig
     config_class = ChiPOConfig
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, counts: Tensor, beta: float | Tensor) -> Tensor:
-        """(n,) from log-ratios of the chosen (n,) and rejected (n, M): the mean over those there are."""
+        """(n,) losses of log-ratios, chosen (n,) and rejected (n, M), averaged where ``counts`` (n, M) is True."""
         scale = torch.as_tensor(beta, device=chosen.device).view(-1, 1)
         margins = scale * (phi(chosen)[:, None] - phi(rejected))
         bound = 2 * self.config.clip
@@ -36,5 +36,5 @@ class ChiPOTrainer(DPOTrainer):
 
 
 def phi(log_ratio: Tensor) -> Tensor:
-    """Of z = exp(log_ratio): z + log z, z bounded where it is far beyond any clip."""
+    """z + log z for z = exp(log_ratio); the bound on z is far beyond any clip."""
     return log_ratio.clamp(max=20.0).exp() + log_ratio

@@ -14,8 +14,8 @@ class Colour(RewardSettings):
     name: ClassVar[str] = "colour"
     about: ClassVar[dict[str, Any]] = {"range": "-1 to 1", "licence": "no model"}
 
-    colour: Literal["red", "green", "blue"] = Field("red", description="the one that scores")
-    centre: float = Field(1.0, gt=0, le=1, description="share of the height and width that counts, from the middle")
+    colour: Literal["red", "green", "blue"] = Field("red", description="the colour that scores")
+    centre: float = Field(1.0, gt=0, le=1, description="share of height and width that is scored, from the middle")
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """(B,) of images (B, 3, H, W) in [0, 1]."""

@@ -1,7 +1,7 @@
-"""PixArt-Sigma (Chen et al. 2024, arXiv:2403.04692) as a model family: a transformer that reads the states of a T5.
+"""PixArt-Sigma (Chen et al. 2024, arXiv:2403.04692) as a model family: a transformer with a T5 text encoder.
 
-What sets it apart from Stable Diffusion: the network is a transformer; the padding of a prompt is masked; and of the
-channels that it predicts the second half is a learned variance, which diffusers' samplers do not use either.
+Unlike in Stable Diffusion, the network is a transformer, the padding of prompts is masked, and the second half of
+the predicted channels is a learned variance, which is dropped, as in diffusers' samplers.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class PixArt(ModelFamily):
     network = "transformer"
     network_title = "DiT"
     network_class = "PixArtTransformer2DModel"
-    # When images are sampled: the model's own size, and prompts as training encodes them.
+    # For sampling: images of the model's own size, and prompts encoded as in training.
     call_options: ClassVar = {"use_resolution_binning": False, "clean_caption": False}
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:

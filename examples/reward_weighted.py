@@ -1,10 +1,10 @@
 """Reward-weighted regression for images (RWR; Peters & Schaal 2007, compared with DDPO in arXiv:2305.13301, section 5).
 
-Sample, weigh each image by a softmax over its epoch's rewards, and raise the log-prob of what was sampled by as much:
+Sample images, weight them by a softmax over the epoch's rewards, and maximise their weighted log-prob:
 
     loss = -sum_i w_i log p(x_i),    w = softmax(z / temperature),  z = (r - mean) / std of the epoch's rewards
 
-There is no ratio, no clip and no negative weight: what scored badly is merely imitated less.
+There is no ratio, no clip and no negative weight: an image with a low reward is only imitated less.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from diffusion_align.extending import (
 
 
 class RewardWeightedConfig(DenoisingConfig):
-    """Settings of RewardWeightedTrainer, beside those of every method for images."""
+    """Settings of RewardWeightedTrainer, in addition to those of every method for images."""
 
-    prompts: PromptsConfig = Field(description="what to sample")
-    reward: RewardSetting = Field(description="what weighs the samples")
-    temperature: float = Field(1.0, gt=0, description="of the weights, in standard deviations of the reward")
+    prompts: PromptsConfig = Field(description="prompts to sample images for")
+    reward: RewardSetting = Field(description="reward that determines the weights")
+    temperature: float = Field(1.0, gt=0, description="temperature of the softmax, in stds of the reward")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         path: the images and their steps.
-        weights: (B,), which sum to N over the N images of all processes.
+        weights: (B,); over the N images of all processes they sum to N.
     """
 
     path: Trajectory
@@ -49,11 +49,11 @@ class Batch:
 
 
 class RewardWeightedTrainer(DenoisingTrainer[Batch]):
-    """Reward-weighted regression: imitate the images that were sampled, the better the more."""
+    """Reward-weighted regression: imitate the sampled images, better ones more."""
 
     config: RewardWeightedConfig
     config_class = RewardWeightedConfig
-    metrics: ClassVar = {"effective_samples": Metric("Effective samples", "images", "Near 1 a single image decides.")}
+    metrics: ClassVar = {"effective_samples": Metric("Effective samples", "images", "Near 1, one image dominates.")}
 
     def collect(self) -> tuple[CollectedImages, dict[str, float]]:
         """Sample this process's images, record every step that has a density, and score them."""

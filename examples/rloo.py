@@ -2,7 +2,7 @@
 
     loss = -(r_i - mean of the other rewards of its prompt) * log p(completion_i)
 
-Sampled once, trained on once: with updates_per_epoch=1 and inner_epochs=1 this is the exact policy gradient.
+With updates_per_epoch=1 and inner_epochs=1, samples are on-policy and this is the exact policy gradient.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from diffusion_align.extending import CollectedTexts, OnlineConfig, Sequences, T
 
 
 class RLOOConfig(OnlineConfig):
-    """Settings of RLOOTrainer, beside those of every method for text that samples completions."""
+    """Settings of RLOOTrainer, in addition to those of every method that samples completions."""
 
     advantage_clip: float = Field(10.0, gt=0, description="bound on an advantage, in the unit of the reward")
 

@@ -1,4 +1,4 @@
-"""Write a PixArt-Sigma of 60 000 random weights, to try pixart.py without a download: python tiny_pixart.py FOLDER"""
+"""Write a PixArt-Sigma with 60 000 random weights, to try pixart.py without a download: python tiny_pixart.py FOLDER"""
 
 import sys
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 
 def tiny_pixart() -> PixArtSigmaPipeline:
-    """A pipeline for images of 16 pixels; its tokenizer knows lower-case letters."""
+    """A pipeline for images of 16×16 pixels; its tokenizer knows lower-case letters."""
     torch.manual_seed(0)
     known = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
     letters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(known)}, unk_token="<unk>"))
