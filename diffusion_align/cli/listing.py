@@ -47,7 +47,7 @@ def _models() -> list[Group]:
     about = {
         "emoji-sd": "images: samples 64x64 emoji-like images of 294 concepts, small enough for a CPU",
         "tiny-lm": "text: generates English sentences letter by letter, small enough for a CPU",
-        "smollm2": "text: SmolLM2-135M-Instruct, from a wheel; see the README",
+        "smollm2": "text: SmolLM2-135M-Instruct, from a Python package; docs/text.md says how to install it",
     }
     embedded = [Entry(name, about[name]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)]
     other = "an SD1.x, SD2 or SDXL diffusers folder or Hub id, or a causal language model's"
