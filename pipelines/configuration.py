@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from diffusion_align.data.sources import in_python, refuse_splits
 from diffusion_align.errors import ConfigError, UserError, nearest, problems_of, short
 from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_name, outline_of
-from diffusion_align.training.aliases import aliases_of, canonical, canonical_place
+from diffusion_align.training.aliases import aliases_of, canonical, canonical_place, one_by_one
 from diffusion_align.training.config import (
     FIELDS_ALONE,
     WITHOUT_NAMES,
@@ -82,18 +82,33 @@ def _switched(recipe: dict[str, Any], overrides: Sequence[str], section: type[Tr
     # A setting there whose name is an alias here is another one.
     kept = {key: value for key, value in recipe.items() if key not in aliases_of(section)}
     raw = apply_overrides(kept, overrides, unread=True, section=section)
-    typed = {canonical_place(section, override.partition("=")[0].split("."))[0] for override in overrides}
+    typed = {_name(canonical_place(section, override.partition("=")[0].split("."))) for override in overrides}
     try:
         section.model_validate(read_as(section, raw), context=FIELDS_ALONE)
         problems = []
     except ValidationError as error:
         problems = error.errors()
-    wrong = {str(one["loc"][0]) for one in problems if one["loc"] and one["type"] != "missing"}
-    unfit = wrong & kept.keys() - typed
-    left_out = [key for key in recipe if key in unfit or key not in kept]
+    wrong = {_name(one["loc"]) for one in problems if one["loc"] and one["type"] != "missing"}
+    unfit = {name for name in one_by_one(kept) if {name, name.partition(".")[0]} & (wrong - typed)} - typed
+    left_out = [name for name in one_by_one(recipe) if name in unfit or name in aliases_of(section)]
     if left_out and is_first_process():
         print(f"method={raw['method']} leaves out of the recipe: {', '.join(left_out)}", file=sys.stderr)
-    return {key: value for key, value in raw.items() if key not in unfit}
+    return apply_overrides(_without(kept, unfit), overrides, unread=True, section=section)
+
+
+def _name(place: Sequence[int | str]) -> str:
+    """The setting at ``place``, of the section ``experimental`` by its dotted name."""
+    return ".".join(map(str, place[: 2 if place[0] == "experimental" else 1]))
+
+
+def _without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """``settings`` without those of ``names``, which are as ``one_by_one`` has them."""
+    left = {name: value for name, value in settings.items() if name not in names}
+    if isinstance(rare := left.get("experimental"), Mapping):
+        left["experimental"] = {name: value for name, value in rare.items() if f"experimental.{name}" not in names}
+        if not left["experimental"]:  # of which the method may have none
+            del left["experimental"]
+    return left
 
 
 def _method_in(settings: Mapping[str, Any]) -> dict[str, Any]:

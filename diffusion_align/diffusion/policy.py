@@ -30,7 +30,7 @@ all, an embedding's bits depend on its prompt alone, and not on what the cache h
 
 
 class DenoisingPolicy:
-    """pi(x_s | x_t, c) of a Stable Diffusion pipeline; log-probs come from ``rollout`` and ``replay``.
+    """pi(x_s | x_t, c) of a text-to-image pipeline; log-probs come from ``rollout`` and ``replay``.
 
     Args:
         pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``, or one that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,13 +166,17 @@ def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
         return ModelFiles({}, [("model", f"{config.model} (missing)")])
     offline = ", but HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
     model, configs = config.model, PUBLISHED.get(config.model, {})
+    chosen: ModelFamily | None = None
+    with suppress(UserError):  # which is among the settings' problems
+        chosen = find_family(config.family)
     if not configs:
-        return ModelFiles({}, [("model", f"{model} (Hub id)"), ("files", f"missing, size unknown{offline}")])
+        lines = [("model", f"{model} (Hub id)"), ("files", f"missing, size unknown{offline}")]
+        return ModelFiles({}, lines, family=chosen or StableDiffusion())
     sizes = _published_sizes(config)
     total = f"missing: {gigabytes(sum(sizes.values()))} will be downloaded{offline}"
     parts = [(name, f"missing, {gigabytes(size)}") for name, size in sizes.items()]
     lines = [("model", f"{model} (Hub id)"), ("files", total), *parts]
-    return ModelFiles(dict(configs), lines, family=family_of_network(configs["unet"]))
+    return ModelFiles(dict(configs), lines, family=chosen or family_of_network(configs["unet"]))
 
 
 def _published_sizes(config: DenoisingConfig) -> dict[str, int]:

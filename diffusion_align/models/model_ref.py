@@ -124,7 +124,7 @@ def _saved_from(model: str) -> str:
         try:
             index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
             model = str(index["_name_or_path"] or model)
-        except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError):  # no such user (~name) is a RuntimeError
             break
     return model
 

@@ -57,6 +57,15 @@ def formerly_beside(experimental: type[BaseModel]) -> dict[str, str]:
     return {name: f"experimental.{name}" for name in experimental.model_fields}
 
 
+def one_by_one(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with those of the section ``experimental`` under their dotted names."""
+    rare = settings.get("experimental")
+    if not isinstance(rare, Mapping):  # of a user's method it may be something else
+        return dict(settings)
+    others = {name: value for name, value in settings.items() if name != "experimental"}
+    return others | {f"experimental.{name}": value for name, value in rare.items()}
+
+
 def other_words(**words: str) -> BeforeValidator:
     """For ``Annotated``: other words for a setting's value -> the value."""
     return BeforeValidator(lambda value: words.get(value, value) if isinstance(value, str) else value)

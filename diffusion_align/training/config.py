@@ -91,7 +91,8 @@ class Section(BaseModel):
     aliases: ClassVar[Mapping[str, str]] = {}
     """Another name of a setting -> the setting, dotted where it is in a section below; a class adds to its bases'.
 
-    A setting may be given, overridden and read (``config.alias``) under either name; ``config.yaml`` has its own.
+    A setting may be given, overridden, read (``config.alias``), assigned and copied under either name; ``config.yaml``
+    has its own.
     """
 
     @classmethod
@@ -99,7 +100,8 @@ class Section(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         for other in aliases_of(cls).keys() & cls.model_fields.keys():
             name = aliases_of(cls)[other]
-            raise ConfigError([f"{cls.__name__}.{other} is another name of {name}: rename the field, to {name} or not"])
+            remedy = f"choose another name, or define {name} to change its default"
+            raise ConfigError([f"{cls.__name__}.{other} is another name of {name}: {remedy}"])
 
     def cross_checks(self) -> Iterator[str]:
         """A generator of sentences about settings that do not fit each other; each begins with a setting's name.
@@ -131,6 +133,19 @@ class Section(BaseModel):
                 return super().__getattr__(name)
             self.__dict__["_asked"] = True
             return unknown[name]
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            *sections, name = aliases_of(type(self)).get(name, name).split(".")
+            super(Section, functools.reduce(getattr, sections, self)).__setattr__(name, value)
+
+        def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+            changes, aliases = dict(update or {}), aliases_of(type(self))
+            for other in aliases.keys() & changes.keys():
+                name, _, below = aliases[other].partition(".")
+                value = changes.pop(other)
+                section = changes.get(name, getattr(self, name))
+                changes[name] = section.model_copy(update={below: value}) if below else value
+            return super().model_copy(update=changes, deep=deep)
 
     @model_validator(mode="wrap")
     @classmethod

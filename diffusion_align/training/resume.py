@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffusion_align.errors import CheckpointError
-from diffusion_align.training.aliases import canonical
+from diffusion_align.training.aliases import canonical, one_by_one
 from diffusion_align.training.config import FIELDS_ALONE, Content, TrainingConfig
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.places import absolute_paths
@@ -50,12 +50,6 @@ def without_deployment_options(value: Any) -> Any:
     return value
 
 
-def _one_by_one(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With each setting of ``experimental`` under its dotted name."""
-    found = {name: value for name, value in settings.items() if name != "experimental"}
-    return found | {f"experimental.{name}": value for name, value in settings.get("experimental", {}).items()}
-
-
 def check_same_run(
     config: TrainingConfig,
     identity: Identity,
@@ -80,7 +74,7 @@ def check_same_run(
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
     mine, theirs = (
-        _one_by_one(resume_fingerprint(absolute_paths(one, config.output_dir)))
+        one_by_one(resume_fingerprint(absolute_paths(one, config.output_dir)))
         for one in (config.model_dump(mode="json"), theirs)
     )
     theirs["method"] = theirs.get("method") or mine["method"]  # older versions did not write what Python had made

@@ -90,3 +90,8 @@ def test_an_adapter_is_trained_further_only_as_the_settings_say(tiny_sd, carried
         return
     with pytest.raises(UserError, match=wanted):
         DenoisingPolicy(pipeline, lora=LoRAConfig(**asked))
+
+
+def test_what_a_folder_was_saved_from_may_be_nowhere(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_name_or_path": "~nobody-of-that-name/model"}')
+    assert image_model_ref(str(tmp_path)).origin == "~nobody-of-that-name/model"

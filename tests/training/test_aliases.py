@@ -79,6 +79,17 @@ def test_settings_are_read_under_any_name():
     assert not hasattr(config, "betas")
 
 
+def test_settings_are_copied_and_assigned_under_any_name():
+    config = Config(**BASE | OLD)
+    copied = config.model_copy(update={"beta": 0.1, "loser_clip": 3.0, "mode": "a", "seed": 1})
+    assert copied == Config(**BASE | NEW | {"kl_coef": 0.1, "experimental": Rare(clip=3.0), "seed": 1})
+    assert config == Config(**BASE | NEW), "the copy has changed what it was made of"
+    config.kl_penalty, config.mode = 0.1, "a"
+    assert config == Config(**BASE | NEW | {"kl_coef": 0.1, "experimental": Rare(clip=2.0)})
+    with pytest.raises(ValueError, match="no field"):
+        config.betas = 1
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -132,7 +143,8 @@ def test_a_class_cannot_use_an_alias_for_another_setting():
         class Own(Config):
             beta: float = 0.1
 
-    assert problems(declare) == ["Own.beta is another name of kl_coef: rename the field, to kl_coef or not"]
+    remedy = "choose another name, or define kl_coef to change its default"
+    assert problems(declare) == [f"Own.beta is another name of kl_coef: {remedy}"]
 
 
 def test_the_page_of_settings_shows_other_names():
@@ -178,3 +190,14 @@ def test_a_run_of_an_older_version_is_the_same_run(tmp_path):
     check_same_run(config, {}, theirs, None, tmp_path / "config.yaml", here)
     with pytest.raises(CheckpointError, match=r"another run: experimental\.loser_weight was 0\.7 and is 0\.5;"):
         check_same_run(config, {}, theirs | {"loser_weight": 0.7}, None, tmp_path / "config.yaml", here)
+
+
+def test_a_section_called_experimental_may_be_anything_in_a_method_of_ones_own(tmp_path):
+    class Own(TrainingConfig):
+        experimental: bool = False
+
+    config = Own(model="emoji-sd", output_dir=tmp_path, method="own:Trainer", experimental=True)
+    theirs, place, here = config.model_dump(mode="json"), tmp_path / "config.yaml", Processes(Accelerator(cpu=True))
+    check_same_run(config, {}, theirs, None, place, here)
+    with pytest.raises(CheckpointError, match="another run: experimental was False and is True;"):
+        check_same_run(config, {}, theirs | {"experimental": False}, None, place, here)

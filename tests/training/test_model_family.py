@@ -214,13 +214,19 @@ WRONG = {
     "nothing there": ("{folder}/none.py:PixArt", "does not exist"),
     "no family": ("{folder}/pixart.py:Tensor", "is not a model family"),
     "half a family": ("{folder}/half.py:Half", "lacks encode, inputs, network_class, pipelines, zero_conditioning"),
+    "pipelines that are no names": ("{folder}/half.py:Numbered", "pipelines=3: give a tuple"),
+    "one that cannot be made": ("{folder}/half.py:Made", "raised KeyError: 'weights' (half.py, line "),
 }
 
 
 @pytest.mark.parametrize(("name", "kind"), WRONG.values(), ids=WRONG)
-def test_what_is_no_family_is_refused_before_anything_is_loaded(settings, family, tmp_path, name, kind):
+def test_what_is_no_family_is_refused_before_anything_is_loaded(settings, family, tmp_path, name, kind, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half.py").write_text(
-        "from diffusion_align.extending import ModelFamily\n\nclass Half(ModelFamily):\n    pass\n"
+        "from diffusion_align.extending import ModelFamily\nfrom pixart import PixArt\n\n"
+        "class Half(ModelFamily):\n    pass\n\n"
+        "class Numbered(PixArt):\n    pipelines = 3\n\n"
+        "class Made(PixArt):\n    def __init__(self):\n        raise KeyError('weights')\n"
     )
     with pytest.raises(ConfigError) as error:
         check_config(settings | {"family": name.format(folder=tmp_path)})
@@ -260,6 +266,8 @@ def test_doctor_counts_the_network_of_a_family(settings, family, tmp_path):
     lines, problems = describe_config(str(tmp_path / "recipe.yaml"), [])
     assert problems == []
     assert dict(lines)["DiT passes per epoch"].startswith("4 forward while sampling")
+    elsewhere, _ = describe_config(str(tmp_path / "recipe.yaml"), ["model=somebody/pixart"])
+    assert "DiT passes per epoch" in dict(elsewhere), "of a model that is not here yet"
     pixart = find_family(family)
     assert parameter_counts(pixart, {"transformer": PUBLISHED}) == {"transformer": pytest.approx(610.9e6, rel=1e-3)}
     cost = network_cost(pixart, PUBLISHED, LoRAConfig(rank=16), train_batch=1, sample_batch=1, tokens=300)

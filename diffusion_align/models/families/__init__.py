@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_align.errors import UserError, short
+from diffusion_align.errors import UserError, foreign_code, short
 from diffusion_align.models.families.contract import ATTENTION, Conditioning, ModelFamily
 from diffusion_align.models.families.sdxl import StableDiffusionXL
 from diffusion_align.models.families.stable_diffusion import StableDiffusion
@@ -52,9 +52,10 @@ def find_family(family: str | type[ModelFamily] | None) -> ModelFamily | None:
     missing = [*found.__abstractmethods__, *(name for name in _GIVEN_BY_EVERY_FAMILY if not hasattr(found, name))]
     if missing:
         raise UserError(f"{subject} lacks {', '.join(sorted(missing))}: a model family must define them")
-    if isinstance(found.pipelines, str) or not all(isinstance(name, str) for name in found.pipelines):
+    if not isinstance(found.pipelines, tuple | list) or not all(isinstance(name, str) for name in found.pipelines):
         raise UserError(f"{subject} has pipelines={short(found.pipelines)}: give a tuple of names of diffusers classes")
-    return found()
+    with foreign_code(f"{subject} raised "):
+        return found()
 
 
 def family_name(family: str | type[ModelFamily] | None) -> str | None:
