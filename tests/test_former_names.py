@@ -21,6 +21,23 @@ def test_a_former_name_is_the_same_object(module, former, name):
     assert getattr(found, former) is getattr(found, name)
 
 
+@pytest.mark.parametrize(
+    ("former", "place", "names"),
+    [
+        ("diffusion.trainer", "diffusion.settings", ["DenoisingConfig"]),
+        ("diffusion.policy", "diffusion.settings", ["LoRAConfig"]),
+        ("diffusion.schedule", "diffusion.settings", ["SamplerConfig"]),
+        ("diffusion.evaluation", "diffusion.settings", ["ImageEvaluationConfig", "ImageStopConfig"]),
+        ("llm.policy", "llm.settings", ["LoRAConfig"]),
+        ("llm.trainer", "llm.settings", ["OnlineConfig", "TextConfig", "TextEvaluationConfig"]),
+        ("training.evaluation", "training.settings", ["EvaluationConfig", "StopConfig"]),
+    ],
+)
+def test_settings_are_still_found_where_they_were(former, place, names):
+    before, now = (importlib.import_module(f"diffusion_align.{module}") for module in (former, place))
+    assert all(getattr(before, name) is getattr(now, name) for name in names)
+
+
 @pytest.mark.parametrize("former", ["decision", "token"])
 def test_the_former_level_of_a_ratio_is_that_of_an_action(former):
     logp, logp_old, advantages = torch.randn(3, 2, 4).unbind()

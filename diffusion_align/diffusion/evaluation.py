@@ -15,6 +15,7 @@ from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig  # noqa: F401, their former place
 from diffusion_align.report import before_after, image_grid, save_png
 from diffusion_align.rewards.base import RewardError, call_reward
 from diffusion_align.training.evaluation import Evaluation

@@ -27,7 +27,7 @@ from diffusion_align.llm.collection import Collected, WeightedRewards, completio
 from diffusion_align.llm.policy import LanguagePolicy, Sequences, pad_to, widest_float
 from diffusion_align.llm.previews import TextPreviews
 from diffusion_align.llm.rollout import Completions, joined, rollout
-from diffusion_align.llm.settings import LossType, TextConfig
+from diffusion_align.llm.settings import LossType, OnlineConfig, TextConfig, TextEvaluationConfig  # noqa: F401, their former place
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, sample_and_score

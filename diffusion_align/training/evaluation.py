@@ -22,6 +22,7 @@ from diffusion_align.interrupt import Overdue
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
+from diffusion_align.training.settings import EvaluationConfig, StopConfig  # noqa: F401, their former place
 from diffusion_align.writing import write_text
 
 SUMMARY = "evaluation.json"
