@@ -32,7 +32,7 @@ from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, not_in_memory, on_disk, run
+from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, dtype_of, not_in_memory, on_disk, run
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.rewards.image.clip import model_for_images
@@ -165,7 +165,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         model: str | Path,
         *,
         lora: str | Path | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: str | torch.device | None = None,
         variant: str | None = None,
         base_config: str | None = None,
@@ -176,7 +176,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         Args:
             model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights and sampler are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
-            dtype: of the weights.
+            dtype: of the weights; torch's, or its name.
             device: where to put it; a GPU if there is one.
             variant: weight files of a folder or Hub id to choose, e.g. "fp16"; those of the run, of a run folder, if
                 not given.
@@ -194,7 +194,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         base_config = ref.base_config if base_config is None else base_config
         family = ref.family if family is None else family
         options: Any = {"variant": variant, "base_config": base_config, "family": find_family(family)}
-        pipeline = load_pipeline(ref.base, dtype=dtype, **options)
+        pipeline = load_pipeline(ref.base, dtype=dtype_of(dtype), **options)
         stack = [*ref.adapters, *([lora] if lora is not None else [])]
         for i, adapter in enumerate(stack):
             adapters.load_lora(pipeline, adapter, ref.base)

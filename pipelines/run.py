@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 import torch
 
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
-from diffusion_align.errors import UserError
+from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_device
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
@@ -69,6 +69,11 @@ def build_trainer(config: TrainingConfig) -> Trainer[Any]:
     Raises:
         UserError: everything that is wrong with the settings; data, models or rewards that do not fit.
     """
+    if not isinstance(config, TrainingConfig):
+        raise UserError(
+            "build_trainer takes a configuration: give DDPOConfig(model=..., ...) or the like, or what read_config of "
+            "diffusion_align.pipelines.configuration makes of a recipe"
+        )
     if not config.method:
         raise UserError(f"{type(config).__name__} does not say what trains: set method to 'module:Class'")
     given = {name: getattr(config, name) for name in config.model_fields_set}
@@ -148,6 +153,18 @@ NOT_LOADED = {
     "revision": "download that revision and give its folder",
     "use_safetensors": "leave it out, weights are read from safetensors only",
 }
+
+
+def dtype_of(given: torch.dtype | str | None) -> torch.dtype:
+    """The floating-point dtype that ``given`` is or names; float32 if it is None.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given or torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype={short(given)} is not supported: give torch.float32, torch.bfloat16 or torch.float16")
+    return found
 
 
 class AlignmentPipeline(ABC):

@@ -29,7 +29,7 @@ from diffusion_align.models.language_models import language_model_ref, load_lang
 from diffusion_align.models.lora import adapter_layers, carries_adapters, forget_adapters, merge_lora, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, not_in_memory, on_disk, run
+from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, dtype_of, not_in_memory, on_disk, run
 from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.places import is_base_of_run
@@ -44,12 +44,13 @@ if TYPE_CHECKING:
 
 
 CALLING = {"prompt": "prompts", "text_inputs": "prompts", "inputs": "prompts"} | dict.fromkeys(
-    ("max_tokens", "max_length", "max_completion_length"), "max_new_tokens"
+    ("max_tokens", "max_completion_length"), "max_new_tokens"
 )
 NOT_CALLED = {
     "do_sample": "a small temperature is nearly greedy",
     "num_return_sequences": "give a prompt once per completion",
     "generator": "give seed",
+    "max_length": "give max_new_tokens, which does not count the prompt",
     "return_full_text": "what is returned has .texts, without the prompts",
 } | dict.fromkeys(("top_k", "top_p"), "completions are sampled from the whole distribution, by temperature")
 NOT_LOADED_HERE = NOT_LOADED | {
@@ -97,20 +98,20 @@ class TextAlignmentPipeline(AlignmentPipeline):
     @classmethod
     @also_called(LOADING, NOT_LOADED_HERE)
     def from_pretrained(
-        cls, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+        cls, model: str | Path, *, dtype: torch.dtype | str = torch.float32, device: str | torch.device | None = None
     ) -> TextAlignmentPipeline:
         """Load an embedded model ("tiny-lm", "smollm2"), a folder, a Hub id, or a run folder with its final weights.
 
         Args:
             model: what to load; adapters are merged into the weights.
-            dtype: of the weights.
+            dtype: of the weights; torch's, or its name.
             device: where to put it; a GPU if there is one.
 
         Raises:
             UserError: the model cannot be loaded.
         """
         check_device(device, f"device={str(device)!r}")
-        loaded, tokenizer = load_language_model(str(model), dtype=dtype)
+        loaded, tokenizer = load_language_model(str(model), dtype=dtype_of(dtype))
         loaded.to(device or default_device())
         pipe = cls(loaded, tokenizer, name=str(model))
         pipe.run = language_model_ref(str(model)).run
@@ -139,10 +140,15 @@ class TextAlignmentPipeline(AlignmentPipeline):
         inside = getattr(pipeline, "tokenizer", None)
         loaded = pipeline.model if inside is not None and hasattr(pipeline, "model") else pipeline
         tokenizer = tokenizer or inside
-        if not hasattr(loaded, "generate") or not hasattr(loaded, "config"):
+        config = getattr(loaded, "config", None)
+        if not hasattr(loaded, "generate") or config is None or getattr(config, "is_encoder_decoder", False):
             raise UserError(f"a {type(loaded).__name__} is not supported: give a causal language model of transformers")
         if tokenizer is None:
             raise UserError("the model comes without a tokenizer: give it as well, as in from_pipe(model, tokenizer)")
+        if not hasattr(tokenizer, "eos_token_id"):
+            raise UserError(
+                f"the tokenizer is a {type(tokenizer).__name__}: load it with AutoTokenizer.from_pretrained"
+            )
         if getattr(loaded, "is_quantized", False):
             raise UserError("quantized models are not supported: load the model without quantization")
         if model is not None:

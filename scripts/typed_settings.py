@@ -159,9 +159,9 @@ def _class(name: str, base: str, fields: Fields) -> str:
 
 
 def _formatted(text: str) -> str:
-    for command in ("check --fix --quiet --select I,PLC0414", "format --quiet"):
+    for command in ("check --fix --exit-zero --quiet --select I,PLC0414", "format --quiet"):
         run = [sys.executable, "-m", "ruff", *command.split(), "--stdin-filename", str(OUTPUT), "-"]
-        text = subprocess.run(run, input=text, capture_output=True, encoding="utf-8").stdout
+        text = subprocess.run(run, input=text, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
     return text
 
 

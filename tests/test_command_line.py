@@ -21,10 +21,10 @@ from tests.helpers.printed import shorter
 
 @pytest.fixture
 def on_a_terminal(monkeypatch):
-    """``on_a_terminal(parts)``: what a terminal of 80 columns shows of a listing."""
+    """``on_a_terminal(parts)``: what a terminal of 80 columns, or of ``width``, shows of a listing."""
 
-    def shown(parts):
-        console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    def shown(parts, width=80):
+        console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
         monkeypatch.setattr(terminal, "console", console)
         terminal.print_listing(parts)
         return console.file.getvalue()
@@ -50,6 +50,16 @@ def test_a_list_is_whole_on_a_terminal_and_a_line_for_each_entry_in_a_pipe(name,
             assert any(line.split() == words(" ".join(row)) for line in lines)
             assert f"  {row[0]} " in shown
             assert set(words(" ".join(row))) <= set(words(shown))
+
+
+def test_a_narrow_terminal_shows_the_rows_of_a_table_one_below_the_other(on_a_terminal):
+    tables = listing.LISTINGS["rewards"]()
+    shown = on_a_terminal(tables, width=40)
+    assert max(map(len, shown.splitlines())) <= 40
+    for table in tables:
+        for row in table.rows:
+            assert f"\n  {row[0]}" in shown
+            assert {*words(row[1]), *words(row[3].rstrip(","))} <= set(words(shown))
 
 
 @pytest.mark.parametrize("method", SHIPPED)
@@ -194,6 +204,19 @@ def test_a_shell_is_told_the_words(complete, shell, line, words):
 )
 def test_values_are_what_is_set_and_the_choices(complete, shell, line, words):
     assert complete(shell, line) == words
+
+
+def test_a_folder_that_may_not_be_entered_hides_no_other(complete, tmp_path, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    stat = os.stat
+
+    def refuse(path, *args, **options):
+        if "secret/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr("os.stat", refuse)
+    assert complete("fish", "sample ") >= {"emoji-sd", "second", "runs/first"}
 
 
 @pytest.mark.parametrize(

@@ -57,4 +57,6 @@ def test_a_problem_begins_with_the_whole_name_of_its_setting():
             assert_problems(error, wrong, ("reward", "empty"))
     with pytest.raises(AssertionError, match="not expected"):
         assert_problem(error, "reward", "empty")
+    with pytest.raises(AssertionError, match="not expected"):
+        assert_problem(ConfigError(["reward is empty: give one"] * 2), "reward", "empty")
     assert re.search(problem("reward", "give"), "reward: give one. Or two")

@@ -35,7 +35,8 @@ def recipes(context: typer.Context, typed: str) -> Words:
 def runs(context: typer.Context, typed: str) -> Words:
     """Run folders, which hold config.yaml: those here, those in runs/, and those in the folder typed so far."""
     here = [place.rstrip("/") for place in (*_places(typed), *_places("runs/"))]
-    return [place for place in dict.fromkeys(here) if Path(place, "config.yaml").expanduser().is_file()]
+    # Not Path.is_file, which raises of a folder that may not be entered.
+    return [place for place in dict.fromkeys(here) if os.path.isfile(os.path.expanduser(f"{place}/config.yaml"))]
 
 
 def models(context: typer.Context, typed: str) -> Words:

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+_NARROW = 60
+"""Columns below which the cells of a table would be a few letters wide."""
+
 console = Console()
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -85,6 +88,10 @@ def _print_group(group: Group) -> None:
 
 
 def _print_table(table: Table) -> None:
+    if console.is_terminal and console.width < _NARROW:
+        rows = [Entry(name, text, "; ".join(filter(None, more))) for name, text, *more in table.rows]
+        _print_group(Group(table.title, rows))
+        return
     if console.is_terminal:
         shown = rich.table.Table(*table.header, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         shown.columns[0].no_wrap = True

@@ -30,7 +30,14 @@ def rows_of_calls(function: Callable[[], Any], calls: int = CALLS, *, column: st
     with _same_random_numbers(), foreign_code(f"the function {_name(function)} raised "):
         returned = [function() for _ in range(calls)]
     rows = [_row(value, function, column) for value in returned]
-    return rows if any(row != rows[0] for row in rows) else rows[:1]
+    return rows if any(not _equal(row, rows[0]) for row in rows) else rows[:1]
+
+
+def _equal(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    try:
+        return bool(row == other)
+    except Exception:  # arrays in them have no single answer; that there are some is reported where rows are read
+        return False
 
 
 def _row(value: Any, function: Callable[[], Any], column: str) -> dict[str, Any]:
@@ -43,6 +50,9 @@ def _row(value: Any, function: Callable[[], Any], column: str) -> dict[str, Any]
             return {column: value}
         case Mapping() if column in value:
             return dict(value)
+    if isinstance(value, Iterator):
+        called = f"{_name(function)}()"
+        raise UserError(f"the function {_name(function)} returned an iterator: give what it goes through, {called}")
     raise UserError(
         f"the function {_name(function)} returned {short(value)}: let it return a prompt, or (prompt, metadata) with a "
         "dict"

@@ -37,10 +37,24 @@ def test_how_many_and_what_columns():
     assert rows_of_calls(lambda: talk, 3) == [{"prompt": talk}]
 
 
+def test_metadata_that_are_arrays_are_reported_where_rows_are_read():
+    with pytest.raises(UserError, match="row 0: 'box' holds"):
+        load_prompts({"source": lambda: ("a cat", {"box": np.arange(4)}), "max_prompts": 2})
+
+
 @pytest.mark.parametrize("wrong", [None, 3, ("a", 3), ("a", {}, 1), {"text": "a"}, [], ["a", "b"]])
 def test_what_is_no_prompt(wrong):
     with pytest.raises(UserError, match=r"the function <lambda> returned .*: let it return a prompt, or"):
         load_prompts(lambda: wrong)
+
+
+def test_a_generator_function_is_to_be_called():
+    def one_after_the_other():
+        yield from "ab"
+
+    with pytest.raises(UserError, match=r"returned an iterator: .* one_after_the_other\(\)$"):
+        load_prompts(one_after_the_other)
+    assert len(load_prompts(one_after_the_other())) == 2
 
 
 def test_a_function_that_fails():

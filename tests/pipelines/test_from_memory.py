@@ -61,6 +61,7 @@ def places(image, text, plain, tiny_sd, tiny_language_model, tmp_path):
 
 WORKS = cases("""
     ImageAlignmentPipeline.from_pretrained(sd, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    ImageAlignmentPipeline.from_pretrained(sd, torch_dtype='bfloat16').dtype == torch.bfloat16
     ImageAlignmentPipeline.from_pretrained(pretrained_model_name_or_path=sd).model == sd
     len(image(prompt='a red apple', num_inference_steps=2).images) == 1
     len(image('a red apple', num_inference_steps=2, guidance_scale=5.0).images) == 1
@@ -92,6 +93,8 @@ WORKS = cases("""
     'GRPOTrainer' in dir(diffusion_align.llm)
 """)
 SAYS = cases("""
+    TextAlignmentPipeline.from_pretrained(lm, torch_dtype='auto')
+    ImageAlignmentPipeline.from_pretrained(sd, torch_dtype='int8')
     image('a', negative_prompt='blurry')
     image('a', height=512)
     image('a', generator=torch.Generator())
@@ -108,12 +111,15 @@ SAYS = cases("""
     text.generate('x')
     text('a', do_sample=True)
     text('a', top_p=.9)
+    text('a', max_length=20)
     ImageAlignmentPipeline.from_pipe(text)
     image.align('ddpo', reward_fn=reward, prompts=['a'], **out)
     image.align(reward=reward, prompts=lambda: 3, **out)
     image.align(reward=reward, prompts=lambda: ('a', 3), **out)
     image.align(reward=reward, prompts=lambda i: 'a', **out)
     text.align(reward='length', prompts=lambda: None, **out)
+    diffusion_align.build_trainer('quickstart')
+    diffusion_align.build_trainer(DDPOConfig)
     image.report()
     image.enable_model_cpu_offload()
     image.set_progress_bar_config(disable=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, pipeline
 
 from diffusion_align.diffusion.rollout import scheduler_of
 from diffusion_align.diffusion.schedule import SamplerConfig
@@ -248,7 +248,10 @@ def test_language_models_that_are_loaded(language_model, tiny_language_model):
         assert pipe.name == path
         assert pipe.model is model
         assert pipe("the cat", max_new_tokens=4).texts == expected
+    shapes = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
     for given, sentence in (
+        ((T5ForConditionalGeneration(T5Config(**shapes)), tokenizer), "is not supported: give a causal"),
+        ((model, path), "the tokenizer is a str: load it"),
         ((model,), "comes without a tokenizer: give it as well"),
         ((tokenizer,), "is not supported: give a causal language model"),
     ):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_a_judge_whose_code_was_changed_is_another_and_a_folder_in_use_is_refuse
     make(folder, PROMPTS[:1], f"{file}:f")
     before = file.read_text()
     file.write_text(before.replace("return ", "return -"))
-    with pytest.raises(UserError, match="was begun with other content of judge"):
+    with pytest.raises(UserError, match=rf"was begun with other content of judge \({re.escape(str(file))}\)"):
         make(folder, PROMPTS[:1], f"{file}:f", resume=True)
     file.write_text(before)
     kept, half = content(folder), folder / ".pairs.png.1-0.tmp"
