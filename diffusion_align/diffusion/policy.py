@@ -193,12 +193,12 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
         UserError: it raises, or its output does not have the shape of the latents.
     """
     given = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    with foreign_code(f"family {short(name)} raised "), torch.no_grad():
+    with foreign_code(f"family {short(name, 320)} raised "), torch.no_grad():
         timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
         output = policy.predict(given, timestep, policy.encode([""]), guidance_scale=1)
     if output.shape != given.shape:
         raise UserError(
-            f"family {short(name)} predicts {tuple(output.shape)} for latents {tuple(given.shape)}: predict must "
+            f"family {short(name, 320)} predicts {tuple(output.shape)} for latents {tuple(given.shape)}: predict must "
             "return the shape of the latents"
         )
 

@@ -128,7 +128,7 @@ def test_references_are_checked_with_the_configuration_and_made_absolute(mine, t
     for name, message in [
         ("dim", "must be 'ddim', 'ddpm'"),
         ("other.py:falling_eta", "other.py' does not exist"),
-        ("mine.py:rising_eta", "no 'rising_eta': did you mean 'falling_eta'"),
+        ("mine.py:faling_eta", "no 'faling_eta': did you mean 'falling_eta'"),
     ]:
         with pytest.raises(ConfigError, match=message) as refused:
             check_config(raw | {"sampler": {"name": name}})
