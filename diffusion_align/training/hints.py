@@ -135,12 +135,14 @@ def hint(word: str, known: Sequence[str], sections: Sequence[str] = (), others: 
         sections: those below them, as ``section.setting``.
         others: other names of settings, which could have stood there too.
     """
-    ours = [name for name in HERE.get(word, "").split() if name in known or name in sections]
+    theirs = HERE.get(word, "").split()
+    ours = [name for name in theirs if name in sections or name.rpartition(".")[2] in known]
     if ours:
         return f"set {' or '.join(ours)}"
     if word in ELSEWHERE:
         return ELSEWHERE[word]
-    if meant := did_you_mean(word, [*known, *others], cutoff=0.7):
+    # What it stands for is not here; what has a name like it is something else.
+    if not theirs and (meant := did_you_mean(word, [*known, *others], cutoff=0.7)):
         return meant
     few = len(known) <= 12
     return f"known are {', '.join(sorted(known))}" if few else "`diffusion-align list settings` shows what can be set"

@@ -35,6 +35,8 @@ SETTINGS = {method: settings(method) for method in SHIPPED}
         ("device", "the GPU is used where there is one; CUDA_VISIBLE_DEVICES says which", None),
         ("optimizer", "AdamW is the only optimizer", None),
         ("resolution", "images have the size that the model was made for", None),
+        ("vf_coef", "`diffusion-align list settings` shows what can be set", None),
+        ("ref_model", "`diffusion-align list settings` shows what can be set", "set reference_model"),
         ("epoch", "did you mean 'epochs'?", None),
         ("zzzz", "`diffusion-align list settings` shows what can be set", None),
         ("dreambooth", "`diffusion-align list settings` shows what can be set", None),
@@ -43,6 +45,12 @@ SETTINGS = {method: settings(method) for method in SHIPPED}
 def test_what_people_type(word, images, text):
     assert hints.hint(word, *SETTINGS["ddpo"]) == images
     assert hints.hint(word, *SETTINGS["grpo"]) == (text or images)
+
+
+def test_a_section_is_searched_for_what_another_library_has_beside_it():
+    known = ["eta", "guidance_scale", "name", "options", "steps"]
+    assert hints.hint("num_inference_steps", known) == "set sampler.steps"
+    assert hints.hint("rank", known) == "known are eta, guidance_scale, name, options, steps"
 
 
 def test_few_settings_are_named():
