@@ -220,6 +220,7 @@ class Section(BaseModel):
         return handler(value)
 
 
+_REQUIRED = " is required: set it"
 _RULE = "settings_do_not_fit"
 """pydantic's type of the errors that ``cross_checks`` makes."""
 _TWICE = "given_under_two_names"
@@ -483,8 +484,18 @@ def dump_config(config: BaseModel) -> str:
 
 
 def sentences(model: type[BaseModel], error: ValidationError, *, section: str | None = None) -> list[str]:
-    """One about each thing that is wrong with the settings of ``model``, which are those of ``section``."""
-    return list(dict.fromkeys(_sentence(model, dict(one), section) for one in error.errors()))
+    """One about each thing that is wrong with the settings of ``model``, which are those of ``section``.
+
+    What was given under a wrong name is not reported as missing, too.
+    """
+    found = list(dict.fromkeys(_sentence(model, dict(one), section) for one in error.errors()))
+    hints = {one.rpartition(": ")[2] for one in found if one.startswith("unknown setting ")}
+    missing = {one: one.removesuffix(_REQUIRED) for one in found if one.endswith(_REQUIRED)}
+    return [
+        one
+        for one in found
+        if one not in missing or hints.isdisjoint((f"set {missing[one]}", f"did you mean {missing[one]!r}?"))
+    ]
 
 
 def _sentence(model: type[BaseModel], error: dict[str, Any], section: str | None) -> str:
@@ -505,7 +516,7 @@ def _sentence(model: type[BaseModel], error: dict[str, Any], section: str | None
     if kind == _TWICE:
         return f"{name} is another name of {'.'.join([*name.split('.')[:-1], error['msg']])}: give one of them"
     if kind == "missing" and length is None:
-        return f"{name} is required: set it"
+        return f"{name}{_REQUIRED}"
     reason = _reason(name, error) if length is None else f"it must be a list of {length}"
     return f"{name}={short(error.get('input'), 200)} is not allowed: {reason}"
 

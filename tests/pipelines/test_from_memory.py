@@ -114,6 +114,7 @@ SAYS = cases("""
     text('a', max_length=20)
     ImageAlignmentPipeline.from_pipe(text)
     image.align('ddpo', reward_fn=reward, prompts=['a'], **out)
+    image.align(reward=reward, promts=['a'], **out)
     image.align(reward=reward, prompts=lambda: 3, **out)
     image.align(reward=reward, prompts=lambda: ('a', 3), **out)
     image.align(reward=reward, prompts=lambda i: 'a', **out)
