@@ -85,7 +85,7 @@ class Section(BaseModel):
     ConfigError with the sentences that YAML gets, ``model_validate`` pydantic's own error with the same problems.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
     stands_for: ClassVar[str | None] = None
     """The field that a bare word or list in its place is, if there is one."""
     aliases: ClassVar[Mapping[str, str]] = {}
