@@ -187,20 +187,32 @@ class DenoisingPolicy:
 
 
 def check_family(policy: DenoisingPolicy, name: str) -> None:
-    """Run a model family of the user's own once.
+    """Run the functions of a model family of the user's own once.
 
     Raises:
-        UserError: it raises, or its output does not have the shape of the latents.
+        UserError: one raises, or what it returns has another shape than one sample.
     """
     given = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    with foreign_code(f"family {short(name, 320)} raised "), torch.no_grad():
+    with foreign_code(f"family {short(name)} raised "), torch.no_grad():
         timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
-        output = policy.predict(given, timestep, policy.encode([""]), guidance_scale=1)
-    if output.shape != given.shape:
-        raise UserError(
-            f"family {short(name, 320)} predicts {tuple(output.shape)} for latents {tuple(given.shape)}: predict must "
-            "return the shape of the latents"
-        )
+        empty, longer = policy.encode([""]), policy.encode(["a red apple on a white table"])
+        predicted = policy.predict(given, timestep, empty, guidance_scale=1)
+        images = policy.decode(given)
+        latents = policy.encode_images(torch.zeros(1, 3, *policy.image_size))
+    if len({tuple((part, value.shape) for part, value in encoded.items()) for encoded in (empty, longer)}) > 1:
+        raise UserError(f"family {short(name)}: encode must return the same shape for every prompt: pad them")
+    one_image = torch.Size((1, 3, *policy.image_size))
+    found = {
+        "predict": (predicted, given.shape),
+        "decode": (images, one_image),
+        "encode_images": (latents, given.shape),
+    }
+    for function, (output, wanted) in found.items():
+        if output.shape != wanted:
+            raise UserError(
+                f"family {short(name)}: {function} must return {tuple(wanted)} for one sample, and returns "
+                f"{tuple(output.shape)}"
+            )
 
 
 def _require_finite(pipeline: Any, latents: bool, images: bool, *, autocast: Autocast = contextlib.nullcontext) -> None:

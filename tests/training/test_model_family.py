@@ -250,14 +250,25 @@ def test_a_family_that_does_not_fit_is_refused_before_anything_is_loaded(setting
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        ("predict = ModelFamily.predict", r"predicts \(1, 8, 8, 8\) for latents \(1, 4, 8, 8\)"),
+        ("predict = ModelFamily.predict", r"predict must return \(1, 4, 8, 8\) .*returns \(1, 8, 8, 8\)"),
+        (
+            "def decode(self, *given):\n        return super().decode(*given)[..., :8]",
+            r"decode must return \(1, 3, 16, 16\)",
+        ),
+        ("def encode_images(self, _, x):\n        return x[:, :1]", r"encode_images must return \(1, 4, 8, 8\)"),
+        (
+            "def encode(self, pipeline, prompts, size):\n        return {k: v[:, : len(prompts[0]) + 1] for k, v in "
+            "super().encode(pipeline, prompts, size).items()}",
+            "encode must return the same shape for every prompt",
+        ),
         ("def encode(self, *given):\n        return 1 / 0", r"raised ZeroDivisionError.*own.py"),
+        ("def decode(self, *given):\n        return 1 / 0", r"raised ZeroDivisionError.*own.py"),
     ],
 )
 def test_a_mistake_in_a_family_is_one_sentence(run_here, settings, tmp_path, body, kind, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own.py").write_text(f"from pixart import ModelFamily, PixArt\n\nclass Own(PixArt):\n    {body}\n")
-    with pytest.raises(UserError, match=f"^family '.*own.py:Own' {kind}"):
+    with pytest.raises(UserError, match=f"^family '.*own.py:Own':? {kind}"):
         run_here(settings | {"family": f"{tmp_path}/own.py:Own"})
 
 
