@@ -23,7 +23,8 @@ class ModelFamily(ABC):
 
     A pipeline is diffusers' own: its network denoises latents (B, C, H, W), its ``vae`` is an ``AutoencoderKL``, and
     its scheduler is of the DDPM kind, with a beta schedule and epsilon, v or x_0 predicted; flow matching (Stable
-    Diffusion 3, FLUX) is refused when a run starts. Rollout, replay, guidance, LoRA, the reference and every method are the same for all families.
+    Diffusion 3, FLUX) is refused when a run starts. Rollout, replay, guidance, LoRA, the reference and every method are
+    the same for all families.
 
     ``pipelines``, ``network_class``, ``encode``, ``inputs`` and ``zero_conditioning`` must be given; the rest has
     defaults.
