@@ -446,6 +446,8 @@ def _without_adapters(model: Any) -> Any:
         return model
     try:
         plain = copy.deepcopy(model)
+        if not layers:
+            raise ValueError("they are learned prompts")
         if not hasattr(plain, "merge_and_unload"):
             merge_lora(plain)
         else:

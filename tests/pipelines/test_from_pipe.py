@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import yaml
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, pipeline
 
 from diffusion_align.diffusion.rollout import scheduler_of
@@ -279,6 +279,13 @@ def test_a_model_of_peft_is_aligned_as_it_is(language_model, tmp_path, off):
     )
     again = TextAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
     torch.testing.assert_close(logits(again.model), logits(pipe.model), atol=5e-5, rtol=0)
+
+
+def test_learned_prompts_cannot_be_merged(language_model):
+    model, tokenizer = language_model
+    given = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UserError, match=r"cannot be merged into its weights \(they are learned prompts\)"):
+        TextAlignmentPipeline.from_pipe(given, tokenizer)
 
 
 def test_such_a_run_on_text_resumes(language_model, tmp_path):
