@@ -67,7 +67,7 @@ def test_a_strangers_method_is_described_and_its_code_is_part_of_the_run(kind, s
     assert code == 0, err
     run = strangers / "run"
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == f"{strangers}/{reference}"
-    assert ("Near 1 a single image decides." in (run / "report.html").read_text()) == (kind == "image")
+    assert ("Near 1, one image dominates." in (run / "report.html").read_text()) == (kind == "image")
     described = json.loads((run / "metrics.json").read_text())
     assert described["kl"]["unit"] == ("nats per step" if kind == "image" else "nats per token")
     file = strangers / reference.partition(":")[0]
