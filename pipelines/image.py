@@ -32,7 +32,16 @@ from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, dtype_of, not_in_memory, on_disk, run
+from diffusion_align.pipelines.run import (
+    LOADING,
+    NOT_FROM_PIPE,
+    NOT_LOADED,
+    AlignmentPipeline,
+    dtype_of,
+    not_in_memory,
+    on_disk,
+    run,
+)
 from diffusion_align.report import image_grid, save_png
 from diffusion_align.rewards import build_reward, call_reward
 from diffusion_align.rewards.image.clip import model_for_images
@@ -215,6 +224,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         return pipe
 
     @classmethod
+    @also_called({}, NOT_FROM_PIPE)
     def from_pipe(
         cls,
         pipeline: Any,

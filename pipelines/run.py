@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 
+from diffusion_align.arguments import also_called
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_device
@@ -153,6 +154,11 @@ NOT_LOADED = {
     "revision": "download that revision and give its folder",
     "use_safetensors": "leave it out, weights are read from safetensors only",
 }
+NOT_FROM_PIPE = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "load it in that dtype"),
+    "device": "call to(device) afterwards",
+    "lora": "load its LoRA weights before",
+}
 
 
 def dtype_of(given: torch.dtype | str | None) -> torch.dtype:
@@ -201,6 +207,7 @@ class AlignmentPipeline(ABC):
         """The dtype of the model's weights."""
         return cast(torch.dtype, self._loaded.dtype)
 
+    @also_called({}, dict.fromkeys(("dtype", "torch_dtype"), "give dtype to from_pretrained"))
     def to(self, device: str | torch.device) -> Self:
         """Move the model; returns this pipeline.
 

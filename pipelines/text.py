@@ -29,7 +29,16 @@ from diffusion_align.models.language_models import language_model_ref, load_lang
 from diffusion_align.models.lora import adapter_layers, carries_adapters, forget_adapters, merge_lora, remove_lora
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.run import LOADING, NOT_LOADED, AlignmentPipeline, dtype_of, not_in_memory, on_disk, run
+from diffusion_align.pipelines.run import (
+    LOADING,
+    NOT_FROM_PIPE,
+    NOT_LOADED,
+    AlignmentPipeline,
+    dtype_of,
+    not_in_memory,
+    on_disk,
+    run,
+)
 from diffusion_align.pipelines.text_context import bare_rows
 from diffusion_align.rewards import build_text_reward
 from diffusion_align.training.places import is_base_of_run
@@ -118,6 +127,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         return pipe
 
     @classmethod
+    @also_called({}, NOT_FROM_PIPE)
     def from_pipe(
         cls, pipeline: Any, tokenizer: Any = None, *, model: str | Path | None = None
     ) -> TextAlignmentPipeline:

@@ -105,6 +105,9 @@ SAYS = cases("""
     image('a', prompt='b')
     ImageAlignmentPipeline.from_pretrained(sd, safety_checker=None)
     ImageAlignmentPipeline.from_pretrained(sd, device_map='auto')
+    ImageAlignmentPipeline.from_pipe(plain, torch_dtype=torch.float16)
+    TextAlignmentPipeline.from_pipe(text.model, text.tokenizer, device='cpu')
+    image.to(device='cpu', dtype=torch.float16)
     image.to(torch.float16)
     image.unet
     image.load_lora_weights('x')
