@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, ParamSpec, TypeVar
 
 from diffusion_align.errors import UserError, did_you_mean
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def check_same_length(*lists: tuple[str, Any]) -> None:
+    """UserError unless all ``lists``, (name, list), have as many entries as the first; a text is not a list."""
+    are_lists = [isinstance(one, Sized) and not isinstance(one, str) for _, one in lists]
+    got = [str(len(one)) if is_list else f"one {type(one).__name__}" for (_, one), is_list in zip(lists, are_lists)]
+    if not all(are_lists) or len(set(got)) > 1:
+        names, got = ([*one[:-2], " and ".join(one[-2:])] for one in ([name for name, _ in lists], got))
+        raise UserError(f"{', '.join(names)} must be lists of the same length: got {', '.join(got)}")
 
 
 def also_called(aliases: Mapping[str, str], without: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -75,17 +75,25 @@ def first_line(error: BaseException) -> str:
 
     Where the Hub is out of reach, diffusers reports a missing file: then its cause decides.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if type(cause).__name__ == "LocalEntryNotFoundError":  # huggingface_hub's, which is not imported for this
-            return "it is not in the cache and the Hub is out of reach, check the name and the network or give a folder"
-        cause = cause.__cause__ or cause.__context__
+    if _is_out_of_reach(error):
+        return f"{_OUT_OF_REACH}, check the name and the network or give a folder"
     if str(error).startswith("You set `ignore_mismatched_sizes`"):  # transformers, which has the details in a log
         return "the shapes of its weights are not those that its configuration says"
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
     if first.rstrip().endswith(":") and more:  # a heading
         first = f"{first.rstrip()} {more[0].strip()}"
     return first.rstrip(".") if len(first) <= 400 else first[:397] + "..."
+
+
+_OUT_OF_REACH = "it is not in the cache and the Hub is out of reach"
+
+
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    while error is not None:
+        if type(error).__name__ == "LocalEntryNotFoundError":  # huggingface_hub's, which is not imported for this
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def short(value: Any, most: int = 80) -> str:
@@ -131,7 +139,9 @@ def foreign_code(what: str, after: str = "", *, error: type[UserError] = UserErr
 
 
 def describe_exception(error: BaseException) -> str:
-    """``TypeError: the first line of its message``, for one-sentence errors."""
+    """``TypeError: the first line of its message``, for one-sentence errors; of the Hub's out of reach just that."""
+    if isinstance(error, OSError) and _is_out_of_reach(error):
+        return _OUT_OF_REACH
     try:
         lines = str(error).strip().splitlines()
     except BaseException:  # the text of an exception is code of its author's

@@ -56,7 +56,7 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         raise UnreadableImage("does not fit into this machine's memory") from None
     except Exception:  # PIL's decoders raise whatever they meet in a damaged file
         known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise UnreadableImage(f"is no {known} image that can be read") from None
+        raise UnreadableImage(f"is not a readable {known} image") from None
 
 
 def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Image:
@@ -76,7 +76,7 @@ def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Ima
         image = image.copy()
     if image.mode == "F" or (image.mode == "I" and bits is None):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-        raise UnreadableImage(f"holds {kind}, which do not say what is white: save it with 8 bits a channel")
+        raise UnreadableImage(f"holds {kind}, so it is unknown which value is white: save it with 8 bits per channel")
     if image.mode.startswith("I"):
         return _in_srgb(_from_16_bits(image, bits or (16, 16)))
     if bits is not None and bits[0] == 16:  # PIL keeps the upper eight
@@ -157,8 +157,8 @@ def _check_range(highest: int, *, at_zero: bool = True) -> None:
     """Refuse 16-bit values of which the highest is such that they are likelier of 8, 10, 12 or 14 bits."""
     if highest < _AMBIGUOUS_DEPTH and not (highest == 0 and at_zero):
         raise UnreadableImage(
-            "has 16 bits a channel and uses less than a quarter of their range, which does not say what is white: "
-            "save it with 8 bits a channel"
+            "has 16 bits per channel and uses less than a quarter of their range, so it is unknown which value is "
+            "white: save it with 8 bits per channel"
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusion_align.errors import UserError, short
+from diffusion_align.errors import UserError
 
 Error = Callable[[str], Exception]
 _STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/")
@@ -54,6 +54,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+_DEVICES = "give cpu, cuda, cuda:1 or the like"
+
+
 def check_device(device: Any, subject: str, *, error: Error = UserError) -> None:
     """Raise an ``error`` if tensors cannot be put on ``device``; None is well."""
     if device is None:
@@ -61,10 +64,14 @@ def check_device(device: Any, subject: str, *, error: Error = UserError) -> None
     import torch
 
     if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
-        raise error(f"{subject} is {short(device)}: give cpu, cuda, cuda:1 or such")
+        raise error(f"{subject} is not a device: {_DEVICES}")
     try:
-        if torch.device(device).type == "meta":
-            raise error(f"{subject} cannot be used: it holds no numbers")
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise error(f"{subject} is not a device: {_DEVICES}") from None
+    if kind == "meta":
+        raise error(f"{subject} cannot be used, as it holds no data: {_DEVICES}")
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as raised:  # the second: torch was built without CUDA
         reason = (str(raised).splitlines() or [type(raised).__name__])[0][:300].rstrip(".")

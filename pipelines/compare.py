@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffusion_align.arguments import check_same_length
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.data.text_encoding import Text
 from diffusion_align.errors import ConfigError, UserError, problems_of
@@ -217,8 +218,8 @@ def _rounds(prompts: Sequence[Any], metadata: Metadata | None, per_prompt: int) 
     """All prompts and their metadata, ``per_prompt`` times."""
     if not prompts:
         raise UserError("prompts is empty: give at least one")
-    if metadata is not None and len(metadata) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts and {len(metadata)} metadata: give lists of one length")
+    if metadata is not None:
+        check_same_length(("prompts", prompts), ("metadata", metadata))
     if per_prompt < 1:
         raise UserError(f"per_prompt={per_prompt} must be at least 1")
     return list(prompts) * per_prompt, list(metadata or [{} for _ in prompts]) * per_prompt

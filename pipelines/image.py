@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_align.arguments import also_called
+from diffusion_align.arguments import also_called, check_same_length
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import scheduler_of
@@ -566,12 +566,8 @@ def score_images(
         UserError: the counts differ, or something is no such image.
         RewardError: the reward cannot be built, or cannot score them.
     """
-    if isinstance(images, Image.Image) or isinstance(prompts, str):
-        raise UserError("a single image or prompt is given: give lists of one length")
-    notes = [{} for _ in images] if metadata is None else metadata
-    if not len(images) == len(prompts) == len(notes):
-        also = "" if metadata is None else f" and {len(notes)} metadata"
-        raise UserError(f"{len(images)} images, {len(prompts)} prompts{also}: give lists of one length")
+    notes = [{} for _ in prompts] if metadata is None else metadata
+    check_same_length(("images", images), ("prompts", prompts), *(() if metadata is None else [("metadata", notes)]))
     tensors = [as_image_tensor(image, i) for i, image in enumerate(images)]
     if not callable(reward):
         model = model_for_images((x.shape[-1], x.shape[-2]) for x in tensors) if model is None else model

@@ -292,7 +292,7 @@ def _check_folder(output: Path, settings: Mapping[str, Any], resume: bool) -> No
     if not resume:
         raise UserError(f"output={str(output)!r} is already used: choose another folder, or resume it (--resume)")
     if not (output / SETTINGS).is_file():
-        raise UserError(f"output={str(output)!r} cannot be resumed: it has no {SETTINGS}, choose another folder")
+        raise UserError(f"output={str(output)!r} has no {SETTINGS} to resume from: choose another folder")
     begun = load_yaml(output / SETTINGS)
     differing = [key for key in settings if begun.get(key) != settings[key]]
     if differing:
@@ -306,7 +306,7 @@ def _check_content(output: Path, content: Identity) -> None:
         return
     begun = load_yaml(output / SETTINGS).get("content")
     if begun is None:
-        print_warning(f"{output} does not say what its model and judge held: whether they are the same was not checked")
+        print_warning(f"{output} does not record the content of its model and judge: a change was not checked for")
     if changed := changed_content(begun or {}, content):
         what = " and ".join(f"{name} ({', '.join(places)})" for name, places in changed.items())
         raise UserError(

@@ -139,8 +139,8 @@ def not_in_memory(run: Path) -> UserError:
     """Of a run that cannot be resumed by the pipeline at hand."""
     place = repr(str(run / BASE)) if (run / BASE).is_dir() else "the model of its config.yaml"
     return UserError(
-        f"resume=True: the reference of {str(run)!r} is not in memory: align what it was trained on, {place}, loaded "
-        "by from_pretrained, or use the command line"
+        f"resume=True needs the reference of {str(run)!r}, which is not in memory: load {place} by from_pretrained and "
+        "align that, or use the command line"
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
 import torch
 from torch import Tensor
 
-from diffusion_align.arguments import also_called
+from diffusion_align.arguments import also_called, check_same_length
 from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.data.schemas import BadRow
 from diffusion_align.data.sources import first_rows
@@ -287,11 +287,11 @@ class TextAlignmentPipeline(AlignmentPipeline):
         temperature: float,
         batch_size: int,
     ) -> list[str]:
-        if max_new_tokens < 1 or not temperature > 0 or batch_size < 1:
-            raise UserError(
-                f"max_new_tokens={max_new_tokens}, temperature={temperature}, batch_size={batch_size}: the first and "
-                "the last must be at least 1, the temperature above 0"
-            )
+        for name, number in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if number < 1:
+                raise UserError(f"{name}={number} must be at least 1")
+        if not temperature > 0:
+            raise UserError(f"temperature={temperature} must be above 0")
         rows = _fitting_rows(prompts, self.tokenizer, context_length(self.model.config), max_new_tokens)
         policy = LanguagePolicy.for_sampling(self.model, self.tokenizer, temperature=temperature)
         texts: list[str] = []
@@ -375,8 +375,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
 
         given = several(prompts)
         notes = [{} for _ in given] if metadata is None else metadata
-        if len(notes) != len(given):
-            raise UserError(f"{len(given)} prompts and {len(notes)} metadata: give lists of one length")
+        check_same_length(("prompts", given), ("metadata", notes))
         candidates = TextCandidates(self, max_new_tokens=max_new_tokens, temperature=temperature)
         rows = list(zip(given, map(dict, notes)))
         return make_pairs(candidates, rows, judge, output, per_prompt=per_prompt, seed=seed, resume=resume)
@@ -398,11 +397,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         self, prompts: Sequence[Text], texts: Sequence[str], reward: Any, columns: Mapping[str, Sequence[Any]]
     ) -> Tensor:
         """``score`` with columns of any name, also that of an argument."""
-        lengths = [("texts", len(texts)), *((name, len(values)) for name, values in columns.items())]
-        wrong = [f"{length} {name}" for name, length in lengths if length != len(prompts)]
-        if isinstance(prompts, str) or isinstance(texts, str) or wrong:
-            given = ", ".join(wrong) or "a single text"
-            raise UserError(f"{len(prompts)} prompts and {given}: give lists of one length")
+        check_same_length(("prompts", prompts), ("texts", texts), *columns.items())
         rewards = WeightedRewards([build_text_reward(reward, device=self.model.device)], torch.ones(1))
         rows = [
             PromptRow(prompt, [], {name: values[i] for name, values in columns.items()})

@@ -195,7 +195,7 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
         reward = _built(declared, {"model": model, "device": device})
     if declared.offload:
         if not hasattr(reward, "to"):
-            raise RewardError(f"reward '{reward_name(reward)}' has no to(device), so offload=true cannot move it")
+            raise RewardError(f"reward '{reward_name(reward)}' has no to(device) to offload it by: leave offload out")
         reward = OffloadedReward(reward, device if declared.device is None else declared.device)
     return reward if declared.scale == 1.0 else ScaledReward(reward, declared.scale)
 
@@ -244,22 +244,24 @@ def declare(kind: Kind, spec: Any) -> Declared:
     switches = {name: options.pop(name) for name in kind.switches if name in options}
     for name, value in switches.items():
         if not isinstance(value, bool):
-            raise RewardError(f"{name}={value!r} of a reward must be true or false")
+            raise RewardError(f"reward.{name}={short(value)} is not allowed: it must be true or false")
     if "name" not in options:
-        raise RewardError(f"a reward given as a mapping needs the key 'name', got {sorted(map(str, options))}")
+        raise RewardError(f"reward={short(spec)} has no key 'name': add it, with the name of the reward")
     source, scale, device = options.pop("name"), options.pop("scale", 1.0), options.get("device")
     number = isinstance(scale, int | float) and not isinstance(scale, bool)
     if not number or scale == 0 or not -LARGEST <= scale <= LARGEST:
-        raise RewardError(f"scale={short(scale)} of a reward must be a finite number other than 0, at most {LARGEST:g}")
+        raise RewardError(
+            f"reward.scale={short(scale)} is not allowed: it must be a number other than 0, at most {LARGEST:g}"
+        )
     if isinstance(source, str):
         label, target = find(source.strip(), kind)
     elif callable(source) or isinstance(source, RewardSettings):
         label, target = reward_name(source), source
         if isinstance(source, RewardSettings) and options:
-            raise RewardError(f"reward '{label}' is settings already: give its options ({', '.join(options)}) to those")
+            raise RewardError(f"reward '{label}' has its own options: give {', '.join(options)} to it, not beside it")
     else:
         raise RewardError(
-            f"a reward must be a name, 'module:function', a callable or a mapping, got {type(source).__name__}"
+            f"reward={short(source)} is not allowed: it must be a name, 'module:function', a callable or a mapping"
         )
     _check_options(label, target, options, kind)
     if inspect.isclass(target) and issubclass(target, RewardSettings):
@@ -302,7 +304,7 @@ def _built(declared: Declared, context: Mapping[str, Any]) -> Any:
         if hasattr(reward, "to") and not is_placed:
             reward.to(context["device"])
     if not callable(reward):
-        raise RewardError(f"reward '{label}' gives a {type(reward).__name__}, which is not callable")
+        raise RewardError(f"reward '{label}' is a {type(reward).__name__}, which is not callable: define __call__")
     return _called_in(reward, declared.background, own=reward is not target)
 
 
@@ -361,7 +363,7 @@ def find(source: str, kind: Kind) -> tuple[str, Any]:
         if source in kind.other.table:
             raise RewardError(f"reward '{source}' scores {kind.other.subject}, not {kind.subject}: there are {ours}")
         meant = did_you_mean(source, kind.table)
-        raise RewardError(f"unknown reward '{source}': {meant + ' There' if meant else 'there'} are {ours}")
+        raise RewardError(f"reward={short(source)} is unknown: {meant + ' There' if meant else 'there'} are {ours}")
     target = resolve(source, "reward", error=RewardError)
     if not callable(target):
         raise RewardError(f"reward '{source}' is a {type(target).__name__}: name a function or a class")
@@ -403,7 +405,7 @@ def _check_options(label: str, target: Any, options: Mapping[str, Any], kind: Ki
         return  # what is missing may be a column of the data
     missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]
     if missing:
-        raise RewardError(f"reward '{label}' needs the option '{missing[0]}'")
+        raise RewardError(f"reward '{label}' needs the option '{missing[0]}': set it")
 
 
 def _check_call(label: str, parameters: list[inspect.Parameter], kind: Kind) -> list[inspect.Parameter]:
@@ -420,8 +422,8 @@ def _check_call(label: str, parameters: list[inspect.Parameter], kind: Kind) -> 
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise RewardError(
-            f"reward '{label}' must take three arguments ({', '.join(kind.arguments)}), of which the last may be left "
-            f"out, it takes {len(positional)}"
+            f"reward '{label}' takes too few arguments ({len(positional)}): it must take "
+            f"{', '.join(kind.arguments[:-1])} and, optionally, {kind.arguments[-1]}"
         )
     metadata = metadata_place(parameters)
     named = [p for p in parameters if p.name == "metadata"] if metadata == "named" else []

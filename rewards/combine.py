@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts, scored_by
 from diffusion_align.rewards.build import IMAGES, build_reward, declare
-from diffusion_align.rewards.settings import Device, RewardSettings
+from diffusion_align.rewards.settings import Device, RewardSettings, weight_checks
 from diffusion_align.training.config import Weight
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class Combine(RewardSettings):
     def _fit(self) -> Self:
         for one in self.rewards:
             declare(IMAGES, one)
-        if self.weights is not None and len(self.weights) != len(self.rewards):
-            raise RewardError(f"weights={self.weights} must be {len(self.rewards)} numbers, one for each reward")
+        for problem in weight_checks(self.rewards, self.weights, name="weights"):
+            raise RewardError(problem)
         return self
 
     def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Combined:

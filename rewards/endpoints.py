@@ -99,7 +99,7 @@ class Endpoint:
                 raise_if_interrupted(str(self))
             status, headers, content = exchange.result()
         except TimeoutError as error:
-            raise Unanswered(f"no answer within timeout={self.timeout:g} s, which a slow one needs more of") from error
+            raise Unanswered(f"no answer within timeout={self.timeout:g} s, too short for a slow server") from error
         except httpx2.TransportError as error:
             raise Unanswered(describe_exception(error)) from error
         except httpx2.RequestError as error:
@@ -199,8 +199,8 @@ def ask(
         waited = time.monotonic() - started
         if waited >= patience or stop.is_set():
             raise RewardError(
-                f"{_names(endpoints)} gave no answer for {waited:.0f} s ({reason}): bring it back and try again, a "
-                f"training run with resume=true, or give it more patience than {patience:g} s"
+                f"{_names(endpoints)} gave no answer for {waited:.0f} s ({reason}): start it and try again (a training "
+                f"run with resume=true), or set patience above {patience:g} s"
             )
         again = time.monotonic() + min(max(pause, wanted), patience - waited)
         while time.monotonic() < again and not stop.wait(min(0.2, again - time.monotonic())) and not interrupted():
@@ -211,7 +211,7 @@ def ask(
 def raise_if_interrupted(names: str) -> None:
     """RewardError where the loop that calls the servers ``names`` was interrupted."""
     if interrupted():
-        raise RewardError(f"interrupted while {names} was called: resume with resume=true")
+        raise RewardError(f"interrupted while calling {names}: resume with resume=true")
 
 
 def _close(client: Any, loop: asyncio.AbstractEventLoop) -> None:
@@ -279,7 +279,7 @@ def check_url(url: str) -> str:
         raise wrong
     if parts.username is not None or parts.password is not None:
         raise RewardError(
-            f"url with the user {parts.username!r} in it: put the token into a file and name it as token_file"
+            f"url must not contain a user, here {parts.username!r}: put the token into a file and set token_file to it"
         )
     return url
 

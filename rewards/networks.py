@@ -30,7 +30,7 @@ class NetworkSettings(RewardSettings):
     """The options of every reward that runs a network."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="of the network; half precision needs a GPU"
+        "float32", description="precision of the network; half precision needs a GPU"
     )
     batch_size: int = Field(64, ge=1, le=MOST, description="images or texts per forward pass")
     device: Device = None
@@ -52,7 +52,7 @@ def is_missing_folder(name: str) -> bool:
 
 def _folder_or_id(name: str) -> str:
     if is_missing_folder(name):
-        raise ValueError("it is not a folder: give one that holds a transformers model")
+        raise ValueError("give a folder that holds a transformers model, or a Hub id")
     return name
 
 
@@ -106,7 +106,7 @@ def torch_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
     import torch
 
     if torch.device(device).type == "cpu" and dtype != "float32":
-        raise RewardError(f"dtype={dtype!r} is for GPUs: on a CPU rewards run in float32")
+        raise RewardError(f"dtype={dtype!r} needs a GPU: leave it out, rewards run in float32 on a CPU")
     found: torch.dtype = getattr(torch, dtype)
     return found
 
@@ -202,7 +202,7 @@ def load_tensors(
         if name in tensors and tensors[name].shape != value.shape
     ]
     if strict:
-        faults += [f"has '{name}', for which the network has no place" for name in tensors if name not in targets]
+        faults += [f"has '{name}', which the network does not have" for name in tensors if name not in targets]
     if faults:
         more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
         raise RewardError(f"'{path}' {faults[0]}{more}: give the published file")
@@ -260,7 +260,7 @@ def load_network(
         transformers.logging.set_verbosity(verbosity)
     missing = sorted(key for key in loading["missing_keys"] if not may_lack(key))
     if missing:
-        raise RewardError(f"'{name}' lacks weights ({missing[0]}, ...): give a network trained for this, whole")
+        raise RewardError(f"'{name}' lacks weights ({missing[0]}, ...): give a network with all of its weights")
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -273,12 +273,12 @@ def load_tokenizer(name: str, vocabulary: int = 0) -> Any:
     """
     from transformers import AutoTokenizer
 
-    advice = "give a folder that holds the network's own, or check the connection for a Hub id"
+    advice = "give a folder that holds the network's own tokenizer, or check the connection for a Hub id"
     note(place(name))
-    with foreign_code(f"'{name}' has no tokenizer that loads (", f"): {advice}"), hub_or_cache(place(name)):
+    with foreign_code(f"the tokenizer of '{name}' could not be loaded (", f"): {advice}"), hub_or_cache(place(name)):
         tokenizer = AutoTokenizer.from_pretrained(place(name))
     if len(tokenizer) < vocabulary // 2:
-        raise RewardError(f"'{name}' has no tokenizer of {vocabulary} tokens but one of {len(tokenizer)}: {advice}")
+        raise RewardError(f"the tokenizer of '{name}' has {len(tokenizer)} tokens, not {vocabulary}: {advice}")
     return tokenizer
 
 

@@ -263,7 +263,7 @@ def parse_request(body: bytes, limits: Limits) -> tuple[Tensor, list[str], list[
 
 def decode(text: str, index: int, max_pixels: int) -> np.ndarray:
     """An image, uint8 (H, W, 3), from the base64 of a PNG file; nothing is decoded before its size is known."""
-    unreadable = HTTPException(422, f"image {index} is not a PNG image that can be read")
+    unreadable = HTTPException(422, f"image {index} is not a readable PNG image")
     try:
         data = base64.b64decode(text, validate=True)
     except ValueError:

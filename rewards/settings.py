@@ -157,8 +157,8 @@ def check_diversity(measure: str) -> None:
         check_clip(measure)
 
 
-def weight_checks(reward: Any, weights: Sequence[float] | None) -> Iterator[str]:
-    """Sentences about a reward, or a list of them, and ``reward_weights`` that do not fit each other."""
-    rewards = reward if isinstance(reward, list | tuple) else [reward]
-    if weights is not None and len(weights) != len(rewards):
-        yield f"reward_weights={weights} are {len(weights)} numbers for {len(rewards)} rewards: give one for each"
+def weight_checks(reward: Any, weights: Sequence[float] | None, *, name: str = "reward_weights") -> Iterator[str]:
+    """A sentence about the setting ``name`` if it has not one weight per reward; ``reward``: one, or a list."""
+    count = len(reward) if isinstance(reward, list | tuple) else 1
+    if weights is not None and len(weights) != count:
+        yield f"{name}={weights} must be a list of {count}: one weight per reward"

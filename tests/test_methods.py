@@ -137,7 +137,7 @@ def test_callbacks_are_objects_or_are_found_by_reference(strangers, tiny_languag
     code, _, err = call_cli("train", path, "output_dir=other")
     assert code == 2
     assert "did you mean 'Stopper'" in err
-    assert "is no Callback" in err
+    assert "is not a Callback" in err
     assert not (strangers / "other").exists()
 
 

@@ -111,7 +111,7 @@ def test_commands_end_quietly_and_say_what_was_lost(monkeypatch, as_stdout, capf
     as_stdout(os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    said = "error: what was printed was cut off (No space left on device): make room where it goes\n"
+    said = "error: the output could not be printed in full (No space left on device): make room where it is written\n"
     assert (stop.value.code, capfd.readouterr().err) == (2, said)
 
 

@@ -81,7 +81,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     debug: Annotated[
-        bool, typer.Option("--debug", help="print the traceback of an error; may stand after the command, too")
+        bool, typer.Option("--debug", help="print the traceback of an error; also accepted after the command")
     ] = False,
     version: Annotated[
         bool,
@@ -147,8 +147,10 @@ def complete(
     prompts: PromptFile = None,
     output: Annotated[Path | None, path_option("--output", "-o", help=".jsonl file to write as well")] = None,
     seed: Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="longer completions are cut")] = 128,
-    temperature: Annotated[float, number_option(0.01, 1000, help="below 1 the likelier tokens win")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="tokens per completion")] = 128,
+    temperature: Annotated[
+        float, number_option(0.01, 1000, help="sampling temperature; below 1 favours likely tokens")
+    ] = 1.0,
 ) -> None:
     """Complete each prompt with a language model.
 
@@ -236,18 +238,21 @@ def serve_reward(
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8901,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port")] = 8901,
     token_file: Annotated[
-        Path | None, typer.Option(parser=to_path, help="file with the token; without it DIFFUSION_ALIGN_TOKEN, if set")
+        Path | None,
+        typer.Option(parser=to_path, help="file with the token; default: the variable DIFFUSION_ALIGN_TOKEN, if set"),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=MOST, help="images per request")] = 64,
     max_bytes: Annotated[int, typer.Option(min=1000, max=10**10, help="bytes per request")] = 64_000_000,
     max_pixels: Annotated[int, typer.Option(min=1, max=10**10, help="pixels per request, of all images together")] = 8
     * 1024
     * 1024,
-    threads: Annotated[int, typer.Option(min=1, max=1024, help="of torch; a training run scores with one")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU if there is one")] = None,
-    prompts: Annotated[str | None, typer.Option(help="prompts like those to come, for the check at the start")] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, help="torch's CPU threads; a training run scores with one")
+    ] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one")] = None,
+    prompts: Annotated[str | None, typer.Option(help="prompts to check the reward with at startup")] = None,
 ) -> None:
     """Serve a reward over HTTP for runs in another environment or on another machine.
 
@@ -265,7 +270,7 @@ def serve_reward(
         raise UserError(f"serve-reward needs {error.name}: pip install 'diffusion-align[serve]'") from None
     token = read_token(token_file, serving.TOKEN)
     device = default_device() if device is None else device
-    check_device(device, f"--device {device if len(device) < 80 else short(device)}")
+    check_device(device, f"--device={short(device)}")
     texts, metadata = zip(*read_prompts(None, prompts), strict=True) if prompts else (None, None)
     with serving.bind(host, port, token=token) as bound:
         hide_loading_bars()
@@ -288,7 +293,8 @@ def compare(
     prompts: PromptFile = None,
     per_prompt: Annotated[int, typer.Option(min=1, max=MOST, help="samples per prompt by each model")] = 1,
     output: Annotated[
-        Path | None, path_option("--output", "-o", help="compare.png; of language models compare.md, or a .jsonl file")
+        Path | None,
+        path_option("--output", "-o", help="default: compare.png, or compare.md for language models; or a .jsonl file"),
     ] = None,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = None,
@@ -379,10 +385,12 @@ def report(
 def estimators(
     q: Annotated[Gaussian, typer.Option(help="mean and std of the Gaussian that is sampled")] = _Q,
     p: Annotated[Gaussian, typer.Option(help="mean and std of the reference")] = _P,
-    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="sampled from q")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="of the samples")] = 0,
-    actions: Annotated[int, typer.Option(min=2, max=1000, help="of the softmax policy; 4 is a fixed example")] = 4,
-    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="of random logits")] = None,
+    samples: Annotated[int, typer.Option(min=2, max=10_000_000, help="number of samples from q")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the samples")] = 0,
+    actions: Annotated[
+        int, typer.Option(min=2, max=1000, help="number of actions of the softmax policy; 4 is a fixed example")
+    ] = 4,
+    softmax_seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="seed of random logits")] = None,
     plot: Annotated[Path | None, path_option(help="folder for two figures")] = None,
 ) -> None:
     """Compare the KL estimators: their values for two Gaussians, their expected gradients for a softmax policy."""
@@ -415,7 +423,9 @@ def list_(
     ] = "",
     name: Annotated[
         str,
-        typer.Argument(help="settings of which method, or which reward", autocompletion=completed_by("listed_names")),
+        typer.Argument(
+            help="a method, for settings; a reward, for rewards", autocompletion=completed_by("listed_names")
+        ),
     ] = "",
 ) -> None:
     """List the methods, models, rewards, prompts, pairs and recipes a configuration can name, and its settings.

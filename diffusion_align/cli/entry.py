@@ -48,7 +48,7 @@ def main() -> None:
             status = _unexpected(error, debug)
     lost = streams.close()
     if lost is not None:
-        failed = print_error(f"what was printed was cut off ({lost}): make room where it goes")
+        failed = print_error(f"the output could not be printed in full ({lost}): make room where it is written")
         status = status or failed
     status = status if isinstance(status, int) else 0
     if interrupt.left_behind:
@@ -104,13 +104,17 @@ def _with_notes(error: BaseException) -> str:
     return "; ".join([str(error), *notes])
 
 
+_NO_INTEGER = "Input should be a valid integer, unable to parse string as an integer"
+
+
 def _usage(error: Any) -> int:
     """A wrong command line; without any arguments the help."""
     if _is_a(error, "NoArgsIsHelpError"):
         error.show()
         return 2
     command = error.ctx.command_path if getattr(error, "ctx", None) else "diffusion-align"
-    message = error.format_message().rstrip(".")
+    message = error.format_message().rstrip(".").replace(_NO_INTEGER, "it must be a whole number")
+    message = message.replace("Input should be", "it must be")
     if len(message) > 500:  # whatever was typed is in it
         message = message[:500] + "..."
     return print_error(f"{message}: see {command} --help")

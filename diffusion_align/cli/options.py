@@ -65,7 +65,7 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        help="settings that differ, dotted names for those of sections, values as YAML: learning_rate=1e-4 lora.rank=8",
+        help="settings to change, with a dot for those of sections and values in YAML: learning_rate=1e-4 lora.rank=8",
         metavar="KEY=VALUE",
         autocompletion=completed_by("overrides"),
     ),
@@ -87,15 +87,20 @@ PromptFile = Annotated[
     ),
 ]
 RewardOptions = Annotated[
-    list[str] | None, typer.Option("--option", help="key=value, an option of the reward (`list rewards NAME`); repeat")
+    list[str] | None,
+    typer.Option("--option", help="an option of the reward, key=value (`list rewards NAME`); repeat for more"),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed gives the same samples")]
 Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help="denoising steps per image")]
-GuidanceScale = Annotated[float | None, number_option(0, LARGEST, help="classifier-free guidance of images")]
+GuidanceScale = Annotated[
+    float | None, number_option(0, LARGEST, help="classifier-free guidance scale, for image models")
+]
 Eta = Annotated[float | None, number_option(0, 1, help="noise that DDIM adds; 1 is as much as DDPM")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, max=MOST, help="of language models; 128 if not given")]
-Temperature = Annotated[float | None, number_option(0.01, 1000, help="of language models")]
-Family = Annotated[str | None, typer.Option(help="of a model that is not Stable Diffusion: file.py:Class")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="tokens per completion, for language models; 128 if not given")
+]
+Temperature = Annotated[float | None, number_option(0.01, 1000, help="sampling temperature, for language models")]
+Family = Annotated[str | None, typer.Option(help="model family, if not Stable Diffusion: file.py:Class")]
 Judge = Annotated[str, typer.Option(help="reward that judges the samples", autocompletion=completed_by("rewards"))]
 Gaussian = tuple[float, float]
 
@@ -106,7 +111,7 @@ def read_reward(name: str, options: list[str] | None, model: str | None, device:
 
     given = apply_overrides({}, options or [])
     if "name" in given:
-        raise UserError(f"--option name={given['name']!r}: the reward is named already, '{name}': leave this out")
+        raise UserError(f"--option name={given['name']!r}: the reward is '{name}' already: leave this option out")
     return build_reward(given | {"name": name}, model=model, device=device)
 
 

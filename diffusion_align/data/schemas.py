@@ -42,7 +42,7 @@ Made = TypeVar("Made")
 
 def limit_of(rows: str) -> Any:
     """The field that says how many of ``rows`` are used."""
-    what = f"use only the first so many {rows}; no more are downloaded from a Hub dataset"
+    what = f"use only this many {rows}, the first; no more are downloaded from a Hub dataset"
     return Field(None, ge=1, le=MOST_ROWS, description=what)
 
 
@@ -254,11 +254,13 @@ def mapping(
     for schema in fitting:
         if set(schema.values()) <= set(found):
             return schema
-    have = f"the columns found are {', '.join(map(short, found))}"
+    have = f"the data has {', '.join(map(short, found)) or 'none'}"
+    ours = next(ours for ours, theirs in fitting[0].items() if theirs not in found)
+    example = f"{name}.columns={{{ours}: {short(found[0]) if found else '...'}}}"
     missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
     wanted = [tuple(schema.values()) for schema in fitting]
     least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
     needed = " or ".join(", ".join(these) for these in least)
     many = "columns" if "," in needed else "column"
     what = " and ".join(missing) if missing else f"the {many} {needed} {'are' if many == 'columns' else 'is'} needed"
-    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these"])
+    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these, as in {example}"])

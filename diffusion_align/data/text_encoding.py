@@ -307,7 +307,7 @@ def _shared(sides: Sequence[Text]) -> int:
         length = word if word > 0 else length
         start = start[:length].strip()
     if not start:
-        raise BadRow("chosen and rejected do not begin alike and there is no prompt: give a column prompt")
+        raise BadRow("there is no prompt, and chosen and rejected have no common beginning: add a column prompt")
     return length
 
 

@@ -95,13 +95,16 @@ def build_schedule(
     tabulate = find_sampler(sampler) if isinstance(sampler, str) else sampler
     config = scheduler_config(scheduler)
     if config.get("prediction_type", "epsilon") not in _PREDICTION_TYPES:
-        raise UserError(f"prediction_type={config['prediction_type']!r} is not one of {', '.join(_PREDICTION_TYPES)}")
+        raise UserError(
+            f"the scheduler's prediction_type={config['prediction_type']!r} is not supported: it must be one of "
+            f"{', '.join(_PREDICTION_TYPES)}"
+        )
     if "beta_schedule" not in config:
         raise UserError(
             "the model's scheduler has no beta schedule (flow matching?): use a Stable Diffusion 1.x, 2 or XL model"
         )
     if config.get("thresholding"):
-        raise UserError("the scheduler uses dynamic thresholding, which has no replay here: set thresholding=False")
+        raise UserError("the scheduler uses dynamic thresholding, which is not supported: set thresholding=False in it")
     if not 1 <= steps <= config["num_train_timesteps"]:
         raise UserError(
             f"sampler.steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}"

@@ -6,19 +6,19 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.data.image_pairs import PairsConfig
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.data.sources import in_python
 from diffusion_align.diffusion.samplers import SAMPLERS, find_sampler
-from diffusion_align.errors import ConfigError, UserError, problems_of
+from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, Weight
-from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig
+from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
 
 if TYPE_CHECKING:
     from diffusion_align.diffusion.schedule import DiffusionSchedule
@@ -43,11 +43,9 @@ class SamplerConfig(Section):
             raise ValueError(str(error).removeprefix(f"sampler={name!r} is unknown: ")) from error
         return name
 
-    @model_validator(mode="after")
-    def _takes_options(self) -> SamplerConfig:
+    def cross_checks(self) -> Iterator[str]:
         if self.options and self.name in SAMPLERS:
-            raise ValueError(f"{self.name} takes no options: leave them out")
-        return self
+            yield f"options={short(self.options)} is for a sampler of your own, not for name={self.name}: leave it out"
 
     @property
     def is_deterministic(self) -> bool:
@@ -204,7 +202,7 @@ class DDPOConfig(DenoisingConfig):
         16,
         ge=1,
         le=MOST,
-        description="number of rewards of a prompt from which on its own history is used; before, the whole epoch's",
+        description="number of rewards from which on a prompt's own history is used; until then, the whole epoch's",
     )
     advantage_clip: OrInfinite = Field(
         5.0, gt=0, description="bound on an advantage; with leave_one_out, in the unit of the reward"
@@ -224,8 +222,8 @@ class DDPOConfig(DenoisingConfig):
             yield "reward is empty: give a name, 'module:function' or a mapping"
         if self.sampler.is_deterministic:
             yield (
-                "sampler.eta=0 makes every step deterministic, which has no log-prob to train on: use eta=1 (or a "
-                "smaller positive value), and eta=0 only for sampling"
+                "sampler.eta=0 makes every step deterministic, so there is no log-prob to train on: set sampler.eta "
+                "above 0"
             )
         if self.samples_per_epoch % self.group_size:
             yield (
@@ -235,11 +233,11 @@ class DDPOConfig(DenoisingConfig):
         if self.advantages != "prompt_history" and self.group_size < 2:
             yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
         if self.advantages == "leave_one_out" and self.experimental.clips_std:
-            yield "experimental.clip_std bounds a std by which advantages=leave_one_out does not divide: leave one out"
+            yield no_std("experimental.clip_std", "advantages=leave_one_out")
         if self.history_min_count > self.history_size:
             yield (
-                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}: no prompt "
-                "would ever use its own history"
+                f"history_min_count={self.history_min_count} is more than history_size={self.history_size}, so no "
+                "prompt would ever use its own history: change one of them"
             )
         yield from self.experimental.bounds_checks()
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
@@ -270,12 +268,15 @@ class ExperimentalDiffusionDPO(Section):
     """Rarely used settings of Diffusion-DPO."""
 
     target: Literal["posterior_mean", "posterior_sample", "logged"] = Field(
-        "posterior_mean", description="x_s: given x_0, sampled given x_0, or online as the sampler sampled it"
+        "posterior_mean",
+        description="x_s: its mean given x_0, a sample given x_0, or online the one that the sampler logged",
     )
     reward_mode: Literal["kl", "signed_kl", "logratio"] = Field(
         "kl", description="corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"
     )
-    old_refresh: Literal["update", "epoch"] = Field("update", description="corrected: how old the policy of r is")
+    old_refresh: Literal["update", "epoch"] = Field(
+        "update", description="corrected: when the policy that r is computed with is refreshed"
+    )
     loser_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the rejected image's error")
     loser_clip: OrInfinite | None = Field(
         None, gt=0, description="the rejected image's error counts up to the reference's plus this many nats"
@@ -349,7 +350,7 @@ class DiffusionDPOConfig(DenoisingConfig):
         if self.online and (self.prompts is None or self.reward is None):
             yield "give pairs, or prompts and a reward to sample and judge pairs online"
         if not self.online and self.prompts is not None:
-            yield "prompts are sampled and judged online, pairs bring their own: leave one of the two out"
+            yield "give either pairs, or prompts to sample and judge pairs online, not both"
         if self.online and self.samples_per_epoch % self.group_size:
             yield (
                 f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
@@ -359,15 +360,15 @@ class DiffusionDPOConfig(DenoisingConfig):
         if rare.target == "logged" and (not self.online or self.sampler.is_deterministic):
             yield "experimental.target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
         if rare.target == "logged" and self.caption_dropout:
-            yield "experimental.target=logged trains on steps sampled with the caption: leave caption_dropout out"
+            yield "experimental.target=logged trains on steps sampled with their prompt: leave caption_dropout out"
         if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
             yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
             yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
         if self.loss_type != "sigmoid" and self.label_smoothing:
-            yield f"loss_type={self.loss_type} has no label_smoothing: leave one of the two out"
+            yield f"label_smoothing has no effect with loss_type={self.loss_type}: leave one of them out"
         if self.variant == "original" and (rare.reward_mode != "kl" or rare.old_refresh != "update"):
             yield (
-                "experimental.reward_mode and experimental.old_refresh belong to variant=corrected: leave them out or "
-                "set that"
+                "experimental.reward_mode and experimental.old_refresh need variant=corrected: set it, or leave them "
+                "out"
             )

@@ -101,7 +101,9 @@ def pack(
         ValueError: an empty prompt, or numbers of prompts and completions that differ.
     """
     if len(prompts) != len(completions) or not all(len(p) for p in prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: one for each, no prompt empty")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(completions)} completions: give as many, and no empty prompt"
+        )
     rows = [torch.tensor([*p, *c], dtype=torch.int64) for p, c in zip(prompts, completions, strict=True)]
     lengths = torch.tensor([len(c) for c in completions])
     mask = torch.arange(max(int(lengths.max()), 1)) < lengths[:, None]

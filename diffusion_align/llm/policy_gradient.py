@@ -93,8 +93,8 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         if deviation > MOST_DEVIATION and self.config.mixed_precision == "no" and self.config.dtype == "float32":
             again = self.config.logp_old == "recomputed"
             raise TrainingError(
-                f"the ratio is {deviation:.3g} off 1 before any update although all is float32: the model does not "
-                f"score completions as it {'scored them before' if again else 'sampled them'}, use another model"
+                f"the ratio is {deviation:.3g} off 1 before any update although all is float32, so the model does not "
+                f"score completions as it {'scored them before' if again else 'sampled them'}: use another model"
                 + ("" if again else ", or logp_old=recomputed to start from its scores")
             )
         return {"ratio/first_pass_deviation": deviation}

@@ -82,8 +82,8 @@ class ReferenceFile:
             processes.on_main(lambda: self._write(tensors))
         if not self._is_of_these():
             raise CheckpointError(
-                f"the rows are not those that this run began with ({self.path} is of others): put them back or choose "
-                "a new output_dir"
+                f"the rows have changed since this run began ({self.path} is for others): restore them or choose a new "
+                "output_dir"
             )
         self._full = True
 

@@ -15,7 +15,7 @@ from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, TrainingConfig, Weight
-from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig
+from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
 
 
 class LoRAConfig(LoRASettings):
@@ -232,13 +232,13 @@ class GRPOConfig(PolicyGradientConfig):
         rare = self.experimental
         if self.advantages == "leave_one_out" and (self.scale_rewards == "batch" or rare.clips_std):
             setting = "scale_rewards=batch" if self.scale_rewards == "batch" else "experimental.clip_std"
-            yield f"{setting} is of a std by which advantages=leave_one_out does not divide: leave one out"
+            yield no_std(setting, "advantages=leave_one_out")
         elif self.scale_rewards == "none" and rare.clips_std:
-            yield "experimental.clip_std bounds a std by which scale_rewards=none does not divide: leave one out"
+            yield no_std("experimental.clip_std", "scale_rewards=none")
         if rare.credit == "to_go" and self.kl != "k1_reward":
-            yield f"experimental.credit=to_go belongs to kl=k1_reward, not {self.kl}: change one of them"
+            yield f"experimental.credit=to_go needs kl=k1_reward, not kl={self.kl}: change one of them"
         if rare.kl_gradient == "direct" and not self.kl.endswith("_loss"):
-            yield f"experimental.kl_gradient=direct belongs to a KL as a loss, not kl={self.kl}: change one of them"
+            yield f"experimental.kl_gradient=direct needs a KL in the loss, not kl={self.kl}: change one of them"
 
 
 class ExperimentalPPO(Section):
@@ -295,7 +295,7 @@ class PPOConfig(PolicyGradientConfig):
         if self.kl_coef == 0 and self.reference_model is not None:
             yield "reference_model has no effect while kl_coef=0: set kl_coef above 0, or leave it out"
         if self.experimental.kl_target is not None and self.kl_coef == 0:
-            yield "experimental.kl_target moves kl_coef by a factor: give a kl_coef above 0 to start from"
+            yield "experimental.kl_target scales kl_coef: set kl_coef above 0, or leave kl_target out"
 
 
 class PreferenceConfig(OnlineConfig):
@@ -325,7 +325,7 @@ class PreferenceConfig(OnlineConfig):
         if self.online and (self.prompts is None or self.reward is None):
             yield "give dataset, or prompts and a reward to sample and judge completions online"
         if not self.online and self.prompts is not None:
-            yield "prompts are completed and judged online, dataset has completions: leave one of them out"
+            yield "give either dataset, or prompts to sample and judge completions online, not both"
         if self.online and self.group_size < self.fewest_generations:
             yield (
                 f"group_size={self.group_size} leaves nothing to compare a completion with: "
@@ -338,7 +338,7 @@ class DynamicBetaConfig(Section):
 
     beta_min: float = Field(0.01, ge=0, le=LARGEST, description="beta(x) is penalized below this")
     beta_max: float = Field(1.0, gt=0, le=LARGEST, description="beta(x) is penalized above this")
-    range_weight: float = Field(1.0, ge=0, le=LARGEST, description="of leaving [beta_min, beta_max]")
+    range_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of leaving [beta_min, beta_max]")
     smoothness_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the squared slope in the embedding")
     entropy_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of the distance to alpha x entropy")
     alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta per nat of the reference's entropy")
@@ -419,14 +419,14 @@ class DPOConfig(PreferenceConfig):
         for name, losses in _BELONGS.items():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and self.loss_type not in losses:
-                yield f"loss_type={self.loss_type} has no {name}={value:g}: leave one of the two out"
+                yield f"{name}={value:g} has no effect with loss_type={self.loss_type}: leave one of them out"
         if self.loss_type == "orpo" and self.beta != type(self).model_fields["beta"].default:
-            yield f"loss_type=orpo has no beta={self.beta:g}: its weight is orpo_weight"
+            yield f"beta={self.beta:g} has no effect with loss_type=orpo: set orpo_weight instead"
         rare, standard = self.experimental, ExperimentalDPO()
         if self.pair_selection != "rso" and rare.rso_beta != standard.rso_beta:
-            yield f"experimental.rso_beta={rare.rso_beta:g} belongs to pair_selection=rso: leave one of the two out"
+            yield f"experimental.rso_beta={rare.rso_beta:g} needs pair_selection=rso: set it, or leave rso_beta out"
         if self.loss_type == "orpo" and self.sft_weight:
-            yield "loss_type=orpo holds the chosen one's log-prob already: leave sft_weight out"
+            yield "loss_type=orpo includes the log-prob of the chosen completion: leave sft_weight out"
         of_reference = {
             "precompute_ref_log_probs": self.precompute_ref_log_probs,
             "experimental.dynamic_beta": rare.dynamic_beta is not None,
@@ -436,16 +436,16 @@ class DPOConfig(PreferenceConfig):
             given = " and ".join(name for name, is_given in of_reference.items() if is_given)
             yield f"loss_type={self.loss_type} uses no reference: leave {given} out"
         if self.online and self.precompute_ref_log_probs:
-            yield "precompute_ref_log_probs is for a dataset: online every epoch has new completions"
+            yield "precompute_ref_log_probs needs a dataset, as online every epoch has new completions: leave it out"
         if not self.online and (rare.sample_from != "policy" or self.pair_selection != "best_worst"):
-            yield "experimental.sample_from and pair_selection judge online, dataset has its pairs: leave them out"
+            yield "experimental.sample_from and pair_selection are for pairs judged online: leave them out, or dataset"
         if self.pair_selection == "best_rest" and self.loss_type != "sigmoid":
             yield (
-                f"pair_selection=best_rest gives several rejected, which loss_type={self.loss_type} cannot use: "
-                "use sigmoid"
+                f"pair_selection=best_rest gives several rejected completions, which loss_type={self.loss_type} cannot "
+                "use: set loss_type=sigmoid"
             )
         if self.pair_selection == "rso" and rare.sample_from != "reference":
-            yield "pair_selection=rso accepts completions of the reference: set experimental.sample_from=reference"
+            yield "pair_selection=rso needs completions of the reference: set experimental.sample_from=reference"
 
 
 class ExperimentalKTO(Section):
@@ -468,9 +468,12 @@ class KTOConfig(PreferenceConfig):
 
     method: str = Field("kto", description="the training method")
     desirable_weight: float = Field(
-        1.0, ge=0, le=LARGEST, description="times their number, 1 to 4/3 of the same of the undesirable"
+        1.0,
+        ge=0,
+        le=LARGEST,
+        description="weight of desirable completions; times their number, 1 to 4/3 of undesirable_weight times theirs",
     )
-    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="the same of the undesirable")
+    undesirable_weight: float = Field(1.0, ge=0, le=LARGEST, description="weight of undesirable completions")
     desirable_above: Weight | None = Field(
         None, description="online: threshold on the reward; the mean over the prompt's completions if not given"
     )
@@ -484,10 +487,10 @@ class KTOConfig(PreferenceConfig):
         if self.desirable_weight == self.undesirable_weight == 0:
             yield "desirable_weight and undesirable_weight are both 0, so nothing is learned: raise one"
         if not self.online and self.desirable_above is not None:
-            yield "desirable_above judges online, dataset has labels: leave one of the two out"
+            yield "desirable_above is for completions judged online, and dataset has labels: leave one of them out"
         if self.samples_per_epoch < 2 * (self.group_size if self.online else 1):
             yield (
-                f"samples_per_epoch={self.samples_per_epoch} holds one prompt, and the reference point needs two: "
+                f"samples_per_epoch={self.samples_per_epoch} covers one prompt, and KTO's reference point needs two: "
                 "raise it"
             )
 

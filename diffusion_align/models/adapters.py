@@ -223,7 +223,7 @@ def _file(lora: str | Path) -> Path:
         raise UserError(f"{subject}: there is no such file or folder")
     if not path.is_dir():
         if path.suffix != ".safetensors":
-            raise UserError(f"{subject} is no .safetensors file: other formats are not read")
+            raise UserError(f"{subject} is not a .safetensors file: other formats are not read")
         return path
     for name in (LORA_FILE, PEFT_FILE):
         if (path / name).is_file():

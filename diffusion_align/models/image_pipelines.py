@@ -232,7 +232,9 @@ def _checked_class(model: str, source: str, family: ModelFamily | None, *, name:
     foreign = [(part, index[part][0]) for part in parts if index[part][0] not in _LIBRARIES]
     if foreign:
         part, library = foreign[0]
-        raise UserError(f"{name}={model!r}: its {part} is of {short(library)}, of which nothing is loaded")
+        raise UserError(
+            f"{name}={model!r}: its {part} is from {short(library)}: use one from diffusers or transformers"
+        )
     parts = [part for part in parts if part != "safety_checker"]
     absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
     if absent:

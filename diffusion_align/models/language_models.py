@@ -242,15 +242,15 @@ def _on_base(name: str, adapter: Path, base: Any, kinds: tuple[Kind, ...], above
     found = found_from(adapter, base)
     if found is None:
         raise UserError(
-            f"model={name!r} is an adapter whose base cannot be used: {base!r} lies neither around its folder nor in "
-            "the current one: correct base_model_name_or_path, or model in config.yaml"
+            f"model={name!r} is an adapter whose base model {base!r} was found neither near its folder nor in the "
+            "current one: correct base_model_name_or_path, or model in config.yaml"
         )
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"model={name!r} has no adapter_model.safetensors in {adapter}: other formats are not read")
     try:
         ref = language_model_ref(found, kinds, above)
     except UserError as error:
-        raise UserError(f"model={name!r} is an adapter whose base cannot be used: {error}") from None
+        raise UserError(f"model={name!r} is an adapter whose base model cannot be used: {error}") from None
     return ModelRef(ref.base, (*ref.adapters, adapter), below=base, origin=ref.origin)
 
 

@@ -67,7 +67,9 @@ def inject_lora(network: Any, config: Any, weights: Mapping[str, Tensor]) -> Non
         found = set_peft_model_state_dict(network, weights, ADAPTER, low_cpu_mem_usage=True)
     lacking = [name for name, parameter in network.named_parameters() if parameter.is_meta]
     if found.unexpected_keys or lacking:
-        raise ValueError(f"no place for {found.unexpected_keys[:1]}, no weight for {lacking[:1]}")
+        raise ValueError(
+            f"the model has no layer for {found.unexpected_keys[:1]}, the adapter no weight for {lacking[:1]}"
+        )
     _tell(network, True)
 
 

@@ -85,23 +85,24 @@ def image_model_ref(model: str, *, above: tuple[Path, ...] = ()) -> ModelRef:
             f"where it began: use {str(run)!r}"
         )
     if not final.is_dir():
-        raise UserError(f"{subject} is a run that has not finished, it has no {which}/: resume it (resume=true) first")
+        raise UserError(f"{subject} is an unfinished run without {which}/: resume it first (resume=true)")
     if not (final / LORA_FILE).is_file():
         method = settings.get("method")
         raise UserError(
-            f"{subject} is a run of method={method!r} without weights of a text-to-image pipeline in {which}/"
+            f"{subject} is a run of method={method!r} without weights of a text-to-image pipeline in {which}/: name "
+            "another model"
         )
     if named is not None and below is None:
         raise UserError(
-            f"{subject} is a run whose base cannot be used: {named!r} lies neither around the run nor in the current "
-            f"folder: correct model in {run / 'config.yaml'}"
+            f"{subject} is a run whose base model {named!r} was found neither near the run nor in the current folder: "
+            f"correct model in {run / 'config.yaml'}"
         )
     if not isinstance(below, str):
         raise UserError(f"{subject} does not say what it was trained on: set model in {run / 'config.yaml'}")
     try:
         ref = image_model_ref(below, above=(*above, run.resolve()))
     except UserError as error:
-        raise UserError(f"{subject} is a run whose base cannot be used: {error}") from None
+        raise UserError(f"{subject} is a run whose base model cannot be used: {error}") from None
     own = ref.run is None  # a run below says itself how its base is loaded
     return ModelRef(
         ref.base,
@@ -155,7 +156,7 @@ def check_image_model(
     except UserError as error:
         if ref.run is None:
             raise
-        raise UserError(f"model={model!r} is a run whose base cannot be used: {error}") from None
+        raise UserError(f"model={model!r} is a run whose base model cannot be used: {error}") from None
 
 
 def _run_folder(model: str) -> tuple[Path, str] | None:

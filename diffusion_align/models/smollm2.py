@@ -67,7 +67,7 @@ def convert_smollm2() -> None:
             source = installed_weights()
             if source is None:
                 raise UserError(NOT_INSTALLED)
-            print(f"model='smollm2': converted once into {target}, about a minute", file=sys.stderr, flush=True)
+            print(f"model='smollm2': converting it once into {target}, about a minute", file=sys.stderr, flush=True)
             with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers' setting does not switch off
                 load = AutoModelForCausalLM.from_pretrained
                 read = load_in_dtype(load, source.parent, gguf_file=source.name, dtype=torch.float32)

@@ -86,7 +86,7 @@ def estimator_errors(
 def _true_kl(q: Normal, p: Normal) -> float:
     for name, normal in (("q", q), ("p", p)):
         if not (all(map(math.isfinite, normal)) and normal.std > 0):
-            raise ValueError(f"{name} = {normal.mean:g} {normal.std:g} is no Gaussian: give a mean and a std > 0")
+            raise ValueError(f"{name} = {normal.mean:g} {normal.std:g} is not a Gaussian: give a mean and a std > 0")
     mean_q, mean_p = (torch.tensor([n.mean], dtype=torch.float64) for n in (q, p))
     kl = gaussian_kl(mean_q, mean_p, q.std, p.std).item()
     if not kl <= LARGEST_KL or not max(q.std, p.std) <= LARGEST_KL * min(q.std, p.std):

@@ -76,7 +76,7 @@ def named_callbacks(references: Sequence[Any]) -> list[Callback]:
                 with foreign_code(f"callback {short(reference)} cannot be made (", ")"):
                     one = one()
             if not isinstance(one, Callback):
-                raise UserError(f"callback {short(reference)} is no Callback: write a subclass of it")
+                raise UserError(f"callback {short(reference)} is not a Callback: write a subclass of it")
             found.append(one)
         except UserError as error:
             problems.append(str(error))

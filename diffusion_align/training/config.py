@@ -282,9 +282,12 @@ class TrainingConfig(Section):
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="torch's CPU threads; its own default if not given"
     )
-    checkpoint_every: int = Field(10, ge=1, le=MOST, description="epochs")
+    checkpoint_every: int = Field(10, ge=1, le=MOST, description="epochs between checkpoints")
     checkpoint_minutes: float | None = Field(
-        10.0, gt=0, le=525_600, description="since the last one: then one is due as well; null for never"
+        10.0,
+        gt=0,
+        le=525_600,
+        description="minutes since the last checkpoint after which one is written as well; null for never",
     )
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer after the run received an interrupt"
@@ -308,7 +311,7 @@ class TrainingConfig(Section):
     def cross_checks(self) -> Iterator[str]:
         own = type(self).model_fields["method"].default
         if own and self.method != own and ":" not in self.method and not entry_points(group=PLUG_INS, name=self.method):
-            yield f"method={short(self.method)} does not fit {type(self).__name__}, which is of {own!r}: leave it out"
+            yield f"method={short(self.method)} does not fit {type(self).__name__}, which is for {own!r}: leave it out"
         if self.mixed_precision == "fp16":
             import torch
 
@@ -350,7 +353,7 @@ class PolicyConfig(TrainingConfig):
         if self.show_prompts is not None and not self.show_prompts:
             yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
         if self.dtype != "float32" and self.lora is None:
-            yield f"dtype={self.dtype} is of frozen weights and lora=null trains them all: leave one out"
+            yield f"dtype={self.dtype} is for frozen weights, but lora=null trains all weights: leave one of them out"
 
 
 _ROWS = ("prompts", "dataset", "eval_dataset", "pairs")
@@ -530,6 +533,8 @@ def _reason(name: str, error: dict[str, Any]) -> str:
         return "it must be a section of settings, as in {key: value}"
     if kind == "too_long" and isinstance(value, list | tuple):
         return f"it must be a list of {error['ctx']['max_length']}"
+    if kind == "too_short":
+        return f"it must be a list of at least {error['ctx']['min_length']}"
     return _REASONS.get(kind) or _SUBJECT.sub("it must", error["msg"]).removeprefix("Value error, ")
 
 
@@ -544,6 +549,7 @@ _REASONS = {
     "int_type": "it must be a whole number",
     "int_from_float": "it must be a whole number",
     "float_type": "it must be a number",
+    "invalid_key": "the name of a setting must be text",
 }
 
 

@@ -101,4 +101,4 @@ def check_same_run(
     resized = [k for k in mine if k in _FREE_BUT_FOR_BITS and mine[k] != theirs.get(k)]
     if resized and processes.is_main:
         what = ", ".join(f"{k}={mine[k]} (was {theirs.get(k)})" for k in resized)
-        print(f"resumed with {what}: from here on numbers may differ in their bits from the run's own", file=sys.stderr)
+        print(f"resumed with {what}: from here on, results may differ from the run's own in rounding", file=sys.stderr)

@@ -23,6 +23,11 @@ class EvaluationConfig(Section):
     every: int = Field(1, ge=1, le=MOST, description="epochs")
 
 
+def no_std(setting: str, other: str) -> str:
+    """The sentence that ``setting``, which is about the std of a group, does nothing with the setting ``other``."""
+    return f"{setting} has no effect with {other}, which divides by no std: leave one of them out"
+
+
 class ExperimentalAdvantages(Section):
     """Rarely used settings of advantages."""
 

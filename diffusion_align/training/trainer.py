@@ -605,11 +605,12 @@ class Trainer(ABC, Generic[Batch]):
         check_same_run(self.config, self.identity, state["config"], state.get("identity") or {}, path, self.processes)
         if self.identity and not state.get("identity") and self.processes.is_main:
             print_warning(
-                f"{path} does not say what its model, data and rewards held: whether they are the same was not checked"
+                f"{path} does not record the content of its model, data and rewards: a change was not checked for"
             )
         if {n: t.shape for n, t in weights["trained"].items()} != {n: p.shape for n, p in self.trainable.items()}:
             raise CheckpointError(
-                f"checkpoint {path} holds other weights than this model trains: was the model's folder changed?"
+                f"checkpoint {path} holds other weights than this model trains: restore the model's folder or choose a "
+                "new output_dir"
             )
         self.epoch, self.step = state["epoch"], state["step"]
         self.optimization.load(

@@ -93,7 +93,7 @@ class AestheticSettings(NetworkSettings):
         if scorer[0].in_features != encoder.dim:
             raise RewardError(
                 f"the aesthetic head '{self.head or variant}' takes {scorer[0].in_features} numbers but CLIP "
-                f"'{encoder.name}' gives {encoder.dim}: choose the CLIP that the head was trained on"
+                f"'{encoder.name}' gives {encoder.dim}: set clip to the CLIP that the head was trained on"
             )
         label = f"the head in {self.head}" if self.head else HEADS[variant]
         return Aesthetic(encoder, scorer, batch_size=self.batch_size, label=label)
@@ -140,7 +140,7 @@ def head_file(variant: str) -> Path:
     if variant == "embedded":
         return Path(asset_path("aesthetic-head"))
     source = f"{V2_REPOSITORY}, {V2_FILE}" if variant == "v2" else V1_URL
-    advice = "connect once, or give local copies by the options head=FILE and clip=FOLDER"
+    advice = "connect once, or set the options head and clip to local copies"
     with foreign_code(f"the aesthetic head '{variant}' could not be downloaded ({source}; ", f"): {advice}"):
         if variant == "v2":
             from huggingface_hub import hf_hub_download
@@ -154,6 +154,6 @@ def head_file(variant: str) -> Path:
                 torch.hub.download_url_to_file(V1_URL, str(path), progress=False)
     if not has_digest(path, SHA256[variant]):
         raise RewardError(
-            f"'{path}' is not the published aesthetic head '{variant}': delete it, or give a file as head"
+            f"'{path}' is not the published aesthetic head '{variant}': delete it, or set head to another file"
         )
     return path

@@ -207,8 +207,8 @@ def share_encoder(
     key, wanted = (name, str(device), dtype), torch_dtype(dtype, device)
     encoder = _loaded.get(key) if _shared.get() else None
     if encoder is None or encoder.device.type != device.type or device.index not in (None, encoder.device.index):
-        advice = "check the name and the connection, or give a folder that holds one"
-        with foreign_code(f"CLIP '{name}' could not be loaded (", f"): {advice}"), recorded() as places:
+        advice = "check the name and the connection, or give a folder that holds a CLIPModel"
+        with foreign_code(f"clip='{name}' could not be loaded (", f"): {advice}"), recorded() as places:
             encoder = load(device, wanted)
         encoder.places = places
         if _shared.get():

@@ -50,7 +50,7 @@ class HpsV2Settings(NetworkSettings):
         "differentiable": True,
     }
 
-    version: Literal["v2.1", "v2"] = Field("v2.1", description="their values do not compare")
+    version: Literal["v2.1", "v2"] = Field("v2.1", description="which weights; scores of the two are not comparable")
     weights: LocalFile = Field(None, description="a local .pt or .safetensors file in place of the download")
     architecture: str = Field(
         "ViT-H-14", min_length=1, description="open_clip's name for the network; the published weights are of ViT-H-14"

@@ -119,7 +119,7 @@ class ImageRewardSettings(NetworkSettings):
     @classmethod
     def _there(cls, tokenizer: str) -> str:
         if is_missing_folder(tokenizer):
-            raise ValueError(f"it is not a folder: give one that holds the tokenizer of {TOKENIZER}")
+            raise ValueError(f"give a folder that holds the tokenizer of {TOKENIZER}, or a Hub id")
         return tokenizer
 
     def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> ImageReward:

@@ -57,7 +57,7 @@ class Ocr(RewardSettings):
         description="pixels to which the shorter side is enlarged first; more finds smaller letters and takes longer",
     )
     num_threads: int = Field(
-        1, ge=1, le=1024, description="of the reader; one leaves the other cores to the sampler that runs beside it"
+        1, ge=1, le=1024, description="threads of the reader; one leaves the other cores to the sampler"
     )
     _engine: Any = None
     _lock: Any = PrivateAttr(default_factory=threading.Lock)  # the engine keeps state between its steps

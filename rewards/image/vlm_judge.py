@@ -84,9 +84,9 @@ def _as_given(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 def _writable_folder(cache: str | Path | None) -> str | Path | None:
     if cache is not None and not isinstance(cache, str | Path):
-        raise RewardError(f"cache={short(cache)} must be a folder")
+        raise RewardError(f"cache={short(cache)} is not allowed: it must be a folder")
     if cache is not None:
-        check_output(cache, f"cache={short(str(cache))} must be a folder: it", "folder", error=RewardError)
+        check_output(cache, f"cache={short(str(cache))}", "folder", error=RewardError)
     return cache
 
 
@@ -106,7 +106,7 @@ class VlmJudgeSettings(RewardSettings):
         URL, description="where /chat/completions is, e.g. https://api.openai.com/v1"
     )
     model_name: str | None = Field(
-        None, min_length=1, description="of the model to ask; None for the only one that the endpoint lists"
+        None, min_length=1, description="name of the model; None for the only one that the endpoint lists"
     )
     instructions: str = Field(INSTRUCTIONS, description="the question; {prompt}, {low} and {high} are filled in")
     range: tuple[Weight, Weight] = Field(
@@ -122,7 +122,7 @@ class VlmJudgeSettings(RewardSettings):
     retries: int = Field(
         3, ge=0, le=MOST, description="how often to ask again when an answer holds no number in the range"
     )
-    concurrency: int = Field(4, ge=1, le=MOST, description="questions at the same time")
+    concurrency: int = Field(4, ge=1, le=MOST, description="number of questions asked at the same time")
     cache: Annotated[str | Path | None, PlainValidator(_writable_folder)] = Field(
         None, description="folder in which answers are kept and looked up; runs and processes may share it"
     )

@@ -240,9 +240,7 @@ def weighted_sum(
     if (nothing := silent.all(dim=1)).any() and not may_be_silent:
         first = int(nothing.nonzero()[0])
         where = f" {_after(prompts[first])}" if prompts is not None else ""
-        raise RewardError(
-            f"no reward has anything to say about sample {first}{where}: at least one must return a number for it"
-        )
+        raise RewardError(f"every reward returned None for sample {first}{where}: at least one must return a number")
     return (scores.masked_fill(silent, 0.0) * weights.to(scores)).sum(dim=1).masked_fill(nothing, torch.nan)
 
 
@@ -261,7 +259,7 @@ def column_of(columns: Mapping[str, list[Any]], column: str, reward: str) -> lis
     """The values of a column that a reward cannot do without; RewardError naming those that are there."""
     if column not in columns:
         raise RewardError(
-            f"reward '{reward}' needs the column '{column}', which the data has not: {_there_are(columns)}"
+            f"reward '{reward}' needs the column '{column}', but the data has {_names(columns)}: add it or name another"
         )
     return columns[column]
 
@@ -286,12 +284,12 @@ def _arguments(
         if parameter.default is parameter.empty and parameter.name not in batch:
             if parameter.name == "completion_ids":
                 raise RewardError(
-                    f"reward '{reward_name(reward)}' needs 'completion_ids', but here are completions without their "
-                    "tokens: pass completion_ids with them, or score them by a pipeline"
+                    f"reward '{reward_name(reward)}' needs 'completion_ids', but the completions come without "
+                    "tokens: pass completion_ids as well, or score them by a pipeline"
                 )
             raise RewardError(
-                f"reward '{reward_name(reward)}' needs '{parameter.name}', "
-                f"which is neither an option nor a column of the data: {_there_are(columns)}"
+                f"reward '{reward_name(reward)}' needs '{parameter.name}', but the data has {_names(columns)}: set it "
+                "as an option, or add the column"
             )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return batch
@@ -321,5 +319,5 @@ def _after(prompt: Text) -> str:
     return f"(prompt {text_of(prompt)[:80]!r})"
 
 
-def _there_are(columns: Mapping[str, Any]) -> str:
-    return f"it has {', '.join(map(repr, sorted(columns)))}" if columns else "it has none but the prompts"
+def _names(columns: Mapping[str, Any]) -> str:
+    return f"the columns {', '.join(map(repr, sorted(columns)))}" if columns else "only prompts"

@@ -21,7 +21,7 @@ class ExactMatch(RewardSettings):
     about: ClassVar[dict[str, Any]] = {"needs": "answers in the data", "range": "0 or 1", "licence": "no model"}
 
     column: Column = Field(
-        "answer", description="of the data, that holds the answer, or a list of answers any of which will do"
+        "answer", description="column of the data with the answer, or a list of answers any of which will do"
     )
     ignore_case: bool = Field(False, description="upper and lower case are equal")
     ignore_punctuation: bool = Field(False, description="every punctuation mark counts as white space")

@@ -24,7 +24,7 @@ class Length(RewardSettings):
 
     target: float | None = Field(None, gt=0, le=LARGEST, description="the wanted length")
     unit: Literal["words", "chars"] = Field(
-        "words", description="what stands between white space, or Unicode code points, white space among them"
+        "words", description="words between white space, or Unicode code points, white space included"
     )
 
     def __call__(self, prompts: list[Text], completions: list[Text], **columns: list[Any]) -> list[float]:

@@ -41,7 +41,7 @@ class NumericMatch(RewardSettings):
     about: ClassVar[dict[str, Any]] = {"needs": "answers in the data", "range": "0 or 1", "licence": "no model"}
 
     column: Column = Field(
-        "answer", description="of the data, that holds the answer: a number, or text whose last number it is (GSM8K)"
+        "answer", description="column of the data with the answer: a number, or text whose last number it is (GSM8K)"
     )
     which: Literal["last", "first"] = Field("last", description="number of the completion")
     tolerance: float = Field(

@@ -43,8 +43,8 @@ class Regex(RewardSettings):
     }
 
     pattern: Pattern = Field(
-        description="of Python's re, flags inside it: (?s) lets the dot match line breaks, (?i) ignores case; nested "
-        "repetitions can take very long"
+        description="regular expression of Python, flags inside it: (?s) lets the dot match line breaks, (?i) ignores "
+        "case; nested repetitions can take very long"
     )
     mode: Literal["search", "full", "count", "share"] = Field(
         "search", description="a match somewhere, of the whole completion, their number, or the characters they cover"

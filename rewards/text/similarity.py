@@ -92,7 +92,7 @@ class SimilaritySettings(TextNetworkSettings):
         "licence": "Apache-2.0 (all-MiniLM-L6-v2); other encoders: see each",
     }
 
-    column: Column = Field("reference", description="of the data, that holds the reference")
+    column: Column = Field("reference", description="column of the data with the reference")
     text: str | None = Field(None, min_length=1, description="one reference for all; no column is then read")
     encoder: NetworkName | None = Field(
         None,

@@ -133,7 +133,10 @@ def test_references_are_checked_with_the_configuration_and_made_absolute(mine, t
         with pytest.raises(ConfigError, match=message) as refused:
             check_config(raw | {"sampler": {"name": name}})
         assert len(refused.value.problems) == 1
-    with pytest.raises(ConfigError, match="ddpm takes no options"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^sampler.options={'last': 0.5} is for a sampler of your own, not for name=ddpm: leave it out$",
+    ):
         check_config(raw | {"sampler": {"name": "ddpm", "options": {"last": 0.5}}})
 
 

@@ -209,7 +209,7 @@ def test_a_check_that_fails_on_one_process_ends_both_and_one_says_what_is_left_o
 def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "kto", "reward": ["silent"]})
     for said in end_in_a_sentence(forked, config, tmp_path):
-        assert_problem([said], "no reward", f"about sample 0 (prompt {ORDER[1]!r})")
+        assert_problem([said], "every reward", f"sample 0 (prompt {ORDER[1]!r})")
 
 
 def test_a_prompts_completions_that_would_be_divided_are_refused(forked, write, tmp_path):

@@ -328,7 +328,7 @@ def test_a_run_is_known_by_its_base(report, tiny_sd, tmp_path, quick):
     shutil.rmtree(above / "final")
     found, problems = report(model=str(above))
     assert found["model"] == f"{above} (a run that cannot be used)"
-    assert [problem for problem in problems if "has not finished" in problem]
+    assert [problem for problem in problems if "is an unfinished run" in problem]
 
 
 def test_the_reward_of_a_run_is_that_of_what_it_was(report, tmp_path, quick):
@@ -387,7 +387,7 @@ def test_a_typo_does_not_hide_the_rest(call_cli, write, tiny_sd):
     [
         ({"prompts": ...}, "prompts is required"),
         ({"prompts": "nowhere.txt"}, "'nowhere.txt': there is no such file"),
-        ({"reward": "beauty"}, "unknown reward 'beauty'"),
+        ({"reward": "beauty"}, "reward='beauty' is unknown"),
         ({"sampler": {"steps": 6, "eta": 0.0}}, "sampler.eta=0 makes every step deterministic"),
         ({"sampler": {"steps": 2000}}, "sampler.steps=2000 must lie between 1 and"),
         ({"clip_range": "2e-4", "learning_rate": -1}, "learning_rate=-1 is not allowed"),
@@ -523,7 +523,7 @@ def test_passes_of_text_methods(report, tmp_path, settings, passes):
 def test_a_callback_that_cannot_be_had(report, tiny_sd, quick, tmp_path):
     (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
     _, problems = report(model=str(tiny_sd), callbacks=[f"{tmp_path / 'mine.py'}:Mine", "nowhere.py:Mine"])
-    assert_problems(problems, ("callback", "is no Callback"), ("callback file 'nowhere.py'", "does not exist"))
+    assert_problems(problems, ("callback", "is not a Callback"), ("callback file 'nowhere.py'", "does not exist"))
 
 
 def test_a_text_recipe_without_its_prompts(report, tmp_path):

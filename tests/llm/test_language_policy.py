@@ -139,7 +139,7 @@ def test_what_cannot_be_trained_is_refused_with_one_sentence(tiny_lm, tokenizer,
     with pytest.raises(ValueError, match="without a reference"), policy.reference():
         pass
     for prompts, completions in (([[]], [[1]]), ([[1]], [])):
-        with pytest.raises(ValueError, match="one for each, no prompt empty"):
+        with pytest.raises(ValueError, match="give as many, and no empty prompt"):
             pack(prompts, completions, pad=0)
 
 

@@ -191,7 +191,7 @@ def wanted(completions, wanted):
     [
         ({"stop_when": {"gold_falling": 2}}, "stop_when.gold_falling needs evaluations"),
         ({"stop_when": {"kl_above": 2}}, "stop_when.kl_above needs the KL"),
-        ({"evaluation": {"reward": "lenght"}}, "evaluation.unknown reward 'lenght'"),
+        ({"evaluation": {"reward": "lenght"}}, "evaluation.reward='lenght' is unknown"),
         ({"evaluation": {"samples": 4}}, "evaluation.reward is required"),
         ({"evaluation": {"reward": "length", "prompts": "nowhere.txt"}}, "evaluation.prompts.source='nowhere.txt'"),
         ({"evaluation": {"reward": ["length"], "reward_weights": [1, 2]}}, "evaluation.reward_weights=[1.0, 2.0] are"),

@@ -229,7 +229,7 @@ def test_a_finished_run_goes_on_by_its_own_result(load, tmp_path, reloaded):
     assert rows_of(folder) == rows_of(tmp_path / "calm")
     assert_same_unet(pipe, calm, tolerance=0)
     pipe.merge()
-    with pytest.raises(UserError, match="align what it was trained on"):
+    with pytest.raises(UserError, match="by from_pretrained and align that"):
         pipe.align(reward=redness, output_dir=folder, resume=True, **short | {"epochs": 4})
 
 
@@ -588,7 +588,9 @@ def test_what_cannot_be_scored(base, golden, case):
 
 
 def test_metadata_of_another_length(base):
-    with pytest.raises(UserError, match="2 metadata"):
+    with pytest.raises(
+        UserError, match="images, prompts and metadata must be lists of the same length: got 1, 1 and 2"
+    ):
         base.score([WHITE], ["a"], redness, metadata=[{}, {}])
 
 

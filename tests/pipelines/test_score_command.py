@@ -78,13 +78,13 @@ def test_images_that_cannot_be_read(score, tmp_path):
     Image.fromarray(torch.full((8, 8), 4095).numpy().astype("uint16")).save(tmp_path / "deep.png")
     assert score("jpeg_compressibility", "broken.png") == (
         2,
-        "error: broken.png is no PNG, JPEG, WEBP, GIF, BMP or TIFF image that can be read",
+        "error: broken.png is not a readable PNG, JPEG, WEBP, GIF, BMP or TIFF image",
     )
     status, error = score("jpeg_compressibility", "bomb.png")
     assert (status, error.count("\n")) == (2, 0)
     assert error == "error: bomb.png has more pixels than the 178956970 that are read"
     assert score("jpeg_compressibility", "deep.png")[1].startswith(
-        "error: deep.png has 16 bits a channel and uses less"
+        "error: deep.png has 16 bits per channel and uses less"
     )
     assert score("jpeg_compressibility", "none.png") == (2, "error: there is no image none.png")
 
@@ -123,7 +123,7 @@ def test_the_images_choose_the_networks_and_score_names_them(published, monkeypa
 def test_local_copies_of_the_published_networks(published, call_cli):
     status, _, err = call_cli("score", "aesthetic", "photo.png")
     assert status == 2
-    assert err.endswith("connect once, or give local copies by the options head=FILE and clip=FOLDER\n")
+    assert err.endswith("connect once, or set the options head and clip to local copies\n")
     status, _, err = call_cli("score", "aesthetic", "photo.png", "--option", "head=head.pth", "--option", "clip=clip")
     assert (status, err) == (0, "scored by aesthetic: the head in head.pth, on CLIP clip\n")
 

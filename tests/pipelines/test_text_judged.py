@@ -78,11 +78,11 @@ def test_the_judge_gets_the_columns_and_must_say_something(pipe):
     notes = [{"letter": "a"}, {"letter": "e"}, {"letter": "s"}]
     result = compare_texts(pipe, pipe, PROMPTS, wanted, metadata=notes, **FAST)
     assert result.texts[1]["score_a"] == result.texts[1]["a"].count("e")
-    with pytest.raises(RewardError, match="no reward has anything to say about sample"):
+    with pytest.raises(RewardError, match="every reward returned None for sample"):
         compare_texts(pipe, pipe, PROMPTS, lambda completions: [None] * len(completions), **FAST)
     with pytest.raises(UserError, match=r"must end in \.md or \.jsonl"):
         compare_texts(pipe, pipe, PROMPTS, length, output="x.png", **FAST)
-    with pytest.raises(ConfigError, match="unknown reward 'lenght'"):
+    with pytest.raises(ConfigError, match="reward='lenght' is unknown"):
         compare_texts(pipe, "nothing", PROMPTS, "lenght", **FAST)
 
 
@@ -143,7 +143,7 @@ def test_what_makes_no_pairs(pipe, tmp_path):
         pipe.make_pairs(PROMPTS, length, tmp_path / "x", per_prompt=1)
     with pytest.raises(UserError, match="3 prompts and 1 metadata"):
         pipe.make_pairs(PROMPTS, length, tmp_path / "x", metadata=[{}])
-    with pytest.raises(ConfigError, match="unknown reward 'lenght'"):
+    with pytest.raises(ConfigError, match="reward='lenght' is unknown"):
         make_pairs(TextCandidates("tiny-lm"), [("a", {})], "lenght", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -202,10 +202,10 @@ def test_the_sampled_columns_are_the_listing_of_the_source():
     ("q", "p", "samples", "wanted"),
     [
         (Q, P, 1, "samples=1 is not allowed"),
-        (Normal(0, 0), P, 10, "q = 0 0 is no Gaussian: give a mean and a std > 0"),
-        (Q, Normal(0, -1), 10, "p = 0 -1 is no Gaussian"),
-        (Normal(math.nan, 1), P, 10, "q = nan 1 is no Gaussian"),
-        (Q, Normal(0, math.inf), 10, "p = 0 inf is no Gaussian"),
+        (Normal(0, 0), P, 10, "q = 0 0 is not a Gaussian: give a mean and a std > 0"),
+        (Q, Normal(0, -1), 10, "p = 0 -1 is not a Gaussian"),
+        (Normal(math.nan, 1), P, 10, "q = nan 1 is not a Gaussian"),
+        (Q, Normal(0, math.inf), 10, "p = 0 inf is not a Gaussian"),
         (Q, Normal(1e9, 1), 10, r"too different to compare \(KL 5e\+17\)"),
         (Normal(0, 1e-200), P, 10, "too different to compare"),
         (Normal(1e308, 1), Normal(-1e308, 1), 10, "too different to compare"),
@@ -488,7 +488,7 @@ def test_the_command_draws_two_figures(command, monkeypatch, tmp_path):
 
 
 BAD = {
-    ("--q", "0", "0"): "q = 0 0 is no Gaussian",
+    ("--q", "0", "0"): "q = 0 0 is not a Gaussian",
     ("--samples", "1"): "--samples",
     ("--plot", "note.txt"): "--plot: the folder note.txt",
     ("--plot", "taken"): "taken/kl_gradient_coefficients.png cannot be written",

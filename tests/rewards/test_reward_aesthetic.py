@@ -114,7 +114,7 @@ def test_offline_the_sentence_says_what_to_do_and_no_clip_is_loaded(variant, mon
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(module, "load_clip", None)
     said = refusal(build_reward, {"name": "aesthetic", "variant": variant})
-    assert re.search(r"could not be downloaded .*OSError: no route.*head=FILE", said)
+    assert re.search(r"could not be downloaded .*OSError: no route.*set the options head and clip", said)
 
 
 def test_the_model_chooses_the_variant(monkeypatch):

@@ -270,7 +270,7 @@ def test_a_module_name_for_a_file_here_gets_the_hint(file, monkeypatch):
 def test_what_fails_while_building_names_the_reward(file):
     with pytest.raises(RewardError, match=r"reward 'Broken' .*OSError: no such weights"):
         build_reward(f"{file}:Broken")
-    with pytest.raises(RewardError, match="'Mute' gives a Mute, which is not callable"):
+    with pytest.raises(RewardError, match="'Mute' is a Mute, which is not callable: define __call__"):
         build_reward(f"{file}:Mute")
 
 

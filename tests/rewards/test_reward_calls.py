@@ -359,7 +359,7 @@ def test_options_that_say_where():
     assert [runs_in_background(part) for part in both.parts] == [True, False]
     assert not runs_in_background(brightness), "the function is left as it is"
     assert runs_in_background(build_text_reward({"name": matches, "background": True, "scale": 2.0}))
-    wrong = "background='yes' of a reward must be true or false"
+    wrong = "reward.background='yes' is not allowed: it must be true or false"
     assert refusal(declare, IMAGES_KIND, {"name": brightness, "background": "yes"}) == wrong
     said = refusal(declare, IMAGES_KIND, [{"name": brightness, "background": 1}])
     assert wrong.replace("'yes'", "1") in said

@@ -241,5 +241,5 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch):
         raise OSError("We couldn't connect\nto the Hub")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(RewardError, match=r"CLIP 'openai/clip-vit-large-patch14' could not be loaded \(OSError: We"):
+    with pytest.raises(RewardError, match=r"clip='openai/clip-vit-large-patch14' could not be loaded \(OSError: We"):
         build_reward("clip_score", model="stable-diffusion-v1-5/stable-diffusion-v1-5")

@@ -267,12 +267,14 @@ def test_building_leaves_the_global_rng_alone(folder):
 def test_the_published_file_is_asked_for_and_offline_one_sentence_says_so(folder, monkeypatch):
     assert "ImageReward.pt could not be downloaded from zai-org/ImageReward" in refusal(build_reward, "image_reward")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file: str(folder / file))
-    assert "'google-bert/bert-base-uncased' has no tokenizer that loads" in refusal(build_reward, "image_reward")
+    assert "the tokenizer of 'google-bert/bert-base-uncased' could not be loaded" in refusal(
+        build_reward, "image_reward"
+    )
 
 
 def test_a_tokenizer_of_another_network_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 20}))
-    assert "has no tokenizer" in refusal(build_reward, spec(folder, tokenizer=str(tmp_path)))
+    assert "the tokenizer of " in refusal(build_reward, spec(folder, tokenizer=str(tmp_path)))
 
 
 EYE, BERT = "blip.visual_encoder", "blip.text_encoder"

@@ -79,4 +79,4 @@ def test_half_precision_is_refused_on_a_cpu(name):
         said = refusal(build_text_reward, spec | {"model": "a/b"})
     else:
         said = refusal(build_reward, spec, model="emoji-sd")
-    assert "dtype='float16' is for GPUs" in said
+    assert "dtype='float16' needs a GPU" in said

@@ -182,7 +182,7 @@ def test_a_pick_score_folder_without_a_tokenizer_borrows_one(picker, clip_folder
 def test_clip_score_refuses_a_folder_without_a_tokenizer(clip_folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(clip_folder / name, tmp_path / name)
-    with pytest.raises(RewardError, match="has no tokenizer of 3538 tokens but one of 2: give a folder"):
+    with pytest.raises(RewardError, match="has 2 tokens, not 3538: give a folder"):
         build_reward({"name": "clip_score", "clip": str(tmp_path)})
 
 
@@ -208,7 +208,7 @@ def test_the_version_names_the_file_to_download(version, preferrer, hps_files, m
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        ({"name": "pick_score"}, "CLIP 'yuvalkirstain/PickScore_v1' could not be loaded"),
+        ({"name": "pick_score"}, "clip='yuvalkirstain/PickScore_v1' could not be loaded"),
         ({"name": "hps_v2"}, r"HPS_v2.1_compressed.pt could not be downloaded from xswu/HPSv2 \(.*local file"),
     ],
 )
@@ -229,7 +229,7 @@ def test_an_architecture_that_open_clip_does_not_know(hps_files):
         (lambda state: {k: v for k, v in state.items() if k != "visual.proj"}, r"lacks 'visual.proj': give the pub"),
         (lambda state: {k: v for k, v in state.items() if "proj" not in k}, r"\(and \d+ more faults\): give"),
         (lambda state: {**state, "visual.proj": torch.zeros(4, 4)}, r"'visual.proj' of shape \(4, 4\) instead of \(32"),
-        (lambda state: {**state, "visual.more": torch.zeros(4)}, "has 'visual.more', for which the network has no"),
+        (lambda state: {**state, "visual.more": torch.zeros(4)}, "has 'visual.more', which the network does not have"),
         (lambda state: b"not a file of tensors", r"is not a file of tensors \(UnpicklingError"),
         (lambda state: b"", r"is not a file of tensors \(EOFError"),
         (lambda state: torch.zeros(3), r"is not a file of tensors \(AttributeError"),

@@ -133,7 +133,7 @@ def test_settings_that_are_no_reward_are_built(file):
 
 
 def test_settings_take_no_options_beside_them():
-    with pytest.raises(RewardError, match=r"settings already: .*\(target\)"):
+    with pytest.raises(RewardError, match=r"has its own options: give target to it"):
         build_text_reward({"name": Length(), "target": 4})
 
 

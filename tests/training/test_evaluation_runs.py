@@ -308,7 +308,10 @@ def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
     [
         ({"evaluation": None, "stop_when": {"gold_falling": 2}}, ("stop_when.gold_falling", "needs evaluations")),
         ({"stop_when": {"gold_falling": 2}}, ("stop_when.gold_falling", "set evaluation.reward")),
-        ({"evaluation": {"reward": "aesthtic"}}, ("evaluation.unknown reward", "did you mean 'aesthetic'")),
+        (
+            {"evaluation": {"reward": "aesthtic"}},
+            ("evaluation.reward='aesthtic' is unknown", "did you mean 'aesthetic'"),
+        ),
         ({"evaluation": {"reward": []}}, ("evaluation.reward", "empty")),
         ({"evaluation": {"prompts": "nowhere.txt"}}, ("evaluation.prompts.source", "no such file")),
         ({"evaluation": {"pictures": 1}}, ("evaluation.samples", "not allowed")),

@@ -87,7 +87,10 @@ def test_a_plain_launch_is_taken(precision):
         ({"ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"}, "SageMaker"),
         ({"ACCELERATE_USE_CPU": "perhaps"}, "ACCELERATE_USE_CPU='perhaps' must be true or false"),
         ({"ACCELERATE_TORCH_DEVICE": "warp:9"}, "ACCELERATE_TORCH_DEVICE='warp:9' cannot be used: "),
-        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE='meta' cannot be used: it holds no numbers"),
+        (
+            {"ACCELERATE_TORCH_DEVICE": "meta"},
+            "ACCELERATE_TORCH_DEVICE='meta' cannot be used, as it holds no data: give cpu",
+        ),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "launch with --mixed_precision no"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision=bf16, or launch with"),
     ],

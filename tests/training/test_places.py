@@ -113,7 +113,7 @@ def test_both_kinds_of_run_find_their_base_there(here, tmp_path, tiny_sd, kind):
         assert language_model_ref(name, ("causal",)).base == str(base)
         (run / "config.yaml").write_text("model: ./gone\n")
         (run / "final" / "adapter_config.json").write_text('{"base_model_name_or_path": "./gone"}')
-        with pytest.raises(UserError, match="whose base cannot be used"):
+        with pytest.raises(UserError, match="whose base model"):
             language_model_ref(name, ("causal",))
 
 

@@ -120,7 +120,7 @@ def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted
     assert run(**settings_in(begun, **changes)).epoch == 2
     said = capfd.readouterr().err
     assert (
-        "resumed with sample_batch_size=1 (was 2), micro_batch_size=1 (was 2): from here on numbers may differ" in said
+        "resumed with sample_batch_size=1 (was 2), micro_batch_size=1 (was 2): from here on, results may differ" in said
     )
 
     (begun / "mine.py").write_text(REWARD + "# corrected\n")
@@ -146,11 +146,9 @@ def test_the_same_content_elsewhere_is_the_same_run_and_a_change_can_be_accepted
 
     (newest / "manifest.json").write_text(json.dumps(manifest | {"state.json": _sha256(newest / "state.json")}))
     assert run(**settings_in(begun, **(changes | {"epochs": 5}))).epoch == 5
-    lines = [
-        line for line in capfd.readouterr().err.splitlines() if "whether they are the same was not checked" in line
-    ]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "a change was not checked for" in line]
     assert len(lines) == 1
-    assert lines[0].startswith(f"warning: {newest} does not say what its model, data and rewards held")
+    assert lines[0].startswith(f"warning: {newest} does not record the content of its model, data and rewards")
 
 
 def pairs_folder(folder):
