@@ -116,10 +116,10 @@ def _unwritable(path: str | Path, want: str) -> str | None:
     there = place if want == "folder" else place.parent
     while not there.exists():  # without an error: ``_wrong`` has seen those
         if there.is_symlink():
-            return f"cannot be made: {there} is a link to nothing: choose another path"
+            return f"cannot be made, as {there} is a link to nothing: give another path"
         there = there.parent
     if not there.is_dir():
-        return f"cannot be made: {there} is a file"
+        return f"cannot be made, as {there} is a file: give another path"
     try:
         tempfile.TemporaryFile(dir=there, prefix=PROBE).close()
         if want == "file" and place.exists() and not os.access(place, os.W_OK):

@@ -112,7 +112,7 @@ def odd_number(text: str) -> str | None:
     """What to do about a text that is a number, but not a plain one; None for all others."""
     shown = text if len(text) <= 40 else text[:37] + "..."
     if ODD_NUMBER.fullmatch(text):
-        return f"{shown} is more than one number: write it plainly in decimal digits, or in quotes if it is text"
+        return f"{shown} can mean more than one number: write it in plain decimal digits, or in quotes if it is text"
     if _FLOAT.fullmatch(text) and Unread(text, 0).number() is None:
         return f"{shown} is too large or too long a number: write a smaller one, or in quotes if it is text"
     return None

@@ -92,7 +92,7 @@ def _switched(recipe: dict[str, Any], overrides: Sequence[str], section: type[Tr
     unfit = {name for name in one_by_one(kept) if {name, name.partition(".")[0]} & (wrong - typed)} - typed
     left_out = [name for name in one_by_one(recipe) if name in unfit or name in aliases_of(section)]
     if left_out and is_first_process():
-        print(f"method={raw['method']} leaves out of the recipe: {', '.join(left_out)}", file=sys.stderr)
+        print(f"method={raw['method']} does not use from the recipe: {', '.join(left_out)}", file=sys.stderr)
     return apply_overrides(_without(kept, unfit), overrides, unread=True, section=section)
 
 

@@ -71,7 +71,7 @@ class PromptsSettings(TypedDict, total=False):
     skip_bad_rows: bool
     """skip rows that cannot be used"""
     max_prompts: int | None
-    """use only the first so many prompts; no more are downloaded from a Hub dataset"""
+    """use only this many prompts, the first; no more are downloaded from a Hub dataset"""
 
 
 class ImageEvaluationSettings(TypedDict, total=False):
@@ -119,16 +119,16 @@ class PairsSettings(TypedDict, total=False):
     skip_bad_rows: bool
     """skip rows that cannot be used"""
     max_pairs: int | None
-    """use only the first so many pairs; no more are downloaded from a Hub dataset"""
+    """use only this many pairs, the first; no more are downloaded from a Hub dataset"""
 
 
 class ExperimentalDiffusionDPOSettings(TypedDict, total=False):
     target: Literal["posterior_mean", "posterior_sample", "logged"]
-    """x_s: given x_0, sampled given x_0, or online as the sampler sampled it"""
+    """x_s: its mean given x_0, a sample given x_0, or online the one that the sampler logged"""
     reward_mode: Literal["kl", "signed_kl", "logratio"]
     """corrected: r is the KL to the reference (eq. 36), that with a sign, or the log-ratio"""
     old_refresh: Literal["update", "epoch"]
-    """corrected: how old the policy of r is"""
+    """corrected: when the policy that r is computed with is refreshed"""
     loser_weight: float
     """weight of the rejected image's error"""
     loser_clip: float | None
@@ -156,7 +156,7 @@ class TextDataSettings(TypedDict, total=False):
     skip_bad_rows: bool
     """skip rows that cannot be used"""
     max_rows: int | None
-    """use only the first so many rows; no more are downloaded from a Hub dataset"""
+    """use only this many rows, the first; no more are downloaded from a Hub dataset"""
 
 
 class TextEvaluationSettings(TypedDict, total=False):
@@ -205,7 +205,7 @@ class DynamicBetaSettings(TypedDict, total=False):
     beta_max: float
     """beta(x) is penalized above this"""
     range_weight: float
-    """of leaving [beta_min, beta_max]"""
+    """weight of leaving [beta_min, beta_max]"""
     smoothness_weight: float
     """weight of the squared slope in the embedding"""
     entropy_weight: float
@@ -286,9 +286,9 @@ class SharedSettings(TypedDict, total=False):
     num_threads: int | None
     """torch's CPU threads; its own default if not given"""
     checkpoint_every: int
-    """epochs"""
+    """epochs between checkpoints"""
     checkpoint_minutes: float | None
-    """since the last one: then one is due as well; null for never"""
+    """minutes since the last checkpoint after which one is written as well; null for never"""
     interrupt_grace: float
     """seconds for a reward to answer after the run received an interrupt"""
     keep_checkpoints: int
@@ -365,7 +365,7 @@ class DDPOSettings(ImageSettings, total=False):
     history_size: int
     """rewards kept per prompt, for the 4096 prompts seen last"""
     history_min_count: int
-    """number of rewards of a prompt from which on its own history is used; before, the whole epoch's"""
+    """number of rewards from which on a prompt's own history is used; until then, the whole epoch's"""
     advantage_clip: float
     """bound on an advantage; with leave_one_out, in the unit of the reward"""
     kl_coef: float
@@ -556,9 +556,9 @@ class KTOSettings(TextSettings, total=False):
     beta: float
     """price of one nat of log-ratio to the reference"""
     desirable_weight: float
-    """times their number, 1 to 4/3 of the same of the undesirable"""
+    """weight of desirable completions; times their number, 1 to 4/3 of undesirable_weight times theirs"""
     undesirable_weight: float
-    """the same of the undesirable"""
+    """weight of undesirable completions"""
     desirable_above: float | None
     """online: threshold on the reward; the mean over the prompt's completions if not given"""
     experimental: ExperimentalKTOSettings | ExperimentalKTOConfig

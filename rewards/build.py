@@ -361,9 +361,9 @@ def find(source: str, kind: Kind) -> tuple[str, Any]:
     if ":" not in source:
         ours = f"{', '.join(kind.table)}, or your own as 'module:function' or 'file.py:function'"
         if source in kind.other.table:
-            raise RewardError(f"reward '{source}' scores {kind.other.subject}, not {kind.subject}: there are {ours}")
-        meant = did_you_mean(source, kind.table)
-        raise RewardError(f"reward={short(source)} is unknown: {meant + ' There' if meant else 'there'} are {ours}")
+            raise RewardError(f"reward '{source}' scores {kind.other.subject}, not {kind.subject}: use one of {ours}")
+        remedy = did_you_mean(source, kind.table) or f"use one of {ours}"
+        raise RewardError(f"reward={short(source)} is unknown: {remedy}")
     target = resolve(source, "reward", error=RewardError)
     if not callable(target):
         raise RewardError(f"reward '{source}' is a {type(target).__name__}: name a function or a class")
@@ -398,9 +398,8 @@ def _check_options(label: str, target: Any, options: Mapping[str, Any], kind: Ki
         for key in options:
             if key not in allowed:
                 known = sorted([*allowed, *kind.switches, "scale"])
-                meant = did_you_mean(str(key), known)
-                takes = f"{meant + ' It' if meant else 'it'} takes {', '.join(known)}"
-                raise RewardError(f"reward '{label}' has no option '{key}': {takes}")
+                remedy = did_you_mean(str(key), known) or f"it takes {', '.join(known)}"
+                raise RewardError(f"reward '{label}' has no option '{key}': {remedy}")
     if kind.by_name and not inspect.isclass(target):
         return  # what is missing may be a column of the data
     missing = [p.name for p in named if p.default is p.empty and p.name not in options and p.name not in kind.context]

@@ -225,7 +225,7 @@ SWITCHES = [
 def test_a_recipe_is_switched_by_its_method(name, overrides, left_out, tmp_path, capsys):
     config = read_config(name, [*overrides, f"output_dir={tmp_path / 'run'}"])
     assert overrides[0] == f"method={config.method}"
-    line = f"{overrides[0]} leaves out of the recipe: {left_out}\n" if left_out else ""
+    line = f"{overrides[0]} does not use from the recipe: {left_out}\n" if left_out else ""
     assert capsys.readouterr().err == line
 
 

@@ -26,7 +26,7 @@ REFUSED = {
     "list as a key": ("? [a]\n: 1", "a key must be a text"),
     "deep": ("[" * 4000, "nested more than 50"),
     "deep mappings": ("".join(" " * i + "a:\n" for i in range(200)), "nested more than 50"),
-    "octal": ("a: 010", "010 is more than one number"),
+    "octal": ("a: 010", "010 can mean more than one number"),
     "new octal": ("a: 0o10", "more than one number"),
     "hexadecimal": ("a: 0x1F", "more than one number"),
     "binary": ("a: 0b11", "more than one number"),
@@ -110,7 +110,7 @@ def test_rows_keep_words_and_plain_numbers():
     rows = parse("[no, 10:30, 1e5, 3, 2024-11-30, true, {prompt: x, n: 2, s: 1e5}]", unread=True)
     wanted = ["no", "10:30", "1e5", 3, "2024-11-30", True, {"prompt": "x", "n": 2, "s": "1e5"}]
     assert read_as(PromptsConfig, rows) == wanted
-    with pytest.raises(ConfigError, match=r"010 is more than one number.* \(line 1\)"):
+    with pytest.raises(ConfigError, match=r"010 can mean more than one number.* \(line 1\)"):
         read_as(Any, [{"answer": Unread("010", 1)}])
 
 

@@ -50,7 +50,7 @@ def _models() -> list[Group]:
         "smollm2": "text: SmolLM2-135M-Instruct, from a Python package; docs/text.md says how to install it",
     }
     embedded = [Entry(name, about[name]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)]
-    other = "an SD1.x, SD2 or SDXL diffusers folder or Hub id, or a causal language model's"
+    other = "a diffusers folder or Hub id of SD 1.x, SD 2 or SDXL, or one of a causal language model"
     return [Group("models", [*embedded, Entry("any other", other)])]
 
 

@@ -316,7 +316,7 @@ def open_table(source: TableSource) -> Table:
             return _mapped(source, str(path.resolve()), path)
         if len(files) > 1:
             names = " and ".join(file.name for file in files)
-            raise ConfigError([f"{source} holds {names}: give the file that is meant"])
+            raise ConfigError([f"{source} holds {names}: give one of these files"])
         path = files[0]
     if not os.path.isfile(path):
         start = f"{source.name}.source={short(source.source)}"

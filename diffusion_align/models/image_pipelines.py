@@ -107,13 +107,13 @@ def _check_variant(model: str, variant: str | None) -> None:
     }
     variants = sorted(set().union(*held.values()) - {None})
     if variant is not None and held and variant not in variants:
-        others = f"only {', '.join(variants)}" if variants else "none at all"
-        raise UserError(f"weights_variant={variant!r}: of variants the folder {model!r} has {others}")
+        remedy = f"use one of {', '.join(variants)}" if variants else "leave it out"
+        raise UserError(f"weights_variant={variant!r}: the folder {model!r} has no such weights: {remedy}")
     lacking = [name for name, found in held.items() if found and not found & {None, variant}]
     if lacking:
         raise UserError(
-            f"weights_variant={variant!r}: {lacking[0]}/ of the folder {model!r} has weights of the variants "
-            f"{', '.join(sorted(held[lacking[0]] - {None}))} only: name one of them"
+            f"weights_variant={variant!r}: {lacking[0]}/ of the folder {model!r} has weights of other variants only: "
+            f"use one of {', '.join(sorted(held[lacking[0]] - {None}))}"
         )
 
 

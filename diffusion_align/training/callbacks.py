@@ -177,7 +177,7 @@ class Trackers(Callback):
                 call()
         except (Exception, SystemExit, Overdue) as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            print_warning(f"the tracker {name} failed and gets no more ({why})")
+            print_warning(f"the tracker {name} failed and is not used any more ({why})")
             return False
         return True
 

@@ -50,8 +50,8 @@ class FolderLock:
                 if error.errno not in _UNSUPPORTED:
                     raise
                 print_warning(
-                    f"{self.folder}: its file system knows no locks ({error.strerror}): see to it that no other "
-                    "process uses this folder"
+                    f"{self.folder}: its file system has no locks ({error.strerror}): make sure that no other process "
+                    "uses this folder"
                 )
                 self.path.unlink(missing_ok=True)
                 return self

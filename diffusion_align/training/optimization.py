@@ -85,9 +85,9 @@ class Optimization:
             rate, decay = self.config.learning_rate, self.config.weight_decay
             remedy = "lower learning_rate"
             if not rate * decay <= 1:  # AdamW multiplies the weights by 1 minus this
-                remedy = f"weight_decay={decay:g} times learning_rate={rate:g} is above 1, lower one of them"
+                remedy = f"weight_decay={decay:g} times learning_rate={rate:g} is above 1, so lower one of them"
             raise TrainingError(
-                f"the trained weights are not finite after step {number}, and nothing of them was written: {remedy}"
+                f"the trained weights are not finite after step {number}, and were not written: {remedy}"
             )
         if not (math.isfinite(total) or self.accelerator.scaler):
             raise TrainingError(f"the norm of the gradient is not finite at step {number}: lower learning_rate")

@@ -201,7 +201,7 @@ def test_a_check_that_fails_on_one_process_ends_both_and_one_says_what_is_left_o
     assert not run.timed_out, "a process went on waiting for one that is gone"
     assert run.statuses == [2, 2], run.errors
     first, second = (error.strip().splitlines() for error in run.errors)
-    assert first[0] == "method=kto leaves out of the recipe: loss_type"
+    assert first[0] == "method=kto does not use from the recipe: loss_type"
     assert first[-1].startswith("error: process 1: reward 'only_one_refuses' raised")
     assert len(second) == 1
 

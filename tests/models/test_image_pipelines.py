@@ -133,12 +133,12 @@ def renamed(folder, changes):
 @pytest.mark.parametrize(
     ("endings", "variant", "expected"),
     [
-        ({}, "fp16", "none at all"),
-        ({"*": ".fp16.safetensors"}, "bf16", "only fp16"),
-        ({"*": ".fp16.safetensors"}, "fp", "only fp16"),
-        ({"*": ".fp16.safetensors"}, None, "fp16 only"),
-        ({"unet": ".fp16.safetensors", "vae": ".ema.safetensors"}, "fp16", "vae/.* ema only"),
-        ({"*": ".fp16-00001-of-00002.safetensors"}, None, "fp16 only"),
+        ({}, "fp16", "leave it out$"),
+        ({"*": ".fp16.safetensors"}, "bf16", "use one of fp16$"),
+        ({"*": ".fp16.safetensors"}, "fp", "use one of fp16$"),
+        ({"*": ".fp16.safetensors"}, None, "use one of fp16$"),
+        ({"unet": ".fp16.safetensors", "vae": ".ema.safetensors"}, "fp16", "vae/ .* use one of ema$"),
+        ({"*": ".fp16-00001-of-00002.safetensors"}, None, "use one of fp16$"),
     ],
 )
 def test_a_missing_variant_gives_one_sentence_without_loading(endings, variant, expected, tiny_sd, tmp_path):

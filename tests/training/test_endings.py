@@ -224,7 +224,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch, ca
     Toy(tmp_path / "run", accelerator=accelerator, trackers=["tensorboard"]).train()
     assert (tmp_path / "run" / "final").is_dir()
     name = "0" if where == "start" else "failing"
-    said = f"warning: the tracker {name} failed and gets no more (ConnectionError: no route to host)\n"
+    said = f"warning: the tracker {name} failed and is not used any more (ConnectionError: no route to host)\n"
     assert capsys.readouterr().err == said
     assert trackers[0].calls.count(where) == 1
     assert trackers[1].calls == ["start", *["log"] * 9, "finish"]

@@ -92,7 +92,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     with FolderLock(tmp_path):
         check_not_in_use(tmp_path)
         said = capsys.readouterr().err
-        assert said.startswith(f"warning: {tmp_path}: its file system knows no locks (No locks available): see to it")
+        assert said.startswith(f"warning: {tmp_path}: its file system has no locks (No locks available): make sure")
         assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
