@@ -48,6 +48,7 @@ from diffusion_align.estimators import (
     ipo_loss,
 )
 from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.config import multiple_checks
 from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import agreement, equal_reward_metric
@@ -155,11 +156,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
         super().__init__(config, policy, reward, known, accelerator, evaluation=evaluation, callbacks=callbacks)
         self.pairs = pairs
-        if config.online and len(self.local_samples) % config.group_size:
-            raise ConfigError(
-                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of group_size="
-                f"{config.group_size} x {self.accelerator.num_processes} processes"
-            )
+        if config.online:
+            for problem in multiple_checks(config, "group_size", self.accelerator.num_processes):
+                raise ConfigError([problem])
         schedule = self.exact_schedule
         scales = step_scales(schedule, self.trained_steps, config.weighting)
         self.scales = scales.to(self.accelerator.device, torch.float32)

@@ -17,7 +17,7 @@ from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
-from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, Weight
+from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, Weight, multiple_checks
 from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
 
 if TYPE_CHECKING:
@@ -146,6 +146,11 @@ class DenoisingConfig(PolicyConfig):
         yield from reward_checks(getattr(self, "reward", None), "image")
 
 
+def _range_checks(steps: tuple[float, float]) -> Iterator[str]:
+    if not 0 <= steps[0] < steps[1] <= 1:
+        yield f"timestep_range={list(steps)} must be two numbers 0 <= first < last <= 1"
+
+
 class ExperimentalDDPO(ExperimentalAdvantages):
     """Rarely used settings of DDPO."""
 
@@ -225,11 +230,7 @@ class DDPOConfig(DenoisingConfig):
                 "sampler.eta=0 makes every step deterministic, so there is no log-prob to train on: set sampler.eta "
                 "above 0"
             )
-        if self.samples_per_epoch % self.group_size:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
-                "change one of them"
-            )
+        yield from multiple_checks(self, "group_size")
         if self.advantages != "prompt_history" and self.group_size < 2:
             yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
         if self.advantages == "leave_one_out" and self.experimental.clips_std:
@@ -240,8 +241,7 @@ class DDPOConfig(DenoisingConfig):
                 "prompt would ever use its own history: change one of them"
             )
         yield from self.experimental.bounds_checks()
-        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
+        yield from _range_checks(self.timestep_range)
         if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
             yield (
                 "experimental.credit=to_go needs the KL of every later step: set timestep_fraction=1 and "
@@ -351,18 +351,14 @@ class DiffusionDPOConfig(DenoisingConfig):
             yield "give pairs, or prompts and a reward to sample and judge pairs online"
         if not self.online and self.prompts is not None:
             yield "give either pairs, or prompts to sample and judge pairs online, not both"
-        if self.online and self.samples_per_epoch % self.group_size:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of group_size={self.group_size}: "
-                "change one of them"
-            )
+        if self.online:
+            yield from multiple_checks(self, "group_size")
         rare = self.experimental
         if rare.target == "logged" and (not self.online or self.sampler.is_deterministic):
             yield "experimental.target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
         if rare.target == "logged" and self.caption_dropout:
             yield "experimental.target=logged trains on steps sampled with their prompt: leave caption_dropout out"
-        if not 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1:
-            yield f"timestep_range={list(self.timestep_range)} must be two numbers 0 <= first < last <= 1"
+        yield from _range_checks(self.timestep_range)
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
             yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
         if self.loss_type != "sigmoid" and self.label_smoothing:

@@ -14,6 +14,7 @@ from diffusion_align.data.text_rows import PreferenceRow
 from diffusion_align.llm.policy import Sequences, pack
 from diffusion_align.llm.settings import PreferenceConfig
 from diffusion_align.llm.trainer import TextTrainer
+from diffusion_align.training.config import multiple_checks
 
 Batch = TypeVar("Batch")
 
@@ -32,11 +33,8 @@ class PreferenceTrainer(TextTrainer[Batch]):
 
     def data_checks(self) -> Iterator[str]:
         config = self.config
-        if config.online and len(self.local_samples) % config.group_size:
-            yield (
-                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of group_size="
-                f"{config.group_size} x {self.accelerator.num_processes} processes"
-            )
+        if config.online:
+            yield from multiple_checks(config, "group_size", self.accelerator.num_processes)
 
     def given(self) -> tuple[list[int], dict[str, float]]:
         """Offline: which row each of the epoch's N samples is, in a new random order once all were seen; metrics."""

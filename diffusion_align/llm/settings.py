@@ -14,7 +14,15 @@ from diffusion_align.errors import problems_of, short
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
-from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, TrainingConfig, Weight
+from diffusion_align.training.config import (
+    LoRASettings,
+    OrInfinite,
+    PolicyConfig,
+    Section,
+    TrainingConfig,
+    Weight,
+    multiple_checks,
+)
 from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
 
 
@@ -116,11 +124,8 @@ class OnlineConfig(TextConfig):
 
     def cross_checks(self) -> Iterator[str]:
         yield from weight_checks(self.reward, self.reward_weights)
-        if self.online and self.samples_per_epoch % self.group_size:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
-                f"group_size={self.group_size}: change one of them"
-            )
+        if self.online:
+            yield from multiple_checks(self, "group_size")
 
 
 LossType = Literal["grpo", "dapo", "dr_grpo"]

@@ -233,6 +233,14 @@ def _again(error: Any) -> InitErrorDetails:
     return InitErrorDetails(type=kind, loc=error["loc"], input=error["input"])
 
 
+def multiple_checks(config: TrainingConfig, divisor: str, processes: int = 1) -> Iterator[str]:
+    """A sentence if ``samples_per_epoch`` is not a multiple of the setting ``divisor``, in each of ``processes``."""
+    count, size = config.samples_per_epoch, getattr(config, divisor)
+    if count % (size * processes):
+        each = f"{divisor}={size}" if processes == 1 else f"{processes} processes x {divisor}={size}"
+        yield f"samples_per_epoch={count} is not a multiple of {each}: change one of them"
+
+
 class TrainingConfig(Section):
     """What every trainer shares. Counts are global: with P processes each does a P-th of them."""
 
@@ -320,11 +328,7 @@ class TrainingConfig(Section):
         for name in self.trackers:
             if importlib.util.find_spec(name) is None:
                 yield f"trackers: {name} is not installed: pip install 'diffusion-align[{name}]'"
-        if self.samples_per_epoch % self.sample_batch_size:
-            yield (
-                f"samples_per_epoch={self.samples_per_epoch} is not a multiple of "
-                f"sample_batch_size={self.sample_batch_size}: change one of them"
-            )
+        yield from multiple_checks(self, "sample_batch_size")
         if self.updates_per_epoch > self.samples_per_epoch:
             yield (
                 f"updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}: "

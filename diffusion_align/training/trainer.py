@@ -41,7 +41,7 @@ from diffusion_align.training.callbacks import (
     Trackers,
     plain_row,
 )
-from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml
+from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml, multiple_checks
 from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import require_finite_loss
@@ -156,11 +156,8 @@ class Trainer(ABC, Generic[Batch]):
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
         self._unmeasured: tuple[Row, Row] | None = None
         check_accelerator(self.accelerator)
-        if config.samples_per_epoch % (self.processes.count * config.sample_batch_size):
-            raise ConfigError(
-                f"samples_per_epoch={config.samples_per_epoch} must be a multiple of {self.processes.count} "
-                f"processes x sample_batch_size={config.sample_batch_size}"
-            )
+        for problem in multiple_checks(config, "sample_batch_size", self.processes.count):
+            raise ConfigError([problem])
         share = config.samples_per_epoch // self.processes.count
         first = share * self.processes.index
         self.local_samples = range(first, first + share)
