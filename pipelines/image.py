@@ -39,6 +39,7 @@ from diffusion_align.pipelines.run import (
     AlignmentPipeline,
     dtype_of,
     not_in_memory,
+    not_uploaded,
     on_disk,
     run,
 )
@@ -508,15 +509,12 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
     def _save_adapter(self, folder: Path) -> None:
         if self._others or family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
-            raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
+            raise not_uploaded("there is no adapter to upload")
         if not hasattr(self.pipeline, "load_lora_weights"):
             kind = type(self.pipeline).__name__
-            raise UserError(f"diffusers loads no LoRA for a {kind}: give merged=True to upload the whole model")
+            raise not_uploaded(f"diffusers loads no LoRA for a {kind}")
         if self._below != self.model or is_base_of_run(str(self._below)):
-            raise UserError(
-                f"the adapter stands on {self._below}, which is not on the Hub: give merged=True to upload the whole "
-                "model"
-            )
+            raise not_uploaded(f"the adapter's base model {self._below} is not on the Hub")
         self.save_lora(folder)
 
     def _write_card(self, target: Path, *, location: str, merged: bool) -> None:

@@ -135,6 +135,11 @@ def on_disk(
         raise
 
 
+def not_uploaded(why: str) -> UserError:
+    """Of an adapter that nobody could load from the Hub."""
+    return UserError(f"{why}: give merged=True to upload the whole model")
+
+
 def not_in_memory(run: Path) -> UserError:
     """Of a run that cannot be resumed by the pipeline at hand."""
     place = repr(str(run / BASE)) if (run / BASE).is_dir() else "the model of its config.yaml"

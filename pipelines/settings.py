@@ -288,7 +288,7 @@ class SharedSettings(TypedDict, total=False):
     checkpoint_every: int
     """epochs between checkpoints"""
     checkpoint_minutes: float | None
-    """minutes since the last checkpoint after which one is written as well; null for never"""
+    """minutes after the last checkpoint when one is written in any case; null for never"""
     interrupt_grace: float
     """seconds for a reward to answer after the run received an interrupt"""
     keep_checkpoints: int
@@ -298,7 +298,7 @@ class SharedSettings(TypedDict, total=False):
     trackers: Sequence[Literal["tensorboard", "wandb"]]
     """where metrics are logged besides metrics.jsonl"""
     callbacks: Sequence[Any]
-    """module:Class or file.py:Class of each; in Python objects, too"""
+    """module:Class or file.py:Class of each; in Python also objects"""
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
     num_generations: int

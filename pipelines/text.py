@@ -36,6 +36,7 @@ from diffusion_align.pipelines.run import (
     AlignmentPipeline,
     dtype_of,
     not_in_memory,
+    not_uploaded,
     on_disk,
     run,
 )
@@ -424,12 +425,9 @@ class TextAlignmentPipeline(AlignmentPipeline):
         """The adapter of the run, which names its base as others know it."""
         ref = None if self.run is None or self.name is None else language_model_ref(self.name)
         if ref is None or not ref.adapters:
-            raise UserError("there is no adapter to upload: give merged=True to upload the whole model")
+            raise not_uploaded("there is no adapter to upload")
         if len(ref.adapters) > 1 or is_base_of_run(ref.base):
-            raise UserError(
-                f"the adapter stands on {ref.below}, which is not on the Hub: give merged=True to upload the whole "
-                "model"
-            )
+            raise not_uploaded(f"the adapter's base model {ref.below} is not on the Hub")
         with new_folder(folder) as temporary:
             for file in filter(Path.is_file, Path(ref.adapters[0]).iterdir()):
                 write_bytes(temporary / file.name, file.read_bytes())

@@ -121,7 +121,7 @@ class RemoteSettings(RewardSettings):
     )
     timeout: Seconds = Field(
         300.0,
-        description="seconds per request, the time it waits for its turn included; a server whose machine is gone is "
+        description="seconds per request, including its wait for a turn; a server whose machine is gone is "
         "noticed within ten",
     )
     patience: Seconds = Field(300.0, description="seconds to wait for a server that is down or restarting")

@@ -95,7 +95,7 @@ class TextEncoder:
             text, rests = self._rendered(prompt, cast(list[Messages], completions))
         alone = tokenize(self.tokenizer, text)
         if not alone:
-            raise BadRow("the prompt holds nothing that the tokenizer knows")
+            raise BadRow("the prompt has no token that the tokenizer knows")
         tokens = [self._tokenize_with_eos(text, alone, rest) for rest in rests]
         whole = [self.bos, *alone] if isinstance(prompt, str) and self.bos not in (None, alone[0]) else alone
         ids, kept = self._last_tokens(whole), [these[: self.max_completion] for these, _ in tokens]
@@ -126,7 +126,7 @@ class TextEncoder:
             text = text.rstrip()  # white space that a chat template writes behind the end
         ids, more = self._up_to_end(continuation_tokens(self.tokenizer, prompt, text, ids))
         if len(ids) == 1:
-            raise BadRow("a completion holds nothing that the tokenizer knows before its end")
+            raise BadRow("a completion has no token that the tokenizer knows before its end")
         return ids, more
 
     def _up_to_end(self, ids: list[int]) -> tuple[list[int], bool]:

@@ -210,8 +210,8 @@ def read_lora(lora: str | Path, pipeline: Any, model: str) -> dict[str, PartOfLo
     if left_out or not parts:
         nothing = len(left_out) >= sum(len(part.weights) for part in parts.values())
         raise UserError(
-            f"{subject}: {'none' if nothing else 'not all'} of its {len(tensors)} tensors fit a layer, left over are "
-            f"{some_of(left_out)}: use a LoRA made for this model"
+            f"{subject}: {'none' if nothing else 'not all'} of its {len(tensors)} tensors fit a layer, with "
+            f"{some_of(left_out)} left over: use a LoRA made for this model"
         )
     return parts
 
@@ -247,7 +247,7 @@ def _parts(
     if any(name.startswith(_PEFT_PREFIX) for name in tensors):
         given = file.parent / PEFT_CONFIG
         if not given.is_file():
-            raise ValueError(f"it is in peft's layout, whose scale stands in {PEFT_CONFIG}: put that beside it")
+            raise ValueError(f"it is in peft's layout, whose scale is in {PEFT_CONFIG}: put that file beside it")
         settings = json.loads(given.read_text(encoding="utf-8"))
         if settings.get("peft_type") != "LORA":
             raise ValueError(f"{PEFT_CONFIG} is of peft_type={settings.get('peft_type')!r}, and only LORA is read")

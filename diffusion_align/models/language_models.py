@@ -225,7 +225,9 @@ def _folder_ref(name: str, folder: Path, kinds: tuple[Kind, ...], above: tuple[s
         raise UserError(f"{subject}: config.yaml cannot be read: {first_line(error)}") from error
     base = run.get("model")
     if not any((final / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise UserError(f"{subject} is a run of method={run.get('method')!r} whose final/ holds no language model")
+        raise UserError(
+            f"{subject} is a run of method={run.get('method')!r} whose final/ holds no language model: name another"
+        )
     if base is None or (final / "config.json").is_file():
         return replace(_folder_ref(str(final), final, kinds, above), run=folder, settings=run)
     config = _json(name, final / "adapter_config.json")
@@ -361,7 +363,8 @@ def _tokenizer(name: str, ref: ModelRef, rows: int) -> Any:
     tokens = max(tokenizer.vocab_size, *(i + 1 for i in known)) if known else tokenizer.vocab_size
     if not 0 < tokens <= rows:  # transformers makes up an empty one where there is none
         raise UserError(
-            f"model={name!r}: its tokenizer has {len(tokenizer)} tokens and the model {rows}: they must fit"
+            f"model={name!r}: its tokenizer has {len(tokenizer)} tokens, and the model {rows}: save the model's own "
+            "tokenizer with it"
         )
     return tokenizer
 

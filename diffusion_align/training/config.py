@@ -295,7 +295,7 @@ class TrainingConfig(Section):
         10.0,
         gt=0,
         le=525_600,
-        description="minutes since the last checkpoint after which one is written as well; null for never",
+        description="minutes after the last checkpoint when one is written in any case; null for never",
     )
     interrupt_grace: float = Field(
         GRACE, ge=0, le=86_400, description="seconds for a reward to answer after the run received an interrupt"
@@ -308,7 +308,7 @@ class TrainingConfig(Section):
         default_factory=list, description="where metrics are logged besides metrics.jsonl"
     )
     callbacks: Annotated[list[Any], PlainSerializer(lambda given: [one for one in given if isinstance(one, str)])] = (
-        Field(default_factory=list, description="module:Class or file.py:Class of each; in Python objects, too")
+        Field(default_factory=list, description="module:Class or file.py:Class of each; in Python also objects")
     )
 
     @field_validator("mixed_precision", mode="before")

@@ -152,7 +152,7 @@ def test_pefts_own_folder_is_read(tiny_sd, tmp_path):
             torch.testing.assert_close(pipeline.unet(*inputs).sample, theirs(*inputs).sample)
         unload_lora(pipeline)
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"whose scale stands in adapter_config\.json"):
+    with pytest.raises(UserError, match=r"whose scale is in adapter_config\.json"):
         load_lora(pipeline, tmp_path, "tiny")
 
 
@@ -174,13 +174,13 @@ DORA, MIDDLE = (
 )
 WITH_MIDDLE = {kohya("unet", UNET[1], "down"): torch.zeros(2, 8), kohya("unet", UNET[1], "up"): torch.zeros(8, 2)}
 BAD = {
-    "of a transformer": (TRANSFORMER, r"none of its 6 tensors fit a layer, left over are 6 \(transformer\.transformer"),
-    "of another text encoder": (ENCODER_2, "none of its 1 tensors fit a layer, left over are 1 .text_encoder_2"),
-    "half": (HALF, r"left over are 3 \(.*unet\.down_blocks\.7\.to_q\.lora_A\.weight"),
-    "no low rank": ({"unet.conv_in.weight": torch.zeros(2, 2)}, r"left over are 1 \(unet\.conv_in\.weight\)"),
+    "of a transformer": (TRANSFORMER, r"none of its 6 tensors fit a layer, with 6 \(transformer\.transformer"),
+    "of another text encoder": (ENCODER_2, "none of its 1 tensors fit a layer, with 1 .text_encoder_2"),
+    "half": (HALF, r"with 3 \(.*unet\.down_blocks\.7\.to_q\.lora_A\.weight"),
+    "no low rank": ({"unet.conv_in.weight": torch.zeros(2, 2)}, r"with 1 \(unet\.conv_in\.weight\)"),
     "empty": ({}, "none of its 0 tensors fit"),
-    "with what is not read": ({DORA: torch.zeros(2)}, rf"left over are 1 \({re.escape(DORA)}\)"),
-    "of one dimension": (FLAT, "none of its 2 tensors fit a layer, left over are 2"),
+    "with what is not read": ({DORA: torch.zeros(2)}, rf"with 1 \({re.escape(DORA)}\)"),
+    "of one dimension": (FLAT, r"none of its 2 tensors fit a layer, with 2"),
     "with a middle": (
         WITH_MIDDLE | {MIDDLE: torch.zeros(2, 2)},
         rf"not been correctly renamed: {re.escape(MIDDLE)}",
@@ -209,7 +209,7 @@ def test_part_of_a_file_that_fits_is_not_enough(tiny_sd, tmp_path, make_policy):
     known, name = len(tensors), next(iter(tensors))
     tensors["unet.down_blocks.7.to_q.lora_A.weight"] = tensors[name].clone()
     save_file(tensors, tmp_path / LORA_FILE)
-    with pytest.raises(UserError, match=rf"not all of its {known + 1} tensors fit a layer, left over are 1 \(unet"):
+    with pytest.raises(UserError, match=rf"not all of its {known + 1} tensors fit a layer, with 1 \(unet"):
         load_lora(load_pipeline(str(tiny_sd)), tmp_path, "tiny")
 
 

@@ -243,3 +243,15 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
     with pytest.raises(RewardError, match=r"clip='openai/clip-vit-large-patch14' could not be loaded \(OSError: We"):
         build_reward("clip_score", model="stable-diffusion-v1-5/stable-diffusion-v1-5")
+
+
+def test_the_hub_out_of_reach_is_one_clause_of_the_sentence(monkeypatch):
+    import transformers
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*args, **options):
+        raise OSError("We couldn't connect to the Hub. Check it.") from LocalEntryNotFoundError("Not there. Try again.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    expected = "clip='a/b' could not be loaded (it is not in the cache and the Hub is out of reach): check the name"
+    assert refusal(build_reward, {"name": "clip_score", "clip": "a/b"}).startswith(expected)
