@@ -239,9 +239,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(saved):
     tokenizer = _tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(20)])
     tokenizer.save_pretrained(str(folder))
-    with pytest.raises(UserError, match="51 tokens and the model 40"):
+    with pytest.raises(UserError, match="51 tokens, and the model 40"):
         load_language_model(str(folder))
-    with pytest.raises(UserError, match="51 tokens and the model 40"):
+    with pytest.raises(UserError, match="51 tokens, and the model 40"):
         load_tokenizer(str(folder))
 
 
