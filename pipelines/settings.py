@@ -45,7 +45,7 @@ class LoRASettings(TypedDict, total=False):
     alpha: int | None
     """scale is alpha / rank; alpha is the rank if not given"""
     layers: Literal["attention", "attention+convolutions"]
-    """small models need the convolutions of the residual blocks as well"""
+    """layers with an adapter; small models also need the convolutions of the residual blocks"""
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -56,7 +56,7 @@ class SamplerSettings(TypedDict, total=False):
     eta: float
     """DDIM's noise; 0 has no density and is refused for training"""
     guidance_scale: float
-    """1 switches guidance off"""
+    """scale of classifier-free guidance; 1 switches it off"""
     options: Mapping[str, Any]
     """further options of your own sampler"""
 
@@ -67,18 +67,18 @@ class PromptsSettings(TypedDict, total=False):
     split: str
     """a dataset's own split"""
     columns: Mapping[str, str] | None
-    """our name -> the source's: prompt; prompt, caption or text if not given"""
+    """column names, ours -> the source's: prompt; prompt, caption or text if not given"""
     skip_bad_rows: bool
     """skip rows that cannot be used"""
     max_prompts: int | None
-    """use only this many prompts, the first; no more are downloaded from a Hub dataset"""
+    """largest number of prompts to use; no more are downloaded from a Hub dataset"""
 
 
 class ImageEvaluationSettings(TypedDict, total=False):
     reward: Reward | None
     """the held-out reward; null measures diversity alone"""
     every: int
-    """epochs"""
+    """epochs between evaluations"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """like the training prompts, which are used if null"""
     samples: int
@@ -115,11 +115,11 @@ class PairsSettings(TypedDict, total=False):
     split: str
     """train, heldout or all of emoji_style; a dataset's own split"""
     columns: Mapping[str, str] | None
-    """our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"""
+    """column names, ours -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"""
     skip_bad_rows: bool
     """skip rows that cannot be used"""
     max_pairs: int | None
-    """use only this many pairs, the first; no more are downloaded from a Hub dataset"""
+    """largest number of pairs to use; no more are downloaded from a Hub dataset"""
 
 
 class ExperimentalDiffusionDPOSettings(TypedDict, total=False):
@@ -143,7 +143,7 @@ class TextLoRASettings(TypedDict, total=False):
     alpha: int | None
     """scale is alpha / rank; twice the rank when not given"""
     layers: Literal["all-linear", "attention"]
-    """that get an adapter"""
+    """layers that get an adapter"""
 
 
 class TextDataSettings(TypedDict, total=False):
@@ -152,18 +152,18 @@ class TextDataSettings(TypedDict, total=False):
     split: str
     """a dataset's own split"""
     columns: Mapping[str, str] | None
-    """our name -> the source's: prompt, chosen, rejected, completion, label"""
+    """column names, ours -> the source's: prompt, chosen, rejected, completion, label"""
     skip_bad_rows: bool
     """skip rows that cannot be used"""
     max_rows: int | None
-    """use only this many rows, the first; no more are downloaded from a Hub dataset"""
+    """largest number of rows to use; no more are downloaded from a Hub dataset"""
 
 
 class TextEvaluationSettings(TypedDict, total=False):
     reward: Reward | None
     """the held-out reward, or a list of them"""
     every: int
-    """epochs"""
+    """epochs between evaluations"""
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
     prompts: TextDataSettings | TextDataConfig | Rows | None
@@ -215,7 +215,7 @@ class DynamicBetaSettings(TypedDict, total=False):
     hidden: int
     """width of the network"""
     convention: Literal["product", "inverse"]
-    """the loss has beta(x) h, or h / beta(x) as [003] prints it"""
+    """the loss has beta(x) h, or h / beta(x) as its paper prints it"""
     detach: bool
     """false: the preference loss trains beta too (it runs away)"""
 
@@ -309,7 +309,7 @@ class ImageSettings(SharedSettings, total=False):
     show_prompts: Sequence[str] | None
     """prompts of the preview grids; the first ones if not given"""
     lora: LoRASettings | LoRAConfig | None
-    """null trains the whole UNet"""
+    """the adapter to train; null trains the whole UNet"""
     sampler: SamplerSettings | SamplerConfig
     """how images are sampled"""
     evaluation: ImageEvaluationSettings | ImageEvaluationConfig | None
@@ -324,15 +324,15 @@ class TextSettings(SharedSettings, total=False):
     show_prompts: Sequence[Any] | None
     """prompts of the previews; the first of the data if not given"""
     lora: TextLoRASettings | TextLoRAConfig | None
-    """null trains the whole model"""
+    """the adapter to train; null trains the whole model"""
     reference_model: str | None
     """name, folder or Hub id of a reference with the same tokens; if null, the model before training"""
     temperature: float
     """temperature of sampling and of every log-prob"""
     max_prompt_length: int | None
-    """in tokens; longer prompts keep their end"""
+    """largest number of tokens; longer prompts keep their end"""
     max_completion_length: int
-    """in tokens; longer completions are cut off"""
+    """largest number of tokens; longer completions are cut off"""
     evaluation: TextEvaluationSettings | TextEvaluationConfig | None
     """a held-out reward on fixed prompts"""
     stop_when: StopSettings | StopConfig
@@ -396,7 +396,7 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     group_size: int
     """online: images per prompt; the best and the worst are a pair"""
     variant: Literal["original", "corrected"]
-    """the loss of the Diffusion-DPO paper, or eq. 36 of [000]"""
+    """the Diffusion-DPO paper's loss, or the corrected one of docs/diffusion_dpo.md"""
     loss_type: Literal["sigmoid", "ipo", "hinge"]
     """loss of the difference of log-ratios"""
     label_smoothing: float

@@ -47,7 +47,8 @@ class PairsConfig(RowsConfig):
     source: Source = Field(description=f"{EMBEDDED}, {FILES}")
     split: str = Field("train", min_length=1, description="train, heldout or all of emoji_style; a dataset's own split")
     columns: dict[str, str] | None = Field(
-        None, description="our name -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins"
+        None,
+        description="column names, ours -> the source's: prompt, chosen, rejected or prompt, first, second, first_wins",
     )
     max_pairs: int | None = limit_of("pairs")
 

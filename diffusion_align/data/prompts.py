@@ -46,7 +46,7 @@ class PromptsConfig(RowsConfig):
     limit, stem, lines = "max_prompts", "prompts", "prompt"
     source: Source = Field(description=f"a shipped list, {_PLACES}")
     columns: dict[str, str] | None = Field(
-        None, description="our name -> the source's: prompt; prompt, caption or text if not given"
+        None, description="column names, ours -> the source's: prompt; prompt, caption or text if not given"
     )
     max_prompts: int | None = limit_of("prompts")
 

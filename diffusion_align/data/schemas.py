@@ -42,7 +42,7 @@ Made = TypeVar("Made")
 
 def limit_of(rows: str) -> Any:
     """The field that says how many of ``rows`` are used."""
-    what = f"use only this many {rows}, the first; no more are downloaded from a Hub dataset"
+    what = f"largest number of {rows} to use; no more are downloaded from a Hub dataset"
     return Field(None, ge=1, le=MOST_ROWS, description=what)
 
 
@@ -66,7 +66,7 @@ class RowsConfig(Section):
 
     source: Source = Field(description="where the rows are, or the rows themselves")
     split: str = Field("train", min_length=1, description="a dataset's own split")
-    columns: dict[str, str] | None = Field(None, description="our name -> the source's")
+    columns: dict[str, str] | None = Field(None, description="column names, ours -> the source's")
     skip_bad_rows: bool = Field(False, strict=True, description="skip rows that cannot be used")
 
     @model_validator(mode="before")

@@ -39,7 +39,7 @@ class TextDataConfig(RowsConfig):
     limit, lines = "max_rows", "prompt"
     source: Source = Field(description=_PLACES)
     columns: dict[str, str] | None = Field(
-        None, description="our name -> the source's: prompt, chosen, rejected, completion, label"
+        None, description="column names, ours -> the source's: prompt, chosen, rejected, completion, label"
     )
     max_rows: int | None = limit_of("rows")
 

@@ -31,7 +31,9 @@ class SamplerConfig(Section):
     name: str = Field("ddim", description="ddim, ddpm, or a function of your own: module:function, file.py:function")
     steps: int = Field(50, ge=1, le=MOST, description="denoising steps per image")
     eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
-    guidance_scale: float = Field(5.0, ge=1, le=LARGEST, description="1 switches guidance off")
+    guidance_scale: float = Field(
+        5.0, ge=1, le=LARGEST, description="scale of classifier-free guidance; 1 switches it off"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="further options of your own sampler")
 
     @field_validator("name")
@@ -63,7 +65,8 @@ class LoRAConfig(LoRASettings):
     """Low-rank adapters on the UNet."""
 
     layers: Literal["attention", "attention+convolutions"] = Field(
-        "attention", description="small models need the convolutions of the residual blocks as well"
+        "attention",
+        description="layers with an adapter; small models also need the convolutions of the residual blocks",
     )
 
 
@@ -109,13 +112,15 @@ class DenoisingConfig(PolicyConfig):
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole UNet")
+    lora: LoRAConfig | None = Field(
+        default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet"
+    )
     weights_variant: str | None = Field(None, description="variant of the model's weight files, e.g. fp16")
     base_config: str | None = Field(
         None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
     )
     family: str | None = Field(
-        None, description="for a model that is not Stable Diffusion: a model family of your own, file.py:Class"
+        None, description="model family of your own, for a model that is not Stable Diffusion: file.py:Class"
     )
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
@@ -313,7 +318,7 @@ class DiffusionDPOConfig(DenoisingConfig):
     )
 
     variant: Literal["original", "corrected"] = Field(
-        "original", description="the loss of the Diffusion-DPO paper, or eq. 36 of [000]"
+        "original", description="the Diffusion-DPO paper's loss, or the corrected one of docs/diffusion_dpo.md"
     )
     loss_type: Literal["sigmoid", "ipo", "hinge"] = Field("sigmoid", description="loss of the difference of log-ratios")
     label_smoothing: float = Field(0.0, ge=0, le=0.5, description="probability that a label is wrong")

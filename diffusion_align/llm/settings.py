@@ -31,7 +31,7 @@ class LoRAConfig(LoRASettings):
 
     rank: int = Field(16, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
     alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; twice the rank when not given")
-    layers: Literal["all-linear", "attention"] = Field("all-linear", description="that get an adapter")
+    layers: Literal["all-linear", "attention"] = Field("all-linear", description="layers that get an adapter")
 
 
 class TextEvaluationConfig(EvaluationConfig):
@@ -61,15 +61,21 @@ class TextConfig(PolicyConfig):
 
     model_kind = "text"
 
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    lora: LoRAConfig | None = Field(
+        default_factory=LoRAConfig, description="the adapter to train; null trains the whole model"
+    )
     reference_model: str | None = Field(
         None,
         description="name, folder or Hub id of a reference with the same tokens; if null, the model before training",
     )
     learning_rate: float = Field(1e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="temperature of sampling and of every log-prob")
-    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="in tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, le=MOST, description="in tokens; longer completions are cut off")
+    max_prompt_length: int | None = Field(
+        None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
+    )
+    max_completion_length: int = Field(
+        256, ge=1, le=MOST, description="largest number of tokens; longer completions are cut off"
+    )
     show_prompts: list[Any] | None = Field(
         None, description="prompts of the previews; the first of the data if not given"
     )
@@ -349,7 +355,7 @@ class DynamicBetaConfig(Section):
     alpha: float = Field(0.05, ge=0, le=LARGEST, description="beta per nat of the reference's entropy")
     hidden: int = Field(64, ge=1, le=HIGHEST_RANK, description="width of the network")
     convention: Literal["product", "inverse"] = Field(
-        "product", description="the loss has beta(x) h, or h / beta(x) as [003] prints it"
+        "product", description="the loss has beta(x) h, or h / beta(x) as its paper prints it"
     )
     detach: bool = Field(True, strict=True, description="false: the preference loss trains beta too (it runs away)")
 
@@ -512,10 +518,16 @@ class RewardModelConfig(TrainingConfig):
     method: str = Field("reward_model", description="the training method")
     dataset: TextDataConfig = Field(description="preferences: list, file or Hub id")
     eval_dataset: TextDataConfig | None = Field(None, description="preferences to score after every epoch")
-    lora: LoRAConfig | None = Field(default_factory=LoRAConfig, description="null trains the whole model")
+    lora: LoRAConfig | None = Field(
+        default_factory=LoRAConfig, description="the adapter to train; null trains the whole model"
+    )
     learning_rate: float = Field(1e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
-    max_prompt_length: int | None = Field(None, ge=1, le=MOST, description="in tokens; longer prompts keep their end")
-    max_completion_length: int = Field(256, ge=1, le=MOST, description="in tokens; longer completions are cut off")
+    max_prompt_length: int | None = Field(
+        None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
+    )
+    max_completion_length: int = Field(
+        256, ge=1, le=MOST, description="largest number of tokens; longer completions are cut off"
+    )
     center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², pulls them to 0")
 
     def name_checks(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ class EvaluationConfig(Section):
     """What every held-out evaluation has."""
 
     reward: RewardSetting = Field(None, description="the held-out reward")
-    every: int = Field(1, ge=1, le=MOST, description="epochs")
+    every: int = Field(1, ge=1, le=MOST, description="epochs between evaluations")
 
 
 def no_std(setting: str, other: str) -> str:

@@ -127,9 +127,9 @@ class VlmJudgeSettings(RewardSettings):
         None, description="folder in which answers are kept and looked up; runs and processes may share it"
     )
     temperature: Annotated[float | None, WrapValidator(_as_given)] = Field(
-        0.0, ge=0, le=2, description="sent along; None leaves it out, as some models demand"
+        0.0, ge=0, le=2, description="sampling temperature; None sends none, as some models demand"
     )
-    seed: int | None = Field(0, ge=-(2**63), le=2**63 - 1, description="sent along; None leaves it out")
+    seed: int | None = Field(0, ge=-(2**63), le=2**63 - 1, description="seed of the sampling; None sends none")
     request: dict[str, Any] | None = Field(None, description="further fields of the request, such as {max_tokens: 20}")
 
     @field_validator("instructions")
