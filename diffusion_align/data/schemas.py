@@ -255,12 +255,13 @@ def mapping(
         if set(schema.values()) <= set(found):
             return schema
     have = f"the data has {', '.join(map(short, found)) or 'none'}"
-    ours = next(ours for ours, theirs in fitting[0].items() if theirs not in found)
-    example = f"{name}.columns={{{ours}: {short(found[0]) if found else '...'}}}"
     missing = [f"there is no column {column!r}" for column in columns.values() if column not in found]
     wanted = [tuple(schema.values()) for schema in fitting]
     least = [these for these in wanted if not any(set(others) < set(these) for others in wanted)]
     needed = " or ".join(", ".join(these) for these in least)
     many = "columns" if "," in needed else "column"
     what = " and ".join(missing) if missing else f"the {many} {needed} {'are' if many == 'columns' else 'is'} needed"
-    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these, as in {example}"])
+    nearest_schema = fitting[wanted.index(least[0])]
+    ours = next(ours for ours, theirs in nearest_schema.items() if theirs not in found)
+    theirs = next((short(column) for column in found if column not in nearest_schema.values()), "...")
+    raise ConfigError([f"{name}.columns: {what}; {have}: map our names to these, as in {{{ours}: {theirs}}}"])

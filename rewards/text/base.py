@@ -320,4 +320,4 @@ def _after(prompt: Text) -> str:
 
 
 def _names(columns: Mapping[str, Any]) -> str:
-    return f"the columns {', '.join(map(repr, sorted(columns)))}" if columns else "only prompts"
+    return ", ".join(map(repr, sorted(columns))) or "only prompts"

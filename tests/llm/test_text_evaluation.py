@@ -194,7 +194,10 @@ def wanted(completions, wanted):
         ({"evaluation": {"reward": "lenght"}}, "evaluation.reward='lenght' is unknown"),
         ({"evaluation": {"samples": 4}}, "evaluation.reward is required"),
         ({"evaluation": {"reward": "length", "prompts": "nowhere.txt"}}, "evaluation.prompts.source='nowhere.txt'"),
-        ({"evaluation": {"reward": ["length"], "reward_weights": [1, 2]}}, "evaluation.reward_weights=[1.0, 2.0] are"),
+        (
+            {"evaluation": {"reward": ["length"], "reward_weights": [1, 2]}},
+            "evaluation.reward_weights=[1.0, 2.0] must be",
+        ),
         ({"evaluation": {"reward": "length", "pictures": 3}}, "unknown setting 'evaluation.pictures'"),
     ],
 )

@@ -252,7 +252,7 @@ def test_which_file_of_a_folder_is_meant(tiny_sd, tmp_path, written):
     file, _ = written(of_peft("unet."), text=False)
     pipeline = load_pipeline(str(tiny_sd))
     (tmp_path / "text.txt").write_text("x")
-    with pytest.raises(UserError, match=r"text\.txt' is no \.safetensors file"):
+    with pytest.raises(UserError, match=r"text\.txt' is not a \.safetensors file"):
         load_lora(pipeline, tmp_path / "text.txt", "tiny")
     (tmp_path / "run" / "final").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no \.safetensors file \(.* in its final/\)"):

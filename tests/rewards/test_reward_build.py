@@ -176,7 +176,7 @@ def test_scale_turns_the_sign_keeps_none_and_passes_columns(file):
     found = text_scores(reward, answer=["b", "x", None], unused=[1, 2, 3])
     assert found[:2] == [-2, 0]
     assert found[2] != found[2]
-    with pytest.raises(RewardError, match=r"reward 'correct' needs 'answer', .* it has 'level'"):
+    with pytest.raises(RewardError, match=r"reward 'correct' needs 'answer', but the data has 'level': set"):
         text_scores(reward, level=[1, 2, 3])
 
 

@@ -110,7 +110,7 @@ def test_a_missing_column_is_named_with_those_that_are_there():
     def needy(completions, answer):
         return [0.0] * len(completions)
 
-    with pytest.raises(RewardError, match=r"needs 'answer', but the data has the columns 'Answer', 'level': set it as"):
+    with pytest.raises(RewardError, match=r"needs 'answer', but the data has 'Answer', 'level': set it as"):
         call_text_reward(needy, PROMPTS, COMPLETIONS, {"level": [1, 2, 3], "Answer": ["", "", ""]})
     with pytest.raises(RewardError, match=r"but the data has only prompts: set it as an option, or add the column$"):
         call_text_reward(needy, PROMPTS, COMPLETIONS, {})
