@@ -237,7 +237,7 @@ def test_experimental_settings_are_switched_one_by_one(rare, tmp_path, capsys):
     file.write_text(f"method: grpo\nmodel: emoji-sd\nprompts: [a]\nreward: jpeg_compressibility\n{rare}\n")
     config = read_config(str(file), ["method=ddpo", "credit=to_go", f"output_dir={tmp_path / 'run'}"])
     assert (config.experimental.clip_std, config.experimental.credit) == ((0, 2), "to_go")
-    assert capsys.readouterr().err == "method=ddpo leaves out of the recipe: experimental.kl_gradient\n"
+    assert capsys.readouterr().err == "method=ddpo does not use from the recipe: experimental.kl_gradient\n"
     with pytest.raises(ConfigError, match=r"^unknown setting 'experimental\.kl_gradient': "):
         read_config(str(file), ["method=ddpo", "experimental.kl_gradient=direct", f"output_dir={tmp_path / 'run'}"])
 
@@ -247,7 +247,7 @@ def test_a_method_without_experimental_settings_takes_none_of_the_recipe(strange
     file.write_text("method: grpo\nmodel: tiny-lm\nprompts: [a]\nreward: length\nexperimental: {clip_std: [0, 2]}\n")
     given = [f"method={strangers / 'rloo.py'}:RLOOTrainer", f"output_dir={tmp_path / 'run'}"]
     read_config(str(file), given)
-    assert capsys.readouterr().err.endswith(" leaves out of the recipe: experimental.clip_std\n")
+    assert capsys.readouterr().err.endswith(" does not use from the recipe: experimental.clip_std\n")
     with pytest.raises(ConfigError, match=r"^unknown setting 'experimental': "):
         read_config(str(file), [*given, "experimental.clip_std=[0, 1]"])
 

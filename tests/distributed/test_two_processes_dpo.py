@@ -180,7 +180,7 @@ def test_tied_groups_leave_processes_with_unequal_work(forked, write, tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        (ONLINE | {"samples_per_epoch": 12}, "multiple of group_size=4 x 2 processes"),
+        (ONLINE | {"samples_per_epoch": 12}, "multiple of 2 processes x group_size=4"),
         (OFFLINE | {"samples_per_epoch": 6}, "multiple of 2 processes x sample_batch_size=2"),
     ],
     ids=["groups", "pairs"],

@@ -215,7 +215,7 @@ def test_a_reward_with_nothing_to_say_on_one_process_ends_both(forked, write, tm
 def test_a_prompts_completions_that_would_be_divided_are_refused(forked, write, tmp_path):
     config = write(**ONLINE | {"method": "dpo", "samples_per_epoch": 12, "sample_batch_size": 3})
     for said in end_in_a_sentence(forked, config, tmp_path):
-        assert_problem([said], "samples_per_epoch", "multiple of group_size=4 x 2 processes")
+        assert_problem([said], "samples_per_epoch", "multiple of 2 processes x group_size=4")
     assert not (tmp_path / "run").exists()
 
 

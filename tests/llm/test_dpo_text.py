@@ -473,7 +473,7 @@ def _own_part(whole, part):
 
 
 def test_a_group_never_straddles_processes(make):
-    with pytest.raises(ConfigError, match=problem("samples_per_epoch=12", "group_size=4 x 2 processes")):
+    with pytest.raises(ConfigError, match=problem("samples_per_epoch=12", "2 processes x group_size=4")):
         make(reward=score, accelerator=Part(0), samples_per_epoch=12, sample_batch_size=2)
 
 
