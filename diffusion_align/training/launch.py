@@ -100,7 +100,7 @@ def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | N
             problems.append(f"{name}={given[name]!r} must be true or false: set it to one, or unset it")
     device = given.get("ACCELERATE_TORCH_DEVICE")
     of_device = problems_of(check_device, device, f"ACCELERATE_TORCH_DEVICE={device!r}")
-    problems += [f"{problem}: correct or unset it" for problem in of_device]
+    problems += [f"{problem}, or unset it" for problem in of_device]
     launched = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     wanted = "no" if mixed_precision is False else mixed_precision
     if launched == "fp8" or (launched not in ("", "no", wanted) and wanted != "auto"):

@@ -65,7 +65,7 @@ def test_the_judge_gets_the_metadata(calls):
     notes = [{"wanted": 1.0}, {"wanted": 2.0}, {"wanted": 6.0}]
     result = compare_models("emoji-sd", "emoji-sd", PROMPTS, wanted, metadata=notes, per_prompt=2)
     assert (result.mean_first, result.pairs) == (3.0, 6)
-    with pytest.raises(UserError, match="3 prompts and 1 metadata"):
+    with pytest.raises(UserError, match="prompts and metadata must be lists of the same length: got 3 and 1"):
         compare_models("emoji-sd", "emoji-sd", PROMPTS, wanted, metadata=notes[:1])
 
 

@@ -141,7 +141,7 @@ def test_dpo_trains_on_the_pairs(tiny_language_model, tiny_chat_model, tmp_path,
 def test_what_makes_no_pairs(pipe, tmp_path):
     with pytest.raises(ConfigError, match="must be at least 2: a pair needs two completions"):
         pipe.make_pairs(PROMPTS, length, tmp_path / "x", per_prompt=1)
-    with pytest.raises(UserError, match="3 prompts and 1 metadata"):
+    with pytest.raises(UserError, match="prompts and metadata must be lists of the same length: got 3 and 1"):
         pipe.make_pairs(PROMPTS, length, tmp_path / "x", metadata=[{}])
     with pytest.raises(ConfigError, match="reward='lenght' is unknown"):
         make_pairs(TextCandidates("tiny-lm"), [("a", {})], "lenght", tmp_path / "x")

@@ -173,7 +173,7 @@ def test_a_pick_score_folder_without_a_tokenizer_borrows_one(picker, clip_folder
     for name in ("config.json", "model.safetensors"):
         shutil.copy(clip_folder / name, tmp_path / name)
     spec = {"name": "pick_score", "clip": str(tmp_path)}
-    assert "comes without a tokenizer, and 'laion/CLIP-ViT-H-14" in refusal(build_reward, spec)
+    assert "comes without a tokenizer, and the tokenizer of 'laion/CLIP-ViT-H-14" in refusal(build_reward, spec)
     monkeypatch.setattr(pick, "VIT_H_14", str(clip_folder))
     _, images = smooth_images()
     assert torch.equal(score(build_reward(spec), images), score(picker, images))

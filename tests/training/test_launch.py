@@ -86,7 +86,7 @@ def test_a_plain_launch_is_taken(precision):
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch.compile"),
         ({"ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"}, "SageMaker"),
         ({"ACCELERATE_USE_CPU": "perhaps"}, "ACCELERATE_USE_CPU='perhaps' must be true or false"),
-        ({"ACCELERATE_TORCH_DEVICE": "warp:9"}, "ACCELERATE_TORCH_DEVICE='warp:9' cannot be used: "),
+        ({"ACCELERATE_TORCH_DEVICE": "warp:9"}, "ACCELERATE_TORCH_DEVICE='warp:9' is not a device: give cpu"),
         (
             {"ACCELERATE_TORCH_DEVICE": "meta"},
             "ACCELERATE_TORCH_DEVICE='meta' cannot be used, as it holds no data: give cpu",
