@@ -518,7 +518,7 @@ def test_an_interruption_ends_the_waiting_and_the_asking():
         timer = threading.Timer(0.3, lambda: setattr(flag, "raised", True))
         timer.start()
         began = time.monotonic()
-        with pytest.raises(RewardError, match=r"^interrupted while reward server http://x"):
+        with pytest.raises(RewardError, match=r"^interrupted while calling reward server http://x"):
             ask([away], "GET", "/", patience=100)
         assert time.monotonic() - began < 5
         with pytest.raises(RewardError, match="interrupted"):
@@ -633,7 +633,7 @@ def test_an_interruption_breaks_a_request_off(raw):
     with InterruptFlag() as flag:
         threading.Timer(0.3, lambda: setattr(flag, "raised", True)).start()
         began = time.monotonic()
-        with pytest.raises(RewardError, match="interrupted while reward server"):
+        with pytest.raises(RewardError, match="interrupted while calling reward server"):
             asked_of(url, timeout=60)
     assert time.monotonic() - began < 5
 
