@@ -261,7 +261,7 @@ def test_all_wrong_settings_at_once():
     with pytest.raises(ConfigError) as caught:
         make_pairs(candidates, [], "taste", "p", per_prompt=1, seed=-1)
     found = [problem.split("=")[0].split(" ")[0] for problem in caught.value.problems]
-    assert found == ["prompts", "per_prompt", "seed", "steps", "guidance_scale", "eta", "model", "unknown"]
+    assert found == ["prompts", "per_prompt", "seed", "steps", "guidance_scale", "eta", "model", "reward"]
     with pytest.raises(ConfigError, match="prompts: entry 1 is blank"):
         make("p", [("a cat", {}), (" ", {})])
 

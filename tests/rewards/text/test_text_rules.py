@@ -99,7 +99,7 @@ def test_numeric_tolerance_is_exact_at_its_ends():
 
 def test_a_column_that_is_not_there_is_named():
     for name, column in (("exact_match", "answer"), ("numeric_match", "answer")):
-        with pytest.raises(RewardError, match=f"reward '{name}' needs the column '{column}', .* it has 'gold'"):
+        with pytest.raises(RewardError, match=f"reward '{name}' needs the column '{column}', but the data has 'gold'"):
             score(name, "x", gold=["x"])
 
 
