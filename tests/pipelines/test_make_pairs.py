@@ -242,7 +242,7 @@ def test_a_damaged_folder_is_not_resumed(whole, tmp_path):
         with pytest.raises(UserError, match=r"pairs\.jsonl.* fix (or remove )?it, or choose another"):
             make(folder, PROMPTS[:1], resume=True)
     (folder / "pairs_settings.yaml").unlink()
-    with pytest.raises(UserError, match=r"it has no pairs_settings\.yaml"):
+    with pytest.raises(UserError, match=r"has no pairs_settings\.yaml"):
         make(folder, PROMPTS[:1], resume=True)
 
 
