@@ -210,7 +210,8 @@ def test_adapters_put_on_after_loading_belong_to_the_weights(tiny_sd, tmp_path):
 def test_adapters_that_cannot_be_merged(given, tmp_path):
     loaded = given(lambda loaded: None)
     config = LoraConfig(target_modules=["to_q"], lora_bias=True)
-    with pytest.warns(UserWarning, match="lora_bias"):
+    with warnings.catch_warnings():  # peft's own, of newer versions
+        warnings.simplefilter("ignore")
         loaded.unet.add_adapter(config, adapter_name="default_0")
     with pytest.raises(UserError, match=r"the adapters of unet cannot be merged into its weights \("):
         ImageAlignmentPipeline.from_pipe(loaded).align(reward=redness, output_dir=tmp_path / "run", **IMAGES)

@@ -3,11 +3,12 @@
 import html
 import re
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from diffusion_align.pipelines import ImageAlignmentPipeline
+
+nbformat = pytest.importorskip("nbformat")
+NotebookClient = pytest.importorskip("nbclient").NotebookClient
 
 ALIGN = """
 from diffusion_align import ImageAlignmentPipeline

@@ -160,7 +160,12 @@ def test_nothing_is_said_of_the_default_of_a_setting_that_is_wrong_by_itself():
         (DDPOConfig, {"model": "a/b/c", "reward": "aesthtic", "evaluation": {"reward": "length", "diversity": "/no"}}),
         (
             DiffusionDPOConfig,
-            {"reward": ["ocr"] * 2, "reward_weights": [1.0], "mixed_precision": "fp16", "dtype": "float16"},
+            {
+                "reward": ["jpeg_compressibility"] * 2,
+                "reward_weights": [1.0],
+                "mixed_precision": "fp16",
+                "dtype": "float16",
+            },
         ),
         (
             GRPOConfig,
