@@ -193,14 +193,14 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
         UserError: one raises, or what it returns has another shape than one sample.
     """
     given = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    with foreign_code(f"family {short(name)} raised "), torch.no_grad():
+    with foreign_code(f"family {short(name, 320)} raised "), torch.no_grad():
         timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
         empty, longer = policy.encode([""]), policy.encode(["a red apple on a white table"])
         predicted = policy.predict(given, timestep, empty, guidance_scale=1)
         images = policy.decode(given)
         latents = policy.encode_images(torch.zeros(1, 3, *policy.image_size))
     if len({tuple((part, value.shape) for part, value in encoded.items()) for encoded in (empty, longer)}) > 1:
-        raise UserError(f"family {short(name)}: encode must return the same shape for every prompt: pad them")
+        raise UserError(f"family {short(name, 320)}: encode must return the same shape for every prompt: pad them")
     one_image = torch.Size((1, 3, *policy.image_size))
     found = {
         "predict": (predicted, given.shape),
@@ -210,7 +210,7 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
     for function, (output, wanted) in found.items():
         if output.shape != wanted:
             raise UserError(
-                f"family {short(name)}: {function} must return {tuple(wanted)} for one sample, and returns "
+                f"family {short(name, 320)}: {function} must return {tuple(wanted)} for one sample, and returns "
                 f"{tuple(output.shape)}"
             )
 
