@@ -311,12 +311,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self._refuse_load_time(settings)
         check_path(output_dir, f"output_dir={short(str(output_dir))}", to="writable")
         folder = Path(output_dir).expanduser()
-        own = self.run is not None and self.run.resolve() == folder.resolve()
-        goes_on = own and settings.get("resume") is True
+        resumes = self._made(folder) and settings.get("resume") is True
         given = adapters.adapted_parts(self.pipeline)
-        as_they_are = self._others or (self.run is not None and not goes_on)
+        as_they_are = self._others or (self.run is not None and not resumes)
         below = None if self._others else self._called if as_they_are else self._below
-        if (goes_on and not given) or (below is None and settings.get("resume") is True and folder.exists()):
+        if (resumes and not given) or (below is None and settings.get("resume") is True and folder.exists()):
             raise not_in_memory(folder)
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
         named = self.model or EMBEDDED_PIPELINES[0]

@@ -237,6 +237,10 @@ class AlignmentPipeline(ABC):
             where = f": use .{place}.{name}" if has else ""
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{where}")
 
+    def _made(self, folder: Path) -> bool:
+        """Whether this is the result of the run in ``folder``."""
+        return self.run is not None and self.run.resolve() == folder.resolve()
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of the run's ``metrics.jsonl``, one per update and one per epoch; none without a run.
@@ -250,10 +254,12 @@ class AlignmentPipeline(ABC):
         """The report of the run, which a notebook shows.
 
         Raises:
-            UserError: it is of no run.
+            UserError: it is of no run, or the run folder is gone.
         """
         if self.run is None:
             raise UserError("there is no run to report on: call align() first")
+        if not self.run.is_dir():
+            raise UserError(f"the run folder {short(str(self.run))} is not there any more: call align() again")
         return RunReport(self.run)
 
     def _repr_html_(self) -> str | None:

@@ -212,7 +212,8 @@ class TextAlignmentPipeline(AlignmentPipeline):
         method_of(method, "text")
         self._refuse_load_time(settings)
         folder = Path(output_dir).expanduser()
-        if self.name is None and settings.get("resume") is True and folder.exists():
+        # The adapter of its own run is merged already.
+        if (self.name is None or self._made(folder)) and settings.get("resume") is True and folder.exists():
             raise not_in_memory(folder)
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
         named = self.name or LANGUAGE_MODELS[0]

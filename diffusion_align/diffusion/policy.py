@@ -192,15 +192,16 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
     Raises:
         UserError: one raises, or what it returns has another shape than one sample.
     """
+    subject = f"family {short(name, 320)}"
     given = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    with foreign_code(f"family {short(name, 320)} raised "), torch.no_grad():
+    with foreign_code(f"{subject} raised "), torch.no_grad():
         timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
         empty, longer = policy.encode([""]), policy.encode(["a red apple on a white table"])
         predicted = policy.predict(given, timestep, empty, guidance_scale=1)
         images = policy.decode(given)
         latents = policy.encode_images(torch.zeros(1, 3, *policy.image_size))
     if len({tuple((part, value.shape) for part, value in encoded.items()) for encoded in (empty, longer)}) > 1:
-        raise UserError(f"family {short(name, 320)}: encode must return the same shape for every prompt: pad them")
+        raise UserError(f"{subject}: encode must return the same shape for every prompt: pad them")
     one_image = torch.Size((1, 3, *policy.image_size))
     found = {
         "predict": (predicted, given.shape),
@@ -210,8 +211,7 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
     for function, (output, wanted) in found.items():
         if output.shape != wanted:
             raise UserError(
-                f"family {short(name, 320)}: {function} must return {tuple(wanted)} for one sample, and returns "
-                f"{tuple(output.shape)}"
+                f"{subject}: {function} must return {tuple(wanted)} for one sample, and returns {tuple(output.shape)}"
             )
 
 

@@ -254,13 +254,16 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(load, tmp_path, lora):
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "calm")
 
 
-def test_a_finished_run_is_not_gone_on_with_by_its_own_result(load, tmp_path):
+def test_a_finished_run_is_not_resumed_by_its_own_result(load, tmp_path):
     """Its adapters would be added once more."""
     pipe = load().align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", **SETTINGS)
-    with pytest.raises(UserError, match="model was"):
+    with pytest.raises(UserError, match="resume=True needs the reference"):
         pipe.align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", resume=True, **SETTINGS | {"epochs": 3})
     load().align("dpo", dataset=PAIRS, output_dir=tmp_path / "run", resume=True, **SETTINGS | {"epochs": 3})
     assert rows_of(tmp_path / "run")[-1]["epoch"] == 3
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match=r"the run folder '.*run' is not there any more"):
+        pipe.report()
 
 
 def test_a_model_that_carries_adapters_keeps_them(load, tmp_path):
