@@ -22,7 +22,8 @@ from diffusion_align.data.text_encoding import Text
 from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model
-from diffusion_align.pipelines.image import ImageAlignmentPipeline, png_bytes, score_images
+from diffusion_align.pipelines.image import ImageAlignmentPipeline, png_bytes
+from diffusion_align.pipelines.scoring import score_images
 from diffusion_align.pipelines.text import IN_MEMORY, TextAlignmentPipeline, several
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, declare, text_of, weighted_sum

@@ -28,8 +28,9 @@ from diffusion_align.inputs import check_output, check_path
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.compare import judged_texts
-from diffusion_align.pipelines.image import ImageAlignmentPipeline, as_batch
+from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.run import built, family_content, image_model_content, language_model_content
+from diffusion_align.pipelines.scoring import as_batch
 from diffusion_align.pipelines.text import IN_MEMORY, TextAlignmentPipeline
 from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, call_reward, declare

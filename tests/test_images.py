@@ -348,7 +348,7 @@ SPECIAL = {
 @pytest.mark.parametrize("data", SPECIAL.values(), ids=SPECIAL)
 def test_pairs_score_notebooks_and_the_server_see_the_same(data, tmp_path, call_cli):
     from diffusion_align.data.image_pairs import _decoded
-    from diffusion_align.pipelines.image import as_image_tensor
+    from diffusion_align.pipelines.scoring import as_image_tensor
     from diffusion_align.report.grids import to_pil
     from diffusion_align.rewards.serving import decode
 

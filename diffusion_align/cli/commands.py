@@ -204,7 +204,7 @@ def score(
     Photographs need the published networks: from the Hub, or --option head=FILE --option clip=FOLDER (aesthetic).
     """
     from diffusion_align.inputs import default_device
-    from diffusion_align.pipelines.image import score_images
+    from diffusion_align.pipelines.scoring import score_images
     from diffusion_align.rewards import scored_by
     from diffusion_align.rewards.image.clip import model_for_images
 

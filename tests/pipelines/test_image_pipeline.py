@@ -20,8 +20,9 @@ from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import Comparison, compare_models
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.image import SampledImages, as_image_tensor
+from diffusion_align.pipelines.image import SampledImages
 from diffusion_align.pipelines.run import run
+from diffusion_align.pipelines.scoring import as_image_tensor
 from diffusion_align.rewards.base import RewardError
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.problems import assert_problem, problems

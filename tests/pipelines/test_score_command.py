@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffusion_align.pipelines import image
+from diffusion_align.pipelines import scoring
 from diffusion_align.rewards import build_reward, scored_by
 from diffusion_align.rewards.image import aesthetic
 from tests.helpers.rewarding import save_clip
@@ -43,7 +43,7 @@ def test_what_is_transparent_is_on_white(score, tmp_path):
     drawn("RGBA").save(tmp_path / "clear.png")
     drawn().save(tmp_path / "white.png")
     reward = build_reward("jpeg_compressibility")
-    one = image.score_images(reward, [drawn()], [""]).item()
+    one = scoring.score_images(reward, [drawn()], [""]).item()
     assert score("jpeg_compressibility", "clear.png", "white.png") == pytest.approx([one] * 3, abs=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_the_images_choose_the_networks_and_score_names_them(published, monkeypa
         status, out, err = call_cli("score", "aesthetic", *files, *options)
         assert (status, err) == (0, named + "\n")
         opened = [Image.open(file) for file in files]
-        scores = image.score_images("aesthetic", opened, [""] * len(files), model=options[1] if options else None)
+        scores = scoring.score_images("aesthetic", opened, [""] * len(files), model=options[1] if options else None)
         assert [float(line.split()[0]) for line in out.splitlines()[:-1]] == pytest.approx(scores.tolist(), abs=1e-4)
 
 

@@ -17,8 +17,8 @@ from diffusion_align.background import background
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.interrupt import InterruptFlag
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.pipelines.image import score_images
 from diffusion_align.pipelines.pairs import ImageCandidates
+from diffusion_align.pipelines.scoring import score_images
 from diffusion_align.report.grids import to_pil
 from diffusion_align.rewards import IMAGES as IMAGES_KIND
 from diffusion_align.rewards import (

@@ -19,7 +19,7 @@ from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.pipelines.image import as_batch
+from diffusion_align.pipelines.scoring import as_batch
 from diffusion_align.references import resolve
 from diffusion_align.training.config import load_yaml
 from tests.helpers.problems import assert_problem
