@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from diffusion_align.data.schemas import RowsConfig
 from diffusion_align.data.sources import in_python, refuse_splits
 from diffusion_align.errors import ConfigError, UserError, nearest, problems_of, short
+from diffusion_align.folder_lock import LOCK_FILE, check_not_in_use
 from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_name, outline_of
 from diffusion_align.training.aliases import aliases_of, canonical, canonical_place, one_by_one
@@ -26,7 +27,6 @@ from diffusion_align.training.config import (
     read_as,
     section_of,
 )
-from diffusion_align.training.folder_lock import LOCK_FILE, check_not_in_use
 from diffusion_align.training.launch import check_launch, is_first_process
 from diffusion_align.training.places import absolute_paths
 

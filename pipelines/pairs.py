@@ -23,6 +23,7 @@ from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
 from diffusion_align.data.text_encoding import Text, as_completion_message
 from diffusion_align.errors import ConfigError, Interrupted, UserError, problems_of, short
+from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.inputs import check_output, check_path
 from diffusion_align.models.language_models import language_model_ref
@@ -38,7 +39,6 @@ from diffusion_align.rewards.base import reward_name
 from diffusion_align.streams import print_warning
 from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
-from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"

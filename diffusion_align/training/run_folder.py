@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diffusion_align.errors import Interrupted
+from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.training import checkpoint
-from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.training.places import BASE
 from diffusion_align.training.processes import Processes
 from diffusion_align.writing import make_folder

@@ -14,11 +14,11 @@ from diffusion_align.assets import asset_path
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.prompts import load_prompts
 from diffusion_align.errors import ConfigError, Interrupted, UserError
+from diffusion_align.folder_lock import FolderLock
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.pairs import ImageCandidates, PairsWritten, make_pairs
 from diffusion_align.rewards import RewardError, build_reward
-from diffusion_align.training.folder_lock import FolderLock
 from tests.helpers.rows_on_disk import read_rows
 
 PROMPTS = [("a cat", {}), ("a red apple", {"fruit": True}), ("a rocket", {}), ("a crab", {})]

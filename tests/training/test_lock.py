@@ -10,15 +10,15 @@ import sys
 
 import pytest
 
+from diffusion_align import folder_lock
 from diffusion_align.errors import UserError
-from diffusion_align.training import folder_lock
-from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock, check_not_in_use
+from diffusion_align.folder_lock import LOCK_FILE, FolderLock, check_not_in_use
 from diffusion_align.writing import WriteError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from diffusion_align.training.folder_lock import FolderLock
+from diffusion_align.folder_lock import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

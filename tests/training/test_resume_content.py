@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
+from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.config import load_yaml
-from diffusion_align.training.folder_lock import LOCK_FILE, FolderLock
 from tests.helpers.tiny_runs import TINY
 
 REWARD = """import scale_of_mine
