@@ -6,5 +6,7 @@ MOST_ROWS = 1_000_000_000
 HIGHEST_RANK = 16_384
 LARGEST = 1e9
 """Coefficients: beyond it a loss overflows float32."""
+LARGEST_SIDE = 16_384
+"""Pixels of an image."""
 LONGEST_PROMPT = 20_000
 """Characters of a prompt for an image, of which its text encoder reads 77 tokens."""

@@ -49,6 +49,9 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         pipeline,
         lora=config.lora,
         guidance_scale=config.sampler.guidance_scale,
+        negative_prompt=config.negative_prompt,
+        height=config.height,
+        width=config.width,
         device=accelerator.device,
         autocast=accelerator.autocast,
     )

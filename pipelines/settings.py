@@ -312,12 +312,22 @@ class ImageSettings(SharedSettings, total=False):
     """the adapter to train; null trains the whole UNet"""
     sampler: SamplerSettings | SamplerConfig
     """how images are sampled"""
+    height: int | None
+    """of images in pixels, all that are sampled, shown and trained on"""
+    width: int | None
+    """like height; null is the size that the model was made for"""
+    resolution: int | None
+    """height and width of square images, in place of those two"""
+    negative_prompt: str | None
+    """what guidance leads away from, in sampling and training; null is the empty prompt"""
     evaluation: ImageEvaluationSettings | ImageEvaluationConfig | None
     """a held-out reward and the diversity of images"""
     stop_when: ImageStopSettings | ImageStopConfig
     """rules that end the run early"""
     timestep_range: Sequence[float]
     """part of the stochastic steps, from noise (0) to image (1), that is trained on"""
+    train_resolution: int | None
+    """another name of resolution"""
 
 
 class TextSettings(SharedSettings, total=False):

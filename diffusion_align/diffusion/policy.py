@@ -39,10 +39,14 @@ class DenoisingPolicy:
             keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
+        negative_prompt: what guidance leads away from, in sampling and training alike; None for no prompt. As in
+            diffusers an empty text is a prompt: SDXL encodes it, and has zeros for None.
+        height, width: of images in pixels; the model's own where None.
         autocast: context in which the network runs; log-probs stay float32.
 
     Raises:
-        UserError: a pipeline class that is not supported, or a network that is not text-to-image.
+        UserError: a pipeline class that is not supported, a network that is not text-to-image, or a size that its VAE
+            does not have.
     """
 
     def __init__(
@@ -51,19 +55,25 @@ class DenoisingPolicy:
         *,
         lora: LoRAConfig | None,
         guidance_scale: float = 1.0,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         device: torch.device | str = "cpu",
         autocast: Autocast = contextlib.nullcontext,
     ) -> None:
         self.family: ModelFamily = family_of(pipeline)
         self.family.check(pipeline)
         self.pipeline = pipeline
+        self._latent_size = self.family.latent_size(
+            self.network.config, pipeline.vae.config, height=height, width=width
+        )
         adapted = _check_adapter(self.network, lora, self.family)
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         self.autocast = autocast
         self.lora = lora
-        self._prompt_cache: dict[str, Conditioning] = {}
+        self._prompt_cache: dict[tuple[str, tuple[int, int], bool], Conditioning] = {}
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to(self.device).requires_grad_(False).eval()
@@ -98,34 +108,50 @@ class DenoisingPolicy:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the model's own resolution."""
-        return self.family.latent_shape(self.network.config)
+        """(C, H, W) of one latent that is sampled."""
+        return self.family.latent_shape(self.network.config, self._latent_size)
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of what ``decode`` returns."""
-        return tuple(side * self.pipeline.vae_scale_factor for side in self.latent_shape[1:])  # type: ignore[return-value]
+        """(height, width) in pixels of the images that are sampled."""
+        return self._pixels(self._latent_size)
+
+    def _pixels(self, latent_size: Sequence[int]) -> tuple[int, int]:
+        factor = self.family.vae_factor(self.pipeline.vae.config)
+        return latent_size[0] * factor, latent_size[1] * factor
+
+    def encode(self, prompts: Sequence[str], image_size: tuple[int, int] | None = None) -> Conditioning:
+        """What the network is conditioned on, (B, ...); each different prompt goes through the text encoders once.
+
+        Args:
+            prompts: B texts; an empty one stands for no prompt.
+            image_size: (height, width) in pixels of the images, if not that of those that are sampled.
+        """
+        return self._encode(prompts, image_size or self.image_size)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """What the network is conditioned on, (B, ...); each different prompt goes through the text encoders once."""
-        cached = {p: self._prompt_cache[p] for p in prompts if p in self._prompt_cache}
-        missing = [p for p in dict.fromkeys(prompts) if p not in cached]
+    def _encode(self, prompts: Sequence[str], image_size: tuple[int, int], *, negative: bool = False) -> Conditioning:
+        encode = self.family.encode_negative if negative else self.family.encode
+        keys = [(prompt, image_size, negative) for prompt in prompts]
+        cached = {key: self._prompt_cache[key] for key in keys if key in self._prompt_cache}
+        missing = [key for key in dict.fromkeys(keys) if key not in cached]
         if len(self._prompt_cache) + len(missing) > CACHED_PROMPTS:
             self._prompt_cache.clear()
         for start in range(0, len(missing), PROMPT_BATCH):
             some = missing[start : start + PROMPT_BATCH]
             padded = some + some[-1:] * (PROMPT_BATCH - len(some))
-            encoded = self.family.encode(self.pipeline, padded, self.image_size)
-            cached |= {p: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, p in enumerate(some)}
+            encoded = encode(self.pipeline, [prompt for prompt, *_ in padded], image_size)
+            cached |= {key: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, key in enumerate(some)}
         self._prompt_cache |= cached
-        rows = [cached[p] for p in prompts]
+        rows = [cached[key] for key in keys]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def predict(
         self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning, *, guidance_scale: float | None = None
     ) -> Tensor:
         """The guided network output (B, C, H, W), float32 or wider: uncond + guidance_scale * (cond - uncond).
+
+        uncond is with the policy's negative prompt, or with none.
 
         Args:
             x_t: (B, C, H, W).
@@ -136,11 +162,17 @@ class DenoisingPolicy:
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if scale == 1:
             return self._run(x_t, timestep, conditioning)
-        unconditional = self.encode([""])
+        unconditional = self._encode_negative(self._pixels(x_t.shape[2:]))
         both = {k: torch.cat([unconditional[k].expand(len(x_t), *v.shape[1:]), v]) for k, v in conditioning.items()}
         output = self._run(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
         without, with_prompt = output.chunk(2)
         return without + scale * (with_prompt - without)
+
+    def _encode_negative(self, image_size: tuple[int, int]) -> Conditioning:
+        """(1, ...) of what guidance leads away from."""
+        if self.negative_prompt is None:
+            return self.encode([""], image_size)
+        return self._encode([self.negative_prompt], image_size, negative=True)
 
     def _run(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         network = self.network

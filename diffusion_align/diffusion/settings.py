@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.bounds import LARGEST, LARGEST_SIDE, MOST
 from diffusion_align.data.image_pairs import PairsConfig
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.data.sources import in_python
 from diffusion_align.diffusion.samplers import SAMPLERS, find_sampler
-from diffusion_align.errors import ConfigError, UserError, problems_of, short
+from diffusion_align.errors import UserError, problems_of, short
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
@@ -102,16 +102,26 @@ class ImageStopConfig(StopConfig):
         return reasons
 
 
+Side = Annotated[int, Field(ge=8, le=LARGEST_SIDE)]
+
+
 class DenoisingConfig(PolicyConfig):
     """What every method that trains a diffusion model has."""
 
     model_kind = "image"
+    aliases: ClassVar = {"train_resolution": "resolution"}
 
     show_prompts: list[str] | None = Field(
         None, description="prompts of the preview grids; the first ones if not given"
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
+    height: Side | None = Field(None, description="of images in pixels, all that are sampled, shown and trained on")
+    width: Side | None = Field(None, description="like height; null is the size that the model was made for")
+    resolution: Side | None = Field(None, description="height and width of square images, in place of those two")
+    negative_prompt: str | None = Field(
+        None, description="what guidance leads away from, in sampling and training; null is the empty prompt"
+    )
     lora: LoRAConfig | None = Field(
         default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet"
     )
@@ -126,11 +136,26 @@ class DenoisingConfig(PolicyConfig):
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _square(cls, settings: Any) -> Any:
+        """Everybody reads ``height`` and ``width`` alone."""
+        if not isinstance(settings, Mapping) or type(side := settings.get("resolution")) is not int:
+            return settings
+        if settings.get("height") is not None or settings.get("width") is not None:
+            return settings  # which is an error
+        return {**settings, "height": side, "width": side, "resolution": None}
+
     def cross_checks(self) -> Iterator[str]:
-        try:
-            check_image_prompts(self.show_prompts or [], name="show_prompts")
-        except ConfigError as error:
-            yield from error.problems
+        for name, prompts in (("show_prompts", self.show_prompts), ("negative_prompt", [self.negative_prompt or ""])):
+            yield from problems_of(check_image_prompts, prompts or [], name=name)
+        if self.negative_prompt is not None and self.sampler.guidance_scale == 1:
+            yield (
+                "negative_prompt has no effect with sampler.guidance_scale=1, which switches guidance off: raise it, "
+                "or leave negative_prompt out"
+            )
+        if self.resolution is not None:
+            yield f"resolution={self.resolution} sets height and width, which are given as well: leave it, or them, out"
         yield from self.stop_when.unmeasured(self.evaluation)
         if self.stop_when.diversity_below is not None and self.evaluation is None:
             yield "stop_when.diversity_below needs evaluations: set evaluation, or leave it out"
@@ -145,8 +170,9 @@ class DenoisingConfig(PolicyConfig):
                 )
 
     def name_checks(self) -> Iterator[str]:
-        own = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
+        own: dict[str, Any] = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
         own["lora_layers"] = self.lora.layers if self.lora else None
+        own |= {"height": self.height, "width": self.width}
         yield from problems_of(check_image_model, self.model, **own)
         yield from reward_checks(getattr(self, "reward", None), "image")
 

@@ -117,17 +117,25 @@ def _check_variant(model: str, variant: str | None) -> None:
         )
 
 
-def check_folder(model: str, family: ModelFamily | None = None) -> None:
+def check_folder(
+    model: str, family: ModelFamily | None = None, *, height: int | None = None, width: int | None = None
+) -> None:
     """UserError if a folder or an embedded model cannot be trained, as far as its configuration is at hand.
 
-    ``family``: the user's own, if one was named.
+    Args:
+        family: the user's own, if one was named.
+        height, width: of its images in pixels; its own where None.
     """
     folder = Path(_source(model))
     try:
         name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
         of_model = family_of_class(name, family, f"model={model!r}")
-        config = json.loads((folder / of_model.network / "config.json").read_text(encoding="utf-8"))
+        config, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            for part in (of_model.network, "vae")
+        )
         of_model.check_network(f"model={model!r}", config)
+        of_model.latent_size(config, vae, height=height, width=width)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from diffusion_align.errors import UserError
+from diffusion_align.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +54,13 @@ class ModelFamily(ABC):
 
         Args:
             pipeline: with text encoders.
-            prompts: texts; the empty one is what guidance leads away from.
+            prompts: texts; the empty one stands for none, which is what guidance leads away from by default.
             image_size: (height, width) in pixels.
         """
+
+    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
+        """As ``encode``, of texts that guidance leads away from; an empty one is a text like others."""
+        return self.encode(pipeline, prompts, image_size)
 
     @abstractmethod
     def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
@@ -84,20 +89,65 @@ class ModelFamily(ABC):
         return output
 
     def zeros(
-        self, config: Mapping[str, Any], batch: int, *, tokens: int = 77, **kind: Any
+        self,
+        config: Mapping[str, Any],
+        batch: int,
+        *,
+        tokens: int = 77,
+        latent_size: tuple[int, int] | None = None,
+        **kind: Any,
     ) -> tuple[Tensor, Tensor, Conditioning]:
         """``x_t``, ``timestep`` and conditioning of ``batch`` samples, all 0; see ``zero_conditioning``."""
         import torch
 
-        latents = torch.zeros(batch, *self.latent_shape(config), **kind)
+        latents = torch.zeros(batch, *self.latent_shape(config, latent_size), **kind)
         timestep = torch.zeros(batch, **kind | {"dtype": torch.int64})
         return latents, timestep, self.zero_conditioning(config, batch, tokens, **kind)
 
-    def latent_shape(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """(C, H, W) of one latent at the resolution of the network's configuration."""
-        size = config["sample_size"]
+    def latent_shape(
+        self, config: Mapping[str, Any], latent_size: tuple[int, int] | None = None
+    ) -> tuple[int, int, int]:
+        """(C, H, W) of one latent, of ``latent_size`` (H, W) or the size in the network's configuration."""
+        size = latent_size or config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return config["in_channels"], height, width
+
+    def latent_size(
+        self,
+        config: Mapping[str, Any],
+        vae: Mapping[str, Any],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> tuple[int, int]:
+        """(H, W) of the latents of images of ``height`` x ``width`` pixels; the network's own where that is None.
+
+        Args:
+            config, vae: configurations of the network and of the VAE.
+
+        Raises:
+            ConfigError: a side is not a multiple of the VAE's factor times the network's patch size, nor of 8, which
+                diffusers' pipelines require whatever the VAE.
+        """
+        _, *own = self.latent_shape(config)
+        factor = self.vae_factor(vae)
+        multiple = math.lcm(8, factor * (config.get("patch_size") or 1))
+        given = {"height": height, "width": width}
+        problems = [
+            f"{name}={side} must be a multiple of {multiple} for this model: set {max(1, side // multiple) * multiple} "
+            f"or {(side // multiple + 1) * multiple}"
+            for name, side in given.items()
+            if side is not None and side % multiple
+        ]
+        if problems:
+            raise ConfigError(problems)
+        rows, columns = (mine if side is None else side // factor for mine, side in zip(own, given.values()))
+        return rows, columns
+
+    def vae_factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels per latent along a side, with a VAE of configuration ``vae``."""
+        factor: int = 2 ** (len(vae["block_out_channels"]) - 1)
+        return factor
 
     def prompt_tokens(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
         """Tokens of an encoded prompt; ``configs``: part of the pipeline -> its configuration."""

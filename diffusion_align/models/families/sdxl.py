@@ -24,11 +24,20 @@ class StableDiffusionXL(StableDiffusion):
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         import torch
 
+        encoded = self.encode_negative(pipeline, prompts, image_size)
+        if pipeline.config.get("force_zeros_for_empty_prompt"):
+            empty = torch.tensor([prompt == "" for prompt in prompts], device=encoded["text_embeds"].device)
+            encoded["encoder_hidden_states"] = encoded["encoder_hidden_states"].masked_fill(empty[:, None, None], 0.0)
+            encoded["text_embeds"] = encoded["text_embeds"].masked_fill(empty[:, None], 0.0)
+        return encoded
+
+    def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
+        """Without the zeros that ``force_zeros_for_empty_prompt`` puts in place of no prompt: as in diffusers, an empty
+        negative prompt is encoded."""
+        import torch
+
         device = pipeline.text_encoder_2.device
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        if pipeline.config.get("force_zeros_for_empty_prompt"):
-            empty = torch.tensor([prompt == "" for prompt in prompts], device=device)
-            embeds, pooled = embeds.masked_fill(empty[:, None, None], 0.0), pooled.masked_fill(empty[:, None], 0.0)
         size = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=embeds.dtype, device=device)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size.expand(len(prompts), -1)}
 
