@@ -35,6 +35,7 @@ from diffusion_align.pipelines.run import (
     NOT_FROM_PIPE,
     NOT_LOADED,
     AlignmentPipeline,
+    align_call,
     dtype_of,
     not_in_memory,
     not_uploaded,
@@ -337,7 +338,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 adapters.merge_adapters(self.pipeline)
             _refuse_other_parts(self.pipeline)
             with on_disk(config, below, self._write, without=("weights_variant", "base_config")) as config:
-                trainer = run(config, pipeline=self.pipeline)
+                trainer = run(config, pipeline=self.pipeline, started=align_call(config))
         except BaseException:
             for name, network in before.items():
                 setattr(self.pipeline, name, network.to(device))

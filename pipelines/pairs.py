@@ -26,6 +26,7 @@ from diffusion_align.errors import ConfigError, Interrupted, UserError, problems
 from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.inputs import check_output, check_path
+from diffusion_align.invocation import RESUME_WITH, PythonCall, Started
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.compare import judged_texts
@@ -186,6 +187,7 @@ def make_pairs(
     seed: int = 0,
     resume: bool = False,
     on_prompt: Callable[[int], object] | None = None,
+    started: Started | None = None,
 ) -> PairsWritten:
     """Sample ``per_prompt`` times per prompt and write the best and the worst of each as a pair.
 
@@ -201,6 +203,7 @@ def make_pairs(
         seed: of the first sample.
         resume: continue the pairs in ``output``, which must have been begun with the same settings.
         on_prompt: called with the number of prompts done, also before the first.
+        started: how, for whoever resumes it; as a call in Python if not given.
 
     Raises:
         UserError: wrong settings, a folder that cannot be used, a model that cannot be loaded.
@@ -211,6 +214,7 @@ def make_pairs(
     output = Path(output).expanduser()
     settings = {"model": candidates.model, "per_prompt": per_prompt, "seed": seed, **candidates.sampling}
     settings |= {"judge": _plain(judge), "prompts": _digest(prompts)}
+    call = started or PythonCall("make_pairs({})", {"output": output})
     _check(candidates, prompts, judge, per_prompt, seed)
     _check_folder(output, settings, resume)
     output = output.absolute()  # whatever folder a judge changes to
@@ -225,7 +229,9 @@ def make_pairs(
         done = max(((used - seed) // per_prompt + 1 for used in seeds), default=0)
 
         def kept() -> str:
-            return f"{len(pairs)} pairs are in {output}: resume (--resume) to continue" if pairs or ties else ""
+            return (
+                f"{len(pairs)} pairs are in {output}\n{RESUME_WITH}{call.again(resume=True)}" if pairs or ties else ""
+            )
 
         content = candidates.load(judge)
         _check_content(output, content)

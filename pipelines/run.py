@@ -24,6 +24,7 @@ from diffusion_align.arguments import also_called
 from diffusion_align.assets import EMBEDDED_MODELS, asset_path
 from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_device
+from diffusion_align.invocation import PythonCall, Started
 from diffusion_align.methods import method_of
 from diffusion_align.models.language_models import model_places
 from diffusion_align.models.model_ref import ModelRef
@@ -45,18 +46,26 @@ Places = list[tuple[str, str | None]]
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
-def run(config: TrainingConfig, *, pipeline: Any = None, model: Any = None, tokenizer: Any = None) -> Trainer[Any]:
+def run(
+    config: TrainingConfig,
+    *,
+    pipeline: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    started: Started | None = None,
+) -> Trainer[Any]:
     """Train as ``config`` says and return the finished trainer.
 
     Args:
         config: checked settings of any method, from ``read_config`` or ``check_config``.
         pipeline: a loaded diffusers pipeline, see ``image_context``.
         model, tokenizer: a loaded language model, see ``text_context``.
+        started: how the run was started, which is printed where it can be resumed; as ``build_trainer`` if not given.
 
     Raises:
         UserError: data, models or rewards that do not fit; and see ``Trainer.train``.
     """
-    trainer = _trainer(config, pipeline, model, tokenizer)
+    trainer = _trainer(config, pipeline, model, tokenizer, started)
     trainer.train()
     return trainer
 
@@ -78,10 +87,21 @@ def build_trainer(config: TrainingConfig) -> Trainer[Any]:
     if not config.method:
         raise UserError(f"{type(config).__name__} does not say what trains: set method to 'module:Class'")
     given = {name: getattr(config, name) for name in config.model_fields_set}
-    return _trainer(check_config(given | {"method": config.method}), None, None, None)
+    return _trainer(check_config(given | {"method": config.method}))
 
 
-def _trainer(config: TrainingConfig, pipeline: Any, model: Any, tokenizer: Any) -> Trainer[Any]:
+def align_call(config: TrainingConfig) -> Started:
+    """``align`` of a pipeline, as whoever resumes the run calls it."""
+    return PythonCall("align({})", {"output_dir": config.output_dir})
+
+
+def _trainer(
+    config: TrainingConfig,
+    pipeline: Any = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    started: Started | None = None,
+) -> Trainer[Any]:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     method = method_of(config.method)
@@ -97,6 +117,8 @@ def _trainer(config: TrainingConfig, pipeline: Any, model: Any, tokenizer: Any) 
 
         context = text_context(config, model, tokenizer)
     trainer = method.from_run(replace(context, callbacks=callbacks))
+    form = f"build_trainer({type(config).__name__}({{}})).train()"
+    trainer.run_folder.started = started or PythonCall(form, {"output_dir": config.output_dir})
     own = code_content([sys.modules[method.__module__]])  # this package's is known by its version
     trainer.identity = context.identity | ({"method": own} if own else {})
     return trainer

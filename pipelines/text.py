@@ -34,6 +34,7 @@ from diffusion_align.pipelines.run import (
     NOT_FROM_PIPE,
     NOT_LOADED,
     AlignmentPipeline,
+    align_call,
     dtype_of,
     not_in_memory,
     not_uploaded,
@@ -225,7 +226,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
             with on_disk(config, self.name, self._save_merged) as config:
                 if self.name is None:
                     model.name_or_path = model.config.name_or_path = config.model
-                trainer = run(config, model=model, tokenizer=self.tokenizer)
+                trainer = run(config, model=model, tokenizer=self.tokenizer, started=align_call(config))
         except BaseException:
             if not adapted:
                 remove_lora(self.model)

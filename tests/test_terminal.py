@@ -229,9 +229,9 @@ def test_it_is_one_sentence_and_the_traceback_is_in_a_file_of_ones_own(fail, tmp
 def test_how_to_resume_is_said_after_such_an_error_too(fail):
     error = RuntimeError("no device")
     error.add_note("For debugging consider CUDA_LAUNCH_BLOCKING=1\nand more")
-    error.add_note("continue with resume=true output_dir=run")
+    error.add_note("resume with: diffusion-align train quickstart resume=true")
     _, _, err = fail(error)
-    assert err.endswith("(--debug prints it); continue with resume=true output_dir=run\n")
+    assert err.endswith("(--debug prints it)\nresume with: diffusion-align train quickstart resume=true\n")
     assert "CUDA_LAUNCH" not in err
 
 

@@ -48,6 +48,7 @@ from diffusion_align.cli.terminal import (
     progress_bar,
 )
 from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.invocation import command_line
 
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
 
@@ -98,13 +99,14 @@ def train(config: Config, overrides: Overrides = None) -> None:
     Weights, checkpoints, metrics and report.html go to output_dir; resume=true resumes the run that is there.
     """
     from diffusion_align.pipelines.configuration import read_config
+    from diffusion_align.training.aliases import aliases_of
 
     settings: Any = read_config(config, overrides or [])
 
     from diffusion_align.pipelines.run import run  # with torch, without which wrong settings are answered at once
 
     hide_loading_bars()
-    trainer = run(settings)
+    trainer = run(settings, started=command_line(aliases_of(settings.__class__)))
     if trainer.accelerator.is_main_process:
         if trainer.stopped:
             print_line(f"stopped after epoch {trainer.epoch}: {trainer.stopped}")
@@ -358,7 +360,7 @@ def pairs(
     wanted = read_prompts(prompt, prompts, kind)
     hide_loading_bars()
     candidates = TextCandidates(model, **of_text) if kind == "text" else ImageCandidates(model, **of_images)
-    options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume}
+    options: Any = {"per_prompt": per_prompt, "seed": seed, "resume": resume, "started": command_line()}
     with progress_bar("prompts", len(wanted)) as update:
         made = make_pairs(candidates, wanted, judge, output, on_prompt=update, **options)
     gap = f", mean score gap {made.mean_gap:.4g}" if made.pairs else ""

@@ -11,14 +11,13 @@ import typer
 from diffusion_align.cli.commands import app
 from diffusion_align.cli.terminal import errors, print_error
 from diffusion_align.errors import Interrupted, UserError, first_line
-
-PROGRAM = "diffusion-align"
+from diffusion_align.invocation import PROGRAM, RESUME_WITH
+from diffusion_align.streams import LastingStreams, printable
 
 
 def main() -> None:
     """Run a command; the exit status is 0, 2 (a user's error), 130 (interrupted) or 1 (anything unexpected)."""
     from diffusion_align import interrupt
-    from diffusion_align.streams import LastingStreams
 
     if _is_for_a_shell(sys.argv[1:]):
         app(prog_name=PROGRAM)
@@ -29,7 +28,10 @@ def main() -> None:
         if status == interrupt.INTERRUPTED:  # what typer makes of Ctrl-C in its newer versions
             errors.print("stopped")
     except Interrupted as stop:
-        errors.print(str(stop), markup=False)
+        from diffusion_align.training.launch import is_first_process
+
+        if is_first_process():  # the others were stopped with it
+            errors.print(str(stop), markup=False)
         status = interrupt.INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped")
@@ -38,7 +40,8 @@ def main() -> None:
         if debug:
             errors.print(_traceback(error), markup=False)
         if isinstance(error, UserError) or _is_a(error, "OutOfMemoryError"):
-            status = print_error(_with_notes(error))
+            status = print_error(str(error))
+            _print_how_to_resume(error)
         elif isinstance(error, SystemExit):  # never ours, so nothing was finished, whatever its code
             called = f"sys.exit({error.code!r}) was called by code outside this package"
             status = print_error(f"{called}: let it raise an error instead")
@@ -87,8 +90,8 @@ def _unexpected(error: BaseException, debug: bool) -> int:
             place = f"in {file.name} (--debug prints it)"
         except OSError:
             errors.print(_traceback(error), markup=False)
-    notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" in note]  # other libraries write some
-    print_error("; ".join([f"unexpected {what}; the traceback is {place}", *notes]))
+    print_error(f"unexpected {what}; the traceback is {place}")
+    _print_how_to_resume(error)
     return 1
 
 
@@ -98,10 +101,10 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _with_notes(error: BaseException) -> str:
-    """The sentence and what was noted about it on the way, unless it says so itself."""
-    notes = [note for note in getattr(error, "__notes__", ()) if "resume=true" not in str(error)]
-    return "; ".join([str(error), *notes])
+def _print_how_to_resume(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", ()):
+        if RESUME_WITH in note:  # other libraries write some, too
+            errors.print(printable(note), markup=False)
 
 
 _NO_INTEGER = "Input should be a valid integer, unable to parse string as an integer"

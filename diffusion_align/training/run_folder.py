@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from diffusion_align.errors import Interrupted
 from diffusion_align.folder_lock import LOCK_FILE, FolderLock
+from diffusion_align.invocation import RESUME_WITH, Started
 from diffusion_align.training import checkpoint
 from diffusion_align.training.places import BASE
 from diffusion_align.training.processes import Processes
@@ -24,11 +26,12 @@ class RunFolder:
     Args:
         path: need not be there yet.
         processes: the main one writes.
+        started: how the run was started.
         keeps: names in it that took long to make: with one of these it is not emptied.
     """
 
-    def __init__(self, path: Path, processes: Processes, keeps: tuple[str, ...] = ()) -> None:
-        self.path, self.processes, self.keeps = path, processes, keeps
+    def __init__(self, path: Path, processes: Processes, started: Started, keeps: tuple[str, ...] = ()) -> None:
+        self.path, self.processes, self.started, self.keeps = path, processes, started, keeps
         self.is_new = False  # whether this process found it absent or empty
 
     @property
@@ -40,9 +43,9 @@ class RunFolder:
     def config_file(self) -> Path:
         return self.path / "config.yaml"
 
-    @property
-    def how_to_resume(self) -> str:
-        return f"continue with resume=true output_dir={self.path}"
+    def how_to_resume(self, **settings: Any) -> str:
+        """A line with the whole command, or in Python the call, that resumes the run, with ``settings`` changed."""
+        return RESUME_WITH + self.started.again(resume=True, **settings)
 
     @contextlib.contextmanager
     def held(self, epochs: Callable[[], int]) -> Iterator[None]:

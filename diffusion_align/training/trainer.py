@@ -26,8 +26,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from diffusion_align import __version__
-from diffusion_align.errors import CheckpointError, ConfigError, Interrupted, TrainingError, UserError, foreign_code
+from diffusion_align.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    RewardError,
+    TrainingError,
+    UserError,
+    foreign_code,
+)
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
+from diffusion_align.invocation import PythonCall
 from diffusion_align.references import reference_to
 from diffusion_align.streams import print_warning
 from diffusion_align.training import checkpoint
@@ -139,7 +148,9 @@ class Trainer(ABC, Generic[Batch]):
         self.bars = Bars(disable=not self.processes.is_main)
         self.folder = config.output_dir
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.run_folder = RunFolder(self.folder, self.processes, self.keeps)
+        kind, settings = type(self).__name__, type(config).__name__
+        here = PythonCall(f"{kind}({settings}({{}}), ...).train()", {"output_dir": self.folder})
+        self.run_folder = RunFolder(self.folder, self.processes, here, self.keeps)
         trackers = [Trackers(self.accelerator)] if config.trackers else []
         self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, self.log, *trackers, Report()]
         self.epoch = self.step = self._began = 0
@@ -284,8 +295,8 @@ class Trainer(ABC, Generic[Batch]):
                 yield
             except WriteError as error:  # a full disk, say: the run can be resumed from its last checkpoint
                 if folder.config_file.is_file() and not folder.nothing_trained(self.epoch):
-                    stands = "the last checkpoint stands, " if folder.checkpoints else ""
-                    error.add_note(stands + folder.how_to_resume)
+                    stands = "the last checkpoint stands; " if folder.checkpoints else ""
+                    error.add_note(stands + folder.how_to_resume())
                 raise
 
     def _begin(self) -> None:
@@ -312,7 +323,7 @@ class Trainer(ABC, Generic[Batch]):
                 first = self.measure_first()
             except (Interrupted, Overdue):  # nothing to save yet
                 self._close()
-                raise Interrupted(f"stopped before the first epoch; {self.run_folder.how_to_resume}") from None
+                raise Interrupted(f"stopped before the first epoch\n{self.run_folder.how_to_resume()}") from None
             if first:
                 self._each("on_update", plain_row({"step": 0, "epoch": 0, **first}))
 
@@ -525,8 +536,8 @@ class Trainer(ABC, Generic[Batch]):
         except (Interrupted, Overdue):
             self.save()
             self._close()
-            how = self.run_folder.how_to_resume
-            raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}; {how}") from None
+            how = self.run_folder.how_to_resume()
+            raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}\n{how}") from None
         except Exception as error:
             processes, folder = self.processes, self.run_folder
             # Of any process: where one saves nothing, the others would wait for it.
@@ -539,13 +550,19 @@ class Trainer(ABC, Generic[Batch]):
                     self.save()
                 failed_before = not folder.is_new and self.epoch == self._began  # and would again
                 if unfit and self.accelerator.mixed_precision == "fp16":
-                    error.add_note(f"{folder.how_to_resume} mixed_precision=no")
+                    error.add_note(folder.how_to_resume(mixed_precision="no"))
                 elif not (unfit or failed_before or isinstance(error, WriteError)):
-                    error.add_note(folder.how_to_resume)
+                    error.add_note(folder.how_to_resume(**self._changed_by_mending(error)))
             raise
         finally:
             with self._saving:  # what ``_leave`` has begun to write is not trained on meanwhile
                 self._can_be_saved = False
+
+    def _changed_by_mending(self, error: Exception) -> dict[str, Any]:
+        """The settings under which a run resumes once the user's code that raised ``error`` is another."""
+        rewards = ("reward", "evaluation") if isinstance(error, RewardError) else ()
+        code = [name for name in rewards if any(place.endswith(".py") for place, _ in self.identity.get(name, ()))]
+        return {"accept_changed": sorted({*self.config.accept_changed, *code})} if code else {}
 
     def _leave(self) -> None:
         """In another thread: end this process, whose main thread is in foreign code or waits for other processes and
@@ -556,8 +573,8 @@ class Trainer(ABC, Generic[Batch]):
             saving.start()
             saving.join(_LAST_SAVE)
         newest = "".join(path.name for path in self.run_folder.checkpoints[-1:]) or "none"
-        how = self.run_folder.how_to_resume
-        print(f"stopped, as something did not answer; the newest checkpoint is {newest}; {how}", file=sys.stderr)
+        how = self.run_folder.how_to_resume()
+        print(f"stopped, as something did not answer; the newest checkpoint is {newest}\n{how}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(INTERRUPTED)
 

@@ -1,5 +1,7 @@
 """Python that a forked command runs first: it ends the process at one exact place, or leaves out what takes long."""
 
+import shlex
+
 QUICK = "import diffusion_align.report as report\nreport.write_report = lambda folder: None\n"
 KILL = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
 # A second one would end the run at once.
@@ -42,6 +44,12 @@ class owner: chosen = staticmethod(rename)
 name, n, after = "chosen", 1, {after}
 writing.rename = lambda source, target: (owner.chosen if {part!r} in str(target) else rename)(source, target)
 """
+
+
+def resumed_with(*arguments):
+    """The line that a command prints which is to be resumed."""
+    kept = [str(word) for word in arguments if word != "resume=true"]
+    return "resume with: " + shlex.join(["diffusion-align", *kept, "resume=true"])
 
 
 STEP = "diffusion_align.training.optimization.Optimization"

@@ -22,6 +22,12 @@ def score_of(reward, images):
     return call_reward(lambda images, *_: reward(images), images, [""] * len(images), [{}] * len(images))
 
 
+def resumed_with(folder, **changes):
+    """The line that a run prints which is to be resumed."""
+    more = "".join(f", {name}={value!r}" for name, value in changes.items())
+    return f"resume with: Toy(TrainingConfig(..., output_dir={str(folder)!r}, resume=True{more}), ...).train()"
+
+
 class Toy(Trainer):
     """Two parameters are pulled towards what a reward says."""
 

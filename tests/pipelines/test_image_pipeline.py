@@ -201,7 +201,7 @@ def test_a_run_that_breaks_off_leaves_the_pipeline_and_is_gone_on_with(load, tmp
     pipe = load()
     before, handler = weights(pipe), signal.getsignal(signal.SIGINT)
     reward = stops(how, epoch=2)
-    with pytest.raises((RewardError, Interrupted), match=r"returned nan|continue with resume=true"):
+    with pytest.raises((RewardError, Interrupted), match=r"returned nan|resume with: align"):
         pipe.align(reward=reward, output_dir=tmp_path / "run", **settings)
     assert signal.getsignal(signal.SIGINT) is handler
     assert_same_weights(pipe, before)

@@ -125,7 +125,10 @@ def test_an_interrupted_run_ends_like_any_other(whole, tmp_path, finished):
         if done == finished:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="--resume" if finished else "nothing written"):
+    with pytest.raises(
+        Interrupted,
+        match=r"pairs are in .*\nresume with: make_pairs\(\.\.\., output=" if finished else "nothing written",
+    ):
         make(tmp_path / "pairs", judge=undecided_about_apples, on_prompt=stop)
     progress = []
     result = make(tmp_path / "pairs", judge=undecided_about_apples, resume=True, on_prompt=progress.append)

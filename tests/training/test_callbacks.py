@@ -12,7 +12,7 @@ from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.checkpoint import list_checkpoints
 from diffusion_align.training.config import load_yaml
 from tests.helpers.problems import problem
-from tests.helpers.toy import Toy
+from tests.helpers.toy import Toy, resumed_with
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_one_that_fails_loses_no_epoch(tmp_path, faulty, sentence):
     run = {"checkpoint_every": 100}
     with pytest.raises(UserError, match=sentence) as caught:
         Toy(tmp_path / "run", **run, callbacks=[Noted(**faulty)]).train()
-    assert caught.value.__notes__ == [f"continue with resume=true output_dir={tmp_path / 'run'}"]
+    assert caught.value.__notes__ == [resumed_with(tmp_path / "run")]
     noted, epoch = Noted(), 1 if "adds" in faulty else 2
     Toy(tmp_path / "run", **run, resume=True, callbacks=[noted]).train()
     assert noted.calls[:2] == [("start", epoch, True), ("epoch", epoch, epoch)]  # which is made up for

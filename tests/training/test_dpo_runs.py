@@ -21,7 +21,7 @@ from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.training.optimization import Optimization
 from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
-from tests.helpers.kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming
+from tests.helpers.kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming, resumed_with
 from tests.helpers.problems import assert_problem, problems
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
@@ -104,8 +104,7 @@ def test_signals_change_nothing(forked, calm, tmp_path, kind):
         run = forked(*arguments, prelude=SMALL_FILES + STOP + hook + HOOK)
         assert run.status == 130, (moment, run)
         assert "Traceback" not in run.error
-        said = run.error.strip().splitlines()[-1]
-        assert said == f"stopped after epoch {finished} of 4; continue with resume=true output_dir={stopped}"
+        assert run.error.strip().splitlines()[-2:] == [f"stopped after epoch {finished} of 4", resumed_with(*arguments)]
         assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{updates * finished:08d}"]
         if moment == "encoding":  # the file that was begun is finished, the others wait
             assert [p.name for p in (stopped / "latents").iterdir()] == ["00000.safetensors"]

@@ -31,7 +31,7 @@ from diffusion_align.training.config import TrainingConfig, dump_config
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.trainer import TrainingPlan
 from diffusion_align.writing import WriteError, write_text
-from tests.helpers.toy import Toy, brightness, score_of
+from tests.helpers.toy import Toy, brightness, resumed_with, score_of
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def test_without_room_the_run_ends_in_a_sentence_and_its_checkpoint_stands(tmp_p
     with pytest.raises(WriteError, match="No space left on device") as caught:
         Toy(folder, resume=True, checkpoint_every=1).train()
     assert str(caught.value).startswith(f"{folder}/{part}")
-    assert notes(caught.value) == [f"the last checkpoint stands, continue with resume=true output_dir={folder}"]
+    assert notes(caught.value) == [f"the last checkpoint stands; {resumed_with(folder)}"]
     assert left_aside(folder) == []
     load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
     monkeypatch.undo()
@@ -314,7 +314,7 @@ def test_a_reward_that_hangs_is_left_after_the_grace_period(tmp_path, quick, num
     finally:
         answer.set()
     assert 0.3 < time.monotonic() - asked[0] < 20
-    assert str(caught.value) == f"stopped after epoch 1 of 3; continue with resume=true output_dir={folder}"
+    assert str(caught.value) == f"stopped after epoch 1 of 3\n{resumed_with(folder)}"
     assert interrupt.left_behind, "a thread of the reward would keep the process from ending"
     assert steps_of(folder) == [2]
     Toy(folder, resume=True).train()
@@ -368,9 +368,7 @@ def test_a_reward_that_hangs_before_the_first_epoch_is_left_too(tmp_path, quick,
     monkeypatch.setattr(Toy, "measures", True)
     with pytest.raises(Interrupted) as caught:
         Toy(tmp_path / "run", reward, interrupt_grace=0.2).train()
-    assert (
-        str(caught.value) == f"stopped before the first epoch; continue with resume=true output_dir={tmp_path / 'run'}"
-    )
+    assert str(caught.value) == f"stopped before the first epoch\n{resumed_with(tmp_path / 'run')}"
     Toy(tmp_path / "run", resume=True).train()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 
@@ -417,8 +415,7 @@ def test_code_that_python_cannot_reach_ends_the_process_with_a_checkpoint(tmp_pa
     assert os.waitstatus_to_exitcode(done[1]) == 130
     assert steps_of(folder) == [2]
     assert (tmp_path / "said").read_text() == (
-        "stopped, as something did not answer; the newest checkpoint is step_00000002; "
-        f"continue with resume=true output_dir={folder}\n"
+        f"stopped, as something did not answer; the newest checkpoint is step_00000002\n{resumed_with(folder)}\n"
     )
 
 
@@ -496,7 +493,7 @@ def test_only_what_helps_is_advised_where_trained_weights_are_not_fit(tmp_path, 
     folder = tmp_path / "run"
     with pytest.raises(TrainingError, match="not finite") as caught:
         Unfit(folder).train()
-    advice = [f"continue with resume=true output_dir={folder} mixed_precision=no"]
+    advice = [resumed_with(folder, mixed_precision="no").replace("Toy(", "Unfit(")]
     assert notes(caught.value) == (advice if precision == "fp16" else [])
     assert steps_of(folder) == [2]
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
-from tests.helpers.kills import HOOK, KILL, QUICK, STEP, UPDATING, place
+from tests.helpers.kills import HOOK, KILL, QUICK, STEP, UPDATING, place, resumed_with
 
 
 def epochs_logged(folder):
@@ -137,9 +137,8 @@ def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path):
         run = forked.wait(pids)
         assert run.status == 130, run
         assert "Traceback" not in run.error
-        said = run.error.strip().splitlines()[-1]
         finished = epochs_logged(stopped)
-        assert said == f"stopped after epoch {finished} of 7; continue with resume=true output_dir={stopped}"
+        assert run.error.strip().splitlines()[-2:] == [f"stopped after epoch {finished} of 7", resumed_with(*arguments)]
         assert [p.name for p in (stopped / "checkpoints").iterdir()] == [f"step_{2 * finished:08d}"]
     forked.finish(*arguments, prelude=QUICK)
     assert_same_run(stopped, left_alone)

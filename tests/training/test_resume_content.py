@@ -218,7 +218,9 @@ def test_a_run_that_fails_before_anything_is_trained_leaves_no_folder(place, run
     calls.clear()
     with pytest.raises(RewardError) as failed:
         run(**settings | {"reward": fails_after(2)})
-    assert failed.value.__notes__ == [f"continue with resume=true output_dir={place}/deep/run"]
+    assert failed.value.__notes__ == [
+        f"resume with: build_trainer(DDPOConfig(..., output_dir='{place}/deep/run', resume=True)).train()"
+    ]
     calls.clear()
     with pytest.raises(RewardError) as failed:
         run(**settings | {"reward": fails_after(1), "resume": True})

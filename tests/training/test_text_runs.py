@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diffusion_align.yaml_text import dump
 from tests.helpers.hard_runs import HARD_RUN, PREFERENCES, assert_same_run, labels_of, newest, rows_of
-from tests.helpers.kills import HOOK, KILL, QUICK, STEP, TERMINATE, TRAINER, place
+from tests.helpers.kills import HOOK, KILL, QUICK, STEP, TERMINATE, TRAINER, place, resumed_with
 
 OF_IMAGES = ("reward", "prompts", "history_size", "history_min_count", "sampler", "method")
 CHANGES = {"epochs": 4, "samples_per_epoch": 8, "sample_batch_size": 4, "micro_batch_size": 3, "learning_rate": 3e-3}
@@ -99,9 +99,8 @@ def test_a_stopped_run_ends_as_the_one_left_alone(forked, calm, tmp_path, kind):
         written = rows_of(harried)
         assert written == expected[: len(written)], hook
     epochs = max(row["epoch"] for row in written)
-    assert run.error.strip().splitlines()[-1] == (
-        f"stopped after epoch {epochs} of 4; continue with resume=true output_dir={harried}"
-    )
+    command = resumed_with("train", config, f"output_dir={harried}", *often)
+    assert run.error.strip().splitlines()[-2:] == [f"stopped after epoch {epochs} of 4", command]
     assert 0 < epochs < 4
     forked.finish("train", config, f"output_dir={harried}", "resume=true", prelude=QUICK)
     assert_same_run(harried, left_alone)

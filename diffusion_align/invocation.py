@@ -1,0 +1,130 @@
+"""How this process was started, and what to type so that it goes on from there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+PROGRAM = "diffusion-align"
+RESUME_WITH = "resume with: "
+"""Before the command, at the end of a line: what follows is whole, and can be pasted."""
+
+
+class Started(Protocol):
+    """How a run was started."""
+
+    def again(self, **settings: Any) -> str:
+        """What starts it once more, with ``settings`` instead of those that were given."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command as it was typed.
+
+    Attributes:
+        program: its words up to the command: ``diffusion-align``, ``accelerate launch -m diffusion_align``.
+        arguments: the others.
+        aliases: other names of settings; None where the command takes options (``--resume``), not ``key=value``.
+    """
+
+    program: tuple[str, ...]
+    arguments: tuple[str, ...]
+    aliases: Mapping[str, str] | None = None
+
+    def again(self, **settings: Any) -> str:
+        """The words for a shell, quoted; an option is given where its setting is True."""
+        if self.aliases is None:
+            changed = [f"--{name}" for name, value in settings.items() if value is True]
+            kept = [word for word in self.arguments if word not in changed]
+        else:
+            changed = [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
+            typed = [(word, word.partition("=")[0] if "=" in word else "") for word in self.arguments]
+            kept = [word for word, key in typed if self.aliases.get(key, key) not in settings]
+        return shlex.join([*self.program, *kept, *changed])
+
+
+@dataclass(frozen=True)
+class PythonCall:
+    """A call in Python; ``...`` stands for the arguments that nothing can print.
+
+    Attributes:
+        form: of the call, with ``{}`` where its keywords stand.
+        given: the keywords that are printed.
+    """
+
+    form: str
+    given: Mapping[str, str | Path]
+
+    def again(self, **settings: Any) -> str:
+        """One line of Python."""
+        keywords = {name: str(value) for name, value in self.given.items()} | settings
+        return self.form.format(", ".join(["...", *(f"{name}={value!r}" for name, value in keywords.items())]))
+
+
+def command_line(aliases: Mapping[str, str] | None = None) -> CommandLine:
+    """How this process was started, by its launcher where one runs it, ``accelerate launch`` or ``uv run`` say."""
+    arguments = sys.argv[1:]
+    program = _before(arguments, sys.orig_argv)
+    if program is None:
+        return CommandLine((PROGRAM,), tuple(arguments), aliases)
+    for words in _parents():
+        launcher = _before(arguments, words)
+        if launcher is None:
+            break
+        program = launcher
+    return CommandLine(tuple(_as_typed(program)), tuple(arguments), aliases)
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _before(arguments: Sequence[str], words: Sequence[str]) -> list[str] | None:
+    """The words before ``arguments``, where these are the last."""
+    count = len(words) - len(arguments)
+    return list(words[:count]) if count > 0 and arguments and list(words[count:]) == list(arguments) else None
+
+
+def _parents() -> list[list[str]]:
+    """The command lines of the processes that this one was started by, the nearest first."""
+    import psutil  # which accelerate needs
+
+    found = []
+    try:
+        for process in psutil.Process().parents():
+            found.append(process.cmdline())
+    except psutil.Error:  # one that has ended, or is not ours to read
+        pass
+    return found
+
+
+def _as_typed(program: Sequence[str]) -> list[str]:
+    """A script without the interpreter that the system runs it by, and what is on the PATH by its name."""
+    first, *others = program
+    if others and "python" in os.path.basename(first) and os.access(others[0], os.X_OK) and os.path.isfile(others[0]):
+        first, *others = others
+    return [shortest(first), *others]
+
+
+def shortest(path: str) -> str:
+    """How a program is called from the current folder: its name, where the PATH leads to it, or a path."""
+    name = os.path.basename(path)
+    found = shutil.which(name)
+    if found is not None and os.path.exists(path) and os.path.samefile(found, path):
+        return name
+    return shown_path(path) if os.sep in path else path
+
+
+def shown_path(path: str | Path) -> str:
+    """A path from the current folder, where it is below that."""
+    absolute = os.path.abspath(path)
+    below = os.path.relpath(absolute)
+    return absolute if below.startswith(os.pardir) else below
