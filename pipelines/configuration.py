@@ -17,18 +17,12 @@ from diffusion_align.folder_lock import LOCK_FILE, check_not_in_use
 from diffusion_align.inputs import PROBE, check_output, check_path
 from diffusion_align.methods import DEFAULT, method_name, outline_of
 from diffusion_align.training.aliases import aliases_of, canonical, canonical_place, one_by_one
-from diffusion_align.training.config import (
-    FIELDS_ALONE,
-    WITHOUT_NAMES,
-    TrainingConfig,
-    apply_overrides,
-    load_yaml,
-    parse_config,
-    read_as,
-    section_of,
-)
+from diffusion_align.training.annotations import section_of
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.launch import check_launch, is_first_process
 from diffusion_align.training.places import absolute_paths
+from diffusion_align.training.reading import apply_overrides, load_yaml, parse_config, read_as
+from diffusion_align.training.section import FIELDS_ALONE, WITHOUT_NAMES
 
 _CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -38,8 +38,8 @@ from diffusion_align.report import before_after, save_png
 from diffusion_align.rewards import IMAGES, TEXT, build_reward, build_text_reward, call_reward, declare
 from diffusion_align.rewards.base import reward_name
 from diffusion_align.streams import print_warning
-from diffusion_align.training.config import load_yaml
 from diffusion_align.training.digests import Identity, changed_content
+from diffusion_align.training.reading import load_yaml
 from diffusion_align.writing import WriteError, append_line, make_folder, sweep, write_text
 
 PAIRS, TIES, SETTINGS = "pairs.jsonl", "ties.jsonl", "pairs_settings.yaml"

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from diffusion_align.rewards.base import Reward, RewardError, ask_reward, check_prompts, scored_by
 from diffusion_align.rewards.build import IMAGES, build_reward, declare
 from diffusion_align.rewards.settings import Device, RewardSettings, weight_checks
-from diffusion_align.training.config import Weight
+from diffusion_align.training.section import Weight
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.errors import RewardError, problems_of, short
 from diffusion_align.references import place_of, reference_to
 from diffusion_align.rewards.base import reward_name
-from diffusion_align.training.config import sentences
+from diffusion_align.training.section import sentences
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from diffusion_align.data.sources import TableSource, first_rows, open_table
 from diffusion_align.pipelines import TextAlignmentPipeline
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.report import compare_runs, read_metrics
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 
 ROOT = Path(__file__).parent.parent
 SEEDS = 3

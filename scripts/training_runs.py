@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from diffusion_align.pipelines.configuration import read_config
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 
 Job = TypeVar("Job")
 

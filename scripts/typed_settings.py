@@ -21,7 +21,7 @@ from diffusion_align.methods import SHIPPED, method_of
 from diffusion_align.rewards.settings import RewardSetting
 from diffusion_align.training.aliases import aliases_of
 from diffusion_align.training.annotations import kinds_of, section_of
-from diffusion_align.training.config import Section
+from diffusion_align.training.section import Section
 
 OUTPUT = Path(__file__).parent.parent / "pipelines" / "settings.py"
 KINDS = ("image", "text")

@@ -8,7 +8,7 @@ from diffusion_align.methods import method_of
 from diffusion_align.pipelines.configuration import read_config, shipped_configs
 from diffusion_align.pipelines.run import run
 from diffusion_align.report import plots, read_metrics
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 
 SHORT = ["epochs=1", "samples_per_epoch=8", "sample_batch_size=4", "mixed_precision=no", "grid_every=0"]
 SHORT_IMAGES = [*SHORT, "sampler.steps=3"]

@@ -84,7 +84,7 @@ def test_the_check_finds_an_import_to_the_right():
 
 def test_rewards_know_of_training_how_settings_are_written_only():
     seen = {module for path in files("rewards") for module, _ in imported(path) if part_of(module) == "training"}
-    assert seen == {"diffusion_align.training.config"}
+    assert seen == {"diffusion_align.training.section"}
 
 
 def test_estimators_import_torch_and_nothing_else():

@@ -9,7 +9,8 @@ import yaml
 from diffusion_align import yaml_text
 from diffusion_align.data.prompts import PromptsConfig
 from diffusion_align.errors import ConfigError
-from diffusion_align.training.config import TrainingConfig, read_as
+from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.reading import read_as
 from diffusion_align.yaml_text import Unread, YamlProblem, parse
 
 REFUSED = {

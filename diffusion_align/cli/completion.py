@@ -21,7 +21,8 @@ from diffusion_align.methods import DEFAULT, SHIPPED, outline_of, plug_ins
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import REWARDS, TEXT_REWARDS
-from diffusion_align.training.config import load_yaml, section_of
+from diffusion_align.training.annotations import section_of
+from diffusion_align.training.reading import load_yaml
 
 Words = list[str | tuple[str, str]]
 

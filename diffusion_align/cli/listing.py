@@ -24,7 +24,8 @@ from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 from diffusion_align.training.aliases import aliases_of
-from diffusion_align.training.config import TrainingConfig, section_of
+from diffusion_align.training.annotations import section_of
+from diffusion_align.training.config import TrainingConfig
 
 
 def _methods() -> list[Group]:

@@ -107,7 +107,7 @@ Gaussian = tuple[float, float]
 
 def read_reward(name: str, options: list[str] | None, model: str | None, device: str) -> Any:
     from diffusion_align.rewards import build_reward
-    from diffusion_align.training.config import apply_overrides
+    from diffusion_align.training.reading import apply_overrides
 
     given = apply_overrides({}, options or [])
     if "name" in given:

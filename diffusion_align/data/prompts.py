@@ -27,7 +27,7 @@ from diffusion_align.data.schemas import (
 from diffusion_align.data.sources import FILES, ListTable, Table, TableSource, scalar, short
 from diffusion_align.errors import ConfigError
 from diffusion_align.inputs import check_path
-from diffusion_align.training.config import sentences
+from diffusion_align.training.section import sentences
 
 Prompt = tuple[str, dict[str, Any]]
 """Text and the metadata a reward receives with it."""

@@ -28,7 +28,7 @@ from diffusion_align.data.sources import (
     short,
 )
 from diffusion_align.errors import ConfigError, nearest, together
-from diffusion_align.training.config import Section
+from diffusion_align.training.section import Section
 
 MOST_CHARACTERS = 1_000_000
 """Per prompt or completion."""

@@ -17,7 +17,8 @@ from diffusion_align.errors import UserError, problems_of, short
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
-from diffusion_align.training.config import LoRASettings, OrInfinite, PolicyConfig, Section, Weight, multiple_checks
+from diffusion_align.training.config import LoRASettings, PolicyConfig, multiple_checks
+from diffusion_align.training.section import OrInfinite, Section, Weight
 from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
 
 if TYPE_CHECKING:

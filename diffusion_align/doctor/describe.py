@@ -29,8 +29,9 @@ from diffusion_align.rewards import IMAGES, REWARDS, declare, reward_name
 from diffusion_align.rewards.build import find
 from diffusion_align.rewards.image.clip import default_clip, is_emoji_sd
 from diffusion_align.training.callbacks import named_callbacks
-from diffusion_align.training.config import FIELDS_ALONE, read_as
 from diffusion_align.training.context import EpochCost, Lines
+from diffusion_align.training.reading import read_as
+from diffusion_align.training.section import FIELDS_ALONE
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 _EXTRAS = {

@@ -14,15 +14,8 @@ from diffusion_align.errors import problems_of, short
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
-from diffusion_align.training.config import (
-    LoRASettings,
-    OrInfinite,
-    PolicyConfig,
-    Section,
-    TrainingConfig,
-    Weight,
-    multiple_checks,
-)
+from diffusion_align.training.config import LoRASettings, PolicyConfig, TrainingConfig, multiple_checks
+from diffusion_align.training.section import OrInfinite, Section, Weight
 from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
 
 

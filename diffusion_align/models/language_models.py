@@ -20,8 +20,8 @@ from diffusion_align.inputs import check_path
 from diffusion_align.models.model_ref import ModelRef, check_image_model
 from diffusion_align.models.smollm2 import NOT_INSTALLED, convert_smollm2, installed_weights, smollm2_folder
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
-from diffusion_align.training.config import load_yaml
 from diffusion_align.training.places import found_from
+from diffusion_align.training.reading import load_yaml
 
 if TYPE_CHECKING:
     import torch

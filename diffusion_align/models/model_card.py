@@ -26,9 +26,9 @@ from diffusion_align.models.smollm2 import smollm2_folder
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
 from diffusion_align.streams import cell, fence, literal, plain
-from diffusion_align.training.config import load_yaml
 from diffusion_align.training.evaluation import SUMMARY
 from diffusion_align.training.places import found_from
+from diffusion_align.training.reading import load_yaml
 from diffusion_align.training.resume import WATCHING, resume_fingerprint
 from diffusion_align.writing import new_file, write_text
 

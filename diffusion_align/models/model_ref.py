@@ -16,8 +16,8 @@ from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder, check_pipeline_name
-from diffusion_align.training.config import load_yaml
 from diffusion_align.training.places import absolute_paths, found_from
+from diffusion_align.training.reading import load_yaml
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """In the folder of an image model's adapter, as diffusers writes it."""

@@ -15,7 +15,7 @@ from diffusion_align.errors import ConfigError, UserError, first_line, foreign_c
 from diffusion_align.interrupt import Overdue, breakable
 from diffusion_align.references import resolve
 from diffusion_align.streams import print_warning
-from diffusion_align.training.config import dump_config
+from diffusion_align.training.reading import dump_config
 from diffusion_align.writing import append_line, write_text
 
 if TYPE_CHECKING:

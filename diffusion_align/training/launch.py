@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.inputs import check_device
-from diffusion_align.training.config import TrainingConfig, load_yaml
+from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.reading import load_yaml
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 
 from diffusion_align.errors import CheckpointError
 from diffusion_align.training.aliases import canonical, one_by_one
-from diffusion_align.training.config import FIELDS_ALONE, Content, TrainingConfig
+from diffusion_align.training.config import Content, TrainingConfig
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.places import absolute_paths
 from diffusion_align.training.processes import Processes
+from diffusion_align.training.section import FIELDS_ALONE
 
 _KEEPING = {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "interrupt_grace"}
 WATCHING = {"output_dir", "resume", "accept_changed", "trackers", "callbacks", "num_threads", "grid_every"} | _KEEPING

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from diffusion_align.bounds import MOST
 from diffusion_align.rewards.settings import RewardSetting
-from diffusion_align.training.config import OrInfinite, Section
+from diffusion_align.training.section import OrInfinite, Section
 
 if TYPE_CHECKING:
     from diffusion_align.training.evaluation import Evaluation

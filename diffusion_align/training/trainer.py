@@ -50,7 +50,7 @@ from diffusion_align.training.callbacks import (
     Trackers,
     plain_row,
 )
-from diffusion_align.training.config import TrainingConfig, dump_config, load_yaml, multiple_checks
+from diffusion_align.training.config import TrainingConfig, multiple_checks
 from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import require_finite_loss
@@ -59,6 +59,7 @@ from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.reading import dump_config, load_yaml
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.run_folder import RunFolder
 from diffusion_align.training.statistics import UpdateStatistics

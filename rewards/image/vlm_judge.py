@@ -35,7 +35,7 @@ from diffusion_align.rewards.endpoints import (
 )
 from diffusion_align.rewards.settings import RewardSettings, Seconds
 from diffusion_align.streams import printable
-from diffusion_align.training.config import Weight
+from diffusion_align.training.section import Weight
 from diffusion_align.writing import WriteError, make_folder, write_text
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from diffusion_align.data.text_rows import TextDataConfig, labelled_rows, prefer
 from diffusion_align.errors import ConfigError, short
 from diffusion_align.models.language_models import load_tokenizer
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.training.config import dump_config
+from diffusion_align.training.reading import dump_config
 
 ROWS = [{"prompt": "three apples", "n": 3}, {"prompt": "a cat", "n": 1}]
 TABLES = {

@@ -22,7 +22,7 @@ from diffusion_align.diffusion.ddpo import DDPOConfig
 from diffusion_align.errors import ConfigError, problems_of
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import run as train_as
-from diffusion_align.training.config import dump_config
+from diffusion_align.training.reading import dump_config
 from tests.helpers.problems import assert_problem
 from tests.helpers.rows_on_disk import write_rows
 

@@ -21,7 +21,7 @@ from diffusion_align.diffusion.transitions import add_noise, nats_per_squared_er
 from diffusion_align.errors import ConfigError, Interrupted, TrainingError
 from diffusion_align.estimators import beta_in_nats
 from diffusion_align.training.collection import BatchScores
-from diffusion_align.training.config import parse_config
+from diffusion_align.training.reading import parse_config
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.problems import problem
 

@@ -5,7 +5,7 @@ import re
 from diffusion_align.assets import shipped_prompts
 from diffusion_align.methods import method_of
 from diffusion_align.pipelines.configuration import shipped_configs
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 
 SHORT = ["samples_per_epoch=8", "updates_per_epoch=1", "mixed_precision=no", "grid_every=0"]
 SHORT_IMAGES = [*SHORT, "sampler.steps=2", "group_size=4"]

@@ -6,7 +6,7 @@ import torch
 from diffusion_align.data.text_rows import PromptRow
 from diffusion_align.errors import ConfigError
 from diffusion_align.llm.collection import WeightedRewards
-from diffusion_align.training.config import parse_config
+from diffusion_align.training.reading import parse_config
 from tests.helpers.enumerable import PROMPT, gradient
 
 SIZES = {"model": "tiny-lm", "grid_every": 0, "epochs": 2, "samples_per_epoch": 16, "sample_batch_size": 8}

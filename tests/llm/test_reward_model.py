@@ -14,7 +14,7 @@ from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.llm.policy import LoRAConfig, Sequences
 from diffusion_align.llm.reward_model import RewardModel, RewardModelConfig, RewardModelTrainer
 from diffusion_align.rewards import build_text_reward
-from diffusion_align.training.config import parse_config
+from diffusion_align.training.reading import parse_config
 from tests.helpers.characters import character_tokenizer
 from tests.helpers.hard_runs import rows_of
 

@@ -528,7 +528,8 @@ def test_columns_are_checked_without_a_tokenizer(monkeypatch, golden):
 
 
 def test_settings_are_said_with_their_place(golden):
-    from diffusion_align.training.config import TrainingConfig, parse_config
+    from diffusion_align.training.config import TrainingConfig
+    from diffusion_align.training.reading import parse_config
 
     class Config(TrainingConfig):
         data: TextDataConfig

@@ -12,9 +12,11 @@ from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
 from diffusion_align.errors import CheckpointError, ConfigError
 from diffusion_align.pipelines.configuration import read_config
 from diffusion_align.training.aliases import other_words
-from diffusion_align.training.config import Section, TrainingConfig, apply_overrides, dump_config, parse_config
+from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.processes import Processes
+from diffusion_align.training.reading import apply_overrides, dump_config, parse_config
 from diffusion_align.training.resume import check_same_run
+from diffusion_align.training.section import Section
 from diffusion_align.yaml_text import parse
 
 

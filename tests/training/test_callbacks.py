@@ -10,7 +10,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.training import processes
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.checkpoint import list_checkpoints
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 from tests.helpers.problems import problem
 from tests.helpers.toy import Toy, resumed_with
 

@@ -27,7 +27,8 @@ from diffusion_align.training import processes as training_processes
 from diffusion_align.training import trainer as training_trainer
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_align.training.collection import BatchScores
-from diffusion_align.training.config import TrainingConfig, dump_config
+from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.reading import dump_config
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.trainer import TrainingPlan
 from diffusion_align.writing import WriteError, write_text

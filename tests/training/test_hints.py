@@ -4,7 +4,7 @@ import pytest
 
 from diffusion_align.methods import SHIPPED, method_of
 from diffusion_align.training import hints
-from diffusion_align.training.config import section_of
+from diffusion_align.training.annotations import section_of
 
 
 def settings(method):

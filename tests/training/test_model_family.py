@@ -21,7 +21,7 @@ from diffusion_align.pipelines.compare import compare_models
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.scoring import as_batch
 from diffusion_align.references import resolve
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 from tests.helpers.problems import assert_problem
 from tests.helpers.tiny_runs import IMAGE_RUN
 

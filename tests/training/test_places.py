@@ -8,8 +8,8 @@ from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.configuration import check_config, read_config, read_settings
-from diffusion_align.training.config import dump_config, load_yaml
 from diffusion_align.training.places import absolute_paths, found_from
+from diffusion_align.training.reading import dump_config, load_yaml
 from tests.helpers.problems import problem
 
 

@@ -15,7 +15,7 @@ from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.rewards.base import RewardError
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 from tests.helpers.tiny_runs import TINY
 
 REWARD = """import scale_of_mine

@@ -15,14 +15,9 @@ from diffusion_align.errors import ConfigError, UserError, nearest
 from diffusion_align.llm.grpo import GRPOConfig
 from diffusion_align.methods import SHIPPED, method_of
 from diffusion_align.pipelines.configuration import check_config
-from diffusion_align.training.config import (
-    Section,
-    TrainingConfig,
-    apply_overrides,
-    dump_config,
-    load_yaml,
-    parse_config,
-)
+from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.reading import apply_overrides, dump_config, load_yaml, parse_config
+from diffusion_align.training.section import Section
 from tests.helpers.problems import assert_problem, assert_problems, problem
 
 
