@@ -27,6 +27,7 @@ from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
+from diffusion_align.models.memory import keep_activations
 from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
@@ -345,6 +346,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             if not (as_they_are and given):
                 adapters.restore_lora(self.pipeline, weights)
             raise
+        finally:
+            if config.gradient_checkpointing:
+                keep_activations(getattr(self.pipeline, trained))
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
         self._below = (below or str(config.model)) if config.lora else str(config.output_dir)

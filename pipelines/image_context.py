@@ -54,6 +54,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         width=config.width,
         device=accelerator.device,
         autocast=accelerator.autocast,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     identity: Identity = {"model": image_model_content(ref, config.base_config)}

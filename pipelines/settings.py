@@ -283,6 +283,8 @@ class SharedSettings(TypedDict, total=False):
     """average the trained weights; used for grids and final/"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"]
     """precision of the network; log-probs stay float32; auto measures what is faster on this machine"""
+    gradient_checkpointing: bool
+    """keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third slower, the same gradients"""
     num_threads: int | None
     """torch's CPU threads; its own default if not given"""
     checkpoint_every: int

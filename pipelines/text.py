@@ -27,6 +27,7 @@ from diffusion_align.llm.settings import TextConfig
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models.language_models import language_model_ref, load_language_model, load_tokenizer
 from diffusion_align.models.lora import adapter_layers, carries_adapters, forget_adapters, merge_lora, remove_lora
+from diffusion_align.models.memory import keep_activations
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import (
@@ -231,6 +232,8 @@ class TextAlignmentPipeline(AlignmentPipeline):
             if not adapted:
                 remove_lora(self.model)
             raise
+        finally:
+            keep_activations(model)
         trainer.optimization.load_ema_weights()
         self.model, self.name, self.run = merged(model), str(config.output_dir), config.output_dir
         # The next run is trained on this, and its adapter's configuration must name it.

@@ -118,6 +118,7 @@ def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, 
         reference, _ = load_language_model(config.reference_model, dtype=getattr(torch, config.dtype))
     config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(model, use_bf16))
     common: dict[str, Any] = {"lora": config.lora, "device": accelerator.device, "autocast": accelerator.autocast}
+    common["gradient_checkpointing"] = config.gradient_checkpointing
     if classifier:
         return config, accelerator, RewardModel(model, tokenizer, **common)
     policy = LanguagePolicy(

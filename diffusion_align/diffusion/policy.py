@@ -19,6 +19,7 @@ from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
+from diffusion_align.models.memory import checkpoint_activations
 from diffusion_align.training.finite import all_finite
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -43,6 +44,7 @@ class DenoisingPolicy:
             diffusers an empty text is a prompt: SDXL encodes it, and has zeros for None.
         height, width: of images in pixels; the model's own where None.
         autocast: context in which the network runs; log-probs stay float32.
+        gradient_checkpointing: see ``checkpoint_activations``.
 
     Raises:
         UserError: a pipeline class that is not supported, a network that is not text-to-image, or a size that its VAE
@@ -60,6 +62,7 @@ class DenoisingPolicy:
         width: int | None = None,
         device: torch.device | str = "cpu",
         autocast: Autocast = contextlib.nullcontext,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.family: ModelFamily = family_of(pipeline)
         self.family.check(pipeline)
@@ -94,6 +97,8 @@ class DenoisingPolicy:
         if lora is not None and adapted:
             # Files hold a scale of 1; the settings say at which scale it is trained.
             rescale_lora(self.network, peft_config(lora, self.family).lora_alpha)
+        if gradient_checkpointing:
+            checkpoint_activations(self.network)
 
     @property
     def network(self) -> Any:

@@ -31,6 +31,7 @@ from diffusion_align.models.lora import (
     save_peft,
     switched_off,
 )
+from diffusion_align.models.memory import checkpoint_activations
 from diffusion_align.writing import new_folder
 
 IGNORED = -100
@@ -165,6 +166,7 @@ class LanguagePolicy:
         needs_reference: False saves the copy where no reference is used.
         reference: another model with the same tokens to be the reference, instead of ``model`` as it is now.
         autocast: context in which the network runs; log-probs stay float32.
+        gradient_checkpointing: see ``checkpoint_activations``.
 
     Raises:
         UserError: a tokenizer without an end of sequence, adapters that are there already, or other vocabularies.
@@ -181,6 +183,7 @@ class LanguagePolicy:
         reference: Any = None,
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.pad = padding_token(model, tokenizer)
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -213,6 +216,8 @@ class LanguagePolicy:
             self._frozen = reference.to(device).requires_grad_(False).eval()
         elif lora is None and needs_reference:
             self._frozen = copy.deepcopy(model).requires_grad_(False)
+        if gradient_checkpointing:
+            checkpoint_activations(model)
 
     @classmethod
     def for_sampling(cls, model: Any, tokenizer: Any, *, temperature: float) -> LanguagePolicy:

@@ -31,6 +31,7 @@ from diffusion_align.estimators.masked import at_least_float32
 from diffusion_align.llm.policy import Sequences, pack, padding_token, peft_config, save_model
 from diffusion_align.llm.settings import LoRAConfig, RewardModelConfig
 from diffusion_align.models.lora import add_lora
+from diffusion_align.models.memory import checkpoint_activations
 from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, RunContext
@@ -50,6 +51,7 @@ class RewardModel:
         tokenizer: its tokenizer; where it has no padding token the end of sequence pads.
         lora: adapters to train beside the head; None trains the whole model.
         autocast: context in which the network runs; scores stay float32.
+        gradient_checkpointing: see ``checkpoint_activations``.
 
     Raises:
         UserError: several labels, a tokenizer without an end of sequence, or an adapter that is already there.
@@ -63,6 +65,7 @@ class RewardModel:
         lora: LoRAConfig | None,
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.pad = padding_token(model, tokenizer)
         if model.config.num_labels != 1:
@@ -76,6 +79,8 @@ class RewardModel:
         model.eval()
         for parameter in self.trainable.values():
             parameter.data = at_least_float32(parameter.data)
+        if gradient_checkpointing:
+            checkpoint_activations(model)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

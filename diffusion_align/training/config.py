@@ -92,6 +92,11 @@ class TrainingConfig(Section):
         "no",
         description="precision of the network; log-probs stay float32; auto measures what is faster on this machine",
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the input of each layer for the backward pass and compute the rest again: less memory, "
+        "about a third slower, the same gradients",
+    )
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="torch's CPU threads; its own default if not given"
     )

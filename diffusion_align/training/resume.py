@@ -22,11 +22,13 @@ from diffusion_align.training.section import FIELDS_ALONE
 _KEEPING = {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "interrupt_grace"}
 WATCHING = {"output_dir", "resume", "accept_changed", "trackers", "callbacks", "num_threads", "grid_every"} | _KEEPING
 """Settings of where a run is and how it is watched, which change no weight."""
-MUTABLE_ON_RESUME = WATCHING | {"epochs", "stop_when"}
+_SAVING_MEMORY = {"gradient_checkpointing"}
+"""Settings that fit a run into a machine's memory, and change no bit."""
+MUTABLE_ON_RESUME = WATCHING | _SAVING_MEMORY | {"epochs", "stop_when"}
 """Settings that may change on resume: where and for how long, never what."""
 # Settings whose content is compared instead of their name, where it is known.
 _KNOWN_BY_CONTENT = {"model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs"}
-# Settings that fit a run into a machine's memory: they may change, and the last bits of what is computed with them.
+# Others that do: they may change, and the last bits of what is computed with them.
 _FREE_BUT_FOR_BITS = {"micro_batch_size", "sample_batch_size", "mixed_precision"}
 # Where a reward is computed and how long it is waited for: a server may come back under another address.
 _DEPLOYMENT_OF_REWARDS = {"device", "offload", "background", "url", "timeout", "patience", "token_file"}

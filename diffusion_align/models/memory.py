@@ -1,0 +1,63 @@
+"""What lets a model need less of a GPU's memory, and changes no result.
+
+Gradient checkpointing: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffusion_align.errors import UserError
+
+
+def checkpoint_activations(network: Any) -> None:
+    """Let ``network`` keep only the input of each of its layers for the backward pass, which computes the rest again.
+
+    It stays in evaluation mode, in which no dropout is active; passes without gradients are as before.
+
+    Args:
+        network: of diffusers or transformers.
+
+    Raises:
+        UserError: its class does not support it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if hasattr(network, "enable_gradient_checkpointing"):
+        try:
+            network.enable_gradient_checkpointing()
+        except ValueError:
+            raise _unsupported(network) from None
+        return
+    # transformers' own switch checkpoints in training mode alone, where dropout is active.
+    layers = [layer for layer in network.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers:
+        raise _unsupported(network)
+    for layer in layers:
+        layer.forward = functools.partial(_checkpointed, layer.forward)
+
+
+def keep_activations(network: Any) -> None:
+    """Undo ``checkpoint_activations``."""
+    if hasattr(network, "disable_gradient_checkpointing"):
+        network.disable_gradient_checkpointing()
+    for layer in network.modules():
+        if getattr(layer.__dict__.get("forward"), "func", None) is _checkpointed:
+            del layer.forward
+
+
+def _checkpointed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, **named)
+
+
+def _unsupported(network: Any) -> UserError:
+    kind = type(network).__name__
+    return UserError(f"{kind} does not support gradient checkpointing: set gradient_checkpointing=false")

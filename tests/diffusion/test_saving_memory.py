@@ -1,0 +1,112 @@
+"""Settings that save a GPU's memory: what each saves, and that images, ratios and gradients are as without it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+from diffusion_align.diffusion.rollout import replay, rollout
+from diffusion_align.diffusion.schedule import build_schedule
+from diffusion_align.doctor.memory import storage_sizes
+from diffusion_align.errors import UserError
+from diffusion_align.models.families import find_family
+from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.references import resolve
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROMPTS = ["a red apple", "a cat"]
+NETWORKS = ["tiny_sd", "tiny_sdxl", "pixart", "emoji-sd"]
+
+
+@pytest.fixture(scope="module")
+def policy_of(model_path, tmp_path_factory):
+    """``policy_of(name, **settings)``: with adapters off zero; ``pixart`` is the tiny one of the examples."""
+    pixart = tmp_path_factory.mktemp("tiny") / "pixart"
+    resolve(f"{EXAMPLES / 'tiny_pixart.py'}:tiny_pixart", "example")().save_pretrained(pixart)
+
+    def make(name, **settings):
+        family = find_family(f"{EXAMPLES / 'pixart.py'}:PixArt") if name == "pixart" else None
+        pipeline = load_pipeline(str(pixart) if name == "pixart" else model_path(name), family=family)
+        torch.manual_seed(0)
+        policy = DenoisingPolicy(pipeline, **({"lora": LoRAConfig(rank=4), "guidance_scale": 2.0} | settings))
+        with torch.no_grad():
+            for parameter in policy.trainable.values():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        return policy
+
+    return make
+
+
+def kept_bytes(policy, *given):
+    """What a pass keeps for the backward pass beside the parameters, and the gradient of a sum of squares."""
+    sizes = {}
+    with torch.autograd.graph.saved_tensors_hooks(storage_sizes(policy.network, sizes), lambda kept: kept):
+        output = policy.predict(*given)
+    gradients = torch.autograd.grad(output.square().sum(), list(policy.trainable.values()))
+    return sum(sizes.values()), gradients
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointing_keeps_fewer_activations_and_gives_the_same_gradients(name, lora, policy_of):
+    found = []
+    for checkpointed in (False, True):
+        policy = policy_of(name, lora=lora, gradient_checkpointing=checkpointed)
+        policy.network.double()
+        assert not any(part.training for part in policy.network.modules())
+        noise = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        found.append(kept_bytes(policy, noise, torch.tensor([3, 500]), policy.encode(PROMPTS)))
+    (whole, expected), (some, gradients) = found
+    assert some < 0.5 * whole
+    assert all(a.dtype == torch.float64 for a in gradients)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_replay_through_checkpointed_layers_gives_the_log_probs_of_the_rollout_bit_for_bit(name, policy_of, streams):
+    policy = policy_of(name, gradient_checkpointing=True)
+    schedule = build_schedule(policy.pipeline.scheduler, 3).to("cpu")
+    path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    for action in range(path.steps.shape[1]):
+        logp, _ = replay(policy, schedule, *path.at(torch.arange(2), torch.full((2,), action)))
+        assert logp.requires_grad
+        assert torch.equal(logp, path.logp_old[:, action])
+
+
+def test_sampling_computes_nothing_twice(policy_of, streams, monkeypatch):
+    """Without gradients no layer is checkpointed; with them each of these is run once more by the backward pass."""
+    calls = []
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda f, *a, **kw: calls.append(f) or f(*a))
+    policy = policy_of("tiny_sd", gradient_checkpointing=True)
+    schedule = build_schedule(policy.pipeline.scheduler, 2).to("cpu")
+    path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    assert not calls
+    replay(policy, schedule, *path.at(torch.arange(2), torch.zeros(2, dtype=torch.int64)))
+    assert calls
+
+
+def test_no_dropout_becomes_active(policy_of):
+    """It would make ratios differ from 1."""
+    policy = policy_of("tiny_sd", gradient_checkpointing=True)
+    dropouts = [part for part in policy.network.modules() if isinstance(part, nn.Dropout)]
+    assert dropouts
+    for part in dropouts:
+        part.p = 0.5
+    given = torch.ones(1, *policy.latent_shape), torch.tensor([500]), policy.encode(PROMPTS[:1])
+    state = torch.get_rng_state()
+    first, second = (kept_bytes(policy, *given)[1] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_network_that_cannot_be_checkpointed_is_refused(policy_of, monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(UNet2DConditionModel, "_supports_gradient_checkpointing", False)
+    with pytest.raises(UserError) as refusal:
+        policy_of("tiny_sd", gradient_checkpointing=True)
+    sentence = "UNet2DConditionModel does not support gradient checkpointing: set gradient_checkpointing=false"
+    assert str(refusal.value) == sentence
