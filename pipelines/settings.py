@@ -267,20 +267,24 @@ class SharedSettings(TypedDict, total=False):
     """optimizer steps in one pass over an epoch's samples"""
     inner_epochs: int
     """passes over an epoch's samples"""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
+    """adamw, adamw_8bit and adafactor, which keep less beside the weights, or prodigy, which finds the learning rate"""
     learning_rate: float
-    """AdamW's learning rate, after the warm-up"""
+    """learning rate after the warm-up; of prodigy a factor, about 1"""
     lr_schedule: Literal["constant", "linear", "cosine"]
     """schedule after the warm-up: linear and cosine fall to 0 at the last update"""
     warmup_steps: int
     """updates in which the learning rate rises from 0"""
     adam_betas: Sequence[float]
-    """decay of AdamW's two moments per update"""
+    """decay of the two moments per update"""
     weight_decay: float
-    """AdamW's weight decay, decoupled from the gradient"""
+    """weight decay, decoupled from the gradient"""
     max_grad_norm: float
     """largest gradient norm; longer gradients are scaled down; .inf for none"""
     ema_decay: float | None
     """average the trained weights; used for grids and final/"""
+    ema_offload: bool
+    """keep that average in main memory; each step copies the weights there"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"]
     """precision of the network; log-probs stay float32; auto measures what is faster on this machine"""
     gradient_checkpointing: bool

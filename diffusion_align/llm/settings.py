@@ -61,7 +61,9 @@ class TextConfig(PolicyConfig):
         None,
         description="name, folder or Hub id of a reference with the same tokens; if null, the model before training",
     )
-    learning_rate: float = Field(1e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
+    )
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="temperature of sampling and of every log-prob")
     max_prompt_length: int | None = Field(
         None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
@@ -514,7 +516,9 @@ class RewardModelConfig(TrainingConfig):
     lora: LoRAConfig | None = Field(
         default_factory=LoRAConfig, description="the adapter to train; null trains the whole model"
     )
-    learning_rate: float = Field(1e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
+    learning_rate: float = Field(
+        1e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
+    )
     max_prompt_length: int | None = Field(
         None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
     )

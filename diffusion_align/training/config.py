@@ -16,6 +16,8 @@ from pydantic import (
 from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.errors import short
 from diffusion_align.interrupt import GRACE
+from diffusion_align.training.aliases import other_words
+from diffusion_align.training.optimizers import OptimizerName, optimizer_checks
 from diffusion_align.training.section import Beta, Folder, OrInfinite, Section
 
 Content = Literal[
@@ -74,19 +76,27 @@ class TrainingConfig(Section):
     updates_per_epoch: int = Field(2, ge=1, le=MOST, description="optimizer steps in one pass over an epoch's samples")
     inner_epochs: int = Field(1, ge=1, le=MOST, description="passes over an epoch's samples")
 
-    learning_rate: float = Field(3e-4, gt=0, le=1000, description="AdamW's learning rate, after the warm-up")
+    optimizer: Annotated[OptimizerName, other_words(adamw_torch="adamw", adamw_bnb_8bit="adamw_8bit")] = Field(
+        "adamw",
+        description="adamw, adamw_8bit and adafactor, which keep less beside the weights, or prodigy, which finds the "
+        "learning rate",
+    )
+    learning_rate: float = Field(
+        3e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="schedule after the warm-up: linear and cosine fall to 0 at the last update"
     )
     warmup_steps: int = Field(0, ge=0, le=MOST, description="updates in which the learning rate rises from 0")
-    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of AdamW's two moments per update")
-    weight_decay: float = Field(1e-4, ge=0, le=1000, description="AdamW's weight decay, decoupled from the gradient")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the two moments per update")
+    weight_decay: float = Field(1e-4, ge=0, le=1000, description="weight decay, decoupled from the gradient")
     max_grad_norm: OrInfinite = Field(
         1.0, gt=0, description="largest gradient norm; longer gradients are scaled down; .inf for none"
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
     )
+    ema_offload: bool = Field(False, description="keep that average in main memory; each step copies the weights there")
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "no",
@@ -138,6 +148,9 @@ class TrainingConfig(Section):
         for name in self.trackers:
             if importlib.util.find_spec(name) is None:
                 yield f"trackers: {name} is not installed: pip install 'diffusion-align[{name}]'"
+        yield from optimizer_checks(self)
+        if self.ema_offload and self.ema_decay is None:
+            yield "ema_offload has no effect without ema_decay: set ema_decay, or leave it out"
         yield from multiple_checks(self, "sample_batch_size")
         if self.updates_per_epoch > self.samples_per_epoch:
             yield (

@@ -1,4 +1,4 @@
-"""How trained weights move: AdamW, its learning-rate schedule, gradients of all processes, clipping, and their EMA."""
+"""How trained weights move: optimizer and learning-rate schedule, gradients of all processes, clipping, and EMA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffusion_align.errors import TrainingError
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.finite import largest
+from diffusion_align.training.optimizers import make_optimizer
 from diffusion_align.training.processes import Processes
 
 
@@ -21,7 +22,7 @@ class Optimization:
 
     Args:
         trainable: name -> parameter of all that is trained.
-        config: learning rate and schedule, AdamW's settings, ``max_grad_norm``, ``ema_decay``.
+        config: the optimizer and its settings, schedule, ``max_grad_norm``, ``ema_decay``.
         processes: whose gradients are summed.
 
     Attributes:
@@ -34,13 +35,7 @@ class Optimization:
         self.config, self.processes, self.accelerator = config, processes, processes.accelerator
         self.names, self.parameters = list(trainable), list(trainable.values())
         self.steps = 0
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            weight_decay=config.weight_decay,
-            fused=self.accelerator.device.type == "cuda",
-        )
+        optimizer = make_optimizer(config, self.parameters, self.accelerator.device)
         steps = config.epochs * config.updates_per_epoch * config.inner_epochs
         schedule = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
         self._schedule = get_scheduler(schedule, optimizer, config.warmup_steps, steps)
@@ -49,7 +44,16 @@ class Optimization:
         if config.ema_decay is not None:
             from diffusers.training_utils import EMAModel
 
-            self._ema = EMAModel(self.parameters, decay=config.ema_decay)
+            self._ema = EMAModel(self._beside_ema(), decay=config.ema_decay)
+            if config.ema_offload and self.accelerator.device.type == "cuda":
+                self._ema.pin_memory()
+
+    def _beside_ema(self) -> list[nn.Parameter] | list[Tensor]:
+        """The trained weights where their EMA is, which with ``ema_offload`` is main memory."""
+        if not self.config.ema_offload:
+            return self.parameters
+        # EMAModel copies what needs no gradient instead of averaging it.
+        return [parameter.detach().cpu().requires_grad_() for parameter in self.parameters]
 
     @property
     def learning_rate(self) -> float:
@@ -84,7 +88,8 @@ class Optimization:
         if not math.isfinite(weights):
             rate, decay = self.config.learning_rate, self.config.weight_decay
             remedy = "lower learning_rate"
-            if not rate * decay <= 1:  # AdamW multiplies the weights by 1 minus this
+            # All multiply the weights by 1 minus this, but Prodigy, whose learning rate is not the setting.
+            if not rate * decay <= 1 and self.config.optimizer != "prodigy":
                 remedy = f"weight_decay={decay:g} times learning_rate={rate:g} is above 1, so lower one of them"
             raise TrainingError(
                 f"the trained weights are not finite after step {number}, and were not written: {remedy}"
@@ -95,7 +100,7 @@ class Optimization:
         if math.isfinite(total):
             self.steps += 1
             if self._ema is not None:
-                self._ema.step(self.parameters)
+                self._ema.step(self._beside_ema())
         return total
 
     def advance_schedule(self) -> None:

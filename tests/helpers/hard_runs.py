@@ -72,17 +72,22 @@ def newest(folder):
 
 def assert_same_run(folder, other):
     """Two run folders hold the same rows, samples, weights, averages and optimizer state, bit for bit."""
+    assert_same_checkpoints(folder, other)
+    _assert_same_weights(Path(folder) / "final", Path(other) / "final")
+    mine, theirs = ({p.name: p.read_bytes() for p in (Path(f) / "samples").glob("*")} for f in (folder, other))
+    assert mine == theirs
+
+
+def assert_same_checkpoints(folder, other):
+    """The rows of two runs, and what their newest checkpoints hold."""
     assert rows_of(folder) == rows_of(other)
     mine, theirs = newest(folder), newest(other)
     assert mine.name == theirs.name
     _assert_same_weights(mine, theirs)
-    _assert_same_weights(Path(folder) / "final", Path(other) / "final")
     a, b = (_flat(torch.load(path / "tensors.pt", weights_only=True)) for path in (mine, theirs))
     assert a.keys() == b.keys()
     for key, value in a.items():
         assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
-    mine, theirs = ({p.name: p.read_bytes() for p in (Path(f) / "samples").glob("*")} for f in (folder, other))
-    assert mine == theirs
 
 
 def _assert_same_weights(folder, other):

@@ -33,7 +33,7 @@ SETTINGS = {method: settings(method) for method in SHIPPED}
         ("num_inference_steps", "set sampler.steps", "`diffusion-align list settings` shows what can be set"),
         ("cliprange", "set clip_range", "set clip_range"),
         ("device", "the GPU is used where there is one; CUDA_VISIBLE_DEVICES says which", None),
-        ("optimizer", "AdamW is the only optimizer", None),
+        ("optim", "set optimizer", None),
         ("resolution", "images have the size that the model was made for", None),
         ("vf_coef", "`diffusion-align list settings` shows what can be set", None),
         ("ref_model", "`diffusion-align list settings` shows what can be set", "set reference_model"),
