@@ -74,6 +74,8 @@ def waiting_for_others() -> Iterator[None]:
 class InterruptFlag:
     """Within ``with``, the first SIGINT, SIGTERM or SIGHUP sets ``raised``; a second acts as if nothing were here.
 
+    ``signal`` is then its name.
+
     Python lets only the main thread set handlers: in another one nothing is caught. Nor is a SIGHUP that is ignored, as
     under nohup.
 
@@ -85,6 +87,7 @@ class InterruptFlag:
 
     def __init__(self, grace: float = GRACE, leave: Callable[[], object] | None = None) -> None:
         self.raised = self.overdue = False
+        self.signal = ""
         self._grace, self._leave = grace, leave
         self._previous: dict[int, object] = {}
         self._asked, self._left = threading.Event(), threading.Event()
@@ -112,7 +115,7 @@ class InterruptFlag:
             signal.signal(_OVERDUE, signal.SIG_DFL if self._before is None else self._before)  # type: ignore[arg-type]
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
+        self.raised, self.signal = True, signal.Signals(number).name
         self._asked.set()
         self._restore()
 

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from diffusion_align.report.metrics import (
     series,
 )
 from diffusion_align.report.plots import Panel
+from diffusion_align.report.status import RunStatus, read_status, status_text
 from diffusion_align.writing import write_text
 
 MAX_GRIDS = 6
@@ -43,6 +44,8 @@ MAX_IMAGE_WIDTH = 1600  # wider images are shrunk inside the report; the files k
 FOLDED_BEYOND = 400  # characters of a text that are shown before the rest is folded away
 FOLDED_LINES = 8
 MAX_ROWS = 32  # of a table; the files hold the others
+PATIENCE = 120.0  # seconds beyond three epochs after which a page that says running says that it has no news
+FIRST_PATIENCE = 900.0  # seconds until then where no epoch has ended yet, whose length is not known
 
 PREFERENCE_PANELS = (
     Panel({"rewards/accuracies": "accuracy"}, (0.5, "chance")),
@@ -160,7 +163,8 @@ def write_report(run_dir: str | Path) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     The file needs nothing beside it and nothing from the network. It is written whole or not at all. Whatever the run
-    does not hold (no metrics yet, no samples) is left out, and the report mentions it.
+    does not hold (no metrics yet, no samples) is left out, and the report mentions it. While the run lives, the page
+    loads itself again every few seconds, and shows how old it is.
 
     Raises:
         ValueError: the folder holds nothing of a run, or its ``metrics.jsonl`` is damaged.
@@ -178,6 +182,7 @@ def write_report(run_dir: str | Path) -> Path:
     config_text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
     config = _load_config(config_text)
     described = read_descriptions(run_dir / "metrics.json", config)
+    status = read_status(run_dir)
     samples = run_dir / "samples"
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
@@ -186,8 +191,8 @@ def write_report(run_dir: str | Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         title=_title(run_dir, config),
         folder=run_dir.resolve().name,
-        summary=" ".join([summary(rows, described), *_evaluation_sentences(rows, run_dir / "evaluation.json")]),
-        finished=(run_dir / "final").exists(),
+        summary=" ".join([summary(rows, described), *_evaluation_sentences(rows, run_dir / "evaluation.json", status)]),
+        status=_status(status, rows, config),
         before_after=_inline(samples / "before_after.png"),
         before_after_texts=before_after_table(samples),
         figures=list(_figures(rows, described)),
@@ -200,6 +205,16 @@ def write_report(run_dir: str | Path) -> Path:
     path = run_dir / "report.html"
     write_text(path, html)
     return path
+
+
+def _status(status: RunStatus, rows: Sequence[Row], config: object) -> dict[str, Any]:
+    """What the page says of how the run stands; its epochs and their length are those of the metrics."""
+    epochs, seconds = series(rows, "time/epoch", x="epoch")
+    epoch = max([status.epoch, *epochs[-1:].astype(int).tolist()])
+    of = config.get("epochs") if isinstance(config, dict) else None
+    patience = PATIENCE + 3 * float(seconds.mean()) if len(seconds) else FIRST_PATIENCE
+    shown = status_text(replace(status, epoch=epoch), of if isinstance(of, int) else None)
+    return shown | {"patience": patience if math.isfinite(patience) else FIRST_PATIENCE}
 
 
 def summary(rows: Sequence[Row], described: Described = IMAGE_KL) -> str:
@@ -244,8 +259,9 @@ def _reward_sentence(rows: Sequence[Row]) -> str:
     return f"{sentence}, over {cost}."
 
 
-def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
-    """The held-out reward at the start, at its best and at the end; and why the run stopped early, if it did."""
+def _evaluation_sentences(rows: Sequence[Row], path: Path, status: RunStatus) -> list[str]:
+    """The held-out reward at the start, at its best and at the end; and why the run stopped early, if it did and its
+    status does not tell."""
     sentences = []
     epochs, rewards = series(rows, "gold", x="epoch")
     if len(rewards):
@@ -254,7 +270,7 @@ def _evaluation_sentences(rows: Sequence[Row], path: Path) -> list[str]:
             f"The held-out reward was {rewards[0]:.4g} after epoch {epochs[0]:.0f}, {rewards[best]:.4g} at its best "
             f"after epoch {epochs[best]:.0f} and {rewards[-1]:.4g} after epoch {epochs[-1]:.0f}."
         )
-    if stopped := read_evaluation(path).get("stopped"):
+    if (stopped := read_evaluation(path).get("stopped")) and status.state != "stopped":
         sentences.append(f"The run was stopped by a rule: {stopped}.")
     return sentences
 

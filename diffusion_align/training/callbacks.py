@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 
-from diffusion_align.errors import ConfigError, UserError, first_line, foreign_code, short
+from diffusion_align.errors import (
+    ConfigError,
+    Interrupted,
+    UserError,
+    describe_exception,
+    first_line,
+    foreign_code,
+    short,
+)
 from diffusion_align.interrupt import Overdue, breakable
+from diffusion_align.invocation import RESUME_WITH
 from diffusion_align.references import resolve
 from diffusion_align.streams import print_warning
 from diffusion_align.training.reading import dump_config
@@ -203,9 +212,68 @@ class Preview(Callback):
 
 
 class Report(Callback):
-    """``report.html`` at the end."""
+    """``status.json`` and ``report.html``: how the run stands while it runs, and after whatever ended it.
+
+    The main process writes them after an epoch if all writing so far stays within ``share`` of the run's time, and
+    always at the start and the end. Where it fails a warning is printed once, as nothing of the run hangs on it.
+
+    Attributes:
+        share: of the run's time.
+    """
+
+    share = 0.02
+
+    def __init__(self) -> None:
+        self._began: float | None = None  # by the clock on the wall
+        self._started = self._spent = self._last = 0.0  # seconds, of ``time.perf_counter``
+        self._failed = False
+
+    def begin(self, trainer: Trainer[Any]) -> None:
+        """The folder is this run's from now on."""
+        self._began, self._started = time.time(), time.perf_counter()
+        self._write(trainer, "running")
+
+    def on_start(self, trainer: Trainer[Any]) -> None:
+        ahead = self._spent + self._last
+        if trainer.processes.is_main and ahead <= self.share * (time.perf_counter() - self._started):
+            self._write(trainer, "running")
+
+    def on_epoch_end(self, trainer: Trainer[Any], row: Row) -> None:
+        if trainer.epoch < trainer.config.epochs:  # the end follows
+            self.on_start(trainer)
 
     def on_end(self, trainer: Trainer[Any]) -> None:
-        from diffusion_align.report import write_report
+        if trainer.processes.is_main:
+            self._write(trainer, "stopped" if trainer.stopped else "finished", why=trainer.stopped or "")
 
-        trainer.processes.on_main(lambda: write_report(trainer.folder))
+    def on_failure(self, trainer: Trainer[Any], error: BaseException) -> None:
+        """The run is ended by ``error``, which is raised after this. Nothing is written of one that did not begin."""
+        if self._began is None or not trainer.processes.is_main:
+            return
+        interrupted = isinstance(error, Interrupted | KeyboardInterrupt | Overdue)
+        sentence = str(error) if isinstance(error, UserError | Interrupted) else describe_exception(error)
+        notes = [note for note in getattr(error, "__notes__", ()) if RESUME_WITH in note]
+        why, _, resume = "\n".join([sentence, *notes]).partition(RESUME_WITH)
+        state, by = ("interrupted", trainer.processes.flag.signal) if interrupted else ("failed", "")
+        resume = resume or (self._resume(trainer) if interrupted else "")
+        self._write(trainer, state, by=by, why=why.rstrip("\n ;"), resume=resume)
+
+    def _resume(self, trainer: Trainer[Any]) -> str:
+        return trainer.run_folder.how_to_resume().partition(RESUME_WITH)[2]
+
+    def _write(self, trainer: Trainer[Any], state: str, *, resume: str | None = None, **more: Any) -> None:
+        from diffusion_align.report import write_report
+        from diffusion_align.report.status import RunStatus, write_status
+
+        before = time.perf_counter()
+        resume = self._resume(trainer) if resume is None else resume
+        status = RunStatus(state, epoch=trainer.epoch, began=self._began or 0.0, resume=resume, **more)
+        try:
+            write_status(trainer.folder, status)
+            write_report(trainer.folder)
+        except Exception as error:
+            if not self._failed:
+                print_warning(f"{first_line(error)}; the run continues without its report")
+            self._failed = True
+        self._last = time.perf_counter() - before
+        self._spent += self._last

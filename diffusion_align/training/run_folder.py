@@ -10,13 +10,14 @@ from typing import Any
 from diffusion_align.errors import Interrupted
 from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.invocation import RESUME_WITH, Started
+from diffusion_align.report.status import STATUS_FILE
 from diffusion_align.training import checkpoint
 from diffusion_align.training.places import BASE
 from diffusion_align.training.processes import Processes
 from diffusion_align.writing import make_folder
 
 # What a run writes into its folder.
-_FILES = ("config.yaml", "metrics.json", "metrics.jsonl", "report.html", "evaluation.json")
+_FILES = ("config.yaml", "metrics.json", "metrics.jsonl", "report.html", STATUS_FILE, "evaluation.json")
 _FOLDERS = (BASE, "samples", "checkpoints", "best", "final", "diffusion-align")
 
 
@@ -66,14 +67,16 @@ class RunFolder:
             self.processes.on_main(lambda: stack.enter_context(FolderLock(make_folder(self.path, parents=True))))
             try:
                 yield
-            except Interrupted:
-                raise
-            except Exception:
-                if self.processes.is_main and self.nothing_trained(epochs()):
+            except BaseException as error:
+                if self.processes.is_main and self.is_forgotten(error, epochs()):
                     for name in (*_FILES, *_FOLDERS):
                         with contextlib.suppress(OSError):  # the first failure is the one reported
                             checkpoint.remove(self.path / name)
                 raise
+
+    def is_forgotten(self, error: BaseException, epochs: int) -> bool:
+        """Whether what is in it is removed after ``error``: a run that was interrupted can be resumed."""
+        return isinstance(error, Exception) and not isinstance(error, Interrupted) and self.nothing_trained(epochs)
 
     def nothing_trained(self, epochs: int) -> bool:
         """Whether this process began the run, no epoch is finished, and nothing is there that took long to make."""

@@ -72,6 +72,8 @@ ELSEWHERE = {
 }
 """Arguments of other libraries' trainers."""
 _LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
+_LAST_REPORT = 10  # and the report
+_UNANSWERED = "stopped, as something did not answer"
 UNTRAINED_EPOCHS = 3
 """After so many epochs in a row in which nothing was trained a run ends."""
 
@@ -153,7 +155,8 @@ class Trainer(ABC, Generic[Batch]):
         here = PythonCall(f"{kind}({settings}({{}}), ...).train()", {"output_dir": self.folder})
         self.run_folder = RunFolder(self.folder, self.processes, here, self.keeps)
         trackers = [Trackers(self.accelerator)] if config.trackers else []
-        self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, self.log, *trackers, Report()]
+        self.report = Report()
+        self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, self.log, *trackers, self.report]
         self.epoch = self.step = self._began = 0
         self.resumed = False
         self.stopped: str | None = None
@@ -294,10 +297,13 @@ class Trainer(ABC, Generic[Batch]):
             self.processes.flag = flag
             try:
                 yield
-            except WriteError as error:  # a full disk, say: the run can be resumed from its last checkpoint
-                if folder.config_file.is_file() and not folder.nothing_trained(self.epoch):
-                    stands = "the last checkpoint stands; " if folder.checkpoints else ""
-                    error.add_note(stands + folder.how_to_resume())
+            except BaseException as error:
+                if not folder.is_forgotten(error, self.epoch):
+                    # A full disk, say: the run can be resumed from its last checkpoint.
+                    if isinstance(error, WriteError) and folder.config_file.is_file():
+                        stands = "the last checkpoint stands; " if folder.checkpoints else ""
+                        error.add_note(stands + folder.how_to_resume())
+                    self.report.on_failure(self, error)
                 raise
 
     def _begin(self) -> None:
@@ -334,6 +340,7 @@ class Trainer(ABC, Generic[Batch]):
         # What was accepted this once belongs to the run from now on; a change after that is to be accepted again.
         write_text(self.run_folder.config_file, dump_config(self.config.model_copy(update={"accept_changed": []})))
         self.log.rewind(step, unmeasured=self._unmeasured is not None)
+        self.report.begin(self)
 
     def _collect(self) -> tuple[Any, dict[str, float]]:
         self._rng_at_start = checkpoint.rng_state()
@@ -575,7 +582,10 @@ class Trainer(ABC, Generic[Batch]):
             saving.join(_LAST_SAVE)
         newest = "".join(path.name for path in self.run_folder.checkpoints[-1:]) or "none"
         how = self.run_folder.how_to_resume()
-        print(f"stopped, as something did not answer; the newest checkpoint is {newest}\n{how}", file=sys.stderr)
+        reporting = threading.Thread(target=self.report.on_failure, args=(self, Interrupted(_UNANSWERED)), daemon=True)
+        reporting.start()
+        reporting.join(_LAST_REPORT)
+        print(f"{_UNANSWERED}; the newest checkpoint is {newest}\n{how}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(INTERRUPTED)
 

@@ -228,9 +228,9 @@ def test_a_run_that_only_has_its_configuration(tmp_path):
     page = page_of(tmp_path)
     assert page.images == []
     assert "No metrics have been written yet." in page.text
-    assert "not finished" in page.text
+    assert "Not finished there is no final/ folder" in page.text
     (tmp_path / "final").mkdir()
-    assert "not finished" not in page_of(tmp_path).text
+    assert "Finished" in page_of(tmp_path).text
 
 
 def test_metrics_of_another_method_are_drawn_under_other_metrics(tmp_path):
