@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Row = dict[str, Any]
+Described = Mapping[str, tuple[str, str, str]]
+"""Metric -> its title, unit and how it is read."""
 _FAR = "How far the policy was from the reference"
 IMAGE_KL = {
     "kl": ("KL to the reference, per step", "nats per step", f"{_FAR}, for one step."),
@@ -89,6 +91,14 @@ def read_descriptions(path: Path, config: object) -> dict[str, tuple[str, str, s
 def is_number(value: object) -> bool:
     """True for ints and floats, NaN included; False for bools, strings, lists and None."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def plus_minus(value: float, error: float) -> str:
+    """``value ± error`` to two digits of the error; the value alone where no error is known."""
+    if not math.isfinite(value) or not math.isfinite(error):
+        return f"{value:.4g}"
+    decimals = 3 if error <= 0 else min(12, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def series(rows: Iterable[Row], key: str, *, x: str = "step") -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import diffusion_align.report as report
-from diffusion_align.report.html import summary
 from diffusion_align.report.plots import plot_held_out_reward
+from diffusion_align.report.summary import summary
 from tests.helpers.html_page import Page
 
 pytestmark = pytest.mark.usefixtures("blank_plots")

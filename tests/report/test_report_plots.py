@@ -6,7 +6,7 @@ from matplotlib.colors import to_rgb
 
 from diffusion_align import report
 from diffusion_align.report import plots
-from diffusion_align.report.html import CLIP_PANELS, PREFERENCE_PANELS, RATIO_PANELS
+from diffusion_align.report.figures import CLIP_PANELS, PREFERENCE_PANELS, RATIO_PANELS
 from diffusion_align.report.plots import PALETTE, Panel, add_legend, describe, plot_panels, reward_component_keys
 
 PNG = b"\x89PNG\r\n\x1a\n"

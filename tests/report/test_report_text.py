@@ -6,10 +6,11 @@ import re
 import pytest
 
 from diffusion_align import report
-from diffusion_align.report import html
-from diffusion_align.report.html import summary
+from diffusion_align.report import texts
+from diffusion_align.report.figures import SCORE_PANELS
 from diffusion_align.report.metrics import TEXT_KL
 from diffusion_align.report.plots import plot_panels
+from diffusion_align.report.summary import summary
 from tests.helpers.html_page import Page
 
 pytestmark = pytest.mark.usefixtures("blank_plots")
@@ -148,18 +149,18 @@ def test_a_reward_that_is_no_number_is_not_shown(tmp_path, reward):
 
 def test_long_texts_are_folded_and_nothing_of_them_is_lost():
     words = " ".join(f"word{n}" for n in range(200))
-    folded = html.passage(words)
+    folded = texts.passage(words)
     assert folded.start + folded.rest == words
-    assert len(folded.start) <= html.FOLDED_BEYOND < len(words)
+    assert len(folded.start) <= texts.FOLDED_BEYOND < len(words)
     assert folded.start.endswith(" ")
     lines = "\n".join("abcdefghijklmnop")
-    folded = html.passage(lines)
+    folded = texts.passage(lines)
     assert f"{folded.start}\n{folded.rest}" == lines
-    assert folded.start.count("\n") == html.FOLDED_LINES - 1
+    assert folded.start.count("\n") == texts.FOLDED_LINES - 1
     unbroken = "xxx " + "x" * 4996
-    assert html.passage(unbroken) == html.Passage(unbroken[:400], unbroken[400:])
-    for short in ("", "a b", "x" * html.FOLDED_BEYOND, words[: html.FOLDED_BEYOND + 20], "\n".join("abcdefghi")):
-        assert html.passage(short) == html.Passage(short)
+    assert texts.passage(unbroken) == texts.Passage(unbroken[:400], unbroken[400:])
+    for short in ("", "a b", "x" * texts.FOLDED_BEYOND, words[: texts.FOLDED_BEYOND + 20], "\n".join("abcdefghi")):
+        assert texts.passage(short) == texts.Passage(short)
 
 
 def test_a_folded_text_is_whole_in_the_page_and_half_a_surrogate_pair_is_none(tmp_path):
@@ -167,23 +168,24 @@ def test_a_folded_text_is_whole_in_the_page_and_half_a_surrogate_pair_is_none(tm
     cut = '{"prompt": "p", "completion": "cut \\ud83d off"}'
     page = page_of(make_run(tmp_path / "run", samples={1: [{"prompt": "p", "completion": answer}, cut]}))
     assert re.findall(r"word(\d+)", page.text) == [str(n) for n in range(300)]
-    assert f"… {len(html.passage(answer).rest)} more characters" in page.text
+    assert f"… {len(texts.passage(answer).rest)} more characters" in page.text
     assert "cut ? off" in page.text
 
 
 def test_more_samples_than_a_table_shows_are_said(tmp_path):
-    lines = [{"prompt": "p", "completion": f"answer {n}."} for n in range(html.MAX_ROWS + 3)]
+    lines = [{"prompt": "p", "completion": f"answer {n}."} for n in range(texts.MAX_ROWS + 3)]
     page = page_of(make_run(tmp_path / "run", samples={4: lines}))
-    assert page.text.count("answer ") == html.MAX_ROWS
-    assert f"The first {html.MAX_ROWS} of {html.MAX_ROWS + 3} samples; the others are in samples/epoch_0004.jsonl" in (
-        page.text
+    assert page.text.count("answer ") == texts.MAX_ROWS
+    assert (
+        f"The first {texts.MAX_ROWS} of {texts.MAX_ROWS + 3} samples; the others are in samples/epoch_0004.jsonl"
+        in (page.text)
     )
 
 
 def test_parts_of_a_message_and_messages_without_content():
     parts = [{"type": "text", "text": "see "}, {"type": "image"}, "?", {"type": "text", "text": "this"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
-    assert html.plain_text(messages) == "user: see this\nassistant: "
+    assert texts.plain_text(messages) == "user: see this\nassistant: "
 
 
 def test_the_summary_of_a_run_with_rewards():
@@ -260,7 +262,7 @@ def test_the_plots_of_each_method(tmp_path):
 def test_held_out_values_are_drawn_as_they_are_beside_smoothed_ones():
     rows = [{"step": n, "epoch": n // 20, "accuracy": n % 2, "margin": 1.0} for n in range(1, 101)]
     rows += [{"step": 20 * n, "epoch": n, "eval/accuracy": n / 10} for n in range(1, 6)]
-    accuracy, margin = plot_panels(rows, html.SCORE_PANELS).axes
+    accuracy, margin = plot_panels(rows, SCORE_PANELS).axes
     pale, bold, held_out, chance = accuracy.lines
     assert (len(pale.get_xdata()), len(bold.get_xdata())) == (100, 100)
     assert abs(bold.get_ydata()[50] - 0.5) <= 0.1 < abs(pale.get_ydata()[50] - 0.5)
