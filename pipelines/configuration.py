@@ -129,7 +129,7 @@ def check_config(raw: Mapping[str, Any]) -> TrainingConfig:
     given = {name: list(value) if isinstance(value, Iterator) else value for name, value in raw.items()}  # read twice
     raw = read_as(model, given | named)
     opened, problems = _opened(model, raw, method.dataset_kind)
-    precision = raw.get("mixed_precision", "no")
+    precision = raw.get("mixed_precision")
     problems += [*problems_of(check_launch, precision), *problems_of(_check_output_dir, raw)]
     # Without a kind a method loads its model, and whatever scores that, itself.
     context = WITHOUT_NAMES if method.model_kind is None else None

@@ -90,7 +90,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
 def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
     pipeline = load_pipeline(
         ref.base,
-        dtype=getattr(torch, config.dtype),
+        dtype=getattr(torch, str(config.dtype)),
         variant=config.weights_variant or ref.variant,
         base_config=config.base_config or ref.base_config,
         family=find_family(config.family),

@@ -37,7 +37,7 @@ from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import code_files, content_digest, file_digest, place_digest
-from diffusion_align.training.launch import agreed, processes, start
+from diffusion_align.training.launch import agreed, decide_precision, processes, start
 from diffusion_align.training.places import BASE, absolute_paths
 from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import make_folder, output_folder
@@ -106,6 +106,7 @@ def _trainer(
         torch.set_num_threads(config.num_threads)
     method = method_of(config.method)
     callbacks = agreed(lambda: named_callbacks(config.callbacks))
+    config = decide_precision(config)
     if method.model_kind == "image":
         from diffusion_align.pipelines.image_context import image_context
 

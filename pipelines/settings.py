@@ -285,8 +285,8 @@ class SharedSettings(TypedDict, total=False):
     """average the trained weights; used for grids and final/"""
     ema_offload: bool
     """keep that average in main memory; each step copies the weights there"""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"]
-    """precision of the network; log-probs stay float32; auto measures what is faster on this machine"""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None
+    """precision of the network; log-probs stay float32; null is bf16 on a GPU that has it, else no; auto also measures whether bf16 is faster on this CPU"""
     gradient_checkpointing: bool
     """keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third slower, the same gradients"""
     num_threads: int | None

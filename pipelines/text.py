@@ -220,6 +220,8 @@ class TextAlignmentPipeline(AlignmentPipeline):
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
         named = self.name or LANGUAGE_MODELS[0]
         raw: dict[str, Any] = {"method": method_name(method), "model": named, "output_dir": output_dir}
+        if settings.get("lora", {}) is not None:  # float64 is in no setting
+            raw["dtype"] = str(min(self.dtype, torch.float32, key=lambda one: one.itemsize)).removeprefix("torch.")
         config = cast(TextConfig, check_config(raw | settings))
         adapted = carries_adapters(self.model)
         model = copy.deepcopy(self.model) if config.lora is None else self.model

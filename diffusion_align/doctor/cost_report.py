@@ -18,6 +18,7 @@ from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.launch import time_forward
 from diffusion_align.training.optimizers import STATE_BYTES
+from diffusion_align.training.precision import Machine, with_precision
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations per second, float32 accumulation, from the makers' data sheets."""
@@ -43,11 +44,12 @@ class Memory:
 
 
 def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost) -> Lines:
-    """Estimated memory per GPU and time per epoch."""
+    """Estimated memory per GPU and time per epoch, of settings that are left to the machine as on a GPU with bf16."""
+    here, config = config, with_precision(config, Machine(gpu=True, bf16=True))
     family, vae = model.family, model.configs["vae"]
     network = model.configs[family.network]
-    dtype = getattr(torch, config.dtype)
-    autocast = {"no": None, "fp16": torch.float16}.get(config.mixed_precision, torch.bfloat16)
+    dtype = getattr(torch, str(config.dtype))
+    autocast = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[str(config.mixed_precision)]
     guided = 2 if config.sampler.guidance_scale > 1 else 1
     train_batch = config.micro_batch_size * epoch.width
     cost = network_cost(
@@ -89,7 +91,7 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost)
         ("time per epoch, estimated", ""),
         ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs per {family.network_title} pass; {backward}"),
         *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
-        *_time_here(config, model, cost, passes),
+        *_time_here(here, model, cost, passes),
     ]
 
 
@@ -116,7 +118,7 @@ def _memory_lines(
     what = f"{network} {own}" if config.lora else f"reference {network} {own}"
     parts = ", ".join([what, *(f"{name} {gigabytes(size)}" for name, size in others.items())])
     name = f"LoRA of rank {config.lora.rank}" if config.lora else f"whole {network}"
-    precision = {"no": "float32", "auto": "bf16"}.get(config.mixed_precision, config.mixed_precision)
+    precision = {"no": "float32"}.get(str(config.mixed_precision), config.mixed_precision)
     return [
         ("memory per GPU, estimated", ""),
         ("frozen weights", f"{gigabytes(memory.weights)}: {parts}"),
@@ -174,7 +176,7 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: NetworkCost, pa
     if cost.frozen + cost.trained > TIMED_BELOW:
         return [("this CPU", "not timed: with more than 100 M parameters a GPU is needed")]
     batch = config.sample_batch_size * (2 if config.sampler.guidance_scale > 1 else 1)
-    choices = {"no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
+    choices = {None: [False], "no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
     family, network = model.family, _random_network(model, config)
     inputs = family.zeros(network.config, batch, tokens=family.prompt_tokens(model.configs), dtype=network.dtype)
     threads = torch.get_num_threads()

@@ -98,9 +98,10 @@ class TrainingConfig(Section):
     )
     ema_offload: bool = Field(False, description="keep that average in main memory; each step copies the weights there")
 
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        "no",
-        description="precision of the network; log-probs stay float32; auto measures what is faster on this machine",
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = Field(
+        None,
+        description="precision of the network; log-probs stay float32; null is bf16 on a GPU that has it, else no; "
+        "auto also measures whether bf16 is faster on this CPU",
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -171,13 +172,14 @@ class PolicyConfig(TrainingConfig):
 
     show_prompts: list[Any] | None = None
     lora: LoRASettings | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="dtype of frozen weights: bfloat16 or float16 halves their memory; trained weights are float32",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None,
+        description="dtype of frozen weights (trained ones are float32); null is bfloat16 where a GPU trains LoRA in "
+        "bf16, else float32",
     )
 
     def cross_checks(self) -> Iterator[str]:
         if self.show_prompts is not None and not self.show_prompts:
             yield "show_prompts is empty: leave it out, or set grid_every=0 for no samples"
-        if self.dtype != "float32" and self.lora is None:
+        if self.dtype not in (None, "float32") and self.lora is None:
             yield f"dtype={self.dtype} is for frozen weights, but lora=null trains all weights: leave one of them out"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.inputs import check_device
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.precision import Machine, with_precision
 from diffusion_align.training.reading import load_yaml
 
 if TYPE_CHECKING:
@@ -67,11 +68,11 @@ _TRUE, _FALSE = {"y", "yes", "t", "true", "on", "1"}, {"n", "no", "f", "false", 
 _UNSUPPORTED_STATES = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
-def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | None = None) -> None:
+def check_launch(mixed_precision: Any = None, environment: Mapping[str, str] | None = None) -> None:
     """Look at what the environment requests from accelerate.
 
     Args:
-        mixed_precision: the setting; "auto" takes what the environment says.
+        mixed_precision: the setting; "auto" and None take what the environment says.
         environment: ``os.environ`` when not given.
 
     Raises:
@@ -104,7 +105,7 @@ def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | N
     problems += [f"{problem}, or unset it" for problem in of_device]
     launched = given.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     wanted = "no" if mixed_precision is False else mixed_precision
-    if launched == "fp8" or (launched not in ("", "no", wanted) and wanted != "auto"):
+    if launched == "fp8" or (launched not in ("", "no", wanted) and wanted not in (None, "auto")):
         remedy = "" if launched == "fp8" else f"set mixed_precision={launched}, or "
         problems.append(
             f"accelerate was launched with mixed_precision={launched} and the settings have mixed_precision={wanted}: "
@@ -115,7 +116,7 @@ def check_launch(mixed_precision: Any = "no", environment: Mapping[str, str] | N
 
 
 def launched_precision() -> str | None:
-    """ "fp16" or "bf16" where ``accelerate launch`` was told so, for ``mixed_precision=auto``."""
+    """ "fp16" or "bf16" where ``accelerate launch`` was told so, for a ``mixed_precision`` that is not given."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return launched if launched in ("fp16", "bf16") else None
 
@@ -204,26 +205,59 @@ def agreed(prepare: Callable[[], Result]) -> Result:
 
 
 def start(config: Config, seconds_per_pass: Callable[[bool], float]) -> tuple[Config, Accelerator]:
-    """The accelerator of a run and its settings, ``mixed_precision="auto"`` decided; seeds the global generators.
+    """The accelerator of a run and its settings, their precision decided; seeds the global generators.
 
     Args:
         config: checked settings.
         seconds_per_pass: how long the network takes on the CPU, with bf16 (True) or without.
     """
     from accelerate.state import AcceleratorState
-    from accelerate.utils import broadcast_object_list, set_seed
+    from accelerate.utils import set_seed
 
+    config = decide_precision(config)
     if config.mixed_precision == "auto":
-        choice = [_faster_precision(config, seconds_per_pass)]
-        processes()
-        broadcast_object_list(choice)  # every process must use the same
-        config = config.model_copy(update={"mixed_precision": choice[0]})
+        faster = seconds_per_pass(True) < 0.9 * seconds_per_pass(False)
+        config = _as_first_process(config.model_copy(update={"mixed_precision": "bf16" if faster else "no"}))
     AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
     accelerator = make_accelerator(
         config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
     )
     set_seed(config.seed)
     return config, accelerator
+
+
+def decide_precision(config: Config) -> Config:
+    """``with_precision`` of this machine and of the run that is resumed, in every process as the first has it.
+
+    It is known before a model is loaded, but for ``mixed_precision="auto"`` on a CPU, which ``start`` measures.
+
+    Raises:
+        ConfigError: ``config.yaml`` of the run cannot be read.
+    """
+    if config.mixed_precision not in (None, "auto") and getattr(config, "dtype", "float32") is not None:
+        return config
+    file = config.output_dir / "config.yaml"
+    resumed = agreed(lambda: load_yaml(file) if config.resume and file.is_file() else None)
+    return _as_first_process(with_precision(config, this_machine(), resumed))
+
+
+def this_machine() -> Machine:
+    import torch
+
+    gpu = processes().device.type == "cuda"
+    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Machine(gpu=gpu, bf16=bf16, launched=launched_precision())
+
+
+def _as_first_process(config: Config) -> Config:
+    """Every process must compute in the same precision, whatever GPU it has and whatever it measured."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [config.mixed_precision, getattr(config, "dtype", None)]
+    processes()
+    broadcast_object_list(found)
+    chosen = {"mixed_precision": found[0]} | ({} if found[1] is None else {"dtype": found[1]})
+    return config.model_copy(update=chosen)
 
 
 def time_forward(forward: Callable[[], object], use_bf16: bool) -> float:
@@ -237,16 +271,3 @@ def time_forward(forward: Callable[[], object], use_bf16: bool) -> float:
             forward()
         seconds.append(time.perf_counter() - begun)
     return min(seconds[1:])
-
-
-def _faster_precision(config: TrainingConfig, seconds_per_pass: Callable[[bool], float]) -> str:
-    """A resumed run's own choice, what accelerate was launched with, a GPU's bf16, or the faster on this CPU."""
-    import torch
-
-    if config.resume and (config.output_dir / "config.yaml").is_file():
-        return load_yaml(config.output_dir / "config.yaml").get("mixed_precision", "no")
-    if launched := launched_precision():
-        return launched
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if seconds_per_pass(True) < 0.9 * seconds_per_pass(False) else "no"

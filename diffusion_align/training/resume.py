@@ -16,6 +16,7 @@ from diffusion_align.training.aliases import canonical, one_by_one
 from diffusion_align.training.config import Content, TrainingConfig
 from diffusion_align.training.digests import Identity, changed_content, same_content
 from diffusion_align.training.places import absolute_paths
+from diffusion_align.training.precision import BEFORE
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.section import FIELDS_ALONE
 
@@ -76,6 +77,7 @@ def check_same_run(
     theirs = canonical(type(config), theirs)
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
+    theirs |= {name: value for name, value in BEFORE.items() if theirs.get(name) is None}
     mine, theirs = (
         one_by_one(resume_fingerprint(absolute_paths(one, config.output_dir)))
         for one in (config.model_dump(mode="json"), theirs)

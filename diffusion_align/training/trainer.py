@@ -56,6 +56,7 @@ from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import require_finite_loss
 from diffusion_align.training.launch import check_accelerator, make_accelerator
 from diffusion_align.training.optimization import Optimization
+from diffusion_align.training.precision import Machine, with_precision
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
 from diffusion_align.training.randomness import generator
@@ -145,8 +146,9 @@ class Trainer(ABC, Generic[Batch]):
     ) -> None:
         if not config.method:  # of settings made in Python: the run folder says what trained
             config = config.model_copy(update={"method": reference_to(type(self))})
-        self.config = config
         self.accelerator = accelerator or make_accelerator()
+        # Of a policy made in Python the run folder says how it is trained.
+        self.config = with_precision(config, Machine(launched=self.accelerator.mixed_precision))
         self.processes = Processes(self.accelerator)
         self.bars = Bars(disable=not self.processes.is_main)
         self.folder = config.output_dir
@@ -504,7 +506,7 @@ class Trainer(ABC, Generic[Batch]):
                     divisor = len(chunk) if normalizer is None else normalizer / config.updates_per_epoch
                     statistics = self.accumulate(batch, indices, divisor * steps, advance)
                     row = {"step": self.step, "epoch": self.epoch + 1, **statistics.over_processes(self.accelerator)}
-                    require_finite_loss(row, self.loss_coefficients(), mixed_precision=config.mixed_precision)
+                    require_finite_loss(row, self.loss_coefficients(), mixed_precision=self.accelerator.mixed_precision)
                     row |= plain_row(self.check_update(row, first=inner == 0 and update == 0))
                     row["grad_norm"] = self.optimization.step(self.step)
                     row["learning_rate"] = self.optimization.learning_rate

@@ -92,7 +92,7 @@ def test_a_plain_launch_is_taken(precision):
             "ACCELERATE_TORCH_DEVICE='meta' cannot be used, as it holds no data: give cpu",
         ),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "launch with --mixed_precision no"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision=bf16, or launch with"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "set mixed_precision=bf16, or launch with --mixed_precision no"),
     ],
     ids=lambda value: next(iter(value)).removeprefix("ACCELERATE_") if isinstance(value, dict) else None,
 )
@@ -104,6 +104,7 @@ def test_what_is_not_supported_is_refused_before_a_model_is_loaded(variables, se
         "reward": "jpeg_compressibility",
         "prompts": ["a cat"],
         "output_dir": str(tmp_path / "r"),
+        "mixed_precision": "no",
     }
     with pytest.raises(ConfigError) as error:
         check_config(raw)
@@ -115,7 +116,7 @@ def test_what_is_not_supported_is_refused_before_a_model_is_loaded(variables, se
 
 def test_the_settings_precision_may_be_the_launchs_or_take_it(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    for precision in ("bf16", "auto"):
+    for precision in ("bf16", "auto", None):
         check_launch(precision)
     assert launched_precision() == "bf16"
     assert make_accelerator("bf16").mixed_precision == "bf16"

@@ -35,7 +35,7 @@ def run(run_here, tiny_sd, tmp_path):
     def train(damage=lambda pipeline: None, also=None, **changes):
         settings = SETTINGS | {"model": str(tiny_sd), "output_dir": str(tmp_path / "run")} | changes
         config = check_config(settings).model_copy(update=also or {})
-        pipeline = load_pipeline(str(tiny_sd), dtype=getattr(torch, config.dtype))
+        pipeline = load_pipeline(str(tiny_sd), dtype=getattr(torch, config.dtype or "float32"))
         damage(pipeline)
         return run_here(config, pipeline=pipeline)
 

@@ -1,0 +1,59 @@
+"""What ``mixed_precision`` and ``dtype`` are where the settings leave them to the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from diffusion_align.training.config import TrainingConfig
+
+Config = TypeVar("Config", bound=TrainingConfig)
+BEFORE = {"mixed_precision": "no", "dtype": "float32"}
+"""What a run had whose ``config.yaml`` says nothing, or null, of them."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is trained on.
+
+    Attributes:
+        gpu: whether that is a GPU.
+        bf16: whether that computes in bfloat16, without emulating it.
+        launched: "fp16" or "bf16" where ``accelerate launch`` was told so.
+    """
+
+    gpu: bool = False
+    bf16: bool = False
+    launched: str | None = None
+
+
+def with_precision(config: Config, machine: Machine, own: Mapping[str, Any] | None = None) -> Config:
+    """``config`` with values for ``mixed_precision`` and ``dtype`` where they are null; "auto" stays on a CPU alone.
+
+    On a GPU with bfloat16 the network runs in it, and the frozen weights under LoRA are of it: float32 ones would be
+    cast again in every pass. Elsewhere both are float32; in float16, which overflows, a run trains only if told to.
+
+    Args:
+        own: the settings of the run that is resumed, which keeps its own.
+    """
+    given = getattr(config, "dtype", None)
+    mixed: str | None = config.mixed_precision
+    if mixed in (None, "auto"):
+        if own is not None:
+            mixed = own.get("mixed_precision") or BEFORE["mixed_precision"]
+        elif machine.launched is not None:
+            mixed = machine.launched
+        elif machine.bf16 and (mixed == "auto" or given != "float16"):
+            mixed = "bf16"
+        elif mixed == "auto":
+            mixed = "fp16" if machine.gpu else "auto"
+        else:
+            mixed = "no"
+    found = {"mixed_precision": mixed}
+    if given is None and "dtype" in type(config).model_fields:
+        narrow = machine.bf16 and mixed == "bf16" and getattr(config, "lora", None) is not None
+        found["dtype"] = "bfloat16" if narrow else "float32"
+        if own is not None:
+            found["dtype"] = own.get("dtype") or BEFORE["dtype"]
+    return config.model_copy(update=found)
