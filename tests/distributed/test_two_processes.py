@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion_align.data.prompts import items_of_epoch
+from diffusion_align.training.config import load_yaml
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.kills import QUICK, resumed_with
 from tests.helpers.problems import assert_problem
@@ -95,6 +96,20 @@ def test_the_comparison_notices(forked, settings, tmp_path, fault):
     _, gradients = run_both(forked, settings(), tmp_path, fault)
     with pytest.raises(AssertionError):
         assert_same_gradients(gradients, 1e-6)
+
+
+def test_the_first_process_chooses_the_precision_of_both(forked, settings, tmp_path):
+    one_gpu = """
+import os
+from diffusion_align.training import launch
+launch.this_machine = lambda: launch.Machine(gpu=True, bf16=os.environ.get("RANK") != "1")
+"""
+    folders, gradients = run_both(forked, settings(), tmp_path, one_gpu)
+    assert_same_gradients(gradients, 1e-2)
+    for folder in folders:
+        config = load_yaml(folder / "config.yaml")
+        assert (config["mixed_precision"], config["dtype"]) == ("bf16", "bfloat16")
+        assert rows_of(folder)[0]["ratio/first_pass_deviation"] == 0
 
 
 @pytest.mark.parametrize("case", ["one flat on rank 1", "rank 1 flat", "rank 0 flat", "all flat"])
