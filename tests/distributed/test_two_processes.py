@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion_align.data.prompts import items_of_epoch
-from diffusion_align.training.config import load_yaml
+from diffusion_align.training.reading import load_yaml
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.kills import QUICK, resumed_with
 from tests.helpers.problems import assert_problem

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_align.diffusion.settings import DDPOConfig
 from diffusion_align.llm.settings import RewardModelConfig
 from diffusion_align.training import launch
-from diffusion_align.training.reading import load_yaml
 from diffusion_align.training.launch import this_machine
 from diffusion_align.training.precision import Machine, with_precision
+from diffusion_align.training.reading import load_yaml
 from diffusion_align.yaml_text import dump
 from tests.helpers.hard_runs import PREFERENCES
 from tests.helpers.tiny_runs import TINY
