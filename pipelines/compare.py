@@ -21,6 +21,7 @@ from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.data.text_encoding import Text
 from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.model_card import OF_SAMPLES
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, png_bytes
 from diffusion_align.pipelines.scoring import score_images
@@ -106,7 +107,7 @@ def compare_models(
     family: str | None = None,
     on_samples: Callable[[int], object] | None = None,
 ) -> Comparison:
-    """Sample every prompt by each image model, from the same noise and with B's sampler, and judge the pairs.
+    """Sample every prompt by each image model, from the same noise and as B samples, and judge the pairs.
 
     The pairs of one prompt are alike, so more of them are worth less than more prompts. The interval of the win rate is
     Wilson's; where a prompt occurs more than once, as with ``per_prompt`` above 1, for the number of independent pairs
@@ -131,7 +132,8 @@ def compare_models(
     check_image_prompts(prompts)
     pipelines = _loaded(ImageAlignmentPipeline, [first, second], check_image_model, (IMAGES, judge), family=family)
     pipelines[0] = copy.copy(pipelines[0])
-    pipelines[0].sampler = pipelines[1].sampler
+    for name in ("sampler", *OF_SAMPLES):
+        setattr(pipelines[0], name, getattr(pipelines[1], name))
     reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)
 
     def sample(k: int, some: range) -> tuple[Samples, torch.Tensor]:

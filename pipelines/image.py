@@ -16,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_align.arguments import also_called
+from diffusion_align.bounds import LARGEST_SIDE
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import scheduler_of
-from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig
+from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig, negative_prompt_checks
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
@@ -28,7 +29,7 @@ from diffusion_align.models.families import ModelFamily, family_name, family_of,
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.memory import keep_activations
-from diffusion_align.models.model_card import LARGEST_ETA, facts_of, write_model_card
+from diffusion_align.models.model_card import LARGEST_ETA, OF_SAMPLES, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.run import (
@@ -56,9 +57,7 @@ if TYPE_CHECKING:
 
 CALLING = {"prompt": "prompts", "num_inference_steps": "steps", "cfg_scale": "guidance_scale"}
 NOT_CALLED = {
-    "negative_prompt": "the empty prompt guides",
-    "height": "images have the size that the model was made for",
-    "width": "images have the size that the model was made for",
+    "resolution": "give height and width",
     "generator": "give seed, of which image i uses seed + i",
     "num_images_per_prompt": "give a prompt once per image",
     "output_type": "images are PIL images, which numpy.asarray reads",
@@ -134,6 +133,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         origin: what that was before anything was trained, by which rewards choose their CLIP.
         run: the run folder whose result this is, None if it is of no run.
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
+        height, width, negative_prompt: the same of the images' size in pixels, the model's own where None, and of
+            what guidance leads away from, None for no prompt.
     """
 
     inside = "pipeline"
@@ -150,6 +151,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self.pipeline = pipeline
         self.model = model
         self.sampler = sampler or SamplerConfig(eta=0.0)
+        self.height: int | None = None
+        self.width: int | None = None
+        self.negative_prompt: str | None = None
         self.origin = model
         # Called so in a configuration, None if in no folder: the weights without their adapter, and as they are.
         self._below = self._called = model
@@ -183,7 +187,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         """Load an embedded model ("emoji-sd"), a folder, a Hub id, a ``.safetensors`` file, or a run folder.
 
         Args:
-            model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights and sampler are used.
+            model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights, sampler, size of images
+                and negative prompt are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
             dtype: of the weights; torch's, or its name.
             device: where to put it; a GPU if there is one.
@@ -215,6 +220,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         if ref.run is not None:
             sampler = SamplerConfig(**(ref.settings.get("sampler") or {}))
         pipe = cls(pipeline, model=ref.base, sampler=sampler)
+        for name in OF_SAMPLES:
+            setattr(pipe, name, ref.settings.get(name))
         pipe.origin = ref.origin
         pipe.run = ref.run if lora is None else None
         pipe._called = str(model) if lora is None else None
@@ -351,6 +358,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 keep_activations(getattr(self.pipeline, trained))
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
+        for name in OF_SAMPLES:
+            setattr(self, name, getattr(config, name))
         self._below = (below or str(config.model)) if config.lora else str(config.output_dir)
         self._trains = True
         return self
@@ -364,6 +373,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         batch_size: int = 8,
     ) -> SampledImages:
         """Sample one image per prompt by diffusers' own call.
@@ -372,13 +384,16 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             prompts: texts.
             seed: image i uses ``seed + i``, whatever else is sampled.
             steps, guidance_scale, eta: instead of ``self.sampler``'s.
+            negative_prompt: what guidance leads away from, for all images; ``self.negative_prompt`` if not given.
+            height, width: of the images in pixels; ``self.height`` and ``self.width`` if not given.
             batch_size: images sampled at once.
 
         Returns:
             An object whose ``.images`` is a list of PIL images.
 
         Raises:
-            UserError: a number is out of its range, or the images are not finite.
+            UserError: a number is out of its range or not one that the model has, there is a negative prompt without
+                guidance, or the images are not finite.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         check_image_prompts(texts)
@@ -392,6 +407,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             raise UserError(f"guidance_scale={guidance_scale} must be a number from 0")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} must be at least 1")
+        scale = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
+        if problems := list(negative_prompt_checks(negative_prompt, scale)):
+            raise ConfigError(problems)
+        away = self.negative_prompt if negative_prompt is None else negative_prompt
+        size = self._size(height, width)
         chosen = {"steps": steps or self.sampler.steps, "eta": self.sampler.eta if eta is None else eta}
         self.pipeline.scheduler = scheduler_of(self.sampler.model_copy(update=chosen), original)
         images: list[Image.Image] = []
@@ -402,7 +422,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                     images += self.pipeline(
                         some,
                         num_inference_steps=chosen["steps"],
-                        guidance_scale=self.sampler.guidance_scale if guidance_scale is None else guidance_scale,
+                        guidance_scale=scale,
+                        **({} if away is None else {"negative_prompt": [away] * len(some)}),
+                        **size,
                         eta=min(chosen["eta"], LARGEST_ETA),
                         generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
                         **family_of(self.pipeline).call_options,
@@ -410,6 +432,20 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         finally:
             self.pipeline.scheduler = original
         return SampledImages(images, texts)
+
+    def _size(self, height: int | None, width: int | None) -> dict[str, int]:
+        """``height`` and ``width`` of the pipeline's own call, as far as they are given here or by ``self``.
+
+        Raises:
+            UserError: one is no size of images of this model.
+        """
+        sides = {"height": self.height if height is None else height, "width": self.width if width is None else width}
+        for name, side in sides.items():
+            if side is not None and not (isinstance(side, int) and 8 <= side <= LARGEST_SIDE):
+                raise UserError(f"{name}={short(side)} must be a whole number of pixels from 8 to {LARGEST_SIDE}")
+        family = family_of(self.pipeline)
+        family.latent_size(getattr(self.pipeline, family.network).config, self.pipeline.vae.config, **sides)
+        return {name: side for name, side in sides.items() if side is not None}
 
     def compare(
         self,

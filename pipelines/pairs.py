@@ -22,6 +22,7 @@ from PIL import Image
 from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
 from diffusion_align.data.text_encoding import Text, as_completion_message
+from diffusion_align.diffusion.settings import negative_prompt_checks
 from diffusion_align.errors import ConfigError, Interrupted, UserError, problems_of, short
 from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.images import UnreadableImage, open_image
@@ -79,15 +80,19 @@ class ImageCandidates:
         steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
         family: str | None = None,
     ) -> None:
         self.model, self.family = model, family
         self.sampling: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta}
+        self.sampling |= {"negative_prompt": negative_prompt, "height": height, "width": width}
 
     def problems(self, prompts: Sequence[Prompt], judge: Any) -> list[str]:
         """Sentences about what is wrong, before anything is loaded."""
         check_image_prompts([text for text, _ in prompts])
-        steps, guidance, eta = self.sampling.values()
+        steps, guidance, eta, away, height, width = self.sampling.values()
         blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
         wrong = {
             f"prompts: entry {blank} is blank: give it a text or drop it": blank is not None,
@@ -98,7 +103,8 @@ class ImageCandidates:
         problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
         return [
             *problems,
-            *problems_of(check_image_model, self.model, family=self.family),
+            *negative_prompt_checks(away, guidance),
+            *problems_of(check_image_model, self.model, family=self.family, height=height, width=width),
             *problems_of(declare, IMAGES, judge),
         ]
 

@@ -15,10 +15,12 @@ from diffusion_align.cli.options import (
     Family,
     Gaussian,
     GuidanceScale,
+    Height,
     ImageReward,
     Judge,
     MaxNewTokens,
     Model,
+    NegativePrompt,
     Overrides,
     PromptFile,
     Prompts,
@@ -26,6 +28,7 @@ from diffusion_align.cli.options import (
     Seed,
     Steps,
     Temperature,
+    Width,
     check_kind,
     check_output_file,
     check_output_path,
@@ -123,19 +126,25 @@ def sample(
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     eta: Eta = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
     family: Family = None,
 ) -> None:
     """Sample one image per prompt, and write a grid of them all.
 
     The model may be a base model or what a run has trained; the same seed gives the same images.
     """
+    from diffusion_align.models.model_ref import check_image_model
     from diffusion_align.pipelines import ImageAlignmentPipeline
 
     texts = [text for text, _ in read_prompts(prompt, prompts)]
     check_output_path(output, "folder")
+    check_image_model(model, family=family, height=height, width=width)
     hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model, family=family)
-    sampled = pipeline(texts, seed=seed, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    options: Any = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative_prompt": negative_prompt}
+    sampled = pipeline(texts, seed=seed, height=height, width=width, **options)
     sampled.save(output)
     print_line(f"wrote {len(texts)} images and grid.png to {output}")
 
@@ -344,6 +353,9 @@ def pairs(
     steps: Steps = None,
     guidance_scale: GuidanceScale = None,
     eta: Eta = None,
+    negative_prompt: NegativePrompt = None,
+    height: Height = None,
+    width: Width = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     family: Family = None,
@@ -355,6 +367,7 @@ def pairs(
 
     kind = model_kind([model])
     of_images = given_options(steps=steps, guidance_scale=guidance_scale, eta=eta, family=family)
+    of_images |= given_options(negative_prompt=negative_prompt, height=height, width=width)
     of_text = given_options(max_new_tokens=max_new_tokens, temperature=temperature)
     check_kind(kind, of_images, of_text)
     wanted = read_prompts(prompt, prompts, kind)

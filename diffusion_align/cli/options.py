@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diffusion_align.bounds import LARGEST, MOST
+from diffusion_align.bounds import LARGEST, LARGEST_SIDE, MOST
 from diffusion_align.errors import UserError, short
 
 
@@ -96,6 +96,11 @@ GuidanceScale = Annotated[
     float | None, number_option(0, LARGEST, help="classifier-free guidance scale, for image models")
 ]
 Eta = Annotated[float | None, number_option(0, 1, help="noise that DDIM adds; 1 is as much as DDPM")]
+NegativePrompt = Annotated[str | None, typer.Option(help="what guidance leads away from, for image models")]
+Height = Annotated[
+    int | None, typer.Option(min=8, max=LARGEST_SIDE, help="of images in pixels; as trained if not given")
+]
+Width = Annotated[int | None, typer.Option(min=8, max=LARGEST_SIDE, help="like --height")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, max=MOST, help="tokens per completion, for language models; 128 if not given")
 ]

@@ -357,7 +357,11 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         return torch.stack([torch.randn(shape, generator=s) for s in streams], dim=1).to(self.processes.device)
 
     def _conditioning(self, texts: list[str], known: Conditioning | None = None) -> Conditioning:
-        """One for both images of a pair, so that captions are dropped from both; ``known``: where none is dropped."""
+        """One for both images of a pair, so that captions are dropped from both; ``known``: where none is dropped.
+
+        A dropped caption is no prompt, as in pre-training, and not the negative prompt: that is a text which chosen
+        images would be trained to follow, while guidance leads away from it.
+        """
         config = self.config
         if known is not None and not config.caption_dropout:
             return known

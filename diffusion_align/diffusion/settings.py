@@ -103,6 +103,24 @@ class ImageStopConfig(StopConfig):
         return reasons
 
 
+def negative_prompt_checks(
+    prompt: str | None, guidance_scale: float | None, setting: str = "guidance_scale"
+) -> Iterator[str]:
+    """Sentences about a negative prompt that no text encoder takes, or that nothing is guided away from.
+
+    Args:
+        prompt: None for none.
+        guidance_scale: None if it is not known.
+        setting: what that is called.
+    """
+    yield from problems_of(check_image_prompts, [] if prompt is None else [prompt], name="negative_prompt")
+    if prompt is not None and guidance_scale is not None and guidance_scale <= 1:
+        yield (
+            f"negative_prompt has no effect with {setting}={guidance_scale:g}, which switches guidance off: set it "
+            "above 1, or leave negative_prompt out"
+        )
+
+
 Side = Annotated[int, Field(ge=8, le=LARGEST_SIDE)]
 
 
@@ -148,13 +166,8 @@ class DenoisingConfig(PolicyConfig):
         return {**settings, "height": side, "width": side, "resolution": None}
 
     def cross_checks(self) -> Iterator[str]:
-        for name, prompts in (("show_prompts", self.show_prompts), ("negative_prompt", [self.negative_prompt or ""])):
-            yield from problems_of(check_image_prompts, prompts or [], name=name)
-        if self.negative_prompt is not None and self.sampler.guidance_scale == 1:
-            yield (
-                "negative_prompt has no effect with sampler.guidance_scale=1, which switches guidance off: raise it, "
-                "or leave negative_prompt out"
-            )
+        yield from problems_of(check_image_prompts, self.show_prompts or [], name="show_prompts")
+        yield from negative_prompt_checks(self.negative_prompt, self.sampler.guidance_scale, "sampler.guidance_scale")
         if self.resolution is not None:
             yield f"resolution={self.resolution} sets height and width, which are given as well: leave it, or them, out"
         yield from self.stop_when.unmeasured(self.evaluation)

@@ -36,6 +36,8 @@ BEFORE_AFTER = "before_after.png"
 # With 1 diffusers' DDIM takes, for some numbers of steps (50 of emoji-sd's), the root of a number just below 0 where a
 # schedule begins in pure noise, and the images are black.
 LARGEST_ETA = 1 - 1e-6
+OF_SAMPLES = ("height", "width", "negative_prompt")
+"""Settings of a run, beside its sampler, that the result's samples are made with."""
 _CHANGES = {
     "reward": "reward",
     "rewards/accuracies": "implicit accuracy",
@@ -55,6 +57,9 @@ _GIVEN = {
     "beta": "beta",
     "beta_dpo": "beta_dpo",
     "kl_coef": "kl_coef, the price of a nat of KL",
+    "height": "height of images, in pixels",
+    "width": "width of images, in pixels",
+    "negative_prompt": "negative prompt",
 }
 _LONG_LIST = 12
 _TEXTS = ("prompts", "show_prompts", "dataset", "source")  # lists of these hold texts, whatever they begin with
@@ -287,7 +292,7 @@ def _facts(
     if below.run is not None:
         facts.append(("trained on, and reference", f"the run {literal(str(settings['model']))}"))
     for key, name in _GIVEN.items():
-        if settings.get(key) is not None:
+        if settings.get(key) not in (None, ""):
             facts.append((name, literal(_short(settings[key]))))
     _, beta = series(rows, "beta_nats", x="epoch")
     if len(beta):
@@ -364,8 +369,8 @@ def _image_code(
         lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_DTYPE})")
     elif own:
         options = {"lora": location} | {k: settings[k] for k in ("family",) if settings.get(k)}
-        given = ", ".join(f"{key}={_quoted(value)}" for key, value in options.items())
-        lines.append(f"aligned = ImageAlignmentPipeline.from_pretrained({_quoted(str(settings['model']))}, {given})")
+        loading = ", ".join(f"{key}={_quoted(value)}" for key, value in options.items())
+        lines.append(f"aligned = ImageAlignmentPipeline.from_pretrained({_quoted(str(settings['model']))}, {loading})")
         lines.append("pipeline = aligned.pipeline")
     else:
         lines.append(f"pipeline = {_load_base(below, settings, pipeline_class)}")
@@ -373,16 +378,20 @@ def _image_code(
             lines.append(_load_lora(str(adapter)))
             lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
         lines.append(_load_lora(location))
-    noise = "".join(f", {name}={value!r}" for name, value in pipeline.call_options.items())
+    given = {name: settings[name] for name in OF_SAMPLES if settings.get(name) is not None}
+    arguments = {**given, **pipeline.call_options}
+    extra = "".join(
+        f", {name}={_quoted(value) if isinstance(value, str) else value!r}" for name, value in arguments.items()
+    )
     if scheduler is None:
-        noise += ", generator=[torch.Generator().manual_seed(0)]"
+        extra += ", generator=[torch.Generator().manual_seed(0)]"
         lines.append(f"pipeline.scheduler = scheduler_of(SamplerConfig(**{sampler}), pipeline.scheduler)")
     else:
         config = '{"clip_sample": False, **pipeline.scheduler.config}'
         lines.append(f"pipeline.scheduler = {scheduler}.from_config({config})")
     lines.append(
         f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
-        f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}{noise}).images[0]"
+        f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}{extra}).images[0]"
     )
     return "\n".join(lines)
 
@@ -461,7 +470,8 @@ def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
             return value if key in _TEXTS else [named(key, one) for one in value]
         return _name(value)
 
-    return {key: value if key in _LOADS else named(key, value) for key, value in settings.items()}
+    kept = (*_LOADS, "negative_prompt")
+    return {key: value if key in kept else named(key, value) for key, value in settings.items()}
 
 
 def _name(value: Any) -> Any:

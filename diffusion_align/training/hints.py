@@ -37,6 +37,7 @@ HERE: dict[str, str] = {
     ),
     "guidance_scale": "sampler.guidance_scale",
     "horizon": "experimental.kl_horizon",
+    "image_size": "resolution height width",
     "importance_sampling_level": "ratio_level",
     "init_kl_coef": "kl_coef",
     "kl_beta": "kl_coef beta",
@@ -62,6 +63,7 @@ HERE: dict[str, str] = {
     "model_name": "model",
     "model_name_or_path": "model",
     "model_path": "model",
+    "negative_prompts": "negative_prompt",
     "num_epochs": "epochs",
     "num_images_per_prompt": "group_size",
     "num_inference_steps": "sampler.steps",
@@ -130,10 +132,6 @@ ELSEWHERE: dict[str, str] = {
     "train_gradient_accumulation_steps": "it follows from samples_per_epoch, updates_per_epoch and micro_batch_size",
     "gradient_checkpointing_kwargs": "leave it out; checkpointing is never reentrant",
     "logging_steps": "every update is logged to metrics.jsonl",
-    "resolution": "images have the size that the model was made for",
-    "height": "images have the size that the model was made for",
-    "width": "images have the size that the model was made for",
-    "negative_prompt": "there is none; the prompt without text guides",
     "use_vllm": "completions are sampled by the trained model itself",
 }
 """A name from diffusers, TRL or peft without a setting here -> a sentence about it."""

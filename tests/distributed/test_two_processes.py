@@ -60,7 +60,16 @@ def assert_same_rows(folders, tolerance):
     [
         {},
         {"model": "emoji-sd", "samples_per_epoch": 4, "sampler": {"steps": 2, "guidance_scale": 1.0}},
-        {"advantages": "group", "group_size": 2, "kl_coef": 0.1, "timestep_fraction": 0.7, "micro_batch_size": 3},
+        {
+            "advantages": "group",
+            "group_size": 2,
+            "kl_coef": 0.1,
+            "timestep_fraction": 0.7,
+            "micro_batch_size": 3,
+            "height": 8,
+            "width": 24,
+            "negative_prompt": "dark",
+        },
         {"optimizer": "adafactor", "ema_decay": 0.9, "ema_offload": True},
         {
             "reward": ["jpeg_compressibility", "jpeg_incompressibility"],
@@ -68,7 +77,13 @@ def assert_same_rows(folders, tolerance):
             "evaluation": {"reward": "jpeg_incompressibility", "pictures": 5, "diversity": "pixels"},
         },
     ],
-    ids=["history", "emoji-sd", "groups, kl, some steps", "adafactor, averaged", "two rewards, five images evaluated"],
+    ids=[
+        "history",
+        "emoji-sd",
+        "groups, kl, some steps, a size and a negative prompt",
+        "adafactor, averaged",
+        "two rewards, five images evaluated",
+    ],
 )
 def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path, changes):
     folders, gradients = run_both(forked, settings(**changes), tmp_path)

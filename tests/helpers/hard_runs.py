@@ -31,6 +31,8 @@ HARD_RUN = {
     "grid_every": 0,
     "num_threads": 1,
 }
+SIZED = {"height": 8, "width": 24, "negative_prompt": "dark", "sampler": {"steps": 3, "guidance_scale": 2.0}}
+"""Of a model for images of 16 pixels."""
 NOISY = """
 import random
 import numpy

@@ -278,13 +278,17 @@ def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3))
 
 
+SIZED = {"height": 24, "width": 40, "negative_prompt": 'dark, "blurry"'}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_sdxl):
-    """(folder, pipeline) of a run on emoji-sd, of one on that run, and of one of a whole UNet of an XL."""
+    """Pipelines of a run on emoji-sd, of one on that run, and of one of a whole UNet of an XL at a size of its own."""
     from accelerate.state import AcceleratorState
 
     scratch, made = tmp_path_factory.mktemp("runs"), {}
-    plan = [("one", "emoji-sd", TINY), ("two", scratch / "one", TINY), ("whole", tiny_sdxl, TINY | {"lora": None})]
+    plan = [("one", "emoji-sd", TINY), ("two", scratch / "one", TINY)]
+    plan += [("whole", tiny_sdxl, TINY | {"lora": None, **SIZED})]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusion_align.report.write_report", lambda folder: None)
         for name, model, settings in plan:
@@ -309,13 +313,18 @@ def test_the_lines_of_a_real_card_draw_the_runs_image(runs, name):
         folder / "samples" / "before_after.png"
     ).read_bytes()
     assert text.count(".fuse_lora()") == (name == "two")
+    if name == "whole":
+        said = table(text)
+        assert [said[f"{side} of images, in pixels"] for side in ("height", "width")] == [["`24`"], ["`40`"]]
+        assert said["negative prompt"] == ['`dark, "blurry"`']
     found: dict = {}
     exec(code_of(text), found)
     assert isinstance(found["image"], Image.Image)
     networks = [part for part in found["pipeline"].components.values() if isinstance(part, torch.nn.Module)]
     assert {p.dtype for network in networks for p in network.parameters()} == {torch.float32}  # emoji-sd is in float16
-    options = {"guidance_scale": 2.0, "eta": LARGEST_ETA}
+    options = {"guidance_scale": 2.0, "eta": LARGEST_ETA} | (SIZED if name == "whole" else {})
     ours = np.asarray(pipe("a cat", seed=5).images[0], int)
+    assert ours.shape == np.asarray(found["image"]).shape == ((24, 40, 3) if name == "whole" else (64, 64, 3))
     assert np.abs(drawn(found["pipeline"], **options) - ours).max() <= 1
     found["pipeline"].unload_lora_weights()
     if name == "one":

@@ -65,6 +65,7 @@ WORKS = cases("""
     ImageAlignmentPipeline.from_pretrained(pretrained_model_name_or_path=sd).model == sd
     len(image(prompt='a red apple', num_inference_steps=2).images) == 1
     len(image('a red apple', num_inference_steps=2, guidance_scale=5.0).images) == 1
+    image('a', negative_prompt='blurry', height=24, width=32, steps=1).images[0].size == (32, 24)
     image.to('cpu') is image and image.device == torch.device('cpu')
     repr(image).endswith("run=None, adapter=False, device='cpu', dtype='float32')")
     repr(text) == f"TextAlignmentPipeline(model={lm!r}, run=None, adapter=False, device='cpu', dtype='float32')"
@@ -95,8 +96,6 @@ WORKS = cases("""
 SAYS = cases("""
     TextAlignmentPipeline.from_pretrained(lm, torch_dtype='auto')
     ImageAlignmentPipeline.from_pretrained(sd, torch_dtype='int8')
-    image('a', negative_prompt='blurry')
-    image('a', height=512)
     image('a', generator=torch.Generator())
     image('a', num_images_per_prompt=2)
     image('a', output_type='np')
@@ -127,7 +126,8 @@ SAYS = cases("""
     image.report()
     image.enable_model_cpu_offload()
     image.set_progress_bar_config(disable=True)
-    image('a', width=512)
+    image('a', resolution=512)
+    image('a', width=100)
     image.align(reward=reward, prompts=['a'], lr=1e-4, **out)
     image.align(reward=reward, prompts=['a'], num_train_epochs=2, **out)
     DDPOTrainer(DDPOConfig(**tiny, model=sd, reward=reward), reward, lambda: 'a', image)

@@ -20,7 +20,7 @@ from diffusion_align.errors import TrainingError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.training.optimization import Optimization
-from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
+from tests.helpers.hard_runs import HARD_RUN, SIZED, assert_same_run, rows_of
 from tests.helpers.kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming, resumed_with
 from tests.helpers.problems import assert_problem, problems
 
@@ -38,7 +38,7 @@ CORRECTED = {
     "decisions_per_pair": 2,
     "target": "posterior_sample",
 }
-KINDS = {"offline": OFFLINE, "online": ONLINE, "offline, corrected": OFFLINE | CORRECTED}
+KINDS = {"offline": OFFLINE | SIZED, "online": ONLINE | SIZED, "offline, corrected": OFFLINE | CORRECTED}
 # Two pairs per file, so that six pairs take three.
 SMALL_FILES = "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
 CACHE = "diffusion_align.diffusion.latent_cache"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.hard_runs import HARD_RUN, assert_same_run, rows_of
+from tests.helpers.hard_runs import HARD_RUN, SIZED, assert_same_run, rows_of
 from tests.helpers.kills import HOOK, KILL, QUICK, STEP, UPDATING, place, resumed_with
 
 
@@ -77,7 +77,7 @@ def die():
 @pytest.fixture(scope="module")
 def calm(left_alone, tiny_sd):
     """(config, folder) of a run on a tiny model that was left alone; its reward draws from the global random states."""
-    changes = {"model": str(tiny_sd), "keep_checkpoints": 1, "epochs": 7}
+    changes = {"model": str(tiny_sd), "keep_checkpoints": 1, "epochs": 7, **SIZED}
     return left_alone(lambda scratch, _: HARD_RUN | changes | {"reward": f"{scratch}/noisy.py:noisy"})(None)
 
 
