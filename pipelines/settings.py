@@ -44,8 +44,10 @@ class LoRASettings(TypedDict, total=False):
     """rank of every adapter"""
     alpha: int | None
     """scale is alpha / rank; alpha is the rank if not given"""
-    layers: Literal["attention", "attention+convolutions"]
-    """layers with an adapter; small models also need the convolutions of the residual blocks"""
+    dora: bool
+    """train the size of each layer's weights apart from their direction (DoRA)"""
+    layers: str
+    """layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small models need) or several, as in attention+feed_forward"""
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -142,6 +144,8 @@ class TextLoRASettings(TypedDict, total=False):
     """rank of every adapter"""
     alpha: int | None
     """scale is alpha / rank; twice the rank when not given"""
+    dora: bool
+    """train the size of each layer's weights apart from their direction (DoRA)"""
     layers: Literal["all-linear", "attention"]
     """layers that get an adapter"""
 

@@ -308,8 +308,13 @@ def _check_adapter(network: Any, lora: LoRAConfig | None, family: ModelFamily) -
     if set(adapters) != {"default"} or lora is None:
         raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
     carried, wanted = adapters["default"], peft_config(lora, family)
-    if carried.use_dora or carried.lora_bias:
-        raise UserError("the model already carries an adapter of another kind than plain LoRA: merge it first")
+    if carried.use_dora != wanted.use_dora:
+        kind = "a DoRA adapter" if carried.use_dora else "an adapter without DoRA"
+        raise UserError(
+            f"the model already carries {kind}: set lora.dora={str(carried.use_dora).lower()}, or merge it first"
+        )
+    if carried.lora_bias:
+        raise UserError("the model already carries an adapter with biases: merge it first")
     if carried.rank_pattern:
         raise UserError("the model already carries an adapter of several ranks: merge it first")
     if carried.r != wanted.r:
@@ -333,4 +338,4 @@ def peft_config(lora: LoRAConfig, family: ModelFamily) -> Any:
     from peft import LoraConfig
 
     layers = family.adapted_layers(lora.layers)
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=layers)
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=layers, use_dora=lora.dora)

@@ -62,13 +62,26 @@ class SamplerConfig(Section):
         return build_schedule(scheduler, self.steps, sampler=self.name, options={"eta": self.eta, **self.options})
 
 
+LORA_LAYERS = ("attention", "feed_forward", "convolutions")
+"""Kinds of layers that ``lora.layers`` can name; a model's family says which it has."""
+
+
 class LoRAConfig(LoRASettings):
     """Low-rank adapters on the UNet."""
 
-    layers: Literal["attention", "attention+convolutions"] = Field(
+    layers: str = Field(
         "attention",
-        description="layers with an adapter; small models also need the convolutions of the residual blocks",
+        description="layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small "
+        "models need) or several, as in attention+feed_forward",
     )
+
+    @field_validator("layers")
+    @classmethod
+    def _known(cls, layers: str) -> str:
+        kinds = layers.split("+")
+        if not set(kinds) <= set(LORA_LAYERS):
+            raise ValueError(f"it must be {', '.join(LORA_LAYERS)}, or several joined by +")
+        return "+".join(kind for kind in LORA_LAYERS if kind in kinds)  # the order makes no other adapter
 
 
 class ImageEvaluationConfig(EvaluationConfig):

@@ -428,6 +428,7 @@ def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: S
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
+        use_dora=lora.dora,
         # peft looks them up by itself, but not in models of experts, whose settings it rewrites first.
         target_modules="all-linear" if lora.layers == "all-linear" else ATTENTION.get(model.config.model_type),
         exclude_modules=_called_otherwise(model) or None,

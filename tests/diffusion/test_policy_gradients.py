@@ -11,12 +11,13 @@ from diffusion_align.diffusion.transitions import denoise
 from diffusion_align.estimators import clipped_surrogate, score_function_loss
 
 PROMPTS = ["red apple", "a cat", "blue car"]
-EVERYTHING = LoRAConfig(rank=3, alpha=6, layers="attention+convolutions")
+EVERYTHING = LoRAConfig(rank=3, alpha=6, layers="attention+feed_forward+convolutions")
+KINDS = {"lora": EVERYTHING, "dora": EVERYTHING.model_copy(update={"dora": True}), "full": None}
 
 
-@pytest.fixture(params=["lora", "full"])
+@pytest.fixture(params=KINDS)
 def policy(request, make_policy):
-    return make_policy("tiny_sd", lora=EVERYTHING if request.param == "lora" else None, guidance_scale=2.0)
+    return make_policy("tiny_sd", lora=KINDS[request.param], guidance_scale=2.0)
 
 
 def moved(policy, scale=0.05):
@@ -96,7 +97,7 @@ def test_reference_is_the_loaded_model(make_policy, model_path, streams):
     from diffusers import UNet2DConditionModel
 
     plain = UNet2DConditionModel.from_pretrained(model_path("tiny_sd"), subfolder="unet")
-    for lora in (EVERYTHING, None):
+    for lora in KINDS.values():
         policy = moved(make_policy("tiny_sd", lora=lora))
         conditioning = policy.encode(PROMPTS)
         x_t, timestep = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999])
@@ -106,13 +107,17 @@ def test_reference_is_the_loaded_model(make_policy, model_path, streams):
                 torch.testing.assert_close(policy.predict(x_t, timestep, conditioning), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layers", ["attention", "attention+convolutions"])
-def test_lora_trains_its_adapters_only(layers, make_policy):
-    policy = make_policy("tiny_sd", lora=LoRAConfig(rank=2, alpha=8, layers=layers))
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
+@pytest.mark.parametrize("layers", ["attention", "attention+convolutions", "attention+feed_forward"])
+def test_lora_trains_its_adapters_only(layers, dora, make_policy):
+    policy = make_policy("tiny_sd", lora=LoRAConfig(rank=2, alpha=8, layers=layers, dora=dora))
     trained = {n for n, p in policy.pipeline.unet.named_parameters() if p.requires_grad}
     assert trained == set(policy.trainable)
     assert all(".lora_" in n for n in trained)
-    assert any("conv1" in n for n in trained) == (layers == "attention+convolutions")
+    assert any("conv1" in n for n in trained) == ("convolutions" in layers)
+    for part in ("ff.net.0.proj", "ff.net.2"):
+        assert any(part in n for n in trained) == ("feed_forward" in layers)
+    assert sum("magnitude" in n for n in trained) == dora * sum("lora_A" in n for n in trained)
     assert any("to_out.0" in n for n in trained)
     assert not any(p.requires_grad for m in (policy.pipeline.vae, policy.pipeline.text_encoder) for p in m.parameters())
     assert policy._frozen is None  # the adapter switched off is the reference; no second copy in memory

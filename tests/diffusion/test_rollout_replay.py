@@ -10,9 +10,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusion_align.diffusion.evaluation import sample_images
 from diffusion_align.diffusion.rollout import replay, rollout, transition
 from diffusion_align.diffusion.schedule import build_schedule
+from diffusion_align.diffusion.settings import LoRAConfig
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PROMPTS = ["red apple", "a cat", "blue car", "tree"]
+DORA = {"dora": True, "layers": "attention+feed_forward+convolutions"}
 # steps_offset acts on "leading" only, set_alpha_to_one on DDIM only, fixed_small_log is fixed_small.
 SPACINGS = [("leading", 0), ("leading", 1), ("linspace", 0), ("trailing", 0)]
 ENDS = [("ddim", {"set_alpha_to_one": False}), ("ddim", {"set_alpha_to_one": True})] + [
@@ -113,9 +115,12 @@ def test_ratio_is_one(case, guided, streams):
 
 
 @with_and_without_guidance
-@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sd2", "tiny_sdxl", "emoji-sd"])
-def test_ratio_is_one_at_any_micro_batch_size(model, guided, make_policy, streams):
-    policy = make_policy(model, noise=0.02)
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [*((model, {}) for model in ("tiny_sd", "tiny_sd2", "tiny_sdxl", "emoji-sd")), ("tiny_sd", DORA)],
+)
+def test_ratio_is_one_at_any_micro_batch_size(model, adapter, guided, make_policy, streams):
+    policy = make_policy(model, noise=0.02, lora=LoRAConfig(rank=4, **adapter))
     policy.guidance_scale = guided.guidance_scale
     schedule = build_schedule(policy.pipeline.scheduler, 3 if model == "emoji-sd" else 5).to("cpu")
     conditioning = policy.encode(PROMPTS)

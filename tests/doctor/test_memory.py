@@ -180,7 +180,8 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("model", "layers"), [("tiny_sd", "attention"), ("tiny_sd2", "attention+convolutions"), ("tiny_sdxl", "attention")]
+    ("model", "layers"),
+    [("tiny_sd", "attention"), ("tiny_sd2", "attention+convolutions"), ("tiny_sdxl", "attention+feed_forward")],
 )
 def test_what_is_trained_is_what_the_policy_trains(make_policy, model, layers):
     lora = LoRAConfig(rank=4, layers=layers)

@@ -111,14 +111,18 @@ def test_the_reference_is_switched_to_without_a_walk_over_the_modules(kind, mode
     assert all(p.requires_grad for layer in layers for n, p in layer.named_parameters() if ".lora_" in f".{n}")
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_is_written_is_read_by_peft(model, tmp_path, whole):
+def test_what_is_written_is_read_by_peft(model, tmp_path, whole, dora):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
     model.save_pretrained(tmp_path / "base")
     settings = {"lora_alpha": 8, "modules_to_save": ["lm_head"]} if whole else {"lora_alpha": 8}
-    add_lora(model, config_of(base_model_name_or_path=str(tmp_path / "base"), **settings))
+    add_lora(model, config_of(base_model_name_or_path=str(tmp_path / "base"), use_dora=dora, **settings))
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
     if whole:
         nn.init.normal_(model.lm_head.modules_to_save["default"].weight)
     save_peft(model, tmp_path / "adapter")

@@ -14,9 +14,14 @@ LORAS = {
     "attention": LoRAConfig(rank=4),
     "alpha": LoRAConfig(rank=4, alpha=10),
     "convolutions": LoRAConfig(rank=3, alpha=1, layers="attention+convolutions"),
+    "feed-forward": LoRAConfig(rank=3, alpha=2, layers="attention+feed_forward"),
+    "DoRA": LoRAConfig(rank=3, alpha=1, layers="attention+feed_forward+convolutions", dora=True),
 }
 MODELS = ["tiny_sd", "tiny_sd2", "tiny_sdxl"]
-EACH = [*((MODELS[0], lora) for lora in LORAS), *((model, "convolutions") for model in MODELS[1:])]
+EACH = [
+    *((MODELS[0], lora) for lora in LORAS),
+    *((model, lora) for model in MODELS[1:] for lora in ("convolutions", "DoRA")),
+]
 
 
 def draw(policy, streams):
@@ -44,12 +49,12 @@ def test_lora_loads_in_plain_diffusers(model, lora, tmp_path, model_path, make_p
     assert (theirs - untrained).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_loaded_lora_is_trained_further(model, tmp_path, model_path, make_policy, streams):
-    policy = make_policy(model, lora=LORAS["convolutions"], noise=0.1)
+@pytest.mark.parametrize(("model", "lora"), [*((model, "convolutions") for model in MODELS), (MODELS[0], "DoRA")])
+def test_a_loaded_lora_is_trained_further(model, lora, tmp_path, model_path, make_policy, streams):
+    policy = make_policy(model, lora=LORAS[lora], noise=0.1)
     policy.save_lora(tmp_path)
     again = ImageAlignmentPipeline.from_pretrained(model_path(model), lora=tmp_path, device="cpu")
-    going_on = DenoisingPolicy(again.pipeline, lora=LORAS["convolutions"])
+    going_on = DenoisingPolicy(again.pipeline, lora=LORAS[lora])
     assert set(going_on.trainable) == set(policy.trainable)
     for name, parameter in going_on.trainable.items():
         torch.testing.assert_close(parameter, policy.trainable[name], atol=1e-6, rtol=1e-5)

@@ -211,6 +211,7 @@ class OnGPU:
         return torch.ones(())
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 needs a driver for fake CUDA tensors")
 @pytest.mark.parametrize(("offload", "place"), [(False, "cuda"), (True, "cpu")])
 def test_the_average_is_in_main_memory_if_asked_for(tmp_path, monkeypatch, offload, place):
     from diffusers.training_utils import EMAModel

@@ -17,6 +17,8 @@ Conditioning: TypeAlias = "dict[str, Tensor]"
 """What the network is told of the prompts, name -> (B, ...)."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of an attention layer of diffusers."""
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+"""The two linear layers of a feed-forward layer of diffusers."""
 
 
 class ModelFamily(ABC):
@@ -43,8 +45,8 @@ class ModelFamily(ABC):
     """Arguments of the pipeline's ``from_pretrained``."""
     call_options: ClassVar[Mapping[str, Any]] = {}
     """Arguments of the pipeline's own call, by which ``ImageAlignmentPipeline`` samples."""
-    lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ATTENTION}
-    """``lora.layers`` ("attention", "attention+convolutions") -> endings of the names of the layers it adapts."""
+    lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
+    """A kind of layers that ``lora.layers`` can name -> endings of the names of these layers."""
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
@@ -164,12 +166,15 @@ class ModelFamily(ABC):
         """Raise a UserError about ``subject`` if a network of configuration ``config`` cannot be trained."""
 
     def adapted_layers(self, name: str) -> list[str]:
-        """The ``lora_layers`` of a name; UserError if it has none of that name."""
-        if name not in self.lora_layers:
+        """The ``lora_layers`` of the kinds in ``name``, joined by +; UserError if it has none of that kind."""
+        if name in self.lora_layers:  # a family may define several kinds together
+            return list(self.lora_layers[name])
+        kinds = name.split("+")
+        if not self.lora_layers.keys() >= set(kinds):
             raise UserError(
                 f"lora.layers={name!r} is not of this model, a {self.network_title}: use {', '.join(self.lora_layers)}"
             )
-        return list(self.lora_layers[name])
+        return [layer for kind in kinds for layer in self.lora_layers[kind]]
 
     def use_eager_attention(self, network: Any) -> None:
         """On a CPU its backward pass is faster than fused attention's."""

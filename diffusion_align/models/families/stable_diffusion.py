@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_align.errors import UserError
-from diffusion_align.models.families.contract import ATTENTION, Conditioning, ModelFamily
+from diffusion_align.models.families.contract import Conditioning, ModelFamily
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ class StableDiffusion(ModelFamily):
     network_class: ClassVar[str] = "UNet2DConditionModel"
     load_options: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
     lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {
-        "attention": ATTENTION,
-        "attention+convolutions": (*ATTENTION, "conv1", "conv2"),
+        **ModelFamily.lora_layers,
+        "convolutions": ("conv1", "conv2"),
     }
     fed: ClassVar[Mapping[str, Sequence[str | None]]] = {
         "time_cond_proj_dim": (None,),
