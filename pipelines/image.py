@@ -28,7 +28,7 @@ from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
-from diffusion_align.models.memory import keep_activations
+from diffusion_align.models.memory import keep_activations, text_encoders
 from diffusion_align.models.model_card import LARGEST_ETA, OF_SAMPLES, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
@@ -356,6 +356,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         finally:
             if config.gradient_checkpointing:
                 keep_activations(getattr(self.pipeline, trained))
+            for encoder in text_encoders(self.pipeline):
+                encoder.to(getattr(self.pipeline, trained).device)
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
         for name in OF_SAMPLES:

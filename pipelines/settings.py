@@ -330,6 +330,8 @@ class ImageSettings(SharedSettings, total=False):
     """height and width of square images, in place of those two"""
     negative_prompt: str | None
     """what guidance leads away from, in sampling and training; null is the empty prompt"""
+    offload_text_encoders: bool
+    """text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once"""
     evaluation: ImageEvaluationSettings | ImageEvaluationConfig | None
     """a held-out reward and the diversity of images"""
     stop_when: ImageStopSettings | ImageStopConfig

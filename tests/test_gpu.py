@@ -53,3 +53,21 @@ def test_aligned_on_a_gpu_the_pipeline_writes_and_saves(method, precision, tmp_p
     pipe.save_pretrained(tmp_path / "merged")
     again = TextAlignmentPipeline.from_pretrained(tmp_path / "merged")
     assert again(["And he said"], seed=1, temperature=0.01).texts == written
+
+
+def test_offloaded_text_encoders_are_on_the_gpu_only_while_they_encode(tmp_path):
+    pipe, places = ImageAlignmentPipeline.from_pretrained("emoji-sd"), {}
+    encoder = pipe.pipeline.text_encoder
+    for name, part in (("encoder", encoder), ("unet", pipe.pipeline.unet), ("vae", pipe.pipeline.vae.decoder)):
+        part.register_forward_pre_hook(lambda *_, n=name: places.setdefault(n, set()).add(encoder.device.type))
+    pipe.align(
+        reward="jpeg_compressibility",
+        prompts=["a lion", "a rocket"],
+        output_dir=tmp_path / "run",
+        gradient_checkpointing=True,
+        epochs=2,
+        samples_per_epoch=16,
+        sampler={"steps": 4, "guidance_scale": 2.0},
+    )
+    assert places == {"encoder": {"cuda"}, "unet": {"cpu"}, "vae": {"cpu"}}
+    assert encoder.device.type == "cuda"

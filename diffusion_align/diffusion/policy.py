@@ -19,12 +19,12 @@ from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
-from diffusion_align.models.memory import checkpoint_activations
+from diffusion_align.models.memory import checkpoint_activations, on_device, text_encoders
 from diffusion_align.training.finite import all_finite
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 CACHED_PROMPTS = 2048
-"""Embeddings of so many prompts are kept; beyond that they are made again."""
+"""Embeddings of so many prompts are kept, those used last; others are made again."""
 PROMPT_BATCH = 8
 """Prompts in every pass of the text encoders, the last ones of which repeat one if there are fewer: with one shape for
 all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
@@ -45,6 +45,7 @@ class DenoisingPolicy:
         height, width: of images in pixels; the model's own where None.
         autocast: context in which the network runs; log-probs stay float32.
         gradient_checkpointing: see ``checkpoint_activations``.
+        offload_text_encoders: keep them in main memory except while they encode.
 
     Raises:
         UserError: a pipeline class that is not supported, a network that is not text-to-image, or a size that its VAE
@@ -63,6 +64,7 @@ class DenoisingPolicy:
         device: torch.device | str = "cpu",
         autocast: Autocast = contextlib.nullcontext,
         gradient_checkpointing: bool = False,
+        offload_text_encoders: bool = False,
     ) -> None:
         self.family: ModelFamily = family_of(pipeline)
         self.family.check(pipeline)
@@ -77,9 +79,10 @@ class DenoisingPolicy:
         self.autocast = autocast
         self.lora = lora
         self._prompt_cache: dict[tuple[str, tuple[int, int], bool], Conditioning] = {}
+        self._offloaded = text_encoders(pipeline) if offload_text_encoders else []
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
-                part.to(self.device).requires_grad_(False).eval()
+                part.to("cpu" if part in self._offloaded else self.device).requires_grad_(False).eval()
         if self.device.type == "cpu":
             self.family.use_eager_attention(self.network)
         self._frozen: nn.Module | None = None
@@ -138,16 +141,17 @@ class DenoisingPolicy:
     def _encode(self, prompts: Sequence[str], image_size: tuple[int, int], *, negative: bool = False) -> Conditioning:
         encode = self.family.encode_negative if negative else self.family.encode
         keys = [(prompt, image_size, negative) for prompt in prompts]
-        cached = {key: self._prompt_cache[key] for key in keys if key in self._prompt_cache}
+        cached = {key: self._prompt_cache.pop(key) for key in dict.fromkeys(keys) if key in self._prompt_cache}
         missing = [key for key in dict.fromkeys(keys) if key not in cached]
-        if len(self._prompt_cache) + len(missing) > CACHED_PROMPTS:
-            self._prompt_cache.clear()
-        for start in range(0, len(missing), PROMPT_BATCH):
-            some = missing[start : start + PROMPT_BATCH]
-            padded = some + some[-1:] * (PROMPT_BATCH - len(some))
-            encoded = encode(self.pipeline, [prompt for prompt, *_ in padded], image_size)
-            cached |= {key: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, key in enumerate(some)}
-        self._prompt_cache |= cached
+        with on_device(self._offloaded if missing else (), self.device):
+            for start in range(0, len(missing), PROMPT_BATCH):
+                some = missing[start : start + PROMPT_BATCH]
+                padded = some + some[-1:] * (PROMPT_BATCH - len(some))
+                encoded = encode(self.pipeline, [prompt for prompt, *_ in padded], image_size)
+                cached |= {key: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, key in enumerate(some)}
+        self._prompt_cache |= cached  # those used last come last
+        for key in list(self._prompt_cache)[:-CACHED_PROMPTS]:
+            del self._prompt_cache[key]
         rows = [cached[key] for key in keys]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 

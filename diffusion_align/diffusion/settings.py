@@ -165,6 +165,11 @@ class DenoisingConfig(PolicyConfig):
         None, description="model family of your own, for a model that is not Stable Diffusion: file.py:Class"
     )
 
+    offload_text_encoders: bool = Field(
+        True,
+        description="text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once",
+    )
+
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
 

@@ -5,11 +5,13 @@ Gradient checkpointing: Chen et al. 2016, Training Deep Nets with Sublinear Memo
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffusion_align.errors import UserError
 
@@ -48,6 +50,26 @@ def keep_activations(network: Any) -> None:
     for layer in network.modules():
         if getattr(layer.__dict__.get("forward"), "func", None) is _checkpointed:
             del layer.forward
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """Those of a diffusers pipeline."""
+    parts = pipeline.components.items()
+    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+
+
+@contextlib.contextmanager
+def on_device(networks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Inside, frozen networks are on ``device``; before and after, where they are in main memory."""
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    held = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for tensor, data in held:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data  # the copy on the device is dropped, not copied back
 
 
 def _checkpointed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

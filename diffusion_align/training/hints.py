@@ -22,6 +22,10 @@ HERE: dict[str, str] = {
     "clip_eps": "clip_range",
     "data_seed": "seed",
     "dataset_name": "dataset pairs prompts",
+    **dict.fromkeys(
+        ("cpu_offload", "enable_model_cpu_offload", "enable_sequential_cpu_offload", "offload", "text_encoder_offload"),
+        "offload_text_encoders",
+    ),
     "eval_steps": "evaluation.every",
     "eval_strategy": "evaluation.every",
     "fp16": "mixed_precision",

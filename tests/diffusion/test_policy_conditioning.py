@@ -134,7 +134,7 @@ def test_a_prompt_is_encoded_once(make_policy, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
-def test_a_full_prompt_cache_starts_again(model, make_policy, monkeypatch):
+def test_a_full_prompt_cache_forgets_what_was_used_longest_ago(model, make_policy, monkeypatch):
     monkeypatch.setattr("diffusion_align.diffusion.policy.CACHED_PROMPTS", 3)
     policy, other = make_policy(model), make_policy(model)
     for prompts in (["a", "b"], ["c", "d"], ["a", "b", "c", "", "d"], ["", "e"], ["f", "g", ""]):

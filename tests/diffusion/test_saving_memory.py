@@ -13,6 +13,7 @@ from diffusion_align.doctor.memory import storage_sizes
 from diffusion_align.errors import UserError
 from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.models.memory import on_device, text_encoders
 from diffusion_align.references import resolve
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -110,3 +111,85 @@ def test_a_network_that_cannot_be_checkpointed_is_refused(policy_of, monkeypatch
         policy_of("tiny_sd", gradient_checkpointing=True)
     sentence = "UNet2DConditionModel does not support gradient checkpointing: set gradient_checkpointing=false"
     assert str(refusal.value) == sentence
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """float64 is the device: the text encoders' dtype says where they are. ``elsewhere(pipeline)`` lists the parts
+    that run, each with the dtypes of the encoders at that time."""
+    monkeypatch.setattr(
+        "diffusion_align.diffusion.policy.on_device", lambda networks, _: on_device(networks, torch.float64)
+    )
+    seen = []
+
+    def watch(pipeline):
+        encoders = text_encoders(pipeline)
+        for module in (module for encoder in encoders for module in encoder.modules()):
+            for name in [
+                name for name, buffer in module.named_buffers(recurse=False) if not buffer.is_floating_point()
+            ]:
+                module.__dict__[name] = module._buffers.pop(name)  # places, which stay whole numbers
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                inner = part.decoder if name == "vae" else part
+                inner.register_forward_pre_hook(lambda *_, n=name: seen.append((n, {e.dtype for e in encoders})))
+        return seen
+
+    return watch
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl", "pixart"])
+def test_an_offloaded_encoder_is_on_the_device_only_while_it_encodes(name, policy_of, streams, elsewhere):
+    policy = policy_of(name, offload_text_encoders=True)
+    encoders = text_encoders(policy.pipeline)
+    assert len(encoders) == (2 if name == "tiny_sdxl" else 1)
+    before = {p: (p.data_ptr(), p.clone()) for e in encoders for p in e.parameters()}
+    seen = elsewhere(policy.pipeline)
+    schedule = build_schedule(policy.pipeline.scheduler, 3).to("cpu")
+    path = rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    policy.decode(path.latents)
+    with torch.no_grad(), policy.reference():
+        replay(policy, schedule, *path.at(torch.arange(2), torch.zeros(2, dtype=torch.int64)))
+    places = {name: {dtype for n, dtypes in seen if n == name for dtype in dtypes} for name, _ in seen}
+    there, away = {torch.float64}, {torch.float32}
+    assert places == {n: there if n.startswith("text_encoder") else away for n in places}
+    assert {"vae", policy.family.network, "text_encoder"} <= places.keys()
+    assert len(seen) == 2 * len(encoders) + 4 + 1  # prompts, no prompt; steps and a replay; images
+    for parameter, (address, value) in before.items():
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, value)
+
+
+def test_an_encoder_that_fails_is_taken_off_the_device(policy_of, elsewhere, monkeypatch):
+    policy = policy_of("tiny_sd", offload_text_encoders=True)
+    elsewhere(policy.pipeline)
+    monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda *a, **kw: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.encode(PROMPTS)
+    assert policy.pipeline.text_encoder.dtype == torch.float32
+
+
+def test_all_other_parts_go_to_the_device(model_path):
+    for offloaded in (True, False):
+        pipeline = load_pipeline(model_path("tiny_sdxl"))
+        DenoisingPolicy(pipeline, lora=LoRAConfig(), device="meta", offload_text_encoders=offloaded)
+        places = {name: p.device.type for name, p in pipeline.components.items() if isinstance(p, nn.Module)}
+        encoders = dict.fromkeys(("text_encoder", "text_encoder_2"), "cpu" if offloaded else "meta")
+        assert places == {"unet": "meta", "vae": "meta"} | encoders
+
+
+def test_what_guidance_leads_away_from_is_not_forgotten_for_other_prompts(policy_of, streams, monkeypatch):
+    """With more prompts than are kept, those go that were used longest ago; no encoder comes back while sampling."""
+    monkeypatch.setattr("diffusion_align.diffusion.policy.CACHED_PROMPTS", 3)
+    policy = policy_of("tiny_sd", offload_text_encoders=True)
+    passes = []
+    policy.pipeline.text_encoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    given = torch.zeros(2, *policy.latent_shape), torch.tensor([3, 500])
+    first = policy.encode(PROMPTS)
+    policy.predict(*given, first)
+    for other in ("a dog", "a tree", "a house"):
+        policy.encode([other])
+        policy.predict(*given, first)
+    assert len(passes) == 2 + 3
+    assert torch.equal(policy.encode(PROMPTS)["encoder_hidden_states"], first["encoder_hidden_states"])
+    assert len(passes) == 2 + 3 + 1
