@@ -68,8 +68,12 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """The reference looks at some completions where a nat of KL has no price."""
-        return replace(super().epoch_cost(config, steps), reference=config.compared if config.logs_kl else 0)
+        """The reference scores each completion once, with ``kl=full_vocabulary`` beside every training pass as well;
+        where a nat of KL has no price, it scores some.
+        """
+        every = super().epoch_cost(config, steps)
+        beside = every.trained if config.kl_coef > 0 and config.kl == "full_vocabulary" else 0
+        return replace(every, reference=(config.compared if config.logs_kl else 0) + beside)
 
     def estimate(self, collected: Collected) -> tuple[GRPOBatch, TrainingPlan, dict[str, float]]:
         """Group advantages over all processes, less the KL where it stands in the reward."""

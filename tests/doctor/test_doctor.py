@@ -488,6 +488,10 @@ LABELS = [{"prompt": text, "completion": "c", "label": True} for text in "ab"]
     ("settings", "passes"),
     [
         (ONLINE | {"method": "grpo", "beta": 0.1}, "64 forward while sampling, 64 forward for the reference, "),
+        (
+            ONLINE | {"method": "grpo", "beta": 0.1, "kl": "full_vocabulary", "inner_epochs": 3},
+            "64 forward while sampling, 256 forward for the reference, ",  # once, and in each inner epoch
+        ),
         # 2 % of 64 * (1 + 3 * 2) passes
         (ONLINE | {"method": "grpo", "inner_epochs": 2}, "64 forward while sampling, 9 forward for the reference, "),
         (ONLINE | {"method": "grpo", "lora": None, "inner_epochs": 20_000}, "64 forward while sampling, "),
