@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +10,24 @@ import torch
 
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.doctor.memory import NetworkCost, decoder_cost, network_cost, parameter_counts
+from diffusion_align.doctor.estimate import (
+    CPU,
+    CUDA,
+    GB,
+    GPU,
+    Estimate,
+    Estimator,
+    Saving,
+    evaluated,
+    smallest_card,
+    training_passes,
+)
+from diffusion_align.doctor.memory import NetworkCost
 from diffusion_align.doctor.model_files import ModelFiles, gigabytes
 from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.launch import time_forward
-from diffusion_align.training.optimizers import STATE_BYTES
-from diffusion_align.training.precision import Machine, with_precision
+from diffusion_align.training.precision import with_precision
 
 GPUS = {"RTX 4090": (24, 165e12), "A100": (80, 312e12), "H100": (80, 989e12)}
 """Name -> memory in GB and dense bf16 operations per second, float32 accumulation, from the makers' data sheets."""
@@ -28,131 +37,134 @@ TIMED_BELOW = 100e6
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes per GPU: what stays, and what each phase needs on top of it."""
+class RewardModels:
+    """Bytes of the networks of rewards whose size is known, and whether there are others."""
 
-    weights: int
-    trained: int
-    recorded: int
-    training: int
-    sampling: int
-    decoding: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.trained + self.recorded + max(self.training, self.sampling, self.decoding)
+    known: int = 0
+    others: bool = False
 
 
-def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost) -> Lines:
+def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost, rewards: RewardModels) -> Lines:
     """Estimated memory per GPU and time per epoch, of settings that are left to the machine as on a GPU with bf16."""
-    here, config = config, with_precision(config, Machine(gpu=True, bf16=True))
-    family, vae = model.family, model.configs["vae"]
-    network = model.configs[family.network]
-    dtype = getattr(torch, str(config.dtype))
-    autocast = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[str(config.mixed_precision)]
-    guided = 2 if config.sampler.guidance_scale > 1 else 1
-    train_batch = config.micro_batch_size * epoch.width
-    cost = network_cost(
-        family,
-        network,
-        config.lora,
-        train_batch=train_batch,
-        sample_batch=config.sample_batch_size * guided,
-        tokens=family.prompt_tokens(model.configs),
-        dtype=dtype,
-        autocast=autocast,
-    )
-    vae_dtype = torch.float32 if vae.get("force_upcast", True) else dtype
-    latents = family.latent_shape(network)
-    decoding = decoder_cost(vae, latents, config.sample_batch_size, vae_dtype)
-    counts = parameter_counts(family, model.configs)
-    sizes = {name: n * dtype.itemsize for name, n in counts.items() if name != family.network}
-    sizes["vae"] = sizes["vae"] // dtype.itemsize * vae_dtype.itemsize
-    frozen = cost.frozen * dtype.itemsize + (0 if config.lora else 4 * cost.trained)
-    averaged = 4 * cost.trained if config.ema_decay and not config.ema_offload else 0
-    memory = Memory(
-        weights=frozen + sum(sizes.values()),
-        trained=(4 + 4 + STATE_BYTES[config.optimizer]) * cost.trained + averaged,  # weights and gradients in float32
-        recorded=4 * math.prod(latents) * epoch.recorded,
-        training=cost.kept + cost.working // (config.sample_batch_size * guided) * train_batch,
-        sampling=cost.working,
-        decoding=decoding.working,
-    )
-    forward = epoch.sampling + epoch.reference + epoch.probed + epoch.estimated + evaluation_passes(config)
-    passes = forward + (2 if config.lora else 3) * epoch.trained
-    flops = cost.flops * passes + decoding.flops / config.sample_batch_size * (epoch.decoded + _evaluated(config))
-    backward = (
-        "a training pass counts as 2 forward passes: the weights below the LoRA need no gradient"
-        if config.lora
-        else "a training pass counts as 3 forward passes"
-    )
+    estimator = Estimator(model, epoch)
+    on_gpu, found = with_precision(config, GPU), estimator.estimate(config)
+    passes, flops = estimator.forward_passes(config), _flops(config, estimator, found)
+    large = found.network.frozen + found.network.trained > TIMED_BELOW
+    on, would = estimator.savings(config) if large else ([], [])
+    title = model.family.network_title
+    what = f"{_large(flops)}FLOPs, {_large(found.network.flops)}FLOPs per {title} pass; {_of_training(config)}"
     return [
-        *_memory_lines(config, family.network_title, cost, memory, sizes, train_batch, guided),
+        *_memory_lines(on_gpu, title, found, rewards),
+        *(_fits(found, rewards, would) if large else []),
+        *_on_cpu(config, model, estimator),
+        *_saving_lines(on, would),
         ("time per epoch, estimated", ""),
-        ("operations", f"{_large(flops)}FLOPs, {_large(cost.flops)}FLOPs per {family.network_title} pass; {backward}"),
-        *(_gpu_times(config, memory, flops) if cost.frozen + cost.trained > TIMED_BELOW else []),
-        *_time_here(here, model, cost, passes),
+        ("operations", what),
+        *(_gpu_times(config, found.peak + CUDA + rewards.known, flops) if large else []),
+        *_time_here(config, model, found.network, passes),
     ]
 
 
-def evaluation_passes(config: DenoisingConfig) -> float:
-    """Forward passes of the network for evaluations, per epoch on average."""
-    return (2 if config.sampler.guidance_scale > 1 else 1) * config.sampler.steps * _evaluated(config)
+def summary(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost, rewards: RewardModels) -> str:
+    """One sentence about memory and time, as the head of a recipe has it."""
+    estimator = Estimator(model, epoch)
+    found = estimator.estimate(config)
+    needed = found.peak + rewards.known
+    flops = _flops(config, estimator, found) * config.epochs
+    hours = " and ".join(
+        f"{duration(flops / (SHARE_OF_PEAK * rate))} on one {name}"
+        for name, (_, rate) in GPUS.items()
+        if name != "H100"
+    )
+    reward = "the reward's model and CUDA" if rewards.known else "CUDA"
+    return (
+        f"{gigabytes(needed + CUDA)} with {reward}, so a card of {smallest_card(needed)} GB; {hours} for all epochs "
+        "(estimated by doctor, not measured)"
+    )
 
 
-def _evaluated(config: DenoisingConfig) -> float:
-    """Images sampled for evaluations, per epoch on average."""
-    return config.evaluation.samples / config.evaluation.every if config.evaluation else 0
+def _flops(config: DenoisingConfig, estimator: Estimator, found: Estimate) -> float:
+    """Operations of an epoch, rewards left out."""
+    decoded = estimator.epoch.decoded + evaluated(config)
+    decoding = found.decoding.flops / config.sample_batch_size * decoded
+    return found.network.flops * estimator.forward_passes(config) + decoding
 
 
-def _memory_lines(
-    config: DenoisingConfig,
-    network: str,
-    cost: NetworkCost,
-    memory: Memory,
-    others: Mapping[str, int],
-    train_batch: int,
-    guided: int,
-) -> Lines:
-    own = gigabytes(memory.weights - sum(others.values()))
-    what = f"{network} {own}" if config.lora else f"reference {network} {own}"
-    parts = ", ".join([what, *(f"{name} {gigabytes(size)}" for name, size in others.items())])
-    name = f"LoRA of rank {config.lora.rank}" if config.lora else f"whole {network}"
+def _of_training(config: DenoisingConfig) -> str:
+    why = ["the weights below the LoRA need no gradient"] if config.lora else []
+    why += ["gradient_checkpointing computes one again"] if config.gradient_checkpointing else []
+    counts = f"a training pass counts as {training_passes(config)} forward passes"
+    return f"{counts}: {', and '.join(why)}" if why else counts
+
+
+def _memory_lines(config: DenoisingConfig, title: str, found: Estimate, rewards: RewardModels) -> Lines:
+    named = {"reference": f"reference {title}", "unet": title, "transformer": title}
+    parts = ", ".join(f"{named.get(name, name)} {gigabytes(size)}" for name, size in found.weights.items())
+    name = f"LoRA of rank {config.lora.rank}" if config.lora else f"whole {title}"
     precision = {"no": "float32"}.get(str(config.mixed_precision), config.mixed_precision)
+    counted = f"{found.network.trained / 1e6:.1f} M parameters with gradients and {config.optimizer}"
+    needs = {
+        "training": f" in {precision}, {found.passes.train_batch} samples with their backward pass",
+        "sampling": f", {found.passes.sample_batch} samples",
+        "decoding": f", {config.sample_batch_size} images",
+        "encoding images": f" of {config.sample_batch_size} pairs, before the first epoch",
+        "encoding prompts": ", the text encoders on the GPU",
+    }
+    titles = {"training": "training pass", "sampling": "sampling pass"}
+    comes = ["CUDA itself (about 1 GB)"]
+    comes += [f"the reward's model ({gigabytes(rewards.known)})"] if rewards.known else []
+    comes += ["the reward's model"] if rewards.others and not rewards.known else []
     return [
         ("memory per GPU, estimated", ""),
-        ("frozen weights", f"{gigabytes(memory.weights)}: {parts}"),
-        (
-            "trained",
-            f"{gigabytes(memory.trained)}: {name}, {cost.trained / 1e6:.1f} M parameters with gradients and Adam",
-        ),
-        ("recorded latents", f"{gigabytes(memory.recorded)} per epoch, if one process samples them all"),
-        (
-            "training pass",
-            f"{gigabytes(memory.training)} in {precision}, {train_batch} samples with their backward pass",
-        ),
-        ("sampling pass", f"{gigabytes(memory.sampling)}, {config.sample_batch_size * guided} samples"),
-        ("decoding", f"{gigabytes(memory.decoding)}, {config.sample_batch_size} images"),
-        ("at the peak", f"{gigabytes(memory.peak)}; CUDA itself (about 1 GB) and the reward's model come on top"),
+        ("frozen weights", f"{gigabytes(sum(found.weights.values()))}: {parts}"),
+        ("trained", f"{gigabytes(found.trained)}: {name}, {counted}"),
+        ("recorded latents", f"{gigabytes(found.recorded)} per epoch, if one process samples them all"),
+        *((titles.get(phase, phase), f"{gigabytes(size)}{needs[phase]}") for phase, size in found.phases.items()),
+        ("at the peak", f"{gigabytes(found.peak)}; {' and '.join(comes)} come{'s' * (len(comes) == 1)} on top"),
     ]
 
 
-def _gpu_times(config: DenoisingConfig, memory: Memory, flops: float) -> Lines:
+def _fits(found: Estimate, rewards: RewardModels, would: list[Saving]) -> Lines:
+    """The smallest card, and the one with all settings that would save something."""
+    needed = found.peak + rewards.known
+    now, then = (smallest_card(needed - less) for less in (0, sum(one.saved for one in would)))
+    fits = "none of 80 GB" if now is None else f"{now} GB"
+    return [("fits a card of", fits if then == now else f"{fits}; with the settings below {then} GB")]
+
+
+def _saving_lines(on: list[Saving], would: list[Saving]) -> Lines:
+    def named(one: Saving, says: str) -> tuple[str, str]:
+        longer = f"; an epoch takes {one.slower:.0%} longer" if one.slower else ""
+        return one.setting, f"{one.value} {says} {gigabytes(one.saved)}{longer}"
+
+    lines = [named(one, "saves") for one in on]
+    lines += [named(one, "would save" if i == 0 else "would then save another") for i, one in enumerate(would)]
+    return [("what saves memory", ""), *lines] if lines else []
+
+
+def _on_cpu(config: DenoisingConfig, model: ModelFiles, estimator: Estimator) -> Lines:
+    """The peak where there is no GPU."""
+    if torch.cuda.is_available() or not model.here:
+        return []
+    peak = gigabytes(estimator.estimate(config, CPU).peak)
+    return [("on this CPU", f"{peak} at the peak, with attention matrices; Python and its libraries come on top")]
+
+
+def _gpu_times(config: DenoisingConfig, needed: int, flops: float) -> Lines:
     lines = []
     for name, (size, peak) in GPUS.items():
-        lines.append(
-            (f"one {name}, {size} GB", _epoch_time(config, flops / (SHARE_OF_PEAK * peak), memory, size * 1e9))
-        )
+        seconds = flops / (SHARE_OF_PEAK * peak)
+        lines.append((f"one {name}, {size} GB", _epoch_time(config, seconds, needed, size * GB)))
     lines.append(("", f"at {SHARE_OF_PEAK:.0%} of their peak in bf16, without the reward"))
     if torch.cuda.is_available():
         size, rate = torch.cuda.get_device_properties(0).total_memory, _gpu_rate()
-        lines.append(("the GPU here", _epoch_time(config, flops / (SHARE_OF_PEAK * rate), memory, size)))
+        lines.append(("the GPU here", _epoch_time(config, flops / (SHARE_OF_PEAK * rate), needed, size)))
         lines.append(("", f"at {SHARE_OF_PEAK:.0%} of its {rate / 1e12:.0f} TFLOPS in a matrix product in bf16"))
     return lines
 
 
-def _epoch_time(config: DenoisingConfig, seconds: float, memory: Memory, size: float) -> str:
-    fits = "" if memory.peak + 1e9 <= size else f"; more than its {gigabytes(size)}"
+def _epoch_time(config: DenoisingConfig, seconds: float, needed: int, size: float) -> str:
+    fits = "" if needed <= size else f"; more than its {gigabytes(size)}"
     return f"{duration(seconds)}, {duration(seconds * config.epochs)} for {config.epochs} epochs{fits}"
 
 

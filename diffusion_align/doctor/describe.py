@@ -19,8 +19,10 @@ from pydantic import ValidationError
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.diffusion.trainer import DenoisingTrainer
-from diffusion_align.doctor.cost_report import describe_costs, evaluation_passes
-from diffusion_align.doctor.model_files import cached_repositories, find_model, gigabytes
+from diffusion_align.doctor.cost_report import RewardModels, describe_costs
+from diffusion_align.doctor.estimate import evaluation_passes
+from diffusion_align.doctor.known_models import PUBLISHED_REWARDS
+from diffusion_align.doctor.model_files import ModelFiles, cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.methods import DEFAULT, method_of
 from diffusion_align.pipelines.configuration import read_config, read_settings
@@ -138,7 +140,7 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         problems.append(str(error))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("steps", f"not known: {first_line(error)}"))
-    dimensions = math.prod(family.latent_shape(network)) if network and network.get("sample_size") else None
+    dimensions = _dimensions(config, model)
     cost = method.epoch_cost(config, steps)
     lines += _describe_epoch(config, cost, evaluation_passes(config), f"{family.network_title} ")
     # An update takes whole images or pairs; with settings that are not allowed there may be none.
@@ -152,10 +154,22 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     if not network or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
     try:
-        lines += describe_costs(config, model, cost)
+        lines += describe_costs(config, model, cost, reward_models(config, model.origin or config.model))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("memory and time", f"not estimated: {first_line(error)}"))
     return lines, problems
+
+
+def _dimensions(config: Any, model: ModelFiles) -> int | None:
+    """Numbers in a latent, if that is known."""
+    network, vae = model.configs.get(model.family.network), model.configs.get("vae")
+    if not network or not vae or not network.get("sample_size"):
+        return None
+    try:
+        size = model.family.latent_size(network, vae, height=config.height, width=config.width)
+    except ConfigError:  # which is among the settings' problems
+        return None
+    return math.prod(model.family.latent_shape(network, size))
 
 
 def _as_scheduler(settings: Mapping[str, Any]) -> SimpleNamespace:
@@ -190,6 +204,27 @@ def _rewards(config: Any, origin: str) -> Lines:
     return lines
 
 
+def reward_models(config: Any, origin: str) -> RewardModels:
+    """The bytes of what rewards and the measure of diversity load onto the GPU to stay there."""
+    specs = [*_reward_specs(getattr(config, "reward", None))]
+    specs += _reward_specs(config.evaluation.reward) if config.evaluation else []
+    loaded: dict[str, int] = {}
+    if config.evaluation and config.evaluation.diversity != "pixels":
+        clip = default_clip(origin) if config.evaluation.diversity == "clip" else config.evaluation.diversity
+        loaded[clip] = 4
+    others = False
+    for spec in specs:
+        options = spec if isinstance(spec, Mapping) else {}
+        name = options.get("name") if options else spec
+        if name not in REWARDS:
+            others = True  # of the user's own
+        elif not options.get("offload"):
+            width = 4 if options.get("dtype", "float32") == "float32" else 2
+            loaded |= dict.fromkeys(_hub_ids(_reward_places(str(name), options, origin)[1]), width)
+    known = sum(PUBLISHED_REWARDS.get(hub_id, 0) * width for hub_id, width in loaded.items())
+    return RewardModels(known, others or any(hub_id not in PUBLISHED_REWARDS for hub_id in loaded))
+
+
 def _reward_specs(reward: Any) -> Iterator[Any]:
     """The rewards in a setting: one, a list, or those that a mapping combines."""
     if isinstance(reward, list | tuple):
@@ -204,25 +239,37 @@ def _reward_specs(reward: Any) -> Iterator[Any]:
 def _reward_model(name: str, options: Mapping[str, Any], model: str, cached: Mapping[str, int]) -> Lines:
     """The model of a built-in reward, as its module names it, and what of it is in the cache."""
     about = str(find(name, IMAGES)[1].about.get("model") or "")
-    chosen = {k: v for k, v in options.items() if k in _WEIGHTS and isinstance(v, str)}
-    given = {k: v for k, v in chosen.items() if os.path.exists(os.path.expanduser(v))}
+    given, named = _reward_places(name, options, model)
     lines: Lines = [(f"  {key}", f"{value} (here)") for key, value in given.items()]
-    named = [v for k, v in chosen.items() if k not in given and not v.startswith("open_clip:")]
-    if not chosen:
-        lines += [("  model", about)] if about else []
-        embedded = is_emoji_sd(model) and "emoji" in about  # what a reward then takes by itself
-        named += [] if embedded else [about]
+    lines += [("  model", about)] if about and not _chosen(options) else []
     return lines + _files(named, cached)
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, str]:
+    return {key: value for key, value in options.items() if key in _WEIGHTS and isinstance(value, str)}
+
+
+def _reward_places(name: str, options: Mapping[str, Any], model: str) -> tuple[dict[str, str], list[str]]:
+    """Of what a built-in reward loads: options that name files here, and texts that name the rest."""
+    about, chosen = str(find(name, IMAGES)[1].about.get("model") or ""), _chosen(options)
+    given = {key: value for key, value in chosen.items() if os.path.exists(os.path.expanduser(value))}
+    named = [value for key, value in chosen.items() if key not in given and not value.startswith("open_clip:")]
+    embedded = is_emoji_sd(model) and "emoji" in about  # what a reward then takes by itself
+    return given, named if chosen or embedded else [about]
+
+
+def _hub_ids(named: Sequence[str]) -> list[str]:
+    found = dict.fromkeys(match for text in named for match in _HUB_ID.findall(text))
+    return [hub_id for hub_id in found if not os.path.exists(os.path.expanduser(hub_id))]
 
 
 def _files(named: Sequence[str], cached: Mapping[str, int]) -> Lines:
     """Which of the Hub ids in some texts are in the cache."""
-    lines: Lines = []
-    for hub_id in dict.fromkeys(match for text in named for match in _HUB_ID.findall(text)):
-        if not os.path.exists(os.path.expanduser(hub_id)):
-            state = f"in the cache, {gigabytes(cached[hub_id])}" if hub_id in cached else "not in the cache"
-            lines.append(("  files", f"{hub_id}: {state}"))
-    return lines
+    states = (
+        (one, f"in the cache, {gigabytes(cached[one])}" if one in cached else "not in the cache")
+        for one in _hub_ids(named)
+    )
+    return [("  files", f"{hub_id}: {state}") for hub_id, state in states]
 
 
 def _describe_text(config: Any) -> tuple[Lines, list[str]]:

@@ -108,3 +108,5 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
 }
 """Hub id -> part -> its configuration."""
+PUBLISHED_REWARDS = {"openai/clip-vit-large-patch14": 427_616_513}
+"""Hub id of what rewards load -> its parameters; heads on top of it are next to nothing."""

@@ -1,109 +1,190 @@
 """What the networks of a text-to-image pipeline cost, counted from their configurations alone.
 
 They are built and run on torch's meta device, which has shapes and dtypes but no data, so that a model needs neither
-its weights nor their memory. ``GpuPass`` makes a pass on that device what it is on a GPU.
+its weights nor their memory: forward, backward and, with gradient checkpointing, what is computed again. ``LiveBytes``
+counts what is in use; ``AsOnGpu`` makes a pass on that device what it is on a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from diffusion_align.diffusion.policy import peft_config
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.models.families import ModelFamily
 
-_NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention)
-_WIDE = (functional.group_norm, functional.layer_norm)
+_NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm)
+_WIDE = (functional.group_norm, functional.layer_norm, functional.softmax, Tensor.softmax)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a network is run.
+
+    Attributes:
+        latent_size: (H, W).
+        train_batch, sample_batch: samples in one pass with and without gradients, with guidance twice the images.
+        tokens: of a prompt.
+        dtype: of frozen weights; trained weights are float32.
+        autocast: the dtype of mixed precision, None without.
+        checkpointing: whether activations within a block are computed again in the backward pass.
+        eager_attention: with attention matrices, as on a CPU; else fused.
+        reference: whether the reference is called between the forward and the backward pass.
+    """
+
+    latent_size: tuple[int, int]
+    train_batch: int
+    sample_batch: int
+    tokens: int = 77
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+    eager_attention: bool = False
+    reference: bool = False
 
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """The cost of the network that is trained.
+    """The cost of the network that is trained; bytes in use exclude its weights and their gradients.
 
     Attributes:
         frozen, trained: parameters.
-        flops: of a forward pass of one sample, 2 per multiply-add, without adapters. Attention is counted, which
-            published numbers of multiply-adds often leave out.
-        kept: bytes that a forward pass of ``train_batch`` samples keeps for the backward pass, parameters excluded.
-        working: bytes that a pass of ``sample_batch`` samples without gradients has in use at its peak.
+        flops: of a forward pass of one sample, 2 per multiply-add, with adapters. Attention is counted, which published
+            numbers of multiply-adds often leave out.
+        kept: bytes in use between a forward pass of ``train_batch`` samples and its backward pass.
+        training: bytes in use at the peak of the two passes.
+        sampling: bytes in use at the peak of a pass of ``sample_batch`` samples without gradients.
     """
 
     frozen: int
     trained: int
     flops: int
     kept: int
-    working: int
+    training: int
+    sampling: int
 
 
 @dataclass(frozen=True)
-class DecoderCost:
-    """The cost of decoding a batch with a VAE: flops, and the bytes in use at the peak."""
+class PassCost:
+    """The cost of a pass without gradients: flops, and the bytes in use at the peak."""
 
     flops: int
     working: int
 
 
 def network_cost(
-    family: ModelFamily,
-    config: Mapping[str, Any],
-    lora: LoRAConfig | None,
-    *,
-    train_batch: int,
-    sample_batch: int,
-    tokens: int = 77,
-    dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
+    family: ModelFamily, config: Mapping[str, Any], lora: LoRAConfig | None, passes: Passes
 ) -> NetworkCost:
-    """What training and sampling with a network of ``family`` costs on a GPU.
+    """What training and sampling with a network of ``family`` costs.
 
     Args:
         family: of the model.
         config: the network's ``config.json``.
         lora: adapters to train; None trains the whole network.
-        train_batch, sample_batch: samples in one pass, with guidance twice the images.
-        tokens: of a prompt.
-        dtype: of frozen weights; trained weights are float32.
-        autocast: the dtype of mixed precision, None without.
+        passes: how it is run.
     """
     import diffusers
     from peft import inject_adapter_in_model
 
-    network = _on_meta(getattr(diffusers, family.network_class), config, dtype)
-    shape: Any = {"tokens": tokens, "device": "meta", "dtype": dtype}
-    inputs = family.zeros(config, sample_batch, **shape)
-    with torch.no_grad(), GpuPass(autocast, network.parameters()) as sampling:
-        family.predict(network, *inputs)
+    network = _on_meta(getattr(diffusers, family.network_class), config, passes.dtype)
+    if passes.eager_attention:
+        family.use_eager_attention(network)
+
+    def forward(batch: int) -> Tensor:
+        kind: Any = {"device": "meta", "dtype": passes.dtype}
+        return family.predict(
+            network, *family.zeros(config, batch, tokens=passes.tokens, latent_size=passes.latent_size, **kind)
+        )
+
     if lora is None:
         network.requires_grad_(True)
     else:
         inject_adapter_in_model(peft_config(lora, family), network, low_cpu_mem_usage=True)
         network.eval()
+    with torch.no_grad(), AsOnGpu(passes.autocast) as counted, LiveBytes(network.parameters()) as sampling:
+        forward(passes.sample_batch)
     frozen, trained = (
         sum(p.numel() for p in network.parameters() if p.requires_grad is wanted) for wanted in (False, True)
     )
-    inputs = family.zeros(config, train_batch, **shape)
-    kept = saved_bytes(network, lambda: family.predict(network, *inputs), autocast=autocast)
-    return NetworkCost(frozen, trained, sampling.flops // sample_batch, kept, sampling.peak)
+    beside = partial(forward, passes.train_batch) if passes.reference else None
+    kept, training = training_bytes(network, partial(forward, passes.train_batch), passes, beside=beside)
+    return NetworkCost(frozen, trained, counted.flops // passes.sample_batch, kept, training, sampling.peak)
 
 
-def decoder_cost(vae: Mapping[str, Any], latents: tuple[int, int, int], batch: int, dtype: torch.dtype) -> DecoderCost:
-    """What a VAE of configuration ``vae`` costs on a GPU that decodes ``batch`` latents of shape (C, H, W)."""
+def training_bytes(
+    network: Any,
+    forward: Callable[[], Tensor],
+    passes: Passes,
+    *,
+    beside: Callable[[], Any] | None = None,
+) -> tuple[int, int]:
+    """Bytes in use, weights and gradients excluded: before the backward pass, and at the peak.
+
+    Args:
+        network: on any device; where it is no meta device, the pass is a real one.
+        forward: the pass that is trained on.
+        passes: of which ``autocast`` and ``checkpointing`` are looked at.
+        beside: what runs without gradients before the backward pass.
+    """
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # as from an earlier micro-batch
+    as_on_gpu = AsOnGpu(passes.autocast)
+    if passes.checkpointing:
+        again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), as_on_gpu))
+        network.enable_gradient_checkpointing(again)
+    with LiveBytes([*network.parameters(), *(p.grad for p in trained)]) as live:
+        with as_on_gpu:
+            output = forward()
+            kept = live.now
+            if beside is not None:
+                with torch.no_grad():
+                    beside()
+        torch.autograd.backward(output.float().sum())
+    return kept, live.peak
+
+
+def decoding_cost(vae: Any, latents: tuple[int, int, int], batch: int) -> PassCost:
+    """What it costs on a GPU to decode ``batch`` latents of shape (C, H, W) with a VAE of ``vae_on_meta``."""
+    return _vae_cost(vae, vae.decode, (batch, *latents))
+
+
+def encoding_cost(vae: Any, latents: tuple[int, int, int], batch: int) -> PassCost:
+    """What it costs on a GPU to encode ``batch`` images whose latents have shape (C, H, W)."""
+    channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    return _vae_cost(vae, vae.encode, (batch, channels, *(factor * side for side in latents[1:])))
+
+
+def vae_on_meta(config: Mapping[str, Any], dtype: torch.dtype, *, slicing: bool = False, tiling: bool = False) -> Any:
+    """A VAE of configuration ``config``, which takes its images one by one (slicing), or in parts (tiling)."""
     from diffusers import AutoencoderKL
 
-    network = _on_meta(AutoencoderKL, vae, dtype)
-    states = torch.zeros(batch, *latents, dtype=dtype, device="meta")
-    with torch.no_grad(), GpuPass(None, network.parameters()) as decoding:
-        network.decode(states)
-    return DecoderCost(decoding.flops, decoding.peak)
+    vae = _on_meta(AutoencoderKL, config, dtype)
+    if slicing:
+        vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
+    return vae
+
+
+def _vae_cost(vae: Any, run: Callable[[Tensor], Any], shape: tuple[int, ...]) -> PassCost:
+    given = torch.zeros(shape, dtype=vae.dtype, device="meta")
+    with torch.no_grad(), AsOnGpu(None) as counted, LiveBytes([*vae.parameters(), given]) as live:
+        run(given)
+    return PassCost(counted.flops, live.peak)
 
 
 def parameter_counts(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -124,76 +205,79 @@ def parameter_counts(family: ModelFamily, configs: Mapping[str, Mapping[str, Any
     return counts
 
 
-def saved_bytes(network: nn.Module, forward: Callable[[], Any], *, autocast: torch.dtype | None = None) -> int:
-    """Bytes that a pass on the meta device keeps for the backward pass, the parameters of ``network`` excluded."""
-    saved: dict[int, int] = {}
-    with (
-        torch.autograd.graph.saved_tensors_hooks(storage_sizes(network, saved), lambda tensor: tensor),
-        GpuPass(autocast),
-    ):
-        output = forward()  # alive until counted, so that no storage's address is used again
-    del output
-    return sum(saved.values())
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make, on any device, for as long as their storage lives.
 
+    What an operation uses within itself is not seen: workspaces of convolutions, say.
 
-def storage_sizes(network: nn.Module, sizes: dict[int, int]) -> Callable[[Tensor], Tensor]:
-    """A hook for saved tensors that notes the bytes of every storage but the parameters' in ``sizes``, each once."""
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    Args:
+        there: tensors that are not counted.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    return note
-
-
-class GpuPass(TorchFunctionMode):
-    """Runs meta tensors as CUDA tensors would run: fused attention, autocast's dtypes; counts flops and bytes in use.
-
-    The meta device has no autocast, and its attention keeps the matrices. Of autocast's lists, what a UNet calls is
-    here: matrix products narrow, normalisations in float32; everything else promotes by itself.
+    Attributes:
+        now, peak: bytes.
     """
 
-    def __init__(self, autocast: torch.dtype | None, weights: Iterable[Tensor] = ()) -> None:
+    def __init__(self, there: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.autocast, self.flops, self.peak, self._now = autocast, 0, 0, 0
-        self._sizes = {w.untyped_storage()._cdata: 0 for w in weights}  # there anyway
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, Tensor) or (storage := tensor.untyped_storage())._cdata in self._sizes:
+                continue
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage._cdata)
+        return made
+
+    def _free(self, storage: int) -> None:
+        self.now -= self._sizes.pop(storage)
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Runs meta tensors as CUDA tensors would run: fused attention, autocast's dtypes; counts flops.
+
+    The meta device has no autocast, and its attention keeps the matrices. Of autocast's lists, what a UNet calls is
+    here: matrix products narrow, normalisations in float32; everything else promotes by itself. Narrow copies of
+    trained weights are kept until the context is left.
+    """
+
+    def __init__(self, autocast: torch.dtype | None) -> None:
+        super().__init__()
+        self.autocast, self.flops = autocast, 0
+        self._copies: dict[int, Tensor] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        self._copies.clear()
+        super().__exit__(*error)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if self.autocast is not None and function in _NARROW + _WIDE:
             dtype = self.autocast if function in _NARROW else torch.float32
             args, named = [self._cast(a, dtype) for a in args], {k: self._cast(v, dtype) for k, v in named.items()}
-        if function is functional.scaled_dot_product_attention:
+        if function is functional.scaled_dot_product_attention and args[0].is_meta:
             query, key, value = args[:3]
-            output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
             self.flops += 4 * query.numel() * key.shape[-2]
-        else:
-            output = function(*args, **named)
-            if function in (functional.linear, functional.conv2d):
-                self.flops += 2 * output.numel() * args[1][0].numel()
-        self._count(output)
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        output = function(*args, **named)
+        if function in (functional.linear, functional.conv2d):
+            self.flops += 2 * output.numel() * args[1][0].numel()
+        elif function in (torch.bmm, torch.baddbmm):
+            self.flops += 2 * output.numel() * args[-2].shape[-1]
         return output
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
-        self._count(cast := value.to(dtype))
-        return cast
-
-    def _count(self, made: Any) -> None:
-        for tensor in tree_leaves(made):
-            if not isinstance(tensor, Tensor) or (storage := tensor.untyped_storage())._cdata in self._sizes:
-                continue
-            self._sizes[storage._cdata] = storage.nbytes()
-            self._now += storage.nbytes()
-            self.peak = max(self.peak, self._now)
-            weakref.finalize(storage, self._free, storage._cdata)
-
-    def _free(self, storage: int) -> None:
-        self._now -= self._sizes.pop(storage)
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(dtype)
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value.to(dtype)
+        return self._copies[id(value)]
 
 
 def _on_meta(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:

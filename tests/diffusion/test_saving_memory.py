@@ -9,12 +9,12 @@ from torch import nn
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
 from diffusion_align.diffusion.schedule import build_schedule
-from diffusion_align.doctor.memory import storage_sizes
 from diffusion_align.errors import UserError
 from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.memory import on_device, text_encoders
 from diffusion_align.references import resolve
+from tests.helpers.saved_tensors import storage_sizes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPTS = ["a red apple", "a cat"]

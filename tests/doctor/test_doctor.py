@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.doctor import cost_report as costs
 from diffusion_align.doctor import describe as doctor
+from diffusion_align.doctor import estimate
 from diffusion_align.doctor.memory import NetworkCost
 from diffusion_align.doctor.model_files import gigabytes
 from diffusion_align.errors import ConfigError
@@ -71,9 +72,7 @@ def report(write):
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is counted or timed, for tests about something else."""
-    monkeypatch.setattr(
-        costs, "network_cost", lambda _, unet, *__, **___: NetworkCost(unet["sample_size"], 10, 10, 10, 10)
-    )
+    monkeypatch.setattr(estimate, "network_cost", lambda *_: NetworkCost(10, 10, 10, 10, 10, 10))
     monkeypatch.setattr(costs, "_time_here", lambda config, model, *_: [("this CPU", "fast")] if model.here else [])
 
 

@@ -1,8 +1,9 @@
-"""What networks cost, against published numbers, torch's own counter, and what real and fake tensors keep."""
+"""What networks cost, against published numbers, torch's own counter, and what passes of real and fake tensors use."""
 
-import copy
 import json
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,15 @@ from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
 from diffusion_align.doctor.known_models import SD15, SD21, SDXL
 from diffusion_align.doctor.memory import (
-    GpuPass,
-    decoder_cost,
+    AsOnGpu,
+    LiveBytes,
+    Passes,
+    decoding_cost,
+    encoding_cost,
     network_cost,
     parameter_counts,
-    saved_bytes,
-    storage_sizes,
+    training_bytes,
+    vae_on_meta,
 )
 from diffusion_align.models.families import family_of_network
 
@@ -27,7 +31,8 @@ SMALL = {"train_batch": 2, "sample_batch": 2}
 
 
 def unet_cost(config, lora, **options):
-    return network_cost(family_of_network(config), config, lora, **options)
+    family = family_of_network(config)
+    return network_cost(family, config, lora, Passes(**{"latent_size": family.latent_shape(config)[1:]} | options))
 
 
 def forward(unet, batch, **options):
@@ -67,7 +72,7 @@ def test_stable_diffusion_15():
 
     cost = unet_cost(SD15["unet"], LoRAConfig(rank=16), **SMALL)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(unet_on("meta", SD15["unet"]), 1, device="meta")
+        forward(unet_on("meta", SD15["unet"], LoRAConfig(rank=16)), 1, device="meta")
     assert cost.flops == counter.get_total_flops()
     products = (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution)
     outside = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in products)
@@ -92,51 +97,66 @@ def test_stable_diffusion_xl_is_counted_in_seconds():
 def test_a_pass_in_closed_form():
     network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to("meta")
     x = torch.zeros(3, 4, device="meta")
-    with torch.no_grad(), GpuPass(None, network.parameters()) as counted:
+    there = [*network.parameters(), x]
+    with torch.no_grad(), AsOnGpu(None) as counted, LiveBytes(there) as live:
         y = network(x)
     assert counted.flops == 2 * 3 * (4 * 8 + 8 * 2)
-    assert counted.peak == 4 * (3 * 4 + 3 * 8 + 3 * 2) - 4 * 3 * 4  # x was there before
+    assert (live.now, live.peak) == (4 * 3 * 2, 4 * (3 * 8 + 3 * 2))
     del y
-    with torch.no_grad(), GpuPass(torch.bfloat16, network.parameters()) as counted:
+    assert live.now == 0
+    network.requires_grad_(False)
+    with torch.no_grad(), AsOnGpu(torch.bfloat16), LiveBytes(there) as live:
         network(x)
     # The first layer: narrow copies of its input, weight and bias, and its output.
-    assert counted.peak == 2 * (3 * 4 + 4 * 8 + 8 + 3 * 8)
+    assert live.peak == 2 * (3 * 4 + 4 * 8 + 8 + 3 * 8)
 
 
-def test_what_is_kept_in_closed_form():
+def test_training_in_closed_form():
     """Frozen, trained, frozen: the trained layer's input, and where it is narrowed the last layer's weight."""
     network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)).to("meta").requires_grad_(False)
     network[1].requires_grad_(True)
-    x = torch.zeros(3, 4, device="meta")
-    assert saved_bytes(network, lambda: network(x)) == 4 * 3 * 8
-    assert saved_bytes(network, lambda: network(x), autocast=torch.bfloat16) == 2 * (3 * 8 + 2 * 8)
+    passes = Passes((1, 1), 3, 3)
+    y = 4 * 3 * 2
+    kept, peak = training_bytes(network, lambda: network(torch.zeros(3, 4, device="meta")), passes)
+    assert kept == 4 * 3 * 8 + y
+    # Beside input and y: the gradients of weight, bias and the layer's output; the loss, and the one number its is.
+    assert peak == 4 * (3 * 8) + y + 4 * (8 * 8 + 8 + 3 * 8) + 4 + 4
+    narrow = replace(passes, autocast=torch.bfloat16)
+    kept, _ = training_bytes(network, lambda: network(torch.zeros(3, 4, device="meta")), narrow)
+    # The layer's input and the last one's weight, its own copies as long as autocast lasts, and the output.
+    assert kept == 2 * (3 * 8 + 2 * 8 + 8 * 8 + 8 + 3 * 2)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("lora", "attention"),
-    [(LoRAConfig(rank=4), "fused"), (LoRAConfig(rank=4, layers="attention+convolutions"), "eager"), (None, "fused")],
+    [(LoRAConfig(rank=4), "fused"), (LoRAConfig(rank=4, layers="attention+convolutions"), "eager"), (None, "eager")],
 )
-def test_what_real_tensors_keep_for_the_backward_pass(lora, attention):
+def test_what_a_pass_of_real_tensors_uses(lora, attention, checkpointing):
     """Eager attention keeps its matrices; a CPU's fused one keeps as little as a GPU's."""
-    from diffusers.models.attention_processor import AttnProcessor
-
-    networks = [unet_on(device, EMOJI, lora).requires_grad_(lora is None) for device in ("cpu", "meta")]
-    for network in networks:
-        if lora is not None:
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(".lora_" in name)
+    passes = Passes((16, 16), 3, 3, checkpointing=checkpointing, eager_attention=attention == "eager")
+    found = []
+    for device in ("cpu", "meta"):
+        network = unet_on(device, EMOJI, lora).requires_grad_(lora is None)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(lora is None or ".lora_" in name)
         if attention == "eager":
-            network.set_attn_processor(AttnProcessor())
-    real, counted = networks
-    sizes = {}
-    with torch.autograd.graph.saved_tensors_hooks(storage_sizes(real, sizes), lambda tensor: tensor):
-        output = forward(real, 3, tokens=24)
-    del output
-    found = saved_bytes(counted, lambda: forward(counted, 3, tokens=24, device="meta"))
-    assert found == pytest.approx(sum(sizes.values()), rel=1e-3)
-    if attention == "fused":
-        cost = unet_cost(EMOJI, lora, train_batch=3, sample_batch=3, tokens=24)
-        assert cost.kept == found
+            family_of_network(EMOJI).use_eager_attention(network)
+        found.append(training_bytes(network, partial(forward, network, 3, tokens=24, device=device), passes))
+    real, counted = found
+    assert counted == pytest.approx(real, rel=0.01)
+    cost = unet_cost(EMOJI, lora, **vars(passes) | {"tokens": 24})
+    assert (cost.kept, cost.training) == counted
+
+
+def test_checkpointing_saves_what_lies_within_blocks():
+    lora = LoRAConfig(rank=16)
+    kind = SMALL | {"dtype": torch.bfloat16, "autocast": torch.bfloat16}
+    plain, checkpointed = (unet_cost(SD15["unet"], lora, **kind, checkpointing=on) for on in (False, True))
+    assert checkpointed.kept < plain.kept / 5
+    assert checkpointed.training < plain.training / 3
+    assert checkpointed.training > 1.2 * checkpointed.kept  # a block is computed again
+    assert checkpointed.sampling == plain.sampling
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 needs a driver for fake CUDA tensors")
@@ -153,30 +173,27 @@ def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else dtype)
-    given = {"device": "meta", "dtype": dtype}
-    counted = saved_bytes(network, lambda: forward(network, 3, **given), autocast=torch.bfloat16)
+    with LiveBytes(network.parameters()) as counted, AsOnGpu(torch.bfloat16):
+        output = forward(network, 3, device="meta", dtype=dtype)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
-    sizes = {}
     with FakeTensorMode():
         weights = {
             name: torch.empty(p.shape, dtype=p.dtype, device="cuda").requires_grad_(p.requires_grad)
             for name, p in network.named_parameters()
         }
-        own = nn.ParameterList()
-        own.parameters = lambda: weights.values()
         family = family_of_network(EMOJI)
         x_t, timestep, conditioning = family.zeros(EMOJI, 3, device="cuda", dtype=dtype)
         inputs = family.inputs(timestep, conditioning, dtype)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(storage_sizes(own, sizes), lambda tensor: tensor):
+            with LiveBytes([*weights.values(), x_t, *inputs.values()]) as live:
                 output = torch.func.functional_call(network, weights, (x_t,), inputs)
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
+    assert counted.peak == pytest.approx(live.peak, rel=1e-2)
     del output
-    assert counted == pytest.approx(sum(sizes.values()), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +209,8 @@ def test_what_is_trained_is_what_the_policy_trains(make_policy, model, layers):
     assert cost.frozen + cost.trained == sum(p.numel() for p in policy.network.parameters())
     assert family_of_network(config).latent_shape(config) == policy.latent_shape
     whole = unet_cost(config, None, **SMALL)
-    assert (whole.frozen, whole.trained, whole.flops) == (0, cost.frozen, cost.flops)
-    assert whole.working == cost.working
+    assert (whole.frozen, whole.trained) == (0, cost.frozen)
+    assert whole.flops < cost.flops  # by the adapters'
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_the_dtype():
@@ -202,7 +219,8 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_dtype():
 
     two, four = (cost(batch) for batch in (2, 4))
     assert four.kept == pytest.approx(2 * two.kept, rel=0.01)
-    assert four.working == pytest.approx(2 * two.working, rel=0.05)
+    assert four.training == pytest.approx(2 * two.training, rel=0.01)
+    assert four.sampling == pytest.approx(2 * two.sampling, rel=0.05)
     assert two.flops == four.flops
     mixed = cost(4, autocast=torch.bfloat16)
     half = cost(4, autocast=torch.bfloat16, dtype=torch.bfloat16)
@@ -210,10 +228,15 @@ def test_memory_grows_with_the_batch_and_shrinks_with_the_dtype():
     assert half.kept < mixed.kept
 
 
-def test_decoding_needs_memory_in_proportion_to_the_images():
-    config = copy.deepcopy(SD15["vae"])
-    one, two = (decoder_cost(config, (4, 64, 64), batch, torch.float32) for batch in (1, 2))
-    assert two.working == 2 * one.working
+@pytest.mark.parametrize("cost", [decoding_cost, encoding_cost])
+def test_a_vae_needs_memory_in_proportion_to_the_images(cost):
+    vae = vae_on_meta(SD15["vae"], torch.float32)
+    one, two = (cost(vae, (4, 64, 64), batch) for batch in (1, 2))
+    assert two.working == pytest.approx(2 * one.working, rel=0.01)
     assert two.flops == 2 * one.flops
-    largest = 4 * 256 * 512 * 512  # the last block's input at full resolution
-    assert 2 * largest < one.working < 5 * largest
+    largest = 4 * 128 * 512 * 512  # of the features at full resolution
+    assert 3 * largest < one.working < 8 * largest
+    sliced = cost(vae_on_meta(SD15["vae"], torch.float32, slicing=True), (4, 64, 64), 4)
+    assert sliced.working < 1.1 * one.working
+    tiled = cost(vae_on_meta(SD15["vae"], torch.float32, tiling=True), (4, 128, 128), 1)
+    assert tiled.working < cost(vae, (4, 128, 128), 1).working / 3

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_align.doctor.memory import storage_sizes
 from diffusion_align.errors import UserError
 from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig, pack
 from diffusion_align.llm.reward_model import RewardModel
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.models.memory import keep_activations
 from diffusion_align.training.randomness import generator
+from tests.helpers.saved_tensors import storage_sizes
 from tests.llm.test_families import FAMILIES, WITHOUT_CACHE, Tokens, model_of
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]

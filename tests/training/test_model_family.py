@@ -12,7 +12,7 @@ from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.doctor.describe import describe_config
-from diffusion_align.doctor.memory import network_cost, parameter_counts
+from diffusion_align.doctor.memory import Passes, network_cost, parameter_counts
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import load_pipeline
@@ -281,7 +281,8 @@ def test_doctor_counts_the_network_of_a_family(settings, family, tmp_path):
     assert "DiT passes per epoch" in dict(elsewhere), "of a model that is not here yet"
     pixart = find_family(family)
     assert parameter_counts(pixart, {"transformer": PUBLISHED}) == {"transformer": pytest.approx(610.9e6, rel=1e-3)}
-    cost = network_cost(pixart, PUBLISHED, LoRAConfig(rank=16), train_batch=1, sample_batch=1, tokens=300)
+    size = pixart.latent_shape(PUBLISHED)[1:]
+    cost = network_cost(pixart, PUBLISHED, LoRAConfig(rank=16), Passes(size, 1, 1, tokens=300))
     matrices = 28 * (12 * 1152**2 * 1024 + 2 * 1152**2 * (1024 + 300))  # multiply-adds of the blocks' linear layers
     attention = 28 * 2 * 1152 * 1024 * (1024 + 300)
     assert cost.flops == pytest.approx(2 * (matrices + attention), rel=0.02)

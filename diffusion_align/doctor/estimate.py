@@ -1,0 +1,236 @@
+"""How much memory a diffusion recipe needs on a GPU, phase by phase, and what its settings save of it.
+
+Nothing is measured: bytes are those of tensors, as ``memory`` counts them. A card of 24 GB has 24 GiB; the 7 % between
+them are left to an allocator's gaps and to what operations use within themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.doctor.memory import (
+    NetworkCost,
+    PassCost,
+    Passes,
+    decoding_cost,
+    encoding_cost,
+    network_cost,
+    parameter_counts,
+    vae_on_meta,
+)
+from diffusion_align.doctor.model_files import ModelFiles
+from diffusion_align.training.context import EpochCost
+from diffusion_align.training.optimizers import STATE_BYTES
+from diffusion_align.training.precision import Machine, with_precision
+
+GB = 10**9
+CARDS = (12, 16, 24, 40, 48, 80)
+"""GB of memory that GPUs have."""
+CUDA = GB
+"""What CUDA takes for itself, about."""
+GPU, CPU = Machine(gpu=True, bf16=True), Machine(gpu=False, bf16=False)
+_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAVING: dict[str, tuple[Any, Any]] = {
+    "gradient_checkpointing": (True, False),
+    "vae_slicing": (True, False),
+    "vae_tiling": (True, False),
+    "offload_text_encoders": (True, False),
+    "dtype": ("bfloat16", "float32"),
+    "optimizer": ("adamw_8bit", "adamw"),
+    "ema_offload": (True, False),
+}
+"""Settings that need less memory at the first value than at the second."""
+_WORTH_IT = 0.02
+"""Share of the peak that a setting must save to be named."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes per process, and what they were counted from.
+
+    Attributes:
+        weights: part of the pipeline -> its frozen weights; "reference" is the frozen copy of a network that is trained
+            whole.
+        trained: weights that are trained, their gradients, the optimizer's state and their average.
+        recorded: latents of an epoch, if one process samples them all.
+        phases: what each needs beside all that, one after the other.
+        network, decoding: costs of the network and of decoding a batch.
+        passes: how the network is run.
+    """
+
+    weights: Mapping[str, int]
+    trained: int
+    recorded: int
+    phases: Mapping[str, int]
+    network: NetworkCost
+    decoding: PassCost
+    passes: Passes
+
+    @property
+    def peak(self) -> int:
+        return sum(self.weights.values()) + self.trained + self.recorded + max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a setting of this value saves at the peak, in bytes, and the share by which it makes an epoch longer."""
+
+    setting: str
+    value: str
+    saved: int
+    slower: float
+
+
+@dataclass
+class Estimator:
+    """Estimates recipes for one model; what its network costs is counted once for each way to run it."""
+
+    model: ModelFiles
+    epoch: EpochCost
+    _counted: dict[tuple[Any, ...], NetworkCost] = field(default_factory=dict)
+
+    def estimate(self, config: DenoisingConfig, machine: Machine = GPU) -> Estimate:
+        """What ``config`` needs on ``machine``: on a GPU with fused attention, on a CPU with attention matrices."""
+        config = with_precision(config, machine)
+        family, configs = self.model.family, self.model.configs
+        network, vae = configs[family.network], configs["vae"]
+        size = family.latent_size(network, vae, height=config.height, width=config.width)
+        latents = family.latent_shape(network, size)
+        guided = 2 if config.sampler.guidance_scale > 1 else 1
+        dtype = getattr(torch, str(config.dtype))
+        passes = Passes(
+            latent_size=size,
+            train_batch=config.micro_batch_size * self.epoch.width,
+            sample_batch=config.sample_batch_size * guided,
+            tokens=family.prompt_tokens(configs),
+            dtype=dtype,
+            autocast=_DTYPES.get(str(config.mixed_precision)),
+            checkpointing=config.gradient_checkpointing,
+            eager_attention=not machine.gpu,
+            reference=self.epoch.reference > 0 and config.inner_epochs == 1,
+        )
+        cost = self._network_cost(config, passes)
+        upcast = (
+            vae.get("force_upcast", True)
+            if getattr(config, "upcast_vae", None) is None
+            else getattr(config, "upcast_vae", None)
+        )
+        vae_dtype = torch.float32 if upcast else dtype
+        on_meta = vae_on_meta(
+            vae, vae_dtype, slicing=getattr(config, "vae_slicing", False), tiling=getattr(config, "vae_tiling", False)
+        )
+        decoding = decoding_cost(on_meta, latents, config.sample_batch_size)
+        phases = {"training": cost.training, "sampling": cost.sampling, "decoding": decoding.working}
+        if getattr(config, "pairs", None) is not None:
+            phases["encoding images"] = encoding_cost(on_meta, latents, 2 * config.sample_batch_size).working
+        weights = {family.network: cost.frozen * dtype.itemsize} if config.lora else {"reference": 4 * cost.trained}
+        for name, count in self._counts.items():
+            if name == family.network:
+                continue
+            size_of_part = count * (vae_dtype if name == "vae" else dtype).itemsize
+            if name.startswith("text_encoder") and machine.gpu and getattr(config, "offload_text_encoders", False):
+                phases["encoding prompts"] = phases.get("encoding prompts", 0) + size_of_part
+            else:
+                weights[name] = size_of_part
+        averaged = 4 if config.ema_decay and not config.ema_offload else 0
+        state = STATE_BYTES[config.optimizer]
+        return Estimate(
+            weights=weights,
+            trained=(4 + 4 + state + averaged) * cost.trained,  # weights and gradients are float32
+            recorded=4 * math.prod(latents) * self.epoch.recorded,
+            phases=phases,
+            network=cost,
+            decoding=decoding,
+            passes=passes,
+        )
+
+    def savings(self, config: DenoisingConfig) -> tuple[list[Saving], list[Saving]]:
+        """What the settings that are on save, each by itself; and what those that are off would save, the one that
+        saves most first, each on top of those before it. Those that save next to nothing are left out."""
+        now = self.estimate(config)
+        on, off = [], []
+        for name, (saving, costly) in _SAVING.items():
+            if not _applies(config, name):
+                continue
+            if getattr(config, name) != saving:
+                off.append((name, saving))
+                continue
+            saved = self.estimate(config.model_copy(update={name: costly})).peak - now.peak
+            if saved >= _WORTH_IT * now.peak:
+                on.append(self._saving(config, name, saving, saved))
+        would: list[Saving] = []
+        while off:
+            each = [(now.peak - self.estimate(config.model_copy(update={n: v})).peak, (n, v)) for n, v in off]
+            saved, (name, value) = max(each, key=lambda one: one[0])
+            if saved < _WORTH_IT * now.peak:
+                break
+            would.append(self._saving(config, name, value, saved))
+            config = config.model_copy(update={name: value})
+            now = self.estimate(config)
+            off.remove((name, value))
+        return on, would
+
+    def forward_passes(self, config: DenoisingConfig) -> float:
+        """What an epoch's passes of the network on one sample cost, in forward passes; those of evaluations too."""
+        epoch = self.epoch
+        forward = epoch.sampling + epoch.reference + epoch.probed + epoch.estimated + evaluation_passes(config)
+        return forward + training_passes(config) * epoch.trained
+
+    def _saving(self, config: DenoisingConfig, name: str, value: Any, saved: int) -> Saving:
+        """Of what is named here only gradient checkpointing takes time that counts."""
+        slower = 0.0
+        if name == "gradient_checkpointing":
+            kept, again = (
+                self.forward_passes(config.model_copy(update={"gradient_checkpointing": on})) for on in (False, True)
+            )
+            slower = again / kept - 1
+        return Saving(name, str(value).lower(), saved, slower)
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        return parameter_counts(self.model.family, self.model.configs)
+
+    def _network_cost(self, config: DenoisingConfig, passes: Passes) -> NetworkCost:
+        family, lora = self.model.family, config.lora
+        key = (passes, None if lora is None else lora.model_dump_json())
+        if key not in self._counted:
+            self._counted[key] = network_cost(family, self.model.configs[family.network], lora, passes)
+        return self._counted[key]
+
+
+def training_passes(config: DenoisingConfig) -> int:
+    """What a forward and a backward pass cost, in forward passes: weights below a LoRA need no gradient."""
+    return (2 if config.lora else 3) + config.gradient_checkpointing
+
+
+def evaluation_passes(config: DenoisingConfig) -> float:
+    """Forward passes of the network for evaluations, per epoch on average."""
+    return (2 if config.sampler.guidance_scale > 1 else 1) * config.sampler.steps * evaluated(config)
+
+
+def evaluated(config: DenoisingConfig) -> float:
+    """Images sampled for evaluations, per epoch on average."""
+    return config.evaluation.samples / config.evaluation.every if config.evaluation else 0
+
+
+def smallest_card(needed: float) -> int | None:
+    """GB of the smallest of ``CARDS`` that holds ``needed`` bytes and CUDA, None if there is none."""
+    return next((card for card in CARDS if needed + CUDA <= card * GB), None)
+
+
+def _applies(config: DenoisingConfig, name: str) -> bool:
+    """Whether a setting of ``_SAVING`` could be set."""
+    if name not in type(config).model_fields:
+        return False
+    if name == "dtype":
+        return config.lora is not None
+    if name == "optimizer":
+        return config.lora is None
+    return name != "ema_offload" or config.ema_decay is not None
