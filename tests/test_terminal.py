@@ -235,6 +235,14 @@ def test_how_to_resume_is_said_after_such_an_error_too(fail):
     assert "CUDA_LAUNCH" not in err
 
 
+def test_what_was_noted_about_an_error_is_in_its_sentence(fail):
+    error = UserError("grid.png cannot be written")
+    error.add_note("B wins 3 of 4")
+    error.add_note("resume with: diffusion-align pairs --resume")
+    said = "error: grid.png cannot be written; B wins 3 of 4\nresume with: diffusion-align pairs --resume\n"
+    assert fail(error) == (2, "", said)
+
+
 @pytest.mark.parametrize("arguments", [("--debug", "report", "run"), ("report", "--debug", "run")])
 def test_debug_prints_the_traceback_and_writes_no_file(fail, tmp_path, arguments):
     status, _, err = fail(KeyError("x"), *arguments)

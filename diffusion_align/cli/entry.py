@@ -28,10 +28,7 @@ def main() -> None:
         if status == interrupt.INTERRUPTED:  # what typer makes of Ctrl-C in its newer versions
             errors.print("stopped")
     except Interrupted as stop:
-        from diffusion_align.training.launch import is_first_process
-
-        if is_first_process():  # the others were stopped with it
-            errors.print(str(stop), markup=False)
+        _print_for_all([str(stop)])
         status = interrupt.INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped")
@@ -40,8 +37,9 @@ def main() -> None:
         if debug:
             errors.print(_traceback(error), markup=False)
         if isinstance(error, UserError) or _is_a(error, "OutOfMemoryError"):
-            status = print_error(str(error))
-            _print_how_to_resume(error)
+            notes, how = _notes(error)
+            status = print_error("; ".join([str(error), *notes]))
+            _print_for_all(how)
         elif isinstance(error, SystemExit):  # never ours, so nothing was finished, whatever its code
             called = f"sys.exit({error.code!r}) was called by code outside this package"
             status = print_error(f"{called}: let it raise an error instead")
@@ -91,7 +89,7 @@ def _unexpected(error: BaseException, debug: bool) -> int:
         except OSError:
             errors.print(_traceback(error), markup=False)
     print_error(f"unexpected {what}; the traceback is {place}")
-    _print_how_to_resume(error)
+    _print_for_all(_notes(error)[1])  # the others may be of other libraries
     return 1
 
 
@@ -101,10 +99,19 @@ def _traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _print_how_to_resume(error: BaseException) -> None:
-    for note in getattr(error, "__notes__", ()):
-        if RESUME_WITH in note:  # other libraries write some, too
-            errors.print(printable(note), markup=False)
+def _notes(error: BaseException) -> tuple[list[str], list[str]]:
+    """What was noted about an error on the way: parts of its sentence, and lines that tell how to resume."""
+    notes = list(map(str, getattr(error, "__notes__", ())))
+    return [note for note in notes if RESUME_WITH not in note], [note for note in notes if RESUME_WITH in note]
+
+
+def _print_for_all(lines: list[str]) -> None:
+    """Print what holds for all processes of a run, once."""
+    from diffusion_align.training.launch import is_first_process
+
+    if is_first_process():
+        for line in lines:
+            errors.print(printable(line, keep="\n"), markup=False)
 
 
 _NO_INTEGER = "Input should be a valid integer, unable to parse string as an integer"

@@ -120,8 +120,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, gone when done, and the function that sets it; nothing where nobody looks."""
     from diffusion_align.training.progress import progress_bars
 
-    console = Console(stderr=True)
-    with progress_bars(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bars(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 

@@ -133,10 +133,7 @@ class StreamedTable(ArrowTable):
         self._first = self._rest = None  # each would keep alive a block of images
         if first is None:
             return
-        console = Console(stderr=True)
-        bar = progress_bars(
-            "{task.completed} rows downloaded", console=console, transient=True, disable=not console.is_terminal
-        )
+        bar = progress_bars("{task.completed} rows downloaded", console=Console(stderr=True), transient=True)
         with _loading(self._source):
             os.makedirs(datasets.config.HF_DATASETS_CACHE, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=datasets.config.HF_DATASETS_CACHE, ignore_cleanup_errors=True)

@@ -24,7 +24,7 @@ from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.models.smollm2 import smollm2_folder
 from diffusion_align.report import read_metrics
-from diffusion_align.report.metrics import Row, is_number, read_evaluation, series
+from diffusion_align.report.metrics import NAMES, Row, is_number, read_evaluation, series
 from diffusion_align.streams import cell, fence, literal, plain
 from diffusion_align.training.evaluation import SUMMARY
 from diffusion_align.training.places import found_from
@@ -38,16 +38,6 @@ BEFORE_AFTER = "before_after.png"
 LARGEST_ETA = 1 - 1e-6
 OF_SAMPLES = ("height", "width", "negative_prompt")
 """Settings of a run, beside its sampler, that the result's samples are made with."""
-_CHANGES = {
-    "reward": "reward",
-    "rewards/accuracies": "implicit accuracy",
-    "rewards/margins": "implicit margin",
-    "accuracy": "accuracy",
-    "margin": "margin",
-    "eval/accuracy": "held-out accuracy",
-    "gold": "held-out reward",
-    "diversity": "diversity",
-}
 _GIVEN = {
     "reward": "reward",
     "reward_weights": "weights of the rewards",
@@ -316,7 +306,7 @@ def _facts(
 def _figures(rows: Sequence[Row], settings: Mapping[str, Any], words: _Words) -> tuple[list[tuple[str, str, str]], str]:
     """(name, first, last) per metric of an epoch, and how the table is read."""
     found = []
-    for key, name in _CHANGES.items():
+    for key, name in NAMES.items():
         epochs, values = _epoch_means(rows, key)
         if len(epochs):
             first, last = f"{values[0]:.4g} (epoch {epochs[0]:g})", f"{values[-1]:.4g} (epoch {epochs[-1]:g})"

@@ -26,6 +26,17 @@ TEXT_KL = {
     "kl": ("KL to the reference, per token", "nats per token", f"{_FAR}, for one token."),
     "kl_path": ("KL to the reference, per completion", "nats per completion", "The same, summed over a completion."),
 }
+NAMES = {
+    "reward": "reward",
+    "rewards/accuracies": "implicit accuracy",
+    "rewards/margins": "implicit margin",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "eval/accuracy": "held-out accuracy",
+    "gold": "held-out reward",
+    "diversity": "diversity",
+}
+"""Metrics of an epoch by which a run is judged, as a text calls them."""
 
 
 def read_metrics(path: str | Path) -> list[Row]:

@@ -1,8 +1,9 @@
-"""Progress bars that look alike everywhere."""
+"""What a run shows of its progress: bars that look alike everywhere, and lines where bars cannot be drawn."""
 
 import importlib.util
 import io
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from diffusion_align.streams import printable
+
 _SECONDS = 0.5
 """Between two looks of the bars in a notebook."""
+LINE_SECONDS = 1.0
+"""At least, between two lines about epochs."""
 
 
 class _LastingConsole(Console):
@@ -78,8 +83,20 @@ class _NotebookBars(_Bars):
         self._display.update({"text/plain": cast(io.StringIO, console.file).getvalue()}, raw=True)
 
 
-def progress_bars(*columns: str | ProgressColumn, **options: Any) -> Progress:
-    """rich's ``Progress`` with ``columns``, else what is done, of how much, and the time; ``options`` are its own."""
+def can_draw(console: Console) -> bool:
+    """Whether bars move there: in a notebook, or on a terminal that can; FORCE_COLOR makes none of a file."""
+    try:
+        forced = bool(os.environ.get("FORCE_COLOR"))
+        return console.is_jupyter or (console.is_interactive and (not forced or console.file.isatty()))
+    except ValueError:  # it is closed
+        return False
+
+
+def progress_bars(*columns: str | ProgressColumn, disable: bool = False, **options: Any) -> Progress:
+    """rich's ``Progress`` with ``columns``, else what is done, of how much, and the time; ``options`` are its own.
+
+    Where bars cannot be drawn it is disabled, too.
+    """
     kind: type[Progress] = _Bars
     if (options.get("console") or get_console()).is_jupyter:
         kind = _Bars if importlib.util.find_spec("ipywidgets") else _NotebookBars
@@ -89,15 +106,37 @@ def progress_bars(*columns: str | ProgressColumn, **options: Any) -> Progress:
     if not columns:
         done = BarColumn(), MofNCompleteColumn()
         columns = TextColumn("{task.description}"), *done, TimeElapsedColumn(), TimeRemainingColumn()
-    return kind(*columns, **options)
+    return kind(*columns, disable=disable or not can_draw(options["console"]), **options)
 
 
 class Bars:
-    """The progress bars of a run; disabled they print nothing. Tasks may be opened before the bars are shown."""
+    """The progress of a run: bars, and lines where bars cannot be drawn; disabled it shows nothing.
+
+    Tasks may be opened before the bars are shown.
+    """
 
     def __init__(self, *, disable: bool = False) -> None:
         self.progress = progress_bars(disable=disable)
         self._epochs: TaskID | None = None
+        self._disabled = disable
+        self._line_at = -math.inf
+
+    def print_start(self, *lines: str) -> None:
+        """Lines before the first epoch, above the bars; a notebook shows the bars alone."""
+        if not self._disabled and not self.progress.console.is_jupyter:
+            for line in lines:
+                self._print(line)
+
+    def print_epoch(self, line: str, *, always: bool) -> None:
+        """A line about an epoch that is done, where no bars are; not all of them, unless ``always``."""
+        if self._disabled or can_draw(self.progress.console):
+            return
+        if always or time.monotonic() - self._line_at >= LINE_SECONDS:
+            self._line_at = time.monotonic()
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self.progress.console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     def show_epochs(self, done: int, total: int, description: str) -> None:
         """The topmost bar: ``done`` of ``total`` epochs."""

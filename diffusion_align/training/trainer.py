@@ -38,6 +38,7 @@ from diffusion_align.errors import (
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
 from diffusion_align.invocation import PythonCall
 from diffusion_align.references import reference_to
+from diffusion_align.report.metrics import NAMES
 from diffusion_align.streams import print_warning
 from diffusion_align.training import checkpoint
 from diffusion_align.training.callbacks import (
@@ -55,6 +56,7 @@ from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.digests import Identity
 from diffusion_align.training.finite import require_finite_loss
 from diffusion_align.training.launch import check_accelerator, make_accelerator
+from diffusion_align.training.lines import epoch_line, start_lines
 from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.precision import Machine, with_precision
 from diffusion_align.training.processes import Processes
@@ -160,6 +162,7 @@ class Trainer(ABC, Generic[Batch]):
         self.report = Report()
         self.callbacks: list[Callback] = [DescribeMetrics(), Preview(), *callbacks, self.log, *trackers, self.report]
         self.epoch = self.step = self._began = 0
+        self._training_since = 0.0  # on the clock of ``time.perf_counter``
         self.resumed = False
         self.stopped: str | None = None
         self.identity: Identity = {}
@@ -321,6 +324,9 @@ class Trainer(ABC, Generic[Batch]):
         self.resumed, self._began = bool(newest), self.epoch
         self.processes.wait()  # all have read the folder before the main process writes to it
         self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
+        self.bars.print_start(
+            *start_lines(config, done=self.epoch, device=self.processes.device.type, processes=self.processes.count)
+        )
         self.bars.show_epochs(self.epoch, config.epochs, "starting")
         self._each("on_start")
         if self._unmeasured is not None:
@@ -335,6 +341,7 @@ class Trainer(ABC, Generic[Batch]):
                 raise Interrupted(f"stopped before the first epoch\n{self.run_folder.how_to_resume()}") from None
             if first:
                 self._each("on_update", plain_row({"step": 0, "epoch": 0, **first}))
+        self._training_since = time.perf_counter()
 
     def _open_folder(self, step: int) -> None:
         """``config.yaml`` first: with it the run can be resumed, whatever a tracker or callback does."""
@@ -371,10 +378,14 @@ class Trainer(ABC, Generic[Batch]):
         row["time/epoch"] = time.perf_counter() - started
         requested = self._measure(row, last)
         known, key = last | row, self.headline
-        shown = f"{key} {known[key]:.4g}" if key in known else f"step {self.step}"
+        shown = f"{NAMES.get(key, key)} {known[key]:.4g}" if key in known else f"step {self.step}"
         self.bars.show_epochs(self.epoch, config.epochs, shown)
         self._rng_at_start = checkpoint.rng_state()
-        self.stopped = self.stop_reason(last | row) or requested or self._nothing_left_to_train()
+        self.stopped = self.stop_reason(known) or requested or self._nothing_left_to_train()
+        done = self.epoch - self._began
+        left = (time.perf_counter() - self._training_since) / done * (config.epochs - self.epoch)
+        line = epoch_line(known, epochs=config.epochs, headline=key, left=left)
+        self.bars.print_epoch(line, always=done == 1 or self.epoch == config.epochs or bool(self.stopped))
         due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
         due = due or bool(self.stopped) or self.checkpoint_wanted()
         if not due and config.checkpoint_minutes is not None:  # by the clock of the main process

@@ -224,6 +224,7 @@ def test_a_reward_that_hangs_on_one_process_is_left_on_both(forked, settings, tm
     assert finished in (1, 2)
     said = f"stopped after epoch {finished} of 9\n{resumed_with('train', config, f'output_dir={tmp_path}/run')}\n"
     assert [said in error for error in run.errors] == [True, False], run.errors
+    assert ["epoch 1/9" in output for output in run.outputs] == [True, False], run.outputs
 
 
 FULL = """

@@ -9,7 +9,8 @@ def problems(error):
         return error
     error = getattr(error, "value", error)
     if isinstance(error, str):
-        return [line.removeprefix("error: ") for line in error.splitlines()]
+        lines = [line.removeprefix("error: ") for line in error.splitlines()]
+        return [line for line in lines if not line.startswith("resume with: ")]
     return list(getattr(error, "problems", [str(error)]))
 
 
