@@ -18,7 +18,6 @@ FAILS = """
     if log.is_file() and log.read_text().count('"time/epoch"') == 2:
         raise ValueError("out of order")
 """
-MENDED = NOISY
 BROKEN = NOISY.replace("metadata):\n", f"metadata):{FAILS}")
 
 
@@ -41,7 +40,7 @@ def pasted(line, folder):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, "a reward that fails in epoch 3"])
 def test_the_printed_command_resumes_to_the_same_end(forked, calm, tiny_sd, tmp_path, end):
     fails = isinstance(end, str)
-    (tmp_path / "noisy.py").write_text(BROKEN if fails else MENDED)
+    (tmp_path / "noisy.py").write_text(BROKEN if fails else NOISY)
     (tmp_path / "a recipe.yaml").write_text(dump(HARD_RUN | {"model": str(tiny_sd), "reward": "noisy.py:noisy"}))
     folder = tmp_path / "it's a run"
     pids = forked.start("train", "a recipe.yaml", f"output_dir={folder.name}", cwd=tmp_path)
@@ -55,7 +54,7 @@ def test_the_printed_command_resumes_to_the_same_end(forked, calm, tiny_sd, tmp_
     said, how = run.error.strip().splitlines()[-2:]
     assert ("raised ValueError: out of order" if fails else "stopped after epoch ") in said
     assert how.startswith("resume with: diffusion-align train 'a recipe.yaml' ")
-    (tmp_path / "noisy.py").write_text(MENDED)
+    (tmp_path / "noisy.py").write_text(NOISY)
     resumed = pasted(how.removeprefix("resume with: "), tmp_path)
     assert resumed.returncode == 0, (how, resumed.stderr)
     assert_same_run(folder, calm)
