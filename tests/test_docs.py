@@ -81,7 +81,7 @@ def test_commands_run(page: Path, tmp_path: Path, forked: Any) -> None:
     for command in [line for _, block in blocks(page.read_text(), "bash") for line in block.splitlines() if line]:
         words = shlex.split(command)
         assert words[0] == "diffusion-align"
-        done = forked(*words[1:], cwd=tmp_path, timeout=300, plots=True)
+        done = forked(*words[1:], cwd=tmp_path, timeout=300)
         assert done.status == 0, f"{command}\n{done.error[-2000:]}"
 
 

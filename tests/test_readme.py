@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from diffusion_align.report import plots
 from tests.helpers.printed import SHORT_IMAGES, blocks, shorter, shorter_code
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +47,7 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
                 "HOME": str(workplace),
             }
             if words[0] == "diffusion-align":
-                run = forked(*shorter(words[1:], workplace), cwd=workplace, timeout=600, plots="--plot" in words)
+                run = forked(*shorter(words[1:], workplace), cwd=workplace, timeout=600)
                 assert run.status == 0, f"{command}\n{run.outputs[0][-2000:]}\n{run.error[-2000:]}"
                 continue
             words += ["epochs=1", *SHORT_IMAGES] if words[1] == "scripts/quickstart.sh" else []
@@ -67,7 +66,6 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
 
 def test_every_python_block_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(plots, "figure_png", lambda figure: b"")  # seconds per run; the quickstart draws its own
     assert blocks(README, "python")
     for _, block in blocks(README, "python"):
         exec(compile(shorter_code(block), "README.md", "exec"), {"__name__": "readme"})

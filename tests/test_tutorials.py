@@ -23,13 +23,11 @@ SHORTER = {
     r"\[:24\]": "[:4]",
     r'"every": \d+': '"every": 1, "samples": 4',
 }
-# The time of a tutorial is images with 20 steps and guidance, and curves that nobody looks at here.
+# The time of a tutorial is images with 20 steps and guidance.
 FIRST = """
 import torch
-import diffusion_align.report.plots as plots
 from diffusion_align.pipelines import ImageAlignmentPipeline
 torch.set_num_threads(1)
-plots.figure_png = lambda figure: b""
 draw = ImageAlignmentPipeline.__call__
 ImageAlignmentPipeline.__call__ = lambda self, *a, **k: draw(self, *a, **{"steps": 2, "guidance_scale": 1.0} | k)
 """

@@ -44,15 +44,15 @@ def inline(path: Path) -> str | None:
     try:
         image = open_image(path)
         if image.width <= MAX_IMAGE_WIDTH:
-            return data_uri(path.read_bytes())
+            return _data_uri(path.read_bytes())
     except (OSError, UnreadableImage):
         return None
     height = max(1, round(image.height * MAX_IMAGE_WIDTH / image.width))
     small = image.resize((MAX_IMAGE_WIDTH, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="PNG")
-    return data_uri(buffer.getvalue())
+    return _data_uri(buffer.getvalue())
 
 
-def data_uri(png: bytes) -> str:
+def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")

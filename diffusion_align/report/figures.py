@@ -6,10 +6,18 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from diffusion_align.report import plots
-from diffusion_align.report.embedding import data_uri
+from diffusion_align.report.charts import (
+    Chart,
+    Panel,
+    held_out_charts,
+    metric_charts,
+    panel_charts,
+    reward_chart,
+    reward_component_keys,
+    time_chart,
+)
 from diffusion_align.report.metrics import Described, Row, natural_x, numeric_keys, series
-from diffusion_align.report.plots import Panel
+from diffusion_align.report.svg import shapes
 
 MAX_OTHER_METRICS = 24
 PREFERENCE_PANELS = (
@@ -55,9 +63,9 @@ NORM_PANELS = (Panel({"grad_norm": "norm"}, smooth=False),)
 
 
 class Figure(NamedTuple):
-    """A figure of the report: how it is plotted, over which x, the metrics (any one is enough), and how to read it."""
+    """A figure of the report: its charts, their x, the metrics (any one is enough), and how to read it."""
 
-    draw: Callable[[Sequence[Row]], plots.Figure]
+    draw: Callable[[Sequence[Row]], Sequence[Chart]]
     x: str
     keys: Sequence[str]
     reading: str
@@ -65,19 +73,19 @@ class Figure(NamedTuple):
 
 def _of_panels(panels: Sequence[Panel], reading: str) -> Figure:
     keys = [key for panel in panels for key in panel.lines]
-    return Figure(functools.partial(plots.plot_panels, shown=panels), "step", keys, reading)
+    return Figure(functools.partial(panel_charts, shown=panels), "step", keys, reading)
 
 
 _FIGURES = {
     "reward": Figure(
-        plots.plot_reward,
+        reward_chart,
         "epoch",
         ("reward",),
         "The mean reward of each epoch's samples, scored before the updates on them. Bands that do not overlap "
         "are a real difference.",
     ),
     "gold": Figure(
-        plots.plot_held_out_reward,
+        held_out_charts,
         "epoch",
         ("gold", "gold_stderr", "diversity"),
         "Measured on the same prompts and the same noise every time; not trained on. If the training reward rises "
@@ -113,7 +121,7 @@ _FIGURES = {
     ),
     "norm": _of_panels(NORM_PANELS, "The norm of each update's gradient."),
     "time": Figure(
-        plots.plot_time_split,
+        time_chart,
         "epoch",
         ("time/sample", "time/score", "time/update", "time/evaluation", "time/grid", "time/epoch"),
         "Where the seconds of each epoch went.",
@@ -126,16 +134,14 @@ def figures(rows: Sequence[Row], described: Described) -> Iterator[dict[str, Any
     for name, (draw, x, keys, reading) in _FIGURES.items():
         if set(numeric_keys(rows, x=x)).intersection(keys):
             yield _figure(draw(rows), reading)
-        if name == "reward" and len(components := plots.reward_component_keys(rows)) > 1:
-            yield _figure(plots.plot_metrics(rows, components), "The rewards that were logged, one by one.")
+        if name == "reward" and len(components := reward_component_keys(rows)) > 1:
+            yield _figure(metric_charts(rows, components), "The rewards that were logged, one by one.")
         if name == "preference" and (kl := [key for key in _KL if key in numeric_keys(rows, x="step")]):
             titles = {key: described[key][0] for key in kl if key in described} | {"kl_coef": "Price of the KL"}
             panels = [Panel({key: "KL"}, title=titles.get(key, key)) for key in kl]
-            yield _figure(
-                plots.plot_panels(rows, panels), " ".join(described[key][2] for key in kl if key in described)
-            )
+            yield _figure(panel_charts(rows, panels), " ".join(described[key][2] for key in kl if key in described))
     for key in _own(rows, described):
-        yield _figure(plots.plot_metrics(rows, [key], described=described), described[key][2])
+        yield _figure(metric_charts(rows, [key], described=described), described[key][2])
 
 
 def _shown() -> set[str]:
@@ -154,20 +160,14 @@ def _drawable(rows: Sequence[Row]) -> list[str]:
 
 def other_metrics(rows: Sequence[Row], described: Described) -> dict[str, Any] | None:
     """Every metric that no figure above shows, so that an algorithm that declares nothing is reported as well."""
-    shown = _shown() | {*_own(rows, described), *plots.reward_component_keys(rows)}
+    shown = _shown() | {*_own(rows, described), *reward_component_keys(rows)}
     keys = [key for key in _drawable(rows) if key not in shown]
     if not keys:
         return None
     left_out = keys[MAX_OTHER_METRICS:]
     reading = f"Not plotted, see metrics.jsonl: {', '.join(left_out)}." if left_out else ""
-    return _figure(plots.plot_metrics(rows, keys[:MAX_OTHER_METRICS], columns=3), reading)
+    return _figure(metric_charts(rows, keys[:MAX_OTHER_METRICS]), reading)
 
 
-def _figure(figure: plots.Figure, reading: str) -> dict[str, Any]:
-    titles = [axes.get_title(loc="left") for axes in figure.axes]
-    return {
-        "source": data_uri(plots.figure_png(figure)),
-        "alt": "Plot: " + "; ".join(titles),
-        "wide": len(titles) > 1,
-        "reading": reading,
-    }
+def _figure(charts: Sequence[Chart], reading: str) -> dict[str, Any]:
+    return {"panels": [shapes(chart) for chart in charts], "reading": reading}

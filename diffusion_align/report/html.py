@@ -13,9 +13,10 @@ import jinja2
 from diffusion_align import yaml_text
 from diffusion_align.errors import short
 from diffusion_align.inputs import check_path
+from diffusion_align.report import svg
 from diffusion_align.report.embedding import grids, inline, some_epochs
 from diffusion_align.report.figures import figures, other_metrics
-from diffusion_align.report.metrics import Row, read_descriptions, read_metrics, series
+from diffusion_align.report.metrics import MetricTable, Row, read_descriptions, read_metrics, series
 from diffusion_align.report.status import RunStatus, read_status, status_text
 from diffusion_align.report.summary import evaluation_sentences, summary
 from diffusion_align.report.texts import before_after_table, samples_table
@@ -43,7 +44,7 @@ def write_report(run_dir: str | Path) -> Path:
             "give the output_dir of a run"
         )
     metrics = run_dir / "metrics.jsonl"
-    rows = read_metrics(metrics) if metrics.is_file() else []
+    rows = MetricTable(read_metrics(metrics) if metrics.is_file() else [])
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text(encoding="utf-8", errors="replace") if config_path.is_file() else ""
     config = _load_config(config_text)
@@ -55,6 +56,12 @@ def write_report(run_dir: str | Path) -> Path:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.get_template("report.html.j2").render(
+        width=svg.WIDTH,
+        height=svg.HEIGHT,
+        left=svg.LEFT,
+        right=svg.RIGHT,
+        top=svg.TOP,
+        bottom=svg.BOTTOM,
         title=_title(run_dir, config),
         folder=run_dir.resolve().name,
         summary=" ".join([summary(rows, described), *evaluation_sentences(rows, run_dir / "evaluation.json", status)]),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
+COUNTERS = {"step", "epoch"}
 Described = Mapping[str, tuple[str, str, str]]
 """Metric -> its title, unit and how it is read."""
 _FAR = "How far the policy was from the reference"
@@ -112,12 +113,45 @@ def plus_minus(value: float, error: float) -> str:
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
+class MetricTable(list[Row]):
+    """Rows that are not changed any more, with their numbers by metric, so that each row is looked at once.
+
+    ``series`` and ``numeric_keys`` make one of other rows.
+    """
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        super().__init__(rows)
+        self._finite: dict[str | None, set[str]] = {None: set(), **{x: set() for x in COUNTERS}}
+        self._points: dict[str, dict[str, dict[float, float]]] = {x: {} for x in COUNTERS}
+        for row in self:
+            numbers = {key: value for key, value in row.items() if is_number(value)}
+            finite = {key for key, value in numbers.items() if math.isfinite(value)}
+            self._finite[None] |= finite
+            for x in COUNTERS & numbers.keys():
+                self._finite[x] |= finite
+                points, at = self._points[x], numbers[x]
+                for key, value in numbers.items():
+                    points.setdefault(key, {})[at] = value
+
+    def points(self, key: str, x: str) -> dict[float, float]:
+        """The last value at each ``x``."""
+        return self._points[x].get(key, {})
+
+    def finite_keys(self, x: str | None) -> set[str]:
+        """Metrics with a finite number, in rows that hold the counter ``x`` if one is given."""
+        return self._finite[x]
+
+
+def _table(rows: Iterable[Row]) -> MetricTable:
+    return rows if isinstance(rows, MetricTable) else MetricTable(rows)
+
+
 def series(rows: Iterable[Row], key: str, *, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
     """``(xs, values)`` of one key, float64 and sorted by x; rows that lack the key or ``x`` are left out.
 
     Where several rows share an x the last one counts: a resumed run may have written a row twice.
     """
-    found = {row[x]: row[key] for row in rows if is_number(row.get(key)) and is_number(row.get(x))}
+    found = _table(rows).points(key, x)
     xs = sorted(found)
     return np.array(xs, dtype=np.float64), np.array([found[value] for value in xs], dtype=np.float64)
 
@@ -127,9 +161,21 @@ def numeric_keys(rows: Iterable[Row], *, x: str | None = None) -> list[str]:
 
     With ``x`` only the rows that hold that counter are looked at: the keys that can be plotted over it.
     """
-    counted = (row for row in rows if x is None or is_number(row.get(x)))
-    keys = {key for row in counted for key, value in row.items() if is_number(value) and math.isfinite(value)}
-    return sorted(keys - {"step", "epoch"})
+    return sorted(_table(rows).finite_keys(x) - COUNTERS)
+
+
+def present(rows: Iterable[Row], keys: Sequence[str], *, x: str | None = None) -> list[str]:
+    """Those of ``keys`` that ``numeric_keys`` finds.
+
+    Raises:
+        ValueError: none of them.
+    """
+    known = numeric_keys(rows, x=x)
+    found = [key for key in keys if key in known]
+    if not found:
+        over = f" over {x}" if x else ""
+        raise ValueError(f"no row holds {', '.join(keys)}: the metrics{over} are {', '.join(known) or 'empty'}")
+    return found
 
 
 def natural_x(runs: Sequence[Sequence[Row]], key: str) -> str:

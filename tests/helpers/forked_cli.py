@@ -2,8 +2,7 @@
 
 Run as a script this is a server: it imports the project once and forks for every request, so that a run costs what it
 computes. Each child has its own pid (and can be sent any signal), its own output files, environment and folder, and
-calls ``diffusion_align.cli.main``. With ``processes`` > 1 the children get what ``torchrun`` would give them. Curves
-take seconds to lay out and draw, most of a short run: without ``plots`` their places in a report stay empty.
+calls ``diffusion_align.cli.main``. With ``processes`` > 1 the children get what ``torchrun`` would give them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ PRELOADED = (
     "diffusers.training_utils",
     "peft",
 )
-WITHOUT_PLOTS = "import diffusion_align.report.plots as plots\nplots.figure_png = lambda figure: b''\n"
 
 
 @dataclass
@@ -73,16 +71,14 @@ class ForkedCli:
         self._server.stdin.close()
         self._server.wait(timeout=30)
 
-    def start(
-        self, *arguments: object, cwd: Path | None = None, prelude: str = "", processes: int = 1, plots: bool = False
-    ) -> list[int]:
+    def start(self, *arguments: object, cwd: Path | None = None, prelude: str = "", processes: int = 1) -> list[int]:
         """Pids of freshly started processes; ``prelude`` is Python that each runs before the command."""
         self._count += 1
         self._files = [self._scratch / f"{self._count}_{rank}" for rank in range(processes)]
         request = {
             "argv": [str(a) for a in arguments],
             "cwd": str(cwd or self._scratch),
-            "prelude": prelude if plots else WITHOUT_PLOTS + prelude,
+            "prelude": prelude,
             "files": [str(f) for f in self._files],
         }
         return self._ask(request)

@@ -17,7 +17,7 @@ from diffusion_align.pipelines.configuration import check_config, read_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from diffusion_align.pipelines.run import run
 from diffusion_align.pretrained import load_in_dtype
-from diffusion_align.report import plots, read_metrics
+from diffusion_align.report import read_metrics
 from tests.helpers.tiny_runs import TINY
 
 HEAD = Path(__file__).resolve().parents[3] / "shared/data/aesthetic/sac+logos+ava1-l14-linearMSE.pth"
@@ -36,11 +36,6 @@ SETTINGS = TINY | {
     "learning_rate": 0.3,
     "sampler": {"steps": 2, "guidance_scale": 3.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch):
-    monkeypatch.setattr(plots, "figure_png", lambda figure: b"")
 
 
 def settings_of(name, form, published):

@@ -1,13 +1,17 @@
 import json
+import re
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
 from diffusion_align import report
-from diffusion_align.report import plots
+from diffusion_align.report import charts, metrics
+from diffusion_align.report.charts import Chart, Curve, Panel, panel_charts, reward_component_keys
 from diffusion_align.report.figures import CLIP_PANELS, PREFERENCE_PANELS, RATIO_PANELS
-from diffusion_align.report.plots import PALETTE, Panel, add_legend, describe, plot_panels, reward_component_keys
+from diffusion_align.report.names import describe
+from diffusion_align.report.plots import PALETTE
+from diffusion_align.report.svg import COLUMNS, shapes, thinned
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -54,76 +58,78 @@ def line_data(axes, n=0):
     return [list(values) for values in axes.lines[n].get_data()]
 
 
-def plot_preference(rows):
-    return plot_panels(rows, PREFERENCE_PANELS)
+def points(curve):
+    return [list(curve.xs), list(curve.ys)]
 
 
-def test_every_plot_is_a_png_and_leaves_pyplot_alone(tmp_path):
-    for n, (draw, n_axes) in enumerate(
-        [
-            (plots.plot_reward, 1),
-            (lambda rows: plot_panels(rows, CLIP_PANELS), 1),
-            (lambda rows: plot_panels(rows, RATIO_PANELS), 2),
-            (plots.plot_time_split, 1),
-            (lambda rows: plots.plot_metrics(rows, ["rewards/gold/mean", "grad_norm"]), 2),
-        ]
-    ):
-        figure = draw(fake_rows())
-        assert len(figure.axes) == n_axes
-        assert all(axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
-        assert report.save_figure(figure, tmp_path / f"{n}.png").read_bytes().startswith(PNG)
+def legend_of(chart):
+    return [text for _, text in shapes(chart)["legend"]]
 
-    import matplotlib.pyplot as plt
 
-    assert plt.get_fignums() == []
+def preference_charts(rows):
+    return panel_charts(rows, PREFERENCE_PANELS)
+
+
+def test_every_figure_of_the_report_is_drawn():
+    for draw, count in [
+        (charts.reward_chart, 1),
+        (lambda rows: panel_charts(rows, CLIP_PANELS), 1),
+        (lambda rows: panel_charts(rows, RATIO_PANELS), 2),
+        (charts.time_chart, 1),
+        (lambda rows: charts.metric_charts(rows, ["rewards/gold/mean", "grad_norm"]), 2),
+    ]:
+        drawn = draw(fake_rows())
+        assert len(drawn) == count
+        assert all(chart.title and chart.x and chart.unit for chart in drawn)
+        assert all(shapes(chart)["paths"] for chart in drawn)
 
 
 def test_the_reward_band_is_two_standard_errors():
-    (axes,) = plots.plot_reward(fake_rows()).axes
-    assert line_data(axes) == [[1, 2, 3, 4], [1, 2, 3, 4]]
-    band = axes.collections[0].get_paths()[0].vertices
-    at_two = band[band[:, 0] == 2][:, 1]
-    assert (at_two.min(), at_two.max()) == (1.5, 2.5)
-    assert legend_texts(axes.get_legend()) == ["mean over the epoch's samples", "± 2 standard errors"]
+    (chart,) = charts.reward_chart(fake_rows())
+    assert points(chart.curves[0]) == [[1, 2, 3, 4], [1, 2, 3, 4]]
+    (band,) = chart.bands
+    assert (band.low[1], band.high[1]) == (1.5, 2.5)
+    assert legend_of(chart) == ["mean over the epoch's samples", "± 2 standard errors"]
     # The band keeps to the epochs that have an error.
     rows = [{"epoch": 1, "reward": 1.0}, {"epoch": 2, "reward": 2.0, "reward_stderr": 0.5}]
     rows += [{"epoch": 3, "reward_stderr": 9.0}]
-    (axes,) = plots.plot_reward(rows).axes
-    assert axes.collections[0].get_segments()[0].tolist() == [[2, 1], [2, 3]]
-    (axes,) = plots.plot_reward(rows[:1]).axes
-    assert not axes.collections
+    (band,) = charts.reward_chart(rows)[0].bands
+    assert [list(part) for part in (band.xs, band.low, band.high)] == [[2], [1], [3]]
+    assert charts.reward_chart(rows[:1])[0].bands == []
 
 
 def test_a_negative_kl_estimate_stays_visible():
-    (axes,) = plot_panels([{"step": 1, "kl": -0.5}, {"step": 2, "kl": 0.5}], [Panel({"kl": "KL"})]).axes
-    assert axes.get_ylim()[0] < -0.5
+    (chart,) = panel_charts([{"step": 1, "kl": -0.5}, {"step": 2, "kl": 0.5}], [Panel({"kl": "KL"})])
+    ticks = [float(text.replace("−", "-")) for _, text in shapes(chart)["y_ticks"]]
+    assert min(ticks) < 0
+    assert max(float(y) for _, _, y in shapes(chart)["dots"]) < 208, "above the lower end of the plot"
+    (chart,) = panel_charts([{"step": 1, "kl": 0.4}, {"step": 2, "kl": 0.5}], [Panel({"kl": "KL"})])
+    assert shapes(chart)["y_ticks"][0] == ("208.0", "0.0"), "and what cannot be negative begins at 0"
 
 
 def test_clip_fraction_lines_are_not_swapped():
-    (axes,) = plot_panels(fake_rows(20, updates=3), CLIP_PANELS).axes
-    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+    (chart,) = panel_charts(fake_rows(20, updates=3), CLIP_PANELS)
+    assert {curve.label: list(curve.ys) for curve in chart.curves} == {
         "either side": [0.3] * 60,
         "below": [0.1] * 60,
         "above": [0.2] * 60,
     }, "and not smoothed"
-    assert axes.get_ylabel() == "fraction of actions"
+    assert chart.unit == "fraction of actions"
 
 
 def test_ratio_is_drawn_minus_one():
-    ratio, first_pass = plot_panels(fake_rows(), RATIO_PANELS).axes
-    lines = {line.get_label(): line.get_ydata()[0] for line in ratio.lines}
-    assert lines == pytest.approx({"largest": 0.2, "mean": 0.0, "smallest": -0.1, "as sampled": 0.0})
-    assert (ratio.get_title(loc="left"), ratio.get_ylabel()) == ("Importance ratio", "ratio − 1")
-    assert line_data(first_pass) == [[1, 3, 5, 7], [1e-6] * 4]
+    ratio, first_pass = panel_charts(fake_rows(), RATIO_PANELS)
+    lines = {curve.label: curve.ys[0] for curve in ratio.curves}
+    assert lines == pytest.approx({"largest": 0.2, "mean": 0.0, "smallest": -0.1})
+    assert (ratio.level, ratio.title, ratio.unit) == ((0.0, "as sampled"), "Importance ratio", "ratio − 1")
+    assert points(first_pass.curves[0]) == [[1, 3, 5, 7], [1e-6] * 4]
+    assert shapes(first_pass)["factor"] == "×1e-6"
 
 
 def test_preference_lines_are_not_swapped():
-    figure = plot_preference(preference_rows(10))
-    drawn = {
-        (axes.get_title(loc="left"), line.get_label()): float(line.get_ydata()[-1])
-        for axes in figure.axes
-        for line in axes.lines
-    }
+    found = preference_charts(preference_rows(10))
+    drawn = {(chart.title, curve.label): float(curve.ys[-1]) for chart in found for curve in chart.curves}
+    drawn |= {(chart.title, chart.level[1]): chart.level[0] for chart in found if chart.level}
     assert drawn == pytest.approx(
         {
             ("Implicit accuracy", "accuracy"): 0.5,
@@ -143,40 +149,37 @@ def test_preference_lines_are_not_swapped():
         }
     )
     units = ["fraction of pairs", "beta × nats", "beta × nats", "nats", "nats", "ratio"]
-    assert [axes.get_ylabel() for axes in figure.axes] == units
-    assert legend_texts(figure.axes[3].get_legend()) == ["winner", "loser", "reference"]
-    assert {axes.get_xlabel() for axes in figure.axes} == {"optimizer update"}
-    assert plots.figure_png(figure).startswith(PNG)
+    assert [chart.unit for chart in found] == units
+    assert legend_of(found[3]) == ["winner", "loser", "reference"]
+    assert {chart.x for chart in found} == {"optimizer update"}
 
 
 def test_preference_panels_without_metrics_are_left_out():
-    figure = plot_preference(preference_rows(3, text=True))
     titles = ["Implicit accuracy", "Implicit reward, chosen − rejected", "Implicit reward"]
-    assert [axes.get_title(loc="left") for axes in figure.axes] == titles
-    (axes,) = plot_preference([{"step": 1, "error/loser": 0.5, "error/winner": float("nan")}]).axes
-    assert legend_texts(axes.get_legend()) == ["loser", "reference"]
-    assert to_rgb(axes.lines[0].get_color()) == to_rgb(PALETTE[1])
+    assert [chart.title for chart in preference_charts(preference_rows(3, text=True))] == titles
+    (chart,) = preference_charts([{"step": 1, "error/loser": 0.5, "error/winner": float("nan")}])
+    assert legend_of(chart) == ["loser", "reference"]
+    assert chart.curves[0].colour == 1
     with pytest.raises(ValueError, match="no row holds"):
-        plot_preference([{"epoch": 1, "rewards/accuracies": 0.5}])
+        preference_charts([{"epoch": 1, "rewards/accuracies": 0.5}])
 
 
 def test_many_preference_updates_are_pale_under_a_centred_running_mean():
-    axes = plot_preference(preference_rows(60)).axes[1]  # 60 // 20 = 3
-    raw, mean, level = axes.lines
-    assert list(raw.get_ydata()) == [3.0 * n for n in range(1, 61)]
-    np.testing.assert_allclose(mean.get_ydata(), [4.5, *(3.0 * n for n in range(2, 60)), 178.5], rtol=1e-12)
-    assert list(mean.get_xdata()) == list(raw.get_xdata()) == list(range(1, 61))
-    assert raw.get_alpha() < 0.5
-    assert raw.get_linewidth() < mean.get_linewidth()
-    assert axes.get_xlabel() == "optimizer update (bold: mean over 3)"
-    assert legend_texts(axes.get_legend()) == ["margin", "reference"]
-    assert list(level.get_ydata()) == [0, 0]
+    chart = preference_charts(preference_rows(60))[1]  # 60 // 20 = 3
+    raw, mean = chart.curves
+    assert list(raw.ys) == [3.0 * n for n in range(1, 61)]
+    np.testing.assert_allclose(mean.ys, [4.5, *(3.0 * n for n in range(2, 60)), 178.5], rtol=1e-12)
+    assert list(mean.xs) == list(raw.xs) == list(range(1, 61))
+    assert (raw.style, mean.style) == ("pale", "bold")
+    assert chart.x == "optimizer update (bold: mean over 3)"
+    assert legend_of(chart) == ["margin", "reference"]
+    assert chart.level == (0.0, "reference")
 
 
 def test_an_even_window_flattens_alternating_accuracies_up_to_the_ends():
-    axes = plot_preference(preference_rows(80)).axes[0]
-    np.testing.assert_allclose(axes.lines[1].get_ydata()[2:-1], 0.625, rtol=1e-12)
-    assert "mean over 4" in axes.get_xlabel()
+    chart = preference_charts(preference_rows(80))[0]
+    np.testing.assert_allclose(chart.curves[1].ys[2:-1], 0.625, rtol=1e-12)
+    assert "mean over 4" in chart.x
 
 
 def test_a_line_logged_seldom_sets_the_window_of_its_panel():
@@ -184,9 +187,9 @@ def test_a_line_logged_seldom_sets_the_window_of_its_panel():
     for row in rows:
         if row["step"] % 50:
             del row["error/loser"]
-    axes = plot_preference(rows).axes[3]
-    assert [len(line.get_xdata()) for line in axes.lines[:2]] == [100, 2]
-    assert axes.get_xlabel() == "optimizer update"
+    chart = preference_charts(rows)[3]
+    assert [len(curve.xs) for curve in chart.curves] == [100, 2]
+    assert chart.x == "optimizer update"
 
 
 def test_preference_metrics_are_no_reward_components():
@@ -198,40 +201,97 @@ def test_preference_metrics_are_no_reward_components():
 
 
 def test_time_bars_stack_up_to_the_epoch():
-    (axes,) = plots.plot_time_split(fake_rows()).axes
-    assert legend_texts(axes.get_legend()) == ["other", "grid", "update", "score", "sample"]
-    assert axes.get_ylabel() == "seconds"
-    tops = [bar.get_y() + bar.get_height() for bar in axes.patches if bar.get_x() < 1]
-    assert max(tops) == 10.0
-    assert [container[0].get_height() for container in axes.containers] == [3.0, 1.0, 4.0, 0.5, 1.5]
+    (chart,) = charts.time_chart(fake_rows())
+    assert legend_of(chart) == ["sample", "score", "update", "grid", "other"]
+    assert chart.unit == "seconds"
+    assert [part.heights[0] for part in chart.bars] == [3.0, 1.0, 4.0, 0.5, 1.5]
+    assert [part.base[0] for part in chart.bars] == [0, 3, 4, 8, 8.5]
     # Parts that are longer than the epoch leave no remainder.
-    (axes,) = plots.plot_time_split([{"epoch": 1, "time/sample": 8, "time/score": 4, "time/epoch": 10}]).axes
-    assert legend_texts(axes.get_legend()) == ["score", "sample"]
+    (chart,) = charts.time_chart([{"epoch": 1, "time/sample": 8, "time/score": 4, "time/epoch": 10}])
+    assert legend_of(chart) == ["sample", "score"]
 
 
-def test_plot_metrics_picks_the_axis_and_a_panel_a_key():
-    figure = plots.plot_metrics(fake_rows(), ["loss", "reward", "rewards/gold/mean"])
-    assert [axes.get_xlabel() for axes in figure.axes] == ["optimizer update", "epoch", "epoch"]
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss", "Reward", "Reward: gold"]
+def test_bars_of_many_epochs_are_means_that_say_so():
+    rows = [{"epoch": n, "time/sample": float(n), "time/epoch": float(n)} for n in range(1, 451)]
+    (chart,) = charts.time_chart(rows)  # 450 epochs in at most 200 bars: 3 in each
+    (bars,) = chart.bars
+    assert len(bars.xs) == 150
+    assert (bars.xs[0], bars.heights[0], bars.heights[-1]) == (2, 2, 449)
+    assert "a bar: mean over 3" in chart.x
 
 
-def plot_nonsense(rows):
-    return plots.plot_metrics(rows, ["nonsense"])
+def test_metric_charts_pick_the_axis_and_a_panel_a_key():
+    found = charts.metric_charts(fake_rows(), ["loss", "reward", "rewards/gold/mean"])
+    assert [chart.x for chart in found] == ["optimizer update", "epoch", "epoch"]
+    assert [chart.title for chart in found] == ["Loss", "Reward", "Reward: gold"]
+
+
+def nonsense_charts(rows):
+    return charts.metric_charts(rows, ["nonsense"])
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.plot_reward, plots.plot_held_out_reward, plots.plot_time_split, plot_preference, plot_nonsense]
+    "draw", [charts.reward_chart, charts.held_out_charts, charts.time_chart, preference_charts, nonsense_charts]
 )
 def test_absent_metrics_are_one_sentence(draw):
     with pytest.raises(ValueError, match=r"no row holds .*: the metrics"):
         draw([{"step": 1, "loss": 1.0}])
 
 
-def test_one_row_and_nan_draw():
+def test_one_row_and_numbers_that_are_not_finite_are_drawn():
     row = {"step": 1, "epoch": 1, "kl": float("nan"), "grad_norm": 0.0, "reward": 1.0, "reward_stderr": 0.1}
-    later = row | {"step": 2, "kl": 1.0}
-    for figure in (plots.plot_reward([row]), plots.plot_metrics([row, later], ["grad_norm", "kl"])):
-        assert plots.figure_png(figure).startswith(PNG)
+    later = [row | {"step": 2, "kl": 1.0}, row | {"step": 3, "kl": float("inf")}, row | {"step": 4, "kl": -1e300}]
+    for chart in [*charts.reward_chart([row]), *charts.metric_charts([row, *later], ["grad_norm", "kl"])]:
+        drawn = shapes(chart)
+        assert drawn["paths"]
+        assert not re.search("nan|inf", str([drawn["paths"], drawn["dots"], drawn["y_ticks"]]))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts", "factor"),
+    [
+        (0, 4, ["0", "1", "2", "3", "4"], ""),
+        (0.93, 1.02, ["0.94", "0.96", "0.98", "1.00", "1.02"], ""),
+        (-3e-6, 2e-6, ["−3", "−2", "−1", "0", "1", "2"], "×1e-6"),
+        (0, 250_000, ["0.0", "0.5", "1.0", "1.5", "2.0", "2.5"], "×1e5"),
+        (7, 7, ["6.8", "7.0", "7.2"], ""),
+    ],
+)
+def test_scales_have_few_round_numbers(low, high, texts, factor):
+    drawn = shapes(Chart("", "", "", [Curve(np.array([1.0, 2.0]), np.array([low, high], dtype=float))]))
+    assert ([text for _, text in drawn["y_ticks"]], drawn["factor"]) == (texts, factor)
+    heights = [float(place) for place, _ in drawn["y_ticks"]]
+    assert heights == sorted(heights, reverse=True), "the largest on top"
+
+
+def test_a_long_line_keeps_every_extreme_and_few_points():
+    xs = np.arange(100_000.0)
+    ys = np.sin(xs / 5000)
+    ys[[777, 50_001]] = 9, -9
+    ys[20_000:30_000] = np.nan
+    few_xs, few_ys = thinned(xs, ys)
+    assert len(few_xs) <= 4 * COLUMNS + 4
+    assert {(777, 9), (50_001, -9), (0, ys[0]), (99_999, ys[-1])} <= {*zip(few_xs, few_ys)}
+    assert list(few_xs) == sorted(few_xs)
+    column = xs * COLUMNS / xs[-1] // 1
+    few_column = few_xs * COLUMNS / xs[-1] // 1
+    for n in (0, 3, 150, COLUMNS - 1):
+        for extreme in (np.min, np.max):
+            assert extreme(few_ys[few_column == n]) == extreme(ys[column == n])
+    assert np.isnan(few_ys[(few_xs > 20_300) & (few_xs < 29_700)]).all(), "a gap stays one"
+    assert thinned(xs[:1000], ys[:1000]) == (pytest.approx(xs[:1000]), pytest.approx(ys[:1000]))
+
+
+def test_the_work_grows_with_the_rows_no_faster(tmp_path, monkeypatch):
+    looks, is_number = [], metrics.is_number
+    monkeypatch.setattr(metrics, "is_number", lambda value: looks.append(1) or is_number(value))
+    work = []
+    for epochs in (50, 100, 200):
+        looks.clear()
+        report.write_report(write_run(tmp_path / str(epochs), fake_rows(epochs)))
+        work.append(len(looks))
+    assert work[2] - work[1] == 2 * (work[1] - work[0]), "a line through the three"
+    assert work[2] < 5 * sum(map(len, fake_rows(200))), "and each value is looked at a few times"
 
 
 def test_compare_runs_averages_seeds_and_bands_their_range(tmp_path):
@@ -280,10 +340,15 @@ def test_compare_runs_bad_input(tmp_path):
         report.compare_runs({"a": [run, apart]}, ["reward"])
 
 
-def test_names_of_rewards_are_text_and_no_formulas():
+def test_names_of_rewards_are_text_and_no_formulas(tmp_path):
     rows = [row | {"rewards/$\\frac{$/mean": 1.0, "rewards/$x^2$/mean": 2.0} for row in fake_rows()]
-    plots.plot_metrics(rows, reward_component_keys(rows)).canvas.draw()
-    axes = plot_panels(rows, [Panel({"kl": "KL"})]).axes[0]
-    axes.plot([0, 1], label="$x$")
-    add_legend(axes)
-    assert not any(text.get_parse_math() for text in axes.get_legend().get_texts())
+    run = write_run(tmp_path / "a", rows)
+    figure = report.compare_runs({"$x$": run}, reward_component_keys(rows), tmp_path / "figure.png")
+    assert [axes.get_title(loc="left") for axes in figure.axes][:2] == ["Reward: $\\frac{$", "Reward: $x^2$"]
+
+
+def test_plots_leave_pyplot_alone(tmp_path):
+    report.compare_runs({"a": write_run(tmp_path / "a", fake_rows())}, ["reward"], tmp_path / "figure.png")
+    import matplotlib.pyplot as plt
+
+    assert plt.get_fignums() == []

@@ -7,13 +7,13 @@ import pytest
 
 from diffusion_align import report
 from diffusion_align.report import texts
+from diffusion_align.report.charts import panel_charts
 from diffusion_align.report.figures import SCORE_PANELS
 from diffusion_align.report.metrics import TEXT_KL
-from diffusion_align.report.plots import plot_panels
 from diffusion_align.report.summary import summary
+from diffusion_align.report.svg import shapes
 from tests.helpers.html_page import Page
 
-pytestmark = pytest.mark.usefixtures("blank_plots")
 EVIL = "<script>alert('x')</script> & \"quotes\" </td></table>"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Why?\n{EVIL}"}]
 PAIR = {"prompt": "Once", "before": "was", "after": "upon a time", "reward_before": 0.25, "reward_after": 1.5}
@@ -220,8 +220,11 @@ def test_the_summary_of_a_reward_model():
 
 
 def plots_of(folder):
+    """The titles of each figure's panels."""
     report.write_report(folder)
-    return re.findall(r'alt="Plot: ([^"]*)"', (folder / "report.html").read_text(encoding="utf-8"))
+    figures = (folder / "report.html").read_text(encoding="utf-8").split("<figure")[1:]
+    titles = [re.findall(r'aria-label="Plot: ([^"]*)"', figure) for figure in figures]
+    return ["; ".join(each) for each in titles if each]
 
 
 def test_the_plots_of_each_method(tmp_path):
@@ -262,12 +265,12 @@ def test_the_plots_of_each_method(tmp_path):
 def test_held_out_values_are_drawn_as_they_are_beside_smoothed_ones():
     rows = [{"step": n, "epoch": n // 20, "accuracy": n % 2, "margin": 1.0} for n in range(1, 101)]
     rows += [{"step": 20 * n, "epoch": n, "eval/accuracy": n / 10} for n in range(1, 6)]
-    accuracy, margin = plot_panels(rows, SCORE_PANELS).axes
-    pale, bold, held_out, chance = accuracy.lines
-    assert (len(pale.get_xdata()), len(bold.get_xdata())) == (100, 100)
-    assert abs(bold.get_ydata()[50] - 0.5) <= 0.1 < abs(pale.get_ydata()[50] - 0.5)
-    assert list(held_out.get_xdata()) == [20, 40, 60, 80, 100]
-    assert list(held_out.get_ydata()) == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert list(chance.get_ydata()) == [0.5, 0.5]
-    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["trained on", "held out", "chance"]
-    assert margin.get_xlabel() == "optimizer update (bold: mean over 5)"
+    accuracy, margin = panel_charts(rows, SCORE_PANELS)
+    pale, bold, held_out = accuracy.curves
+    assert (len(pale.xs), len(bold.xs)) == (100, 100)
+    assert abs(bold.ys[50] - 0.5) <= 0.1 < abs(pale.ys[50] - 0.5)
+    assert list(held_out.xs) == [20, 40, 60, 80, 100]
+    assert list(held_out.ys) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert accuracy.level == (0.5, "chance")
+    assert [text for _, text in shapes(accuracy)["legend"]] == ["trained on", "held out", "chance"]
+    assert margin.x == "optimizer update (bold: mean over 5)"
