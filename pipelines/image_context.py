@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,14 +44,14 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     config = config.model_copy(update={"family": config.family or ref.family})
     if pipeline is None:
         pipeline = _load(config, ref)
-    config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(pipeline, use_bf16))
+    size = {"height": config.height, "width": config.width}
+    config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(pipeline, use_bf16, size))
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
         guidance_scale=config.sampler.guidance_scale,
         negative_prompt=config.negative_prompt,
-        height=config.height,
-        width=config.width,
+        **size,
         device=accelerator.device,
         autocast=accelerator.autocast,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -103,11 +103,12 @@ def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
     return pipeline
 
 
-def _seconds_per_pass(pipeline: Any, use_bf16: bool) -> float:
-    """Seconds of a forward pass of two samples."""
+def _seconds_per_pass(pipeline: Any, use_bf16: bool, size: Mapping[str, int | None]) -> float:
+    """Seconds of a forward pass of two samples of ``size``, that is height and width."""
     family = family_of(pipeline)
     network = getattr(pipeline, family.network)
-    inputs = family.zeros(network.config, 2, tokens=8, dtype=network.dtype)
+    latent_size = family.latent_size(network.config, pipeline.vae.config, **size)
+    inputs = family.zeros(network.config, 2, tokens=8, latent_size=latent_size, dtype=network.dtype)
     return time_forward(lambda: family.predict(network, *inputs), use_bf16)
 
 

@@ -118,13 +118,19 @@ def _check_variant(model: str, variant: str | None) -> None:
 
 
 def check_folder(
-    model: str, family: ModelFamily | None = None, *, height: int | None = None, width: int | None = None
+    model: str,
+    family: ModelFamily | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    to_train: bool = True,
 ) -> None:
     """UserError if a folder or an embedded model cannot be trained, as far as its configuration is at hand.
 
     Args:
         family: the user's own, if one was named.
         height, width: of its images in pixels; its own where None.
+        to_train: False to look only at what sampling needs.
     """
     folder = Path(_source(model))
     try:
@@ -134,7 +140,8 @@ def check_folder(
             json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
             for part in (of_model.network, "vae")
         )
-        of_model.check_network(f"model={model!r}", config)
+        if to_train:
+            of_model.check_network(f"model={model!r}", config)
         of_model.latent_size(config, vae, height=height, width=width)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return

@@ -195,6 +195,9 @@ COMMANDS = """
     sample emoji-sd -p a --guidance-scale -1
     sample emoji-sd -p a --eta nan
     sample emoji-sd -p a --eta 2
+    sample emoji-sd -p a --height 60 --width 66
+    sample emoji-sd -p a --width 4
+    sample emoji-sd -p a --negative-prompt dark --guidance-scale 1
     sample emoji-sd -p a --seed 9223372036854775808
     sample emoji-sd -p a --seed -1
     sample emoji-sd -p a --seed x
@@ -208,6 +211,8 @@ COMMANDS = """
     pairs a/b --judge JPEG -p a -o x --per-prompt 2000000000
     pairs a -p a --judge JPEG -o x --per-prompt 1
     pairs a/b --judge JPEG -p a -o x --guidance-scale inf
+    pairs emoji-sd --judge JPEG -p a -o x --height 60
+    pairs tiny-lm --judge length -p a -o x --negative-prompt dark
     pairs a -p a --judge JPEG -o x --seed 9223372036854775808
     serve-reward JPEG --port 70000
     serve-reward JPEG --threads 100000

@@ -202,6 +202,7 @@ def test_a_network_with_inputs_that_are_not_fed_is_refused_before_its_weights_ar
     for read in (check_image_model, lambda model: load_pipeline(model, to_train=True)):
         with pytest.raises(UserError, match="^" + re.escape(f"model={str(folder)!r} {wanted}")):
             read(str(folder))
+    check_image_model(str(folder), to_train=False)
     pipeline = load_pipeline(str(tiny_sd))
     pipeline.unet.register_to_config(**{name: value})
     with pytest.raises(UserError, match="^the model " + re.escape(wanted)):

@@ -45,7 +45,7 @@ cache.LatentCache._write = noted
 """
 # mixed_precision=auto means what is faster, and a busy machine would choose by chance.
 SAME_PRECISION = (
-    "import diffusion_align.pipelines.image_context as context\ncontext._seconds_per_pass = lambda unet, narrow: 1.0\n"
+    "import diffusion_align.pipelines.image_context as context\ncontext._seconds_per_pass = lambda *_: 1.0\n"
 )
 PRELUDE = FILES + PLAIN_STEPS + SAME_PRECISION
 REWARD = """

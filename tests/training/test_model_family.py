@@ -51,17 +51,21 @@ def settings(tiny_pixart, family, tmp_path):
 
 
 @pytest.fixture
-def policy(tiny_pixart, family):
-    """With an adapter that is off zero."""
+def policy(request, tiny_pixart, family):
+    """With an adapter that is off zero, and with settings of the test's own."""
     torch.manual_seed(0)
     pipeline = load_pipeline(tiny_pixart, family=find_family(family))
-    policy = DenoisingPolicy(pipeline, lora=LoRAConfig(rank=4), guidance_scale=3.0)
+    policy = DenoisingPolicy(pipeline, lora=LoRAConfig(rank=4), guidance_scale=3.0, **getattr(request, "param", {}))
     with torch.no_grad():
         for parameter in policy.trainable.values():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return policy
 
 
+OTHER = {"height": 32, "width": 24, "negative_prompt": "a dark cave"}
+
+
+@pytest.mark.parametrize("policy", [{}, OTHER], ids=["its own size", "another"], indirect=True)
 def test_images_are_those_of_diffusers_own_pipeline(policy, streams):
     from diffusers import DDIMScheduler
 
@@ -72,6 +76,8 @@ def test_images_are_those_of_diffusers_own_pipeline(policy, streams):
     own = rollout(policy, schedule, policy.encode(PROMPTS), streams(2), record=none).latents
     policy.pipeline.scheduler = DDIMScheduler.from_config({"clip_sample": False, **policy.pipeline.scheduler.config})
     options = {"num_inference_steps": 5, "guidance_scale": 3.0, **policy.family.call_options}
+    options |= dict(zip(("height", "width"), policy.image_size))
+    options |= {"negative_prompt": [policy.negative_prompt] * 2} if policy.negative_prompt else {}
     for kind, found in (("latent", own), ("pt", policy.decode(own))):
         theirs = policy.pipeline(PROMPTS, latents=latents.clone(), output_type=kind, **options).images
         torch.testing.assert_close(found, theirs, rtol=1e-5, atol=1e-5)
@@ -89,6 +95,7 @@ def test_the_pipelines_call_takes_the_steps_that_were_trained(tiny_pixart, famil
     torch.testing.assert_close(as_batch(pipe(PROMPTS, seed=7).images), wanted.float() / 255, atol=1.01 / 255, rtol=0)
 
 
+@pytest.mark.parametrize("policy", [{}, OTHER], ids=["its own size", "another"], indirect=True)
 def test_replay_gives_the_log_probs_of_the_rollout_bit_for_bit(policy, streams):
     schedule = SamplerConfig(steps=4, eta=1.0).schedule(policy.pipeline.scheduler).to("cpu")
     path, samples = rollout(policy, schedule, policy.encode(PROMPTS), streams(2)), torch.arange(2)
