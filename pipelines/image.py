@@ -564,6 +564,22 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             )
 
 
+def sampling_problems(
+    model: str,
+    *,
+    family: str | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> list[str]:
+    """Sentences about what is wrong with a model and arguments of its call, as far as is seen without loading it."""
+    return [
+        *problems_of(check_image_model, model, family=family, height=height, width=width, to_train=False),
+        *negative_prompt_checks(negative_prompt, guidance_scale),
+    ]
+
+
 def _refuse_other_parts(pipeline: Any) -> None:
     """Only the adapter of the trained network is trained and written; a LoRA on a text encoder would be lost."""
     family = family_of(pipeline)

@@ -22,16 +22,15 @@ from PIL import Image
 from diffusion_align import yaml_text
 from diffusion_align.data.prompts import Prompt, check_image_prompts
 from diffusion_align.data.text_encoding import Text, as_completion_message
-from diffusion_align.diffusion.settings import negative_prompt_checks
 from diffusion_align.errors import ConfigError, Interrupted, UserError, problems_of, short
 from diffusion_align.folder_lock import LOCK_FILE, FolderLock
 from diffusion_align.images import UnreadableImage, open_image
 from diffusion_align.inputs import check_output, check_path
 from diffusion_align.invocation import RESUME_WITH, PythonCall, Started
 from diffusion_align.models.language_models import language_model_ref
-from diffusion_align.models.model_ref import check_image_model, image_model_ref
+from diffusion_align.models.model_ref import image_model_ref
 from diffusion_align.pipelines.compare import judged_texts
-from diffusion_align.pipelines.image import ImageAlignmentPipeline
+from diffusion_align.pipelines.image import ImageAlignmentPipeline, sampling_problems
 from diffusion_align.pipelines.run import built, family_content, image_model_content, language_model_content
 from diffusion_align.pipelines.scoring import as_batch
 from diffusion_align.pipelines.text import IN_MEMORY, TextAlignmentPipeline
@@ -92,7 +91,7 @@ class ImageCandidates:
     def problems(self, prompts: Sequence[Prompt], judge: Any) -> list[str]:
         """Sentences about what is wrong, before anything is loaded."""
         check_image_prompts([text for text, _ in prompts])
-        steps, guidance, eta, away, height, width = self.sampling.values()
+        steps, guidance, eta, *_ = self.sampling.values()
         blank = next((i for i, (text, _) in enumerate(prompts) if not text.strip()), None)
         wrong = {
             f"prompts: entry {blank} is blank: give it a text or drop it": blank is not None,
@@ -101,10 +100,10 @@ class ImageCandidates:
             f"eta={eta} must lie between 0 and 1": eta is not None and not 0 <= eta <= 1,
         }
         problems = [sentence for sentence, is_wrong in wrong.items() if is_wrong]
+        checked = {name: value for name, value in self.sampling.items() if name not in ("steps", "eta")}
         return [
             *problems,
-            *negative_prompt_checks(away, guidance),
-            *problems_of(check_image_model, self.model, family=self.family, height=height, width=width),
+            *sampling_problems(self.model, family=self.family, **checked),
             *problems_of(declare, IMAGES, judge),
         ]
 

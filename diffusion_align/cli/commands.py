@@ -50,7 +50,7 @@ from diffusion_align.cli.terminal import (
     print_note,
     progress_bar,
 )
-from diffusion_align.errors import ConfigError, UserError, problems_of, short
+from diffusion_align.errors import ConfigError, UserError, short
 from diffusion_align.invocation import command_line
 
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
@@ -135,19 +135,17 @@ def sample(
 
     The model may be a base model or what a run has trained; the same seed gives the same images.
     """
-    from diffusion_align.diffusion.settings import negative_prompt_checks
-    from diffusion_align.models.model_ref import check_image_model
-    from diffusion_align.pipelines import ImageAlignmentPipeline
+    from diffusion_align.pipelines.image import ImageAlignmentPipeline, sampling_problems
 
     texts = [text for text, _ in read_prompts(prompt, prompts)]
     check_output_path(output, "folder")
-    problems = problems_of(check_image_model, model, family=family, height=height, width=width, to_train=False)
-    if problems := [*problems, *negative_prompt_checks(negative_prompt, guidance_scale)]:
+    checked: Any = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+    checked |= {"height": height, "width": width}
+    if problems := sampling_problems(model, family=family, **checked):
         raise ConfigError(problems)
     hide_loading_bars()
     pipeline = ImageAlignmentPipeline.from_pretrained(model, family=family)
-    options: Any = {"steps": steps, "guidance_scale": guidance_scale, "eta": eta, "negative_prompt": negative_prompt}
-    sampled = pipeline(texts, seed=seed, height=height, width=width, **options)
+    sampled = pipeline(texts, seed=seed, steps=steps, eta=eta, **checked)
     sampled.save(output)
     print_line(f"wrote {len(texts)} images and grid.png to {output}")
 
