@@ -56,6 +56,8 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         autocast=accelerator.autocast,
         gradient_checkpointing=config.gradient_checkpointing,
         offload_text_encoders=config.offload_text_encoders,
+        attention=config.attention,
+        channels_last=config.channels_last,
     )
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     identity: Identity = {"model": image_model_content(ref, config.base_config)}

@@ -293,6 +293,8 @@ class SharedSettings(TypedDict, total=False):
     """precision of the network; log-probs stay float32; null is bf16 on a GPU that has it, else no; auto also measures whether bf16 is faster on this CPU"""
     gradient_checkpointing: bool
     """keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third slower, the same gradients"""
+    tf32: bool
+    """matrix products of float32 in TF32, on NVIDIA GPUs since Ampere: faster, with an error of 1e-3"""
     num_threads: int | None
     """torch's CPU threads; its own default if not given"""
     checkpoint_every: int
@@ -330,6 +332,10 @@ class ImageSettings(SharedSettings, total=False):
     """height and width of square images, in place of those two"""
     negative_prompt: str | None
     """what guidance leads away from, in sampling and training; null is the empty prompt"""
+    attention: Literal["auto", "eager", "sdpa", "xformers"]
+    """what computes the network's attention; auto is eager on a CPU, sdpa (torch's own) on a GPU"""
+    channels_last: bool
+    """weights of convolutions in the order that GPUs with tensor cores convolve fastest"""
     offload_text_encoders: bool
     """text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once"""
     evaluation: ImageEvaluationSettings | ImageEvaluationConfig | None
@@ -351,6 +357,8 @@ class TextSettings(SharedSettings, total=False):
     """name, folder or Hub id of a reference with the same tokens; if null, the model before training"""
     temperature: float
     """temperature of sampling and of every log-prob"""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    """what computes the model's attention; auto is what transformers chooses, mostly sdpa"""
     max_prompt_length: int | None
     """largest number of tokens; longer prompts keep their end"""
     max_completion_length: int

@@ -35,6 +35,7 @@ from diffusion_align.models.language_models import (
     load_sequence_classifier,
     load_tokenizer,
     model_places,
+    use_attention,
 )
 from diffusion_align.pipelines.run import built, language_model_content, rows_content
 from diffusion_align.rewards import build_text_reward, check_text_reward
@@ -116,6 +117,9 @@ def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, 
         model, _ = load_language_model(config.model, dtype=getattr(torch, config.dtype))
     if getattr(config, "reference_model", None) is not None:
         reference, _ = load_language_model(config.reference_model, dtype=getattr(torch, config.dtype))
+    for loaded in (model, reference):
+        if loaded is not None:
+            use_attention(loaded, config.attention)
     config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(model, use_bf16))
     common: dict[str, Any] = {"lora": config.lora, "device": accelerator.device, "autocast": accelerator.autocast}
     common["gradient_checkpointing"] = config.gradient_checkpointing

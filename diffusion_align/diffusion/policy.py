@@ -20,6 +20,7 @@ from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 from diffusion_align.models.memory import checkpoint_activations, on_device, text_encoders
+from diffusion_align.training.attention import ImageAttention
 from diffusion_align.training.finite import all_finite
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -36,8 +37,7 @@ class DenoisingPolicy:
     Args:
         pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``, or one that
             ``load_pipeline`` has loaded with a family of the user's own. Text encoders and VAE
-            are frozen; on a CPU the network gets eager attention, whose backward pass is faster there. What is frozen
-            keeps its dtype, trained weights become float32.
+            are frozen. What is frozen keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
         negative_prompt: what guidance leads away from, in sampling and training alike; None for no prompt. As in
@@ -46,6 +46,9 @@ class DenoisingPolicy:
         autocast: context in which the network runs; log-probs stay float32.
         gradient_checkpointing: see ``checkpoint_activations``.
         offload_text_encoders: keep them in main memory except while they encode.
+        attention: what computes the network's attention, see ``ModelFamily.use_attention``; "auto" is eager on a CPU,
+            whose backward pass is faster there, and on a GPU as the pipeline has it.
+        channels_last: put the weights of the network's and the VAE's convolutions into that order.
 
     Raises:
         UserError: a pipeline class that is not supported, a network that is not text-to-image, or a size that its VAE
@@ -65,6 +68,8 @@ class DenoisingPolicy:
         autocast: Autocast = contextlib.nullcontext,
         gradient_checkpointing: bool = False,
         offload_text_encoders: bool = False,
+        attention: ImageAttention = "auto",
+        channels_last: bool = False,
     ) -> None:
         self.family: ModelFamily = family_of(pipeline)
         self.family.check(pipeline)
@@ -83,8 +88,8 @@ class DenoisingPolicy:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to("cpu" if part in self._offloaded else self.device).requires_grad_(False).eval()
-        if self.device.type == "cpu":
-            self.family.use_eager_attention(self.network)
+        if attention != "auto" or self.device.type == "cpu":
+            self.family.use_attention(self.network, "eager" if attention == "auto" else attention)
         self._frozen: nn.Module | None = None
         if lora is None:
             # What is trained is float32, and its reference has to round as it does.
@@ -100,6 +105,9 @@ class DenoisingPolicy:
         if lora is not None and adapted:
             # Files hold a scale of 1; the settings say at which scale it is trained.
             rescale_lora(self.network, peft_config(lora, self.family).lora_alpha)
+        if channels_last:  # adapters, and what the reference rounds like
+            for part in filter(None, (self.network, self._frozen, self.pipeline.vae)):
+                part.to(memory_format=torch.channels_last)
         if gradient_checkpointing:
             checkpoint_activations(self.network)
 

@@ -17,6 +17,7 @@ from diffusion_align.errors import UserError, problems_of, short
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
+from diffusion_align.training.attention import ImageAttention, attention_checks
 from diffusion_align.training.config import LoRASettings, PolicyConfig, multiple_checks
 from diffusion_align.training.section import OrInfinite, Section, Weight
 from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
@@ -157,6 +158,14 @@ class DenoisingConfig(PolicyConfig):
     lora: LoRAConfig | None = Field(
         default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet"
     )
+    attention: ImageAttention = Field(
+        "auto", description="what computes the network's attention; auto is eager on a CPU, sdpa (torch's own) on a GPU"
+    )
+    channels_last: bool = Field(
+        False,
+        strict=True,
+        description="weights of convolutions in the order that GPUs with tensor cores convolve fastest",
+    )
     weights_variant: str | None = Field(None, description="variant of the model's weight files, e.g. fp16")
     base_config: str | None = Field(
         None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
@@ -191,6 +200,7 @@ class DenoisingConfig(PolicyConfig):
         yield from self.stop_when.unmeasured(self.evaluation)
         if self.stop_when.diversity_below is not None and self.evaluation is None:
             yield "stop_when.diversity_below needs evaluations: set evaluation, or leave it out"
+        yield from attention_checks(self.attention)
         if self.dtype == "float16" and self.mixed_precision in ("bf16", "auto"):
             import torch
 

@@ -14,6 +14,7 @@ from diffusion_align.errors import problems_of, short
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
+from diffusion_align.training.attention import TextAttention, attention_checks
 from diffusion_align.training.config import LoRASettings, PolicyConfig, TrainingConfig, multiple_checks
 from diffusion_align.training.section import OrInfinite, Section, Weight
 from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
@@ -65,6 +66,9 @@ class TextConfig(PolicyConfig):
         1e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
     )
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="temperature of sampling and of every log-prob")
+    attention: TextAttention = Field(
+        "auto", description="what computes the model's attention; auto is what transformers chooses, mostly sdpa"
+    )
     max_prompt_length: int | None = Field(
         None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
     )
@@ -96,6 +100,7 @@ class TextConfig(PolicyConfig):
                 "leave it out"
             )
         yield from self.stop_when.unmeasured(self.evaluation)
+        yield from attention_checks(self.attention)
 
     def name_checks(self) -> Iterator[str]:
         yield from problems_of(language_model_ref, self.model)
@@ -519,6 +524,9 @@ class RewardModelConfig(TrainingConfig):
     learning_rate: float = Field(
         1e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
     )
+    attention: TextAttention = Field(
+        "auto", description="what computes the model's attention; auto is what transformers chooses, mostly sdpa"
+    )
     max_prompt_length: int | None = Field(
         None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
     )
@@ -526,6 +534,9 @@ class RewardModelConfig(TrainingConfig):
         256, ge=1, le=MOST, description="largest number of tokens; longer completions are cut off"
     )
     center_coef: float = Field(0.0, ge=0, le=LARGEST, description="weight of (r_w + r_l)², pulls them to 0")
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from attention_checks(self.attention)
 
     def name_checks(self) -> Iterator[str]:
         yield from problems_of(language_model_ref, self.model, ("causal", "classifier"))

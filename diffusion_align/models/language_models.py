@@ -58,6 +58,24 @@ def load_language_model(name: str, *, dtype: torch.dtype | None = None) -> tuple
         return model.eval(), _tokenizer(name, ref, model.get_input_embeddings().num_embeddings)
 
 
+def use_attention(model: Any, name: str) -> None:
+    """Let "eager", "sdpa" or "flash_attention_2" compute the attention of a loaded model; "auto" leaves it as it is.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if name == "auto":
+        return
+    try:
+        with _quietly():
+            model.set_attn_implementation(name)
+        why = f"a {type(model).__name__} does not support it"
+    except (ValueError, ImportError) as error:  # transformers' sentences
+        why = first_line(error).rstrip(".:")
+    if model.config._attn_implementation != name:
+        raise UserError(f"attention={name} is not possible: {why}: leave it out")
+
+
 def load_tokenizer(name: str) -> tuple[Any, int | None]:
     """The tokenizer of a language model or classifier, and the most tokens it takes if it says; no weights are read."""
     ref = language_model_ref(name, ("causal", "classifier"))

@@ -1,8 +1,9 @@
-"""What ``mixed_precision`` and ``dtype`` are where the settings leave them to the machine."""
+"""What ``mixed_precision`` and ``dtype`` are where the settings leave them to the machine; and TF32."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,3 +58,20 @@ def with_precision(config: Config, machine: Machine, own: Mapping[str, Any] | No
         if own is not None:
             found["dtype"] = own.get("dtype") or BEFORE["dtype"]
     return config.model_copy(update=found)
+
+
+@contextmanager
+def matrix_products_in_tf32(wanted: bool) -> Iterator[None]:
+    """Inside, float32 matrix products on a GPU are in TF32, if ``wanted``; else as torch has them.
+
+    Convolutions are by torch's own default.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -58,7 +58,7 @@ from diffusion_align.training.finite import require_finite_loss
 from diffusion_align.training.launch import check_accelerator, make_accelerator
 from diffusion_align.training.lines import epoch_line, start_lines
 from diffusion_align.training.optimization import Optimization
-from diffusion_align.training.precision import Machine, with_precision
+from diffusion_align.training.precision import Machine, matrix_products_in_tf32, with_precision
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
 from diffusion_align.training.randomness import generator
@@ -297,8 +297,9 @@ class Trainer(ABC, Generic[Batch]):
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         """Inside, signals are a flag, bars are shown, and the folder is this run's."""
+        tf32 = matrix_products_in_tf32(self.config.tf32)
         flag, folder = InterruptFlag(self.config.interrupt_grace, self._leave), self.run_folder
-        with flag, self.bars.progress, folder.held(lambda: self.epoch):
+        with tf32, flag, self.bars.progress, folder.held(lambda: self.epoch):
             self.processes.flag = flag
             try:
                 yield

@@ -59,6 +59,7 @@ def assert_same_rows(folders, tolerance):
     "changes",
     [
         {},
+        {"attention": "sdpa", "channels_last": True},
         {"model": "emoji-sd", "samples_per_epoch": 4, "sampler": {"steps": 2, "guidance_scale": 1.0}},
         {
             "advantages": "group",
@@ -79,6 +80,7 @@ def assert_same_rows(folders, tolerance):
     ],
     ids=[
         "history",
+        "sdpa, channels last",
         "emoji-sd",
         "groups, kl, some steps, a size and a negative prompt",
         "adafactor, averaged",

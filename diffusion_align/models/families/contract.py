@@ -182,6 +182,17 @@ class ModelFamily(ABC):
 
         network.set_attn_processor(AttnProcessor())
 
+    def use_attention(self, network: Any, name: str) -> None:
+        """Let "eager", "sdpa" or "xformers" compute the attention of ``network``, which has diffusers' processors."""
+        from diffusers.models.attention_processor import AttnProcessor2_0
+
+        if name == "eager":
+            self.use_eager_attention(network)
+        elif name == "sdpa":
+            network.set_attn_processor(AttnProcessor2_0())
+        else:
+            network.enable_xformers_memory_efficient_attention()
+
     def decode(self, pipeline: Any, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), most of whose values are in [-1, 1], from x_0 latents (B, C, H, W)."""
         shift, scale = self._vae_shift_and_scale(pipeline, latents)
