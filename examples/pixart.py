@@ -20,7 +20,7 @@ class PixArt(ModelFamily):
     network = "transformer"
     network_title = "DiT"
     network_class = "PixArtTransformer2DModel"
-    # For sampling: images of the model's own size, and prompts encoded as in training.
+    # For sampling: images of exactly the given size, and prompts encoded as in training.
     call_options: ClassVar = {"use_resolution_binning": False, "clean_caption": False}
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:

@@ -361,7 +361,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
         for name in OF_SAMPLES:
-            setattr(self, name, getattr(config, name))
+            setattr(self, name, getattr(trainer.config, name))
         self._below = (below or str(config.model)) if config.lora else str(config.output_dir)
         self._trains = True
         return self
@@ -436,7 +436,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         return SampledImages(images, texts)
 
     def _size(self, height: int | None, width: int | None) -> dict[str, int]:
-        """``height`` and ``width`` of the pipeline's own call, as far as they are given here or by ``self``.
+        """``height`` and ``width`` of the pipeline's own call, both if one is given here or by ``self``: of one without
+        the other some pipelines take no notice.
 
         Raises:
             UserError: one is no size of images of this model.
@@ -445,9 +446,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         for name, side in sides.items():
             if side is not None and not (isinstance(side, int) and 8 <= side <= LARGEST_SIDE):
                 raise UserError(f"{name}={short(side)} must be a whole number of pixels from 8 to {LARGEST_SIDE}")
-        family = family_of(self.pipeline)
-        family.latent_size(getattr(self.pipeline, family.network).config, self.pipeline.vae.config, **sides)
-        return {name: side for name, side in sides.items() if side is not None}
+        if not any(sides.values()):
+            return {}
+        family, vae = family_of(self.pipeline), self.pipeline.vae.config
+        latent_size = family.latent_size(getattr(self.pipeline, family.network).config, vae, **sides)
+        return {name: side * family.vae_factor(vae) for name, side in zip(sides, latent_size)}
 
     def compare(
         self,

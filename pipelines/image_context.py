@@ -59,6 +59,8 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         attention=config.attention,
         channels_last=config.channels_last,
     )
+    if any(size.values()):  # of one side diffusers' pipelines know nothing
+        config = config.model_copy(update=dict(zip(size, policy.image_size)))
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     identity: Identity = {"model": image_model_content(ref, config.base_config)}
     if config.family is not None:

@@ -117,6 +117,20 @@ def test_latents_of_another_size_are_told_that_size(make_policy):
 # -- runs, and what samples as they did --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
+def test_one_side_is_enough(model, model_path, train):
+    """Of the other diffusers' StableDiffusionPipeline would take its own, whatever the one is."""
+    pipe = ImageAlignmentPipeline.from_pretrained(model_path(model), device="cpu")
+    assert as_batch(pipe("a cat", steps=1, width=8).images).shape == (1, 3, 16, 8)
+    assert as_batch(pipe("a cat", steps=1, height=24).images).shape == (1, 3, 24, 16)
+    settings = {name: value for name, value in SETTINGS.items() if name != "height"} | {"method": "ddpo"}
+    trainer, _ = train(settings, model=model_path(model))
+    assert (trainer.config.height, trainer.config.width) == trainer.policy.image_size == (16, 40)
+    again = ImageAlignmentPipeline.from_pretrained(trainer.folder, device="cpu")
+    assert as_batch(again("a cat", steps=1).images).shape == (1, 3, 16, 40)
+    train(settings, model=model_path(model), epochs=2, resume=True)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_sdxl):
     """(pipeline, folder) of a run on a tiny Stable Diffusion XL."""
