@@ -419,6 +419,8 @@ class DDPOSettings(ImageSettings, total=False):
 class DiffusionDPOSettings(ImageSettings, total=False):
     pairs: PairsSettings | PairsConfig | Rows | None
     """a source of pairs, or a mapping with its options"""
+    bucket_step: int | None
+    """train on pairs at their own aspect ratio, in buckets of the model's area whose sides are multiples of so many pixels (64 as a rule); null crops all to one size"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """for judging online: list of texts, file, folder, Hub dataset or shipped list"""
     reward: Reward | None
@@ -447,6 +449,10 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """rarely used settings"""
     decisions_per_pair: int
     """another name of steps_per_pair"""
+    bucket_reso_steps: int | None
+    """another name of bucket_step"""
+    aspect_bucket_alignment: int | None
+    """another name of bucket_step"""
     target: Literal["posterior_mean", "posterior_sample", "logged"]
     """another name of experimental.target"""
     reward_mode: Literal["kl", "signed_kl", "logratio"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from PIL import Image
 from pydantic import Field, field_validator
 
+from diffusion_align.data.buckets import Size, fit
 from diffusion_align.data.drawings import PreferencePair, load_preferences
 from diffusion_align.data.schemas import BadRow, ColumnSchemas, RowsConfig, Source, checked_prompt, limit_of
 from diffusion_align.data.sources import FILES, Cells, GivenRows, ListTable, Table, short
@@ -81,21 +82,33 @@ class PairSet:
     _columns: list[str] = field(repr=False)
     _first_wins: list[bool] = field(repr=False)
     _contents: dict[int, list[str]] = field(default_factory=dict, repr=False)  # row -> digests of its images
+    _sizes: dict[int, Size] = field(default_factory=dict, repr=False)  # row -> that of both its images
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def images(self, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def images(self, i: int, size: Size) -> tuple[Tensor, Tensor]:
         """Chosen and rejected of pair ``i``, (3, H, W) float32 in [0, 1], scaled to cover ``size`` and centre-cropped.
 
         Raises:
             ConfigError: an image that cannot be read.
         """
-        try:
+        with self._naming(i):
             chosen, rejected = (_fitted(value, side, self._table.folder, size) for side, value in self._cells(i))
-        except BadRow as bad:
-            raise ConfigError([f"pairs: row {self.rows[i]}: {bad}"]) from None
         return chosen, rejected
+
+    def size(self, i: int) -> Size:
+        """(height, width) of the images of pair ``i``, which ``check_images`` has found to be of one size.
+
+        Raises:
+            ConfigError: an image that cannot be read.
+        """
+        known = self._sizes.get(self.rows[i])
+        if known is None:
+            with self._naming(i):
+                (side, value), _ = self._cells(i)
+                known = _size(_decoded(value, side, self._table.folder))
+        return known
 
     def identity(self, i: int) -> list[Any]:
         """What tells pair ``i`` from others: row, prompt and digests of both images' content."""
@@ -110,14 +123,16 @@ class PairSet:
         """
         bad: dict[int, str] = {}
         contents: dict[int, list[str]] = {}
+        sizes: dict[int, Size] = {}
         executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         try:
             for start in range(0, len(self), 1024):
                 block = range(start, min(start + 1024, len(self)))
-                for i, (problem, digests) in zip(block, executor.map(self._looked_at, block)):
-                    if problem:
-                        bad[self.rows[i]] = problem
-                    contents[self.rows[i]] = digests
+                for i, (found, digests) in zip(block, executor.map(self._looked_at, block)):
+                    if isinstance(found, str):
+                        bad[self.rows[i]] = found
+                    else:
+                        contents[self.rows[i]], sizes[self.rows[i]] = digests, found
                     advance()
         finally:
             executor.shutdown(cancel_futures=True)
@@ -129,6 +144,7 @@ class PairSet:
             skipped=dict(sorted((self.skipped | bad).items())),
             _first_wins=list(compress(self._first_wins, good)),
             _contents=contents,
+            _sizes=sizes,
         )
         return _usable(checked, bad)
 
@@ -136,8 +152,16 @@ class PairSet:
         first, second = self._table.cells(self.rows[i], self._columns)
         return list(zip(("chosen", "rejected"), (first, second) if self._first_wins[i] else (second, first)))
 
-    def _looked_at(self, i: int) -> tuple[str | None, list[str]]:
-        """The problem with the images of pair ``i``, or the digests of their contents."""
+    @contextmanager
+    def _naming(self, i: int) -> Iterator[None]:
+        """Inside, what is wrong with pair ``i`` is an error that names its row."""
+        try:
+            yield
+        except BadRow as bad:
+            raise ConfigError([f"pairs: row {self.rows[i]}: {bad}"]) from None
+
+    def _looked_at(self, i: int) -> tuple[str | Size, list[str]]:
+        """The problem with the images of pair ``i``, or their size and the digests of their contents."""
         try:
             chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
             if chosen.size != rejected.size:
@@ -147,7 +171,7 @@ class PairSet:
                 raise BadRow("chosen and rejected are the same image")
         except BadRow as bad:
             return f"pairs: row {self.rows[i]}: {bad}", []
-        return None, self._digests(i)
+        return _size(chosen), self._digests(i)
 
     def _digests(self, i: int) -> list[str]:
         """Digests of the contents of pair ``i``'s chosen and rejected images."""
@@ -266,16 +290,18 @@ def _decoded(value: Any, side: str, folder: Path | None) -> Image.Image:
         raise BadRow(f"{side} {problem}") from None
 
 
-def _fitted(value: Any, side: str, folder: Path | None, size: tuple[int, int]) -> Tensor:
+def _size(image: Image.Image) -> Size:
+    return image.height, image.width
+
+
+def _fitted(value: Any, side: str, folder: Path | None, size: Size) -> Tensor:
     import numpy as np
     import torch
 
     if is_tensor(value) and value.shape[1:] == size:
         return value.clone()
     image, (height, width) = _decoded(value, side, folder), size
-    scale = max(height / image.height, width / image.width)
-    wide, tall = max(width, round(scale * image.width)), max(height, round(scale * image.height))
-    left, top = (wide - width) // 2, (tall - height) // 2
+    (tall, wide), (top, left) = fit(_size(image), size)
     x, y = image.width / wide, image.height / tall
     box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
     pixels = image.resize((width, height), Image.Resampling.LANCZOS, box=box)

@@ -14,7 +14,7 @@ Pairs come from a dataset, or are sampled by the policy and judged by a reward i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import pad
 
+from diffusion_align.data.buckets import Size, nearest_bucket
 from diffusion_align.data.image_pairs import PairSet
 from diffusion_align.data.prompts import Prompt, items_of_epoch
 from diffusion_align.diffusion.evaluation import ImageEvaluation
@@ -55,6 +57,15 @@ from diffusion_align.training.statistics import agreement, equal_reward_metric
 from diffusion_align.training.trainer import TrainingPlan
 
 
+def stacked(latents: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Latents (..., C, H, W) along a new ``dim``; those of several shapes flat (..., D), with zeros at their end."""
+    if len({one.shape for one in latents}) == 1:
+        return torch.stack(list(latents), dim)
+    flat = [one.flatten(-3) for one in latents]
+    longest = max(one.shape[-1] for one in flat)
+    return torch.stack([pad(one, (0, longest - one.shape[-1])) for one in flat], dim)
+
+
 def beta_of(config: DiffusionDPOConfig, schedule: DiffusionSchedule, steps: Tensor, dimensions: int) -> float:
     """The price of one nat, for latents of ``dimensions`` numbers trained on at ``steps`` (S,)."""
     if config.beta is not None:
@@ -67,7 +78,9 @@ def beta_of(config: DiffusionDPOConfig, schedule: DiffusionSchedule, steps: Tens
 class PairBatch:
     """An epoch's pairs of one process: B samples, K steps each, R images; on the device.
 
-    Of sample i, image ``chosen[i]`` was preferred to ``rejected[i]``.
+    Of sample i, image ``chosen[i]`` was preferred to ``rejected[i]``. Where the latents of the samples have several
+    shapes, ``x_0``, ``noise`` and ``reference_mean`` hold them flat, as ``stacked`` does: (R, D), (n, B, K, D) and
+    (2, B, K, D); ``of_shape`` has them in the shapes below.
 
     Attributes:
         steps: (B, K) int64.
@@ -78,6 +91,7 @@ class PairBatch:
         path: the sampler's own steps of the R images, where those are the target.
         reference_mean: (2, B, K, C, H, W), of chosen and rejected, where it is known beforehand.
         implicit_reward: (2, B, K), r of the policy at the beginning of the epoch, where that is used.
+        shapes: (C, H, W) of each sample's latents, where there are several.
     """
 
     chosen: Tensor
@@ -90,6 +104,16 @@ class PairBatch:
     path: Trajectory | None = None
     reference_mean: Tensor | None = None
     implicit_reward: Tensor | None = None
+    shapes: Sequence[torch.Size] | None = None
+
+    def of_shape(self, shape: torch.Size) -> PairBatch:
+        """A view that is right for the samples of one shape."""
+
+        def view(latents: Tensor | None) -> Any:
+            return None if latents is None else latents[..., : shape.numel()].unflatten(-1, shape)
+
+        x_0, noise, means = map(view, (self.x_0, self.noise, self.reference_mean))
+        return replace(self, x_0=x_0, noise=noise, reference_mean=means, shapes=None)
 
 
 @dataclass(frozen=True)
@@ -162,12 +186,19 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         schedule = self.exact_schedule
         scales = step_scales(schedule, self.trained_steps, config.weighting)
         self.scales = scales.to(self.accelerator.device, torch.float32)
-        self.beta = beta_of(config, schedule, self.trained_steps, math.prod(policy.latent_shape))
-        default_kl_coef = 2 * self.beta if config.variant == "corrected" else 0.0
-        self.kl_coef = default_kl_coef if config.kl_coef is None else config.kl_coef
+        self.beta, self.kl_coef = self.prices(math.prod(policy.latent_shape))
         # Guidance belongs to the sampler's steps; the noising process, which the other targets undo, has none.
         self.guidance_scale = config.sampler.guidance_scale if config.experimental.target == "logged" else 1.0
-        self.latents = LatentCache(self.folder / "latents", pairs, policy) if pairs is not None else None
+        self.latents = None
+        if pairs is not None:
+            sizes = self._bucketed(pairs, config.bucket_step) if config.bucket_step else None
+            self.latents = LatentCache(self.folder / "latents", pairs, policy, sizes)
+
+    def prices(self, dimensions: int) -> tuple[float, float]:
+        """beta and ``kl_coef`` for latents of ``dimensions`` numbers."""
+        beta = beta_of(self.config, self.exact_schedule, self.trained_steps, dimensions)
+        default_kl_coef = 2 * beta if self.config.variant == "corrected" else 0.0
+        return beta, default_kl_coef if self.config.kl_coef is None else self.config.kl_coef
 
     @classmethod
     def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
@@ -228,7 +259,8 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     def loss(self, batch: PairBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""
-        config, beta = self.config, self.beta
+        config = self.config
+        beta, kl_coef = self.prices(batch.x_0[0].numel())
         seen = self._transitions(batch, samples, actions)
         (err_w, err_l), (ref_w, ref_l), kl = seen.error.chunk(2), seen.reference_error.chunk(2), seen.kl
         gain_w, gain_l = (ref_w - err_w).detach(), (ref_l - err_l).detach()
@@ -267,9 +299,18 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             "kl_path": (kl_w + kl_l) / 2 * len(self.trained_steps),
             "kl_path_stderr": (kl_w + kl_l) / 2 * len(self.trained_steps),
         }
-        if self.kl_coef > 0:
-            losses = losses + self.kl_coef * (seen.scale * kl).view(2, -1).mean(0)
+        if kl_coef > 0:
+            losses = losses + kl_coef * (seen.scale * kl).view(2, -1).mean(0)
         return losses, statistics
+
+    def micro_batches(self, batch: PairBatch, indices: Tensor) -> Iterator[tuple[PairBatch, Tensor]]:
+        """Each of latents of one shape."""
+        if batch.shapes is None:
+            yield from super().micro_batches(batch, indices)
+            return
+        for shape in sorted(set(batch.shapes)):
+            of_shape = torch.tensor([one == shape for one in batch.shapes])
+            yield from super().micro_batches(batch.of_shape(shape), indices[of_shape[indices[:, 0]]])
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
         """The divergence guard: the chosen images must not become much less likely than they were."""
@@ -290,6 +331,15 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     # -- where pairs come from -------------------------------------------------------------------------------------
 
+    def _bucketed(self, pairs: PairSet, step: int) -> list[Size]:
+        """The bucket of each pair."""
+        pipeline, (height, width) = self.policy.pipeline, self.policy.image_size
+        network, vae = self.policy.network.config, pipeline.vae.config
+        buckets = self.policy.family.buckets(network, vae, step, height=height, width=width)
+        sizes = [pairs.size(i) for i in range(len(pairs))]
+        nearest = {size: nearest_bucket(size, buckets) for size in set(sizes)}
+        return [nearest[size] for size in sizes]
+
     def _given(self, latents: LatentCache) -> tuple[PairBatch, dict[str, float]]:
         """This process's part of the epoch's pairs, in a new random order each time all have been seen; metrics."""
         config, pairs = self.config, latents.pairs
@@ -297,14 +347,17 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         epoch = items_of_epoch(range(len(pairs)), config.seed, self.epoch, config.samples_per_epoch)
         own = [epoch[i] for i in self.local_samples]
         rows = torch.arange(2 * len(own), device=self.processes.device)
+        chosen, rejected = latents.read(own)
+        shapes = [one.shape for one in chosen]
         batch = PairBatch(
             chosen=rows[: len(own)],
             rejected=rows[len(own) :],
             steps=torch.stack([self._sampled_steps(i) for i in self.local_samples]).to(rows.device),
-            conditioning=self._conditioning([pairs.prompts[i] for i in own]),
+            conditioning=latents.conditioning(own, self._captions([pairs.prompts[i] for i in own])),
             keep=torch.arange(config.samples_per_epoch),
-            x_0=torch.cat(latents.read(own)),
-            noise=self._noise(),
+            x_0=stacked(chosen + rejected).to(rows.device),
+            noise=self._noise(shapes),
+            shapes=shapes if len(set(shapes)) > 1 else None,
         )
         return batch, {
             "data_epochs": (self.epoch + 1) * config.samples_per_epoch / len(pairs),
@@ -329,14 +382,15 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         gaps = scores.amax(1) - scores.amin(1)
         rejected_of = torch.zeros(config.samples_per_epoch, dtype=torch.int64)
         rejected_of[best] = worst
+        texts = [collected.samples[i][0] for i in own]
         batch = PairBatch(
             chosen=torch.arange(len(own), device=device),
             rejected=self.local(rejected_of) - own.start,
             steps=torch.stack([self._sampled_steps(i // config.group_size) for i in own]).to(device),
-            conditioning=self._conditioning([collected.samples[i][0] for i in own], path.conditioning),
+            conditioning=self.policy.encode(self._captions(texts)) if config.caption_dropout else path.conditioning,
             keep=best[gaps > 0],
             x_0=path.latents,
-            noise=None if logged else self._noise(),
+            noise=None if logged else self._noise([path.latents[0].shape] * len(own)),
             path=path if logged else None,
         )
         equal = equal_reward_metric(collected.rewards, config.group_size)
@@ -348,27 +402,26 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))
         return steps[((torch.arange(count) + places) * len(steps) / count).long().clamp(max=len(steps) - 1)]
 
-    def _noise(self) -> Tensor:
+    def _noise(self, shapes: Sequence[torch.Size]) -> Tensor:
         """(n, B, K, C, H, W), shared by the two images of a pair; n = 2 where x_s is sampled as well."""
         config = self.config
-        noises = 2 if config.experimental.target == "posterior_sample" else 1
-        shape = (noises, config.steps_per_pair, *self.policy.latent_shape)
+        each = 2 if config.experimental.target == "posterior_sample" else 1, config.steps_per_pair
         streams = [generator(config.seed, "pair noise", self.epoch, i) for i in self.local_samples]
-        return torch.stack([torch.randn(shape, generator=s) for s in streams], dim=1).to(self.processes.device)
+        noises = [torch.randn((*each, *shape), generator=s) for shape, s in zip(shapes, streams, strict=True)]
+        return stacked(noises, dim=1).to(self.processes.device)
 
-    def _conditioning(self, texts: list[str], known: Conditioning | None = None) -> Conditioning:
-        """One for both images of a pair, so that captions are dropped from both; ``known``: where none is dropped.
+    def _captions(self, texts: Sequence[str]) -> list[str]:
+        """``texts``, of which some are dropped; one for both images of a pair, so that it is dropped from both.
 
         A dropped caption is no prompt, as in pre-training, and not the negative prompt: that is a text which chosen
         images would be trained to follow, while guidance leads away from it.
         """
-        config = self.config
-        if known is not None and not config.caption_dropout:
-            return known
-        for place, i in enumerate(self.local_samples if config.caption_dropout else ()):
-            chance = torch.rand((), generator=generator(config.seed, "caption dropout", self.epoch, i))
-            texts[place] = "" if chance < config.caption_dropout else texts[place]
-        return self.policy.encode(texts)
+        share, seed = self.config.caption_dropout, self.config.seed
+        if not share:
+            return list(texts)
+        streams = [generator(seed, "caption dropout", self.epoch, i) for i in self.local_samples]
+        dropped = [bool(torch.rand((), generator=stream) < share) for stream in streams]
+        return ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
 
     # -- transitions -----------------------------------------------------------------------------------------------
 
@@ -421,13 +474,14 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         own = self.local_samples
         kept = batch.keep[(batch.keep >= own.start) & (batch.keep < own.stop)] - own.start
         shape = (2, *batch.steps.shape)
-        means = batch.x_0.new_zeros(*shape, *self.policy.latent_shape)
+        means = batch.x_0.new_zeros(*shape, *batch.x_0.shape[1:])
         rewards = batch.x_0.new_zeros(shape)
-        pairs = torch.cartesian_prod(kept, torch.arange(shape[2])).to(means.device)
-        micro_batches = pairs.split(self.config.micro_batch_size) if len(pairs) else ()
-        for samples, actions in (p.unbind(1) for p in micro_batches):
-            seen = self._transitions(batch, samples, actions)
-            means[:, samples, actions] = seen.reference.mean.unflatten(0, (2, -1))
+        pairs = torch.cartesian_prod(kept, torch.arange(shape[2]))
+        known = replace(batch, reference_mean=means)
+        for part, micro_batch in self.micro_batches(known, pairs):
+            samples, actions = micro_batch.to(means.device).unbind(1)
+            seen = self._transitions(replace(part, reference_mean=None), samples, actions)
+            assert part.reference_mean is not None  # a view of ``means``
+            part.reference_mean[:, samples, actions] = seen.reference.mean.unflatten(0, (2, -1))
             rewards[:, samples, actions] = self._implicit_reward(seen).view(2, -1)
-        of_old = rewards if self.config.experimental.old_refresh == "epoch" else None
-        return replace(batch, reference_mean=means, implicit_reward=of_old)
+        return replace(known, implicit_reward=rewards if self.config.experimental.old_refresh == "epoch" else None)

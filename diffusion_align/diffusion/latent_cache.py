@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffusion_align.data.buckets import Size, fit
 from diffusion_align.data.image_pairs import PairSet
-from diffusion_align.diffusion.policy import CACHED_PROMPTS, PROMPT_BATCH, DenoisingPolicy
+from diffusion_align.diffusion.policy import CACHED_PROMPTS, PROMPT_BATCH, Conditioning, DenoisingPolicy
 from diffusion_align.errors import CheckpointError, UserError
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import Identity, content_digest
@@ -23,14 +24,28 @@ _SHARD = 256  # pairs in a file
 
 
 class LatentCache:
-    """Chosen and rejected latents of all ``pairs`` in ``folder``, 256 pairs per file.
+    """Chosen and rejected latents of all ``pairs`` in ``folder``, at most 256 pairs of one size per file.
 
     A file that is there is not made again, so an interrupted encoding resumes where it stopped. Every file holds a
     digest of what it was made from, the content of its pairs and of the model: a file of others is made again.
+
+    Args:
+        sizes: (height, width) in pixels to which the images of each pair are brought; the policy's own if not given.
     """
 
-    def __init__(self, folder: Path, pairs: PairSet, policy: DenoisingPolicy) -> None:
+    def __init__(
+        self, folder: Path, pairs: PairSet, policy: DenoisingPolicy, sizes: Sequence[Size] | None = None
+    ) -> None:
         self.folder, self.pairs, self.policy = folder, pairs, policy
+        self.cropped = sizes is not None
+        self.sizes = sizes or [policy.image_size] * len(pairs)
+        of_size: dict[Size, list[int]] = {size: [] for size in sorted(set(self.sizes))}
+        for pair, size in enumerate(self.sizes):
+            of_size[size].append(pair)
+        self._files = [
+            some[start : start + _SHARD] for some in of_size.values() for start in range(0, len(some), _SHARD)
+        ]
+        self._places = {pair: (n, row) for n, some in enumerate(self._files) for row, pair in enumerate(some)}
         self._full = False
         self._model: Any = None  # digests of the model that encodes
 
@@ -47,27 +62,30 @@ class LatentCache:
         if self._full:
             return
         self._model = [digest for _, digest in identity.get("model", ())]
-        captions = list(dict.fromkeys(self.pairs.prompts))
-        if len(captions) <= CACHED_PROMPTS:
-            with bars.task("  encoding prompts", len(captions)) as advance:
-                for start in range(0, len(captions), PROMPT_BATCH):
-                    some = captions[start : start + PROMPT_BATCH]
-                    self.policy.encode(some)
-                    advance(len(some))
-        numbers = [n for n in range(-(-len(self.pairs) // _SHARD)) if not self._is_made(n)]
+        captions: dict[Size, dict[str, None]] = {}
+        for text, size in zip(self.pairs.prompts, self.sizes, strict=True):
+            captions.setdefault(size, {})[text] = None
+        total = sum(map(len, captions.values()))
+        if total <= CACHED_PROMPTS:
+            with bars.task("  encoding prompts", total) as advance:
+                for size, texts in captions.items():
+                    for start in range(0, len(texts), PROMPT_BATCH):
+                        some = list(texts)[start : start + PROMPT_BATCH]
+                        self.policy.encode(some, size)
+                        advance(len(some))
+        numbers = [n for n in range(len(self._files)) if not self._is_made(n)]
         processes.wait()  # all have looked before the first file is written
         own = numbers[processes.index :: processes.count]
         rounds = -(-len(numbers) // processes.count)
-        parts_of = {n: range(n * _SHARD, min((n + 1) * _SHARD, len(self.pairs))) for n in own}
-        with bars.task("  encoding images", sum(map(len, parts_of.values()))) as advance:
+        with bars.task("  encoding images", sum(len(self._files[n]) for n in own)) as advance:
             for turn in range(rounds):
                 processes.stop_if_interrupted()
                 failure = None
                 try:
                     if turn < len(own):
-                        pairs, parts = parts_of[own[turn]], []
-                        for start in range(pairs.start, pairs.stop, batch_size):
-                            batch = range(start, min(start + batch_size, pairs.stop))
+                        pairs, parts = self._files[own[turn]], []
+                        for start in range(0, len(pairs), batch_size):
+                            batch = pairs[start : start + batch_size]
                             parts.append(self._encode(batch))
                             advance(len(batch))
                         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
@@ -78,20 +96,35 @@ class LatentCache:
         processes.wait()
         self._full = True
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected latents (B, C, H, W) of pairs ``indices``, on the policy's device."""
+    def read(self, indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Chosen and rejected latents (C, H, W) of pairs ``indices``, on the CPU."""
         sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for index in indices:
-            with open_tensors(self._path(index // _SHARD)) as file:
+        for number, row in (self._places[index] for index in indices):
+            with open_tensors(self._path(number)) as file:
                 for side, name in zip(sides, ("chosen", "rejected"), strict=True):
-                    side.append(file.get_slice(name)[index % _SHARD])
-        chosen, rejected = (torch.stack(side).to(self.policy.device) for side in sides)
-        return chosen, rejected
+                    side.append(file.get_slice(name)[row])
+        return sides
 
-    def _encode(self, batch: range) -> tuple[Tensor, Tensor]:
-        chosen, rejected = zip(*(self.pairs.images(i, self.policy.image_size) for i in batch), strict=True)
+    def conditioning(self, indices: Sequence[int], texts: Sequence[str]) -> Conditioning:
+        """What the network is told of pairs ``indices``, (B, ...): ``texts``, the size of their images, and where it
+        is told of that, their size before and the corner at which they were cut out."""
+        sizes = [self.sizes[i] for i in indices]
+        rows = [[row for row, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
+        parts = [self.policy.encode([texts[row] for row in some], sizes[some[0]]) for some in rows]
+        order = torch.tensor([row for some in rows for row in some], device=self.policy.device).argsort()
+        together = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        if not self.cropped:
+            return together
+        originals = [self.pairs.size(i) for i in indices]
+        corners = [fit(original, size).corner for original, size in zip(originals, sizes, strict=True)]
+        return self.policy.family.of_cropped(together, torch.tensor(originals), torch.tensor(corners))
+
+    def _encode(self, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of pairs of one size."""
+        size = self.sizes[pairs[0]]
+        chosen, rejected = zip(*(self.pairs.images(i, size) for i in pairs), strict=True)
         latents = self.policy.encode_images(torch.stack(chosen + rejected)).cpu()
-        return latents[: len(batch)], latents[len(batch) :]
+        return latents[: len(pairs)], latents[len(pairs) :]
 
     def _is_made(self, number: int) -> bool:
         try:
@@ -101,8 +134,9 @@ class LatentCache:
             return False
 
     def _digest(self, number: int) -> str:
-        places = range(number * _SHARD, min((number + 1) * _SHARD, len(self.pairs)))
-        return content_digest([self._model, self.policy.image_size, *(self.pairs.identity(i) for i in places)])
+        pairs = self._files[number]
+        size = self.sizes[pairs[0]]
+        return content_digest([self._model, size, *map(self.pairs.identity, pairs)])
 
     def _write(self, number: int, tensors: dict[str, Tensor]) -> None:
         make_folder(self.folder)

@@ -214,7 +214,7 @@ class DenoisingConfig(PolicyConfig):
     def name_checks(self) -> Iterator[str]:
         own: dict[str, Any] = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
         own["lora_layers"] = self.lora.layers if self.lora else None
-        own |= {"height": self.height, "width": self.width}
+        own |= {name: getattr(self, name, None) for name in ("height", "width", "bucket_step")}
         yield from problems_of(check_image_model, self.model, **own)
         yield from reward_checks(getattr(self, "reward", None), "image")
 
@@ -369,11 +369,18 @@ class DiffusionDPOConfig(DenoisingConfig):
     aliases: ClassVar = {
         "decisions_per_pair": "steps_per_pair",
         "num_generations": "group_size",
+        "bucket_reso_steps": "bucket_step",
+        "aspect_bucket_alignment": "bucket_step",
         **formerly_beside(ExperimentalDiffusionDPO),
     }
 
     method: str = Field("diffusion_dpo", description="the training method")
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
+    bucket_step: Side | None = Field(
+        None,
+        description="train on pairs at their own aspect ratio, in buckets of the model's area whose sides are "
+        "multiples of so many pixels (64 as a rule); null crops all to one size",
+    )
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
     )
@@ -426,6 +433,8 @@ class DiffusionDPOConfig(DenoisingConfig):
             yield "give either pairs, or prompts to sample and judge pairs online, not both"
         if self.online:
             yield from multiple_checks(self, "group_size")
+            if self.bucket_step is not None:
+                yield "bucket_step is for given pairs, and images judged online all have one size: leave it out"
         rare = self.experimental
         if rare.target == "logged" and (not self.online or self.sampler.is_deterministic):
             yield "experimental.target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"

@@ -123,6 +123,7 @@ def check_folder(
     *,
     height: int | None = None,
     width: int | None = None,
+    bucket_step: int | None = None,
     to_train: bool = True,
 ) -> None:
     """UserError if a folder or an embedded model cannot be trained, as far as its configuration is at hand.
@@ -130,6 +131,7 @@ def check_folder(
     Args:
         family: the user's own, if one was named.
         height, width: of its images in pixels; its own where None.
+        bucket_step: of their buckets, if there are any.
         to_train: False to look only at what sampling needs.
     """
     folder = Path(_source(model))
@@ -143,6 +145,8 @@ def check_folder(
         if to_train:
             of_model.check_network(f"model={model!r}", config)
         of_model.latent_size(config, vae, height=height, width=width)
+        if bucket_step is not None:
+            of_model.buckets(config, vae, bucket_step, height=height, width=width)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return
 

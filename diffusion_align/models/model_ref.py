@@ -139,6 +139,7 @@ def check_image_model(
     lora_layers: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    bucket_step: int | None = None,
     to_train: bool = True,
 ) -> None:
     """UserError if ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
@@ -146,7 +147,7 @@ def check_image_model(
     Args:
         model, variant, base_config, family: as in a configuration; those of a run if not given.
         lora_layers: of the adapter to train, if any.
-        height, width, to_train: see ``check_folder``.
+        height, width, bucket_step, to_train: see ``check_folder``.
     """
     ref = image_model_ref(model)
     chosen = find_family(family or ref.family)
@@ -156,7 +157,8 @@ def check_image_model(
     base_config = ref.base_config if base_config is None else base_config
     try:
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
-        check_folder(ref.base, chosen, height=height, width=width, to_train=to_train)
+        sizes = {"height": height, "width": width, "bucket_step": bucket_step}
+        check_folder(ref.base, chosen, **sizes, to_train=to_train)
     except UserError as error:
         if ref.run is None:
             raise

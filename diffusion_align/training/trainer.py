@@ -225,6 +225,11 @@ class Trainer(ABC, Generic[Batch]):
         A statistic is averaged over actions; one whose name ends in ``/min`` or ``/max`` keeps its extreme.
         """
 
+    def micro_batches(self, batch: Batch, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+        """``indices`` (n, 2) in parts of at most ``micro_batch_size``, each with the batch that ``loss`` is given."""
+        for some in indices.split(self.config.micro_batch_size) if len(indices) else ():
+            yield batch, some
+
     @abstractmethod
     def finish(self) -> None:
         """Write ``final/``; called on the main process."""
@@ -538,9 +543,9 @@ class Trainer(ABC, Generic[Batch]):
             on_actions: called after each micro-batch with its size.
         """
         statistics = UpdateStatistics()
-        for micro_batch in indices.split(self.config.micro_batch_size) if len(indices) else ():
+        for part, micro_batch in self.micro_batches(batch, indices):
             samples, actions = micro_batch.to(self.processes.device).unbind(1)
-            losses, observed = self.loss(batch, samples, actions)
+            losses, observed = self.loss(part, samples, actions)
             self.optimization.backward(losses.sum() / normalizer)
             statistics.add({"loss": losses.detach(), **observed}, samples)
             on_actions(len(samples))

@@ -6,6 +6,7 @@ import pytest
 
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.kills import QUICK
+from tests.helpers.noise_pairs import write_noise_pairs
 from tests.helpers.problems import assert_problem
 from tests.helpers.two_processes import (
     PLAIN_STEPS,
@@ -103,13 +104,19 @@ CASES = {
         "target": "posterior_sample",
         "micro_batch_size": 3,
     },
+    "offline, buckets": OFFLINE | {"pairs": ..., "bucket_step": 8, "inner_epochs": 2, "micro_batch_size": 3},
     "online": ONLINE,
 }
+# Of the model's 16 x 16 pixels: four in that bucket, and two in each of three others.
+SIZES = [(64, 64), (20, 60), (64, 16), (90, 90), (60, 20), (10, 31), (64, 64), (80, 20), (70, 70), (24, 8)]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_half_the_pairs_each_is_the_same_run(forked, write, tmp_path, case):
-    folders, gradients = run_both(forked, write(**CASES[case]), tmp_path, PRELUDE)
+    changes = CASES[case]
+    if "buckets" in case:
+        changes = changes | {"pairs": str(write_noise_pairs(tmp_path / "pairs", SIZES, PROMPTS))}
+    folders, gradients = run_both(forked, write(**changes), tmp_path, PRELUDE)
     assert_same(folders, gradients)
     if "online" in case:
         return

@@ -22,6 +22,7 @@ from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.training.optimization import Optimization
 from tests.helpers.hard_runs import HARD_RUN, SIZED, assert_same_run, rows_of
 from tests.helpers.kills import HOOK, KILL, QUICK, STEP, STOP, UPDATING, place, renaming, resumed_with
+from tests.helpers.noise_pairs import write_noise_pairs
 from tests.helpers.problems import assert_problem, problems
 
 PROMPTS = ["a red apple", "a cat", "a dog", "a blue car"]
@@ -38,7 +39,14 @@ CORRECTED = {
     "decisions_per_pair": 2,
     "target": "posterior_sample",
 }
-KINDS = {"offline": OFFLINE | SIZED, "online": ONLINE | SIZED, "offline, corrected": OFFLINE | CORRECTED}
+# Of the model's 16 x 16 pixels: three buckets in steps of 8.
+SIZES = [(16, 16), (8, 24), (12, 36), (20, 20), (48, 16), (9, 30)]
+KINDS = {
+    "offline": OFFLINE | SIZED,
+    "online": ONLINE | SIZED,
+    "offline, corrected": OFFLINE | CORRECTED,
+    "offline, buckets": CORRECTED | {"bucket_step": 8},
+}
 # Two pairs per file, so that six pairs take three.
 SMALL_FILES = "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
 CACHE = "diffusion_align.diffusion.latent_cache"
@@ -50,14 +58,20 @@ LOOKING_BACK = {
     "between the two passes over an epoch": place(STEP, "step", 7),
     "while looking back": place("diffusion_align.diffusion.dpo.DiffusionDPOTrainer", "_with_reference_means", 2),
 }
-MOMENTS = {"offline": ENCODED | UPDATING | READING, "online": UPDATING | DRAWING, "offline, corrected": LOOKING_BACK}
+MOMENTS = {
+    "offline": ENCODED | UPDATING | READING,
+    "online": UPDATING | DRAWING,
+    "offline, corrected": LOOKING_BACK,
+    "offline, buckets": ENCODED | LOOKING_BACK,
+}
 
 
 @pytest.fixture(scope="module")
 def calm(left_alone, tiny_sd):
     def settings(scratch, kind):
         reward = {"reward": f"{scratch}/noisy.py:noisy"} if "online" in kind else {}
-        return SETTINGS | {"model": str(tiny_sd)} | KINDS[kind] | reward
+        pairs = {"pairs": str(write_noise_pairs(scratch / "pairs", SIZES, PROMPTS))} if "buckets" in kind else {}
+        return SETTINGS | {"model": str(tiny_sd)} | KINDS[kind] | reward | pairs
 
     return left_alone(settings, SMALL_FILES)
 
@@ -119,6 +133,7 @@ def test_signals_change_nothing(forked, calm, tmp_path, kind):
         ("beta=0.6", "beta was 0.5 and is 0.6"),
         ("variant=corrected", "variant was 'original' and is 'corrected'"),
         ("caption_dropout=0.1", "caption_dropout was 0.0 and is 0.1"),
+        ("bucket_step=8", "bucket_step was None and is 8"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(forked, calm, override, kind):
@@ -151,16 +166,7 @@ def brightness(images, prompts, metadata):
 @pytest.fixture(scope="module")
 def image_pairs(tmp_path_factory):
     """A folder with six pairs of noise images as files; the chosen ones are bright."""
-    folder = tmp_path_factory.mktemp("pairs")
-    draw = np.random.default_rng(0)
-    rows = []
-    for i in range(6):
-        for side, low in (("chosen", 128), ("rejected", 0)):
-            pixels = draw.integers(low, low + 128, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{side}_{i}.png")
-        rows.append({"prompt": PROMPTS[i % 4], "chosen": f"chosen_{i}.png", "rejected": f"rejected_{i}.png"})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_noise_pairs(tmp_path_factory.mktemp("pairs"), [(16, 16)] * 6, PROMPTS)
 
 
 @pytest.fixture
@@ -299,8 +305,8 @@ def test_every_conditioning_of_sdxl_counts_in_training(train, monkeypatch, name)
     _, rows = train("tiny_sdxl", epochs=1)
     encode = DenoisingPolicy.encode
 
-    def without(self, prompts):
-        conditioning = encode(self, prompts)
+    def without(self, prompts, *size):
+        conditioning = encode(self, prompts, *size)
         return conditioning | {name: conditioning[name] + 1}
 
     monkeypatch.setattr(DenoisingPolicy, "encode", without)
@@ -349,14 +355,10 @@ def test_a_reward_is_optional_where_pairs_are_given(train, tmp_path, reward, mon
 
 def test_captions_are_dropped_from_their_share_of_pairs(train, monkeypatch):
     seen = []
-    conditioning = DiffusionDPOTrainer._conditioning
-
-    def record(trainer, texts, *known):
-        result = conditioning(trainer, texts, *known)
-        seen.extend(texts)
-        return result
-
-    monkeypatch.setattr(DiffusionDPOTrainer, "_conditioning", record)
+    captions = DiffusionDPOTrainer._captions
+    monkeypatch.setattr(
+        DiffusionDPOTrainer, "_captions", lambda *given: seen.extend(found := captions(*given)) or found
+    )
     train(caption_dropout=0.4, samples_per_epoch=200, sample_batch_size=50, micro_batch_size=50, epochs=1)
     assert 0.28 < seen.count("") / 200 < 0.52  # 3.5 standard errors
     assert set(seen) - {""} == set(PROMPTS)

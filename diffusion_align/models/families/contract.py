@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from diffusion_align.data.buckets import Size, aspect_buckets
 from diffusion_align.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -63,6 +64,18 @@ class ModelFamily(ABC):
     def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         """As ``encode``, of texts that guidance leads away from; an empty one is a text like others."""
         return self.encode(pipeline, prompts, image_size)
+
+    def of_cropped(self, conditioning: Conditioning, original: Tensor, corner: Tensor) -> Conditioning:
+        """``conditioning`` of images that were scaled to cover their size, of which the middle was then cut out.
+
+        Told as it is by default: a network that knows nothing of where its images come from.
+
+        Args:
+            conditioning: of B samples, from ``encode`` with the size that was cut out.
+            original: (B, 2) int64, height and width in pixels before.
+            corner: (B, 2) int64, top and left of what was cut out of the scaled image, in pixels.
+        """
+        return conditioning
 
     @abstractmethod
     def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
@@ -128,23 +141,53 @@ class ModelFamily(ABC):
             config, vae: configurations of the network and of the VAE.
 
         Raises:
-            ConfigError: a side is not a multiple of the VAE's factor times the network's patch size, nor of 8, which
-                diffusers' pipelines require whatever the VAE.
+            ConfigError: see ``check_sides``.
         """
         _, *own = self.latent_shape(config)
         factor = self.vae_factor(vae)
-        multiple = math.lcm(8, factor * (config.get("patch_size") or 1))
         given = {"height": height, "width": width}
+        self.check_sides(config, vae, {name: side for name, side in given.items() if side is not None})
+        rows, columns = (mine if side is None else side // factor for mine, side in zip(own, given.values()))
+        return rows, columns
+
+    def buckets(
+        self,
+        config: Mapping[str, Any],
+        vae: Mapping[str, Any],
+        step: int,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> list[Size]:
+        """``aspect_buckets`` of images of about the size that ``latent_size`` takes.
+
+        Raises:
+            ConfigError: see ``check_sides``; or there are fewer than two.
+        """
+        self.check_sides(config, vae, {"bucket_step": step})
+        size = tuple(side * self.vae_factor(vae) for side in self.latent_size(config, vae, height=height, width=width))
+        buckets = aspect_buckets(size, step)  # type: ignore[arg-type]
+        if len(buckets) < 2:
+            raise ConfigError(
+                [
+                    f"bucket_step={step} is too large for buckets of about {size[0]} x {size[1]} pixels: lower it, or "
+                    "raise the resolution"
+                ]
+            )
+        return buckets
+
+    def check_sides(self, config: Mapping[str, Any], vae: Mapping[str, Any], sides: Mapping[str, int]) -> None:
+        """ConfigError unless all ``sides``, setting -> pixels, are multiples of the VAE's factor times the network's
+        patch size, and of 8, which diffusers' pipelines require whatever the VAE."""
+        multiple = math.lcm(8, self.vae_factor(vae) * (config.get("patch_size") or 1))
         problems = [
             f"{name}={side} must be a multiple of {multiple} for this model: set {max(1, side // multiple) * multiple} "
             f"or {(side // multiple + 1) * multiple}"
-            for name, side in given.items()
-            if side is not None and side % multiple
+            for name, side in sides.items()
+            if side % multiple
         ]
         if problems:
             raise ConfigError(problems)
-        rows, columns = (mine if side is None else side // factor for mine, side in zip(own, given.values()))
-        return rows, columns
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         """Pixels per latent along a side, with a VAE of configuration ``vae``."""

@@ -41,6 +41,13 @@ class StableDiffusionXL(StableDiffusion):
         size = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=embeds.dtype, device=device)
         return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size.expand(len(prompts), -1)}
 
+    def of_cropped(self, conditioning: Conditioning, original: Tensor, corner: Tensor) -> Conditioning:
+        """With original size, corner and target size, as diffusers' scripts that train SDXL."""
+        import torch
+
+        told = conditioning["time_ids"]
+        return conditioning | {"time_ids": torch.cat([original.to(told), corner.to(told), told[:, 4:]], dim=1)}
+
     def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
         return super().inputs(timestep, conditioning, dtype) | {"added_cond_kwargs": added}

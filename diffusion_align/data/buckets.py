@@ -1,0 +1,61 @@
+"""Aspect-ratio buckets: the sizes that images of many shapes are trained at, and how an image is brought to one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+def aspect_buckets(size: Size, step: int) -> list[Size]:
+    """The buckets of sides that are multiples of ``step``, none larger in area than ``size``; [] where there are none.
+
+    To each side from half to twice that of the square of this area, the longest that fits, both ways round: the
+    buckets of kohya's sd-scripts (``make_bucket_resolutions``). Ratios go up to about 1:4.
+    """
+    area = size[0] * size[1]
+    sides = {side for side in range(step, math.isqrt(4 * area) + 1, step) if 4 * side**2 >= area}
+    square = math.isqrt(area) // step * step
+    found = {(square, square)} if square in sides else set()
+    for side in sides:
+        longest = area // side // step * step
+        if longest in sides:
+            found |= {(side, longest), (longest, side)}
+    return sorted(found)
+
+
+def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
+    """The bucket that keeps most of an image which is scaled to cover it; of equals the largest.
+
+    That is the bucket with the nearest logarithm of the aspect ratio, so an image on its side is in the bucket on its
+    side.
+    """
+
+    def share_kept(bucket: Size) -> Fraction:
+        across, along = image[0] * bucket[1], image[1] * bucket[0]
+        return Fraction(min(across, along), max(across, along))
+
+    return max(buckets, key=lambda bucket: (share_kept(bucket), bucket[0] * bucket[1], bucket))
+
+
+class Fit(NamedTuple):
+    """How an image is brought to a size without distortion.
+
+    Attributes:
+        scaled: (height, width) of the image scaled to cover the size.
+        corner: (top, left) of the middle of it, which is cut out.
+    """
+
+    scaled: Size
+    corner: Size
+
+
+def fit(image: Size, size: Size) -> Fit:
+    """How an ``image`` of (height, width) is brought to ``size``."""
+    scale = max(size[0] / image[0], size[1] / image[1])
+    tall, wide = (max(wanted, round(scale * side)) for wanted, side in zip(size, image))
+    return Fit((tall, wide), ((tall - size[0]) // 2, (wide - size[1]) // 2))
