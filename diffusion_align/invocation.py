@@ -31,11 +31,13 @@ class CommandLine:
         program: its words up to the command: ``diffusion-align``, ``accelerate launch -m diffusion_align``.
         arguments: the others.
         aliases: other names of settings; None where the command takes options (``--resume``), not ``key=value``.
+        own: ``program`` without a launcher, which other commands need not.
     """
 
     program: tuple[str, ...]
     arguments: tuple[str, ...]
     aliases: Mapping[str, str] | None = None
+    own: tuple[str, ...] = (PROGRAM,)
 
     def again(self, **settings: Any) -> str:
         """The words for a shell, quoted; an option is given where its setting is True."""
@@ -73,12 +75,13 @@ def command_line(aliases: Mapping[str, str] | None = None) -> CommandLine:
     program = _before(arguments, sys.orig_argv)
     if program is None:
         return CommandLine((PROGRAM,), tuple(arguments), aliases)
+    own = _as_typed(program)
     for words in _parents():
         launcher = _before(arguments, words)
         if launcher is None:
             break
         program = launcher
-    return CommandLine(tuple(_as_typed(program)), tuple(arguments), aliases)
+    return CommandLine(tuple(_as_typed(program)), tuple(arguments), aliases, tuple(own))
 
 
 def _as_yaml(value: Any) -> str:
@@ -116,11 +119,12 @@ def _as_typed(program: Sequence[str]) -> list[str]:
 
 def shortest(path: str) -> str:
     """How a program is called from the current folder: its name, where the PATH leads to it, or a path."""
-    name = os.path.basename(path)
+    folder, name = os.path.split(path)
     found = shutil.which(name)
-    if found is not None and os.path.exists(path) and os.path.samefile(found, path):
+    # The folders, not what is in them: a python of two environments is a link to one file.
+    if folder and found is not None and os.path.realpath(os.path.dirname(found)) == os.path.realpath(folder):
         return name
-    return shown_path(path) if os.sep in path else path
+    return shown_path(path) if folder else path
 
 
 def shown_path(path: str | Path) -> str:

@@ -283,7 +283,19 @@ def test_a_warning_is_yellow_on_a_terminal_only(monkeypatch):
     assert shown(Terminal()) == "warning: it is late\n"
 
 
-COMMANDS = ["train", "sample", "complete", "score", "serve-reward", "compare", "pairs", "report", "estimators", "list"]
+COMMANDS = [
+    "train",
+    "sample",
+    "complete",
+    "export",
+    "score",
+    "serve-reward",
+    "compare",
+    "pairs",
+    "report",
+    "estimators",
+]
+COMMANDS += ["list"]
 
 
 def examples():

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from diffusion_align.bounds import MOST
+from diffusion_align.cli.next_commands import last_lines
 from diffusion_align.cli.options import (
     Config,
     Eta,
@@ -109,11 +110,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from diffusion_align.pipelines.run import run  # with torch, without which wrong settings are answered at once
 
     hide_loading_bars()
-    trainer = run(settings, started=command_line(aliases_of(settings.__class__)))
+    started = command_line(aliases_of(settings.__class__))
+    trainer = run(settings, started=started)
     if trainer.accelerator.is_main_process:
-        if trainer.stopped:
-            print_line(f"stopped after epoch {trainer.epoch}: {trainer.stopped}")
-        print_line(f"finished: see {trainer.folder / 'report.html'}; the weights are in {trainer.folder / 'final'}")
+        for line in last_lines(trainer, started):
+            print_line(line)
 
 
 @app.command(epilog=_epilog('sample runs/quickstart -p "a lion" -p "a rocket" -o images'))
@@ -192,6 +193,26 @@ def complete(
         rows = [{"prompt": text, "completion": completion} for text, completion in zip(texts, written, strict=True)]
         make_folder(output.parent, parents=True)
         write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@app.command(epilog=_epilog("export runs/quickstart -o model"))
+def export(
+    model: Model,
+    output: Annotated[Path, path_option("--output", "-o", help="folder for the model")],
+    family: Family = None,
+) -> None:
+    """Write the whole model of a run, its adapter merged in, as plain diffusers or transformers load it."""
+    from diffusion_align.models.language_models import model_kind
+    from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
+
+    kind = model_kind([model])
+    check_kind(kind, given_options(family=family), {})
+    check_output_path(output, "folder")
+    hide_loading_bars()
+    images, text = ImageAlignmentPipeline.from_pretrained, TextAlignmentPipeline.from_pretrained
+    pipeline: Any = text(model) if kind == "text" else images(model, family=family)
+    pipeline.save_pretrained(output)
+    print_line(f"wrote the model to {output}")
 
 
 @app.command(epilog=_epilog("score aesthetic images/0000.png images/0001.png", _REWARDS))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_align.report.change import Change, change_of_epochs, change_of_updates, mean_of_tenth
 from diffusion_align.report.metrics import (
     IMAGE_KL,
     Described,
@@ -18,8 +19,6 @@ from diffusion_align.report.metrics import (
     series,
 )
 from diffusion_align.report.status import RunStatus
-
-MIN_FOR_ERROR = 5  # fewer updates tell too little about their spread for a standard error
 
 
 def summary(rows: Sequence[Row], described: Described = IMAGE_KL) -> str:
@@ -63,25 +62,27 @@ def evaluation_sentences(rows: Sequence[Row], path: Path, status: RunStatus) -> 
 
 
 def _reward_sentence(rows: Sequence[Row]) -> str:
-    epochs, reward = series(rows, "reward", x="epoch")
-    cost = _cost(rows)
-    if not len(epochs):
+    change, cost = change_of_epochs(rows, "reward"), _cost(rows)
+    if change is None:
         return f"No reward was logged; the run took {cost}." if cost else "No reward was logged."
-    errors = dict(zip(*series(rows, "reward_stderr", x="epoch")))
-    first, last = (plus_minus(reward[i], 2 * errors.get(epochs[i], math.nan)) for i in (0, -1))
+    first, last = _both(change)
     note = " (± 2 standard errors)" if "±" in first + last else ""
-    if len(epochs) == 1:
+    if change.places[0] == change.places[1]:
         return f"The mean reward of the only epoch so far is {first}{note}" + (f", after {cost}." if cost else ".")
-    change = reward[-1] - reward[0]
     sentence = f"The mean reward {_verb(change)} from {first} to {last}{note}"
-    error = math.hypot(errors.get(epochs[0], math.nan), errors.get(epochs[-1], math.nan))
-    if error > 0:
-        sentence += f", a change of {abs(change) / error:.1f} standard errors"
+    if math.isfinite(change.standard_errors):
+        sentence += f", a change of {abs(change.standard_errors):.1f} standard errors"
     return f"{sentence}, over {cost}."
 
 
-def _verb(change: float) -> str:
-    return "rose" if change > 0 else "fell" if change < 0 else "went"
+def _both(change: Change) -> tuple[str, str]:
+    """Before and after, with two standard errors."""
+    first, last = (plus_minus(one, 2 * error) for one, error in zip((change.before, change.after), change.errors))
+    return first, last
+
+
+def _verb(change: Change) -> str:
+    return "rose" if change.after > change.before else "fell" if change.after < change.before else "went"
 
 
 def _preference_sentences(rows: Sequence[Row]) -> list[str]:
@@ -89,18 +90,15 @@ def _preference_sentences(rows: Sequence[Row]) -> list[str]:
     name, key = "implicit accuracy", "rewards/accuracies"
     if not len(series(rows, key)[0]):
         name, key = "accuracy", "accuracy"
-    _, accuracy = series(rows, key)
-    count = len(accuracy)
-    if not count:
+    change = change_of_updates(rows, key)
+    if change is None:
         return []
-    (start, first), (end, last) = _tenth(accuracy, first=True), _tenth(accuracy, first=False)
+    (first, last), count = _both(change), int(change.places[0])
     if count == 1:
         sentence = f"The {name} of the only update so far is {last}"
     else:
         part = "first tenth" if count >= 20 else "first"
-        sentence = (
-            f"The {name} {_verb(end - start)} from {first} in the {part} of {count} updates to {last} in the last"
-        )
+        sentence = f"The {name} {_verb(change)} from {first} in the {part} of {count} updates to {last} in the last"
     note = "; ± 2 standard errors" if "±" in first + last else ""
     sentences = [f"{sentence} (chance is 0.5{note})."]
     phrases = {
@@ -110,7 +108,7 @@ def _preference_sentences(rows: Sequence[Row]) -> list[str]:
         "error/loser": "the loser's error minus the reference's was {} nats",
     }
     ends = {key: series(rows, key)[1] for key in phrases}
-    found = [phrases[key].format(_tenth(values, first=False)[1]) for key, values in ends.items() if len(values)]
+    found = [phrases[key].format(_last_tenth(values)) for key, values in ends.items() if len(values)]
     if found:
         sentences.append(f"There {_listed(found)}.")
     return sentences + _held_out_sentences(rows)
@@ -136,12 +134,9 @@ def _held_out_sentences(rows: Sequence[Row]) -> list[str]:
     return [f"On the held-out pairs it was {accuracy[0]:.3g} after the first epoch{last}."]
 
 
-def _tenth(values: np.ndarray, *, first: bool) -> tuple[float, str]:
-    """The mean of the first or last tenth, and as text with 2 standard errors if it has ``MIN_FOR_ERROR`` values."""
-    size = max(1, len(values) // 10)
-    part = values[:size] if first else values[-size:]
-    error = part.std(ddof=1) / math.sqrt(size) if size >= MIN_FOR_ERROR else math.nan
-    return float(part.mean()), plus_minus(part.mean(), 2 * error)
+def _last_tenth(values: np.ndarray) -> str:
+    mean, error = mean_of_tenth(values, first=False)
+    return plus_minus(mean, 2 * error)
 
 
 def _listed(parts: Sequence[str]) -> str:

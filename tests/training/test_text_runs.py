@@ -186,7 +186,8 @@ def test_what_a_run_leaves_behind(forked, tiny_language_model, tmp_path):
     config.write_text(dump(settings_of(tmp_path, "grpo", tiny_language_model)))
     overrides = [f"output_dir={folder}", "grid_every=2", "epochs=3", "show_prompts=[the cat, 'who?', never seen]"]
     run = forked.finish("train", config, *overrides)
-    assert f"finished: see {folder}/report.html; the weights are in {folder}/final" in run.outputs[0]
+    assert "finished 3 epochs\nreward " in run.outputs[0]
+    assert f"the weights are in {folder}/final; next:\n  xdg-open {folder}/report.html\n" in run.outputs[0]
     names = sorted(path.name for path in (folder / "samples").iterdir())
     assert names == ["before_after.jsonl", "epoch_0000.jsonl", "epoch_0002.jsonl"]
     lines = [json.loads(line) for line in (folder / "samples" / "before_after.jsonl").read_text().splitlines()]
