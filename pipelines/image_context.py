@@ -100,6 +100,8 @@ def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
         base_config=config.base_config or ref.base_config,
         family=find_family(config.family),
         to_train=True,
+        height=config.height,
+        width=config.width,
     )
     for adapter in ref.adapters:
         adapters.load_lora(pipeline, adapter, ref.base)

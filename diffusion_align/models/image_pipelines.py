@@ -159,6 +159,8 @@ def load_pipeline(
     base_config: str | None = None,
     family: ModelFamily | None = None,
     to_train: bool = False,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Any:
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
 
@@ -171,6 +173,7 @@ def load_pipeline(
             scheduler's too; by default diffusers' guess, loaded from the Hub.
         family: the user's own, of a class of pipelines that is not shipped.
         to_train: refuse a network that cannot be trained before its weights are read.
+        height, width: of its images in pixels, which are then looked at as well; its own where None.
 
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
@@ -191,7 +194,9 @@ def load_pipeline(
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {kind}")
             pipeline = _load_single_file(model, dtype=dtype, base_config=base, options=of_file.load_options)
         else:
-            pipeline = _load_folder(model, dtype, variant, family, to_train=to_train)
+            pipeline = _load_folder(
+                model, dtype, variant, family, to_train=to_train, size={"height": height, "width": width}
+            )
         give_family(pipeline, family)
         _check_loaded(f"model={model!r}", pipeline)
         if pipeline.vae.config.force_upcast:
@@ -202,7 +207,13 @@ def load_pipeline(
 
 
 def _load_folder(
-    model: str, dtype: torch.dtype, variant: str | None, family: ModelFamily | None, *, to_train: bool
+    model: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    family: ModelFamily | None,
+    *,
+    to_train: bool,
+    size: Mapping[str, int | None],
 ) -> Any:
     """The pipeline of a folder or Hub id, its VAE in float32."""
     import diffusers
@@ -215,6 +226,8 @@ def _load_folder(
         if to_train:
             network = getattr(diffusers, of_model.network_class).load_config(source, subfolder=of_model.network)
             of_model.check_network(f"model={model!r}", network)
+            if any(size.values()):
+                of_model.latent_size(network, diffusers.AutoencoderKL.load_config(source, subfolder="vae"), **size)
         return load_in_dtype(
             getattr(diffusers, kind).from_pretrained,
             source,
