@@ -49,6 +49,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
+        needs_reference=config.needs_reference,
         guidance_scale=config.sampler.guidance_scale,
         negative_prompt=config.negative_prompt,
         **size,

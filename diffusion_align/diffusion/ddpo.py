@@ -150,7 +150,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             trained=passes * config.inner_epochs,
             reference=passes if config.kl_coef > 0 else 0,
             # Of the policy and of the reference.
-            probed=2 * every.width * min(kl_probes(config, count, actions), actions),
+            probed=2 * every.width * min(kl_probes(config, count, actions), actions) if config.has_reference else 0,
             recorded=2 * actions,
         )
 
@@ -194,7 +194,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             batch = replace(batch, advantages=batch.advantages - config.kl_coef * self._kl_in_reward(batch))
         # An image without advantage has no policy gradient; with a KL term it still has that one.
         keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
-        self._probes = None if uses_reference or not len(keep) else self._choose_probes(batch, keep)
+        looks = not uses_reference and self.policy.has_reference and len(keep) > 0
+        self._probes = self._choose_probes(batch, keep) if looks else None
         return batch, TrainingPlan(keep, path.steps.shape[1], normalizer=len(advantages)), metrics
 
     def loss(self, batch: DDPOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

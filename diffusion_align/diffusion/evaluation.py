@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_align.data.prompts import Prompt
@@ -21,6 +22,10 @@ from diffusion_align.rewards.base import RewardError, call_reward
 from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.policy_trainer import PREVIEWED, Previews
 from diffusion_align.training.randomness import generator
+from diffusion_align.writing import new_file
+
+BEFORE = "before.safetensors"
+"""In ``samples/`` of a run without a reference: the images before training."""
 
 
 @dataclass
@@ -102,7 +107,7 @@ class ImagePreviews(Previews[Tensor]):
         seed: int,
         batch_size: int,
     ) -> None:
-        super().__init__(policy.reference)
+        super().__init__(policy.reference if policy.has_reference else None)
         self.policy, self.schedule, self.reward = policy, schedule, reward
         self.seed, self.batch_size = seed, batch_size
         known = dict(prompts)
@@ -114,6 +119,14 @@ class ImagePreviews(Previews[Tensor]):
 
     def write(self, samples: Tensor, path: Path) -> None:
         save_png(image_grid(samples, captions=self.texts), path)
+
+    def keep(self, samples: Tensor, folder: Path) -> None:
+        with new_file(folder / BEFORE) as temporary:
+            save_file({"images": (samples * 255).round().to(torch.uint8).contiguous()}, temporary)
+
+    def kept(self, folder: Path) -> Tensor | None:
+        file = folder / BEFORE
+        return load_file(file)["images"].float() / 255 if file.is_file() else None
 
     def write_pairs(self, before: Tensor, after: Tensor, path: Path) -> None:
         scores = [self._scores(images) for images in (before, after)]

@@ -38,7 +38,8 @@ class DenoisingPolicy:
         pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``, or one that
             ``load_pipeline`` has loaded with a family of the user's own. Text encoders and VAE
             are frozen. What is frozen keeps its dtype, trained weights become float32.
-        lora: adapters to train; None trains the whole network and keeps a frozen copy as the reference.
+        lora: adapters to train; None trains the whole network and, for the reference, keeps a frozen copy.
+        needs_reference: False saves the copy where no reference is used.
         guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
         negative_prompt: what guidance leads away from, in sampling and training alike; None for no prompt. As in
             diffusers an empty text is a prompt: SDXL encodes it, and has zeros for None.
@@ -60,6 +61,7 @@ class DenoisingPolicy:
         pipeline: Any,
         *,
         lora: LoRAConfig | None,
+        needs_reference: bool = True,
         guidance_scale: float = 1.0,
         negative_prompt: str | None = None,
         height: int | None = None,
@@ -92,8 +94,9 @@ class DenoisingPolicy:
             self.family.use_attention(self.network, "eager" if attention == "auto" else attention)
         self._frozen: nn.Module | None = None
         if lora is None:
-            # What is trained is float32, and its reference has to round as it does.
-            self._frozen = copy.deepcopy(self.network.float())
+            self.network.float()
+            if needs_reference:  # in float32 as well: it has to round as what is trained does
+                self._frozen = copy.deepcopy(self.network)
             self.network.requires_grad_(True)
         elif not adapted:
             add_lora(self.network, peft_config(lora, self.family))
@@ -197,9 +200,16 @@ class DenoisingPolicy:
             output = self.family.predict(network, x_t.to(network.dtype), timestep, conditioning)
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether ``reference`` can be entered."""
+        return self.lora is not None or self._frozen is not None
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, ``predict`` is the reference policy: the adapter switched off, or the frozen copy."""
+        if not self.has_reference:
+            raise ValueError("this policy was made without a reference: needs_reference=True keeps one")
         trained = self.network
         with switched_off(self._adapter_layers):
             setattr(self.pipeline, self.family.network, trained if self._frozen is None else self._frozen)

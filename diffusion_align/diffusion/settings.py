@@ -182,6 +182,16 @@ class DenoisingConfig(PolicyConfig):
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a network that is trained whole is kept as it was, too; below LoRA it is there anyway."""
+        return True
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a run can compare its policy with the reference."""
+        return self.lora is not None or self.needs_reference
+
     @model_validator(mode="before")
     @classmethod
     def _square(cls, settings: Any) -> Any:
@@ -320,6 +330,10 @@ class DDPOConfig(DenoisingConfig):
                 "experimental.credit=to_go needs the KL of every later step: set timestep_fraction=1 and "
                 "timestep_range to end at 1"
             )
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0 or self.stop_when.kl_above is not None
 
     def nats_in_logp(self, dimensions: int) -> int:
         """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""

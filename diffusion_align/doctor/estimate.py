@@ -113,7 +113,7 @@ class Estimator:
             dtype=dtype,
             autocast=_DTYPES.get(str(config.mixed_precision)),
             checkpointing=config.gradient_checkpointing,
-            eager_attention=not machine.gpu,
+            eager_attention=config.attention == "eager" or (config.attention == "auto" and not machine.gpu),
             reference=self.epoch.reference > 0 and config.inner_epochs == 1,
         )
         cost = self._network_cost(config, passes)
@@ -130,7 +130,9 @@ class Estimator:
         phases = {"training": cost.training, "sampling": cost.sampling, "decoding": decoding.working}
         if getattr(config, "pairs", None) is not None:
             phases["encoding images"] = encoding_cost(on_meta, latents, 2 * config.sample_batch_size).working
-        weights = {family.network: cost.frozen * dtype.itemsize} if config.lora else {"reference": 4 * cost.trained}
+        weights = {family.network: cost.frozen * dtype.itemsize} if config.lora else {}
+        if config.lora is None and config.needs_reference:
+            weights["reference"] = 4 * cost.trained
         for name, count in self._counts.items():
             if name == family.network:
                 continue

@@ -61,13 +61,18 @@ class PolicyTrainer(Trainer[Batch]):
         """Write the model card of ``final/``."""
 
     def show(self, name: str) -> None:
-        self.previews.write(self.previews.sample(), self.folder / "samples" / f"{name}{self.previews.suffix}")
+        samples, folder = self.previews.sample(), self.folder / "samples"
+        self.previews.write(samples, folder / f"{name}{self.previews.suffix}")
+        if self.epoch == 0 and self.previews.reference is None:
+            self.previews.keep(samples, folder)
 
     def finish(self) -> None:
         """Write ``final/`` and its card, and the samples before and after."""
         if self.evaluation is not None or self.stopped or (self.folder / SUMMARY).exists():
             write_summary(self.folder, self.evaluation, self.stopped)
-        pair = self.previews.before_after()  # before anything is written: these weights may give no finite samples
+        pair = self.previews.before_after(
+            self.folder / "samples"
+        )  # before anything is written: these weights may give no finite samples
         self.write_weights(self.folder / "final")
         if pair is not None:
             self.previews.write_pairs(*pair, self.folder / "samples" / f"before_after{self.previews.suffix}")
@@ -141,10 +146,18 @@ class Previews(ABC, Generic[Samples]):
     def write_pairs(self, before: Samples, after: Samples, path: Path) -> None:
         """Write samples of the reference and of the policy, with the reward of each where it can say."""
 
-    def before_after(self) -> tuple[Samples, Samples] | None:
-        """Samples of the reference and of the policy; None where there is no reference."""
+    def keep(self, samples: Samples, folder: Path) -> None:
+        """Keep samples of the untrained policy, which has no reference that could give them later."""
+
+    def kept(self, folder: Path) -> Samples | None:
+        """What ``keep`` has kept; None if that is nothing."""
+        return None
+
+    def before_after(self, folder: Path) -> tuple[Samples, Samples] | None:
+        """Samples of the reference and of the policy; without a reference those kept in ``folder``, None if not."""
         if self.reference is None:
-            return None
+            before = self.kept(folder)
+            return None if before is None else (before, self.sample())
         after = self.sample()
         with self.reference():
             return self.sample(), after

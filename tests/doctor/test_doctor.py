@@ -132,13 +132,16 @@ def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, targe
 def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_policy):
     from diffusion_align.diffusion.policy import LoRAConfig
 
-    found, _ = report(model=str(tiny_sd), lora=None)
+    found, _ = report(model=str(tiny_sd), lora=None, kl_coef=0.1)
+    alone, _ = report(model=str(tiny_sd), lora=None)
     adapted, _ = report(model=str(tiny_sd))
     averaged, _ = report(model=str(tiny_sd), ema_decay=0.9)
     whole = make_policy("tiny_sd", lora=None).trainable.values()
     adapter = make_policy("tiny_sd", lora=LoRAConfig(rank=2)).trainable.values()
     whole, adapter = (sum(p.numel() for p in parameters) for parameters in (whole, adapter))
     assert f"reference UNet {gigabytes(4 * whole)}," in found["frozen weights"]
+    assert "reference" not in alone["frozen weights"]  # nothing asks for it
+    assert "kl_path" not in alone["UNet passes per epoch"]
     assert found["trained"].startswith(f"{gigabytes(16 * whole)}: whole UNet")
     assert adapted["trained"].startswith(f"{gigabytes(16 * adapter)}: LoRA of rank 2")
     assert averaged["trained"].startswith(f"{gigabytes(20 * adapter)}: ")

@@ -126,7 +126,7 @@ def test_shown_texts_are_scored_with_their_tokens_and_without_a_state(make_langu
     policy, spy = make_language_policy("gpt2", noise=0.1), Spy()
     rewards = WeightedRewards([spy], torch.ones(1))
     previews = TextPreviews(policy, ROWS, rewards, seed=0, batch_size=1, max_completion_length=6)
-    previews.write_pairs(*previews.before_after(), tmp_path / "shown.jsonl")
+    previews.write_pairs(*previews.before_after(tmp_path), tmp_path / "shown.jsonl")
 
     def expected():
         parts = [
