@@ -115,6 +115,13 @@ def test_the_comparison_notices(forked, settings, tmp_path, fault):
         assert_same_gradients(gradients, 1e-6)
 
 
+def test_all_weights_without_a_reference(forked, settings, tmp_path):
+    folders, gradients = run_both(forked, settings(lora=None, grid_every=1), tmp_path)
+    assert_same_gradients(gradients, 1e-6)
+    assert_same_rows(folders, 1e-5)
+    assert all((folder / "samples/before_after.png").is_file() for folder in folders)
+
+
 def test_the_first_process_chooses_the_precision_of_both(forked, settings, tmp_path):
     one_gpu = """
 import os
