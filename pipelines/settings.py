@@ -46,6 +46,8 @@ class LoRASettings(TypedDict, total=False):
     """scale is alpha / rank; alpha is the rank if not given"""
     dora: bool
     """train the size of each layer's weights apart from their direction (DoRA)"""
+    dropout: float
+    """share of each adapter's input that training passes drop"""
     layers: str
     """layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small models need) or several, as in attention+feed_forward"""
 
@@ -146,6 +148,8 @@ class TextLoRASettings(TypedDict, total=False):
     """scale is alpha / rank; twice the rank when not given"""
     dora: bool
     """train the size of each layer's weights apart from their direction (DoRA)"""
+    dropout: float
+    """share of each adapter's input that training passes drop"""
     layers: Literal["all-linear", "attention"]
     """layers that get an adapter"""
 

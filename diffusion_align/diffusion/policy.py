@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
+from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 from diffusion_align.models.memory import checkpoint_activations, on_device, text_encoders
@@ -102,6 +103,7 @@ class DenoisingPolicy:
             add_lora(self.network, peft_config(lora, self.family))
             self.network.eval()  # the new layers as well
         self._adapter_layers = adapter_layers(self.network)
+        self.dropout = set_dropout(self.network, lora)
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
@@ -360,4 +362,10 @@ def peft_config(lora: LoRAConfig, family: ModelFamily) -> Any:
     from peft import LoraConfig
 
     layers = family.adapted_layers(lora.layers)
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=layers, use_dora=lora.dora)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or lora.rank,
+        target_modules=layers,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+    )

@@ -20,7 +20,13 @@ from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.attention import ImageAttention, attention_checks
 from diffusion_align.training.config import LoRASettings, PolicyConfig, multiple_checks
 from diffusion_align.training.section import OrInfinite, Section, Weight
-from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
+from diffusion_align.training.settings import (
+    EvaluationConfig,
+    ExperimentalAdvantages,
+    StopConfig,
+    dropout_checks,
+    no_std,
+)
 
 if TYPE_CHECKING:
     from diffusion_align.diffusion.schedule import DiffusionSchedule
@@ -313,6 +319,7 @@ class DDPOConfig(DenoisingConfig):
                 "sampler.eta=0 makes every step deterministic, so there is no log-prob to train on: set sampler.eta "
                 "above 0"
             )
+        yield from dropout_checks(self.lora)
         yield from multiple_checks(self, "group_size")
         if self.advantages != "prompt_history" and self.group_size < 2:
             yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"

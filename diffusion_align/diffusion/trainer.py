@@ -29,6 +29,7 @@ from diffusion_align.training.context import EpochCost, Lines, Metric, RunContex
 from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.trainer import Dropout
 from diffusion_align.writing import new_folder
 
 Batch = TypeVar("Batch")
@@ -173,6 +174,10 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.policy.trainable
+
+    @property
+    def dropout(self) -> Dropout | None:
+        return self.policy.dropout
 
     def sample(
         self, *, group_size: int = 1, record: Callable[[int], Tensor] | None = None, reduction: Reduction = "mean"

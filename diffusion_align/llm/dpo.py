@@ -133,6 +133,11 @@ class DPOTrainer(PreferenceTrainer[PreferenceBatch]):
             batch = self._with_prompt_features(batch, own)
         return batch, TrainingPlan(batch.keep), {}
 
+    def dropout_seeds(self, batch: PreferenceBatch, samples: Tensor, actions: Tensor) -> list[int]:
+        """All completions of a sample share a mask."""
+        seeds = super().dropout_seeds(batch, samples, actions)
+        return [*seeds, *(seeds[i] for i in batch.counts[samples].nonzero()[:, 0].tolist())]
+
     def loss_coefficients(self) -> dict[str, float]:
         return {name: getattr(self.config, name) for name in ("beta", "orpo_weight", "sft_weight", "simpo_margin")}
 

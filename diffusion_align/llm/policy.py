@@ -23,6 +23,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.estimators import token_log_probs
 from diffusion_align.estimators.masked import at_least_float32
 from diffusion_align.llm.settings import LoRAConfig
+from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.lora import (
     adapter_layers,
     add_lora,
@@ -211,6 +212,7 @@ class LanguagePolicy:
             parameter.requires_grad_(True)
             parameter.data = at_least_float32(parameter.data)
         self._adapter_layers = adapter_layers(model)
+        self.dropout = set_dropout(model, lora)
         self._frozen: nn.Module | None = None
         if reference is not None:
             self._frozen = reference.to(device).requires_grad_(False).eval()
@@ -428,6 +430,7 @@ def peft_config(lora: LoRAConfig, model: Any, *, task_type: str, also_trained: S
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_dropout=lora.dropout,
         use_dora=lora.dora,
         # peft looks them up by itself, but not in models of experts, whose settings it rewrites first.
         target_modules="all-linear" if lora.layers == "all-linear" else ATTENTION.get(model.config.model_type),

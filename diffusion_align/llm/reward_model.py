@@ -30,6 +30,7 @@ from diffusion_align.estimators import bradley_terry_loss
 from diffusion_align.estimators.masked import at_least_float32
 from diffusion_align.llm.policy import Sequences, pack, padding_token, peft_config, save_model
 from diffusion_align.llm.settings import LoRAConfig, RewardModelConfig
+from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.lora import add_lora
 from diffusion_align.models.memory import checkpoint_activations
 from diffusion_align.models.model_card import write_model_card
@@ -37,7 +38,7 @@ from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, RunContext
 from diffusion_align.training.finite import MORE_ROOM, all_finite
 from diffusion_align.training.statistics import agreement
-from diffusion_align.training.trainer import Trainer, TrainingPlan
+from diffusion_align.training.trainer import Dropout, Trainer, TrainingPlan
 
 
 class RewardModel:
@@ -77,6 +78,7 @@ class RewardModel:
             # The head is called by either name.
             add_lora(model, peft_config(lora, model, task_type="SEQ_CLS", also_trained=["score", "classifier"]))
         model.eval()
+        self.dropout = set_dropout(model, lora)
         for parameter in self.trainable.values():
             parameter.data = at_least_float32(parameter.data)
         if gradient_checkpointing:
@@ -201,6 +203,10 @@ class RewardModelTrainer(Trainer[ScoredPairs]):
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.model.trainable
+
+    @property
+    def dropout(self) -> Dropout | None:
+        return self.model.dropout  # the two completions of a pair share a mask
 
     def collect(self) -> tuple[ScoredPairs, dict[str, float]]:
         """This process's pairs of the epoch."""

@@ -17,7 +17,13 @@ from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.attention import TextAttention, attention_checks
 from diffusion_align.training.config import LoRASettings, PolicyConfig, TrainingConfig, multiple_checks
 from diffusion_align.training.section import OrInfinite, Section, Weight
-from diffusion_align.training.settings import EvaluationConfig, ExperimentalAdvantages, StopConfig, no_std
+from diffusion_align.training.settings import (
+    EvaluationConfig,
+    ExperimentalAdvantages,
+    StopConfig,
+    dropout_checks,
+    no_std,
+)
 
 
 class LoRAConfig(LoRASettings):
@@ -152,6 +158,7 @@ class PolicyGradientConfig(OnlineConfig):
     )
 
     def cross_checks(self) -> Iterator[str]:
+        yield from dropout_checks(self.lora)
         if self.prompts is None or self.reward is None:
             yield "prompts and reward must both be given"
 

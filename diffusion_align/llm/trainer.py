@@ -39,6 +39,7 @@ from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.settings import StopConfig
+from diffusion_align.training.trainer import Dropout
 
 Batch = TypeVar("Batch")
 
@@ -155,6 +156,10 @@ class TextTrainer(PolicyTrainer[Batch]):
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.policy.trainable
+
+    @property
+    def dropout(self) -> Dropout | None:
+        return self.policy.dropout
 
     @property
     def rules(self) -> StopConfig:

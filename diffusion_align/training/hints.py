@@ -55,6 +55,7 @@ HERE: dict[str, str] = {
     "log_with": "trackers",
     "logging_dir": "output_dir",
     "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
     "lora_layers": "lora.layers",
     "lora_r": "lora.rank",
     "lora_rank": "lora.rank",

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from diffusion_align.bounds import MOST
 from diffusion_align.rewards.settings import RewardSetting
+from diffusion_align.training.config import LoRASettings
 from diffusion_align.training.section import OrInfinite, Section
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ class EvaluationConfig(Section):
 def no_std(setting: str, other: str) -> str:
     """The sentence that ``setting``, which is about the std of a group, does nothing with the setting ``other``."""
     return f"{setting} has no effect with {other}, which divides by no std: leave one of them out"
+
+
+def dropout_checks(lora: LoRASettings | None) -> Iterator[str]:
+    """A sentence if adapters drop out where a policy gradient needs the log-prob of the policy that sampled."""
+    if lora is not None and lora.dropout:
+        yield (
+            f"lora.dropout={lora.dropout:g} trains another policy than the one that sampled, so that no ratio "
+            "starts at 1: leave it out"
+        )
 
 
 class ExperimentalAdvantages(Section):

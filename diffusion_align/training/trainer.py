@@ -61,7 +61,7 @@ from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.precision import Machine, matrix_products_in_tf32, with_precision
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
-from diffusion_align.training.randomness import generator
+from diffusion_align.training.randomness import generator, stream_seed
 from diffusion_align.training.reading import dump_config, load_yaml
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.run_folder import RunFolder
@@ -69,6 +69,8 @@ from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.writing import WriteError, sweep, write_text
 
 Batch = TypeVar("Batch")
+Dropout = Callable[[Sequence[int]], contextlib.AbstractContextManager[None]]
+"""Inside, the adapters drop out in a forward pass, of whose rows the seeds are given, and in its backward pass."""
 ELSEWHERE = {
     *("model", "args", "reward_funcs", "reward_model", "ref_model", "train_dataset", "processing_class", "peft_config"),
     *("reward_fn", "prompt_fn", "reward_function", "prompt_function", "sd_pipeline", "pipeline"),
@@ -229,6 +231,11 @@ class Trainer(ABC, Generic[Batch]):
         """``indices`` (n, 2) in parts of at most ``micro_batch_size``, each with the batch that ``loss`` is given."""
         for some in indices.split(self.config.micro_batch_size) if len(indices) else ():
             yield batch, some
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """What switches on the dropout of the adapters that are trained, if they have one."""
+        return None
 
     @abstractmethod
     def finish(self) -> None:
@@ -545,11 +552,22 @@ class Trainer(ABC, Generic[Batch]):
         statistics = UpdateStatistics()
         for part, micro_batch in self.micro_batches(batch, indices):
             samples, actions = micro_batch.to(self.processes.device).unbind(1)
-            losses, observed = self.loss(part, samples, actions)
-            self.optimization.backward(losses.sum() / normalizer)
+            dropout = self.dropout
+            with dropout(self.dropout_seeds(part, samples, actions)) if dropout else contextlib.nullcontext():
+                losses, observed = self.loss(part, samples, actions)
+                self.optimization.backward(losses.sum() / normalizer)
             statistics.add({"loss": losses.detach(), **observed}, samples)
             on_actions(len(samples))
         return statistics
+
+    def dropout_seeds(self, batch: Batch, samples: Tensor, actions: Tensor) -> list[int]:
+        """For ``dropout``, one for each of the n actions of ``loss`` in this update, in whatever batch or process.
+
+        A pass of 2n rows, such as of n chosen and n rejected ones, has them twice: one policy compares the two.
+        """
+        pairs = zip(samples.tolist(), actions.tolist(), strict=True)
+        first = self.local_samples.start
+        return [stream_seed(self.config.seed, "dropout", self.step, first + sample, action) for sample, action in pairs]
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

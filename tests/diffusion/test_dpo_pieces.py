@@ -17,9 +17,11 @@ from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTraine
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.rollout import replay
 from diffusion_align.diffusion.schedule import training_schedule
+from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.diffusion.transitions import add_noise, nats_per_squared_error, posterior, step_scales
 from diffusion_align.errors import ConfigError, Interrupted, TrainingError
 from diffusion_align.estimators import beta_in_nats
+from diffusion_align.models.lora import lora_layers
 from diffusion_align.training.collection import BatchScores
 from diffusion_align.training.reading import parse_config
 from tests.helpers.hard_runs import rows_of
@@ -718,9 +720,16 @@ def test_old_refresh(reward_mode, make_trainer, make_policy):
     assert (weights["epoch"] - weights["update"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": "corrected", "inner_epochs": 2, "old_refresh": "epoch"}])
-def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_policy):
-    policy = make_policy("tiny_sd", noise=0.3)
+@pytest.mark.parametrize(
+    ("settings", "dropout"),
+    [
+        ({}, 0),
+        ({"variant": "corrected", "inner_epochs": 2, "old_refresh": "epoch"}, 0),
+        ({"variant": "corrected"}, 0.3),
+    ],
+)
+def test_gradients_do_not_depend_on_micro_batches(settings, dropout, make_trainer, make_policy):
+    policy = make_policy("tiny_sd", noise=0.3, lora=LoRAConfig(rank=4, dropout=dropout))
     found = []
     for size in (1, 3, 100):
         trainer = make_trainer(policy=policy, micro_batch_size=size, steps_per_pair=2, kl_coef=0.02, **settings)
@@ -735,6 +744,28 @@ def test_gradients_do_not_depend_on_micro_batches(settings, make_trainer, make_p
         assert (flat - found[0][0]).norm() < 1e-6 * flat.norm()
         for name, value in statistics.items():
             assert value == pytest.approx(found[0][1][name], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("variant", ["original", "corrected"])
+def test_the_images_of_a_pair_lose_the_same_and_pairs_different_parts(variant, make_trainer, make_policy):
+    """One policy sees both, so that equal images have no preference and no gradient."""
+    policy = make_policy("tiny_sd", noise=0.3, lora=LoRAConfig(rank=4, dropout=0.5))
+    trainer = make_trainer(policy=policy, micro_batch_size=4, variant=variant, kl_coef=0)
+    batch = collected(trainer)
+    batch = replace(batch, x_0=batch.x_0[batch.chosen].repeat(2, 1, 1, 1))
+    masks = []
+    for layer in lora_layers(policy.network).values():
+        layer.lora_dropout["default"].register_forward_hook(lambda _, given, found: masks.append((given[0], found)))
+    statistics = trainer.accumulate(batch, torch.stack(everything(batch), dim=1), 4)
+    assert len(masks) >= len(lora_layers(policy.network))
+    for given, found in masks:
+        kept = ((found == 0) & (given != 0)).flatten(1)
+        assert torch.equal(kept[:4], kept[4:])
+        assert not torch.equal(kept[0], kept[1])
+    margins = statistics.over_processes(trainer.accelerator)["rewards/margins"]
+    assert margins == pytest.approx(0, abs=1e-6)
+    gradients = torch.cat([p.grad.flatten() for p in trainer.trainable.values()])
+    assert gradients.abs().max() < 1e-6
 
 
 # -- metrics and the guard -----------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ CASES = {
     },
     "offline, buckets": OFFLINE | {"pairs": ..., "bucket_step": 8, "inner_epochs": 2, "micro_batch_size": 3},
     "online": ONLINE,
+    "offline, adapters drop out": OFFLINE | {"lora": {"rank": 2, "dropout": 0.3, "dora": True}, "steps_per_pair": 2},
 }
 # Of the model's 16 x 16 pixels: four in that bucket, and two in each of three others.
 SIZES = [(64, 64), (20, 60), (64, 16), (90, 90), (60, 20), (10, 31), (64, 64), (80, 20), (70, 70), (24, 8)]

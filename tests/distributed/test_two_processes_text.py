@@ -79,6 +79,7 @@ CASES = {
     | {"method": "ppo", "num_generations": 2, "kl_target": 0.05, "kl_horizon": 20, "inner_epochs": 2}
     | {"evaluation": HELD_OUT},
     "dpo, several rejected": DPO | {"precompute_ref_log_probs": True, "sft_weight": 0.1, "evaluation": HELD_OUT},
+    "dpo, adapters drop out": DPO | {"lora": {"rank": 2, "dropout": 0.3}},
     "dpo, dynamic beta": DPO | {"dynamic_beta": {"hidden": 8}, "inner_epochs": 2},
     "dpo, online": DPO | ONLINE | {"dataset": None, "pair_selection": "best_rest"},
     "kto": {"method": "kto", "dataset": LABELS, "beta": 0.5, "kl_samples": 3, "evaluation": HELD_OUT},

@@ -22,6 +22,8 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.llm.dpo import DPOConfig, DPOTrainer, best_against, rso_pairs
 from diffusion_align.llm.reference_file import ReferenceFile
+from diffusion_align.llm.settings import LoRAConfig
+from diffusion_align.models.lora import lora_layers
 from diffusion_align.training.randomness import generator
 from tests.helpers.enumerable import (
     COMPLETIONS,
@@ -68,6 +70,30 @@ RAGGED = [
     PAIRS[3],
 ]
 LABELLED = [row(r.ids, r.chosen, *r.rejected, label=p) for r, p in zip(PAIRS, (1.0, 0.5, 0.0, 0.75))]
+
+
+def test_all_completions_of_a_row_lose_the_same(make_language_policy, make):
+    """Of a row with one, and of one with three rejected; in whatever micro-batch."""
+    gradients, seen = [], []
+    for size in (1, 4):
+        policy = make_language_policy("llama", noise=0.1, dtype=F64, lora=LoRAConfig(rank=4, dropout=0.5))
+        trainer = make(RAGGED, policy, micro_batch_size=size)
+        batch, plan, _ = estimated(trainer)
+        for layer in lora_layers(policy.model).values():
+            layer.lora_dropout["default"].register_forward_hook(lambda _, given, found: seen.append((given[0], found)))
+        keep = plan.sample_indices
+        trainer.accumulate(batch, torch.stack([keep, torch.zeros_like(keep)], dim=1), len(keep))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable.values()]))
+    given, found = seen[-1]
+    lost = (found == 0) & (given != 0)
+    own = lost[:, 0]  # of the first token
+    # They stand row after row, of each the chosen one first; the pass has all chosen ones first.
+    places = [*batch.chosen.tolist(), *(i for i in range(11) if i not in batch.chosen)]
+    rows = [int((batch.chosen <= place).sum()) for place in places]
+    assert len(own) == len(rows) == 11
+    assert all(torch.equal(own[i], own[rows.index(row)]) for i, row in enumerate(rows))
+    assert len({tuple(one.tolist()) for one in own}) == 4
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.fixture

@@ -26,13 +26,17 @@ RUNS = {
     "dpo": OF_TEXT | {"method": "dpo", "dataset": PAIRS, "beta": 0.1},
     "reward_model": OF_TEXT | {"method": "reward_model", "dataset": PAIRS},
 }
+DROPPING = {"rank": 2, "dropout": 0.3, "dora": True}
 PLAIN = {"gradient_checkpointing": False}
 SAVING = {"gradient_checkpointing": True}
 PLAIN_IMAGES, SAVING_IMAGES = PLAIN | {"offload_text_encoders": False}, SAVING | {"offload_text_encoders": True}
 
 
-@pytest.mark.parametrize("lora", [{"rank": 2}, None], ids=["lora", "full"])
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [(method, lora) for method in RUNS for lora in ({"rank": 2}, None)]
+    + [(method, DROPPING) for method in ("diffusion_dpo", "dpo", "reward_model")],
+)
 def test_no_bit_changes_and_a_run_is_resumed_without_them(method, lora, run_here, request, tmp_path, capfd):
     images = RUNS[method].get("model") == "emoji-sd"
     model = "emoji-sd" if images else str(request.getfixturevalue("tiny_language_model"))

@@ -1,0 +1,84 @@
+"""Dropout of what LoRA adapters are given, as in peft (Hu et al. 2021, arXiv:2106.09685), where it is asked for.
+
+Networks are in evaluation mode here: sampling, references, previews and evaluations see the whole adapter, and
+``Dropout`` is around the training pass alone. A mask is named by the layer and by what a row of the pass belongs
+to. So it depends on no other row, two processes equal one, a resumed run sees the masks it would have seen, and so does
+the second forward pass of gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_align.errors import UserError
+from diffusion_align.models.lora import ADAPTER, lora_layers
+from diffusion_align.training.randomness import stream_seed
+
+if TYPE_CHECKING:
+    from diffusion_align.training.config import LoRASettings
+    from diffusion_align.training.trainer import Dropout
+
+
+class RowDropout(nn.Module):
+    """``nn.Dropout`` whose mask of each row is of a stream of its own; without ``seeds`` the identity.
+
+    Args:
+        probability: of each number to be zeroed; the others are divided by 1 minus this.
+        layer: name of the layer that it belongs to.
+
+    Attributes:
+        seeds: of n rows, equal ones share a mask. A pass of a multiple of n rows has them again and again.
+    """
+
+    def __init__(self, probability: float, layer: str) -> None:
+        super().__init__()
+        self.probability, self.layer = probability, layer
+        self.seeds: Sequence[int] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, ...) of the same shape.
+
+        Raises:
+            UserError: R is no multiple of the number of seeds.
+        """
+        if not self.seeds:
+            return x
+        if len(x) % len(self.seeds):
+            raise UserError(f"lora.dropout cannot tell the samples of {self.layer}'s input apart: set lora.dropout=0")
+        masks = {seed: self._kept(seed, x) for seed in dict.fromkeys(self.seeds)}
+        rows = torch.stack([masks[seed] for seed in self.seeds])
+        every = rows.repeat(len(x) // len(rows), *[1] * (x.ndim - 1))
+        return x * every / (1 - self.probability)
+
+    def _kept(self, seed: int, x: Tensor) -> Tensor:
+        stream = torch.Generator(x.device).manual_seed(stream_seed(seed, self.layer))
+        return torch.rand(x.shape[1:], generator=stream, device=x.device) >= self.probability
+
+
+def set_dropout(network: nn.Module, lora: LoRASettings | None) -> Dropout | None:
+    """Give the adapters of a network the dropout of ``lora``, switched off; what switches it on, None without any."""
+    probability, layers = lora.dropout if lora is not None else 0.0, lora_layers(network)
+    for name, layer in layers.items():
+        layer.lora_dropout[ADAPTER] = (RowDropout(probability, name) if probability else nn.Identity()).eval()
+    return functools.partial(_dropping_out, list(layers.values())) if probability else None
+
+
+@contextlib.contextmanager
+def _dropping_out(layers: Sequence[Any], seeds: Sequence[int]) -> Iterator[None]:
+
+    def switch(seeds: Sequence[int]) -> None:
+        for layer in layers:
+            layer.lora_dropout[ADAPTER].seeds = seeds
+            layer.training = bool(seeds)  # peft's DoRA asks the layer; the modules within stay as they are
+
+    switch(seeds)
+    try:
+        yield
+    finally:
+        switch(())
