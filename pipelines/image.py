@@ -28,7 +28,7 @@ from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
-from diffusion_align.models.memory import keep_activations, text_encoders
+from diffusion_align.models.memory import keep_activations, split_decoding, text_encoders
 from diffusion_align.models.model_card import LARGEST_ETA, OF_SAMPLES, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
@@ -138,7 +138,10 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     """
 
     inside = "pipeline"
-    load_time = dict(dtype="dtype", weights_variant="variant", base_config="base_config", family="family")  # noqa: RUF012
+    load_time = {  # noqa: RUF012
+        "weights_variant": "variant",
+        **{name: name for name in ("dtype", "base_config", "family", "upcast_vae")},
+    }
 
     def __init__(self, pipeline: Any, *, model: str | None, sampler: SamplerConfig | None = None) -> None:
         """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
@@ -161,6 +164,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self._variant: str | None = None
         self._base_config: str | None = None
         self._family: str | None = None
+        self._upcast_vae: bool | None = None
 
     @property
     def _about(self) -> tuple[str | None, bool]:
@@ -183,6 +187,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         variant: str | None = None,
         base_config: str | None = None,
         family: str | type[ModelFamily] | None = None,
+        upcast_vae: bool | None = None,
     ) -> ImageAlignmentPipeline:
         """Load an embedded model ("emoji-sd"), a folder, a Hub id, a ``.safetensors`` file, or a run folder.
 
@@ -198,6 +203,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 run, of a run folder, if not given.
             family: for a model that is not Stable Diffusion, a model family of your own: the class, or where it is
                 found, "module:Class" or "file.py:Class"; that of the run, of a run folder, if not given.
+            upcast_vae: float32 for the VAE, whatever ``dtype``; as the run, of a run folder, or as the VAE's
+                configuration says if not given.
 
         Raises:
             UserError: the model or the LoRA cannot be loaded.
@@ -207,7 +214,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         variant = ref.variant if variant is None else variant
         base_config = ref.base_config if base_config is None else base_config
         family = ref.family if family is None else family
+        upcast_vae = ref.settings.get("upcast_vae") if upcast_vae is None else upcast_vae
         options: Any = {"variant": variant, "base_config": base_config, "family": find_family(family)}
+        options["upcast_vae"] = upcast_vae
         pipeline = load_pipeline(ref.base, dtype=dtype_of(dtype), **options)
         stack = [*ref.adapters, *([lora] if lora is not None else [])]
         for i, adapter in enumerate(stack):
@@ -228,6 +237,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipe._below = ref.below if lora is None else str(model)
         pipe._trains = bool(stack)
         pipe._variant, pipe._base_config, pipe._family = variant, base_config, family_name(family)
+        pipe._upcast_vae = upcast_vae
+        slices, tiles = (bool(ref.settings.get(name)) for name in ("vae_slicing", "vae_tiling"))
+        split_decoding(pipeline.vae, slices=slices, tiles=tiles)
         return pipe
 
     @classmethod
@@ -265,6 +277,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipe = cls(pipeline, model=None if problems else name, sampler=sampler)
         pipe.origin = image_model_ref(name).origin if name else None
         pipe._family = family_name(family)
+        upcast = pipeline.vae.dtype == torch.float32
+        pipe._upcast_vae = None if upcast == pipeline.vae.config.force_upcast else upcast
         if getattr(pipeline, "num_fused_loras", 0):
             pipe._below = pipe._called = None
         return pipe
@@ -326,7 +340,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         # The model is here already: what has to be right about it is its name in the run's config.yaml.
         named = self.model or EMBEDDED_PIPELINES[0]
         raw: dict[str, Any] = {"method": method_name(method), "model": named, "output_dir": output_dir}
-        raw |= {"weights_variant": self._variant, "base_config": self._base_config}
+        raw |= {"weights_variant": self._variant, "base_config": self._base_config, "upcast_vae": self._upcast_vae}
         raw["family"] = self._family if self.model else None
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
@@ -341,6 +355,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         for name, network in before.items():
             setattr(self.pipeline, name, copy.deepcopy(network))
             network.to("cpu")  # where it waits in case that training breaks off
+        vae = self.pipeline.vae
+        decoding = {"slices": vae.use_slicing, "tiles": vae.use_tiling}
         try:
             if as_they_are:
                 adapters.merge_adapters(self.pipeline)
@@ -352,6 +368,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 setattr(self.pipeline, name, network.to(device))
             if not (as_they_are and given):
                 adapters.restore_lora(self.pipeline, weights)
+            split_decoding(vae, **decoding)
             raise
         finally:
             if config.gradient_checkpointing:

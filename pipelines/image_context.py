@@ -16,6 +16,7 @@ from diffusion_align.diffusion.settings import DenoisingConfig, ImageEvaluationC
 from diffusion_align.models import adapters
 from diffusion_align.models.families import family_of, find_family
 from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.models.memory import split_decoding
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.pipelines.run import built, code_content, family_content, image_model_content, rows_content
 from diffusion_align.references import module_of
@@ -46,6 +47,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         pipeline = _load(config, ref)
     size = {"height": config.height, "width": config.width}
     config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(pipeline, use_bf16, size))
+    split_decoding(pipeline.vae, slices=config.vae_slicing, tiles=config.vae_tiling)
     policy = DenoisingPolicy(
         pipeline,
         lora=config.lora,
@@ -100,6 +102,7 @@ def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
         variant=config.weights_variant or ref.variant,
         base_config=config.base_config or ref.base_config,
         family=find_family(config.family),
+        upcast_vae=ref.settings.get("upcast_vae") if config.upcast_vae is None else config.upcast_vae,
         to_train=True,
         height=config.height,
         width=config.width,

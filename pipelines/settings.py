@@ -342,6 +342,10 @@ class ImageSettings(SharedSettings, total=False):
     """weights of convolutions in the order that GPUs with tensor cores convolve fastest"""
     offload_text_encoders: bool
     """text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once"""
+    vae_slicing: bool
+    """the VAE encodes and decodes one image at a time"""
+    vae_tiling: bool
+    """the VAE takes images larger than its own in overlapping tiles, which changes them a little"""
     evaluation: ImageEvaluationSettings | ImageEvaluationConfig | None
     """a held-out reward and the diversity of images"""
     stop_when: ImageStopSettings | ImageStopConfig

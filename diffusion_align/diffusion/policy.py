@@ -298,7 +298,7 @@ def _require_finite(pipeline: Any, latents: bool, images: bool, *, autocast: Aut
             "checkpoint"
         )
     else:
-        also = ", or force_upcast: true in the model's vae/config.json" if latents else ""
+        also = ", or upcast_vae=true" if latents else ""
         why = f" in float16: set dtype=bfloat16 or dtype=float32{also}"
     raise TrainingError(f"the {part}'s {what} are not finite{why}")
 

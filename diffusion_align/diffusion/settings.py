@@ -184,6 +184,13 @@ class DenoisingConfig(PolicyConfig):
         True,
         description="text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once",
     )
+    vae_slicing: bool = Field(False, description="the VAE encodes and decodes one image at a time")
+    vae_tiling: bool = Field(
+        False, description="the VAE takes images larger than its own in overlapping tiles, which changes them a little"
+    )
+    upcast_vae: bool | None = Field(
+        None, description="float32 for the VAE, whatever the dtype; if null, as the model says (force_upcast)"
+    )
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")

@@ -158,6 +158,7 @@ def load_pipeline(
     variant: str | None = None,
     base_config: str | None = None,
     family: ModelFamily | None = None,
+    upcast_vae: bool | None = None,
     to_train: bool = False,
     height: int | None = None,
     width: int | None = None,
@@ -167,11 +168,13 @@ def load_pipeline(
     Args:
         model: "emoji-sd", a folder written by ``save_pretrained``, a Hub id, or a ``.safetensors`` file with the
             original names of its tensors.
-        dtype: of the weights, float32 if not given; a VAE that overflows in half precision is float32 and takes any.
+        dtype: of the weights, float32 if not given.
         variant: weight files of a folder or Hub id to choose, e.g. "fp16".
         base_config: of a model in one file, folder or Hub id of a pipeline whose configuration files describe it, the
             scheduler's too; by default diffusers' guess, loaded from the Hub.
         family: the user's own, of a class of pipelines that is not shipped.
+        upcast_vae: let the VAE be float32, as in the file, and take any dtype; if not given, one that overflows in half
+            precision is (``force_upcast`` of its configuration).
         to_train: refuse a network that cannot be trained before its weights are read.
         height, width: of its images in pixels, which are then looked at as well; its own where None.
 
@@ -199,7 +202,7 @@ def load_pipeline(
             )
         give_family(pipeline, family)
         _check_loaded(f"model={model!r}", pipeline)
-        if pipeline.vae.config.force_upcast:
+        if pipeline.vae.config.force_upcast if upcast_vae is None else upcast_vae:
             _accept_any_dtype(pipeline.vae)
         else:
             pipeline.vae.to(dtype)

@@ -72,6 +72,19 @@ def on_device(networks: Iterable[nn.Module], device: torch.device) -> Iterator[N
             tensor.data = data  # the copy on the device is dropped, not copied back
 
 
+def split_decoding(vae: Any, *, slices: bool, tiles: bool) -> None:
+    """Let a VAE of diffusers encode and decode one image at a time, and larger images than its own in tiles, or not.
+
+    A tile is normalized by its own mean and variance, so images in tiles are others, see docs/ddpo.md.
+
+    Args:
+        vae: which is changed.
+        slices: one image at a time.
+        tiles: overlapping ones of the size in the VAE's configuration (``sample_size``).
+    """
+    vae.use_slicing, vae.use_tiling = slices, tiles
+
+
 def _checkpointed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     from torch.utils.checkpoint import checkpoint
 

@@ -12,7 +12,7 @@ from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.errors import UserError
 from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import load_pipeline
-from diffusion_align.models.memory import on_device, text_encoders
+from diffusion_align.models.memory import on_device, split_decoding, text_encoders
 from diffusion_align.references import resolve
 from tests.helpers.saved_tensors import storage_sizes
 
@@ -193,3 +193,46 @@ def test_what_guidance_leads_away_from_is_not_forgotten_for_other_prompts(policy
     assert len(passes) == 2 + 3
     assert torch.equal(policy.encode(PROMPTS)["encoder_hidden_states"], first["encoder_hidden_states"])
     assert len(passes) == 2 + 3 + 1
+
+
+def decoded_parts(vae):
+    """Shapes of what the decoder, and the encoder, are given from now on."""
+    shapes = {"decoder": [], "encoder": []}
+    for name, found in shapes.items():
+        getattr(vae, name).register_forward_pre_hook(lambda _, given, f=found: f.append(tuple(given[0].shape)))
+    return shapes
+
+
+def test_a_vae_in_slices_takes_one_image_at_a_time(policy_of):
+    policy = policy_of("tiny_sd")
+    latents, images = torch.randn(3, *policy.latent_shape), torch.rand(3, 3, *policy.image_size)
+    whole = policy.decode(latents), policy.encode_images(images)
+    split_decoding(policy.pipeline.vae, slices=True, tiles=False)
+    shapes = decoded_parts(policy.pipeline.vae)
+    for expected, found in zip(whole, (policy.decode(latents), policy.encode_images(images))):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert shapes == {"decoder": [(1, 4, 8, 8)] * 3, "encoder": [(1, 3, 16, 16)] * 3}
+
+
+def test_a_vae_in_tiles_decodes_larger_images_in_parts_and_its_own_size_at_once(policy_of, streams):
+    """As diffusers does: overlapping by a quarter and blended, each normalized by a mean and variance of its own."""
+    policy = policy_of("emoji-sd", height=128, width=96)
+    vae, schedule = policy.pipeline.vae, build_schedule(policy.pipeline.scheduler, 10, eta=0.0).to("cpu")
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    latents = rollout(policy, schedule, policy.encode(PROMPTS), streams(2), record=nothing).latents
+    assert latents.shape == (2, 4, 32, 24)
+    small = latents[..., :16, :16]
+    whole, alone = policy.decode(latents), policy.decode(small)
+    encoded = policy.encode_images(whole)
+    split_decoding(vae, slices=False, tiles=True)
+    shapes = decoded_parts(vae)
+    tiled, again = policy.decode(latents), policy.encode_images(whole)
+    assert len(shapes["decoder"]) == len(shapes["encoder"]) == 3 * 2
+    assert max(shapes["decoder"]) == (2, 4, 16, 16)
+    assert max(shapes["encoder"]) == (2, 3, 64, 64)
+    assert tiled.shape == whole.shape
+    assert 0 < (tiled - whole).abs().mean() < 0.02
+    assert 0 < (again - encoded).abs().mean() < 0.1 * encoded.std()
+    shapes["decoder"].clear()
+    assert torch.equal(policy.decode(small), alone)
+    assert shapes["decoder"] == [(2, 4, 16, 16)]

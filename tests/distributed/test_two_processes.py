@@ -72,6 +72,7 @@ def assert_same_rows(folders, tolerance):
             "negative_prompt": "dark",
         },
         {"optimizer": "adafactor", "ema_decay": 0.9, "ema_offload": True},
+        {"gradient_checkpointing": True, "vae_slicing": True, "vae_tiling": True, "height": 24},
         {
             "reward": ["jpeg_compressibility", "jpeg_incompressibility"],
             "reward_weights": [1.0, 3.0],
@@ -84,6 +85,7 @@ def assert_same_rows(folders, tolerance):
         "emoji-sd",
         "groups, kl, some steps, a size and a negative prompt",
         "adafactor, averaged",
+        "saving memory",
         "two rewards, five images evaluated",
     ],
 )

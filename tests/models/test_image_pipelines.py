@@ -192,6 +192,17 @@ def test_a_vae_that_needs_no_float32_is_as_narrow_as_the_rest(dtype, tiny_sd, tm
     folder = shutil.copytree(tiny_sd, tmp_path / "model")
     edit_json("vae/config.json", force_upcast=False)(folder)
     assert load_pipeline(str(folder), dtype=dtype).vae.dtype == dtype
+    upcast = load_pipeline(str(folder), dtype=dtype, upcast_vae=True)
+    wide = load_pipeline(str(folder)).vae.state_dict()
+    assert all(torch.equal(value, wide[name]) for name, value in upcast.vae.state_dict().items())  # never rounded
+    assert upcast.unet.dtype == dtype
+    assert upcast.vae.decode(torch.randn(1, 4, 8, 8).to(dtype)).sample.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_vae_that_needs_float32_can_be_narrow_all_the_same(dtype, tiny_sdxl):
+    assert load_pipeline(str(tiny_sdxl), dtype=dtype).vae.dtype == torch.float32
+    assert load_pipeline(str(tiny_sdxl), dtype=dtype, upcast_vae=False).vae.dtype == dtype
 
 
 @pytest.mark.parametrize(

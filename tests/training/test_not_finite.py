@@ -65,7 +65,7 @@ def test_what_is_finite():
     ("damage", "sentence"),
     [
         (wild_unet, f"the UNet's latents are not finite in float16: {FP16}$"),
-        (wild_vae, "the VAE's results.*force_upcast"),
+        (wild_vae, "the VAE's results.*upcast_vae=true$"),
     ],
 )
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion_align.errors import RewardError
+from diffusion_align.errors import CheckpointError, RewardError, UserError
+from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
+from diffusion_align.pretrained import load_in_dtype
+from diffusion_align.training.reading import load_yaml
 from tests.helpers.hard_runs import newest
 from tests.helpers.tiny_runs import IMAGE_RUN, TINY
 
@@ -91,3 +94,94 @@ def test_align_gives_the_language_model_back_as_it_was(tiny_language_model, monk
     pipe.align(**run)
     assert checkpointed[-1]
     assert not any("forward" in part.__dict__ for part in pipe.model.modules())
+
+
+SPLIT = {"vae_slicing": True, "vae_tiling": True, "height": 96}
+OF_IMAGES = {name: value for name, value in IMAGE_RUN.items() if name not in ("model", "output_dir")}
+
+
+@pytest.fixture
+def vae_of(monkeypatch):
+    """``vae_of(pipeline)``: shapes of what the VAE's decoder and encoder are given from then on."""
+    monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
+
+    def watch(pipeline):
+        shapes = set()
+        for part in (pipeline.vae.decoder, pipeline.vae.encoder):
+            part.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape)))
+        return shapes
+
+    return watch
+
+
+def test_all_images_of_a_run_are_decoded_in_parts_and_those_of_its_pipeline_too(vae_of, tmp_path):
+    """Training, previews and evaluation; a call after it; and a pipeline loaded from the run."""
+    pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
+    shapes = vae_of(pipe.pipeline)
+    judged = {"reward": "jpeg_compressibility", "samples": 3, "diversity": "pixels"}
+    run = OF_IMAGES | SPLIT | {"grid_every": 1, "evaluation": judged}
+    pipe.align(output_dir=tmp_path / "run", **run)
+    tiles = {(1, 4, rows, 16) for rows in (16, 12)} | {(1, 4, rows, 4) for rows in (16, 12)}
+    assert shapes
+    assert shapes <= tiles
+    shapes.clear()
+    images = pipe(["a lion", "a cat"]).images
+    assert images[0].size == (64, 96)
+    assert shapes
+    assert shapes <= tiles
+    loaded = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", device="cpu")
+    assert loaded.pipeline.vae.use_slicing
+    assert loaded.pipeline.vae.use_tiling
+
+
+def test_pairs_are_encoded_in_parts(vae_of, tmp_path, run_here):
+    pipeline = load_pipeline("emoji-sd")
+    shapes = vae_of(pipeline)
+    settings = {name: value for name, value in IMAGE_RUN.items() if name not in ("prompts", "reward")}
+    settings |= {"method": "diffusion_dpo", "beta": 0.1, "pairs": {"source": "emoji_style", "max_pairs": 2}} | SPLIT
+    run_here(settings | {"output_dir": str(tmp_path / "run")}, pipeline=pipeline)
+    sizes = {shape[2:] for shape in shapes if shape[:2] == (1, 3)}
+    assert sizes == {(rows, columns) for rows in (64, 48) for columns in (64, 16)}
+    assert all(shape[0] == 1 for shape in shapes)
+
+
+def test_a_failed_run_leaves_the_vae_as_it_was(vae_of, tmp_path):
+    pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
+    pipe.pipeline.vae.enable_slicing()
+    with pytest.raises(RewardError):
+        pipe.align(output_dir=tmp_path / "run", **OF_IMAGES | {"reward": lambda *given: 1 / 0, "vae_tiling": True})
+    assert pipe.pipeline.vae.use_slicing
+    assert not pipe.pipeline.vae.use_tiling
+
+
+def test_slices_may_change_on_resume_and_tiles_not(run_here, tmp_path, capfd):
+    settings = IMAGE_RUN | {"output_dir": str(tmp_path / "run"), "height": 96}
+    run_here(settings)
+    with pytest.raises(CheckpointError, match="vae_tiling was False and is True"):
+        run_here(settings | {"epochs": 2, "resume": True, "vae_tiling": True})
+    run_here(settings | {"epochs": 2, "resume": True, "vae_slicing": True})
+    assert "resumed with vae_slicing=True (was False): from here on, results may differ" in capfd.readouterr().err
+
+
+def test_a_float32_vae_is_a_matter_of_loading(tmp_path, vae_of, tiny_sd):
+    pipe = ImageAlignmentPipeline.from_pretrained(tiny_sd, dtype="bfloat16", device="cpu", upcast_vae=False)
+    assert pipe.pipeline.vae.dtype == torch.bfloat16
+    settings = OF_IMAGES | {"output_dir": tmp_path / "run"}
+    with pytest.raises(UserError, match="upcast_vae=True is for loading a model: give upcast_vae to from_pretrained"):
+        pipe.align(**settings, upcast_vae=True)
+    pipe.align(**settings)
+    assert load_yaml(tmp_path / "run" / "config.yaml")["upcast_vae"] is False
+    loaded = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", dtype="bfloat16", device="cpu")
+    assert loaded.pipeline.vae.dtype == torch.bfloat16
+    wide = ImageAlignmentPipeline.from_pretrained(tmp_path / "run", dtype="bfloat16", device="cpu", upcast_vae=True)
+    assert wide.pipeline.vae.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("force_upcast", "written"), [(True, False), (False, None)])
+def test_the_vae_of_a_pipeline_in_memory_keeps_its_dtype_on_resume(force_upcast, written, tmp_path, vae_of, tiny_sd):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = load_in_dtype(StableDiffusionPipeline.from_pretrained, tiny_sd, dtype=torch.bfloat16)
+    pipeline.vae.register_to_config(force_upcast=force_upcast)
+    ImageAlignmentPipeline.from_pipe(pipeline).align(**OF_IMAGES, output_dir=tmp_path / "run")
+    assert load_yaml(tmp_path / "run" / "config.yaml")["upcast_vae"] is written
