@@ -3,9 +3,11 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_align.diffusion.settings import DDPOConfig
@@ -146,18 +148,23 @@ def test_text_on_a_gpu(run_here, on, tiny_language_model, tmp_path):
 
 
 @contextmanager
-def casts_of(parameters):
-    """How often each of ``parameters`` is cast inside."""
-    names, counts = {p.data_ptr(): name for name, p in parameters.items()}, {}
+def casts_by(name_of):
+    """How often each tensor for which ``name_of`` has a name is cast inside."""
+    counts = {}
 
     class Casts(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._to_copy.default and (name := names.get(args[0].data_ptr())):
+            if function is torch.ops.aten._to_copy.default and (name := name_of(args[0])):
                 counts[name] = counts.get(name, 0) + 1
             return function(*args, **kwargs or {})
 
     with Casts():
         yield counts
+
+
+def casts_of(parameters):
+    names = {p.data_ptr(): name for name, p in parameters.items()}
+    return casts_by(lambda tensor: names.get(tensor.data_ptr()))
 
 
 @pytest.mark.parametrize("model", ["tiny_sd", "tiny_sdxl"])
@@ -178,3 +185,28 @@ def test_a_frozen_weight_is_cast_in_every_pass_unless_it_is_bf16(make_policy, mo
         assert of_trained.keys() == policy.trainable.keys()
     assert every[0] == every[1]
     assert every[0] == 0 if dtype == torch.bfloat16 else every[0] > len(layers) / 2
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 needs a driver for fake CUDA tensors")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_casts_no_frozen_weight_of_bf16_but_of_normalizations(make_policy, dtype):
+    """Fake CUDA tensors go through torch's own autocast, which runs normalizations in float32."""
+    policy = make_policy("tiny_sd")
+    kind, config = getattr(diffusers, policy.family.network_class), policy.network.config
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+            network = kind.from_config(config).requires_grad_(False).eval()
+            names = {id(p): name for name, p in network.named_parameters()}
+            inputs = torch.empty(2, 4, 8, 8), torch.ones(2, dtype=torch.int64)
+            with casts_by(lambda tensor: names.get(id(tensor))) as counts:
+                network(*inputs, torch.empty(2, 8, config["cross_attention_dim"]))
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_autocast_enabled("cuda", False)
+    of_norms = {name for name in counts if "norm" in name}
+    assert (counts.keys() == of_norms) == (dtype == torch.bfloat16)
+    assert len(of_norms) > 10 if dtype == torch.bfloat16 else len(of_norms) == 0
