@@ -57,4 +57,6 @@ def test_the_printed_command_resumes_to_the_same_end(forked, calm, tiny_sd, tmp_
     (tmp_path / "noisy.py").write_text(NOISY)
     resumed = pasted(how.removeprefix("resume with: "), tmp_path)
     assert resumed.returncode == 0, (how, resumed.stderr)
+    before = resumed.stderr + resumed.stdout.partition("\nepoch ")[0]
+    assert len(before.splitlines()) <= (3 if fails else 2), before  # of ours alone
     assert_same_run(folder, calm)
