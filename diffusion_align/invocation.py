@@ -98,7 +98,7 @@ def _before(arguments: Sequence[str], words: Sequence[str]) -> list[str] | None:
 
 def _parents() -> list[list[str]]:
     """The command lines of the processes that this one was started by, the nearest first."""
-    import psutil  # which accelerate needs
+    import psutil
 
     found = []
     try:
