@@ -16,7 +16,8 @@ _HELD_OUT = ("gold", "eval/accuracy")
 
 def start_lines(config: TrainingConfig, *, done: int, device: str, processes: int) -> tuple[str, str]:
     """What is trained, how long and where; and where the report is written. ``done``: finished epochs."""
-    epochs = f"epochs {done + 1} to {config.epochs}" if done else f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+    every = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    epochs = f"epochs {done + 1} to {config.epochs}" if done else every
     places = f"{processes} processes on {device}" if processes > 1 else device
     model = shown_path(config.model) if os.path.isabs(config.model) else config.model
     what = f"training {model} with {config.method}: {epochs}, {places}, mixed_precision={config.mixed_precision}"
