@@ -16,6 +16,7 @@ SHORT_TEXTS = [*SHORT, "samples_per_epoch=16", "max_completion_length=12"]
 # recipe for a real checkpoint -> tiny model of its class, and what stands for what has to be downloaded
 REAL = {
     "ddpo_sd15_aesthetic": ("tiny_sd", ["reward=jpeg_compressibility"]),
+    "ddpo_sd15_aesthetic_12gb": ("tiny_sd", ["reward=jpeg_compressibility"]),
     "ddpo_sdxl_aesthetic": ("tiny_sdxl", ["reward=jpeg_compressibility"]),
     "dpo_sd15_pickapic": ("tiny_sd", ["pairs.source=emoji_style", "pairs.max_pairs=8"]),
     "dpo_sdxl_pickapic": ("tiny_sdxl", ["pairs.source=emoji_style", "pairs.max_pairs=8"]),

@@ -503,9 +503,9 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Check this machine and, with CONFIG, whether a recipe would run and what it would cost."""
-    from diffusion_align.doctor.describe import describe_config, describe_machine
+    from diffusion_align.doctor.describe import describe_config, describe_machine, describe_recipes
 
-    about, problems = describe_config(config, overrides or []) if config is not None else ([], [])
+    about, problems = describe_config(config, overrides or []) if config is not None else (describe_recipes(), [])
     print_aligned(describe_machine() + about)
     if problems:
         raise ConfigError(problems)

@@ -65,24 +65,6 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost,
     ]
 
 
-def summary(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost, rewards: RewardModels) -> str:
-    """One sentence about memory and time, as the head of a recipe has it."""
-    estimator = Estimator(model, epoch)
-    found = estimator.estimate(config)
-    needed = found.peak + rewards.known
-    flops = _flops(config, estimator, found) * config.epochs
-    hours = " and ".join(
-        f"{duration(flops / (SHARE_OF_PEAK * rate))} on one {name}"
-        for name, (_, rate) in GPUS.items()
-        if name != "H100"
-    )
-    reward = "the reward's model and CUDA" if rewards.known else "CUDA"
-    return (
-        f"{gigabytes(needed + CUDA)} with {reward}, so a card of {smallest_card(needed)} GB; {hours} for all epochs "
-        "(estimated by doctor, not measured)"
-    )
-
-
 def _flops(config: DenoisingConfig, estimator: Estimator, found: Estimate) -> float:
     """Operations of an epoch, rewards left out."""
     decoded = estimator.epoch.decoded + evaluated(config)
@@ -128,8 +110,10 @@ def _fits(found: Estimate, rewards: RewardModels, would: list[Saving]) -> Lines:
     """The smallest card, and the one with all settings that would save something."""
     needed = found.peak + rewards.known
     now, then = (smallest_card(needed - less) for less in (0, sum(one.saved for one in would)))
-    fits = "none of 80 GB" if now is None else f"{now} GB"
-    return [("fits a card of", fits if then == now else f"{fits}; with the settings below {then} GB")]
+    fits = "none" if now is None else f"{now} GB"
+    reward = " and the reward's model" if rewards.known else ""
+    less = "" if then == now else f"; with the settings below {then} GB"
+    return [("fits a card of", f"{fits}: {gigabytes(needed + CUDA)} with CUDA{reward}{less}")]
 
 
 def _saving_lines(on: list[Saving], would: list[Saving]) -> Lines:

@@ -25,7 +25,7 @@ from diffusion_align.doctor.known_models import PUBLISHED_REWARDS
 from diffusion_align.doctor.model_files import ModelFiles, cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.methods import DEFAULT, method_of
-from diffusion_align.pipelines.configuration import read_config, read_settings
+from diffusion_align.pipelines.configuration import read_config, read_settings, shipped_configs
 from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import IMAGES, REWARDS, declare, reward_name
 from diffusion_align.rewards.build import find
@@ -49,6 +49,7 @@ _EXTRAS = {
     "prodigy": ("prodigyopt",),
     "bitsandbytes": ("bitsandbytes",),
 }
+_ESTIMATE = re.compile(r"^# Estimated by doctor, not measured: (.+)\.$", re.MULTILINE)
 _WEIGHTS = ("clip", "head", "weights", "tokenizer")
 """Options of rewards that name files or Hub ids."""
 _HUB_ID = re.compile(r"(?<![\w./-])[A-Za-z][\w.-]*/[A-Za-z][\w.-]*(?![\w/])")
@@ -66,6 +67,14 @@ def describe_machine() -> Lines:
         found = all(importlib.util.find_spec(module) is not None for module in modules)
         lines.append((f"extra {extra}", "installed" if found else f"missing: pip install 'diffusion-align[{extra}]'"))
     return lines
+
+
+def describe_recipes() -> Lines:
+    """Lines about the shipped recipes whose head has an estimate: what they need and which card that is."""
+    heads = {name: path.read_text(encoding="utf-8") for name, path in shipped_configs().items()}
+    found = {name: _ESTIMATE.search(head) for name, head in heads.items()}
+    lines = [(name, match[1]) for name, match in found.items() if match]
+    return [("recipes of real models", ""), *lines, ("", "estimated by doctor, not measured; doctor RECIPE says more")]
 
 
 def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[str]]:

@@ -212,6 +212,56 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+CARDS = {
+    "ddpo_sd15_aesthetic": 24,
+    "ddpo_sd15_aesthetic_12gb": 12,
+    "ddpo_sdxl_aesthetic": 24,
+    "dpo_sd15_pickapic": 24,
+    "dpo_sdxl_pickapic": 24,
+}
+"""Recipe of a real model -> GB of the card that it must fit."""
+
+
+def head_of(found):
+    """What the head of a recipe says, from what doctor says of it."""
+    card, needed = re.match(r"(\d+) GB: ([\d.]+ GB) with CUDA", found["fits a card of"]).groups()
+    times = {name: re.match(r".*?, (.+) for \d+ epochs", found[name])[1] for name in found if name.startswith("one ")}
+    hours = [f"{times[name]} on {name.split(',')[0]}" for name in ("one RTX 4090, 24 GB", "one A100, 80 GB")]
+    return f"{needed}, for a card of {card} GB; {' or '.join(hours)}"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_head_of_a_recipe_says_what_doctor_estimates(report, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(estimate.Estimator, "savings", lambda *_: ([], []))
+    found, problems = report(f"output_dir={tmp_path / 'run'}", source=name)
+    assert problems == []
+    assert dict(doctor.describe_recipes())[name] == head_of(found)
+    assert int(found["fits a card of"].split()[0]) <= CARDS[name]
+
+
+def test_every_recipe_of_a_real_model_has_an_estimate(call_cli):
+    assert {name for name, _ in doctor.describe_recipes()[1:-1]} == set(CARDS)
+    status, out, err = call_cli("doctor")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 100
+    assert re.search(r"^  ddpo_sd15_aesthetic_12gb +[\d.]+ GB, for a card of 12 GB; ", out, re.MULTILINE)
+
+
+def test_what_settings_save(report, tmp_path):
+    """Each on top of those before it, so that together they make the card that is named."""
+    plain, _ = report(f"output_dir={tmp_path / 'run'}", source="ddpo_sd15_aesthetic")
+    saving = re.match(r"true would save ([\d.]+) GB; an epoch takes (\d+)% longer", plain["gradient_checkpointing"])
+    checkpointed, _ = report(
+        "gradient_checkpointing=true", f"output_dir={tmp_path / 'run'}", source="ddpo_sd15_aesthetic"
+    )
+    assert checkpointed["gradient_checkpointing"] == saving[0].replace("would save", "saves")
+    before, after = (float(found["at the peak"].split()[0]) for found in (plain, checkpointed))
+    assert before - after == pytest.approx(float(saving[1]), abs=0.11)
+    operations = [float(found["operations"].split()[0]) for found in (plain, checkpointed)]
+    assert operations[1] / operations[0] == pytest.approx(1 + int(saving[2]) / 100, abs=0.01)
+    assert "3 forward passes" in checkpointed["operations"]
+
+
 def test_an_unknown_hub_id(report, quick):
     found, problems = report(model="somebody/something")
     assert problems == []
