@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +213,7 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+DOCS = Path(__file__).parents[2] / "docs" / "ddpo.md"
 CARDS = {
     "ddpo_sd15_aesthetic": 24,
     "ddpo_sd15_aesthetic_12gb": 12,
@@ -236,6 +238,7 @@ def test_the_head_of_a_recipe_says_what_doctor_estimates(report, tmp_path, monke
     found, problems = report(f"output_dir={tmp_path / 'run'}", source=name)
     assert problems == []
     assert dict(doctor.describe_recipes())[name] == head_of(found)
+    assert re.search(rf"^{name} +{re.escape(head_of(found))}$", DOCS.read_text(), re.MULTILINE)
     assert int(found["fits a card of"].split()[0]) <= CARDS[name]
 
 

@@ -131,7 +131,7 @@ class Done(Exception):
 
 
 class Watch:
-    """Looks at this process's memory many times a second; ``peaks``: phase -> bytes beyond those at the beginning."""
+    """Reads this process's memory again and again; ``peaks``: phase -> bytes beyond those at the beginning."""
 
     def __init__(self) -> None:
         self.before, self.peaks, self.files = _anonymous_and_files(), {}, {}
