@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffusion_align.doctor.estimate import (
     training_passes,
 )
 from diffusion_align.doctor.memory import NetworkCost
-from diffusion_align.doctor.model_files import ModelFiles, gigabytes
+from diffusion_align.doctor.model_files import ModelFiles, gigabytes, parameters_in
 from diffusion_align.models.lora import add_lora
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.launch import time_forward
@@ -57,6 +58,7 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost,
         *_memory_lines(on_gpu, title, found, rewards),
         *(_fits(found, rewards, would) if large else []),
         *_on_cpu(config, model, estimator),
+        *_checked(model, estimator.counts),
         *_saving_lines(on, would),
         ("time per epoch, estimated", ""),
         ("operations", what),
@@ -132,6 +134,21 @@ def _on_cpu(config: DenoisingConfig, model: ModelFiles, estimator: Estimator) ->
         return []
     peak = gigabytes(estimator.estimate(config, CPU).peak)
     return [("on this CPU", f"{peak} at the peak, with attention matrices; Python and its libraries come on top")]
+
+
+def _checked(model: ModelFiles, counts: Mapping[str, int]) -> Lines:
+    """Whether the weights that are here are as many as the configurations describe, by the heads of their files."""
+    held = {name: parameters_in(model.weights.get(name, [])) for name in counts}
+    found = {name: one for name, one in held.items() if one is not None and one[0]}
+    if not found:
+        return []
+    others = [name for name, (count, _) in found.items() if count != counts[name]]
+    if others:
+        name = others[0]
+        here, told = (f"{count / 1e6:.1f} M" for count in (found[name][0], counts[name]))
+        return [("files", f"{name} has {here} parameters, and its config.json describes {told}: download it again")]
+    kinds = sorted({kind for _, kinds in found.values() for kind in kinds})
+    return [("files", f"as many parameters as the configurations describe, in {' and '.join(kinds)}")]
 
 
 def _gpu_times(config: DenoisingConfig, needed: int, flops: float) -> Lines:

@@ -133,11 +133,11 @@ class Estimator:
         weights = {family.network: cost.frozen * dtype.itemsize} if config.lora else {}
         if config.lora is None and config.needs_reference:
             weights["reference"] = 4 * cost.trained
-        for name, count in self._counts.items():
+        for name, count in self.counts.items():
             if name == family.network:
                 continue
             size_of_part = count * (vae_dtype if name == "vae" else dtype).itemsize
-            if name.startswith("text_encoder") and machine.gpu and getattr(config, "offload_text_encoders", False):
+            if name.startswith("text_encoder") and machine.gpu and config.offload_text_encoders:
                 phases["encoding prompts"] = phases.get("encoding prompts", 0) + size_of_part
             else:
                 weights[name] = size_of_part
@@ -196,7 +196,8 @@ class Estimator:
         return Saving(name, str(value).lower(), saved, slower)
 
     @cached_property
-    def _counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
+        """Part -> its parameters, as its configuration describes it."""
         return parameter_counts(self.model.family, self.model.configs)
 
     def _network_cost(self, config: DenoisingConfig, passes: Passes) -> NetworkCost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from diffusion_align.models.families import (
 from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, NETWORKS, WEIGHTS_FILE
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 
+_FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -36,6 +39,7 @@ class ModelFiles:
         here: whether all of it is on this machine.
         origin: of a run, what it was before anything was trained; rewards choose their CLIP by it.
         family: of the pipeline, as far as it is known.
+        weights: part -> the files that are here of its weights.
     """
 
     configs: dict[str, dict[str, Any]]
@@ -44,6 +48,7 @@ class ModelFiles:
     here: bool = False
     origin: str | None = None
     family: ModelFamily = field(default_factory=StableDiffusion)
+    weights: dict[str, list[Path]] = field(default_factory=dict)
 
 
 def find_model(config: DenoisingConfig) -> ModelFiles:
@@ -125,10 +130,12 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
     parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"]
     configs, here = {}, bool(parts)
     sizes: dict[str, int] = {}
+    held: dict[str, list[Path]] = {}
     for name in parts:
         configs[name] = _read(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"))
         weights = _weights(folder / name, variant)
         if (folder / name).is_dir() and (weights or name not in NETWORKS):
+            held[name] = weights
             size = sum(file.stat().st_size for file in weights)
             kind = f", {variant}" if variant and any(f".{variant}" in file.name for file in weights) else ""
             lines.append((name, f"found, {gigabytes(size)}{kind}" if weights else "found"))
@@ -144,7 +151,27 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
             problems.append(f"model={model!r} is incomplete: {lack}")
     known = {} if complete else PUBLISHED.get(model, {})
     configs = known | {name: part for name, part in configs.items() if part}
-    return ModelFiles(configs, lines, problems, here, family=family)
+    return ModelFiles(configs, lines, problems, here, family=family, weights=held)
+
+
+def parameters_in(files: list[Path]) -> tuple[int, set[str]] | None:
+    """How many numbers the heads of safetensors files name, and of which dtypes; None if one cannot be read.
+
+    Whole numbers, such as positions, are no parameters.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    count, dtypes = 0, set()
+    try:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                tensors = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            floating = [tensor for tensor in tensors if tensor.get_dtype() in _FLOATING]
+            count += sum(math.prod(tensor.get_shape()) for tensor in floating)
+            dtypes |= {_FLOATING[tensor.get_dtype()] for tensor in floating}
+    except (OSError, SafetensorError):
+        return None
+    return count, dtypes
 
 
 def _one_file(config: DenoisingConfig, path: Path) -> ModelFiles:

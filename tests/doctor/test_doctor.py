@@ -84,7 +84,8 @@ def quick(monkeypatch):
 def test_a_folder(report, make_policy, model_path, name):
     from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 
-    found, problems = report(model=model_path(name), timestep_range=[0.2, 1.0], mixed_precision="no")
+    whole = {"mixed_precision": "no", "offload_text_encoders": False}
+    found, problems = report(model=model_path(name), timestep_range=[0.2, 1.0], **whole)
     assert problems == []
     assert found["settings"] == "no problem found"
     assert found["unet"].startswith("found, ")
@@ -111,6 +112,7 @@ def test_a_folder(report, make_policy, model_path, name):
     assert found["recorded latents"].startswith(gigabytes(2 * 4 * 256 * actions))
     assert re.match(r"\d.* in float32, 4 samples", found["training pass"])
     assert found["this CPU"].endswith(" for 3 epochs")
+    assert found["files"] == "as many parameters as the configurations describe, in float32"
     assert found[""].startswith("from a pass of 8 samples timed now")
 
 
@@ -180,8 +182,8 @@ def test_the_evaluation_is_counted(report, tiny_sd, quick):
 
 
 def test_dtype_halves_frozen_weights_only(report, tiny_sd, quick):
-    wide, _ = report(model=str(tiny_sd), dtype="float32")
-    narrow, _ = report(model=str(tiny_sd))
+    wide, _ = report(model=str(tiny_sd), offload_text_encoders=False, dtype="float32")
+    narrow, _ = report(model=str(tiny_sd), offload_text_encoders=False)
     encoder = [float(re.search(r"text_encoder ([\d.]+) MB", found["frozen weights"])[1]) for found in (wide, narrow)]
     assert encoder[1] == pytest.approx(encoder[0] / 2, rel=0.3)
     vae = [re.search(r"vae ([\d.]+ MB)", found["frozen weights"])[1] for found in (wide, narrow)]
@@ -346,6 +348,13 @@ def test_a_damaged_configuration_is_no_traceback(report, tiny_sd, tmp_path):
     (folder / "unet" / "config.json").write_text("{")
     found, _ = report(model=str(folder))
     assert found["memory and time"] == "not estimated: the model's configuration is not here"
+
+
+def test_weights_that_are_others_than_the_configuration_describes(report, tiny_sd, tmp_path):
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    edit_json("unet/config.json", layers_per_block=2)(folder)
+    found, _ = report(model=str(folder))
+    assert re.match(r"unet has [\d.]+ M parameters, and its config.json describes [\d.]+ M: ", found["files"])
 
 
 def test_a_checkpoint_in_one_file(report, tiny_sd, tmp_path, quick):
