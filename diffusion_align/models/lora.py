@@ -6,9 +6,10 @@ transformers and diffusers wrap the same calls, but each ties them to a version 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def add_lora(network: Any, config: Any) -> None:
             f"peft cannot put adapters on a {type(network).__name__}: use lora=null to train all of it "
             f"({first_line(error)})"
         ) from error
+    for weight, dora in _narrow_dora(network):  # peft has rounded it
+        dora.weight.data = dora.get_weight_norm(weight, torch.zeros((), device=weight.device), 1.0)
     _tell(network, True)
 
 
@@ -70,6 +73,8 @@ def inject_lora(network: Any, config: Any, weights: Mapping[str, Tensor]) -> Non
         raise ValueError(
             f"the model has no layer for {found.unexpected_keys[:1]}, the adapter no weight for {lacking[:1]}"
         )
+    for _ in _narrow_dora(network):
+        pass
     _tell(network, True)
 
 
@@ -255,6 +260,25 @@ def _unwrap(network: Any) -> Iterator[Any]:
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer.get_base_layer())
     forget_adapters(network)
+
+
+def _narrow_dora(network: nn.Module) -> Iterator[tuple[Tensor, Any]]:
+    """The weight and DoRA's part of each layer in bf16 or fp16, whose size DoRA then measures in float32.
+
+    peft does so in the narrow dtype, with which a new adapter would not leave the network as it is.
+    """
+    for layer in lora_layers(network).values():
+        weight, sizes = layer.get_base_layer().weight, layer.lora_magnitude_vector
+        if sizes and weight.dtype in (torch.bfloat16, torch.float16):
+            dora = sizes[ADAPTER]
+            dora.get_weight_norm = functools.partial(_norm_in_float32, dora.get_weight_norm)
+            yield weight.detach(), dora
+
+
+def _norm_in_float32(
+    norm: Callable[..., Tensor], weight: Tensor, lora_weight: Tensor, *given: Any, **named: Any
+) -> Tensor:
+    return norm(weight.float(), lora_weight.float(), *given, **named)
 
 
 def _tell(network: Any, adapted: bool) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_align.diffusion.policy import LoRAConfig
+from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout, transition
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.transitions import denoise
@@ -79,6 +79,19 @@ def test_kl_is_exactly_zero_at_the_reference_and_not_after_a_step(policy, stream
     assert (transition(policy, schedule, x_t, steps, conditioning).kl(reference) > 0).all()
     again = reference_of(policy, schedule, x_t, steps, conditioning)
     assert torch.equal(again.mean, reference.mean)  # the reference did not move
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_kl_is_exactly_zero_at_the_reference_with_narrow_frozen_weights(dtype, autocast, make_policy, streams):
+    narrow = make_policy("tiny_sd", lora=None).pipeline
+    narrow.unet.to(dtype)
+    context = lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast)  # noqa: E731
+    policy = DenoisingPolicy(narrow, lora=KINDS["dora"], autocast=context)
+    schedule, x_t, _, steps, conditioning = pairs(policy, streams)
+    reference = reference_of(policy, schedule, x_t, steps, conditioning)
+    assert torch.equal(transition(policy, schedule, x_t, steps, conditioning).kl(reference), torch.zeros(3))
 
 
 def test_reference_is_left_again_even_after_an_error(policy, streams):
