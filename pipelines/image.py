@@ -67,6 +67,9 @@ NOT_LOADED_HERE = NOT_LOADED | {
     "custom_pipeline": "load the pipeline with diffusers and pass it to from_pipe",
     "scheduler": "set sampler after loading",
     **dict.fromkeys(("safety_checker", "requires_safety_checker", "feature_extractor"), "leave it out, none is loaded"),
+    **dict.fromkeys(("gradient_checkpointing", "offload_text_encoders"), "give it to align"),
+    "vae_slicing": "give it to align, or call .pipeline.vae.enable_slicing()",
+    "vae_tiling": "give it to align, or call .pipeline.vae.enable_tiling()",
 }
 
 
@@ -243,7 +246,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         return pipe
 
     @classmethod
-    @also_called({}, NOT_FROM_PIPE)
+    @also_called({}, NOT_FROM_PIPE | {"upcast_vae": "load its VAE in the dtype that you want"})
     def from_pipe(
         cls,
         pipeline: Any,

@@ -20,7 +20,7 @@ from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.families import Conditioning, ModelFamily, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
-from diffusion_align.models.memory import checkpoint_activations, on_device, text_encoders
+from diffusion_align.models.memory import check_no_hooks, checkpoint_activations, on_device, text_encoders
 from diffusion_align.training.attention import ImageAttention
 from diffusion_align.training.finite import all_finite
 
@@ -53,8 +53,8 @@ class DenoisingPolicy:
         channels_last: put the weights of the network's and the VAE's convolutions into that order.
 
     Raises:
-        UserError: a pipeline class that is not supported, a network that is not text-to-image, or a size that its VAE
-            does not have.
+        UserError: a pipeline class that is not supported, or one with hooks that move its parts, a network that is not
+            text-to-image, or a size that its VAE does not have.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class DenoisingPolicy:
     ) -> None:
         self.family: ModelFamily = family_of(pipeline)
         self.family.check(pipeline)
+        check_no_hooks(pipeline)
         self.pipeline = pipeline
         self._latent_size = self.family.latent_size(
             self.network.config, pipeline.vae.config, height=height, width=width

@@ -58,6 +58,15 @@ def text_encoders(pipeline: Any) -> list[nn.Module]:
     return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
 
 
+def check_no_hooks(pipeline: Any) -> None:
+    """UserError if accelerate's hooks move a part of a diffusers pipeline whenever it runs."""
+    if any(hasattr(part, "_hf_hook") for part in pipeline.components.values()):
+        raise UserError(
+            "the pipeline moves its parts between devices by itself, as after enable_model_cpu_offload(): call its "
+            "remove_all_hooks() and to(device) first; offload_text_encoders saves memory here"
+        )
+
+
 @contextlib.contextmanager
 def on_device(networks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, frozen networks are on ``device``; before and after, where they are in main memory."""

@@ -13,6 +13,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.memory import on_device, split_decoding, text_encoders
+from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.references import resolve
 from tests.helpers.saved_tensors import storage_sizes
 
@@ -236,3 +237,21 @@ def test_a_vae_in_tiles_decodes_larger_images_in_parts_and_its_own_size_at_once(
     shapes["decoder"].clear()
     assert torch.equal(policy.decode(small), alone)
     assert shapes["decoder"] == [(2, 4, 16, 16)]
+
+
+def test_a_pipeline_that_moves_its_parts_itself_is_refused(model_path):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    pipeline = load_pipeline(model_path("tiny_sd"))
+    add_hook_to_module(pipeline.unet, ModelHook())
+    with pytest.raises(UserError, match=r"call its remove_all_hooks\(\) and to\(device\) first"):
+        DenoisingPolicy(pipeline, lora=LoRAConfig())
+    pipeline.remove_all_hooks()
+    DenoisingPolicy(pipeline, lora=LoRAConfig())
+
+
+def test_settings_of_a_run_are_named_where_a_model_is_loaded():
+    with pytest.raises(UserError, match="no argument vae_slicing: give it to align, or call"):
+        ImageAlignmentPipeline.from_pretrained("emoji-sd", vae_slicing=True)
+    with pytest.raises(UserError, match="no argument gradient_checkpointing: give it to align"):
+        ImageAlignmentPipeline.from_pretrained("emoji-sd", gradient_checkpointing=True)
