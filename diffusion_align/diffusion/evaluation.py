@@ -107,15 +107,19 @@ class ImagePreviews(Previews[Tensor]):
         seed: int,
         batch_size: int,
     ) -> None:
-        super().__init__(policy.reference if policy.has_reference else None)
-        self.policy, self.schedule, self.reward = policy, schedule, reward
-        self.seed, self.batch_size = seed, batch_size
         known = dict(prompts)
         self.texts = list(texts or known)[: None if texts else PREVIEWED]
+        reference = policy.reference if policy.has_reference else None
+        super().__init__(reference, count=len(self.texts), batch_size=batch_size)
+        self.policy, self.schedule, self.reward, self.seed = policy, schedule, reward, seed
         self.metadata = [known.get(text, {}) for text in self.texts]
 
-    def sample(self) -> Tensor:
-        return sample_images(self.policy, self.schedule, self.texts, self.seed, batch_size=self.batch_size)
+    def sample_batch(self, indices: range) -> Tensor:
+        texts = self.texts[indices.start : indices.stop]
+        return sample_images(self.policy, self.schedule, texts, self.seed, batch_size=len(texts), first=indices.start)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
 
     def write(self, samples: Tensor, path: Path) -> None:
         save_png(image_grid(samples, captions=self.texts), path)

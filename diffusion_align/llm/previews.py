@@ -50,19 +50,19 @@ class TextPreviews(Previews[Previewed]):
         batch_size: int,
         max_completion_length: int,
     ) -> None:
-        super().__init__(policy.reference if policy.has_reference else None)
         self.policy, self.rows, self.rewards = policy, list(rows[:PREVIEWED]), rewards
-        self.seed, self.batch_size, self.length = seed, batch_size, max_completion_length
+        self.seed, self.length = seed, max_completion_length
+        reference = policy.reference if policy.has_reference else None
+        super().__init__(reference, count=len(self.rows), batch_size=batch_size)
 
-    def sample(self) -> Previewed:
-        shown = Previewed([], [])
-        for start in range(0, len(self.rows), self.batch_size):
-            some = self.rows[start : start + self.batch_size]
-            streams = [generator(self.seed, "show", start + i) for i in range(len(some))]
-            sampled = rollout(self.policy, [row.ids for row in some], streams, max_new_tokens=self.length)
-            shown.texts.extend(self.policy.decode(sampled.sequences))
-            shown.ids.extend(sampled.sequences.tokens)
-        return shown
+    def sample_batch(self, indices: range) -> Previewed:
+        streams = [generator(self.seed, "show", i) for i in indices]
+        prompts = [self.rows[i].ids for i in indices]
+        sequences = rollout(self.policy, prompts, streams, max_new_tokens=self.length).sequences
+        return Previewed(self.policy.decode(sequences), list(sequences.tokens))
+
+    def join(self, parts: Sequence[Previewed]) -> Previewed:
+        return Previewed([text for part in parts for text in part.texts], [ids for part in parts for ids in part.ids])
 
     def write(self, samples: Previewed, path: Path) -> None:
         """``prompt``, ``completion`` and, if there is one, its ``reward``."""

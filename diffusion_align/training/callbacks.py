@@ -208,7 +208,7 @@ class Preview(Callback):
         every = trainer.config.grid_every
         if every and trainer.epoch % every == 0:
             with trainer.ema_weights():
-                trainer.processes.on_main(lambda: trainer.show(f"epoch_{trainer.epoch:04d}"))
+                trainer.show(f"epoch_{trainer.epoch:04d}")
 
 
 class Report(Callback):

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.interrupt import Overdue
 from diffusion_align.rewards.base import RewardError
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
 from diffusion_align.training.settings import EvaluationConfig, StopConfig  # noqa: F401, their former place
+from diffusion_align.training.sharing import own_batches, sample_together
 from diffusion_align.writing import write_text
 
 SUMMARY = "evaluation.json"
@@ -87,26 +87,17 @@ class Evaluation:
             Interrupted: the run received an interrupt, which is checked between batches.
         """
         started = time.perf_counter()
-        share = [round(self.samples * k / processes.count) for k in range(processes.count + 1)]
-        own = range(share[processes.index], share[processes.index + 1])
-        turns = math.ceil(math.ceil(self.samples / processes.count) / batch_size)  # of every process: they wait below
-        parts: list[dict[str, Tensor]] = []
-        failure: BaseException | None = None
-        with bars.task("  evaluating", len(own)) as advance:
-            for turn in range(turns):
-                if processes.stop_if_interrupted(failed=failure is not None):
-                    break
-                indices = own[turn * batch_size : (turn + 1) * batch_size]
-                if not indices:
-                    continue
-                try:
-                    parts.append({name: values.cpu() for name, values in sample(indices).items()})
-                except (Exception, Overdue) as error:  # the other processes wait
-                    failure = error
-                else:
-                    advance(len(indices))
-        processes.raise_together(failure, RewardError)
-        parts = processes.gather_in_order(parts)
+        own = own_batches(self.samples, batch_size, processes)
+        with bars.task("  evaluating", sum(map(len, own))) as advance:
+            parts = sample_together(
+                self.samples,
+                batch_size,
+                lambda indices: {name: values.cpu() for name, values in sample(indices).items()},
+                processes,
+                error=RewardError,
+                on_batch=advance,
+                interruptible=True,
+            )
         found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         measured = self.metrics(found)
         if "gold" in found:

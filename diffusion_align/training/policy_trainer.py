@@ -11,10 +11,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffusion_align.errors import UserError
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.evaluation import SUMMARY, Evaluation, write_summary
+from diffusion_align.training.processes import Processes
 from diffusion_align.training.settings import StopConfig
+from diffusion_align.training.sharing import batches_of, sample_together
 from diffusion_align.training.trainer import Trainer
 
 Batch = TypeVar("Batch")
@@ -43,6 +46,8 @@ class PolicyTrainer(Trainer[Batch]):
     ) -> None:
         super().__init__(config, accelerator, callbacks=callbacks)
         self.evaluation = evaluation
+        self._before_after: tuple[Any, Any] | None = None
+        self._last: Any = None  # samples of the fixed prompts after the last epoch
 
     @property
     @abstractmethod
@@ -61,21 +66,33 @@ class PolicyTrainer(Trainer[Batch]):
         """Write the model card of ``final/``."""
 
     def show(self, name: str) -> None:
-        samples, folder = self.previews.sample(), self.folder / "samples"
+        samples, folder = self.previews.sample(self.processes), self.folder / "samples"
+        self.processes.on_main(lambda: self._write_preview(samples, folder, name))
+
+    def _write_preview(self, samples: Any, folder: Path, name: str) -> None:
         self.previews.write(samples, folder / f"{name}{self.previews.suffix}")
         if self.epoch == 0 and self.previews.reference is None:
             self.previews.keep(samples, folder)
 
+    def before_finish(self) -> None:
+        """Sample what ``finish`` shows, before anything is written: these weights may give no finite samples."""
+        self._before_after = self.previews.before_after(self.folder / "samples", self.processes)
+        if self._before_after is not None:
+            self._last = self._before_after[1]
+        elif self.config.grid_every:
+            self._last = self.previews.sample(self.processes)
+
     def finish(self) -> None:
-        """Write ``final/`` and its card, and the samples before and after."""
+        """Write ``final/`` and its card, the samples before and after, and those of the last epoch if not there yet."""
         if self.evaluation is not None or self.stopped or (self.folder / SUMMARY).exists():
             write_summary(self.folder, self.evaluation, self.stopped)
-        pair = self.previews.before_after(
-            self.folder / "samples"
-        )  # before anything is written: these weights may give no finite samples
         self.write_weights(self.folder / "final")
-        if pair is not None:
-            self.previews.write_pairs(*pair, self.folder / "samples" / f"before_after{self.previews.suffix}")
+        samples, suffix = self.folder / "samples", self.previews.suffix
+        last = samples / f"epoch_{self.epoch:04d}{suffix}"
+        if self.config.grid_every and self._last is not None and not last.exists():
+            self.previews.write(self._last, last)
+        if self._before_after is not None:
+            self.previews.write_pairs(*self._before_after, samples / f"before_after{suffix}")
         self.write_card()
 
     def measure_first(self) -> dict[str, float]:
@@ -127,16 +144,34 @@ class Previews(ABC, Generic[Samples]):
 
     Args:
         reference: context in which the policy is its reference; None where it has none.
+        count: how many prompts.
+        batch_size: samples at once.
     """
 
     suffix: ClassVar[str]
 
-    def __init__(self, reference: Callable[[], contextlib.AbstractContextManager] | None) -> None:
-        self.reference = reference
+    def __init__(
+        self, reference: Callable[[], contextlib.AbstractContextManager] | None, *, count: int, batch_size: int
+    ) -> None:
+        self.reference, self.count, self.batch_size = reference, count, batch_size
+
+    def sample(self, processes: Processes | None = None) -> Samples:
+        """One sample per prompt, as the policy is now; each depends on its prompt, its place and the seed only.
+
+        Args:
+            processes: they divide the batches, and all return every sample; this one alone if not given.
+        """
+        if processes is None:
+            return self.join([self.sample_batch(batch) for batch in batches_of(self.count, self.batch_size)])
+        return self.join(sample_together(self.count, self.batch_size, self.sample_batch, processes, error=UserError))
 
     @abstractmethod
-    def sample(self) -> Samples:
-        """One sample per prompt, as the policy is now; each depends on its prompt, its place and the seed only."""
+    def sample_batch(self, indices: range) -> Samples:
+        """Samples of the prompts ``indices``."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[Samples]) -> Samples:
+        """The samples of all batches."""
 
     @abstractmethod
     def write(self, samples: Samples, path: Path) -> None:
@@ -153,11 +188,15 @@ class Previews(ABC, Generic[Samples]):
         """What ``keep`` has kept; None if that is nothing."""
         return None
 
-    def before_after(self, folder: Path) -> tuple[Samples, Samples] | None:
-        """Samples of the reference and of the policy; without a reference those kept in ``folder``, None if not."""
+    def before_after(self, folder: Path, processes: Processes | None = None) -> tuple[Any, Samples] | None:
+        """Samples of the reference and of the policy, as ``sample`` gives them; without a reference those kept in
+        ``folder``, which the main process reads, None if there are none."""
         if self.reference is None:
-            before = self.kept(folder)
-            return None if before is None else (before, self.sample())
-        after = self.sample()
+            before = self.kept(folder) if processes is None or processes.is_main else None
+            there = before is not None
+            if not (there if processes is None else processes.from_main(there)):
+                return None
+            return before, self.sample(processes)
+        after = self.sample(processes)
         with self.reference():
-            return self.sample(), after
+            return self.sample(processes), after

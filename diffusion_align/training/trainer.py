@@ -237,6 +237,9 @@ class Trainer(ABC, Generic[Batch]):
         """What switches on the dropout of the adapters that are trained, if they have one."""
         return None
 
+    def before_finish(self) -> None:
+        """What ``finish`` needs of every process; called on all of them before it."""
+
     @abstractmethod
     def finish(self) -> None:
         """Write ``final/``; called on the main process."""
@@ -273,7 +276,7 @@ class Trainer(ABC, Generic[Batch]):
         return {}
 
     def show(self, name: str) -> None:
-        """Write images or texts of the fixed prompts; called on the main process."""
+        """Write images or texts of the fixed prompts; called on every process, of which the main one writes."""
 
     def extra_state(self) -> dict[str, Any]:
         """JSON values a trainer needs back on resume."""
@@ -412,6 +415,7 @@ class Trainer(ABC, Generic[Batch]):
     def _end(self) -> None:
         self.bars.show_epochs(self.epoch, self.config.epochs, "writing final/ and the report")
         with self.ema_weights():
+            self.before_finish()
             self.processes.on_main(self.finish)
         self._each("on_end")
         self.processes.wait()

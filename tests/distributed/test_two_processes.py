@@ -289,3 +289,59 @@ def test_accelerate_launch(settings, tmp_path):
     assert result.returncode == 0, result.stderr
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 1]
     assert result.stdout.count("finished: ") == 1
+
+
+RECORD_SHARES = """
+import json, os
+from diffusion_align.diffusion import evaluation
+sample_images = evaluation.sample_images
+def recorded(policy, schedule, prompts, seed, purpose="show", *, first=0, **more):
+    with open(f"{SCRATCH}/shares_{os.environ.get('WORLD_SIZE', 1)}_{os.environ.get('RANK', 0)}.jsonl", "a") as file:
+        file.write(json.dumps([purpose, first, len(prompts)]) + "\\n")
+    return sample_images(policy, schedule, prompts, seed, purpose, first=first, **more)
+evaluation.sample_images = recorded
+import diffusion_align.diffusion.trainer as trainer
+trainer.sample_images = recorded
+"""
+
+
+def test_previews_and_evaluations_are_shared_and_every_image_stays_the_same(forked, settings, tmp_path):
+    """Whole batches are divided: 5 previews in batches of 2 are 3 batches, 5 of the evaluation too."""
+    prompts = [*PROMPTS, "a green car"]
+    config = settings(
+        grid_every=1,
+        prompts=prompts,
+        evaluation={"reward": "jpeg_incompressibility", "samples": 5, "every": 1, "diversity": "pixels"},
+    )
+    folders, _ = run_both(forked, config, tmp_path, RECORD_SHARES)
+    one, first, second = (
+        [tuple(json.loads(line)) for line in (tmp_path / f"shares_{name}.jsonl").read_text().splitlines()]
+        for name in ("1_0", "2_0", "2_1")
+    )
+    for purpose, times in (("show", 4), ("evaluation", 2)):  # before, after, and both side by side
+        whole, *shares = ([share for share in part if share[0] == purpose] for part in (one, first, second))
+        assert whole == [(purpose, 0, 2), (purpose, 2, 2), (purpose, 4, 1)] * times
+        assert shares == [[(purpose, 0, 2), (purpose, 2, 2)] * times, [(purpose, 4, 1)] * times]
+    images = [(folder / "samples" / "epoch_0000.png").read_bytes() for folder in folders]
+    assert images[0] == images[1]
+    before = [rows_of(folder)[0] for folder in folders]  # of the weights before training, which are the same bits
+    assert before[0]["gold"] == before[1]["gold"]
+    assert before[0]["diversity"] == before[1]["diversity"]
+    for name in ("epoch_0001.png", "before_after.png"):
+        assert (folders[1] / "samples" / name).is_file()
+
+
+def test_a_preview_that_fails_on_one_process_ends_both(forked, settings, tmp_path):
+    failing = """
+import os
+from diffusion_align.diffusion import evaluation
+from diffusion_align.errors import TrainingError
+def fails(*arguments, **more):
+    if os.environ["RANK"] == "1":
+        raise TrainingError("the latents are not finite: lower learning_rate")
+    return sample_images(*arguments, **more)
+sample_images, evaluation.sample_images = evaluation.sample_images, fails
+"""
+    sentences = end_in_a_sentence(forked, settings(grid_every=1), tmp_path, prelude=failing)
+    assert len(set(sentences)) == 1
+    assert "the latents are not finite" in sentences[0]

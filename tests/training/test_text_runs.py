@@ -189,7 +189,7 @@ def test_what_a_run_leaves_behind(forked, tiny_language_model, tmp_path):
     assert "finished 3 epochs\nreward " in run.outputs[0]
     assert f"the weights are in {folder}/final; next:\n  xdg-open {folder}/report.html\n" in run.outputs[0]
     names = sorted(path.name for path in (folder / "samples").iterdir())
-    assert names == ["before_after.jsonl", "epoch_0000.jsonl", "epoch_0002.jsonl"]
+    assert names == ["before_after.jsonl", *(f"epoch_000{n}.jsonl" for n in (0, 2, 3))], "of the last epoch, too"
     lines = [json.loads(line) for line in (folder / "samples" / "before_after.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["the cat", "who?", "never seen"]
     assert all(isinstance(line[name], str) for line in lines for name in ("before", "after"))
