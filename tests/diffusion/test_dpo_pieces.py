@@ -990,6 +990,8 @@ def test_groups_must_not_be_split_between_processes(make_policy, tmp_path):
 
     config = DiffusionDPOConfig(**ONLINE | {"output_dir": tmp_path, "samples_per_epoch": 12, "sample_batch_size": 6})
     accelerator = Accelerator()
-    two = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True, device=accelerator.device)
+    two = SimpleNamespace(
+        num_processes=2, process_index=0, is_main_process=True, device=accelerator.device, mixed_precision="no"
+    )
     with pytest.raises(ConfigError, match=problem("samples_per_epoch=12", "2 processes x group_size=4")):
         DiffusionDPOTrainer(config, make_policy("tiny_sd"), reward=redness, prompts=[("a", {})], accelerator=two)
