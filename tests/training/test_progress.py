@@ -98,6 +98,12 @@ def test_short_epochs_print_a_line_per_second_and_the_first_and_the_last(tmp_pat
     assert lines_of(capsys.readouterr().out) == [1, 5, 9, 11]
 
 
+def test_a_run_prints_its_first_and_its_last_epoch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", math.inf)
+    Toy(tmp_path / "run", epochs=4).train()
+    assert lines_of(capsys.readouterr().out) == [1, 4]
+
+
 def test_a_line_is_there_when_its_epoch_is_done(tmp_path, monkeypatch):
     """Not when a buffer is full."""
     read, write = os.pipe()
