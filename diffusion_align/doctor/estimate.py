@@ -117,15 +117,9 @@ class Estimator:
             reference=self.epoch.reference > 0 and config.inner_epochs == 1,
         )
         cost = self._network_cost(config, passes)
-        upcast = (
-            vae.get("force_upcast", True)
-            if getattr(config, "upcast_vae", None) is None
-            else getattr(config, "upcast_vae", None)
-        )
+        upcast = vae.get("force_upcast", True) if config.upcast_vae is None else config.upcast_vae
         vae_dtype = torch.float32 if upcast else dtype
-        on_meta = vae_on_meta(
-            vae, vae_dtype, slicing=getattr(config, "vae_slicing", False), tiling=getattr(config, "vae_tiling", False)
-        )
+        on_meta = vae_on_meta(vae, vae_dtype, slicing=config.vae_slicing, tiling=config.vae_tiling)
         decoding = decoding_cost(on_meta, latents, config.sample_batch_size)
         phases = {"training": cost.training, "sampling": cost.sampling, "decoding": decoding.working}
         if getattr(config, "pairs", None) is not None:
@@ -230,8 +224,6 @@ def smallest_card(needed: float) -> int | None:
 
 def _applies(config: DenoisingConfig, name: str) -> bool:
     """Whether a setting of ``_SAVING`` could be set."""
-    if name not in type(config).model_fields:
-        return False
     if name == "dtype":
         return config.lora is not None
     if name == "optimizer":

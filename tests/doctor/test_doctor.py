@@ -244,6 +244,19 @@ def test_the_head_of_a_recipe_says_what_doctor_estimates(report, tmp_path, monke
     assert int(found["fits a card of"].split()[0]) <= CARDS[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "needed", "card"), [("dpo_sdxl_pickapic", "10.3", 12), ("ddpo_sdxl_aesthetic", "13.5", 16)]
+)
+def test_what_stable_diffusion_xl_needs_at_least(report, tmp_path, monkeypatch, name, needed, card):
+    monkeypatch.setattr(estimate.Estimator, "savings", lambda *_: ([], []))
+    single = ["micro_batch_size=1", "sample_batch_size=1"]
+    found, _ = report(*single, f"output_dir={tmp_path / 'run'}", source=name)
+    assert found["fits a card of"].startswith(f"{card} GB: {needed} GB with CUDA")
+    assert re.search(
+        rf"`{name}`[^.]*{' '.join(single) if card == 12 else ''}[^`]*`? needs\s+{needed} GB", DOCS.read_text()
+    )
+
+
 def test_every_recipe_of_a_real_model_has_an_estimate(call_cli):
     assert {name for name, _ in doctor.describe_recipes()[1:-1]} == set(CARDS)
     status, out, err = call_cli("doctor")
