@@ -310,7 +310,7 @@ class SharedSettings(TypedDict, total=False):
     keep_checkpoints: int
     """number of newest checkpoints to keep"""
     grid_every: int
-    """epochs between images (or texts) of the fixed prompts; 0 for none"""
+    """epochs between images (or texts) of the fixed prompts, the last epoch's beside; 0 for none"""
     trackers: Sequence[Literal["tensorboard", "wandb"]]
     """where metrics are logged besides metrics.jsonl"""
     callbacks: Sequence[Any]

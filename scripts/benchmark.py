@@ -9,8 +9,9 @@ Not tests: run them on a quiet machine.
     python scripts/benchmark.py ddpo --growth       # and how time and memory grow with images and steps
     python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
     python scripts/benchmark.py commands            # what is answered without a model, beside ``import torch``
+    python scripts/benchmark.py report              # what report.html costs a run, and of 2000 epochs
 
-All but the last two: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
+All but the last three: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
 exactly the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both
 see the same machine; the median of the ratios is what counts. Tokens per second are those of the backward passes,
 padding and prompts too, over the whole epoch.
@@ -122,6 +123,50 @@ def dpo(
 ) -> None:
     """Online DPO's epoch time over the time of its forward, backward and generating passes; tokens per second."""
     _print_text([measure(recipe, overrides or [], epochs)], as_json)
+
+
+@app.command()
+def report(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe")] = None,
+    recipe: str = "quickstart",
+    many: Annotated[int, typer.Option(help="epochs of a long run, made of the rows of the short one")] = 2000,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """How much of a run's time its report takes, and how long the report of a run of many epochs."""
+    from diffusion_align import report as reports
+    from diffusion_align.pipelines.configuration import read_config
+    from diffusion_align.pipelines.run import run
+
+    spent, write_report = [], reports.write_report
+
+    def timed(folder: Path) -> Path:
+        before = time.perf_counter()
+        path = write_report(folder)
+        spent.append(time.perf_counter() - before)
+        return path
+
+    with tempfile.TemporaryDirectory() as scratch:
+        reports.write_report = timed
+        config = read_config(recipe, [f"output_dir={scratch}/run", *(overrides or [])])
+        folder = run(config).folder
+        reports.write_report = write_report
+        rows = reports.read_metrics(folder / "metrics.jsonl")
+        took = sum(row.get("time/epoch", 0.0) for row in rows)
+        steps, epochs = max(row["step"] for row in rows), max(row["epoch"] for row in rows)
+        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            for turn in range(-(-many // epochs)):
+                for row in rows:
+                    later = {"step": row["step"] + turn * steps, "epoch": row["epoch"] + turn * epochs}
+                    file.write(json.dumps(row | later) + "\n")
+        before = time.perf_counter()
+        write_report(folder)
+        long = time.perf_counter() - before
+    found = {"times": len(spent), "seconds": statistics.median(spent), "share": sum(spent) / took, "many": long}
+    if as_json:
+        print(json.dumps(found | {"peak_mib": _peak_mib()}))
+        return
+    each = f"{len(spent)} times in {epochs} epochs, {found['seconds']:.3f} s each (median)"
+    print(f"{each}, {found['share']:.2%} of the epochs' time; {long:.2f} s for {many} epochs")
 
 
 def _print_text(rows: list[dict[str, Any]], as_json: bool) -> None:

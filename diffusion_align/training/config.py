@@ -128,7 +128,10 @@ class TrainingConfig(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, le=MOST, description="number of newest checkpoints to keep")
     grid_every: int = Field(
-        1, ge=0, le=MOST, description="epochs between images (or texts) of the fixed prompts; 0 for none"
+        10,
+        ge=0,
+        le=MOST,
+        description="epochs between images (or texts) of the fixed prompts, the last epoch's beside; 0 for none",
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics are logged besides metrics.jsonl"

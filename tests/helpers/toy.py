@@ -34,7 +34,13 @@ class Toy(Trainer):
     measures = False  # before the first epoch
 
     def __init__(self, folder, reward=brightness, *, background=True, accelerator=None, callbacks=(), **more):
-        settings = {"epochs": 3, "samples_per_epoch": 4, "sample_batch_size": 2, "updates_per_epoch": 2}
+        settings = {
+            "epochs": 3,
+            "grid_every": 1,
+            "samples_per_epoch": 4,
+            "sample_batch_size": 2,
+            "updates_per_epoch": 2,
+        }
         config = TrainingConfig(model="toy", output_dir=folder, **settings | more)
         super().__init__(config, accelerator or Accelerator(cpu=True), callbacks=callbacks)
         self.weights, self.reward, self.background = nn.Parameter(torch.zeros(2)), reward, background

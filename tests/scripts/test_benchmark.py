@@ -74,3 +74,10 @@ def test_the_passes_of_a_language_policy_are_all_counted(tmp_path):
     assert [(batch, steps) for batch, _, steps in sampled] == [(8, 6)]
     kinds = [(batch, gradient, reference) for batch, _, _, gradient, reference in scored]
     assert kinds == [(8, False, True), (4, True, False), (4, True, False)]  # the reference once, two updates
+
+
+def test_what_a_report_costs():
+    printed = _in_this_process("report", "epochs=2", "samples_per_epoch=8", "sampler.steps=2", "--many=20", "--json")
+    found = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert found["times"] >= 2, "at the start and at the end"
+    assert 0 < found["seconds"] < found["share"] * 1e3
