@@ -1,4 +1,4 @@
-"""Dropout of what LoRA adapters are given, as in peft (Hu et al. 2021, arXiv:2106.09685), where it is asked for.
+"""Dropout of what LoRA adapters are given, as in peft (Hu et al. 2021, arXiv:2106.09685), in training passes alone.
 
 Networks are in evaluation mode here: sampling, references, previews and evaluations see the whole adapter, and
 ``Dropout`` is around the training pass alone. A mask is named by the layer and by what a row of the pass belongs

@@ -55,6 +55,11 @@ def without_deployment_options(value: Any) -> Any:
     return value
 
 
+def _with_precision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a value where nobody has decided: of an older version, or of a trainer that was made directly."""
+    return {**config, **{name: value for name, value in BEFORE.items() if config.get(name) is None}}
+
+
 def check_same_run(
     config: TrainingConfig,
     identity: Identity,
@@ -78,9 +83,8 @@ def check_same_run(
     theirs = canonical(type(config), theirs)
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
-    theirs |= {name: value for name, value in BEFORE.items() if theirs.get(name) is None}
     mine, theirs = (
-        one_by_one(resume_fingerprint(absolute_paths(one, config.output_dir)))
+        one_by_one(resume_fingerprint(absolute_paths(_with_precision(one), config.output_dir)))
         for one in (config.model_dump(mode="json"), theirs)
     )
     theirs["method"] = theirs.get("method") or mine["method"]  # older versions did not write what Python had made

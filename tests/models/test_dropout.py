@@ -24,7 +24,7 @@ def test_a_share_is_dropped_and_the_rest_keeps_the_mean():
     x = torch.ones(2, 400, 250)
     found = dropped(x, [1, 2])
     assert found.unique().tolist() == pytest.approx([0, 4 / 3])
-    # 100 000 numbers a row: a standard error of 0.0014.
+    # 100 000 numbers per row: a standard error of 0.0014.
     assert (found == 0).float().mean((1, 2)).tolist() == pytest.approx([0.25, 0.25], abs=0.007)
     assert torch.equal(RowDropout(0.25, "a")(x), x)
 
