@@ -82,7 +82,7 @@ class ImageEvaluationSettings(TypedDict, total=False):
     reward: Reward | None
     """the held-out reward; null measures diversity alone"""
     every: int
-    """epochs between evaluations"""
+    """epochs between evaluations; there is one after the last in any case"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """like the training prompts, which are used if null"""
     samples: int
@@ -171,7 +171,7 @@ class TextEvaluationSettings(TypedDict, total=False):
     reward: Reward | None
     """the held-out reward, or a list of them"""
     every: int
-    """epochs between evaluations"""
+    """epochs between evaluations; there is one after the last in any case"""
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
     prompts: TextDataSettings | TextDataConfig | Rows | None

@@ -55,9 +55,12 @@ def without_deployment_options(value: Any) -> Any:
     return value
 
 
-def _with_precision(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without a value where nobody has decided: of an older version, or of a trainer that was made directly."""
-    return {**config, **{name: value for name, value in BEFORE.items() if config.get(name) is None}}
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with a precision where nobody has decided, as in older versions, and without when a run is evaluated."""
+    decided = {**config, **{name: value for name, value in BEFORE.items() if config.get(name) is None}}
+    if isinstance(evaluation := config.get("evaluation"), Mapping):
+        decided["evaluation"] = {name: value for name, value in evaluation.items() if name != "every"}
+    return decided
 
 
 def check_same_run(
@@ -84,7 +87,7 @@ def check_same_run(
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
     mine, theirs = (
-        one_by_one(resume_fingerprint(absolute_paths(_with_precision(one), config.output_dir)))
+        one_by_one(resume_fingerprint(absolute_paths(_comparable(one), config.output_dir)))
         for one in (config.model_dump(mode="json"), theirs)
     )
     theirs["method"] = theirs.get("method") or mine["method"]  # older versions did not write what Python had made

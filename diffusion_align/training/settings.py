@@ -21,7 +21,9 @@ class EvaluationConfig(Section):
     """What every held-out evaluation has."""
 
     reward: RewardSetting = Field(None, description="the held-out reward")
-    every: int = Field(1, ge=1, le=MOST, description="epochs between evaluations")
+    every: int = Field(
+        10, ge=1, le=MOST, description="epochs between evaluations; there is one after the last in any case"
+    )
 
 
 def no_std(setting: str, other: str) -> str:

@@ -194,6 +194,18 @@ def test_a_run_of_an_older_version_is_the_same_run(tmp_path):
         check_same_run(config, {}, theirs | {"loser_weight": 0.7}, None, tmp_path / "config.yaml", here)
 
 
+def test_how_often_a_run_is_evaluated_may_change_and_nothing_else_of_its_evaluation(tmp_path):
+    settings = {"model": "emoji-sd", "output_dir": tmp_path, "prompts": ["a lion"], "reward": "jpeg_compressibility"}
+    config = DDPOConfig(**settings, evaluation={"samples": 4, "diversity": "pixels"})
+    assert config.evaluation is not None
+    assert config.evaluation.every == 10
+    place, here = tmp_path / "config.yaml", Processes(Accelerator(cpu=True))
+    theirs = yaml.safe_load(dump_config(config))
+    check_same_run(config, {}, theirs | {"evaluation": theirs["evaluation"] | {"every": 1}}, None, place, here)
+    with pytest.raises(CheckpointError, match="another run: evaluation was"):
+        check_same_run(config, {}, theirs | {"evaluation": theirs["evaluation"] | {"samples": 5}}, None, place, here)
+
+
 def test_a_section_called_experimental_may_be_anything_in_a_method_of_ones_own(tmp_path):
     class Own(TrainingConfig):
         experimental: bool = False

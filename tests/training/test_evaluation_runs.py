@@ -36,7 +36,7 @@ SETTINGS = TINY | {
     "learning_rate": 1e-2,
     "checkpoint_every": 1,
     "keep_checkpoints": 9,
-    "evaluation": {"pictures": 2, "diversity": "pixels"},
+    "evaluation": {"pictures": 2, "every": 1, "diversity": "pixels"},
 }
 
 
