@@ -62,6 +62,7 @@ class ToyPolicy:
     """Adds ``shift + slope x_t`` to the reference's mean of each step; what the UNet would say is x_0."""
 
     lora, image_size, latent_shape, device = None, (1, 1), (1, 1, 1), torch.device("cpu")
+    has_reference, dropout = True, None
 
     def __init__(self, chain, with_slope):
         self.chain, self.pipeline = chain, SimpleNamespace(scheduler=None)
@@ -79,7 +80,8 @@ class ToyPolicy:
         yield
         self.is_reference = False
 
-    def encode(self, prompts):
+    @staticmethod
+    def encode(prompts):
         return {"encoder_hidden_states": torch.zeros(len(prompts), 1)}
 
     def predict(self, x_t, timestep, conditioning, *, guidance_scale=None):
@@ -107,7 +109,10 @@ class ToyPairs:
         pass
 
     def read(self, indices):
-        return self.x_0[0, indices], self.x_0[1, indices]
+        return list(self.x_0[0, indices]), list(self.x_0[1, indices])
+
+    def conditioning(self, indices, texts):
+        return ToyPolicy.encode(texts)
 
 
 @dataclass
@@ -133,6 +138,9 @@ def train(
             change = policy.change.detach().double() * policy.counts
             history.append(chain.attained(*change.unbind(1)))
             return super().collect()
+
+        def before_finish(self) -> None:  # there are no images
+            pass
 
         def finish(self) -> None:
             pass

@@ -21,6 +21,7 @@ from diffusion_align.training.progress import Bars
 from diffusion_align.writing import make_folder, new_file
 
 _SHARD = 256  # pairs in a file
+_CAPTIONS = 16 * PROMPT_BATCH  # encoded at once: offloaded text encoders are copied to the device for each of these
 
 
 class LatentCache:
@@ -62,17 +63,13 @@ class LatentCache:
         if self._full:
             return
         self._model = [digest for _, digest in identity.get("model", ())]
-        captions: dict[Size, dict[str, None]] = {}
-        for text, size in zip(self.pairs.prompts, self.sizes, strict=True):
-            captions.setdefault(size, {})[text] = None
-        total = sum(map(len, captions.values()))
-        if total <= CACHED_PROMPTS:
-            with bars.task("  encoding prompts", total) as advance:
-                for size, texts in captions.items():
-                    for start in range(0, len(texts), PROMPT_BATCH):
-                        some = list(texts)[start : start + PROMPT_BATCH]
-                        self.policy.encode(some, size)
-                        advance(len(some))
+        captions = sorted(dict.fromkeys(zip(self.pairs.prompts, self.sizes, strict=True)), key=lambda one: one[1])
+        if len(captions) <= CACHED_PROMPTS:
+            with bars.task("  encoding prompts", len(captions)) as advance:
+                for start in range(0, len(captions), _CAPTIONS):
+                    some = captions[start : start + _CAPTIONS]
+                    self.policy.encode(*zip(*some, strict=True))
+                    advance(len(some))
         numbers = [n for n in range(len(self._files)) if not self._is_made(n)]
         processes.wait()  # all have looked before the first file is written
         own = numbers[processes.index :: processes.count]
@@ -109,10 +106,7 @@ class LatentCache:
         """What the network is told of pairs ``indices``, (B, ...): ``texts``, the size of their images, and where it
         is told of that, their size before and the corner at which they were cut out."""
         sizes = [self.sizes[i] for i in indices]
-        rows = [[row for row, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)]
-        parts = [self.policy.encode([texts[row] for row in some], sizes[some[0]]) for some in rows]
-        order = torch.tensor([row for some in rows for row in some], device=self.policy.device).argsort()
-        together = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        together = self.policy.encode(texts, sizes)
         if not self.cropped:
             return together
         originals = [self.pairs.size(i) for i in indices]

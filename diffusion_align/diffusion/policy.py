@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.data.buckets import Size
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
@@ -87,7 +88,7 @@ class DenoisingPolicy:
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         self.autocast = autocast
         self.lora = lora
-        self._prompt_cache: dict[tuple[str, tuple[int, int], bool], Conditioning] = {}
+        self._prompt_cache: dict[tuple[str, Size, bool], Conditioning] = {}
         self._offloaded = text_encoders(pipeline) if offload_text_encoders else []
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -134,35 +135,38 @@ class DenoisingPolicy:
         return self.family.latent_shape(self.network.config, self._latent_size)
 
     @property
-    def image_size(self) -> tuple[int, int]:
+    def image_size(self) -> Size:
         """(height, width) in pixels of the images that are sampled."""
         return self._pixels(self._latent_size)
 
-    def _pixels(self, latent_size: Sequence[int]) -> tuple[int, int]:
+    def _pixels(self, latent_size: Sequence[int]) -> Size:
         factor = self.family.vae_factor(self.pipeline.vae.config)
         return latent_size[0] * factor, latent_size[1] * factor
 
-    def encode(self, prompts: Sequence[str], image_size: tuple[int, int] | None = None) -> Conditioning:
+    def encode(self, prompts: Sequence[str], image_sizes: Sequence[Size] | None = None) -> Conditioning:
         """What the network is conditioned on, (B, ...); each different prompt goes through the text encoders once.
 
         Args:
             prompts: B texts; an empty one stands for no prompt.
-            image_size: (height, width) in pixels of the images, if not that of those that are sampled.
+            image_sizes: (height, width) in pixels of each one's image, if not that of the images that are sampled.
         """
-        return self._encode(prompts, image_size or self.image_size)
+        return self._encode(prompts, image_sizes or [self.image_size] * len(prompts))
 
     @torch.no_grad()
-    def _encode(self, prompts: Sequence[str], image_size: tuple[int, int], *, negative: bool = False) -> Conditioning:
+    def _encode(self, prompts: Sequence[str], image_sizes: Sequence[Size], *, negative: bool = False) -> Conditioning:
         encode = self.family.encode_negative if negative else self.family.encode
-        keys = [(prompt, image_size, negative) for prompt in prompts]
+        keys = [(prompt, size, negative) for prompt, size in zip(prompts, image_sizes, strict=True)]
         cached = {key: self._prompt_cache.pop(key) for key in dict.fromkeys(keys) if key in self._prompt_cache}
-        missing = [key for key in dict.fromkeys(keys) if key not in cached]
-        with on_device(self._offloaded if missing else (), self.device):
-            for start in range(0, len(missing), PROMPT_BATCH):
-                some = missing[start : start + PROMPT_BATCH]
-                padded = some + some[-1:] * (PROMPT_BATCH - len(some))
-                encoded = encode(self.pipeline, [prompt for prompt, *_ in padded], image_size)
-                cached |= {key: {k: v[i : i + 1].clone() for k, v in encoded.items()} for i, key in enumerate(some)}
+        missing: dict[Size, list[str]] = {}
+        for prompt, size, _ in (key for key in dict.fromkeys(keys) if key not in cached):
+            missing.setdefault(size, []).append(prompt)
+        with on_device(self._offloaded if missing else (), self.device):  # once, for all sizes
+            for size, texts in missing.items():
+                for start in range(0, len(texts), PROMPT_BATCH):
+                    some = texts[start : start + PROMPT_BATCH]
+                    encoded = encode(self.pipeline, some + some[-1:] * (PROMPT_BATCH - len(some)), size)
+                    for i, prompt in enumerate(some):
+                        cached[prompt, size, negative] = {k: v[i : i + 1].clone() for k, v in encoded.items()}
         self._prompt_cache |= cached  # those used last come last
         for key in list(self._prompt_cache)[:-CACHED_PROMPTS]:
             del self._prompt_cache[key]
@@ -191,11 +195,11 @@ class DenoisingPolicy:
         without, with_prompt = output.chunk(2)
         return without + scale * (with_prompt - without)
 
-    def _encode_negative(self, image_size: tuple[int, int]) -> Conditioning:
+    def _encode_negative(self, image_size: Size) -> Conditioning:
         """(1, ...) of what guidance leads away from."""
         if self.negative_prompt is None:
-            return self.encode([""], image_size)
-        return self._encode([self.negative_prompt], image_size, negative=True)
+            return self.encode([""], [image_size])
+        return self._encode([self.negative_prompt], [image_size], negative=True)
 
     def _run(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         network = self.network

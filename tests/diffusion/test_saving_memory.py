@@ -1,5 +1,6 @@
 """Settings that save a GPU's memory: what each saves, and that images, ratios and gradients are as without it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,19 @@ def test_an_offloaded_encoder_is_on_the_device_only_while_it_encodes(name, polic
     for parameter, (address, value) in before.items():
         assert parameter.data_ptr() == address
         assert torch.equal(parameter, value)
+
+
+def test_prompts_of_several_image_sizes_need_one_copy_of_the_encoders(policy_of, monkeypatch):
+    policy, moves = policy_of("tiny_sdxl", offload_text_encoders=True), []
+    monkeypatch.setattr(
+        "diffusion_align.diffusion.policy.on_device", lambda parts, device: moves.append(parts) or nullcontext()
+    )
+    sizes = [(16, 16), (8, 24), (16, 16), (24, 8)]
+    together = policy.encode(["a cat", "a cat", "a dog", ""], sizes)
+    assert [bool(parts) for parts in moves] == [True]
+    assert together["time_ids"].tolist() == [[*size, 0, 0, *size] for size in sizes]
+    policy.encode(["a dog", "a cat"], [(16, 16), (8, 24)])
+    assert [bool(parts) for parts in moves] == [True, False]  # both are known
 
 
 def test_an_encoder_that_fails_is_taken_off_the_device(policy_of, elsewhere, monkeypatch):

@@ -107,7 +107,7 @@ def test_latents_of_another_size_are_told_that_size(make_policy):
     """Of images of several sizes: conditioning and negative prompt are of the latents at hand."""
     policy, told = make_policy("tiny_sdxl", guidance_scale=2.0), []
     hook = policy.network.register_forward_pre_hook(lambda _, args, kwargs: told.append(kwargs), with_kwargs=True)
-    policy.predict(torch.zeros(2, 4, 12, 20), torch.tensor([9, 9]), policy.encode(PROMPTS, (24, 40)))
+    policy.predict(torch.zeros(2, 4, 12, 20), torch.tensor([9, 9]), policy.encode(PROMPTS, [(24, 40)] * 2))
     policy.predict(torch.zeros(2, 4, 8, 8), torch.tensor([9, 9]), policy.encode(PROMPTS))
     hook.remove()
     found = [kwargs["added_cond_kwargs"]["time_ids"].tolist() for kwargs in told]
