@@ -250,7 +250,7 @@ class Report(Callback):
         """The run is ended by ``error``, which is raised after this. Nothing is written of one that did not begin."""
         if self._began is None or not trainer.processes.is_main:
             return
-        interrupted = isinstance(error, Interrupted | KeyboardInterrupt | Overdue)
+        interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
         sentence = str(error) if isinstance(error, UserError | Interrupted) else describe_exception(error)
         notes = [note for note in getattr(error, "__notes__", ()) if RESUME_WITH in note]
         why, _, resume = "\n".join([sentence, *notes]).partition(RESUME_WITH)

@@ -318,6 +318,11 @@ class Trainer(ABC, Generic[Batch]):
             self.processes.flag = flag
             try:
                 yield
+            except (Interrupted, Overdue):
+                when = f"after epoch {self.epoch} of {self.config.epochs}" if self.epoch else "before epoch 1 ended"
+                stopped = Interrupted(f"stopped {when}\n{folder.how_to_resume()}")
+                self.report.on_failure(self, stopped)
+                raise stopped from None
             except BaseException as error:
                 if not folder.is_forgotten(error, self.epoch):
                     # A full disk, say: the run can be resumed from its last checkpoint.
@@ -344,19 +349,18 @@ class Trainer(ABC, Generic[Batch]):
             *start_lines(config, done=self.epoch, device=self.processes.device.type, processes=self.processes.count)
         )
         self.bars.show_epochs(self.epoch, config.epochs, "starting")
-        self._each("on_start")
+        try:
+            self._each("on_start")
+            first = {} if newest else self.measure_first()
+        except (Interrupted, Overdue):  # nothing to save yet
+            self._close()
+            raise
+        if first:
+            self._each("on_update", plain_row({"step": 0, "epoch": 0, **first}))
         if self._unmeasured is not None:
             row, last = self._unmeasured
             requested = self._measure(row, last)
             self.stopped = self.stop_reason(last | row) or requested or self._nothing_left_to_train()
-        if not newest:
-            try:
-                first = self.measure_first()
-            except (Interrupted, Overdue):  # nothing to save yet
-                self._close()
-                raise Interrupted(f"stopped before the first epoch\n{self.run_folder.how_to_resume()}") from None
-            if first:
-                self._each("on_update", plain_row({"step": 0, "epoch": 0, **first}))
         self._training_since = time.perf_counter()
 
     def _open_folder(self, step: int) -> None:
@@ -585,8 +589,7 @@ class Trainer(ABC, Generic[Batch]):
         except (Interrupted, Overdue):
             self.save()
             self._close()
-            how = self.run_folder.how_to_resume()
-            raise Interrupted(f"stopped after epoch {self.epoch} of {self.config.epochs}\n{how}") from None
+            raise
         except Exception as error:
             processes, folder = self.processes, self.run_folder
             # Of any process: where one saves nothing, the others would wait for it.

@@ -80,7 +80,7 @@ def test_ddpo_trains_saves_and_what_is_saved_draws_the_same(name, form, publishe
     settings = settings_of(name, form, published)
     config = check_config(SETTINGS | settings | {"output_dir": tmp_path / "run"})
     trainer = run(config)
-    policy, dtype = trainer.policy, getattr(torch, config.dtype)
+    policy, dtype = trainer.policy, getattr(torch, trainer.config.dtype)
     assert policy.network.dtype == policy.pipeline.text_encoder.dtype == dtype
     assert policy.pipeline.vae.dtype == torch.float32
     assert {parameter.dtype for parameter in policy.trainable.values()} == {torch.float32}

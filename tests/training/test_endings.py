@@ -370,7 +370,7 @@ def test_a_reward_that_hangs_before_the_first_epoch_is_left_too(tmp_path, quick,
     monkeypatch.setattr(Toy, "measures", True)
     with pytest.raises(Interrupted) as caught:
         Toy(tmp_path / "run", reward, interrupt_grace=0.2).train()
-    assert str(caught.value) == f"stopped before the first epoch\n{resumed_with(tmp_path / 'run')}"
+    assert str(caught.value) == f"stopped before epoch 1 ended\n{resumed_with(tmp_path / 'run')}"
     Toy(tmp_path / "run", resume=True).train()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 

@@ -74,6 +74,23 @@ def test_a_signal_leaves_a_report_that_says_so_and_how_to_resume(tmp_path, numbe
     assert "Resume with" not in text_of(folder).split("Configuration")[0]
 
 
+def test_an_interrupt_while_the_first_previews_fail_says_how_to_resume(tmp_path, monkeypatch):
+    def show(self, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.processes.raise_together(UserError("not finite"), UserError)
+
+    closed = []
+    monkeypatch.setattr(Toy, "show", show)
+    monkeypatch.setattr(Toy, "_close", lambda self: closed.append(self))
+    trainer = Toy(tmp_path / "run")
+    with pytest.raises(Interrupted) as caught:
+        trainer.train()
+    assert str(caught.value) == f"stopped before epoch 1 ended\n{RESUME_WITH}{resume_command(trainer)}"
+    assert "Interrupted by SIGTERM 0 of 3 epochs" in text_of(tmp_path / "run")
+    assert f"Resume with {resume_command(trainer)}" in text_of(tmp_path / "run")
+    assert closed == [trainer]
+
+
 def test_a_reward_that_fails_in_epoch_3_leaves_a_report_that_says_so(tmp_path):
     def fail():
         raise ValueError("no <b>room</b>")
