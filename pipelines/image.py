@@ -358,7 +358,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         for name, network in before.items():
             setattr(self.pipeline, name, copy.deepcopy(network))
             network.to("cpu")  # where it waits in case that training breaks off
-        vae = self.pipeline.vae
+        vae, attention = self.pipeline.vae, getattr(getattr(self.pipeline, trained), "attn_processors", None)
         decoding = {"slices": vae.use_slicing, "tiles": vae.use_tiling}
         try:
             if as_they_are:
@@ -376,6 +376,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         finally:
             if config.gradient_checkpointing:
                 keep_activations(getattr(self.pipeline, trained))
+            if config.attention != "auto" and attention:  # "auto" would take it over into the next run
+                getattr(self.pipeline, trained).set_attn_processor(attention)
             for encoder in text_encoders(self.pipeline):
                 encoder.to(getattr(self.pipeline, trained).device)
         trainer.optimization.load_ema_weights()

@@ -25,7 +25,12 @@ from diffusion_align.llm.policy import LanguagePolicy, merged, save_model
 from diffusion_align.llm.rollout import rollout
 from diffusion_align.llm.settings import TextConfig
 from diffusion_align.methods import method_name, method_of
-from diffusion_align.models.language_models import language_model_ref, load_language_model, load_tokenizer
+from diffusion_align.models.language_models import (
+    language_model_ref,
+    load_language_model,
+    load_tokenizer,
+    use_attention,
+)
 from diffusion_align.models.lora import adapter_layers, carries_adapters, forget_adapters, merge_lora, remove_lora
 from diffusion_align.models.memory import keep_activations
 from diffusion_align.models.model_card import write_model_card
@@ -225,6 +230,7 @@ class TextAlignmentPipeline(AlignmentPipeline):
         config = cast(TextConfig, check_config(raw | settings))
         adapted = carries_adapters(self.model)
         model = copy.deepcopy(self.model) if config.lora is None else self.model
+        attention = model.config._attn_implementation
         try:
             with on_disk(config, self.name, self._save_merged) as config:
                 if self.name is None:
@@ -236,6 +242,8 @@ class TextAlignmentPipeline(AlignmentPipeline):
             raise
         finally:
             keep_activations(model)
+            if config.attention != "auto":  # which would take it over into the next run
+                use_attention(model, attention)
         trainer.optimization.load_ema_weights()
         self.model, self.name, self.run = merged(model), str(config.output_dir), config.output_dir
         # The next run is trained on this, and its adapter's configuration must name it.

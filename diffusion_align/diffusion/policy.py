@@ -173,6 +173,12 @@ class DenoisingPolicy:
         rows = [cached[key] for key in keys]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
+    def return_text_encoders(self) -> None:
+        """Keep offloaded text encoders on the device from now on, where diffusers' own call needs them."""
+        for encoder in self._offloaded:
+            encoder.to(self.device)
+        self._offloaded = []
+
     def predict(
         self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning, *, guidance_scale: float | None = None
     ) -> Tensor:

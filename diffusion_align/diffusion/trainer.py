@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -166,6 +167,14 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             callbacks=run.callbacks,
             **run.data,
         )
+
+    def train(self) -> Path:
+        """See ``Trainer.train``; afterwards the text encoders are where the network is."""
+        try:
+            return super().train()
+        finally:
+            with contextlib.suppress(torch.OutOfMemoryError):  # of which the run may have failed
+                self.policy.return_text_encoders()
 
     @property
     def rules(self) -> ImageStopConfig:

@@ -33,7 +33,7 @@ class RowDropout(nn.Module):
         layer: name of the layer that it belongs to.
 
     Attributes:
-        seeds: of n rows, equal ones share a mask. A pass of a multiple of n rows has them again and again.
+        seeds: of n rows, equal ones share a mask. A pass of 2n or 4n rows (pairs, guidance) has them again and again.
     """
 
     def __init__(self, probability: float, layer: str) -> None:
@@ -45,11 +45,11 @@ class RowDropout(nn.Module):
         """(R, ...) of the same shape.
 
         Raises:
-            UserError: R is no multiple of the number of seeds.
+            UserError: R is none of these, as in layers that are given tokens without their sample.
         """
         if not self.seeds:
             return x
-        if len(x) % len(self.seeds):
+        if len(x) not in (count := len(self.seeds), 2 * count, 4 * count):
             raise UserError(f"lora.dropout cannot tell the samples of {self.layer}'s input apart: set lora.dropout=0")
         masks = {seed: self._kept(seed, x) for seed in dict.fromkeys(self.seeds)}
         rows = torch.stack([masks[seed] for seed in self.seeds])

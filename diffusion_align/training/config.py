@@ -36,6 +36,7 @@ Content = Literal[
 """Settings that name what lies elsewhere and may change there."""
 
 
+FP16_NEEDS_GPU = "mixed_precision='fp16' needs a GPU: use no, bf16 or auto"
 PLUG_INS = "diffusion_align.methods"
 """Group of the entry points by which installed packages bring methods."""
 
@@ -153,7 +154,7 @@ class TrainingConfig(Section):
             import torch
 
             if not torch.cuda.is_available():
-                yield "mixed_precision='fp16' needs a GPU: use no, bf16 or auto"
+                yield FP16_NEEDS_GPU
         if self.tf32:
             import torch
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.inputs import check_device
-from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.config import FP16_NEEDS_GPU, TrainingConfig
 from diffusion_align.training.precision import Machine, with_precision
 from diffusion_align.training.reading import load_yaml
 
@@ -232,13 +232,19 @@ def decide_precision(config: Config) -> Config:
     It is known before a model is loaded, but for ``mixed_precision="auto"`` on a CPU, which ``start`` measures.
 
     Raises:
-        ConfigError: ``config.yaml`` of the run cannot be read.
+        ConfigError: ``config.yaml`` of the run cannot be read; or it, or ``accelerate launch``, says fp16 on a CPU.
     """
-    if config.mixed_precision not in (None, "auto") and getattr(config, "dtype", "float32") is not None:
-        return config
-    file = config.output_dir / "config.yaml"
-    resumed = agreed(lambda: load_yaml(file) if config.resume and file.is_file() else None)
-    return _as_first_process(with_precision(config, this_machine(), resumed))
+    if config.mixed_precision in (None, "auto") or getattr(config, "dtype", "float32") is None:
+        file = config.output_dir / "config.yaml"
+        resumed = agreed(lambda: load_yaml(file) if config.resume and file.is_file() else None)
+        config = _as_first_process(with_precision(config, this_machine(), resumed))
+    agreed(lambda: _check_precision(config.mixed_precision))
+    return config
+
+
+def _check_precision(mixed_precision: str | None) -> None:
+    if mixed_precision == "fp16" and not this_machine().gpu:
+        raise ConfigError([FP16_NEEDS_GPU])
 
 
 def this_machine() -> Machine:

@@ -11,7 +11,7 @@ from diffusion_align.training.config import TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 BEFORE = {"mixed_precision": "no", "dtype": "float32"}
-"""What a run had whose ``config.yaml`` says nothing, or null, of them."""
+"""What a run had in whose ``config.yaml`` they are absent or null."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,17 @@ def with_precision(config: Config, machine: Machine, own: Mapping[str, Any] | No
 
 @contextmanager
 def matrix_products_in_tf32(wanted: bool) -> Iterator[None]:
-    """Inside, float32 matrix products on a GPU are in TF32, if ``wanted``; else as torch has them.
+    """Inside, float32 matrix products on a GPU are in TF32, if ``wanted``; else as the process has them.
 
-    Convolutions are by torch's own default.
+    Convolutions are in TF32 by torch's own default.
     """
+    if not wanted:  # torch refuses even to look where the process has set ``torch.backends``' ``fp32_precision``
+        yield
+        return
     import torch
 
     before = torch.get_float32_matmul_precision()
-    if wanted:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:

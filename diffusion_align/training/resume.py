@@ -56,7 +56,7 @@ def without_deployment_options(value: Any) -> Any:
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with a precision where nobody has decided, as in older versions, and without when a run is evaluated."""
+    """Settings with the precision of older versions where none is decided, and without how often a run is evaluated."""
     decided = {**config, **{name: value for name, value in BEFORE.items() if config.get(name) is None}}
     if isinstance(evaluation := config.get("evaluation"), Mapping):
         decided["evaluation"] = {name: value for name, value in evaluation.items() if name != "every"}

@@ -13,6 +13,7 @@ from diffusion_align.llm.settings import GRPOConfig, RewardModelConfig
 from diffusion_align.models.language_models import load_language_model, use_attention
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.training.callbacks import Callback
+from diffusion_align.training.precision import matrix_products_in_tf32
 from tests.helpers.hard_runs import PREFERENCES
 from tests.helpers.tiny_runs import TINY
 
@@ -184,6 +185,16 @@ def test_tf32_holds_for_the_run_alone(run_here, tiny_sd, tmp_path, wanted, fails
         run_here(config)
     assert set(inside) == {"high" if wanted else "highest"}
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_without_tf32_torch_is_left_alone(monkeypatch):
+    """It refuses to be asked in a process that has set ``torch.backends.cuda.matmul.fp32_precision``."""
+    for name in ("get_float32_matmul_precision", "set_float32_matmul_precision"):
+        monkeypatch.setattr(torch, name, lambda *given: 1 / 0)
+    with matrix_products_in_tf32(False):
+        pass
+    with pytest.raises(ZeroDivisionError), matrix_products_in_tf32(True):
+        pass
 
 
 def test_tf32_needs_a_gpu(monkeypatch):

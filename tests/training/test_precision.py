@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_align.diffusion.settings import DDPOConfig
+from diffusion_align.errors import ConfigError
 from diffusion_align.llm.settings import RewardModelConfig
 from diffusion_align.training import launch
 from diffusion_align.training.launch import this_machine
@@ -130,6 +131,15 @@ def test_a_run_of_an_older_version_is_resumed(train, on, tmp_path):
     trainer, _ = train(RUN | {"epochs": 2, "resume": True})
     assert trainer.epoch == 2
     assert written(tmp_path / "run") == ("no", "float32")
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_fp16_that_a_launcher_or_the_run_says_is_refused_on_a_cpu(on, tmp_path, resumes):
+    """Before a model is loaded; accelerate would raise afterwards."""
+    on(CPU if resumes else Machine(launched="fp16"))
+    (tmp_path / "config.yaml").write_text(dump({"mixed_precision": "fp16", "dtype": "float32"}))
+    with pytest.raises(ConfigError, match=r"^mixed_precision='fp16' needs a GPU: use no, bf16 or auto$"):
+        launch.decide_precision(config_of(output_dir=str(tmp_path), resume=resumes))
 
 
 def test_text_on_a_gpu(run_here, on, tiny_language_model, tmp_path):

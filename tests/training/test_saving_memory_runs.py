@@ -67,32 +67,71 @@ def test_align_gives_the_pipeline_back_as_it_was(fails, monkeypatch, tmp_path):
     pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
     encoder, moves = pipe.pipeline.text_encoder, []
     monkeypatch.setattr(encoder, "to", lambda place: moves.append(place) or encoder)
-    epochs = []
+    epochs, attention = [], []
+
+    def attention_used():
+        return {type(processor).__name__ for processor in pipe.pipeline.unet.attn_processors.values()}
+
+    before = attention_used()
 
     def reward(images, prompts, metadata):
         epochs.append(pipe.pipeline.unet.is_gradient_checkpointing)
+        attention.append(attention_used())
         return images.mean(dim=(1, 2, 3)) if len(epochs) < 3 or not fails else 1 / 0
 
     settings = {name: value for name, value in IMAGE_RUN.items() if name not in ("model", "output_dir", "reward")}
     with pytest.raises(RewardError) if fails else nullcontext():
-        pipe.align(reward=reward, output_dir=tmp_path / "run", gradient_checkpointing=True, **settings | {"epochs": 2})
+        changes = {"epochs": 2, "gradient_checkpointing": True, "attention": "eager"}
+        pipe.align(reward=reward, output_dir=tmp_path / "run", **settings | changes)
     assert epochs[-1]
     assert not pipe.pipeline.unet.is_gradient_checkpointing
+    assert attention[-1] == {"AttnProcessor"}
+    assert attention_used() == before == {"AttnProcessor2_0"}
+    assert moves[0] == "cpu"
+    assert set(moves[1:]) == {pipe.pipeline.unet.device}
+
+
+def test_text_encoders_are_beside_the_unet_after_a_run_that_failed_before_its_first_epoch(monkeypatch, tmp_path):
+    pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
+    encoder, moves = pipe.pipeline.text_encoder, []
+    monkeypatch.setattr(encoder, "to", lambda place: moves.append(place) or encoder)
+    settings = {name: value for name, value in IMAGE_RUN.items() if name not in ("model", "output_dir")}
+    with pytest.raises(RewardError):
+        pipe.align(output_dir=tmp_path / "run", **settings | {"reward": lambda *given: 1 / 0})
     assert moves == ["cpu", pipe.pipeline.unet.device]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_text_encoders_are_beside_the_unet_after_a_run_without_a_pipeline_of_ours(fails, run_here, tmp_path):
+    pipeline, moves, calls = load_pipeline("emoji-sd"), [], []
+    pipeline.text_encoder.to = lambda place: moves.append(place) or pipeline.text_encoder
+
+    def reward(images, prompts, metadata):
+        calls.append(list(moves))
+        return images.mean(dim=(1, 2, 3)) if len(calls) < 3 or not fails else 1 / 0
+
+    settings = IMAGE_RUN | {"output_dir": str(tmp_path / "run"), "reward": reward, "epochs": 2}
+    with pytest.raises(RewardError) if fails else nullcontext():
+        run_here(settings, pipeline=pipeline)
+    assert calls[-1] == ["cpu"]
+    assert moves == ["cpu", pipeline.unet.device]
 
 
 def test_align_gives_the_language_model_back_as_it_was(tiny_language_model, monkeypatch, tmp_path):
     monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
     pipe = TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu")
-    given, checkpointed = pipe.model, []
+    given, checkpointed, attention = pipe.model, [], []
+    before = given.config._attn_implementation
 
     def reward(completions, **columns):
+        attention.append(given.config._attn_implementation)
         checkpointed.append(any("forward" in part.__dict__ for part in given.modules()))
         return [float(len(text)) for text in completions]
 
     run = RUNS["grpo"] | {"reward": reward, "gradient_checkpointing": True, "output_dir": tmp_path / "run"}
-    pipe.align(**run)
+    pipe.align(**run, attention="eager")
     assert checkpointed[-1]
+    assert attention[-1] == "eager" != before == pipe.model.config._attn_implementation
     assert not any("forward" in part.__dict__ for part in pipe.model.modules())
 
 
