@@ -23,6 +23,8 @@ from diffusion_align.writing import make_folder, write_bytes, write_text
 
 ADAPTER = "default"
 """peft's name of the only adapter that a network carries here."""
+_WITHOUT = {"lora_dropout": "use lora.dropout=0", "use_dora": "use lora.dora=false"}
+"""peft's name of a setting that some layers cannot have, as of experts -> what to do."""
 
 
 def add_lora(network: Any, config: Any) -> None:
@@ -41,9 +43,10 @@ def add_lora(network: Any, config: Any) -> None:
             raise UserError(
                 f"peft does not know the attention layers of a {type(network).__name__}: use lora.layers=all-linear"
             ) from error
+        remedies = (remedy for setting, remedy in _WITHOUT.items() if setting in str(error))
+        remedy = next(remedies, "use lora=null to train all of it")
         raise UserError(
-            f"peft cannot put adapters on a {type(network).__name__}: use lora=null to train all of it "
-            f"({first_line(error)})"
+            f"peft cannot put adapters on a {type(network).__name__}: {remedy} ({first_line(error)})"
         ) from error
     for weight, dora in _narrow_dora(network):  # peft has rounded it
         dora.weight.data = dora.get_weight_norm(weight, torch.zeros((), device=weight.device), 1.0)

@@ -164,6 +164,26 @@ def test_an_adapter_of_which_not_all_fits_is_an_error(model, tmp_path, change, w
         load_peft(base, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("lora.ParamWrapper does not work with lora_dropout != 0.", "use lora.dropout=0"),
+        ("lora.ParamWrapper does not work with use_dora=True.", "use lora.dora=false"),
+        ("Target module Strange() is not supported.", "use lora=null to train all of it"),
+    ],
+)
+def test_what_layers_cannot_have_is_left_out(model, monkeypatch, reason, remedy):
+    """Experts of peft's newer versions have neither."""
+
+    def refuse(*given):
+        raise ValueError(reason)
+
+    monkeypatch.setattr("peft.inject_adapter_in_model", refuse)
+    with pytest.raises(UserError) as refusal:
+        add_lora(model, config_of())
+    assert str(refusal.value).startswith(f"peft cannot put adapters on a LlamaForCausalLM: {remedy} (")
+
+
 def test_layers_that_peft_does_not_know_are_said(model, monkeypatch):
     monkeypatch.setattr(type(model.config), "model_type", "mine")
     with pytest.raises(UserError, match=r"attention layers of a LlamaForCausalLM: use lora\."):
