@@ -335,7 +335,7 @@ class ImageSettings(SharedSettings, total=False):
     resolution: int | None
     """height and width of square images, in place of those two"""
     negative_prompt: str | None
-    """what guidance leads away from, in sampling and training; null is the empty prompt"""
+    """what guidance leads away from, in sampling and training; null is no prompt"""
     attention: Literal["auto", "eager", "sdpa", "xformers"]
     """what computes the network's attention; auto is eager on a CPU, sdpa (torch's own) on a GPU"""
     channels_last: bool

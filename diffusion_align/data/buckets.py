@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -40,6 +41,15 @@ def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
         return Fraction(min(across, along), max(across, along))
 
     return max(buckets, key=lambda bucket: (share_kept(bucket), bucket[0] * bucket[1], bucket))
+
+
+def bucket_line(sizes: Sequence[Size], named: int = 6) -> str:
+    """How many of the pairs with these buckets are in each: the ``named`` fullest ones, and the others together."""
+    counts = sorted(Counter(sizes).items(), key=lambda one: (-one[1], one[0]))
+    parts = [f"{count} in {height} x {width}" for (height, width), count in counts[:named]]
+    if rest := counts[named:]:
+        parts.append(f"{sum(count for _, count in rest)} in {len(rest)} others")
+    return f"pairs in buckets of height x width: {', '.join(parts)}"
 
 
 class Fit(NamedTuple):

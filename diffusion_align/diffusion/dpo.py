@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion_align.data.buckets import Size, nearest_bucket
+from diffusion_align.data.buckets import Size, bucket_line, nearest_bucket
 from diffusion_align.data.image_pairs import PairSet
 from diffusion_align.data.prompts import Prompt, items_of_epoch
 from diffusion_align.diffusion.evaluation import ImageEvaluation
@@ -324,6 +324,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
                 f"experimental.max_winner_error={most:g}, so it unlearns what is preferred: {remedy}"
             )
         return {"error/winner_ratio": ratio}
+
+    def data_lines(self) -> Sequence[str]:
+        return () if self.latents is None or not self.config.bucket_step else (bucket_line(self.latents.sizes),)
 
     def loss_coefficients(self) -> dict[str, float]:
         config = self.config

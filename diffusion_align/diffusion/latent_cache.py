@@ -104,7 +104,7 @@ class LatentCache:
 
     def conditioning(self, indices: Sequence[int], texts: Sequence[str]) -> Conditioning:
         """What the network is told of pairs ``indices``, (B, ...): ``texts``, the size of their images, and where it
-        is told of that, their size before and the corner at which they were cut out."""
+        is told of that, their original size and the corner at which they were cropped."""
         sizes = [self.sizes[i] for i in indices]
         together = self.policy.encode(texts, sizes)
         if not self.cropped:

@@ -269,11 +269,16 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
     with foreign_code(f"{subject} raised "), torch.no_grad():
         timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
         empty, longer = policy.encode([""]), policy.encode(["a red apple on a white table"])
+        negative = policy._encode([""], [policy.image_size], negative=True)
+        cropped = policy.family.of_cropped(empty, torch.tensor([policy.image_size]), torch.tensor([[0, 0]]))
         predicted = policy.predict(given, timestep, empty, guidance_scale=1)
         images = policy.decode(given)
         latents = policy.encode_images(torch.zeros(1, 3, *policy.image_size))
-    if len({tuple((part, value.shape) for part, value in encoded.items()) for encoded in (empty, longer)}) > 1:
-        raise UserError(f"{subject}: encode must return the same shape for every prompt: pad them")
+    for function, encoded in {"encode": longer, "encode_negative": negative, "of_cropped": cropped}.items():
+        if {part: value.shape for part, value in encoded.items()} != {k: value.shape for k, value in empty.items()}:
+            padded, alike = "the same shape for every prompt: pad them", "what encode does, in the same shapes"
+            wanted = padded if function == "encode" else alike
+            raise UserError(f"{subject}: {function} must return {wanted}")
     one_image = torch.Size((1, 3, *policy.image_size))
     found = {
         "predict": (predicted, given.shape),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from diffusion_align.bounds import LARGEST, LARGEST_SIDE, MOST
 from diffusion_align.data.image_pairs import PairsConfig
@@ -142,6 +142,7 @@ def negative_prompt_checks(
 
 
 Side = Annotated[int, Field(ge=8, le=LARGEST_SIDE)]
+_SIDE: TypeAdapter[int] = TypeAdapter(Side)
 
 
 class DenoisingConfig(PolicyConfig):
@@ -159,7 +160,7 @@ class DenoisingConfig(PolicyConfig):
     width: Side | None = Field(None, description="like height; null is the size that the model was made for")
     resolution: Side | None = Field(None, description="height and width of square images, in place of those two")
     negative_prompt: str | None = Field(
-        None, description="what guidance leads away from, in sampling and training; null is the empty prompt"
+        None, description="what guidance leads away from, in sampling and training; null is no prompt"
     )
     lora: LoRAConfig | None = Field(
         default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet"
@@ -209,10 +210,14 @@ class DenoisingConfig(PolicyConfig):
     @classmethod
     def _square(cls, settings: Any) -> Any:
         """Everybody reads ``height`` and ``width`` alone."""
-        if not isinstance(settings, Mapping) or type(side := settings.get("resolution")) is not int:
+        if not isinstance(settings, Mapping) or settings.get("resolution") is None:
             return settings
         if settings.get("height") is not None or settings.get("width") is not None:
             return settings  # which is an error
+        try:
+            side = _SIDE.validate_python(settings["resolution"])
+        except ValidationError:
+            return settings  # of which the field says the same
         return {**settings, "height": side, "width": side, "resolution": None}
 
     def cross_checks(self) -> Iterator[str]:

@@ -255,6 +255,10 @@ class Trainer(ABC, Generic[Batch]):
         """Metrics of what the epoch's updates looked at; called on every process."""
         return {}
 
+    def data_lines(self) -> Sequence[str]:
+        """Lines that a run starts with, about what it trains on."""
+        return ()
+
     def measure(self) -> dict[str, float]:
         """Metrics after ``self.epoch`` epochs, such as those of held-out data; called on every process."""
         return {}
@@ -346,7 +350,8 @@ class Trainer(ABC, Generic[Batch]):
         self.processes.wait()  # all have read the folder before the main process writes to it
         self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
         self.bars.print_start(
-            *start_lines(config, done=self.epoch, device=self.processes.device.type, processes=self.processes.count)
+            *start_lines(config, done=self.epoch, device=self.processes.device.type, processes=self.processes.count),
+            *self.data_lines(),
         )
         self.bars.show_epochs(self.epoch, config.epochs, "starting")
         try:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from diffusion_align.data.buckets import aspect_buckets, fit, nearest_bucket
+from diffusion_align.data.buckets import aspect_buckets, bucket_line, fit, nearest_bucket
 
 SIDES = [(512, 64), (1024, 64), (768, 32), (64, 16), (64, 8), (96, 40)]
 SHAPES = [(512, 64, 512), (640, 64, 384), (64, 8, 48), (1024, 64, 768), (100, 8, 300)]
@@ -72,6 +72,13 @@ def test_the_nearest_bucket_keeps_most_of_the_image(side, step):
 
 def test_of_equal_buckets_the_largest_is_taken():
     assert nearest_bucket((30, 60), [(16, 32), (32, 64), (24, 48)]) == (32, 64)
+
+
+def test_the_fullest_buckets_are_named():
+    sizes = [(64, 64)] * 5 + [(80, 48)] * 9 + [(48, 80)] * 5
+    most = "pairs in buckets of height x width: 9 in 80 x 48, 5 in 48 x 80"
+    assert bucket_line(sizes) == f"{most}, 5 in 64 x 64"
+    assert bucket_line([*sizes, (32, 96)], named=2) == f"{most}, 6 in 2 others"
 
 
 def test_an_image_is_scaled_evenly_and_cut_in_the_middle():

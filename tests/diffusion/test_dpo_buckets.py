@@ -190,6 +190,12 @@ def test_a_latent_is_that_of_the_scaled_and_cropped_image(make_trainer, pairs):
             torch.testing.assert_close(found, trainer.policy.encode_images(exactly(pairs, pair, size, side))[0])
 
 
+def test_a_run_says_how_many_pairs_are_in_which_bucket(make_trainer):
+    counts = "3 in 16 x 16, 2 in 8 x 24, 2 in 24 x 8, 1 in 8 x 32"
+    assert make_trainer().data_lines() == (f"pairs in buckets of height x width: {counts}",)
+    assert make_trainer(bucket_step=None).data_lines() == ()
+
+
 def exactly(pairs, pair, size, side):
     return pairs.images(pair, size)[side == "rejected"][None]
 

@@ -223,6 +223,15 @@ WRONG = {
     "half a family": ("{folder}/half.py:Half", "lacks encode, inputs, network_class, pipelines, zero_conditioning"),
     "pipelines that are no names": ("{folder}/half.py:Numbered", "pipelines=3: give a tuple"),
     "one that cannot be made": ("{folder}/half.py:Made", "raised KeyError: 'weights' (half.py, line "),
+    "a function of fewer arguments": (
+        "{folder}/half.py:Older",
+        "latent_shape must be a function of config, latent_size, like that of ModelFamily",
+    ),
+    "a function without a keyword": (
+        "{folder}/half.py:Unsized",
+        "latent_size must be a function of config, vae, height=, width=, like that",
+    ),
+    "no function": ("{folder}/half.py:Number", "predict must be a function of network, x_t, timestep, conditioning"),
 }
 
 
@@ -233,7 +242,10 @@ def test_what_is_no_family_is_refused_before_anything_is_loaded(settings, family
         "from diffusion_align.extending import ModelFamily\nfrom pixart import PixArt\n\n"
         "class Half(ModelFamily):\n    pass\n\n"
         "class Numbered(PixArt):\n    pipelines = 3\n\n"
-        "class Made(PixArt):\n    def __init__(self):\n        raise KeyError('weights')\n"
+        "class Made(PixArt):\n    def __init__(self):\n        raise KeyError('weights')\n\n"
+        "class Older(PixArt):\n    def latent_shape(self, config):\n        return 4, 8, 8\n\n"
+        "class Unsized(PixArt):\n    def latent_size(self, config, vae):\n        return 8, 8\n\n"
+        "class Number(PixArt):\n    predict = 3\n"
     )
     with pytest.raises(ConfigError) as error:
         check_config(settings | {"family": name.format(folder=tmp_path)})
@@ -268,6 +280,12 @@ def test_a_family_that_does_not_fit_is_refused_before_anything_is_loaded(setting
             "super().encode(pipeline, prompts, size).items()}",
             "encode must return the same shape for every prompt",
         ),
+        ("def encode_negative(self, *given):\n        return {}", "encode_negative must return what encode does"),
+        (
+            "def of_cropped(self, told, *given):\n        return {k: v[:, :1] for k, v in told.items()}",
+            "of_cropped must return what encode does, in the same shapes",
+        ),
+        ("def of_cropped(self, *given):\n        return 1 / 0", r"raised ZeroDivisionError.*own.py"),
         ("def encode(self, *given):\n        return 1 / 0", r"raised ZeroDivisionError.*own.py"),
         ("def decode(self, *given):\n        return 1 / 0", r"raised ZeroDivisionError.*own.py"),
     ],

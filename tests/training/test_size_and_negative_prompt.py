@@ -241,8 +241,8 @@ def config(**settings):
 
 
 def test_one_number_is_both_sides():
-    for name in ("resolution", "train_resolution"):
-        found = config(**{name: 96})
+    for name, given in (("resolution", 96), ("train_resolution", 96), ("resolution", "96"), ("resolution", 96.0)):
+        found = config(**{name: given})
         assert (found.height, found.width, found.resolution) == (96, 96, None)
         assert DDPOConfig(**found.model_dump()) == found
 
@@ -253,6 +253,8 @@ def test_one_number_is_both_sides():
         ({"height": 60}, "height=60 must be a multiple of 8 for this model: set 56 or 64"),
         ({"width": 63}, "width=63 must be a multiple of 8 for this model: set 56 or 64"),
         ({"height": 4}, "height=4 is not allowed: it must be greater than or equal to 8"),
+        ({"resolution": 4}, "resolution=4 is not allowed: it must be greater than or equal to 8"),
+        ({"resolution": 60}, "height=width=60 must be a multiple of 8 for this model: set 56 or 64"),
         ({"width": 10**6}, "width=1000000 is not allowed: it must be less than or equal to 16384"),
         (
             {"resolution": 64, "height": 64},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,26 @@ def find_family(family: str | type[ModelFamily] | None) -> ModelFamily | None:
     if not isinstance(found.pipelines, tuple | list) or not all(isinstance(name, str) for name in found.pipelines):
         raise UserError(f"{subject} has pipelines={short(found.pipelines)}: give a tuple of names of diffusers classes")
     with foreign_code(f"{subject} raised "):
-        return found()
+        made = found()
+    _check_arguments(made, subject)
+    return made
+
+
+def _check_arguments(family: ModelFamily, subject: str) -> None:
+    """UserError unless each function takes the arguments of that of ``ModelFamily``, by which it is called."""
+    for name, ours in vars(ModelFamily).items():
+        if name.startswith("_") or not inspect.isfunction(ours):
+            continue
+        _, *wanted = inspect.signature(ours).parameters.values()  # without self
+        positional = [one.name for one in wanted if one.kind is one.POSITIONAL_OR_KEYWORD]
+        named = [one.name for one in wanted if one.kind is one.KEYWORD_ONLY]
+        try:
+            inspect.signature(getattr(family, name)).bind(*positional, **dict.fromkeys(named))
+        except (TypeError, ValueError):  # it takes others, or is no function
+            arguments = ", ".join([*positional, *(f"{one}=" for one in named)])
+            raise UserError(
+                f"{subject}: {name} must be a function of {arguments}, like that of ModelFamily (docs/extending.md)"
+            ) from None
 
 
 def family_name(family: str | type[ModelFamily] | None) -> str | None:

@@ -180,10 +180,13 @@ class ModelFamily(ABC):
         """ConfigError unless all ``sides``, setting -> pixels, are multiples of the VAE's factor times the network's
         patch size, and of 8, which diffusers' pipelines require whatever the VAE."""
         multiple = math.lcm(8, self.vae_factor(vae) * (config.get("patch_size") or 1))
+        names: dict[int, list[str]] = {}  # of each side: the two that resolution sets are one problem
+        for name, side in sides.items():
+            names.setdefault(side, []).append(name)
         problems = [
-            f"{name}={side} must be a multiple of {multiple} for this model: set {max(1, side // multiple) * multiple} "
-            f"or {(side // multiple + 1) * multiple}"
-            for name, side in sides.items()
+            f"{'='.join(alike)}={side} must be a multiple of {multiple} for this model: set "
+            f"{max(1, side // multiple) * multiple} or {(side // multiple + 1) * multiple}"
+            for side, alike in names.items()
             if side % multiple
         ]
         if problems:
