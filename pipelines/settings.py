@@ -45,7 +45,7 @@ class LoRASettings(TypedDict, total=False):
     alpha: int | None
     """scale is alpha / rank; alpha is the rank if not given"""
     dora: bool
-    """train the size of each layer's weights apart from their direction (DoRA)"""
+    """train the magnitude of each layer's weights apart from the direction (DoRA)"""
     dropout: float
     """share of each adapter's input that training passes drop"""
     layers: str
@@ -147,7 +147,7 @@ class TextLoRASettings(TypedDict, total=False):
     alpha: int | None
     """scale is alpha / rank; twice the rank when not given"""
     dora: bool
-    """train the size of each layer's weights apart from their direction (DoRA)"""
+    """train the magnitude of each layer's weights apart from the direction (DoRA)"""
     dropout: float
     """share of each adapter's input that training passes drop"""
     layers: Literal["all-linear", "attention"]

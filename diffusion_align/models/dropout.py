@@ -1,4 +1,4 @@
-"""Dropout of what LoRA adapters are given, as in peft (Hu et al. 2021, arXiv:2106.09685), in training passes alone.
+"""Dropout of the input of LoRA adapters, as in peft (Hu et al. 2021, arXiv:2106.09685), in training passes alone.
 
 Networks are in evaluation mode here: sampling, references, previews and evaluations see the whole adapter, and
 ``Dropout`` is around the training pass alone. A mask is named by the layer and by what a row of the pass belongs
@@ -75,7 +75,7 @@ def _dropping_out(layers: Sequence[Any], seeds: Sequence[int]) -> Iterator[None]
     def switch(seeds: Sequence[int]) -> None:
         for layer in layers:
             layer.lora_dropout[ADAPTER].seeds = seeds
-            layer.training = bool(seeds)  # peft's DoRA asks the layer; the modules within stay as they are
+            layer.training = bool(seeds)  # which peft's DoRA looks at; the modules within stay as they are
 
     switch(seeds)
     try:

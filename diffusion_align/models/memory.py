@@ -69,7 +69,7 @@ def check_no_hooks(pipeline: Any) -> None:
 
 @contextlib.contextmanager
 def on_device(networks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, frozen networks are on ``device``; before and after, where they are in main memory."""
+    """Inside, frozen networks are copied to ``device``; what is in main memory is kept, and theirs again at the end."""
     tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     held = [(tensor, tensor.data) for tensor in tensors]
     try:

@@ -179,7 +179,7 @@ class LoRASettings(Section):
 
     rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
     alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; alpha is the rank if not given")
-    dora: bool = Field(False, description="train the size of each layer's weights apart from their direction (DoRA)")
+    dora: bool = Field(False, description="train the magnitude of each layer's weights apart from the direction (DoRA)")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of each adapter's input that training passes drop")
 
 

@@ -30,12 +30,11 @@ class Machine:
 
 
 def with_precision(config: Config, machine: Machine, own: Mapping[str, Any] | None = None) -> Config:
-    """``config`` with values for ``mixed_precision`` and ``dtype`` where they are null; "auto" stays on a CPU alone.
+    """``config`` with values for ``mixed_precision`` and ``dtype`` where they are null; "auto" is left on a CPU alone.
 
-    On a GPU with bfloat16 the network runs in it, and the frozen weights under LoRA are of it: those of linear layers
-    and convolutions would be cast again in every pass if they were float32. (CUDA's autocast casts those of
-    normalizations, few numbers, to float32.) Elsewhere both are float32; in float16, which overflows, a run trains only
-    if told to.
+    On a GPU with bfloat16 the network runs in it, and under LoRA the frozen weights are kept in it: in float32 those of
+    linear layers and convolutions would be cast again in every pass. (CUDA's autocast casts those of normalizations,
+    few numbers, to float32.) Elsewhere both are float32; in float16, which overflows, a run trains only if told to.
 
     Args:
         own: the settings of the run that is resumed, which keeps its own.
