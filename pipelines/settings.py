@@ -329,7 +329,7 @@ class ImageSettings(SharedSettings, total=False):
     sampler: SamplerSettings | SamplerConfig
     """how images are sampled"""
     height: int | None
-    """of images in pixels, all that are sampled, shown and trained on"""
+    """of all images, in pixels: sampled, previewed and trained on"""
     width: int | None
     """like height; null is the size that the model was made for"""
     resolution: int | None
@@ -428,7 +428,7 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     pairs: PairsSettings | PairsConfig | Rows | None
     """a source of pairs, or a mapping with its options"""
     bucket_step: int | None
-    """train on pairs at their own aspect ratio, in buckets of the model's area whose sides are multiples of so many pixels (64 as a rule); null crops all to one size"""
+    """train on pairs at about their own aspect ratio, in buckets of at most the area of the run's size, with sides that are multiples of so many pixels (64 as a rule); null crops all to one size"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """for judging online: list of texts, file, folder, Hub dataset or shipped list"""
     reward: Reward | None

@@ -13,10 +13,10 @@ Size = tuple[int, int]
 
 
 def aspect_buckets(size: Size, step: int) -> list[Size]:
-    """The buckets of sides that are multiples of ``step``, none larger in area than ``size``; [] where there are none.
+    """The buckets whose sides are multiples of ``step``, none larger in area than ``size``; [] if there are none.
 
-    To each side from half to twice that of the square of this area, the longest that fits, both ways round: the
-    buckets of kohya's sd-scripts (``make_bucket_resolutions``). Ratios go up to about 1:4.
+    For each side from half to twice that of the square of this area, the longest other side that fits, in both
+    orientations: the buckets of kohya's sd-scripts (``make_bucket_resolutions``). Ratios go up to about 1:4.
     """
     area = size[0] * size[1]
     sides = {side for side in range(step, math.isqrt(4 * area) + 1, step) if 4 * side**2 >= area}
@@ -32,8 +32,7 @@ def aspect_buckets(size: Size, step: int) -> list[Size]:
 def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
     """The bucket that keeps most of an image which is scaled to cover it; of equals the largest.
 
-    That is the bucket with the nearest logarithm of the aspect ratio, so an image on its side is in the bucket on its
-    side.
+    That is the bucket with the nearest logarithm of the aspect ratio, so a rotated image is in the rotated bucket.
     """
 
     def share_kept(bucket: Size) -> Fraction:
@@ -57,7 +56,7 @@ class Fit(NamedTuple):
 
     Attributes:
         scaled: (height, width) of the image scaled to cover the size.
-        corner: (top, left) of the middle of it, which is cut out.
+        corner: (top, left) of the centre crop in it.
     """
 
     scaled: Size

@@ -8,7 +8,8 @@ misses of it is an error in nats, ``err = |x_s - mu|²/(2 std²)``, weighed by s
     + kl_coef * (KL_w + KL_l) / 2                                                   closed form, at both images
 
 The corrected loss has no minimum of its own; its ``kl_coef`` is 2 beta unless given, and 0 is the letter of eq. 36.
-With ``lora.dropout`` the two images of a pair, and r, are seen by one policy: they share a mask.
+With ``lora.dropout`` the two images of a pair share a mask: one policy sees both. So does r, unless it is kept from the
+epoch's beginning, where the whole adapter gives it.
 Pairs come from a dataset, or are sampled by the policy and judged by a reward in every epoch (online).
 """
 

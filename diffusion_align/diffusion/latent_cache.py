@@ -38,7 +38,7 @@ class LatentCache:
         self, folder: Path, pairs: PairSet, policy: DenoisingPolicy, sizes: Sequence[Size] | None = None
     ) -> None:
         self.folder, self.pairs, self.policy = folder, pairs, policy
-        self.cropped = sizes is not None
+        self.cropped = sizes is not None  # else SDXL is told of whole images of its own size, as when it samples
         self.sizes = sizes or [policy.image_size] * len(pairs)
         of_size: dict[Size, list[int]] = {size: [] for size in sorted(set(self.sizes))}
         for pair, size in enumerate(self.sizes):
@@ -57,7 +57,7 @@ class LatentCache:
 
         Args:
             identity: what the run is made of.
-            batch_size: pairs encoded at once.
+            batch_size: pairs encoded at once: twice as many images in a pass of the VAE.
             processes, bars: of the run.
         """
         if self._full:

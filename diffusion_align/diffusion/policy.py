@@ -55,7 +55,7 @@ class DenoisingPolicy:
 
     Raises:
         UserError: a pipeline class that is not supported, or one with hooks that move its parts, a network that is not
-            text-to-image, or a size that its VAE does not have.
+            text-to-image, or sides that are not multiples of the VAE's factor.
     """
 
     def __init__(

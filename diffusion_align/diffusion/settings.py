@@ -156,7 +156,7 @@ class DenoisingConfig(PolicyConfig):
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
-    height: Side | None = Field(None, description="of images in pixels, all that are sampled, shown and trained on")
+    height: Side | None = Field(None, description="of all images, in pixels: sampled, previewed and trained on")
     width: Side | None = Field(None, description="like height; null is the size that the model was made for")
     resolution: Side | None = Field(None, description="height and width of square images, in place of those two")
     negative_prompt: str | None = Field(
@@ -411,8 +411,8 @@ class DiffusionDPOConfig(DenoisingConfig):
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
     bucket_step: Side | None = Field(
         None,
-        description="train on pairs at their own aspect ratio, in buckets of the model's area whose sides are "
-        "multiples of so many pixels (64 as a rule); null crops all to one size",
+        description="train on pairs at about their own aspect ratio, in buckets of at most the area of the run's size, "
+        "with sides that are multiples of so many pixels (64 as a rule); null crops all to one size",
     )
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"

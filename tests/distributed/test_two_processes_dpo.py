@@ -105,6 +105,8 @@ CASES = {
         "micro_batch_size": 3,
     },
     "offline, buckets": OFFLINE | {"pairs": ..., "bucket_step": 8, "inner_epochs": 2, "micro_batch_size": 3},
+    "offline, buckets, adapters drop out": OFFLINE
+    | {"pairs": ..., "bucket_step": 8, "micro_batch_size": 3, "lora": {"rank": 2, "dropout": 0.3}, "steps_per_pair": 2},
     "online": ONLINE,
     "offline, adapters drop out": OFFLINE | {"lora": {"rank": 2, "dropout": 0.3, "dora": True}, "steps_per_pair": 2},
 }

@@ -132,6 +132,25 @@ def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, targe
     assert f"{2 * 2 * guided} samples with" in found["training pass"]
 
 
+def test_the_vae_is_given_both_images_of_pairs_as_it_is_counted(report, make_policy, tmp_path, quick, monkeypatch):
+    """``sample_batch_size`` pairs at once."""
+    from diffusion_align.data.image_pairs import open_pairs
+    from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
+
+    counted, given, cost = [], [], estimate.encoding_cost
+    monkeypatch.setattr(estimate, "encoding_cost", lambda *how: (counted.append(how[2]), cost(*how))[1])
+    pairs = {"method": "diffusion_dpo", "beta": 0.1, "pairs": {"source": "emoji_style", "max_pairs": 8}}
+    settings = pairs | {"prompts": None, "reward": None, "samples_per_epoch": 8, "sample_batch_size": 4}
+    report(model="emoji-sd", **settings)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = DiffusionDPOConfig(**SETTINGS | settings | {"model": "emoji-sd", "output_dir": folder})
+    policy = make_policy("tiny_sd")
+    policy.pipeline.vae.encoder.register_forward_pre_hook(lambda _, images: given.append(len(images[0])))
+    DiffusionDPOTrainer(config, policy, pairs=open_pairs(config.pairs).check_images()).collect()
+    assert set(given) == set(counted) == {2 * 4}
+
+
 def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_policy):
     from diffusion_align.diffusion.policy import LoRAConfig
 

@@ -66,14 +66,14 @@ class ModelFamily(ABC):
         return self.encode(pipeline, prompts, image_size)
 
     def of_cropped(self, conditioning: Conditioning, original: Tensor, corner: Tensor) -> Conditioning:
-        """``conditioning`` of images that were scaled to cover their size, of which the middle was then cut out.
+        """``conditioning`` of images that were scaled to cover their size and then cropped in the middle.
 
-        Told as it is by default: a network that knows nothing of where its images come from.
+        By default as given, for a network that is not told where its images come from.
 
         Args:
-            conditioning: of B samples, from ``encode`` with the size that was cut out.
-            original: (B, 2) int64, height and width in pixels before.
-            corner: (B, 2) int64, top and left of what was cut out of the scaled image, in pixels.
+            conditioning: of B samples, from ``encode`` with the size after the crop.
+            original: (B, 2) int64 on the CPU, height and width in pixels before both.
+            corner: (B, 2) int64 on the CPU, top and left of the crop in the scaled image, in pixels.
         """
         return conditioning
 
