@@ -1,4 +1,4 @@
-"""How this process was started, and what to type so that it goes on from there."""
+"""How this process was started, and the command that resumes it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, Protocol
 
 PROGRAM = "diffusion-align"
 RESUME_WITH = "resume with: "
-"""Before the command, at the end of a line: what follows is whole, and can be pasted."""
+"""Precedes a command at the end of a line; the command is complete and can be pasted."""
 
 
 class Started(Protocol):
     """How a run was started."""
 
     def again(self, **settings: Any) -> str:
-        """What starts it once more, with ``settings`` instead of those that were given."""
+        """The command or call that starts it again, with ``settings`` in place of those given."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CommandLine:
         program: its words up to the command: ``diffusion-align``, ``accelerate launch -m diffusion_align``.
         arguments: the others.
         aliases: other names of settings; None where the command takes options (``--resume``), not ``key=value``.
-        own: ``program`` without a launcher, which other commands need not.
+        own: ``program`` without a launcher, which other commands do not need.
     """
 
     program: tuple[str, ...]
@@ -70,7 +70,7 @@ class PythonCall:
 
 
 def command_line(aliases: Mapping[str, str] | None = None) -> CommandLine:
-    """How this process was started, by its launcher where one runs it, ``accelerate launch`` or ``uv run`` say."""
+    """How this process was started, with its launcher if there is one, such as ``accelerate launch`` or ``uv run``."""
     arguments = sys.argv[1:]
     program = _before(arguments, sys.orig_argv)
     if program is None:
@@ -128,7 +128,7 @@ def shortest(path: str) -> str:
 
 
 def shown_path(path: str | Path) -> str:
-    """A path from the current folder, where it is below that."""
+    """A path, relative to the current folder if it is inside it."""
     absolute = os.path.abspath(path)
     below = os.path.relpath(absolute)
     return absolute if below.startswith(os.pardir) else below

@@ -45,9 +45,9 @@ class LoRASettings(TypedDict, total=False):
     alpha: int | None
     """scale is alpha / rank; alpha is the rank if not given"""
     dora: bool
-    """train the magnitude of each layer's weights apart from the direction (DoRA)"""
+    """train magnitude and direction of each layer's weights separately (DoRA)"""
     dropout: float
-    """share of each adapter's input that training passes drop"""
+    """dropout of each adapter's input, in training passes only"""
     layers: str
     """layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small models need) or several, as in attention+feed_forward"""
 
@@ -82,7 +82,7 @@ class ImageEvaluationSettings(TypedDict, total=False):
     reward: Reward | None
     """the held-out reward; null measures diversity alone"""
     every: int
-    """epochs between evaluations; there is one after the last in any case"""
+    """epochs between evaluations; the last epoch always has one"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """like the training prompts, which are used if null"""
     samples: int
@@ -147,9 +147,9 @@ class TextLoRASettings(TypedDict, total=False):
     alpha: int | None
     """scale is alpha / rank; twice the rank when not given"""
     dora: bool
-    """train the magnitude of each layer's weights apart from the direction (DoRA)"""
+    """train magnitude and direction of each layer's weights separately (DoRA)"""
     dropout: float
-    """share of each adapter's input that training passes drop"""
+    """dropout of each adapter's input, in training passes only"""
     layers: Literal["all-linear", "attention"]
     """layers that get an adapter"""
 
@@ -171,7 +171,7 @@ class TextEvaluationSettings(TypedDict, total=False):
     reward: Reward | None
     """the held-out reward, or a list of them"""
     every: int
-    """epochs between evaluations; there is one after the last in any case"""
+    """epochs between evaluations; the last epoch always has one"""
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
     prompts: TextDataSettings | TextDataConfig | Rows | None
@@ -276,9 +276,9 @@ class SharedSettings(TypedDict, total=False):
     inner_epochs: int
     """passes over an epoch's samples"""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
-    """adamw, adamw_8bit and adafactor, which keep less beside the weights, or prodigy, which finds the learning rate"""
+    """adamw; adamw_8bit or adafactor, whose state is smaller; prodigy, which finds the learning rate"""
     learning_rate: float
-    """learning rate after the warm-up; of prodigy a factor, about 1"""
+    """learning rate after the warm-up; with prodigy a factor, usually 1"""
     lr_schedule: Literal["constant", "linear", "cosine"]
     """schedule after the warm-up: linear and cosine fall to 0 at the last update"""
     warmup_steps: int
@@ -292,13 +292,13 @@ class SharedSettings(TypedDict, total=False):
     ema_decay: float | None
     """average the trained weights; used for grids and final/"""
     ema_offload: bool
-    """keep that average in main memory; each step copies the weights there"""
+    """keep that average in main memory; each update copies the weights"""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None
     """precision of the network; log-probs stay float32; null is bf16 on a GPU that has it, else no; auto also measures whether bf16 is faster on this CPU"""
     gradient_checkpointing: bool
-    """keep only the input of each layer for the backward pass and compute the rest again: less memory, about a third slower, the same gradients"""
+    """keep only the input of each layer for the backward pass, which recomputes the rest: less memory, one more forward pass, the same gradients"""
     tf32: bool
-    """matrix products of float32 in TF32, on NVIDIA GPUs since Ampere: faster, with an error of 1e-3"""
+    """float32 matrix products in TF32, on NVIDIA GPUs since Ampere: faster, relative errors of 1e-3"""
     num_threads: int | None
     """torch's CPU threads; its own default if not given"""
     checkpoint_every: int
@@ -310,7 +310,7 @@ class SharedSettings(TypedDict, total=False):
     keep_checkpoints: int
     """number of newest checkpoints to keep"""
     grid_every: int
-    """epochs between images (or texts) of the fixed prompts, the last epoch's beside; 0 for none"""
+    """epochs between previews, images or texts of the fixed prompts; the last epoch always has one; 0 for none"""
     trackers: Sequence[Literal["tensorboard", "wandb"]]
     """where metrics are logged besides metrics.jsonl"""
     callbacks: Sequence[Any]
@@ -329,23 +329,23 @@ class ImageSettings(SharedSettings, total=False):
     sampler: SamplerSettings | SamplerConfig
     """how images are sampled"""
     height: int | None
-    """of all images, in pixels: sampled, previewed and trained on"""
+    """height in pixels of all images, sampled, shown and trained on; null is the model's own"""
     width: int | None
-    """like height; null is the size that the model was made for"""
+    """width in pixels, likewise"""
     resolution: int | None
-    """height and width of square images, in place of those two"""
+    """side of square images in pixels; sets height and width"""
     negative_prompt: str | None
     """what guidance leads away from, in sampling and training; null is no prompt"""
     attention: Literal["auto", "eager", "sdpa", "xformers"]
-    """what computes the network's attention; auto is eager on a CPU, sdpa (torch's own) on a GPU"""
+    """attention implementation; auto is eager on a CPU, sdpa (torch's own) on a GPU"""
     channels_last: bool
-    """weights of convolutions in the order that GPUs with tensor cores convolve fastest"""
+    """convolutions in channels-last memory format, often faster on GPUs with tensor cores"""
     offload_text_encoders: bool
-    """text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once"""
+    """keep the text encoders in main memory, and on the GPU only while they encode prompts"""
     vae_slicing: bool
     """the VAE encodes and decodes one image at a time"""
     vae_tiling: bool
-    """the VAE takes images larger than its own in overlapping tiles, which changes them a little"""
+    """the VAE processes images larger than its own in overlapping tiles, which changes them"""
     evaluation: ImageEvaluationSettings | ImageEvaluationConfig | None
     """a held-out reward and the diversity of images"""
     stop_when: ImageStopSettings | ImageStopConfig
@@ -366,7 +366,7 @@ class TextSettings(SharedSettings, total=False):
     temperature: float
     """temperature of sampling and of every log-prob"""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"]
-    """what computes the model's attention; auto is what transformers chooses, mostly sdpa"""
+    """attention implementation; auto is what transformers chooses, mostly sdpa"""
     max_prompt_length: int | None
     """largest number of tokens; longer prompts keep their end"""
     max_completion_length: int
@@ -428,7 +428,7 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     pairs: PairsSettings | PairsConfig | Rows | None
     """a source of pairs, or a mapping with its options"""
     bucket_step: int | None
-    """train on pairs at about their own aspect ratio, in buckets of at most the area of the run's size, with sides that are multiples of so many pixels (64 as a rule); null crops all to one size"""
+    """train on pairs at about their own aspect ratio, in buckets of at most the run's area whose sides are multiples of this many pixels (usually 64); null crops all to one size"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """for judging online: list of texts, file, folder, Hub dataset or shipped list"""
     reward: Reward | None

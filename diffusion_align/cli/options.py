@@ -98,9 +98,9 @@ GuidanceScale = Annotated[
 Eta = Annotated[float | None, number_option(0, 1, help="noise that DDIM adds; 1 is as much as DDPM")]
 NegativePrompt = Annotated[str | None, typer.Option(help="what guidance leads away from, for image models")]
 Height = Annotated[
-    int | None, typer.Option(min=8, max=LARGEST_SIDE, help="of images in pixels; as trained if not given")
+    int | None, typer.Option(min=8, max=LARGEST_SIDE, help="height of images in pixels; as in training if not given")
 ]
-Width = Annotated[int | None, typer.Option(min=8, max=LARGEST_SIDE, help="like --height")]
+Width = Annotated[int | None, typer.Option(min=8, max=LARGEST_SIDE, help="width of images in pixels, likewise")]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, max=MOST, help="tokens per completion, for language models; 128 if not given")
 ]

@@ -105,13 +105,15 @@ def _print_table(table: Table) -> None:
 
 
 def print_aligned(lines: list[tuple[str, str]]) -> None:
-    """Names and their values side by side, at most 100 columns; a name without a value heads those that follow."""
+    """Names and their values side by side, at most 100 columns, on a terminal at most as many as it has; a name without
+    a value heads those that follow."""
     import textwrap
 
+    width = min(72, max(24, console.width - 28)) if console.is_terminal else 72
     for name, value in lines:
         if not value:
             console.print(f"\n[bold]{name}[/bold]", highlight=False)
-        for i, part in enumerate(textwrap.wrap(value, 72, break_long_words=False, break_on_hyphens=False)):
+        for i, part in enumerate(textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)):
             console.print(f"  {name if i == 0 else '':<26}{part}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that images of many shapes are trained at, and how an image is brought to one."""
+"""Aspect-ratio buckets: the sizes at which images of many shapes are trained, and how an image is fitted to one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def aspect_buckets(size: Size, step: int) -> list[Size]:
 
 
 def nearest_bucket(image: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket that keeps most of an image which is scaled to cover it; of equals the largest.
+    """The bucket that keeps most of an image that is scaled to cover it; of equals the largest.
 
     That is the bucket with the nearest logarithm of the aspect ratio, so a rotated image is in the rotated bucket.
     """
@@ -52,7 +52,7 @@ def bucket_line(sizes: Sequence[Size], named: int = 6) -> str:
 
 
 class Fit(NamedTuple):
-    """How an image is brought to a size without distortion.
+    """How an image is fitted to a size without distortion.
 
     Attributes:
         scaled: (height, width) of the image scaled to cover the size.
@@ -64,7 +64,7 @@ class Fit(NamedTuple):
 
 
 def fit(image: Size, size: Size) -> Fit:
-    """How an ``image`` of (height, width) is brought to ``size``."""
+    """How an ``image`` of (height, width) is fitted to ``size``."""
     scale = max(size[0] / image[0], size[1] / image[1])
     tall, wide = (max(wanted, round(scale * side)) for wanted, side in zip(size, image))
     return Fit((tall, wide), ((tall - size[0]) // 2, (wide - size[1]) // 2))

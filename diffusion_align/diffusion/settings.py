@@ -88,7 +88,7 @@ class LoRAConfig(LoRASettings):
         kinds = layers.split("+")
         if not set(kinds) <= set(LORA_LAYERS):
             raise ValueError(f"it must be {', '.join(LORA_LAYERS)}, or several joined by +")
-        return "+".join(kind for kind in LORA_LAYERS if kind in kinds)  # the order makes no other adapter
+        return "+".join(kind for kind in LORA_LAYERS if kind in kinds)  # any order is the same adapter
 
 
 class ImageEvaluationConfig(EvaluationConfig):
@@ -126,12 +126,12 @@ class ImageStopConfig(StopConfig):
 def negative_prompt_checks(
     prompt: str | None, guidance_scale: float | None, setting: str = "guidance_scale"
 ) -> Iterator[str]:
-    """Sentences about a negative prompt that no text encoder takes, or that nothing is guided away from.
+    """Sentences about a negative prompt that no text encoder accepts, or that has no effect without guidance.
 
     Args:
         prompt: None for none.
         guidance_scale: None if it is not known.
-        setting: what that is called.
+        setting: name of the guidance scale in the sentence.
     """
     yield from problems_of(check_image_prompts, [] if prompt is None else [prompt], name="negative_prompt")
     if prompt is not None and guidance_scale is not None and guidance_scale <= 1:
@@ -156,22 +156,22 @@ class DenoisingConfig(PolicyConfig):
     )
     _listed = field_validator("show_prompts", mode="before")(in_python)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="how images are sampled")
-    height: Side | None = Field(None, description="of all images, in pixels: sampled, previewed and trained on")
-    width: Side | None = Field(None, description="like height; null is the size that the model was made for")
-    resolution: Side | None = Field(None, description="height and width of square images, in place of those two")
+    height: Side | None = Field(
+        None, description="height in pixels of all images, sampled, shown and trained on; null is the model's own"
+    )
+    width: Side | None = Field(None, description="width in pixels, likewise")
+    resolution: Side | None = Field(None, description="side of square images in pixels; sets height and width")
     negative_prompt: str | None = Field(
         None, description="what guidance leads away from, in sampling and training; null is no prompt"
     )
     lora: LoRAConfig | None = Field(
         default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet"
     )
-    attention: ImageAttention = Field(
-        "auto", description="what computes the network's attention; auto is eager on a CPU, sdpa (torch's own) on a GPU"
-    )
+    attention: ImageAttention = "auto"
     channels_last: bool = Field(
         False,
         strict=True,
-        description="weights of convolutions in the order that GPUs with tensor cores convolve fastest",
+        description="convolutions in channels-last memory format, often faster on GPUs with tensor cores",
     )
     weights_variant: str | None = Field(None, description="variant of the model's weight files, e.g. fp16")
     base_config: str | None = Field(
@@ -183,14 +183,14 @@ class DenoisingConfig(PolicyConfig):
 
     offload_text_encoders: bool = Field(
         True,
-        description="text encoders are in main memory, and on the GPU only while they encode; a prompt is encoded once",
+        description="keep the text encoders in main memory, and on the GPU only while they encode prompts",
     )
     vae_slicing: bool = Field(False, description="the VAE encodes and decodes one image at a time")
     vae_tiling: bool = Field(
-        False, description="the VAE takes images larger than its own in overlapping tiles, which changes them a little"
+        False, description="the VAE processes images larger than its own in overlapping tiles, which changes them"
     )
     upcast_vae: bool | None = Field(
-        None, description="float32 for the VAE, whatever the dtype; if null, as the model says (force_upcast)"
+        None, description="run the VAE in float32 whatever the dtype; null follows the model (force_upcast)"
     )
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
@@ -198,7 +198,7 @@ class DenoisingConfig(PolicyConfig):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a network that is trained whole is kept as it was, too; below LoRA it is there anyway."""
+        """Whether full training keeps a frozen copy as the reference; with LoRA, the base is that reference."""
         return True
 
     @property
@@ -209,7 +209,7 @@ class DenoisingConfig(PolicyConfig):
     @model_validator(mode="before")
     @classmethod
     def _square(cls, settings: Any) -> Any:
-        """Everybody reads ``height`` and ``width`` alone."""
+        """Turn ``resolution`` into ``height`` and ``width``, the only two that are read."""
         if not isinstance(settings, Mapping) or settings.get("resolution") is None:
             return settings
         if settings.get("height") is not None or settings.get("width") is not None:
@@ -411,8 +411,8 @@ class DiffusionDPOConfig(DenoisingConfig):
     pairs: PairsConfig | None = Field(None, description="a source of pairs, or a mapping with its options")
     bucket_step: Side | None = Field(
         None,
-        description="train on pairs at about their own aspect ratio, in buckets of at most the area of the run's size, "
-        "with sides that are multiples of so many pixels (64 as a rule); null crops all to one size",
+        description="train on pairs at about their own aspect ratio, in buckets of at most the run's area whose sides "
+        "are multiples of this many pixels (usually 64); null crops all to one size",
     )
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
@@ -467,7 +467,7 @@ class DiffusionDPOConfig(DenoisingConfig):
         if self.online:
             yield from multiple_checks(self, "group_size")
             if self.bucket_step is not None:
-                yield "bucket_step is for given pairs, and images judged online all have one size: leave it out"
+                yield "bucket_step is for given pairs, but images judged online all have one size: leave it out"
         rare = self.experimental
         if rare.target == "logged" and (not self.online or self.sampler.is_deterministic):
             yield "experimental.target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"

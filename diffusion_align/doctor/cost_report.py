@@ -103,6 +103,7 @@ def _memory_lines(config: DenoisingConfig, title: str, found: Estimate, rewards:
         ("frozen weights", f"{gigabytes(sum(found.weights.values()))}: {parts}"),
         ("trained", f"{gigabytes(found.trained)}: {name}, {counted}"),
         ("recorded latents", f"{gigabytes(found.recorded)} per epoch, if one process samples them all"),
+        ("prompt embeddings", f"{gigabytes(found.embeddings)} at most, of {found.prompts} prompts"),
         *((titles.get(phase, phase), f"{gigabytes(size)}{needs[phase]}") for phase, size in found.phases.items()),
         ("at the peak", f"{gigabytes(found.peak)}; {' and '.join(comes)} come{'s' * (len(comes) == 1)} on top"),
     ]
@@ -125,7 +126,7 @@ def _saving_lines(on: list[Saving], would: list[Saving]) -> Lines:
 
     lines = [named(one, "saves") for one in on]
     lines += [named(one, "would save" if i == 0 else "would then save another") for i, one in enumerate(would)]
-    return [("what saves memory", ""), *lines] if lines else []
+    return [("what saves memory, estimated", ""), *lines] if lines else []
 
 
 def _on_cpu(config: DenoisingConfig, model: ModelFiles, estimator: Estimator) -> Lines:
@@ -146,9 +147,9 @@ def _checked(model: ModelFiles, counts: Mapping[str, int]) -> Lines:
     if others:
         name = others[0]
         here, told = (f"{count / 1e6:.1f} M" for count in (found[name][0], counts[name]))
-        return [("files", f"{name} has {here} parameters, and its config.json describes {told}: download it again")]
+        return [("parameters", f"{name} has {here}, and its config.json describes {told}: download it again")]
     kinds = sorted({kind for _, kinds in found.values() for kind in kinds})
-    return [("files", f"as many parameters as the configurations describe, in {' and '.join(kinds)}")]
+    return [("parameters", f"as many in the files as the configurations describe, in {' and '.join(kinds)}")]
 
 
 def _gpu_times(config: DenoisingConfig, needed: int, flops: float) -> Lines:

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from diffusion_align.assets import shipped_prompts
+from diffusion_align.data.prompts import load_prompts
+from diffusion_align.diffusion.policy import CACHED_PROMPTS
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.memory import (
     NetworkCost,
@@ -60,6 +63,7 @@ class Estimate:
             whole.
         trained: weights that are trained, their gradients, the optimizer's state and their average.
         recorded: latents of an epoch, if one process samples them all.
+        embeddings: what the text encoders made of the prompts used last, of which there are at most ``prompts``.
         phases: what each needs beside all that, one after the other.
         network, decoding: costs of the network and of decoding a batch.
         passes: how the network is run.
@@ -68,6 +72,8 @@ class Estimate:
     weights: Mapping[str, int]
     trained: int
     recorded: int
+    embeddings: int
+    prompts: int
     phases: Mapping[str, int]
     network: NetworkCost
     decoding: PassCost
@@ -75,7 +81,8 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        return sum(self.weights.values()) + self.trained + self.recorded + max(self.phases.values())
+        always = sum(self.weights.values()) + self.trained + self.recorded + self.embeddings
+        return always + max(self.phases.values())
 
 
 @dataclass(frozen=True)
@@ -137,10 +144,14 @@ class Estimator:
                 weights[name] = size_of_part
         averaged = 4 if config.ema_decay and not config.ema_offload else 0
         state = STATE_BYTES[config.optimizer]
+        embedding = family.zero_conditioning(network, 1, passes.tokens, device="meta", dtype=dtype)
+        prompts = min(CACHED_PROMPTS, different_prompts(config, self.epoch))
         return Estimate(
             weights=weights,
             trained=(4 + 4 + state + averaged) * cost.trained,  # weights and gradients are float32
             recorded=4 * math.prod(latents) * self.epoch.recorded,
+            embeddings=prompts * sum(part.nbytes for part in embedding.values()),
+            prompts=prompts,
             phases=phases,
             network=cost,
             decoding=decoding,
@@ -215,6 +226,18 @@ def evaluation_passes(config: DenoisingConfig) -> float:
 def evaluated(config: DenoisingConfig) -> float:
     """Images sampled for evaluations, per epoch on average."""
     return config.evaluation.samples / config.evaluation.every if config.evaluation else 0
+
+
+def different_prompts(config: DenoisingConfig, epoch: EpochCost) -> int:
+    """At most so many prompts are encoded in a run, as far as that is known without reading the user's files."""
+    pairs, prompts = getattr(config, "pairs", None), getattr(config, "prompts", None)
+    most = [epoch.units * config.epochs]
+    if pairs is not None and pairs.max_pairs is not None:
+        most.append(pairs.max_pairs)
+    source = None if prompts is None else prompts.source
+    if isinstance(source, list) or (isinstance(source, str) and source in shipped_prompts()):
+        most.append(len(load_prompts(source)))
+    return min(most)
 
 
 def smallest_card(needed: float) -> int | None:

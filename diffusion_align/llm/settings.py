@@ -15,7 +15,7 @@ from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.rewards.settings import RewardSetting, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.attention import TextAttention, attention_checks
-from diffusion_align.training.config import LoRASettings, PolicyConfig, TrainingConfig, multiple_checks
+from diffusion_align.training.config import LearningRate, LoRASettings, PolicyConfig, TrainingConfig, multiple_checks
 from diffusion_align.training.section import OrInfinite, Section, Weight
 from diffusion_align.training.settings import (
     EvaluationConfig,
@@ -68,13 +68,9 @@ class TextConfig(PolicyConfig):
         None,
         description="name, folder or Hub id of a reference with the same tokens; if null, the model before training",
     )
-    learning_rate: float = Field(
-        1e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
-    )
+    learning_rate: LearningRate = 1e-4
     temperature: float = Field(1.0, ge=1e-3, le=1000, description="temperature of sampling and of every log-prob")
-    attention: TextAttention = Field(
-        "auto", description="what computes the model's attention; auto is what transformers chooses, mostly sdpa"
-    )
+    attention: TextAttention = "auto"
     max_prompt_length: int | None = Field(
         None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
     )
@@ -528,12 +524,8 @@ class RewardModelConfig(TrainingConfig):
     lora: LoRAConfig | None = Field(
         default_factory=LoRAConfig, description="the adapter to train; null trains the whole model"
     )
-    learning_rate: float = Field(
-        1e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
-    )
-    attention: TextAttention = Field(
-        "auto", description="what computes the model's attention; auto is what transformers chooses, mostly sdpa"
-    )
+    learning_rate: LearningRate = 1e-4
+    attention: TextAttention = "auto"
     max_prompt_length: int | None = Field(
         None, ge=1, le=MOST, description="largest number of tokens; longer prompts keep their end"
     )

@@ -1,9 +1,9 @@
-"""Dropout of the input of LoRA adapters, as in peft (Hu et al. 2021, arXiv:2106.09685), in training passes alone.
+"""Dropout on the input of LoRA adapters, as in peft (Hu et al. 2021, arXiv:2106.09685), in training passes only.
 
 Networks are in evaluation mode here: sampling, references, previews and evaluations see the whole adapter, and
-``Dropout`` is around the training pass alone. A mask is named by the layer and by what a row of the pass belongs
-to. So it depends on no other row, two processes equal one, a resumed run sees the masks it would have seen, and so does
-the second forward pass of gradient checkpointing.
+``Dropout`` surrounds the training pass alone. A mask is seeded by the layer and by the sample that a row belongs to. So
+it depends on no other row: two processes equal one, and a resumed run, or the second forward pass of gradient
+checkpointing, sees the same masks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class RowDropout(nn.Module):
-    """``nn.Dropout`` whose mask of each row is of a stream of its own; without ``seeds`` the identity.
+    """``nn.Dropout`` in which each row has a random stream of its own; without ``seeds`` the identity.
 
     Args:
         probability: of each number to be zeroed; the others are divided by 1 minus this.
-        layer: name of the layer that it belongs to.
+        layer: name of its layer.
 
     Attributes:
-        seeds: of n rows, equal ones share a mask. A pass of 2n or 4n rows (pairs, guidance) has them again and again.
+        seeds: one per row; equal seeds share a mask. A pass of 2n or 4n rows (pairs, guidance) repeats n seeds.
     """
 
     def __init__(self, probability: float, layer: str) -> None:
@@ -62,7 +62,7 @@ class RowDropout(nn.Module):
 
 
 def set_dropout(network: nn.Module, lora: LoRASettings | None) -> Dropout | None:
-    """Give the adapters of a network the dropout of ``lora``, switched off; what switches it on, None without any."""
+    """Give a network's adapters the dropout of ``lora``, switched off; returns what switches it on, None if 0."""
     probability, layers = lora.dropout if lora is not None else 0.0, lora_layers(network)
     for name, layer in layers.items():
         layer.lora_dropout[ADAPTER] = (RowDropout(probability, name) if probability else nn.Identity()).eval()
@@ -71,7 +71,6 @@ def set_dropout(network: nn.Module, lora: LoRASettings | None) -> Dropout | None
 
 @contextlib.contextmanager
 def _dropping_out(layers: Sequence[Any], seeds: Sequence[int]) -> Iterator[None]:
-
     def switch(seeds: Sequence[int]) -> None:
         for layer in layers:
             layer.lora_dropout[ADAPTER].seeds = seeds

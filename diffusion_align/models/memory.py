@@ -1,4 +1,4 @@
-"""What lets a model need less of a GPU's memory, and changes no result.
+"""What lets a model need less of a GPU's memory; only the VAE's tiles change results.
 
 Gradient checkpointing: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174).
 """
@@ -82,12 +82,12 @@ def on_device(networks: Iterable[nn.Module], device: torch.device) -> Iterator[N
 
 
 def split_decoding(vae: Any, *, slices: bool, tiles: bool) -> None:
-    """Let a VAE of diffusers encode and decode one image at a time, and larger images than its own in tiles, or not.
+    """Switch slicing (one image at a time) and tiling (images larger than the VAE's own) of a diffusers VAE on or off.
 
-    A tile is normalized by its own mean and variance, so images in tiles are others, see docs/ddpo.md.
+    A tile is normalized by its own mean and variance, so tiling changes the images, see docs/ddpo.md.
 
     Args:
-        vae: which is changed.
+        vae: changed in place.
         slices: one image at a time.
         tiles: overlapping ones of the size in the VAE's configuration (``sample_size``).
     """

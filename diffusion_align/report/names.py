@@ -1,4 +1,4 @@
-"""How metrics are called in plots: a title and a unit."""
+"""Titles and units of metrics in plots."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ X_NAMES = {"step": "optimizer update", "epoch": "epoch"}
 
 
 def describe(key: str) -> tuple[str, str]:
-    """``(title, unit)`` of a metric, for an axis; a key that is not known stands for itself."""
+    """``(title, unit)`` of a metric, for an axis; an unknown key stands for itself."""
     if key in _NAMES:
         return _NAMES[key]
     if match := _REWARD_COMPONENT.fullmatch(key):

@@ -1,4 +1,4 @@
-"""How a run stands: ``status.json``, which its main process writes with every report, and the lock of its folder."""
+"""The state of a run: ``status.json``, which its main process writes with every report, and the lock of its folder."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _HEADINGS = {
     "unknown": "Not finished",
 }
 _GONE = (
-    "the process of this run is not there any more and did not report how it ended: it was killed, ran out of memory, "
-    "or its machine went down"
+    "the process of this run no longer exists and did not report how it ended: it was killed, ran out of memory, or "
+    "its machine went down"
 )
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands.
+    """The state of a run.
 
     Attributes:
         state: "running", "interrupted", "failed", "stopped" (early, by a rule or a callback) or "finished"; as it is
-            read also "gone", where it says running and nobody holds the folder, and "unknown", of runs of before.
-        epoch: finished ones.
+            read also "gone", if it says running but no process holds the folder, and "unknown", for older runs.
+        epoch: number of finished ones.
         began, at: when the run, or its resumption, began, and when this was written; seconds since 1970, UTC.
         by: the signal that interrupted it, if known.
         why: the sentence that ended it, without ``resume``.
-        resume: the command, or in Python the call, that resumes it; empty where it cannot be, or need not.
-        locked: whether its file system has locks, so that who holds the folder is known.
+        resume: the command, or in Python the call, that resumes it; empty if it cannot be resumed, or need not be.
+        locked: whether its file system has locks, which tell whether a process holds the folder.
     """
 
     state: str
@@ -59,7 +59,7 @@ class RunStatus:
 
 
 def write_status(folder: Path, status: RunStatus) -> None:
-    """Write it as of now; ``locked`` is looked at here.
+    """Write it as of now; ``locked`` is determined here.
 
     Raises:
         WriteError: it cannot be written.
@@ -69,7 +69,7 @@ def write_status(folder: Path, status: RunStatus) -> None:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """As its process wrote it last, or what can be told without that."""
+    """As its process wrote it last, or as far as it can be told without."""
     status = _read(folder / STATUS_FILE)
     if status is None:
         held = _in_use(folder)

@@ -36,7 +36,7 @@ class Table:
 
 
 def before_after_table(samples: Path) -> Table | None:
-    """The prompts with what was written before and after training; None if there is no such file."""
+    """The prompts with their completions before and after training; None if there is no such file."""
     path = samples / "before_after.jsonl"
     if not path.is_file():
         return None

@@ -1,15 +1,23 @@
-"""``attention``: which implementation computes it, beyond the one that suits the device."""
+"""``attention``: its implementations, and what each needs."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-ImageAttention = Literal["auto", "eager", "sdpa", "xformers"]
-TextAttention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+from pydantic import Field
+
+ImageAttention = Annotated[
+    Literal["auto", "eager", "sdpa", "xformers"],
+    Field(description="attention implementation; auto is eager on a CPU, sdpa (torch's own) on a GPU"),
+]
+TextAttention = Annotated[
+    Literal["auto", "eager", "sdpa", "flash_attention_2"],
+    Field(description="attention implementation; auto is what transformers chooses, mostly sdpa"),
+]
 _PACKAGES = {"xformers": ("xformers", "xformers"), "flash_attention_2": ("flash_attn", "flash-attn")}
-"""What runs on a GPU alone -> the module it is in, and what installs it."""
+"""Implementation that needs a GPU -> its module, and the package that installs it."""
 
 
 def attention_checks(name: str) -> Iterator[str]:

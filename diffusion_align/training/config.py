@@ -37,6 +37,10 @@ Content = Literal[
 
 
 FP16_NEEDS_GPU = "mixed_precision='fp16' needs a GPU: use no, bf16 or auto"
+LearningRate = Annotated[
+    float,
+    Field(gt=0, le=1000, description="learning rate after the warm-up; with prodigy a factor, usually 1"),
+]
 PLUG_INS = "diffusion_align.methods"
 """Group of the entry points by which installed packages bring methods."""
 
@@ -79,12 +83,9 @@ class TrainingConfig(Section):
 
     optimizer: Annotated[OptimizerName, other_words(adamw_torch="adamw", adamw_bnb_8bit="adamw_8bit")] = Field(
         "adamw",
-        description="adamw, adamw_8bit and adafactor, which keep less beside the weights, or prodigy, which finds the "
-        "learning rate",
+        description="adamw; adamw_8bit or adafactor, whose state is smaller; prodigy, which finds the learning rate",
     )
-    learning_rate: float = Field(
-        3e-4, gt=0, le=1000, description="learning rate after the warm-up; of prodigy a factor, about 1"
-    )
+    learning_rate: LearningRate = 3e-4
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="schedule after the warm-up: linear and cosine fall to 0 at the last update"
     )
@@ -97,7 +98,7 @@ class TrainingConfig(Section):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
     )
-    ema_offload: bool = Field(False, description="keep that average in main memory; each step copies the weights there")
+    ema_offload: bool = Field(False, description="keep that average in main memory; each update copies the weights")
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = Field(
         None,
@@ -106,13 +107,13 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="keep only the input of each layer for the backward pass and compute the rest again: less memory, "
-        "about a third slower, the same gradients",
+        description="keep only the input of each layer for the backward pass, which recomputes the rest: less memory, "
+        "one more forward pass, the same gradients",
     )
     tf32: bool = Field(
         False,
         strict=True,
-        description="matrix products of float32 in TF32, on NVIDIA GPUs since Ampere: faster, with an error of 1e-3",
+        description="float32 matrix products in TF32, on NVIDIA GPUs since Ampere: faster, relative errors of 1e-3",
     )
     num_threads: int | None = Field(
         None, ge=1, le=1024, description="torch's CPU threads; its own default if not given"
@@ -132,7 +133,8 @@ class TrainingConfig(Section):
         10,
         ge=0,
         le=MOST,
-        description="epochs between images (or texts) of the fixed prompts, the last epoch's beside; 0 for none",
+        description="epochs between previews, images or texts of the fixed prompts; the last epoch always has one; "
+        "0 for none",
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics are logged besides metrics.jsonl"
@@ -179,8 +181,8 @@ class LoRASettings(Section):
 
     rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
     alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; alpha is the rank if not given")
-    dora: bool = Field(False, description="train the magnitude of each layer's weights apart from the direction (DoRA)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of each adapter's input that training passes drop")
+    dora: bool = Field(False, description="train magnitude and direction of each layer's weights separately (DoRA)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of each adapter's input, in training passes only")
 
 
 class PolicyConfig(TrainingConfig):

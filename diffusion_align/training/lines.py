@@ -1,4 +1,4 @@
-"""The lines in which a run says what it does and how far it is."""
+"""The lines that a run prints: what it trains, and one per epoch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def epoch_line(row: Mapping[str, Any], *, epochs: int, headline: str, left: floa
 
 
 def duration(seconds: float) -> str:
-    """``0.31 s``, ``11 s``; from two minutes on as on a clock."""
+    """``0.31 s``, ``11 s``; from two minutes on like ``clock``."""
     if seconds >= 120:
         return clock(seconds)
     return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.2g} s"

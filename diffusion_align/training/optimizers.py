@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "prodigy"]
 STATE_BYTES: dict[OptimizerName, int] = {"adamw": 8, "adamw_8bit": 2, "adafactor": 0, "prodigy": 16}
-"""What each keeps per trained weight, where matrices are large."""
+"""Bytes of state per trained weight; Adafactor's, a row and a column of each matrix, are counted as none."""
 _PACKAGES: dict[OptimizerName, tuple[str, str]] = {
     "adamw_8bit": ("bitsandbytes", "bitsandbytes"),
     "prodigy": ("prodigyopt", "prodigy"),
 }
 """Optimizer -> the package it is from, and the extra that installs it."""
-_SMALLEST_FACTOR = 0.01  # of Prodigy; below it is a learning rate that was meant for another optimizer
+_SMALLEST_FACTOR = 0.01  # of Prodigy's; a smaller one was meant as another optimizer's learning rate
 
 
 def optimizer_checks(config: TrainingConfig) -> Iterator[str]:
-    """Sentences about an optimizer that is not there, cannot run here, or does not know a setting."""
+    """Sentences about an optimizer that is not installed, cannot run here, or ignores a setting."""
     name, rate = config.optimizer, config.learning_rate
     package, extra = _PACKAGES.get(name, (None, None))
     if package is not None and importlib.util.find_spec(package) is None:

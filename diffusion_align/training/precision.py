@@ -11,16 +11,16 @@ from diffusion_align.training.config import TrainingConfig
 
 Config = TypeVar("Config", bound=TrainingConfig)
 BEFORE = {"mixed_precision": "no", "dtype": "float32"}
-"""What a run had in whose ``config.yaml`` they are absent or null."""
+"""Values of runs whose ``config.yaml`` lacks them or says null."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is trained on.
+    """What a run trains on.
 
     Attributes:
         gpu: whether that is a GPU.
-        bf16: whether that computes in bfloat16, without emulating it.
+        bf16: whether it computes in bfloat16 without emulation.
         launched: "fp16" or "bf16" where ``accelerate launch`` was told so.
     """
 

@@ -21,9 +21,7 @@ class EvaluationConfig(Section):
     """What every held-out evaluation has."""
 
     reward: RewardSetting = Field(None, description="the held-out reward")
-    every: int = Field(
-        10, ge=1, le=MOST, description="epochs between evaluations; there is one after the last in any case"
-    )
+    every: int = Field(10, ge=1, le=MOST, description="epochs between evaluations; the last epoch always has one")
 
 
 def no_std(setting: str, other: str) -> str:
@@ -32,11 +30,11 @@ def no_std(setting: str, other: str) -> str:
 
 
 def dropout_checks(lora: LoRASettings | None) -> Iterator[str]:
-    """A sentence if adapters drop out where a policy gradient needs the log-prob of the policy that sampled."""
+    """A sentence if adapters have dropout where a ratio compares training passes with the policy that sampled."""
     if lora is not None and lora.dropout:
         yield (
-            f"lora.dropout={lora.dropout:g} trains another policy than the one that sampled, so that no ratio "
-            "starts at 1: leave it out"
+            f"lora.dropout={lora.dropout:g} trains a different policy from the one that sampled, so ratios would not "
+            "start at 1: leave it out"
         )
 
 

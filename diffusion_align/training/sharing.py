@@ -18,7 +18,7 @@ def batches_of(count: int, batch_size: int) -> list[range]:
 
 
 def own_batches(count: int, batch_size: int, processes: Processes) -> list[range]:
-    """Those of ``batches_of`` that this process samples: neighbours, at most one more than any other process.
+    """Those of ``batches_of`` that this process samples: consecutive, at most one more than any other process has.
 
     Whole batches are divided, so that each has the same shape, and with it each sample the same bits, however many
     processes there are.
@@ -42,9 +42,9 @@ def sample_together(
 
     Args:
         sample: indices of a batch -> what is gathered.
-        error: what is raised where another process failed.
-        on_batch: called with the size of each batch that is done.
-        interruptible: whether an interrupt of any process is looked for between batches.
+        error: raised if another process failed.
+        on_batch: called with the size of each finished batch.
+        interruptible: whether to stop between batches when any process received an interrupt.
 
     Raises:
         Exception: what ``sample`` raises, or on the other processes ``error``.

@@ -129,7 +129,8 @@ def test_a_policy_gradient_refuses_it(tmp_path, kind, settings):
     with pytest.raises(ConfigError) as caught:
         kind(output_dir=tmp_path, lora={"dropout": 0.1}, **settings)
     assert caught.value.problems == [
-        "lora.dropout=0.1 trains another policy than the one that sampled, so that no ratio starts at 1: leave it out"
+        "lora.dropout=0.1 trains a different policy from the one that sampled, so ratios would not start at 1: "
+        "leave it out"
     ]
 
 
