@@ -36,7 +36,7 @@ from diffusion_align.errors import (
     foreign_code,
 )
 from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
-from diffusion_align.invocation import PythonCall
+from diffusion_align.invocation import RESUME_WITH, PythonCall
 from diffusion_align.references import reference_to
 from diffusion_align.report.metrics import NAMES
 from diffusion_align.streams import print_warning
@@ -79,6 +79,7 @@ ELSEWHERE = {
 _LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
 _LAST_REPORT = 10  # and the report
 _UNANSWERED = "stopped, as something did not answer"
+_LESS_MEMORY = "lower micro_batch_size or sample_batch_size, or set gradient_checkpointing=true"
 UNTRAINED_EPOCHS = 3
 """After so many epochs in a row in which nothing was trained a run ends."""
 
@@ -328,9 +329,13 @@ class Trainer(ABC, Generic[Batch]):
                 self.report.on_failure(self, stopped)
                 raise stopped from None
             except BaseException as error:
+                no_memory = isinstance(error, torch.OutOfMemoryError)
+                if no_memory:
+                    error.add_note(_LESS_MEMORY)
                 if not folder.is_forgotten(error, self.epoch):
                     # A full disk, say: the run can be resumed from its last checkpoint.
-                    if isinstance(error, WriteError) and folder.config_file.is_file():
+                    told = any(RESUME_WITH in note for note in getattr(error, "__notes__", ()))
+                    if (no_memory or isinstance(error, WriteError)) and folder.config_file.is_file() and not told:
                         stands = "the last checkpoint stands; " if folder.checkpoints else ""
                         error.add_note(stands + folder.how_to_resume())
                     self.report.on_failure(self, error)

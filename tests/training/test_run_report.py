@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion_align import writing
 from diffusion_align.errors import Interrupted, UserError
@@ -104,6 +105,27 @@ def test_a_reward_that_fails_in_epoch_3_leaves_a_report_that_says_so(tmp_path):
     assert "Failed 2 of 9 epochs" in shown
     assert " ".join(str(caught.value).split()) in shown
     assert f"Resume with {resume_command(trainer)}" in shown
+
+
+@pytest.mark.parametrize("method", ["collect", "estimate"])
+def test_a_gpu_without_memory_says_what_to_lower_and_how_to_resume(tmp_path, monkeypatch, method):
+    """While it samples, where a checkpoint is written, and afterwards."""
+
+    def fail(self, *given):
+        if self.epoch == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *given)
+
+    original = getattr(Toy, method)
+    monkeypatch.setattr(Toy, method, fail)
+    trainer = Toy(tmp_path / "run", checkpoint_every=1)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        trainer.train()
+    notes = sorted(caught.value.__notes__)
+    assert notes[0] == "lower micro_batch_size or sample_batch_size, or set gradient_checkpointing=true"
+    assert [note.partition(RESUME_WITH)[2] for note in notes[1:]] == [resume_command(trainer)]
+    assert "Failed 2 of 3 epochs" in text_of(tmp_path / "run")
+    assert f"Resume with {resume_command(trainer)}" in text_of(tmp_path / "run")
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt(), SystemExit(3)])
