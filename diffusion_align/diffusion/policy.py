@@ -277,8 +277,7 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
     for function, encoded in {"encode": longer, "encode_negative": negative, "of_cropped": cropped}.items():
         if {part: value.shape for part, value in encoded.items()} != {k: value.shape for k, value in empty.items()}:
             padded, alike = "the same shape for every prompt: pad them", "what encode does, in the same shapes"
-            wanted = padded if function == "encode" else alike
-            raise UserError(f"{subject}: {function} must return {wanted}")
+            raise UserError(f"{subject}: {function} must return {padded if function == 'encode' else alike}")
     one_image = torch.Size((1, 3, *policy.image_size))
     found = {
         "predict": (predicted, given.shape),

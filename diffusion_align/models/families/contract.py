@@ -165,8 +165,9 @@ class ModelFamily(ABC):
             ConfigError: see ``check_sides``; or there are fewer than two.
         """
         self.check_sides(config, vae, {"bucket_step": step})
-        size = tuple(side * self.vae_factor(vae) for side in self.latent_size(config, vae, height=height, width=width))
-        buckets = aspect_buckets(size, step)  # type: ignore[arg-type]
+        rows, columns = self.latent_size(config, vae, height=height, width=width)
+        size = rows * self.vae_factor(vae), columns * self.vae_factor(vae)
+        buckets = aspect_buckets(size, step)
         if len(buckets) < 2:
             raise ConfigError(
                 [
