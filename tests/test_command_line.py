@@ -36,6 +36,17 @@ def words(text):
     return text.split()
 
 
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_aligned_values_fit_the_terminal_and_at_most_100_columns(monkeypatch, columns):
+    console = Console(file=io.StringIO(), force_terminal=True, width=columns, color_system=None)
+    monkeypatch.setattr(terminal, "console", console)
+    value = "a training pass counts as 3 forward passes " * 4
+    terminal.print_aligned([("time", ""), ("operations", value)])
+    _, _, *lines = console.file.getvalue().splitlines()
+    assert columns - 12 < max(map(len, lines)) <= columns or 90 < max(map(len, lines)) <= 100
+    assert words(" ".join(lines)) == ["operations", *words(value)]
+
+
 @pytest.mark.parametrize("name", listing.LISTINGS)
 def test_a_list_is_whole_on_a_terminal_and_a_line_for_each_entry_in_a_pipe(name, call_cli, on_a_terminal):
     parts = listing.LISTINGS[name]()
