@@ -80,6 +80,9 @@ class ToyPolicy:
         yield
         self.is_reference = False
 
+    def return_text_encoders(self):
+        pass
+
     @staticmethod
     def encode(prompts):
         return {"encoder_hidden_states": torch.zeros(len(prompts), 1)}
