@@ -14,6 +14,8 @@ from typing import Any, Protocol
 PROGRAM = "diffusion-align"
 RESUME_WITH = "resume with: "
 """Precedes a command at the end of a line; the command is complete and can be pasted."""
+IN_COMMANDS = "\n\u200d"
+"""Characters that are not printable but stay in a printed command: line breaks and the joiner of emoji."""
 
 
 class Started(Protocol):
@@ -48,7 +50,8 @@ class CommandLine:
             changed = [f"{name}={_as_yaml(value)}" for name, value in settings.items()]
             typed = [(word, word.partition("=")[0] if "=" in word else "") for word in self.arguments]
             kept = [word for word, key in typed if self.aliases.get(key, key) not in settings]
-        return shlex.join([*self.program, *kept, *changed])
+        end = kept.index("--") if "--" in kept else len(kept)  # no options after it
+        return shlex.join([*self.program, *kept[:end], *changed, *kept[end:]])
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,11 @@ def test_a_command_with_options_is_given_them():
     )
 
 
+def test_options_are_given_before_two_dashes():
+    line = CommandLine(("diffusion-align",), ("pairs", "-o", "x", "--", "-model")).again(resume=True)
+    assert line == "diffusion-align pairs -o x --resume -- -model"
+
+
 def test_a_call_in_python_is_a_line_of_it():
     call = PythonCall("align({})", {"output_dir": Path("it's")})
     assert call.again(resume=True) == """align(..., output_dir="it's", resume=True)"""

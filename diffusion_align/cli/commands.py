@@ -52,7 +52,7 @@ from diffusion_align.cli.terminal import (
     progress_bar,
 )
 from diffusion_align.errors import ConfigError, UserError, short
-from diffusion_align.invocation import command_line
+from diffusion_align.invocation import IN_COMMANDS, command_line
 
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
 
@@ -114,7 +114,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     trainer = run(settings, started=started)
     if trainer.accelerator.is_main_process:
         for line in last_lines(trainer, started):
-            print_line(line)
+            print_line(line, keep=IN_COMMANDS)
 
 
 @app.command(epilog=_epilog('sample runs/quickstart -p "a lion" -p "a rocket" -o images'))

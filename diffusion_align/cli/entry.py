@@ -11,7 +11,7 @@ import typer
 from diffusion_align.cli.commands import app
 from diffusion_align.cli.terminal import errors, print_error
 from diffusion_align.errors import Interrupted, UserError, first_line
-from diffusion_align.invocation import PROGRAM, RESUME_WITH
+from diffusion_align.invocation import IN_COMMANDS, PROGRAM, RESUME_WITH
 from diffusion_align.streams import LastingStreams, printable
 
 
@@ -111,7 +111,7 @@ def _print_for_all(lines: list[str]) -> None:
 
     if is_first_process():
         for line in lines:
-            errors.print(printable(line, keep="\n"), markup=False)
+            errors.print(printable(line, keep=IN_COMMANDS), markup=False)
 
 
 _NO_INTEGER = "Input should be a valid integer, unable to parse string as an integer"

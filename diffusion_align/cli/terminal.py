@@ -18,11 +18,11 @@ console = Console()
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def print_line(line: str) -> None:
-    """Print as it is: no markup in it, not cut at the terminal's width, nothing that steers a terminal."""
+def print_line(line: str, *, keep: str = "") -> None:
+    """Print as it is: no markup in it, not cut at the terminal's width, nothing that steers a terminal but ``keep``."""
     from diffusion_align.streams import printable
 
-    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(line, keep=keep), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_note(line: str) -> None:

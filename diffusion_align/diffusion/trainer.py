@@ -85,7 +85,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         "kl_path": Metric(
             "KL to the reference, per path",
             "nats over all trained steps",
-            "How far it is summed over the steps that are trained on.",
+            "The same, summed over the steps that are trained on.",
         ),
     }
 
