@@ -136,8 +136,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         origin: what that was before anything was trained, by which rewards choose their CLIP.
         run: the run folder whose result this is, None if it is of no run.
         sampler: how ``__call__`` samples unless told otherwise; after ``align``, as in training.
-        height, width, negative_prompt: the same of the images' size in pixels, the model's own where None, and of
-            what guidance leads away from, None for no prompt.
+        height, width: likewise, of the images in pixels; None for the model's own.
+        negative_prompt: likewise, what guidance leads away from; None for no prompt.
     """
 
     inside = "pipeline"
@@ -416,7 +416,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             An object whose ``.images`` is a list of PIL images.
 
         Raises:
-            UserError: a number is out of its range or not one that the model has, there is a negative prompt without
+            UserError: a number is out of range or not possible with this model, there is a negative prompt without
                 guidance, or the images are not finite.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -458,11 +458,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         return SampledImages(images, texts)
 
     def _size(self, height: int | None, width: int | None) -> dict[str, int]:
-        """``height`` and ``width`` of the pipeline's own call, both if one is given here or by ``self``: of one without
-        the other some pipelines take no notice.
+        """``height`` and ``width`` of the pipeline's own call, both if one is given here or by ``self``: some pipelines
+        ignore one without the other.
 
         Raises:
-            UserError: one is no size of images of this model.
+            UserError: one is not a possible side of this model's images.
         """
         sides = {"height": self.height if height is None else height, "width": self.width if width is None else width}
         for name, side in sides.items():
@@ -598,7 +598,7 @@ def sampling_problems(
     height: int | None = None,
     width: int | None = None,
 ) -> list[str]:
-    """Sentences about what is wrong with a model and arguments of its call, as far as is seen without loading it."""
+    """Sentences about what is wrong with a model and the arguments of its call, as far as shows without loading it."""
     return [
         *problems_of(check_image_model, model, family=family, height=height, width=width, to_train=False),
         *negative_prompt_checks(negative_prompt, guidance_scale),

@@ -31,7 +31,7 @@ class LatentCache:
     digest of what it was made from, the content of its pairs and of the model: a file of others is made again.
 
     Args:
-        sizes: (height, width) in pixels to which the images of each pair are brought; the policy's own if not given.
+        sizes: (height, width) in pixels to which the images of each pair are fitted; the policy's own if not given.
     """
 
     def __init__(

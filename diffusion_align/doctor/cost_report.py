@@ -98,12 +98,13 @@ def _memory_lines(config: DenoisingConfig, title: str, found: Estimate, rewards:
     comes = ["CUDA itself (about 1 GB)"]
     comes += [f"the reward's model ({gigabytes(rewards.known)})"] if rewards.known else []
     comes += ["the reward's model"] if rewards.others and not rewards.known else []
+    kept = "1 prompt" if found.prompts == 1 else f"{found.prompts} prompts"
     return [
         ("memory per GPU, estimated", ""),
         ("frozen weights", f"{gigabytes(sum(found.weights.values()))}: {parts}"),
         ("trained", f"{gigabytes(found.trained)}: {name}, {counted}"),
         ("recorded latents", f"{gigabytes(found.recorded)} per epoch, if one process samples them all"),
-        ("prompt embeddings", f"{gigabytes(found.embeddings)} at most, of {found.prompts} prompts"),
+        ("prompt embeddings", f"{gigabytes(found.embeddings)} at most, of {kept}"),
         *((titles.get(phase, phase), f"{gigabytes(size)}{needs[phase]}") for phase, size in found.phases.items()),
         ("at the peak", f"{gigabytes(found.peak)}; {' and '.join(comes)} come{'s' * (len(comes) == 1)} on top"),
     ]

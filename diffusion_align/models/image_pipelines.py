@@ -131,8 +131,8 @@ def check_folder(
     Args:
         family: the user's own, if one was named.
         height, width: of its images in pixels; its own where None.
-        bucket_step: of their buckets, if there are any.
-        to_train: False to look only at what sampling needs.
+        bucket_step: of their buckets, if any.
+        to_train: False to check only what sampling needs.
     """
     folder = Path(_source(model))
     try:
@@ -173,10 +173,10 @@ def load_pipeline(
         base_config: of a model in one file, folder or Hub id of a pipeline whose configuration files describe it, the
             scheduler's too; by default diffusers' guess, loaded from the Hub.
         family: the user's own, of a class of pipelines that is not shipped.
-        upcast_vae: let the VAE be float32, as in the file, and take any dtype; if not given, one that overflows in half
-            precision is (``force_upcast`` of its configuration).
+        upcast_vae: keep the VAE in float32, as in the file, whatever ``dtype``; if not given, one that overflows in
+            half precision is kept so (``force_upcast`` of its configuration).
         to_train: refuse a network that cannot be trained before its weights are read.
-        height, width: of its images in pixels, which are then looked at as well; its own where None.
+        height, width: of its images in pixels, which are then checked as well; its own where None.
 
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.

@@ -215,7 +215,7 @@ class Report(Callback):
     """``status.json`` and ``report.html``: how the run stands while it runs, and after whatever ended it.
 
     The main process writes them after an epoch if all writing so far stays within ``share`` of the run's time, and
-    always at the start and the end. Where it fails a warning is printed once, as nothing of the run hangs on it.
+    always at the start and the end. If that fails, one warning is printed, as nothing in the run depends on it.
 
     Attributes:
         share: of the run's time.

@@ -256,7 +256,7 @@ def this_machine() -> Machine:
 
 
 def _as_first_process(config: Config) -> Config:
-    """Every process must compute in the same precision, whatever GPU it has and whatever it measured."""
+    """Broadcast the precision: all processes compute in the same, whatever GPU each has and whatever it measured."""
     from accelerate.utils import broadcast_object_list
 
     found = [config.mixed_precision, getattr(config, "dtype", None)]

@@ -306,7 +306,7 @@ def test_embeddings_of_prompts_stay_on_the_gpu(report, tmp_path, monkeypatch):
         size = gigabytes(prompts * 77 * 768 * 2)
         assert found["prompt embeddings"] == f"{size} at most, of {prompts} prompts"
     one, _ = report("pairs.max_pairs=1", f"output_dir={tmp_path / 'run'}", source="dpo_sd15_pickapic")
-    assert one["prompt embeddings"].endswith(" of 1 prompts")
+    assert one["prompt embeddings"].endswith(" of 1 prompt")
 
 
 def test_an_unknown_hub_id(report, quick):

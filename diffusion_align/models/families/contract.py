@@ -62,7 +62,7 @@ class ModelFamily(ABC):
         """
 
     def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
-        """As ``encode``, of texts that guidance leads away from; an empty one is a text like others."""
+        """Like ``encode``, for negative prompts; an empty one is encoded like any other text."""
         return self.encode(pipeline, prompts, image_size)
 
     def of_cropped(self, conditioning: Conditioning, original: Tensor, corner: Tensor) -> Conditioning:
@@ -159,7 +159,7 @@ class ModelFamily(ABC):
         height: int | None = None,
         width: int | None = None,
     ) -> list[Size]:
-        """``aspect_buckets`` of images of about the size that ``latent_size`` takes.
+        """``aspect_buckets`` for the image size that ``latent_size`` is given.
 
         Raises:
             ConfigError: see ``check_sides``; or there are fewer than two.
