@@ -183,14 +183,19 @@ class DenoisingConfig(PolicyConfig):
 
     offload_text_encoders: bool = Field(
         True,
+        strict=True,
         description="keep the text encoders in main memory, and on the GPU only while they encode prompts",
     )
-    vae_slicing: bool = Field(False, description="the VAE encodes and decodes one image at a time")
+    vae_slicing: bool = Field(False, strict=True, description="the VAE encodes and decodes one image at a time")
     vae_tiling: bool = Field(
-        False, description="the VAE processes images larger than its own in overlapping tiles, which changes them"
+        False,
+        strict=True,
+        description="the VAE processes images larger than its own in overlapping tiles, which changes them",
     )
     upcast_vae: bool | None = Field(
-        None, description="run the VAE in float32 whatever the dtype; null follows the model (force_upcast)"
+        None,
+        strict=True,
+        description="run the VAE in float32 whatever the dtype; null follows the model (force_upcast)",
     )
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")

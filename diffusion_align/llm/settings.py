@@ -209,7 +209,9 @@ class GRPOConfig(PolicyGradientConfig):
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="divide rewards by the std of their group, of the batch, or not at all"
     )
-    mask_truncated_completions: bool = Field(False, description="exclude completions that were cut off from the loss")
+    mask_truncated_completions: bool = Field(
+        False, strict=True, description="exclude completions that were cut off from the loss"
+    )
 
     kl_coef: float = Field(0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference; 0 for none")
     kl: KLForm = Field(
@@ -285,7 +287,9 @@ class PPOConfig(PolicyGradientConfig):
     lam: float = Field(
         0.95, ge=0, le=1, description="lambda of GAE: 0 is the one-step error, 1 the return minus the value"
     )
-    whiten_advantages: bool = Field(True, description="scale advantages to mean 0 and std 1 over an epoch's tokens")
+    whiten_advantages: bool = Field(
+        True, strict=True, description="scale advantages to mean 0 and std 1 over an epoch's tokens"
+    )
     value_coef: float = Field(0.1, ge=0, le=LARGEST, description="weight of the value loss")
     value_clip: OrInfinite | None = Field(
         0.2, ge=0, description="bound on the change of a value since sampling; null for none"

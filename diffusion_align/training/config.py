@@ -98,7 +98,9 @@ class TrainingConfig(Section):
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="average the trained weights; used for grids and final/"
     )
-    ema_offload: bool = Field(False, description="keep that average in main memory; each update copies the weights")
+    ema_offload: bool = Field(
+        False, strict=True, description="keep that average in main memory; each update copies the weights"
+    )
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = Field(
         None,
@@ -107,6 +109,7 @@ class TrainingConfig(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
+        strict=True,
         description="keep only the input of each layer for the backward pass, which recomputes the rest: less memory, "
         "one more forward pass, the same gradients",
     )
@@ -181,7 +184,9 @@ class LoRASettings(Section):
 
     rank: int = Field(8, ge=1, le=HIGHEST_RANK, description="rank of every adapter")
     alpha: int | None = Field(None, ge=1, le=MOST, description="scale is alpha / rank; alpha is the rank if not given")
-    dora: bool = Field(False, description="train magnitude and direction of each layer's weights separately (DoRA)")
+    dora: bool = Field(
+        False, strict=True, description="train magnitude and direction of each layer's weights separately (DoRA)"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of each adapter's input, in training passes only")
 
 

@@ -331,3 +331,25 @@ def test_every_number_has_two_finite_bounds(case):
         assert not allowed(kind, wrap(value)), value
     name = case.partition(".")[2]
     assert allowed(kind, wrap(math.inf)) == (name in MAY_BE_INFINITE)
+
+
+@pytest.mark.parametrize("method", SHIPPED)
+def test_neither_text_nor_a_number_is_true_or_false(method):
+    kind = method_of(method).config_class
+    sections = {"lora": kind.model_fields["lora"].annotation} if "lora" in kind.model_fields else {}
+    found = 0
+    for prefix, section in {
+        "": kind,
+        **{f"{name}.": typing.get_args(one)[0] for name, one in sections.items()},
+    }.items():
+        for name, field in section.model_fields.items():
+            if field.annotation not in (bool, bool | None):
+                continue
+            found += 1
+            for value in ("yes", 1):
+                given = {name: value} if not prefix else {prefix[:-1]: {name: value}}
+                with pytest.raises(ConfigError) as raised:
+                    kind(**BASE | {"method": method} | given)
+                expected = f"{prefix}{name}={value!r} is not allowed: it must be true or false"
+                assert expected in raised.value.problems
+    assert found > 2
