@@ -496,7 +496,7 @@ def test_the_best_weights_on_a_base_of_this_machine_are_loaded_and_uploaded(load
     def held_out(completions, **columns):
         return [golds.pop(0)] * len(completions)
 
-    settings = SETTINGS | ONLINE | {"evaluation": {"reward": held_out, "samples": 2}}
+    settings = SETTINGS | ONLINE | {"evaluation": {"reward": held_out, "samples": 2, "every": 1}}
     pipe = load().align(reward=letters, output_dir=tmp_path / "best", **settings)
     pipe.save_pretrained(tmp_path / "whole")
     assert "weights with the highest held-out reward" not in (tmp_path / "whole/README.md").read_text()
