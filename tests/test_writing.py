@@ -64,9 +64,10 @@ def written_past_us(text):
     return list(look(ast.parse(text), False))
 
 
-# writing.py itself; functions that are called within ``new_folder``.
+# writing.py itself; functions that are called within ``new_folder``; ``export``, by a pipeline of our own.
 PAST_US = {
     "diffusion_align/writing.py",
+    "diffusion_align/cli/commands.py",
     "diffusion_align/models/lora.py",
     "diffusion_align/models/image_pipelines.py",
 }

@@ -288,7 +288,7 @@ def test_accelerate_launch(settings, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert [row["epoch"] for row in rows_of(tmp_path / "run")] == [1, 1]
-    assert result.stdout.count("finished: ") == 1
+    assert result.stdout.count("\nreport: ") == 1
 
 
 RECORD_SHARES = """

@@ -94,6 +94,7 @@ class Part:
     def __init__(self, index):
         self.num_processes, self.process_index, self.device = 2, index, torch.device("cpu")
         self.is_main_process, self.reduced = index == 0, []
+        self.mixed_precision = "no"
 
     def reduce(self, x, reduction):
         self.reduced.append(x)

@@ -288,7 +288,7 @@ def runs(tmp_path_factory, tiny_sdxl):
 
     scratch, made = tmp_path_factory.mktemp("runs"), {}
     plan = [("one", "emoji-sd", TINY), ("two", scratch / "one", TINY)]
-    plan += [("whole", tiny_sdxl, TINY | {"lora": None, **SIZED})]
+    plan += [("whole", tiny_sdxl, TINY | {"lora": None, "grid_every": 1, **SIZED})]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusion_align.report.write_report", lambda folder: None)
         for name, model, settings in plan:
