@@ -8,23 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
-    from diffusion_align.data.image_pairs import PairsConfig as PairsConfig
-    from diffusion_align.data.prompts import PromptsConfig as PromptsConfig
-    from diffusion_align.data.text_rows import TextDataConfig as TextDataConfig
+    from diffusion_align.data.image_pairs import PairsConfig
+    from diffusion_align.data.prompts import PromptsConfig
+    from diffusion_align.data.text_rows import TextDataConfig
     from diffusion_align.diffusion.settings import ExperimentalDDPO as ExperimentalDDPOConfig
     from diffusion_align.diffusion.settings import ExperimentalDiffusionDPO as ExperimentalDiffusionDPOConfig
-    from diffusion_align.diffusion.settings import ImageEvaluationConfig as ImageEvaluationConfig
-    from diffusion_align.diffusion.settings import ImageStopConfig as ImageStopConfig
-    from diffusion_align.diffusion.settings import LoRAConfig as LoRAConfig
-    from diffusion_align.diffusion.settings import SamplerConfig as SamplerConfig
-    from diffusion_align.llm.settings import DynamicBetaConfig as DynamicBetaConfig
+    from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig, LoRAConfig, SamplerConfig
+    from diffusion_align.llm.settings import DynamicBetaConfig, TextEvaluationConfig
     from diffusion_align.llm.settings import ExperimentalDPO as ExperimentalDPOConfig
     from diffusion_align.llm.settings import ExperimentalGRPO as ExperimentalGRPOConfig
     from diffusion_align.llm.settings import ExperimentalKTO as ExperimentalKTOConfig
     from diffusion_align.llm.settings import ExperimentalPPO as ExperimentalPPOConfig
     from diffusion_align.llm.settings import LoRAConfig as TextLoRAConfig
-    from diffusion_align.llm.settings import TextEvaluationConfig as TextEvaluationConfig
-    from diffusion_align.training.settings import StopConfig as StopConfig
+    from diffusion_align.training.settings import StopConfig
 
 Rows = str | Path | Iterable[Any] | Callable[[], Any]
 """A file, a name, rows, or a function that gives one after the other."""

@@ -131,7 +131,8 @@ def generated() -> str:
         classes.append((f"{called}Settings", base, own))
         literals.append(f'{called} = Literal["{name}"]\n')
     imports = [
-        f"    from {section.__module__} import {section.__name__} as {_class_name(name)}\n"
+        f"    from {section.__module__} import {section.__name__}"
+        + ("\n" if section.__name__ == _class_name(name) else f" as {_class_name(name)}\n")
         for section, name in sections.names.items()
     ]
     head = HEAD.replace("{imports}\n", "".join(imports))
@@ -159,7 +160,7 @@ def _class(name: str, base: str, fields: Fields) -> str:
 
 
 def _formatted(text: str) -> str:
-    for command in ("check --fix --exit-zero --quiet --select I,PLC0414", "format --quiet"):
+    for command in ("check --fix --exit-zero --quiet --select I", "format --quiet"):
         run = [sys.executable, "-m", "ruff", *command.split(), "--stdin-filename", str(OUTPUT), "-"]
         text = subprocess.run(run, input=text, stdout=subprocess.PIPE, encoding="utf-8", check=True).stdout
     return text
