@@ -117,10 +117,10 @@ def test_a_network_that_cannot_be_checkpointed_is_refused(policy_of, monkeypatch
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """float64 is the device: the text encoders' dtype says where they are. ``elsewhere(pipeline)`` lists the parts
+    """bfloat16 is the device: the text encoders' dtype says where they are. ``elsewhere(pipeline)`` lists the parts
     that run, each with the dtypes of the encoders at that time."""
     monkeypatch.setattr(
-        "diffusion_align.diffusion.policy.on_device", lambda networks, _: on_device(networks, torch.float64)
+        "diffusion_align.diffusion.policy.on_device", lambda networks, _: on_device(networks, torch.bfloat16)
     )
     seen = []
 
@@ -153,7 +153,7 @@ def test_an_offloaded_encoder_is_on_the_device_only_while_it_encodes(name, polic
     with torch.no_grad(), policy.reference():
         replay(policy, schedule, *path.at(torch.arange(2), torch.zeros(2, dtype=torch.int64)))
     places = {name: {dtype for n, dtypes in seen if n == name for dtype in dtypes} for name, _ in seen}
-    there, away = {torch.float64}, {torch.float32}
+    there, away = {torch.bfloat16}, {torch.float32}
     assert places == {n: there if n.startswith("text_encoder") else away for n in places}
     assert {"vae", policy.family.network, "text_encoder"} <= places.keys()
     assert len(seen) == 2 * len(encoders) + 4 + 1  # prompts, no prompt; steps and a replay; images
