@@ -15,6 +15,7 @@ Pairs come from a dataset, or are sampled by the policy and judged by a reward i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -188,6 +189,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         schedule = self.exact_schedule
         scales = step_scales(schedule, self.trained_steps, config.weighting)
         self.scales = scales.to(self.accelerator.device, torch.float32)
+        self.prices = functools.cache(self._prices)  # a sum over the schedule, which every loss asks for
         self.beta, self.kl_coef = self.prices(math.prod(policy.latent_shape))
         # Guidance belongs to the sampler's steps; the noising process, which the other targets undo, has none.
         self.guidance_scale = config.sampler.guidance_scale if config.experimental.target == "logged" else 1.0
@@ -196,7 +198,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             sizes = self._bucketed(pairs, config.bucket_step) if config.bucket_step else None
             self.latents = LatentCache(self.folder / "latents", pairs, policy, sizes)
 
-    def prices(self, dimensions: int) -> tuple[float, float]:
+    def _prices(self, dimensions: int) -> tuple[float, float]:
         """beta and ``kl_coef`` for latents of ``dimensions`` numbers."""
         beta = beta_of(self.config, self.exact_schedule, self.trained_steps, dimensions)
         default_kl_coef = 2 * beta if self.config.variant == "corrected" else 0.0

@@ -130,7 +130,8 @@ class Estimator:
         decoding = decoding_cost(on_meta, latents, config.sample_batch_size)
         phases = {"training": cost.training, "sampling": cost.sampling, "decoding": decoding.working}
         if getattr(config, "pairs", None) is not None:
-            phases["encoding images"] = encoding_cost(on_meta, latents, 2 * config.sample_batch_size).working
+            pixels = [side * family.vae_factor(vae) for side in size]
+            phases["encoding images"] = encoding_cost(on_meta, pixels, 2 * config.sample_batch_size).working
         weights = {family.network: cost.frozen * dtype.itemsize} if config.lora else {}
         if config.lora is None and config.needs_reference:
             weights["reference"] = 4 * cost.trained

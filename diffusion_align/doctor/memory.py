@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -162,10 +162,9 @@ def decoding_cost(vae: Any, latents: tuple[int, int, int], batch: int) -> PassCo
     return _vae_cost(vae, vae.decode, (batch, *latents))
 
 
-def encoding_cost(vae: Any, latents: tuple[int, int, int], batch: int) -> PassCost:
-    """What it costs on a GPU to encode ``batch`` images whose latents have shape (C, H, W)."""
-    channels, factor = vae.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
-    return _vae_cost(vae, vae.encode, (batch, channels, *(factor * side for side in latents[1:])))
+def encoding_cost(vae: Any, image_size: Sequence[int], batch: int) -> PassCost:
+    """What it costs on a GPU to encode ``batch`` images of (height, width) pixels."""
+    return _vae_cost(vae, vae.encode, (batch, vae.config.in_channels, *image_size))
 
 
 def vae_on_meta(config: Mapping[str, Any], dtype: torch.dtype, *, slicing: bool = False, tiling: bool = False) -> Any:
