@@ -445,6 +445,8 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """weights of the steps: exact, uniform (Diffusion-DPO's) or snr_share"""
     steps_per_pair: int
     """steps sampled per pair per epoch, each with its own noise"""
+    step_draw: Literal["uniform", "logit_normal"]
+    """how often a step is sampled: uniform, all alike; or logit_normal, most often in the middle"""
     caption_dropout: float
     """share of pairs trained on with the empty prompt"""
     kl_coef: float | None

@@ -36,6 +36,7 @@ from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range, training_schedule
 from diffusion_align.diffusion.settings import DiffusionDPOConfig
+from diffusion_align.diffusion.step_draw import draw_steps, step_probabilities
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import (
     GaussianTransition,
@@ -189,6 +190,8 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         schedule = self.exact_schedule
         scales = step_scales(schedule, self.trained_steps, config.weighting)
         self.scales = scales.to(self.accelerator.device, torch.float32)
+        self.probabilities = step_probabilities(config.step_draw, self.trained_steps, len(schedule))
+        self.importance = self._importance().to(self.accelerator.device, torch.float32)
         self.prices = functools.cache(self._prices)  # a sum over the schedule, which every loss asks for
         self.beta, self.kl_coef = self.prices(math.prod(policy.latent_shape))
         # Guidance belongs to the sampler's steps; the noising process, which the other targets undo, has none.
@@ -203,6 +206,13 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         beta = beta_of(self.config, self.exact_schedule, self.trained_steps, dimensions)
         default_kl_coef = 2 * beta if self.config.variant == "corrected" else 0.0
         return beta, default_kl_coef if self.config.kl_coef is None else self.config.kl_coef
+
+    def _importance(self) -> Tensor:
+        """(T,) float64: even a step's probability over that of its draw, for metrics of all trained steps alike."""
+        importance = torch.ones(len(self.exact_schedule), dtype=torch.float64)
+        if self.config.step_draw != "uniform":
+            importance[self.trained_steps] = 1 / (len(self.trained_steps) * self.probabilities)
+        return importance
 
     @classmethod
     def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
@@ -288,6 +298,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             losses = loss(ref_w - err_w, loser_ref - err_l, beta)
         margin = beta * (gain_w - gain_l)
         kl_w, kl_l = kl.detach().chunk(2)
+        kl_mean = (kl_w + kl_l) / 2 * self.importance[batch.steps[samples, actions]]
         statistics |= {
             "loss/preference": losses.detach(),
             "rewards/accuracies": agreement(margin),
@@ -299,9 +310,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             "error/reference": ref_w,
             "kl/winner": kl_w,
             "kl/loser": kl_l,
-            "kl": (kl_w + kl_l) / 2,
-            "kl_path": (kl_w + kl_l) / 2 * len(self.trained_steps),
-            "kl_path_stderr": (kl_w + kl_l) / 2 * len(self.trained_steps),
+            "kl": kl_mean,
+            "kl_path": kl_mean * len(self.trained_steps),
+            "kl_path_stderr": kl_mean * len(self.trained_steps),
         }
         if kl_coef > 0:
             losses = losses + kl_coef * (seen.scale * kl).view(2, -1).mean(0)
@@ -404,10 +415,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         return batch, collected.metrics | equal | {"reward_gap": gaps.mean().item()}
 
     def _sampled_steps(self, sample: int) -> Tensor:
-        """(K,) one step at random from each of K equal parts of the trained ones."""
-        count, steps = self.config.steps_per_pair, self.trained_steps
-        places = torch.rand(count, generator=generator(self.config.seed, "timesteps", self.epoch, sample))
-        return steps[((torch.arange(count) + places) * len(steps) / count).long().clamp(max=len(steps) - 1)]
+        """(K,) one step at random from each of K equally likely parts of the trained ones."""
+        config, stream = self.config, generator(self.config.seed, "timesteps", self.epoch, sample)
+        places = torch.rand(config.steps_per_pair, generator=stream)
+        return draw_steps(self.trained_steps, config.step_draw, self.probabilities, places)
 
     def _noise(self, shapes: Sequence[torch.Size]) -> Tensor:
         """(n, B, K, C, H, W), shared by the two images of a pair; n = 2 where x_s is sampled as well."""

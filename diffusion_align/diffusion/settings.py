@@ -373,6 +373,7 @@ class DDPOConfig(DenoisingConfig):
 
 
 Weighting = Literal["exact", "uniform", "snr_share"]
+StepDraw = Literal["uniform", "logit_normal"]
 
 
 class ExperimentalDiffusionDPO(Section):
@@ -448,6 +449,10 @@ class DiffusionDPOConfig(DenoisingConfig):
     steps_per_pair: int = Field(
         1, ge=1, le=MOST, description="steps sampled per pair per epoch, each with its own noise"
     )
+    step_draw: StepDraw = Field(
+        "uniform",
+        description="how often a step is sampled: uniform, all alike; or logit_normal, most often in the middle",
+    )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of pairs trained on with the empty prompt")
 
     kl_coef: float | None = Field(
@@ -479,6 +484,11 @@ class DiffusionDPOConfig(DenoisingConfig):
         if rare.target == "logged" and self.caption_dropout:
             yield "experimental.target=logged trains on steps sampled with their prompt: leave caption_dropout out"
         yield from _range_checks(self.timestep_range)
+        if self.step_draw == "logit_normal" and self.stop_when.kl_above is not None:
+            yield (
+                "stop_when.kl_above needs the KL of every step, but step_draw=logit_normal hardly ever samples those "
+                "next to the image, which carry much of it: set step_draw=uniform, or leave it out"
+            )
         if self.variant == "corrected" and (self.loss_type != "sigmoid" or self.label_smoothing):
             yield "variant=corrected has a loss of its own: leave loss_type and label_smoothing out"
         if self.loss_type != "sigmoid" and self.label_smoothing:

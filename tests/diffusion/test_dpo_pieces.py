@@ -444,6 +444,37 @@ def test_steps_fall_one_into_each_part_evenly(make_trainer):
     assert correlations.max() < 5 / 4000**0.5
 
 
+def test_the_draw_changes_how_often_a_step_is_trained_on_and_not_its_loss(make_trainer, make_policy):
+    """Metrics of the KL stand for all steps alike: in expectation they do not depend on the draw."""
+    policy = make_policy("tiny_sd", noise=0.3)
+    trainers = {draw: make_trainer(policy=policy, step_draw=draw, kl_coef=0.03) for draw in ("uniform", "logit_normal")}
+    batches = {draw: collected(trainer) for draw, trainer in trainers.items()}
+    assert not torch.equal(batches["uniform"].steps, batches["logit_normal"].steps)
+    likely = trainers["logit_normal"].probabilities
+    for steps in (batches["uniform"].steps, batches["logit_normal"].steps):
+        found = {}
+        for draw, trainer in trainers.items():
+            batch = replace(batches[draw], steps=steps)
+            found[draw] = trainer.loss(batch, *everything(batch))
+        assert torch.equal(found["uniform"][0], found["logit_normal"][0])
+        for name, values in found["uniform"][1].items():
+            other = found["logit_normal"][1][name]
+            if name.partition("_")[0] != "kl":
+                assert torch.equal(values, other), name
+        shown = likely[steps[everything(batch)]]
+        for name, even in (("kl", 1 / T), ("kl_path", 1.0)):
+            plain = (found["uniform"][1]["kl/winner"] + found["uniform"][1]["kl/loser"]) / 2
+            torch.testing.assert_close(found["logit_normal"][1][name], even * plain / shown, atol=1e-9, rtol=1e-6)
+
+
+def test_timestep_range_cuts_the_draw(make_trainer, make_policy):
+    trainer = make_trainer(policy=make_policy("tiny_sd"), timestep_range=(0.5, 1.0), step_draw="logit_normal")
+    steps = torch.stack([trainer._sampled_steps(i) for i in range(400)]).double()
+    assert steps.min() >= 500
+    half = 1000 / (1 + math.exp(-0.6744898))  # of a half-normal
+    assert ((steps < half).double().mean() - 0.5).abs() < 5 * 0.5 / 400**0.5
+
+
 def test_timestep_range_goes_from_noise_to_image(make_trainer, make_policy):
     policy = make_policy("tiny_sd")
     for timestep_range, first, last in (((0.0, 0.5), 0, 500), ((0.5, 1.0), 500, 999), ((0.0, 1.0), 0, 999)):
@@ -940,6 +971,8 @@ WRONG = {
         *({"variant": "corrected", name: value} for name, value in (("loss_type", "ipo"), ("label_smoothing", 0.1))),
         *({"loss_type": "hinge", "label_smoothing": 0.1}, {"reward_mode": "logratio"}, {"old_refresh": "epoch"}),
         {"show_prompts": []},
+        *({"step_draw": draw} for draw in ("lognormal", "logit-normal", 1, None)),
+        {"step_draw": "logit_normal", "stop_when": {"kl_above": 1.0}},
     ],
     "online": [
         *({"reward": None}, {"prompts": None}, {"group_size": 3}),
@@ -962,6 +995,8 @@ def test_settings_that_do_not_fit(base, settings, golden):
         ONLINE,
         OFFLINE | {"beta": None, "beta_dpo": 5000},
         OFFLINE | {"group_size": 7, "reward": redness},
+        OFFLINE | {"step_draw": "logit_normal"},
+        OFFLINE | {"step_draw": "uniform", "stop_when": {"kl_above": 1.0}},
         ONLINE | {"target": "logged", "sampler": {"name": "ddpm", "eta": 0.0}},
         OFFLINE | {"variant": "corrected", "reward_mode": "logratio", "old_refresh": "epoch"},
         OFFLINE | {"pairs": {"source": "emoji_style", "split": "heldout"}},
