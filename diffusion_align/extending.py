@@ -3,8 +3,9 @@
 # ruff: noqa: F401
 from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.rollout import Trajectory, replay
-from diffusion_align.diffusion.samplers import Step, ddim
+from diffusion_align.diffusion.samplers import ddim
 from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.step import Step
 from diffusion_align.diffusion.trainer import Collected as CollectedImages
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.llm.collection import Collected as CollectedTexts

@@ -49,12 +49,14 @@ class LoRASettings(TypedDict, total=False):
 
 
 class SamplerSettings(TypedDict, total=False):
-    name: str
-    """ddim, ddpm, or a function of your own: module:function, file.py:function"""
+    name: str | None
+    """ddim, ddpm, for flow-matching models flow, flow_sde, cps, dance or ddim, or a function of your own: module:function, file.py:function; null is ddim, or flow for a flow-matching model"""
     steps: int
     """denoising steps per image"""
     eta: float
-    """DDIM's noise; 0 has no density and is refused for training"""
+    """noise of ddim and flow; 0 has no density and is refused for training"""
+    noise_level: float | None
+    """noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"""
     guidance_scale: float
     """scale of classifier-free guidance; 1 switches it off"""
     options: Mapping[str, Any]

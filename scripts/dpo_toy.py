@@ -22,9 +22,9 @@ import torch
 from matplotlib.figure import Figure
 
 import diffusion_align.diffusion.dpo as dpo
-from diffusion_align.diffusion.samplers import Step
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import SamplerConfig
+from diffusion_align.diffusion.step import Step
 from diffusion_align.errors import TrainingError
 from diffusion_align.report import save_figure
 
@@ -79,6 +79,9 @@ class ToyPolicy:
         self.is_reference = True
         yield
         self.is_reference = False
+
+    def timesteps_setter(self):
+        return None
 
     def return_text_encoders(self):
         pass

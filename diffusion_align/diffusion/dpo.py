@@ -34,7 +34,12 @@ from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range, training_schedule
+from diffusion_align.diffusion.schedule import (
+    DiffusionSchedule,
+    SetTimesteps,
+    select_step_range,
+    training_schedule,
+)
 from diffusion_align.diffusion.settings import DiffusionDPOConfig
 from diffusion_align.diffusion.step_draw import draw_steps, step_probabilities
 from diffusion_align.diffusion.trainer import DenoisingTrainer
@@ -215,9 +220,12 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         return importance
 
     @classmethod
-    def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
+    def trained_schedule(
+        cls, config: Any, scheduler: Any, set_timesteps: SetTimesteps | None = None
+    ) -> DiffusionSchedule:
         logged = config.experimental.target == "logged"
-        return super().trained_schedule(config, scheduler) if logged else training_schedule(scheduler)
+        build = super().trained_schedule
+        return build(config, scheduler, set_timesteps) if logged else training_schedule(scheduler, set_timesteps)
 
     @classmethod
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:

@@ -134,6 +134,10 @@ class DenoisingPolicy:
         """(C, H, W) of one latent that is sampled."""
         return self.family.latent_shape(self.network.config, self._latent_size)
 
+    def timesteps_setter(self) -> Callable[[Any, int], None]:
+        """How the pipeline sets the timesteps of these images' scheduler, as ``build_schedule`` takes it."""
+        return self.family.timesteps_setter(self.network.config, self._latent_size)
+
     @property
     def image_size(self) -> Size:
         """(height, width) in pixels of the images that are sampled."""

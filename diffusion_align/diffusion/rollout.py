@@ -15,6 +15,7 @@ from diffusion_align.diffusion.samplers import scheduler_config
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.diffusion.transitions import GaussianTransition, Reduction, denoise
+from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.models.image_pipelines import diffusers_scheduler
 
 
@@ -155,6 +156,14 @@ def scheduler_of(sampler: SamplerConfig, scheduler: Any) -> Any:
     """What samples as ``sampler`` does with the configuration of ``scheduler``: diffusers' own class where it can."""
     import diffusers
 
+    if is_flow(scheduler.config):
+        from diffusion_align.diffusion.flow_scheduler import FlowTableScheduler
+
+        if sampler.is_deterministic:
+            return diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        table = FlowTableScheduler.from_config(scheduler.config)
+        table.sampler = sampler
+        return table
     if kind := diffusers_scheduler(sampler.name, scheduler.config):
         return getattr(diffusers, kind).from_config(scheduler_config(scheduler))
     return TableScheduler(sampler.schedule(scheduler), scheduler.config)

@@ -6,48 +6,42 @@ A step is affine in what the network's output says of x_t, with Gaussian noise o
 
 ``SAMPLERS`` holds those known by name; any other is named ``module:function`` or ``path/to/file.py:function``.
 
-Symbols: ``x_t`` is the noisier latent, ``x_s`` the next one; ``ab`` is ``alphas_cumprod``; a latent is
-``alpha * x_0 + sigma * eps`` with ``alpha = sqrt(ab)`` and ``sigma = sqrt(1 - ab)``.
+For a flow-matching model ``scheduler`` is a ``FlowMatchEulerDiscreteScheduler`` whose ``sigmas`` (T + 1,) and
+``timesteps`` (T,) are set as the model's pipeline sets them; ``flow_samplers.py`` has those that only such a model has.
+
+Symbols: see ``step.py``; ``ab`` is ``alphas_cumprod``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffusion_align.diffusion.flow_samplers import FLOW_SAMPLERS
+from diffusion_align.diffusion.step import SMALLEST_STD, NoiseLevels, Step, eta_of, flow_levels
 from diffusion_align.errors import UserError
+from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.references import resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sampler = Callable[[Any, int, Mapping[str, Any]], "Step"]
+Sampler = Callable[[Any, int, Mapping[str, Any]], Step]
 _DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
-# diffusers clamps a vanishing DDPM variance to 1e-20; such a step is deterministic in every sense that matters.
-_SMALLEST_STD = 1e-8
-
-
-@dataclass(frozen=True)
-class Step:
-    """Coefficients of steps: of a sampler's T, (T,) each, or gathered for B samples, (B, 1, 1, 1) each.
-
-    ``timestep`` is int64, (T,) or (B,), the model's own time. ``std == 0`` is a deterministic step.
-    """
-
-    timestep: Tensor
-    alpha_t: Tensor
-    sigma_t: Tensor
-    x_0_weight: Tensor
-    eps_weight: Tensor
-    x_t_weight: Tensor
-    std: Tensor
 
 
 def ddim(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
-    """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12): mean = sqrt(ab_s) x_0 + sqrt(1 - ab_s - std^2) eps.
+    """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12): mean = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps.
 
-    ``options["eta"]`` scales the noise, std = eta * sqrt(eq. 16): a number from 0 to 1, or (T,) of them.
+    ``options["eta"]`` scales the noise, std = eta * sqrt(eq. 16) = eta sigma_s sqrt(1 - SNR_t / SNR_s): a number from 0
+    to 1, or (T,) of them.
+    """
+    levels = flow_levels(scheduler, steps) if is_flow(scheduler.config) else _ddim_levels(scheduler, steps)
+    return levels.preserving_step(eta_of(options) * (levels.noise_s * (1 - levels.snr_ratio)).sqrt())
+
+
+def _ddim_levels(scheduler: Any, steps: int) -> NoiseLevels:
+    """The levels between DDIM's timesteps, of a scheduler with a beta schedule.
 
     With ``timestep_spacing="linspace"`` x_s is at the next timestep of the list, unlike diffusers, whose constant
     stride leaves the list: its 10 timesteps are 999, 888, ..., 0 and ``step`` goes down by 100, so that the UNet would
@@ -56,9 +50,6 @@ def ddim(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     import torch
     from diffusers import DDIMScheduler
 
-    eta = torch.as_tensor(options.get("eta", 1.0), dtype=torch.float64)
-    if not bool(((eta >= 0) & (eta <= 1)).all()):
-        raise ValueError(f"eta={options['eta']} is out of range: DDIM needs 0 <= eta <= 1")
     source, timesteps = diffusers_timesteps(DDIMScheduler, scheduler, steps)
     following = torch.cat([timesteps[1:], torch.tensor([-1])])
     if source.config.timestep_spacing != "linspace":
@@ -66,18 +57,7 @@ def ddim(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     alphas_cumprod = source.alphas_cumprod.double()
     ab_t = alphas_cumprod[timesteps]
     ab_s = torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], source.final_alpha_cumprod.double())
-    variance = ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)).clamp(min=0)
-    std = eta * variance.sqrt()
-    std = torch.where(std < _SMALLEST_STD, 0.0, std)
-    return Step(
-        timestep=timesteps,
-        alpha_t=ab_t.sqrt(),
-        sigma_t=(1 - ab_t).sqrt(),
-        x_0_weight=ab_s.sqrt(),
-        eps_weight=(1 - ab_s - std**2).clamp(min=0).sqrt(),
-        x_t_weight=torch.zeros_like(std),
-        std=std,
-    )
+    return NoiseLevels(timesteps, ab_t, 1 - ab_t, ab_s, 1 - ab_s)
 
 
 def ddpm(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
@@ -101,7 +81,7 @@ def ddpm(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     beta = 1 - alpha
     variance = beta if kind == "fixed_large" else (1 - ab_s) / (1 - ab_t) * beta
     std = variance.clamp(min=0).sqrt()
-    std = torch.where((timesteps == 0) | (std < _SMALLEST_STD), 0.0, std)  # diffusers adds no noise at t = 0
+    std = torch.where((timesteps == 0) | (std < SMALLEST_STD), 0.0, std)  # diffusers adds no noise at t = 0
     return Step(
         timestep=timesteps,
         alpha_t=ab_t.sqrt(),
@@ -113,7 +93,12 @@ def ddpm(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     )
 
 
-SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm}
+SAMPLERS: dict[str, Sampler] = {"ddim": ddim, "ddpm": ddpm, **FLOW_SAMPLERS}
+
+
+def default_sampler(scheduler: Any) -> str:
+    """The sampler that a model has by default, by its scheduler."""
+    return "flow" if is_flow(scheduler.config) else "ddim"
 
 
 def find_sampler(name: str) -> Sampler:

@@ -12,6 +12,7 @@ from diffusion_align.bounds import LARGEST, LARGEST_SIDE, MOST
 from diffusion_align.data.image_pairs import PairsConfig
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.data.sources import in_python
+from diffusion_align.diffusion.flow_samplers import FLOW_SAMPLERS, NOISE_LEVELS
 from diffusion_align.diffusion.samplers import SAMPLERS, find_sampler
 from diffusion_align.errors import UserError, problems_of, short
 from diffusion_align.models.model_ref import check_image_model
@@ -29,16 +30,25 @@ from diffusion_align.training.settings import (
 )
 
 if TYPE_CHECKING:
-    from diffusion_align.diffusion.schedule import DiffusionSchedule
+    from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
     from diffusion_align.training.evaluation import Evaluation
 
 
 class SamplerConfig(Section):
     """How images are sampled, in training and for the grids."""
 
-    name: str = Field("ddim", description="ddim, ddpm, or a function of your own: module:function, file.py:function")
+    name: str | None = Field(
+        None,
+        description="ddim, ddpm, for flow-matching models flow, flow_sde, cps, dance or ddim, or a function of your "
+        "own: module:function, file.py:function; null is ddim, or flow for a flow-matching model",
+    )
     steps: int = Field(50, ge=1, le=MOST, description="denoising steps per image")
-    eta: float = Field(1.0, ge=0, le=1, description="DDIM's noise; 0 has no density and is refused for training")
+    eta: float = Field(
+        1.0, ge=0, le=1, description="noise of ddim and flow; 0 has no density and is refused for training"
+    )
+    noise_level: float | None = Field(
+        None, ge=0, le=LARGEST, description="noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"
+    )
     guidance_scale: float = Field(
         5.0, ge=1, le=LARGEST, description="scale of classifier-free guidance; 1 switches it off"
     )
@@ -46,27 +56,59 @@ class SamplerConfig(Section):
 
     @field_validator("name")
     @classmethod
-    def _found(cls, name: str) -> str:
+    def _found(cls, name: str | None) -> str | None:
         try:
-            find_sampler(name)
+            if name is not None:
+                find_sampler(name)
         except UserError as error:
             raise ValueError(str(error).removeprefix(f"sampler={name!r} is unknown: ")) from error
         return name
 
     def cross_checks(self) -> Iterator[str]:
-        if self.options and self.name in SAMPLERS:
-            yield f"options={short(self.options)} is for a sampler of your own, not for name={self.name}: leave it out"
+        named = "null" if self.name is None else self.name
+        if self.options and (self.name is None or self.name in SAMPLERS):
+            yield f"options={short(self.options)} is for a sampler of your own, not for name={named}: leave it out"
+        if self.name not in NOISE_LEVELS and self.noise_level is not None:
+            yield (
+                f"noise_level={self.noise_level:g} is for name={', '.join(NOISE_LEVELS)}, not for name={named}: leave "
+                "it out"
+            )
+        if self.name in NOISE_LEVELS and self.eta != 1:
+            yield f"eta={self.eta:g} has no effect with name={named}, whose noise is noise_level: leave it out"
+        if self.name == "cps" and self.noise_level is not None and self.noise_level > 1:
+            yield f"noise_level={self.noise_level:g} is more than 1, the most that name=cps has: lower it"
+
+    @property
+    def noise_setting(self) -> str:
+        """The setting that scales the noise of the sampler: eta or noise_level."""
+        return "noise_level" if self.name in NOISE_LEVELS else "eta"
 
     @property
     def is_deterministic(self) -> bool:
         """Whether no step has a density; of a sampler of one's own its table says so."""
-        return self.name == "ddim" and self.eta == 0
+        return self.name in (None, "ddim", "flow", *NOISE_LEVELS) and getattr(self, self.noise_setting) == 0
 
-    def schedule(self, scheduler: Any) -> DiffusionSchedule:
-        """``build_schedule`` with these settings; the sampler's options are ``eta`` and those of ``options``."""
+    def without_noise(self) -> Iterator[str]:
+        """Sentences about a sampler none of whose steps has a density, as far as that shows without its model."""
+        if self.is_deterministic:
+            noise = self.noise_setting
+            yield (
+                f"sampler.{noise}=0 makes every step deterministic, so there is no log-prob to train on: set "
+                f"sampler.{noise} above 0"
+            )
+        elif self.steps == 1 and self.name in FLOW_SAMPLERS:
+            yield (
+                "sampler.steps=1 is the last step only, which is deterministic, so there is no log-prob to train on: "
+                "set sampler.steps to 2 or more"
+            )
+
+    def schedule(self, scheduler: Any, set_timesteps: SetTimesteps | None = None) -> DiffusionSchedule:
+        """``build_schedule`` with these settings, which are the sampler's options together with ``options``."""
         from diffusion_align.diffusion.schedule import build_schedule
 
-        return build_schedule(scheduler, self.steps, sampler=self.name, options={"eta": self.eta, **self.options})
+        noise = {"eta": self.eta} if self.noise_level is None else {"eta": self.eta, "noise_level": self.noise_level}
+        options = {**noise, **self.options}
+        return build_schedule(scheduler, self.steps, sampler=self.name, options=options, set_timesteps=set_timesteps)
 
 
 LORA_LAYERS = ("attention", "feed_forward", "convolutions")
@@ -331,11 +373,7 @@ class DDPOConfig(DenoisingConfig):
         yield from weight_checks(self.reward, self.reward_weights)
         if self.reward is None:
             yield "reward is empty: give a name, 'module:function' or a mapping"
-        if self.sampler.is_deterministic:
-            yield (
-                "sampler.eta=0 makes every step deterministic, so there is no log-prob to train on: set sampler.eta "
-                "above 0"
-            )
+        yield from self.sampler.without_noise()
         yield from dropout_checks(self.lora)
         yield from multiple_checks(self, "group_size")
         if self.advantages != "prompt_history" and self.group_size < 2:
@@ -480,7 +518,10 @@ class DiffusionDPOConfig(DenoisingConfig):
                 yield "bucket_step is for given pairs, but images judged online all have one size: leave it out"
         rare = self.experimental
         if rare.target == "logged" and (not self.online or self.sampler.is_deterministic):
-            yield "experimental.target=logged needs the sampler's noisy steps: judge online and set sampler.eta above 0"
+            yield (
+                "experimental.target=logged needs the sampler's noisy steps: judge online and set "
+                f"sampler.{self.sampler.noise_setting} above 0"
+            )
         if rare.target == "logged" and self.caption_dropout:
             yield "experimental.target=logged trains on steps sampled with their prompt: leave caption_dropout out"
         yield from _range_checks(self.timestep_range)

@@ -17,7 +17,7 @@ from diffusion_align.data.prompts import Prompt, items_of_epoch
 from diffusion_align.diffusion.evaluation import ImageEvaluation, ImagePreviews, sample_images
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
-from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
 from diffusion_align.diffusion.settings import DenoisingConfig, ImageStopConfig
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.models.image_pipelines import save_pipeline
@@ -103,8 +103,9 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
         self.policy, self.reward, self.prompts = policy, reward, list(prompts)
         scheduler, device = policy.pipeline.scheduler, self.accelerator.device
-        self.sampling_schedule = config.sampler.schedule(scheduler).to(device)
-        self.exact_schedule = self.trained_schedule(config, scheduler)
+        setter = policy.timesteps_setter()
+        self.sampling_schedule = config.sampler.schedule(scheduler, setter).to(device)
+        self.exact_schedule = self.trained_schedule(config, scheduler, setter)
         self.schedule = self.exact_schedule.to(device)
         self.trained_steps = self.steps_trained_on(config, self.exact_schedule)
         self.previews = ImagePreviews(
@@ -118,9 +119,17 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         )
 
     @classmethod
-    def trained_schedule(cls, config: Any, scheduler: Any) -> DiffusionSchedule:
-        """The schedule of the trained steps, as sampled; float64, on the CPU. ``scheduler``: the diffusers one."""
-        schedule: DiffusionSchedule = config.sampler.schedule(scheduler)
+    def trained_schedule(
+        cls, config: Any, scheduler: Any, set_timesteps: SetTimesteps | None = None
+    ) -> DiffusionSchedule:
+        """The schedule of the trained steps, as sampled; float64, on the CPU.
+
+        Args:
+            config: settings.
+            scheduler: the diffusers one.
+            set_timesteps: see ``build_schedule``.
+        """
+        schedule: DiffusionSchedule = config.sampler.schedule(scheduler, set_timesteps)
         return schedule
 
     @classmethod

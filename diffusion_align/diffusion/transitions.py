@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.diffusion.samplers import Step
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.settings import Weighting
+from diffusion_align.diffusion.step import Step
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
 
 Reduction = Literal["sum", "mean"]
@@ -50,12 +50,15 @@ def predicted_x_0_and_eps(x_t: Tensor, prediction: Tensor, step: Step, predictio
         x_t: (B, C, H, W).
         prediction: (B, C, H, W), the (guided) network output; the only input with a gradient.
         step: coefficients of each sample's step.
-        prediction_type: "epsilon", "v_prediction" (v = alpha_t eps - sigma_t x_0) or "sample".
+        prediction_type: "epsilon", "v_prediction" (v = alpha_t eps - sigma_t x_0), "sample", or "flow"
+            (v = eps - x_0, where alpha_t + sigma_t = 1).
     """
     if prediction_type == "epsilon":
         return (x_t - step.sigma_t * prediction) / step.alpha_t, prediction
     if prediction_type == "v_prediction":
         return step.alpha_t * x_t - step.sigma_t * prediction, step.alpha_t * prediction + step.sigma_t * x_t
+    if prediction_type == "flow":
+        return x_t - step.sigma_t * prediction, x_t + step.alpha_t * prediction
     return prediction, (x_t - step.alpha_t * prediction) / step.sigma_t
 
 
@@ -118,8 +121,12 @@ def nats_per_squared_error(schedule: DiffusionSchedule) -> Tensor:
 
 
 def snr_shares(schedule: DiffusionSchedule) -> Tensor:
-    """(T,) float64: how much ``alphas_cumprod`` rises in each step, up to 1 in the last."""
-    signal = schedule.table.alpha_t.double().cpu() ** 2
+    """(T,) float64: how much alpha^2 / (alpha^2 + sigma^2) rises in each step, up to 1 in the last.
+
+    For a UNet that is ``alphas_cumprod``, as alpha^2 + sigma^2 = 1.
+    """
+    alpha, sigma = (column.double().cpu() for column in (schedule.table.alpha_t, schedule.table.sigma_t))
+    signal = alpha**2 / (alpha**2 + sigma**2)
     return torch.cat([signal[1:], signal.new_ones(1)]) - signal
 
 
@@ -129,8 +136,8 @@ def step_scales(schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting
     - exact: the number of steps. In expectation the sum of the nats over all of them.
     - uniform: one and the same factor for the squared error of every step's output, with the sum of the exact ones, as
       Diffusion-DPO does (Wallace et al. 2023, arXiv:2311.12908, drop omega).
-    - snr_share: one over the step's share of the fall of ``alphas_cumprod``. Only this gives every step the part of the
-      reward that it can pay for at equal price, see docs/mathematics/diffusion_dpo.md.
+    - snr_share: one over the step's share of the fall of ``alphas_cumprod``, see ``snr_shares``. Only this gives every
+      step the part of the reward that it can pay for at equal price, see docs/mathematics/diffusion_dpo.md.
     """
     scales = torch.zeros(len(schedule), dtype=torch.float64)
     if weighting == "exact":

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -143,7 +143,8 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     schedule = steps = None
     try:
         if "scheduler" in model.configs:
-            schedule = method.trained_schedule(config, _as_scheduler(model.configs["scheduler"]))
+            setter = _timesteps_setter(config, model)
+            schedule = method.trained_schedule(config, _as_scheduler(model.configs["scheduler"]), setter)
             steps = method.steps_trained_on(config, schedule)
     except UserError as error:
         problems.append(str(error))
@@ -169,16 +170,27 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     return lines, problems
 
 
-def _dimensions(config: Any, model: ModelFiles) -> int | None:
-    """Numbers in a latent, if that is known."""
+def _latent_size(config: Any, model: ModelFiles) -> tuple[int, int] | None:
+    """(H, W) of a latent, if that is known."""
     network, vae = model.configs.get(model.family.network), model.configs.get("vae")
     if not network or not vae or not network.get("sample_size"):
         return None
     try:
-        size = model.family.latent_size(network, vae, height=config.height, width=config.width)
+        return model.family.latent_size(network, vae, height=config.height, width=config.width)
     except ConfigError:  # which is among the settings' problems
         return None
-    return math.prod(model.family.latent_shape(network, size))
+
+
+def _dimensions(config: Any, model: ModelFiles) -> int | None:
+    """Numbers in a latent, if that is known."""
+    size = _latent_size(config, model)
+    return None if size is None else math.prod(model.family.latent_shape(model.configs[model.family.network], size))
+
+
+def _timesteps_setter(config: Any, model: ModelFiles) -> Callable[[Any, int], None] | None:
+    """See ``ModelFamily.timesteps_setter``; None if the size of a latent is not known."""
+    size = _latent_size(config, model)
+    return None if size is None else model.family.timesteps_setter(model.configs[model.family.network], size)
 
 
 def _as_scheduler(settings: Mapping[str, Any]) -> SimpleNamespace:

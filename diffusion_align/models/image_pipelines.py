@@ -18,6 +18,7 @@ from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, nearest, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.families import ModelFamily, family_of, family_of_class, give_family
+from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.writing import write_text
 
@@ -292,14 +293,17 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     write_text(file, json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
-def diffusers_scheduler(sampler: str, config: Mapping[str, Any]) -> str | None:
+def diffusers_scheduler(sampler: str | None, config: Mapping[str, Any]) -> str | None:
     """The diffusers class that samples as ``sampler`` does, None if there is none; ``config``: the model's scheduler's.
 
-    With ``timestep_spacing="linspace"`` diffusers' DDIM leaves the list of timesteps, see ``samplers.ddim``.
+    Of flow matching's it depends on the noise, see ``rollout.scheduler_of``. With ``timestep_spacing="linspace"``
+    diffusers' DDIM leaves the list of timesteps, see ``samplers.ddim``.
     """
-    if sampler == "ddim" and config.get("timestep_spacing") == "linspace":
+    if is_flow(config):
         return None
-    return {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}.get(sampler)
+    if sampler in (None, "ddim") and config.get("timestep_spacing") == "linspace":
+        return None
+    return {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}.get(sampler or "ddim")
 
 
 def _accept_any_dtype(vae: Any) -> None:

@@ -166,7 +166,7 @@ def test_flow_matching(refused, config, model, online):
 
     write_scheduler(model, FlowMatchEulerDiscreteScheduler())
     settings = {"model": "model"} | (ONLINE if online else {})
-    assert_problem(refused("train", config(**settings)), "the model's scheduler", "no beta schedule")
+    assert_problem(refused("train", config(**settings)), "the model's scheduler", "flow matching")
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -8,8 +8,8 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 from torch.distributions import Normal, kl_divergence
@@ -431,9 +431,10 @@ def test_zero_terminal_snr_with_epsilon_is_refused():
         build_schedule(trailing, 10)
 
 
-def test_flow_matching_is_refused_with_one_sentence():
-    with pytest.raises(UserError, match="flow matching") as caught:
-        training_schedule(FlowMatchEulerDiscreteScheduler())
+def test_a_scheduler_of_another_kind_is_refused_with_one_sentence():
+    with pytest.raises(UserError) as caught:
+        training_schedule(EDMEulerScheduler())
     assert str(caught.value) == (
-        "the model's scheduler has no beta schedule (flow matching?): use a Stable Diffusion 1.x, 2 or XL model"
+        "the model's scheduler has neither a beta schedule nor flow matching's shift: use a model with a scheduler of "
+        "the DDPM family or a FlowMatchEulerDiscreteScheduler"
     )

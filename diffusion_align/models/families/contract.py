@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from diffusion_align.data.buckets import Size, aspect_buckets
@@ -26,9 +27,8 @@ class ModelFamily(ABC):
     """What sets the pipelines of one architecture apart from others: a class without state.
 
     A pipeline is diffusers' own: its network denoises latents (B, C, H, W), its ``vae`` is an ``AutoencoderKL``, and
-    its scheduler is of the DDPM kind, with a beta schedule and epsilon, v or x_0 predicted; flow matching (Stable
-    Diffusion 3, FLUX) is refused when a run starts. Rollout, replay, guidance, LoRA, the reference and every method are
-    the same for all families.
+    its scheduler is of the DDPM kind, with a beta schedule and epsilon, v or x_0 predicted, or flow matching's by Euler
+    steps. Rollout, replay, guidance, LoRA, the reference and every method are the same for all families.
 
     ``pipelines``, ``network_class``, ``encode``, ``inputs`` and ``zero_conditioning`` must be given; the rest has
     defaults.
@@ -82,7 +82,7 @@ class ModelFamily(ABC):
         """Keyword arguments of the network's forward pass, beside the latents, which come first.
 
         Args:
-            timestep: (B,) int64.
+            timestep: (B,) int64; float32, 1000 sigma, for a flow-matching model.
             conditioning: of B samples.
             dtype: of the network.
         """
@@ -126,6 +126,36 @@ class ModelFamily(ABC):
         size = latent_size or config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         return config["in_channels"], height, width
+
+    def image_tokens(self, config: Mapping[str, Any], latent_size: tuple[int, int]) -> int | None:
+        """How many tokens the network of a flow-matching model makes of latents (H, W); None if it has none.
+
+        By this number a scheduler with ``use_dynamic_shifting`` shifts its sigmas. ``config``: of the network.
+        """
+        return None
+
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int | None) -> None:
+        """Set the timesteps of a flow-matching ``scheduler`` exactly as the pipeline's own call does.
+
+        ``flow_matching.set_spaced_timesteps`` is Stable Diffusion 3's way, ``set_linear_timesteps`` is FLUX's. Models
+        with a beta schedule do not use it.
+
+        Args:
+            scheduler: a ``FlowMatchEulerDiscreteScheduler``.
+            steps: denoising steps.
+            tokens: from ``image_tokens``.
+
+        Raises:
+            UserError: by default, as the pipeline is not known to sample with such a scheduler.
+        """
+        raise UserError(
+            "the model's scheduler is of flow matching, of which its family knows nothing: use a scheduler of the DDPM "
+            "family, or define set_timesteps in the family"
+        )
+
+    def timesteps_setter(self, config: Mapping[str, Any], latent_size: tuple[int, int]) -> Callable[[Any, int], None]:
+        """``set_timesteps`` for latents (H, W), as ``build_schedule`` takes it; ``config``: of the network."""
+        return partial(self.set_timesteps, tokens=self.image_tokens(config, latent_size))
 
     def latent_size(
         self,
