@@ -9,7 +9,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "assets"
 """Where the files are. Beside this module of the same name, it cannot be imported."""
 
-EMBEDDED_MODELS = {"emoji-sd": "emoji-sd", "emoji-clip": "emoji-clip", "tiny-lm": "tiny-lm"}
+EMBEDDED_MODELS = {name: name for name in ("emoji-sd", "emoji-flow", "emoji-clip", "tiny-lm")}
 """Model name -> folder below ``FOLDER``."""
 
 LANGUAGE_MODELS = ("tiny-lm", "smollm2")

@@ -1,6 +1,6 @@
 """Rebuilds the embedded models and preference data from public emoji drawings (npm packages), stage by stage.
 
-    python scripts/build_emoji_sd.py                        # everything; about 2.5 CPU-hours
+    python scripts/build_emoji_sd.py                        # everything; about 4 CPU-hours
     python scripts/build_emoji_sd.py --scale 0.002          # every stage, a few steps each: minutes
     python scripts/build_emoji_sd.py --stages head evaluate
 
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-STAGES = ("data", "vae", "clip", "unet", "preferences", "head", "evaluate")
+STAGES = ("data", "vae", "clip", "unet", "flow", "preferences", "head", "evaluate")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """The stages asked for, in their own order."""
     import torch
-    from build_emoji import clip, data, evaluate, head, preferences, unet, vae
+    from build_emoji import clip, data, evaluate, flow, head, preferences, unet, vae
     from build_emoji.common import Build, BuildError, written_atomically
 
     from diffusion_align.assets import asset_path
@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         "vae": vae.build_vae,
         "clip": clip.build_clip,
         "unet": unet.build_unet,
+        "flow": flow.build_flow,
         "preferences": preferences.build_preferences,
         "head": head.build_head,
         "evaluate": evaluate.build_evaluation,

@@ -156,4 +156,5 @@ def _text_tower(clip, text_encoder) -> dict[str, Tensor]:
 
 def with_text_model_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Text-encoder weights as transformers 4 names them; transformers 5 reads both and writes them without prefix."""
-    return {name if name.startswith("text_model.") else f"text_model.{name}": w for name, w in weights.items()}
+    named = ("text_model.", "text_projection.")
+    return {name if name.startswith(named) else f"text_model.{name}": w for name, w in weights.items()}

@@ -1,14 +1,37 @@
 """Reading and applying the models of a build: those of its output folder, or the shipped ones."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_align.models.model_card import LARGEST_ETA
 from diffusion_align.pretrained import load_in_dtype
 
 from .common import Build, BuildError
+
+
+class ImageModel(NamedTuple):
+    """An image model of the build: the stage that writes it, its class in diffusers, options to load it and to draw."""
+
+    stage: str
+    pipeline: str
+    to_load: Mapping[str, Any] = {}
+    to_draw: Mapping[str, Any] = {}
+
+
+PIPELINES = {
+    "emoji-sd": ImageModel("unet", "StableDiffusionPipeline"),
+    "emoji-flow": ImageModel(
+        "flow",
+        "StableDiffusion3Pipeline",
+        to_load={"text_encoder_3": None, "tokenizer_3": None},
+        to_draw={"max_sequence_length": 0},
+    ),
+}
 
 
 def existing(path: Path, stage: str) -> Path:
@@ -52,25 +75,32 @@ def embed_captions(clip, tokenizer, captions: list[str]) -> Tensor:
     return F.normalize(features(clip.get_text_features(tokenize(tokenizer, captions).to(device))), dim=-1).cpu()
 
 
-def load_pipeline(build: Build):
-    """The StableDiffusionPipeline in ``<out>/emoji-sd``, float32, without a progress bar."""
-    from diffusers import StableDiffusionPipeline
+def load_pipeline(build: Build, name: str = "emoji-sd"):
+    """The pipeline in ``<out>/<name>``, float32, without a progress bar; ``emoji-flow`` without its T5 of zeros."""
+    import diffusers
 
-    folder = existing(build.out / "emoji-sd" / "model_index.json", "unet").parent
-    pipe = load_in_dtype(StableDiffusionPipeline.from_pretrained, folder, dtype=torch.float32).to(build.device)
+    about = PIPELINES[name]
+    folder = existing(build.out / name / "model_index.json", about.stage).parent
+    load = getattr(diffusers, about.pipeline).from_pretrained
+    pipe = load_in_dtype(load, folder, dtype=torch.float32, **about.to_load).to(build.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @torch.no_grad()
 def draw(
-    pipe, prompts: list[str], *, steps: int, guidance: float, eta: float, seed: int, batch_size: int = 16
+    pipe, prompts: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 16, **options
 ) -> Tensor:
-    """(B, 3, 64, 64) images in [0, 1], on the CPU; image i has seed ``seed + i``, whatever the batch size."""
+    """(B, 3, 64, 64) images in [0, 1], on the CPU; image i has seed ``seed + i``, whatever the batch size.
+
+    ``options`` are further ones of the pipeline, as ``eta``.
+    """
+    if "eta" in options:
+        options["eta"] = min(options["eta"], LARGEST_ETA)
     images = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta, "generator": generators}
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators} | options
         images.append(pipe(chunk, height=64, width=64, output_type="pt", **settings).images.float().cpu())
     return torch.cat(images)

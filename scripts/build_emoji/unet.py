@@ -4,20 +4,16 @@ import json
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from diffusion_align.data.drawings import BACKGROUNDS, composite
 from diffusion_align.pretrained import load_in_dtype
 
-from .captions import COLOURS, Look, random_caption
-from .common import Build, chance, choose, mean_of_last, train, written_atomically
-from .data import STYLE_WORD, Drawings, load_drawings
+from .common import Build, mean_of_last, train, written_atomically
+from .data import load_drawings
+from .examples import Examples
 from .models import existing, tokenize
 
-SOURCES = ("noto", "flat", "3d")
-BATCH, HELDOUT_COLOURS, DROPPED = 32, 0.1, 0.1
+BATCH = 32
 CONFIG = {
     "sample_size": 16,
     "in_channels": 4,
@@ -44,35 +40,6 @@ SCHEDULER = {
 }
 
 
-def heldout_pairs(drawings: Drawings, seed: int) -> set[tuple[int, int]]:
-    """(concept, colour) index pairs that no training image shows: a tenth of them; white is never held out."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand((len(drawings.concepts), len(COLOURS)), generator=generator) < HELDOUT_COLOURS
-    drawn[:, COLOURS.index("white")] = False
-    return {(concept, colour) for concept, colour in drawn.nonzero().tolist() if drawings.concepts[concept].trained}
-
-
-@torch.no_grad()
-def cache_latents(build: Build, vae, drawings: Drawings, rows: list[int]) -> Tensor:
-    """(len(rows), 12, 2, 4, 16, 16) scaled latents (modes) of drawings on all backgrounds, as they are and mirrored.
-
-    Kept in ``<work>/latents.safetensors``.
-    """
-    kept = build.work / "latents.safetensors"
-    if kept.exists():
-        return load_file(kept)["latents"]
-    latents = []
-    for part in tqdm(torch.tensor(rows).split(16), desc="latents", unit="batch"):
-        images = torch.stack([composite(drawings.rgba[part], colour) for colour in BACKGROUNDS.values()], 1)
-        images = torch.stack([images, images.flip(-1)], 2).flatten(0, 2).to(build.device)
-        modes = [vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in images.split(64)]
-        latents.append(torch.cat(modes).cpu().half().view(len(part), len(BACKGROUNDS), 2, 4, 16, 16))
-    scaled = torch.cat(latents) * vae.config.scaling_factor
-    with written_atomically(kept) as temporary:
-        save_file({"latents": scaled}, temporary)
-    return scaled
-
-
 def build_unet(build: Build) -> None:
     """Writes the whole ``emoji-sd`` pipeline (fp16) and ``unet.json``."""
     if (build.work / "unet.json").exists() and (build.out / "emoji-sd" / "model_index.json").exists():
@@ -94,28 +61,13 @@ def build_unet(build: Build) -> None:
     if build.device.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # the backward pass of fused attention is slow on a CPU
 
-    drawings = load_drawings(build)
-    table = drawings.table(SOURCES, trained_only=True)
-    examples = [(concept, source, row) for concept, of in table.items() for source, row in of.items()]
-    latents = cache_latents(build, vae, drawings, [row for _, _, row in examples])
-    heldout = heldout_pairs(drawings, build.seed)
+    examples = Examples(load_drawings(build), build.seed)
+    latents = examples.latents(build, vae)
     alphas_cumprod = scheduler.alphas_cumprod
 
     def loss_at(generator: torch.Generator) -> Tensor:
-        chosen, texts = [], []
-        while len(chosen) < BATCH:
-            example, colour = choose(generator, examples, 1)[0], choose(generator, COLOURS, 1)[0]
-            colour = COLOURS.index("white") if chance(generator, 0.3) else colour
-            concept, source, _ = examples[example]
-            if (concept, colour) in heldout:
-                continue
-            look = Look(concept, COLOURS[colour], STYLE_WORD[source])
-            text, _ = random_caption(
-                generator, [drawings.concepts[concept].label], look, colour_probability=1.0, style_probability=0.5
-            )
-            chosen.append((example, colour, int(chance(generator, 0.5))))
-            texts.append("" if chance(generator, DROPPED) else text)
-        x0 = latents[tuple(torch.tensor(chosen).T)].float()
+        chosen = examples.random(generator, BATCH)
+        x0 = latents[tuple(torch.tensor([example.place for example in chosen]).T)].float()
         # Stratified timesteps: one in each of 32 equal strips, for a steadier loss.
         t = ((torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) * 1000 / BATCH).long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator)
@@ -124,7 +76,8 @@ def build_unet(build: Build) -> None:
         x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
         with build.autocast():
             with torch.no_grad():
-                states = text_encoder(tokenize(tokenizer, texts).to(build.device)).last_hidden_state
+                tokens = tokenize(tokenizer, [example.text for example in chosen]).to(build.device)
+                states = text_encoder(tokens).last_hidden_state
             prediction = unet(x_t.to(build.device), t.to(build.device), states).sample
         return F.mse_loss(prediction.float(), v.to(build.device))
 
