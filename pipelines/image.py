@@ -73,6 +73,10 @@ NOT_LOADED_HERE = NOT_LOADED | {
 }
 
 
+READS = ("max_sequence_length", "t5")
+"""Settings that say how a model reads prompts."""
+
+
 @dataclass(frozen=True)
 class SampledImages:
     """What a call returns, as diffusers' pipelines do; notebooks show it as a grid.
@@ -143,7 +147,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     inside = "pipeline"
     load_time = {  # noqa: RUF012
         "weights_variant": "variant",
-        **{name: name for name in ("dtype", "base_config", "family", "upcast_vae")},
+        **{name: name for name in ("dtype", "base_config", "family", "upcast_vae", *READS)},
     }
 
     def __init__(self, pipeline: Any, *, model: str | None, sampler: SamplerConfig | None = None) -> None:
@@ -168,6 +172,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         self._base_config: str | None = None
         self._family: str | None = None
         self._upcast_vae: bool | None = None
+        self._reads: dict[str, Any] = {}
 
     @property
     def _about(self) -> tuple[str | None, bool]:
@@ -191,12 +196,14 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         base_config: str | None = None,
         family: str | type[ModelFamily] | None = None,
         upcast_vae: bool | None = None,
+        max_sequence_length: int | None = None,
+        t5: bool | None = None,
     ) -> ImageAlignmentPipeline:
         """Load an embedded model ("emoji-sd"), a folder, a Hub id, a ``.safetensors`` file, or a run folder.
 
         Args:
-            model: Stable Diffusion 1.x, 2 or XL; or a run folder, whose model, final weights, sampler, size of images
-                and negative prompt are used.
+            model: Stable Diffusion 1.x, 2, XL, 3 or 3.5, or FLUX.1; or a run folder, whose model, final weights,
+                sampler, size of images and negative prompt are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
             dtype: of the weights; torch's, or its name.
             device: where to put it; a GPU if there is one.
@@ -208,6 +215,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 found, "module:Class" or "file.py:Class"; that of the run, of a run folder, if not given.
             upcast_vae: float32 for the VAE, whatever ``dtype``; as the run, of a run folder, or as the VAE's
                 configuration says if not given.
+            max_sequence_length: tokens of a prompt that T5 reads, in models that have one; as the run, of a run folder,
+                or as the pipeline by default if not given.
+            t5: False loads Stable Diffusion 3 without its T5; as the run, of a run folder, if not given.
 
         Raises:
             UserError: the model or the LoRA cannot be loaded.
@@ -220,6 +230,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         upcast_vae = ref.settings.get("upcast_vae") if upcast_vae is None else upcast_vae
         options: Any = {"variant": variant, "base_config": base_config, "family": find_family(family)}
         options["upcast_vae"] = upcast_vae
+        given = {"max_sequence_length": max_sequence_length, "t5": t5}
+        reads = {name: ref.settings.get(name) if given[name] is None else given[name] for name in READS}
+        options["settings"] = reads = {name: value for name, value in reads.items() if value is not None}
         pipeline = load_pipeline(ref.base, dtype=dtype_of(dtype), **options)
         stack = [*ref.adapters, *([lora] if lora is not None else [])]
         for i, adapter in enumerate(stack):
@@ -240,7 +253,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipe._below = ref.below if lora is None else str(model)
         pipe._trains = bool(stack)
         pipe._variant, pipe._base_config, pipe._family = variant, base_config, family_name(family)
-        pipe._upcast_vae = upcast_vae
+        pipe._upcast_vae, pipe._reads = upcast_vae, reads
         slices, tiles = (bool(ref.settings.get(name)) for name in ("vae_slicing", "vae_tiling"))
         split_decoding(pipeline.vae, slices=slices, tiles=tiles)
         return pipe
@@ -344,7 +357,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         named = self.model or EMBEDDED_PIPELINES[0]
         raw: dict[str, Any] = {"method": method_name(method), "model": named, "output_dir": output_dir}
         raw |= {"weights_variant": self._variant, "base_config": self._base_config, "upcast_vae": self._upcast_vae}
-        raw["family"] = self._family if self.model else None
+        raw |= {"family": self._family if self.model else None, **self._reads}
         if settings.get("lora", {}) is not None:
             raw["dtype"] = str(adapters.frozen_dtype(self.pipeline)).removeprefix("torch.")
         found = absolute_paths({"family": self._family})

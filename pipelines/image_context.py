@@ -110,6 +110,7 @@ def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
         to_train=True,
         height=config.height,
         width=config.width,
+        settings=config.family_settings,
     )
     for adapter in ref.adapters:
         adapters.load_lora(pipeline, adapter, ref.base)

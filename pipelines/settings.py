@@ -338,6 +338,10 @@ class ImageSettings(SharedSettings, total=False):
     """attention implementation; auto is eager on a CPU, sdpa (torch's own) on a GPU"""
     channels_last: bool
     """convolutions in channels-last memory format, often faster on GPUs with tensor cores"""
+    max_sequence_length: int | None
+    """tokens of a prompt that T5 reads, in models that have one; null is the pipeline's own number"""
+    t5: bool
+    """false loads Stable Diffusion 3 without T5, its largest text encoder, whose states are zeros then"""
     offload_text_encoders: bool
     """keep the text encoders in main memory, and on the GPU only while they encode prompts"""
     vae_slicing: bool

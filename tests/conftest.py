@@ -260,6 +260,36 @@ def tiny_sdxl(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion 3.5: two CLIPs and T5, static shift."""
+    from tests.helpers.flow_models import sd3
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd3"
+    sd3(_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """Folder of a tiny FLUX.1-dev: embedded guidance, dynamic shift. It names no size of images."""
+    from tests.helpers.flow_models import flux
+
+    folder = tmp_path_factory.mktemp("tiny") / "flux"
+    flux(_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory):
+    """Folder of a tiny FLUX.1-schnell: no guidance, no shift."""
+    from tests.helpers.flow_models import flux
+
+    folder = tmp_path_factory.mktemp("tiny") / "schnell"
+    flux(_tokenizer(), guidance_embeds=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """``published(name, form)``: a tiny model built as the published "sd15", "sd2" or "sdxl"; see ``published.py``.
 

@@ -19,7 +19,7 @@ from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.dropout import set_dropout
-from diffusion_align.models.families import Conditioning, ModelFamily, family_of
+from diffusion_align.models.families import Conditioning, ModelFamily, check_settings, family_of
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
 from diffusion_align.models.memory import check_no_hooks, checkpoint_activations, on_device, text_encoders
 from diffusion_align.training.attention import ImageAttention
@@ -37,12 +37,13 @@ class DenoisingPolicy:
     """pi(x_s | x_t, c) of a text-to-image pipeline; log-probs come from ``rollout`` and ``replay``.
 
     Args:
-        pipeline: a ``StableDiffusionPipeline`` (SD1.x, SD2) or ``StableDiffusionXLPipeline``, or one that
+        pipeline: of a class in ``families.SHIPPED`` (Stable Diffusion, XL, 3, FLUX), or one that
             ``load_pipeline`` has loaded with a family of the user's own. Text encoders and VAE
             are frozen. What is frozen keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and, for the reference, keeps a frozen copy.
         needs_reference: False saves the copy where no reference is used.
-        guidance_scale: classifier-free guidance in sampling *and* training; 1 switches it off (half the work).
+        guidance_scale: of guidance in sampling *and* training. Where it is classifier-free, 1 switches it off (half the
+            work); where it is embedded, it is an input of the network.
         negative_prompt: what guidance leads away from, in sampling and training alike; None for no prompt. As in
             diffusers an empty text is a prompt: SDXL encodes it, and has zeros for None.
         height, width: of images in pixels; the model's own where None.
@@ -79,6 +80,9 @@ class DenoisingPolicy:
         self.family.check(pipeline)
         check_no_hooks(pipeline)
         self.pipeline = pipeline
+        given = {"guidance_scale": guidance_scale, "negative_prompt": negative_prompt}
+        given |= {"attention": attention, "channels_last": channels_last}
+        check_settings(self.family, self.network.config, given)
         self._latent_size = self.family.latent_size(
             self.network.config, pipeline.vae.config, height=height, width=width
         )
@@ -192,11 +196,14 @@ class DenoisingPolicy:
 
         Args:
             x_t: (B, C, H, W).
-            timestep: (B,) int64, the model's own time.
+            timestep: (B,) int64 or, of flow matching, float32: the model's own time.
             conditioning: of the same B samples, from ``encode``.
             guidance_scale: the policy's own when not given.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if self.family.guidance == "embedded":
+            told = torch.full((len(x_t),), float(scale), device=x_t.device)
+            return self._run(x_t, timestep, conditioning | {"guidance": told})
         if scale == 1:
             return self._run(x_t, timestep, conditioning)
         unconditional = self._encode_negative(self._pixels(x_t.shape[2:]))

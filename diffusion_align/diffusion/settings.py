@@ -183,6 +183,7 @@ def negative_prompt_checks(
         )
 
 
+_OF_FAMILY = ("negative_prompt", "attention", "channels_last", "max_sequence_length", "t5")
 Side = Annotated[int, Field(ge=8, le=LARGEST_SIDE)]
 _SIDE: TypeAdapter[int] = TypeAdapter(Side)
 
@@ -223,6 +224,17 @@ class DenoisingConfig(PolicyConfig):
         None, description="model family of your own, for a model that is not Stable Diffusion: file.py:Class"
     )
 
+    max_sequence_length: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="tokens of a prompt that T5 reads, in models that have one; null is the pipeline's own number",
+    )
+    t5: bool = Field(
+        True,
+        strict=True,
+        description="false loads Stable Diffusion 3 without T5, its largest text encoder, whose states are zeros then",
+    )
     offload_text_encoders: bool = Field(
         True,
         strict=True,
@@ -242,6 +254,11 @@ class DenoisingConfig(PolicyConfig):
 
     evaluation: ImageEvaluationConfig | None = Field(None, description="a held-out reward and the diversity of images")
     stop_when: ImageStopConfig = Field(default_factory=ImageStopConfig, description="rules that end the run early")
+
+    @property
+    def family_settings(self) -> dict[str, Any]:
+        """Name -> value of the settings that not every model family can have."""
+        return {"guidance_scale": self.sampler.guidance_scale} | {name: getattr(self, name) for name in _OF_FAMILY}
 
     @property
     def needs_reference(self) -> bool:
@@ -290,6 +307,7 @@ class DenoisingConfig(PolicyConfig):
         own: dict[str, Any] = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
         own["lora_layers"] = self.lora.layers if self.lora else None
         own |= {name: getattr(self, name, None) for name in ("height", "width", "bucket_step")}
+        own["settings"] = self.family_settings
         yield from problems_of(check_image_model, self.model, **own)
         yield from reward_checks(getattr(self, "reward", None), "image")
 

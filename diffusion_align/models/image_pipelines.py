@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, nearest, short
 from diffusion_align.inputs import check_path
-from diffusion_align.models.families import ModelFamily, family_of, family_of_class, give_family
+from diffusion_align.models.families import ModelFamily, check_settings, family_of, family_of_class, give_family
 from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.writing import write_text
@@ -125,6 +125,7 @@ def check_folder(
     height: int | None = None,
     width: int | None = None,
     bucket_step: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     to_train: bool = True,
 ) -> None:
     """UserError if a folder or an embedded model cannot be trained, as far as its configuration is at hand.
@@ -133,6 +134,7 @@ def check_folder(
         family: the user's own, if one was named.
         height, width: of its images in pixels; its own where None.
         bucket_step: of their buckets, if any.
+        settings: of the run, see ``ModelFamily.setting_checks``.
         to_train: False to check only what sampling needs.
     """
     folder = Path(_source(model))
@@ -148,6 +150,7 @@ def check_folder(
         of_model.latent_size(config, vae, height=height, width=width)
         if bucket_step is not None:
             of_model.buckets(config, vae, bucket_step, height=height, width=width)
+        check_settings(of_model, config, settings or {})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return
 
@@ -163,6 +166,7 @@ def load_pipeline(
     to_train: bool = False,
     height: int | None = None,
     width: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Any:
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
 
@@ -178,6 +182,7 @@ def load_pipeline(
             half precision is kept so (``force_upcast`` of its configuration).
         to_train: refuse a network that cannot be trained before its weights are read.
         height, width: of its images in pixels, which are then checked as well; its own where None.
+        settings: of the run, as far as they say how its family reads prompts, see ``ModelFamily.with_settings``.
 
     Raises:
         UserError: the model is not there, cannot be read, or is of a class that is not supported.
@@ -193,15 +198,23 @@ def load_pipeline(
             of_file = family_of_class(kind, family, f"model={model!r}")
             if base_config is not None:
                 base = _source(base_config)
-                described = _checked_class(base_config, base, family, name="base_config")
+                described = _checked_class(base_config, base, family, {}, name="base_config")
                 if described != kind:
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {kind}")
             pipeline = _load_single_file(model, dtype=dtype, base_config=base, options=of_file.load_options)
         else:
             pipeline = _load_folder(
-                model, dtype, variant, family, to_train=to_train, size={"height": height, "width": width}
+                model,
+                dtype,
+                variant,
+                family,
+                settings or {},
+                to_train=to_train,
+                size={"height": height, "width": width},
             )
-        give_family(pipeline, family)
+        family = family_of_class(type(pipeline).__name__, family)
+        give_family(pipeline, family.with_settings(settings or {}))
+        check_settings(family, getattr(pipeline, family.network).config, settings or {})
         _check_loaded(f"model={model!r}", pipeline)
         if pipeline.vae.config.force_upcast if upcast_vae is None else upcast_vae:
             _accept_any_dtype(pipeline.vae)
@@ -215,6 +228,7 @@ def _load_folder(
     dtype: torch.dtype,
     variant: str | None,
     family: ModelFamily | None,
+    settings: Mapping[str, Any],
     *,
     to_train: bool,
     size: Mapping[str, int | None],
@@ -224,12 +238,13 @@ def _load_folder(
     import torch
 
     source = _source(model)
-    kind = _checked_class(model, source, family, name="model")
-    of_model = family_of_class(kind, family)
+    kind = _checked_class(model, source, family, settings, name="model")
+    of_model = family_of_class(kind, family).with_settings(settings)
     try:
         if to_train:
             network = getattr(diffusers, of_model.network_class).load_config(source, subfolder=of_model.network)
             of_model.check_network(f"model={model!r}", network)
+            check_settings(of_model, network, settings)
             if any(size.values()):
                 of_model.latent_size(network, diffusers.AutoencoderKL.load_config(source, subfolder="vae"), **size)
         return load_in_dtype(
@@ -253,7 +268,9 @@ def _source(model: str) -> str:
     return str(folder) if os.path.isdir(folder) else model
 
 
-def _checked_class(model: str, source: str, family: ModelFamily | None, *, name: str) -> str:
+def _checked_class(
+    model: str, source: str, family: ModelFamily | None, settings: Mapping[str, Any], *, name: str
+) -> str:
     """The supported pipeline class of a folder or Hub id, all of whose parts are there."""
     from diffusers import DiffusionPipeline
 
@@ -262,7 +279,7 @@ def _checked_class(model: str, source: str, family: ModelFamily | None, *, name:
     except Exception as error:  # of a file that holds something else
         raise UserError(f"{name}={model!r} could not be loaded: {first_line(error)}") from error
     kind: Any = index.get("_class_name") if isinstance(index, dict) else None
-    family_of_class(kind, family, f"{name}={model!r}")
+    options = family_of_class(kind, family, f"{name}={model!r}").with_settings(settings).load_options
     # transformers makes up an empty tokenizer where there is none.
     parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[:1] and kind[0]]
     foreign = [(part, index[part][0]) for part in parts if index[part][0] not in _LIBRARIES]
@@ -271,7 +288,7 @@ def _checked_class(model: str, source: str, family: ModelFamily | None, *, name:
         raise UserError(
             f"{name}={model!r}: its {part} is from {short(library)}: use one from diffusers or transformers"
         )
-    parts = [part for part in parts if part != "safety_checker"]
+    parts = [part for part in parts if options.get(part, part) is not None]
     absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
     if absent:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
@@ -466,7 +483,7 @@ def _wrong(part: str, config: Mapping[str, Any]) -> Iterator[str]:
         if abs(value) > MOST or not math.isfinite(value):  # whole numbers may be beyond what a float holds
             yield f"{key}={short(value)} is too large"
     if part in _DENOISERS:
-        size = config.get("sample_size")
+        size = config.get("sample_size", None if part == "unet" else 1)  # FLUX has none
         sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
         if not all(_is_whole(side, 1, LARGEST_LATENT) for side in sides):
             yield (
@@ -488,6 +505,9 @@ def _wrong_with_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
     count = config.get("num_train_timesteps", 1000)
     if not _is_whole(count, 1, MOST_TIMESTEPS):
         yield f"num_train_timesteps={short(count)} must be a whole number from 1 to {MOST_TIMESTEPS}"
+    if is_flow({"shift": 1.0, **config}):
+        yield from _wrong_with_flow_scheduler(config)
+        return
     for key in ("beta_start", "beta_end"):
         beta = config.get(key, 0.01)
         if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
@@ -504,6 +524,25 @@ def _wrong_with_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
     limit = config.get("clip_sample_range", 1.0)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         yield f"clip_sample_range={short(limit)} must be a number above 0"
+
+
+def _wrong_with_flow_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, usual in (("shift", 1.0), ("base_shift", 0.5), ("max_shift", 1.15)):
+        if not _is_number(shift := config.get(key, usual)) or not 0 < shift <= MOST:
+            yield f"{key}={short(shift)} must be a number above 0"
+    tokens = [config.get(key, usual) for key, usual in (("base_image_seq_len", 256), ("max_image_seq_len", 4096))]
+    if not all(_is_whole(count, 1, MOST) for count in tokens) or tokens[0] >= tokens[1]:
+        yield (
+            f"base_image_seq_len={short(tokens[0])} must be a whole number, and max_image_seq_len={short(tokens[1])} a "
+            "larger one"
+        )
+    last = config.get("shift_terminal")
+    if last is not None and (not _is_number(last) or not 0 <= last < 1):
+        yield f"shift_terminal={short(last)} must be null, or a number from 0 to below 1"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, low: int, high: int) -> bool:

@@ -140,6 +140,7 @@ def check_image_model(
     height: int | None = None,
     width: int | None = None,
     bucket_step: int | None = None,
+    settings: Mapping[str, Any] | None = None,
     to_train: bool = True,
 ) -> None:
     """UserError if ``model`` can be neither a text-to-image pipeline nor a run of one; nothing is loaded.
@@ -147,7 +148,7 @@ def check_image_model(
     Args:
         model, variant, base_config, family: as in a configuration; those of a run if not given.
         lora_layers: of the adapter to train, if any.
-        height, width, bucket_step, to_train: see ``check_folder``.
+        height, width, bucket_step, settings, to_train: see ``check_folder``.
     """
     ref = image_model_ref(model)
     chosen = find_family(family or ref.family)
@@ -158,7 +159,7 @@ def check_image_model(
     try:
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
         sizes = {"height": height, "width": width, "bucket_step": bucket_step}
-        check_folder(ref.base, chosen, **sizes, to_train=to_train)
+        check_folder(ref.base, chosen, **sizes, settings=settings or {}, to_train=to_train)
     except UserError as error:
         if ref.run is None:
             raise

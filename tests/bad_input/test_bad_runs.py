@@ -55,7 +55,7 @@ def cut_weights(path):
 SCHEDULER = "scheduler/scheduler_config.json"
 DAMAGES = {
     "no index": empty_folder,
-    "another class": edit_json("model_index.json", _class_name="FluxPipeline"),
+    "another class": edit_json("model_index.json", _class_name="KandinskyPipeline"),
     "weights cut off": cut_weights,
     "vae missing": lambda p: shutil.rmtree(p / "vae"),
     "index broken": lambda p: (p / "model_index.json").write_text("{"),

@@ -377,9 +377,9 @@ def test_variants(report, tiny_sd, tmp_path, quick):
 
 def test_a_family_that_cannot_be_trained(report, tiny_sd, tmp_path, quick):
     folder = shutil.copytree(tiny_sd, tmp_path / "model")
-    edit_json("model_index.json", _class_name="FluxPipeline")(folder)
+    edit_json("model_index.json", _class_name="KandinskyPipeline")(folder)
     _, problems = report(model=str(folder))
-    assert_problem(problems, "model", "FluxPipeline")
+    assert_problem(problems, "model", "KandinskyPipeline")
 
 
 def test_a_damaged_configuration_is_no_traceback(report, tiny_sd, tmp_path):

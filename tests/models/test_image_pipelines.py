@@ -43,7 +43,10 @@ DAMAGE = {
     "scheduler-garbage": (write("scheduler/scheduler_config.json", "nope"), "not a valid JSON"),
     "index-absent": (remove("model_index.json"), "the folder has no model_index.json"),
     "index-list": (write("model_index.json", "[1]"), "not supported"),
-    "another-class": (edit_json("model_index.json", _class_name="FluxPipeline"), "FluxPipeline, which is not"),
+    "another-class": (
+        edit_json("model_index.json", _class_name="KandinskyPipeline"),
+        "KandinskyPipeline, which is not",
+    ),
     "another-width": (edit_json("unet/config.json", block_out_channels=[8, 24]), "expected shape"),
     "another-text-width": (edit_json("text_encoder/config.json", hidden_size=24), "could not be loaded"),
     "unknown-part": (edit_json("model_index.json", unet=["diffusers", "NoSuchModel"]), "NoSuchModel"),

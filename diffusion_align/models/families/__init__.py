@@ -9,8 +9,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_align.errors import UserError, foreign_code, short
+from diffusion_align.errors import ConfigError, UserError, foreign_code, short
 from diffusion_align.models.families.contract import ATTENTION, Conditioning, ModelFamily
+from diffusion_align.models.families.flux import Flux
+from diffusion_align.models.families.sd3 import StableDiffusion3
 from diffusion_align.models.families.sdxl import StableDiffusionXL
 from diffusion_align.models.families.stable_diffusion import StableDiffusion
 from diffusion_align.references import reference_to, resolve
@@ -19,9 +21,12 @@ __all__ = [
     "ATTENTION",
     "SHIPPED",
     "Conditioning",
+    "Flux",
     "ModelFamily",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
+    "check_settings",
     "family_name",
     "family_of",
     "family_of_class",
@@ -31,7 +36,9 @@ __all__ = [
 ]
 
 SHIPPED: dict[str, ModelFamily] = {
-    name: family for family in (StableDiffusion(), StableDiffusionXL()) for name in family.pipelines
+    name: family
+    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux())
+    for name in family.pipelines
 }
 """Class of pipeline -> its family."""
 _ATTRIBUTE = "model_family"
@@ -121,5 +128,15 @@ def give_family(pipeline: Any, chosen: ModelFamily | None) -> None:
 
 def family_of_network(config: Mapping[str, Any]) -> ModelFamily:
     """The shipped family whose network has a configuration, where no pipeline is at hand."""
+    if "guidance_embeds" in config:
+        return SHIPPED["FluxPipeline"]
+    if "joint_attention_dim" in config:
+        return SHIPPED["StableDiffusion3Pipeline"]
     is_xl = config.get("addition_embed_type") == "text_time"
     return SHIPPED["StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"]
+
+
+def check_settings(family: ModelFamily, config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """ConfigError if settings of a run (name -> value) are not for a network of ``family`` and ``config``."""
+    if problems := list(family.setting_checks(config, settings)):
+        raise ConfigError(problems)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from diffusion_align.data.buckets import Size, aspect_buckets
 from diffusion_align.errors import ConfigError, UserError
@@ -48,6 +48,26 @@ class ModelFamily(ABC):
     """Arguments of the pipeline's own call, by which ``ImageAlignmentPipeline`` samples."""
     lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
     """A kind of layers that ``lora.layers`` can name -> endings of the names of these layers."""
+    guidance: ClassVar[Literal["free", "embedded"]] = "free"
+    """Classifier-free, by a second pass; or embedded: the scale is in the conditioning, ``guidance`` (B,)."""
+
+    def with_settings(self, settings: Mapping[str, Any]) -> ModelFamily:
+        """The same with those settings of a run (name -> value) that say how it reads prompts; by default none does."""
+        return self
+
+    def setting_checks(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+        """Sentences about settings of a run that are not for a network of configuration ``config``.
+
+        Args:
+            settings: name -> value, as far as they are known.
+        """
+        if settings.get("max_sequence_length") is not None:
+            yield (
+                f"max_sequence_length={settings['max_sequence_length']} is for models that read prompts with T5, like "
+                "Stable Diffusion 3: leave it out"
+            )
+        if settings.get("t5") is False:
+            yield "t5=false is for Stable Diffusion 3: leave it out"
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
@@ -210,7 +230,7 @@ class ModelFamily(ABC):
     def check_sides(self, config: Mapping[str, Any], vae: Mapping[str, Any], sides: Mapping[str, int]) -> None:
         """ConfigError unless all ``sides``, setting -> pixels, are multiples of the VAE's factor times the network's
         patch size, and of 8, which diffusers' pipelines require whatever the VAE."""
-        multiple = math.lcm(8, self.vae_factor(vae) * (config.get("patch_size") or 1))
+        multiple = math.lcm(8, self.vae_factor(vae) * self.patch_size(config))
         names: dict[int, list[str]] = {}  # of each side: the two that resolution sets are one problem
         for name, side in sides.items():
             names.setdefault(side, []).append(name)
@@ -222,6 +242,10 @@ class ModelFamily(ABC):
         ]
         if problems:
             raise ConfigError(problems)
+
+    def patch_size(self, config: Mapping[str, Any]) -> int:
+        """Latents along a side of what is one token to the network."""
+        return config.get("patch_size") or 1
 
     def vae_factor(self, vae: Mapping[str, Any]) -> int:
         """Pixels per latent along a side, with a VAE of configuration ``vae``."""
