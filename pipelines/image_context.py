@@ -12,7 +12,6 @@ from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.policy import DenoisingPolicy, check_family
-from diffusion_align.diffusion.samplers import default_sampler
 from diffusion_align.diffusion.settings import DenoisingConfig, ImageEvaluationConfig
 from diffusion_align.models import adapters
 from diffusion_align.models.families import family_of, find_family
@@ -65,9 +64,7 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     )
     if any(size.values()):  # of one side diffusers' pipelines know nothing
         config = config.model_copy(update=dict(zip(size, policy.image_size)))
-    if config.sampler.name is None:
-        named = config.sampler.model_copy(update={"name": default_sampler(policy.pipeline.scheduler)})
-        config = config.model_copy(update={"sampler": named})
+    config = config.decided_by(policy.pipeline.scheduler)
     known = prompts or [(text, {}) for text in (pairs.prompts if pairs else [])]
     identity: Identity = {"model": image_model_content(ref, config.base_config)}
     if config.family is not None:

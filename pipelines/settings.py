@@ -352,8 +352,8 @@ class ImageSettings(SharedSettings, total=False):
     """a held-out reward and the diversity of images"""
     stop_when: ImageStopSettings | ImageStopConfig
     """rules that end the run early"""
-    timestep_range: Sequence[float]
-    """part of the stochastic steps, from noise (0) to image (1), that is trained on"""
+    timestep_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a flow-matching model not the last one where it alone holds more than half of the path's KL"""
     train_resolution: int | None
     """another name of resolution"""
 

@@ -24,8 +24,9 @@ from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, replay, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range
-from diffusion_align.diffusion.settings import DDPOConfig
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.settings import EVERY_LATER_STEP, DDPOConfig
+from diffusion_align.diffusion.trained_steps import trained_steps
 from diffusion_align.diffusion.trainer import Collected, DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition, nats_per_squared_error
 from diffusion_align.errors import ConfigError, TrainingError
@@ -132,10 +133,13 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
 
     @classmethod
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
-        steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
+        steps = trained_steps(schedule, config.timestep_range)
         if not len(steps):
-            left = f"sampler.steps={config.sampler.steps} with timestep_range={list(config.timestep_range)}"
+            within = "" if config.timestep_range is None else f" with timestep_range={list(config.timestep_range)}"
+            left = f"sampler.steps={config.sampler.steps}{within}"
             raise ConfigError([f"{left} leaves no stochastic step to train on: use more steps or a wider range"])
+        if config.experimental.credit == "to_go" and steps[-1] < schedule.stochastic_steps[-1]:
+            raise ConfigError([EVERY_LATER_STEP])
         return steps
 
     @classmethod
@@ -156,10 +160,11 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
 
     @classmethod
     def in_nats(cls, config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None, dimensions: int) -> Lines:
+        lines = super().in_nats(config, schedule, steps, dimensions)
         if config.objective != "ratio":
-            return []
+            return lines
         *_, nats = config.clip_bounds(dimensions)
-        return [("clip in nats", f"{nats:.3g}, the joint bound on an action's {dimensions} dimensions")]
+        return [*lines, ("clip in nats", f"{nats:.3g}, the joint bound on an action's {dimensions} dimensions")]
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""

@@ -37,11 +37,11 @@ from diffusion_align.diffusion.rollout import Trajectory, transition
 from diffusion_align.diffusion.schedule import (
     DiffusionSchedule,
     SetTimesteps,
-    select_step_range,
     training_schedule,
 )
 from diffusion_align.diffusion.settings import DiffusionDPOConfig
 from diffusion_align.diffusion.step_draw import draw_steps, step_probabilities
+from diffusion_align.diffusion.trained_steps import trained_steps
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import (
     GaussianTransition,
@@ -229,9 +229,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     @classmethod
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
-        steps = select_step_range(schedule.stochastic_steps, config.timestep_range)
+        steps = trained_steps(schedule, config.timestep_range)
         if len(steps) < config.steps_per_pair:
-            left = f"timestep_range={list(config.timestep_range)} leaves {len(steps)} of the steps to train on"
+            within = list(config.timestep_range or (0.0, 1.0))
+            left = f"timestep_range={within} leaves {len(steps)} of the steps to train on"
             each = f"steps_per_pair={config.steps_per_pair}"
             raise ConfigError([f"{left}, fewer than {each}: use a wider range"])
         return steps
@@ -262,12 +263,16 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     @classmethod
     def in_nats(cls, config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None, dimensions: int) -> Lines:
+        lines = super().in_nats(config, schedule, steps, dimensions)
         if config.beta is not None:
-            return [("beta in nats", f"{config.beta:.3g}")]
+            return [*lines, ("beta in nats", f"{config.beta:.3g}")]
         if config.beta_dpo is None or schedule is None or steps is None or len(steps) == 0:
-            return []
+            return lines
         beta = beta_of(config, schedule, steps, dimensions)
-        return [("beta in nats", f"{beta:.3g}, which beta_dpo={config.beta_dpo:g} is at this resolution and schedule")]
+        return [
+            *lines,
+            ("beta in nats", f"{beta:.3g}, which beta_dpo={config.beta_dpo:g} is at this resolution and schedule"),
+        ]
 
     def collect(self) -> tuple[PairBatch, dict[str, float]]:
         """This process's pairs of the epoch: read, or sampled and judged; then a step and a noise for each action."""

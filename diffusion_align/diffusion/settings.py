@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -13,8 +13,9 @@ from diffusion_align.data.image_pairs import PairsConfig
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.data.sources import in_python
 from diffusion_align.diffusion.flow_samplers import FLOW_SAMPLERS, NOISE_LEVELS
-from diffusion_align.diffusion.samplers import SAMPLERS, find_sampler
+from diffusion_align.diffusion.samplers import SAMPLERS, default_sampler, find_sampler
 from diffusion_align.errors import UserError, problems_of, short
+from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
@@ -270,6 +271,15 @@ class DenoisingConfig(PolicyConfig):
         """Whether a run can compare its policy with the reference."""
         return self.lora is not None or self.needs_reference
 
+    def decided_by(self, scheduler: Any) -> Self:
+        """The same settings where a sampler or a range of steps that is null is what the model's scheduler makes it."""
+        decided: dict[str, Any] = {}
+        if self.sampler.name is None:
+            decided["sampler"] = self.sampler.model_copy(update={"name": default_sampler(scheduler)})
+        if not is_flow(scheduler.config) and getattr(self, "timestep_range", ()) is None:
+            decided["timestep_range"] = (0.0, 1.0)
+        return self.model_copy(update=decided)
+
     @model_validator(mode="before")
     @classmethod
     def _square(cls, settings: Any) -> Any:
@@ -312,8 +322,17 @@ class DenoisingConfig(PolicyConfig):
         yield from reward_checks(getattr(self, "reward", None), "image")
 
 
-def _range_checks(steps: tuple[float, float]) -> Iterator[str]:
-    if not 0 <= steps[0] < steps[1] <= 1:
+_TIMESTEP_RANGE = (
+    "part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a "
+    "flow-matching model not the last one where it alone holds more than half of the path's KL"
+)
+EVERY_LATER_STEP = (
+    "experimental.credit=to_go needs the KL of every later step: set timestep_fraction=1 and timestep_range to end at 1"
+)
+
+
+def _range_checks(steps: tuple[float, float] | None) -> Iterator[str]:
+    if steps is not None and not 0 <= steps[0] < steps[1] <= 1:
         yield f"timestep_range={list(steps)} must be two numbers 0 <= first < last <= 1"
 
 
@@ -357,9 +376,7 @@ class DDPOConfig(DenoisingConfig):
     clip_range_nats: OrInfinite | None = Field(
         None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
     )
-    timestep_range: tuple[Weight, Weight] = Field(
-        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
-    )
+    timestep_range: tuple[Weight, Weight] | None = Field(None, description=_TIMESTEP_RANGE)
     timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, sampled per image")
 
     group_size: int = Field(1, ge=1, le=MOST, description="images per prompt per epoch")
@@ -405,11 +422,9 @@ class DDPOConfig(DenoisingConfig):
             )
         yield from self.experimental.bounds_checks()
         yield from _range_checks(self.timestep_range)
-        if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or self.timestep_range[1] < 1):
-            yield (
-                "experimental.credit=to_go needs the KL of every later step: set timestep_fraction=1 and "
-                "timestep_range to end at 1"
-            )
+        ends_early = self.timestep_range is not None and self.timestep_range[1] < 1
+        if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or ends_early):
+            yield EVERY_LATER_STEP
 
     @property
     def needs_reference(self) -> bool:
@@ -499,9 +514,7 @@ class DiffusionDPOConfig(DenoisingConfig):
     weighting: Annotated[Weighting, other_words(share="snr_share")] = Field(
         "uniform", description="weights of the steps: exact, uniform (Diffusion-DPO's) or snr_share"
     )
-    timestep_range: tuple[Weight, Weight] = Field(
-        (0.0, 1.0), description="part of the stochastic steps, from noise (0) to image (1), that is trained on"
-    )
+    timestep_range: tuple[Weight, Weight] | None = Field(None, description=_TIMESTEP_RANGE)
     steps_per_pair: int = Field(
         1, ge=1, le=MOST, description="steps sampled per pair per epoch, each with its own noise"
     )

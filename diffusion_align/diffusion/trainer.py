@@ -19,10 +19,12 @@ from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
 from diffusion_align.diffusion.settings import DenoisingConfig, ImageStopConfig
+from diffusion_align.diffusion.trained_steps import outweighing_step
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.models.image_pipelines import save_pipeline
 from diffusion_align.models.model_card import facts_of, write_model_card
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts, runs_in_background
+from diffusion_align.streams import print_warning
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.collection import Calls, reward_metrics, sample_and_score
 from diffusion_align.training.config import TrainingConfig
@@ -163,7 +165,15 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             schedule, steps: ``trained_schedule`` and which of its steps are trained on, if known.
             dimensions: numbers in a latent.
         """
-        return []
+        outweighing = cls.outweighing_step(config, schedule, steps)
+        return [] if outweighing is None else [("heaviest step", outweighing)]
+
+    @staticmethod
+    def outweighing_step(config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None) -> str | None:
+        """A sentence about one of the trained steps that outweighs the others together, if one is known to do so."""
+        if schedule is None or steps is None:
+            return None
+        return outweighing_step(schedule, steps, getattr(config, "weighting", "exact"))
 
     @classmethod
     def from_run(cls, run: RunContext) -> Self:
@@ -179,6 +189,9 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
     def train(self) -> Path:
         """See ``Trainer.train``; afterwards the text encoders are where the network is."""
+        outweighing = self.outweighing_step(self.config, self.exact_schedule, self.trained_steps)
+        if outweighing is not None and self.processes.is_main:
+            print_warning(outweighing)
         try:
             return super().train()
         finally:
