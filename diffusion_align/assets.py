@@ -12,6 +12,9 @@ FOLDER = Path(__file__).parent / "assets"
 EMBEDDED_MODELS = {name: name for name in ("emoji-sd", "emoji-flow", "emoji-clip", "tiny-lm")}
 """Model name -> folder below ``FOLDER``."""
 
+EMBEDDED_PIPELINES = ("emoji-sd", "emoji-flow")
+"""Names of the image models among them."""
+
 LANGUAGE_MODELS = ("tiny-lm", "smollm2")
 """Names of the language models; the second one comes from a wheel of its own."""
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_align.arguments import also_called
+from diffusion_align.assets import EMBEDDED_PIPELINES
 from diffusion_align.bounds import LARGEST_SIDE
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
@@ -26,7 +27,7 @@ from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, load_pipeline, save_pipeline
+from diffusion_align.models.image_pipelines import load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.memory import keep_activations, split_decoding, text_encoders
 from diffusion_align.models.model_card import LARGEST_ETA, OF_SAMPLES, facts_of, write_model_card
@@ -199,7 +200,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         max_sequence_length: int | None = None,
         t5: bool | None = None,
     ) -> ImageAlignmentPipeline:
-        """Load an embedded model ("emoji-sd"), a folder, a Hub id, a ``.safetensors`` file, or a run folder.
+        """Load an embedded model ("emoji-sd", "emoji-flow"), a folder, a Hub id, a ``.safetensors`` file, or a run.
 
         Args:
             model: Stable Diffusion 1.x, 2, XL, 3 or 3.5, or FLUX.1; or a run folder, whose model, final weights,
@@ -241,7 +242,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 adapters.merge_adapters(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(device or default_device())
-        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if ref.base == "emoji-sd" else None
+        sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if ref.base in EMBEDDED_PIPELINES else None
         if ref.run is not None:
             sampler = SamplerConfig(**(ref.settings.get("sampler") or {}))
         pipe = cls(pipeline, model=ref.base, sampler=sampler)

@@ -185,7 +185,8 @@ def build_reward(spec: Any, *, model: str | None = None, device: str | torch.dev
               ``offload: true`` keeps the reward's model in main memory and on ``device`` only while it scores;
             - a list of these: their sum, see `combine`.
         model: name or path of the diffusion model whose images are scored. The default CLIP and aesthetic head are the
-            published ones, which judge photographs, and for ``emoji-sd`` the embedded ones, which judge emoji drawings.
+            published ones, which judge photographs, and for ``emoji-sd`` and ``emoji-flow`` the embedded ones, which
+            judge emoji drawings.
 
     Raises:
         RewardError: ``declare`` refuses it, or the reward's model cannot be loaded.

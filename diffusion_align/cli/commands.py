@@ -225,8 +225,8 @@ def score(
     model: Annotated[
         str | None,
         typer.Option(
-            help="the model that sampled them; emoji-sd is judged by the embedded CLIP and aesthetic head, any other "
-            "by the published ones; default: emoji-sd for images of 64x64 pixels"
+            help="the model that sampled them; emoji-sd and emoji-flow are judged by the embedded CLIP and aesthetic "
+            "head, any other by the published ones; default: emoji-sd for images of 64x64 pixels"
         ),
     ] = None,
 ) -> None:
@@ -266,8 +266,8 @@ def serve_reward(
     model: Annotated[
         str | None,
         typer.Option(
-            help="the model whose images are scored; emoji-sd is judged by the embedded CLIP and aesthetic head, any "
-            "other by the published ones, the default"
+            help="the model whose images are scored; emoji-sd and emoji-flow are judged by the embedded CLIP and "
+            "aesthetic head, any other by the published ones, the default"
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="address to bind; other machines need a token")] = "127.0.0.1",

@@ -15,10 +15,9 @@ import typer
 from pydantic import BaseModel
 
 from diffusion_align import yaml_text
-from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
+from diffusion_align.assets import EMBEDDED_PIPELINES, LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
 from diffusion_align.cli.listing import LISTINGS, default_of, describe_recipe, grouped_settings
 from diffusion_align.methods import DEFAULT, SHIPPED, outline_of, plug_ins
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import REWARDS, TEXT_REWARDS
 from diffusion_align.training.annotations import section_of

@@ -13,14 +13,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
 from diffusion_align import yaml_text
-from diffusion_align.assets import LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
+from diffusion_align.assets import EMBEDDED_PIPELINES, LANGUAGE_MODELS, shipped_prompts, shipped_text_prompts
 from diffusion_align.cli.terminal import Entry, Group, Table
 from diffusion_align.data.image_pairs import EMBEDDED, PairsConfig, open_pairs
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.data.sources import FILES, TableSource, open_table
 from diffusion_align.errors import UserError, nearest, short
 from diffusion_align.methods import describe_methods, outline_of
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES
 from diffusion_align.pipelines.configuration import shipped_configs
 from diffusion_align.rewards import describe_rewards, describe_text_rewards
 from diffusion_align.training.aliases import aliases_of
@@ -47,6 +46,7 @@ def describe_recipe(path: Path) -> str:
 def _models() -> list[Group]:
     about = {
         "emoji-sd": "images: samples 64x64 emoji-like images of 294 concepts, small enough for a CPU",
+        "emoji-flow": "images: the same concepts with a flow-matching transformer like Stable Diffusion 3's",
         "tiny-lm": "text: generates English sentences letter by letter, small enough for a CPU",
         "smollm2": "text: SmolLM2-135M-Instruct, from a Python package; docs/text.md says how to install it",
     }

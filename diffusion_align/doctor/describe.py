@@ -29,7 +29,7 @@ from diffusion_align.pipelines.configuration import read_config, read_settings, 
 from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import IMAGES, REWARDS, declare, reward_name
 from diffusion_align.rewards.build import find
-from diffusion_align.rewards.image.clip import default_clip, is_emoji_sd
+from diffusion_align.rewards.image.clip import default_clip, is_emoji_model
 from diffusion_align.training.callbacks import named_callbacks
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.reading import read_as
@@ -275,7 +275,7 @@ def _reward_places(name: str, options: Mapping[str, Any], model: str) -> tuple[d
     about, chosen = str(find(name, IMAGES)[1].about.get("model") or ""), _chosen(options)
     given = {key: value for key, value in chosen.items() if os.path.exists(os.path.expanduser(value))}
     named = [value for key, value in chosen.items() if key not in given and not value.startswith("open_clip:")]
-    embedded = is_emoji_sd(model) and "emoji" in about  # what a reward then takes by itself
+    embedded = is_emoji_model(model) and "emoji" in about  # what a reward then takes by itself
     return given, named if chosen or embedded else [about]
 
 

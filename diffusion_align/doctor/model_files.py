@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.assets import asset_path
+from diffusion_align.assets import EMBEDDED_PIPELINES, asset_path
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.doctor.memory import parameter_counts
@@ -22,7 +22,7 @@ from diffusion_align.models.families import (
     family_of_network,
     find_family,
 )
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, NETWORKS, WEIGHTS_FILE
+from diffusion_align.models.image_pipelines import NETWORKS, WEIGHTS_FILE
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 
 _FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

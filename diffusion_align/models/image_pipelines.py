@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from diffusion_align.assets import EMBEDDED_MODELS, LANGUAGE_MODELS, asset_path
+from diffusion_align.assets import EMBEDDED_MODELS, EMBEDDED_PIPELINES, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, nearest, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.families import ModelFamily, check_settings, family_of, family_of_class, give_family
@@ -25,7 +25,6 @@ from diffusion_align.writing import write_text
 if TYPE_CHECKING:
     import torch
 
-EMBEDDED_PIPELINES = ["emoji-sd"]
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes model_index.json may name
 _DENOISERS = ("unet", "transformer")
 NETWORKS = (*_DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -171,8 +170,8 @@ def load_pipeline(
     """The diffusers pipeline ``model`` stands for, without a safety checker, on the CPU.
 
     Args:
-        model: "emoji-sd", a folder written by ``save_pretrained``, a Hub id, or a ``.safetensors`` file with the
-            original names of its tensors.
+        model: "emoji-sd", "emoji-flow", a folder written by ``save_pretrained``, a Hub id, or a ``.safetensors`` file
+            with the original names of its tensors.
         dtype: of the weights, float32 if not given.
         variant: weight files of a folder or Hub id to choose, e.g. "fp16".
         base_config: of a model in one file, folder or Hub id of a pipeline whose configuration files describe it, the

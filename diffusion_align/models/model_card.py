@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple
 import jinja2
 
 from diffusion_align import __version__, yaml_text
-from diffusion_align.assets import asset_path
+from diffusion_align.assets import EMBEDDED_PIPELINES, asset_path
 from diffusion_align.errors import UserError, first_line
 from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.families import family_of
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, diffusers_scheduler, is_one_file
+from diffusion_align.models.image_pipelines import diffusers_scheduler, is_one_file
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.models.smollm2 import smollm2_folder

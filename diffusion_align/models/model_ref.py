@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_align.assets import EMBEDDED_PIPELINES
 from diffusion_align.errors import UserError, short
 from diffusion_align.inputs import check_path
 from diffusion_align.models.families import find_family
-from diffusion_align.models.image_pipelines import EMBEDDED_PIPELINES, check_folder, check_pipeline_name
+from diffusion_align.models.image_pipelines import check_folder, check_pipeline_name
 from diffusion_align.training.places import absolute_paths, found_from
 from diffusion_align.training.reading import load_yaml
 

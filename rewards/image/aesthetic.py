@@ -22,7 +22,7 @@ from pydantic import Field
 from diffusion_align.assets import asset_path
 from diffusion_align.pretrained import hub_or_cache
 from diffusion_align.rewards.base import RewardError, foreign_code
-from diffusion_align.rewards.image.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipEncoder, is_emoji_sd, load_clip
+from diffusion_align.rewards.image.clip import EMOJI_CLIP, VIT_L_14, Clip, ClipEncoder, is_emoji_model, load_clip
 from diffusion_align.rewards.networks import LocalFile, NetworkSettings, has_digest, note, read_tensors
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ class AestheticSettings(NetworkSettings):
     }
 
     variant: Literal["v2", "v1", "embedded"] | None = Field(
-        None, description="LAION's head, or ours; by default embedded for the model emoji-sd, else v2"
+        None, description="LAION's head, or ours; by default embedded for the models emoji-sd and emoji-flow, else v2"
     )
     clip: Clip | None = Field(None, description="another CLIP; it must be the one that the head was trained on")
     head: LocalFile = Field(None, description="a local .pth or .safetensors file in place of the download")
 
     def build(self, *, model: str | None = None, device: str | torch.device = "cpu") -> Aesthetic:
-        variant = self.variant or ("embedded" if is_emoji_sd(model) else "v2")
+        variant = self.variant or ("embedded" if is_emoji_model(model) else "v2")
         file = Path(self.head).expanduser() if self.head else head_file(variant)
         note(file)
         scorer = load_head(file)  # before CLIP: smaller, fails sooner

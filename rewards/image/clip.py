@@ -2,7 +2,7 @@
 
 A CLIP is named by a string:
 
-- ``emoji-clip``: the embedded one, the default for ``emoji-sd``;
+- ``emoji-clip``: the embedded one, the default for ``emoji-sd`` and ``emoji-flow``;
 - a folder or Hub id of a transformers CLIPModel, such as ``openai/clip-vit-large-patch14`` (the default otherwise);
 - ``open_clip:ARCHITECTURE/WEIGHTS``, such as ``open_clip:ViT-B-32/laion2b_s34b_b79k``; WEIGHTS is a tag that open_clip
   knows or a checkpoint file. Needs ``pip install 'diffusion-align[open-clip]'``.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PlainValidator
 
+from diffusion_align.assets import EMBEDDED_PIPELINES
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.rewards.base import RewardError, foreign_code
 from diffusion_align.rewards.networks import (
@@ -46,13 +47,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def default_clip(model: str | None) -> str:
-    """The CLIP that judges ``model``: the embedded one for ``emoji-sd``, ViT-L/14 for everything else."""
-    return EMOJI_CLIP if is_emoji_sd(model) else VIT_L_14
+    """The CLIP that judges ``model``: the embedded one for the embedded models, ViT-L/14 for everything else."""
+    return EMOJI_CLIP if is_emoji_model(model) else VIT_L_14
 
 
-def is_emoji_sd(model: str | None) -> bool:
-    """Whether ``model`` names the embedded diffusion model."""
-    return model is not None and Path(str(model)).name == "emoji-sd"
+def is_emoji_model(model: str | None) -> bool:
+    """Whether ``model`` names an embedded image model."""
+    return model is not None and Path(str(model)).name in EMBEDDED_PIPELINES
 
 
 def model_for_images(sizes: Iterable[tuple[int, int]]) -> str | None:

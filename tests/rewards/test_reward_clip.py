@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional
 
-from diffusion_align.assets import asset_path
+from diffusion_align.assets import EMBEDDED_PIPELINES, asset_path
 from diffusion_align.rewards import RewardError, build_reward, check_reward
 from diffusion_align.rewards.image.clip import VIT_L_14, default_clip, load_clip, preprocess
 from tests.helpers.rewarding import check_gradient, refusal, save_clip, save_open_clip, score
@@ -202,7 +202,8 @@ def test_gradients_flow_to_the_pixels_and_to_nothing_else(emoji):
 
 
 def test_the_model_chooses_the_clip():
-    assert default_clip("emoji-sd") == default_clip(str(asset_path("emoji-sd"))) == "emoji-clip"
+    for name in EMBEDDED_PIPELINES:
+        assert default_clip(name) == default_clip(str(asset_path(name))) == "emoji-clip"
     assert default_clip("stabilityai/stable-diffusion-2-1") == default_clip(None) == VIT_L_14
 
 
