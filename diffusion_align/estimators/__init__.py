@@ -55,6 +55,7 @@ from diffusion_align.estimators.preference import (
     simpo_loss,
     trajectory_dpo_loss,
 )
+from diffusion_align.estimators.trust_region import divergence_mask, guarded_ratio
 
 
 def __getattr__(name: str) -> object:
