@@ -244,7 +244,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         pipeline.to(device or default_device())
         sampler = SamplerConfig(steps=20, guidance_scale=2.0, eta=0.0) if ref.base in EMBEDDED_PIPELINES else None
         if ref.run is not None:
-            sampler = SamplerConfig(**(ref.settings.get("sampler") or {}))
+            sampler = SamplerConfig(**(ref.settings.get("sampler") or {})).preview
         pipe = cls(pipeline, model=ref.base, sampler=sampler)
         for name in OF_SAMPLES:
             setattr(pipe, name, ref.settings.get(name))
@@ -395,7 +395,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             for encoder in text_encoders(self.pipeline):
                 encoder.to(getattr(self.pipeline, trained).device)
         trainer.optimization.load_ema_weights()
-        self.sampler, self.run, self._called = config.sampler, config.output_dir, str(config.output_dir)
+        self.sampler, self.run, self._called = config.sampler.preview, config.output_dir, str(config.output_dir)
         for name in OF_SAMPLES:
             setattr(self, name, getattr(trainer.config, name))
         self._below = (below or str(config.model)) if config.lora else str(config.output_dir)

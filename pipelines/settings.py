@@ -59,6 +59,12 @@ class SamplerSettings(TypedDict, total=False):
     """noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"""
     guidance_scale: float
     """scale of classifier-free guidance; 1 switches it off"""
+    noisy_steps: int | None
+    """with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
+    noisy_range: Sequence[float]
+    """part of the stochastic steps, from noise (0) to image (1), in which those lie"""
+    noisy_order: Literal["random", "progressive"]
+    """where they lie: random in each epoch, or progressive, one step closer to the image each"""
     options: Mapping[str, Any]
     """further options of your own sampler"""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -24,11 +24,12 @@ from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, replay, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
 from diffusion_align.diffusion.settings import EVERY_LATER_STEP, DDPOConfig
-from diffusion_align.diffusion.trained_steps import trained_steps
+from diffusion_align.diffusion.trained_steps import outweighing_step, trained_steps
 from diffusion_align.diffusion.trainer import Collected, DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition, nats_per_squared_error
+from diffusion_align.diffusion.windows import mix, window
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     PromptStatistics,
@@ -42,7 +43,7 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.rewards.base import part_weights
 from diffusion_align.training.callbacks import Callback
-from diffusion_align.training.context import EpochCost, Lines
+from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric, first_pass_deviation, ratio_statistics
@@ -110,6 +111,13 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
 
     config: DDPOConfig
     config_class = DDPOConfig
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "first_noisy_step": Metric(
+            "First step of the window",
+            "step",
+            "Where the noisy steps, which alone are trained on, begin; 0 is the step from pure noise.",
+        ),
+    }
 
     def __init__(
         self,
@@ -126,13 +134,35 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         apart = config.experimental.multi_objective_aggregation == "normalize_then_sum"
         self.weights = part_weights(reward) if apart else torch.ones(1)
         self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
-        self._kl_weights = nats_per_squared_error(self.exact_schedule)[self.trained_steps]
+        self._noisy, self._nats = self.schedule, nats_per_squared_error(self.exact_schedule)
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high, self.clip_nats = config.clip_bounds(self.dimensions)
         self._probes: KLProbes | None = None
+        self._place_window()
 
     @classmethod
-    def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
+    def trained_schedule(
+        cls, config: Any, scheduler: Any, set_timesteps: SetTimesteps | None = None
+    ) -> DiffusionSchedule:
+        sampler, schedule = config.sampler, super().trained_schedule(config, scheduler, set_timesteps)
+        if sampler.noisy_steps is not None:
+            quiet = sampler.quiet.schedule(scheduler, set_timesteps)
+            if len(quiet.stochastic_steps):
+                raise ConfigError([f"sampler.{sampler.always_noisy}"])
+        return schedule
+
+    @classmethod
+    def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule, epoch: int = 0) -> Tensor:
+        """Those of ``epoch``, of which a window lies elsewhere in each."""
+        sampler = config.sampler
+        if sampler.noisy_steps is not None:
+            steps = trained_steps(schedule, sampler.noisy_range)
+            if len(steps) < sampler.noisy_steps:
+                within = "" if sampler.noisy_range is None else f" with noisy_range={list(sampler.noisy_range)}"
+                left = f"sampler.steps={sampler.steps}{within} leaves {len(steps)} of the stochastic steps"
+                few = f"fewer than noisy_steps={sampler.noisy_steps}: lower it, or use more steps or a wider range"
+                raise ConfigError([f"{left}, {few}"])
+            return window(steps, sampler.noisy_steps, order=sampler.noisy_order, seed=config.seed, epoch=epoch)
         steps = trained_steps(schedule, config.timestep_range)
         if not len(steps):
             within = "" if config.timestep_range is None else f" with timestep_range={list(config.timestep_range)}"
@@ -142,14 +172,25 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             raise ConfigError([EVERY_LATER_STEP])
         return steps
 
+    @staticmethod
+    def outweighing_step(config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None) -> str | None:
+        """See ``DenoisingTrainer``; with a window one of all the steps among which it may lie."""
+        sampler = config.sampler
+        if schedule is None or sampler.noisy_steps is None:
+            return DenoisingTrainer.outweighing_step(config, schedule, steps)
+        return outweighing_step(schedule, trained_steps(schedule, sampler.noisy_range), setting="sampler.noisy_range")
+
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         every = super().epoch_cost(config, steps)
-        count = config.sampler.steps if steps is None else len(steps)
+        count = (config.sampler.noisy_steps or config.sampler.steps) if steps is None else len(steps)
         actions = every.units * max(1, round(config.timestep_fraction * count))
         passes = every.width * actions
+        name, images = every.what
+        noisy = f", {count} of them noisy" if config.sampler.noisy_steps else ""
         return replace(
             every,
+            what=(name, images + noisy),
             actions=actions,
             trained=passes * config.inner_epochs,
             reference=passes if config.kl_coef > 0 else 0,
@@ -168,9 +209,17 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""
-        config, record = self.config, self._recorded_steps
-        collected = self.sample(group_size=config.group_size, record=record, reduction=config.logp_reduction)
-        return collected, collected.metrics
+        config = self.config
+        self._place_window()
+        collected = self.sample(
+            group_size=config.group_size,
+            record=self._recorded_steps,
+            reduction=config.logp_reduction,
+            schedule=self.schedule,
+        )
+        if config.sampler.noisy_steps is None:
+            return collected, collected.metrics
+        return collected, collected.metrics | {"first_noisy_step": float(self.trained_steps[0])}
 
     def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
@@ -271,6 +320,13 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         super().load_extra_state(state)
         for one, saved in zip(self.statistics, state["statistics"], strict=True):
             one.load_state_dict(saved)
+
+    def _place_window(self) -> None:
+        """Where ``schedule`` is noisy in this epoch, ``trained_steps``, and in what proportion their KLs are."""
+        self.trained_steps = self.steps_trained_on(self.config, self.exact_schedule, self.epoch)
+        self._kl_weights = self._nats[self.trained_steps]
+        if self.config.sampler.noisy_steps is not None:
+            self.schedule = mix(self._noisy, self.sampling_schedule, self.trained_steps)
 
     def _recorded_steps(self, sample: int) -> Tensor:
         """(K,) those of the trained steps that are recorded of global ``sample`` in this epoch, sorted."""

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from diffusion_align.training.evaluation import Evaluation
 
 
+NoisyOrder = Literal["random", "progressive"]
+
+
 class SamplerConfig(Section):
     """How images are sampled, in training and for the grids."""
 
@@ -52,6 +55,21 @@ class SamplerConfig(Section):
     )
     guidance_scale: float = Field(
         5.0, ge=1, le=LARGEST, description="scale of classifier-free guidance; 1 switches it off"
+    )
+    noisy_steps: int | None = Field(
+        None,
+        ge=1,
+        le=MOST,
+        description="with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; "
+        "null is all",
+    )
+    noisy_range: tuple[Weight, Weight] | None = Field(
+        None,
+        description="part of the stochastic steps, from noise (0) to image (1), in which those lie; null as of "
+        "timestep_range",
+    )
+    noisy_order: NoisyOrder = Field(
+        "random", description="where they lie: random in each epoch, or progressive, one step closer to the image each"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further options of your own sampler")
 
@@ -78,11 +96,39 @@ class SamplerConfig(Section):
             yield f"eta={self.eta:g} has no effect with name={named}, whose noise is noise_level: leave it out"
         if self.name == "cps" and self.noise_level is not None and self.noise_level > 1:
             yield f"noise_level={self.noise_level:g} is more than 1, the most that name=cps has: lower it"
+        yield from _range_checks(self.noisy_range, "noisy_range")
+        if self.noisy_steps is None:
+            for name in (name for name, plain in _NO_WINDOW.items() if getattr(self, name) != plain):
+                value = getattr(self, name)
+                shown = list(value) if isinstance(value, tuple) else value
+                yield f"{name}={shown} has no effect without noisy_steps: set that as well, or leave {name} out"
+        elif self.noisy_steps > self.steps:
+            yield f"noisy_steps={self.noisy_steps} is more than steps={self.steps}: lower it"
+        elif self.name == "ddpm":
+            yield self.always_noisy
 
     @property
     def noise_setting(self) -> str:
         """The setting that scales the noise of the sampler: eta or noise_level."""
         return "noise_level" if self.name in NOISE_LEVELS else "eta"
+
+    @property
+    def always_noisy(self) -> str:
+        """Sentence about a sampler whose steps cannot be made deterministic."""
+        return (
+            f"noisy_steps={self.noisy_steps} needs a sampler that is deterministic with eta=0, and name={self.name} is "
+            "not: use name=ddim, or leave noisy_steps out"
+        )
+
+    @property
+    def quiet(self) -> SamplerConfig:
+        """The same steps without any noise."""
+        return self.model_copy(update={self.noise_setting: 0.0, **_NO_WINDOW})
+
+    @property
+    def preview(self) -> SamplerConfig:
+        """How previews, evaluations and the trained pipeline sample: ``quiet`` where training has a window."""
+        return self if self.noisy_steps is None else self.quiet
 
     @property
     def is_deterministic(self) -> bool:
@@ -110,6 +156,16 @@ class SamplerConfig(Section):
         noise = {"eta": self.eta} if self.noise_level is None else {"eta": self.eta, "noise_level": self.noise_level}
         options = {**noise, **self.options}
         return build_schedule(scheduler, self.steps, sampler=self.name, options=options, set_timesteps=set_timesteps)
+
+
+_NO_WINDOW: dict[str, Any] = {
+    name: SamplerConfig.model_fields[name].default for name in ("noisy_steps", "noisy_range", "noisy_order")
+}
+
+
+def _range_checks(steps: tuple[float, float] | None, setting: str = "timestep_range") -> Iterator[str]:
+    if steps is not None and not 0 <= steps[0] < steps[1] <= 1:
+        yield f"{setting}={list(steps)} must be two numbers 0 <= first < last <= 1"
 
 
 LORA_LAYERS = ("attention", "feed_forward", "convolutions")
@@ -193,6 +249,8 @@ class DenoisingConfig(PolicyConfig):
     """What every method that trains a diffusion model has."""
 
     model_kind = "image"
+    trains_sampled_steps: ClassVar[bool] = False
+    """Whether the steps that are trained on are those that the sampler has taken."""
     aliases: ClassVar = {"train_resolution": "resolution"}
 
     show_prompts: list[str] | None = Field(
@@ -299,6 +357,11 @@ class DenoisingConfig(PolicyConfig):
         yield from negative_prompt_checks(self.negative_prompt, self.sampler.guidance_scale, "sampler.guidance_scale")
         if self.resolution is not None:
             yield f"resolution={self.resolution} sets height and width, which are given as well: leave it, or them, out"
+        if self.sampler.noisy_steps is not None and not self.trains_sampled_steps:
+            yield (
+                f"sampler.noisy_steps={self.sampler.noisy_steps} is for methods that train on the steps they sampled, "
+                "such as ddpo: leave it out"
+            )
         yield from self.stop_when.unmeasured(self.evaluation)
         if self.stop_when.diversity_below is not None and self.evaluation is None:
             yield "stop_when.diversity_below needs evaluations: set evaluation, or leave it out"
@@ -331,11 +394,6 @@ EVERY_LATER_STEP = (
 )
 
 
-def _range_checks(steps: tuple[float, float] | None) -> Iterator[str]:
-    if steps is not None and not 0 <= steps[0] < steps[1] <= 1:
-        yield f"timestep_range={list(steps)} must be two numbers 0 <= first < last <= 1"
-
-
 class ExperimentalDDPO(ExperimentalAdvantages):
     """Rarely used settings of DDPO."""
 
@@ -348,6 +406,7 @@ class DDPOConfig(DenoisingConfig):
     Settings of ``DDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
     """
 
+    trains_sampled_steps = True
     aliases: ClassVar = {
         "beta": "kl_coef",
         "epsilon": "clip_range",
@@ -422,6 +481,17 @@ class DDPOConfig(DenoisingConfig):
             )
         yield from self.experimental.bounds_checks()
         yield from _range_checks(self.timestep_range)
+        if self.sampler.noisy_steps is not None:
+            if self.timestep_range is not None:
+                yield (
+                    f"timestep_range={list(self.timestep_range)} has no effect with sampler.noisy_steps, which are all "
+                    "trained on: set sampler.noisy_range instead"
+                )
+            if self.timestep_fraction < 1:
+                yield (
+                    f"timestep_fraction={self.timestep_fraction:g} has no effect with sampler.noisy_steps, which are "
+                    "all trained on: lower sampler.noisy_steps instead"
+                )
         ends_early = self.timestep_range is not None and self.timestep_range[1] < 1
         if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or ends_early):
             yield EVERY_LATER_STEP

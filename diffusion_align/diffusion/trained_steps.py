@@ -30,10 +30,12 @@ def trained_steps(schedule: DiffusionSchedule, timestep_range: tuple[float, floa
     return steps[:-1] if last_outweighs else steps
 
 
-def outweighing_step(schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting = "exact") -> str | None:
+def outweighing_step(
+    schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting = "exact", *, setting: str = "timestep_range"
+) -> str | None:
     """A sentence about the one of the trained ``steps`` (S,) that outweighs the others together, if one does.
 
-    ``weighting``: of the steps, see ``step_scales``.
+    ``weighting``: of the steps, see ``step_scales``. ``setting``: by which it can be left out.
     """
     if len(steps) < 2:
         return None
@@ -43,7 +45,7 @@ def outweighing_step(schedule: DiffusionSchedule, steps: Tensor, weighting: Weig
     return (
         f"step {int(steps[place]) + 1} of {len(schedule)} holds {100 * float(share):.3g} % of the KL that equal errors "
         f"of the network make in the {len(steps)} trained steps, so ratio and KL are mostly its own: leave it out with "
-        "timestep_range, or take more steps"
+        f"{setting}, or take more steps"
     )
 
 

@@ -70,7 +70,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         accelerator, callbacks: see ``Trainer``.
 
     Attributes:
-        sampling_schedule, schedule: of sampling, and of the steps that are trained on; on the device.
+        sampling_schedule, schedule: of previews and evaluations, and of the steps that are trained on; on the device.
         trained_steps: (S,) on the CPU, those of ``schedule`` that are trained on.
     """
 
@@ -85,7 +85,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             "How far the policy is from the reference at one step of an image.",
         ),
         "kl_path": Metric(
-            "KL to the reference, per path",
+            "KL to the reference, all trained steps",
             "nats over all trained steps",
             "The same, summed over the steps that are trained on.",
         ),
@@ -106,7 +106,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         self.policy, self.reward, self.prompts = policy, reward, list(prompts)
         scheduler, device = policy.pipeline.scheduler, self.accelerator.device
         setter = policy.timesteps_setter()
-        self.sampling_schedule = config.sampler.schedule(scheduler, setter).to(device)
+        self.sampling_schedule = config.sampler.preview.schedule(scheduler, setter).to(device)
         self.exact_schedule = self.trained_schedule(config, scheduler, setter)
         self.schedule = self.exact_schedule.to(device)
         self.trained_steps = self.steps_trained_on(config, self.exact_schedule)
@@ -211,14 +211,20 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         return self.policy.dropout
 
     def sample(
-        self, *, group_size: int = 1, record: Callable[[int], Tensor] | None = None, reduction: Reduction = "mean"
+        self,
+        *,
+        group_size: int = 1,
+        record: Callable[[int], Tensor] | None = None,
+        reduction: Reduction = "mean",
+        schedule: DiffusionSchedule | None = None,
     ) -> Collected:
         """Sample this process's part of an epoch and score each batch, in the background where a reward runs there.
 
         Args:
             group_size: samples in a row of each of the epoch's prompts.
-            record: global sample index -> (K,) steps of ``sampling_schedule`` to keep; None keeps all stochastic ones.
+            record: global sample index -> (K,) steps of the schedule to keep; None keeps all stochastic ones.
             reduction: of the recorded log-probs.
+            schedule: on the device; None is ``sampling_schedule``.
 
         Raises:
             RewardError, TrainingError, Interrupted: see ``sample_and_score``.
@@ -227,12 +233,13 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         config, own, parts = self.config, self.local_samples, reward_parts(self.reward)
         prompts = items_of_epoch(self.prompts, config.seed, self.epoch, config.samples_per_epoch // group_size)
         samples = [prompt for prompt in prompts for _ in range(group_size)]
+        schedule = self.sampling_schedule if schedule is None else schedule
 
         def sample(batch: range) -> tuple[Trajectory, Calls]:
             texts = [samples[i][0] for i in batch]
             path = rollout(
                 self.policy,
-                self.sampling_schedule,
+                schedule,
                 self.policy.encode(texts),
                 [generator(config.seed, "noise", self.epoch, i) for i in batch],
                 record=None if record is None else torch.stack([record(i) for i in batch]),
@@ -245,7 +252,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             return path, calls
 
         batches = -(-len(own) // config.sample_batch_size)
-        with self.bars.task("  sampling", batches * len(self.sampling_schedule)) as advance:
+        with self.bars.task("  sampling", batches * len(schedule)) as advance:
             paths, scores, waited = sample_and_score(own, config.sample_batch_size, sample, self.processes)
         rewards = (scores * part_weights(self.reward).to(scores)).sum(dim=1)
         metrics = {**reward_metrics(rewards), "time/score": waited}

@@ -340,6 +340,11 @@ def _image_code(
 ) -> str:
     """Lines that sample an image with diffusers as the run's own sampler does."""
     sampler = {"name": "ddim", "steps": 50, "eta": 1.0, "guidance_scale": 5.0} | (settings.get("sampler") or {})
+    window, eta = "", min(sampler["eta"], LARGEST_ETA)
+    if sampler.get("noisy_steps") is not None:
+        window, eta = ".preview", 0.0
+    else:
+        sampler = {name: value for name, value in sampler.items() if not name.startswith("noisy_")}
     scheduler = diffusers_scheduler(sampler["name"], pipeline.scheduler)
     pipeline_class = pipeline.kind
     if lora and is_one_file(below.base) and pipeline_class == "DiffusionPipeline":
@@ -375,13 +380,13 @@ def _image_code(
     )
     if scheduler is None:
         extra += ", generator=[torch.Generator().manual_seed(0)]"
-        lines.append(f"pipeline.scheduler = scheduler_of(SamplerConfig(**{sampler}), pipeline.scheduler)")
+        lines.append(f"pipeline.scheduler = scheduler_of(SamplerConfig(**{sampler}){window}, pipeline.scheduler)")
     else:
         config = '{"clip_sample": False, **pipeline.scheduler.config}'
         lines.append(f"pipeline.scheduler = {scheduler}.from_config({config})")
     lines.append(
         f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
-        f"guidance_scale={sampler['guidance_scale']}, eta={min(sampler['eta'], LARGEST_ETA)}{extra}).images[0]"
+        f"guidance_scale={sampler['guidance_scale']}, eta={eta}{extra}).images[0]"
     )
     return "\n".join(lines)
 

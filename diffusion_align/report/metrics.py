@@ -18,7 +18,7 @@ _FAR = "How far the policy was from the reference"
 IMAGE_KL = {
     "kl": ("KL to the reference, per step", "nats per step", f"{_FAR}, for one step."),
     "kl_path": (
-        "KL to the reference, whole path",
+        "KL to the reference, all trained steps",
         "nats over all trained steps",
         "The same, over all trained steps.",
     ),

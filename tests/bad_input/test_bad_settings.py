@@ -47,6 +47,12 @@ CASES = cases("""
     clip_std=[1.0, 0.5]
     clip_std=[-1.0, 0.5]
     credit=to_go; timestep_fraction=0.5; kl_coef=0.1
+    sampler.noisy_order=progressive; sampler.noisy_range=[0, 0.5]
+    sampler.noisy_range=[0.5, 0.5]; sampler.noisy_steps=2
+    sampler.noisy_steps=60
+    sampler.noisy_steps=2; sampler.name=ddpm
+    sampler.noisy_steps=2; sampler.eta=0
+    sampler.noisy_steps=2; timestep_range=[0, 0.5]; timestep_fraction=0.5
     show_prompts=[]
     # model
     model=emoji-ds
@@ -102,6 +108,7 @@ OUT_OF_RANGE = cases("""
     keep_checkpoints=0
     grid_every=-1
     sampler.steps=0
+    sampler.noisy_steps=0
     sampler.guidance_scale=-1
     lora.rank=0
     lora.alpha=0

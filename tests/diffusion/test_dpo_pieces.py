@@ -973,10 +973,12 @@ WRONG = {
         {"show_prompts": []},
         *({"step_draw": draw} for draw in ("lognormal", "logit-normal", 1, None)),
         {"step_draw": "logit_normal", "stop_when": {"kl_above": 1.0}},
+        {"sampler": {"noisy_steps": 2}},
     ],
     "online": [
         *({"reward": None}, {"prompts": None}, {"group_size": 3}),
         *({"target": "logged"} | more for more in ({"sampler": {"eta": 0.0}}, {"caption_dropout": 0.1})),
+        {"sampler": {"noisy_steps": 2}},
     ],
 }
 

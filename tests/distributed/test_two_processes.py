@@ -71,6 +71,7 @@ def assert_same_rows(folders, tolerance):
             "width": 24,
             "negative_prompt": "dark",
         },
+        {"sampler": {"steps": 5, "guidance_scale": 1.0, "noisy_steps": 2}, "inner_epochs": 1},
         {"optimizer": "adafactor", "ema_decay": 0.9, "ema_offload": True},
         {"gradient_checkpointing": True, "vae_slicing": True, "vae_tiling": True, "height": 24},
         {
@@ -84,6 +85,7 @@ def assert_same_rows(folders, tolerance):
         "sdpa, channels last",
         "emoji-sd",
         "groups, kl, some steps, a size and a negative prompt",
+        "a window of steps",
         "adafactor, averaged",
         "saving memory",
         "two rewards, five images evaluated",

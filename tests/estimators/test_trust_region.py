@@ -190,7 +190,9 @@ def test_with_a_bound_of_0_nats_nothing_is_trained_after_a_step_in_every_actions
 
 def test_no_gradient_flows_through_the_mask():
     logp = randn(3).requires_grad_()
-    assert not divergence_mask(logp, randn(3, seed=1), randn(3, seed=2), randn(3, seed=3).abs(), bound=0.1).requires_grad
+    assert not divergence_mask(
+        logp, randn(3, seed=1), randn(3, seed=2), randn(3, seed=3).abs(), bound=0.1
+    ).requires_grad
 
 
 def test_bad_input_is_named():

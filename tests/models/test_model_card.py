@@ -225,6 +225,7 @@ ONE_FILE = {"model": "x.safetensors", "base_config": "a/b"}
         ({}, {"location": "me/red"}, f'load_lora_weights("me/red", weight_name="{LORA_FILE}")'),
         ({"sampler": {"name": "ddpm", "steps": 4}}, {}, "DDPMScheduler.from_config"),
         ({"sampler": {"name": "ddim", "steps": 4, "eta": 1.0}}, {}, f"eta={LARGEST_ETA})"),
+        ({"sampler": {"steps": 4, "noisy_steps": 2}}, {}, "num_inference_steps=4, guidance_scale=5.0, eta=0.0)"),
         ({}, {}, 'pipeline("a red apple", num_inference_steps=7, guidance_scale=3.0, eta=0.5)'),
         ({"show_prompts": ["a dog"]}, {}, 'pipeline("a dog"'),
         ({"show_prompts": ["/imagine a dog/cat"]}, {}, 'pipeline("/imagine a dog/cat"'),

@@ -246,7 +246,7 @@ def test_the_plots_of_each_method(tmp_path):
         "Accuracy; Score, chosen − rejected; Scores"
     )
     image = plots_of(make_run(tmp_path / "ddpo", method="ddpo", rows=ROWS, own="sampler: {steps: 10}"))
-    assert "KL to the reference, per step; KL to the reference, whole path; Price of the KL" in image
+    assert "KL to the reference, per step; KL to the reference, all trained steps; Price of the KL" in image
     # A run says itself what its metrics mean; what no plot of the report shows has one of its own.
     folder = make_run(tmp_path / "own", method="file.py:Own", rows=[row | {"weight_largest": 2.0} for row in ROWS])
     described = {"title": "Largest weight", "unit": "times the mean", "reading": "One sample alone is too few."}
