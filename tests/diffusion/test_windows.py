@@ -1,4 +1,4 @@
-"""Windows of noisy steps: where they lie, the schedule they make, and what DDPO samples, records and trains with them."""
+"""Windows of noisy steps: where they lie, the schedule they make, what DDPO samples, records and trains with them."""
 
 import json
 from dataclasses import fields
