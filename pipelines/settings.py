@@ -61,8 +61,8 @@ class SamplerSettings(TypedDict, total=False):
     """scale of classifier-free guidance; 1 switches it off"""
     noisy_steps: int | None
     """with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
-    noisy_range: Sequence[float]
-    """part of the stochastic steps, from noise (0) to image (1), in which those lie"""
+    noisy_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), in which those lie; null as of timestep_range"""
     noisy_order: Literal["random", "progressive"]
     """where they lie: random in each epoch, or progressive, one step closer to the image each"""
     options: Mapping[str, Any]
