@@ -243,6 +243,10 @@ class ModelFamily(ABC):
         if problems:
             raise ConfigError(problems)
 
+    def as_in_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, H, W) in the shape in which the pipeline's own call has them while it denoises."""
+        return latents
+
     def patch_size(self, config: Mapping[str, Any]) -> int:
         """Latents along a side of what is one token to the network."""
         return config.get("patch_size") or 1

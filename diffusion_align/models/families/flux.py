@@ -47,6 +47,9 @@ class Flux(FlowFamily):
         if settings.get("t5") is False:
             yield "t5=false is for Stable Diffusion 3, and a FLUX model reads its prompts with T5 alone: leave it out"
 
+    def as_in_pipeline(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
     def patch_size(self, config: Mapping[str, Any]) -> int:
         return PATCH
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffusion_align.errors import ConfigError
 from diffusion_align.models.families.contract import Conditioning
 from diffusion_align.models.families.flow import FlowFamily
+from diffusion_align.models.families.flow_matching import set_spaced_timesteps
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,9 @@ class StableDiffusion3(FlowFamily):
         ]
         if problems:
             raise ConfigError(problems)
+
+    def set_timesteps(self, scheduler: Any, steps: int, tokens: int | None) -> None:
+        set_spaced_timesteps(scheduler, steps, tokens)
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         states, _, pooled, _ = pipeline.encode_prompt(
