@@ -289,4 +289,7 @@ def _on_meta(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 
 
 def _size(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    """Numbers in the file of its weights, where the table of positions of a transformer is, too."""
+    stored = network.state_dict()
+    buffers = (buffer for name, buffer in network.named_buffers() if name in stored)
+    return sum(tensor.numel() for tensor in (*network.parameters(), *buffers))

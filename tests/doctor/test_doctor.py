@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from diffusion_align.assets import EMBEDDED_PIPELINES
 from diffusion_align.diffusion.schedule import select_step_range
 from diffusion_align.doctor import cost_report as costs
 from diffusion_align.doctor import describe as doctor
@@ -537,7 +538,10 @@ def test_the_models_of_rewards(report, tiny_sd, tmp_path, empty_cache, monkeypat
     first, second = found["  files"].split("; ")
     assert first == "openai/clip-vit-large-patch14: not in the cache"
     assert re.fullmatch(r"owner/heads: in the cache, [\d.]+ MB", second)
-    assert "  files" not in report(model="emoji-sd", reward="aesthetic")[0]
+    for name in EMBEDDED_PIPELINES:
+        found, _ = report(model=name, reward="aesthetic")
+        assert "  files" not in found
+        assert found["parameters"] == "as many in the files as the configurations describe, in float16"
     head = tmp_path / "head.safetensors"
     save_file({"weight": torch.zeros(1, 4), "bias": torch.zeros(1)}, head)
     found, _ = report(model=str(tiny_sd), reward={"name": "aesthetic", "head": str(head), "clip": "some/clip"})
