@@ -37,7 +37,7 @@ def ddim(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:
     to 1, or (T,) of them.
     """
     levels = flow_levels(scheduler, steps) if is_flow(scheduler.config) else _ddim_levels(scheduler, steps)
-    return levels.preserving_step(eta_of(options) * (levels.noise_s * (1 - levels.snr_ratio)).sqrt())
+    return levels.preserving_step(eta_of(options) * levels.variance.sqrt())
 
 
 def _ddim_levels(scheduler: Any, steps: int) -> NoiseLevels:
@@ -57,7 +57,7 @@ def _ddim_levels(scheduler: Any, steps: int) -> NoiseLevels:
     alphas_cumprod = source.alphas_cumprod.double()
     ab_t = alphas_cumprod[timesteps]
     ab_s = torch.where(following >= 0, alphas_cumprod[following.clamp(min=0)], source.final_alpha_cumprod.double())
-    return NoiseLevels(timesteps, ab_t, 1 - ab_t, ab_s, 1 - ab_s)
+    return NoiseLevels(timesteps, ab_t, 1 - ab_t, ab_s, 1 - ab_s, added=1 - ab_t / ab_s)
 
 
 def ddpm(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Step:

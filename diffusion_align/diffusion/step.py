@@ -37,21 +37,27 @@ class Step:
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Both ends of T steps, (T,) each, float64: ``signal = alpha**2`` and ``noise = sigma**2`` at x_t and at x_s."""
+    """Both ends of T steps, (T,) each, float64: ``signal = alpha**2`` and ``noise = sigma**2`` at x_t and at x_s.
+
+    ``added`` is the variance that noising adds from x_s to x_t, ``noise_t - signal_t / signal_s * noise_s``.
+    """
 
     timestep: Tensor
     signal_t: Tensor
     noise_t: Tensor
     signal_s: Tensor
     noise_s: Tensor
+    added: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """(T,) of the posterior q(x_s | x_t, x_0): ``noise_s (1 - SNR_t / SNR_s)``."""
+        return (self.noise_s / self.noise_t * self.added).clamp(min=0)
 
     @property
     def snr_ratio(self) -> Tensor:
-        """(T,) from 0 to 1: signal-to-noise ratio of x_t over that of x_s, ``(alpha_t sigma_s / alpha_s sigma_t)**2``.
-
-        0 in a step to the data or from pure noise, near 1 in a short step.
-        """
-        return (self.signal_t * self.noise_s / (self.signal_s * self.noise_t)).clamp(max=1)
+        """(T,) SNR_t / SNR_s, of the signal-to-noise ratios: 0 in a step to the data or from pure noise, 1 at most."""
+        return (1 - self.added / self.noise_t).clamp(min=0, max=1)
 
     def step(self, x_0_weight: Tensor, eps_weight: Tensor, x_t_weight: Tensor, std: Tensor) -> Step:
         """Steps between these levels."""
@@ -78,7 +84,8 @@ def flow_levels(scheduler: Any, steps: int) -> NoiseLevels:
     if len(sigmas) != steps + 1:
         raise ValueError(f"steps={steps} differs from the {len(sigmas) - 1} that the scheduler is set to")
     t, s = sigmas[:-1], sigmas[1:]
-    return NoiseLevels(scheduler.timesteps.cpu(), (1 - t) ** 2, t**2, (1 - s) ** 2, s**2)
+    added = t**2 - ((1 - t) / (1 - s)) ** 2 * s**2
+    return NoiseLevels(scheduler.timesteps.cpu(), (1 - t) ** 2, t**2, (1 - s) ** 2, s**2, added)
 
 
 def eta_of(options: Mapping[str, Any]) -> Tensor:
