@@ -109,12 +109,13 @@ def print_aligned(lines: list[tuple[str, str]]) -> None:
     a value heads those that follow."""
     import textwrap
 
-    width = min(72, max(24, console.width - 28)) if console.is_terminal else 72
+    column = max(26, *(len(name) + 2 for name, _ in lines))
+    width = min(98 - column, max(24, console.width - column - 2)) if console.is_terminal else 98 - column
     for name, value in lines:
         if not value:
             console.print(f"\n[bold]{name}[/bold]", highlight=False)
         for i, part in enumerate(textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)):
-            console.print(f"  {name if i == 0 else '':<26}{part}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"  {name if i == 0 else '':<{column}}{part}", highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.doctor.cost_report import RewardModels, describe_costs
-from diffusion_align.doctor.estimate import evaluation_passes
+from diffusion_align.doctor.estimate import evaluation_passes, passes_as_counted
 from diffusion_align.doctor.known_models import PUBLISHED_REWARDS
 from diffusion_align.doctor.model_files import ModelFiles, cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.methods import DEFAULT, method_of
+from diffusion_align.models.families.flow_matching import dynamic_shift
 from diffusion_align.pipelines.configuration import read_config, read_settings, shipped_configs
 from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import IMAGES, REWARDS, declare, reward_name
@@ -150,9 +151,9 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         problems.append(str(error))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("steps", f"not known: {first_line(error)}"))
-    dimensions = _dimensions(config, model)
-    cost = method.epoch_cost(config, steps)
-    lines += _describe_epoch(config, cost, evaluation_passes(config), f"{family.network_title} ")
+    dimensions, counted = _dimensions(config, model), passes_as_counted(config, family)
+    cost = method.epoch_cost(counted, steps)
+    lines += _describe_epoch(config, cost, evaluation_passes(counted), f"{family.network_title} ")
     # An update takes whole images or pairs; with settings that are not allowed there may be none.
     each = math.ceil(cost.units / config.updates_per_epoch) * (cost.actions // max(1, cost.units))
     batches = f"{math.ceil(each / config.micro_batch_size)} of {config.micro_batch_size}"
@@ -160,11 +161,12 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         ("steps per update", f"{each} of all processes together, its effective batch"),
         ("micro-batches per update", f"{batches}, their gradients added up; shared among the processes"),
     ]
+    lines += _tokens(config, model)
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []
     if not network or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
     try:
-        lines += describe_costs(config, model, cost, reward_models(config, model.origin or config.model))
+        lines += describe_costs(counted, model, cost, reward_models(config, model.origin or config.model))
     except Exception as error:  # a configuration of somebody's own may hold anything
         lines.append(("memory and time", f"not estimated: {first_line(error)}"))
     return lines, problems
@@ -173,11 +175,11 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
 def _latent_size(config: Any, model: ModelFiles) -> tuple[int, int] | None:
     """(H, W) of a latent, if that is known."""
     network, vae = model.configs.get(model.family.network), model.configs.get("vae")
-    if not network or not vae or not network.get("sample_size"):
+    if not network or not vae:
         return None
     try:
         return model.family.latent_size(network, vae, height=config.height, width=config.width)
-    except ConfigError:  # which is among the settings' problems
+    except (ConfigError, KeyError):  # the first is among the settings' problems; the second, its own size is missing
         return None
 
 
@@ -185,6 +187,17 @@ def _dimensions(config: Any, model: ModelFiles) -> int | None:
     """Numbers in a latent, if that is known."""
     size = _latent_size(config, model)
     return None if size is None else math.prod(model.family.latent_shape(model.configs[model.family.network], size))
+
+
+def _tokens(config: Any, model: ModelFiles) -> Lines:
+    """How long the sequence is that a transformer attends to, and what its schedule of noise makes of that."""
+    size, scheduler = _latent_size(config, model), model.configs.get("scheduler", {})
+    tokens = size and model.family.image_tokens(model.configs[model.family.network], size)
+    if not tokens:
+        return []
+    shifted = scheduler.get("use_dynamic_shifting")
+    shift = f"; noise levels are shifted for so many, mu={dynamic_shift(scheduler, tokens):.3g}" if shifted else ""
+    return [("tokens", f"{tokens} per image and {model.family.prompt_tokens(model.configs)} per prompt{shift}")]
 
 
 def _timesteps_setter(config: Any, model: ModelFiles) -> Callable[[Any, int], None] | None:

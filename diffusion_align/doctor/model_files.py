@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_align.assets import EMBEDDED_PIPELINES, asset_path
 from diffusion_align.diffusion.settings import DenoisingConfig
-from diffusion_align.doctor.known_models import PUBLISHED
+from diffusion_align.doctor.known_models import PUBLISHED, PUBLISHED_IN_HALF
 from diffusion_align.doctor.memory import parameter_counts
 from diffusion_align.errors import UserError
 from diffusion_align.models.families import (
@@ -33,7 +33,7 @@ class ModelFiles:
     """What is known of a model without loading or downloading it.
 
     Attributes:
-        configs: part -> its configuration, of those that are known.
+        configs: part -> its configuration, of those that are known; also of a text encoder that is not loaded.
         lines: (name, value) about every part.
         problems: sentences about what is missing where nothing will be downloaded.
         here: whether all of it is on this machine.
@@ -124,15 +124,17 @@ def _in_folder(config: DenoisingConfig, folder: Path, where: str, *, complete: b
     family: ModelFamily = StableDiffusion()
     try:
         family = family_of_class(index.get("_class_name"), find_family(config.family), f"model={model!r}")
+        family = family.with_settings(config.family_settings)
         family.check_network(f"model={model!r}", _read(folder / family.network / "config.json"))
     except UserError as error:
         problems += [str(error)] if index else []
-    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] and name != "safety_checker"]
-    configs, here = {}, bool(parts)
+    named = [name for name, part in index.items() if isinstance(part, list) and part[0]]
+    parts = [name for name in named if name not in left_out(family)]
+    files = {name: "scheduler_config.json" if name == "scheduler" else "config.json" for name in named}
+    configs, here = {name: _read(folder / name / file) for name, file in files.items()}, bool(parts)
     sizes: dict[str, int] = {}
     held: dict[str, list[Path]] = {}
     for name in parts:
-        configs[name] = _read(folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json"))
         weights = _weights(folder / name, variant)
         if (folder / name).is_dir() and (weights or name not in NETWORKS):
             held[name] = weights
@@ -203,14 +205,29 @@ def _on_the_hub(config: DenoisingConfig) -> ModelFiles:
     total = f"missing: {gigabytes(sum(sizes.values()))} will be downloaded{offline}"
     parts = [(name, f"missing, {gigabytes(size)}") for name, size in sizes.items()]
     lines = [("model", f"{model} (Hub id)"), ("files", total), *parts]
-    return ModelFiles(dict(configs), lines, family=chosen or family_of_network(configs["unet"]))
+    return ModelFiles(dict(configs), lines, family=chosen or _published_family(config))
+
+
+def _published_family(config: DenoisingConfig) -> ModelFamily:
+    """The family of ``config.model``, one of the published models."""
+    configs = PUBLISHED[config.model]
+    network = next(configs[name] for name in NETWORKS if name in configs)
+    return family_of_network(network).with_settings(config.family_settings)
 
 
 def _published_sizes(config: DenoisingConfig) -> dict[str, int]:
-    """Part -> bytes of the weights that would be downloaded; published files are float32 or, as a variant, fp16."""
-    width, configs = 2 if config.weights_variant == "fp16" else 4, PUBLISHED.get(config.model, {})
-    counts = parameter_counts(family_of_network(configs.get("unet", {})), configs)
-    return {name: width * count for name, count in counts.items()}
+    """Part -> bytes of the weights that would be downloaded."""
+    if config.model not in PUBLISHED:
+        return {}
+    width = 2 if config.weights_variant == "fp16" or config.model in PUBLISHED_IN_HALF else 4
+    family = _published_family(config)
+    counts = parameter_counts(family, PUBLISHED[config.model])
+    return {name: width * count for name, count in counts.items() if name not in left_out(family)}
+
+
+def left_out(family: ModelFamily) -> set[str]:
+    """Parts of a pipeline that ``family`` does not load."""
+    return {name for name, given in family.load_options.items() if given is None}
 
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:

@@ -117,6 +117,51 @@ def test_a_folder(report, make_policy, model_path, name):
     assert found[""].startswith("from a pass of 8 samples timed now")
 
 
+@pytest.mark.parametrize(("name", "scale"), [("tiny_sd3", 5.0), ("tiny_flux", 3.5), ("tiny_schnell", 1.0)])
+def test_a_folder_of_a_flow_model(report, make_policy, model_path, name, scale):
+    """Embedded guidance is an input and costs no second pass; all tensors of the files are counted."""
+    from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
+
+    settings = {"model": model_path(name), "height": 16, "width": 16, "sampler": {"steps": 6, "guidance_scale": scale}}
+    whole = {"mixed_precision": "no", "offload_text_encoders": False}
+    found, problems = report(**settings, **whole)
+    assert problems == []
+    policy = make_policy(name, lora=None, height=16, width=16, guidance_scale=scale)
+    config = DDPOConfig(**SETTINGS | settings | {"output_dir": "run"})
+    trainer = DDPOTrainer(config, policy, lambda *_: None, [("a", {})])
+    actions, passes = 8 * len(trainer.trained_steps), 2 if name == "tiny_sd3" else 1
+    assert found["transformer passes per epoch"].startswith(f"{passes * 8 * 6} forward while sampling, ")
+    assert found["transformer passes per epoch"].endswith(f" {passes * actions} forward and backward while training")
+    assert f" {2 * passes} samples with" in found["training pass"]
+    assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on an action's 256 dimensions")
+    prompt = policy.encode(["a cat"])["encoder_hidden_states"]
+    assert found["tokens"].startswith(f"16 per image and {prompt.shape[1]} per prompt")
+    assert ("mu=0.461" in found["tokens"]) == (name == "tiny_flux")  # .5 at 256 tokens, 1.15 at 4096
+    assert found["parameters"] == "as many in the files as the configurations describe, in float32"
+    held = sum(
+        tensor.numel()
+        for part in policy.pipeline.components.values()
+        if isinstance(part, torch.nn.Module)
+        for tensor in {one.data_ptr(): one for one in part.state_dict().values() if one.is_floating_point()}.values()
+    )
+    assert found["frozen weights"].startswith(gigabytes(4 * held) + ": transformer ")
+    assert found["this CPU"].endswith(" for 3 epochs")
+
+
+def test_stable_diffusion_3_without_t5(report, tiny_sd3, quick):
+    """It is neither counted nor missed, and reads as many tokens, which are zeros then."""
+    folder = str(tiny_sd3)
+    full, problems = report(model=folder, offload_text_encoders=False)
+    assert problems == []
+    without, problems = report(model=folder, offload_text_encoders=False, t5=False)
+    assert problems == []
+    assert full["text_encoder_3"].startswith("found, ")
+    assert "text_encoder_3" not in without
+    assert "text_encoder_3" in full["frozen weights"]
+    assert "text_encoder_3" not in without["frozen weights"]
+    assert full["tokens"] == without["tokens"] == "16 per image and 333 per prompt"
+
+
 @pytest.mark.parametrize("target", ["posterior_mean", "logged"])
 def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, target, quick):
     from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
@@ -233,6 +278,43 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     minutes = float(re.search(r"one A100, 80 GB +([\d.]+) min", out)[1])
     assert minutes == pytest.approx(operations / (0.4 * 312e12) / 60, rel=0.05)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_published_flow_model_with_and_without_t5(report, quick):
+    """Its files have 2 bytes per parameter; T5-XXL's encoder has 4.76 G, the largest part but FLUX's transformer."""
+    settings = {"model": "stabilityai/stable-diffusion-3.5-medium", "resolution": 512}
+    full, problems = report(**settings)
+    assert problems == []
+    without, problems = report(**settings, t5=False)
+    assert problems == []
+    assert full["files"] == "missing: 16.3 GB will be downloaded"
+    assert without["files"] == "missing: 6.7 GB will be downloaded"
+    assert full["text_encoder_3"] == "missing, 9.5 GB"
+    assert "text_encoder_3" not in without
+    assert full["encoding prompts"].startswith("11.2 GB, ")
+    assert without["encoding prompts"].startswith("1.6 GB, ")
+    assert without["t5"].startswith("false saves ")
+    assert full["t5"].startswith("false would save ")
+    assert full["clip in nats"] == "6.55, the joint bound on an action's 65536 dimensions"
+    assert full["tokens"] == without["tokens"] == "1024 per image and 333 per prompt"
+    flux, problems = report(**settings | {"model": "black-forest-labs/FLUX.1-dev"})
+    assert problems == []
+    assert flux["files"] == "missing: 33.7 GB will be downloaded"
+    assert flux["tokens"] == "1024 per image and 512 per prompt; noise levels are shifted for so many, mu=0.63"
+    assert flux["transformer passes per epoch"].startswith(f"{8 * 6} forward while sampling, ")
+    schnell = {"model": "black-forest-labs/FLUX.1-schnell", "resolution": 1024}
+    found, problems = report(**schnell, sampler={"steps": 4, "guidance_scale": 1.0})
+    assert problems == []
+    assert found["tokens"] == "4096 per image and 512 per prompt"
+    assert found["clip in nats"].startswith("26.2, ")
+
+
+def test_diffusion_dpo_of_a_published_flow_model_in_nats(report, quick):
+    """2000 / (2 d sum of weights), whose sum over the 1000 steps of shift 3 is 4.0695."""
+    online = {"method": "diffusion_dpo", "beta_dpo": 2000, "group_size": 4, "resolution": 512}
+    found, problems = report(model="stabilityai/stable-diffusion-3.5-large", **online)
+    assert problems == []
+    assert found["beta in nats"].startswith(f"{2000 / (2 * 65536 * 4.0695):.3g}, ")
 
 
 DOCS = Path(__file__).parents[2] / "docs" / "ddpo.md"

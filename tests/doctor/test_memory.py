@@ -1,5 +1,6 @@
 """What networks cost, against published numbers, torch's own counter, and what passes of real and fake tensors use."""
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.policy import LoRAConfig, peft_config
-from diffusion_align.doctor.known_models import SD15, SD21, SDXL
+from diffusion_align.doctor.known_models import FLUX_DEV, FLUX_SCHNELL, SD3, SD15, SD21, SD35_LARGE, SD35_MEDIUM, SDXL
 from diffusion_align.doctor.memory import (
     AsOnGpu,
     LiveBytes,
@@ -30,26 +32,58 @@ EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text()
 SMALL = {"train_batch": 2, "sample_batch": 2}
 
 
-def unet_cost(config, lora, **options):
+SMALL_SD3 = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 96,
+    "caption_projection_dim": 64,
+    "pooled_projection_dim": 40,
+    "pos_embed_max_size": 24,
+    "dual_attention_layers": [0],
+    "qk_norm": "rms_norm",
+}
+SMALL_FLUX = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 96,
+    "pooled_projection_dim": 40,
+    "axes_dims_rope": [4, 6, 6],
+    "guidance_embeds": True,
+}
+
+
+def cost_of(config, lora, **options):
     family = family_of_network(config)
     return network_cost(family, config, lora, Passes(**{"latent_size": family.latent_shape(config)[1:]} | options))
 
 
-def forward(unet, batch, **options):
-    """A pass of a UNet."""
-    family = family_of_network(unet.config)
-    return family.predict(unet, *family.zeros(unet.config, batch, **options))
+def forward(network, batch, **options):
+    """A pass of a network."""
+    family = family_of_network(network.config)
+    return family.predict(network, *family.zeros(network.config, batch, **options))
 
 
-def unet_on(device, config, lora=None):
-    from diffusers import UNet2DConditionModel
+def network_on(device, config, lora=None):
+    import diffusers
     from peft import inject_adapter_in_model
 
+    family = family_of_network(config)
     with torch.device(device):
-        network = UNet2DConditionModel.from_config(dict(config)).requires_grad_(False)
+        network = getattr(diffusers, family.network_class).from_config(dict(config)).requires_grad_(False)
         if lora is not None:
-            inject_adapter_in_model(peft_config(lora, family_of_network(network.config)), network)
+            inject_adapter_in_model(peft_config(lora, family), network)
     return network.eval()
+
+
+THREE_ENCODERS = {"text_encoder": 123.65, "text_encoder_2": 694.66, "text_encoder_3": 4762.31}
 
 
 @pytest.mark.parametrize(
@@ -58,11 +92,18 @@ def unet_on(device, config, lora=None):
         (SD15, {"unet": 859.52, "vae": 83.65, "text_encoder": 123.06}),
         (SD21, {"unet": 865.91, "vae": 83.65, "text_encoder": 340.39}),
         (SDXL, {"unet": 2567.46, "vae": 83.65, "text_encoder": 123.06, "text_encoder_2": 694.66}),
+        (SD3, {"transformer": 2084.95, "vae": 83.82, **THREE_ENCODERS}),
+        (SD35_MEDIUM, {"transformer": 2469.66, "vae": 83.82, **THREE_ENCODERS}),
+        (SD35_LARGE, {"transformer": 8146.28, "vae": 83.82, **THREE_ENCODERS}),
+        (FLUX_DEV, {"transformer": 11901.41, "vae": 83.82, "text_encoder": 123.06, "text_encoder_2": 4762.31}),
+        (FLUX_SCHNELL, {"transformer": 11891.18, "vae": 83.82, "text_encoder": 123.06, "text_encoder_2": 4762.31}),
     ],
-    ids=["sd15", "sd21", "sdxl"],
+    ids=["sd15", "sd21", "sdxl", "sd3", "sd35_medium", "sd35_large", "flux_dev", "flux_schnell"],
 )
 def test_published_numbers_of_parameters(configs, millions):
-    counts = parameter_counts(family_of_network(configs["unet"]), configs)
+    """Of Stable Diffusion 3's transformers with the embeddings of positions, which their files hold too."""
+    network = configs.get("unet") or configs["transformer"]
+    counts = parameter_counts(family_of_network(network), configs)
     assert {name: round(count / 1e6, 2) for name, count in counts.items()} == millions
 
 
@@ -70,9 +111,9 @@ def test_stable_diffusion_15():
     """2 x 340 G multiply-adds outside attention, and all of what torch's counter sees; the LoRA of peft."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    cost = unet_cost(SD15["unet"], LoRAConfig(rank=16), **SMALL)
+    cost = cost_of(SD15["unet"], LoRAConfig(rank=16), **SMALL)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(unet_on("meta", SD15["unet"], LoRAConfig(rank=16)), 1, device="meta")
+        forward(network_on("meta", SD15["unet"], LoRAConfig(rank=16)), 1, device="meta")
     assert cost.flops == counter.get_total_flops()
     products = (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution)
     outside = sum(counter.get_flop_counts()["Global"].get(product, 0) for product in products)
@@ -84,7 +125,7 @@ def test_stable_diffusion_15():
 def test_stable_diffusion_xl_is_counted_in_seconds():
     """2 x 2.99 T multiply-adds outside attention, whose own follow from its 70 layers at two sizes."""
     begun = time.process_time()
-    cost = unet_cost(SDXL["unet"], LoRAConfig(rank=16), **SMALL, autocast=torch.bfloat16)
+    cost = cost_of(SDXL["unet"], LoRAConfig(rank=16), **SMALL, autocast=torch.bfloat16)
     assert time.process_time() - begun < 20
     attention = sum(
         layers * 4 * tokens * (tokens + 77) * width for layers, tokens, width in ((10, 64**2, 640), (60, 32**2, 1280))
@@ -129,66 +170,88 @@ def test_training_in_closed_form():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("lora", "attention"),
-    [(LoRAConfig(rank=4), "fused"), (LoRAConfig(rank=4, layers="attention+convolutions"), "eager"), (None, "eager")],
+    ("config", "lora", "attention"),
+    [
+        (EMOJI, LoRAConfig(rank=4), "fused"),
+        (EMOJI, LoRAConfig(rank=4, layers="attention+convolutions"), "eager"),
+        (EMOJI, None, "eager"),
+        *itertools.product([SMALL_SD3, SMALL_FLUX], [LoRAConfig(rank=4), None], ["fused", "eager"]),
+    ],
 )
-def test_what_a_pass_of_real_tensors_uses(lora, attention, checkpointing):
+def test_what_a_pass_of_real_tensors_uses(config, lora, attention, checkpointing):
     """Eager attention keeps its matrices; a CPU's fused one keeps as little as a GPU's."""
     passes = Passes((16, 16), 3, 3, checkpointing=checkpointing, eager_attention=attention == "eager")
     found = []
     for device in ("cpu", "meta"):
-        network = unet_on(device, EMOJI, lora).requires_grad_(lora is None)
+        network = network_on(device, config, lora).requires_grad_(lora is None)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(lora is None or ".lora_" in name)
         if attention == "eager":
-            family_of_network(EMOJI).use_eager_attention(network)
-        found.append(training_bytes(network, partial(forward, network, 3, tokens=24, device=device), passes))
+            family_of_network(config).use_eager_attention(network)
+        kind = {"tokens": 24, "latent_size": (16, 16), "device": device}
+        found.append(training_bytes(network, partial(forward, network, 3, **kind), passes))
     real, counted = found
     assert counted == pytest.approx(real, rel=0.01)
-    cost = unet_cost(EMOJI, lora, **vars(passes) | {"tokens": 24})
+    cost = cost_of(config, lora, **vars(passes) | {"tokens": 24})
     assert (cost.kept, cost.training) == counted
 
 
 def test_checkpointing_saves_what_lies_within_blocks():
     lora = LoRAConfig(rank=16)
     kind = SMALL | {"dtype": torch.bfloat16, "autocast": torch.bfloat16}
-    plain, checkpointed = (unet_cost(SD15["unet"], lora, **kind, checkpointing=on) for on in (False, True))
+    plain, checkpointed = (cost_of(SD15["unet"], lora, **kind, checkpointing=on) for on in (False, True))
     assert checkpointed.kept < plain.kept / 5
     assert checkpointed.training < plain.training / 3
     assert checkpointed.training > 1.2 * checkpointed.kept  # a block is computed again
     assert checkpointed.sampling == plain.sampling
 
 
+class Predicting(nn.Module):
+    def __init__(self, network, family):
+        super().__init__()
+        self.network, self.family = network, family
+
+    def forward(self, *inputs):
+        return self.family.predict(self.network, *inputs)
+
+
 @pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 needs a driver for fake CUDA tensors")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_is_that_of_a_gpu(monkeypatch, dtype):
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [(EMOJI, "attention+convolutions"), (SMALL_SD3, "attention"), (SMALL_FLUX, "attention+feed_forward")],
+    ids=["unet", "sd3", "flux"],
+)
+def test_autocast_is_that_of_a_gpu(monkeypatch, dtype, config, layers):
     """Fake CUDA tensors go through torch's own autocast, on a machine without a GPU too."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def fused(query, key, value, **_):
+    def fused(query, key, value, *_, **__):
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
-    lora = LoRAConfig(rank=4, layers="attention+convolutions")
-    network = unet_on("meta", EMOJI, lora)
+    family = family_of_network(config)
+    network = network_on("meta", config, LoRAConfig(rank=4, layers=layers))
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".lora_" in name)
         parameter.data = parameter.data.to(torch.float32 if ".lora_" in name else dtype)
-    with LiveBytes(network.parameters()) as counted, AsOnGpu(torch.bfloat16):
-        output = forward(network, 3, device="meta", dtype=dtype)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(dtype)
+    inputs = family.zeros(config, 3, latent_size=(16, 16), device="meta", dtype=dtype)
+    there = [*network.parameters(), *network.buffers(), *tree_leaves(inputs)]
+    with LiveBytes(there) as counted, AsOnGpu(torch.bfloat16):
+        output = family.predict(network, *inputs)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", fused)
     with FakeTensorMode():
         weights = {
-            name: torch.empty(p.shape, dtype=p.dtype, device="cuda").requires_grad_(p.requires_grad)
-            for name, p in network.named_parameters()
+            f"network.{name}": torch.empty(one.shape, dtype=one.dtype, device="cuda").requires_grad_(one.requires_grad)
+            for name, one in [*network.named_parameters(), *network.named_buffers()]
         }
-        family = family_of_network(EMOJI)
-        x_t, timestep, conditioning = family.zeros(EMOJI, 3, device="cuda", dtype=dtype)
-        inputs = family.inputs(timestep, conditioning, dtype)
+        inputs = family.zeros(config, 3, latent_size=(16, 16), device="cuda", dtype=dtype)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         try:
-            with LiveBytes([*weights.values(), x_t, *inputs.values()]) as live:
-                output = torch.func.functional_call(network, weights, (x_t,), inputs)
+            with LiveBytes([*weights.values(), *tree_leaves(inputs)]) as live:
+                output = torch.func.functional_call(Predicting(network, family), weights, inputs)
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
@@ -204,18 +267,18 @@ def test_what_is_trained_is_what_the_policy_trains(make_policy, model, layers):
     lora = LoRAConfig(rank=4, layers=layers)
     policy = make_policy(model, lora=lora)
     config = dict(policy.network.config)
-    cost = unet_cost(config, lora, **SMALL)
+    cost = cost_of(config, lora, **SMALL)
     assert cost.trained == sum(p.numel() for p in policy.trainable.values())
     assert cost.frozen + cost.trained == sum(p.numel() for p in policy.network.parameters())
     assert family_of_network(config).latent_shape(config) == policy.latent_shape
-    whole = unet_cost(config, None, **SMALL)
+    whole = cost_of(config, None, **SMALL)
     assert (whole.frozen, whole.trained) == (0, cost.frozen)
     assert whole.flops < cost.flops  # by the adapters'
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_the_dtype():
     def cost(batch, **options):
-        return unet_cost(EMOJI, LoRAConfig(rank=4), train_batch=batch, sample_batch=batch, **options)
+        return cost_of(EMOJI, LoRAConfig(rank=4), train_batch=batch, sample_batch=batch, **options)
 
     two, four = (cost(batch) for batch in (2, 4))
     assert four.kept == pytest.approx(2 * two.kept, rel=0.01)
