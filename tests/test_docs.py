@@ -22,7 +22,7 @@ TUTORIALS = [ROOT / "docs/diffusion_dpo.md", ROOT / "docs/text.md", ROOT / "docs
 
 
 def test_there_is_a_page_for_each_subject() -> None:
-    names = {"README", "kl", "gaussian_steps", "diffusion_dpo", "text_policies", "dynamic_beta"}
+    names = {"README", "kl", "gaussian_steps", "flow_matching", "diffusion_dpo", "text_policies", "dynamic_beta"}
     assert {page.stem for page in PAGES} == names
 
 
