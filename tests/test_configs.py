@@ -13,6 +13,8 @@ from diffusion_align.training.reading import load_yaml
 SHORT = ["epochs=1", "samples_per_epoch=8", "sample_batch_size=4", "mixed_precision=no", "grid_every=0"]
 SHORT_IMAGES = [*SHORT, "sampler.steps=3"]
 SHORT_TEXTS = [*SHORT, "samples_per_epoch=16", "max_completion_length=12"]
+OF_16_PIXELS = ["resolution=16", "group_size=4"]
+SHORT_WINDOW = ["sampler.noisy_steps=1", "sampler.noisy_range=[0,1]"]
 # recipe for a real checkpoint -> tiny model of its class, and what stands for what has to be downloaded
 REAL = {
     "ddpo_sd15_aesthetic": ("tiny_sd", ["reward=jpeg_compressibility"]),
@@ -20,6 +22,8 @@ REAL = {
     "ddpo_sdxl_aesthetic": ("tiny_sdxl", ["reward=jpeg_compressibility"]),
     "dpo_sd15_pickapic": ("tiny_sd", ["pairs.source=emoji_style", "pairs.max_pairs=8"]),
     "dpo_sdxl_pickapic": ("tiny_sdxl", ["pairs.source=emoji_style", "pairs.max_pairs=8"]),
+    "flow_sd35_aesthetic": ("tiny_sd3", ["reward=jpeg_compressibility", *OF_16_PIXELS]),
+    "flow_flux_pickscore": ("tiny_flux", ["reward=jpeg_compressibility", *OF_16_PIXELS, *SHORT_WINDOW]),
 }
 
 

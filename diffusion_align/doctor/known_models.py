@@ -207,5 +207,5 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
 """Hub id -> part -> its configuration."""
 PUBLISHED_IN_HALF = {name for name, configs in PUBLISHED.items() if "transformer" in configs}
 """Hub ids whose files have 2 bytes per parameter; those of the others have 4, or 2 as the variant fp16."""
-PUBLISHED_REWARDS = {"openai/clip-vit-large-patch14": 427_616_513}
+PUBLISHED_REWARDS = {"openai/clip-vit-large-patch14": 427_616_513, "yuvalkirstain/PickScore_v1": 986_109_441}
 """Hub id of what rewards load -> its parameters; heads on top of it are next to nothing."""

@@ -136,7 +136,7 @@ def test_a_folder_of_a_flow_model(report, make_policy, model_path, name, scale):
     assert found["clip in nats"].startswith(f"{trainer.clip_nats:.3g}, the joint bound on an action's 256 dimensions")
     prompt = policy.encode(["a cat"])["encoder_hidden_states"]
     assert found["tokens"].startswith(f"16 per image and {prompt.shape[1]} per prompt")
-    assert ("mu=0.461" in found["tokens"]) == (name == "tiny_flux")  # .5 at 256 tokens, 1.15 at 4096
+    assert ("mu=0.459" in found["tokens"]) == (name == "tiny_flux")  # .5 at 256 tokens, 1.15 at 4096
     assert found["parameters"] == "as many in the files as the configurations describe, in float32"
     held = sum(
         tensor.numel()
@@ -159,7 +159,7 @@ def test_stable_diffusion_3_without_t5(report, tiny_sd3, quick):
     assert "text_encoder_3" not in without
     assert "text_encoder_3" in full["frozen weights"]
     assert "text_encoder_3" not in without["frozen weights"]
-    assert full["tokens"] == without["tokens"] == "16 per image and 333 per prompt"
+    assert full["tokens"] == without["tokens"] == "16 per image and 280 per prompt"  # 24 of CLIP
 
 
 @pytest.mark.parametrize("target", ["posterior_mean", "logged"])
@@ -287,8 +287,8 @@ def test_a_published_flow_model_with_and_without_t5(report, quick):
     assert problems == []
     without, problems = report(**settings, t5=False)
     assert problems == []
-    assert full["files"] == "missing: 16.3 GB will be downloaded"
-    assert without["files"] == "missing: 6.7 GB will be downloaded"
+    assert full["files"].startswith("missing: 16.3 GB will be downloaded")
+    assert without["files"].startswith("missing: 6.7 GB will be downloaded")
     assert full["text_encoder_3"] == "missing, 9.5 GB"
     assert "text_encoder_3" not in without
     assert full["encoding prompts"].startswith("11.2 GB, ")
@@ -299,7 +299,7 @@ def test_a_published_flow_model_with_and_without_t5(report, quick):
     assert full["tokens"] == without["tokens"] == "1024 per image and 333 per prompt"
     flux, problems = report(**settings | {"model": "black-forest-labs/FLUX.1-dev"})
     assert problems == []
-    assert flux["files"] == "missing: 33.7 GB will be downloaded"
+    assert flux["files"].startswith("missing: 33.7 GB will be downloaded")
     assert flux["tokens"] == "1024 per image and 512 per prompt; noise levels are shifted for so many, mu=0.63"
     assert flux["transformer passes per epoch"].startswith(f"{8 * 6} forward while sampling, ")
     schnell = {"model": "black-forest-labs/FLUX.1-schnell", "resolution": 1024}
@@ -324,6 +324,8 @@ CARDS = {
     "ddpo_sdxl_aesthetic": 24,
     "dpo_sd15_pickapic": 24,
     "dpo_sdxl_pickapic": 24,
+    "flow_sd35_aesthetic": 24,
+    "flow_flux_pickscore": 40,
 }
 """Recipe of a real model -> GB of the card that it must fit."""
 
@@ -332,7 +334,8 @@ def head_of(found):
     """What the head of a recipe says, from what doctor says of it."""
     card, needed = re.match(r"(\d+) GB: ([\d.]+ GB) with CUDA", found["fits a card of"]).groups()
     times = {name: re.match(r".*?, (.+) for \d+ epochs", found[name])[1] for name in found if name.startswith("one ")}
-    hours = [f"{times[name]} on {name.split(',')[0]}" for name in ("one RTX 4090, 24 GB", "one A100, 80 GB")]
+    shown = [name for name in ("one RTX 4090, 24 GB", "one A100, 80 GB") if "more than its" not in found[name]]
+    hours = [f"{times[name]} on {name.split(',')[0]}" for name in shown]
     return f"{needed}, for a card of {card} GB; {' or '.join(hours)}"
 
 
