@@ -280,8 +280,9 @@ def test_a_published_model_that_would_be_downloaded(call_cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_published_flow_model_with_and_without_t5(report, quick):
+def test_a_published_flow_model_with_and_without_t5(report, quick, monkeypatch):
     """Its files have 2 bytes per parameter; T5-XXL's encoder has 4.76 G, the largest part but FLUX's transformer."""
+    monkeypatch.setattr(estimate, "network_cost", lambda *_: NetworkCost(10**9, 10, 10, 10, 10, 10))
     settings = {"model": "stabilityai/stable-diffusion-3.5-medium", "resolution": 512}
     full, problems = report(**settings)
     assert problems == []
@@ -358,6 +359,27 @@ def test_what_stable_diffusion_xl_needs_at_least(report, tmp_path, monkeypatch, 
     found, _ = report(*single, f"output_dir={tmp_path / 'run'}", source=name)
     assert found["fits a card of"].startswith(f"{card} GB: {needed} GB with CUDA")
     assert re.search(rf"`{name}`[^.]* needs\s+{needed} GB", DOCS.read_text())
+
+
+FLOW_DOCS = DOCS.with_name("flow.md").read_text()
+FLOW_MEMORY = re.findall(r"^\| `(flow_[^`]+)` \| ([\d.]+ GB) \| (\d+ GB) \|$", FLOW_DOCS, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "needed", "card"), FLOW_MEMORY)
+def test_what_flow_models_need_with_and_without_t5(report, tmp_path, monkeypatch, command, needed, card):
+    monkeypatch.setattr(estimate.Estimator, "savings", lambda *_: ([], []))
+    assert len(FLOW_MEMORY) == 5
+    name, *settings = command.split()
+    found, problems = report(*settings, f"output_dir={tmp_path / 'run'}", source=name)
+    assert problems == []
+    assert found["fits a card of"].startswith(f"{card}: {needed} with CUDA")
+    phases = [found[name] for name in ("training pass", "sampling pass", "decoding", "encoding prompts")]
+    assert (max(phases, key=megabytes) == found["encoding prompts"]) == ("t5=false" not in settings)
+
+
+def megabytes(text):
+    size, unit = re.match(r"([\d.]+) (MB|GB)", text).groups()
+    return float(size) * {"MB": 1, "GB": 1000}[unit]
 
 
 def test_every_recipe_of_a_real_model_has_an_estimate(call_cli):
