@@ -15,6 +15,7 @@ from diffusion_align.diffusion.transitions import nats_per_squared_error
 from diffusion_align.models.families.flow_matching import set_linear_timesteps
 
 DOCS = Path(__file__).parent.parent / "docs"
+HOW_TO = (DOCS / "flow.md").read_text()
 MATHEMATICS = (DOCS / "mathematics/flow_matching.md").read_text()
 OPTIONS = {
     "ODE": ("flow", {"eta": 0.0}),
@@ -61,6 +62,39 @@ def final_std(schedule, std):
 
 
 COLUMNS = ("alpha_t", "sigma_t", "x_0_weight", "eps_weight", "x_t_weight", "std")
+
+
+def information(schedule, std):
+    """(S,) of each stochastic step about m, of data N(m, std^2) and its exact velocity, over the 1 / std^2 of an image:
+    ``(d mean / d m)^2 / noise^2 * std^2``."""
+    found = []
+    for i in schedule.stochastic_steps.tolist():
+        alpha, sigma, x_0_weight, eps_weight, _, noise = (getattr(schedule.table, name)[i].item() for name in COLUMNS)
+        x_0 = sigma**2 / (alpha**2 * std**2 + sigma**2)  # d E[x_0 | x_t] / dm; eps = (x_t - alpha x_0) / sigma
+        found.append(((x_0_weight - eps_weight * alpha / sigma) * x_0 * std / noise) ** 2)
+    return found
+
+
+def test_what_a_window_sees():
+    header = "| window | std 1 | std 0.3 | std 0.1 |"
+    found = [information(flow_schedule("`flow` eta 0.5", 10), float(name.split()[1])) for name in cells(header)[1:]]
+    windows = {"steps 1 to 3": slice(0, 3), "steps 3 to 5": slice(2, 5), "steps 6 to 8": slice(5, 8)}
+    rows = [[name, *(f"{sum(one[part]):.2g}" for one in found)] for name, part in windows.items()]
+    assert table(HOW_TO, header) == rows
+
+
+def test_the_information_is_that_of_finite_differences():
+    """Of the mean of x_s when m moves, in float64."""
+    schedule, std, x_t, small = flow_schedule("`flow` eta 0.5", 10), 0.3, 0.7, 1e-6
+
+    def mean(i, m):
+        alpha, sigma, x_0_weight, eps_weight, x_t_weight, _ = (getattr(schedule.table, n)[i].item() for n in COLUMNS)
+        x_0 = m + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * m)
+        return x_0_weight * x_0 + eps_weight * (x_t - alpha * x_0) / sigma + x_t_weight * x_t
+
+    for i, found in enumerate(information(schedule, std)):
+        slope = (mean(i, small) - mean(i, -small)) / (2 * small)
+        assert found == pytest.approx((slope * std / schedule.table.std[i].item()) ** 2, rel=1e-6)
 
 
 def test_the_price_of_noise():
