@@ -402,6 +402,10 @@ class DDPOSettings(ImageSettings, total=False):
     """clip range of the ratio, in the chosen reduction"""
     clip_range_nats: float | None
     """bound on the joint log-ratio; replaces clip_range"""
+    kl_bound_nats: float | None
+    """drop an action whose step is more than this many nats of KL from the policy that sampled it and would move further away; replaces the clip"""
+    ratio: Literal["plain", "guard"]
+    """importance ratio, or GRPO-Guard's: centred, and in proportion to a step's std"""
     timestep_fraction: float
     """share of those steps trained on, sampled per image"""
     group_size: int

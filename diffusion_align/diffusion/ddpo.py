@@ -3,7 +3,8 @@
 The actions are the Gaussian steps of the sampler. Loss of one action, with the advantage A of its image
 ([000] eq. 22-31, "Rethinking the Reference model in RLHF", 2025):
 
-    ratio:            -min(rho A, clip(rho) A)     eq. 26 with PPO-2's clip
+    ratio:            -min(rho A, clip(rho) A)     eq. 26 with PPO-2's clip, or GRPO-Guard's rho
+                      -rho A, or 0                 kl_bound_nats: 0 beyond Flow-DPPO's bound
     score_function:   -A log p(x_s | x_t)          eq. 22-24
     + kl_coef * KL(p_theta || p_ref)               eq. 30, closed form; or k1 in the reward, eq. 31
 """
@@ -34,6 +35,8 @@ from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     PromptStatistics,
     clipped_ratio_loss,
+    divergence_mask,
+    guarded_ratio,
     importance_ratio,
     kl_reward,
     leave_one_out_advantages,
@@ -117,6 +120,17 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             "step",
             "Where the noisy steps, which alone are trained on, begin; 0 is the step from pure noise.",
         ),
+        "kl_old": Metric(
+            "KL to the policy that sampled, per step",
+            "nats per step",
+            "How far an update began from the policy that sampled its actions, on average; kl_old/max is the largest.",
+        ),
+        "kl_bound/dropped": Metric(
+            "Actions dropped by the KL bound",
+            "fraction",
+            "Share of actions beyond kl_bound_nats whose update would have taken them further, so that they were left "
+            "out.",
+        ),
     }
 
     def __init__(
@@ -137,6 +151,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         self._noisy, self._nats = self.schedule, nats_per_squared_error(self.exact_schedule)
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high, self.clip_nats = config.clip_bounds(self.dimensions)
+        if config.kl_bound_nats is not None:
+            self.clip = self.clip_high = self.clip_nats = math.inf
         self._probes: KLProbes | None = None
         self._place_window()
 
@@ -196,7 +212,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             reference=passes if config.kl_coef > 0 else 0,
             # Of the policy and of the reference.
             probed=2 * every.width * min(kl_probes(config, count, actions), actions) if config.has_reference else 0,
-            recorded=2 * actions,
+            recorded=(3 if config.needs_old_means else 2) * actions,
         )
 
     @classmethod
@@ -204,8 +220,14 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         lines = super().in_nats(config, schedule, steps, dimensions)
         if config.objective != "ratio":
             return lines
+        if config.kl_bound_nats is not None:
+            bound = f"{config.kl_bound_nats:g}, of an action to the policy that sampled it; replaces the clip"
+            return [*lines, ("KL bound in nats", bound)]
         *_, nats = config.clip_bounds(dimensions)
-        return [*lines, ("clip in nats", f"{nats:.3g}, the joint bound on an action's {dimensions} dimensions")]
+        what = f"the joint bound on an action's {dimensions} dimensions"
+        if config.ratio == "guard":
+            what = f"over the std of an action's step, {what}"
+        return [*lines, ("clip in nats", f"{nats:.3g}, {what}")]
 
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""
@@ -216,6 +238,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             record=self._recorded_steps,
             reduction=config.logp_reduction,
             schedule=self.schedule,
+            record_means=config.needs_old_means,
         )
         if config.sampler.noisy_steps is None:
             return collected, collected.metrics
@@ -258,13 +281,23 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         recorded = batch.path.at(samples, actions)
         logp, now = replay(self.policy, self.schedule, *recorded, reduction=config.logp_reduction)
         logp_old, advantages = batch.path.logp_old[samples, actions], batch.advantages[samples, actions]
-        ratio = importance_ratio(logp, logp_old)
+        ratio, mask, clip = importance_ratio(logp, logp_old), None, None if math.isinf(self.clip) else self.clip
+        statistics: dict[str, Tensor] = {}
+        if batch.path.mean_old is not None:
+            old = GaussianTransition(batch.path.mean_old[samples, actions], now.std)
+            moved = now.detach().kl(old)
+            statistics = {"kl_old": moved, "kl_old/max": moved}
+            if config.ratio == "guard":
+                ratio = guarded_ratio(logp, logp_old, now.kl(old, reduction=config.logp_reduction), now.std)
+            if config.kl_bound_nats is not None:
+                mask = divergence_mask(logp, logp_old, advantages, moved, bound=config.kl_bound_nats)
+                statistics["kl_bound/dropped"] = (~mask).float()
         if config.objective == "ratio":
-            losses = clipped_ratio_loss(ratio, advantages, clip=self.clip, clip_high=self.clip_high)
+            losses = clipped_ratio_loss(ratio, advantages, clip=self.clip, clip_high=self.clip_high, mask=mask)
         else:
             losses = score_function_loss(logp, advantages)
-        statistics = {"loss/policy": losses.detach()}
-        statistics |= ratio_statistics(ratio, logp, logp_old, advantages, clip=self.clip, clip_high=self.clip_high)
+        statistics["loss/policy"] = losses.detach()
+        statistics |= ratio_statistics(ratio, logp, logp_old, advantages, clip=clip, clip_high=self.clip_high)
         if config.kl_coef > 0:  # without one, ``check_update`` looks how far the policy has gone
             reference = self._reference(batch, samples, actions)
             if config.kl == "closed_form":
@@ -285,14 +318,22 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             self._probes.updates += 1
         if not first:
             return {}
+        exactly = f"micro_batch_size={self.config.sample_batch_size} (that of sampling)"
+        bound, moved = self.config.kl_bound_nats, statistics.get("kl_old/max", 0.0)
+        if bound is not None and moved > bound:
+            raise TrainingError(
+                f"an action is {moved:.3g} nats from the policy that sampled it before any update, beyond "
+                f"kl_bound_nats={bound:g}: use mixed_precision=no, a larger bound or {exactly}"
+            )
         low, high = statistics["ratio/min"], statistics["ratio/max"]
         if self.config.objective == "ratio" and (low < 1 - self.clip or high > 1 + self.clip_high):
             raise TrainingError(
                 f"the replayed ratio lies in [{low:.7f}, {high:.7f}] before any update, outside the clip range "
                 f"[{1 - self.clip:.7f}, {1 + self.clip_high:.7f}]: use mixed_precision=no, a wider clip_range or "
-                f"micro_batch_size={self.config.sample_batch_size} (that of sampling)"
+                f"{exactly}"
             )
-        return {"ratio/first_pass_deviation": first_pass_deviation(statistics), "clip_nats": self.clip_nats}
+        found = {"ratio/first_pass_deviation": first_pass_deviation(statistics)}
+        return found if self.config.needs_old_means else found | {"clip_nats": self.clip_nats}
 
     def after_updates(self) -> dict[str, float]:
         """Without a price of the KL: ``kl_path`` of the actions looked at over the epoch, and its standard error."""

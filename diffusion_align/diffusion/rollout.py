@@ -29,6 +29,7 @@ class Trajectory:
         logp_old: (B, K), log-prob of each step under the policy that sampled it.
         latents: (B, C, H, W), the finished x_0.
         conditioning: of the samples.
+        mean_old: (B, K, C, H, W), the mean of each step under the policy that sampled it, if it was recorded.
     """
 
     x_t: Tensor
@@ -37,6 +38,7 @@ class Trajectory:
     logp_old: Tensor
     latents: Tensor
     conditioning: Conditioning
+    mean_old: Tensor | None = None
 
     def at(self, samples: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
         """x_t, x_s (n, C, H, W), steps (n,) and conditioning of n recorded steps, as ``replay`` takes them."""
@@ -46,7 +48,7 @@ class Trajectory:
 
 def concatenate(paths: Sequence[Trajectory]) -> Trajectory:
     """One trajectory of the samples of all of ``paths``."""
-    columns = [field.name for field in fields(Trajectory) if field.name != "conditioning"]
+    columns = [field.name for field in fields(Trajectory) if isinstance(getattr(paths[0], field.name), Tensor)]
     conditioning = {name: torch.cat([path.conditioning[name] for path in paths]) for name in paths[0].conditioning}
     return Trajectory(
         **{name: torch.cat([getattr(path, name) for path in paths]) for name in columns}, conditioning=conditioning
@@ -94,6 +96,7 @@ def rollout(
     *,
     record: Tensor | None = None,
     reduction: Reduction = "mean",
+    record_means: bool = False,
     on_step: Callable[[], None] = lambda: None,
 ) -> Trajectory:
     """Sample B images' latents and record the steps ``record``.
@@ -108,6 +111,7 @@ def rollout(
         generators: B of them; each is advanced.
         record: (B, K) int64, steps to keep, all of them stochastic; None keeps every stochastic step.
         reduction: "mean" or "sum" over latent dimensions, for ``logp_old``.
+        record_means: also keep ``mean_old``.
         on_step: called after each step (progress, interruption).
 
     Raises:
@@ -125,7 +129,7 @@ def rollout(
     device, shape = policy.device, policy.latent_shape
     has_density = set(schedule.stochastic_steps.tolist())
     states = [_noise(generators, shape, device)]
-    logp = []
+    logp, means = [], []
     for i in range(len(schedule)):
         steps = torch.full((batch,), i, dtype=torch.int64, device=device)
         step = transition(policy, schedule, states[-1], steps, conditioning)
@@ -135,6 +139,8 @@ def rollout(
         else:
             states.append(step.mean)
             logp.append(torch.zeros(batch, device=device))
+        if record_means:
+            means.append(step.mean)
         on_step()
     rows, record = torch.arange(batch, device=device)[:, None], record.to(device)
     path = torch.stack(states, dim=1)
@@ -145,6 +151,7 @@ def rollout(
         logp_old=torch.stack(logp, dim=1)[rows, record],
         latents=states[-1],
         conditioning=conditioning,
+        mean_old=torch.stack(means, dim=1)[rows, record] if record_means else None,
     )
 
 

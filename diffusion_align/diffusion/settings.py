@@ -435,6 +435,15 @@ class DDPOConfig(DenoisingConfig):
     clip_range_nats: OrInfinite | None = Field(
         None, gt=0, description="bound on the joint log-ratio; replaces clip_range"
     )
+    kl_bound_nats: OrInfinite | None = Field(
+        None,
+        ge=0,
+        description="drop an action whose step is more than this many nats of KL from the policy that sampled it and "
+        "would move further away; replaces the clip",
+    )
+    ratio: Literal["plain", "guard"] = Field(
+        "plain", description="importance ratio, or GRPO-Guard's: centred, and in proportion to a step's std"
+    )
     timestep_range: tuple[Weight, Weight] | None = Field(None, description=_TIMESTEP_RANGE)
     timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, sampled per image")
 
@@ -492,6 +501,7 @@ class DDPOConfig(DenoisingConfig):
                     f"timestep_fraction={self.timestep_fraction:g} has no effect with sampler.noisy_steps, which are "
                     "all trained on: lower sampler.noisy_steps instead"
                 )
+        yield from self._trust_region_checks()
         ends_early = self.timestep_range is not None and self.timestep_range[1] < 1
         if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or ends_early):
             yield EVERY_LATER_STEP
@@ -499,6 +509,29 @@ class DDPOConfig(DenoisingConfig):
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0 or self.stop_when.kl_above is not None
+
+    @property
+    def needs_old_means(self) -> bool:
+        """Whether the loss compares a step with that of the policy that sampled it, beyond their log-probs."""
+        return self.kl_bound_nats is not None or self.ratio == "guard"
+
+    def _trust_region_checks(self) -> Iterator[str]:
+        bound = None if self.kl_bound_nats is None else f"kl_bound_nats={self.kl_bound_nats:g}"
+        if self.objective == "score_function":
+            for given in ([] if bound is None else [bound]) + (["ratio=guard"] if self.ratio == "guard" else []):
+                yield f"{given} has no effect with objective=score_function, which has no ratio: leave one of them out"
+        elif bound is not None and self.ratio == "guard":
+            yield f"{bound} replaces the clip, for which ratio=guard centres the ratio: leave one of them out"
+        elif self.ratio == "guard" and self.clip_range_nats is not None:
+            yield (
+                f"clip_range_nats={self.clip_range_nats:g} bounds the joint log-ratio, which ratio=guard changes in "
+                "every step: set clip_range instead"
+            )
+        if bound is not None and self.objective == "ratio":
+            for name in ("clip_range", "clip_range_nats"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    yield f"{name}={value:g} has no effect with kl_bound_nats, which replaces the clip: leave it out"
 
     def nats_in_logp(self, dimensions: int) -> int:
         """What turns a log-prob in the chosen reduction into nats, for latents of ``dimensions`` numbers."""

@@ -217,6 +217,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         record: Callable[[int], Tensor] | None = None,
         reduction: Reduction = "mean",
         schedule: DiffusionSchedule | None = None,
+        record_means: bool = False,
     ) -> Collected:
         """Sample this process's part of an epoch and score each batch, in the background where a reward runs there.
 
@@ -225,6 +226,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             record: global sample index -> (K,) steps of the schedule to keep; None keeps all stochastic ones.
             reduction: of the recorded log-probs.
             schedule: on the device; None is ``sampling_schedule``.
+            record_means: see ``rollout``.
 
         Raises:
             RewardError, TrainingError, Interrupted: see ``sample_and_score``.
@@ -244,6 +246,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
                 [generator(config.seed, "noise", self.epoch, i) for i in batch],
                 record=None if record is None else torch.stack([record(i) for i in batch]),
                 reduction=reduction,
+                record_means=record_means,
                 on_step=lambda: advance(1),
             )
             # The parts of a combined reward are called one by one.

@@ -95,25 +95,27 @@ def ratio_statistics(
     logp_old: Tensor,
     advantages: Tensor,
     *,
-    clip: float,
-    clip_high: float,
+    clip: float | None,
+    clip_high: float | None = None,
     mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Ratios, and which of them are clipped or clamped, of the actions that count, (n,) each, detached.
 
-    ``ratio`` is ``importance_ratio``'s of ``logp`` and ``logp_old``; args as in ``clipped_surrogate``.
+    ``ratio`` is ``importance_ratio``'s of ``logp`` and ``logp_old``; args as in ``clipped_surrogate``, but that
+    ``clip=None`` is no clip.
     """
     ratio = ratio.detach()
-    low, high = clipped_ratios(ratio, clip=clip, clip_high=clip_high, advantages=advantages, mask=mask)
     statistics = {
         "ratio/mean": ratio,
         "ratio/min": ratio,
         "ratio/max": ratio,
         "ratio/clamped": ((logp.detach() - logp_old).abs() > LOG_CLAMP).float(),
-        "clip_ratio/low_mean": low.float(),
-        "clip_ratio/high_mean": high.float(),
-        "clip_ratio/region_mean": (low | high).float(),
     }
+    if clip is not None:
+        low, high = clipped_ratios(ratio, clip=clip, clip_high=clip_high, advantages=advantages, mask=mask)
+        statistics["clip_ratio/low_mean"] = low.float()
+        statistics["clip_ratio/high_mean"] = high.float()
+        statistics["clip_ratio/region_mean"] = (low | high).float()
     return {name: value if mask is None else value[mask] for name, value in statistics.items()}
 
 

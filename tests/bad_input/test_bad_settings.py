@@ -47,6 +47,10 @@ CASES = cases("""
     clip_std=[1.0, 0.5]
     clip_std=[-1.0, 0.5]
     credit=to_go; timestep_fraction=0.5; kl_coef=0.1
+    kl_bound_nats=1; clip_range=1e-3; clip_range_nats=1
+    kl_bound_nats=1; ratio=guard
+    kl_bound_nats=1; ratio=guard; objective=score_function
+    ratio=guard; clip_range_nats=1
     sampler.noisy_order=progressive; sampler.noisy_range=[0, 0.5]
     sampler.noisy_range=[0.5, 0.5]; sampler.noisy_steps=2
     sampler.noisy_steps=60
@@ -113,6 +117,7 @@ OUT_OF_RANGE = cases("""
     lora.rank=0
     lora.alpha=0
     clip_range_nats=0
+    kl_bound_nats=-0.1
     timestep_fraction=0
     timestep_fraction=1.01
     group_size=0

@@ -230,18 +230,27 @@ def rows_of(folder):
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
 
-@pytest.mark.parametrize("order", ["random", "progressive"])
-def test_a_run_that_is_resumed_and_lengthened_is_the_uninterrupted_one(order, tiny_sd, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("order", "settings"), [("random", {"kl_bound_nats": 0.0005}), ("progressive", {"ratio": "guard"})]
+)
+def test_a_run_that_is_resumed_and_lengthened_is_the_uninterrupted_one(order, settings, tiny_sd, tmp_path, monkeypatch):
     from diffusion_align.pipelines.configuration import check_config
     from diffusion_align.pipelines.run import run
 
     monkeypatch.setattr("diffusion_align.report.write_report", lambda folder: None)
-    common = TRAINING | {"model": str(tiny_sd), "sampler": WINDOW | {"noisy_order": order, "noisy_range": [0.0, 0.8]}}
+    common = (
+        TRAINING
+        | settings
+        | {"model": str(tiny_sd), "sampler": WINDOW | {"noisy_order": order, "noisy_range": [0.0, 0.8]}}
+    )
     straight, twice = tmp_path / "straight", tmp_path / "twice"
     run(check_config(common | {"output_dir": straight}))
     run(check_config(common | {"output_dir": twice, "epochs": 2}))
     run(check_config(common | {"output_dir": twice, "resume": True}))
     assert rows_of(straight) == rows_of(twice)
+    if "kl_bound_nats" in settings:
+        assert {row["kl_bound/dropped"] for row in rows_of(straight) if row["step"] % 4 == 1 and "loss" in row} == {0}
+        assert any(0 < row.get("kl_bound/dropped", 0) < 1 for row in rows_of(straight))
     places = [row["first_noisy_step"] for row in rows_of(straight) if "first_noisy_step" in row]
     assert len(places) == 4
     assert len(set(places)) > 1
