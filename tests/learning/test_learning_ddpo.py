@@ -12,17 +12,27 @@ from diffusion_align.report import read_metrics
 PROMPTS = ["a lion", "a panda", "a red apple", "a pizza", "a rocket", "a guitar", "a crab", "an umbrella"]
 
 
-def train(folder: Path, *overrides: str) -> list[dict]:
+def train(folder: Path, *overrides: str, recipe: str = "ddpo_emoji_jpeg") -> list[dict]:
     settings = [f"output_dir={folder}", "epochs=12", "grid_every=0", f"prompts={PROMPTS}", "mixed_precision=no"]
-    run(read_config("ddpo_emoji_jpeg", [*settings, *overrides]))
+    run(read_config(recipe, [*settings, *overrides]))
     return read_metrics(folder / "metrics.jsonl")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scale", "sign"), [(1.0, 1), (-1.0, -1)])
-def test_jpeg_size_follows_the_reward_and_its_sign(tmp_path: Path, scale: float, sign: int) -> None:
-    train(tmp_path / "run", f"reward={{name: jpeg_compressibility, scale: {scale}}}")
-    judged = compare_models("emoji-sd", str(tmp_path / "run"), PROMPTS * 4, "jpeg_compressibility")
+@pytest.mark.parametrize(
+    ("recipe", "sign"),
+    [
+        ("ddpo_emoji_jpeg", 1),
+        ("ddpo_emoji_jpeg", -1),
+        ("flow_emoji_jpeg", 1),
+        ("flow_emoji_jpeg", -1),
+        ("flow_emoji_window", 1),
+    ],
+)
+def test_jpeg_size_follows_the_reward_and_its_sign(tmp_path: Path, recipe: str, sign: int) -> None:
+    train(tmp_path / "run", f"reward={{name: jpeg_compressibility, scale: {sign}}}", recipe=recipe)
+    model = read_config(recipe, []).model
+    judged = compare_models(model, str(tmp_path / "run"), PROMPTS * 4, "jpeg_compressibility")
     assert sign * (judged.mean_second - judged.mean_first) > 0.2  # kB, of about 2.7
 
 
