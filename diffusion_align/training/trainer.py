@@ -117,6 +117,7 @@ class Trainer(ABC, Generic[Batch]):
         resumed: whether a checkpoint was loaded.
         stopped: why the run ended before its last epoch.
         identity: what the run is made of, by content, if whoever built this trainer gave it.
+        model_given: whether whoever built it gave a language model in memory.
         local_samples: this process's part of an epoch's global samples.
         processes, bars, folder, run_folder, log: what helpers are given.
     """
@@ -169,6 +170,7 @@ class Trainer(ABC, Generic[Batch]):
         self.resumed = False
         self.stopped: str | None = None
         self.identity: Identity = {}
+        self.model_given = False
         self._can_be_saved = False
         self._saving = threading.Lock()  # held while a checkpoint is written, and to change ``_can_be_saved``
         self._saved_at = time.monotonic()
@@ -349,8 +351,7 @@ class Trainer(ABC, Generic[Batch]):
         if newest:
             self._load(newest[0])
         elif self.run_folder.config_file.is_file():
-            theirs = load_yaml(self.run_folder.config_file)
-            check_same_run(config, self.identity, theirs, None, self.folder, self.processes)
+            self._check_same_run(load_yaml(self.run_folder.config_file), None, self.folder)
         self.resumed, self._began = bool(newest), self.epoch
         self.processes.wait()  # all have read the folder before the main process writes to it
         self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
@@ -372,6 +373,10 @@ class Trainer(ABC, Generic[Batch]):
             requested = self._measure(row, last)
             self.stopped = self.stop_reason(last | row) or requested or self._nothing_left_to_train()
         self._training_since = time.perf_counter()
+
+    def _check_same_run(self, theirs: Mapping[str, Any], their_identity: Identity | None, path: Path) -> None:
+        mine, given = (self.config, self.identity), self.model_given
+        check_same_run(*mine, theirs, their_identity, path, self.processes, model_given=given)
 
     def _open_folder(self, step: int) -> None:
         """``config.yaml`` first: with it the run can be resumed, whatever a tracker or callback does."""
@@ -681,7 +686,7 @@ class Trainer(ABC, Generic[Batch]):
 
     def _load(self, path: Path) -> None:
         weights, tensors, state = checkpoint.load_checkpoint(path)
-        check_same_run(self.config, self.identity, state["config"], state.get("identity") or {}, path, self.processes)
+        self._check_same_run(state["config"], state.get("identity"), path)
         if self.identity and not state.get("identity") and self.processes.is_main:
             print_warning(
                 f"{path} does not record the content of its model, data and rewards: a change was not checked for"
