@@ -94,6 +94,22 @@ def split_decoding(vae: Any, *, slices: bool, tiles: bool) -> None:
     vae.use_slicing, vae.use_tiling = slices, tiles
 
 
+def in_channels_last(network: nn.Module) -> bool:
+    """Whether the weights of its convolutions are in that order."""
+    return any(weight.ndim == 4 and not weight.is_contiguous() for weight in network.parameters())
+
+
+@contextlib.contextmanager
+def tiled(vae: Any, tiles: bool) -> Iterator[None]:
+    """Inside, a diffusers VAE decodes in tiles, or does not."""
+    before = {"slices": vae.use_slicing, "tiles": vae.use_tiling}
+    split_decoding(vae, slices=vae.use_slicing, tiles=tiles)
+    try:
+        yield
+    finally:
+        split_decoding(vae, **before)
+
+
 def _checkpointed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     from torch.utils.checkpoint import checkpoint
 

@@ -158,7 +158,9 @@ def check_image_model(
     try:
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
         sizes = {"height": height, "width": width, "bucket_step": bucket_step}
-        check_folder(ref.base, chosen, **sizes, to_train=to_train)
+        described = {"model": ref.base} if base_config is None else {"base_config": base_config}
+        for name, folder in described.items():
+            check_folder(folder, chosen, **sizes, to_train=to_train, name=name)
     except UserError as error:
         if ref.run is None:
             raise

@@ -40,9 +40,10 @@ def add_memory_advice(error: BaseException) -> None:
 
 
 def add_resume(error: BaseException, folder: RunFolder) -> None:
-    """Note how a run is resumed from its last checkpoint that room was missing for, on a disk or a GPU."""
+    """Note how a run is resumed from its last checkpoint: after a second Ctrl-C, or where a disk or a GPU was full."""
     told = any(RESUME_WITH in note for note in getattr(error, "__notes__", ()))
-    if isinstance(error, torch.OutOfMemoryError | WriteError) and folder.config_file.is_file() and not told:
+    saved = isinstance(error, torch.OutOfMemoryError | WriteError | KeyboardInterrupt)
+    if saved and folder.config_file.is_file() and not told:
         stands = "the last checkpoint stands; " if folder.checkpoints else ""
         error.add_note(stands + folder.how_to_resume())
 

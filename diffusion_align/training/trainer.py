@@ -419,10 +419,9 @@ class Trainer(TrainingMethod[Batch]):
                 if together and not processes.from_main(processes.is_main and folder.nothing_trained(self.epoch)):
                     with contextlib.suppress(WriteError):  # the first failure is reported; the last checkpoint stands
                         self.save()
-                    failed_before = not folder.is_new and self.epoch == self._began  # and would again
                     if unfit and self.accelerator.mixed_precision == "fp16":
                         error.add_note(folder.how_to_resume(mixed_precision="no"))
-                    elif not (unfit or failed_before or isinstance(error, WriteError)):
+                    elif not (unfit or isinstance(error, WriteError)):
                         changed = changed_by_mending(error, self.identity, self.config)
                         error.add_note(folder.how_to_resume(**changed))
                 raise
