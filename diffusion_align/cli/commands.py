@@ -151,7 +151,7 @@ def sample(
     pipeline = ImageAlignmentPipeline.from_pretrained(model, family=family)
     sampled = pipeline(texts, seed=seed, steps=steps, eta=eta, **checked)
     sampled.save(output)
-    print_line(f"wrote {len(texts)} images and grid.png to {output}")
+    print_line(f"wrote {len(texts)} {'image' if len(texts) == 1 else 'images'} and grid.png to {output}")
 
 
 @app.command(epilog=_epilog('complete tiny-lm -p "And the king said"', "Docs: docs/text.md"))

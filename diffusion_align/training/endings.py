@@ -1,4 +1,4 @@
-"""How a run ends before its last epoch: what is said about it, and how it is resumed."""
+"""How a run ends before its last epoch: the sentences it prints, and how it is resumed."""
 
 from __future__ import annotations
 

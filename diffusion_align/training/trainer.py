@@ -462,6 +462,8 @@ class Trainer(TrainingMethod[Batch]):
     def _load(self, path: Path) -> None:
         weights, tensors, state = checkpoint.load_checkpoint(path)
         self._check_same_run(state["config"], state.get("identity"), path)
+        if self.config.epochs < (done := state["epoch"]):
+            raise CheckpointError(f"epochs={self.config.epochs}, but {done} are finished: set epochs={done} or more")
         if self.identity and not state.get("identity") and self.processes.is_main:
             print_warning(
                 f"{path} does not record the content of its model, data and rewards: a change was not checked for"

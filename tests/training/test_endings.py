@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusion_align import interrupt, writing
-from diffusion_align.errors import Interrupted, TrainingError
+from diffusion_align.errors import CheckpointError, Interrupted, TrainingError
 from diffusion_align.rewards import RewardError
 from diffusion_align.training import checkpoint, endings, savepoint
 from diffusion_align.training import processes as training_processes
@@ -265,6 +265,15 @@ def test_a_checkpoint_is_due_after_minutes_and_changes_no_bit(tmp_path, monkeypa
     newest = [load_checkpoint(list_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("often", "never")]
     assert torch.equal(*(weights["trained"]["weights"] for weights, _, _ in newest))
     assert len({(tmp_path / name / "final" / "weights.txt").read_text() for name in ("often", "seldom", "never")}) == 1
+
+
+def test_fewer_epochs_than_are_finished_are_refused_and_change_nothing(tmp_path):
+    Toy(tmp_path / "run", epochs=3).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"^epochs=2, but 3 are finished: set epochs=3 or more$"):
+        Toy(tmp_path / "run", epochs=2, resume=True).train()
+    assert {path: path.read_bytes() for path in before} == before
+    assert Toy(tmp_path / "run", epochs=3, resume=True).train() == tmp_path / "run"
 
 
 def steps_of(folder):

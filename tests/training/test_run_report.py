@@ -140,8 +140,7 @@ def test_whatever_else_ends_a_run_is_in_its_report(tmp_path, monkeypatch, error)
     with pytest.raises(type(error)) as caught:
         Toy(tmp_path / "run").train()
     notes = getattr(caught.value, "__notes__", [])
-    advice = [f"the last checkpoint stands; {resumed_with(tmp_path / 'run')}"]
-    assert notes == (advice if isinstance(error, KeyboardInterrupt) else [])
+    assert notes == ([resumed_with(tmp_path / "run")] if isinstance(error, KeyboardInterrupt) else [])
     shown = text_of(tmp_path / "run")
     assert ("Interrupted" if isinstance(error, KeyboardInterrupt) else "Failed") in shown
     assert type(error).__name__ in shown
