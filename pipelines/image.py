@@ -353,7 +353,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
         trained = family_of(self.pipeline).network
         before = given if as_they_are else {}
-        weights = adapters.AdapterState() if before else adapters.adapter_weights(self.pipeline)
+        weights = {} if before else adapters.adapter_weights(self.pipeline)
         before = before | ({trained: getattr(self.pipeline, trained)} if config.lora is None else {})
         device = self.pipeline.device
         for name, network in before.items():
@@ -366,7 +366,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         try:
             if as_they_are:
                 adapters.merge_adapters(self.pipeline)
-            _refuse_other_parts(self.pipeline)
+            if config.lora is None or not config.lora.text_encoder:
+                _refuse_other_parts(self.pipeline)
             with on_disk(config, below, self._write, without=("weights_variant", "base_config")) as config:
                 trainer = run(config, pipeline=self.pipeline, started=align_call(config))
         except BaseException:
@@ -381,7 +382,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             raise
         finally:
             if config.gradient_checkpointing:
-                keep_activations(getattr(self.pipeline, trained))
+                for part in (getattr(self.pipeline, trained), *text_encoders(self.pipeline)):
+                    keep_activations(part)
             if config.attention != "auto" and attention:  # "auto" would take it over into the next run
                 getattr(self.pipeline, trained).set_attn_processor(attention)
             for part in (getattr(self.pipeline, trained), vae) if reordered else ():
@@ -568,7 +570,6 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         """
         if self._others or family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
-        _refuse_other_parts(self.pipeline)
         with new_folder(output_folder(folder)) as temporary:
             adapters.save_lora(self.pipeline, temporary)
 
@@ -615,13 +616,13 @@ def sampling_problems(
 
 
 def _refuse_other_parts(pipeline: Any) -> None:
-    """Only the adapter of the trained network is trained and written; a LoRA on a text encoder would be lost."""
+    """Of a run that trains the adapter of the network alone, a LoRA on a text encoder would be no part."""
     family = family_of(pipeline)
     others = sorted(adapters.adapted_parts(pipeline).keys() - {family.network})
     if others:
         raise UserError(
             f"the lora also changes {', '.join(others)}, which the adapter of a {family.network_title} cannot hold: "
-            "merge() it first"
+            "merge() it first, or set lora.text_encoder=true to train it further"
         )
 
 

@@ -189,7 +189,7 @@ def load_pipeline(
     check_pipeline_name(model, variant=variant, base_config=base_config)
     described_by = base_config if is_one_file(model) else _source(model)
     size = {"height": height, "width": width} if to_train else {}
-    with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
+    with quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
         if is_one_file(model):
             kind, base = _class_of_file(model), None
             of_file = family_of_class(kind, family, f"model={model!r}")
@@ -328,8 +328,9 @@ def _cast_to_weights(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracebacks that diffusers logs before it raises, and what it makes huggingface_hub warn of."""
+def quiet() -> Iterator[None]:
+    """Without the tracebacks that diffusers logs before it raises, what it makes huggingface_hub warn of, and its
+    warnings about long prompts."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -52,10 +52,15 @@ def keep_activations(network: Any) -> None:
             del layer.forward
 
 
-def text_encoders(pipeline: Any) -> list[nn.Module]:
-    """Those of a diffusers pipeline."""
+def named_text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Name -> text encoder of a diffusers pipeline."""
     parts = pipeline.components.items()
-    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+    return {name: part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)}
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """The text encoders of a diffusers pipeline."""
+    return list(named_text_encoders(pipeline).values())
 
 
 def check_no_hooks(pipeline: Any) -> None:

@@ -137,6 +137,7 @@ def check_image_model(
     base_config: str | None = None,
     family: str | None = None,
     lora_layers: str | None = None,
+    lora_text_encoder: bool = False,
     height: int | None = None,
     width: int | None = None,
     bucket_step: int | None = None,
@@ -146,13 +147,15 @@ def check_image_model(
 
     Args:
         model, variant, base_config, family: as in a configuration; those of a run if not given.
-        lora_layers: of the adapter to train, if any.
+        lora_layers, lora_text_encoder: of the adapters to train, if any.
         height, width, bucket_step, to_train: see ``check_folder``.
     """
     ref = image_model_ref(model)
     chosen = find_family(family or ref.family)
     if chosen is not None and lora_layers is not None:
         chosen.adapted_layers(lora_layers)
+    if chosen is not None and lora_text_encoder:
+        chosen.adapted_encoder_layers()
     variant = ref.variant if variant is None else variant
     base_config = ref.base_config if base_config is None else base_config
     try:
