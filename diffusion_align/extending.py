@@ -17,4 +17,5 @@ from diffusion_align.models.families import ATTENTION, Conditioning, ModelFamily
 from diffusion_align.rewards import RewardSetting, RewardSettings
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, Metric, RunContext
-from diffusion_align.training.trainer import Trainer, TrainingPlan
+from diffusion_align.training.method import TrainingPlan
+from diffusion_align.training.trainer import Trainer

@@ -21,6 +21,7 @@ from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.data.text_encoding import Text
 from diffusion_align.errors import ConfigError, UserError, problems_of
 from diffusion_align.models.language_models import language_model_ref
+from diffusion_align.models.memory import tiled
 from diffusion_align.models.model_card import OF_SAMPLES
 from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.image import ImageAlignmentPipeline, png_bytes
@@ -134,11 +135,13 @@ def compare_models(
     pipelines[0] = copy.copy(pipelines[0])
     for name in ("sampler", *OF_SAMPLES):
         setattr(pipelines[0], name, getattr(pipelines[1], name))
+    tiles = pipelines[1].pipeline.vae.use_tiling  # which changes images
     reward = build_reward(judge, model=pipelines[1].origin, device=pipelines[1].pipeline.device)
 
     def sample(k: int, some: range) -> tuple[Samples, torch.Tensor]:
         batch = [texts[i] for i in some]
-        images = pipelines[k](batch, seed=seed + some.start, batch_size=_BATCH).images
+        with tiled(pipelines[k].pipeline.vae, tiles):
+            images = pipelines[k](batch, seed=seed + some.start, batch_size=_BATCH).images
         return images, score_images(reward, images, batch, [notes[i] for i in some])
 
     scores, shown = _sampled(len(texts), sample, on_samples)

@@ -7,6 +7,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast, overload
@@ -29,7 +30,7 @@ from diffusion_align.models import adapters
 from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
 from diffusion_align.models.image_pipelines import load_pipeline, save_pipeline
 from diffusion_align.models.lora import ADAPTER
-from diffusion_align.models.memory import keep_activations, split_decoding, text_encoders
+from diffusion_align.models.memory import in_channels_last, keep_activations, split_decoding, text_encoders
 from diffusion_align.models.model_card import LARGEST_ETA, OF_SAMPLES, facts_of, write_model_card
 from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.pipelines.configuration import check_config
@@ -366,7 +367,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
 
         trained = family_of(self.pipeline).network
         before = given if as_they_are else {}
-        weights = adapters.AdapterState() if before else adapters.adapter_weights(self.pipeline)
+        weights = {} if before else adapters.adapter_weights(self.pipeline)
         before = before | ({trained: getattr(self.pipeline, trained)} if config.lora is None else {})
         device = self.pipeline.device
         for name, network in before.items():
@@ -374,26 +375,36 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             network.to("cpu")  # where it waits in case that training breaks off
         vae, attention = self.pipeline.vae, getattr(getattr(self.pipeline, trained), "attn_processors", None)
         decoding = {"slices": vae.use_slicing, "tiles": vae.use_tiling}
+        failed = False
+        reordered = config.channels_last and not in_channels_last(vae)
         try:
             if as_they_are:
                 adapters.merge_adapters(self.pipeline)
-            _refuse_other_parts(self.pipeline)
+            if config.lora is None or not config.lora.text_encoder:
+                _refuse_other_parts(self.pipeline)
             with on_disk(config, below, self._write, without=("weights_variant", "base_config")) as config:
                 trainer = run(config, pipeline=self.pipeline, started=align_call(config))
         except BaseException:
             for name, network in before.items():
-                setattr(self.pipeline, name, network.to(device))
+                setattr(self.pipeline, name, network)
+                with suppress(torch.OutOfMemoryError):  # the first failure is raised; this stays where it waited
+                    network.to(device)
             if not (as_they_are and given):
                 adapters.restore_lora(self.pipeline, weights)
             split_decoding(vae, **decoding)
+            failed = True
             raise
         finally:
             if config.gradient_checkpointing:
-                keep_activations(getattr(self.pipeline, trained))
+                for part in (getattr(self.pipeline, trained), *text_encoders(self.pipeline)):
+                    keep_activations(part)
             if config.attention != "auto" and attention:  # "auto" would take it over into the next run
                 getattr(self.pipeline, trained).set_attn_processor(attention)
-            for encoder in text_encoders(self.pipeline):
-                encoder.to(getattr(self.pipeline, trained).device)
+            for part in (getattr(self.pipeline, trained), vae) if reordered else ():
+                part.to(memory_format=torch.contiguous_format)
+            with suppress(torch.OutOfMemoryError) if failed else nullcontext():
+                for encoder in text_encoders(self.pipeline):
+                    encoder.to(getattr(self.pipeline, trained).device)
         trainer.optimization.load_ema_weights()
         self.sampler, self.run, self._called = config.sampler.preview, config.output_dir, str(config.output_dir)
         for name in OF_SAMPLES:
@@ -573,7 +584,6 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         """
         if self._others or family_of(self.pipeline).network not in adapters.adapted_parts(self.pipeline):
             raise UserError("there is no trained adapter to save: call align() with lora first")
-        _refuse_other_parts(self.pipeline)
         with new_folder(output_folder(folder)) as temporary:
             adapters.save_lora(self.pipeline, temporary)
 
@@ -620,13 +630,13 @@ def sampling_problems(
 
 
 def _refuse_other_parts(pipeline: Any) -> None:
-    """Only the adapter of the trained network is trained and written; a LoRA on a text encoder would be lost."""
+    """Of a run that trains the adapter of the network alone, a LoRA on a text encoder would be no part."""
     family = family_of(pipeline)
     others = sorted(adapters.adapted_parts(pipeline).keys() - {family.network})
     if others:
         raise UserError(
             f"the lora also changes {', '.join(others)}, which the adapter of a {family.network_title} cannot hold: "
-            "merge() it first"
+            "merge() it first, or set lora.text_encoder=true to train it further"
         )
 
 

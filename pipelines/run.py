@@ -121,6 +121,7 @@ def _trainer(
     form = f"build_trainer({type(config).__name__}({{}})).train()"
     trainer.run_folder.started = started or PythonCall(form, {"output_dir": config.output_dir})
     own = code_content([sys.modules[method.__module__]])  # this package's is known by its version
+    trainer.model_given = model is not None
     trainer.identity = context.identity | ({"method": own} if own else {})
     return trainer
 

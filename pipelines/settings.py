@@ -46,6 +46,8 @@ class LoRASettings(TypedDict, total=False):
     """dropout of each adapter's input, in training passes only"""
     layers: str
     """layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small models need) or several, as in attention+feed_forward"""
+    text_encoder: bool
+    """adapters on the attention projections of all text encoders too, which then stay on the GPU"""
 
 
 class SamplerSettings(TypedDict, total=False):

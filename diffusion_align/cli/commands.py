@@ -51,7 +51,7 @@ from diffusion_align.cli.terminal import (
     print_note,
     progress_bar,
 )
-from diffusion_align.errors import ConfigError, UserError, short
+from diffusion_align.errors import ConfigError, Interrupted, UserError, short
 from diffusion_align.invocation import IN_COMMANDS, command_line
 
 _Q, _P = (0.1, 0.2), (0.0, 1.0)
@@ -111,7 +111,10 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     hide_loading_bars()
     started = command_line(aliases_of(settings.__class__))
-    trainer = run(settings, started=started)
+    try:
+        trainer = run(settings, started=started)
+    except KeyboardInterrupt as stop:  # the second Ctrl-C; typer would make another error of it
+        raise Interrupted("\n".join(["stopped", *getattr(stop, "__notes__", ())])) from None
     if trainer.accelerator.is_main_process:
         for line in last_lines(trainer, started):
             print_line(line, keep=IN_COMMANDS)
@@ -148,7 +151,7 @@ def sample(
     pipeline = ImageAlignmentPipeline.from_pretrained(model, family=family)
     sampled = pipeline(texts, seed=seed, steps=steps, eta=eta, **checked)
     sampled.save(output)
-    print_line(f"wrote {len(texts)} images and grid.png to {output}")
+    print_line(f"wrote {len(texts)} {'image' if len(texts) == 1 else 'images'} and grid.png to {output}")
 
 
 @app.command(epilog=_epilog('complete tiny-lm -p "And the king said"', "Docs: docs/text.md"))

@@ -48,9 +48,9 @@ from diffusion_align.rewards.base import part_weights
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.finite import MORE_ROOM
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric, first_pass_deviation, ratio_statistics
-from diffusion_align.training.trainer import TrainingPlan
 
 
 @dataclass(frozen=True)

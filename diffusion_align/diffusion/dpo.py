@@ -61,9 +61,9 @@ from diffusion_align.estimators import (
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import multiple_checks
 from diffusion_align.training.context import EpochCost, Lines, Metric
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import agreement, equal_reward_metric
-from diffusion_align.training.trainer import TrainingPlan
 
 
 def stacked(latents: Sequence[Tensor], dim: int = 0) -> Tensor:

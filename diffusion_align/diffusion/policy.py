@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,14 @@ from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.families import Conditioning, ModelFamily, check_settings, family_of
+from diffusion_align.models.image_pipelines import quiet
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
-from diffusion_align.models.memory import check_no_hooks, checkpoint_activations, on_device, text_encoders
+from diffusion_align.models.memory import (
+    check_no_hooks,
+    checkpoint_activations,
+    named_text_encoders,
+    on_device,
+)
 from diffusion_align.training.attention import ImageAttention
 from diffusion_align.training.finite import all_finite
 
@@ -31,6 +37,10 @@ CACHED_PROMPTS = 2048
 PROMPT_BATCH = 8
 """Prompts in every pass of the text encoders, the last ones of which repeat one if there are fewer: with one shape for
 all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
+PROMPT = "prompt"
+"""Entry of the conditioning of a policy that adapts its text encoders: (B,) int64, the number of each prompt."""
+_Prompt = tuple[str, Size, bool]
+"""A text, the (height, width) of its image in pixels, and whether it is a negative prompt."""
 
 
 class DenoisingPolicy:
@@ -38,8 +48,8 @@ class DenoisingPolicy:
 
     Args:
         pipeline: of a class in ``families.SHIPPED`` (Stable Diffusion, XL, 3, FLUX), or one that
-            ``load_pipeline`` has loaded with a family of the user's own. Text encoders and VAE
-            are frozen. What is frozen keeps its dtype, trained weights become float32.
+            ``load_pipeline`` has loaded with a family of the user's own. Its VAE is frozen, and its text encoders but
+            for adapters on them. What is frozen keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and, for the reference, keeps a frozen copy.
         needs_reference: False saves the copy where no reference is used.
         guidance_scale: of guidance in sampling *and* training. Where it is classifier-free, 1 switches it off (half the
@@ -49,7 +59,7 @@ class DenoisingPolicy:
         height, width: of images in pixels; the model's own where None.
         autocast: context in which the network runs; log-probs stay float32.
         gradient_checkpointing: see ``checkpoint_activations``.
-        offload_text_encoders: keep them in main memory except while they encode.
+        offload_text_encoders: keep them in main memory except while they encode; not where they are trained.
         attention: what computes the network's attention, see ``ModelFamily.use_attention``; "auto" is eager on a CPU,
             whose backward pass is faster there, and on a GPU as the pipeline has it.
         channels_last: put the weights of the network's and the VAE's convolutions into that order.
@@ -86,14 +96,22 @@ class DenoisingPolicy:
         self._latent_size = self.family.latent_size(
             self.network.config, pipeline.vae.config, height=height, width=width
         )
-        adapted = _check_adapter(self.network, lora, self.family)
+        adapters = {} if lora is None else _adapter_configs(pipeline, lora, self.family)
+        adapted = _check_adapters(pipeline, adapters, lora, self.family)
+        self._encoders = {name: getattr(pipeline, name) for name in adapters if name != self.family.network}
         self.pipeline.set_progress_bar_config(disable=True)
         self.device = torch.device(device)
         self.guidance_scale, self.negative_prompt = guidance_scale, negative_prompt
         self.autocast = autocast
         self.lora = lora
-        self._prompt_cache: dict[tuple[str, Size, bool], Conditioning] = {}
-        self._offloaded = text_encoders(pipeline) if offload_text_encoders else []
+        self._prompt_cache: dict[_Prompt, Conditioning] = {}  # by encoders that do not change: without their adapters
+        self._prompts: list[_Prompt] = []  # all that were conditioned on, each at its number
+        self._numbers: dict[_Prompt, int] = {}
+        self._kept: dict[_Prompt, Conditioning] | None = None  # by the adapted encoders, see ``weights_kept``
+        self._is_reference = False
+        self._offloaded = []
+        if offload_text_encoders and not self._encoders:
+            self._offloaded = list(named_text_encoders(pipeline).values())
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.to("cpu" if part in self._offloaded else self.device).requires_grad_(False).eval()
@@ -105,22 +123,23 @@ class DenoisingPolicy:
             if needs_reference:  # in float32 as well: it has to round as what is trained does
                 self._frozen = copy.deepcopy(self.network)
             self.network.requires_grad_(True)
-        elif not adapted:
-            add_lora(self.network, peft_config(lora, self.family))
-            self.network.eval()  # the new layers as well
-        self._adapter_layers = adapter_layers(self.network)
-        self.dropout = set_dropout(self.network, lora)
+        for name, config in {} if adapted else adapters.items():
+            add_lora(getattr(pipeline, name), config)
+            getattr(pipeline, name).eval()  # the new layers as well
+        trained = [self.network, *self._encoders.values()]
+        self._adapter_layers = [layer for part in trained for layer in adapter_layers(part)]
+        self.dropout, *_ = [set_dropout(part, lora) for part in trained]
         for parameter in self.trainable.values():
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()
-        if lora is not None and adapted:
+        for name, config in adapters.items() if adapted else ():
             # Files hold a scale of 1; the settings say at which scale it is trained.
-            rescale_lora(self.network, peft_config(lora, self.family).lora_alpha)
+            rescale_lora(getattr(pipeline, name), config.lora_alpha)
         if channels_last:  # adapters, and what the reference rounds like
             for part in filter(None, (self.network, self._frozen, self.pipeline.vae)):
                 part.to(memory_format=torch.channels_last)
-        if gradient_checkpointing:
-            checkpoint_activations(self.network)
+        for part in trained if gradient_checkpointing else ():
+            checkpoint_activations(part)
 
     @property
     def network(self) -> Any:
@@ -129,9 +148,14 @@ class DenoisingPolicy:
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that is trained: the adapters, or the whole network."""
-        named = self.network.named_parameters()
-        return {name: p for name, p in named if self.lora is None or ".lora_" in name}
+        """Name -> parameter of all that is trained: the adapters, or the whole network.
+
+        Those of text encoders have the encoder's name before theirs.
+        """
+        named = dict(self.network.named_parameters())
+        for part, encoder in self._encoders.items():
+            named |= encoder.named_parameters(prefix=part)
+        return {name: p for name, p in named.items() if self.lora is None or ".lora_" in name}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -154,32 +178,77 @@ class DenoisingPolicy:
     def encode(self, prompts: Sequence[str], image_sizes: Sequence[Size] | None = None) -> Conditioning:
         """What the network is conditioned on, (B, ...); each different prompt goes through the text encoders once.
 
+        Where those are trained, it is the prompts' numbers, ``PROMPT``, and ``predict`` encodes.
+
         Args:
             prompts: B texts; an empty one stands for no prompt.
             image_sizes: (height, width) in pixels of each one's image, if not that of the images that are sampled.
         """
-        return self._encode(prompts, image_sizes or [self.image_size] * len(prompts))
+        sizes = image_sizes or [self.image_size] * len(prompts)
+        keys = [(prompt, size, False) for prompt, size in zip(prompts, sizes, strict=True)]
+        return self._numbered(keys) if self._encoders else self._embeddings(keys)
 
     @torch.no_grad()
-    def _encode(self, prompts: Sequence[str], image_sizes: Sequence[Size], *, negative: bool = False) -> Conditioning:
-        encode = self.family.encode_negative if negative else self.family.encode
-        keys = [(prompt, size, negative) for prompt, size in zip(prompts, image_sizes, strict=True)]
+    def _encode(self, keys: Sequence[_Prompt]) -> Conditioning:
+        """By encoders that do not change, of which all prompts used last are kept."""
         cached = {key: self._prompt_cache.pop(key) for key in dict.fromkeys(keys) if key in self._prompt_cache}
-        missing: dict[Size, list[str]] = {}
-        for prompt, size, _ in (key for key in dict.fromkeys(keys) if key not in cached):
-            missing.setdefault(size, []).append(prompt)
+        missing: dict[tuple[Size, bool], list[str]] = {}
+        for prompt, size, negative in (key for key in dict.fromkeys(keys) if key not in cached):
+            missing.setdefault((size, negative), []).append(prompt)
+        batch = 1 if self._encoders else PROMPT_BATCH  # as ``_encode_trained``: equal weights give equal bits
         with on_device(self._offloaded if missing else (), self.device):  # once, for all sizes
-            for size, texts in missing.items():
-                for start in range(0, len(texts), PROMPT_BATCH):
-                    some = texts[start : start + PROMPT_BATCH]
-                    encoded = encode(self.pipeline, some + some[-1:] * (PROMPT_BATCH - len(some)), size)
+            for (size, negative), texts in missing.items():
+                encode = self.family.encode_negative if negative else self.family.encode
+                for start in range(0, len(texts), batch):
+                    some = texts[start : start + batch]
+                    encoded = encode(self.pipeline, some + some[-1:] * (batch - len(some)), size)
                     for i, prompt in enumerate(some):
                         cached[prompt, size, negative] = {k: v[i : i + 1].clone() for k, v in encoded.items()}
         self._prompt_cache |= cached  # those used last come last
         for key in list(self._prompt_cache)[:-CACHED_PROMPTS]:
             del self._prompt_cache[key]
-        rows = [cached[key] for key in keys]
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return _rows(cached, keys)
+
+    def _numbered(self, keys: Sequence[_Prompt]) -> Conditioning:
+        """What stands for prompts until ``predict`` encodes them."""
+        for key in keys:
+            if key not in self._numbers:
+                self._numbers[key] = len(self._prompts)
+                self._prompts.append(key)
+        beside = {size: self.family.of_size(self.pipeline, size) for _, size, _ in keys}
+        told = _rows(beside, [size for _, size, _ in keys])
+        return {PROMPT: torch.tensor([self._numbers[key] for key in keys], device=self.device), **told}
+
+    def _encode_trained(self, keys: Sequence[_Prompt]) -> Conditioning:
+        """With gradients, by the adapted encoders as they are now; a prompt a pass, so that its embedding's bits depend
+        on nothing else, and each different prompt once. diffusers warns of one that is too long where the
+        reference encodes it, which happens once."""
+        known = {} if self._kept is None else self._kept
+        with quiet():
+            for prompt, size, negative in dict.fromkeys(keys):
+                if (prompt, size, negative) not in known:
+                    encode = self.family.encode_negative if negative else self.family.encode
+                    known[prompt, size, negative] = encode(self.pipeline, [prompt], size)
+        return _rows(known, keys)
+
+    def _embeddings(self, keys: Sequence[_Prompt]) -> Conditioning:
+        return self._encode_trained(keys) if self._encoders and not self._is_reference else self._encode(keys)
+
+    def _encoded(self, conditioning: Conditioning) -> Conditioning:
+        """``conditioning`` with embeddings in place of the prompts' numbers, if it has those."""
+        if PROMPT not in conditioning:
+            return conditioning
+        keys = [self._prompts[number] for number in conditioning[PROMPT].tolist()]
+        return self._embeddings(keys) | {name: value for name, value in conditioning.items() if name != PROMPT}
+
+    @contextlib.contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """Inside, without gradients and while no trained weight changes, each prompt is encoded only once."""
+        before, self._kept = self._kept, {} if self._kept is None else self._kept
+        try:
+            yield
+        finally:
+            self._kept = before
 
     def return_text_encoders(self) -> None:
         """Keep offloaded text encoders on the device from now on, where diffusers' own call needs them."""
@@ -201,6 +270,7 @@ class DenoisingPolicy:
             guidance_scale: the policy's own when not given.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        conditioning = self._encoded(conditioning)
         if self.family.guidance == "embedded":
             told = torch.full((len(x_t),), float(scale), device=x_t.device)
             return self._run(x_t, timestep, conditioning | {"guidance": told})
@@ -214,9 +284,7 @@ class DenoisingPolicy:
 
     def _encode_negative(self, image_size: Size) -> Conditioning:
         """(1, ...) of what guidance leads away from."""
-        if self.negative_prompt is None:
-            return self.encode([""], [image_size])
-        return self._encode([self.negative_prompt], [image_size], negative=True)
+        return self._embeddings([(self.negative_prompt or "", image_size, self.negative_prompt is not None)])
 
     def _run(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         network = self.network
@@ -231,15 +299,17 @@ class DenoisingPolicy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, ``predict`` is the reference policy: the adapter switched off, or the frozen copy."""
+        """Inside, ``predict`` is the reference policy: the adapters switched off, or the frozen copy."""
         if not self.has_reference:
             raise ValueError("this policy was made without a reference: needs_reference=True keeps one")
-        trained = self.network
+        trained, before = self.network, self._is_reference
         with switched_off(self._adapter_layers):
             setattr(self.pipeline, self.family.network, trained if self._frozen is None else self._frozen)
+            self._is_reference = True
             try:
                 yield
             finally:
+                self._is_reference = before
                 setattr(self.pipeline, self.family.network, trained)
 
     @torch.no_grad()
@@ -265,7 +335,7 @@ class DenoisingPolicy:
         return latents
 
     def save_lora(self, folder: Path) -> None:
-        """Write the adapter, see ``save_lora``."""
+        """Write the adapters, see ``save_lora``."""
         save_lora(self.pipeline, folder)
 
 
@@ -280,15 +350,20 @@ def check_family(policy: DenoisingPolicy, name: str) -> None:
     with foreign_code(f"{subject} raised "), torch.no_grad():
         timestep = torch.zeros(1, dtype=torch.int64, device=policy.device)
         empty, longer = policy.encode([""]), policy.encode(["a red apple on a white table"])
-        negative = policy._encode([""], [policy.image_size], negative=True)
+        negative = policy._embeddings([("", policy.image_size, True)])
         cropped = policy.family.of_cropped(empty, torch.tensor([policy.image_size]), torch.tensor([[0, 0]]))
         predicted = policy.predict(given, timestep, empty, guidance_scale=1)
+        empty, longer, cropped = map(policy._encoded, (empty, longer, cropped))
         images = policy.decode(given)
         latents = policy.encode_images(torch.zeros(1, 3, *policy.image_size))
     for function, encoded in {"encode": longer, "encode_negative": negative, "of_cropped": cropped}.items():
         if {part: value.shape for part, value in encoded.items()} != {k: value.shape for k, value in empty.items()}:
             padded, alike = "the same shape for every prompt: pad them", "what encode does, in the same shapes"
             raise UserError(f"{subject}: {function} must return {padded if function == 'encode' else alike}")
+    if policy._encoders:
+        trained = policy._encoded(policy.encode(["a red apple"]))
+        if not any(value.requires_grad for value in trained.values()):
+            raise UserError(f"{subject}: encode gives no gradient to the text encoders: set lora.text_encoder=false")
     one_image = torch.Size((1, 3, *policy.image_size))
     found = {
         "predict": (predicted, given.shape),
@@ -350,14 +425,31 @@ def finite_images(pipeline: Any) -> Iterator[None]:
     _require_finite(pipeline, latents, images)
 
 
-def _check_adapter(network: Any, lora: LoRAConfig | None, family: ModelFamily) -> bool:
-    """Whether ``network`` already carries an adapter of the shape that ``lora`` describes, which is then trained on."""
+def _rows(known: Mapping[Any, Conditioning], keys: Sequence[Any]) -> Conditioning:
+    """(B, ...) of B ``keys``, each of whose values in ``known`` is (1, ...)."""
+    rows = [known[key] for key in keys]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _check_adapters(pipeline: Any, adapters: Mapping[str, Any], lora: LoRAConfig | None, family: ModelFamily) -> bool:
+    """Whether the parts to adapt already carry adapters of the shape that ``lora`` describes, which are then trained
+    on."""
+    parts = list(adapters) or [family.network]
+    carried = [name for name in parts if _check_adapter(getattr(pipeline, name), adapters.get(name), lora)]
+    if 0 < len(carried) < len(parts):
+        lacking = ", ".join(name for name in parts if name not in carried)
+        raise UserError(f"the model already carries an adapter, but none on {lacking}: merge it first")
+    return bool(carried)
+
+
+def _check_adapter(network: Any, wanted: Any, lora: LoRAConfig | None) -> bool:
+    """Whether ``network`` already carries an adapter of peft's settings ``wanted``."""
     if not carries_adapters(network):
         return False
     adapters = network.peft_config
     if set(adapters) != {"default"} or lora is None:
         raise UserError(f"the model carries adapters ({', '.join(adapters)}): merge or unload them before training")
-    carried, wanted = adapters["default"], peft_config(lora, family)
+    carried = adapters["default"]
     if carried.use_dora != wanted.use_dora:
         kind = "a DoRA adapter" if carried.use_dora else "an adapter without DoRA"
         raise UserError(
@@ -383,11 +475,25 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, part
 
 
+def _adapter_configs(pipeline: Any, lora: LoRAConfig, family: ModelFamily) -> dict[str, Any]:
+    """Part of the pipeline -> peft's settings for the adapters on it; the network comes first."""
+    encoders = named_text_encoders(pipeline) if lora.text_encoder else ()
+    return {family.network: peft_config(lora, family), **{name: encoder_config(lora, family) for name in encoders}}
+
+
 def peft_config(lora: LoRAConfig, family: ModelFamily) -> Any:
     """peft's settings for adapters on the network of a pipeline of ``family``."""
+    return _peft_config(lora, family.adapted_layers(lora.layers))
+
+
+def encoder_config(lora: LoRAConfig, family: ModelFamily) -> Any:
+    """peft's settings for adapters on a text encoder; UserError if the family has none."""
+    return _peft_config(lora, family.adapted_encoder_layers())
+
+
+def _peft_config(lora: LoRAConfig, layers: list[str]) -> Any:
     from peft import LoraConfig
 
-    layers = family.adapted_layers(lora.layers)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,

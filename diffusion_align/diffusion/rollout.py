@@ -130,18 +130,19 @@ def rollout(
     has_density = set(schedule.stochastic_steps.tolist())
     states = [_noise(generators, shape, device)]
     logp, means = [], []
-    for i in range(len(schedule)):
-        steps = torch.full((batch,), i, dtype=torch.int64, device=device)
-        step = transition(policy, schedule, states[-1], steps, conditioning)
-        if i in has_density:
-            states.append(step.sample(_noise(generators, shape, device)))
-            logp.append(step.log_prob(states[-1], reduction=reduction))
-        else:
-            states.append(step.mean)
-            logp.append(torch.zeros(batch, device=device))
-        if record_means:
-            means.append(step.mean)
-        on_step()
+    with policy.weights_kept():
+        for i in range(len(schedule)):
+            steps = torch.full((batch,), i, dtype=torch.int64, device=device)
+            step = transition(policy, schedule, states[-1], steps, conditioning)
+            if i in has_density:
+                states.append(step.sample(_noise(generators, shape, device)))
+                logp.append(step.log_prob(states[-1], reduction=reduction))
+            else:
+                states.append(step.mean)
+                logp.append(torch.zeros(batch, device=device))
+            if record_means:
+                means.append(step.mean)
+            on_step()
     rows, record = torch.arange(batch, device=device)[:, None], record.to(device)
     path = torch.stack(states, dim=1)
     return Trajectory(

@@ -173,12 +173,18 @@ LORA_LAYERS = ("attention", "feed_forward", "convolutions")
 
 
 class LoRAConfig(LoRASettings):
-    """Low-rank adapters on the UNet."""
+    """Low-rank adapters on the UNet and, with ``text_encoder``, on the text encoders."""
 
     layers: str = Field(
         "attention",
         description="layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small "
         "models need) or several, as in attention+feed_forward",
+    )
+
+    text_encoder: bool = Field(
+        False,
+        strict=True,
+        description="adapters on the attention projections of all text encoders too, which then stay on the GPU",
     )
 
     @field_validator("layers")
@@ -188,6 +194,13 @@ class LoRAConfig(LoRASettings):
         if not set(kinds) <= set(LORA_LAYERS):
             raise ValueError(f"it must be {', '.join(LORA_LAYERS)}, or several joined by +")
         return "+".join(kind for kind in LORA_LAYERS if kind in kinds)  # any order is the same adapter
+
+    def cross_checks(self) -> Iterator[str]:
+        if self.text_encoder and self.dropout:
+            yield (
+                f"dropout={self.dropout:g} is of each sample, but with text_encoder=true a prompt is encoded once for "
+                "all its samples: leave one of them out"
+            )
 
 
 class ImageEvaluationConfig(EvaluationConfig):
@@ -379,6 +392,7 @@ class DenoisingConfig(PolicyConfig):
     def name_checks(self) -> Iterator[str]:
         own: dict[str, Any] = {"variant": self.weights_variant, "base_config": self.base_config, "family": self.family}
         own["lora_layers"] = self.lora.layers if self.lora else None
+        own["lora_text_encoder"] = self.lora is not None and self.lora.text_encoder
         own |= {name: getattr(self, name, None) for name in ("height", "width", "bucket_step")}
         own["settings"] = self.family_settings
         yield from problems_of(check_image_model, self.model, **own)

@@ -30,9 +30,9 @@ from diffusion_align.training.collection import Calls, reward_metrics, sample_an
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
+from diffusion_align.training.method import Dropout
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.trainer import Dropout
 from diffusion_align.writing import new_folder
 
 Batch = TypeVar("Batch")

@@ -85,8 +85,9 @@ def _memory_lines(config: DenoisingConfig, title: str, found: Estimate, rewards:
     named = {"reference": f"reference {title}", "unet": title, "transformer": title}
     parts = ", ".join(f"{named.get(name, name)} {gigabytes(size)}" for name, size in found.weights.items())
     name = f"LoRA of rank {config.lora.rank}" if config.lora else f"whole {title}"
+    name += " on the text encoders too" if config.lora and config.lora.text_encoder else ""
     precision = {"no": "float32"}.get(str(config.mixed_precision), config.mixed_precision)
-    counted = f"{found.network.trained / 1e6:.1f} M parameters with gradients and {config.optimizer}"
+    counted = f"{found.parameters / 1e6:.1f} M parameters with gradients and {config.optimizer}"
     needs = {
         "training": f" in {precision}, {found.passes.train_batch} samples with their backward pass",
         "sampling": f", {found.passes.sample_batch} samples",

@@ -63,7 +63,11 @@ def describe_machine() -> Lines:
     )
     lines = [("this machine", ""), ("diffusion-align", __version__), ("python", platform.python_version())]
     lines += [(name, importlib.metadata.version(name)) for name in _PACKAGES]
-    lines += [("device", ", ".join(gpus) or f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    cores, threads = (
+        f"{count} {word}{'' if count == 1 else 's'}"
+        for count, word in ((os.cpu_count(), "core"), (torch.get_num_threads(), "thread"))
+    )
+    lines += [("device", ", ".join(gpus) or f"cpu, {cores}, {threads}")]
     for extra, modules in _EXTRAS.items():
         found = all(importlib.util.find_spec(module) is not None for module in modules)
         lines.append((f"extra {extra}", "installed" if found else f"missing: pip install 'diffusion-align[{extra}]'"))

@@ -19,10 +19,12 @@ from diffusion_align.data.prompts import load_prompts
 from diffusion_align.diffusion.policy import CACHED_PROMPTS
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.memory import (
+    EncoderCost,
     NetworkCost,
     PassCost,
     Passes,
     decoding_cost,
+    encoder_cost,
     encoding_cost,
     network_cost,
     parameter_counts,
@@ -64,6 +66,7 @@ class Estimate:
         weights: part of the pipeline -> its frozen weights; "reference" is the frozen copy of a network that is trained
             whole.
         trained: weights that are trained, their gradients, the optimizer's state and their average.
+        parameters: so many are trained.
         recorded: latents of an epoch, if one process samples them all.
         embeddings: what the text encoders made of the prompts used last, of which there are at most ``prompts``.
         phases: what each needs beside all that, one after the other.
@@ -73,6 +76,7 @@ class Estimate:
 
     weights: Mapping[str, int]
     trained: int
+    parameters: int
     recorded: int
     embeddings: int
     prompts: int
@@ -130,7 +134,11 @@ class Estimator:
         vae_dtype = torch.float32 if upcast else dtype
         on_meta = vae_on_meta(vae, vae_dtype, slicing=config.vae_slicing, tiling=config.vae_tiling)
         decoding = decoding_cost(on_meta, latents, config.sample_batch_size)
-        phases = {"training": cost.training, "sampling": cost.sampling, "decoding": decoding.working}
+        encoders = self._encoder_costs(config, passes)
+        # In a training pass each of its prompts is encoded once, and the one that guidance leads away from.
+        encoded = config.micro_batch_size + guided - 1
+        training = cost.training + encoded * sum(encoder.kept for encoder in encoders)
+        phases = {"training": training, "sampling": cost.sampling, "decoding": decoding.working}
         if getattr(config, "pairs", None) is not None:
             pixels = [side * family.vae_factor(vae) for side in size]
             phases["encoding images"] = encoding_cost(on_meta, pixels, 2 * config.sample_batch_size).working
@@ -141,17 +149,20 @@ class Estimator:
             if name == family.network or name in left_out(family):
                 continue
             size_of_part = count * (vae_dtype if name == "vae" else dtype).itemsize
-            if name.startswith("text_encoder") and machine.gpu and config.offload_text_encoders:
+            offloaded = machine.gpu and config.offload_text_encoders and not encoders
+            if name.startswith("text_encoder") and offloaded:
                 phases["encoding prompts"] = phases.get("encoding prompts", 0) + size_of_part
             else:
                 weights[name] = size_of_part
         averaged = 4 if config.ema_decay and not config.ema_offload else 0
         state = STATE_BYTES[config.optimizer]
+        trained = cost.trained + sum(encoder.trained for encoder in encoders)
         embedding = family.zero_conditioning(network, 1, passes.tokens, device="meta", dtype=dtype)
         prompts = min(CACHED_PROMPTS, different_prompts(config, self.epoch))
         return Estimate(
             weights=weights,
-            trained=(4 + 4 + state + averaged) * cost.trained,  # weights and gradients are float32
+            trained=(4 + 4 + state + averaged) * trained,  # weights and gradients are float32
+            parameters=trained,
             recorded=4 * math.prod(latents) * self.epoch.recorded,
             embeddings=prompts * sum(part.nbytes for part in embedding.values()),
             prompts=prompts,
@@ -209,6 +220,8 @@ class Estimator:
             return config.lora is not None
         if name == "optimizer":
             return config.lora is None
+        if name == "offload_text_encoders":
+            return config.lora is None or not config.lora.text_encoder
         if name == "t5":
             return "text_encoder_3" in self.counts
         return name != "ema_offload" or config.ema_decay is not None
@@ -224,6 +237,14 @@ class Estimator:
         if key not in self._counted:
             self._counted[key] = network_cost(family, self.model.configs[family.network], lora, passes)
         return self._counted[key]
+
+    def _encoder_costs(self, config: DenoisingConfig, passes: Passes) -> list[EncoderCost]:
+        """Of each text encoder that is trained."""
+        lora = config.lora
+        if lora is None or not lora.text_encoder:
+            return []
+        named = self.model.configs.items()
+        return [encoder_cost(self.model.family, one, lora, passes) for name, one in named if "text_encoder" in name]
 
 
 def training_passes(config: DenoisingConfig) -> int:

@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_align.diffusion.policy import peft_config
+from diffusion_align.diffusion.policy import encoder_config, peft_config
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.models.families import ModelFamily
+from diffusion_align.models.memory import checkpoint_activations
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm)
 _WIDE = (functional.group_norm, functional.layer_norm, functional.rms_norm, functional.softmax, Tensor.softmax)
@@ -78,6 +79,19 @@ class NetworkCost:
 
 
 @dataclass(frozen=True)
+class EncoderCost:
+    """The cost of a text encoder with adapters.
+
+    Attributes:
+        trained: parameters.
+        kept: bytes in use between the forward pass of one prompt and its backward pass, weights excluded.
+    """
+
+    trained: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class PassCost:
     """The cost of a pass without gradients: flops, and the bytes in use at the peak."""
 
@@ -121,6 +135,30 @@ def network_cost(
     kept, training = training_bytes(network, partial(forward, passes.train_batch), passes, beside=beside)
     frozen, flops = _size(network) - trained, counted.flops // passes.sample_batch
     return NetworkCost(frozen, trained, flops, kept, training, sampling.peak)
+
+
+def encoder_cost(family: ModelFamily, config: Mapping[str, Any], lora: LoRAConfig, passes: Passes) -> EncoderCost:
+    """What training adapters on a text encoder costs.
+
+    Args:
+        family: of the model.
+        config: the encoder's ``config.json``.
+        lora: with ``text_encoder``.
+        passes: of which ``tokens``, ``dtype`` and ``checkpointing`` count; the encoders run without mixed precision.
+    """
+    from peft import inject_adapter_in_model
+
+    with torch.device("meta"):
+        encoder = text_encoder_of(config).requires_grad_(False).eval().to(passes.dtype)
+    inject_adapter_in_model(encoder_config(lora, family), encoder, low_cpu_mem_usage=True)
+    if passes.checkpointing:
+        checkpoint_activations(encoder)
+    ids = torch.zeros(1, passes.tokens, dtype=torch.int64, device="meta")
+    with AsOnGpu(None), LiveBytes([*encoder.parameters(), *encoder.buffers()]) as live:
+        output = encoder(ids, output_hidden_states=True)
+        kept = live.now
+    del output
+    return EncoderCost(sum(p.numel() for p in encoder.parameters() if p.requires_grad), kept)
 
 
 def training_bytes(
@@ -188,7 +226,6 @@ def _vae_cost(vae: Any, run: Callable[[Tensor], Any], shape: tuple[int, ...]) ->
 def parameter_counts(family: ModelFamily, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Part -> parameters, of the networks among the configurations of a pipeline of ``family``."""
     import diffusers
-    import transformers
 
     counts = {}
     with torch.device("meta"):
@@ -198,9 +235,16 @@ def parameter_counts(family: ModelFamily, configs: Mapping[str, Mapping[str, Any
             elif name == "vae":
                 counts[name] = _size(diffusers.AutoencoderKL.from_config(dict(config)))
             elif name.startswith("text_encoder"):
-                encoder = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
-                counts[name] = _size(encoder(encoder.config_class(**config)))
+                counts[name] = _size(text_encoder_of(config))
     return counts
+
+
+def text_encoder_of(config: Mapping[str, Any]) -> Any:
+    """A text encoder of transformers of configuration ``config``, with random weights."""
+    import transformers
+
+    encoder = getattr(transformers, (config.get("architectures") or ["CLIPTextModel"])[0])
+    return encoder(encoder.config_class(**config))
 
 
 class LiveBytes(TorchDispatchMode):

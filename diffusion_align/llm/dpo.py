@@ -45,9 +45,9 @@ from diffusion_align.llm.preferences import PreferenceBatch, PreferenceTrainer, 
 from diffusion_align.llm.reference_file import ReferenceFile
 from diffusion_align.llm.settings import DPOConfig
 from diffusion_align.training.context import EpochCost, Metric
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import agreement, equal_reward_metric
-from diffusion_align.training.trainer import TrainingPlan
 
 
 class DPOTrainer(PreferenceTrainer[PreferenceBatch]):

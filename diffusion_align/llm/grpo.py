@@ -37,8 +37,8 @@ from diffusion_align.llm.policy_gradient import PolicyGradientTrainer
 from diffusion_align.llm.settings import GRPOConfig
 from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.context import EpochCost
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.statistics import equal_reward_metric
-from diffusion_align.training.trainer import TrainingPlan
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from diffusion_align.llm.policy import Sequences, pack, widest_float
 from diffusion_align.llm.preferences import PreferenceTrainer
 from diffusion_align.llm.settings import KTOConfig
 from diffusion_align.training.context import EpochCost, Metric
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.statistics import agreement, equal_reward_metric
-from diffusion_align.training.trainer import TrainingPlan
 
 
 @dataclass(frozen=True)

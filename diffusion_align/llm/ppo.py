@@ -29,7 +29,7 @@ from diffusion_align.llm.policy_gradient import PolicyGradientTrainer
 from diffusion_align.llm.settings import PPOConfig
 from diffusion_align.llm.trainer import kl_metrics, per_sample
 from diffusion_align.training.context import EpochCost, Metric
-from diffusion_align.training.trainer import TrainingPlan
+from diffusion_align.training.method import TrainingPlan
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ from diffusion_align.models.model_card import write_model_card
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, RunContext
 from diffusion_align.training.finite import MORE_ROOM, all_finite
+from diffusion_align.training.method import Dropout, TrainingPlan
 from diffusion_align.training.statistics import agreement
-from diffusion_align.training.trainer import Dropout, Trainer, TrainingPlan
+from diffusion_align.training.trainer import Trainer
 
 
 class RewardModel:

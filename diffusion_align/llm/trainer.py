@@ -35,11 +35,11 @@ from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
 from diffusion_align.training.finite import require_finite_logits
+from diffusion_align.training.method import Dropout
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.randomness import generator
 from diffusion_align.training.settings import StopConfig
-from diffusion_align.training.trainer import Dropout
 
 Batch = TypeVar("Batch")
 

@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,14 @@ from diffusion_align.writing import make_folder
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _HEADER = "lora_adapter_metadata"
 _PEFT_PREFIX = "base_model.model."
+_MAGNITUDE = ".lora_magnitude_vector"
 _KEPT = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias")
 """The peft settings that define what the weights mean; the others are about training."""
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """The adapter of the trained network at some time; false without one.
+    """The adapter of a network at some time.
 
     Attributes:
         weights: name -> copy of every weight.
@@ -56,12 +57,9 @@ class AdapterState:
         config: peft's settings.
     """
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, tuple[float, float]] = field(default_factory=dict)
-    config: Any = None
-
-    def __bool__(self) -> bool:
-        return bool(self.weights)
+    weights: dict[str, Tensor]
+    scales: dict[str, tuple[float, float]]
+    config: Any
 
 
 def adapted_parts(pipeline: Any) -> dict[str, nn.Module]:
@@ -117,11 +115,17 @@ def unload_lora(pipeline: Any) -> None:
         remove_lora(network)
 
 
-def adapter_weights(pipeline: Any) -> AdapterState:
-    """A copy of the trained network's adapter."""
-    network = trained_network(pipeline)
-    if not carries_adapters(network):
-        return AdapterState()
+def trained_parts(pipeline: Any) -> dict[str, Any]:
+    """Name -> network of those that carry an adapter that was trained here, or can be trained further."""
+    return {name: part for name, part in adapted_parts(pipeline).items() if ADAPTER in part.peft_config}  # type: ignore[operator]
+
+
+def adapter_weights(pipeline: Any) -> dict[str, AdapterState]:
+    """Name of a network -> a copy of its adapter, of ``trained_parts``."""
+    return {name: _adapter_of(network) for name, network in trained_parts(pipeline).items()}
+
+
+def _adapter_of(network: Any) -> AdapterState:
     named = network.named_parameters()
     weights = {name: p.detach().clone() for name, p in named if ".lora_" in name}
     layers = lora_layers(network).items()
@@ -130,12 +134,16 @@ def adapter_weights(pipeline: Any) -> AdapterState:
 
 
 @torch.no_grad()
-def restore_lora(pipeline: Any, state: AdapterState) -> None:
-    """Undo what has happened to the adapter since ``adapter_weights``; without any then, take it off."""
-    if not state:
-        unload_lora(pipeline)
-        return
-    network = trained_network(pipeline)
+def restore_lora(pipeline: Any, states: Mapping[str, AdapterState]) -> None:
+    """Undo what has happened to the adapters since ``adapter_weights``; those put on since then are taken off."""
+    for part, network in adapted_parts(pipeline).items():
+        if part in states:
+            _restore(network, states[part])
+        else:
+            remove_lora(network)
+
+
+def _restore(network: Any, state: AdapterState) -> None:
     network.peft_config[ADAPTER] = state.config
     for name, layer in lora_layers(network).items():
         layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = state.scales[name]
@@ -167,18 +175,24 @@ class PartOfLoRA:
 
 
 def save_lora(pipeline: Any, folder: Path) -> None:
-    """Write the trained network's adapter: ``pytorch_lora_weights.safetensors``, as diffusers' pipelines read it.
+    """Write the adapters of ``trained_parts``: ``pytorch_lora_weights.safetensors``, as diffusers' pipelines read it.
 
     Equal adapters give equal bytes. Scales other than 1 are multiplied into the weights, as many readers of this
     layout do not look into the header, which holds the settings.
     """
     # peft's names throughout: convert_state_dict_to_diffusers renames attention layers only, and of a file with names
     # of both kinds load_lora_weights drops the attention layers.
-    prefix, network = family_of(pipeline).network, trained_network(pipeline)
-    layers = {f"{prefix}.{name}": weight for name, weight in adapter_state(network, baked=True).items()}
-    settings = plain_config(network.peft_config[ADAPTER], baked=True)
-    header = json.dumps({f"{prefix}.{name}": value for name, value in settings.items()}, indent=2, sort_keys=True)
+    layers: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for part, network in trained_parts(pipeline).items():
+        state = adapter_state(network, baked=True)
+        if part.startswith("text_encoder"):
+            state = {_as_transformers_reads(name): weight for name, weight in state.items()}
+        layers |= {f"{part}.{name}": weight for name, weight in state.items()}
+        config = plain_config(network.peft_config[ADAPTER], baked=True)
+        settings |= {f"{part}.{name}": value for name, value in config.items()}
     make_folder(folder, parents=True)
+    header = json.dumps(settings, indent=2, sort_keys=True)
     write_tensors(folder / LORA_FILE, layers, {"format": "pt", _HEADER: header})
 
 
@@ -298,6 +312,11 @@ def _as_weight(name: str) -> str:
     return name if name.endswith(".weight") else f"{name}.lora.down.weight"
 
 
+def _as_transformers_reads(name: str) -> str:
+    """peft's name of a weight as transformers 5 wants it of a text encoder; DoRA's others it would leave random."""
+    return f"{name}.weight" if name.endswith(_MAGNITUDE) else name
+
+
 def _layer(name: str) -> str:
     return name.rpartition(".lora_")[0]
 
@@ -321,6 +340,7 @@ def _text_encoder_names(network: nn.Module, named: dict[str, Any]) -> dict[str, 
     named |= convert_state_dict_to_peft(newer, original_type=StateDictType.DIFFUSERS)
 
     def place(name: str) -> str:
+        name = name.replace(f"{_MAGNITUDE}.weight", _MAGNITUDE)
         other = name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
         return other if _layer(name) not in modules and _layer(other) in modules else name
 

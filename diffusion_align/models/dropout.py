@@ -22,7 +22,7 @@ from diffusion_align.training.randomness import stream_seed
 
 if TYPE_CHECKING:
     from diffusion_align.training.config import LoRASettings
-    from diffusion_align.training.trainer import Dropout
+    from diffusion_align.training.method import Dropout
 
 
 class RowDropout(nn.Module):

@@ -126,6 +126,7 @@ def check_folder(
     bucket_step: int | None = None,
     settings: Mapping[str, Any] | None = None,
     to_train: bool = True,
+    name: str = "model",
 ) -> None:
     """UserError if a folder or an embedded model cannot be trained, as far as its configuration is at hand.
 
@@ -135,17 +136,18 @@ def check_folder(
         bucket_step: of their buckets, if any.
         settings: of the run, see ``ModelFamily.setting_checks``.
         to_train: False to check only what sampling needs.
+        name: of the setting that ``model`` is.
     """
-    folder = Path(_source(model))
+    folder, subject = Path(_source(model)), f"{name}={model!r}"
     try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        of_model = family_of_class(name, family, f"model={model!r}")
+        kind = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        of_model = family_of_class(kind, family, subject)
         config, vae = (
             json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
             for part in (of_model.network, "vae")
         )
         if to_train:
-            of_model.check_network(f"model={model!r}", config)
+            of_model.check_network(subject, config)
         of_model.latent_size(config, vae, height=height, width=width)
         if bucket_step is not None:
             of_model.buckets(config, vae, bucket_step, height=height, width=width)
@@ -191,7 +193,8 @@ def load_pipeline(
     dtype = torch.float32 if dtype is None else dtype
     check_pipeline_name(model, variant=variant, base_config=base_config)
     described_by = base_config if is_one_file(model) else _source(model)
-    with _quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
+    size = {"height": height, "width": width} if to_train else {}
+    with quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
         if is_one_file(model):
             kind, base = _class_of_file(model), None
             of_file = family_of_class(kind, family, f"model={model!r}")
@@ -200,6 +203,7 @@ def load_pipeline(
                 described = _checked_class(base_config, base, family, {}, name="base_config")
                 if described != kind:
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {kind}")
+                _check_size(of_file, base, size)
             pipeline = _load_single_file(model, dtype=dtype, base_config=base, options=of_file.load_options)
         else:
             pipeline = _load_folder(
@@ -209,7 +213,7 @@ def load_pipeline(
                 family,
                 settings or {},
                 to_train=to_train,
-                size={"height": height, "width": width},
+                size=size,
             )
         family = family_of_class(type(pipeline).__name__, family)
         give_family(pipeline, family.with_settings(settings or {}))
@@ -244,8 +248,7 @@ def _load_folder(
             network = getattr(diffusers, of_model.network_class).load_config(source, subfolder=of_model.network)
             of_model.check_network(f"model={model!r}", network)
             check_settings(of_model, network, settings)
-            if any(size.values()):
-                of_model.latent_size(network, diffusers.AutoencoderKL.load_config(source, subfolder="vae"), **size)
+            _check_size(of_model, source, size)
         return load_in_dtype(
             getattr(diffusers, kind).from_pretrained,
             source,
@@ -259,6 +262,16 @@ def _load_folder(
         raise
     except Exception as error:  # diffusers and transformers raise whatever a wrong value leads to
         raise UserError(f"model={model!r} could not be loaded: {first_line(error)}") from error
+
+
+def _check_size(family: ModelFamily, source: str, size: Mapping[str, int | None]) -> None:
+    """UserError if images cannot have this height and width, by the configuration in a folder or on the Hub."""
+    import diffusers
+
+    if any(size.values()):
+        network = getattr(diffusers, family.network_class).load_config(source, subfolder=family.network)
+        vae = diffusers.AutoencoderKL.load_config(source, subfolder="vae")
+        family.latent_size(network, vae, **size)
 
 
 def _source(model: str) -> str:
@@ -337,8 +350,9 @@ def _cast_to_weights(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the tracebacks that diffusers logs before it raises, and what it makes huggingface_hub warn of."""
+def quiet() -> Iterator[None]:
+    """Without the tracebacks that diffusers logs before it raises, what it makes huggingface_hub warn of, and its
+    warnings about long prompts."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -52,10 +52,15 @@ def keep_activations(network: Any) -> None:
             del layer.forward
 
 
-def text_encoders(pipeline: Any) -> list[nn.Module]:
-    """Those of a diffusers pipeline."""
+def named_text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """Name -> text encoder of a diffusers pipeline."""
     parts = pipeline.components.items()
-    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)]
+    return {name: part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)}
+
+
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """The text encoders of a diffusers pipeline."""
+    return list(named_text_encoders(pipeline).values())
 
 
 def check_no_hooks(pipeline: Any) -> None:
@@ -92,6 +97,22 @@ def split_decoding(vae: Any, *, slices: bool, tiles: bool) -> None:
         tiles: overlapping ones of the size in the VAE's configuration (``sample_size``).
     """
     vae.use_slicing, vae.use_tiling = slices, tiles
+
+
+def in_channels_last(network: nn.Module) -> bool:
+    """Whether the weights of its convolutions are in that order."""
+    return any(weight.ndim == 4 and not weight.is_contiguous() for weight in network.parameters())
+
+
+@contextlib.contextmanager
+def tiled(vae: Any, tiles: bool) -> Iterator[None]:
+    """Inside, a diffusers VAE decodes in tiles, or does not."""
+    before = {"slices": vae.use_slicing, "tiles": vae.use_tiling}
+    split_decoding(vae, slices=vae.use_slicing, tiles=tiles)
+    try:
+        yield
+    finally:
+        split_decoding(vae, **before)
 
 
 def _checkpointed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

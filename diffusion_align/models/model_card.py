@@ -161,7 +161,8 @@ def model_card(
         keep_trailing_newline=True,
     )
     pipeline = pipeline or PipelineFacts()
-    words = _WORDS[kind]._replace(of=_WORDS[kind].of.format(network=pipeline.network))
+    network = pipeline.network + (" and the text encoders" if (settings.get("lora") or {}).get("text_encoder") else "")
+    words = _WORDS[kind]._replace(of=_WORDS[kind].of.format(network=network))
     figures, reading = _figures(rows, settings, words)
     location = location or str(folder / weights)
     if kind == "image":

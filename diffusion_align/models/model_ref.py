@@ -138,6 +138,7 @@ def check_image_model(
     base_config: str | None = None,
     family: str | None = None,
     lora_layers: str | None = None,
+    lora_text_encoder: bool = False,
     height: int | None = None,
     width: int | None = None,
     bucket_step: int | None = None,
@@ -148,19 +149,23 @@ def check_image_model(
 
     Args:
         model, variant, base_config, family: as in a configuration; those of a run if not given.
-        lora_layers: of the adapter to train, if any.
+        lora_layers, lora_text_encoder: of the adapters to train, if any.
         height, width, bucket_step, settings, to_train: see ``check_folder``.
     """
     ref = image_model_ref(model)
     chosen = find_family(family or ref.family)
     if chosen is not None and lora_layers is not None:
         chosen.adapted_layers(lora_layers)
+    if chosen is not None and lora_text_encoder:
+        chosen.adapted_encoder_layers()
     variant = ref.variant if variant is None else variant
     base_config = ref.base_config if base_config is None else base_config
     try:
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
         sizes = {"height": height, "width": width, "bucket_step": bucket_step}
-        check_folder(ref.base, chosen, **sizes, settings=settings or {}, to_train=to_train)
+        described = {"model": ref.base} if base_config is None else {"base_config": base_config}
+        for name, folder in described.items():
+            check_folder(folder, chosen, **sizes, settings=settings or {}, to_train=to_train, name=name)
     except UserError as error:
         if ref.run is None:
             raise

@@ -71,6 +71,41 @@ def plain_row(row: Mapping[str, Any]) -> Row:
     return plain
 
 
+def call_each(trainer: Trainer[Any], method: str, *row: Row) -> tuple[list[Any], Exception | None]:
+    """What a trainer's callbacks return, one after the other: one that fails on a process fails on all, none waits.
+
+    Those that leave ``method`` as it is are skipped, which saves one gather per update and callback.
+
+    Returns:
+        What they returned, and the first failure of a user's after an update, which is not raised here.
+    """
+    given: list[Any] = []
+    failed_update: Exception | None = None
+    for callback in trainer.callbacks:
+        call = getattr(callback, method)
+        if getattr(call, "__func__", None) is getattr(Callback, method):
+            continue
+        users, failure = not type(callback).__module__.startswith("diffusion_align."), None
+        name = f"callback {type(callback).__name__}.{method}"
+        try:
+            with foreign_code(f"{name} raised ") if users else contextlib.nullcontext():
+                given.append(call(trainer, *row))
+            for added_to in row if users else ():
+                added_to.update(plain_row(added_to))
+        except Exception as error:
+            failure = error
+        if trainer.processes.count > 1:
+            try:
+                trainer.processes.raise_together(failure, UserError)
+            except Exception as error:
+                failure = error
+        if failure is not None and users and method == "on_update":
+            failed_update = failed_update or failure
+        elif failure is not None:
+            raise failure
+    return given, failed_update
+
+
 def named_callbacks(references: Sequence[Any]) -> list[Callback]:
     """The callbacks that ``module:name`` or ``file.py:name``, each an object or a class without arguments, stand for.
 

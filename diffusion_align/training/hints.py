@@ -123,6 +123,7 @@ HERE: dict[str, str] = {
     "use_xformers": "attention",
     "train_adv_clip_max": "advantage_clip",
     "train_batch_size": "micro_batch_size",
+    "train_text_encoder": "lora.text_encoder",
     "train_clip_range": "clip_range",
     "train_max_grad_norm": "max_grad_norm",
     "train_num_inner_epochs": "inner_epochs",

@@ -18,6 +18,7 @@ def start_lines(config: TrainingConfig, *, done: int, device: str, processes: in
     """What is trained, how long and where; and where the report is written. ``done``: finished epochs."""
     every = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
     epochs = f"epochs {done + 1} to {config.epochs}" if done else every
+    epochs = epochs if done < config.epochs else f"{every}, all finished before"
     places = f"{processes} processes on {device}" if processes > 1 else device
     model = shown_path(config.model) if os.path.isabs(config.model) else config.model
     what = f"training {model} with {config.method}: {epochs}, {places}, mixed_precision={config.mixed_precision}"

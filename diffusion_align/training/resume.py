@@ -70,6 +70,8 @@ def check_same_run(
     their_identity: Mapping[str, Any] | None,
     path: Path,
     processes: Processes,
+    *,
+    model_given: bool = False,
 ) -> None:
     """Settings and content that determine the weights must be as they were when the run was started.
 
@@ -79,10 +81,14 @@ def check_same_run(
         their_identity: what the run was made of, None or empty if that is not known.
         path: where ``theirs`` are from.
         processes: a process on another machine reads other files, and all raise together.
+        model_given: whether ``config.dtype`` is that of a language model in memory. Older versions trained such a model
+            as it was and wrote "float32", in which they loaded only ``reference_model``.
 
     Raises:
         CheckpointError: it is another run.
     """
+    older = "tf32" not in theirs  # which every version writes that writes the dtype of a model in memory
+    dtype_unknown = model_given and older and getattr(config, "reference_model", None) is None
     theirs = canonical(type(config), theirs)
     with contextlib.suppress(ValidationError):  # of an older version: what it did not have was as it is by default
         theirs = type(config).model_validate(theirs, context=FIELDS_ALONE).model_dump(mode="json")
@@ -93,6 +99,7 @@ def check_same_run(
     theirs["method"] = theirs.get("method") or mine["method"]  # older versions did not write what Python had made
     free = MUTABLE_ON_RESUME if config.lr_schedule == "constant" else MUTABLE_ON_RESUME - {"epochs"}
     accepted = set(config.accept_changed)
+    free = free | {"dtype"} if dtype_unknown else free
     moved = (same_content(their_identity or {}, identity) & _KNOWN_BY_CONTENT) | accepted
     changed = [k for k in mine if k not in free | moved | _FREE_BUT_FOR_BITS and mine[k] != theirs.get(k)]
     others = {k: v for k, v in changed_content(their_identity or {}, identity).items() if k not in accepted}

@@ -10,33 +10,26 @@ run does not depend on how its work is divided.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import os
-import sys
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_align import __version__
 from diffusion_align.errors import (
     CheckpointError,
     ConfigError,
     Interrupted,
-    RewardError,
     TrainingError,
     UserError,
-    foreign_code,
 )
-from diffusion_align.interrupt import INTERRUPTED, InterruptFlag, Overdue
-from diffusion_align.invocation import RESUME_WITH, PythonCall
+from diffusion_align.interrupt import InterruptFlag, Overdue
+from diffusion_align.invocation import PythonCall
 from diffusion_align.references import reference_to
 from diffusion_align.report.metrics import NAMES
 from diffusion_align.streams import print_warning
@@ -49,58 +42,40 @@ from diffusion_align.training.callbacks import (
     Report,
     Row,
     Trackers,
+    call_each,
     plain_row,
 )
+from diffusion_align.training.calls import check_call
 from diffusion_align.training.config import TrainingConfig, multiple_checks
-from diffusion_align.training.context import EpochCost, Metric, RunContext
+from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
+from diffusion_align.training.endings import (
+    UNTRAINED_EPOCHS,
+    add_memory_advice,
+    add_resume,
+    changed_by_mending,
+    end_process,
+    interruption,
+    nothing_trained,
+)
 from diffusion_align.training.finite import require_finite_loss
 from diffusion_align.training.launch import check_accelerator, make_accelerator
 from diffusion_align.training.lines import epoch_line, start_lines
+from diffusion_align.training.method import Batch, TrainingMethod, TrainingPlan
 from diffusion_align.training.optimization import Optimization
 from diffusion_align.training.precision import Machine, matrix_products_in_tf32, with_precision
 from diffusion_align.training.processes import Processes
 from diffusion_align.training.progress import Bars
-from diffusion_align.training.randomness import generator, stream_seed
+from diffusion_align.training.randomness import generator
 from diffusion_align.training.reading import dump_config, load_yaml
 from diffusion_align.training.resume import check_same_run
 from diffusion_align.training.run_folder import RunFolder
+from diffusion_align.training.savepoint import Savepoint
 from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.writing import WriteError, sweep, write_text
 
-Batch = TypeVar("Batch")
-Dropout = Callable[[Sequence[int]], contextlib.AbstractContextManager[None]]
-"""Inside, the adapters drop out in a forward pass, of whose rows the seeds are given, and in its backward pass."""
-ELSEWHERE = {
-    *("model", "args", "reward_funcs", "reward_model", "ref_model", "train_dataset", "processing_class", "peft_config"),
-    *("reward_fn", "prompt_fn", "reward_function", "prompt_function", "sd_pipeline", "pipeline"),
-}
-"""Arguments of other libraries' trainers."""
-_LAST_SAVE = 300  # seconds that a checkpoint may take in a process that must end
-_LAST_REPORT = 10  # and the report
-_UNANSWERED = "stopped, as something did not answer"
-_LESS_MEMORY = "lower micro_batch_size or sample_batch_size, or set gradient_checkpointing=true"
-UNTRAINED_EPOCHS = 3
-"""After so many epochs in a row in which nothing was trained a run ends."""
 
-
-class TrainingPlan(NamedTuple):
-    """What an epoch trains on.
-
-    Attributes:
-        sample_indices: (K,) int64 global indices of the samples worth training on.
-        steps_per_sample: actions of each that are trained on together: denoising steps; 1 for a whole completion.
-        normalizer: number of samples the loss is averaged over, split equally among the epoch's updates; larger than K
-            when samples without a gradient were dropped, so dropping them leaves the gradient unchanged. When it is
-            not given, each update averages over its own samples. Logged statistics are of the samples trained on.
-    """
-
-    sample_indices: Tensor
-    steps_per_sample: int = 1
-    normalizer: int | None = None
-
-
-class Trainer(ABC, Generic[Batch]):
+class Trainer(TrainingMethod[Batch]):
     """One run of one method in one folder.
 
     A subclass gives ``trainable``, ``collect``, ``estimate``, ``loss`` and ``finish``; ``train`` does the rest. Those
@@ -117,33 +92,14 @@ class Trainer(ABC, Generic[Batch]):
         resumed: whether a checkpoint was loaded.
         stopped: why the run ended before its last epoch.
         identity: what the run is made of, by content, if whoever built this trainer gave it.
+        model_given: whether whoever built it gave a language model in memory.
         local_samples: this process's part of an epoch's global samples.
         processes, bars, folder, run_folder, log: what helpers are given.
     """
 
-    config_class: ClassVar[type[TrainingConfig]] = TrainingConfig  # its settings
-    model_kind: ClassVar[Literal["image", "text", "classifier"] | None] = TrainingConfig.model_kind
-    dataset_kind: ClassVar[Literal["preferences", "labels"]] = TrainingConfig.dataset_kind
-    metrics: ClassVar[Mapping[str, Metric]] = {}  # what its own mean, beside those of the classes it comes from
-    headline = "reward"  # the metric that the progress bar shows
-    none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
-    keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """A call as TRL's trainers take it, or without a policy, is answered with the one that is meant."""
-        known = inspect.signature(cls.__init__).parameters
-        named = kwargs.keys() & ELSEWHERE - known.keys()
-        placed = cls.model_kind is not None and any(isinstance(one, str) or inspect.isroutine(one) for one in args[:2])
-        policy = known.get("policy")
-        alone = policy is not None and policy.default is policy.empty and len(args) < 2 and "policy" not in kwargs
-        alone &= bool(args or kwargs)  # copy.copy gives neither
-        if named or placed or alone:
-            pipeline = {"image": "ImageAlignmentPipeline", "text": "TextAlignmentPipeline"}.get(str(cls.model_kind))
-            raise UserError(
-                f"{cls.__name__} takes its config and a loaded policy: call "
-                f"diffusion_align.build_trainer({cls.config_class.__name__}(...)).train()"
-                + (f", or {pipeline}.from_pretrained(model).align({cls.__name__}, ...)" if pipeline else "")
-            )
+        check_call(cls, args, kwargs)
         return super().__new__(cls)
 
     def __init__(
@@ -169,10 +125,8 @@ class Trainer(ABC, Generic[Batch]):
         self.resumed = False
         self.stopped: str | None = None
         self.identity: Identity = {}
-        self._can_be_saved = False
-        self._saving = threading.Lock()  # held while a checkpoint is written, and to change ``_can_be_saved``
-        self._saved_at = time.monotonic()
-        self._rng_at_start = checkpoint.rng_state()
+        self.model_given = False
+        self._savepoint = Savepoint(self.processes)
         self._steps_before = 0  # optimizer steps taken before the epoch's updates
         self._failed_update: Exception | None = None  # of a user's callback after one of the epoch's updates
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
@@ -185,110 +139,10 @@ class Trainer(ABC, Generic[Batch]):
         first = share * self.processes.index
         self.local_samples = range(first, first + share)
 
-    def local(self, values: Tensor) -> Tensor:
-        """This process's rows of ``values`` (N, ...), which are about all of an epoch's samples, on its device."""
-        return values[self.local_samples.start : self.local_samples.stop].to(self.processes.device)
-
-    @classmethod
-    def described_metrics(cls) -> dict[str, Metric]:
-        """Key -> what it means, of this class and those it comes from."""
-        return {key: one for kind in reversed(cls.__mro__) for key, one in vars(kind).get("metrics", {}).items()}
-
     @classmethod
     def from_run(cls, run: RunContext) -> Self:
         """The trainer of a run; override it where the constructor takes other arguments."""
         return cls(run.config, run.accelerator, callbacks=run.callbacks)
-
-    @classmethod
-    def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        """What an epoch costs, told without a model; ``steps``: those of an image that are trained on, if known."""
-        samples = config.samples_per_epoch
-        what = ("samples per epoch", str(samples))
-        return EpochCost(what, units=samples, actions=samples, trained=samples * config.inner_epochs)
-
-    # -- what a method supplies ------------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that is trained."""
-
-    @abstractmethod
-    def collect(self) -> tuple[Any, dict[str, float]]:
-        """Sample and score ``local_samples`` of epoch ``self.epoch``; metrics of the whole epoch."""
-
-    @abstractmethod
-    def estimate(self, collected: Any) -> tuple[Batch, TrainingPlan, dict[str, float]]:
-        """A batch of what was collected, with advantages, references and so on; what of it to train on; metrics."""
-
-    @abstractmethod
-    def loss(self, batch: Batch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (n,) and detached statistics (n,) of n actions, given local sample and action indices (n,).
-
-        A statistic is averaged over actions; one whose name ends in ``/min`` or ``/max`` keeps its extreme.
-        """
-
-    def micro_batches(self, batch: Batch, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
-        """``indices`` (n, 2) in parts of at most ``micro_batch_size``, each with the batch that ``loss`` is given."""
-        for some in indices.split(self.config.micro_batch_size) if len(indices) else ():
-            yield batch, some
-
-    @property
-    def dropout(self) -> Dropout | None:
-        """What switches on the dropout of the adapters that are trained, if they have one."""
-        return None
-
-    def before_finish(self) -> None:
-        """What ``finish`` needs of every process; called on all of them before it."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Write ``final/``; called on the main process."""
-
-    def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        """Metrics to add to an update's, before its step; TrainingError where training should not continue.
-
-        ``first``: of the epoch, so the weights still equal the sampler's.
-        """
-        return {}
-
-    def after_updates(self) -> dict[str, float]:
-        """Metrics of what the epoch's updates looked at; called on every process."""
-        return {}
-
-    def data_lines(self) -> Sequence[str]:
-        """Lines that a run starts with, about what it trains on."""
-        return ()
-
-    def measure(self) -> dict[str, float]:
-        """Metrics after ``self.epoch`` epochs, such as those of held-out data; called on every process."""
-        return {}
-
-    def measure_first(self) -> dict[str, float]:
-        """Like ``measure``, before the first epoch. An empty dict writes no row."""
-        return {}
-
-    def stop_reason(self, row: Mapping[str, float]) -> str | None:
-        """Why the run should end now, given an epoch's metrics and those of its last update; the same everywhere."""
-        return None
-
-    def checkpoint_wanted(self) -> bool:
-        """Whether to write a checkpoint of this epoch although none is due; the same everywhere."""
-        return False
-
-    def loss_coefficients(self) -> dict[str, float]:
-        """Setting -> value of those that a term of the loss is multiplied by; named where the loss overflows."""
-        return {}
-
-    def show(self, name: str) -> None:
-        """Write images or texts of the fixed prompts; called on every process, of which the main one writes."""
-
-    def extra_state(self) -> dict[str, Any]:
-        """JSON values a trainer needs back on resume."""
-        return {}
-
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what ``extra_state`` returned."""
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -324,20 +178,13 @@ class Trainer(ABC, Generic[Batch]):
             try:
                 yield
             except (Interrupted, Overdue):
-                when = f"after epoch {self.epoch} of {self.config.epochs}" if self.epoch else "before epoch 1 ended"
-                stopped = Interrupted(f"stopped {when}\n{folder.how_to_resume()}")
+                stopped = interruption(folder, epoch=self.epoch, epochs=self.config.epochs)
                 self.report.on_failure(self, stopped)
                 raise stopped from None
             except BaseException as error:
-                no_memory = isinstance(error, torch.OutOfMemoryError)
-                if no_memory:
-                    error.add_note(_LESS_MEMORY)
+                add_memory_advice(error)
                 if not folder.is_forgotten(error, self.epoch):
-                    # A full disk, say: the run can be resumed from its last checkpoint.
-                    told = any(RESUME_WITH in note for note in getattr(error, "__notes__", ()))
-                    if (no_memory or isinstance(error, WriteError)) and folder.config_file.is_file() and not told:
-                        stands = "the last checkpoint stands; " if folder.checkpoints else ""
-                        error.add_note(stands + folder.how_to_resume())
+                    add_resume(error, folder)
                     self.report.on_failure(self, error)
                 raise
 
@@ -349,8 +196,7 @@ class Trainer(ABC, Generic[Batch]):
         if newest:
             self._load(newest[0])
         elif self.run_folder.config_file.is_file():
-            theirs = load_yaml(self.run_folder.config_file)
-            check_same_run(config, self.identity, theirs, None, self.folder, self.processes)
+            self._check_same_run(load_yaml(self.run_folder.config_file), None, self.folder)
         self.resumed, self._began = bool(newest), self.epoch
         self.processes.wait()  # all have read the folder before the main process writes to it
         self.processes.on_main(lambda: self._open_folder(self.step if newest else -1))
@@ -373,6 +219,10 @@ class Trainer(ABC, Generic[Batch]):
             self.stopped = self.stop_reason(last | row) or requested or self._nothing_left_to_train()
         self._training_since = time.perf_counter()
 
+    def _check_same_run(self, theirs: Mapping[str, Any], their_identity: Identity | None, path: Path) -> None:
+        mine, given = (self.config, self.identity), self.model_given
+        check_same_run(*mine, theirs, their_identity, path, self.processes, model_given=given)
+
     def _open_folder(self, step: int) -> None:
         """``config.yaml`` first: with it the run can be resumed, whatever a tracker or callback does."""
         sweep(self.folder)
@@ -382,7 +232,7 @@ class Trainer(ABC, Generic[Batch]):
         self.report.begin(self)
 
     def _collect(self) -> tuple[Any, dict[str, float]]:
-        self._rng_at_start = checkpoint.rng_state()
+        self._savepoint.mark()
         with self._checkpoint_on_failure():
             return self.collect()
 
@@ -410,7 +260,7 @@ class Trainer(ABC, Generic[Batch]):
         known, key = last | row, self.headline
         shown = f"{NAMES.get(key, key)} {known[key]:.4g}" if key in known else f"step {self.step}"
         self.bars.show_epochs(self.epoch, config.epochs, shown)
-        self._rng_at_start = checkpoint.rng_state()
+        self._savepoint.mark()
         self.stopped = self.stop_reason(known) or requested or self._nothing_left_to_train()
         done = self.epoch - self._began
         left = (time.perf_counter() - self._training_since) / done * (config.epochs - self.epoch)
@@ -419,7 +269,7 @@ class Trainer(ABC, Generic[Batch]):
         due = self.epoch % config.checkpoint_every == 0 or self.epoch == config.epochs
         due = due or bool(self.stopped) or self.checkpoint_wanted()
         if not due and config.checkpoint_minutes is not None:  # by the clock of the main process
-            due = self.processes.from_main(time.monotonic() - self._saved_at > 60 * config.checkpoint_minutes)
+            due = self.processes.from_main(self._savepoint.age > 60 * config.checkpoint_minutes)
         if due:
             self.save()
         if self.epoch < config.epochs and not self.stopped:
@@ -442,32 +292,10 @@ class Trainer(ABC, Generic[Batch]):
     def _each(self, method: str, *row: Row) -> list[Any]:
         """What the callbacks return, one after the other: one that fails on a process fails on all, and none waits.
 
-        Those that leave ``method`` as it is are skipped, which saves one gather per update and callback. What a
-        user's raises after an update is kept for the end of its epoch, which is then not lost.
+        What a user's raises after an update is kept for the end of its epoch, which is then not lost.
         """
-        given = []
-        for callback in self.callbacks:
-            call = getattr(callback, method)
-            if getattr(call, "__func__", None) is getattr(Callback, method):
-                continue
-            users, failure = not type(callback).__module__.startswith("diffusion_align."), None
-            name = f"callback {type(callback).__name__}.{method}"
-            try:
-                with foreign_code(f"{name} raised ") if users else contextlib.nullcontext():
-                    given.append(call(self, *row))
-                for added_to in row if users else ():
-                    added_to.update(plain_row(added_to))
-            except Exception as error:
-                failure = error
-            if self.processes.count > 1:
-                try:
-                    self.processes.raise_together(failure, UserError)
-                except Exception as error:
-                    failure = error
-            if failure is not None and users and method == "on_update":
-                self._failed_update = self._failed_update or failure
-            elif failure is not None:
-                raise failure
+        given, failed_update = call_each(self, method, *row)
+        self._failed_update = self._failed_update or failed_update
         return given
 
     def _measure(self, row: Row, last: Row) -> str | None:
@@ -476,7 +304,7 @@ class Trainer(ABC, Generic[Batch]):
         If it is interrupted, it is repeated on resume, and the epoch is not lost.
         """
         started = time.perf_counter()
-        self._rng_at_start = checkpoint.rng_state()
+        self._savepoint.mark()
         self._unmeasured = (dict(row), last)
         with self._checkpoint_on_failure():
             self.processes.raise_together(self._failed_update, UserError)  # it is on all, or on none
@@ -501,10 +329,7 @@ class Trainer(ABC, Generic[Batch]):
             return reason
         self._untrained = 0
         self.save()
-        remedies = {"fp16": "set mixed_precision=bf16 or no", "max_completion_length": "raise max_completion_length"}
-        other = "use another reward, more samples per group or other prompts"
-        remedy = next((remedy for cause, remedy in remedies.items() if cause in reason), other)
-        raise TrainingError(f"{reason}: {remedy}")
+        raise nothing_trained(reason)
 
     # -- update ----------------------------------------------------------------------------------------------------
 
@@ -519,14 +344,8 @@ class Trainer(ABC, Generic[Batch]):
         if self.config.ema_decay is None:
             yield
             return
-        with self._saving:
-            could, self._can_be_saved = self._can_be_saved, False
-        try:
-            with self.optimization.ema_weights():
-                yield
-        finally:
-            with self._saving:
-                self._can_be_saved = could
+        with self._savepoint.withheld(), self.optimization.ema_weights():
+            yield
 
     def _update(self, batch: Batch, plan: TrainingPlan) -> Row:
         """All optimizer steps of one epoch; the metrics of the last one."""
@@ -578,83 +397,44 @@ class Trainer(ABC, Generic[Batch]):
             on_actions(len(samples))
         return statistics
 
-    def dropout_seeds(self, batch: Batch, samples: Tensor, actions: Tensor) -> list[int]:
-        """For ``dropout``, one for each of the n actions of ``loss`` in this update, in whatever batch or process.
-
-        A pass of 2n rows, such as of n chosen and n rejected ones, has them twice: one policy compares the two.
-        """
-        pairs = zip(samples.tolist(), actions.tolist(), strict=True)
-        first = self.local_samples.start
-        return [stream_seed(self.config.seed, "dropout", self.step, first + sample, action) for sample, action in pairs]
-
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _checkpoint_on_failure(self) -> Iterator[None]:
         """Inside, no weights change, so whatever breaks it off, the state at its beginning can still be saved."""
-        with self._saving:
-            self._can_be_saved = True
-        try:
-            yield
-        except (Interrupted, Overdue):
-            self.save()
-            self._close()
-            raise
-        except Exception as error:
-            processes, folder = self.processes, self.run_folder
-            # Of any process: where one saves nothing, the others would wait for it.
-            unfit = isinstance(error, TrainingError) or processes.unfit_together  # the weights, for these settings
-            if unfit and self.epoch == 0:
-                raise  # there is nothing to resume from
-            together = processes.count == 1 or processes.failed_together  # saving needs every process
-            if together and not processes.from_main(processes.is_main and folder.nothing_trained(self.epoch)):
-                with contextlib.suppress(WriteError):  # the first failure is reported; the last checkpoint stands
-                    self.save()
-                failed_before = not folder.is_new and self.epoch == self._began  # and would again
-                if unfit and self.accelerator.mixed_precision == "fp16":
-                    error.add_note(folder.how_to_resume(mixed_precision="no"))
-                elif not (unfit or failed_before or isinstance(error, WriteError)):
-                    error.add_note(folder.how_to_resume(**self._changed_by_mending(error)))
-            raise
-        finally:
-            with self._saving:  # what ``_leave`` has begun to write is not trained on meanwhile
-                self._can_be_saved = False
-
-    def _changed_by_mending(self, error: Exception) -> dict[str, Any]:
-        """The settings under which a run resumes once the user's code that raised ``error`` is another."""
-        rewards = ("reward", "evaluation") if isinstance(error, RewardError) else ()
-        code = [name for name in rewards if any(place.endswith(".py") for place, _ in self.identity.get(name, ()))]
-        return {"accept_changed": sorted({*self.config.accept_changed, *code})} if code else {}
+        with self._savepoint.intact():
+            try:
+                yield
+            except (Interrupted, Overdue):
+                self.save()
+                self._close()
+                raise
+            except Exception as error:
+                processes, folder = self.processes, self.run_folder
+                # Of any process: where one saves nothing, the others would wait for it.
+                unfit = isinstance(error, TrainingError) or processes.unfit_together  # the weights, for these settings
+                if unfit and self.epoch == 0:
+                    raise  # there is nothing to resume from
+                together = processes.count == 1 or processes.failed_together  # saving needs every process
+                if together and not processes.from_main(processes.is_main and folder.nothing_trained(self.epoch)):
+                    with contextlib.suppress(WriteError):  # the first failure is reported; the last checkpoint stands
+                        self.save()
+                    if unfit and self.accelerator.mixed_precision == "fp16":
+                        error.add_note(folder.how_to_resume(mixed_precision="no"))
+                    elif not (unfit or isinstance(error, WriteError)):
+                        changed = changed_by_mending(error, self.identity, self.config)
+                        error.add_note(folder.how_to_resume(**changed))
+                raise
 
     def _leave(self) -> None:
-        """In another thread: end this process, whose main thread is in foreign code or waits for other processes and
-        cannot be reached. Without others, and where the epoch's beginning can still be saved, it is."""
-        if self.processes.count == 1:
-            # In a thread of its own: on a GPU that hangs it would, too.
-            saving = threading.Thread(target=self._save_beginning, daemon=True)
-            saving.start()
-            saving.join(_LAST_SAVE)
-        newest = "".join(path.name for path in self.run_folder.checkpoints[-1:]) or "none"
-        how = self.run_folder.how_to_resume()
-        reporting = threading.Thread(target=self.report.on_failure, args=(self, Interrupted(_UNANSWERED)), daemon=True)
-        reporting.start()
-        reporting.join(_LAST_REPORT)
-        print(f"{_UNANSWERED}; the newest checkpoint is {newest}\n{how}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
-
-    def _save_beginning(self) -> None:
-        """For ``_leave``: wait for a checkpoint that is being written, and write the epoch's beginning if it can be."""
-        with self._saving:
-            if self._can_be_saved:
-                self._write_checkpoint([self._rng_at_start])
+        """In another thread: end this process, whose main thread cannot be reached. Without other processes, and where
+        the epoch's beginning can still be saved, it is."""
+        alone, save = self.processes.count == 1, partial(self._savepoint.save_if_intact, self._write_checkpoint)
+        end_process(self.run_folder, save if alone else None, partial(self.report.on_failure, self))
 
     def save(self) -> None:
         """Write a checkpoint of the last finished epoch."""
-        self._saved_at = time.monotonic()
-        rng = self.processes.gather_in_order([self._rng_at_start])
-        with self._saving:
-            self.processes.on_main(lambda: self._write_checkpoint(rng))
+        self._savepoint.save(self._write_checkpoint)
 
     def _write_checkpoint(self, rng: Sequence[Any]) -> None:
         optimization = self.optimization
@@ -681,7 +461,9 @@ class Trainer(ABC, Generic[Batch]):
 
     def _load(self, path: Path) -> None:
         weights, tensors, state = checkpoint.load_checkpoint(path)
-        check_same_run(self.config, self.identity, state["config"], state.get("identity") or {}, path, self.processes)
+        self._check_same_run(state["config"], state.get("identity"), path)
+        if self.config.epochs < (done := state["epoch"]):
+            raise CheckpointError(f"epochs={self.config.epochs}, but {done} are finished: set epochs={done} or more")
         if self.identity and not state.get("identity") and self.processes.is_main:
             print_warning(
                 f"{path} does not record the content of its model, data and rewards: a change was not checked for"

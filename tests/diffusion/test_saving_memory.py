@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
+from diffusion_align.assets import asset_path
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
 from diffusion_align.diffusion.schedule import build_schedule
@@ -251,6 +253,27 @@ def test_a_vae_in_tiles_decodes_larger_images_in_parts_and_its_own_size_at_once(
     shapes["decoder"].clear()
     assert torch.equal(policy.decode(small), alone)
     assert shapes["decoder"] == [(2, 4, 16, 16)]
+
+
+def test_tiles_are_those_of_plain_diffusers_bit_for_bit(policy_of):
+    """As ``vae.enable_tiling()`` decodes; not as a VAE without tiles does, which docs/ddpo.md says in numbers."""
+    policy = policy_of("emoji-sd", height=128, width=96)
+    vae = AutoencoderKL.from_pretrained(asset_path("emoji-sd"), subfolder="vae").eval()
+    latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    split_decoding(policy.pipeline.vae, slices=False, tiles=True)
+    vae.enable_tiling()
+    parts = [decoded_parts(policy.pipeline.vae), decoded_parts(vae)]
+    found, again = policy.decode(latents), policy.encode_images(policy.decode(latents))
+    scale = torch.tensor(1 / vae.config.scaling_factor)  # a product, which rounds unlike diffusers' quotient
+    with torch.no_grad():
+        images = (vae.decode(latents * scale).sample / 2 + 0.5).clamp(0, 1)
+        vae.decode(latents * scale)
+        encoded = vae.encode(images * 2 - 1).latent_dist.mode() / scale
+    assert torch.equal(found, images)
+    assert torch.equal(again, encoded)
+    assert parts[0] == parts[1]
+    assert len(parts[0]["decoder"]) == 2 * 6
+    assert len(parts[0]["encoder"]) == 6
 
 
 def test_a_pipeline_that_moves_its_parts_itself_is_refused(model_path):

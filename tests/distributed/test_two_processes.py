@@ -79,7 +79,7 @@ def assert_same_rows(folders, tolerance):
         {
             "reward": ["jpeg_compressibility", "jpeg_incompressibility"],
             "reward_weights": [1.0, 3.0],
-            "evaluation": {"reward": "jpeg_incompressibility", "pictures": 5, "every": 1, "diversity": "pixels"},
+            "evaluation": {"reward": "jpeg_incompressibility", "samples": 5, "every": 1, "diversity": "pixels"},
         },
     ],
     ids=[

@@ -7,6 +7,7 @@ import pytest
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.yaml_text import dump
 from tests.helpers.hard_runs import PREFERENCES, labels_of, rows_of
+from tests.helpers.kills import QUICK
 from tests.helpers.problems import assert_problem
 from tests.helpers.two_processes import (
     PLAIN_STEPS,
@@ -122,6 +123,32 @@ def assert_same(folders, gradients, *, without=()):
 def test_two_processes_do_what_one_does(forked, write, tmp_path, case):
     folders, gradients = run_both(forked, write(**CASES[case]), tmp_path, PLAIN_STEPS)
     assert_same(folders, gradients)
+
+
+CHECKPOINTED = """
+import os
+from diffusion_align.models import memory
+computed = memory._checkpointed
+def noted(*arguments, **named):
+    if torch.is_grad_enabled():
+        name = f"checkpointed_{os.environ.get('WORLD_SIZE', 1)}_{os.environ.get('RANK', 0)}"
+        open(f"{SCRATCH}/{name}", "w").close()
+    return computed(*arguments, **named)
+memory._checkpointed = noted
+"""
+
+
+@pytest.mark.parametrize("case", ["ppo", "grpo, all weights", "dpo, adapters drop out", "kto", "reward_model"])
+def test_checkpointed_activations_in_two_processes_are_those_of_one(forked, write, tmp_path, case):
+    config = write(**CASES[case] | {"gradient_checkpointing": True})
+    folders, gradients = run_both(forked, config, tmp_path, PLAIN_STEPS + CHECKPOINTED)
+    assert_same(folders, gradients)
+    assert all((tmp_path / f"checkpointed_{name}").is_file() for name in ("1_0", "2_0", "2_1"))
+    plain = tmp_path / "plain"
+    run = forked("train", write(**CASES[case]), f"output_dir={plain}", prelude=QUICK + PLAIN_STEPS, timeout=90)
+    assert set(run.statuses) == {0}, run.errors
+    ends = [rows_of(folder) for folder in (folders[0], plain)]
+    assert ends[0] == ends[1]
 
 
 # Half of the completions, those of process 1 or all, count as cut off by the limit of length.

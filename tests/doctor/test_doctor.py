@@ -162,6 +162,18 @@ def test_stable_diffusion_3_without_t5(report, tiny_sd3, quick):
     assert full["tokens"] == without["tokens"] == "16 per image and 280 per prompt"  # 24 of CLIP
 
 
+def test_adapters_on_text_encoders(report, tiny_sdxl):
+    settings = {"model": str(tiny_sdxl), "mixed_precision": "no", "dtype": "float32"}
+    plain, adapted = (report(**settings, lora={"rank": 2, "text_encoder": on})[0] for on in (False, True))
+    assert adapted["trained"].split(": ")[1].startswith("LoRA of rank 2 on the text encoders too, ")
+    assert "text_encoder_2" in adapted["frozen weights"]  # on the GPU
+    assert "text_encoder" not in plain["frozen weights"]
+    assert "encoding prompts" in plain
+    assert "encoding prompts" not in adapted
+    bigger = [float(one["training pass"].split(" MB")[0]) for one in (plain, adapted)]
+    assert bigger[0] < bigger[1] < 2 * bigger[0]
+
+
 @pytest.mark.parametrize("target", ["posterior_mean", "logged"])
 def test_diffusion_dpo_on_a_folder(report, tiny_sd, make_policy, tmp_path, target, quick):
     from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer

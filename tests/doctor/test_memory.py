@@ -20,6 +20,7 @@ from diffusion_align.doctor.memory import (
     LiveBytes,
     Passes,
     decoding_cost,
+    encoder_cost,
     encoding_cost,
     network_cost,
     parameter_counts,
@@ -27,6 +28,7 @@ from diffusion_align.doctor.memory import (
     vae_on_meta,
 )
 from diffusion_align.models.families import family_of_network
+from diffusion_align.models.memory import named_text_encoders
 
 EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text())
 SMALL = {"train_batch": 2, "sample_batch": 2}
@@ -105,6 +107,25 @@ def test_published_numbers_of_parameters(configs, millions):
     network = configs.get("unet") or configs["transformer"]
     counts = parameter_counts(family_of_network(network), configs)
     assert {name: round(count / 1e6, 2) for name, count in counts.items()} == millions
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sdxl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_text_encoders_with_adapters(name, checkpointing, make_policy):
+    """As many parameters as a policy trains, and the bytes that a pass of its own encoders holds."""
+    lora = LoRAConfig(rank=2, text_encoder=True)
+    policy = make_policy(name, lora=lora, gradient_checkpointing=checkpointing)
+    passes = Passes(latent_size=(8, 8), **SMALL, checkpointing=checkpointing)
+    for part, encoder in named_text_encoders(policy.pipeline).items():
+        config = encoder.config.to_dict()
+        passes = replace(passes, tokens=config["max_position_embeddings"])
+        found = encoder_cost(policy.family, config, lora, passes)
+        assert found.trained == sum(p.numel() for n, p in policy.trainable.items() if n.startswith(f"{part}."))
+        ids = torch.zeros(1, passes.tokens, dtype=torch.int64)
+        with LiveBytes([*encoder.parameters(), *encoder.buffers()]) as live:
+            output = encoder(ids, output_hidden_states=True)
+            held = live.now
+        assert found.kept == pytest.approx(held, rel=0.15), output[0].shape
 
 
 def test_stable_diffusion_15():

@@ -9,8 +9,9 @@ from torch import nn
 from diffusion_align.rewards import RewardError, call_reward
 from diffusion_align.training.collection import BatchScores
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.trainer import Trainer, TrainingPlan
+from diffusion_align.training.trainer import Trainer
 from diffusion_align.writing import make_folder, new_folder, write_text
 
 

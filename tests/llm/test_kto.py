@@ -10,6 +10,7 @@ from diffusion_align.data.text_rows import LabelledRow
 from diffusion_align.errors import ConfigError
 from diffusion_align.estimators import kto_loss
 from diffusion_align.llm.kto import KTOConfig, KTOTrainer, mismatched_prompts
+from diffusion_align.llm.policy import LoRAConfig
 from tests.helpers.enumerable import gradient
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.oracles import F64
@@ -211,6 +212,42 @@ def test_a_short_run_learns_the_labels(make, make_language_policy, tmp_path):
     assert steps[-1]["rewards/margins"] == pytest.approx(steps[-1]["rewards/chosen"] - steps[-1]["rewards/rejected"])
     assert steps[-1]["loss"] < 0.45
     assert all(math.isfinite(r["reference_point_raw"]) for r in rows if "reference_point_raw" in r)
+
+
+@pytest.mark.parametrize("reward", [None, score], ids=["labels", "online"])
+def test_adapters_drop_out_in_training_passes_alone(make, make_language_policy, reward):
+    """What is sampled, the reference point and losses outside of a training pass are those without dropout."""
+
+    def trained(dropout, step=0):
+        policy = make_language_policy("llama", noise=0.1, dtype=F64, lora=LoRAConfig(rank=4, dropout=dropout))
+        trainer = make(policy=policy, reward=reward)
+        batch, plan, _ = estimated(trainer)
+        trainer.step, keep = step, plan.sample_indices
+        evaluated = losses_of(trainer, batch, keep)
+        training = trainer.accumulate(batch, torch.stack([keep, torch.zeros_like(keep)], 1), len(keep))
+        loss = training.over_processes(trainer.accelerator)["loss"]
+        slope = torch.cat([p.grad.flatten() for p in policy.trainable.values()])
+        assert torch.equal(losses_of(trainer, batch, keep), evaluated)
+        return texts_of(batch.sequences), batch.reference_point, evaluated, loss, slope
+
+    (texts, point, losses, loss, slope), dropped = trained(0.0), trained(0.5)
+    assert loss == pytest.approx(losses.mean().item())
+    assert str(dropped[0]) == str(texts)
+    assert torch.equal(dropped[1], point)
+    assert torch.equal(dropped[2], losses)
+    assert abs(dropped[3] - loss) > 1e-3
+    assert (dropped[4] - slope).abs().max() > 0.01 * slope.abs().max()
+    again, later = trained(0.5), trained(0.5, step=1)
+    assert torch.equal(again[4], dropped[4])
+    assert abs(later[3] - dropped[3]) > 1e-3, "each update has masks of its own"
+
+
+def test_a_short_run_with_dropout_learns_the_labels(make, make_language_policy, tmp_path):
+    policy = make_language_policy(lora=LoRAConfig(rank=4, dropout=0.2))
+    make(policy=policy, epochs=12, learning_rate=5e-3).train()
+    steps = [r for r in rows_of(tmp_path) if "rewards/accuracies" in r]
+    assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"] + 0.5
+    assert steps[-1]["loss"] < 0.45
 
 
 def test_an_update_with_one_label_only_has_no_margin(make, make_language_policy, tmp_path):

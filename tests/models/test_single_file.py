@@ -1,5 +1,6 @@
 """A model in one file with the original names is the model of the folder, to the bit; and what cannot be loaded."""
 
+import functools
 import json
 import shutil
 
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusion_align.errors import UserError, problems_of
+from diffusion_align.models import image_pipelines
 from diffusion_align.models.image_pipelines import check_pipeline_name, load_pipeline
+from diffusion_align.models.model_ref import check_image_model
 from diffusion_align.pipelines.configuration import check_config
 
 NAMES = ["sd15", "sd2", "sdxl"]
@@ -138,6 +141,16 @@ def test_a_file_that_lacks_or_exceeds_what_it_should_hold_gives_one_sentence(dam
     assert expected in said
     assert said.startswith(f"model={str(file)!r}")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_size_is_checked_by_base_config_before_weights_are_read(name, published, monkeypatch):
+    file, folder = str(published(name, "file")), str(published(name))
+    monkeypatch.setattr(image_pipelines, "_load_single_file", lambda *given, **named: pytest.fail("it is read"))
+    for read in (check_image_model, functools.partial(load_pipeline, to_train=True)):
+        with pytest.raises(UserError, match=r"^height=21 must be a multiple of \d+ for this model"):
+            read(file, base_config=folder, height=21)
+    check_image_model(file, base_config=folder, height=32)
 
 
 @pytest.mark.parametrize(("name", "base"), [("sd15", "sd2"), ("sd2", "sd15"), ("sd15", "sdxl"), ("sdxl", "sd15")])

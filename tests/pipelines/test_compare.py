@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion_align.diffusion.schedule import SamplerConfig
 from diffusion_align.errors import UserError
+from diffusion_align.models.memory import split_decoding
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.compare import (
     _summary,
@@ -56,6 +57,26 @@ def test_a_model_against_itself_wins_half(calls, tmp_path):
     assert (result.win_rate, result.pairs, result.mean_difference, result.standard_error) == (0.5, 6, 0.0, 0.0)
     assert result.mean_first == result.mean_second
     assert result.low == pytest.approx(1 - result.high)
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_both_models_decode_in_tiles_where_b_does(calls, monkeypatch, tiles):
+    """Tiles change images. A pipeline that is given is afterwards as it was."""
+    first, second = (ImageAlignmentPipeline.from_pretrained("emoji-sd") for _ in range(2))
+    split_decoding(first.pipeline.vae, slices=True, tiles=not tiles)
+    split_decoding(second.pipeline.vae, slices=False, tiles=tiles)
+    draw, used = ImageAlignmentPipeline.__call__, []
+
+    def call(self, *given, **settings):
+        used.append(self.pipeline.vae.use_tiling)
+        return draw(self, *given, **settings)
+
+    monkeypatch.setattr(ImageAlignmentPipeline, "__call__", call)
+    compare_models(first, second, PROMPTS, brightness)
+    assert used == [tiles] * len(used)
+    assert len(used) >= 2
+    assert [one.pipeline.vae.use_tiling for one in (first, second)] == [not tiles, tiles]
+    assert [one.pipeline.vae.use_slicing for one in (first, second)] == [True, False]
 
 
 def test_the_judge_gets_the_metadata(calls):

@@ -1,5 +1,6 @@
 """TextAlignmentPipeline: load, align, write, score, save; and what plain transformers and peft make of the result."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from diffusion_align.assets import asset_path
-from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.models.lora import add_lora
 from diffusion_align.pipelines.compare import judged_texts
 from diffusion_align.pipelines.configuration import check_config
@@ -222,6 +223,43 @@ def test_aligning_twice_goes_on_from_the_first(load, tmp_path, first, second):
     assert_same_model(TextAlignmentPipeline.from_pretrained(tmp_path / "b" / "final", device="cpu").model, pipe.model)
     fresh = TextAlignmentPipeline.from_pretrained(tmp_path / "a", device="cpu")
     torch.testing.assert_close(logits(fresh.model), once, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_of_an_older_version_on_a_model_of_half_width_is_resumed(tiny_language_model, tmp_path, dtype):
+    """Those versions said "float32" of it; what they trained was the model as it was in memory."""
+
+    def align(name, **settings):
+        pipe = TextAlignmentPipeline.from_pretrained(tiny_language_model, dtype=dtype, device="cpu")
+        pipe.align("grpo", output_dir=tmp_path / name, reward=letters, **SETTINGS | ONLINE | settings)
+
+    align("whole", epochs=3)
+    align("run", epochs=1)
+    run_folder, newer = tmp_path / "run", ("tf32", "gradient_checkpointing", "ema_offload", "attention", "optimizer")
+    state_file = next(run_folder.glob("checkpoints/*/state.json"))
+    state, config = json.loads(state_file.read_text()), yaml.safe_load((run_folder / "config.yaml").read_text())
+    for settings in (state["config"], config):
+        assert settings["dtype"] == dtype
+        settings["dtype"] = "float32"
+        for name in newer:
+            settings.pop(name, None)
+    state_file.write_text(json.dumps(state))
+    digest = hashlib.sha256(state_file.read_bytes()).hexdigest()
+    manifest = state_file.with_name("manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"state.json": digest}))
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    elsewhere = {"method": "grpo", "model": str(tiny_language_model), "reward": "length", "output_dir": str(run_folder)}
+    # Of a run by ``train``, the frozen weights were in float32.
+    with pytest.raises(CheckpointError, match="dtype was 'float32' and is"):
+        run(check_config(SETTINGS | ONLINE | elsewhere | {"resume": True, "dtype": dtype}))
+    for epochs in (2, 3):  # the first of them writes what the model's dtype is
+        align("run", epochs=epochs, resume=True)
+        assert yaml.safe_load((run_folder / "config.yaml").read_text())["dtype"] == dtype
+    ends = [load_file(tmp_path / name / "final/adapter_model.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    pipe = TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu")
+    with pytest.raises(CheckpointError, match=f"dtype was '{dtype}' and is 'float32'"):
+        pipe.align("grpo", output_dir=run_folder, reward=letters, resume=True, **SETTINGS | ONLINE | {"epochs": 4})
 
 
 def test_training_on_a_run_warns_of_nothing(load, tmp_path, recwarn):

@@ -20,17 +20,16 @@ import torch
 from accelerate import Accelerator
 
 from diffusion_align import interrupt, writing
-from diffusion_align.errors import Interrupted, TrainingError
+from diffusion_align.errors import CheckpointError, Interrupted, TrainingError
 from diffusion_align.rewards import RewardError
-from diffusion_align.training import checkpoint
+from diffusion_align.training import checkpoint, endings, savepoint
 from diffusion_align.training import processes as training_processes
-from diffusion_align.training import trainer as training_trainer
 from diffusion_align.training.checkpoint import list_checkpoints, load_checkpoint
 from diffusion_align.training.collection import BatchScores
 from diffusion_align.training.config import TrainingConfig
+from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.reading import dump_config
 from diffusion_align.training.resume import check_same_run
-from diffusion_align.training.trainer import TrainingPlan
 from diffusion_align.writing import WriteError, write_text
 from tests.helpers.toy import Toy, brightness, resumed_with, score_of
 
@@ -256,8 +255,7 @@ def test_a_python_program_outlives_who_reads_its_progress(monkeypatch):
 
 def test_a_checkpoint_is_due_after_minutes_and_changes_no_bit(tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 7 * 60))  # seconds; the clock is read at the start, at each epoch's end and each save
-    ticking = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)  # progress has its own
-    monkeypatch.setattr(training_trainer, "time", ticking)
+    monkeypatch.setattr(savepoint, "time", SimpleNamespace(monotonic=lambda: next(clock)))  # progress has its own
     settings = {"epochs": 4, "checkpoint_every": 100, "keep_checkpoints": 9}
     for name, minutes in (("often", 6), ("seldom", 13), ("never", None)):
         Toy(tmp_path / name, checkpoint_minutes=minutes, **settings).train()
@@ -267,6 +265,15 @@ def test_a_checkpoint_is_due_after_minutes_and_changes_no_bit(tmp_path, monkeypa
     newest = [load_checkpoint(list_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("often", "never")]
     assert torch.equal(*(weights["trained"]["weights"] for weights, _, _ in newest))
     assert len({(tmp_path / name / "final" / "weights.txt").read_text() for name in ("often", "seldom", "never")}) == 1
+
+
+def test_fewer_epochs_than_are_finished_are_refused_and_change_nothing(tmp_path):
+    Toy(tmp_path / "run", epochs=3).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"^epochs=2, but 3 are finished: set epochs=3 or more$"):
+        Toy(tmp_path / "run", epochs=2, resume=True).train()
+    assert {path: path.read_bytes() for path in before} == before
+    assert Toy(tmp_path / "run", epochs=3, resume=True).train() == tmp_path / "run"
 
 
 def steps_of(folder):
@@ -456,10 +463,8 @@ def test_nothing_else_is_done_while_a_process_that_must_end_saves(tmp_path, monk
         done.append("ends")
 
     monkeypatch.setattr(trainer, "_write_checkpoint", write)
-    monkeypatch.setattr(
-        training_trainer, "os", SimpleNamespace(_exit=lambda status: done.append(f"left with {status}"))
-    )
-    trainer._rng_at_start = None
+    monkeypatch.setattr(endings, "os", SimpleNamespace(_exit=lambda status: done.append(f"left with {status}")))
+    trainer._savepoint.rng = None
     leaving = threading.Thread(target=trainer._leave)
     with contextlib.suppress(Interrupted), trainer._checkpoint_on_failure():
         leaving.start()
@@ -477,7 +482,7 @@ def test_a_process_that_must_end_saves_no_averaged_weights(tmp_path, monkeypatch
     trainer, saved = Toy(tmp_path / "run", ema_decay=ema_decay), []
     monkeypatch.setattr(trainer, "_write_checkpoint", saved.append)
     with trainer._checkpoint_on_failure(), trainer.ema_weights():
-        trainer._save_beginning()
+        trainer._savepoint.save_if_intact(trainer._write_checkpoint)
     assert len(saved) == saves
 
 

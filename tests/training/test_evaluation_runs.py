@@ -36,7 +36,7 @@ SETTINGS = TINY | {
     "learning_rate": 1e-2,
     "checkpoint_every": 1,
     "keep_checkpoints": 9,
-    "evaluation": {"pictures": 2, "every": 1, "diversity": "pixels"},
+    "evaluation": {"samples": 2, "every": 1, "diversity": "pixels"},
 }
 
 
@@ -174,7 +174,7 @@ def test_each_rule_and_its_sentence():
 
 
 def test_what_is_logged_is_what_the_fixed_images_score(train, tmp_path):
-    trainer = train(gold=brightness, epochs=2, evaluation={"pictures": 5, "diversity": "pixels", "every": 2})
+    trainer = train(gold=brightness, epochs=2, evaluation={"samples": 5, "diversity": "pixels", "every": 2})
     folder = tmp_path / "run"
     assert [epoch for epoch, _ in rows(folder, "gold")] == [0, 2]
     texts = ["a red apple", "a cat", "a red apple", "a cat", "a red apple"]
@@ -198,7 +198,7 @@ def test_what_is_logged_is_what_the_fixed_images_score(train, tmp_path):
 
 def test_evaluation_changes_nothing_of_the_training(train, tmp_path):
     train("with", gold=brightness, epochs=2)
-    train("without", epochs=2, evaluation={"pictures": 9, "every": 2, "diversity": "pixels"})
+    train("without", epochs=2, evaluation={"samples": 9, "every": 2, "diversity": "pixels"})
     assert same(trained(tmp_path / "with/final"), trained(tmp_path / "without/final"))
     assert rows(tmp_path / "without", "diversity")
     assert not rows(tmp_path / "without", "gold")
@@ -314,7 +314,7 @@ def test_the_average_is_what_is_evaluated_and_kept(train, tmp_path):
         ),
         ({"evaluation": {"reward": []}}, ("evaluation.reward", "empty")),
         ({"evaluation": {"prompts": "nowhere.txt"}}, ("evaluation.prompts.source", "no such file")),
-        ({"evaluation": {"pictures": 1}}, ("evaluation.samples", "not allowed")),
+        ({"evaluation": {"samples": 1}}, ("evaluation.samples", "not allowed")),
         ({"evaluation": {"diversity": "/no/such/clip"}}, ("evaluation.diversity", "not a folder")),
         ({"evaluation": {"rewrad": "aesthetic"}}, ("unknown setting 'evaluation.rewrad'", "did you mean 'reward'")),
         ({"stop_when": {"kl_above": -1}}, ("stop_when.kl_above", "not allowed")),

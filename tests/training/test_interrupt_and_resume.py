@@ -144,6 +144,18 @@ def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path):
     assert_same_run(stopped, left_alone)
 
 
+def test_a_second_signal_says_how_to_resume(forked, calm, tmp_path):
+    """It ends the run at once, in the middle of the third epoch; what was saved before stands."""
+    twice = "import os, signal\ndie = lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n"
+    (config, left_alone), stopped = calm, tmp_path / "stopped"
+    arguments = ["train", config, f"output_dir={stopped}", "resume=true"]
+    run = forked(*arguments, prelude=QUICK + twice + place(STEP, "step", 6) + HOOK)
+    assert run.status == 130, run
+    assert run.error.strip().splitlines()[-2:] == ["stopped", f"the last checkpoint stands; {resumed_with(*arguments)}"]
+    forked.finish(*arguments, prelude=QUICK)
+    assert_same_run(stopped, left_alone)
+
+
 def test_stopping_twice_in_one_epoch_and_a_kill_while_saving_again_keep_the_checkpoint(
     forked, settings, tiny_sd, tmp_path
 ):

@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_align.diffusion.settings import DDPOConfig, LoRAConfig
-from diffusion_align.errors import ConfigError, UserError
+from diffusion_align.errors import ConfigError, RewardError, UserError
 from diffusion_align.llm.settings import GRPOConfig, RewardModelConfig
 from diffusion_align.models.language_models import load_language_model, use_attention
+from diffusion_align.models.memory import in_channels_last
+from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.precision import matrix_products_in_tf32
@@ -156,6 +158,28 @@ def test_resumed_bit_for_bit_with_a_ratio_of_1(train, tmp_path, changes):
     weights = "unet/diffusion_pytorch_model" if changes.get("lora", {}) is None else "pytorch_lora_weights"
     whole, harried = (load_file(tmp_path / name / f"final/{weights}.safetensors") for name in ("whole", "harried"))
     assert all(torch.equal(value, harried[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_pipeline_keeps_its_own_order(tiny_sd, tmp_path, own, fails):
+    pipe = ImageAlignmentPipeline.from_pretrained(str(tiny_sd), device="cpu")
+    parts, seen = (pipe.pipeline.unet, pipe.pipeline.vae), []
+    for part in parts if own else ():
+        part.to(memory_format=torch.channels_last)
+
+    def reward(images, prompts, metadata):
+        seen.append([in_channels_last(part) for part in parts])
+        if fails and len(seen) > 1:
+            raise ValueError("no")
+        return images.mean((1, 2, 3))
+
+    given = {name: value for name, value in RUN.items() if name not in ("model", "output_dir")}
+    settings = given | {"reward": reward, "channels_last": True, "output_dir": tmp_path / "run"}
+    with pytest.raises(RewardError) if fails else nullcontext():
+        pipe.align(**settings)
+    assert seen[-1] == [True, True]
+    assert [in_channels_last(part) for part in (pipe.pipeline.unet, pipe.pipeline.vae)] == [own, own]
 
 
 def test_they_may_change_on_resume(train, capfd):

@@ -63,6 +63,8 @@ def test_a_run_says_what_it_does_where_it_was_started(tmp_path, monkeypatch):
     elsewhere = config.model_copy(update={"model": str(tmp_path / "base"), "method": "ddpo"})
     said = start_lines(elsewhere, done=4, device="cuda", processes=2)[0]
     assert said == "training base with ddpo: epochs 5 to 9, 2 processes on cuda, mixed_precision=no"
+    said = start_lines(config, done=9, device="cpu", processes=1)[0]
+    assert said.endswith(": 9 epochs, all finished before, cpu, mixed_precision=no")
 
 
 def lines_of(text):

@@ -21,7 +21,7 @@ from diffusion_align.report.status import STATUS_FILE
 from diffusion_align.rewards import RewardError
 from diffusion_align.training.callbacks import Callback, Report
 from tests.helpers.html_page import Page
-from tests.helpers.toy import Toy, brightness
+from tests.helpers.toy import Toy, brightness, resumed_with
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,8 +137,10 @@ def test_whatever_else_ends_a_run_is_in_its_report(tmp_path, monkeypatch, error)
 
     original = Toy.estimate
     monkeypatch.setattr(Toy, "estimate", estimate)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         Toy(tmp_path / "run").train()
+    notes = getattr(caught.value, "__notes__", [])
+    assert notes == ([resumed_with(tmp_path / "run")] if isinstance(error, KeyboardInterrupt) else [])
     shown = text_of(tmp_path / "run")
     assert ("Interrupted" if isinstance(error, KeyboardInterrupt) else "Failed") in shown
     assert type(error).__name__ in shown

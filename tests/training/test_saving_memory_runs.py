@@ -193,6 +193,20 @@ def test_a_failed_run_leaves_the_vae_as_it_was(vae_of, tmp_path):
     assert not pipe.pipeline.vae.use_tiling
 
 
+def test_what_cannot_be_returned_to_a_full_gpu_hides_no_failure(vae_of, tmp_path, monkeypatch):
+    pipe = ImageAlignmentPipeline.from_pretrained("emoji-sd", device="cpu")
+
+    def fails(images, prompts, metadata):
+        def full(*given, **settings):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(pipe.pipeline.text_encoder, "to", full)
+        raise ValueError("what went wrong first")
+
+    with pytest.raises(RewardError, match="what went wrong first"):
+        pipe.align(output_dir=tmp_path / "run", **OF_IMAGES | {"reward": fails})
+
+
 def test_slices_may_change_on_resume_and_tiles_not(run_here, tmp_path, capfd):
     settings = IMAGE_RUN | {"output_dir": str(tmp_path / "run"), "height": 96}
     run_here(settings)

@@ -122,7 +122,7 @@ def test_what_is_skipped_changes_no_gradient(train):
 def test_updates_divide_by_equal_shares_of_what_counts(train, monkeypatch, kept, counted, divisors):
     """Each of two updates by half of the samples that count, however few it trains on; three actions each."""
     from diffusion_align.diffusion.ddpo import DDPOTrainer
-    from diffusion_align.training.trainer import TrainingPlan
+    from diffusion_align.training.method import TrainingPlan
 
     seen, accumulate, estimate = [], DDPOTrainer.accumulate, DDPOTrainer.estimate
 

@@ -19,6 +19,8 @@ Conditioning: TypeAlias = "dict[str, Tensor]"
 """What the network is told of the prompts, name -> (B, ...)."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The projections of an attention layer of diffusers."""
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The projections of an attention layer of transformers' CLIP, those that diffusers' scripts adapt."""
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 """The two linear layers of a feed-forward layer of diffusers."""
 
@@ -48,6 +50,9 @@ class ModelFamily(ABC):
     """Arguments of the pipeline's own call, by which ``ImageAlignmentPipeline`` samples."""
     lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {"attention": ATTENTION, "feed_forward": FEED_FORWARD}
     """A kind of layers that ``lora.layers`` can name -> endings of the names of these layers."""
+    text_encoder_layers: ClassVar[Sequence[str]] = ()
+    """Endings of the names of the layers of the text encoders that ``lora.text_encoder`` adapts; none refuses it. With
+    some, gradients must flow through ``encode``, and what it takes from the image's size alone is in ``of_size``."""
     guidance: ClassVar[Literal["free", "embedded"]] = "free"
     """Classifier-free, by a second pass; or embedded: the scale is in the conditioning, ``guidance`` (B,)."""
 
@@ -84,6 +89,10 @@ class ModelFamily(ABC):
     def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         """Like ``encode``, for negative prompts; an empty one is encoded like any other text."""
         return self.encode(pipeline, prompts, image_size)
+
+    def of_size(self, pipeline: Any, image_size: tuple[int, int]) -> Conditioning:
+        """The entries of ``encode`` that no text encoder gives, (1, ...) each; see ``text_encoder_layers``."""
+        return {}
 
     def of_cropped(self, conditioning: Conditioning, original: Tensor, corner: Tensor) -> Conditioning:
         """``conditioning`` of images that were scaled to cover their size and then cropped in the middle.
@@ -280,6 +289,15 @@ class ModelFamily(ABC):
                 f"lora.layers={name!r} is not of this model, a {self.network_title}: use {', '.join(self.lora_layers)}"
             )
         return [layer for kind in kinds for layer in self.lora_layers[kind]]
+
+    def adapted_encoder_layers(self) -> list[str]:
+        """The ``text_encoder_layers``; UserError if there are none."""
+        if not self.text_encoder_layers:
+            raise UserError(
+                f"lora.text_encoder=true is not of this model, whose family {type(self).__name__} names no "
+                "text_encoder_layers: set it to false"
+            )
+        return list(self.text_encoder_layers)
 
     def use_eager_attention(self, network: Any) -> None:
         """On a CPU its backward pass is faster than fused attention's."""

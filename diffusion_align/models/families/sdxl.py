@@ -34,12 +34,16 @@ class StableDiffusionXL(StableDiffusion):
     def encode_negative(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         """Without the zeros that ``force_zeros_for_empty_prompt`` puts in place of no prompt: as in diffusers, an empty
         negative prompt is encoded."""
+        device, size = pipeline.text_encoder_2.device, self.of_size(pipeline, image_size)["time_ids"]
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size.expand(len(prompts), -1)}
+
+    def of_size(self, pipeline: Any, image_size: tuple[int, int]) -> Conditioning:
         import torch
 
-        device = pipeline.text_encoder_2.device
-        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        size = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=embeds.dtype, device=device)
-        return {"encoder_hidden_states": embeds, "text_embeds": pooled, "time_ids": size.expand(len(prompts), -1)}
+        encoder = pipeline.text_encoder_2
+        kind = {"dtype": encoder.dtype, "device": encoder.device}
+        return {"time_ids": torch.tensor([[*image_size, 0, 0, *image_size]], **kind)}
 
     def of_cropped(self, conditioning: Conditioning, original: Tensor, corner: Tensor) -> Conditioning:
         """With original size, corner and target size, as diffusers' scripts that train SDXL."""

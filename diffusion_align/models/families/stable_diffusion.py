@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_align.errors import UserError
-from diffusion_align.models.families.contract import Conditioning, ModelFamily
+from diffusion_align.models.families.contract import CLIP_ATTENTION, Conditioning, ModelFamily
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ class StableDiffusion(ModelFamily):
         **ModelFamily.lora_layers,
         "convolutions": ("conv1", "conv2"),
     }
+    text_encoder_layers: ClassVar[Sequence[str]] = CLIP_ATTENTION
     fed: ClassVar[Mapping[str, Sequence[str | None]]] = {
         "time_cond_proj_dim": (None,),
         "class_embed_type": (None,),
