@@ -396,7 +396,7 @@ def test_losses_of_real_networks(model, make_policy, tmp_path, monkeypatch):
         model="emoji-sd",
         output_dir=tmp_path,
         pairs="emoji_style",
-        beta_dpo=2000,
+        beta_dpo=0.2,
         step_draw="logit_normal",
         steps_per_pair=2,
         samples_per_epoch=4,
@@ -427,9 +427,9 @@ def test_losses_of_real_networks(model, make_policy, tmp_path, monkeypatch):
                     v = plain_prediction(policy.pipeline, x_t, timestep, conditioning)
                 errors.append((v - (eps - x_0)).square().mean((1, 2, 3)))
             differences.append(errors[0] - errors[1].detach())
-        expected = -logsigmoid(-1000 * (differences[0] - differences[1]))
+        expected = -logsigmoid(-0.1 * (differences[0] - differences[1]))
         losses, _ = trainer.loss(part, samples, actions)
-        torch.testing.assert_close(losses, expected, atol=2e-2, rtol=2e-3)  # errors of float32, times 1000
+        torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-3)  # of float32
         ours, theirs = (torch.autograd.grad(x.sum(), policy.trainable.values()) for x in (losses, expected))
         ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in (ours, theirs))
-        assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
