@@ -452,6 +452,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             raise UserError(f"steps={steps} must lie between 1 and num_train_timesteps={most}, a whole number")
         if eta is not None and not 0 <= eta <= 1:
             raise UserError(f"eta={eta} must lie between 0 and 1")
+        if eta is not None and self.sampler.noise_setting != "eta":
+            raise UserError(self.sampler.no_eta(eta))
         if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
             raise UserError(f"guidance_scale={guidance_scale} must be a number from 0")
         if batch_size < 1:

@@ -62,7 +62,7 @@ class ToyPolicy:
     """Adds ``shift + slope x_t`` to the reference's mean of each step; what the UNet would say is x_0."""
 
     lora, image_size, latent_shape, device = None, (1, 1), (1, 1, 1), torch.device("cpu")
-    has_reference, dropout = True, None
+    has_reference, dropout, family = True, None, SimpleNamespace(guidance="free")
 
     def __init__(self, chain, with_slope):
         self.chain, self.pipeline = chain, SimpleNamespace(scheduler=None)
@@ -80,7 +80,7 @@ class ToyPolicy:
         yield
         self.is_reference = False
 
-    def timesteps_setter(self):
+    def timesteps_setter(self, latent_size=None):
         return None
 
     def return_text_encoders(self):

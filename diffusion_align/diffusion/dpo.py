@@ -84,6 +84,22 @@ def beta_of(config: DiffusionDPOConfig, schedule: DiffusionSchedule, steps: Tens
 
 
 @dataclass(frozen=True)
+class SizeTerms:
+    """What the size of latents decides: the schedule, which some models shift by it, and what a nat costs.
+
+    Attributes:
+        schedule: of the trained steps, on the device.
+        scales: (T,) those of ``step_scales``, on the device.
+        beta, kl_coef: per nat.
+    """
+
+    schedule: DiffusionSchedule
+    scales: Tensor
+    beta: float
+    kl_coef: float
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """An epoch's pairs of one process: B samples, K steps each, R images; on the device.
 
@@ -192,25 +208,32 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         if config.online:
             for problem in multiple_checks(config, "group_size", self.accelerator.num_processes):
                 raise ConfigError([problem])
-        schedule = self.exact_schedule
-        scales = step_scales(schedule, self.trained_steps, config.weighting)
-        self.scales = scales.to(self.accelerator.device, torch.float32)
-        self.probabilities = step_probabilities(config.step_draw, self.trained_steps, len(schedule))
+        self.probabilities = step_probabilities(config.step_draw, self.trained_steps, len(self.exact_schedule))
         self.importance = self._importance().to(self.accelerator.device, torch.float32)
-        self.prices = functools.cache(self._prices)  # a sum over the schedule, which every loss asks for
-        self.beta, self.kl_coef = self.prices(math.prod(policy.latent_shape))
+        self.terms = functools.cache(self._terms)  # once for each size, as every loss asks for them
+        own = self.terms(policy.latent_shape)
+        self.beta, self.kl_coef = own.beta, own.kl_coef
         # Guidance belongs to the sampler's steps; the noising process, which the other targets undo, has none.
-        self.guidance_scale = config.sampler.guidance_scale if config.experimental.target == "logged" else 1.0
+        as_sampled = config.experimental.target == "logged" or policy.family.guidance == "embedded"
+        self.guidance_scale = config.sampler.guidance_scale if as_sampled else 1.0
         self.latents = None
         if pairs is not None:
             sizes = self._bucketed(pairs, config.bucket_step) if config.bucket_step else None
             self.latents = LatentCache(self.folder / "latents", pairs, policy, sizes)
 
-    def _prices(self, dimensions: int) -> tuple[float, float]:
-        """beta and ``kl_coef`` for latents of ``dimensions`` numbers."""
-        beta = beta_of(self.config, self.exact_schedule, self.trained_steps, dimensions)
-        default_kl_coef = 2 * beta if self.config.variant == "corrected" else 0.0
-        return beta, default_kl_coef if self.config.kl_coef is None else self.config.kl_coef
+    def _terms(self, shape: tuple[int, ...]) -> SizeTerms:
+        """Those of latents of ``shape`` (C, H, W)."""
+        config, steps, device = self.config, self.trained_steps, self.accelerator.device
+        setter = self.policy.timesteps_setter((shape[1], shape[2]))
+        schedule = self.trained_schedule(config, self.policy.pipeline.scheduler, setter)
+        beta = beta_of(config, schedule, steps, math.prod(shape))
+        default_kl_coef = 2 * beta if config.variant == "corrected" else 0.0
+        return SizeTerms(
+            schedule=schedule.to(device),
+            scales=step_scales(schedule, steps, config.weighting).to(device, torch.float32),
+            beta=beta,
+            kl_coef=default_kl_coef if config.kl_coef is None else config.kl_coef,
+        )
 
     def _importance(self) -> Tensor:
         """(T,) float64: even a step's probability over that of its draw, for metrics of all trained steps alike."""
@@ -287,7 +310,8 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
     def loss(self, batch: PairBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the module docstring."""
         config = self.config
-        beta, kl_coef = self.prices(batch.x_0[0].numel())
+        terms = self.terms(batch.x_0.shape[1:])
+        beta, kl_coef = terms.beta, terms.kl_coef
         seen = self._transitions(batch, samples, actions)
         (err_w, err_l), (ref_w, ref_l), kl = seen.error.chunk(2), seen.reference_error.chunk(2), seen.kl
         gain_w, gain_l = (ref_w - err_w).detach(), (ref_l - err_l).detach()
@@ -461,32 +485,32 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         images = torch.cat([batch.chosen[samples], batch.rejected[samples]])
         side = torch.arange(2, device=samples.device).repeat_interleave(len(samples))
         samples, actions = samples.repeat(2), actions.repeat(2)
-        steps = batch.steps[samples, actions]
-        x_t, target = self._states(batch, images, samples, actions)
+        steps, terms = batch.steps[samples, actions], self.terms(batch.x_0.shape[1:])
+        x_t, target = self._states(batch, images, samples, actions, terms.schedule)
         conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
 
         def step() -> GaussianTransition:
-            return transition(self.policy, self.schedule, x_t, steps, conditioning, guidance_scale=self.guidance_scale)
+            return transition(self.policy, terms.schedule, x_t, steps, conditioning, guidance_scale=self.guidance_scale)
 
         if batch.reference_mean is None:
             with torch.no_grad(), self.policy.reference():
                 reference = step()
         else:
             reference = GaussianTransition(batch.reference_mean[side, samples, actions], target.std)
-        return PairTransitions(step(), reference, target, self.scales[steps])
+        return PairTransitions(step(), reference, target, terms.scales[steps])
 
     def _states(
-        self, batch: PairBatch, images: Tensor, samples: Tensor, actions: Tensor
+        self, batch: PairBatch, images: Tensor, samples: Tensor, actions: Tensor, schedule: DiffusionSchedule
     ) -> tuple[Tensor, GaussianTransition]:
         """x_t, and the step from there that the policy is measured against."""
         steps = batch.steps[samples, actions]
-        std = self.schedule.at(steps).std.flatten()
+        std = schedule.at(steps).std.flatten()
         if batch.path is not None:
             return batch.path.x_t[images, actions], GaussianTransition(batch.path.x_s[images, actions], std)
         assert batch.noise is not None
         x_0, eps = batch.x_0[images], batch.noise[0, samples, actions]
-        x_t = add_noise(x_0, eps, steps, self.schedule)
-        target = posterior(x_t, x_0, eps, steps, self.schedule)
+        x_t = add_noise(x_0, eps, steps, schedule)
+        target = posterior(x_t, x_0, eps, steps, schedule)
         if self.config.experimental.target == "posterior_sample":
             target = GaussianTransition(target.sample(batch.noise[1, samples, actions]), std)
         return x_t, target

@@ -162,9 +162,12 @@ class DenoisingPolicy:
         """(C, H, W) of one latent that is sampled."""
         return self.family.latent_shape(self.network.config, self._latent_size)
 
-    def timesteps_setter(self) -> Callable[[Any, int], None]:
-        """How the pipeline sets the timesteps of these images' scheduler, as ``build_schedule`` takes it."""
-        return self.family.timesteps_setter(self.network.config, self._latent_size)
+    def timesteps_setter(self, latent_size: Size | None = None) -> Callable[[Any, int], None]:
+        """How the pipeline sets its scheduler's timesteps, as ``build_schedule`` takes it.
+
+        ``latent_size``: (H, W), if not that of the images that are sampled.
+        """
+        return self.family.timesteps_setter(self.network.config, latent_size or self._latent_size)
 
     @property
     def image_size(self) -> Size:

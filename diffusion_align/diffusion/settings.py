@@ -93,7 +93,7 @@ class SamplerConfig(Section):
                 "it out"
             )
         if self.name in NOISE_LEVELS and self.eta != 1:
-            yield f"eta={self.eta:g} has no effect with name={named}, whose noise is noise_level: leave it out"
+            yield self.no_eta(self.eta)
         if self.name == "cps" and self.noise_level is not None and self.noise_level > 1:
             yield f"noise_level={self.noise_level:g} is more than 1, the most that name=cps has: lower it"
         yield from _range_checks(self.noisy_range, "noisy_range")
@@ -106,6 +106,10 @@ class SamplerConfig(Section):
             yield f"noisy_steps={self.noisy_steps} is more than steps={self.steps}: lower it"
         elif self.name == "ddpm":
             yield self.always_noisy
+
+    def no_eta(self, eta: float) -> str:
+        """The sentence about an eta where the noise is ``noise_level``."""
+        return f"eta={eta:g} has no effect with name={self.name}, whose noise is noise_level: leave it out"
 
     @property
     def noise_setting(self) -> str:

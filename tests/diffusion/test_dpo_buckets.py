@@ -12,10 +12,9 @@ from diffusion_align.data.image_pairs import PairsConfig, open_pairs
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer, PairBatch
 from diffusion_align.diffusion.policy import DenoisingPolicy
-from diffusion_align.diffusion.schedule import training_schedule
-from diffusion_align.diffusion.transitions import step_scales
 from diffusion_align.errors import ConfigError
 from diffusion_align.training.reading import parse_config
+from tests.helpers import exact_terms
 from tests.helpers.noise_pairs import write_noise_pairs
 from tests.helpers.problems import problem
 
@@ -58,9 +57,7 @@ def make_trainer(make_policy, pairs, tmp_path):
 
 def in_float64(trainer):
     trainer.policy.network.double()
-    trainer.schedule = training_schedule(trainer.policy.pipeline.scheduler)
-    trainer.scales = step_scales(trainer.schedule, trainer.trained_steps, trainer.config.weighting)
-    return trainer
+    return exact_terms.in_float64(trainer)
 
 
 def collected(trainer):
@@ -135,10 +132,12 @@ def test_gradient_and_statistics_are_the_sums_over_runs_of_one_size(settings, mo
 
 def test_the_price_of_a_nat_is_that_of_each_size(make_trainer):
     """``beta_dpo`` is for mean squared errors: the fewer numbers a latent has, the more a nat of it weighs."""
-    trainer = make_trainer(beta_dpo=2000)
-    assert trainer.prices(256) == (trainer.beta, trainer.kl_coef)
-    assert trainer.prices(192)[0] == pytest.approx(trainer.beta * 256 / 192)
-    assert make_trainer(trainer.policy, beta=0.2).prices(192)[0] == 0.2
+    trainer = make_trainer(beta_dpo=2000, variant="corrected")
+    own, tall = (trainer.terms(LATENTS[size]) for size in ((16, 16), (24, 8)))
+    assert (own.beta, own.kl_coef) == (trainer.beta, trainer.kl_coef)
+    assert tall.beta == pytest.approx(trainer.beta * 256 / 192)
+    assert tall.kl_coef == 2 * tall.beta
+    assert make_trainer(trainer.policy, beta=0.2).terms((4, 12, 4)).beta == 0.2
 
 
 def test_a_pass_holds_latents_of_one_shape_and_full_micro_batches(make_trainer, monkeypatch):

@@ -16,14 +16,14 @@ from torch.nn.functional import logsigmoid
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig, DiffusionDPOTrainer
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.rollout import replay
-from diffusion_align.diffusion.schedule import training_schedule
 from diffusion_align.diffusion.settings import LoRAConfig
-from diffusion_align.diffusion.transitions import add_noise, nats_per_squared_error, posterior, step_scales
+from diffusion_align.diffusion.transitions import add_noise, nats_per_squared_error, posterior
 from diffusion_align.errors import ConfigError, Interrupted, TrainingError
 from diffusion_align.estimators import beta_in_nats
 from diffusion_align.models.lora import lora_layers
 from diffusion_align.training.collection import BatchScores
 from diffusion_align.training.reading import parse_config
+from tests.helpers import exact_terms
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.problems import problem
 
@@ -102,14 +102,11 @@ def make_trainer(make_policy, tmp_path):
 
 
 def in_float64(trainer, batch):
-    """Both in float64, the schedule and the scales from their float64 sources."""
+    """Both in float64."""
     for unet in (trainer.policy.network, trainer.policy._frozen):
         if unet is not None:
             unet.double()
-    trainer.schedule = training_schedule(trainer.policy.pipeline.scheduler)
-    scales = step_scales(trainer.schedule, trainer.trained_steps, trainer.config.weighting)
-    torch.testing.assert_close(trainer.scales.double(), scales, atol=0, rtol=1e-6)
-    trainer.scales = scales
+    exact_terms.in_float64(trainer)
     named = {name: getattr(batch, name) for name in ("x_0", "noise")}
     return replace(batch, **{name: value.double() for name, value in named.items() if value is not None})
 
@@ -482,8 +479,9 @@ def test_timestep_range_goes_from_noise_to_image(make_trainer, make_policy):
         steps = torch.stack([trainer._sampled_steps(i) for i in range(64)])
         assert first <= steps.min() < first + 40
         assert last - 40 <= steps.max() < last
-        assert trainer.scales[first:last].tolist() == [last - first] * (last - first)
-        assert trainer.scales.count_nonzero() == last - first
+        scales = trainer.terms(policy.latent_shape).scales
+        assert scales[first:last].tolist() == [last - first] * (last - first)
+        assert scales.count_nonzero() == last - first
 
 
 def test_too_narrow_a_range_is_refused(make_trainer, make_policy):
@@ -678,7 +676,7 @@ def test_logged_log_ratios_are_those_of_the_sampler(guidance, sampler, make_trai
     for reference in (False, True):
         with torch.no_grad(), policy.reference() if reference else contextlib.nullcontext():
             logps.append(replay(policy, schedule, *recorded, reduction="sum")[0])
-    scales = trainer.scales[steps]
+    scales = trainer.terms(policy.latent_shape).scales[steps]
     count = len(trainer.trained_steps)
     weights = nats_per_squared_error(schedule)[trainer.trained_steps]
     torch.testing.assert_close(scales, torch.full_like(scales, count))

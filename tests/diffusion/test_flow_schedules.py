@@ -28,6 +28,7 @@ from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.families import family_of
 from diffusion_align.models.families.flow_matching import dynamic_shift, set_linear_timesteps, set_spaced_timesteps
 from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from tests.helpers.flow_models import DYNAMIC, SD3_SCHEDULER
 from tests.helpers.oracles import F64, assert_same, randn
 
@@ -325,6 +326,13 @@ def test_without_noise_the_scheduler_is_diffusers_own():
         scheduler = scheduler_of(sampler, SD3)
         assert type(scheduler) is FlowMatchEulerDiscreteScheduler
         assert scheduler.config == SD3.config
+
+
+def test_a_pipeline_that_samples_by_noise_level_refuses_eta(model_path):
+    pipeline = load_pipeline(model_path("tiny_sd3"))
+    aligned = ImageAlignmentPipeline(pipeline, model=None, sampler=SamplerConfig(name="dance"))
+    with pytest.raises(UserError, match="eta=0 has no effect with name=dance, whose noise is noise_level"):
+        aligned("a", eta=0.0)
 
 
 def test_spaced_timesteps_shift_by_tokens_where_the_scheduler_says_so():

@@ -189,6 +189,16 @@ def test_training_in_closed_form():
     assert kept == 2 * (3 * 8 + 2 * 8 + 8 * 8 + 8 + 3 * 2)
 
 
+def test_a_table_of_positions_is_there_before_the_pass():
+    """Of which a network takes a part, without a copy."""
+    network = nn.Linear(4, 8)
+    network.register_buffer("table", torch.zeros(1000, 4))
+    network.to("meta")
+    x = torch.zeros(3, 4, device="meta")
+    kept, _ = training_bytes(network, lambda: network(x + network.table[:3]), Passes((1, 1), 3, 3))
+    assert kept == 4 * (3 * 4 + 3 * 8)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("config", "lora", "attention"),

@@ -84,6 +84,13 @@ def test_no_gradient_reaches_the_old_policy_or_the_std():
     assert inputs[1].grad is inputs[3].grad is None
 
 
+def test_narrow_log_probs_are_widened_before_they_are_subtracted():
+    narrow = [(40 * randn(50, seed=s) - 100).to(torch.bfloat16) for s in range(3)] + [torch.full((50,), 1e-2)]
+    ratio = guarded_ratio(*narrow)
+    assert ratio.dtype == torch.float32
+    assert torch.equal(ratio, guarded_ratio(*(x.float() for x in narrow)))
+
+
 @pytest.mark.parametrize(("dimensions", "distance"), [(1024, 3.0), (4, 0.5), (16, 2.0)])
 def test_the_joint_ratio_has_expectation_1_and_only_that_of_means_is_shifted(dimensions, distance):
     weights, mean, mean_old, std, x = quadrature(distance, dimensions, 0.5)

@@ -40,7 +40,11 @@ def shorter(words, folder):
         return [*words, "--steps=2", "--guidance-scale=1"]
     if words[0] != "train":
         return words
-    image = method_of(load_yaml(shipped_configs()[words[1]])["method"]).model_kind == "image"
+    recipe = load_yaml(shipped_configs()[words[1]])
+    image = method_of(recipe["method"]).model_kind == "image"
+    if "noisy_steps" in recipe.get("sampler", {}) or any(word.startswith("sampler.noisy") for word in words):
+        words = [word for word in words if not word.startswith("sampler.noisy")]
+        words += ["sampler.noisy_steps=1", "sampler.noisy_range=null"]  # of the two steps one is noisy
     few = ["pairs.max_pairs=16"] if words[1:] == ["dpo_emoji_style"] else []
     epochs = "epochs=2" if "resume=true" in words else "epochs=1"
     asked = [word for word in words if not word.startswith("epochs=")]

@@ -46,6 +46,7 @@ KINDS = {
     "online": ONLINE | SIZED,
     "offline, corrected": OFFLINE | CORRECTED,
     "offline, buckets": CORRECTED | {"bucket_step": 8},
+    "buckets of FLUX": {"bucket_step": 8, "resolution": 16, "step_draw": "logit_normal"},
 }
 # Two pairs per file, so that six pairs take three.
 SMALL_FILES = "import diffusion_align.diffusion.latent_cache as cache\ncache._SHARD = 2\n"
@@ -63,15 +64,17 @@ MOMENTS = {
     "online": UPDATING | DRAWING,
     "offline, corrected": LOOKING_BACK,
     "offline, buckets": ENCODED | LOOKING_BACK,
+    "buckets of FLUX": UPDATING,
 }
 
 
 @pytest.fixture(scope="module")
-def calm(left_alone, tiny_sd):
+def calm(left_alone, tiny_sd, tiny_flux):
     def settings(scratch, kind):
         reward = {"reward": f"{scratch}/noisy.py:noisy"} if "online" in kind else {}
         pairs = {"pairs": str(write_noise_pairs(scratch / "pairs", SIZES, PROMPTS))} if "buckets" in kind else {}
-        return SETTINGS | {"model": str(tiny_sd)} | KINDS[kind] | reward | pairs
+        model = tiny_flux if "FLUX" in kind else tiny_sd
+        return SETTINGS | {"model": str(model)} | KINDS[kind] | reward | pairs
 
     return left_alone(settings, SMALL_FILES)
 
