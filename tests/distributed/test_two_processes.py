@@ -72,6 +72,7 @@ def assert_same_rows(folders, tolerance):
             "negative_prompt": "dark",
         },
         {"optimizer": "adafactor", "ema_decay": 0.9, "ema_offload": True},
+        {"lora": {"rank": 2, "text_encoder": True}, "negative_prompt": "dark"},
         {"gradient_checkpointing": True, "vae_slicing": True, "vae_tiling": True, "height": 24},
         {
             "reward": ["jpeg_compressibility", "jpeg_incompressibility"],
@@ -85,6 +86,7 @@ def assert_same_rows(folders, tolerance):
         "emoji-sd",
         "groups, kl, some steps, a size and a negative prompt",
         "adafactor, averaged",
+        "text encoders",
         "saving memory",
         "two rewards, five images evaluated",
     ],
