@@ -75,6 +75,7 @@ def assert_same_rows(folders, tolerance):
         {"ratio": "guard", "sampler": {"steps": 3, "guidance_scale": 5.0}},
         {"kl_bound_nats": 0.01, "micro_batch_size": 3},
         {"optimizer": "adafactor", "ema_decay": 0.9, "ema_offload": True},
+        {"lora": {"rank": 2, "text_encoder": True}, "negative_prompt": "dark"},
         {"gradient_checkpointing": True, "vae_slicing": True, "vae_tiling": True, "height": 24},
         {
             "reward": ["jpeg_compressibility", "jpeg_incompressibility"],
@@ -91,6 +92,7 @@ def assert_same_rows(folders, tolerance):
         "guarded ratios",
         "a bound on the KL",
         "adafactor, averaged",
+        "text encoders",
         "saving memory",
         "two rewards, five images evaluated",
     ],
