@@ -241,6 +241,14 @@ def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
     assert "one A100" not in out  # a network this small does not keep one busy
 
 
+def test_long_names_widen_the_column(call_cli, tmp_path):
+    status, out, err = call_cli("doctor", "flow_emoji_jpeg", f"output_dir={tmp_path / 'run'}")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 100
+    assert re.search(r"^  transformer passes per epoch  \d+ forward while sampling", out, re.MULTILINE)
+    assert re.search(r"^  tokens {24}64 per image and 25 per prompt$", out, re.MULTILINE)
+
+
 def test_what_the_kl_is_estimated_from_is_counted(report, tiny_sd, quick):
     """Nothing where every action is compared; else 1 % of 8 * 6 + 3 * 20 * 40 passes, more than one per step."""
     settings = {"model": str(tiny_sd), "timestep_range": [0.2, 1.0], "inner_epochs": 20}
