@@ -6,7 +6,7 @@ import copy
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,21 @@ from diffusion_align.assets import EMBEDDED_PIPELINES
 from diffusion_align.bounds import LARGEST_SIDE
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
-from diffusion_align.diffusion.rollout import scheduler_of
+from diffusion_align.diffusion.rollout import normal_noise, scheduler_of
 from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig, negative_prompt_checks
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of
 from diffusion_align.models import adapters
-from diffusion_align.models.families import ModelFamily, family_name, family_of, find_family, give_family
-from diffusion_align.models.image_pipelines import load_pipeline, save_pipeline
+from diffusion_align.models.families import (
+    ModelFamily,
+    check_settings,
+    family_name,
+    family_of,
+    find_family,
+    give_family,
+)
+from diffusion_align.models.image_pipelines import load_pipeline, save_pipeline, takes_eta
 from diffusion_align.models.lora import ADAPTER
 from diffusion_align.models.memory import in_channels_last, keep_activations, split_decoding, text_encoders
 from diffusion_align.models.model_card import LARGEST_ETA, OF_SAMPLES, facts_of, write_model_card
@@ -156,13 +163,16 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
 
         Args:
-            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of a family of your own.
+            pipeline: of Stable Diffusion 1.x, 2, XL, 3 or 3.5, or of FLUX.1, or of a family of your own.
             model: what it was loaded from; None if it is in no folder.
-            sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
+            sampler: how to sample; 50 deterministic steps with guidance 5, or with none where the model takes none, if
+                not given.
         """
         self.pipeline = pipeline
         self.model = model
         self.sampler = sampler or SamplerConfig(eta=0.0)
+        if sampler is None and problems_of(self._check_guidance, self.sampler.guidance_scale, None):
+            self.sampler = SamplerConfig(eta=0.0, guidance_scale=1.0)
         self.height: int | None = None
         self.width: int | None = None
         self.negative_prompt: str | None = None
@@ -278,7 +288,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         save and load such a pipeline first.
 
         Args:
-            pipeline: a ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or of ``family``.
+            pipeline: of Stable Diffusion 1.x, 2, XL, 3 or 3.5, or of FLUX.1, or of ``family``.
             model: the folder or Hub id that it was loaded from, which ``config.yaml`` and cards name; its own if not
                 given.
             sampler: how to sample; 50 deterministic steps with guidance 5 if not given.
@@ -462,6 +472,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         if problems := list(negative_prompt_checks(negative_prompt, scale)):
             raise ConfigError(problems)
         away = self.negative_prompt if negative_prompt is None else negative_prompt
+        self._check_guidance(scale, away)
         size = self._size(height, width)
         chosen = {"steps": steps or self.sampler.steps, "eta": self.sampler.eta if eta is None else eta}
         self.pipeline.scheduler = scheduler_of(self.sampler.model_copy(update=chosen), original)
@@ -469,6 +480,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         try:
             for start in range(0, len(texts), batch_size):
                 some = texts[start : start + batch_size]
+                generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
+                if hasattr(self.pipeline.scheduler, "noise"):
+                    self.pipeline.scheduler.noise = self._noise_of(generators, size)
                 with finite_images(self.pipeline):
                     images += self.pipeline(
                         some,
@@ -476,13 +490,25 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                         guidance_scale=scale,
                         **({} if away is None else {"negative_prompt": [away] * len(some)}),
                         **size,
-                        eta=min(chosen["eta"], LARGEST_ETA),
-                        generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(some))],
+                        **({"eta": min(chosen["eta"], LARGEST_ETA)} if takes_eta(self.pipeline) else {}),
+                        generator=generators,
                         **family_of(self.pipeline).call_options,
                     ).images
         finally:
             self.pipeline.scheduler = original
         return SampledImages(images, texts)
+
+    def _check_guidance(self, scale: float, negative_prompt: str | None) -> None:
+        family = family_of(self.pipeline)
+        settings = {"guidance_scale": scale, "negative_prompt": negative_prompt}
+        check_settings(family, getattr(self.pipeline, family.network).config, settings)
+
+    def _noise_of(self, generators: list[torch.Generator], size: Mapping[str, int]) -> Callable[[Tensor], Tensor]:
+        """What a scheduler of flow matching takes its noise from, in the order of a rollout."""
+        family = family_of(self.pipeline)
+        config = getattr(self.pipeline, family.network).config
+        shape = family.latent_shape(config, family.latent_size(config, self.pipeline.vae.config, **size))
+        return lambda latents: family.as_in_pipeline(normal_noise(generators, shape, latents.device))
 
     def _size(self, height: int | None, width: int | None) -> dict[str, int]:
         """``height`` and ``width`` of the pipeline's own call, both if one is given here or by ``self``: some pipelines

@@ -331,7 +331,7 @@ class ImageSettings(SharedSettings, total=False):
     show_prompts: Sequence[str] | None
     """prompts of the preview grids; the first ones if not given"""
     lora: LoRASettings | LoRAConfig | None
-    """the adapter to train; null trains the whole UNet"""
+    """the adapter to train; null trains the whole UNet or transformer"""
     sampler: SamplerSettings | SamplerConfig
     """how images are sampled"""
     height: int | None

@@ -35,7 +35,8 @@ class FlowTableScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
     ) -> None:
         super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         sampler = self.sampler.model_copy(update={"steps": len(self.timesteps)})
-        self._schedule = sampler.schedule(self, self._copy_timesteps).to(device or "cpu")
+        named = FlowMatchEulerDiscreteScheduler.from_config(self.config)  # by its class, which this one's is not
+        self._schedule = sampler.schedule(named, self._copy_timesteps).to(device or "cpu")
 
     def _copy_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.sigmas, scheduler.timesteps = self.sigmas, self.timesteps

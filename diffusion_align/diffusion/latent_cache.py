@@ -12,7 +12,13 @@ from torch import Tensor
 
 from diffusion_align.data.buckets import Size, fit
 from diffusion_align.data.image_pairs import PairSet
-from diffusion_align.diffusion.policy import CACHED_PROMPTS, PROMPT_BATCH, Conditioning, DenoisingPolicy
+from diffusion_align.diffusion.policy import (
+    CACHED_PROMPTS,
+    PROMPT_BATCH,
+    Conditioning,
+    DenoisingPolicy,
+    cached_prompts,
+)
 from diffusion_align.errors import CheckpointError, UserError
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import Identity, content_digest
@@ -68,8 +74,10 @@ class LatentCache:
             with bars.task("  encoding prompts", len(captions)) as advance:
                 for start in range(0, len(captions), _CAPTIONS):
                     some = captions[start : start + _CAPTIONS]
-                    self.policy.encode(*zip(*some, strict=True))
+                    encoded = self.policy.encode(*zip(*some, strict=True))
                     advance(len(some))
+                    if len(captions) > cached_prompts(encoded):
+                        break
         numbers = [n for n in range(len(self._files)) if not self._is_made(n)]
         processes.wait()  # all have looked before the first file is written
         own = numbers[processes.index :: processes.count]

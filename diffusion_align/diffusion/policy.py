@@ -33,7 +33,9 @@ from diffusion_align.training.finite import all_finite
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 CACHED_PROMPTS = 2048
-"""Embeddings of so many prompts are kept, those used last; others are made again."""
+"""Embeddings of at most so many prompts are kept, those used last; others are made again."""
+CACHED_BYTES = 2 * 2**30
+"""They take no more than this: of models with T5 512 prompts of 512 tokens in bfloat16."""
 PROMPT_BATCH = 8
 """Prompts in every pass of the text encoders, the last ones of which repeat one if there are fewer: with one shape for
 all, an embedding's bits depend on its prompt alone, and not on what the cache held, which a resumed run has lost."""
@@ -208,7 +210,7 @@ class DenoisingPolicy:
                     for i, prompt in enumerate(some):
                         cached[prompt, size, negative] = {k: v[i : i + 1].clone() for k, v in encoded.items()}
         self._prompt_cache |= cached  # those used last come last
-        for key in list(self._prompt_cache)[:-CACHED_PROMPTS]:
+        for key in list(self._prompt_cache)[: -cached_prompts(cached[keys[0]])]:
             del self._prompt_cache[key]
         return _rows(cached, keys)
 
@@ -340,6 +342,12 @@ class DenoisingPolicy:
     def save_lora(self, folder: Path) -> None:
         """Write the adapters, see ``save_lora``."""
         save_lora(self.pipeline, folder)
+
+
+def cached_prompts(conditioning: Conditioning) -> int:
+    """How many prompts are kept whose embeddings, (B, ...) of B of them, are ``conditioning``."""
+    size = sum(part.nbytes // len(part) for part in conditioning.values())
+    return max(1, min(CACHED_PROMPTS, CACHED_BYTES // size))
 
 
 def check_family(policy: DenoisingPolicy, name: str) -> None:

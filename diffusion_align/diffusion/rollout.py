@@ -128,14 +128,14 @@ def rollout(
 
     device, shape = policy.device, policy.latent_shape
     has_density = set(schedule.stochastic_steps.tolist())
-    states = [_noise(generators, shape, device)]
+    states = [normal_noise(generators, shape, device)]
     logp, means = [], []
     with policy.weights_kept():
         for i in range(len(schedule)):
             steps = torch.full((batch,), i, dtype=torch.int64, device=device)
             step = transition(policy, schedule, states[-1], steps, conditioning)
             if i in has_density:
-                states.append(step.sample(_noise(generators, shape, device)))
+                states.append(step.sample(normal_noise(generators, shape, device)))
                 logp.append(step.log_prob(states[-1], reduction=reduction))
             else:
                 states.append(step.mean)
@@ -156,7 +156,8 @@ def rollout(
     )
 
 
-def _noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
+def normal_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B, *shape) from B generators, which draw on the CPU and are advanced."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 

@@ -177,12 +177,12 @@ LORA_LAYERS = ("attention", "feed_forward", "convolutions")
 
 
 class LoRAConfig(LoRASettings):
-    """Low-rank adapters on the UNet and, with ``text_encoder``, on the text encoders."""
+    """Low-rank adapters on the UNet or transformer and, with ``text_encoder``, on the text encoders."""
 
     layers: str = Field(
         "attention",
-        description="layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small "
-        "models need) or several, as in attention+feed_forward",
+        description="layers with an adapter: attention, feed_forward, convolutions (of a UNet's residual blocks, as "
+        "small models need) or several, as in attention+feed_forward",
     )
 
     text_encoder: bool = Field(
@@ -284,7 +284,7 @@ class DenoisingConfig(PolicyConfig):
         None, description="what guidance leads away from, in sampling and training; null is no prompt"
     )
     lora: LoRAConfig | None = Field(
-        default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet"
+        default_factory=LoRAConfig, description="the adapter to train; null trains the whole UNet or transformer"
     )
     attention: ImageAttention = "auto"
     channels_last: bool = Field(

@@ -282,7 +282,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         return found
 
     def write_weights(self, folder: Path) -> None:
-        """Write the adapter, or the whole pipeline if all of the UNet is trained, as diffusers loads them."""
+        """Write the adapter, or the whole pipeline if all of the network is trained, as diffusers loads them."""
         with new_folder(folder) as temporary:
             if self.policy.lora is None:
                 save_pipeline(self.policy.pipeline, temporary)

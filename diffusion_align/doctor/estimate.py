@@ -16,7 +16,7 @@ import torch
 
 from diffusion_align.assets import shipped_prompts
 from diffusion_align.data.prompts import load_prompts
-from diffusion_align.diffusion.policy import CACHED_PROMPTS
+from diffusion_align.diffusion.policy import cached_prompts
 from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.doctor.memory import (
     EncoderCost,
@@ -158,7 +158,7 @@ class Estimator:
         state = STATE_BYTES[config.optimizer]
         trained = cost.trained + sum(encoder.trained for encoder in encoders)
         embedding = family.zero_conditioning(network, 1, passes.tokens, device="meta", dtype=dtype)
-        prompts = min(CACHED_PROMPTS, different_prompts(config, self.epoch))
+        prompts = min(cached_prompts(embedding), different_prompts(config, self.epoch))
         return Estimate(
             weights=weights,
             trained=(4 + 4 + state + averaged) * trained,  # weights and gradients are float32

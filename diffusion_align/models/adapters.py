@@ -69,7 +69,7 @@ def adapted_parts(pipeline: Any) -> dict[str, nn.Module]:
 
 
 def trained_network(pipeline: Any) -> Any:
-    """The network that is trained: the UNet of Stable Diffusion."""
+    """The network that is trained: a UNet or a transformer."""
     return getattr(pipeline, family_of(pipeline).network)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -124,6 +125,7 @@ def check_folder(
     height: int | None = None,
     width: int | None = None,
     bucket_step: int | None = None,
+    lora_layers: str | None = None,
     settings: Mapping[str, Any] | None = None,
     to_train: bool = True,
     name: str = "model",
@@ -134,6 +136,7 @@ def check_folder(
         family: the user's own, if one was named.
         height, width: of its images in pixels; its own where None.
         bucket_step: of their buckets, if any.
+        lora_layers: of the adapter to train, if any.
         settings: of the run, see ``ModelFamily.setting_checks``.
         to_train: False to check only what sampling needs.
         name: of the setting that ``model`` is.
@@ -151,6 +154,8 @@ def check_folder(
         of_model.latent_size(config, vae, height=height, width=width)
         if bucket_step is not None:
             of_model.buckets(config, vae, bucket_step, height=height, width=width)
+        if lora_layers is not None:
+            of_model.adapted_layers(lora_layers)
         check_settings(of_model, config, settings or {})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return
@@ -200,7 +205,7 @@ def load_pipeline(
             of_file = family_of_class(kind, family, f"model={model!r}")
             if base_config is not None:
                 base = _source(base_config)
-                described = _checked_class(base_config, base, family, {}, name="base_config")
+                described = _checked_index(base_config, base, family, {}, name="base_config")["_class_name"]
                 if described != kind:
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {kind}")
                 _check_size(of_file, base, size)
@@ -241,13 +246,16 @@ def _load_folder(
     import torch
 
     source = _source(model)
-    kind = _checked_class(model, source, family, settings, name="model")
+    index, asked = _checked_index(model, source, family, settings, name="model"), settings
+    kind = str(index["_class_name"])
+    if not (index.get("text_encoder_3") or [None])[0]:  # of a pipeline that was saved without T5
+        settings = {**settings, "t5": False}
     of_model = family_of_class(kind, family).with_settings(settings)
     try:
         if to_train:
             network = getattr(diffusers, of_model.network_class).load_config(source, subfolder=of_model.network)
             of_model.check_network(f"model={model!r}", network)
-            check_settings(of_model, network, settings)
+            check_settings(of_model, network, asked)
             _check_size(of_model, source, size)
         return load_in_dtype(
             getattr(diffusers, kind).from_pretrained,
@@ -280,10 +288,10 @@ def _source(model: str) -> str:
     return str(folder) if os.path.isdir(folder) else model
 
 
-def _checked_class(
+def _checked_index(
     model: str, source: str, family: ModelFamily | None, settings: Mapping[str, Any], *, name: str
-) -> str:
-    """The supported pipeline class of a folder or Hub id, all of whose parts are there."""
+) -> Mapping[str, Any]:
+    """model_index.json of a folder or Hub id: of a supported class, all of whose parts are there."""
     from diffusers import DiffusionPipeline
 
     try:
@@ -305,7 +313,7 @@ def _checked_class(
     if absent:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
     _check_configurations(f"{name}={model!r}", Path(source))
-    return str(kind)
+    return dict(index)
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
@@ -320,6 +328,11 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     settings = json.loads(file.read_text(encoding="utf-8"))
     kept = {name: value for name, value in settings.items() if name not in defaults}
     write_text(file, json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+def takes_eta(pipeline: Any) -> bool:
+    """Whether a diffusers pipeline's own call has DDIM's ``eta``."""
+    return "eta" in inspect.signature(pipeline.__call__).parameters
 
 
 def diffusers_scheduler(sampler: str | None, config: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,8 @@ from diffusion_align.assets import EMBEDDED_PIPELINES, asset_path
 from diffusion_align.errors import UserError, first_line
 from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.families import family_of
-from diffusion_align.models.image_pipelines import diffusers_scheduler, is_one_file
+from diffusion_align.models.families.flow_matching import is_flow
+from diffusion_align.models.image_pipelines import diffusers_scheduler, is_one_file, takes_eta
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
 from diffusion_align.models.smollm2 import smollm2_folder
@@ -95,6 +96,8 @@ class PipelineFacts(NamedTuple):
         loads_lora: whether diffusers loads a LoRA for it.
         call_options: of its family.
         scheduler: the configuration of its scheduler.
+        takes_eta: whether its call does.
+        absent: its text encoders and tokenizers that are None, which diffusers must be told of.
     """
 
     kind: str = "DiffusionPipeline"
@@ -102,13 +105,18 @@ class PipelineFacts(NamedTuple):
     loads_lora: bool = True
     call_options: Mapping[str, Any] = {}
     scheduler: Mapping[str, Any] = {}
+    takes_eta: bool = True
+    absent: Sequence[str] = ()
 
 
 def facts_of(pipeline: Any) -> PipelineFacts:
     """Those of a loaded pipeline."""
     family, loads_lora = family_of(pipeline), hasattr(pipeline, "load_lora_weights")
     options, scheduler = family.call_options, pipeline.scheduler.config
-    return PipelineFacts(type(pipeline).__name__, family.network_title, loads_lora, options, scheduler)
+    title = family.network_title
+    reads = (name for name, part in pipeline.components.items() if part is None and name.startswith(("text", "token")))
+    kind, absent = type(pipeline).__name__, tuple(reads)
+    return PipelineFacts(kind, title, loads_lora, options, scheduler, takes_eta(pipeline), absent)
 
 
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
@@ -347,6 +355,8 @@ def _image_code(
     else:
         sampler = {name: value for name, value in sampler.items() if not name.startswith("noisy_")}
     scheduler = diffusers_scheduler(sampler["name"], pipeline.scheduler)
+    noiseless = sampler.get("noise_level") == 0 or (eta == 0 and sampler["name"] in (None, "ddim", "flow"))
+    as_loaded = is_flow(pipeline.scheduler) and (noiseless or bool(window))
     pipeline_class = pipeline.kind
     if lora and is_one_file(below.base) and pipeline_class == "DiffusionPipeline":
         pipeline_class = "StableDiffusionPipeline"  # the general class reads folders only
@@ -357,19 +367,19 @@ def _image_code(
         lines.append("from diffusion_align import ImageAlignmentPipeline")
     elif lora and below.base in EMBEDDED_PIPELINES:
         lines.append("from diffusion_align.assets import asset_path")
-    if scheduler is None:
+    if scheduler is None and not as_loaded:
         lines.append("from diffusion_align.diffusion.rollout import scheduler_of")
         lines.append("from diffusion_align.diffusion.schedule import SamplerConfig")
     lines.append("")
     if not lora:
-        lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_DTYPE})")
+        lines.append(f"pipeline = {pipeline_class}.from_pretrained({_quoted(location)}, {_loading(pipeline)})")
     elif own:
         options = {"lora": location} | {k: settings[k] for k in ("family",) if settings.get(k)}
         loading = ", ".join(f"{key}={_quoted(value)}" for key, value in options.items())
         lines.append(f"aligned = ImageAlignmentPipeline.from_pretrained({_quoted(str(settings['model']))}, {loading})")
         lines.append("pipeline = aligned.pipeline")
     else:
-        lines.append(f"pipeline = {_load_base(below, settings, pipeline_class)}")
+        lines.append(f"pipeline = {_load_base(below, settings, pipeline_class, _loading(pipeline))}")
         for adapter in below.adapters:
             lines.append(_load_lora(str(adapter)))
             lines += ["pipeline.fuse_lora()", "pipeline.unload_lora_weights()"]
@@ -379,15 +389,18 @@ def _image_code(
     extra = "".join(
         f", {name}={_quoted(value) if isinstance(value, str) else value!r}" for name, value in arguments.items()
     )
-    if scheduler is None:
+    if as_loaded:
+        extra += ", generator=[torch.Generator().manual_seed(0)]"
+    elif scheduler is None:
         extra += ", generator=[torch.Generator().manual_seed(0)]"
         lines.append(f"pipeline.scheduler = scheduler_of(SamplerConfig(**{sampler}){window}, pipeline.scheduler)")
     else:
         config = '{"clip_sample": False, **pipeline.scheduler.config}'
         lines.append(f"pipeline.scheduler = {scheduler}.from_config({config})")
+    extra = f", eta={eta}{extra}" if pipeline.takes_eta else extra
     lines.append(
         f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
-        f"guidance_scale={sampler['guidance_scale']}, eta={eta}{extra}).images[0]"
+        f"guidance_scale={sampler['guidance_scale']}{extra}).images[0]"
     )
     return "\n".join(lines)
 
@@ -435,17 +448,21 @@ def _load_lora(location: str) -> str:
     return f"pipeline.load_lora_weights({_quoted(location)}, weight_name={_quoted(LORA_FILE)})"
 
 
-def _load_base(below: ModelRef, settings: Mapping[str, Any], pipeline_class: str) -> str:
+def _loading(pipeline: PipelineFacts) -> str:
+    return ", ".join([_DTYPE, *(f"{name}=None" for name in pipeline.absent)])
+
+
+def _load_base(below: ModelRef, settings: Mapping[str, Any], pipeline_class: str, options: str) -> str:
     own = below.run is None
     variant = settings.get("weights_variant") if own else below.variant
     base_config = settings.get("base_config") if own else below.base_config
     if below.base in EMBEDDED_PIPELINES:
-        return f"{pipeline_class}.from_pretrained(asset_path({_quoted(below.base)}), {_DTYPE})"
+        return f"{pipeline_class}.from_pretrained(asset_path({_quoted(below.base)}), {options})"
     if is_one_file(below.base):
         config = f", config={_quoted(base_config)}" if base_config else ""
-        return f"{pipeline_class}.from_single_file({_quoted(below.base)}{config}, {_DTYPE})"
+        return f"{pipeline_class}.from_single_file({_quoted(below.base)}{config}, {options})"
     chosen = f", variant={_quoted(variant)}" if variant else ""
-    return f"{pipeline_class}.from_pretrained({_quoted(below.base)}{chosen}, {_DTYPE})"
+    return f"{pipeline_class}.from_pretrained({_quoted(below.base)}{chosen}, {options})"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -164,8 +164,9 @@ def check_image_model(
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
         sizes = {"height": height, "width": width, "bucket_step": bucket_step}
         described = {"model": ref.base} if base_config is None else {"base_config": base_config}
+        more = {"lora_layers": lora_layers, "settings": settings, "to_train": to_train}
         for name, folder in described.items():
-            check_folder(folder, chosen, **sizes, settings=settings or {}, to_train=to_train, name=name)
+            check_folder(folder, chosen, **sizes, **more, name=name)
     except UserError as error:
         if ref.run is None:
             raise
