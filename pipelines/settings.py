@@ -45,7 +45,7 @@ class LoRASettings(TypedDict, total=False):
     dropout: float
     """dropout of each adapter's input, in training passes only"""
     layers: str
-    """layers with an adapter: attention, feed_forward, convolutions (of the residual blocks, as small models need) or several, as in attention+feed_forward"""
+    """layers with an adapter: attention, feed_forward, convolutions (of a UNet's residual blocks, as small models need) or several, as in attention+feed_forward"""
     text_encoder: bool
     """adapters on the attention projections of all text encoders too, which then stay on the GPU"""
 
@@ -343,7 +343,7 @@ class ImageSettings(SharedSettings, total=False):
     negative_prompt: str | None
     """what guidance leads away from, in sampling and training; null is no prompt"""
     attention: Literal["auto", "eager", "sdpa", "xformers"]
-    """attention implementation; auto is eager on a CPU, sdpa (torch's own) on a GPU"""
+    """attention implementation; auto is eager for a UNet on a CPU, else sdpa (torch's own)"""
     channels_last: bool
     """convolutions in channels-last memory format, often faster on GPUs with tensor cores"""
     max_sequence_length: int | None

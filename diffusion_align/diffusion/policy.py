@@ -62,8 +62,8 @@ class DenoisingPolicy:
         autocast: context in which the network runs; log-probs stay float32.
         gradient_checkpointing: see ``checkpoint_activations``.
         offload_text_encoders: keep them in main memory except while they encode; not where they are trained.
-        attention: what computes the network's attention, see ``ModelFamily.use_attention``; "auto" is eager on a CPU,
-            whose backward pass is faster there, and on a GPU as the pipeline has it.
+        attention: what computes the network's attention, see ``ModelFamily.use_attention``; "auto" is the family's
+            ``cpu_attention`` on a CPU, and on a GPU as the pipeline has it.
         channels_last: put the weights of the network's and the VAE's convolutions into that order.
 
     Raises:
@@ -118,7 +118,7 @@ class DenoisingPolicy:
             if isinstance(part, nn.Module):
                 part.to("cpu" if part in self._offloaded else self.device).requires_grad_(False).eval()
         if attention != "auto" or self.device.type == "cpu":
-            self.family.use_attention(self.network, "eager" if attention == "auto" else attention)
+            self.family.use_attention(self.network, self.family.cpu_attention if attention == "auto" else attention)
         self._frozen: nn.Module | None = None
         if lora is None:
             self.network.float()

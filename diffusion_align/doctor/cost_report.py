@@ -135,8 +135,9 @@ def _on_cpu(config: DenoisingConfig, model: ModelFiles, estimator: Estimator) ->
     """The peak where there is no GPU."""
     if torch.cuda.is_available() or not model.here:
         return []
-    peak = gigabytes(estimator.estimate(config, CPU).peak)
-    return [("on this CPU", f"{peak} at the peak, with attention matrices; Python and its libraries come on top")]
+    found = estimator.estimate(config, CPU)
+    matrices = ", with attention matrices" if found.passes.eager_attention else ""
+    return [("on this CPU", f"{gigabytes(found.peak)} at the peak{matrices}; Python and its libraries come on top")]
 
 
 def _checked(model: ModelFiles, counts: Mapping[str, int]) -> Lines:
@@ -215,7 +216,7 @@ def _random_network(model: ModelFiles, config: DenoisingConfig) -> Any:
     family = model.family
     with torch.random.fork_rng(devices=[]):
         network = getattr(diffusers, family.network_class).from_config(dict(model.configs[family.network]))
-        family.use_eager_attention(network)
+        family.use_attention(network, family.cpu_attention)
         if config.lora is not None:
             add_lora(network, peft_config(config.lora, family))
     return network.eval()

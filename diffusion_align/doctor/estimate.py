@@ -110,13 +110,14 @@ class Estimator:
     _counted: dict[tuple[Any, ...], NetworkCost] = field(default_factory=dict)
 
     def estimate(self, config: DenoisingConfig, machine: Machine = GPU) -> Estimate:
-        """What ``config`` needs on ``machine``: on a GPU with fused attention, on a CPU with attention matrices."""
+        """What ``config`` needs on ``machine``: on a GPU with fused attention, on a CPU with its ``cpu_attention``."""
         config = with_precision(config, machine)
         family, configs = self.model.family.with_settings(config.family_settings), self.model.configs
         network, vae = configs[family.network], configs["vae"]
         size = family.latent_size(network, vae, height=config.height, width=config.width)
         latents = family.latent_shape(network, size)
         guided = 2 if config.sampler.guidance_scale > 1 else 1
+        attention = family.cpu_attention if config.attention == "auto" and not machine.gpu else None
         dtype = getattr(torch, str(config.dtype))
         passes = Passes(
             latent_size=size,
@@ -126,7 +127,7 @@ class Estimator:
             dtype=dtype,
             autocast=_DTYPES.get(str(config.mixed_precision)),
             checkpointing=config.gradient_checkpointing,
-            eager_attention=config.attention == "eager" or (config.attention == "auto" and not machine.gpu),
+            eager_attention="eager" in (config.attention, attention),
             reference=self.epoch.reference > 0 and config.inner_epochs == 1,
         )
         cost = self._network_cost(config, passes)

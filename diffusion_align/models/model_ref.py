@@ -162,11 +162,12 @@ def check_image_model(
     base_config = ref.base_config if base_config is None else base_config
     try:
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
-        sizes = {"height": height, "width": width, "bucket_step": bucket_step}
+        sizes: Any = {"height": height, "width": width, "bucket_step": bucket_step}
         described = {"model": ref.base} if base_config is None else {"base_config": base_config}
-        more = {"lora_layers": lora_layers, "settings": settings, "to_train": to_train}
         for name, folder in described.items():
-            check_folder(folder, chosen, **sizes, **more, name=name)
+            check_folder(
+                folder, chosen, **sizes, lora_layers=lora_layers, settings=settings, to_train=to_train, name=name
+            )
     except UserError as error:
         if ref.run is None:
             raise

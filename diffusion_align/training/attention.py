@@ -10,7 +10,7 @@ from pydantic import Field
 
 ImageAttention = Annotated[
     Literal["auto", "eager", "sdpa", "xformers"],
-    Field(description="attention implementation; auto is eager on a CPU, sdpa (torch's own) on a GPU"),
+    Field(description="attention implementation; auto is eager for a UNet on a CPU, else sdpa (torch's own)"),
 ]
 TextAttention = Annotated[
     Literal["auto", "eager", "sdpa", "flash_attention_2"],

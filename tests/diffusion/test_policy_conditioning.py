@@ -12,7 +12,7 @@ from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.doctor.known_models import PUBLISHED
 from diffusion_align.errors import UserError
-from diffusion_align.models.families import family_of_class
+from diffusion_align.models.families import family_of_network
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.model_ref import check_image_model
 from tests.helpers.plain_diffusers import captured, initial, plain_pipeline
@@ -213,8 +213,10 @@ def test_the_published_families_have_no_input_that_is_not_fed(tiny_sd, tiny_sd2,
     for folder in (tiny_sd, tiny_sd2, tiny_sdxl, "emoji-sd"):
         check_image_model(str(folder))
     for model, configs in PUBLISHED.items():
-        family = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
-        family_of_class(family).check_network(model, configs["unet"])
+        network = configs.get("unet") or configs["transformer"]
+        family = family_of_network(network)
+        assert family.network in configs
+        family.check_network(model, network)
 
 
 def test_an_adapter_that_is_there_is_trained_on_and_another_one_refused(make_policy, model_path):

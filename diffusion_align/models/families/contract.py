@@ -53,6 +53,8 @@ class ModelFamily(ABC):
     text_encoder_layers: ClassVar[Sequence[str]] = ()
     """Endings of the names of the layers of the text encoders that ``lora.text_encoder`` adapts; none refuses it. With
     some, gradients must flow through ``encode``, and what it takes from the image's size alone is in ``of_size``."""
+    cpu_attention: ClassVar[Literal["eager", "sdpa"]] = "eager"
+    """What ``attention: auto`` is on a CPU: the one whose forward and backward pass together take less time there."""
     guidance: ClassVar[Literal["free", "embedded"]] = "free"
     """Classifier-free, by a second pass; or embedded: the scale is in the conditioning, ``guidance`` (B,)."""
 
@@ -300,7 +302,7 @@ class ModelFamily(ABC):
         return list(self.text_encoder_layers)
 
     def use_eager_attention(self, network: Any) -> None:
-        """On a CPU its backward pass is faster than fused attention's."""
+        """With its matrices in memory; on a CPU a UNet's backward pass is faster than with fused attention."""
         from diffusers.models.attention_processor import AttnProcessor
 
         network.set_attn_processor(AttnProcessor())
