@@ -91,7 +91,8 @@ def test_without_noise_a_rollout_is_diffusers_pipeline(name, dynamic, guided, si
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda one: one.get("name", f"flow {one.get('eta')}"))
 @pytest.mark.parametrize("kernels", ["float32", "bfloat16", "autocast"])
 def test_replay_is_the_rollout(name, sampler, kernels, flow_policy, streams):
-    """The ratio is exactly 1 at the rollout's batch; one by one 1e-4 nats per number of the latent in float32."""
+    """The ratio is exactly 1 at the rollout's batch; one by one a log-prob, the mean over a latent's numbers, is within
+    1e-5 in float32 (seen: 2.4e-7) and 1e-2 in bfloat16 (seen: 0), whose products another CPU may round otherwise."""
     import contextlib
 
     narrow = {"dtype": torch.bfloat16} if kernels == "bfloat16" else {}
@@ -109,5 +110,5 @@ def test_replay_is_the_rollout(name, sampler, kernels, flow_policy, streams):
         assert torch.equal(logp, path.logp_old[:, action])
         for sample in range(2):
             alone, _ = replay(policy, schedule, *path.at(both[[sample]], torch.tensor([action])))
-            bound = 1e-5 if kernels == "float32" else 0.5
+            bound = 1e-5 if kernels == "float32" else 1e-2
             assert (alone - path.logp_old[sample, action]).abs() <= bound
