@@ -487,7 +487,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                     images += self.pipeline(
                         some,
                         num_inference_steps=chosen["steps"],
-                        guidance_scale=scale,
+                        **family_of(self.pipeline).call_guidance(scale),
                         **({} if away is None else {"negative_prompt": [away] * len(some)}),
                         **size,
                         **({"eta": min(chosen["eta"], LARGEST_ETA)} if takes_eta(self.pipeline) else {}),

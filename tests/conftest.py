@@ -290,6 +290,16 @@ def tiny_schnell(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory):
+    """Folder of a tiny Z-Image: a Qwen3 reads prompts, static shift. It names no size of images."""
+    from tests.helpers.newer_flow_models import z_image
+
+    folder = tmp_path_factory.mktemp("tiny") / "z_image"
+    z_image().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def published(tmp_path_factory):
     """``published(name, form)``: a tiny model built as the published "sd15", "sd2" or "sdxl"; see ``published.py``.
 

@@ -490,8 +490,10 @@ def _check_loaded(subject: str, pipeline: Any) -> None:
         tokenizer, network = getattr(pipeline, name, None), getattr(pipeline, encoder, None)
         if tokenizer is None or network is None:
             continue
-        length, most = tokenizer.model_max_length, getattr(network.config, "max_position_embeddings", None)
-        if most is not None and (not isinstance(length, int) or not 1 <= length <= most):  # T5 has no limit
+        if not network.config.model_type.startswith("clip"):  # others read as many as the pipeline chooses
+            continue
+        length, most = tokenizer.model_max_length, network.config.max_position_embeddings
+        if not isinstance(length, int) or not 1 <= length <= most:
             raise UserError(
                 f"{subject}: {name}: model_max_length={short(length)} must be a whole number from 1 to the {most} "
                 f"tokens that {encoder} reads"

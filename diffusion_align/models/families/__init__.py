@@ -15,6 +15,7 @@ from diffusion_align.models.families.flux import Flux
 from diffusion_align.models.families.sd3 import StableDiffusion3
 from diffusion_align.models.families.sdxl import StableDiffusionXL
 from diffusion_align.models.families.stable_diffusion import StableDiffusion
+from diffusion_align.models.families.z_image import ZImage
 from diffusion_align.references import reference_to, resolve
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "ZImage",
     "check_settings",
     "family_name",
     "family_of",
@@ -37,7 +39,7 @@ __all__ = [
 
 SHIPPED: dict[str, ModelFamily] = {
     name: family
-    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux())
+    for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), Flux(), ZImage())
     for name in family.pipelines
 }
 """Class of pipeline -> its family."""
@@ -128,6 +130,8 @@ def give_family(pipeline: Any, chosen: ModelFamily | None) -> None:
 
 def family_of_network(config: Mapping[str, Any]) -> ModelFamily:
     """The shipped family whose network has a configuration, where no pipeline is at hand."""
+    if "cap_feat_dim" in config:
+        return SHIPPED["ZImagePipeline"]
     if "guidance_embeds" in config:
         return SHIPPED["FluxPipeline"]
     if "joint_attention_dim" in config:

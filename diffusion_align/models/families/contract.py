@@ -58,6 +58,10 @@ class ModelFamily(ABC):
     guidance: ClassVar[Literal["free", "embedded"]] = "free"
     """Classifier-free, by a second pass; or embedded: the scale is in the conditioning, ``guidance`` (B,)."""
 
+    def call_guidance(self, scale: float) -> dict[str, float]:
+        """Arguments of the pipeline's own call for guidance of ``scale``, which is 1 where there is none."""
+        return {"guidance_scale": scale}
+
     def with_settings(self, settings: Mapping[str, Any]) -> ModelFamily:
         """The same with those settings of a run (name -> value) that say how it reads prompts; by default none does."""
         return self
