@@ -347,7 +347,7 @@ class ImageSettings(SharedSettings, total=False):
     channels_last: bool
     """convolutions in channels-last memory format, often faster on GPUs with tensor cores"""
     max_sequence_length: int | None
-    """tokens of a prompt that T5 reads, in models that have one; null is the pipeline's own number"""
+    """tokens of a prompt for T5 or Qwen3, in models that have one; null is the pipeline's own number"""
     t5: bool
     """false loads Stable Diffusion 3 without T5, its largest text encoder, whose states are zeros then"""
     offload_text_encoders: bool

@@ -304,7 +304,7 @@ class DenoisingConfig(PolicyConfig):
         None,
         ge=1,
         le=512,
-        description="tokens of a prompt that T5 reads, in models that have one; null is the pipeline's own number",
+        description="tokens of a prompt for T5 or Qwen3, in models that have one; null is the pipeline's own number",
     )
     t5: bool = Field(
         True,

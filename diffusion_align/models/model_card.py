@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from diffusion_align import __version__, yaml_text
 from diffusion_align.assets import EMBEDDED_PIPELINES, asset_path
 from diffusion_align.errors import UserError, first_line
 from diffusion_align.models.adapters import LORA_FILE
-from diffusion_align.models.families import family_of
+from diffusion_align.models.families import SHIPPED, family_of
 from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.models.image_pipelines import diffusers_scheduler, is_one_file, takes_eta
 from diffusion_align.models.language_models import language_model_ref
@@ -98,6 +98,7 @@ class PipelineFacts(NamedTuple):
         scheduler: the configuration of its scheduler.
         takes_eta: whether its call does.
         absent: its text encoders and tokenizers that are None, which diffusers must be told of.
+        call_guidance: of its family.
     """
 
     kind: str = "DiffusionPipeline"
@@ -107,6 +108,7 @@ class PipelineFacts(NamedTuple):
     scheduler: Mapping[str, Any] = {}
     takes_eta: bool = True
     absent: Sequence[str] = ()
+    call_guidance: Callable[[float], Mapping[str, float]] = SHIPPED["StableDiffusionPipeline"].call_guidance
 
 
 def facts_of(pipeline: Any) -> PipelineFacts:
@@ -116,7 +118,8 @@ def facts_of(pipeline: Any) -> PipelineFacts:
     title = family.network_title
     reads = (name for name, part in pipeline.components.items() if part is None and name.startswith(("text", "token")))
     kind, absent = type(pipeline).__name__, tuple(reads)
-    return PipelineFacts(kind, title, loads_lora, options, scheduler, takes_eta(pipeline), absent)
+    eta, guidance = takes_eta(pipeline), family.call_guidance
+    return PipelineFacts(kind, title, loads_lora, options, scheduler, eta, absent, guidance)
 
 
 # Adapters are float32, and on weights of half the width, as some models are saved in, they do not run unaided.
@@ -398,9 +401,10 @@ def _image_code(
         config = '{"clip_sample": False, **pipeline.scheduler.config}'
         lines.append(f"pipeline.scheduler = {scheduler}.from_config({config})")
     extra = f", eta={eta}{extra}" if pipeline.takes_eta else extra
+    guidance = ", ".join(f"{name}={value}" for name, value in pipeline.call_guidance(sampler["guidance_scale"]).items())
     lines.append(
         f"image = pipeline({_quoted(_example(settings))}, num_inference_steps={sampler['steps']}, "
-        f"guidance_scale={sampler['guidance_scale']}{extra}).images[0]"
+        f"{guidance}{extra}).images[0]"
     )
     return "\n".join(lines)
 

@@ -121,8 +121,8 @@ def flux(tokenizer, *, guidance_embeds=True, scheduler_config=None, **network):
 
 
 @torch.no_grad()
-def spread(network):
+def spread(network, by=0.2):
     """Larger weights than a new network has, so that what it is told of shows in what it predicts."""
     for parameter in network.parameters():
-        parameter.add_(0.2 * torch.randn_like(parameter))
+        parameter.add_(by * torch.randn_like(parameter))
     return network

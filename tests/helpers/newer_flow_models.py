@@ -50,7 +50,7 @@ def z_image(*, scheduler_config=None, **network):
     }
     tokenizer, text_encoder = qwen3()
     return ZImagePipeline(
-        transformer=spread(ZImageTransformer2DModel(**(settings | network))),
+        transformer=spread(ZImageTransformer2DModel(**(settings | network)), by=0.05),
         scheduler=scheduler(**(scheduler_config or {"num_train_timesteps": 1000, "shift": 3.0})),
         vae=vae(),
         text_encoder=text_encoder,

@@ -171,7 +171,9 @@ def test_plain_diffusers_loads_the_adapter_and_computes_the_same(name, lora, flo
 @EVERY_MODEL
 def test_adapters_are_on_all_layers_of_their_kinds(name, flow_policy):
     policy = flow_policy(name, lora=ALL_LAYERS)
-    linear = {n.removesuffix(".base_layer") for n, m in policy.network.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear = {
+        n.removesuffix(".base_layer") for n, m in policy.network.named_modules() if isinstance(m, torch.nn.Linear)
+    }
     blocks = {n for n in linear if (".attention." in n or ".feed_forward." in n) and ".lora_" not in n}
     assert {n for n, m in policy.network.named_modules() if hasattr(m, "lora_A")} == blocks
 
