@@ -227,8 +227,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 found, "module:Class" or "file.py:Class"; that of the run, of a run folder, if not given.
             upcast_vae: float32 for the VAE, whatever ``dtype``; as the run, of a run folder, or as the VAE's
                 configuration says if not given.
-            max_sequence_length: tokens of a prompt for T5 or Qwen3, in models that have one; as the run, of a run folder,
-                or as the pipeline by default if not given.
+            max_sequence_length: tokens of a prompt for T5 or Qwen3, in models that have one; as the run, of a run
+                folder, or as the pipeline by default if not given.
             t5: False loads Stable Diffusion 3 without its T5; as the run, of a run folder, if not given.
 
         Raises:
