@@ -49,7 +49,7 @@ class DenoisingPolicy:
     """pi(x_s | x_t, c) of a text-to-image pipeline; log-probs come from ``rollout`` and ``replay``.
 
     Args:
-        pipeline: of a class in ``families.SHIPPED`` (Stable Diffusion, XL, 3, FLUX), or one that
+        pipeline: of a class in ``families.SHIPPED`` (Stable Diffusion, XL, 3, FLUX, Z-Image), or one that
             ``load_pipeline`` has loaded with a family of the user's own. Its VAE is frozen, and its text encoders but
             for adapters on them. What is frozen keeps its dtype, trained weights become float32.
         lora: adapters to train; None trains the whole network and, for the reference, keeps a frozen copy.

@@ -1,4 +1,4 @@
-"""What Stable Diffusion 3 and FLUX share: a transformer of joint attention, trained by flow matching, that reads T5."""
+"""What Stable Diffusion 3, FLUX and Z-Image share: a transformer, trained by flow matching, that reads long prompts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from diffusion_align.models.families.contract import ATTENTION, FEED_FORWARD, Mo
 from diffusion_align.models.families.flow_matching import is_flow
 
 LONGEST_PROMPT = 512
-"""Tokens of T5, as diffusers' pipelines allow."""
+"""In tokens of T5 or Qwen3, as diffusers' pipelines allow."""
 
 
 class FlowFamily(ModelFamily):
     """A transformer that predicts eps - x_0 of latents ``(1 - sigma) x_0 + sigma eps`` at timestep ``1000 sigma``.
 
     Args:
-        max_sequence_length: tokens of T5's states; the pipeline's own default where None.
+        max_sequence_length: tokens of the states of T5 or Qwen3; the pipeline's own default where None.
         t5: False loads no T5, whose states are zeros then.
     """
 
@@ -25,7 +25,7 @@ class FlowFamily(ModelFamily):
     network_title: ClassVar[str] = "transformer"
     cpu_attention: ClassVar[Literal["eager", "sdpa"]] = "sdpa"  # emoji-flow: 0.37 CPU-seconds, eager 0.53
     tokens: ClassVar[int]
-    """Tokens of T5 by default."""
+    """Of those states by default."""
     lora_layers: ClassVar[Mapping[str, Sequence[str]]] = {
         "attention": (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         "feed_forward": (*FEED_FORWARD, *(layer.replace("ff.", "ff_context.", 1) for layer in FEED_FORWARD)),
@@ -43,7 +43,7 @@ class FlowFamily(ModelFamily):
         return {} if chosen is None else {"max_sequence_length": chosen}
 
     @property
-    def t5_tokens(self) -> int:
+    def text_tokens(self) -> int:
         return self.max_sequence_length or self.tokens
 
     def check(self, pipeline: Any) -> None:

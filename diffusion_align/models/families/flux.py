@@ -63,7 +63,7 @@ class Flux(FlowFamily):
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         states, pooled, _ = pipeline.encode_prompt(
-            prompts, device=pipeline.text_encoder.device, max_sequence_length=self.t5_tokens
+            prompts, device=pipeline.text_encoder.device, max_sequence_length=self.text_tokens
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
@@ -85,7 +85,7 @@ class Flux(FlowFamily):
         return unpack(network(pack(x_t), **given, return_dict=False)[0], x_t.shape[2:])
 
     def prompt_tokens(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        return self.t5_tokens
+        return self.text_tokens
 
     def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
         import torch

@@ -51,7 +51,7 @@ class StableDiffusion3(FlowFamily):
             None,
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_tokens,
+            max_sequence_length=self.text_tokens,
         )
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
@@ -60,7 +60,7 @@ class StableDiffusion3(FlowFamily):
 
     def prompt_tokens(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
         """Of CLIP, and after them of T5, which are there without T5 too."""
-        return super().prompt_tokens(configs) + self.t5_tokens
+        return super().prompt_tokens(configs) + self.text_tokens
 
     def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
         import torch

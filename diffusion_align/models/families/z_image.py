@@ -65,11 +65,11 @@ class ZImage(FlowFamily):
             list(prompts),  # which it changes
             device=pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.t5_tokens,
+            max_sequence_length=self.text_tokens,
         )
-        padded = [torch.cat([one, one.new_zeros(self.t5_tokens - len(one), one.shape[1])]) for one in states]
+        padded = [torch.cat([one, one.new_zeros(self.text_tokens - len(one), one.shape[1])]) for one in states]
         lengths = torch.tensor([len(one) for one in states], device=padded[0].device)
-        mask = torch.arange(self.t5_tokens, device=lengths.device) < lengths[:, None]
+        mask = torch.arange(self.text_tokens, device=lengths.device) < lengths[:, None]
         return {"encoder_hidden_states": torch.stack(padded), "mask": mask}
 
     def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class ZImage(FlowFamily):
                 part.processor._attention_backend = "_native_math" if name == "eager" else None
 
     def prompt_tokens(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
-        return self.t5_tokens
+        return self.text_tokens
 
     def zero_conditioning(self, config: Mapping[str, Any], batch: int, tokens: int, **kind: Any) -> Conditioning:
         """Without a mask: on a device without data there are no lengths to read."""
