@@ -416,7 +416,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 for encoder in text_encoders(self.pipeline):
                     encoder.to(getattr(self.pipeline, trained).device)
         trainer.optimization.load_ema_weights()
-        self.sampler, self.run, self._called = config.sampler.preview, config.output_dir, str(config.output_dir)
+        self.sampler = config.decided_by(self.pipeline.scheduler).sampler.preview
+        self.run, self._called = config.output_dir, str(config.output_dir)
         for name in OF_SAMPLES:
             setattr(self, name, getattr(trainer.config, name))
         self._below = (below or str(config.model)) if config.lora else str(config.output_dir)

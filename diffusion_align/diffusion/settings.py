@@ -398,8 +398,9 @@ class DenoisingConfig(PolicyConfig):
         own["lora_layers"] = self.lora.layers if self.lora else None
         own["lora_text_encoder"] = self.lora is not None and self.lora.text_encoder
         own |= {name: getattr(self, name, None) for name in ("height", "width", "bucket_step")}
-        own["settings"] = self.family_settings
-        yield from problems_of(check_image_model, self.model, **own)
+        # First what stands in no other section, whose settings may be wrong as well.
+        problems = problems_of(check_image_model, self.model, **own)
+        yield from problems or problems_of(check_image_model, self.model, **own, settings=self.family_settings)
         yield from reward_checks(getattr(self, "reward", None), "image")
 
 

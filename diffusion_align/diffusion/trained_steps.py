@@ -33,11 +33,11 @@ def trained_steps(schedule: DiffusionSchedule, timestep_range: tuple[float, floa
 def outweighing_step(
     schedule: DiffusionSchedule, steps: Tensor, weighting: Weighting = "exact", *, setting: str = "timestep_range"
 ) -> str | None:
-    """A sentence about the one of the trained ``steps`` (S,) that outweighs the others together, if one does.
+    """A sentence about the one of three or more trained ``steps`` (S,) that outweighs the others together, if one does.
 
     ``weighting``: of the steps, see ``step_scales``. ``setting``: by which it can be left out.
     """
-    if len(steps) < 2:
+    if len(steps) < 3:  # of two, one always does
         return None
     share, place = _kl_shares(schedule, steps, weighting).max(dim=0)
     if float(share) <= MOST:

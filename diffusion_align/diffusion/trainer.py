@@ -190,7 +190,8 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     def train(self) -> Path:
         """See ``Trainer.train``; afterwards the text encoders are where the network is."""
         outweighing = self.outweighing_step(self.config, self.exact_schedule, self.trained_steps)
-        if outweighing is not None and self.processes.is_main:
+        resumes = self.config.resume and self.run_folder.checkpoints
+        if outweighing is not None and self.processes.is_main and not resumes:  # which have named it
             print_warning(outweighing)
         try:
             return super().train()

@@ -246,7 +246,7 @@ def _load_folder(
     import torch
 
     source = _source(model)
-    index, asked = _checked_index(model, source, family, settings, name="model"), settings
+    index, requested = _checked_index(model, source, family, settings, name="model"), settings
     kind = str(index["_class_name"])
     if not (index.get("text_encoder_3") or [None])[0]:  # of a pipeline that was saved without T5
         settings = {**settings, "t5": False}
@@ -255,7 +255,7 @@ def _load_folder(
         if to_train:
             network = getattr(diffusers, of_model.network_class).load_config(source, subfolder=of_model.network)
             of_model.check_network(f"model={model!r}", network)
-            check_settings(of_model, network, asked)
+            check_settings(of_model, network, requested)
             _check_size(of_model, source, size)
         return load_in_dtype(
             getattr(diffusers, kind).from_pretrained,

@@ -217,7 +217,7 @@ def test_a_step_that_outweighs_the_rest_is_named():
     )
     assert "step 8 of 10 holds 67.1 %" in outweighing_step(sd3, trained_steps(sd3, None))
     assert outweighing_step(sd3, trained_steps(sd3, (0.0, 1.0)), "uniform") is None
-    assert outweighing_step(sd3, torch.tensor([8])) is None
+    assert outweighing_step(sd3, torch.tensor([7, 8])) is None
     long = build_schedule(SD3, 40)
     assert outweighing_step(long, trained_steps(long, None)) is None
 

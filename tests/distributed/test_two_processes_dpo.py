@@ -83,8 +83,8 @@ def assert_same(folders, gradients):
     a, b = (rows_of(folder) for folder in folders)
     assert [row.keys() for row in a] == [row.keys() for row in b]
     for mine, theirs in zip(a, b):
-        # Half of a pair that rounding decides.
-        assert mine.pop("rewards/accuracies", 0) == pytest.approx(theirs.pop("rewards/accuracies", 0), abs=0.13)
+        # A pair of four that rounding decides: at the start all margins are about 0.
+        assert mine.pop("rewards/accuracies", 0) == pytest.approx(theirs.pop("rewards/accuracies", 0), abs=0.26)
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6 * max(1, mine.get("error/reference", 0)))
     weights = assert_same_weights(folders)
     assert any(value.abs().max() > 1e-5 for name, value in weights.items() if "lora_B" in name), "they have not moved"

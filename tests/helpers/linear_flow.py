@@ -53,6 +53,9 @@ class LinearFlow:
     def return_text_encoders(self):
         pass
 
+    def weights_kept(self):
+        return contextlib.nullcontext()
+
     def velocity(self, weights, x_t, u, text):
         """``u`` (B,)."""
         mixed = [torch.einsum("ij,bjhw->bihw", weights[name], x_t) for name in "AB"]

@@ -146,7 +146,9 @@ def test_signals_leave_a_checkpoint_and_resume_goes_on(forked, calm, tmp_path):
 
 def test_a_second_signal_says_how_to_resume(forked, calm, tmp_path):
     """It ends the run at once, in the middle of the third epoch; what was saved before stands."""
-    twice = "import os, signal\ndie = lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]\n"
+    # Two at once may arrive as one.
+    twice = "import os, signal, time\n"
+    twice += "die = lambda: [(os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2)) for _ in range(2)]\n"
     (config, left_alone), stopped = calm, tmp_path / "stopped"
     arguments = ["train", config, f"output_dir={stopped}", "resume=true"]
     run = forked(*arguments, prelude=QUICK + twice + place(STEP, "step", 6) + HOOK)

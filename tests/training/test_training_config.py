@@ -259,6 +259,7 @@ def test_a_setting_beside_a_source_that_stands_alone(source):
 
 # Bounds and limits that .inf takes away.
 MAY_BE_INFINITE = {"max_grad_norm", "stop_when.kl_above", "clip_range_nats", "advantage_clip", "value_clip"}
+MAY_BE_INFINITE |= {"kl_bound_nats"}
 MAY_BE_INFINITE |= {f"experimental.{name}" for name in ("clip_std", "loser_clip", "max_winner_error")}
 
 
