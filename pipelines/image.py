@@ -163,7 +163,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         """Wrap a diffusers pipeline; ``from_pretrained`` is the usual way.
 
         Args:
-            pipeline: of Stable Diffusion 1.x, 2, XL, 3 or 3.5, or of FLUX.1, or of a family of your own.
+            pipeline: of Stable Diffusion 1.x, 2, XL, 3 or 3.5, of FLUX.1 or Z-Image, or of a family of your own.
             model: what it was loaded from; None if it is in no folder.
             sampler: how to sample; 50 deterministic steps with guidance 5, or with none where the model takes none, if
                 not given.
@@ -214,8 +214,8 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         """Load an embedded model ("emoji-sd", "emoji-flow"), a folder, a Hub id, a ``.safetensors`` file, or a run.
 
         Args:
-            model: Stable Diffusion 1.x, 2, XL, 3 or 3.5, or FLUX.1; or a run folder, whose model, final weights,
-                sampler, size of images and negative prompt are used.
+            model: Stable Diffusion 1.x, 2, XL, 3 or 3.5, FLUX.1 or Z-Image; or a run folder, whose model, final
+                weights, sampler, size of images and negative prompt are used.
             lora: folder or file with LoRA weights to put on top, such as a run's ``final/``.
             dtype: of the weights; torch's, or its name.
             device: where to put it; a GPU if there is one.
@@ -223,7 +223,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 not given.
             base_config: for a model in one file, folder or Hub id of a diffusers pipeline built like it; that of the
                 run, of a run folder, if not given.
-            family: for a model that is not Stable Diffusion, a model family of your own: the class, or where it is
+            family: for a model of no shipped family, a model family of your own: the class, or where it is
                 found, "module:Class" or "file.py:Class"; that of the run, of a run folder, if not given.
             upcast_vae: float32 for the VAE, whatever ``dtype``; as the run, of a run folder, or as the VAE's
                 configuration says if not given.
@@ -288,7 +288,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         save and load such a pipeline first.
 
         Args:
-            pipeline: of Stable Diffusion 1.x, 2, XL, 3 or 3.5, or of FLUX.1, or of ``family``.
+            pipeline: of Stable Diffusion 1.x, 2, XL, 3 or 3.5, of FLUX.1 or Z-Image, or of ``family``.
             model: the folder or Hub id that it was loaded from, which ``config.yaml`` and cards name; its own if not
                 given.
             sampler: how to sample; 50 deterministic steps with guidance 5 if not given.

@@ -65,7 +65,7 @@ class ImageCandidates:
 
     Attributes:
         model: as the settings name it.
-        family: of a model that is not Stable Diffusion.
+        family: of a model of no shipped family.
         sampling: settings of sampling, kept with the pairs; None is the model's own.
         sample_name: of one sample, for messages.
     """

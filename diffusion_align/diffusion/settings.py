@@ -297,7 +297,7 @@ class DenoisingConfig(PolicyConfig):
         None, description="for a model in one .safetensors file: folder or Hub id of a diffusers pipeline built like it"
     )
     family: str | None = Field(
-        None, description="model family of your own, for a model that is not Stable Diffusion: file.py:Class"
+        None, description="model family of your own, for a model of no shipped family: file.py:Class"
     )
 
     max_sequence_length: int | None = Field(
@@ -347,11 +347,15 @@ class DenoisingConfig(PolicyConfig):
         return self.lora is not None or self.needs_reference
 
     def decided_by(self, scheduler: Any) -> Self:
-        """The same settings where a sampler or a range of steps that is null is what the model's scheduler makes it."""
+        """The same settings where a sampler or a range of steps that is null is what the model's scheduler makes it.
+
+        With a window, which no range goes with, that stays null.
+        """
         decided: dict[str, Any] = {}
         if self.sampler.name is None:
             decided["sampler"] = self.sampler.model_copy(update={"name": default_sampler(scheduler)})
-        if not is_flow(scheduler.config) and getattr(self, "timestep_range", ()) is None:
+        whole = getattr(self, "timestep_range", ()) is None and self.sampler.noisy_steps is None
+        if whole and not is_flow(scheduler.config):
             decided["timestep_range"] = (0.0, 1.0)
         return self.model_copy(update=decided)
 
@@ -404,6 +408,8 @@ class DenoisingConfig(PolicyConfig):
         yield from reward_checks(getattr(self, "reward", None), "image")
 
 
+_LARGEST_LOG = 700
+"""The exponentials of larger numbers are more than a float holds."""
 _TIMESTEP_RANGE = (
     "part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a "
     "flow-matching model not the last one where it alone holds more than half of the path's KL"
@@ -420,7 +426,7 @@ class ExperimentalDDPO(ExperimentalAdvantages):
 
 
 class DDPOConfig(DenoisingConfig):
-    """Fine-tune a Stable Diffusion pipeline towards a reward (DDPO).
+    """Fine-tune a text-to-image pipeline towards a reward (DDPO).
 
     Settings of ``DDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
     """
@@ -561,7 +567,8 @@ class DDPOConfig(DenoisingConfig):
         low = high = self.clip_range
         if self.clip_range_nats is not None:
             bound = self.clip_range_nats / self.nats_in_logp(dimensions)
-            low, high = -math.expm1(-bound), math.expm1(bound)
+            low = -math.expm1(-bound)
+            high = math.expm1(bound) if bound < _LARGEST_LOG else math.inf
         return low, high, math.log1p(high) * self.nats_in_logp(dimensions)
 
 
@@ -592,7 +599,7 @@ class ExperimentalDiffusionDPO(Section):
 
 
 class DiffusionDPOConfig(DenoisingConfig):
-    """Fine-tune a Stable Diffusion pipeline towards the preferred of two images (Diffusion-DPO).
+    """Fine-tune a text-to-image pipeline towards the preferred of two images (Diffusion-DPO).
 
     Settings of ``DiffusionDPOTrainer``; see ``DenoisingConfig`` and ``TrainingConfig`` for those of every trainer.
     ``samples_per_epoch`` counts pairs, or with online judging images.

@@ -165,7 +165,10 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
         ("steps per update", f"{each} of all processes together, its effective batch"),
         ("micro-batches per update", f"{batches}, their gradients added up; shared among the processes"),
     ]
-    lines += _tokens(config, model)
+    try:
+        lines += _tokens(config, model)
+    except Exception as error:  # a configuration of somebody's own may hold anything
+        lines.append(("tokens", f"not known: {first_line(error)}"))
     lines += method.in_nats(config, schedule, steps, dimensions) if dimensions else []
     if not network or not vae:
         return [*lines, ("memory and time", "not estimated: the model's configuration is not here")], problems
@@ -199,8 +202,8 @@ def _tokens(config: Any, model: ModelFiles) -> Lines:
     tokens = size and model.family.image_tokens(model.configs[model.family.network], size)
     if not tokens:
         return []
-    shifted = scheduler.get("use_dynamic_shifting")
-    shift = f"; noise levels are shifted for so many, mu={dynamic_shift(scheduler, tokens):.3g}" if shifted else ""
+    mu = dynamic_shift(scheduler, tokens)
+    shift = "" if mu is None else f"; noise levels are shifted for so many, mu={mu:.3g}"
     return [("tokens", f"{tokens} per image and {model.family.prompt_tokens(model.configs)} per prompt{shift}")]
 
 

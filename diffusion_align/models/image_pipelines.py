@@ -126,6 +126,7 @@ def check_folder(
     width: int | None = None,
     bucket_step: int | None = None,
     lora_layers: str | None = None,
+    lora_text_encoder: bool = False,
     settings: Mapping[str, Any] | None = None,
     to_train: bool = True,
     name: str = "model",
@@ -136,7 +137,7 @@ def check_folder(
         family: the user's own, if one was named.
         height, width: of its images in pixels; its own where None.
         bucket_step: of their buckets, if any.
-        lora_layers: of the adapter to train, if any.
+        lora_layers, lora_text_encoder: of the adapters to train, if any.
         settings: of the run, see ``ModelFamily.setting_checks``.
         to_train: False to check only what sampling needs.
         name: of the setting that ``model`` is.
@@ -156,6 +157,8 @@ def check_folder(
             of_model.buckets(config, vae, bucket_step, height=height, width=width)
         if lora_layers is not None:
             of_model.adapted_layers(lora_layers)
+        if lora_text_encoder:
+            of_model.adapted_encoder_layers()
         check_settings(of_model, config, settings or {})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):  # which loading will say
         return
@@ -349,7 +352,7 @@ def diffusers_scheduler(sampler: str | None, config: Mapping[str, Any]) -> str |
 
 
 def _accept_any_dtype(vae: Any) -> None:
-    """Let a VAE in float32 be given latents and images in the dtype of the UNet, as diffusers' pipelines do."""
+    """Let a VAE in float32 be given latents and images in the dtype of the network, as diffusers' pipelines do."""
     for part in (vae.encoder, vae.quant_conv, vae.post_quant_conv, vae.decoder):
         if part is not None:
             part.register_forward_pre_hook(_cast_to_weights)

@@ -164,10 +164,9 @@ def check_image_model(
         check_pipeline_name(ref.base, variant=variant, base_config=base_config)
         sizes: Any = {"height": height, "width": width, "bucket_step": bucket_step}
         described = {"model": ref.base} if base_config is None else {"base_config": base_config}
+        adapted: Any = {"lora_layers": lora_layers, "lora_text_encoder": lora_text_encoder}
         for name, folder in described.items():
-            check_folder(
-                folder, chosen, **sizes, lora_layers=lora_layers, settings=settings, to_train=to_train, name=name
-            )
+            check_folder(folder, chosen, **sizes, **adapted, settings=settings, to_train=to_train, name=name)
     except UserError as error:
         if ref.run is None:
             raise

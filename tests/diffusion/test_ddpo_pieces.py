@@ -131,6 +131,8 @@ def test_clip_range_nats_bounds_the_joint_ratio_on_both_sides(reduction, power, 
     assert power * math.log1p(trainer.clip_high) == pytest.approx(1.64)
     assert power * math.log1p(-trainer.clip) == pytest.approx(-1.64)
     assert trainer.clip_nats == pytest.approx(1.64)
+    beyond = trainer.config.model_copy(update={"clip_range_nats": 1e4, "logp_reduction": "sum"})
+    assert beyond.clip_bounds(256) == (1.0, math.inf, math.inf)
 
 
 HALF = math.sqrt(0.5)

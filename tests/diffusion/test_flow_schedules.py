@@ -293,6 +293,8 @@ def test_what_is_null_is_decided_by_the_models_scheduler():
         decided = config.decided_by(flow)
         assert (decided.sampler.name, decided.timestep_range) == ("flow", None)
         assert decided.decided_by(unet).sampler.name == "flow"
+    window = DDPOConfig(**SETTINGS | {"sampler": {"steps": 5, "noisy_steps": 2}}).decided_by(unet)
+    assert DDPOConfig.model_validate(window.model_dump(mode="json")) == window  # as config.yaml is read
 
 
 # -- the pipeline's own call -------------------------------------------------------------------------------------------

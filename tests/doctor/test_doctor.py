@@ -117,6 +117,14 @@ def test_a_folder(report, make_policy, model_path, name):
     assert found[""].startswith("from a pass of 8 samples timed now")
 
 
+def test_a_shift_that_cannot_be_computed_does_not_end_the_report(report, tiny_flux, tmp_path):
+    folder = shutil.copytree(tiny_flux, tmp_path / "model")
+    edit_json("scheduler/scheduler_config.json", base_image_seq_len=256, max_image_seq_len=256)(folder)
+    found, _ = report(model=str(folder), height=16, width=16)
+    assert found["tokens"] == "not known: float division by zero"
+    assert "at the peak" in found
+
+
 @pytest.mark.parametrize(("name", "scale"), [("tiny_sd3", 5.0), ("tiny_flux", 3.5), ("tiny_schnell", 1.0)])
 def test_a_folder_of_a_flow_model(report, make_policy, model_path, name, scale):
     """Embedded guidance is an input and costs no second pass; all tensors of the files are counted."""

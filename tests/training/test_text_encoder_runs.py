@@ -119,6 +119,8 @@ def test_what_cannot_be_trained_is_refused_in_a_sentence(tmp_path, run_here, tin
     ]
     with pytest.raises(ConfigError, match=r"unknown setting 'train_text_encoder': set lora\.text_encoder"):
         DDPOConfig(**given | {"train_text_encoder": True})
+    with pytest.raises(ConfigError, match=r"lora\.text_encoder=true is not of this model"):  # before it loads
+        DDPOConfig(**TINY | {"reward": "jpeg_compressibility", "prompts": PROMPTS, "model": "emoji-flow", "lora": LORA})
     file = tmp_path / "family.py"
     file.write_text(FAMILY.format(base="StableDiffusion", body="text_encoder_layers = ()"))
     settings = DDPO | {"model": str(tiny_sd), "output_dir": str(tmp_path / "run"), "family": f"{file}:Mine"}

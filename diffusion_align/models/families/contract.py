@@ -74,8 +74,8 @@ class ModelFamily(ABC):
         """
         if settings.get("max_sequence_length") is not None:
             yield (
-                f"max_sequence_length={settings['max_sequence_length']} is for models that read prompts with T5, like "
-                "Stable Diffusion 3: leave it out"
+                f"max_sequence_length={settings['max_sequence_length']} is for models that read prompts with T5 or "
+                "Qwen3, like Stable Diffusion 3: leave it out"
             )
         if settings.get("t5") is False:
             yield "t5=false is for Stable Diffusion 3: leave it out"

@@ -14,14 +14,16 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return "beta_schedule" not in config and "shift" in config and named == "FlowMatchEulerDiscreteScheduler"
 
 
-def dynamic_shift(config: Any, tokens: int | None) -> float:
-    """mu, by which a scheduler of this ``config`` shifts its sigmas for an image of so many tokens.
+def dynamic_shift(config: Any, tokens: int | None) -> float | None:
+    """mu, by which a scheduler of this ``config`` shifts its sigmas for an image of so many tokens; None if statically.
 
     Linear in their number (Esser et al. 2024, arXiv:2403.03206, section 5.3.2, as FLUX applies it).
 
     Raises:
         UserError: the number is not known.
     """
+    if not config.get("use_dynamic_shifting"):
+        return None
     if tokens is None:
         raise UserError(
             "the scheduler shifts its sigmas by the size of the image (use_dynamic_shifting), for which the number of "
@@ -39,14 +41,11 @@ def set_spaced_timesteps(scheduler: Any, steps: int, tokens: int | None = None) 
 
     With a static shift the last end is shifted already, and so the last step begins near the data.
     """
-    dynamic = scheduler.config.get("use_dynamic_shifting")
-    scheduler.set_timesteps(steps, **({"mu": dynamic_shift(scheduler.config, tokens)} if dynamic else {}))
+    scheduler.set_timesteps(steps, mu=dynamic_shift(scheduler.config, tokens))
 
 
 def set_linear_timesteps(scheduler: Any, steps: int, tokens: int | None = None) -> None:
     """As FLUX and most others do: sigmas 1, ..., 2/N, 1/N, and then shifted."""
     import numpy as np
 
-    dynamic = scheduler.config.get("use_dynamic_shifting")
-    mu = dynamic_shift(scheduler.config, tokens) if dynamic else None
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=dynamic_shift(scheduler.config, tokens))

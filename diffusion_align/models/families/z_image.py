@@ -53,9 +53,8 @@ class ZImage(FlowFamily):
         """Sigmas 1, ..., 2/N, 1/N, as for FLUX, but in float32 before they are shifted."""
         import torch
 
-        dynamic = scheduler.config.get("use_dynamic_shifting")
-        mu = dynamic_shift(scheduler.config, tokens) if dynamic else None
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+        sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, mu=dynamic_shift(scheduler.config, tokens))
 
     def encode(self, pipeline: Any, prompts: list[str], image_size: tuple[int, int]) -> Conditioning:
         """States (B, L, D), zeros after the prompt's own, and the mask (B, L) of these."""
