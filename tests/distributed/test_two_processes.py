@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffusion_align.data.prompts import items_of_epoch
 from diffusion_align.training.reading import load_yaml
+from tests.helpers.flow_models import SIDE
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.kills import QUICK, resumed_with
 from tests.helpers.problems import assert_problem
@@ -72,6 +73,8 @@ def assert_same_rows(folders, tolerance):
             "negative_prompt": "dark",
         },
         {"sampler": {"steps": 5, "guidance_scale": 1.0, "noisy_steps": 2}},
+        {"model": "tiny_sd3", "sampler": {"steps": 5, "guidance_scale": 2.0, "noisy_steps": 2}},
+        {"model": "tiny_flux", "resolution": SIDE, "kl_coef": 0.1},
         {"ratio": "guard", "sampler": {"steps": 3, "guidance_scale": 5.0}},
         {"kl_bound_nats": 0.01, "micro_batch_size": 3},
         {"optimizer": "adafactor", "ema_decay": 0.9, "ema_offload": True},
@@ -89,6 +92,8 @@ def assert_same_rows(folders, tolerance):
         "emoji-sd",
         "groups, kl, some steps, a size and a negative prompt",
         "a window of steps",
+        "a window of SD3's steps",
+        "FLUX",
         "guarded ratios",
         "a bound on the KL",
         "adafactor, averaged",
@@ -97,7 +102,8 @@ def assert_same_rows(folders, tolerance):
         "two rewards, five images evaluated",
     ],
 )
-def test_half_the_batch_each_gives_the_same_gradient(forked, settings, tmp_path, changes):
+def test_half_the_batch_each_gives_the_same_gradient(forked, settings, model_path, tmp_path, changes):
+    changes = changes | {"model": model_path(changes.get("model", "tiny_sd"))}
     folders, gradients = run_both(forked, settings(**changes), tmp_path)
     assert_same_gradients(gradients, 1e-6)
     assert_same_rows(folders, 1e-5)
