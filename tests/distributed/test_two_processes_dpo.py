@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.helpers.flow_models import SIDE
 from tests.helpers.hard_runs import rows_of
 from tests.helpers.kills import QUICK
 from tests.helpers.noise_pairs import write_noise_pairs
@@ -108,6 +109,10 @@ CASES = {
     "offline, buckets, adapters drop out": OFFLINE
     | {"pairs": ..., "bucket_step": 8, "micro_batch_size": 3, "lora": {"rank": 2, "dropout": 0.3}, "steps_per_pair": 2},
     "online": ONLINE,
+    # One pair a pass: rounding is the same on any process until the gradients are summed.
+    "offline, buckets of FLUX": OFFLINE
+    | {"pairs": ..., "bucket_step": 8, "resolution": SIDE, "step_draw": "logit_normal"}
+    | {"epochs": 1, "micro_batch_size": 1, "timestep_range": [0, 0.3]},
     "offline, adapters drop out": OFFLINE | {"lora": {"rank": 2, "dropout": 0.3, "dora": True}, "steps_per_pair": 2},
 }
 # Of the model's 16 x 16 pixels: four in that bucket, and two in each of three others.
@@ -115,8 +120,8 @@ SIZES = [(64, 64), (20, 60), (64, 16), (90, 90), (60, 20), (10, 31), (64, 64), (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_half_the_pairs_each_is_the_same_run(forked, write, tmp_path, case):
-    changes = CASES[case]
+def test_half_the_pairs_each_is_the_same_run(forked, write, model_path, tmp_path, case):
+    changes = CASES[case] | {"model": model_path("tiny_flux" if "FLUX" in case else "tiny_sd")}
     if "buckets" in case:
         changes = changes | {"pairs": str(write_noise_pairs(tmp_path / "pairs", SIZES, PROMPTS))}
     folders, gradients = run_both(forked, write(**changes), tmp_path, PRELUDE)
