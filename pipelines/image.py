@@ -399,8 +399,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
                 setattr(self.pipeline, name, network)
                 with suppress(torch.OutOfMemoryError):  # the first failure is raised; this stays where it waited
                     network.to(device)
-            if not (as_they_are and given):
-                adapters.restore_lora(self.pipeline, weights)
+            adapters.restore_lora(self.pipeline, weights, untouched=before)
             split_decoding(vae, **decoding)
             failed = True
             raise

@@ -11,7 +11,7 @@ import json
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,15 @@ def _adapter_of(network: Any) -> AdapterState:
 
 
 @torch.no_grad()
-def restore_lora(pipeline: Any, states: Mapping[str, AdapterState]) -> None:
-    """Undo what has happened to the adapters since ``adapter_weights``; those put on since then are taken off."""
+def restore_lora(pipeline: Any, states: Mapping[str, AdapterState], untouched: Container[str] = ()) -> None:
+    """Undo what has happened to the adapters since ``adapter_weights``; those put on since then are taken off.
+
+    ``untouched``: names of networks to which nothing has happened.
+    """
     for part, network in adapted_parts(pipeline).items():
         if part in states:
             _restore(network, states[part])
-        else:
+        elif part not in untouched:
             remove_lora(network)
 
 

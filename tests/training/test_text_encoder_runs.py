@@ -102,6 +102,13 @@ def test_a_run_that_fails_leaves_the_pipeline_as_it_was(run_here, tiny_sd, tmp_p
     assert adapter_weights(pipe.pipeline) == {}
     assert not any("lora_" in name for name, _ in pipe.pipeline.text_encoder.named_parameters())
 
+    pipe.align(output_dir=tmp_path / "b", **settings | {"lora": {"rank": 2}})  # whose result the next one begins from
+    before = pipe("a cat").images[0].tobytes()
+    with pytest.raises(UserError, match="no answer"):
+        pipe.align(output_dir=tmp_path / "c", **settings | {"reward": fails})
+    assert list(adapter_weights(pipe.pipeline)) == ["unet"]
+    assert pipe("a cat").images[0].tobytes() == before
+
 
 def test_a_run_without_them_is_another_run(train):
     train(DDPO | {"lora": {"rank": 2}})
