@@ -9,4 +9,6 @@ LARGEST = 1e9
 LARGEST_SIDE = 16_384
 """Pixels of an image."""
 LONGEST_PROMPT = 20_000
-"""Characters of a prompt for an image, of which its text encoder reads 77 tokens."""
+"""Characters of a prompt for an image, of which CLIP reads 77 tokens and T5 or Qwen3 at most 512."""
+MOST_PROMPT_TOKENS = 512
+"""Of T5 or Qwen3, as diffusers' pipelines allow."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from diffusion_align.bounds import LARGEST, LARGEST_SIDE, MOST
+from diffusion_align.bounds import LARGEST, LARGEST_SIDE, MOST, MOST_PROMPT_TOKENS
 from diffusion_align.data.image_pairs import PairsConfig
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.data.sources import in_python
@@ -303,7 +303,7 @@ class DenoisingConfig(PolicyConfig):
     max_sequence_length: int | None = Field(
         None,
         ge=1,
-        le=512,
+        le=MOST_PROMPT_TOKENS,
         description="tokens of a prompt for T5 or Qwen3, in models that have one; null is the pipeline's own number",
     )
     t5: bool = Field(

@@ -248,6 +248,8 @@ REFUSED = {
     "channels last": ("tiny_flux", {"channels_last": True}, "channels_last is for convolutions"),
     "FLUX without T5": ("tiny_flux", {"t5": False}, "t5=false is for Stable Diffusion 3"),
     "a UNet without T5": ("tiny_sd", {"t5": False}, "t5=false is for Stable Diffusion 3: leave it out"),
+    "no tokens": ("tiny_sd3", {"max_sequence_length": 0}, "max_sequence_length=0 must lie between 1 and 512"),
+    "many tokens": ("tiny_flux", {"max_sequence_length": 513}, "max_sequence_length=513 must lie between 1 and 512"),
     "a UNet's T5": ("tiny_sdxl", {"max_sequence_length": 77}, "max_sequence_length=77 is for models .* T5"),
 }
 

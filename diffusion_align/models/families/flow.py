@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+from diffusion_align.bounds import MOST_PROMPT_TOKENS
 from diffusion_align.errors import UserError
 from diffusion_align.models.families.contract import ATTENTION, FEED_FORWARD, ModelFamily
 from diffusion_align.models.families.flow_matching import is_flow
-
-LONGEST_PROMPT = 512
-"""In tokens of T5 or Qwen3, as diffusers' pipelines allow."""
 
 
 class FlowFamily(ModelFamily):
@@ -61,6 +59,9 @@ class FlowFamily(ModelFamily):
         super().check(pipeline)
 
     def setting_checks(self, config: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
+        length = settings.get("max_sequence_length")
+        if length is not None and not (isinstance(length, int) and 1 <= length <= MOST_PROMPT_TOKENS):
+            yield f"max_sequence_length={length} must lie between 1 and {MOST_PROMPT_TOKENS}, a whole number"
         if settings.get("attention") == "xformers":
             yield f"attention=xformers is for UNets, and this model has a {self.network_title}: set attention=sdpa"
         if settings.get("channels_last"):
