@@ -117,6 +117,11 @@ class SamplerConfig(Section):
         return "noise_level" if self.name in NOISE_LEVELS else "eta"
 
     @property
+    def passes(self) -> int:
+        """Passes of the network in a step: classifier-free guidance takes a second one."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    @property
     def always_noisy(self) -> str:
         """Sentence about a sampler whose steps cannot be made deterministic."""
         return (

@@ -143,7 +143,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
         """For a method that trains on every stochastic step of its samples and needs no reference."""
         samples, steps_each = config.samples_per_epoch, config.sampler.steps
-        guided = 2 if config.sampler.guidance_scale > 1 else 1
+        guided = config.sampler.passes
         actions = samples * (steps_each if steps is None else len(steps))
         return EpochCost(
             what=("images per epoch", f"{samples}, each {steps_each} steps"),

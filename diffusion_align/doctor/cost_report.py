@@ -192,7 +192,7 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: NetworkCost, pa
         return []
     if cost.frozen + cost.trained > TIMED_BELOW:
         return [("this CPU", "not timed: with more than 100 M parameters a GPU is needed")]
-    batch = config.sample_batch_size * (2 if config.sampler.guidance_scale > 1 else 1)
+    batch = config.sample_batch_size * config.sampler.passes
     choices = {None: [False], "no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
     family, network = model.family, _random_network(model, config)
     inputs = family.zeros(network.config, batch, tokens=family.prompt_tokens(model.configs), dtype=network.dtype)

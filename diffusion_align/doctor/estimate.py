@@ -116,7 +116,7 @@ class Estimator:
         network, vae = configs[family.network], configs["vae"]
         size = family.latent_size(network, vae, height=config.height, width=config.width)
         latents = family.latent_shape(network, size)
-        guided = 2 if config.sampler.guidance_scale > 1 else 1
+        guided = config.sampler.passes
         attention = family.cpu_attention if config.attention == "auto" and not machine.gpu else None
         dtype = getattr(torch, str(config.dtype))
         passes = Passes(
@@ -262,7 +262,7 @@ def passes_as_counted(config: DenoisingConfig, family: ModelFamily) -> Denoising
 
 def evaluation_passes(config: DenoisingConfig) -> float:
     """Forward passes of the network for evaluations, per epoch on average."""
-    return (2 if config.sampler.guidance_scale > 1 else 1) * config.sampler.steps * evaluated(config)
+    return config.sampler.passes * config.sampler.steps * evaluated(config)
 
 
 def evaluated(config: DenoisingConfig) -> float:
