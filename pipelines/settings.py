@@ -47,7 +47,7 @@ class LoRASettings(TypedDict, total=False):
     layers: str
     """layers with an adapter: attention, feed_forward, convolutions (of a UNet's residual blocks, as small models need) or several, as in attention+feed_forward"""
     text_encoder: bool
-    """adapters on the attention projections of all text encoders too, which then stay on the GPU"""
+    """adapters on the attention projections of all text encoders too, which then stay on the GPU; for Stable Diffusion 1.x, 2 and XL"""
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -60,7 +60,7 @@ class SamplerSettings(TypedDict, total=False):
     noise_level: float | None
     """noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"""
     guidance_scale: float
-    """scale of classifier-free guidance; 1 switches it off"""
+    """scale of guidance; 1 switches classifier-free guidance off"""
     noisy_steps: int | None
     """with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
     noisy_range: Sequence[float] | None

@@ -51,7 +51,10 @@ def _models() -> list[Group]:
         "smollm2": "text: SmolLM2-135M-Instruct, from a Python package; docs/text.md says how to install it",
     }
     embedded = [Entry(name, about[name]) for name in (*EMBEDDED_PIPELINES, *LANGUAGE_MODELS)]
-    other = "a diffusers folder or Hub id of SD 1.x, SD 2 or SDXL, or one of a causal language model"
+    other = (
+        "a diffusers folder or Hub id of Stable Diffusion 1.x, 2, XL, 3 or 3.5, FLUX.1 or Z-Image, or one of a causal "
+        "language model"
+    )
     return [Group("models", [*embedded, Entry("any other", other)])]
 
 

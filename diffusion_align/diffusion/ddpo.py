@@ -118,7 +118,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         "first_noisy_step": Metric(
             "First step of the window",
             "step",
-            "Where the noisy steps, which alone are trained on, begin; 0 is the step from pure noise.",
+            "Where the noisy steps, which alone are trained on, begin; 1 is the step from pure noise.",
         ),
         "kl_old": Metric(
             "KL to the policy that sampled, per step",
@@ -242,7 +242,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         )
         if config.sampler.noisy_steps is None:
             return collected, collected.metrics
-        return collected, collected.metrics | {"first_noisy_step": float(self.trained_steps[0])}
+        return collected, collected.metrics | {"first_noisy_step": float(self.trained_steps[0] + 1)}
 
     def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""

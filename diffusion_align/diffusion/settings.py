@@ -54,7 +54,7 @@ class SamplerConfig(Section):
         None, ge=0, le=LARGEST, description="noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"
     )
     guidance_scale: float = Field(
-        5.0, ge=1, le=LARGEST, description="scale of classifier-free guidance; 1 switches it off"
+        5.0, ge=1, le=LARGEST, description="scale of guidance; 1 switches classifier-free guidance off"
     )
     noisy_steps: int | None = Field(
         None,
@@ -89,8 +89,8 @@ class SamplerConfig(Section):
             yield f"options={short(self.options)} is for a sampler of your own, not for name={named}: leave it out"
         if self.name not in NOISE_LEVELS and self.noise_level is not None:
             yield (
-                f"noise_level={self.noise_level:g} is for name={', '.join(NOISE_LEVELS)}, not for name={named}: leave "
-                "it out"
+                f"noise_level={self.noise_level:g} is for name={', '.join(NOISE_LEVELS)}, not for name={named}: set "
+                "one of them, or leave noise_level out"
             )
         if self.name in NOISE_LEVELS and self.eta != 1:
             yield self.no_eta(self.eta)
@@ -193,7 +193,8 @@ class LoRAConfig(LoRASettings):
     text_encoder: bool = Field(
         False,
         strict=True,
-        description="adapters on the attention projections of all text encoders too, which then stay on the GPU",
+        description="adapters on the attention projections of all text encoders too, which then stay on the GPU; for "
+        "Stable Diffusion 1.x, 2 and XL",
     )
 
     @field_validator("layers")

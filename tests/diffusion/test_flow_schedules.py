@@ -256,7 +256,7 @@ def test_one_step_alone_leaves_nothing_to_train_on():
     ("sampler", "said"),
     [
         ({"name": "flow", "noise_level": 0.3}, "noise_level=0.3 is for name=flow_sde, cps, dance, not for name=flow"),
-        ({"noise_level": 0.3}, "not for name=null"),
+        ({"noise_level": 0.3}, "not for name=null: set one of them, or leave noise_level out"),
         ({"name": "cps", "noise_level": 1.5}, "noise_level=1.5 is more than 1"),
         ({"name": "dance", "eta": 0.5}, "eta=0.5 has no effect with name=dance"),
         ({"name": "flow", "options": {"a": 1}}, "is for a sampler of your own, not for name=flow"),
