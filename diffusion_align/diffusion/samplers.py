@@ -135,6 +135,15 @@ def diffusers_timesteps(kind: Any, scheduler: Any, steps: int) -> tuple[Any, Ten
     return source, timesteps
 
 
+def check_sampler(sampler: str | Sampler, config: Mapping[str, Any]) -> None:
+    """UserError if a sampler is not for models whose scheduler has this configuration; one's own is for all."""
+    tabulate, flow = find_sampler(sampler) if isinstance(sampler, str) else sampler, is_flow(config)
+    if flow and tabulate is ddpm:
+        raise UserError("sampler.name=ddpm is not for a flow-matching model: use flow with eta=1, which is its DDPM")
+    if not flow and tabulate in FLOW_SAMPLERS.values():
+        raise UserError(f"sampler.name={sampler} is for flow-matching models, and this is none: use ddim or ddpm")
+
+
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """The configuration of a diffusers scheduler, which clips x_0 only where it says so.
 

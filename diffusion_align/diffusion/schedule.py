@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.diffusion.flow_samplers import FLOW_SAMPLERS
 from diffusion_align.diffusion.samplers import (
     SAMPLERS,
     Sampler,
-    ddpm,
+    check_sampler,
     default_sampler,
     find_sampler,
     scheduler_config,
@@ -115,10 +114,7 @@ def build_schedule(
         raise UserError(
             f"sampler.steps={steps} must lie between 1 and num_train_timesteps={config['num_train_timesteps']}"
         )
-    if flow and tabulate is ddpm:
-        raise UserError("sampler.name=ddpm is not for a flow-matching model: use flow with eta=1, which is its DDPM")
-    if not flow and tabulate in FLOW_SAMPLERS.values():
-        raise UserError(f"sampler.name={sampler} is for flow-matching models, and this is none: use ddim or ddpm")
+    check_sampler(sampler, config)
 
     if flow:
         from diffusers import FlowMatchEulerDiscreteScheduler

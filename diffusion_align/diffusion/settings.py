@@ -13,10 +13,11 @@ from diffusion_align.data.image_pairs import PairsConfig
 from diffusion_align.data.prompts import PromptsConfig, check_image_prompts
 from diffusion_align.data.sources import in_python
 from diffusion_align.diffusion.flow_samplers import FLOW_SAMPLERS, NOISE_LEVELS
-from diffusion_align.diffusion.samplers import SAMPLERS, default_sampler, find_sampler
+from diffusion_align.diffusion.samplers import SAMPLERS, check_sampler, default_sampler, find_sampler
 from diffusion_align.errors import UserError, problems_of, short
 from diffusion_align.models.families.flow_matching import is_flow
-from diffusion_align.models.model_ref import check_image_model
+from diffusion_align.models.image_pipelines import scheduler_at_hand
+from diffusion_align.models.model_ref import check_image_model, image_model_ref
 from diffusion_align.rewards.settings import RewardSetting, check_diversity, reward_checks, weight_checks
 from diffusion_align.training.aliases import formerly_beside, other_words
 from diffusion_align.training.attention import ImageAttention, attention_checks
@@ -410,8 +411,15 @@ class DenoisingConfig(PolicyConfig):
         own |= {name: getattr(self, name, None) for name in ("height", "width", "bucket_step")}
         # First what stands in no other section, whose settings may be wrong as well.
         problems = problems_of(check_image_model, self.model, **own)
-        yield from problems or problems_of(check_image_model, self.model, **own, settings=self.family_settings)
+        problems = problems or problems_of(check_image_model, self.model, **own, settings=self.family_settings)
+        yield from problems or self._sampler_checks()
         yield from reward_checks(getattr(self, "reward", None), "image")
+
+    def _sampler_checks(self) -> Iterator[str]:
+        """Whether the sampler is for this kind of model, where the configuration of its scheduler is at hand."""
+        scheduler = scheduler_at_hand(image_model_ref(self.model).base)
+        if scheduler is not None and self.sampler.name is not None:
+            yield from problems_of(check_sampler, self.sampler.name, scheduler)
 
 
 _LARGEST_LOG = 700

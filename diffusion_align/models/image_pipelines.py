@@ -164,6 +164,16 @@ def check_folder(
         return
 
 
+def scheduler_at_hand(model: str) -> dict[str, Any] | None:
+    """The configuration of the scheduler of a folder or an embedded model; None where it cannot be read."""
+    try:
+        file = Path(_source(model)) / "scheduler" / "scheduler_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # which loading will say
+        return None
+    return config if isinstance(config, dict) else None
+
+
 def load_pipeline(
     model: str,
     *,

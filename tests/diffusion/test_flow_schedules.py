@@ -28,6 +28,7 @@ from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.families import family_of
 from diffusion_align.models.families.flow_matching import dynamic_shift, set_linear_timesteps, set_spaced_timesteps
 from diffusion_align.models.image_pipelines import load_pipeline
+from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.pipelines.image import ImageAlignmentPipeline
 from tests.helpers.flow_models import DYNAMIC, SD3_SCHEDULER
 from tests.helpers.oracles import F64, assert_same, randn
@@ -270,6 +271,23 @@ def test_samplers_that_are_refused_before_a_model_loads(sampler, said):
     with pytest.raises(ConfigError) as caught:
         DDPOConfig(**SETTINGS, sampler=sampler)
     assert any(said in problem for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "said"),
+    [
+        (
+            "emoji-sd",
+            "flow_sde",
+            "sampler.name=flow_sde is for flow-matching models, and this is none: use ddim or ddpm",
+        ),
+        ("emoji-flow", "ddpm", "sampler.name=ddpm is not for a flow-matching model: use flow with eta=1"),
+    ],
+)
+def test_a_sampler_of_another_kind_of_model_is_refused_before_the_model_loads(model, name, said):
+    with pytest.raises(ConfigError) as caught:
+        check_config(SETTINGS | {"model": model, "sampler": {"name": name}})
+    assert [problem[: len(said)] for problem in caught.value.problems] == [said]
 
 
 def test_noise_level_has_the_default_of_its_source():
