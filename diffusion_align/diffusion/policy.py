@@ -347,7 +347,7 @@ class DenoisingPolicy:
 def cached_prompts(conditioning: Conditioning) -> int:
     """How many prompts are kept whose embeddings, (B, ...) of B of them, are ``conditioning``."""
     size = sum(part.nbytes // len(part) for part in conditioning.values())
-    return max(1, min(CACHED_PROMPTS, CACHED_BYTES // size))
+    return max(1, min(CACHED_PROMPTS, CACHED_BYTES // max(1, size)))
 
 
 def check_family(policy: DenoisingPolicy, name: str) -> None:

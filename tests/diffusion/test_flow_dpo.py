@@ -39,7 +39,7 @@ def make_trainer(tmp_path, monkeypatch):
     """``make_trainer(scheduler, shapes, reward=, **settings)``: offline unless given a reward."""
 
     def make(scheduler="shift 3", shapes=SHAPES[:1], reward=None, **settings):
-        known = {"model": "emoji-sd", "output_dir": tmp_path / "run", "sampler": {"steps": 4, "guidance_scale": 1.0}}
+        known = {"model": "emoji-flow", "output_dir": tmp_path / "run", "sampler": {"steps": 4, "guidance_scale": 1.0}}
         known |= {"pairs": "emoji_style"} if reward is None else {"prompts": ["a cat", "moon"], "reward": reward}
         known |= {} if "beta_dpo" in settings else {"beta": BETA}
         config = DiffusionDPOConfig(**(known | EPOCH | {"weighting": "exact"} | settings))
@@ -393,7 +393,7 @@ def test_losses_of_real_networks(model, make_policy, tmp_path, monkeypatch):
     monkeypatch.setattr(dpo, "LatentCache", lambda *_: pairs)
     monkeypatch.setattr(pairs, "conditioning", lambda indices, texts: policy.encode(texts))
     config = DiffusionDPOConfig(
-        model="emoji-sd",
+        model="emoji-flow",
         output_dir=tmp_path,
         pairs="emoji_style",
         beta_dpo=0.2,
