@@ -195,7 +195,9 @@ def _time_here(config: DenoisingConfig, model: ModelFiles, cost: NetworkCost, pa
     batch = config.sample_batch_size * config.sampler.passes
     choices = {None: [False], "no": [False], "auto": [False, True]}.get(config.mixed_precision, [True])
     family, network = model.family, _random_network(model, config)
-    inputs = family.zeros(network.config, batch, tokens=family.prompt_tokens(model.configs), dtype=network.dtype)
+    tokens, size = family.prompt_tokens(model.configs), {"height": config.height, "width": config.width}
+    latent_size = family.latent_size(network.config, model.configs["vae"], **size)
+    inputs = family.zeros(network.config, batch, tokens=tokens, latent_size=latent_size, dtype=network.dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or threads)
     try:

@@ -795,3 +795,13 @@ def test_durations_and_sizes_are_readable():
 @pytest.mark.gpu
 def test_the_gpu_of_this_machine(report, tiny_sd):
     assert 1e12 < costs._gpu_rate() < 1e16
+
+
+def test_the_pass_that_is_timed_is_of_the_runs_size(report, model_path, monkeypatch):
+    from diffusion_align.doctor import cost_report
+
+    seen = []
+    monkeypatch.setattr(cost_report, "time_forward", lambda forward, use_bf16: seen.append(forward().shape) or 1.0)
+    found, _ = report(model=model_path("tiny_sd"), height=32)
+    assert "this CPU" in found
+    assert {tuple(shape[2:]) for shape in seen} == {(16, 8)}
