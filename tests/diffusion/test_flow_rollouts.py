@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 
-from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
-from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.models.families.flux import unpack
-from diffusion_align.models.image_pipelines import load_pipeline
-from tests.helpers.flow_models import SIDE
+from tests.helpers.flow_models import noisy_policy, schedule_of
 from tests.helpers.plain_diffusers import initial
 
 PROMPTS = ["red apple", "a cat"]
@@ -26,26 +22,13 @@ SAMPLERS = [
 
 @pytest.fixture
 def flow_policy(model_path):
-    """``flow_policy(name, dynamic=None, dtype=None, noise=0.1, **settings)``; ``dynamic``: the sigmas' shift."""
+    """``flow_policy(name, dynamic=None, noise=0.1, **settings)``, see ``noisy_policy``; ``dynamic``: the shift."""
 
-    def make(name, *, dynamic=None, dtype=None, noise=0.1, **settings):
-        pipeline = load_pipeline(model_path(name), dtype=dtype, settings=READS)
-        if dynamic is not None:
-            config = {**pipeline.scheduler.config, "use_dynamic_shifting": dynamic}
-            pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-        torch.manual_seed(0)
-        policy = DenoisingPolicy(pipeline, **({"lora": LoRAConfig(rank=4), "height": SIDE, "width": SIDE} | settings))
-        with torch.no_grad():
-            for parameter in policy.trainable.values():
-                parameter.add_(noise * torch.randn_like(parameter))
-        return policy
+    def make(name, *, dynamic=None, **settings):
+        shift = None if dynamic is None else {"use_dynamic_shifting": dynamic}
+        return noisy_policy(model_path(name), scheduler=shift, **({"reads": READS, "noise": 0.1} | settings))
 
     return make
-
-
-def schedule_of(policy, dtype=torch.float32, **sampler):
-    config = SamplerConfig(**({"steps": 4} | sampler))
-    return config.schedule(policy.pipeline.scheduler, policy.timesteps_setter()).to("cpu", dtype)
 
 
 CASES = [

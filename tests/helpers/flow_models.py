@@ -126,3 +126,32 @@ def spread(network, by=0.2):
     for parameter in network.parameters():
         parameter.add_(by * torch.randn_like(parameter))
     return network
+
+
+def noisy_policy(folder, *, scheduler=None, dtype=None, noise=0.0, reads=None, **settings):
+    """A policy of images of ``SIDE`` pixels whose trained weights are moved by ``noise`` of a fixed stream.
+
+    ``scheduler``: what is other in its configuration; ``reads``: settings of the family.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
+    from diffusion_align.models.image_pipelines import load_pipeline
+
+    pipeline = load_pipeline(folder, dtype=dtype, settings=reads or {})
+    if scheduler:
+        config = {**pipeline.scheduler.config, **scheduler}
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    torch.manual_seed(0)
+    policy = DenoisingPolicy(pipeline, **({"lora": LoRAConfig(rank=4), "height": SIDE, "width": SIDE} | settings))
+    with torch.no_grad():
+        for parameter in policy.trainable.values() if noise else ():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return policy
+
+
+def schedule_of(policy, dtype=torch.float32, **sampler):
+    from diffusion_align.diffusion.settings import SamplerConfig
+
+    config = SamplerConfig(**({"steps": 4} | sampler))
+    return config.schedule(policy.pipeline.scheduler, policy.timesteps_setter()).to("cpu", dtype)

@@ -12,7 +12,7 @@ from diffusion_align.models.adapters import LORA_FILE, load_lora
 from diffusion_align.models.families import SHIPPED, family_of, family_of_network
 from diffusion_align.models.families.flux import pack, positions, unpack
 from diffusion_align.models.image_pipelines import check_folder, load_pipeline
-from tests.helpers.flow_models import SIDE
+from tests.helpers.flow_models import SIDE, noisy_policy
 
 PROMPTS = ["red apple", "a cat"]
 READS = {"max_sequence_length": 20}
@@ -22,18 +22,8 @@ ALL_LAYERS = LoRAConfig(rank=4, layers="attention+feed_forward")
 
 @pytest.fixture
 def flow_policy(model_path):
-    """``flow_policy(name, noise=0, reads={...}, **settings)``: like ``make_policy``, with images of ``SIDE`` pixels."""
-
-    def make(name, *, noise=0.0, reads=READS, dtype=None, **settings):
-        pipeline = load_pipeline(model_path(name), dtype=dtype, settings=reads)
-        torch.manual_seed(0)
-        policy = DenoisingPolicy(pipeline, **({"lora": LoRAConfig(rank=4), "height": SIDE, "width": SIDE} | settings))
-        with torch.no_grad():
-            for parameter in policy.trainable.values() if noise else ():
-                parameter.add_(noise * torch.randn_like(parameter))
-        return policy
-
-    return make
+    """``flow_policy(name, noise=0, **settings)``, see ``noisy_policy``."""
+    return lambda name, **settings: noisy_policy(model_path(name), **({"reads": READS} | settings))
 
 
 def given(policy, seed=1):

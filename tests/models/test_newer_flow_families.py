@@ -2,16 +2,15 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
-from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.errors import ConfigError
 from diffusion_align.models.adapters import LORA_FILE, load_lora
 from diffusion_align.models.families import SHIPPED, family_of_network
 from diffusion_align.models.image_pipelines import check_folder, load_pipeline
-from tests.helpers.flow_models import DYNAMIC, SIDE
+from tests.helpers.flow_models import DYNAMIC, SIDE, noisy_policy, schedule_of
 from tests.helpers.plain_diffusers import initial
 
 PROMPTS = ["red apple", "a cat"]
@@ -23,26 +22,8 @@ EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 
 @pytest.fixture
 def flow_policy(model_path):
-    """``flow_policy(name, scheduler={}, noise=0.1, reads={...}, **settings)``: a policy of images of ``SIDE`` pixels;
-    ``scheduler``: what is other in its configuration."""
-
-    def make(name, *, scheduler=None, dtype=None, noise=0.1, reads=READS, **settings):
-        pipeline = load_pipeline(model_path(name), dtype=dtype, settings=reads)
-        config = {**pipeline.scheduler.config, **(scheduler or {})}
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-        torch.manual_seed(0)
-        policy = DenoisingPolicy(pipeline, **({"lora": LoRAConfig(rank=4), "height": SIDE, "width": SIDE} | settings))
-        with torch.no_grad():
-            for parameter in policy.trainable.values() if noise else ():
-                parameter.add_(noise * torch.randn_like(parameter))
-        return policy
-
-    return make
-
-
-def schedule_of(policy, dtype=torch.float32, **sampler):
-    config = SamplerConfig(**({"steps": 4} | sampler))
-    return config.schedule(policy.pipeline.scheduler, policy.timesteps_setter()).to("cpu", dtype)
+    """``flow_policy(name, noise=0.1, **settings)``, see ``noisy_policy``."""
+    return lambda name, **settings: noisy_policy(model_path(name), **({"reads": READS, "noise": 0.1} | settings))
 
 
 def given(policy):
