@@ -7,8 +7,9 @@ from diffusion_align.lazy import offered
 if TYPE_CHECKING:
     from diffusion_align import estimators, llm, pipelines, rewards
     from diffusion_align.diffusion.ddpo import DDPOTrainer
+    from diffusion_align.diffusion.ddpo_settings import DDPOConfig
     from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
-    from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
+    from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
     from diffusion_align.llm import (
         DPOConfig,
         DPOTrainer,
@@ -52,9 +53,9 @@ __all__ = [
 __getattr__, __dir__ = offered(
     __name__,
     {
-        "DDPOConfig": "diffusion_align.diffusion.settings",
+        "DDPOConfig": "diffusion_align.diffusion.ddpo_settings",
         "DDPOTrainer": "diffusion_align.diffusion.ddpo",
-        "DiffusionDPOConfig": "diffusion_align.diffusion.settings",
+        "DiffusionDPOConfig": "diffusion_align.diffusion.dpo_settings",
         "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
         "DPOConfig": "diffusion_align.llm",
         "DPOTrainer": "diffusion_align.llm",

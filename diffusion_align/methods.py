@@ -32,8 +32,8 @@ class Shipped(NamedTuple):
 
 _IMAGE, _TEXT = "diffusion_align.diffusion", "diffusion_align.llm"
 SHIPPED = {
-    "ddpo": Shipped(f"{_IMAGE}.ddpo:DDPOTrainer", f"{_IMAGE}.settings:DDPOConfig"),
-    "diffusion_dpo": Shipped(f"{_IMAGE}.dpo:DiffusionDPOTrainer", f"{_IMAGE}.settings:DiffusionDPOConfig"),
+    "ddpo": Shipped(f"{_IMAGE}.ddpo:DDPOTrainer", f"{_IMAGE}.ddpo_settings:DDPOConfig"),
+    "diffusion_dpo": Shipped(f"{_IMAGE}.dpo:DiffusionDPOTrainer", f"{_IMAGE}.dpo_settings:DiffusionDPOConfig"),
     "grpo": Shipped(f"{_TEXT}.grpo:GRPOTrainer", f"{_TEXT}.settings:GRPOConfig"),
     "ppo": Shipped(f"{_TEXT}.ppo:PPOTrainer", f"{_TEXT}.settings:PPOConfig"),
     "dpo": Shipped(f"{_TEXT}.dpo:DPOTrainer", f"{_TEXT}.settings:DPOConfig"),

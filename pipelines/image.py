@@ -22,7 +22,8 @@ from diffusion_align.bounds import LARGEST_SIDE
 from diffusion_align.data.prompts import check_image_prompts
 from diffusion_align.diffusion.policy import finite_images
 from diffusion_align.diffusion.rollout import normal_noise, scheduler_of
-from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig, negative_prompt_checks
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
+from diffusion_align.diffusion.settings import DenoisingConfig, negative_prompt_checks
 from diffusion_align.errors import ConfigError, UserError, problems_of, short
 from diffusion_align.inputs import check_device, check_path, default_device
 from diffusion_align.methods import method_name, method_of

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from diffusion_align.data.image_pairs import PairsConfig
     from diffusion_align.data.prompts import PromptsConfig
     from diffusion_align.data.text_rows import TextDataConfig
-    from diffusion_align.diffusion.settings import ExperimentalDDPO as ExperimentalDDPOConfig
-    from diffusion_align.diffusion.settings import ExperimentalDiffusionDPO as ExperimentalDiffusionDPOConfig
-    from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig, LoRAConfig, SamplerConfig
+    from diffusion_align.diffusion.ddpo_settings import ExperimentalDDPO as ExperimentalDDPOConfig
+    from diffusion_align.diffusion.dpo_settings import ExperimentalDiffusionDPO as ExperimentalDiffusionDPOConfig
+    from diffusion_align.diffusion.sampler_settings import SamplerConfig
+    from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig, LoRAConfig
     from diffusion_align.llm.settings import DynamicBetaConfig, TextEvaluationConfig
     from diffusion_align.llm.settings import ExperimentalDPO as ExperimentalDPOConfig
     from diffusion_align.llm.settings import ExperimentalGRPO as ExperimentalGRPOConfig
@@ -396,6 +397,18 @@ class DDPOSettings(ImageSettings, total=False):
     """list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"""
     reward: Reward | None
     """name, 'module:function', {name: ..., options}, a function, or a list of these"""
+    group_size: int
+    """images per prompt per epoch"""
+    advantages: Literal["prompt_history", "group", "leave_one_out"]
+    """deviation from a prompt's mean reward in units of its std, over past epochs or the group of this one; or reward minus the mean of the rest of the group (RLOO)"""
+    history_size: int
+    """rewards kept per prompt, for the 4096 prompts seen last"""
+    history_min_count: int
+    """number of rewards from which on a prompt's own history is used; until then, the whole epoch's"""
+    advantage_clip: float
+    """bound on an advantage; with leave_one_out, in the unit of the reward"""
+    experimental: ExperimentalDDPOSettings | ExperimentalDDPOConfig
+    """rarely used settings"""
     objective: Literal["ratio", "score_function"]
     """clipped importance ratio, or the score function, which has no ratio"""
     logp_reduction: Literal["mean", "sum"]
@@ -410,30 +423,18 @@ class DDPOSettings(ImageSettings, total=False):
     """importance ratio, or GRPO-Guard's: centred, and in proportion to a step's std"""
     timestep_fraction: float
     """share of those steps trained on, sampled per image"""
-    group_size: int
-    """images per prompt per epoch"""
-    advantages: Literal["prompt_history", "group", "leave_one_out"]
-    """deviation from a prompt's mean reward in units of its std, over past epochs or the group of this one; or reward minus the mean of the rest of the group (RLOO)"""
-    history_size: int
-    """rewards kept per prompt, for the 4096 prompts seen last"""
-    history_min_count: int
-    """number of rewards from which on a prompt's own history is used; until then, the whole epoch's"""
-    advantage_clip: float
-    """bound on an advantage; with leave_one_out, in the unit of the reward"""
     kl_coef: float
     """price of one nat of KL to the reference, in units of the advantage"""
     kl: Literal["closed_form", "k1_reward"]
     """KL as a loss in closed form, or its k1 estimate subtracted from the reward"""
-    experimental: ExperimentalDDPOSettings | ExperimentalDDPOConfig
-    """rarely used settings"""
-    beta: float
-    """another name of kl_coef"""
-    epsilon: float
-    """another name of clip_range"""
     clip_std: Sequence[float]
     """another name of experimental.clip_std"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     """another name of experimental.multi_objective_aggregation"""
+    beta: float
+    """another name of kl_coef"""
+    epsilon: float
+    """another name of clip_range"""
     credit: Literal["step", "to_go"]
     """another name of experimental.credit"""
 

@@ -22,8 +22,8 @@ import torch
 from matplotlib.figure import Figure
 
 import diffusion_align.diffusion.dpo as dpo
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.diffusion.step import Step
 from diffusion_align.errors import TrainingError
 from diffusion_align.report import save_figure

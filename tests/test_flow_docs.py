@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
 from diffusion_align.diffusion.schedule import build_schedule
-from diffusion_align.diffusion.settings import DDPOConfig
 from diffusion_align.diffusion.transitions import nats_per_squared_error
 from diffusion_align.models.families.flow_matching import set_linear_timesteps
 

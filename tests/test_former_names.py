@@ -26,7 +26,7 @@ def test_a_former_name_is_the_same_object(module, former, name):
     [
         ("diffusion.trainer", "diffusion.settings", ["DenoisingConfig"]),
         ("diffusion.policy", "diffusion.settings", ["LoRAConfig"]),
-        ("diffusion.schedule", "diffusion.settings", ["SamplerConfig"]),
+        ("diffusion.schedule", "diffusion.sampler_settings", ["SamplerConfig"]),
         ("diffusion.evaluation", "diffusion.settings", ["ImageEvaluationConfig", "ImageStopConfig"]),
         ("llm.policy", "llm.settings", ["LoRAConfig"]),
         ("llm.trainer", "llm.settings", ["OnlineConfig", "TextConfig", "TextEvaluationConfig"]),

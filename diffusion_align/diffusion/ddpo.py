@@ -21,30 +21,27 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion_align.data.prompts import Prompt
+from diffusion_align.diffusion.advantages import Advantages
+from diffusion_align.diffusion.ddpo_settings import EVERY_LATER_STEP, DDPOConfig
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, replay, transition
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
-from diffusion_align.diffusion.settings import EVERY_LATER_STEP, DDPOConfig
 from diffusion_align.diffusion.trained_steps import outweighing_step, trained_steps
 from diffusion_align.diffusion.trainer import Collected, DenoisingTrainer
 from diffusion_align.diffusion.transitions import GaussianTransition, nats_per_squared_error
 from diffusion_align.diffusion.windows import mix, window
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
-    PromptStatistics,
     clipped_ratio_loss,
     divergence_mask,
     guarded_ratio,
     importance_ratio,
     kl_reward,
-    leave_one_out_advantages,
-    multi_reward_advantages,
     reward_to_go,
     score_function_loss,
 )
-from diffusion_align.rewards.base import part_weights
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.finite import MORE_ROOM
@@ -145,9 +142,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)
-        apart = config.experimental.multi_objective_aggregation == "normalize_then_sum"
-        self.weights = part_weights(reward) if apart else torch.ones(1)
-        self.statistics = [PromptStatistics(config.history_size, config.history_min_count) for _ in self.weights]
+        self.advantages = Advantages(config, reward)
         self._noisy, self._nats = self.schedule, nats_per_squared_error(self.exact_schedule)
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high, self.clip_nats = config.clip_bounds(self.dimensions)
@@ -247,18 +242,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
         config, path = self.config, collected.trajectory
-        groups = torch.arange(len(collected.rewards)) // config.group_size
-        apart = config.experimental.multi_objective_aggregation == "normalize_then_sum"
-        columns = collected.scores if apart else collected.rewards[:, None]
-        if config.advantages == "leave_one_out":
-            advantages = multi_reward_advantages(columns, groups, self.weights, estimator=leave_one_out_advantages)
-        elif config.advantages == "group":
-            advantages = multi_reward_advantages(columns, groups, self.weights, clip_std=config.experimental.clip_std)
-        else:
-            texts = [text for text, _ in collected.samples]
-            measured = [one.update(texts, c) for one, c in zip(self.statistics, columns.unbind(1))]
-            advantages = torch.stack(measured, dim=1) @ self.weights.to(columns)
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
+        advantages = self.advantages(collected.samples, collected.scores, collected.rewards)
         metrics = equal_reward_metric(collected.rewards, config.group_size)
 
         own = self.local(advantages.to(path.logp_old.dtype))
@@ -355,12 +339,11 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return {"kl_coef": self.config.kl_coef}
 
     def extra_state(self) -> dict[str, Any]:
-        return super().extra_state() | {"statistics": [one.state_dict() for one in self.statistics]}
+        return super().extra_state() | self.advantages.state()
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         super().load_extra_state(state)
-        for one, saved in zip(self.statistics, state["statistics"], strict=True):
-            one.load_state_dict(saved)
+        self.advantages.load(state)
 
     def _place_window(self) -> None:
         """Where ``schedule`` is noisy in this epoch, ``trained_steps``, and in what proportion their KLs are."""

@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from diffusion_align.data.buckets import Size, bucket_line, nearest_bucket
 from diffusion_align.data.image_pairs import PairSet
 from diffusion_align.data.prompts import Prompt, items_of_epoch
+from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.latent_cache import LatentCache
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
@@ -39,7 +40,6 @@ from diffusion_align.diffusion.schedule import (
     SetTimesteps,
     training_schedule,
 )
-from diffusion_align.diffusion.settings import DiffusionDPOConfig
 from diffusion_align.diffusion.step_draw import draw_steps, step_probabilities
 from diffusion_align.diffusion.trained_steps import trained_steps
 from diffusion_align.diffusion.trainer import DenoisingTrainer

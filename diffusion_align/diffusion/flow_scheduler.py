@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from diffusion_align.diffusion.settings import SamplerConfig
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.diffusion.transitions import denoise
 
 

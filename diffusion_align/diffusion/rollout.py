@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.diffusion.samplers import scheduler_config
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.diffusion.settings import SamplerConfig
 from diffusion_align.diffusion.transitions import GaussianTransition, Reduction, denoise
 from diffusion_align.models.families.flow_matching import is_flow
 from diffusion_align.models.image_pipelines import diffusers_scheduler

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.diffusion.sampler_settings import SamplerConfig  # noqa: F401, from where model cards import it
 from diffusion_align.diffusion.samplers import (
     SAMPLERS,
     Sampler,
@@ -24,7 +25,6 @@ from diffusion_align.diffusion.samplers import (
     find_sampler,
     scheduler_config,
 )
-from diffusion_align.diffusion.settings import SamplerConfig  # noqa: F401, from where model cards import it
 from diffusion_align.diffusion.step import Step
 from diffusion_align.errors import UserError, foreign_code
 from diffusion_align.models.families.flow_matching import is_flow, set_spaced_timesteps

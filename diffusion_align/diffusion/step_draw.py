@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_align.diffusion.settings import StepDraw
+from diffusion_align.diffusion.sampler_settings import StepDraw
 
 
 def step_probabilities(draw: StepDraw, steps: Tensor, length: int) -> Tensor:

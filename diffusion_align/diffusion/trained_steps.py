@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from diffusion_align.diffusion.sampler_settings import Weighting
 from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_range
-from diffusion_align.diffusion.settings import Weighting
 from diffusion_align.diffusion.transitions import nats_per_squared_error, step_scales
 
 MOST = 0.5

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusion_align.diffusion.sampler_settings import Weighting
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.diffusion.settings import Weighting
 from diffusion_align.diffusion.step import Step
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
 

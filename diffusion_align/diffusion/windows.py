@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from diffusion_align.diffusion.sampler_settings import NoisyOrder
 from diffusion_align.diffusion.schedule import DiffusionSchedule
-from diffusion_align.diffusion.settings import NoisyOrder
 from diffusion_align.diffusion.step import Step
 from diffusion_align.training.randomness import generator
 

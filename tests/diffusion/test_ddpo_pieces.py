@@ -102,8 +102,8 @@ def test_several_rewards_are_summed_before_or_after_they_are_normalised(advantag
         advantages=advantages, multi_objective_aggregation=how, reward=[redness, redness], advantage_clip=100
     )
     apart = how == "normalize_then_sum"
-    trainer.weights = WEIGHTS if apart else torch.ones(1)
-    trainer.statistics = [PromptStatistics(8, 2) for _ in trainer.weights]
+    trainer.advantages.weights = WEIGHTS if apart else torch.ones(1)
+    trainer.advantages.statistics = [PromptStatistics(8, 2) for _ in trainer.advantages.weights]
     batch = replace(recorded(trainer, streams, rewards=(SCORES @ WEIGHTS).tolist()), scores=SCORES)
     batch, *_ = trainer.estimate(batch)
     columns, weights = (SCORES, WEIGHTS) if apart else ((SCORES @ WEIGHTS)[:, None], torch.ones(1))

@@ -13,9 +13,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.nn.functional import logsigmoid
 
 import diffusion_align.diffusion.dpo as dpo
+from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
 from diffusion_align.diffusion.rollout import replay
 from diffusion_align.diffusion.schedule import training_schedule
-from diffusion_align.diffusion.settings import DiffusionDPOConfig
 from diffusion_align.diffusion.step_draw import step_probabilities
 from diffusion_align.diffusion.transitions import nats_per_squared_error
 from diffusion_align.models.families.flow_matching import set_linear_timesteps

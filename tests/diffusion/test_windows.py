@@ -9,8 +9,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusion_align.diffusion.ddpo import DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.rollout import rollout, transition
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.diffusion.schedule import build_schedule
-from diffusion_align.diffusion.settings import DenoisingConfig, SamplerConfig
+from diffusion_align.diffusion.settings import DenoisingConfig
 from diffusion_align.diffusion.step import Step
 from diffusion_align.diffusion.windows import mix, window
 from diffusion_align.errors import ConfigError

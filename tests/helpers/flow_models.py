@@ -151,7 +151,7 @@ def noisy_policy(folder, *, scheduler=None, dtype=None, noise=0.0, reads=None, *
 
 
 def schedule_of(policy, dtype=torch.float32, **sampler):
-    from diffusion_align.diffusion.settings import SamplerConfig
+    from diffusion_align.diffusion.sampler_settings import SamplerConfig
 
     config = SamplerConfig(**({"steps": 4} | sampler))
     return config.schedule(policy.pipeline.scheduler, policy.timesteps_setter()).to("cpu", dtype)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
 from diffusion_align.diffusion.dpo import DiffusionDPOConfig
-from diffusion_align.diffusion.settings import DDPOConfig, LoRAConfig
+from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.llm.settings import DPOConfig, GRPOConfig, KTOConfig, PPOConfig
 from diffusion_align.models.dropout import RowDropout, set_dropout

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from pydantic import Field
 
 from diffusion_align.cli.listing import grouped_settings
-from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
+from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
 from diffusion_align.errors import CheckpointError, ConfigError
 from diffusion_align.pipelines.configuration import read_config
 from diffusion_align.training.aliases import other_words

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
-from diffusion_align.diffusion.settings import SamplerConfig
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.configuration import check_config

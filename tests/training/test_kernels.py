@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_align.diffusion.settings import DDPOConfig, LoRAConfig
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
+from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.errors import ConfigError, RewardError, UserError
 from diffusion_align.llm.settings import GRPOConfig, RewardModelConfig
 from diffusion_align.models.language_models import load_language_model, use_attention

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
-from diffusion_align.diffusion.settings import SamplerConfig
+from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.pipelines import ImageAlignmentPipeline
 from diffusion_align.pipelines.scoring import as_batch
 from tests.helpers.flow_models import SIDE

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_align.diffusion.settings import DDPOConfig
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
 from diffusion_align.errors import ConfigError
 from diffusion_align.llm.settings import RewardModelConfig
 from diffusion_align.training import launch

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion_align.diffusion.ddpo import DDPOTrainer
-from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
+from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
 from tests.helpers.tiny_runs import TINY
 
 RUN = TINY | {

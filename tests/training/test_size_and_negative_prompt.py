@@ -9,10 +9,10 @@ import torch
 import yaml
 from PIL import Image
 
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
 from diffusion_align.diffusion.policy import DenoisingPolicy, LoRAConfig
 from diffusion_align.diffusion.rollout import replay, rollout
 from diffusion_align.diffusion.schedule import SamplerConfig, build_schedule
-from diffusion_align.diffusion.settings import DDPOConfig
 from diffusion_align.errors import ConfigError, UserError
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.pipelines import ImageAlignmentPipeline

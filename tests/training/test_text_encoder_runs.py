@@ -6,7 +6,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusion_align import ImageAlignmentPipeline
-from diffusion_align.diffusion.settings import DDPOConfig, DiffusionDPOConfig
+from diffusion_align.diffusion.ddpo_settings import DDPOConfig
+from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
 from diffusion_align.models.adapters import adapter_weights
 from tests.helpers.tiny_runs import TINY
