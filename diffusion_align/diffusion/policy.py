@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusion_align.data.buckets import Size
 from diffusion_align.diffusion.settings import LoRAConfig
+from diffusion_align.diffusion.snapshots import Snapshots
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.dropout import set_dropout
@@ -158,6 +160,21 @@ class DenoisingPolicy:
         for part, encoder in self._encoders.items():
             named |= encoder.named_parameters(prefix=part)
         return {name: p for name, p in named.items() if self.lora is None or ".lora_" in name}
+
+    @cached_property
+    def snapshots(self) -> Snapshots:
+        """Named copies of ``trainable``."""
+        return Snapshots(self.trainable)
+
+    @contextlib.contextmanager
+    def as_snapshot(self, name: str) -> Iterator[None]:
+        """Inside, without gradients, the policy is the snapshot ``name``."""
+        before, self._kept = self._kept, None
+        try:
+            with self.snapshots.active(name):
+                yield
+        finally:
+            self._kept = before
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

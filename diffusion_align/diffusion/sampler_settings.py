@@ -75,7 +75,7 @@ class SamplerConfig(Section):
                 f"noise_level={self.noise_level:g} is for name={', '.join(NOISE_LEVELS)}, not for name={named}: set "
                 "one of them, or leave noise_level out"
             )
-        if self.name in NOISE_LEVELS and self.eta != 1:
+        if self.name in NOISE_LEVELS and self.eta != type(self).model_fields["eta"].default:
             yield self.no_eta(self.eta)
         if self.name == "cps" and self.noise_level is not None and self.noise_level > 1:
             yield f"noise_level={self.noise_level:g} is more than 1, the most that name=cps has: lower it"
@@ -148,6 +148,15 @@ class SamplerConfig(Section):
         noise = {"eta": self.eta} if self.noise_level is None else {"eta": self.eta, "noise_level": self.noise_level}
         options = {**noise, **self.options}
         return build_schedule(scheduler, self.steps, sampler=self.name, options=options, set_timesteps=set_timesteps)
+
+
+class QuietSamplerConfig(SamplerConfig):
+    """A sampler that has neither noise nor guidance unless it is asked for them."""
+
+    eta: float = Field(0.0, ge=0, le=1, description="noise of ddim and flow")
+    guidance_scale: float = Field(
+        1.0, ge=1, le=LARGEST, description="scale of guidance; 1 switches classifier-free guidance off"
+    )
 
 
 _NO_WINDOW: dict[str, Any] = {

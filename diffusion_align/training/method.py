@@ -158,6 +158,13 @@ class TrainingMethod(ABC, Generic[Batch]):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take back what ``extra_state`` returned."""
 
+    def extra_weights(self) -> dict[str, dict[str, Tensor]]:
+        """File stem -> name -> tensor: weights beside the trained ones that a trainer needs back on resume."""
+        return {}
+
+    def load_extra_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what ``extra_weights`` returned, from among all of a checkpoint's files."""
+
     def dropout_seeds(self, batch: Batch, samples: Tensor, actions: Tensor) -> list[int]:
         """For ``dropout``, one for each of the n actions of ``loss`` in this update, in whatever batch or process.
 

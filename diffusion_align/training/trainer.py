@@ -441,7 +441,7 @@ class Trainer(TrainingMethod[Batch]):
         checkpoint.save_checkpoint(
             self.folder / "checkpoints",
             self.step,
-            weights=optimization.weights(),
+            weights=optimization.weights() | self.extra_weights(),
             tensors={**optimization.tensors(), "rng": rng},
             state={
                 "version": __version__,
@@ -482,5 +482,6 @@ class Trainer(TrainingMethod[Batch]):
         if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):
             self.stopped = state.get("stopped")  # under other rules the run continues
         self.load_extra_state(state["extra"])
+        self.load_extra_weights(weights)
         own = tensors["rng"]
         checkpoint.set_rng_state(own[min(self.processes.index, len(own) - 1)])
