@@ -33,6 +33,15 @@ from diffusion_align.estimators.dynamic_beta import (
 from diffusion_align.estimators.gaussian import gaussian_kl, gaussian_log_prob
 from diffusion_align.estimators.kl import kl_gradient_coefficient, kl_loss, kl_reward, kl_value
 from diffusion_align.estimators.masked import aggregate, masked_mean, masked_sum, masked_whiten
+from diffusion_align.estimators.matching import (
+    centred_reward_loss,
+    group_preference_weights,
+    likelihood_weight,
+    matching_error,
+    nft_loss,
+    nft_loss_as_trust_region,
+    reward_probability,
+)
 from diffusion_align.estimators.policy import (
     clip_fractions,
     clipped_ratio_loss,

@@ -17,7 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusion_align.estimators.masked import check_choice, check_mask, check_shapes, masked_fill_zero
+from diffusion_align.estimators.masked import (
+    check_choice,
+    check_mask,
+    check_shapes,
+    group_indices,
+    masked_fill_zero,
+)
 
 
 def _float64(x: Tensor) -> Tensor:
@@ -41,10 +47,8 @@ def _checked_rewards(rewards: Tensor) -> Tensor:
 def _group_centred(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(r - mean of its group, index of its group, sizes of the groups); exactly 0 in a group of equal rewards."""
     check_shapes(ndim=1, rewards=rewards, group_ids=group_ids)
-    if group_ids.is_floating_point():
-        raise ValueError(f"group_ids must be integers, got {group_ids.dtype}.")
+    index, counts = group_indices(group_ids)
     values = _checked_rewards(rewards)
-    _, index, counts = torch.unique(group_ids.cpu(), return_inverse=True, return_counts=True)
     # Measured from the group's smallest reward, equal rewards are exact zeros; a mean rounded by one ulp would
     # otherwise be blown up to ±1 by the division.
     zeros = values.new_zeros(counts.numel())

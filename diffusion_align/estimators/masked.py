@@ -34,6 +34,14 @@ def check_shapes(*, ndim: int | None = None, **tensors: Tensor | None) -> None:
         raise ValueError(f"expected {wanted}, got {found}; nothing is broadcast here.")
 
 
+def group_indices(group_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(index of the group of each sample, sizes of the groups), both int64 on the CPU; ids (B,) must be integers."""
+    if group_ids.is_floating_point():
+        raise ValueError(f"group_ids must be integers, got {group_ids.dtype}.")
+    _, index, counts = torch.unique(group_ids.cpu(), return_inverse=True, return_counts=True)
+    return index, counts
+
+
 def check_mask(mask: Tensor | None) -> None:
     """Raise a ``ValueError`` unless ``mask`` is None or boolean."""
     if mask is not None and mask.dtype != torch.bool:
