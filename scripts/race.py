@@ -14,176 +14,21 @@ is not repeated.
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from race_run import PROMPTS, ROOT, Job, Limits, commit_of_code, run_job
+from race_course import ENTRANTS, REWARDS, course, fix_target, read_targets
+from race_page import draw, put_between_marks, tables
+from race_run import ROOT, commit_of_code, run_job
 
-from diffusion_align.pipelines.configuration import read_config
+from diffusion_align.report import save_figure
 from diffusion_align.writing import append_line, write_text
 
-Row = dict[str, Any]
-
-SHIPPED, PLAIN = "DDPO as shipped", "DDPO, every step"
-SEEDS = (0, 1, 2)
-SEARCH_SEED = 100
-FACTORS = (1.0, 3.0, 1 / 3)
-BUDGET = 1.5
-"""Passes of a run, in those of the shipped recipe's whole run."""
-REWARDS = {"aesthetic": "quickstart", "jpeg_compressibility": "ddpo_emoji_jpeg"}
-"""Reward -> the shipped DDPO recipe of emoji-sd."""
-FLOW_RECIPE = "flow_emoji_jpeg"
-"""The shipped DDPO recipe of emoji-flow, for both rewards."""
-FLOW = ["model=emoji-flow", "t5=false", "max_sequence_length=1", "attention=sdpa", "lora.layers=attention+feed_forward"]
-"""Settings of a recipe of emoji-sd for emoji-flow."""
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A method with its settings.
-
-    Attributes:
-        recipe: shipped one; None is the DDPO recipe of the reward and model.
-        overrides: of the recipe.
-        on_flow: further ones for emoji-flow.
-        searched: whether its learning rate is searched; otherwise it is the recipe's, and runs go to their end.
-        budget: see ``BUDGET``.
-        without: rewards it cannot train, and why.
-    """
-
-    recipe: str | None = None
-    overrides: Sequence[str] = ()
-    on_flow: Sequence[str] = ()
-    searched: bool = True
-    budget: float = BUDGET
-    without: dict[str, str] = field(default_factory=dict)
-
-    def settings(self, reward: str, model: str) -> tuple[str, list[str]]:
-        """The recipe, and its overrides but for reward, model, learning rate and seed."""
-        flow = model == "emoji-flow"
-        if self.recipe is None:
-            return (FLOW_RECIPE if flow else REWARDS[reward]), [*self.overrides, *(self.on_flow if flow else ())]
-        prompts = f"prompts={json.dumps(PROMPTS)}"
-        return self.recipe, [prompts, *self.overrides, *([*FLOW[1:], *self.on_flow] if flow else ())]
-
-
-ENTRANTS: dict[str, Entrant] = {
-    SHIPPED: Entrant(searched=False),
-    PLAIN: Entrant(overrides=["timestep_range=[0.0, 1.0]", "timestep_fraction=1.0"], budget=6),
-    "DDPO, windows": Entrant(
-        overrides=[
-            *("timestep_range=null", "timestep_fraction=1.0", "sampler.noisy_steps=3", "sampler.noisy_range=[0.0, 0.9]")
-        ],
-        on_flow=["sampler.noisy_range=[0.0, 0.8]"],
-    ),
-    "online Diffusion-DPO": Entrant("dpo_emoji_online"),
-}
-
-
-@dataclass(frozen=True)
-class Course:
-    """One model and one reward, with the rows so far.
-
-    Attributes:
-        rows: of this model and reward.
-        target: evaluation reward; None before it is known.
-    """
-
-    model: str
-    reward: str
-    rows: Sequence[Row]
-    target: float | None
-
-    def of(self, method: str, role: str) -> list[Row]:
-        """The rows of a method, by learning rate and seed."""
-        found = [row for row in self.rows if row["method"] == method and row["role"] == role]
-        return sorted(found, key=lambda row: (row["learning_rate"], row["seed"]))
-
-    def reached(self, row: Row) -> Row | None:
-        """The first evaluation at or above the target."""
-        return next((e for e in row["evaluations"] if self.target is not None and e["reward"] >= self.target), None)
-
-    def passes_to_target(self, row: Row) -> float:
-        """Infinite if it was not reached."""
-        evaluation = self.reached(row)
-        return float("inf") if evaluation is None else evaluation["passes"]
-
-    def best(self, method: str) -> float | None:
-        """The learning rate of the search that goes on to the three seeds; None without a search."""
-        searched = self.of(method, "search")
-        if not searched:
-            return None
-
-        def rank(row: Row) -> tuple[float, float]:
-            return self.passes_to_target(row), -max(e["reward"] for e in row["evaluations"])
-
-        return float(min(searched, key=rank)["learning_rate"])
-
-    def jobs(self, method: str) -> Iterator[tuple[Job, Limits]]:
-        """What a method still has to run: the first of them, then, with its row, the next."""
-        entrant = ENTRANTS[method]
-        recipe, overrides = entrant.settings(self.reward, self.model)
-        base: float = read_config(recipe, [*overrides, "output_dir=unused"]).learning_rate
-        if self.reward in entrant.without:
-            return
-        if not entrant.searched:
-            yield from self._missing(method, [(base, seed) for seed in SEEDS], "final", Limits(self.target, None))
-            return
-        shipped = self.of(SHIPPED, "final")
-        if self.target is None or len(shipped) < len(SEEDS):
-            return
-        budget = entrant.budget * statistics.mean(row["passes"] for row in shipped)
-        best = min((self.passes_to_target(row) for row in self.of(method, "search")), default=float("inf"))
-        rates = [(float(f"{base * factor:.3g}"), SEARCH_SEED) for factor in FACTORS]
-        searches = list(self._missing(method, rates, "search", Limits(self.target, min(budget, best))))
-        yield from searches
-        if not searches and (rate := self.best(method)) is not None:
-            yield from self._missing(method, [(rate, seed) for seed in SEEDS], "final", Limits(self.target, budget))
-
-    def _missing(
-        self, method: str, runs: Sequence[tuple[float, int]], role: str, limits: Limits
-    ) -> Iterator[tuple[Job, Limits]]:
-        there = {(row["learning_rate"], row["seed"]) for row in self.of(method, role)}
-        for rate, seed in runs:
-            if (rate, seed) not in there:
-                yield Job(method, self.reward, self.model, rate, seed, role), limits
-
-
-def read_rows(results: Path) -> list[Row]:
-    """All rows; one of a method, reward, model, learning rate, seed and role each."""
-    path = results / "rows.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def read_targets(results: Path) -> dict[str, Row]:
-    """Model/reward -> its target."""
-    path = results / "targets.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def course(results: Path, model: str, reward: str) -> Course:
-    """One model and reward as its rows stand."""
-    rows = [row for row in read_rows(results) if (row["model"], row["reward"]) == (model, reward)]
-    target = read_targets(results).get(f"{model}/{reward}")
-    return Course(model, reward, rows, None if target is None else target["target"])
-
-
-def fix_target(results: Path, model: str, reward: str) -> None:
-    """Write the target if the shipped recipe has run with all seeds and there is none yet."""
-    shipped = course(results, model, reward).of(SHIPPED, "final")
-    targets, name = read_targets(results), f"{model}/{reward}"
-    if name in targets or len(shipped) < len(SEEDS):
-        return
-    ends = [row["evaluations"][-1]["reward"] for row in shipped]
-    commits = sorted({row["commit"] for row in shipped})
-    targets[name] = {"target": round(statistics.mean(ends), 4), "ends": ends, "commits": commits}
-    write_text(results / "targets.json", json.dumps(targets, indent=1) + "\n")
-
+PAGE = ROOT / "docs" / "which_method.md"
+FIGURE = ROOT / "docs" / "images" / "race.png"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Results = Annotated[Path, typer.Option(help="folder of rows.jsonl and targets.json")]
@@ -199,29 +44,38 @@ def run_missing(
     only: Annotated[list[str] | None, typer.Option(help="entrants; all when not given")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="rewards; both when not given")] = None,
     model: Annotated[list[str] | None, typer.Option(help="models")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="seeds; all when not given")] = None,
     dry: Annotated[bool, typer.Option(help="only print what would run next")] = False,
     results: Results = ROOT / "docs" / "race",
 ) -> None:
     """Run what is missing."""
     commit = "" if dry else commit_of_code()
     results = results.absolute()
-    for one_model in model or ["emoji-sd"]:
-        for one_reward in reward or list(REWARDS):
-            for method in only or list(ENTRANTS):
-                while True:
-                    now = course(results, one_model, one_reward)
-                    jobs = [(job, limits) for job, limits in now.jobs(method) if seed is None or job.seed in seed]
-                    for job, limits in jobs:
-                        print(job, limits, flush=True)
-                    if dry or not jobs:
-                        break
-                    job, limits = jobs[0]
-                    row = run_job(job, *ENTRANTS[method].settings(one_reward, one_model), limits, commit)
-                    append_line(results / "rows.jsonl", json.dumps(row))
-                    last = row["evaluations"][-1]
-                    print(f"  {row['ended']}: {last}", flush=True)
-                    fix_target(results, one_model, one_reward)
+    for one_model, one_reward, method in itertools.product(
+        model or ["emoji-sd"], reward or list(REWARDS), only or list(ENTRANTS)
+    ):
+        while True:
+            jobs = list(course(results, one_model, one_reward).jobs(method))
+            for job, limits in jobs:
+                print(job, limits, flush=True)
+            if dry or not jobs:
+                break
+            row = run_job(jobs[0][0], *ENTRANTS[method].settings(one_reward, one_model), jobs[0][1], commit)
+            append_line(results / "rows.jsonl", json.dumps(row))
+            print(f"  {row['ended']}: {row['evaluations'][-1]}", flush=True)
+            fix_target(results, one_model, one_reward)
+
+
+@app.command()
+def table(results: Results = ROOT / "docs" / "race") -> None:
+    """Write the tables of the page."""
+    courses = [course(results, *name.split("/")) for name in read_targets(results)]
+    write_text(PAGE, put_between_marks(PAGE.read_text(encoding="utf-8"), tables(courses)))
+
+
+@app.command()
+def figure(results: Results = ROOT / "docs" / "race") -> None:
+    """Draw the figure of the page."""
+    save_figure(draw([course(results, *name.split("/")) for name in read_targets(results)]), FIGURE)
 
 
 if __name__ == "__main__":

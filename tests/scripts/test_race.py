@@ -1,9 +1,13 @@
 """The race behind docs/which_method.md: what it counts, what it runs next, and what it says of its rows."""
 
-import race
+import math
+
+import pytest
+import race_course as race
+import race_page
 import race_run
 import torch
-from race import PLAIN, SHIPPED, Course
+from race_course import PLAIN, SHIPPED, Course
 from torch import nn
 
 
@@ -85,3 +89,43 @@ def test_a_target_is_the_mean_end_of_the_shipped_runs_and_stays(tmp_path):
     write()
     race.fix_target(tmp_path, "emoji-sd", "aesthetic")
     assert race.read_targets(tmp_path)["emoji-sd/aesthetic"]["target"] == 3.0
+
+
+def final(method, passes, held_out, reached=True):
+    """The final runs of the three seeds, which reach the target 1 after ``passes`` if they do."""
+    made = []
+    for seed, (count, score) in enumerate(zip(passes, held_out, strict=True)):
+        one = row(method, 0.003, seed, "final", [0, 1.0 if reached else 0.5], passes=count)
+        for e in one["evaluations"]:
+            e |= {"held_out": score, "diversity": 0.8, "kl": 5.0, "cpu_seconds": 60.0, "seconds": 70.0}
+        made.append(one)
+    return made
+
+
+def test_passes_are_compared_by_their_logarithms_and_held_out_rewards_by_standard_errors():
+    rows = final(PLAIN, (800, 1600, 3200), (0.70, 0.71, 0.72))
+    rows += final("DDPO, windows", (100, 200, 400), (0.68, 0.69, 0.70))
+    course = Course("emoji-sd", "aesthetic", rows, 1.0)
+    plain, windows = (race_page.finish(course, method) for method in (PLAIN, "DDPO, windows"))
+    spread = 2.776 * math.log(2) * (2 / 3) ** 0.5  # ln 2 is the standard deviation of both methods' log-passes
+    assert race_page.fewer(plain, windows) == pytest.approx((8, 8 * math.exp(-spread), 8 * math.exp(spread)))
+    assert race_page.falls_below(plain, windows)  # by .02, of which a standard error is .0082
+    worse = final("DDPO, windows", (100, 200, 400), (0.685, 0.695, 0.705))
+    assert not race_page.falls_below(plain, race_page.finish(Course("", "", worse, 1.0), "DDPO, windows"))
+
+
+def test_losers_are_in_the_table_too_and_the_first_comes_first():
+    rows = final(PLAIN, (800, 1600, 3200), (0.7, 0.71, 0.72)) + final("DDPO, windows", (100, 200, 400), (0.6, 0.6, 0.6))
+    rows += final("online Diffusion-DPO", (900, 900, 900), (0.7, 0.7, 0.7), reached=False)
+    lines = race_page.tables([Course("emoji-sd", "aesthetic", rows, 1.0)]).splitlines()[4:]
+    assert [line.split("|")[1].strip() for line in lines] == ["DDPO, windows", PLAIN, "online Diffusion-DPO"]
+    assert "8.0 × (1.7 to 38.5)" in lines[0]
+    assert race_page.MARK in lines[0]
+    assert "not in 900; at most 0.500" in lines[2]
+
+
+def test_a_curve_is_the_mean_of_runs_between_their_evaluations_and_at_their_end():
+    rows = [row(PLAIN, 1, 0, "final", [9, 1, 3]), row(PLAIN, 1, 1, "final", [9, 5])]
+    xs, values = race_page._curves(rows, lambda e: e["reward"])
+    assert xs.tolist() == [100, 200]
+    assert values.tolist() == [[1, 3], [5, 5]]
