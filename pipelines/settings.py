@@ -409,6 +409,8 @@ class DDPOSettings(ImageSettings, total=False):
     """bound on an advantage; with leave_one_out, in the unit of the reward"""
     experimental: ExperimentalDDPOSettings | ExperimentalDDPOConfig
     """rarely used settings"""
+    timestep_fraction: float
+    """share of those steps trained on, sampled per image"""
     objective: Literal["ratio", "score_function"]
     """clipped importance ratio, or the score function, which has no ratio"""
     logp_reduction: Literal["mean", "sum"]
@@ -421,8 +423,6 @@ class DDPOSettings(ImageSettings, total=False):
     """drop an action whose step is more than this many nats of KL from the policy that sampled it and would move further away; replaces the clip"""
     ratio: Literal["plain", "guard"]
     """importance ratio, or GRPO-Guard's: centred, and in proportion to a step's std"""
-    timestep_fraction: float
-    """share of those steps trained on, sampled per image"""
     kl_coef: float
     """price of one nat of KL to the reference, in units of the advantage"""
     kl: Literal["closed_form", "k1_reward"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,14 +24,12 @@ from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.advantages import Advantages
 from diffusion_align.diffusion.ddpo_settings import EVERY_LATER_STEP, DDPOConfig
 from diffusion_align.diffusion.evaluation import ImageEvaluation
-from diffusion_align.diffusion.path_kl import choose_actions, path_kl
 from diffusion_align.diffusion.policy import DenoisingPolicy
-from diffusion_align.diffusion.rollout import Trajectory, replay, transition
-from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
-from diffusion_align.diffusion.trained_steps import outweighing_step, trained_steps
-from diffusion_align.diffusion.trainer import Collected, DenoisingTrainer
-from diffusion_align.diffusion.transitions import GaussianTransition, nats_per_squared_error
-from diffusion_align.diffusion.windows import mix, window
+from diffusion_align.diffusion.rollout import Trajectory, replay
+from diffusion_align.diffusion.sampled_steps import SampledStepsTrainer
+from diffusion_align.diffusion.schedule import DiffusionSchedule
+from diffusion_align.diffusion.trainer import Collected
+from diffusion_align.diffusion.transitions import GaussianTransition
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import (
     clipped_ratio_loss,
@@ -44,9 +42,7 @@ from diffusion_align.estimators import (
 )
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.context import EpochCost, Lines, Metric
-from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.method import TrainingPlan
-from diffusion_align.training.randomness import generator
 from diffusion_align.training.statistics import equal_reward_metric, first_pass_deviation, ratio_statistics
 
 
@@ -65,58 +61,12 @@ class DDPOBatch:
     reference_mean: Tensor | None = None
 
 
-def kl_probes(config: DDPOConfig, steps: int, actions: int) -> int:
-    """How many actions per epoch ``kl_path`` is estimated from; none where every one is compared.
-
-    1 % of an epoch's passes, a backward pass counted as two, or, if that is more, each step once, and two for an error.
-    Each costs two passes: at most 2 % of the epoch's, if not so few.
-
-    Args:
-        config: checked settings.
-        steps: trained ones of a path.
-        actions: of an epoch, that are trained on.
-    """
-    if config.kl_coef > 0:
-        return 0
-    passes = config.samples_per_epoch * config.sampler.steps + 3 * config.inner_epochs * actions
-    return max(int(0.01 * passes), steps, 2)
-
-
-@dataclass
-class KLProbes:
-    """n actions of an epoch, of all processes, at which the policy is compared with the reference; on the CPU.
-
-    Attributes:
-        batch: this process's part of the epoch.
-        samples, actions: (n,) global sample, and which of its actions.
-        update: (n,) before which of the epoch's updates each is looked at; -1 afterwards.
-        found: step and KL of those of this process that were looked at.
-        updates: so many have been made.
-    """
-
-    batch: DDPOBatch
-    samples: Tensor
-    actions: Tensor
-    update: Tensor
-    found: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    updates: int = 0
-
-
-class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
-    """Trains as ``DDPOConfig`` says; see ``DenoisingTrainer`` for the arguments.
-
-    Raises:
-        ConfigError: the sampler setting has no stochastic step.
-    """
+class DDPOTrainer(SampledStepsTrainer[DDPOBatch]):
+    """Trains as ``DDPOConfig`` says; see ``DenoisingTrainer`` for the arguments."""
 
     config: DDPOConfig
     config_class = DDPOConfig
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "first_noisy_step": Metric(
-            "First step of the window",
-            "step",
-            "Where the noisy steps, which alone are trained on, begin; 1 is the step from pure noise.",
-        ),
         "kl_old": Metric(
             "KL to the policy that sampled, per step",
             "nats per step",
@@ -143,71 +93,26 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     ) -> None:
         super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)
         self.advantages = Advantages(config, reward)
-        self._noisy, self._nats = self.schedule, nats_per_squared_error(self.exact_schedule)
         self.dimensions = math.prod(policy.latent_shape)
         self.clip, self.clip_high, self.clip_nats = config.clip_bounds(self.dimensions)
         if config.kl_bound_nats is not None:
             self.clip = self.clip_high = self.clip_nats = math.inf
-        self._probes: KLProbes | None = None
-        self._place_window()
-
-    @classmethod
-    def trained_schedule(
-        cls, config: Any, scheduler: Any, set_timesteps: SetTimesteps | None = None
-    ) -> DiffusionSchedule:
-        sampler, schedule = config.sampler, super().trained_schedule(config, scheduler, set_timesteps)
-        if sampler.noisy_steps is not None:
-            quiet = sampler.quiet.schedule(scheduler, set_timesteps)
-            if len(quiet.stochastic_steps):
-                raise ConfigError([f"sampler.{sampler.always_noisy}"])
-        return schedule
 
     @classmethod
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule, epoch: int = 0) -> Tensor:
-        """Those of ``epoch``, of which a window lies elsewhere in each."""
-        sampler = config.sampler
-        if sampler.noisy_steps is not None:
-            steps = trained_steps(schedule, sampler.noisy_range)
-            if len(steps) < sampler.noisy_steps:
-                within = "" if sampler.noisy_range is None else f" with noisy_range={list(sampler.noisy_range)}"
-                left = f"sampler.steps={sampler.steps}{within} leaves {len(steps)} of the stochastic steps"
-                few = f"fewer than noisy_steps={sampler.noisy_steps}: lower it, or use more steps or a wider range"
-                raise ConfigError([f"{left}, {few}"])
-            return window(steps, sampler.noisy_steps, order=sampler.noisy_order, seed=config.seed, epoch=epoch)
-        steps = trained_steps(schedule, config.timestep_range)
-        if not len(steps):
-            within = "" if config.timestep_range is None else f" with timestep_range={list(config.timestep_range)}"
-            left = f"sampler.steps={config.sampler.steps}{within}"
-            raise ConfigError([f"{left} leaves no stochastic step to train on: use more steps or a wider range"])
-        if config.experimental.credit == "to_go" and steps[-1] < schedule.stochastic_steps[-1]:
+        steps = super().steps_trained_on(config, schedule, epoch)
+        to_go = config.experimental.credit == "to_go" and config.sampler.noisy_steps is None
+        if to_go and steps[-1] < schedule.stochastic_steps[-1]:
             raise ConfigError([EVERY_LATER_STEP])
         return steps
 
-    @staticmethod
-    def outweighing_step(config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None) -> str | None:
-        """See ``DenoisingTrainer``; with a window one of all the steps among which it may lie."""
-        sampler = config.sampler
-        if schedule is None or sampler.noisy_steps is None:
-            return DenoisingTrainer.outweighing_step(config, schedule, steps)
-        return outweighing_step(schedule, trained_steps(schedule, sampler.noisy_range), setting="sampler.noisy_range")
-
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        every = super().epoch_cost(config, steps)
-        count = (config.sampler.noisy_steps or config.sampler.steps) if steps is None else len(steps)
-        actions = every.units * max(1, round(config.timestep_fraction * count))
-        passes = every.width * actions
-        name, images = every.what
-        noisy = f", {count} of them noisy" if config.sampler.noisy_steps else ""
+        cost = super().epoch_cost(config, steps)
         return replace(
-            every,
-            what=(name, images + noisy),
-            actions=actions,
-            trained=passes * config.inner_epochs,
-            reference=passes if config.kl_coef > 0 else 0,
-            # Of the policy and of the reference.
-            probed=2 * every.width * min(kl_probes(config, count, actions), actions) if config.has_reference else 0,
-            recorded=(3 if config.needs_old_means else 2) * actions,
+            cost,
+            reference=cost.width * cost.actions if config.has_kl_loss else 0,
+            recorded=(3 if config.needs_old_means else 2) * cost.actions,
         )
 
     @classmethod
@@ -227,17 +132,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
     def collect(self) -> tuple[Collected, dict[str, float]]:
         """Sample and score this process's images, recording the steps that will be trained on."""
         config = self.config
-        self._place_window()
-        collected = self.sample(
-            group_size=config.group_size,
-            record=self._recorded_steps,
-            reduction=config.logp_reduction,
-            schedule=self.schedule,
-            record_means=config.needs_old_means,
-        )
-        if config.sampler.noisy_steps is None:
-            return collected, collected.metrics
-        return collected, collected.metrics | {"first_noisy_step": float(self.trained_steps[0] + 1)}
+        collected = self.sample_steps(reduction=config.logp_reduction, record_means=config.needs_old_means)
+        return collected, collected.metrics
 
     def estimate(self, collected: Collected) -> tuple[DDPOBatch, TrainingPlan, dict[str, float]]:
         """Advantages (global statistics) and, when they are used more than once, the reference's predictions."""
@@ -247,7 +143,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
 
         own = self.local(advantages.to(path.logp_old.dtype))
         batch = DDPOBatch(path, own[:, None].expand_as(path.steps))
-        uses_reference = config.kl_coef > 0
+        uses_reference = config.has_kl_loss
         in_reward = uses_reference and (config.kl == "k1_reward" or config.experimental.credit == "to_go")
         if uses_reference and (in_reward or config.inner_epochs > 1):
             batch = replace(batch, reference_mean=self._reference_means(batch))
@@ -255,8 +151,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             batch = replace(batch, advantages=batch.advantages - config.kl_coef * self._kl_in_reward(batch))
         # An image without advantage has no policy gradient; with a KL term it still has that one.
         keep = torch.arange(len(advantages)) if uses_reference else advantages.nonzero().squeeze(1)
-        looks = not uses_reference and self.policy.has_reference and len(keep) > 0
-        self._probes = self._choose_probes(batch, keep) if looks else None
+        self.watch_kl(path, keep)
         return batch, TrainingPlan(keep, path.steps.shape[1], normalizer=len(advantages)), metrics
 
     def loss(self, batch: DDPOBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -282,7 +177,7 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
             losses = score_function_loss(logp, advantages)
         statistics["loss/policy"] = losses.detach()
         statistics |= ratio_statistics(ratio, logp, logp_old, advantages, clip=clip, clip_high=self.clip_high)
-        if config.kl_coef > 0:  # without one, ``check_update`` looks how far the policy has gone
+        if config.has_kl_loss:  # without one, ``check_update`` looks how far the policy has gone
             reference = self._reference(batch, samples, actions)
             if config.kl == "closed_form":
                 penalty = now.kl(reference, reduction=config.logp_reduction)
@@ -293,13 +188,8 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         return losses, statistics
 
     def check_update(self, statistics: Mapping[str, float], *, first: bool) -> dict[str, float]:
-        """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed.
-
-        Without a price of the KL, looks at that of some actions before the step.
-        """
-        if self._probes is not None:
-            self._measure_kl(self._probes, self._probes.updates)
-            self._probes.updates += 1
+        """Refuse a setting whose replayed ratio leaves the clip range although no weight has changed."""
+        super().check_update(statistics, first=first)
         if not first:
             return {}
         exactly = f"micro_batch_size={self.config.sample_batch_size} (that of sampling)"
@@ -319,22 +209,6 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         found = {"ratio/first_pass_deviation": first_pass_deviation(statistics)}
         return found if self.config.needs_old_means else found | {"clip_nats": self.clip_nats}
 
-    def after_updates(self) -> dict[str, float]:
-        """Without a price of the KL: ``kl_path`` of the actions looked at over the epoch, and its standard error."""
-        probes = self._probes
-        if probes is None:
-            return {}
-        self._measure_kl(probes, None)  # what belonged to updates without samples
-        # Of all processes, in an order that does not depend on how many there are.
-        found = self.processes.gather_in_order([(steps.cpu(), kl.double().cpu()) for steps, kl in probes.found])
-        steps, kl = (torch.cat(column) for column in zip(*found, strict=True))
-        by_kl = kl.argsort(stable=True)
-        order = by_kl[steps[by_kl].argsort(stable=True)]
-        path, error = path_kl(steps[order], kl[order], self.trained_steps, self._kl_weights)
-        if not math.isfinite(path):
-            raise TrainingError(f"the KL to the reference is {path} after step {self.step}: {MORE_ROOM}")
-        return {"kl": path / len(self.trained_steps), "kl_path": path, "kl_path_stderr": error}
-
     def loss_coefficients(self) -> dict[str, float]:
         return {"kl_coef": self.config.kl_coef}
 
@@ -345,57 +219,11 @@ class DDPOTrainer(DenoisingTrainer[DDPOBatch]):
         super().load_extra_state(state)
         self.advantages.load(state)
 
-    def _place_window(self) -> None:
-        """Where ``schedule`` is noisy in this epoch, ``trained_steps``, and in what proportion their KLs are."""
-        self.trained_steps = self.steps_trained_on(self.config, self.exact_schedule, self.epoch)
-        self._kl_weights = self._nats[self.trained_steps]
-        if self.config.sampler.noisy_steps is not None:
-            self.schedule = mix(self._noisy, self.sampling_schedule, self.trained_steps)
-
-    def _recorded_steps(self, sample: int) -> Tensor:
-        """(K,) those of the trained steps that are recorded of global ``sample`` in this epoch, sorted."""
-        count = max(1, round(self.config.timestep_fraction * len(self.trained_steps)))
-        stream = generator(self.config.seed, "steps", self.epoch, sample)
-        chosen = torch.randperm(len(self.trained_steps), generator=stream)[:count]
-        return self.trained_steps[chosen.sort().values]
-
-    def _choose_probes(self, batch: DDPOBatch, keep: Tensor) -> KLProbes:
-        """Which actions of the epoch's samples ``keep`` to look at, each before one of the updates.
-
-        Each costs two passes, of the policy and the reference in one batch shape, so that equal weights have a KL of
-        exactly 0 in every precision.
-        """
-        config = self.config
-        steps = torch.stack([self._recorded_steps(int(i)) for i in keep])
-        most = kl_probes(config, len(self.trained_steps), steps.numel())
-        stream = generator(config.seed, "kl", self.epoch)
-        chosen = choose_actions(steps, self.trained_steps, self._kl_weights, most, stream)
-        rows, columns = chosen.unbind(1)
-        updates = torch.arange(len(chosen)) % (config.inner_epochs * config.updates_per_epoch)
-        return KLProbes(batch, keep[rows], columns, updates)
-
-    @torch.no_grad()
-    def _measure_kl(self, probes: KLProbes, update: int | None) -> None:
-        """Compare the policy as it is now with the reference, at this process's actions of ``update`` or all left."""
-        batch, own = probes.batch, self.local_samples
-        due = probes.update >= 0 if update is None else probes.update == update
-        wanted = due & (probes.samples >= own.start) & (probes.samples < own.stop)
-        probes.update[wanted] = -1
-        if not wanted.any():  # split() would give one part, an empty one
-            return
-        for places in wanted.nonzero().squeeze(1).split(self.config.micro_batch_size):
-            samples = (probes.samples[places] - own.start).to(self.processes.device)
-            actions = probes.actions[places].to(self.processes.device)
-            x_t, _, steps, conditioning = batch.path.at(samples, actions)
-            now = transition(self.policy, self.schedule, x_t, steps, conditioning)
-            probes.found.append((steps, now.kl(self._reference(batch, samples, actions))))
-
     def _reference(self, batch: DDPOBatch, samples: Tensor, actions: Tensor) -> GaussianTransition:
-        x_t, _, steps, conditioning = batch.path.at(samples, actions)
-        if batch.reference_mean is not None:
-            return GaussianTransition(batch.reference_mean[samples, actions], self.schedule.at(steps).std.flatten())
-        with torch.no_grad(), self.policy.reference():
-            return transition(self.policy, self.schedule, x_t, steps, conditioning)
+        if batch.reference_mean is None:
+            return self.reference_at(batch.path, samples, actions)
+        std = self.schedule.at(batch.path.steps[samples, actions]).std.flatten()
+        return GaussianTransition(batch.reference_mean[samples, actions], std)
 
     @torch.no_grad()
     def _reference_means(self, batch: DDPOBatch) -> Tensor:

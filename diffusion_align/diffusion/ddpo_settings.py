@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from diffusion_align.bounds import LARGEST
-from diffusion_align.diffusion.sampler_settings import TIMESTEP_RANGE, range_checks
+from diffusion_align.diffusion.sampled_steps_settings import SampledStepsConfig
 from diffusion_align.diffusion.settings import AdvantageConfig
 from diffusion_align.training.aliases import formerly_beside
-from diffusion_align.training.section import OrInfinite, Weight
+from diffusion_align.training.section import OrInfinite
 from diffusion_align.training.settings import ExperimentalAdvantages, dropout_checks
 
 _LARGEST_LOG = 700
@@ -28,13 +28,13 @@ class ExperimentalDDPO(ExperimentalAdvantages):
     credit: Literal["step", "to_go"] = Field("step", description="to_go also charges a step with the KL of later steps")
 
 
-class DDPOConfig(AdvantageConfig):
+class DDPOConfig(SampledStepsConfig, AdvantageConfig):
     """Fine-tune a text-to-image pipeline towards a reward (DDPO).
 
-    Settings of ``DDPOTrainer``; see ``AdvantageConfig``, ``DenoisingConfig`` and ``TrainingConfig`` for the others.
+    Settings of ``DDPOTrainer``; see ``SampledStepsConfig``, ``AdvantageConfig``, ``DenoisingConfig`` and
+    ``TrainingConfig`` for the others.
     """
 
-    trains_sampled_steps = True
     aliases: ClassVar = {
         "beta": "kl_coef",
         "epsilon": "clip_range",
@@ -62,9 +62,6 @@ class DDPOConfig(AdvantageConfig):
     ratio: Literal["plain", "guard"] = Field(
         "plain", description="importance ratio, or GRPO-Guard's: centred, and in proportion to a step's std"
     )
-    timestep_range: tuple[Weight, Weight] | None = Field(None, description=TIMESTEP_RANGE)
-    timestep_fraction: float = Field(1.0, gt=0, le=1, description="share of those steps trained on, sampled per image")
-
     kl_coef: float = Field(
         0.0, ge=0, le=LARGEST, description="price of one nat of KL to the reference, in units of the advantage"
     )
@@ -74,28 +71,15 @@ class DDPOConfig(AdvantageConfig):
     experimental: ExperimentalDDPO = Field(default_factory=ExperimentalDDPO, description="rarely used settings")
 
     def cross_checks(self) -> Iterator[str]:
-        yield from self.sampler.without_noise()
         yield from dropout_checks(self.lora)
-        yield from range_checks(self.timestep_range)
-        if self.sampler.noisy_steps is not None:
-            if self.timestep_range is not None:
-                yield (
-                    f"timestep_range={list(self.timestep_range)} has no effect with sampler.noisy_steps, which are all "
-                    "trained on: set sampler.noisy_range instead"
-                )
-            if self.timestep_fraction < 1:
-                yield (
-                    f"timestep_fraction={self.timestep_fraction:g} has no effect with sampler.noisy_steps, which are "
-                    "all trained on: lower sampler.noisy_steps instead"
-                )
         yield from self._trust_region_checks()
         ends_early = self.timestep_range is not None and self.timestep_range[1] < 1
         if self.experimental.credit == "to_go" and (self.timestep_fraction < 1 or ends_early):
             yield EVERY_LATER_STEP
 
     @property
-    def needs_reference(self) -> bool:
-        return self.kl_coef > 0 or self.stop_when.kl_above is not None
+    def has_kl_loss(self) -> bool:
+        return self.kl_coef > 0
 
     @property
     def needs_old_means(self) -> bool:

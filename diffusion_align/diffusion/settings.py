@@ -294,12 +294,22 @@ class RewardedConfig(DenoisingConfig):
             yield "reward is empty: give a name, 'module:function' or a mapping"
 
 
-class AdvantageConfig(RewardedConfig):
-    """What every method has that trains on the advantages of its images over others."""
+class GroupedConfig(RewardedConfig):
+    """What every method has that samples several images of a prompt."""
 
-    aliases: ClassVar = {"num_generations": "group_size", **formerly_beside(ExperimentalAdvantages)}
+    aliases: ClassVar = {"num_generations": "group_size"}
 
     group_size: int = Field(1, ge=1, le=MOST, description="images per prompt per epoch")
+
+    def cross_checks(self) -> Iterator[str]:
+        yield from multiple_checks(self, "group_size")
+
+
+class AdvantageConfig(GroupedConfig):
+    """What every method has that trains on the advantages of its images over others."""
+
+    aliases: ClassVar = formerly_beside(ExperimentalAdvantages)
+
     advantages: Literal["prompt_history", "group", "leave_one_out"] = Field(
         "prompt_history",
         description="deviation from a prompt's mean reward in units of its std, over past epochs or the group of this "
@@ -320,7 +330,6 @@ class AdvantageConfig(RewardedConfig):
     )
 
     def cross_checks(self) -> Iterator[str]:
-        yield from multiple_checks(self, "group_size")
         if self.advantages != "prompt_history" and self.group_size < 2:
             yield f"advantages={self.advantages} compares images of one prompt: set group_size to 2 or more"
         if self.advantages == "leave_one_out" and self.experimental.clips_std:

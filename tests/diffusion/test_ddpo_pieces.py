@@ -9,8 +9,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer, kl_probes
+from diffusion_align.diffusion.ddpo import DDPOBatch, DDPOConfig, DDPOTrainer
 from diffusion_align.diffusion.rollout import Trajectory, rollout, transition
+from diffusion_align.diffusion.sampled_steps import kl_probes
 from diffusion_align.diffusion.trainer import Collected
 from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import PromptStatistics
