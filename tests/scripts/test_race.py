@@ -10,6 +10,9 @@ import torch
 from race_course import PLAIN, SHIPPED, Course
 from torch import nn
 
+from diffusion_align.data.prompts import load_prompts
+from diffusion_align.pipelines.configuration import read_config
+
 
 class Doubling(nn.Module):
     def __init__(self):
@@ -129,3 +132,19 @@ def test_a_curve_is_the_mean_of_runs_between_their_evaluations_and_at_their_end(
     xs, values = race_page._curves(rows, lambda e: e["reward"])
     assert xs.tolist() == [100, 200]
     assert values.tolist() == [[1, 3], [5, 5]]
+
+
+@pytest.mark.parametrize("model", race_run.TRAINED_RANGE)
+@pytest.mark.parametrize("reward", race.REWARDS)
+@pytest.mark.parametrize("method", race.ENTRANTS)
+def test_every_entrant_trains_on_the_same_prompts_with_the_same_sampler_and_adapters(method, reward, model):
+    entrant = race.ENTRANTS[method]
+    recipe, overrides = entrant.settings(reward, model)
+    shipped, none = race.ENTRANTS[SHIPPED].settings(reward, model)
+    common = [f"reward={reward}", f"model={model}", "output_dir=unused"]
+    mine, theirs = read_config(recipe, [*overrides, *common]), read_config(shipped, [*none, *common])
+    assert [text for text, _ in load_prompts(mine.prompts)] == race_run.PROMPTS
+    for name in ("lora", "attention", "max_sequence_length", "t5", "samples_per_epoch", "group_size"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    assert (mine.sampler.steps, mine.sampler.guidance_scale) == (10, 1)
+    assert mine.evaluation is None
