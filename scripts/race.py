@@ -7,9 +7,9 @@
 
 A target is the mean reward, over seeds 0, 1 and 2, at the end of the shipped DDPO recipe; these runs come first, and
 the target never changes afterwards. Every other method runs with three learning rates, its recipe's times 1, 3 and 1/3,
-at one seed, until the target is reached, its budget is spent, or another learning rate is known to take fewer passes.
-The best one, by the highest reward if none reached the target, then runs with the three seeds. A run whose row is there
-is not repeated.
+at one seed, until the target is reached, its budget is spent, another learning rate is known to take fewer passes, or
+half of these passes have led less than a quarter of the way to the target. The best one, by the highest reward if none
+reached the target, then runs with the three seeds. A run whose row is there is not repeated.
 """
 
 from __future__ import annotations

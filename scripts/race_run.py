@@ -7,6 +7,7 @@ reference count; what the race itself samples and compares to evaluate does not.
 from __future__ import annotations
 
 import contextlib
+import math
 import shlex
 import shutil
 import subprocess
@@ -41,8 +42,12 @@ PER_PROMPT = 4
 SEED = 2026
 """Of the evaluations' noise, the same in all of them."""
 HELD_OUT = "clip_score"
-SPACING = 1.05
-"""An epoch is evaluated where so many times the passes of the last evaluation were made."""
+SPACING = 1.05, 1.5
+"""An epoch is evaluated where so many times the passes of the last evaluation were made: the smaller number once the
+epoch's own samples are a quarter of the way to the target, or where that is not known."""
+QUARTER = 0.25
+HOPELESS = 0.5
+"""A search ends where this part of its budget has led less than a quarter of the way to the target."""
 TRAINED_RANGE = {"emoji-sd": (0.0, 0.9), "emoji-flow": (0.0, 0.8)}
 """The steps whose KL is summed: those that the shipped recipes train on, for every method."""
 
@@ -146,21 +151,32 @@ class Evaluations(Callback):
         self._evaluate(trainer)
 
     def on_epoch_end(self, trainer: Trainer[Any], row: dict[str, Any]) -> str | None:
-        last = trainer.epoch == trainer.config.epochs
-        over = self.limits.budget is not None and self.passes >= self.limits.budget
-        if not (last or over or self.passes >= SPACING * self.found[-1]["passes"]):
+        last, budget = trainer.epoch == trainer.config.epochs, self.limits.budget
+        over = budget is not None and self.passes >= budget
+        spacing = SPACING[0 if self._way(row.get("reward", math.inf)) >= QUARTER else 1]
+        if not (last or over or self.passes >= spacing * self.found[-1]["passes"]):
             return None
-        reached = self._evaluate(trainer, with_kl=last or over)
-        if self.limits.budget is None:
+        self._evaluate(trainer, last=last or over)
+        if budget is None:
             return None
-        return "the target is reached" if reached else "the budget is spent" if over else None
+        way = self._way(self.found[-1]["reward"])
+        if way >= 1:
+            return "the target is reached"
+        if self.job.role == "search" and self.passes >= HOPELESS * budget and way < QUARTER:
+            return "it is hopeless"
+        return "the budget is spent" if over else None
+
+    def _way(self, reward: float) -> float:
+        """The part of the way to the target; infinite where there is none."""
+        start, target = self.found[0]["reward"], self.limits.target
+        return math.inf if target is None else float((reward - start) / (target - start))
 
     def on_close(self, trainer: Trainer[Any]) -> None:
         if hasattr(self, "_counter"):
             self._counter.close()
 
-    def _evaluate(self, trainer: Trainer[Any], *, with_kl: bool = False) -> bool:
-        """Append a row; whether the target is reached, where the KL is measured as well."""
+    def _evaluate(self, trainer: Trainer[Any], *, last: bool = False) -> None:
+        """Append a row; of a final run with the KL where it is the ``last`` one or the target is reached."""
         before = time.process_time(), time.perf_counter()
         row: dict[str, Any] = {"epoch": trainer.epoch, "passes": self.passes}
         row["cpu_seconds"], row["seconds"] = (
@@ -178,17 +194,15 @@ class Evaluations(Callback):
             )
             images = policy.decode(path.latents)
             nothing: list[dict[str, Any]] = [{} for _ in texts]
-            reward = call_reward(trainer.reward, images, texts, nothing).mean().item()  # type: ignore[attr-defined]
-            reached = self.limits.target is not None and reward >= self.limits.target
-            held_out = call_reward(self._held_out, images, texts, nothing).mean().item()
-            diversity = mean_pairwise_distance(self._embed(images))
-            row |= {"reward": round(reward, 6), "held_out": round(held_out, 6), "diversity": round(diversity, 6)}
-            if with_kl or (reached and not any("kl" in seen for seen in self.found)):
+            for name, reward in (("reward", trainer.reward), ("held_out", self._held_out)):  # type: ignore[attr-defined]
+                row[name] = round(call_reward(reward, images, texts, nothing).mean().item(), 6)
+            row["diversity"] = round(mean_pairwise_distance(self._embed(images)), 6)
+            reached = self.limits.target is not None and row["reward"] >= self.limits.target
+            if self.job.role == "final" and (last or reached):
                 row["kl"] = round(_kl_to_reference(policy, self._schedule, path), 4)
         self.found.append(row)
         after = time.process_time(), time.perf_counter()
         self._spent = tuple(s + a - b for s, a, b in zip(self._spent, after, before, strict=True))  # type: ignore[assignment]
-        return reached
 
 
 @contextlib.contextmanager
@@ -225,7 +239,14 @@ def run_job(job: Job, recipe: str, overrides: Sequence[str], limits: Limits, com
         *(f"{key}={value}" for key, value in (("reward", job.reward), ("model", job.model))),
         *overrides,
         *(f"{key}={value}" for key, value in (("learning_rate", job.learning_rate), ("seed", job.seed))),
-        *("grid_every=0", "checkpoint_every=100000", "checkpoint_minutes=null", "num_threads=1", "mixed_precision=no"),
+        *(
+            "grid_every=0",
+            "show_prompts=[a lion]",
+            "checkpoint_every=100000",
+            "checkpoint_minutes=null",
+            "num_threads=1",
+            "mixed_precision=no",
+        ),
         f"output_dir={job.folder.relative_to(ROOT)}",
     ]
     if limits.budget is not None:

@@ -1,6 +1,7 @@
 """The race behind docs/which_method.md: what it counts, what it runs next, and what it says of its rows."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import race_course as race
@@ -148,3 +149,35 @@ def test_every_entrant_trains_on_the_same_prompts_with_the_same_sampler_and_adap
         assert getattr(mine, name) == getattr(theirs, name)
     assert (mine.sampler.steps, mine.sampler.guidance_scale) == (10, 1)
     assert mine.evaluation is None
+
+
+@pytest.mark.parametrize(
+    ("role", "passes", "own", "reward", "why"),
+    [
+        ("search", 100, 0.0, 1.0, "the target is reached"),
+        ("search", 100, 0.0, 0.9, None),
+        ("search", 500, 0.0, 0.24, "it is hopeless"),
+        ("search", 500, 0.0, 0.26, None),
+        ("final", 500, 0.0, 0.0, None),
+        ("final", 1000, 0.0, 0.9, "the budget is spent"),
+    ],
+)
+def test_a_run_ends_at_its_limits(role, passes, own, reward, why):
+    evaluations = race_run.Evaluations(race_run.Job("a", "b", "c", 1, 1, role), race_run.Limits(1.0, 1000), None)
+    evaluations._counter = SimpleNamespace(passes=passes)
+    evaluations.found = [{"reward": 0.0, "passes": 0}]
+    evaluations._evaluate = lambda trainer, last: evaluations.found.append({"reward": reward, "passes": passes})
+    trainer = SimpleNamespace(epoch=1, config=SimpleNamespace(epochs=9))
+    assert evaluations.on_epoch_end(trainer, {"reward": own}) == why
+
+
+def test_far_from_the_target_it_is_evaluated_less_often():
+    evaluations = race_run.Evaluations(race_run.Job("a", "b", "c", 1, 1, "final"), race_run.Limits(1.0, 1e6), None)
+    evaluations.found, seen = [{"reward": 0.0, "passes": 0}], []
+    evaluations._evaluate = lambda trainer, last: evaluations.found.append({"reward": 0.5, "passes": passes})
+    for epoch, own in enumerate([0.1] * 6 + [0.3] * 3, start=1):
+        passes = 100 * epoch
+        evaluations._counter = SimpleNamespace(passes=passes)
+        evaluations.on_epoch_end(SimpleNamespace(epoch=epoch, config=SimpleNamespace(epochs=99)), {"reward": own})
+        seen.append(evaluations.found[-1]["passes"])
+    assert sorted(set(seen)) == [100, 200, 300, 500, 700, 800, 900]
