@@ -19,6 +19,7 @@ from diffusion_align.data.buckets import Size
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.diffusion.snapshots import Snapshots
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
+from diffusion_align.estimators.masked import at_least_float32
 from diffusion_align.models.adapters import save_lora
 from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.families import Conditioning, ModelFamily, check_settings, family_of
@@ -312,7 +313,7 @@ class DenoisingPolicy:
         network = self.network
         with self.autocast():
             output = self.family.predict(network, x_t.to(network.dtype), timestep, conditioning)
-        return output.to(torch.promote_types(output.dtype, torch.float32))
+        return at_least_float32(output)
 
     @property
     def has_reference(self) -> bool:
@@ -334,16 +335,20 @@ class DenoisingPolicy:
                 self._is_reference = before
                 setattr(self.pipeline, self.family.network, trained)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32, from x_0 latents (B, C, H, W).
+    def decode(self, latents: Tensor, *, grad: bool = False) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], float32 or wider, from x_0 latents (B, C, H, W).
+
+        With ``grad`` they have a graph to the latents, and are the same bits. A value that the clamp cuts off then has
+        no gradient: no small change of the latents shows there. What the clamp adds is taken for the image's own white
+        and black, so a reward cannot drive latents beyond what any file holds.
 
         Raises:
             TrainingError: latents or images are not finite; a clamp would make them black or white.
         """
-        images = self.family.decode(self.pipeline, latents)
-        _require_finite(self.pipeline, *all_finite(latents, images), autocast=self.autocast)
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        with torch.set_grad_enabled(grad):
+            images = self.family.decode(self.pipeline, latents)
+            _require_finite(self.pipeline, *all_finite(latents, images), autocast=self.autocast)
+            return (at_least_float32(images) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -126,19 +126,18 @@ def rollout(
     if not torch.isin(record, schedule.stochastic_steps).all():
         raise ValueError("record names a deterministic step (std = 0), which has no log-prob")
 
-    device, shape = policy.device, policy.latent_shape
+    device = policy.device
     has_density = set(schedule.stochastic_steps.tolist())
-    states = [normal_noise(generators, shape, device)]
+    states = [normal_noise(generators, policy.latent_shape, device)]
     logp, means = [], []
     with policy.weights_kept():
         for i in range(len(schedule)):
             steps = torch.full((batch,), i, dtype=torch.int64, device=device)
             step = transition(policy, schedule, states[-1], steps, conditioning)
+            states.append(next_state(step, generators, noisy=i in has_density))
             if i in has_density:
-                states.append(step.sample(normal_noise(generators, shape, device)))
                 logp.append(step.log_prob(states[-1], reduction=reduction))
             else:
-                states.append(step.mean)
                 logp.append(torch.zeros(batch, device=device))
             if record_means:
                 means.append(step.mean)
@@ -154,6 +153,13 @@ def rollout(
         conditioning=conditioning,
         mean_old=torch.stack(means, dim=1)[rows, record] if record_means else None,
     )
+
+
+def next_state(step: GaussianTransition, generators: Sequence[torch.Generator], *, noisy: bool) -> Tensor:
+    """x_s (B, C, H, W): a sample by each one's own generator, or the mean of a step that has no noise."""
+    if not noisy:
+        return step.mean
+    return step.sample(normal_noise(generators, tuple(step.mean.shape[1:]), step.mean.device))
 
 
 def normal_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from diffusion_align.diffusion.sampler_settings import Weighting
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.step import Step
 from diffusion_align.estimators import gaussian_kl, gaussian_log_prob
+from diffusion_align.estimators.masked import at_least_float32
 
 Reduction = Literal["sum", "mean"]
 
@@ -76,17 +77,27 @@ def denoise(x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionS
     Raises:
         ValueError: shapes differ.
     """
+    x_0, eps = clean_and_noise(x_t, prediction, index, schedule)
+    return posterior(at_least_float32(x_t), x_0, eps, index, schedule)
+
+
+def clean_and_noise(
+    x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionSchedule
+) -> tuple[Tensor, Tensor]:
+    """x_0 as the sampler takes it, clipped where it clips, and eps as predicted; (B, C, H, W), float32 or wider.
+
+    Args, Raises: as of ``denoise``.
+    """
     if x_t.shape != prediction.shape or index.shape != x_t.shape[:1]:
         raise ValueError(
             f"x_t {tuple(x_t.shape)} and prediction {tuple(prediction.shape)} must have one shape (B, C, H, W) and "
             f"index {tuple(index.shape)} must be (B,)"
         )
-    step = schedule.at(index)
-    x_t, prediction = (v.to(torch.promote_types(v.dtype, torch.float32)) for v in (x_t, prediction))
-    x_0, eps = predicted_x_0_and_eps(x_t, prediction, step, schedule.prediction_type)
+    x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
+    x_0, eps = predicted_x_0_and_eps(x_t, prediction, schedule.at(index), schedule.prediction_type)
     if schedule.clip_range is not None:
         x_0 = x_0.clamp(-schedule.clip_range, schedule.clip_range)
-    return posterior(x_t, x_0, eps, index, schedule)
+    return x_0, eps
 
 
 def posterior(x_t: Tensor, x_0: Tensor, eps: Tensor, index: Tensor, schedule: DiffusionSchedule) -> GaussianTransition:
@@ -118,6 +129,36 @@ def nats_per_squared_error(schedule: DiffusionSchedule) -> Tensor:
     plain = replace(schedule.to("cpu", torch.float64), clip_range=None)
     at_one, at_zero = (denoise(0 * one, output, index, plain) for output in (one, 0 * one))
     return ((at_one.mean - at_zero.mean).flatten() ** 2) / (2 * at_zero.std**2)
+
+
+def x_0_per_output(schedule: DiffusionSchedule) -> Tensor:
+    """(T,) float64: by how much x_0 changes for a change of 1 in the network's output; a clip is not counted."""
+    one, index = torch.ones(len(schedule), 1, 1, 1, dtype=torch.float64), torch.arange(len(schedule))
+    plain = replace(schedule.to("cpu", torch.float64), clip_range=None)
+    at_one, at_zero = (clean_and_noise(0 * one, output, index, plain)[0] for output in (one, 0 * one))
+    return (at_one - at_zero).flatten()
+
+
+def nats_of_intervals(schedule: DiffusionSchedule, training: DiffusionSchedule) -> Tensor:
+    """(T,) float64: what a squared error of 1 in the network's output costs in nats over each step of any sampler.
+
+    A sampler without noise has no density, and the last step of every sampler has none. So the error is counted where
+    the model was trained: on all levels of noise that a step passes, undone by the exact posterior, with the error of
+    x_0 held over the step. That is ``(SNR_s - SNR_t) / 2`` of a squared error of x_0, with SNR = alpha^2 / sigma^2
+    (Kingma et al. 2021, arXiv:2107.00630, eq. 13): for a step that ends in noise ``nats_per_squared_error`` at eta 1,
+    and up to the data as far as ``training`` has noise, where that ends.
+
+    Args:
+        schedule: the sampler's.
+        training: ``training_schedule``.
+    """
+
+    def snr(one: DiffusionSchedule) -> Tensor:
+        alpha, sigma = one.table.alpha_t.double().cpu(), one.table.sigma_t.double().cpu()
+        return (alpha / sigma) ** 2
+
+    ends = torch.cat([snr(schedule)[1:], snr(training)[-1:]])
+    return (ends - snr(schedule)).clamp(min=0) / 2 * x_0_per_output(schedule) ** 2
 
 
 def snr_shares(schedule: DiffusionSchedule) -> Tensor:
