@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from diffusion_align.diffusion.ddpo_settings import DDPOConfig
     from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
     from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
+    from diffusion_align.diffusion.forward import ForwardTrainer
+    from diffusion_align.diffusion.forward_settings import ForwardConfig
     from diffusion_align.llm import (
         DPOConfig,
         DPOTrainer,
@@ -33,6 +35,8 @@ __all__ = [
     "DPOTrainer",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "ForwardConfig",
+    "ForwardTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "ImageAlignmentPipeline",
@@ -57,6 +61,8 @@ __getattr__, __dir__ = offered(
         "DDPOTrainer": "diffusion_align.diffusion.ddpo",
         "DiffusionDPOConfig": "diffusion_align.diffusion.dpo_settings",
         "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
+        "ForwardConfig": "diffusion_align.diffusion.forward_settings",
+        "ForwardTrainer": "diffusion_align.diffusion.forward",
         "DPOConfig": "diffusion_align.llm",
         "DPOTrainer": "diffusion_align.llm",
         "GRPOConfig": "diffusion_align.llm",

@@ -34,6 +34,7 @@ _IMAGE, _TEXT = "diffusion_align.diffusion", "diffusion_align.llm"
 SHIPPED = {
     "ddpo": Shipped(f"{_IMAGE}.ddpo:DDPOTrainer", f"{_IMAGE}.ddpo_settings:DDPOConfig"),
     "diffusion_dpo": Shipped(f"{_IMAGE}.dpo:DiffusionDPOTrainer", f"{_IMAGE}.dpo_settings:DiffusionDPOConfig"),
+    "forward": Shipped(f"{_IMAGE}.forward:ForwardTrainer", f"{_IMAGE}.forward_settings:ForwardConfig"),
     "grpo": Shipped(f"{_TEXT}.grpo:GRPOTrainer", f"{_TEXT}.settings:GRPOConfig"),
     "ppo": Shipped(f"{_TEXT}.ppo:PPOTrainer", f"{_TEXT}.settings:PPOConfig"),
     "dpo": Shipped(f"{_TEXT}.dpo:DPOTrainer", f"{_TEXT}.settings:DPOConfig"),

@@ -323,6 +323,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     ) -> Self: ...
 
     @overload
+    def align(
+        self, method: typed.Forward, *, output_dir: str | Path, **settings: Unpack[typed.ForwardSettings]
+    ) -> Self: ...
+
+    @overload
     def align(self, method: type[Trainer[Any]], *, output_dir: str | Path, **settings: Any) -> Self: ...
 
     def align(self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any) -> Self:
@@ -334,9 +339,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
         the model without it as the reference.
 
         Args:
-            method: "ddpo", which needs a ``reward`` and ``prompts``, or "diffusion_dpo", which needs ``pairs`` or, to
-                sample and judge its own, a ``reward`` and ``prompts``. A trainer of your own is its class, or where
-                that is found, "module:Class" or "file.py:Class".
+            method: a name that ``diffusion-align list methods`` shows. "diffusion_dpo" needs ``pairs`` or, to sample
+                and judge its own, a ``reward`` and ``prompts``, as the others do. A trainer of your own is its class,
+                or where that is found, "module:Class" or "file.py:Class".
             output_dir: the run folder (see README for what it holds).
             **settings: fields of the method's configuration; the same names as in YAML. Among them
 

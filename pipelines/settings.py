@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusion_align.data.text_rows import TextDataConfig
     from diffusion_align.diffusion.ddpo_settings import ExperimentalDDPO as ExperimentalDDPOConfig
     from diffusion_align.diffusion.dpo_settings import ExperimentalDiffusionDPO as ExperimentalDiffusionDPOConfig
-    from diffusion_align.diffusion.sampler_settings import SamplerConfig
+    from diffusion_align.diffusion.sampler_settings import QuietSamplerConfig, SamplerConfig
     from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig, LoRAConfig
     from diffusion_align.llm.settings import DynamicBetaConfig, TextEvaluationConfig
     from diffusion_align.llm.settings import ExperimentalDPO as ExperimentalDPOConfig
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffusion_align.llm.settings import ExperimentalKTO as ExperimentalKTOConfig
     from diffusion_align.llm.settings import ExperimentalPPO as ExperimentalPPOConfig
     from diffusion_align.llm.settings import LoRAConfig as TextLoRAConfig
+    from diffusion_align.training.settings import ExperimentalAdvantages as ExperimentalAdvantagesConfig
     from diffusion_align.training.settings import StopConfig
 
 Rows = str | Path | Iterable[Any] | Callable[[], Any]
@@ -30,6 +31,7 @@ OneReward = str | Callable[..., Any] | Mapping[str, Any]
 Reward = OneReward | Sequence[OneReward]
 DDPO = Literal["ddpo"]
 DiffusionDPO = Literal["diffusion_dpo"]
+Forward = Literal["forward"]
 GRPO = Literal["grpo"]
 PPO = Literal["ppo"]
 DPO = Literal["dpo"]
@@ -146,6 +148,34 @@ class ExperimentalDiffusionDPOSettings(TypedDict, total=False):
     """the rejected image's error counts up to the reference's plus this many nats"""
     max_winner_error: float
     """stop when the chosen images' error is this many times the reference's"""
+
+
+class QuietSamplerSettings(TypedDict, total=False):
+    name: str | None
+    """ddim, ddpm, for flow-matching models flow, flow_sde, cps, dance or ddim, or a function of your own: module:function, file.py:function; null is ddim, or flow for a flow-matching model"""
+    steps: int
+    """denoising steps per image"""
+    eta: float
+    """noise of ddim and flow"""
+    noise_level: float | None
+    """noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"""
+    guidance_scale: float
+    """scale of guidance; 1 switches classifier-free guidance off"""
+    noisy_steps: int | None
+    """with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
+    noisy_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), in which those lie; null as of timestep_range"""
+    noisy_order: Literal["random", "progressive"]
+    """where they lie: random in each epoch, or progressive, one step closer to the image each"""
+    options: Mapping[str, Any]
+    """further options of your own sampler"""
+
+
+class ExperimentalAdvantagesSettings(TypedDict, total=False):
+    clip_std: Sequence[float]
+    """bounds on the std that rewards are divided by"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    """several rewards: the advantage of their sum, or the sum of their advantages"""
 
 
 class TextLoRASettings(TypedDict, total=False):
@@ -333,8 +363,6 @@ class ImageSettings(SharedSettings, total=False):
     """prompts of the preview grids; the first ones if not given"""
     lora: LoRASettings | LoRAConfig | None
     """the adapter to train; null trains the whole UNet or transformer"""
-    sampler: SamplerSettings | SamplerConfig
-    """how images are sampled"""
     height: int | None
     """height in pixels of all images, sampled, shown and trained on; null is the model's own"""
     width: int | None
@@ -361,8 +389,6 @@ class ImageSettings(SharedSettings, total=False):
     """a held-out reward and the diversity of images"""
     stop_when: ImageStopSettings | ImageStopConfig
     """rules that end the run early"""
-    timestep_range: Sequence[float] | None
-    """part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a flow-matching model not the last one where it alone holds more than half of the path's KL"""
     train_resolution: int | None
     """another name of resolution"""
 
@@ -393,6 +419,8 @@ class TextSettings(SharedSettings, total=False):
 
 
 class DDPOSettings(ImageSettings, total=False):
+    sampler: SamplerSettings | SamplerConfig
+    """how images are sampled"""
     prompts: PromptsSettings | PromptsConfig | Rows
     """list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"""
     reward: Reward | None
@@ -409,6 +437,8 @@ class DDPOSettings(ImageSettings, total=False):
     """bound on an advantage; with leave_one_out, in the unit of the reward"""
     experimental: ExperimentalDDPOSettings | ExperimentalDDPOConfig
     """rarely used settings"""
+    timestep_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a flow-matching model not the last one where it alone holds more than half of the path's KL"""
     timestep_fraction: float
     """share of those steps trained on, sampled per image"""
     objective: Literal["ratio", "score_function"]
@@ -440,6 +470,8 @@ class DDPOSettings(ImageSettings, total=False):
 
 
 class DiffusionDPOSettings(ImageSettings, total=False):
+    sampler: SamplerSettings | SamplerConfig
+    """how images are sampled"""
     pairs: PairsSettings | PairsConfig | Rows | None
     """a source of pairs, or a mapping with its options"""
     bucket_step: int | None
@@ -462,6 +494,8 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """Diffusion-DPO's beta (2000 to 5000), for mean squared errors"""
     weighting: Literal["exact", "uniform", "snr_share"]
     """weights of the steps: exact, uniform (Diffusion-DPO's) or snr_share"""
+    timestep_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a flow-matching model not the last one where it alone holds more than half of the path's KL"""
     steps_per_pair: int
     """steps sampled per pair per epoch, each with its own noise"""
     step_draw: Literal["uniform", "logit_normal"]
@@ -490,6 +524,51 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """another name of experimental.loser_clip"""
     max_winner_error: float
     """another name of experimental.max_winner_error"""
+
+
+class ForwardSettings(ImageSettings, total=False):
+    sampler: QuietSamplerSettings | QuietSamplerConfig
+    """how images are sampled, by default without noise and guidance"""
+    prompts: PromptsSettings | PromptsConfig | Rows
+    """list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"""
+    reward: Reward | None
+    """name, 'module:function', {name: ..., options}, a function, or a list of these"""
+    group_size: int
+    """images per prompt per epoch"""
+    advantages: Literal["prompt_history", "group", "leave_one_out"]
+    """deviation from a prompt's mean reward in units of its std, over past epochs or the group of this one; or reward minus the mean of the rest of the group (RLOO)"""
+    history_size: int
+    """rewards kept per prompt, for the 4096 prompts seen last"""
+    history_min_count: int
+    """number of rewards from which on a prompt's own history is used; until then, the whole epoch's"""
+    advantage_clip: float
+    """bound on an advantage; with leave_one_out, in the unit of the reward"""
+    experimental: ExperimentalAdvantagesSettings | ExperimentalAdvantagesConfig
+    """rarely used settings"""
+    objective: Literal["nft", "awm", "dgpo", "crd"]
+    """the loss: nft, awm, dgpo or crd, see docs/forward.md"""
+    steps_per_image: int
+    """noise levels per image per epoch, each with its own noise; stratified"""
+    weighting: Literal["exact", "uniform", "logit_normal"]
+    """which noise levels an image is trained at: uniform, logit_normal (most often in the middle), or exact, in proportion to their weight in the likelihood"""
+    timestep_range: Sequence[float] | None
+    """part of the noise levels, from noise (0) to image (1), that is trained on; null is down to the last one at which the sampler calls the network"""
+    beta: float | None
+    """nft: strength of the pull to the old policy (1 if null); dgpo, crd: price of one nat (0.1)"""
+    clip_range_nats: float | None
+    """awm: bound on the log-ratio of an image to the old policy; 1.64 if null"""
+    old_decay: float
+    """share of the old policy, which samples, that is kept after every epoch; 0 is none of it"""
+    kl_coef: float
+    """price of one nat of KL to the reference, in units of the advantage"""
+    consistency_images: int
+    """images from which the self-consistency is measured before training; 0 does not"""
+    clip_std: Sequence[float]
+    """another name of experimental.clip_std"""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
+    """another name of experimental.multi_objective_aggregation"""
+    draws: int
+    """another name of steps_per_image"""
 
 
 class GRPOSettings(TextSettings, total=False):

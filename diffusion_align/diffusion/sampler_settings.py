@@ -151,7 +151,7 @@ class SamplerConfig(Section):
 
 
 class QuietSamplerConfig(SamplerConfig):
-    """A sampler that has neither noise nor guidance unless it is asked for them."""
+    """A sampler with neither noise nor guidance by default."""
 
     eta: float = Field(0.0, ge=0, le=1, description="noise of ddim and flow")
     guidance_scale: float = Field(

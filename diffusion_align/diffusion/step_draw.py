@@ -27,11 +27,12 @@ def step_probabilities(draw: StepDraw, steps: Tensor, length: int) -> Tensor:
     return inside / inside.sum()
 
 
-def draw_steps(steps: Tensor, draw: StepDraw, probabilities: Tensor, places: Tensor) -> Tensor:
+def draw_steps(steps: Tensor, draw: str, probabilities: Tensor, places: Tensor) -> Tensor:
     """(K,) of ``steps`` (S,), one from each of K parts of equal probability.
 
     Args:
-        probabilities: (S,) those of ``step_probabilities``.
+        draw: "uniform", where all are equally likely, or any other.
+        probabilities: (S,) those of ``step_probabilities``, or others.
         places: (K,) in [0, 1), where in its part each of them lies.
     """
     count = len(places)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -219,6 +219,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         reduction: Reduction = "mean",
         schedule: DiffusionSchedule | None = None,
         record_means: bool = False,
+        snapshot: str | None = None,
     ) -> Collected:
         """Sample this process's part of an epoch and score each batch, in the background where a reward runs there.
 
@@ -228,6 +229,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
             reduction: of the recorded log-probs.
             schedule: on the device; None is ``sampling_schedule``.
             record_means: see ``rollout``.
+            snapshot: of the policy's, that samples; None is the policy as it is.
 
         Raises:
             RewardError, TrainingError, Interrupted: see ``sample_and_score``.
@@ -240,16 +242,17 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
 
         def sample(batch: range) -> tuple[Trajectory, Calls]:
             texts = [samples[i][0] for i in batch]
-            path = rollout(
-                self.policy,
-                schedule,
-                self.policy.encode(texts),
-                [generator(config.seed, "noise", self.epoch, i) for i in batch],
-                record=None if record is None else torch.stack([record(i) for i in batch]),
-                reduction=reduction,
-                record_means=record_means,
-                on_step=lambda: advance(1),
-            )
+            with contextlib.nullcontext() if snapshot is None else self._as_snapshot(snapshot):
+                path = rollout(
+                    self.policy,
+                    schedule,
+                    self.policy.encode(texts),
+                    [generator(config.seed, "noise", self.epoch, i) for i in batch],
+                    record=None if record is None else torch.stack([record(i) for i in batch]),
+                    reduction=reduction,
+                    record_means=record_means,
+                    on_step=lambda: advance(1),
+                )
             # The parts of a combined reward are called one by one.
             arguments = self.policy.decode(path.latents), texts, [samples[i][1] for i in batch]
             calls = [(runs_in_background(part), partial(call_reward, part, *arguments)) for part in parts.values()]
@@ -263,6 +266,12 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         if scores.shape[1] > 1:
             metrics |= {f"rewards/{name}/mean": c.mean().item() for name, c in zip(parts, scores.unbind(1))}
         return Collected(samples, concatenate(paths), scores, rewards, metrics)
+
+    @contextlib.contextmanager
+    def _as_snapshot(self, name: str) -> Iterator[None]:
+        """Inside, the policy is its snapshot ``name``, and no checkpoint is written of it."""
+        with self._savepoint.withheld(), self.policy.as_snapshot(name):
+            yield
 
     def sample_held_out(self, evaluation: Evaluation, indices: range) -> dict[str, Tensor]:
         """``features`` (n, D), or the images, and ``gold`` (n,)."""

@@ -63,6 +63,15 @@ def predicted_x_0_and_eps(x_t: Tensor, prediction: Tensor, step: Step, predictio
     return prediction, (x_t - step.alpha_t * prediction) / step.sigma_t
 
 
+def network_target(x_0: Tensor, eps: Tensor, step: Step, prediction_type: str) -> Tensor:
+    """The output (B, C, H, W) that stands for this clean latent and noise, see ``predicted_x_0_and_eps``."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "v_prediction":
+        return step.alpha_t * eps - step.sigma_t * x_0
+    return eps - x_0 if prediction_type == "flow" else x_0
+
+
 def denoise(x_t: Tensor, prediction: Tensor, index: Tensor, schedule: DiffusionSchedule) -> GaussianTransition:
     """p(x_s | x_t) of the sampler that ``schedule`` describes; a pure function, used by sampling and by replay.
 

@@ -347,6 +347,7 @@ def _describe_epoch(config: Any, cost: EpochCost, evaluation: float = 0, network
     used = {
         "while sampling": cost.sampling,
         "for the reference": cost.reference,
+        "of the old policy": cost.old,
         "to estimate kl_path": cost.probed,
         "before the updates": cost.estimated,
         "for the evaluation": evaluation,

@@ -202,7 +202,8 @@ class Estimator:
     def forward_passes(self, config: DenoisingConfig) -> float:
         """What an epoch's passes of the network on one sample cost, in forward passes; those of evaluations too."""
         epoch = self.epoch
-        forward = epoch.sampling + epoch.reference + epoch.probed + epoch.estimated + evaluation_passes(config)
+        beside = epoch.reference + epoch.old + epoch.probed + epoch.estimated
+        forward = epoch.sampling + beside + evaluation_passes(config)
         return forward + training_passes(config) * epoch.trained
 
     def _saving(self, config: DenoisingConfig, name: str, value: Any, saved: int) -> Saving:

@@ -71,6 +71,7 @@ class EpochCost:
         sampling: forward passes to sample.
         trained: forward and backward passes.
         reference, probed: forward passes for the reference, and to estimate how far the policy is from it.
+        old: forward passes of the policy that sampled, where an update compares with it.
         estimated: forward passes for what is needed before the first update, such as values.
         decoded: images decoded.
         width: samples in a training pass for each action of a micro-batch.
@@ -84,6 +85,7 @@ class EpochCost:
     trained: int = 0
     reference: int = 0
     probed: int = 0
+    old: int = 0
     estimated: int = 0
     decoded: int = 0
     width: int = 1
