@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
     from diffusion_align.diffusion.forward import ForwardTrainer
     from diffusion_align.diffusion.forward_settings import ForwardConfig
+    from diffusion_align.diffusion.reward_weighted import RWRTrainer
+    from diffusion_align.diffusion.reward_weighted_settings import RWRConfig
     from diffusion_align.llm import (
         DPOConfig,
         DPOTrainer,
@@ -44,6 +46,8 @@ __all__ = [
     "KTOTrainer",
     "PPOConfig",
     "PPOTrainer",
+    "RWRConfig",
+    "RWRTrainer",
     "RewardModelConfig",
     "RewardModelTrainer",
     "TextAlignmentPipeline",
@@ -63,6 +67,8 @@ __getattr__, __dir__ = offered(
         "DiffusionDPOTrainer": "diffusion_align.diffusion.dpo",
         "ForwardConfig": "diffusion_align.diffusion.forward_settings",
         "ForwardTrainer": "diffusion_align.diffusion.forward",
+        "RWRConfig": "diffusion_align.diffusion.reward_weighted_settings",
+        "RWRTrainer": "diffusion_align.diffusion.reward_weighted",
         "DPOConfig": "diffusion_align.llm",
         "DPOTrainer": "diffusion_align.llm",
         "GRPOConfig": "diffusion_align.llm",

@@ -4,7 +4,7 @@
 from diffusion_align.data.prompts import PromptsConfig, items_of_epoch
 from diffusion_align.diffusion.rollout import Trajectory, replay
 from diffusion_align.diffusion.samplers import ddim
-from diffusion_align.diffusion.settings import DenoisingConfig
+from diffusion_align.diffusion.settings import DenoisingConfig, GroupedConfig
 from diffusion_align.diffusion.step import Step
 from diffusion_align.diffusion.trainer import Collected as CollectedImages
 from diffusion_align.diffusion.trainer import DenoisingTrainer

@@ -35,6 +35,7 @@ SHIPPED = {
     "ddpo": Shipped(f"{_IMAGE}.ddpo:DDPOTrainer", f"{_IMAGE}.ddpo_settings:DDPOConfig"),
     "diffusion_dpo": Shipped(f"{_IMAGE}.dpo:DiffusionDPOTrainer", f"{_IMAGE}.dpo_settings:DiffusionDPOConfig"),
     "forward": Shipped(f"{_IMAGE}.forward:ForwardTrainer", f"{_IMAGE}.forward_settings:ForwardConfig"),
+    "rwr": Shipped(f"{_IMAGE}.reward_weighted:RWRTrainer", f"{_IMAGE}.reward_weighted_settings:RWRConfig"),
     "grpo": Shipped(f"{_TEXT}.grpo:GRPOTrainer", f"{_TEXT}.settings:GRPOConfig"),
     "ppo": Shipped(f"{_TEXT}.ppo:PPOTrainer", f"{_TEXT}.settings:PPOConfig"),
     "dpo": Shipped(f"{_TEXT}.dpo:DPOTrainer", f"{_TEXT}.settings:DPOConfig"),

@@ -328,6 +328,9 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     ) -> Self: ...
 
     @overload
+    def align(self, method: typed.RWR, *, output_dir: str | Path, **settings: Unpack[typed.RWRSettings]) -> Self: ...
+
+    @overload
     def align(self, method: type[Trainer[Any]], *, output_dir: str | Path, **settings: Any) -> Self: ...
 
     def align(self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any) -> Self:

@@ -32,6 +32,7 @@ Reward = OneReward | Sequence[OneReward]
 DDPO = Literal["ddpo"]
 DiffusionDPO = Literal["diffusion_dpo"]
 Forward = Literal["forward"]
+RWR = Literal["rwr"]
 GRPO = Literal["grpo"]
 PPO = Literal["ppo"]
 DPO = Literal["dpo"]
@@ -65,7 +66,7 @@ class SamplerSettings(TypedDict, total=False):
     guidance_scale: float
     """scale of guidance; 1 switches classifier-free guidance off"""
     noisy_steps: int | None
-    """with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
+    """with ddpo and rwr: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
     noisy_range: Sequence[float] | None
     """part of the stochastic steps, from noise (0) to image (1), in which those lie; null as of timestep_range"""
     noisy_order: Literal["random", "progressive"]
@@ -162,7 +163,7 @@ class QuietSamplerSettings(TypedDict, total=False):
     guidance_scale: float
     """scale of guidance; 1 switches classifier-free guidance off"""
     noisy_steps: int | None
-    """with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
+    """with ddpo and rwr: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
     noisy_range: Sequence[float] | None
     """part of the stochastic steps, from noise (0) to image (1), in which those lie; null as of timestep_range"""
     noisy_order: Literal["random", "progressive"]
@@ -569,6 +570,25 @@ class ForwardSettings(ImageSettings, total=False):
     """another name of experimental.multi_objective_aggregation"""
     draws: int
     """another name of steps_per_image"""
+
+
+class RWRSettings(ImageSettings, total=False):
+    sampler: SamplerSettings | SamplerConfig
+    """how images are sampled"""
+    prompts: PromptsSettings | PromptsConfig | Rows
+    """list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"""
+    reward: Reward | None
+    """name, 'module:function', {name: ..., options}, a function, or a list of these"""
+    group_size: int
+    """images per prompt per epoch"""
+    timestep_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), that is trained on; null is all of them, but of a flow-matching model not the last one where it alone holds more than half of the path's KL"""
+    timestep_fraction: float
+    """share of those steps trained on, sampled per image"""
+    temperature: float
+    """of the softmax over rewards, in stds of the reward; lower is greedier"""
+    softmax_over: Literal["epoch", "group"]
+    """images that are compared: all of an epoch, or those of one prompt"""
 
 
 class GRPOSettings(TextSettings, total=False):

@@ -35,14 +35,19 @@ SETTINGS = {
     "lora": {"rank": 2},
     "num_threads": 1,
 }
-OF_IMAGES = {"sampler": {"steps": 2, "guidance_scale": 1.0}, "reward": "jpeg_compressibility", "prompts": ["a", "b"]}
+OF_IMAGES = {
+    "sampler": {"steps": 2, "guidance_scale": 1.0},
+    "group_size": 2,
+    "reward": "jpeg_compressibility",
+    "prompts": ["a", "b"],
+}
 OF_TEXT = {"reward": "length", "prompts": ["the cat", "a dog"], "num_generations": 2, "max_completion_length": 8}
 
 
 @pytest.fixture
 def strangers(tmp_path, monkeypatch):
     """A folder outside the repository, where we are, with files of other people."""
-    for name in ("reward_weighted", "rloo"):
+    for name in ("raft", "rloo"):
         shutil.copy(ROOT / f"examples/{name}.py", tmp_path)
     (tmp_path / "stopper.py").write_text(STOPPER)
     monkeypatch.chdir(tmp_path)
@@ -55,19 +60,19 @@ def recipe(folder, model, method, **settings):
     return path
 
 
-WEIGHTED, RLOO = "reward_weighted.py:RewardWeightedTrainer", "rloo.py:RLOOTrainer"
+RAFT, RLOO = "raft.py:RAFTTrainer", "rloo.py:RLOOTrainer"
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_a_strangers_method_is_described_and_its_code_is_part_of_the_run(kind, strangers, call_cli, request):
     """What else runs with such a file, in an installed copy too, is in test_examples.py."""
-    reference, own = (WEIGHTED, OF_IMAGES) if kind == "image" else (RLOO, OF_TEXT)
+    reference, own = (RAFT, OF_IMAGES) if kind == "image" else (RLOO, OF_TEXT)
     model = request.getfixturevalue("tiny_sd" if kind == "image" else "tiny_language_model")
     code, _, err = call_cli("train", recipe(strangers, model, reference, **SETTINGS, **own))
     assert code == 0, err
     run = strangers / "run"
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == f"{strangers}/{reference}"
-    assert ("Near 1, one image dominates." in (run / "report.html").read_text()) == (kind == "image")
+    assert ("What the policy is pulled towards." in (run / "report.html").read_text()) == (kind == "image")
     described = json.loads((run / "metrics.json").read_text())
     assert described["kl"]["unit"] == ("nats per step" if kind == "image" else "nats per token")
     file = strangers / reference.partition(":")[0]
@@ -94,7 +99,7 @@ def test_a_run_whose_methods_file_was_moved_is_resumed_if_that_is_accepted(stran
     assert "accept_changed=[method]" in err
     code, _, err = call_cli(*again, "accept_changed=[method]")
     assert code == 0, err
-    code, _, err = call_cli(*again, f"method={WEIGHTED}")
+    code, _, err = call_cli(*again, f"method={RAFT}")
     assert code == 2
     assert "is a run of method=" in err
 
@@ -103,8 +108,8 @@ def test_align_names_what_a_strangers_method_lacks(strangers, tiny_sd, tiny_lang
     from diffusion_align.pipelines import ImageAlignmentPipeline, TextAlignmentPipeline
 
     for pipe, fitting, other, settings in (
-        (ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu"), WEIGHTED, RLOO, OF_IMAGES),
-        (TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu"), RLOO, WEIGHTED, OF_TEXT),
+        (ImageAlignmentPipeline.from_pretrained(tiny_sd, device="cpu"), RAFT, RLOO, OF_IMAGES),
+        (TextAlignmentPipeline.from_pretrained(tiny_language_model, device="cpu"), RLOO, RAFT, OF_TEXT),
     ):
         with pytest.raises(ConfigError, match="unknown setting 'sharpnes'"):
             pipe.align(fitting, output_dir="run", sharpnes=2.0, **SETTINGS, **settings)
@@ -213,6 +218,7 @@ SWITCHES = [
     ("quickstart", ["method=diffusion_dpo", "beta_dpo=2000"], "advantages, timestep_fraction, clip_range_nats"),
     ("ddpo_emoji_jpeg", ["method=diffusion_dpo", "beta_dpo=2000"], "advantages, timestep_fraction, clip_range_nats"),
     ("dpo_emoji_online", ["method=ddpo"], "beta_dpo, steps_per_pair"),
+    ("quickstart", ["method=rwr", "temperature=0.5"], "advantages, kl_coef, clip_range_nats"),
     ("ppo_tiny", ["method=grpo"], "missing_eos_penalty"),
     ("grpo_tiny", ["method=ppo"], ""),
     ("grpo_tiny", ["method=kto"], "kl_coef"),

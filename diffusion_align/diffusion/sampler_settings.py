@@ -43,8 +43,8 @@ class SamplerConfig(Section):
         None,
         ge=1,
         le=MOST,
-        description="with ddpo: only so many steps in a row are noisy and trained on, the others are deterministic; "
-        "null is all",
+        description="with ddpo and rwr: only so many steps in a row are noisy and trained on, the others are "
+        "deterministic; null is all",
     )
     noisy_range: tuple[Weight, Weight] | None = Field(
         None,

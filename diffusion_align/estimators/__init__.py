@@ -10,6 +10,7 @@ from diffusion_align.estimators.advantages import (
     leave_one_out_advantages,
     multi_reward_advantages,
     reward_to_go,
+    softmax_weights,
 )
 from diffusion_align.estimators.categorical import (
     categorical_entropy,

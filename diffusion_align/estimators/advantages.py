@@ -143,6 +143,29 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return _like(centred * factor[index], rewards)
 
 
+def softmax_weights(rewards: Tensor, group_ids: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """``n softmax(z / temperature)`` over the n rewards of a group, 1 on average; ``z`` as ``group_advantages``.
+
+    The weights of reward-weighted regression (Peters & Schaal 2007), whose temperature is here in stds of the reward.
+    Equal rewards and one-element groups give exactly 1.
+
+    Args:
+        rewards, group_ids: as of ``group_advantages``.
+        temperature: above 0.
+
+    Returns (B,), float32 or wider. Raises ValueError as ``group_advantages``, or if the temperature is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} is not allowed: it must be above 0.")
+    logits = group_advantages(_float64(rewards), group_ids) / temperature
+    _, index, counts = torch.unique(group_ids.cpu(), return_inverse=True, return_counts=True)
+    nothing = logits.new_zeros(counts.numel())
+    largest = nothing.scatter_reduce(0, index, logits, "amax", include_self=False)
+    exponentials = (logits - largest[index]).exp()
+    sums = nothing.index_add(0, index, exponentials)
+    return _like(exponentials * (counts / sums)[index], rewards)
+
+
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,11 @@ CASES = cases("""
     sampler.noisy_steps=2; sampler.name=ddpm
     sampler.noisy_steps=2; sampler.eta=0
     sampler.noisy_steps=2; timestep_range=[0, 0.5]; timestep_fraction=0.5
+    method=rwr; temperature=0
+    method=rwr; softmax_over=prompt; sampler.eta=0
+    method=rwr; softmax_over=group; timestep_range=[0.5, 0.5]
+    method=rwr; softmax_over=group; group_size=3
+    method=rwr; clip_range=1e-3
     show_prompts=[]
     # model
     model=emoji-ds

@@ -117,6 +117,14 @@ def test_a_folder(report, make_policy, model_path, name):
     assert found[""].startswith("from a pass of 8 samples timed now")
 
 
+def test_reward_weighted_regression_has_no_reference_pass_and_no_clip(report, tiny_sd, quick):
+    found, problems = report(method="rwr", model=str(tiny_sd), softmax_over="group", group_size=2)
+    assert problems == []
+    assert found["UNet passes per epoch"].endswith(" 96 forward and backward while training")
+    assert "reference" not in found["UNet passes per epoch"]
+    assert "clip in nats" not in found
+
+
 def test_a_shift_that_cannot_be_computed_does_not_end_the_report(report, tiny_flux, tmp_path):
     folder = shutil.copytree(tiny_flux, tmp_path / "model")
     edit_json("scheduler/scheduler_config.json", base_image_seq_len=256, max_image_seq_len=256)(folder)

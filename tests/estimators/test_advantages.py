@@ -15,6 +15,7 @@ from diffusion_align.estimators import (
     leave_one_out_advantages,
     multi_reward_advantages,
     reward_to_go,
+    softmax_weights,
 )
 from tests.helpers.oracles import F64, FILLS, assert_same, randn, refused, tensor
 
@@ -49,6 +50,26 @@ def test_a_group_of_two_is_plus_and_minus_one_over_root_two():
     assert_same(result, tensor(-1.0, 1.0) / math.sqrt(2))
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 0.5, 1.0, 20.0])
+def test_softmax_weights_are_the_formula_in_any_order_of_groups(temperature):
+    rewards = randn(6)
+    found = softmax_weights(rewards, IDS, temperature=temperature)
+    for i in IDS.unique():
+        rows = i == IDS
+        of_group = rewards[rows]
+        z = (of_group - of_group.mean()) / of_group.std() if rows.sum() > 1 else torch.zeros(1, dtype=F64)
+        assert_same(found[rows], rows.sum() * torch.softmax(z / temperature, dim=0))
+    assert_same(softmax_weights(3 * rewards - 7, IDS, temperature=temperature), found, rtol=1e-9, atol=0)
+    assert_same(softmax_weights(tensor(0.0, 2), torch.zeros(2, dtype=torch.long)).log().diff(), tensor(math.sqrt(2)))
+
+
+def test_hot_softmax_weights_are_one_plus_the_advantage_over_the_temperature():
+    """So reward-weighted regression is then imitation of everything plus a policy gradient."""
+    rewards = randn(6)
+    weights = softmax_weights(rewards, IDS, temperature=1e4)
+    assert_same(1e4 * (weights - 1), group_advantages(rewards, IDS), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e9 + 0.1, -1e-30])
@@ -58,6 +79,7 @@ def test_equal_rewards_and_single_ones_give_exactly_zero(scale, ddof, value, dty
     rewards = torch.tensor([value] * 7 + [5.0], dtype=dtype)
     assert (group_advantages(rewards, ids, scale=scale, ddof=ddof) == 0).all()
     assert (leave_one_out_advantages(rewards, ids) == 0).all()
+    assert (softmax_weights(rewards, ids, temperature=1e-9) == 1).all()
     assert (group_advantages(rewards[:1], ids[:1], scale=scale, ddof=ddof) == 0).all()
 
 
