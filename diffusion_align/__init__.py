@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from diffusion_align.diffusion.dpo_settings import DiffusionDPOConfig
     from diffusion_align.diffusion.forward import ForwardTrainer
     from diffusion_align.diffusion.forward_settings import ForwardConfig
+    from diffusion_align.diffusion.reward_gradient import RewardGradientTrainer
+    from diffusion_align.diffusion.reward_gradient_settings import RewardGradientConfig
     from diffusion_align.diffusion.reward_weighted import RWRTrainer
     from diffusion_align.diffusion.reward_weighted_settings import RWRConfig
     from diffusion_align.llm import (
@@ -48,6 +50,8 @@ __all__ = [
     "PPOTrainer",
     "RWRConfig",
     "RWRTrainer",
+    "RewardGradientConfig",
+    "RewardGradientTrainer",
     "RewardModelConfig",
     "RewardModelTrainer",
     "TextAlignmentPipeline",
@@ -77,6 +81,8 @@ __getattr__, __dir__ = offered(
         "KTOTrainer": "diffusion_align.llm",
         "PPOConfig": "diffusion_align.llm",
         "PPOTrainer": "diffusion_align.llm",
+        "RewardGradientConfig": "diffusion_align.diffusion.reward_gradient_settings",
+        "RewardGradientTrainer": "diffusion_align.diffusion.reward_gradient",
         "RewardModelConfig": "diffusion_align.llm",
         "RewardModelTrainer": "diffusion_align.llm",
         "ImageAlignmentPipeline": "diffusion_align.pipelines.image",

@@ -36,6 +36,9 @@ SHIPPED = {
     "diffusion_dpo": Shipped(f"{_IMAGE}.dpo:DiffusionDPOTrainer", f"{_IMAGE}.dpo_settings:DiffusionDPOConfig"),
     "forward": Shipped(f"{_IMAGE}.forward:ForwardTrainer", f"{_IMAGE}.forward_settings:ForwardConfig"),
     "rwr": Shipped(f"{_IMAGE}.reward_weighted:RWRTrainer", f"{_IMAGE}.reward_weighted_settings:RWRConfig"),
+    "reward_gradient": Shipped(
+        f"{_IMAGE}.reward_gradient:RewardGradientTrainer", f"{_IMAGE}.reward_gradient_settings:RewardGradientConfig"
+    ),
     "grpo": Shipped(f"{_TEXT}.grpo:GRPOTrainer", f"{_TEXT}.settings:GRPOConfig"),
     "ppo": Shipped(f"{_TEXT}.ppo:PPOTrainer", f"{_TEXT}.settings:PPOConfig"),
     "dpo": Shipped(f"{_TEXT}.dpo:DPOTrainer", f"{_TEXT}.settings:DPOConfig"),

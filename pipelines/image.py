@@ -331,6 +331,11 @@ class ImageAlignmentPipeline(AlignmentPipeline):
     def align(self, method: typed.RWR, *, output_dir: str | Path, **settings: Unpack[typed.RWRSettings]) -> Self: ...
 
     @overload
+    def align(
+        self, method: typed.RewardGradient, *, output_dir: str | Path, **settings: Unpack[typed.RewardGradientSettings]
+    ) -> Self: ...
+
+    @overload
     def align(self, method: type[Trainer[Any]], *, output_dir: str | Path, **settings: Any) -> Self: ...
 
     def align(self, method: str | type[Trainer[Any]] = "ddpo", *, output_dir: str | Path, **settings: Any) -> Self:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusion_align.data.text_rows import TextDataConfig
     from diffusion_align.diffusion.ddpo_settings import ExperimentalDDPO as ExperimentalDDPOConfig
     from diffusion_align.diffusion.dpo_settings import ExperimentalDiffusionDPO as ExperimentalDiffusionDPOConfig
+    from diffusion_align.diffusion.reward_gradient_settings import GuidedSamplerConfig
     from diffusion_align.diffusion.sampler_settings import QuietSamplerConfig, SamplerConfig
     from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig, LoRAConfig
     from diffusion_align.llm.settings import DynamicBetaConfig, TextEvaluationConfig
@@ -33,6 +34,7 @@ DDPO = Literal["ddpo"]
 DiffusionDPO = Literal["diffusion_dpo"]
 Forward = Literal["forward"]
 RWR = Literal["rwr"]
+RewardGradient = Literal["reward_gradient"]
 GRPO = Literal["grpo"]
 PPO = Literal["ppo"]
 DPO = Literal["dpo"]
@@ -177,6 +179,27 @@ class ExperimentalAdvantagesSettings(TypedDict, total=False):
     """bounds on the std that rewards are divided by"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
     """several rewards: the advantage of their sum, or the sum of their advantages"""
+
+
+class GuidedSamplerSettings(TypedDict, total=False):
+    name: str | None
+    """ddim, ddpm, for flow-matching models flow, flow_sde, cps, dance or ddim, or a function of your own: module:function, file.py:function; null is ddim, or flow for a flow-matching model"""
+    steps: int
+    """denoising steps per image"""
+    eta: float
+    """noise of ddim and flow"""
+    noise_level: float | None
+    """noise of flow_sde (0.7 if null), cps (0.7, at most 1) and dance (0.3)"""
+    guidance_scale: float
+    """scale of guidance; 1 switches classifier-free guidance off, and halves the work"""
+    noisy_steps: int | None
+    """with ddpo and rwr: only so many steps in a row are noisy and trained on, the others are deterministic; null is all"""
+    noisy_range: Sequence[float] | None
+    """part of the stochastic steps, from noise (0) to image (1), in which those lie; null as of timestep_range"""
+    noisy_order: Literal["random", "progressive"]
+    """where they lie: random in each epoch, or progressive, one step closer to the image each"""
+    options: Mapping[str, Any]
+    """further options of your own sampler"""
 
 
 class TextLoRASettings(TypedDict, total=False):
@@ -355,8 +378,6 @@ class SharedSettings(TypedDict, total=False):
     """module:Class or file.py:Class of each; in Python also objects"""
     reward_weights: Sequence[float] | None
     """one weight per reward of a list; 1 each if not given"""
-    num_generations: int
-    """another name of group_size"""
 
 
 class ImageSettings(SharedSettings, total=False):
@@ -417,6 +438,8 @@ class TextSettings(SharedSettings, total=False):
     """texts or messages: list, file, shipped list or Hub id"""
     reward: Reward | None
     """name, 'module:function', {name: ..., options}, a function, or a list of these"""
+    num_generations: int
+    """another name of group_size"""
 
 
 class DDPOSettings(ImageSettings, total=False):
@@ -458,6 +481,8 @@ class DDPOSettings(ImageSettings, total=False):
     """price of one nat of KL to the reference, in units of the advantage"""
     kl: Literal["closed_form", "k1_reward"]
     """KL as a loss in closed form, or its k1 estimate subtracted from the reward"""
+    num_generations: int
+    """another name of group_size"""
     clip_std: Sequence[float]
     """another name of experimental.clip_std"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
@@ -509,6 +534,8 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """rarely used settings"""
     decisions_per_pair: int
     """another name of steps_per_pair"""
+    num_generations: int
+    """another name of group_size"""
     bucket_reso_steps: int | None
     """another name of bucket_step"""
     aspect_bucket_alignment: int | None
@@ -564,6 +591,8 @@ class ForwardSettings(ImageSettings, total=False):
     """price of one nat of KL to the reference, in units of the advantage"""
     consistency_images: int
     """images from which the self-consistency is measured before training; 0 does not"""
+    num_generations: int
+    """another name of group_size"""
     clip_std: Sequence[float]
     """another name of experimental.clip_std"""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"]
@@ -589,6 +618,29 @@ class RWRSettings(ImageSettings, total=False):
     """of the softmax over rewards, in stds of the reward; lower is greedier"""
     softmax_over: Literal["epoch", "group"]
     """images that are compared: all of an epoch, or those of one prompt"""
+    num_generations: int
+    """another name of group_size"""
+
+
+class RewardGradientSettings(ImageSettings, total=False):
+    sampler: GuidedSamplerSettings | GuidedSamplerConfig
+    """how images are sampled, by default without noise"""
+    prompts: PromptsSettings | PromptsConfig | Rows
+    """list of texts, file, folder, Hub dataset or shipped list; see PromptsConfig"""
+    reward: Reward | None
+    """name, 'module:function', {name: ..., options}, a function, or a list of these"""
+    variant: Literal["draft", "align_prop", "refl"]
+    """where the gradient ends: draft, before the last steps; align_prop, at a random step; refl, at a random late step, from which the image is predicted at once"""
+    last_steps: int | None
+    """the gradient goes through so many steps, of align_prop at most; null is as far as from_sigma, of align_prop all"""
+    from_sigma: float
+    """draft: through the fewest last steps that begin at this noise level or above; from image (0) to noise (1)"""
+    low_variance: int
+    """draft with one step: take it again so many times from the image with other noise, and average (DRaFT-LV)"""
+    late_range: Sequence[float]
+    """refl: part of the steps, from noise (0) to image (1), of which an update takes one"""
+    kl_coef: float
+    """price of one nat of KL to the reference, in the unit of the reward"""
 
 
 class GRPOSettings(TextSettings, total=False):

@@ -91,7 +91,7 @@ def call_reward(
     if not len(prompts) == len(metadata) == batch:
         raise ValueError(f"{batch} images, {len(prompts)} prompts and {len(metadata)} metadata entries do not match")
     if differentiable and not getattr(reward, "differentiable", False):
-        raise RewardError(f"reward '{name}' is not differentiable: choose one that is, or train it with DDPO")
+        raise RewardError(no_gradient(name))
 
     if not differentiable:
         images = (images.detach().float() * 255).round().clamp(0, 255) / 255
@@ -104,6 +104,11 @@ def call_reward(
     if differentiable and images.requires_grad and not scores.requires_grad:
         raise RewardError(f"reward '{name}' says it is differentiable but its scores carry no gradient")
     return scores if differentiable else scores.detach()
+
+
+def no_gradient(name: str) -> str:
+    """The sentence about a reward that has none."""
+    return f"reward '{name}' is not differentiable: choose one that is, or train it with DDPO"
 
 
 def ask_reward(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:

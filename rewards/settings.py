@@ -145,6 +145,19 @@ def reward_checks(reward: Any, kind: Literal["image", "text"]) -> Iterator[str]:
         yield from problems_of(build.declare, build.IMAGES if kind == "image" else build.TEXT, one)
 
 
+def gradient_checks(reward: Any, held_out: Any) -> Iterator[str]:
+    """A sentence about each image reward of a setting that is known to have no gradient, and one if ``held_out``, the
+    setting of a held-out reward, shares a reward with it."""
+    from diffusion_align.rewards import gradients  # which imports what rewards are made of, this file too
+
+    yield from gradients.differentiable_checks(reward)
+    if gradients.share_a_reward(reward, held_out):
+        yield (
+            "evaluation.reward is the reward that is trained on, so it would not notice what that overlooks: set "
+            "evaluation.reward to another one, or evaluation=null"
+        )
+
+
 def check_diversity(measure: str) -> None:
     """``measure``: pixels, clip or the CLIP that embeds images to compare them.
 

@@ -69,7 +69,8 @@ def describe_costs(config: DenoisingConfig, model: ModelFiles, epoch: EpochCost,
 
 def _flops(config: DenoisingConfig, estimator: Estimator, found: Estimate) -> float:
     """Operations of an epoch, rewards left out."""
-    decoded = estimator.epoch.decoded + evaluated(config)
+    backward = 2 + config.gradient_checkpointing  # to the latents: the decoder's weights need no gradient
+    decoded = estimator.epoch.decoded + backward * estimator.epoch.differentiated + evaluated(config)
     decoding = found.decoding.flops / config.sample_batch_size * decoded
     return found.network.flops * estimator.forward_passes(config) + decoding
 
@@ -92,6 +93,7 @@ def _memory_lines(config: DenoisingConfig, title: str, found: Estimate, rewards:
         "training": f" in {precision}, {found.passes.train_batch} samples with their backward pass",
         "sampling": f", {found.passes.sample_batch} samples",
         "decoding": f", {config.sample_batch_size} images",
+        "decoding, with gradient": f", {config.micro_batch_size} images and what the network keeps for its own",
         "encoding images": f" of {config.sample_batch_size} pairs, before the first epoch",
         "encoding prompts": ", the text encoders on the GPU",
     }

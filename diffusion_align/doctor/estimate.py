@@ -24,6 +24,7 @@ from diffusion_align.doctor.memory import (
     PassCost,
     Passes,
     decoding_cost,
+    differentiated_decoding_cost,
     encoder_cost,
     encoding_cost,
     network_cost,
@@ -138,8 +139,14 @@ class Estimator:
         encoders = self._encoder_costs(config, passes)
         # In a training pass each of its prompts is encoded once, and the one that guidance leads away from.
         encoded = config.micro_batch_size + guided - 1
-        training = cost.training + encoded * sum(encoder.kept for encoder in encoders)
-        phases = {"training": training, "sampling": cost.sampling, "decoding": decoding.working}
+        graphs, beside = self.epoch.graphs, encoded * sum(encoder.kept for encoder in encoders)
+        training = cost.training + (graphs - 1) * cost.kept + beside
+        phases = {"training": training, "sampling": cost.sampling}
+        if self.epoch.decoded or not self.epoch.differentiated:
+            phases["decoding"] = decoding.working
+        if self.epoch.differentiated:  # the passes of the network wait for their own backward pass meanwhile
+            kept, count = graphs * cost.kept + beside, config.micro_batch_size
+            phases["decoding, with gradient"] = kept + differentiated_decoding_cost(on_meta, latents, count, passes)
         if getattr(config, "pairs", None) is not None:
             pixels = [side * family.vae_factor(vae) for side in size]
             phases["encoding images"] = encoding_cost(on_meta, pixels, 2 * config.sample_batch_size).working

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion_align.diffusion.policy import encoder_config, peft_config
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.models.families import ModelFamily
-from diffusion_align.models.memory import checkpoint_activations
+from diffusion_align.models.memory import checkpoint_activations, keep_activations
 
 _NARROW = (functional.linear, functional.conv2d, functional.scaled_dot_product_attention, torch.bmm, torch.baddbmm)
 _WIDE = (functional.group_norm, functional.layer_norm, functional.rms_norm, functional.softmax, Tensor.softmax)
@@ -197,6 +197,18 @@ def training_bytes(
 def decoding_cost(vae: Any, latents: tuple[int, int, int], batch: int) -> PassCost:
     """What it costs on a GPU to decode ``batch`` latents of shape (C, H, W) with a VAE of ``vae_on_meta``."""
     return _vae_cost(vae, vae.decode, (batch, *latents))
+
+
+def differentiated_decoding_cost(vae: Any, latents: tuple[int, int, int], batch: int, passes: Passes) -> int:
+    """Bytes in use at the peak of decoding with a backward pass to the latents.
+
+    Of ``passes`` only ``checkpointing`` is looked at.
+    """
+    given = torch.zeros((batch, *latents), dtype=vae.dtype, device="meta", requires_grad=True)
+    plain = replace(passes, autocast=None)
+    _, peak = training_bytes(vae, lambda: vae.decode(given, return_dict=False)[0], plain)
+    keep_activations(vae)
+    return peak
 
 
 def encoding_cost(vae: Any, image_size: Sequence[int], batch: int) -> PassCost:

@@ -74,6 +74,8 @@ class EpochCost:
         old: forward passes of the policy that sampled, where an update compares with it.
         estimated: forward passes for what is needed before the first update, such as values.
         decoded: images decoded.
+        differentiated: images decoded with a backward pass.
+        graphs: training passes whose activations are kept together, for one backward pass.
         width: samples in a training pass for each action of a micro-batch.
         recorded: latents kept of an epoch.
     """
@@ -88,5 +90,7 @@ class EpochCost:
     old: int = 0
     estimated: int = 0
     decoded: int = 0
+    differentiated: int = 0
+    graphs: int = 1
     width: int = 1
     recorded: int = 0
