@@ -419,7 +419,7 @@ class ImageAlignmentPipeline(AlignmentPipeline):
             raise
         finally:
             if config.gradient_checkpointing:
-                for part in (getattr(self.pipeline, trained), *text_encoders(self.pipeline)):
+                for part in (getattr(self.pipeline, trained), vae, *text_encoders(self.pipeline)):
                     keep_activations(part)
             if config.attention != "auto" and attention:  # "auto" would take it over into the next run
                 getattr(self.pipeline, trained).set_attn_processor(attention)
