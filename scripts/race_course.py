@@ -69,6 +69,9 @@ ENTRANTS: dict[str, Entrant] = {
         on_flow=["sampler.noisy_range=[0.0, 0.8]"],
     ),
     "online Diffusion-DPO": Entrant("dpo_emoji_online"),
+    "DRaFT": Entrant(
+        "draft_emoji_aesthetic", ["evaluation=null"], without={"jpeg_compressibility": "the reward has no gradient"}
+    ),
 }
 
 

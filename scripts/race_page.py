@@ -102,11 +102,15 @@ def _table(course: Course) -> str:
     plain = finish(course, PLAIN)
     title = f"**{course.model}, {TITLES[course.reward]}**: the target is {course.target:.3f}"
     lines = [f"{title}.", "", HEADER, "|---" * 8 + "|"]
-    lines += ["| " + " | ".join(_cells(plain, one)) + " |" for one in finishes]
+    lines += [_line(_cells(plain, one)) for one in finishes]
     for method, entrant in ENTRANTS.items():
         if course.reward in entrant.without:
-            lines.append(f"| {method} | {' | '.join([''] * 6)} | {entrant.without[course.reward]} |")
+            lines.append(_line([method, "", entrant.without[course.reward], *[""] * 5]))
     return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _place(one: Finish) -> tuple[int, float]:

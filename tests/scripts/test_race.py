@@ -126,6 +126,9 @@ def test_losers_are_in_the_table_too_and_the_first_comes_first():
     assert "8.0 × (1.7 to 38.5)" in lines[0]
     assert race_page.MARK in lines[0]
     assert "not in 900; at most 0.500" in lines[2]
+    rows = [one | {"reward": "jpeg_compressibility"} for one in rows]
+    last = race_page.tables([Course("emoji-sd", "jpeg_compressibility", rows, 1.0)]).splitlines()[-1]
+    assert last == "| DRaFT |  | the reward has no gradient |  |  |  |  |  |"
 
 
 def test_a_curve_is_the_mean_of_runs_between_their_evaluations_and_at_their_end():
@@ -140,12 +143,14 @@ def test_a_curve_is_the_mean_of_runs_between_their_evaluations_and_at_their_end(
 @pytest.mark.parametrize("method", race.ENTRANTS)
 def test_every_entrant_trains_on_the_same_prompts_with_the_same_sampler_and_adapters(method, reward, model):
     entrant = race.ENTRANTS[method]
+    if reward in entrant.without:
+        return
     recipe, overrides = entrant.settings(reward, model)
     shipped, none = race.ENTRANTS[SHIPPED].settings(reward, model)
     common = [f"reward={reward}", f"model={model}", "output_dir=unused"]
     mine, theirs = read_config(recipe, [*overrides, *common]), read_config(shipped, [*none, *common])
     assert [text for text, _ in load_prompts(mine.prompts)] == race_run.PROMPTS
-    for name in ("lora", "attention", "max_sequence_length", "t5", "samples_per_epoch", "group_size"):
+    for name in ("lora", "attention", "max_sequence_length", "t5"):
         assert getattr(mine, name) == getattr(theirs, name)
     assert (mine.sampler.steps, mine.sampler.guidance_scale) == (10, 1)
     assert mine.evaluation is None
