@@ -80,6 +80,8 @@ def test_its_first_epoch_runs(name, tmp_path, request):
         assert updates[0]["ratio/first_pass_deviation"] < (3e-5 if text else 1e-5)
     elif config.method == "reward_gradient":
         assert updates[0]["kl_path"] == 0
+    elif config.method == "forward":
+        assert updates[0]["kl_old"] == 0
     elif config.method != "rwr":
         assert updates[0]["rewards/accuracies"] == 0.5
     written = "adapter_model" if text else "pytorch_lora_weights"
