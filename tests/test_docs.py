@@ -18,7 +18,7 @@ from tests.helpers.printed import blocks, shorter, shorter_code
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
 PAGES = sorted(FOLDER.glob("*.md"))
-TUTORIALS = [ROOT / "docs/diffusion_dpo.md", ROOT / "docs/flow.md", ROOT / "docs/text.md", ROOT / "docs/rewards.md"]
+TUTORIALS = [ROOT / f"docs/{name}.md" for name in ("diffusion_dpo", "flow", "reward_gradients", "text", "rewards")]
 
 
 def test_there_is_a_page_for_each_subject() -> None:

@@ -41,11 +41,16 @@ def shorter(words, folder):
     if words[0] != "train":
         return words
     recipe = load_yaml(shipped_configs()[words[1]])
-    image = method_of(recipe["method"]).model_kind == "image"
+    method = method_of(recipe["method"])
+    image = method.model_kind == "image"
     if "noisy_steps" in recipe.get("sampler", {}) or any(word.startswith("sampler.noisy") for word in words):
         words = [word for word in words if not word.startswith("sampler.noisy")]
         words += ["sampler.noisy_steps=1", "sampler.noisy_range=null"]  # of the two steps one is noisy
     few = ["pairs.max_pairs=16"] if words[1:] == ["dpo_emoji_style"] else []
     epochs = "epochs=2" if "resume=true" in words else "epochs=1"
     asked = [word for word in words if not word.startswith("epochs=")]
-    return [*asked, epochs, *few, *(SHORT_IMAGES if image else SHORT_TEXTS)]
+    short = SHORT_IMAGES if image else SHORT_TEXTS
+    known = [
+        one for one in short if not one.startswith("group_size") or "group_size" in method.config_class.model_fields
+    ]
+    return [*asked, epochs, *few, *known]
