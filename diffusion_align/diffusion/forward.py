@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,17 +27,17 @@ from diffusion_align.diffusion.advantages import Advantages
 from diffusion_align.diffusion.consistency import Consistency, common_share, flat_gradient
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.forward_objectives import OBJECTIVES, Matching
-from diffusion_align.diffusion.forward_settings import ForwardConfig
+from diffusion_align.diffusion.forward_settings import OF_FAMILY, ForwardConfig
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps, training_schedule
-from diffusion_align.diffusion.step import Step
 from diffusion_align.diffusion.step_draw import draw_steps, step_probabilities
 from diffusion_align.diffusion.trained_steps import trained_steps
 from diffusion_align.diffusion.trainer import Collected, DenoisingTrainer
 from diffusion_align.diffusion.transitions import add_noise, nats_per_squared_error, network_target
 from diffusion_align.errors import ConfigError, TrainingError
 from diffusion_align.estimators import matching_error
+from diffusion_align.models.families import check_settings
 from diffusion_align.streams import print_warning
 from diffusion_align.training.callbacks import Callback
 from diffusion_align.training.config import multiple_checks
@@ -114,13 +114,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         super().__init__(config, policy, reward, prompts, accelerator, evaluation=evaluation, callbacks=callbacks)
         for problem in multiple_checks(config, "group_size", self.accelerator.num_processes):
             raise ConfigError([problem])
-        if getattr(policy.network.config, "guidance_embeds", False):
-            raise ConfigError(
-                [
-                    f"method={config.method} cannot train a guidance-distilled model, whose prediction is not the "
-                    "velocity of any noising process: use ddpo or diffusion_dpo"
-                ]
-            )
+        check_settings(policy.family, policy.network.config, OF_FAMILY)
         self.advantages = Advantages(config, reward)
         steps, weights = self.trained_steps, nats_per_squared_error(self.exact_schedule)
         own = weights[steps]
@@ -141,14 +135,13 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
     def trained_schedule(
         cls, config: Any, scheduler: Any, set_timesteps: SetTimesteps | None = None
     ) -> DiffusionSchedule:
-        """The noising process down to the last noise level at which the sampler calls the network."""
+        """The noising process; without a range, a density only down to the last level at which the sampler calls."""
         whole = training_schedule(scheduler, set_timesteps)
-        last = super().trained_schedule(config, scheduler, set_timesteps).table.sigma_t[-1]
         if config.timestep_range is not None:
             return whole
-        count = int((whole.table.sigma_t >= last * (1 - 1e-9)).sum())
-        columns = {one.name: getattr(whole.table, one.name)[:count] for one in fields(Step)}
-        return replace(whole, table=Step(**columns))
+        last = super().trained_schedule(config, scheduler, set_timesteps).table.sigma_t[-1]
+        std = whole.table.std.where(whole.table.sigma_t >= last * (1 - 1e-6), 0.0)
+        return replace(whole, table=replace(whole.table, std=std))
 
     @classmethod
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
@@ -175,12 +168,12 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         return replace(
             every,
             units=config.samples_per_epoch // config.members,
-            actions=actions // config.members,
+            actions=actions,
             trained=actions * config.inner_epochs,
             old=actions * config.inner_epochs * (updates - current) // updates,
             reference=actions * config.inner_epochs if config.kl_coef > 0 else 0,
             probed=2 * probes_of(config) if config.has_reference and config.kl_coef == 0 else 0,
-            width=config.members,
+            width=1,  # a micro-batch is of images, and nothing is guided
             recorded=config.samples_per_epoch + actions,
         )
 
@@ -223,6 +216,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
                     path = rollout(
                         self.policy, self.sampling_schedule, self.policy.encode(texts), streams, record=nothing
                     )
+                    # Each with noise of its own: what images share would be common to their gradients as well.
                     batch = self._noised(path.latents, torch.zeros(len(part)), path.conditioning, "consistency", part)
                     for row in range(len(part)):
                         every = torch.arange(config.steps_per_image, device=self.processes.device)
@@ -245,7 +239,9 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         config, path = self.config, collected.trajectory
         advantages = self.advantages(collected.samples, collected.scores, collected.rewards)
         own = self.local(advantages.to(path.latents.dtype))
-        batch = self._noised(path.latents, own, path.conditioning, self.epoch, self.local_samples)
+        # Those of one prompt share levels and noise: what these have in common then cancels, as advantages do.
+        groups = [image // config.group_size for image in self.local_samples]
+        batch = self._noised(path.latents, own, path.conditioning, self.epoch, groups)
         units = advantages.view(-1, config.members)
         keep = torch.arange(len(units))
         if config.kl_coef == 0 and config.objective in ("awm", "dgpo"):  # the others hold an image at the old policy
@@ -317,15 +313,11 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
     # -- noised images -------------------------------------------------------------------------------------------------
 
     def _noised(
-        self, x_0: Tensor, advantages: Tensor, conditioning: Conditioning, epoch: int | str, images: range
+        self, x_0: Tensor, advantages: Tensor, conditioning: Conditioning, epoch: int | str, streams: Sequence[int]
     ) -> ForwardBatch:
-        """``images`` of an epoch with K noise levels each.
-
-        Those of one prompt share them and their noise: what these have in common then cancels, as advantages do.
-        """
+        """Images of an epoch with K noise levels each; those of one of the ``streams`` share levels and noise."""
         config, steps, noise = self.config, [], []
-        for image in images:
-            group = image // config.group_size
+        for group in streams:
             places = torch.rand(
                 config.steps_per_image, generator=generator(config.seed, "timesteps", epoch, group), dtype=torch.float64
             )
@@ -357,17 +349,18 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
 
     @torch.no_grad()
     def _measure_kl(self, batch: ForwardBatch) -> dict[str, float]:
-        """Of one noise level of each of a few images, after the epoch's updates."""
-        config, own = self.config, self.local_samples
-        chosen = torch.randperm(config.samples_per_epoch, generator=generator(config.seed, "kl", self.epoch))
+        """Of a few of the noised images, any of their levels, after the epoch's updates."""
+        config, own, levels = self.config, self.local_samples, self.config.steps_per_image
+        count = config.samples_per_epoch * levels
+        chosen = torch.randperm(count, generator=generator(config.seed, "kl", self.epoch))
         chosen = chosen[: probes_of(config)].sort().values
-        mine = chosen[(chosen >= own.start) & (chosen < own.stop)] - own.start
+        mine = chosen[(chosen >= own.start * levels) & (chosen < own.stop * levels)] - own.start * levels
         found = []
         for some in mine.to(self.processes.device).split(config.micro_batch_size) if len(mine) else ():
-            first = torch.zeros_like(some)
-            output, _ = self._predicted(batch, some, first)
-            moved = matching_error(output, self._reference(batch, some, first))
-            found.append(self.nats * self.dimensions * self._importance[batch.steps[some, first]] * moved)
+            images, actions = some // levels, some % levels
+            output, _ = self._predicted(batch, images, actions)
+            moved = matching_error(output, self._reference(batch, images, actions))
+            found.append(self.nats * self.dimensions * self._importance[batch.steps[images, actions]] * moved)
         kl = torch.cat([part.cpu() for part in self.processes.gather_in_order(found)]).double()
         path = kl.mean().item()
         if not math.isfinite(path):
@@ -377,9 +370,9 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
 
 
 def probes_of(config: ForwardConfig) -> int:
-    """Images per epoch in which ``kl_path`` is measured where it is not paid for: 1 % of its passes, at least two."""
+    """Noised images per epoch at which ``kl_path`` is measured where it is not paid for: 1 % of its passes, or two."""
     passes = config.samples_per_epoch * (config.sampler.steps + 3 * config.steps_per_image * config.inner_epochs)
-    return min(config.samples_per_epoch, max(2, passes // 200))
+    return min(config.samples_per_epoch * config.steps_per_image, max(2, passes // 200))
 
 
 def consistency_warning(found: Consistency) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ BETAS: dict[str, float] = {"nft": 1.0, "dgpo": 0.1, "crd": 0.1}
 """Objective -> ``beta`` where that is null; one that has none is not here."""
 CLIP_NATS = 1.64
 """``clip_range_nats`` where that is null: what DDPO's clip_range 1e-4 means for Stable Diffusion 1.5."""
+OF_FAMILY: dict[str, Any] = {"forward_process": True}
+"""What a model family is told of these methods, see ``ModelFamily.setting_checks``."""
 GROUPED = ("dgpo", "crd")
 """Objectives that compare the images of a group in every update."""
 
@@ -92,6 +94,14 @@ class ForwardConfig(AdvantageConfig):
                     f"objective={self.objective} needs whole groups in a micro-batch: set micro_batch_size to a "
                     f"multiple of group_size={self.group_size}"
                 )
+
+    @property
+    def family_settings(self) -> dict[str, Any]:
+        return super().family_settings | OF_FAMILY
+
+    def decided_by(self, scheduler: Any) -> Self:
+        """As of all, but that ``timestep_range`` stays null, which here is up to the sampler."""
+        return super().decided_by(scheduler).model_copy(update={"timestep_range": self.timestep_range})
 
     @property
     def needs_reference(self) -> bool:

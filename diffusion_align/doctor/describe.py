@@ -25,6 +25,7 @@ from diffusion_align.doctor.known_models import PUBLISHED_REWARDS
 from diffusion_align.doctor.model_files import ModelFiles, cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.methods import DEFAULT, method_of
+from diffusion_align.models.families import check_settings
 from diffusion_align.models.families.flow_matching import dynamic_shift
 from diffusion_align.pipelines.configuration import read_config, read_settings, shipped_configs
 from diffusion_align.pipelines.text_context import check_rows
@@ -145,6 +146,8 @@ def _describe_images(config: Any) -> tuple[Lines, list[str]]:
     problems = list(model.problems)
     family, vae = model.family, model.configs.get("vae")
     network = model.configs.get(family.network)
+    if network:  # of a published model, which is not here
+        problems += problems_of(check_settings, family, network, config.family_settings)
     schedule = steps = None
     try:
         if "scheduler" in model.configs:

@@ -42,6 +42,11 @@ class Flux(FlowFamily):
                 f"guidance_scale={scale:g} has no effect on this model, whose network takes no guidance "
                 "(guidance_embeds=false, as in FLUX.1-schnell): set it to 1"
             )
+        if settings.get("forward_process") and config.get("guidance_embeds"):
+            yield (
+                "this model is guidance-distilled (guidance_embeds=true, as in FLUX.1-dev): its prediction is not the "
+                "velocity of any noising process, which method=forward trains on; use method=ddpo or diffusion_dpo"
+            )
         if settings.get("negative_prompt") is not None:
             yield "negative_prompt has no effect on FLUX, whose guidance is an input of the network: leave it out"
         if settings.get("t5") is False:
