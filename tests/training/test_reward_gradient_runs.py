@@ -212,6 +212,28 @@ def test_a_tail_that_is_next_to_the_image_is_refused(change, sentence, redness):
         RewardGradientTrainer.steps_trained_on(config, schedule)
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps", "count", "sigma"), [("sd3", 10, 2, 0.278), ("sd3", 28, 2, 0.111), ("flux", 28, 1, 0.105)]
+)
+def test_how_many_steps_from_sigma_is(kind, steps, count, sigma):
+    """As docs/reward_gradients.md says."""
+    from functools import partial
+
+    from diffusion_align.diffusion.reward_gradient import RewardGradientTrainer
+    from diffusion_align.diffusion.schedule import build_schedule
+    from diffusion_align.models.families.flow_matching import set_linear_timesteps
+    from tests.helpers.flow_models import scheduler
+
+    flux = kind == "flux"
+    noise = scheduler(use_dynamic_shifting=True) if flux else scheduler(shift=3.0)
+    setter = partial(set_linear_timesteps, tokens=4096) if flux else None
+    own = {"reward": "aesthetic", "sampler": {"steps": steps}, "output_dir": "run", **NO_EVALUATION}
+    schedule = build_schedule(noise, steps, eta=0.0, set_timesteps=setter)
+    found = RewardGradientTrainer.steps_trained_on(check_config(SETTINGS | own), schedule)
+    assert len(found) == count
+    assert schedule.table.sigma_t[found[0]].item() == pytest.approx(sigma, abs=5e-4)
+
+
 def test_a_failing_reward_ends_both_processes(forked, tmp_path, redness, tiny_sd):
     from diffusion_align.yaml_text import dump
     from tests.helpers.two_processes import end_in_a_sentence
