@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Entrant:
     """A method with its settings.
 
     Attributes:
-        recipe: shipped one; None is the DDPO recipe of the reward and model.
+        recipe: shipped one, or one per reward; None is the DDPO recipe of the reward and model.
         overrides: of the recipe.
         on_flow: further ones for emoji-flow.
         searched: whether its learning rate is searched; otherwise it is the recipe's, and runs go to their end.
@@ -43,22 +43,26 @@ class Entrant:
         without: rewards it cannot train, and why.
     """
 
-    recipe: str | None = None
+    recipe: str | Mapping[str, str] | None = None
     overrides: Sequence[str] = ()
     on_flow: Sequence[str] = ()
     searched: bool = True
     budget: float = BUDGET
-    without: dict[str, str] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, reward: str, model: str) -> tuple[str, list[str]]:
         """The recipe, and its overrides but for reward, model, learning rate and seed."""
         flow = model == "emoji-flow"
         if self.recipe is None:
             return (FLOW_RECIPE if flow else REWARDS[reward]), [*self.overrides, *(self.on_flow if flow else ())]
+        recipe = self.recipe if isinstance(self.recipe, str) else self.recipe[reward]
         prompts = f"prompts={json.dumps(PROMPTS)}"
-        return self.recipe, [prompts, *self.overrides, *([*FLOW[1:], *self.on_flow] if flow else ())]
+        return recipe, [prompts, *self.overrides, *([*FLOW[1:], *self.on_flow] if flow else ())]
 
 
+NFT = {"aesthetic": "nft_emoji_aesthetic", "jpeg_compressibility": "nft_emoji_jpeg"}
+UNWATCHED = ["consistency_images=0"]
+"""A measurement before training, which changes nothing in it."""
 ENTRANTS: dict[str, Entrant] = {
     SHIPPED: Entrant(searched=False),
     PLAIN: Entrant(overrides=["timestep_range=[0.0, 1.0]", "timestep_fraction=1.0"], budget=6),
@@ -69,8 +73,14 @@ ENTRANTS: dict[str, Entrant] = {
         on_flow=["sampler.noisy_range=[0.0, 0.8]"],
     ),
     "online Diffusion-DPO": Entrant("dpo_emoji_online"),
+    "NFT": Entrant(NFT, UNWATCHED),
+    "AWM": Entrant(NFT, [*UNWATCHED, "objective=awm", "beta=null"]),
+    "DGPO": Entrant(NFT, [*UNWATCHED, "objective=dgpo", "beta=null"]),
+    "CRD": Entrant(NFT, [*UNWATCHED, "objective=crd", "beta=null"]),
     "DRaFT": Entrant(
-        "draft_emoji_aesthetic", ["evaluation=null"], without={"jpeg_compressibility": "the reward has no gradient"}
+        "draft_emoji_aesthetic",
+        ["evaluation=null", "stop_when.gold_falling=null"],
+        without={"jpeg_compressibility": "the reward has no gradient"},
     ),
 }
 

@@ -141,7 +141,7 @@ def test_a_curve_is_the_mean_of_runs_between_their_evaluations_and_at_their_end(
 @pytest.mark.parametrize("model", race_run.TRAINED_RANGE)
 @pytest.mark.parametrize("reward", race.REWARDS)
 @pytest.mark.parametrize("method", race.ENTRANTS)
-def test_every_entrant_trains_on_the_same_prompts_with_the_same_sampler_and_adapters(method, reward, model):
+def test_every_entrant_trains_the_same_adapters_on_the_same_prompts_without_guidance(method, reward, model):
     entrant = race.ENTRANTS[method]
     if reward in entrant.without:
         return
@@ -152,7 +152,7 @@ def test_every_entrant_trains_on_the_same_prompts_with_the_same_sampler_and_adap
     assert [text for text, _ in load_prompts(mine.prompts)] == race_run.PROMPTS
     for name in ("lora", "attention", "max_sequence_length", "t5"):
         assert getattr(mine, name) == getattr(theirs, name)
-    assert (mine.sampler.steps, mine.sampler.guidance_scale) == (10, 1)
+    assert mine.sampler.guidance_scale == 1
     assert mine.evaluation is None
 
 
