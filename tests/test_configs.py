@@ -23,6 +23,10 @@ REAL = {
     "dpo_sd15_pickapic": ("tiny_sd", ["pairs.source=emoji_style", "pairs.max_pairs=8"]),
     "dpo_sdxl_pickapic": ("tiny_sdxl", ["pairs.source=emoji_style", "pairs.max_pairs=8"]),
     "flow_sd35_aesthetic": ("tiny_sd3", ["reward=jpeg_compressibility", *OF_16_PIXELS]),
+    "nft_sd35_aesthetic": (
+        "tiny_sd3",
+        ["reward=jpeg_compressibility", *OF_16_PIXELS, "group_size=4", "consistency_images=0"],
+    ),
     "flow_flux_pickscore": ("tiny_flux", ["reward=jpeg_compressibility", *OF_16_PIXELS, *SHORT_WINDOW]),
 }
 

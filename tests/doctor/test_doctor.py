@@ -363,6 +363,7 @@ CARDS = {
     "dpo_sdxl_pickapic": 24,
     "flow_sd35_aesthetic": 24,
     "flow_flux_pickscore": 40,
+    "nft_sd35_aesthetic": 24,
 }
 """Recipe of a real model -> GB of the card that it must fit."""
 
