@@ -18,11 +18,14 @@ from tests.helpers.printed import blocks, shorter, shorter_code
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
 PAGES = sorted(FOLDER.glob("*.md"))
-TUTORIALS = [ROOT / f"docs/{name}.md" for name in ("diffusion_dpo", "flow", "reward_gradients", "text", "rewards")]
+TUTORIALS = [
+    ROOT / f"docs/{name}.md" for name in ("diffusion_dpo", "flow", "forward", "reward_gradients", "text", "rewards")
+]
 
 
 def test_there_is_a_page_for_each_subject() -> None:
-    names = {"README", "kl", "gaussian_steps", "flow_matching", "diffusion_dpo", "text_policies", "dynamic_beta"}
+    names = {"README", "kl", "gaussian_steps", "flow_matching", "forward_process", "diffusion_dpo", "text_policies"}
+    names.add("dynamic_beta")
     assert {page.stem for page in PAGES} == names
 
 

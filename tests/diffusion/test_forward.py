@@ -220,6 +220,14 @@ def test_an_image_better_than_the_others_is_learned_from(make_trainer):
         assert before > 0
 
 
+def test_an_epochs_advantages_are_those_of_its_images(make_trainer):
+    trainer = make_trainer()
+    batch, plan = epoch_of(trainer)
+    rewards = brightness(trainer.policy.decode(batch.x_0), None, None).view(2, GROUP)
+    assert torch.equal(batch.advantages.view(2, GROUP) > 0, rewards > rewards.mean(1, keepdim=True))
+    assert plan.sample_indices.tolist() == list(range(6))
+
+
 # -- KL in nats ----------------------------------------------------------------------------------------------------
 
 

@@ -27,10 +27,13 @@ def train(folder: Path, *overrides: str, recipe: str = "ddpo_emoji_jpeg") -> lis
         ("flow_emoji_jpeg", 1),
         ("flow_emoji_jpeg", -1),
         ("flow_emoji_window", 1),
+        ("nft_emoji_jpeg", 1),
+        ("nft_emoji_jpeg", -1),
     ],
 )
 def test_jpeg_size_follows_the_reward_and_its_sign(tmp_path: Path, recipe: str, sign: int) -> None:
-    train(tmp_path / "run", f"reward={{name: jpeg_compressibility, scale: {sign}}}", recipe=recipe)
+    epochs = 8 if recipe.startswith("nft") else 12
+    train(tmp_path / "run", f"reward={{name: jpeg_compressibility, scale: {sign}}}", f"epochs={epochs}", recipe=recipe)
     model = read_config(recipe, []).model
     judged = compare_models(model, str(tmp_path / "run"), PROMPTS * 4, "jpeg_compressibility")
     assert sign * (judged.mean_second - judged.mean_first) > 0.2  # kB, of about 2.7
