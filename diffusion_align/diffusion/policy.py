@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -312,7 +313,7 @@ class DenoisingPolicy:
     def _run(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         network = self.network
         with self.autocast():
-            output = self.family.predict(network, x_t.to(network.dtype), timestep, conditioning)
+            output = self.family.predict(network, x_t.to(_input_dtype(network)), timestep, conditioning)
         return at_least_float32(output)
 
     @property
@@ -534,3 +535,16 @@ def _peft_config(lora: LoRAConfig, layers: list[str]) -> Any:
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
     )
+
+
+_INPUT_DTYPES: weakref.WeakKeyDictionary[nn.Module, tuple[torch.dtype, torch.dtype]] = weakref.WeakKeyDictionary()
+"""Network -> the dtype of its first parameter at the time, and ``_input_dtype``."""
+
+
+def _input_dtype(network: Any) -> torch.dtype:
+    """``network.dtype`` of a diffusers model, which searches every layer for hooks: 8 ms for SD 1.5 with LoRA."""
+    first = next(network.parameters()).dtype
+    known = _INPUT_DTYPES.get(network)
+    if known is None or known[0] != first:
+        known = _INPUT_DTYPES[network] = first, network.dtype
+    return known[1]

@@ -228,3 +228,18 @@ def test_an_adapter_that_is_there_is_trained_on_and_another_one_refused(make_pol
         DenoisingPolicy(pipeline, lora=LoRAConfig(rank=4))
     with pytest.raises(UserError, match="merge or unload"):
         DenoisingPolicy(pipeline, lora=None)
+
+
+def test_the_dtype_of_the_network_is_searched_for_once_and_again_when_it_has_changed(make_policy, monkeypatch):
+    from diffusers.models import modeling_utils
+
+    policy, searched, search = make_policy("tiny_sd"), [], modeling_utils.get_parameter_dtype
+    monkeypatch.setattr(modeling_utils, "get_parameter_dtype", lambda part: (searched.append(part), search(part))[1])
+    x_t, conditioning = torch.zeros(1, *policy.latent_shape), policy.encode(["a cat"])
+    searched.clear()
+    for _ in range(3):
+        policy.predict(x_t, torch.tensor([1]), conditioning)
+    assert searched == [policy.network]
+    policy.network.double()
+    assert policy.predict(x_t, torch.tensor([1]), conditioning).dtype == torch.float64
+    assert searched == [policy.network] * 2

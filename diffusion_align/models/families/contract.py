@@ -135,7 +135,7 @@ class ModelFamily(ABC):
 
     def predict(self, network: Any, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's output (B, C, H, W) for ``x_t`` in its dtype, ``timestep`` (B,)."""
-        output: Tensor = network(x_t, **self.inputs(timestep, conditioning, network.dtype), return_dict=False)[0]
+        output: Tensor = network(x_t, **self.inputs(timestep, conditioning, x_t.dtype), return_dict=False)[0]
         return output
 
     def zeros(

@@ -86,7 +86,7 @@ class Flux(FlowFamily):
     def predict(self, network: Any, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         if not network.config.guidance_embeds:
             conditioning = {name: value for name, value in conditioning.items() if name != "guidance"}
-        given = self.inputs(timestep, conditioning, network.dtype) | {"img_ids": positions(x_t)}
+        given = self.inputs(timestep, conditioning, x_t.dtype) | {"img_ids": positions(x_t)}
         return unpack(network(pack(x_t), **given, return_dict=False)[0], x_t.shape[2:])
 
     def prompt_tokens(self, configs: Mapping[str, Mapping[str, Any]]) -> int:

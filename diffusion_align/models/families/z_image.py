@@ -84,7 +84,7 @@ class ZImage(FlowFamily):
         import torch
 
         frames = list(x_t.unsqueeze(2).unbind(0))  # B of (C, 1, H, W)
-        given = self.inputs(timestep, conditioning, network.dtype)
+        given = self.inputs(timestep, conditioning, x_t.dtype)
         return -torch.stack(network(frames, **given, return_dict=False)[0]).squeeze(2)
 
     def use_attention(self, network: Any, name: str) -> None:
