@@ -7,6 +7,7 @@ calls ``diffusion_align.cli.main``. With ``processes`` > 1 the children get what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,10 +26,12 @@ PRELOADED = (
     "diffusion_align.pipelines.text",
     "transformers.models.llama.modeling_llama",
     "diffusion_align.diffusion.evaluation",
-    "diffusion_align.report",
+    "diffusion_align.report.html",
     "transformers.models.clip.modeling_clip",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "diffusers.training_utils",
+    "diffusers.guiders",
+    "diffusers.pipelines.onnx_utils",
     "peft",
 )
 
@@ -109,6 +112,14 @@ def _serve() -> None:
 
     for module in PRELOADED:
         importlib.import_module(module)
+    from diffusion_align.methods import SHIPPED, method_of
+
+    with contextlib.suppress(ImportError):  # of transformers 4
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("clip")  # makes the table of all models, which takes 0.1 s
+    for name in SHIPPED:
+        method_of(name)
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
