@@ -150,7 +150,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
             within = "" if config.timestep_range is None else f"timestep_range={list(config.timestep_range)} "
             each = f"steps_per_image={config.steps_per_image}"
             raise ConfigError(
-                [f"{within}leaves {len(steps)} noise levels, fewer than {each}: use a wider range".lstrip()]
+                [f"{within}leaves {len(steps)} of the noise levels, fewer than {each}: use a wider range".lstrip()]
             )
         return steps
 
@@ -175,6 +175,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
             probed=2 * probes_of(config) if config.has_reference and config.kl_coef == 0 else 0,
             width=1,  # a micro-batch is of images, and nothing is guided
             recorded=config.samples_per_epoch + actions,
+            snapshots=1,
         )
 
     @classmethod

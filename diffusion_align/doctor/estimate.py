@@ -163,13 +163,14 @@ class Estimator:
             else:
                 weights[name] = size_of_part
         averaged = 4 if config.ema_decay and not config.ema_offload else 0
+        copies = averaged + 4 * self.epoch.snapshots
         state = STATE_BYTES[config.optimizer]
         trained = cost.trained + sum(encoder.trained for encoder in encoders)
         embedding = family.zero_conditioning(network, 1, passes.tokens, device="meta", dtype=dtype)
         prompts = min(cached_prompts(embedding), different_prompts(config, self.epoch))
         return Estimate(
             weights=weights,
-            trained=(4 + 4 + state + averaged) * trained,  # weights and gradients are float32
+            trained=(4 + 4 + state + copies) * trained,  # weights and gradients are float32
             parameters=trained,
             recorded=4 * math.prod(latents) * self.epoch.recorded,
             embeddings=prompts * sum(part.nbytes for part in embedding.values()),

@@ -78,6 +78,7 @@ class EpochCost:
         graphs: training passes whose activations are kept together, for one backward pass.
         width: samples in a training pass for each action of a micro-batch.
         recorded: latents kept of an epoch.
+        snapshots: copies of the trained weights that are kept beside them.
     """
 
     what: tuple[str, str]
@@ -94,3 +95,4 @@ class EpochCost:
     graphs: int = 1
     width: int = 1
     recorded: int = 0
+    snapshots: int = 0

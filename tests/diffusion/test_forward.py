@@ -369,7 +369,7 @@ def test_images_of_one_prompt_share_levels_and_noise_whoever_holds_them(make_tra
 def test_too_few_noise_levels(make_trainer):
     from diffusion_align.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"timestep_range=\[0.5, 0.501\] leaves 0 noise levels, fewer than"):
+    with pytest.raises(ConfigError, match=r"timestep_range=\[0.5, 0.501\] leaves 0 of the noise levels, fewer than"):
         make_trainer(timestep_range=(0.5, 0.501))
 
 

@@ -232,6 +232,7 @@ def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_
     alone, _ = report(model=str(tiny_sd), lora=None)
     adapted, _ = report(model=str(tiny_sd))
     averaged, _ = report(model=str(tiny_sd), ema_decay=0.9)
+    copied, _ = report(model=str(tiny_sd), method="forward", ema_decay=0.9)
     whole = make_policy("tiny_sd", lora=None).trainable.values()
     adapter = make_policy("tiny_sd", lora=LoRAConfig(rank=2)).trainable.values()
     whole, adapter = (sum(p.numel() for p in parameters) for parameters in (whole, adapter))
@@ -241,6 +242,7 @@ def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_
     assert found["trained"].startswith(f"{gigabytes(16 * whole)}: whole UNet")
     assert adapted["trained"].startswith(f"{gigabytes(16 * adapter)}: LoRA of rank 2")
     assert averaged["trained"].startswith(f"{gigabytes(20 * adapter)}: ")
+    assert copied["trained"].startswith(f"{gigabytes(24 * adapter)}: ")  # the old policy as well
     assert "3 forward passes" in found["operations"]
     assert "2 forward passes" in adapted["operations"]
 
