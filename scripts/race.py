@@ -44,10 +44,11 @@ def run_missing(
     only: Annotated[list[str] | None, typer.Option(help="entrants; all when not given")] = None,
     reward: Annotated[list[str] | None, typer.Option(help="rewards; both when not given")] = None,
     model: Annotated[list[str] | None, typer.Option(help="models")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="seeds; all when not given")] = None,
     dry: Annotated[bool, typer.Option(help="only print what would run next")] = False,
     results: Results = ROOT / "docs" / "race",
 ) -> None:
-    """Run what is missing."""
+    """Run what is missing; several commands may share the work if none is given the runs of another."""
     commit = "" if dry else commit_of_code()
     results = results.absolute()
     for one_model, one_reward, method in itertools.product(
@@ -55,6 +56,7 @@ def run_missing(
     ):
         while True:
             jobs = list(course(results, one_model, one_reward).jobs(method))
+            jobs = [(job, limits) for job, limits in jobs if seed is None or job.seed in seed]
             for job, limits in jobs:
                 print(job, limits, flush=True)
             if dry or not jobs:
