@@ -279,6 +279,9 @@ def test_only_the_output_has_a_gradient_and_half_precision_is_computed_in_float3
         assert trained.abs().sum() > 0
         assert others == [None] * len(others)
         assert value.dtype == torch.float32
+    for form in (nft_loss, nft_loss_as_trust_region):
+        widened = form(*(x.float() for x in (output, old, target, r)), 0.5)
+        torch.testing.assert_close(form(output, old, target, r, 0.5), widened, rtol=1e-6, atol=1e-6)
     for value in (
         group_preference_weights(error, error_ref, advantages, IDS, 2.0),
         reward_probability(advantages, 1.0),
@@ -309,7 +312,9 @@ def test_bad_input():
     refused("common shape", matching_error, output, target[:1])
     refused("at least one dimension", matching_error, R, R)
     for form in (nft_loss, nft_loss_as_trust_region):
+        refused("common shape", form, output[:1], old, target, R, 1.0)
         refused("common shape", form, output, old[:1], target, R, 1.0)
+        refused("common shape", form, output, old, target[:1], R, 1.0)
         refused("reward_probability must have the shape", form, output, old, target, R[:1], 1.0)
         for wrong in (R - 0.1, R + 0.1, R * math.nan):
             refused("must lie in", form, output, old, target, wrong, 1.0)
