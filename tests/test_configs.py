@@ -69,6 +69,8 @@ def test_its_first_epoch_runs(name, tmp_path, request):
     text = method_of(load_yaml(shipped_configs()[name])["method"]).model_kind != "image"
     short = SHORT_TEXTS if text else SHORT_IMAGES
     overrides = [f"output_dir={tmp_path / 'run'}", *short, *FEWER.get(name, []), *OTHER_MODEL.get(name, [])]
+    if "evaluation" in load_yaml(shipped_configs()[name]):
+        overrides.append("evaluation.samples=4")
     if name in REAL:
         model, others = REAL[name]
         overrides += [f"model={request.getfixturevalue(model)}", *others]

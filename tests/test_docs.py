@@ -13,7 +13,7 @@ import pytest
 import diffusion_align.estimators as estimators
 from diffusion_align.methods import SHIPPED, method_of
 from diffusion_align.rewards import REWARDS
-from tests.helpers.printed import blocks, shorter, shorter_code
+from tests.helpers.printed import UNCOUNTED, blocks, shorter, shorter_code
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs/mathematics"
@@ -63,7 +63,8 @@ def _run_blocks(found: list[tuple[str, str]], tmp_path: Path, forked: Any, serve
                     port = served(words, tmp_path, servers)
                     continue
                 words = [word.replace("8901", port) for word in words]
-                done = forked(*shorter(words[1:], tmp_path), cwd=tmp_path, timeout=300)
+                doctor = UNCOUNTED if words[1] == "doctor" else ""
+                done = forked(*shorter(words[1:], tmp_path), cwd=tmp_path, timeout=300, prelude=doctor)
             assert done.status == 0, f"{words or block}\n{done.error[-2000:]}"
 
 

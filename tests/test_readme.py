@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.printed import SHORT_IMAGES, blocks, shorter, shorter_code
+from tests.helpers.printed import SHORT_IMAGES, UNCOUNTED, blocks, shorter, shorter_code
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,9 +45,11 @@ def test_every_command_runs(workplace: Path, forked: Any) -> None:
                 "VIRTUAL_ENV": str(environment),
                 "PATH": f"{environment / 'bin'}:/usr/bin:/bin",
                 "HOME": str(workplace),
+                "OMP_NUM_THREADS": "1",  # several would wait for each other beside other tests
             }
             if words[0] == "diffusion-align":
-                run = forked(*shorter(words[1:], workplace), cwd=workplace, timeout=600)
+                doctor = UNCOUNTED if words[1] == "doctor" else ""
+                run = forked(*shorter(words[1:], workplace), cwd=workplace, timeout=600, prelude=doctor)
                 assert run.status == 0, f"{command}\n{run.outputs[0][-2000:]}\n{run.error[-2000:]}"
                 continue
             words += ["epochs=1", *SHORT_IMAGES] if words[1] == "scripts/quickstart.sh" else []

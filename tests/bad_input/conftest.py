@@ -40,6 +40,16 @@ def cli(tmp_path, monkeypatch, call_cli):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _uncounted(monkeypatch):
+    """doctor neither counts nor times a network, which takes seconds and finds nothing wrong."""
+    from diffusion_align.doctor import cost_report, estimate
+    from diffusion_align.doctor.memory import NetworkCost
+
+    monkeypatch.setattr(estimate, "network_cost", lambda *_: NetworkCost(10, 10, 10, 10, 10, 10))
+    monkeypatch.setattr(cost_report, "_time_here", lambda *_: [])
+
+
 @pytest.fixture
 def write_settings(tmp_path):
     """Write ``SETTINGS`` with changes (a value of ``...`` drops the key) to tiny.yaml and return its path."""

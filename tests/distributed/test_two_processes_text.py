@@ -144,6 +144,8 @@ def test_checkpointed_activations_in_two_processes_are_those_of_one(forked, writ
     folders, gradients = run_both(forked, config, tmp_path, PLAIN_STEPS + CHECKPOINTED)
     assert_same(folders, gradients)
     assert all((tmp_path / f"checkpointed_{name}").is_file() for name in ("1_0", "2_0", "2_1"))
+    if case != "kto":  # of the others test_saving_memory_runs.py compares runs of one process
+        return
     plain = tmp_path / "plain"
     run = forked("train", write(**CASES[case]), f"output_dir={plain}", prelude=QUICK + PLAIN_STEPS, timeout=90)
     assert set(run.statuses) == {0}, run.errors

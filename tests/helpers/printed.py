@@ -17,6 +17,15 @@ SHORTER = {
     'pairs="emoji_style"': 'pairs={"source": "emoji_style", "max_pairs": 16}',
 }
 
+# Before a command: doctor runs no network, neither to count its costs nor to time it, which takes 5 to 15 seconds.
+# tests/doctor compares what it counts and prints, of the same recipes.
+UNCOUNTED = """
+from diffusion_align.doctor import cost_report, estimate
+from diffusion_align.doctor.memory import NetworkCost
+estimate.network_cost = lambda *_: NetworkCost(10, 10, 10, 10, 10, 10)
+cost_report._time_here = lambda *_: []
+"""
+
 
 def blocks(text, languages):
     """(language, content) of the fenced blocks in one of ``languages``, "bash|python" say, in their order."""
@@ -46,7 +55,8 @@ def shorter(words, folder):
     if "noisy_steps" in recipe.get("sampler", {}) or any(word.startswith("sampler.noisy") for word in words):
         words = [word for word in words if not word.startswith("sampler.noisy")]
         words += ["sampler.noisy_steps=1", "sampler.noisy_range=null"]  # of the two steps one is noisy
-    few = ["pairs.max_pairs=16"] if words[1:] == ["dpo_emoji_style"] else []
+    few = ["pairs.max_pairs=16"] if words[1:] in (["dpo_emoji_style"], ["flow_emoji_dpo"]) else []
+    few += ["evaluation.samples=4"] if "evaluation" in recipe else []
     epochs = "epochs=2" if "resume=true" in words else "epochs=1"
     asked = [word for word in words if not word.startswith("epochs=")]
     short = SHORT_IMAGES if image else SHORT_TEXTS
