@@ -33,12 +33,13 @@ def common_share(gradients: Iterable[Tensor]) -> Consistency:
     total: Tensor | None = None
     products, norms = [], []
     for gradient in gradients:
+        wide = gradient.double()  # once: of full training each copy takes gigabytes
+        norms.append(float(wide @ wide))
         if total is None:
-            total = gradient.double()
+            total = wide.clone()
         else:
-            products.append(float(total @ gradient.double()))
-            total = total + gradient.double()
-        norms.append(float(gradient.double() @ gradient.double()))
+            products.append(float(total @ wide))
+            total += wide
     if len(norms) < 2:
         raise ValueError(f"{len(norms)} gradient(s) cannot be compared: give two or more")
     pairs, each = len(norms) * (len(norms) - 1) / 2, sum(norms) / len(norms)

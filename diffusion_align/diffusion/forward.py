@@ -147,11 +147,12 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
     def steps_trained_on(cls, config: Any, schedule: DiffusionSchedule) -> Tensor:
         steps = trained_steps(schedule, config.timestep_range or (0.0, 1.0))
         if len(steps) < config.steps_per_image:
-            within = "" if config.timestep_range is None else f"timestep_range={list(config.timestep_range)} "
+            ranged = config.timestep_range is not None
+            steps_each = f"sampler.steps={config.sampler.steps}"
+            within = f"timestep_range={list(config.timestep_range)}" if ranged else steps_each
             each = f"steps_per_image={config.steps_per_image}"
-            raise ConfigError(
-                [f"{within}leaves {len(steps)} of the noise levels, fewer than {each}: use a wider range".lstrip()]
-            )
+            remedy = "use a wider range" if ranged else "set timestep_range, use more steps, or lower steps_per_image"
+            raise ConfigError([f"{within} leaves {len(steps)} of the noise levels, fewer than {each}: {remedy}"])
         return steps
 
     @staticmethod

@@ -94,6 +94,11 @@ class ForwardConfig(AdvantageConfig):
                     f"objective={self.objective} needs whole groups in a micro-batch: set micro_batch_size to a "
                     f"multiple of group_size={self.group_size}"
                 )
+            if 0 < (groups := self.samples_per_epoch // self.group_size) < self.updates_per_epoch:
+                yield (
+                    f"updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch/group_size={groups}: "
+                    f"with objective={self.objective} each update needs at least one group"
+                )
 
     @property
     def family_settings(self) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def softmax_weights(rewards: Tensor, group_ids: Tensor, *, temperature: float = 
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not allowed: it must be above 0.")
     logits = group_advantages(_float64(rewards), group_ids) / temperature
-    _, index, counts = torch.unique(group_ids.cpu(), return_inverse=True, return_counts=True)
+    index, counts = group_indices(group_ids)
     nothing = logits.new_zeros(counts.numel())
     largest = nothing.scatter_reduce(0, index, logits, "amax", include_self=False)
     exponentials = (logits - largest[index]).exp()

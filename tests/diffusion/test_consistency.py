@@ -23,6 +23,14 @@ def test_it_is_one_where_all_are_alike_and_none_where_nothing_is_common():
     assert spread**0.5 == pytest.approx(sum(s.stderr for s in shares) / 200, rel=0.2)
 
 
+def test_the_gradients_stay_what_they_are():
+    gradients = torch.randn(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    given = gradients.clone()
+    assert common_share([given[0]] * 3).share == pytest.approx(1)
+    common_share(given)
+    assert torch.equal(given, gradients)
+
+
 def test_a_half_common_one_is_half():
     stream = torch.Generator().manual_seed(3)
     common = torch.randn(400, generator=stream)

@@ -371,6 +371,8 @@ def test_too_few_noise_levels(make_trainer):
 
     with pytest.raises(ConfigError, match=r"timestep_range=\[0.5, 0.501\] leaves 0 of the noise levels, fewer than"):
         make_trainer(timestep_range=(0.5, 0.501))
+    with pytest.raises(ConfigError, match=r"^sampler.steps=1 leaves 1 of the noise levels, fewer.*: set timestep"):
+        make_trainer(sampler={"steps": 1})
 
 
 # -- self-consistency ----------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ REFUSED = [
         "objective",
         "compares images of one prompt: set group_size to 2 or more",
     ),
+    ({"objective": "crd", "updates_per_epoch": 3}, "updates_per_epoch", "each update needs at least one group"),
     ({"samples_per_epoch": 6, "group_size": 4, "sample_batch_size": 6}, "samples_per_epoch", "multiple of group_size"),
     ({"objective": "awm", "beta": 0.5}, "beta", "no effect with objective=awm: leave it out"),
     ({"clip_range_nats": 1.0}, "clip_range_nats", "no effect with objective=nft: leave it out"),
