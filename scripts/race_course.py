@@ -76,7 +76,6 @@ ENTRANTS: dict[str, Entrant] = {
     "NFT": Entrant(NFT, UNWATCHED),
     "AWM": Entrant(NFT, [*UNWATCHED, "objective=awm", "beta=null"]),
     "DGPO": Entrant(NFT, [*UNWATCHED, "objective=dgpo", "beta=null"]),
-    "CRD": Entrant(NFT, [*UNWATCHED, "objective=crd", "beta=null"]),
     "DRaFT": Entrant(
         "draft_emoji_aesthetic",
         ["evaluation=null", "stop_when.gold_falling=null"],

@@ -21,8 +21,8 @@ TITLES = {"aesthetic": "the aesthetic reward", "jpeg_compressibility": "small JP
 MARK = "†"
 """Of a held-out reward below that of DDPO with every step by more than two standard errors."""
 HEADER = (
-    "| method | learning rate | passes to the target | fewer than with every step | held-out reward | diversity | "
-    "KL, nats | CPU-seconds |"
+    "| method | learning rate | passes to the target | fewer than with every step | reward | held-out reward | "
+    "diversity | KL, nats | CPU-seconds |"
 )
 
 
@@ -101,11 +101,11 @@ def _table(course: Course) -> str:
     finishes = sorted((finish(course, method) for method in methods), key=_place)
     plain = finish(course, PLAIN)
     title = f"**{course.model}, {TITLES[course.reward]}**: the target is {course.target:.3f}"
-    lines = [f"{title}.", "", HEADER, "|---" * 8 + "|"]
+    lines = [f"{title}.", "", HEADER, "|---" * 9 + "|"]
     lines += [_line(_cells(plain, one)) for one in finishes]
     for method, entrant in ENTRANTS.items():
         if course.reward in entrant.without:
-            lines.append(_line([method, "", entrant.without[course.reward], *[""] * 5]))
+            lines.append(_line([method, "", entrant.without[course.reward], *[""] * 6]))
     return "\n".join(lines)
 
 
@@ -123,7 +123,7 @@ def _cells(plain: Finish, one: Finish) -> list[str]:
     if not one.at:
         best = max(e["reward"] for row in one.rows for e in row["evaluations"])
         spent = max(row["evaluations"][-1]["passes"] for row in one.rows)
-        return [one.method, rate, f"not in {spent:,}; at most {best:.3f}", *[""] * 4, ""]
+        return [one.method, rate, f"not in {spent:,}; at most {best:.3f}", *[""] * 6]
     passes = [e["passes"] for e in one.at]
     some = "" if len(one.at) == len(SEEDS) else f" ({len(one.at)} of {len(one.rows)} seeds)"
     ratio = fewer(plain, one)
@@ -134,6 +134,7 @@ def _cells(plain: Finish, one: Finish) -> list[str]:
         rate,
         f"{one.mean('passes'):,.0f} ({min(passes):,} to {max(passes):,}){some}",
         times,
+        f"{one.mean('reward'):.2f}",
         f"{one.mean('held_out'):.3f}{mark}",
         f"{one.mean('diversity'):.3f}",
         f"{one.mean('kl'):.1f}",
@@ -148,7 +149,7 @@ def draw(courses: Sequence[Course]) -> Figure:
     """
     courses = [course for course in courses if course.target is not None]
     figure, panels = new_figure(2 * len(courses), columns=2)
-    colours = {method: PALETTE[i % len(PALETTE)] for i, method in enumerate(ENTRANTS)}
+    colours = dict(zip(ENTRANTS, [*PALETTE, "#888888"], strict=False))
     known: dict[str, Any] = {}
     for i, course in enumerate(courses):
         for axes, key, name in zip(panels[2 * i :], ("reward", "held_out"), ("reward", "CLIP score, held out")):

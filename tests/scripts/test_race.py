@@ -1,6 +1,7 @@
 """The race behind docs/which_method.md: what it counts, what it runs next, and what it says of its rows."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -128,7 +129,7 @@ def test_losers_are_in_the_table_too_and_the_first_comes_first():
     assert "not in 900; at most 0.500" in lines[2]
     rows = [one | {"reward": "jpeg_compressibility"} for one in rows]
     last = race_page.tables([Course("emoji-sd", "jpeg_compressibility", rows, 1.0)]).splitlines()[-1]
-    assert last == "| DRaFT |  | the reward has no gradient |  |  |  |  |  |"
+    assert last == "| DRaFT |  | the reward has no gradient |  |  |  |  |  |  |"
 
 
 def test_a_curve_is_the_mean_of_runs_between_their_evaluations_and_at_their_end():
@@ -186,3 +187,31 @@ def test_far_from_the_target_it_is_evaluated_less_often():
         evaluations.on_epoch_end(SimpleNamespace(epoch=epoch, config=SimpleNamespace(epochs=99)), {"reward": own})
         seen.append(evaluations.found[-1]["passes"])
     assert sorted(set(seen)) == [100, 200, 300, 500, 700, 800, 900]
+
+
+RESULTS = race_run.ROOT / "docs" / "race"
+PAGE = (race_run.ROOT / "docs" / "which_method.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_tables_of_its_rows():
+    courses = [race.course(RESULTS, *name.split("/")) for name in race.read_targets(RESULTS)]
+    assert race_page.put_between_marks(PAGE, race_page.tables(courses)) == PAGE
+
+
+def test_the_numbers_of_the_answer_are_in_the_tables():
+    answer, table = PAGE.split(race_page.BEGIN)
+    found = re.findall(r"\d[\d,]*(?:\.\d+)?", answer)
+    assert found
+    assert [number for number in found if number not in table] == []
+
+
+def test_a_row_is_of_a_commit_and_only_there_once():
+    rows = race.read_rows(RESULTS)
+    keys = [tuple(row[name] for name in ("method", "reward", "model", "learning_rate", "seed", "role")) for row in rows]
+    assert len(set(keys)) == len(keys)
+    for one in rows:
+        assert re.fullmatch("[0-9a-f]{40}", one["commit"])
+        assert one["command"].startswith("diffusion-align train ")
+        passes = [e["passes"] for e in one["evaluations"]]
+        assert passes == sorted(set(passes))
+        assert passes[-1] == one["passes"]
