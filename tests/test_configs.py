@@ -66,11 +66,15 @@ def test_it_is_valid_and_writes_to_a_folder_of_its_own(name, tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
 def test_its_first_epoch_runs(name, tmp_path, request):
-    text = method_of(load_yaml(shipped_configs()[name])["method"]).model_kind != "image"
+    recipe = load_yaml(shipped_configs()[name])
+    method = method_of(recipe["method"])
+    text = method.model_kind != "image"
     short = SHORT_TEXTS if text else SHORT_IMAGES
     overrides = [f"output_dir={tmp_path / 'run'}", *short, *FEWER.get(name, []), *OTHER_MODEL.get(name, [])]
-    if "evaluation" in load_yaml(shipped_configs()[name]):
+    if "evaluation" in recipe:
         overrides.append("evaluation.samples=4")
+    if "consistency_images" in method.config_class.model_fields:
+        overrides.append("consistency_images=4")
     if name in REAL:
         model, others = REAL[name]
         overrides += [f"model={request.getfixturevalue(model)}", *others]

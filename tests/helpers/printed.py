@@ -57,8 +57,9 @@ def shorter(words, folder):
         words += ["sampler.noisy_steps=1", "sampler.noisy_range=null"]  # of the two steps one is noisy
     few = ["pairs.max_pairs=16"] if words[1:] in (["dpo_emoji_style"], ["flow_emoji_dpo"]) else []
     few += ["evaluation.samples=4"] if "evaluation" in recipe else []
+    few += ["consistency_images=4"] if "consistency_images" in method.config_class.model_fields else []
     epochs = "epochs=2" if "resume=true" in words else "epochs=1"
-    asked = [word for word in words if not word.startswith("epochs=")]
+    asked = [word.replace("samples: 32", "samples: 4") for word in words if not word.startswith("epochs=")]
     short = SHORT_IMAGES if image else SHORT_TEXTS
     known = [
         one for one in short if not one.startswith("group_size") or "group_size" in method.config_class.model_fields
