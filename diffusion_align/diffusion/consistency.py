@@ -8,7 +8,7 @@ gradients of the matching errors of n images, g_i, are compared: where the assum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,24 +22,25 @@ class Consistency(NamedTuple):
     stderr: float
 
 
-def common_share(gradients: Iterable[Tensor]) -> Consistency:
-    """How much of n gradients (D,), n > 1, is common to all: the mean of ``g_i · g_j`` over pairs, by that of ``|g|²``.
+def common_share(gradients: Iterable[Sequence[Tensor]]) -> Consistency:
+    """How much of n gradients, n > 1, is common to all: the mean of ``g_i · g_j`` over pairs, by that of ``|g|²``.
 
-    The standard error is that of a share of 0, where the products ``g_i · (g_1 + ... + g_(i-1))`` are uncorrelated.
+    Each is a sequence of tensors, of the same shapes in all. The standard error is that of a share of 0, where the
+    products ``g_i · (g_1 + ... + g_(i-1))`` are uncorrelated.
 
     Raises:
         ValueError: there are fewer than two.
     """
-    total: Tensor | None = None
+    total: list[Tensor] = []
     products, norms = [], []
     for gradient in gradients:
-        wide = gradient.double()  # once: of full training each copy takes gigabytes
-        norms.append(float(wide @ wide))
-        if total is None:
-            total = wide.clone()
-        else:
-            products.append(float(total @ wide))
-            total += wide
+        norms.append(_dot(gradient, gradient))
+        if not total:
+            total = [part.clone() for part in gradient]
+            continue
+        products.append(_dot(total, gradient))
+        for kept, part in zip(total, gradient, strict=True):
+            kept += part
     if len(norms) < 2:
         raise ValueError(f"{len(norms)} gradient(s) cannot be compared: give two or more")
     pairs, each = len(norms) * (len(norms) - 1) / 2, sum(norms) / len(norms)
@@ -48,7 +49,7 @@ def common_share(gradients: Iterable[Tensor]) -> Consistency:
     return Consistency(sum(products) / pairs / each, math.sqrt(sum(p * p for p in products)) / pairs / each)
 
 
-def flat_gradient(value: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """(D,) of a 0-d ``value``; 0 where it does not depend on a parameter."""
-    found = torch.autograd.grad(value, list(parameters), materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in found])
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """In float64, part by part: of full training a wider copy of all would take gigabytes."""
+    parts = [a.flatten().double() @ b.flatten().double() for a, b in zip(one, other, strict=True)]
+    return torch.stack(parts).sum().item()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.advantages import Advantages
-from diffusion_align.diffusion.consistency import Consistency, common_share, flat_gradient
+from diffusion_align.diffusion.consistency import Consistency, common_share
 from diffusion_align.diffusion.evaluation import ImageEvaluation
 from diffusion_align.diffusion.forward_objectives import OBJECTIVES, Matching
 from diffusion_align.diffusion.forward_settings import OF_FAMILY, ForwardConfig
@@ -82,7 +82,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
 
     config: ForwardConfig
     config_class = ForwardConfig
-    metrics = {  # noqa: RUF012
+    metrics: ClassVar[Mapping[str, Metric]] = {
         "error": Metric(
             "Matching error",
             "mean squared error",
@@ -207,7 +207,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         if not count:
             return None
 
-        def gradients() -> Iterator[Tensor]:
+        def gradients() -> Iterator[Sequence[Tensor]]:
             parameters = list(self.policy.trainable.values())
             with self.bars.task("  self-consistency", count) as advance:
                 for first in range(0, count, config.sample_batch_size):
@@ -223,7 +223,8 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
                     for row in range(len(part)):
                         every = torch.arange(config.steps_per_image, device=self.processes.device)
                         output, target = self._predicted(batch, torch.full_like(every, row), every)
-                        yield flat_gradient(matching_error(output, target).mean(), parameters)
+                        error = matching_error(output, target).mean()
+                        yield torch.autograd.grad(error, parameters, materialize_grads=True)
                         advance(1)
 
         return common_share(gradients())
@@ -308,7 +309,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         return self.policy.snapshots.weights()
 
     def load_extra_weights(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.policy.snapshots.load(weights)
+        self.policy.snapshots.load(weights, [OLD])
         if self.config.old_decay == 0:
             self._steps_at_old = self.optimization.steps
 
@@ -367,8 +368,8 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         path = kl.mean().item()
         if not math.isfinite(path):
             raise TrainingError(f"the KL to the reference is {path} after step {self.step}: {MORE_ROOM}")
-        error = (kl.var() / len(kl)).sqrt().item()
-        return {"kl": path / len(self.trained_steps), "kl_path": path, "kl_path_stderr": error}
+        found_kl = {"kl": path / len(self.trained_steps), "kl_path": path}
+        return found_kl | ({"kl_path_stderr": (kl.var() / len(kl)).sqrt().item()} if len(kl) > 1 else {})
 
 
 def probes_of(config: ForwardConfig) -> int:

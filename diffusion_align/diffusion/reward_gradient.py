@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -139,11 +138,10 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
     def outweighing_step(config: Any, schedule: DiffusionSchedule | None, steps: Tensor | None) -> str | None:
         return None  # nothing is weighed against another step
 
-    def train(self) -> Path:
-        """See ``Trainer.train``; the gradient of every reward at an image of the model is checked first."""
-        if not (self.config.resume and self.run_folder.checkpoints):
-            self._probe()
-        return super().train()
+    def measure_first(self) -> dict[str, float]:
+        """See ``TrainingMethod``; the gradient of every reward at an image of the model is checked before."""
+        self._probe()
+        return super().measure_first()
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
         """The epoch's prompts; its images are sampled in the updates."""

@@ -11,7 +11,7 @@ from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.sampler_settings import QuietSamplerConfig, SamplerConfig, range_checks
 from diffusion_align.diffusion.settings import RewardedConfig
 from diffusion_align.rewards.settings import gradient_checks
-from diffusion_align.training.section import Weight
+from diffusion_align.training.section import Section, Weight
 
 INERT = 0.05
 """Noise level (sigma) below which a step changes nothing that one can see."""
@@ -90,7 +90,7 @@ class RewardGradientConfig(RewardedConfig):
         """Fill in the held-out reward and the rule that ends the run, unless they are switched off."""
         if not isinstance(settings, Mapping):
             return settings
-        evaluation, rules = settings.get("evaluation", {}), settings.get("stop_when", {})
+        evaluation, rules = (_given(settings.get(name, {})) for name in ("evaluation", "stop_when"))
         if isinstance(evaluation, Mapping):
             evaluation = {**HELD_OUT, **evaluation}
         rewarded = isinstance(evaluation, Mapping) and evaluation["reward"] is not None
@@ -126,3 +126,10 @@ class RewardGradientConfig(RewardedConfig):
     @property
     def needs_reference(self) -> bool:
         return self.kl_coef > 0 or self.stop_when.kl_above is not None
+
+
+def _given(section: Any) -> Any:
+    """A section made in Python as the mapping of what was given to it; anything else as it is."""
+    if not isinstance(section, Section):
+        return section
+    return {name: getattr(section, name) for name in section.model_fields_set}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from diffusion_align.errors import CheckpointError
 
 _FILE = "snapshot_"
 
@@ -52,10 +54,15 @@ class Snapshots:
         return {f"{_FILE}{name}": kept for name, kept in self._kept.items()}
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back ``weights()`` of the same parameters, which may stand among other files."""
-        for stem in (stem for stem in weights if stem.startswith(_FILE)):
-            name = stem.removeprefix(_FILE)
+    def load(self, weights: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]) -> None:
+        """Take back the snapshots ``names`` of the same parameters from ``weights()``, among which other files may be.
+
+        Raises:
+            CheckpointError: one is not there.
+        """
+        for name in names:
+            if f"{_FILE}{name}" not in weights:
+                raise CheckpointError(f"the checkpoint lacks {_FILE}{name}.safetensors: choose a new output_dir")
             self.take(name)
             for key, kept in self._kept[name].items():
-                kept.copy_(weights[stem][key])
+                kept.copy_(weights[f"{_FILE}{name}"][key])

@@ -5,6 +5,7 @@ import torch
 
 from diffusion_align.diffusion.policy import LoRAConfig
 from diffusion_align.diffusion.snapshots import Snapshots
+from diffusion_align.errors import CheckpointError
 
 
 @pytest.fixture
@@ -85,7 +86,9 @@ def test_what_was_saved_is_loaded_and_other_files_are_left_alone(policy):
     saved = {stem: {n: v.clone() for n, v in named.items()} for stem, named in policy.snapshots.weights().items()}
     another = Snapshots(policy.trainable)
     change(policy, 0)
-    another.load({"trained": dict(policy.trainable), **saved})
+    another.load({"trained": dict(policy.trainable), **saved}, ["old"])
+    with pytest.raises(CheckpointError, match="lacks snapshot_first"):
+        another.load(saved, ["first"])
     assert "old" in another
     assert "trained" not in another
     assert all(torch.equal(v, saved["snapshot_old"][n]) for n, v in another.weights()["snapshot_old"].items())

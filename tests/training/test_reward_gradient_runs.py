@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig
 from diffusion_align.errors import ConfigError
 from diffusion_align.pipelines.configuration import check_config
 from tests.helpers.flow_models import SIDE
@@ -160,6 +161,8 @@ def test_a_held_out_reward_watches_unless_it_is_switched_off():
     assert made(evaluation=None).evaluation is None
     assert made(evaluation=None).stop_when.gold_falling is None
     assert made(evaluation={"samples": 4}).evaluation.reward == "clip_score"
+    given = made(evaluation=ImageEvaluationConfig(samples=4), stop_when=ImageStopConfig(kl_above=9.0))
+    assert (given.evaluation.reward, given.evaluation.samples, given.stop_when.gold_falling) == ("clip_score", 4, 3)
     assert made(evaluation={"reward": None}).stop_when.gold_falling is None
     assert made(stop_when={"gold_falling": None}).stop_when.gold_falling is None
     assert made(stop_when={"kl_above": 3}).stop_when.gold_falling == 3
