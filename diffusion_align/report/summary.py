@@ -40,7 +40,7 @@ def summary(rows: Sequence[Row], described: Described = IMAGE_KL) -> str:
         sentences.append(f"The run took {cost}.")
     if has_kl or not compares:
         sentences.append(_kl_sentence(rows, described))
-    if has_ratio or not compares:
+    if has_ratio:
         sentences.append(_ratio_sentence(rows))
     return " ".join(sentences)
 
@@ -185,8 +185,6 @@ def _kl_sentence(rows: Sequence[Row], described: Described) -> str:
 
 def _ratio_sentence(rows: Sequence[Row]) -> str:
     _, deviations = series(rows, "ratio/first_pass_deviation")
-    if not len(deviations):
-        return "The importance ratio on the first pass was not logged."
     largest = deviations.max()
     if largest == 0:
         return "On the first pass over its samples the importance ratio was exactly 1 everywhere."
