@@ -280,8 +280,8 @@ def test_only_the_output_has_a_gradient_and_half_precision_is_computed_in_float3
         assert others == [None] * len(others)
         assert value.dtype == torch.float32
     for form in (nft_loss, nft_loss_as_trust_region):
-        widened = form(*(x.float() for x in (output, old, target, r)), 0.5)
-        torch.testing.assert_close(form(output, old, target, r, 0.5), widened, rtol=1e-6, atol=1e-6)
+        in_float32 = form(*(x.float() for x in (output, old, target, r)), 0.5)
+        torch.testing.assert_close(form(output, old, target, r, 0.5), in_float32, rtol=1e-6, atol=1e-6)
     for value in (
         group_preference_weights(error, error_ref, advantages, IDS, 2.0),
         reward_probability(advantages, 1.0),

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from diffusion_align.diffusion import ddpo
+from diffusion_align.diffusion import sampled_steps
 from diffusion_align.diffusion.evaluation import mean_pairwise_distance, sample_images
 from diffusion_align.diffusion.settings import ImageStopConfig
 from diffusion_align.errors import ConfigError, Interrupted
@@ -238,7 +238,7 @@ def test_a_stopped_run_stays_stopped_until_the_rules_change(train, tmp_path):
 
 
 def test_a_run_that_goes_on_is_no_longer_called_stopped(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(ddpo, "path_kl", lambda *known: (1.0, 0.4))
+    monkeypatch.setattr(sampled_steps, "path_kl", lambda *known: (1.0, 0.4))
     train(stop_when={"kl_above": 1e-9}, evaluation=None)
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["stopped"]
     train(stop_when={}, resume=True, epochs=4, evaluation=None)
@@ -283,7 +283,7 @@ def test_an_epoch_without_its_evaluation_is_resumed_any_number_of_times(train, t
     ],
 )
 def test_the_other_rules_end_a_run(train, rules, expected, monkeypatch):
-    monkeypatch.setattr(ddpo, "path_kl", lambda *known: (1.0, 0.4))
+    monkeypatch.setattr(sampled_steps, "path_kl", lambda *known: (1.0, 0.4))
     trainer = train(stop_when=rules)
     assert trainer.epoch == 1
     assert expected in trainer.stopped
