@@ -253,6 +253,10 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         self._probes = batch if config.kl_coef == 0 and self.policy.has_reference else None
         return batch, plan, equal_reward_metric(collected.rewards, config.group_size)
 
+    @property
+    def samples_each(self) -> int:
+        return self.config.members
+
     def micro_batches(self, batch: ForwardBatch, indices: Tensor) -> Iterator[tuple[ForwardBatch, Tensor]]:
         """Of at most ``micro_batch_size`` images, whole groups."""
         for some in indices.split(max(1, self.config.micro_batch_size // self.config.members)) if len(indices) else ():

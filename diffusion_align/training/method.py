@@ -102,6 +102,11 @@ class TrainingMethod(ABC, Generic[Batch]):
             yield batch, some
 
     @property
+    def samples_each(self) -> int:
+        """Samples that each index of a plan stands for, such as those of a group."""
+        return 1
+
+    @property
     def dropout(self) -> Dropout | None:
         """What switches on the dropout of the adapters that are trained, if they have one."""
         return None

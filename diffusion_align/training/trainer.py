@@ -240,7 +240,8 @@ class Trainer(TrainingMethod[Batch]):
         """The counters of an epoch that ends here; ``untrained_epochs``, those in a row without any step, with a line
         about it, only where this is one."""
         self.epoch += 1
-        row: Row = {"step": self.step, "epoch": self.epoch, "samples_used": len(plan.sample_indices)}
+        used = len(plan.sample_indices) * self.samples_each
+        row: Row = {"step": self.step, "epoch": self.epoch, "samples_used": used}
         if self.optimization.steps > self._steps_before:
             self._untrained = 0
             return row

@@ -62,6 +62,8 @@ def test_a_run_resumes_bit_for_bit(model, changes, model_path, run_here, tmp_pat
     assert all(torch.equal(new[key], value) for key, value in trainer.trainable.items())
     updates = [row for row in rows_of(folders[0]) if "kl_old" in row]
     assert updates[0]["kl_old"] == 0 < updates[-1]["kl_old"]
+    used = {row["samples_used"] for row in rows_of(folders[0]) if "samples_used" in row}
+    assert used == {settings["samples_per_epoch"]}  # images, also where groups are trained on together
     if trainer.policy.has_reference:
         assert [row for row in rows_of(folders[0]) if "kl_path" in row][-1]["kl_path"] > 0
     if "consistency_images" in changes:
