@@ -200,7 +200,7 @@ def test_the_page_has_the_tables_of_its_rows():
 
 def test_the_numbers_of_the_answer_are_in_the_tables():
     answer, table = PAGE.split(race_page.BEGIN)
-    found = re.findall(r"\d[\d,]*(?:\.\d+)?", answer)
+    found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", answer)
     assert found
     assert [number for number in found if number not in table] == []
 
