@@ -51,7 +51,7 @@ OLD = "old"
 """The snapshot of the policy that samples."""
 NOTICED = 0.1
 """The share of an image's gradient from which on a warning says that a constant reward would make it too."""
-NO_IMAGES = torch.empty(0, dtype=torch.int64)
+NO_STEPS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         importance[steps] = own / self.nats / self.probabilities
         self._importance = importance.to(self.accelerator.device, torch.float32)
         self.guidance_scale = config.sampler.guidance_scale if policy.family.guidance == "embedded" else 1.0
+        self._probes: ForwardBatch | None = None  # the epoch's images, where the KL is looked at after its updates
         policy.snapshots.take(OLD)
         self._steps_at_old = 0 if config.old_decay == 0 else -1  # optimizer steps at which ``old`` is the policy
 
@@ -162,7 +163,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
 
     @classmethod
     def epoch_cost(cls, config: Any, steps: Tensor | None = None) -> EpochCost:
-        every = super().epoch_cost(config, NO_IMAGES)
+        every = super().epoch_cost(config, NO_STEPS)
         actions = config.samples_per_epoch * config.steps_per_image
         updates = config.inner_epochs * config.updates_per_epoch
         current = 1 if config.old_decay == 0 else 0  # updates before which the old policy is the current one
@@ -233,7 +234,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         """Sample and score this process's images by the old policy; their paths are not kept."""
         current = self.optimization.steps == self._steps_at_old
         collected = self.sample(
-            group_size=self.config.group_size, record=lambda _: NO_IMAGES, snapshot=None if current else OLD
+            group_size=self.config.group_size, record=lambda _: NO_STEPS, snapshot=None if current else OLD
         )
         return collected, collected.metrics
 
@@ -277,16 +278,16 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         old = output.detach() if old is None else old
         found = Matching(output, old, target, batch.advantages[samples], groups, self.dimensions, self.nats)
         losses = OBJECTIVES[config.objective](found, config)
-        in_nats = found.in_nats * self._importance[steps]
         statistics = {
             "loss/policy": losses.detach(),
             "error": found.error.detach(),
-            "kl_old": in_nats * matching_error(output.detach(), old),
+            "kl_old": found.in_nats * self._moved(output.detach(), old, steps),
         }
         if config.kl_coef > 0:
-            kl = self._importance[steps] * matching_error(output, self._reference(batch, samples, actions))
+            kl = self._moved(output, self._reference(batch, samples, actions), steps)
             losses = losses + config.kl_coef * kl
-            statistics |= self._kl_statistics(found.in_nats * kl.detach())
+            path = found.in_nats * kl.detach()
+            statistics |= {"kl": path / len(self.trained_steps), "kl_path": path, "kl_path_stderr": path}
         losses, *values = (value.view(-1, members).mean(1) for value in (losses, *statistics.values()))
         return losses, dict(zip(statistics, values, strict=True))
 
@@ -351,8 +352,9 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         with self.policy.reference():
             return self._predicted(batch, samples, actions)[0]
 
-    def _kl_statistics(self, kl_path: Tensor) -> dict[str, Tensor]:
-        return {"kl": kl_path / len(self.trained_steps), "kl_path": kl_path, "kl_path_stderr": kl_path}
+    def _moved(self, output: Tensor, other: Tensor, steps: Tensor) -> Tensor:
+        """(n,) the KL over all levels, as drawn ``steps`` (n,) tell it, in units of ``Matching.in_nats``."""
+        return self._importance[steps] * matching_error(output, other)
 
     @torch.no_grad()
     def _measure_kl(self, batch: ForwardBatch) -> dict[str, float]:
@@ -366,8 +368,8 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
         for some in mine.to(self.processes.device).split(config.micro_batch_size) if len(mine) else ():
             images, actions = some // levels, some % levels
             output, _ = self._predicted(batch, images, actions)
-            moved = matching_error(output, self._reference(batch, images, actions))
-            found.append(self.nats * self.dimensions * self._importance[batch.steps[images, actions]] * moved)
+            moved = self._moved(output, self._reference(batch, images, actions), batch.steps[images, actions])
+            found.append(self.nats * self.dimensions * moved)
         kl = torch.cat([part.cpu() for part in self.processes.gather_in_order(found)]).double()
         path = kl.mean().item()
         if not math.isfinite(path):
