@@ -38,6 +38,7 @@ class Entrant:
         recipe: shipped one, or one per reward; None is the DDPO recipe of the reward and model.
         overrides: of the recipe.
         on_flow: further ones for emoji-flow.
+        flow_recipe: shipped one for emoji-flow, where there is one; otherwise it is ``recipe`` with other settings.
         searched: whether its learning rate is searched; otherwise it is the recipe's, and runs go to their end.
         budget: see ``BUDGET``.
         without: rewards it cannot train, and why.
@@ -46,6 +47,7 @@ class Entrant:
     recipe: str | Mapping[str, str] | None = None
     overrides: Sequence[str] = ()
     on_flow: Sequence[str] = ()
+    flow_recipe: str | None = None
     searched: bool = True
     budget: float = BUDGET
     without: Mapping[str, str] = field(default_factory=dict)
@@ -55,12 +57,16 @@ class Entrant:
         flow = model == "emoji-flow"
         if self.recipe is None:
             return (FLOW_RECIPE if flow else REWARDS[reward]), [*self.overrides, *(self.on_flow if flow else ())]
+        overrides = [f"prompts={json.dumps(PROMPTS)}", *self.overrides]
+        if flow and self.flow_recipe:
+            return self.flow_recipe, [*overrides, *self.on_flow]
         recipe = self.recipe if isinstance(self.recipe, str) else self.recipe[reward]
-        prompts = f"prompts={json.dumps(PROMPTS)}"
-        return recipe, [prompts, *self.overrides, *([*FLOW[1:], *self.on_flow] if flow else ())]
+        return recipe, [*overrides, *([*FLOW[1:], *self.on_flow] if flow else ())]
 
 
 NFT = {"aesthetic": "nft_emoji_aesthetic", "jpeg_compressibility": "nft_emoji_jpeg"}
+FLOW_NFT = "flow_emoji_nft"
+"""For both rewards."""
 UNWATCHED = ["consistency_images=0"]
 """A measurement before training, which changes nothing in it."""
 ENTRANTS: dict[str, Entrant] = {
@@ -73,9 +79,10 @@ ENTRANTS: dict[str, Entrant] = {
         on_flow=["sampler.noisy_range=[0.0, 0.8]"],
     ),
     "online Diffusion-DPO": Entrant("dpo_emoji_online"),
-    "NFT": Entrant(NFT, UNWATCHED),
-    "AWM": Entrant(NFT, [*UNWATCHED, "objective=awm", "beta=null"]),
-    "DGPO": Entrant(NFT, [*UNWATCHED, "objective=dgpo", "beta=null"]),
+    "NFT": Entrant(NFT, UNWATCHED, flow_recipe=FLOW_NFT),
+    "AWM": Entrant(NFT, [*UNWATCHED, "objective=awm", "beta=null"], flow_recipe=FLOW_NFT),
+    "DGPO": Entrant(NFT, [*UNWATCHED, "objective=dgpo", "beta=null"], flow_recipe=FLOW_NFT),
+    "RWR": Entrant("rwr_emoji_aesthetic"),
     "DRaFT": Entrant(
         "draft_emoji_aesthetic",
         ["evaluation=null", "stop_when.gold_falling=null"],

@@ -58,7 +58,8 @@ def finish(course: Course, method: str) -> Finish:
 
 
 def fewer(plain: Finish, other: Finish) -> tuple[float, float, float] | None:
-    """How many times fewer passes ``other`` takes, and its 95 % interval; None where a seed of either is not there.
+    """How many times fewer passes ``other`` takes, and its 95 % interval; None where a seed of either did not reach the
+    target.
 
     The ratio of the geometric means; the interval is Student's for the difference of the means of the log-passes.
     """
@@ -149,7 +150,7 @@ def draw(courses: Sequence[Course]) -> Figure:
     """
     courses = [course for course in courses if course.target is not None]
     figure, panels = new_figure(2 * len(courses), columns=2)
-    colours = dict(zip(ENTRANTS, [*PALETTE, "#888888"], strict=False))
+    colours = dict(zip(ENTRANTS, [*PALETTE, "#888888", "#8c564b"], strict=True))
     known: dict[str, Any] = {}
     for i, course in enumerate(courses):
         for axes, key, name in zip(panels[2 * i :], ("reward", "held_out"), ("reward", "CLIP score, held out")):
