@@ -22,8 +22,9 @@ from diffusion_align.models.families import (
     family_of_network,
     find_family,
 )
-from diffusion_align.models.image_pipelines import NETWORKS, WEIGHTS_FILE
+from diffusion_align.models.image_pipelines import WEIGHTS_FILE
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
+from diffusion_align.models.pipeline_configurations import NETWORKS
 
 _FLOATING = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 

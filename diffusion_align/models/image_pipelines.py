@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import math
 import os
 import re
 import warnings
@@ -13,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from diffusion_align.assets import EMBEDDED_MODELS, EMBEDDED_PIPELINES, LANGUAGE_MODELS, asset_path
 from diffusion_align.errors import UserError, first_line, nearest, short
 from diffusion_align.inputs import check_path
-from diffusion_align.models.families import ModelFamily, check_settings, family_of, family_of_class, give_family
+from diffusion_align.models.families import ModelFamily, check_settings, family_of_class, give_family
 from diffusion_align.models.families.flow_matching import is_flow
+from diffusion_align.models.pipeline_configurations import NETWORKS, check_configurations, check_loaded
+from diffusion_align.models.single_file import check_single_file, class_of_file, is_one_file, load_single_file
 from diffusion_align.pretrained import hub_or_cache, load_in_dtype
 from diffusion_align.writing import write_text
 
@@ -27,24 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # whose classes model_index.json may name
-_DENOISERS = ("unet", "transformer")
-NETWORKS = (*_DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # model.safetensors, model.fp16.safetensors and their shards
 WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?\.safetensors")
-_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
-# What names the text encoders; of two of them both have to be there.
-_TEXT_ENCODERS = {
-    "Stable Diffusion 1": ("cond_stage_model.transformer.",),
-    "Stable Diffusion 2": ("cond_stage_model.model.",),
-    "Stable Diffusion XL": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
-}
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
-LARGEST_FILE = 10_000_000
-MOST = 1_000_000
-"""No number in the configuration of a network is larger; a billion layers would be built one by one."""
-MOST_TIMESTEPS = 100_000
-LARGEST_LATENT = 4096
-_SPACINGS = ("leading", "trailing", "linspace")
 
 
 def check_pipeline_name(model: str, *, variant: str | None = None, base_config: str | None = None) -> None:
@@ -77,7 +60,7 @@ def check_pipeline_name(model: str, *, variant: str | None = None, base_config: 
         if is_one_file(base_config):
             raise UserError(f"base_config={base_config!r} is a file: give a folder or Hub id of a diffusers pipeline")
         _check_folder_or_id(f"base_config={base_config!r}", base_config)
-    _check_single_file(model, has_base_config=base_config is not None)
+    check_single_file(model, has_base_config=base_config is not None)
 
 
 def _check_folder_or_id(subject: str, model: str) -> None:
@@ -214,7 +197,7 @@ def load_pipeline(
     size = {"height": height, "width": width} if to_train else {}
     with quiet(), hub_or_cache(*([] if described_by is None else [_source(described_by)])):
         if is_one_file(model):
-            kind, base = _class_of_file(model), None
+            kind, base = class_of_file(model), None
             of_file = family_of_class(kind, family, f"model={model!r}")
             if base_config is not None:
                 base = _source(base_config)
@@ -222,7 +205,7 @@ def load_pipeline(
                 if described != kind:
                     raise UserError(f"base_config={base_config!r} is a {described}, but model={model!r} a {kind}")
                 _check_size(of_file, base, size)
-            pipeline = _load_single_file(model, dtype=dtype, base_config=base, options=of_file.load_options)
+            pipeline = load_single_file(model, dtype=dtype, base_config=base, options=of_file.load_options)
         else:
             pipeline = _load_folder(
                 model,
@@ -236,7 +219,7 @@ def load_pipeline(
         family = family_of_class(type(pipeline).__name__, family)
         give_family(pipeline, family.with_settings(settings or {}))
         check_settings(family, getattr(pipeline, family.network).config, settings or {})
-        _check_loaded(f"model={model!r}", pipeline)
+        check_loaded(f"model={model!r}", pipeline)
         if pipeline.vae.config.force_upcast if upcast_vae is None else upcast_vae:
             _accept_any_dtype(pipeline.vae)
         else:
@@ -325,7 +308,7 @@ def _checked_index(
     absent = [part for part in parts if not os.path.isdir(os.path.join(source, part))] if os.path.isdir(source) else []
     if absent:
         raise UserError(f"{name}={model!r} is incomplete: the folder has no {absent[0]}/")
-    _check_configurations(f"{name}={model!r}", Path(source))
+    check_configurations(f"{name}={model!r}", Path(source))
     return dict(index)
 
 
@@ -389,214 +372,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-# One file with the original names of its tensors: how such a model is built stands in none of them, so it is read from
-# the configuration files of a pipeline built like it: ``base_config``, or the one on the Hub that diffusers guesses.
-
-
-def is_one_file(model: str) -> bool:
-    """Whether ``model`` names a file, which need not be there, rather than a folder or a Hub id."""
-    return Path(model).suffix.lower() in {".safetensors", *_PICKLES} or os.path.isfile(os.path.expanduser(model))
-
-
-def _check_single_file(model: str, *, has_base_config: bool) -> None:
-    """UserError if the file ``model`` cannot be loaded; of its content only the names are read."""
-    suffix = Path(model).suffix.lower()
-    if suffix in _PICKLES:
-        why = "which can run code when it is read: use the model's .safetensors file"
-        raise UserError(f"model={model!r} is a pickle, {why}")
-    if suffix != ".safetensors":
-        raise UserError(f"model={model!r} is a file that does not end in .safetensors: use one that does, or a folder")
-    if not os.path.isfile(os.path.expanduser(model)):
-        raise UserError(f"model={model!r}: there is no such file")
-    try:
-        layout = _layout(_names(model))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model={model!r} could not be read: {first_line(error)}") from None
-    if layout is None:
-        raise UserError(
-            f"model={model!r} does not hold a UNet, a VAE and the text encoders of Stable Diffusion 1, 2 or XL under "
-            "their original names: use a whole checkpoint, or a folder in the diffusers layout"
-        )
-    if layout == "Stable Diffusion 2" and not has_base_config:
-        raise UserError(
-            f"model={model!r} is a {layout}, whose file does not say whether it predicts the noise or v: set "
-            "base_config to a folder or Hub id of a diffusers pipeline built like it"
-        )
-
-
-def _class_of_file(model: str) -> str:
-    """The diffusers pipeline class of a file that ``_check_single_file`` lets pass."""
-    is_xl = _layout(_names(model)) == "Stable Diffusion XL"
-    return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
-
-
-def _load_single_file(model: str, *, dtype: torch.dtype, base_config: str | None, options: Mapping[str, Any]) -> Any:
-    """The diffusers pipeline in the file ``model``, its VAE in float32; ``options`` are for ``from_single_file``."""
-    import diffusers
-    import torch
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    file = os.path.expanduser(model)
-    source: dict[str, Any] = {"config": base_config}
-    source["local_files_only"] = base_config is not None and os.path.isdir(base_config)
-    told = f"base_config={base_config!r}" if base_config else "the configuration that diffusers guesses"
-    advice = "set base_config to a local folder of a diffusers pipeline built like it"
-    try:
-        part = {"subfolder": "vae"} if base_config else {}
-        vae = load_in_dtype(diffusers.AutoencoderKL.from_single_file, file, dtype=torch.float32, **source, **part)
-        kind = getattr(diffusers, _class_of_file(model))
-        pipeline = load_in_dtype(kind.from_single_file, file, dtype=dtype, vae=vae, **source, **options)
-    except NotImplementedError as error:  # of torch, about a weight that nothing was put into
-        raise UserError(f"model={model!r} does not fit {told}: the file lacks weights of it; {advice}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SingleFileComponentError) as error:
-        raise UserError(f"model={model!r} could not be loaded with {told}: {first_line(error)}; {advice}") from error
-    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    empty = any(parameter.is_meta for part in networks for parameter in part.parameters())
-    held, used = sum(name.startswith(_UNET) for name in _names(model)), len(pipeline.unet.state_dict())
-    # diffusers leaves out what it finds no place for.
-    if empty or held > used:
-        what = "lacks weights of it" if empty else f"holds {held} tensors of a UNet, not {used}"
-        raise UserError(f"model={model!r} does not fit {told}: the file {what}; {advice}")
-    return pipeline
-
-
-def _names(model: str) -> list[str]:
-    with safe_open(os.path.expanduser(model), framework="pt") as file:
-        return list(file.keys())
-
-
-def _layout(names: list[str]) -> str | None:
-    def held(*prefixes: str) -> bool:
-        return all(any(name.startswith(prefix) for name in names) for prefix in prefixes)
-
-    if not held(_UNET, _VAE):
-        return None
-    return next((layout for layout, prefixes in _TEXT_ENCODERS.items() if held(*prefixes)), None)
-
-
-# Configurations, which people edit and downloads cut off: looked at before weights are read.
-
-
-def _check_configurations(subject: str, folder: Path) -> None:
-    """UserError about the first configuration file of a pipeline's folder that cannot be used."""
-    for part in (*NETWORKS, "scheduler"):
-        name = f"{part}/{'scheduler_config.json' if part == 'scheduler' else 'config.json'}"
-        if not os.path.isfile(folder / name):
-            continue  # which the loading says
-        try:
-            with (folder / name).open("rb") as file:
-                content = json.loads(file.read(LARGEST_FILE))
-        except (OSError, ValueError, RecursionError):
-            raise UserError(f"{subject}: {name} is not a valid JSON file: download it again") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{subject}: {name} holds no JSON object: download it again")
-        _check(f"{subject}: {name}", part, content)
-
-
-def _check_loaded(subject: str, pipeline: Any) -> None:
-    """The same of a pipeline that is loaded, wherever its configuration comes from; and of its tokenizers."""
-    for part in (family_of(pipeline).network, "vae", "scheduler"):
-        _check(f"{subject}: {part}", part, dict(getattr(pipeline, part).config))
-    for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        tokenizer, network = getattr(pipeline, name, None), getattr(pipeline, encoder, None)
-        if tokenizer is None or network is None:
-            continue
-        if not network.config.model_type.startswith("clip"):  # others read as many as the pipeline chooses
-            continue
-        length, most = tokenizer.model_max_length, network.config.max_position_embeddings
-        if not isinstance(length, int) or not 1 <= length <= most:
-            raise UserError(
-                f"{subject}: {name}: model_max_length={short(length)} must be a whole number from 1 to the {most} "
-                f"tokens that {encoder} reads"
-            )
-
-
-def _check(subject: str, part: str, config: Mapping[str, Any]) -> None:
-    for wrong in _wrong(part, config):
-        raise UserError(f"{subject}: {wrong}")
-
-
-def _wrong(part: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings of one part; whoever wants one stops there."""
-    for key, value in _numbers(config) if part in NETWORKS else ():  # a scheduler may be infinite on purpose
-        if abs(value) > MOST or not math.isfinite(value):  # whole numbers may be beyond what a float holds
-            yield f"{key}={short(value)} is too large"
-    if part in _DENOISERS:
-        size = config.get("sample_size", None if part == "unet" else 1)  # FLUX has none
-        sides = size if isinstance(size, list | tuple) and len(size) == 2 else [size]
-        if not all(_is_whole(side, 1, LARGEST_LATENT) for side in sides):
-            yield (
-                f"sample_size={short(size)} must be the side of its latents, a whole number from 1 to {LARGEST_LATENT} "
-                "(64 for images of 512 pixels)"
-            )
-    if part == "vae":
-        factor = config.get("scaling_factor", 0.18215)
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
-            yield f"scaling_factor={short(factor)} must be a number above 0"
-    if part == "scheduler":
-        yield from _wrong_with_scheduler(config)
-
-
-def _wrong_with_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing not in _SPACINGS:
-        yield f"timestep_spacing={short(spacing)} must be one of {', '.join(_SPACINGS)}"
-    count = config.get("num_train_timesteps", 1000)
-    if not _is_whole(count, 1, MOST_TIMESTEPS):
-        yield f"num_train_timesteps={short(count)} must be a whole number from 1 to {MOST_TIMESTEPS}"
-    if is_flow({"shift": 1.0, **config}):
-        yield from _wrong_with_flow_scheduler(config)
-        return
-    for key in ("beta_start", "beta_end"):
-        beta = config.get(key, 0.01)
-        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta <= 1:
-            yield f"{key}={short(beta)} must be a number from 0 to 1"
-    if not _is_whole(offset := config.get("steps_offset", 0), 0, count):
-        yield f"steps_offset={short(offset)} must be a whole number from 0 to num_train_timesteps={count}"
-    betas = config.get("trained_betas")
-    if betas is not None and not (
-        isinstance(betas, list | tuple)
-        and len(betas) == count
-        and all(isinstance(beta, int | float) and 0 <= beta <= 1 for beta in betas)
-    ):
-        yield f"trained_betas={short(betas)} must be null, or num_train_timesteps={count} numbers from 0 to 1"
-    limit = config.get("clip_sample_range", 1.0)
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-        yield f"clip_sample_range={short(limit)} must be a number above 0"
-
-
-def _wrong_with_flow_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
-    for key, usual in (("shift", 1.0), ("base_shift", 0.5), ("max_shift", 1.15)):
-        if not _is_number(shift := config.get(key, usual)) or not 0 < shift <= MOST:
-            yield f"{key}={short(shift)} must be a number above 0"
-    tokens = [config.get(key, usual) for key, usual in (("base_image_seq_len", 256), ("max_image_seq_len", 4096))]
-    if not all(_is_whole(count, 1, MOST) for count in tokens) or tokens[0] >= tokens[1]:
-        yield (
-            f"base_image_seq_len={short(tokens[0])} must be a whole number, and max_image_seq_len={short(tokens[1])} a "
-            "larger one"
-        )
-    last = config.get("shift_terminal")
-    if last is not None and (not _is_number(last) or not 0 <= last < 1):
-        yield f"shift_terminal={short(last)} must be null, or a number from 0 to below 1"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """Every number in a configuration, with the key that it is under."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _numbers(inner, str(name))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield key, value

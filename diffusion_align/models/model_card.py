@@ -20,9 +20,10 @@ from diffusion_align.errors import UserError, first_line
 from diffusion_align.models.adapters import LORA_FILE
 from diffusion_align.models.families import SHIPPED, family_of
 from diffusion_align.models.families.flow_matching import is_flow
-from diffusion_align.models.image_pipelines import diffusers_scheduler, is_one_file, takes_eta
+from diffusion_align.models.image_pipelines import diffusers_scheduler, takes_eta
 from diffusion_align.models.language_models import language_model_ref
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
+from diffusion_align.models.single_file import is_one_file
 from diffusion_align.models.smollm2 import smollm2_folder
 from diffusion_align.report import read_metrics
 from diffusion_align.report.metrics import NAMES, Row, is_number, read_evaluation, series

@@ -146,7 +146,7 @@ def test_a_file_that_lacks_or_exceeds_what_it_should_hold_gives_one_sentence(dam
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_the_size_is_checked_by_base_config_before_weights_are_read(name, published, monkeypatch):
     file, folder = str(published(name, "file")), str(published(name))
-    monkeypatch.setattr(image_pipelines, "_load_single_file", lambda *given, **named: pytest.fail("it is read"))
+    monkeypatch.setattr(image_pipelines, "load_single_file", lambda *given, **named: pytest.fail("it is read"))
     for read in (check_image_model, functools.partial(load_pipeline, to_train=True)):
         with pytest.raises(UserError, match=r"^height=21 must be a multiple of \d+ for this model"):
             read(file, base_config=folder, height=21)
