@@ -37,6 +37,7 @@ class FlowTableScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         sampler = self.sampler.model_copy(update={"steps": len(self.timesteps)})
         named = FlowMatchEulerDiscreteScheduler.from_config(self.config)  # by its class, which this one's is not
         self._schedule = sampler.schedule(named, self._copy_timesteps).to(device or "cpu")
+        self._noisy = set(self._schedule.stochastic_steps.tolist())
 
     def _copy_timesteps(self, scheduler: Any, steps: int) -> None:
         scheduler.sigmas, scheduler.timesteps = self.sigmas, self.timesteps
@@ -48,11 +49,12 @@ class FlowTableScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         if self.step_index is None:
             self._init_step_index(timestep)
         x_t, prediction = (latents.flatten(1)[:, :, None, None] for latents in (sample, model_output))
+        noisy = self.step_index in self._noisy
         index = torch.full((len(sample),), self.step_index, device=sample.device)
         self._step_index += 1
         step = denoise(x_t, prediction, index, self._schedule)
         x_s = step.mean
-        if bool(step.std[0] > 0):
+        if noisy:
             noise = torch.randn_like(sample) if self.noise is None else self.noise(sample)
             x_s = step.sample(noise.to(x_s).view_as(x_s))
         return (x_s.view_as(sample).to(model_output.dtype),)

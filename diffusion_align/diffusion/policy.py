@@ -9,6 +9,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ PROMPT = "prompt"
 """Entry of the conditioning of a policy that adapts its text encoders: (B,) int64, the number of each prompt."""
 _Prompt = tuple[str, Size, bool]
 """A text, the (height, width) of its image in pixels, and whether it is a negative prompt."""
+
+
+@dataclass(frozen=True)
+class PreparedConditioning:
+    """What several passes of B samples without a gradient are told, see ``DenoisingPolicy.prepare``.
+
+    Attributes:
+        inputs: name -> (B, ...); (2B, ...) with classifier-free guidance, without the prompt and with it.
+        guidance_scale: of classifier-free guidance; None without.
+    """
+
+    inputs: Conditioning
+    guidance_scale: float | None = None
 
 
 class DenoisingPolicy:
@@ -281,7 +295,12 @@ class DenoisingPolicy:
         self._offloaded = []
 
     def predict(
-        self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning, *, guidance_scale: float | None = None
+        self,
+        x_t: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning | PreparedConditioning,
+        *,
+        guidance_scale: float | None = None,
     ) -> Tensor:
         """The guided network output (B, C, H, W), float32 or wider: uncond + guidance_scale * (cond - uncond).
 
@@ -290,21 +309,39 @@ class DenoisingPolicy:
         Args:
             x_t: (B, C, H, W).
             timestep: (B,) int64 or, of flow matching, float32: the model's own time.
-            conditioning: of the same B samples, from ``encode``.
+            conditioning: of the same B samples, from ``encode``, or from ``prepare``, which has the guidance.
             guidance_scale: the policy's own when not given.
         """
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        conditioning = self._encoded(conditioning)
-        if self.family.guidance == "embedded":
-            told = torch.full((len(x_t),), float(scale), device=x_t.device)
-            return self._run(x_t, timestep, conditioning | {"guidance": told})
-        if scale == 1:
-            return self._run(x_t, timestep, conditioning)
-        unconditional = self._encode_negative(self._pixels(x_t.shape[2:]))
-        both = {k: torch.cat([unconditional[k].expand(len(x_t), *v.shape[1:]), v]) for k, v in conditioning.items()}
-        output = self._run(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), both)
+        if not isinstance(conditioning, PreparedConditioning):
+            size = self._pixels(x_t.shape[2:])
+            conditioning = self._doubled(self._encoded(conditioning), guidance_scale, len(x_t), size)
+        scale = conditioning.guidance_scale
+        if scale is None:
+            return self._run(x_t, timestep, conditioning.inputs)
+        output = self._run(torch.cat([x_t, x_t]), torch.cat([timestep, timestep]), conditioning.inputs)
         without, with_prompt = output.chunk(2)
         return without + scale * (with_prompt - without)
+
+    @torch.no_grad()
+    def prepare(self, conditioning: Conditioning, *, guidance_scale: float | None = None) -> PreparedConditioning:
+        """Of images that are sampled, while no trained weight changes: made once for all steps, so that nothing in them
+        is read back from the device."""
+        batch = len(next(iter(conditioning.values())))
+        prepared = self._doubled(self._encoded(conditioning), guidance_scale, batch, self.image_size)
+        return replace(prepared, inputs=self.family.read_once(prepared.inputs))
+
+    def _doubled(
+        self, conditioning: Conditioning, guidance_scale: float | None, batch: int, image_size: Size
+    ) -> PreparedConditioning:
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if self.family.guidance == "embedded":
+            told = torch.full((batch,), float(scale), device=self.device)
+            return PreparedConditioning(conditioning | {"guidance": told})
+        if scale == 1:
+            return PreparedConditioning(conditioning)
+        without = self._encode_negative(image_size)
+        both = {k: torch.cat([without[k].expand(batch, *v.shape[1:]), v]) for k, v in conditioning.items()}
+        return PreparedConditioning(both, scale)
 
     def _encode_negative(self, image_size: Size) -> Conditioning:
         """(1, ...) of what guidance leads away from."""

@@ -3,14 +3,15 @@ call. One step for all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
+from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, PreparedConditioning
 from diffusion_align.diffusion.sampler_settings import SamplerConfig
 from diffusion_align.diffusion.samplers import scheduler_config
 from diffusion_align.diffusion.schedule import DiffusionSchedule
@@ -60,7 +61,7 @@ def transition(
     schedule: DiffusionSchedule,
     x_t: Tensor,
     steps: Tensor,
-    conditioning: Conditioning,
+    conditioning: Conditioning | PreparedConditioning,
     *,
     guidance_scale: float | None = None,
 ) -> GaussianTransition:
@@ -128,13 +129,15 @@ def rollout(
 
     device = policy.device
     has_density = set(schedule.stochastic_steps.tolist())
-    states = [normal_noise(generators, policy.latent_shape, device)]
+    noise = noise_in_turn(generators, 1 + len(has_density), policy.latent_shape, device)
+    states = [next(noise)]
     logp, means = [], []
     with policy.weights_kept():
+        given = policy.prepare(conditioning)
         for i in range(len(schedule)):
             steps = torch.full((batch,), i, dtype=torch.int64, device=device)
-            step = transition(policy, schedule, states[-1], steps, conditioning)
-            states.append(next_state(step, generators, noisy=i in has_density))
+            step = transition(policy, schedule, states[-1], steps, given)
+            states.append(step.sample(next(noise)) if i in has_density else step.mean)
             if i in has_density:
                 logp.append(step.log_prob(states[-1], reduction=reduction))
             else:
@@ -155,16 +158,33 @@ def rollout(
     )
 
 
-def next_state(step: GaussianTransition, generators: Sequence[torch.Generator], *, noisy: bool) -> Tensor:
-    """x_s (B, C, H, W): a sample by each one's own generator, or the mean of a step that has no noise."""
-    if not noisy:
-        return step.mean
-    return step.sample(normal_noise(generators, tuple(step.mean.shape[1:]), step.mean.device))
-
-
 def normal_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
     """(B, *shape) from B generators, which draw on the CPU and are advanced."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    return next(noise_in_turn(generators, 1, shape, device))
+
+
+def noise_in_turn(
+    generators: Sequence[torch.Generator], count: int, shape: tuple[int, ...], device: torch.device
+) -> Iterator[Tensor]:
+    """``count`` draws (B, *shape) of ``normal_noise`` in a row, all of them made at the first.
+
+    For a GPU they are in pinned memory, so that no copy makes the host wait.
+    """
+    drawn = torch.stack([_draws(generator, count, shape) for generator in generators], dim=1)
+    if device.type == "cuda":
+        drawn = drawn.pin_memory()
+    for noise in drawn:
+        yield noise.to(device, non_blocking=True)
+
+
+def _draws(generator: torch.Generator, count: int, shape: tuple[int, ...]) -> Tensor:
+    """(count, *shape) with the bits of ``count`` calls of ``randn``, by a single one where that gives the same.
+
+    It does where torch's blocks of 16 numbers end with each draw; a block that is cut short is drawn anew.
+    """
+    if math.prod(shape) % 16 == 0:
+        return torch.randn((count, *shape), generator=generator)
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(count)])
 
 
 def scheduler_of(sampler: SamplerConfig, scheduler: Any) -> Any:
@@ -198,11 +218,13 @@ class TableScheduler:
     def __init__(self, schedule: DiffusionSchedule, config: Any) -> None:
         self.schedule, self.config = schedule, config
         self.timesteps = schedule.table.timestep
+        self._noisy: set[int] = set()
         self._next = 0
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         self.schedule = self.schedule.to(device or "cpu")
         self.timesteps = self.schedule.table.timestep
+        self._noisy = set(self.schedule.stochastic_steps.tolist())
         self._next = 0
 
     def scale_model_input(self, x_t: Tensor, timestep: Any) -> Tensor:
@@ -219,10 +241,11 @@ class TableScheduler:
     ) -> tuple[Tensor]:
         """The next latents (B, C, H, W), each with noise of its own generator."""
         # Counted, as a table may hold a timestep more than once.
+        noisy = self._next in self._noisy
         index = torch.full((len(x_t),), self._next, device=self.timesteps.device)
         self._next += 1
         step = denoise(x_t, prediction, index, self.schedule)
-        if not bool(step.std[0] > 0):
+        if not noisy:
             return (step.mean.to(x_t.dtype),)
-        noise = torch.stack([torch.randn(x_t.shape[1:], generator=g) for g in generator])
-        return (step.sample(noise.to(x_t.device)).to(x_t.dtype),)
+        noise = normal_noise(generator, tuple(x_t.shape[1:]), x_t.device)
+        return (step.sample(noise).to(x_t.dtype),)

@@ -49,7 +49,7 @@ class DiffusionSchedule:
     def __len__(self) -> int:
         return len(self.table.timestep)
 
-    @property
+    @cached_property
     def stochastic_steps(self) -> Tensor:
         """(S,) int64, on the CPU: indices of the steps that have a density."""
         return (self.table.std.cpu() > 0).nonzero().squeeze(1)
@@ -71,7 +71,10 @@ class DiffusionSchedule:
         """The same schedule with its columns on ``device``; coefficients in ``dtype`` (float32 or float64)."""
         columns = {f.name: getattr(self.table, f.name) for f in fields(Step)}
         moved = {n: c.to(device) if n == "timestep" else c.to(device, dtype) for n, c in columns.items()}
-        return replace(self, table=Step(**moved))
+        schedule = replace(self, table=Step(**moved))
+        # A GPU would wait for the host to read them from there.
+        vars(schedule).update(stochastic_steps=self.stochastic_steps, terms=self.terms)
+        return schedule
 
 
 def build_schedule(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
-from diffusion_align.diffusion.rollout import next_state, normal_noise
+from diffusion_align.diffusion.rollout import noise_in_turn, normal_noise
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import add_noise, clean_and_noise, denoise
 
@@ -86,13 +86,15 @@ def take_steps(
     which: range,
 ) -> Tail:
     """Take the steps ``which`` from ``x_t`` (B, C, H, W), with a graph unless gradients are off."""
-    noisy, visits = set(schedule.stochastic_steps.tolist()), []
+    noisy, visits = set(schedule.stochastic_steps.tolist()).intersection(which), []
+    noise = noise_in_turn(generators, len(noisy), tuple(x_t.shape[1:]), x_t.device)
     for i in which:
         steps = torch.full((len(x_t),), i, dtype=torch.int64, device=x_t.device)
         output = policy.predict(x_t, schedule.table.timestep[steps], conditioning)
         if torch.is_grad_enabled():
             visits.append(Visit(x_t, steps, output))
-        x_t = next_state(denoise(x_t, output, steps, schedule), generators, noisy=i in noisy)
+        step = denoise(x_t, output, steps, schedule)
+        x_t = step.sample(next(noise)) if i in noisy else step.mean
     return Tail(x_t, visits)
 
 

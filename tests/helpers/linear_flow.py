@@ -53,6 +53,9 @@ class LinearFlow:
     def return_text_encoders(self):
         pass
 
+    def prepare(self, conditioning):
+        return conditioning
+
     def weights_kept(self):
         return contextlib.nullcontext()
 

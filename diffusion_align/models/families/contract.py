@@ -112,6 +112,10 @@ class ModelFamily(ABC):
         """
         return conditioning
 
+    def read_once(self, conditioning: Conditioning) -> Conditioning:
+        """``conditioning`` of several passes, with what ``inputs`` would read back from the device in each of them."""
+        return conditioning
+
     @abstractmethod
     def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments of the network's forward pass, beside the latents, which come first.

@@ -71,6 +71,10 @@ class ZImage(FlowFamily):
         mask = torch.arange(self.text_tokens, device=lengths.device) < lengths[:, None]
         return {"encoder_hidden_states": torch.stack(padded), "mask": mask}
 
+    def read_once(self, conditioning: Conditioning) -> Conditioning:
+        """The mask on the CPU, where ``inputs`` reads the prompts' lengths."""
+        return {name: value.cpu() if name == "mask" else value for name, value in conditioning.items()}
+
     def inputs(self, timestep: Tensor, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         """``conditioning`` without a ``mask`` is of prompts as long as they can be."""
         states = conditioning["encoder_hidden_states"].to(dtype)
