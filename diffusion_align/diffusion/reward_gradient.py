@@ -28,7 +28,8 @@ from diffusion_align.diffusion.schedule import DiffusionSchedule, select_step_ra
 from diffusion_align.diffusion.tail import Tail, predict_tail, renoise, sample_head, sample_tail, tail_kl
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.diffusion.transitions import nats_of_intervals
-from diffusion_align.errors import ConfigError, RewardError, TrainingError
+from diffusion_align.errors import ConfigError, RewardError
+from diffusion_align.interrupt import Overdue
 from diffusion_align.models.memory import checkpoint_activations
 from diffusion_align.rewards.base import call_reward, part_weights, reward_parts
 from diffusion_align.training.collection import reward_metrics
@@ -51,6 +52,7 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
 
     config: RewardGradientConfig
     config_class = RewardGradientConfig
+    updates_stand_alone = True
     metrics: ClassVar[Mapping[str, Metric]] = {
         "kl": Metric(
             "KL to the reference, per step",
@@ -69,7 +71,9 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
         scheduler, setter = self.policy.pipeline.scheduler, self.policy.timesteps_setter()
         nats = nats_of_intervals(self.exact_schedule, training_schedule(scheduler, setter))
         self._nats = nats.to(self.accelerator.device, torch.float32)
-        self._scored: list[tuple[Tensor, Tensor]] = []  # of this process: global samples, scores by each reward
+        # Of the epoch's finished updates, of all processes: global samples, scores by each reward.
+        self._scored: list[tuple[Tensor, Tensor]] = []
+        self._scoring: list[tuple[Tensor, Tensor]] = []  # of this process in the update under way
         if self.config.gradient_checkpointing:
             checkpoint_activations(self.policy.pipeline.vae)
 
@@ -145,7 +149,6 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
 
     def collect(self) -> tuple[Batch, dict[str, float]]:
         """The epoch's prompts; its images are sampled in the updates."""
-        self._scored = []
         return items_of_epoch(self.prompts, self.config.seed, self.epoch, self.config.samples_per_epoch), {}
 
     def estimate(self, collected: Batch) -> tuple[Batch, TrainingPlan, dict[str, float]]:
@@ -154,13 +157,15 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
     def accumulate(
         self, batch: Batch, indices: Tensor, normalizer: float, on_actions: Callable[[int], object] = lambda count: None
     ) -> UpdateStatistics:
-        """See ``Trainer.accumulate``; a reward, or images, that fail on one process end all of them."""
-        failure, statistics = None, UpdateStatistics()
+        """See ``Trainer.accumulate``; what fails on one process, a reward for example, ends all of them."""
+        failure: BaseException | None = None
+        statistics, self._scoring = UpdateStatistics(), []
         try:
             statistics = super().accumulate(batch, indices, normalizer, on_actions)
-        except (RewardError, TrainingError) as error:
+        except (Exception, Overdue) as error:  # the other processes wait
             failure = error
         self.processes.raise_together(failure, RewardError)
+        self._scored += self.processes.gather_in_order(self._scoring)
         return statistics
 
     def loss(self, batch: Batch, samples: Tensor, actions: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -171,7 +176,7 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
         conditioning = self.policy.encode(texts)
         tails = self._tails(conditioning, streams)
         scores = torch.stack([self._scores(tail.latents, texts, metadata) for tail in tails])
-        self._scored.append((numbers, scores[0].detach()))
+        self._scoring.append((numbers, scores[0].detach()))
         weights = part_weights(self.reward).to(scores)  # type: ignore[arg-type]
         losses = -(scores.mean(dim=0) * weights).sum(dim=1).to(samples.device)
         if not self.policy.has_reference:
@@ -181,12 +186,14 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
         if config.kl_coef > 0:
             losses = losses + config.kl_coef * kl
         path, count = kl.detach(), len(self.trained_steps if config.variant == "refl" else tails[0].visits)
-        return losses, {"kl": path / count, "kl_path": path, "kl_path_stderr": path}
+        found = {"kl": path / count, "kl_path": path}
+        # A random step is one and the same for all images of an update, which then do not tell the error.
+        return losses, found | ({"kl_path_stderr": path} if config.variant == "draft" else {})
 
     def after_updates(self) -> dict[str, float]:
         """The rewards of the epoch's images, each by the weights that sampled it."""
-        order, scores = map(torch.cat, zip(*self.processes.gather_in_order(self._scored), strict=True))
-        scores = scores[order.argsort()]
+        order, scores = map(torch.cat, zip(*self._scored, strict=True))
+        scores, self._scored = scores[order.argsort()], []
         parts = reward_parts(self.reward)  # type: ignore[arg-type]
         found = reward_metrics((scores * part_weights(self.reward).to(scores)).sum(dim=1))  # type: ignore[arg-type]
         if len(parts) > 1:
@@ -195,6 +202,16 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
 
     def loss_coefficients(self) -> dict[str, float]:
         return {"kl_coef": self.config.kl_coef}
+
+    def extra_state(self) -> dict[str, Any]:
+        scored = [(order.tolist(), scores.tolist(), str(scores.dtype)) for order, scores in self._scored]
+        return super().extra_state() | {"scored": scored}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().load_extra_state(state)
+        dtypes = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
+        given = state.get("scored", [])
+        self._scored = [(torch.tensor(order), torch.tensor(s, dtype=dtypes[kind])) for order, s, kind in given]
 
     def _tails(self, conditioning: Conditioning, streams: Sequence[torch.Generator]) -> list[Tail]:
         """The sampled images' latents; of DRaFT-LV also those of the last step taken again."""
@@ -229,8 +246,16 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
         """Check the gradient of each reward at the latents of an image of the model.
 
         Raises:
-            RewardError: it gives none, or one that is 0 or not finite.
+            RewardError: it gives none, or one that is 0 or not finite; on every process, if on any.
         """
+        failure: BaseException | None = None
+        try:
+            self._check_gradients()
+        except (Exception, Overdue) as error:  # the other processes wait
+            failure = error
+        self.processes.raise_together(failure, RewardError)
+
+    def _check_gradients(self) -> None:
         text, metadata = self.prompts[0]
         streams = [generator(self.config.seed, "probe")]
         given = self.policy, self.schedule, self.policy.encode([text]), streams
@@ -238,7 +263,7 @@ class RewardGradientTrainer(DenoisingTrainer[Batch]):
         images = self.policy.decode(latents, grad=True)
         for name, part in reward_parts(self.reward).items():  # type: ignore[arg-type]
             score = call_reward(part, images, [text], [metadata], differentiable=True)
-            (gradient,) = torch.autograd.grad(score.sum(), latents, retain_graph=True)
+            (gradient,) = self.optimization.gradients(score.sum(), [latents], retain_graph=True)
             finite = all_finite(gradient)[0]
             if not finite or not bool(gradient.any()):
                 what = "0 everywhere" if finite else "not finite"

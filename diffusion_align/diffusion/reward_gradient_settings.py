@@ -114,6 +114,12 @@ class RewardGradientConfig(RewardedConfig):
                 f"inner_epochs={self.inner_epochs} has no effect here, where every update samples its own images: "
                 "raise epochs instead"
             )
+        if self.dtype == "float16" and self.mixed_precision != "fp16":
+            given = self.mixed_precision or "null"
+            yield (
+                f"dtype=float16 with mixed_precision={given} lets small gradients of the reward vanish: set "
+                "dtype=bfloat16, or mixed_precision=fp16, which scales them"
+            )
         if self.lora is not None and self.lora.dropout:
             yield (
                 f"lora.dropout={self.lora.dropout:g} would also drop out while the images are sampled that are "

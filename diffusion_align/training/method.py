@@ -53,6 +53,10 @@ class TrainingMethod(ABC, Generic[Batch]):
     headline = "reward"  # the metric that the progress bar shows
     none_left = "equal rewards, or ties, have no gradient"  # why an epoch may have no samples to train on
     keeps: tuple[str, ...] = ()  # what in the run folder is worth keeping though nothing is trained yet
+    # Whether an update needs nothing that was sampled before those of its epoch: a run then stops, and resumes, between
+    # two of them. ``collect`` and ``estimate`` must give the same again with other weights, and what ``after_updates``
+    # reads must be in ``extra_state``.
+    updates_stand_alone: ClassVar[bool] = False
 
     config: TrainingConfig
     processes: Processes
@@ -105,6 +109,11 @@ class TrainingMethod(ABC, Generic[Batch]):
     def samples_each(self) -> int:
         """Samples that each index of a plan stands for, such as those of a group."""
         return 1
+
+    def independent(self, samples: Tensor) -> Tensor:
+        """(n,) for local ``samples`` (n,) of ``loss``: equal numbers go together in standard errors, as images do that
+        share their noise."""
+        return samples
 
     @property
     def dropout(self) -> Dropout | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion_align.errors import TrainingError
 from diffusion_align.training.config import TrainingConfig
-from diffusion_align.training.finite import largest
+from diffusion_align.training.finite import all_finite, largest
 from diffusion_align.training.optimizers import make_optimizer
 from diffusion_align.training.processes import Processes
 
@@ -63,6 +63,20 @@ class Optimization:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a 0-d loss to those there are."""
         self.accelerator.backward(loss)
+
+    def gradients(self, value: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool = False) -> Sequence[Tensor]:
+        """Of a 0-d value, for each of ``inputs``; 0 where there is none.
+
+        In fp16 it is scaled as in ``backward``, or by less where that overflows, so that what is small does not vanish.
+        """
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        while True:
+            keep = retain_graph or scale > 1
+            found = torch.autograd.grad(value * scale, inputs, retain_graph=keep, materialize_grads=True)
+            if scale <= 1 or all(all_finite(*found)):
+                return found if scale == 1 else torch._foreach_div(found, scale)
+            scale = max(1.0, scale / 2)
 
     def step(self, number: int) -> float:
         """Sum the gradients of all processes, clip, step; returns the norm before clipping.

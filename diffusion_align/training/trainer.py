@@ -128,6 +128,7 @@ class Trainer(TrainingMethod[Batch]):
         self.model_given = False
         self._savepoint = Savepoint(self.processes)
         self._steps_before = 0  # optimizer steps taken before the epoch's updates
+        self._updates, self._in_update = 0, False  # those made of an epoch that is resumed within; whether in the next
         self._failed_update: Exception | None = None  # of a user's callback after one of the epoch's updates
         self._untrained, self._why_untrained = 0, ""  # epochs in a row, up to the last, without any
         # An epoch's row, and its last update's, of a checkpoint written between the epoch and its measurement.
@@ -351,13 +352,17 @@ class Trainer(TrainingMethod[Batch]):
     def _update(self, batch: Batch, plan: TrainingPlan) -> Row:
         """All optimizer steps of one epoch; the metrics of the last one."""
         config, (keep, steps, normalizer) = self.config, plan
-        self._steps_before = self.optimization.steps
+        if not self._updates:
+            self._steps_before = self.optimization.steps
         row: Row = {}
         own = torch.tensor([self.local_samples.start, self.local_samples.stop])
         with self.bars.task("  training", config.inner_epochs * len(keep) * steps // self.processes.count) as advance:
             for inner in range(config.inner_epochs):
                 order = keep[torch.randperm(len(keep), generator=generator(config.seed, "order", self.epoch, inner))]
                 for update, chunk in enumerate(order.tensor_split(config.updates_per_epoch)):
+                    number = inner * config.updates_per_epoch + update
+                    if number < self._updates:
+                        continue
                     self.step += 1
                     if len(chunk) == 0:
                         continue
@@ -366,7 +371,8 @@ class Trainer(TrainingMethod[Batch]):
                     mixing = generator(config.seed, "pairs", self.epoch, inner, update, self.processes.index)
                     indices = indices[torch.randperm(len(indices), generator=mixing)]
                     divisor = len(chunk) if normalizer is None else normalizer / config.updates_per_epoch
-                    statistics = self.accumulate(batch, indices, divisor * steps, advance)
+                    with self._resumable(number):
+                        statistics = self.accumulate(batch, indices, divisor * steps, advance)
                     row = {"step": self.step, "epoch": self.epoch + 1, **statistics.over_processes(self.accelerator)}
                     require_finite_loss(row, self.loss_coefficients(), mixed_precision=self.accelerator.mixed_precision)
                     row |= plain_row(self.check_update(row, first=inner == 0 and update == 0))
@@ -374,7 +380,27 @@ class Trainer(TrainingMethod[Batch]):
                     row["learning_rate"] = self.optimization.learning_rate
                     self.optimization.advance_schedule()
                     self._each("on_update", row)
+        self._updates = 0
         return row
+
+    @contextlib.contextmanager
+    def _resumable(self, number: int) -> Iterator[None]:
+        """Around the gradients of update ``number`` of an epoch: where updates stand alone, a run that is interrupted
+        or fails there resumes before it."""
+        if not self.updates_stand_alone:
+            yield
+            return
+        self._updates, self._in_update = number, True
+        self._savepoint.mark()
+        try:
+            with self._checkpoint_on_failure():
+                self.processes.stop_if_interrupted()
+                yield
+        except BaseException:
+            self.step -= 1
+            raise
+        finally:
+            self._in_update = False
 
     def accumulate(
         self, batch: Batch, indices: Tensor, normalizer: float, on_actions: Callable[[int], object] = lambda count: None
@@ -394,7 +420,7 @@ class Trainer(TrainingMethod[Batch]):
             with dropout(self.dropout_seeds(part, samples, actions)) if dropout else contextlib.nullcontext():
                 losses, observed = self.loss(part, samples, actions)
                 self.optimization.backward(losses.sum() / normalizer)
-            statistics.add({"loss": losses.detach(), **observed}, samples)
+            statistics.add({"loss": losses.detach(), **observed}, self.independent(samples))
             on_actions(len(samples))
         return statistics
 
@@ -434,20 +460,21 @@ class Trainer(TrainingMethod[Batch]):
         end_process(self.run_folder, save if alone else None, partial(self.report.on_failure, self))
 
     def save(self) -> None:
-        """Write a checkpoint of the last finished epoch."""
+        """Write a checkpoint of the last finished epoch, or update where they stand alone."""
         self._savepoint.save(self._write_checkpoint)
 
     def _write_checkpoint(self, rng: Sequence[Any]) -> None:
-        optimization = self.optimization
+        optimization, step = self.optimization, self.step - self._in_update
         checkpoint.save_checkpoint(
             self.folder / "checkpoints",
-            self.step,
+            step,
             weights=optimization.weights() | self.extra_weights(),
             tensors={**optimization.tensors(), "rng": rng},
             state={
                 "version": __version__,
                 "epoch": self.epoch,
-                "step": self.step,
+                "step": step,
+                "updates": [self._updates, self._steps_before],
                 "stopped": self.stopped,
                 "steps_taken": optimization.steps,
                 "untrained": [self._untrained, self._why_untrained],
@@ -478,6 +505,7 @@ class Trainer(TrainingMethod[Batch]):
         self.optimization.load(
             weights, tensors, steps=state.get("steps_taken", self.step), ema_steps=state["ema_steps"]
         )
+        self._updates, self._steps_before = state.get("updates", (0, 0))
         self._untrained, self._why_untrained = state.get("untrained", (0, ""))
         self._unmeasured = state.get("unmeasured")
         if state["config"].get("stop_when") == self.config.model_dump(mode="json").get("stop_when"):

@@ -7,13 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion_align.diffusion.settings import ImageEvaluationConfig, ImageStopConfig
-from diffusion_align.errors import ConfigError
+from diffusion_align.errors import ConfigError, Interrupted, RewardError
 from diffusion_align.pipelines.configuration import check_config
 from tests.helpers.flow_models import SIDE
 from tests.helpers.tiny_runs import TINY
 from tests.helpers.two_processes import PLAIN_STEPS, assert_same_gradients, assert_same_weights, run_both
 
 REWARD = """
+import os, pathlib, signal
+
 def redness(images, prompts, metadata):
     return 100 * (images[:, 0] - images[:, 1:].mean(1)).mean(dim=(1, 2))
 
@@ -32,7 +34,19 @@ def steep(images, prompts, metadata):
 def silent(images, prompts, metadata):
     return images.mean(dim=(1, 2, 3))
 
-for one in (redness, constant, flat, steep):
+def told(images, prompts, metadata):
+    marker = pathlib.Path(__file__).with_name("marker")  # after so many calls with a gradient it does what is there
+    if images.requires_grad and marker.exists() and os.environ.get("RANK", "1") == "1":
+        calls, what = marker.read_text().split()
+        marker.write_text(f"{int(calls) - 1} {what}")
+        if calls == "0":
+            marker.unlink()
+            if what == "fail":
+                raise RuntimeError("no answer")
+            os.kill(os.getpid(), signal.SIGINT)
+    return redness(images, prompts, metadata)
+
+for one in (redness, constant, flat, steep, told):
     one.differentiable = True
 """
 NO_EVALUATION = {"evaluation": None}
@@ -103,6 +117,57 @@ def test_the_images_are_those_of_a_rollout_of_the_same_seed(train, redness):
     assert theirs.keys() - mine.keys() <= {"time/score", "kl_path_stderr", "kl_path", "kl"}
 
 
+def rows_without_times(rows):
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def test_a_run_stops_between_two_updates_and_resumes_there_bit_for_bit(train, redness, tmp_path):
+    """At Ctrl-C, here within the first epoch, after the update; where a reward fails, before it."""
+    settings = SETTINGS | NO_EVALUATION | {"reward": redness("told"), "variant": "align_prop", "ema_decay": 0.5}
+    settings |= {"samples_per_epoch": 6, "updates_per_epoch": 3, "checkpoint_every": 9}
+    calm, rows = train(settings, "calm")
+    checkpoints = tmp_path / "harried/checkpoints"
+    (tmp_path / "marker").write_text("2 interrupt")  # the probe and an update come before
+    with pytest.raises(Interrupted, match="stopped before epoch 1 ended"):
+        train(settings, "harried")
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
+    (tmp_path / "marker").write_text("2 fail")
+    with pytest.raises(RewardError, match="no answer") as failed:
+        train(settings, "harried", resume=True)
+    assert "resume" in "".join(failed.value.__notes__)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000002", "step_00000004"]
+    harried, resumed = train(settings, "harried", resume=True)
+    assert rows_without_times(resumed) == rows_without_times(rows)
+    assert harried.step == calm.step == 6
+    assert all(torch.equal(p, harried.trainable[name]) for name, p in calm.trainable.items())
+    last = [load_file(tmp_path / name / "checkpoints/step_00000006/ema.safetensors") for name in ("calm", "harried")]
+    assert all(torch.equal(value, last[1][name]) for name, value in last[0].items())
+
+
+def test_two_processes_stop_between_two_updates_and_one_resumes_there(forked, train, redness, tiny_sd, tmp_path):
+    import json
+
+    from diffusion_align.yaml_text import dump
+    from tests.helpers.kills import QUICK
+
+    settings = SETTINGS | NO_EVALUATION | {"reward": redness("told"), "epochs": 1, "samples_per_epoch": 8}
+    settings |= {"learning_rate": 1e-3, "model": str(tiny_sd), "output_dir": str(tmp_path / "run")}
+    _, rows = train(settings, "calm")
+    (tmp_path / "tiny.yaml").write_text(dump(settings))
+    (tmp_path / "marker").write_text("1 interrupt")
+    run = forked("train", tmp_path / "tiny.yaml", processes=2, timeout=90, prelude=QUICK)
+    assert not run.timed_out, run.errors
+    assert run.statuses == [130, 130], run.errors
+    state = json.loads((tmp_path / "run/checkpoints/step_00000001/state.json").read_text())
+    scored = [number for order, _, _ in state["extra"]["scored"] for number in order]
+    assert len(set(scored)) == len(scored) == 4, "of both processes"
+    assert state["updates"][0] == 1
+    _, resumed = train(settings, resume=True)
+    for mine, theirs in zip(resumed, rows, strict=True):
+        assert [mine.get(key) for key in ("step", "epoch")] == [theirs.get(key) for key in ("step", "epoch")]
+        assert mine.get("reward") == pytest.approx(theirs.get("reward"), abs=1e-2)
+
+
 def test_micro_batches_and_checkpointing_change_no_gradient(run_here, redness, tiny_sd, tmp_path):
     settings = SETTINGS | {"epochs": 1, "updates_per_epoch": 1, "reward": redness(), **NO_EVALUATION}
     settings |= {"model": str(tiny_sd), "max_grad_norm": float("inf"), "last_steps": 2, "kl_coef": 0.1}
@@ -139,6 +204,10 @@ def test_two_processes_are_one(forked, tmp_path, redness, tiny_sd):
         ({"last_steps": 2, "from_sigma": 0.3}, "from_sigma=0.3 has no effect with last_steps"),
         ({"inner_epochs": 2}, "inner_epochs=2 has no effect here, where every update samples its own images"),
         ({"lora": {"dropout": 0.1}}, "lora.dropout=0.1 would also drop out"),
+        (
+            {"dtype": "float16"},
+            "dtype=float16 with mixed_precision=null lets small gradients of the reward vanish: set",
+        ),
         ({"variant": "refl", "last_steps": 2}, "last_steps=2 has no effect with variant=refl"),
         ({"variant": "align_prop", "low_variance": 2}, "low_variance=2 has no effect with variant=align_prop"),
         ({"late_range": [0.5, 1]}, r"late_range=\[0.5, 1.0\] has no effect with variant=draft"),
@@ -188,6 +257,23 @@ def test_a_reward_without_a_gradient_is_one_sentence(name, sentence, call_cli, r
     assert status == 2
     assert sentence in " ".join(errors.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_gradients_are_scaled_in_fp16_and_by_less_where_that_overflows():
+    """As training scales them: 1e-9 is 0 in half precision, and 65536 times 10 is more than it holds."""
+    from types import SimpleNamespace
+
+    from diffusion_align.training.optimization import Optimization
+
+    latents = torch.ones(3, requires_grad=True)
+    images = latents.half().float()  # a decoder in half precision
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=65536.0)):
+        optimization = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler))
+        for slope in (1e-9, 10.0):
+            value = (slope * images).sum()
+            (found,) = Optimization.gradients(optimization, value, [latents], retain_graph=True)
+            wanted = 0.0 if scaler is None and slope < 1 else slope
+            torch.testing.assert_close(found, torch.full((3,), wanted), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(
