@@ -45,7 +45,7 @@ from diffusion_align.training.context import EpochCost, Lines, Metric
 from diffusion_align.training.finite import MORE_ROOM
 from diffusion_align.training.method import TrainingPlan
 from diffusion_align.training.randomness import generator
-from diffusion_align.training.statistics import equal_reward_metric
+from diffusion_align.training.statistics import equal_reward_metric, means_of, standard_error
 
 OLD = "old"
 """The snapshot of the policy that samples."""
@@ -61,7 +61,8 @@ class ForwardBatch:
     Attributes:
         x_0, advantages: (B, C, H, W) and (B,).
         steps: (B, K) int64, in the schedule.
-        noise: (B, K, C, H, W).
+        noise: (G, K, C, H, W), of G groups of images that share it.
+        groups: (B,) int64, the one in ``noise`` of each image.
         conditioning: of the B images.
     """
 
@@ -69,6 +70,7 @@ class ForwardBatch:
     advantages: Tensor
     steps: Tensor
     noise: Tensor
+    groups: Tensor
     conditioning: Conditioning
 
 
@@ -176,7 +178,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
             reference=actions * config.inner_epochs if config.kl_coef > 0 else 0,
             probed=2 * probes_of(config) if config.has_reference and config.kl_coef == 0 else 0,
             width=1,  # a micro-batch is of images, and nothing is guided
-            recorded=config.samples_per_epoch + actions,
+            recorded=config.samples_per_epoch + actions // config.group_size,
             snapshots=1,
         )
 
@@ -212,6 +214,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
             parameters = list(self.policy.trainable.values())
             with self.bars.task("  self-consistency", count) as advance:
                 for first in range(0, count, config.sample_batch_size):
+                    self.processes.stop_if_interrupted()
                     part = range(first, min(first + config.sample_batch_size, count))
                     texts = [self.prompts[i % len(self.prompts)][0] for i in part]
                     streams = [generator(config.seed, "consistency", i) for i in part]
@@ -225,7 +228,7 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
                         every = torch.arange(config.steps_per_image, device=self.processes.device)
                         output, target = self._predicted(batch, torch.full_like(every, row), every)
                         error = matching_error(output, target).mean()
-                        yield torch.autograd.grad(error, parameters, materialize_grads=True)
+                        yield self.optimization.gradients(error, parameters)
                         advance(1)
 
         return common_share(gradients())
@@ -257,6 +260,10 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
     @property
     def samples_each(self) -> int:
         return self.config.members
+
+    def independent(self, samples: Tensor) -> Tensor:
+        """Images of one group share levels and noise."""
+        return samples // self.config.group_size
 
     def micro_batches(self, batch: ForwardBatch, indices: Tensor) -> Iterator[tuple[ForwardBatch, Tensor]]:
         """Of at most ``micro_batch_size`` images, whole groups."""
@@ -325,22 +332,22 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
     ) -> ForwardBatch:
         """Images of an epoch with K noise levels each; those of one of the ``streams`` share levels and noise."""
         config, steps, noise = self.config, [], []
-        for group in streams:
-            places = torch.rand(
-                config.steps_per_image, generator=generator(config.seed, "timesteps", epoch, group), dtype=torch.float64
-            )
-            steps.append(draw_steps(self.trained_steps, config.weighting, self.probabilities, places))
+        places = {group: place for place, group in enumerate(dict.fromkeys(streams))}
+        for group in places:
+            stream = generator(config.seed, "timesteps", epoch, group)
+            drawn = torch.rand(config.steps_per_image, generator=stream, dtype=torch.float64)
+            steps.append(draw_steps(self.trained_steps, config.weighting, self.probabilities, drawn))
             stream = generator(config.seed, "forward noise", epoch, group)
             noise.append(torch.randn((config.steps_per_image, *x_0.shape[1:]), generator=stream))
         device = self.processes.device
-        return ForwardBatch(
-            x_0, advantages.to(device), torch.stack(steps).to(device), torch.stack(noise).to(device), conditioning
-        )
+        groups = torch.tensor([places[group] for group in streams], device=device)
+        levels = torch.stack(steps).to(device)[groups]
+        return ForwardBatch(x_0, advantages.to(device), levels, torch.stack(noise).to(device), groups, conditioning)
 
     def _predicted(self, batch: ForwardBatch, samples: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The network's output for n noised images, and what it should be; (n, C, H, W)."""
         steps = batch.steps[samples, actions]
-        x_0, eps = batch.x_0[samples], batch.noise[samples, actions]
+        x_0, eps = batch.x_0[samples], batch.noise[batch.groups[samples], actions]
         x_t = add_noise(x_0, eps, steps, self.schedule)
         conditioning = {name: value[samples] for name, value in batch.conditioning.items()}
         timestep = self.schedule.table.timestep[steps]
@@ -369,13 +376,14 @@ class ForwardTrainer(DenoisingTrainer[ForwardBatch]):
             images, actions = some // levels, some % levels
             output, _ = self._predicted(batch, images, actions)
             moved = self._moved(output, self._reference(batch, images, actions), batch.steps[images, actions])
-            found.append(self.nats * self.dimensions * moved)
-        kl = torch.cat([part.cpu() for part in self.processes.gather_in_order(found)]).double()
+            found.append((self.nats * self.dimensions * moved).cpu().double())
+        kl = torch.cat(self.processes.gather_in_order(found))
         path = kl.mean().item()
         if not math.isfinite(path):
             raise TrainingError(f"the KL to the reference is {path} after step {self.step}: {MORE_ROOM}")
+        error = standard_error(means_of(self.independent(chosen // levels), kl))
         found_kl = {"kl": path / len(self.trained_steps), "kl_path": path}
-        return found_kl | ({"kl_path_stderr": (kl.var() / len(kl)).sqrt().item()} if len(kl) > 1 else {})
+        return found_kl | ({} if error is None else {"kl_path_stderr": error})
 
 
 def probes_of(config: ForwardConfig) -> int:

@@ -22,6 +22,7 @@ from diffusion_align.estimators import (
     nft_loss,
     reward_probability,
 )
+from diffusion_align.estimators.policy import LOG_CLAMP
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def nft(found: Matching, config: ForwardConfig) -> Tensor:
 
 def awm(found: Matching, config: ForwardConfig) -> Tensor:
     """Advantage-weighted matching (arXiv:2509.25050): PPO's clipped ratio, with the error in place of -log p."""
-    bound = config.clip_nats / found.dimensions
+    bound = min(config.clip_nats / found.dimensions, LOG_CLAMP)  # beyond which no ratio is
     clip, clip_high = -math.expm1(-bound), math.expm1(bound)
     logp, logp_old = -found.nats * found.error, -found.nats * found.error_old
     return clipped_surrogate(logp, logp_old, found.advantages, clip=clip, clip_high=clip_high) / found.nats

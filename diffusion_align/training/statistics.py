@@ -36,11 +36,23 @@ def agreement(margin: Tensor, label: float | Tensor = 1.0) -> Tensor:
     return label * ahead + (1 - label) * (1 - ahead)
 
 
+def means_of(owners: Tensor, values: Tensor) -> Tensor:
+    """(K,) float64 on the CPU: the mean of the ``values`` (n,) of each of K ``owners`` (n,), in their order."""
+    kept, places, counts = owners.cpu().unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(kept), dtype=torch.float64).index_add(0, places, values.cpu().double()) / counts
+
+
+def standard_error(means: Tensor) -> float | None:
+    """Of the mean of (K,) independent ones, such as ``means_of`` samples whose steps, or groups whose noise, go
+    together; None of one alone, of which nothing is known."""
+    return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
+
+
 class UpdateStatistics:
     """Collects (n,) tensors by name; a name ending in ``/min`` or ``/max`` keeps its extreme, others their mean.
 
-    One ending in ``_stderr`` is the standard error of the mean of what is given, of independent samples: several values
-    of one sample, whose steps go together, are averaged first. A statistic may cover only some of the micro-batches.
+    One ending in ``_stderr`` is the ``standard_error`` of the mean of what is given. A statistic may cover only some of
+    the micro-batches.
     """
 
     def __init__(self) -> None:
@@ -49,7 +61,8 @@ class UpdateStatistics:
         self._moments: list[tuple[str, Tensor, Tensor]] = []  # name, samples, values
 
     def add(self, statistics: Mapping[str, Tensor], samples: Tensor) -> None:
-        """Take in the statistics of one micro-batch; ``samples`` (n,) says which of this process's each value is of."""
+        """Take in the statistics of one micro-batch; ``samples`` (n,) says which of this process's each value is of, or
+        of which group where samples of one go together."""
         for name, values in list(statistics.items()):
             if name.endswith("_stderr"):
                 self._moments.append((name, samples, values.detach()))
@@ -76,17 +89,14 @@ class UpdateStatistics:
             else:
                 result[name] = sum(found) / sum(counts)
         for name in dict.fromkeys(name for part in spread for name in part):
-            values = torch.cat([part[name] for part in spread if name in part])
-            if len(values) > 1:
-                result[name] = (values.std() / len(values) ** 0.5).item()
+            if (error := standard_error(torch.cat([part[name] for part in spread if name in part]))) is not None:
+                result[name] = error
         return result
 
     def _of_samples(self, name: str) -> Tensor:
-        """The mean of the values of each of this process's samples, float64 on the CPU."""
         given = [(samples, values) for known, samples, values in self._moments if known == name]
-        samples, values = (torch.cat(column).cpu() for column in zip(*given, strict=True))
-        kept, places, counts = samples.unique(return_inverse=True, return_counts=True)
-        return torch.zeros(len(kept), dtype=torch.float64).index_add(0, places, values.double()) / counts
+        samples, values = (torch.cat(column) for column in zip(*given, strict=True))
+        return means_of(samples, values)
 
 
 def ratio_statistics(

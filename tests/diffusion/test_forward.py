@@ -89,7 +89,7 @@ def features_and_targets(trainer, batch):
     schedule, kind = trainer.exact_schedule, trainer.schedule.prediction_type
     table = schedule.table
     alpha, sigma = (column[batch.steps][..., None, None, None] for column in (table.alpha_t, table.sigma_t))
-    x_0, eps = batch.x_0[:, None], batch.noise
+    x_0, eps = batch.x_0[:, None], batch.noise[batch.groups]
     x_t = (alpha * x_0 + sigma * eps).flatten(3)
     u = (schedule.table.timestep[batch.steps].double() / 1000)[..., None, None]
     text = batch.conditioning["text"].double()[:, None, :, None].expand(*x_t.shape[:2], -1, x_t.shape[3])
@@ -207,6 +207,19 @@ def test_loss_and_gradient_in_closed_form(kind, settings, make_trainer):
     torch.testing.assert_close(statistics["kl_old"], wanted, atol=1e-12, rtol=1e-10)
 
 
+def test_a_bound_that_no_ratio_reaches_is_none(make_trainer):
+    found = []
+    for bound in (1e9, math.inf):
+        trainer = make_trainer(objective="awm", clip_range_nats=bound, old_decay=0.5)
+        batch, w_old = exact_batch(trainer), trainer.policy.weights()
+        w = moved(trainer.policy, 0.01)
+        found.append(losses_of(trainer, batch)[0])
+        error, error_old = (closed_form(make_trainer(), batch, x, w_old)[2] for x in (w, w_old))
+        wanted = -batch.advantages[:, None] * (trainer.nats * (error_old - error)).exp() / trainer.nats
+        torch.testing.assert_close(found[-1], wanted.flatten(), atol=1e-12, rtol=1e-10)
+    assert torch.equal(*found)
+
+
 def test_an_image_better_than_the_others_is_learned_from(make_trainer):
     """A step against the gradient lowers the error where A > 0 and raises it where A < 0."""
     for settings in OBJECTIVES.values():
@@ -289,6 +302,29 @@ def test_without_a_price_a_few_noised_images_of_any_level_are_looked_at(make_tra
     assert trainer.after_updates() == {}, "looked at once"
 
 
+@pytest.mark.parametrize("objective", ["nft", "crd"])
+def test_the_kls_standard_error_is_that_of_groups_which_share_their_noise(objective, make_trainer):
+    """Images of a group that are alike tell no more than one: whatever a group's size, the error is that of groups."""
+    found = {}
+    for price in (0.1, 0.0):
+        trainer = make_trainer(objective=objective, kl_coef=price, steps_per_image=1, sampler={"steps": 400})
+        batch = exact_batch(trainer)
+        moved(trainer.policy, 0.03)
+        text = batch.conditioning["text"][batch.groups * GROUP]
+        batch = replace(batch, x_0=batch.x_0[batch.groups * GROUP], conditioning={"text": text})  # all alike
+        if price:
+            indices = torch.cartesian_prod(torch.arange(0, 6, trainer.config.members), torch.arange(1))
+            row = trainer.accumulate(batch, indices, 1.0).over_processes(trainer.accelerator)
+            each = [trainer.loss(batch, torch.tensor([i]), torch.zeros(1, dtype=torch.int64))[1] for i in (0, GROUP)]
+            kl = torch.cat([one["kl_path"] for one in each]).detach()
+        else:
+            assert probes_of(trainer.config) == 6, "all of them"
+            row = trainer._measure_kl(batch)
+        found[price] = row["kl_path_stderr"]
+        assert row["kl_path"] == pytest.approx(kl.mean().item(), rel=1e-6)
+        assert found[price] == pytest.approx((kl[0] - kl[1]).abs().item() / 2, rel=1e-6)
+
+
 def losses_of_kl(trainer, batch):
     indices = torch.cartesian_prod(torch.arange(6), torch.arange(batch.steps.shape[1]))
     return trainer.loss(batch, *indices.unbind(1))[1]["kl_path"].mean().item()
@@ -351,16 +387,17 @@ def test_the_last_noise_level_is_the_samplers(scheduler, count, tokens, last, we
 def test_images_of_one_prompt_share_levels_and_noise_whoever_holds_them(make_trainer):
     trainer = make_trainer()
     batch, _ = epoch_of(trainer)
-    for values in (batch.steps, batch.noise):
-        groups = values.view(2, GROUP, *values.shape[1:])
-        assert all(torch.equal(groups[:, 0], groups[:, i]) for i in range(GROUP))
-        assert not torch.equal(groups[0], groups[1])
-    assert not torch.equal(batch.noise[:, 0], batch.noise[:, 1])
+    steps = batch.steps.view(2, GROUP, K)
+    assert all(torch.equal(steps[:, 0], steps[:, i]) for i in range(GROUP))
+    assert batch.noise.shape == (2, K, *batch.x_0.shape[1:]), "kept once for each group"
+    assert batch.groups.tolist() == [0] * GROUP + [1] * GROUP
+    for values in (steps, batch.noise, batch.noise.transpose(0, 1)):
+        assert not torch.equal(values[0], values[1])
     other = make_trainer()
     other.local_samples = range(3, 6)  # of two processes the second
     half, _ = epoch_of(other)
     assert torch.equal(half.steps, batch.steps[3:])
-    assert torch.equal(half.noise, batch.noise[3:])
+    assert torch.equal(half.noise[half.groups], batch.noise[batch.groups[3:]])
     assert torch.equal(half.x_0, batch.x_0[3:])
     trainer.epoch = 1
     assert not torch.equal(epoch_of(trainer)[0].noise, batch.noise)
