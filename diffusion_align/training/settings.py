@@ -85,8 +85,11 @@ class StopConfig(Section):
         best = None if evaluation is None else evaluation.best
         if self.gold_falling is not None and evaluation and best and evaluation.falling >= self.gold_falling:
             epoch, score = best
+            found = f"{evaluation.falling} evaluations (stop_when.gold_falling={self.gold_falling})"
             reasons.append(
-                f"the held-out reward has been below its best, {score:.4g} after epoch {epoch}, in the last "
-                f"{evaluation.falling} evaluations (stop_when.gold_falling={self.gold_falling})"
+                f"the held-out reward has been below its best, {score:.4g} after epoch {epoch}, in the last {found}"
+                if epoch
+                else f"the held-out reward has been below that before training, {score:.4g}, in all {found}, so there "
+                "is no best/: lower learning_rate, raise kl_coef or beta, or choose another held-out reward"
             )
         return reasons

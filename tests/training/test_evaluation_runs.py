@@ -167,6 +167,9 @@ def test_each_rule_and_its_sentence():
     assert reason(ImageStopConfig(kl_above=9), row, None) is None
     assert "below its best, 3 after epoch 1, in the last 2" in reason(ImageStopConfig(gold_falling=2), row, falling)
     assert reason(ImageStopConfig(gold_falling=3), row, falling) is None
+    from_the_first = reason(ImageStopConfig(gold_falling=2), row, seen(3.0, 2.5, 2.7))
+    assert "has been below that before training, 3, in all 2 evaluations (stop_when.gold_falling=2)" in from_the_first
+    assert "so there is no best/: lower learning_rate, raise kl_coef or beta, or choose another" in from_the_first
     assert "diversity is 0.2, below" in reason(ImageStopConfig(diversity_below=0.3), row, None)
     assert reason(ImageStopConfig(diversity_below=0.2), row, None) is None
     assert reason(ImageStopConfig(kl_above=1, diversity_below=1), {}, None) is None, "not every epoch is evaluated"
