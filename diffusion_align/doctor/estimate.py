@@ -145,8 +145,9 @@ class Estimator:
         if self.epoch.decoded or not self.epoch.differentiated:
             phases["decoding"] = decoding.working
         if self.epoch.differentiated:  # the passes of the network wait for their own backward pass meanwhile
-            kept, count = graphs * cost.kept + beside, config.micro_batch_size
-            phases["decoding, with gradient"] = kept + differentiated_decoding_cost(on_meta, latents, count, passes)
+            given = on_meta, latents, config.micro_batch_size, passes
+            decodings = differentiated_decoding_cost(*given, times=self.epoch.differentiated // self.epoch.units)
+            phases["decoding, with gradient"] = graphs * cost.kept + beside + decodings
         if getattr(config, "pairs", None) is not None:
             pixels = [side * family.vae_factor(vae) for side in size]
             phases["encoding images"] = encoding_cost(on_meta, pixels, 2 * config.sample_batch_size).working

@@ -199,16 +199,18 @@ def decoding_cost(vae: Any, latents: tuple[int, int, int], batch: int) -> PassCo
     return _vae_cost(vae, vae.decode, (batch, *latents))
 
 
-def differentiated_decoding_cost(vae: Any, latents: tuple[int, int, int], batch: int, passes: Passes) -> int:
-    """Bytes in use at the peak of decoding with a backward pass to the latents.
+def differentiated_decoding_cost(
+    vae: Any, latents: tuple[int, int, int], batch: int, passes: Passes, *, times: int = 1
+) -> int:
+    """Bytes in use at the peak of decoding ``batch`` latents so many ``times``, with one backward pass to all of them.
 
     Of ``passes`` only ``checkpointing`` is looked at.
     """
     given = torch.zeros((batch, *latents), dtype=vae.dtype, device="meta", requires_grad=True)
     plain = replace(passes, autocast=None)
-    _, peak = training_bytes(vae, lambda: vae.decode(given, return_dict=False)[0], plain)
+    kept, peak = training_bytes(vae, lambda: vae.decode(given, return_dict=False)[0], plain)
     keep_activations(vae)
-    return peak
+    return (times - 1) * kept + peak
 
 
 def encoding_cost(vae: Any, image_size: Sequence[int], batch: int) -> PassCost:

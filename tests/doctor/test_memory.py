@@ -20,6 +20,7 @@ from diffusion_align.doctor.memory import (
     LiveBytes,
     Passes,
     decoding_cost,
+    differentiated_decoding_cost,
     encoder_cost,
     encoding_cost,
     network_cost,
@@ -28,7 +29,7 @@ from diffusion_align.doctor.memory import (
     vae_on_meta,
 )
 from diffusion_align.models.families import family_of_network
-from diffusion_align.models.memory import named_text_encoders
+from diffusion_align.models.memory import checkpoint_activations, named_text_encoders
 
 EMOJI = json.loads((asset_path("emoji-sd") / "unet" / "config.json").read_text())
 SMALL = {"train_batch": 2, "sample_batch": 2}
@@ -225,6 +226,41 @@ def test_what_a_pass_of_real_tensors_uses(config, lora, attention, checkpointing
     assert counted == pytest.approx(real, rel=0.01)
     cost = cost_of(config, lora, **vars(passes) | {"tokens": 24})
     assert (cost.kept, cost.training) == counted
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_decoding_with_a_gradient_really_uses(checkpointing):
+    """Twice, with one backward pass; and what the backward pass needs, as torch itself tells it."""
+    from diffusers import AutoencoderKL
+
+    config = json.loads((asset_path("emoji-sd") / "vae" / "config.json").read_text())
+    vae = AutoencoderKL.from_config(config).requires_grad_(False).eval()
+    if checkpointing:
+        checkpoint_activations(vae)
+    latents = (config["latent_channels"], 8, 8)
+    given = torch.randn(3, *latents, requires_grad=True)
+    weights, saved = [*vae.parameters(), *vae.buffers()], {}
+    there = {tensor.untyped_storage()._cdata for tensor in weights}
+
+    def keep(tensor):
+        if (storage := tensor.untyped_storage())._cdata not in there:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with LiveBytes([*weights, given]) as live, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        images = [vae.decode(given, return_dict=False)[0] for _ in range(2)]
+        kept = live.now
+        sum(one.sum() for one in images).backward()
+    passes = Passes((8, 8), 3, 3, checkpointing=checkpointing)
+    counted = [
+        differentiated_decoding_cost(vae_on_meta(config, torch.float32), latents, 3, passes, times=n) for n in (1, 2)
+    ]
+    assert counted[1] == pytest.approx(live.peak, rel=0.02)
+    assert counted[1] - counted[0] == pytest.approx(kept / 2, rel=0.02)
+    if not checkpointing:  # whose hooks are its own
+        beside = sum(one.nbytes for one in images) + given.nbytes
+        assert kept <= sum(saved.values()) + beside
+        assert kept == pytest.approx(sum(saved.values()), rel=0.05)
 
 
 def test_checkpointing_saves_what_lies_within_blocks():
