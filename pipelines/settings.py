@@ -371,7 +371,7 @@ class SharedSettings(TypedDict, total=False):
     keep_checkpoints: int
     """number of newest checkpoints to keep"""
     grid_every: int
-    """epochs between previews, images or texts of the fixed prompts; the last epoch always has one; 0 for none"""
+    """epochs between previews, images or texts of the fixed prompts; the last epoch always has one; 0 for none but before_after, at the end"""
     trackers: Sequence[Literal["tensorboard", "wandb"]]
     """where metrics are logged besides metrics.jsonl"""
     callbacks: Sequence[Any]

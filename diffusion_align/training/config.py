@@ -137,7 +137,7 @@ class TrainingConfig(Section):
         ge=0,
         le=MOST,
         description="epochs between previews, images or texts of the fixed prompts; the last epoch always has one; "
-        "0 for none",
+        "0 for none but before_after, at the end",
     )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="where metrics are logged besides metrics.jsonl"
