@@ -2,7 +2,7 @@
 
 Not tests: run them on a quiet machine.
 
-    python scripts/benchmark.py ddpo                # the embedded model, as the quickstart trains it
+    python scripts/benchmark.py ddpo                # the embedded model, as ddpo_emoji_aesthetic trains it
     python scripts/benchmark.py diffusion-dpo       # the embedded model, as dpo_emoji_style trains it
     python scripts/benchmark.py grpo                # the embedded language model, as grpo_tiny trains it
     python scripts/benchmark.py dpo                 # and as dpo_multi_negative_tiny does
@@ -71,7 +71,7 @@ def benchmarks() -> None:
 @app.command()
 def ddpo(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value on top of the recipe")] = None,
-    recipe: str = "quickstart",
+    recipe: str = "ddpo_emoji_aesthetic",
     epochs: int = 5,
     growth: Annotated[
         bool, typer.Option(help="also other numbers of images and steps, each in its own process")

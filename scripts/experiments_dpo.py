@@ -29,7 +29,7 @@ EXPERIMENTS: dict[str, tuple[str, list[str], int]] = {
     "corrected, KL price 2 beta": ("dpo_emoji_style_corrected", [], 3),
     "corrected, KL price 0": ("dpo_emoji_style_corrected", ["kl_coef=0"], 1),
     "online": ("dpo_emoji_online", [], 3),
-    "DDPO": ("quickstart", ["epochs=16", "prompts={runs}/train_prompts.txt"], 3),
+    "DDPO": ("ddpo_emoji_aesthetic", ["epochs=16", "prompts={runs}/train_prompts.txt"], 3),
 }
 
 

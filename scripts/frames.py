@@ -1,6 +1,6 @@
 """How much of the project a reader meets: files on the way to a first update, lines, and what must not come back.
 
-    python scripts/frames.py                     # of DDPO (quickstart) and of GRPO (grpo_tiny); lines; counts
+    python scripts/frames.py                     # of DDPO (ddpo_emoji_aesthetic) and of GRPO (grpo_tiny); lines; counts
     python scripts/frames.py --files             # and the names of the files
 
 A file is on the way if one of its functions runs between the command (``diffusion-align train RECIPE``) and the first
@@ -19,7 +19,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = {"DDPO": "quickstart", "GRPO": "grpo_tiny"}
+RECIPES = {"DDPO": "ddpo_emoji_aesthetic", "GRPO": "grpo_tiny"}
 PACKAGE = ("diffusion_align", "pipelines", "rewards")
 FOLDERS = tuple(f"{ROOT / name}{os.sep}" for name in PACKAGE)
 

@@ -22,7 +22,7 @@ SEARCH_SEED = 100
 FACTORS = (1.0, 3.0, 1 / 3)
 BUDGET = 1.5
 """Passes of a run, in those of the shipped recipe's whole run."""
-REWARDS = {"aesthetic": "quickstart", "jpeg_compressibility": "ddpo_emoji_jpeg"}
+REWARDS = {"aesthetic": "ddpo_emoji_aesthetic", "jpeg_compressibility": "ddpo_emoji_jpeg"}
 """Reward -> the shipped DDPO recipe of emoji-sd."""
 FLOW_RECIPE = "flow_emoji_jpeg"
 """The shipped DDPO recipe of emoji-flow, for both rewards."""
@@ -37,7 +37,7 @@ class Entrant:
     Attributes:
         recipe: shipped one, or one per reward; None is the DDPO recipe of the reward and model.
         overrides: of the recipe.
-        on_flow: further ones for emoji-flow.
+        on_sd, on_flow: further ones for one of the models.
         flow_recipe: shipped one for emoji-flow, where there is one; otherwise it is ``recipe`` with other settings.
         searched: whether its learning rate is searched; otherwise it is the recipe's, and runs go to their end.
         budget: see ``BUDGET``.
@@ -46,6 +46,7 @@ class Entrant:
 
     recipe: str | Mapping[str, str] | None = None
     overrides: Sequence[str] = ()
+    on_sd: Sequence[str] = ()
     on_flow: Sequence[str] = ()
     flow_recipe: str | None = None
     searched: bool = True
@@ -55,18 +56,21 @@ class Entrant:
     def settings(self, reward: str, model: str) -> tuple[str, list[str]]:
         """The recipe, and its overrides but for reward, model, learning rate and seed."""
         flow = model == "emoji-flow"
+        further = self.on_flow if flow else self.on_sd
         if self.recipe is None:
-            return (FLOW_RECIPE if flow else REWARDS[reward]), [*self.overrides, *(self.on_flow if flow else ())]
+            return (FLOW_RECIPE if flow else REWARDS[reward]), [*self.overrides, *further]
         overrides = [f"prompts={json.dumps(PROMPTS)}", *self.overrides]
         if flow and self.flow_recipe:
-            return self.flow_recipe, [*overrides, *self.on_flow]
+            return self.flow_recipe, [*overrides, *further]
         recipe = self.recipe if isinstance(self.recipe, str) else self.recipe[reward]
-        return recipe, [*overrides, *([*FLOW[1:], *self.on_flow] if flow else ())]
+        return recipe, [*overrides, *(FLOW[1:] if flow else ()), *further]
 
 
-NFT = {"aesthetic": "nft_emoji_aesthetic", "jpeg_compressibility": "nft_emoji_jpeg"}
+NFT = {"aesthetic": "quickstart", "jpeg_compressibility": "nft_emoji_jpeg"}
 FLOW_NFT = "flow_emoji_nft"
 """For both rewards."""
+NFT_RATE = ["learning_rate=0.003"]
+"""Where the search began; quickstart has the learning rate that won it."""
 UNWATCHED = ["consistency_images=0"]
 """A measurement before training, which changes nothing in it."""
 ENTRANTS: dict[str, Entrant] = {
@@ -79,9 +83,9 @@ ENTRANTS: dict[str, Entrant] = {
         on_flow=["sampler.noisy_range=[0.0, 0.8]"],
     ),
     "online Diffusion-DPO": Entrant("dpo_emoji_online"),
-    "NFT": Entrant(NFT, UNWATCHED, flow_recipe=FLOW_NFT),
-    "AWM": Entrant(NFT, [*UNWATCHED, "objective=awm", "beta=null"], flow_recipe=FLOW_NFT),
-    "DGPO": Entrant(NFT, [*UNWATCHED, "objective=dgpo", "beta=null"], flow_recipe=FLOW_NFT),
+    "NFT": Entrant(NFT, UNWATCHED, NFT_RATE, flow_recipe=FLOW_NFT),
+    "AWM": Entrant(NFT, [*UNWATCHED, "objective=awm", "beta=null"], NFT_RATE, flow_recipe=FLOW_NFT),
+    "DGPO": Entrant(NFT, [*UNWATCHED, "objective=dgpo", "beta=null"], NFT_RATE, flow_recipe=FLOW_NFT),
     "RWR": Entrant("rwr_emoji_aesthetic"),
     "DRaFT": Entrant(
         "draft_emoji_aesthetic",

@@ -276,7 +276,7 @@ def run_job(job: Job, recipe: str, overrides: Sequence[str], limits: Limits, com
 def evaluation_sampler(model: str) -> Any:
     """Settings of the sampler that evaluates images of ``model``: that of its shipped recipes."""
     return read_config(
-        {"emoji-sd": "quickstart", "emoji-flow": "flow_emoji_jpeg"}[model], ["output_dir=unused"]
+        {"emoji-sd": "ddpo_emoji_aesthetic", "emoji-flow": "flow_emoji_jpeg"}[model], ["output_dir=unused"]
     ).sampler
 
 

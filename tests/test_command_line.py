@@ -175,7 +175,7 @@ def complete(monkeypatch, capfd, tmp_path):
         ("train qui", {"quickstart", "quick.yaml"}),
         ("doctor dpo_sdxl", {"dpo_sdxl_pickapic"}),
         ("train e", {"empty/"}),
-        ("train quickstart learning_r", {"learning_rate=", "learning_rate=0.003"}),
+        ("train quickstart learning_r", {"learning_rate=", "learning_rate=0.009"}),
         ("train quick.yaml clip_range_", {"clip_range_high=", "clip_range_high=null"}),
         ("train quick.yaml lora.ra", {"lora.rank=", "lora.rank=3"}),
         ("train missing.yaml lora.ra", set()),

@@ -51,7 +51,7 @@ def shortened(words):
         return words
     if "resume=true" in words:
         return [*words[:-1], "epochs=2"]
-    if words[1] != "quickstart":
+    if words[1] not in ("quickstart", "ddpo_emoji_aesthetic"):
         return [*words, *FAST_TEXTS]
     return [*words, *FAST, "sampler.steps=2", "group_size=4"]
 

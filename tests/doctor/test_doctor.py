@@ -249,7 +249,7 @@ def test_the_whole_network_needs_a_copy_and_adams_moments(report, tiny_sd, make_
 
 def test_the_embedded_model_fits_in_a_hundred_columns(call_cli, tmp_path):
     shorter = ["num_threads=1", "sample_batch_size=1", "mixed_precision=no"]
-    status, out, err = call_cli("doctor", "quickstart", f"output_dir={tmp_path / 'run'}", *shorter)
+    status, out, err = call_cli("doctor", "ddpo_emoji_aesthetic", f"output_dir={tmp_path / 'run'}", *shorter)
     assert (status, err) == (0, "")
     assert "no problem found" in out
     assert max(map(len, out.splitlines())) <= 100
