@@ -1,4 +1,4 @@
-"""The reference experiments behind docs/ddpo.md: train the recipes over seeds, draw the figures, print the table.
+"""The experiments behind docs/ddpo.md and quickstart: train the recipes over seeds, draw the figures, print the table.
 
     python scripts/experiments.py --runs runs/experiments
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 # name -> recipe, overrides, seeds
 EXPERIMENTS: dict[str, tuple[str, list[str], int]] = {
     "quickstart": ("quickstart", [], 3),
+    "aesthetic": ("ddpo_emoji_aesthetic", [], 3),
     "jpeg": ("ddpo_emoji_jpeg", [], 3),
     "clip": ("ddpo_emoji_clip", [], 3),
     "jpeg, sign flipped": ("ddpo_emoji_jpeg", ["reward={name: jpeg_compressibility, scale: -1.0}"], 1),
@@ -55,10 +56,11 @@ def main(
     compare_runs(
         penalties, ["kl", "reward"], images / "kl.png", title="JPEG size: the KL to the reference, free and priced"
     )
-    for name in ("quickstart", "jpeg", "clip"):
+    for name in ("quickstart", "aesthetic", "jpeg", "clip"):
         compare_runs({f"{name}, mean and range of 3 seeds": grouped[name]}, ["reward", "kl"], images / f"{name}.png")
     for name, folder in (
         ("quickstart", grouped["quickstart"][0]),
+        ("aesthetic", grouped["aesthetic"][0]),
         ("jpeg", grouped["jpeg"][0]),
         ("jpeg_kl", grouped["jpeg, recipe with KL"][0]),
     ):
