@@ -56,7 +56,7 @@ def main(
     compare_runs(
         penalties, ["kl", "reward"], images / "kl.png", title="JPEG size: the KL to the reference, free and priced"
     )
-    for name in ("quickstart", "aesthetic", "jpeg", "clip"):
+    for name in ("aesthetic", "jpeg", "clip"):
         compare_runs({f"{name}, mean and range of 3 seeds": grouped[name]}, ["reward", "kl"], images / f"{name}.png")
     for name, folder in (
         ("quickstart", grouped["quickstart"][0]),

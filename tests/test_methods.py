@@ -215,7 +215,11 @@ def test_the_model_of_a_method_that_loads_its_own_is_not_looked_for(strangers):
 
 
 SWITCHES = [
-    ("ddpo_emoji_aesthetic", ["method=diffusion_dpo", "beta_dpo=2000"], "advantages, timestep_fraction, clip_range_nats"),
+    (
+        "ddpo_emoji_aesthetic",
+        ["method=diffusion_dpo", "beta_dpo=2000"],
+        "advantages, timestep_fraction, clip_range_nats",
+    ),
     ("ddpo_emoji_jpeg", ["method=diffusion_dpo", "beta_dpo=2000"], "advantages, timestep_fraction, clip_range_nats"),
     ("dpo_emoji_online", ["method=ddpo"], "beta_dpo, steps_per_pair"),
     ("ddpo_emoji_aesthetic", ["method=rwr", "temperature=0.5"], "advantages, kl_coef, clip_range_nats"),
