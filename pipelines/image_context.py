@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.data.prompts import Prompt, PromptsConfig, load_prompts
 from diffusion_align.diffusion.evaluation import ImageEvaluation
+from diffusion_align.diffusion.pass_times import autocast, is_measured, measure_policy
 from diffusion_align.diffusion.policy import DenoisingPolicy, check_family
 from diffusion_align.diffusion.settings import DenoisingConfig, ImageEvaluationConfig
+from diffusion_align.diffusion.trainer import DenoisingTrainer
+from diffusion_align.methods import method_of
 from diffusion_align.models import adapters
-from diffusion_align.models.families import family_of, find_family
+from diffusion_align.models.families import find_family
 from diffusion_align.models.image_pipelines import load_pipeline
 from diffusion_align.models.memory import split_decoding
 from diffusion_align.models.model_ref import ModelRef, image_model_ref
@@ -24,7 +27,15 @@ from diffusion_align.rewards import build_reward, check_reward
 from diffusion_align.rewards.image.clip import default_clip, load_clip
 from diffusion_align.training.context import RunContext
 from diffusion_align.training.digests import Identity
-from diffusion_align.training.launch import agreed, processes, start, time_forward
+from diffusion_align.training.launch import (
+    agreed,
+    decide_precision,
+    kept_sizes,
+    measured,
+    processes,
+    run_accelerator,
+    seed_generators,
+)
 from diffusion_align.training.progress import progress_bars
 
 
@@ -46,7 +57,9 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
     if pipeline is None:
         pipeline = _load(config, ref)
     size = {"height": config.height, "width": config.width}
-    config, accelerator = start(config, lambda use_bf16: _seconds_per_pass(pipeline, use_bf16, size))
+    config = kept_sizes(decide_precision(config))
+    seed_generators(config)
+    device = processes().device
     split_decoding(pipeline.vae, slices=config.vae_slicing, tiles=config.vae_tiling)
     policy = DenoisingPolicy(
         pipeline,
@@ -55,8 +68,8 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         guidance_scale=config.sampler.guidance_scale,
         negative_prompt=config.negative_prompt,
         **size,
-        device=accelerator.device,
-        autocast=accelerator.autocast,
+        device=device,
+        autocast=autocast(config.mixed_precision, device),
         gradient_checkpointing=config.gradient_checkpointing,
         offload_text_encoders=config.offload_text_encoders,
         attention=config.attention,
@@ -85,6 +98,12 @@ def image_context(config: DenoisingConfig, pipeline: Any = None) -> RunContext:
         identity["evaluation"] = [rows_content(judged.prompts or setting["prompts"], evaluation.prompts), *content]
     if ":" in str(config.sampler.name):
         identity["sampler"] = code_content([module_of(str(config.sampler.name), "sampler")])
+    if is_measured(config):  # beside all that takes memory before it trains
+        texts, count = [text for text, _ in known], processes().num_processes
+        method, unmeasured = cast(type[DenoisingTrainer[Any]], method_of(config.method)), config
+        config = measured(config, lambda: measure_policy(unmeasured, method, policy, texts, count))
+    accelerator = run_accelerator(config)
+    policy.autocast = accelerator.autocast
     return RunContext(
         config,
         accelerator,
@@ -113,15 +132,6 @@ def _load(config: DenoisingConfig, ref: ModelRef) -> Any:
         adapters.load_lora(pipeline, adapter, ref.base)
         adapters.merge_adapters(pipeline)
     return pipeline
-
-
-def _seconds_per_pass(pipeline: Any, use_bf16: bool, size: Mapping[str, int | None]) -> float:
-    """Seconds of a forward pass of two samples of ``size``, that is height and width."""
-    family = family_of(pipeline)
-    network = getattr(pipeline, family.network)
-    latent_size = family.latent_size(network.config, pipeline.vae.config, **size)
-    inputs = family.zeros(network.config, 2, tokens=8, latent_size=latent_size, dtype=network.dtype)
-    return time_forward(lambda: family.predict(network, *inputs), use_bf16)
 
 
 def _checked_reward(

@@ -328,10 +328,10 @@ class SharedSettings(TypedDict, total=False):
     """rounds of collect, score, estimate, update"""
     samples_per_epoch: int
     """samples per epoch, of all processes together"""
-    sample_batch_size: int
-    """samples that each process generates at once"""
-    micro_batch_size: int
-    """samples, or (sample, step) indices of images, per forward and backward pass"""
+    sample_batch_size: int | Literal["auto"]
+    """samples that each process generates at once; auto measures it when an image run starts"""
+    micro_batch_size: int | Literal["auto"]
+    """samples, or (sample, step) indices of images, per forward and backward pass; auto measures it when an image run starts"""
     updates_per_epoch: int
     """optimizer steps in one pass over an epoch's samples"""
     inner_epochs: int

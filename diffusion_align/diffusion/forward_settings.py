@@ -11,6 +11,7 @@ from pydantic import Field
 from diffusion_align.bounds import LARGEST, MOST
 from diffusion_align.diffusion.sampler_settings import QuietSamplerConfig, range_checks
 from diffusion_align.diffusion.settings import AdvantageConfig
+from diffusion_align.training.config import AUTO
 from diffusion_align.training.section import OrInfinite, Weight
 from diffusion_align.training.settings import dropout_checks
 
@@ -89,7 +90,7 @@ class ForwardConfig(AdvantageConfig):
         if self.objective in GROUPED:
             if self.group_size < 2:
                 yield f"objective={self.objective} compares images of one prompt: set group_size to 2 or more"
-            elif self.micro_batch_size % self.group_size:
+            elif self.micro_batch_size != AUTO and self.micro_batch_size % self.group_size:
                 yield (
                     f"objective={self.objective} needs whole groups in a micro-batch: set micro_batch_size to a "
                     f"multiple of group_size={self.group_size}"

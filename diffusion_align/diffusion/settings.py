@@ -29,6 +29,7 @@ from diffusion_align.training.settings import (
 )
 
 if TYPE_CHECKING:
+    from diffusion_align.models.families import ModelFamily
     from diffusion_align.training.evaluation import Evaluation
 
 LORA_LAYERS = ("attention", "feed_forward", "convolutions")
@@ -273,6 +274,13 @@ class DenoisingConfig(PolicyConfig):
         scheduler = scheduler_at_hand(image_model_ref(self.model).base)
         if scheduler is not None and self.sampler.name is not None:
             yield from problems_of(check_sampler, self.sampler.name, scheduler)
+
+
+def passes_as_counted(config: DenoisingConfig, family: ModelFamily) -> DenoisingConfig:
+    """``config`` without guidance where that is embedded, an input of the network that costs no second pass."""
+    if family.guidance == "free":
+        return config
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"guidance_scale": 1.0})})
 
 
 class RewardedConfig(DenoisingConfig):

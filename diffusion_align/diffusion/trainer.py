@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusion_align.data.prompts import Prompt, items_of_epoch
 from diffusion_align.diffusion.evaluation import ImageEvaluation, ImagePreviews, sample_images
+from diffusion_align.diffusion.pass_times import is_measured, measure_policy
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.diffusion.rollout import Trajectory, concatenate, rollout
 from diffusion_align.diffusion.schedule import DiffusionSchedule, SetTimesteps
@@ -30,6 +31,7 @@ from diffusion_align.training.collection import Calls, reward_metrics, sample_an
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
+from diffusion_align.training.launch import measured
 from diffusion_align.training.method import Dropout
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
@@ -104,6 +106,11 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     ) -> None:
         super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
         self.policy, self.reward, self.prompts = policy, reward, list(prompts)
+        if is_measured(self.config):  # of a policy made in Python
+            texts, unmeasured = [text for text, _ in prompts], self.config
+            measure = partial(measure_policy, unmeasured, type(self), policy, texts, self.processes.count)
+            self.config = measured(unmeasured, measure)
+        config = self.config
         scheduler, device = policy.pipeline.scheduler, self.accelerator.device
         setter = policy.timesteps_setter()
         self.sampling_schedule = config.sampler.preview.schedule(scheduler, setter).to(device)

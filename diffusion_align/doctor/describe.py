@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from diffusion_align import __version__
 from diffusion_align.assets import LANGUAGE_MODELS
+from diffusion_align.diffusion.settings import passes_as_counted
 from diffusion_align.diffusion.trainer import DenoisingTrainer
 from diffusion_align.doctor.cost_report import RewardModels, describe_costs
-from diffusion_align.doctor.estimate import evaluation_passes, passes_as_counted
+from diffusion_align.doctor.estimate import evaluation_passes
 from diffusion_align.doctor.known_models import PUBLISHED_REWARDS
 from diffusion_align.doctor.model_files import ModelFiles, cached_repositories, find_model, gigabytes
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
@@ -32,7 +33,9 @@ from diffusion_align.pipelines.text_context import check_rows
 from diffusion_align.rewards import IMAGES, REWARDS, declare, reward_name
 from diffusion_align.rewards.build import find
 from diffusion_align.rewards.image.clip import default_clip, is_emoji_model
+from diffusion_align.training.batch_sizes import doubling
 from diffusion_align.training.callbacks import named_callbacks
+from diffusion_align.training.config import AUTO, BATCH_SIZES
 from diffusion_align.training.context import EpochCost, Lines
 from diffusion_align.training.reading import read_as
 from diffusion_align.training.section import FIELDS_ALONE
@@ -101,10 +104,24 @@ def describe_config(source: str, overrides: Sequence[str]) -> tuple[Lines, list[
             raise
     kind = method_of(config.method).model_kind
     describe = {"image": _describe_images, None: _describe_other}.get(kind, _describe_text)
+    config, sizes = _with_numbers(config)
     lines, found = describe(config)
+    lines = [*lines, *sizes]
     problems = list(dict.fromkeys([*problems, *found, *problems_of(named_callbacks, config.callbacks)]))
     many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return [*lines, ("verdict", ""), ("settings", f"{many}, see below" if problems else "no problem found")], problems
+
+
+def _with_numbers(config: Any) -> tuple[Any, Lines]:
+    """Settings whose batch sizes are known, for estimates; and lines about those that a run measures."""
+    unknown = [name for name in BATCH_SIZES if getattr(config, name) == AUTO]
+    if not unknown:
+        return config, []
+    usual = type(config).model_fields[unknown[0]].default
+    size = max(n for n in doubling(config.samples_per_epoch) if n <= usual)
+    measured = f"auto: measured when the run starts, and written to its config.yaml; estimated above with {size}"
+    lines = [("batch sizes", ""), *((name, measured) for name in unknown)]
+    return config.model_copy(update=dict.fromkeys(unknown, size)), lines
 
 
 def _what_can_be_read(source: str, overrides: Sequence[str]) -> Any:

@@ -32,7 +32,6 @@ from diffusion_align.doctor.memory import (
     vae_on_meta,
 )
 from diffusion_align.doctor.model_files import ModelFiles, left_out
-from diffusion_align.models.families import ModelFamily
 from diffusion_align.training.context import EpochCost
 from diffusion_align.training.optimizers import STATE_BYTES
 from diffusion_align.training.precision import Machine, with_precision
@@ -261,13 +260,6 @@ class Estimator:
 def training_passes(config: DenoisingConfig) -> int:
     """What a forward and a backward pass cost, in forward passes: weights below a LoRA need no gradient."""
     return (2 if config.lora else 3) + config.gradient_checkpointing
-
-
-def passes_as_counted(config: DenoisingConfig, family: ModelFamily) -> DenoisingConfig:
-    """``config`` without guidance where that is embedded, an input of the network that costs no second pass."""
-    if family.guidance == "free":
-        return config
-    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"guidance_scale": 1.0})})
 
 
 def evaluation_passes(config: DenoisingConfig) -> float:

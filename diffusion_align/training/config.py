@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
     PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     field_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from diffusion_align.bounds import HIGHEST_RANK, MOST
 from diffusion_align.errors import short
@@ -41,6 +45,25 @@ LearningRate = Annotated[
     float,
     Field(gt=0, le=1000, description="learning rate after the warm-up; with prodigy a factor, usually 1"),
 ]
+AUTO = "auto"
+
+
+def _number_or_auto(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    if value == AUTO:
+        return value
+    try:
+        return handler(value)
+    except ValidationError as error:  # of the number and of the word
+        first = error.errors()[0]
+        raise PydanticKnownError(first["type"], first.get("ctx")) from None  # type: ignore[arg-type]
+
+
+if TYPE_CHECKING:
+    BatchSize = int
+else:
+    BatchSize = Annotated[Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"], WrapValidator(_number_or_auto)]
+"""A number; until a run has measured it ``AUTO``, which only those have to know that see settings before."""
+BATCH_SIZES = ("sample_batch_size", "micro_batch_size")
 PLUG_INS = "diffusion_align.methods"
 """Group of the entry points by which installed packages bring methods."""
 
@@ -48,7 +71,7 @@ PLUG_INS = "diffusion_align.methods"
 def multiple_checks(config: TrainingConfig, divisor: str, processes: int = 1) -> Iterator[str]:
     """A sentence if ``samples_per_epoch`` is not a multiple of the setting ``divisor``, in each of ``processes``."""
     count, size = config.samples_per_epoch, getattr(config, divisor)
-    if count % (size * processes):
+    if size != AUTO and count % (size * processes):
         each = f"{divisor}={size}" if processes == 1 else f"{processes} processes x {divisor}={size}"
         yield f"samples_per_epoch={count} is not a multiple of {each}: change one of them"
 
@@ -74,9 +97,13 @@ class TrainingConfig(Section):
     epochs: int = Field(100, ge=1, le=MOST, description="rounds of collect, score, estimate, update")
 
     samples_per_epoch: int = Field(64, ge=1, le=MOST, description="samples per epoch, of all processes together")
-    sample_batch_size: int = Field(8, ge=1, le=MOST, description="samples that each process generates at once")
-    micro_batch_size: int = Field(
-        8, ge=1, le=MOST, description="samples, or (sample, step) indices of images, per forward and backward pass"
+    sample_batch_size: BatchSize = Field(
+        8, description="samples that each process generates at once; auto measures it when an image run starts"
+    )
+    micro_batch_size: BatchSize = Field(
+        8,
+        description="samples, or (sample, step) indices of images, per forward and backward pass; auto measures it "
+        "when an image run starts",
     )
     updates_per_epoch: int = Field(2, ge=1, le=MOST, description="optimizer steps in one pass over an epoch's samples")
     inner_epochs: int = Field(1, ge=1, le=MOST, description="passes over an epoch's samples")
@@ -172,6 +199,9 @@ class TrainingConfig(Section):
         if self.ema_offload and self.ema_decay is None:
             yield "ema_offload has no effect without ema_decay: set ema_decay, or leave it out"
         yield from multiple_checks(self, "sample_batch_size")
+        for size in BATCH_SIZES if self.model_kind != "image" else ():
+            if getattr(self, size) == AUTO:
+                yield f"{size}=auto is measured with image models alone: give a number"
         if self.updates_per_epoch > self.samples_per_epoch:
             yield (
                 f"updates_per_epoch={self.updates_per_epoch} is more than samples_per_epoch={self.samples_per_epoch}: "

@@ -7,13 +7,14 @@ with one of ``BEHIND_A_SWITCH``: honoured, overruled by the settings, or refused
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from diffusion_align.errors import ConfigError, UserError, first_line, problems_of
 from diffusion_align.inputs import check_device
-from diffusion_align.training.config import FP16_NEEDS_GPU, TrainingConfig
+from diffusion_align.training.config import AUTO, BATCH_SIZES, FP16_NEEDS_GPU, TrainingConfig
 from diffusion_align.training.precision import Machine, with_precision
 from diffusion_align.training.reading import load_yaml
 
@@ -165,6 +166,10 @@ def check_accelerator(accelerator: Any) -> None:
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Result = TypeVar("Result")
+Decided = tuple[dict[str, Any], str]
+"""Setting -> what it was measured to be; and a line about that."""
+FASTER = 0.9
+"""On a CPU bf16 must take no more than this share of the time to be taken."""
 
 
 def processes() -> PartialState:
@@ -211,19 +216,54 @@ def start(config: Config, seconds_per_pass: Callable[[bool], float]) -> tuple[Co
         config: checked settings.
         seconds_per_pass: how long the network takes on the CPU, with bf16 (True) or without.
     """
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
-
     config = decide_precision(config)
     if config.mixed_precision == "auto":
-        faster = seconds_per_pass(True) < 0.9 * seconds_per_pass(False)
-        config = _as_first_process(config.model_copy(update={"mixed_precision": "bf16" if faster else "no"}))
-    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
-    accelerator = make_accelerator(
-        config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir
-    )
-    set_seed(config.seed)
+
+        def faster() -> Decided:
+            bf16 = seconds_per_pass(True) < FASTER * seconds_per_pass(False)
+            return {"mixed_precision": "bf16" if bf16 else "no"}, ""
+
+        config = measured(config, faster)
+    accelerator = run_accelerator(config)
+    seed_generators(config)
     return config, accelerator
+
+
+def seed_generators(config: TrainingConfig) -> None:
+    """Those that are global; what is trained is initialized with them."""
+    from accelerate.utils import set_seed
+
+    set_seed(config.seed)
+
+
+def run_accelerator(config: TrainingConfig) -> Accelerator:
+    """Of a run whose precision is decided; it draws no random number."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # an earlier run in this process may have used another precision
+    return make_accelerator(config.mixed_precision, log_with=config.trackers or None, project_dir=config.output_dir)
+
+
+def measured(config: Config, measure: Callable[[], Decided]) -> Config:
+    """``config`` with what the first process measures, in every process; the first prints a line about it."""
+    alone = processes().is_main_process
+    found, told = agreed(lambda: measure() if alone else ({}, ""))
+    if alone and told:
+        print(told, file=sys.stderr, flush=True)
+    return _as_first_process(config.model_copy(update=found))
+
+
+def kept_sizes(config: Config) -> Config:
+    """``config`` with the batch sizes of the run that is resumed, which measures none again."""
+    unknown = [name for name in BATCH_SIZES if getattr(config, name) == AUTO]
+    own = (_resumed(config) if unknown else None) or {}
+    return config.model_copy(update={name: own[name] for name in unknown if isinstance(own.get(name), int)})
+
+
+def _resumed(config: TrainingConfig) -> Mapping[str, Any] | None:
+    """The settings of the run that is resumed, if it has begun."""
+    file = config.output_dir / "config.yaml"
+    return agreed(lambda: load_yaml(file) if config.resume and file.is_file() else None)
 
 
 def decide_precision(config: Config) -> Config:
@@ -235,9 +275,7 @@ def decide_precision(config: Config) -> Config:
         ConfigError: ``config.yaml`` of the run cannot be read; or it, or ``accelerate launch``, says fp16 on a CPU.
     """
     if config.mixed_precision in (None, "auto") or getattr(config, "dtype", "float32") is None:
-        file = config.output_dir / "config.yaml"
-        resumed = agreed(lambda: load_yaml(file) if config.resume and file.is_file() else None)
-        config = _as_first_process(with_precision(config, this_machine(), resumed))
+        config = _as_first_process(with_precision(config, this_machine(), _resumed(config)))
     agreed(lambda: _check_precision(config.mixed_precision))
     return config
 
@@ -256,14 +294,15 @@ def this_machine() -> Machine:
 
 
 def _as_first_process(config: Config) -> Config:
-    """Broadcast the precision: all processes compute in the same, whatever GPU each has and whatever it measured."""
+    """Broadcast what is decided: all processes compute in the same precision and batches, whatever GPU each has and
+    whatever it measured."""
     from accelerate.utils import broadcast_object_list
 
-    found = [config.mixed_precision, getattr(config, "dtype", None)]
+    names = [name for name in ("mixed_precision", "dtype", *BATCH_SIZES) if name in type(config).model_fields]
+    found = [getattr(config, name) for name in names]
     processes()
     broadcast_object_list(found)
-    chosen = {"mixed_precision": found[0]} | ({} if found[1] is None else {"dtype": found[1]})
-    return config.model_copy(update=chosen)
+    return config.model_copy(update=dict(zip(names, found, strict=True)))
 
 
 def time_forward(forward: Callable[[], object], use_bf16: bool) -> float:

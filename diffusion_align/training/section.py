@@ -189,9 +189,11 @@ class Section(BaseModel):
         if value is _UNKNOWN:
             return value
         wanted = kinds_of(cls.model_fields[str(info.field_name)].annotation)
-        if isinstance(value, bool | str) and {int, float} & set(wanted) and type(value) not in wanted:
+        words = [word for kind in wanted if typing.get_origin(kind) is typing.Literal for word in typing.get_args(kind)]
+        numeric, is_one = {int, float} & set(wanted), type(value) in wanted or value in words
+        if isinstance(value, bool | str) and numeric and not is_one:
             odd = odd_number(value) if isinstance(value, str) else None
-            raise ValueError(odd or "it must be a number")
+            raise ValueError(odd or " or ".join(["it must be a number", *words]))
         return handler(value)
 
 

@@ -154,6 +154,23 @@ launch.this_machine = lambda: launch.Machine(gpu=True, bf16=os.environ.get("RANK
         assert rows_of(folder)[0]["ratio/first_pass_deviation"] == 0
 
 
+def test_the_first_process_measures_the_batch_sizes_of_both(forked, settings, tmp_path):
+    """They divide a process's own samples; the second would have found that nothing is gained."""
+    seconds = """
+import os
+from diffusion_align.training.batch_sizes import Stopwatch
+def time(self, run, size):
+    run()
+    return float(size) if os.environ.get("RANK") == "1" else 1.0
+Stopwatch.time = time
+"""
+    config = settings(sample_batch_size="auto", micro_batch_size="auto")
+    folders, gradients = run_both(forked, config, tmp_path, seconds)
+    assert_same_gradients(gradients, 1e-6)
+    written = [load_yaml(folder / "config.yaml") for folder in folders]
+    assert [(one["sample_batch_size"], one["micro_batch_size"]) for one in written] == [(8, 24), (4, 12)]
+
+
 @pytest.mark.parametrize("case", ["one flat on rank 1", "rank 1 flat", "rank 0 flat", "all flat"])
 def test_processes_with_unequal_work_do_not_wait_for_each_other(forked, settings, tmp_path, case):
     """Images without advantage are dropped: 8, 6, 4 or none are left, on one process perhaps none."""

@@ -47,7 +47,8 @@ cache.LatentCache._write = noted
 """
 # mixed_precision=auto means what is faster, and a busy machine would choose by chance.
 SAME_PRECISION = (
-    "import diffusion_align.pipelines.image_context as context\ncontext._seconds_per_pass = lambda *_: 1.0\n"
+    "import diffusion_align.pipelines.image_context as context\n"
+    "context.measure_policy = lambda *_: ({'mixed_precision': 'no'}, '')\n"
 )
 PRELUDE = FILES + PLAIN_STEPS + SAME_PRECISION
 REWARD = """

@@ -792,6 +792,18 @@ def test_a_text_recipe_without_its_prompts(report, tmp_path):
     assert found["text per epoch"] == "64 rows of nothing"
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("samples", "size"), [(64, 8), (9, 3)])
+def test_batch_sizes_that_a_run_measures(report, model_path, samples, size):
+    sizes = dict.fromkeys(("sample_batch_size", "micro_batch_size"), "auto")
+    found, problems = report(model=model_path("tiny_sd"), samples_per_epoch=samples, **sizes)
+    assert not problems
+    for name in sizes:
+        said = f"auto: measured when the run starts, and written to its config.yaml; estimated above with {size}"
+        assert found[name] == said
+    assert f"of {size}," in found["micro-batches per update"]
+
+
 def test_part_of_the_steps():
     assert select_step_range(torch.arange(10, 20), (0.2, 0.7)).tolist() == [12, 13, 14, 15, 16]
 
