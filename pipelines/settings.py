@@ -430,6 +430,8 @@ class TextSettings(SharedSettings, total=False):
     """largest number of tokens; longer prompts keep their end"""
     max_completion_length: int
     """largest number of tokens; longer completions are cut off"""
+    logits: Literal["auto", "whole", "sliced"]
+    """whole: of all scored tokens at once; sliced: log-probs from slices of the vocabulary, faster and with less memory, other rounding; auto: sliced from 4096 tokens on, where the model allows it"""
     evaluation: TextEvaluationSettings | TextEvaluationConfig | None
     """a held-out reward on fixed prompts"""
     stop_when: StopSettings | StopConfig

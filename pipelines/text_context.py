@@ -131,6 +131,7 @@ def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, 
         temperature=config.temperature,
         needs_reference=config.needs_reference,
         reference=reference,
+        logits=config.logits,
         **common,
     )
     return config, accelerator, policy

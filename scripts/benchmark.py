@@ -281,6 +281,7 @@ CASES = {  # what is given, and whether there is a backward pass
     "bfloat16-logits-forward": (torch.bfloat16, False),
     "bfloat16-logits-backward": (torch.bfloat16, True),
     "hidden-states-backward": (None, True),
+    "frozen-head-backward": (None, True),  # as with LoRA: the weight has no gradient
 }
 
 
@@ -374,10 +375,11 @@ def measure_log_probs(
 
     def run(call: Callable[..., torch.Tensor], labels: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """The value and the gradients of its sum."""
-        leaves = [x.detach().requires_grad_(backward) for x in inputs]
+        trained = 1 if case.startswith("frozen") else len(inputs)
+        leaves = [x.detach().requires_grad_(backward and i < trained) for i, x in enumerate(inputs)]
         with torch.set_grad_enabled(backward):
             value = call(labels, *leaves)
-            return [value.detach(), *(torch.autograd.grad(value.sum(), leaves) if backward else [])]
+            return [value.detach(), *(torch.autograd.grad(value.sum(), leaves[:trained]) if backward else [])]
 
     call = {"naive": naive, "chunked": chunked}[form]
     run(call, labels[:1, :1], inputs[0][:1, :1], *inputs[1:])  # what is loaded at the first call is not to count

@@ -16,6 +16,7 @@ from diffusion_align.estimators.categorical import (
     categorical_entropy,
     categorical_kl,
     categorical_log_probs,
+    linear_log_probs_and_entropy,
     linear_token_log_probs,
     token_log_probs,
 )

@@ -17,53 +17,136 @@ IGNORED = -100  # the label of a position that is not scored
 
 
 class _TokenLogProb(torch.autograd.Function):
-    """``logits[label] - logsumexp(logits)``, a slice of the vocabulary at a time; kept are the input and one number a
-    token. ``features`` are the logits, or with ``weight`` what the output layer makes them of."""
+    """``logits[label] - logsumexp(logits)``, a slice of the vocabulary at a time; kept are the logits and one number a
+    token."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor | None, labels: Tensor, scale: float, size: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, scale: float, size: int) -> Tensor:
         ctx.scale, ctx.size = scale, size
-        dtype = at_least_float32(features[:0]).dtype
+        dtype = at_least_float32(logits[:0]).dtype
         normaliser = picked = torch.full(labels.shape, -torch.inf, dtype=dtype, device=labels.device)
-        for start, logits in _slices(ctx, features, weight):
-            normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1))
-            here, index = _position(labels, start, logits)
-            picked = torch.where(here, logits.gather(-1, index).squeeze(-1), picked)
-        ctx.save_for_backward(features, weight, labels, normaliser)
+        for start, part in _TokenLogProb.slices(ctx, logits):
+            normaliser = torch.logaddexp(normaliser, part.logsumexp(-1))
+            here, index = _position(labels, start, part)
+            picked = torch.where(here, part.gather(-1, index).squeeze(-1), picked)
+        ctx.save_for_backward(logits, labels, normaliser)
         return torch.where(labels == IGNORED, 0.0, picked - normaliser)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("token log-probs have no second derivative: do not set create_graph.")
-        features, weight, labels, normaliser = ctx.saved_tensors
-        scored = labels != IGNORED
-        outer = torch.where(scored, grads[0] * ctx.scale, 0.0).unsqueeze(-1)
-        exact = features.dtype if weight is None else normaliser.dtype  # of the sum over slices
-        d_features = torch.zeros_like(features, dtype=exact) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        clean = features if weight is None else torch.where(scored.unsqueeze(-1), features, 0.0).flatten(0, -2)
-        with torch.autocast(features.device.type, enabled=False):  # as in the forward pass
-            for start, logits in _slices(ctx, features, weight):
-                part = slice(start, start + logits.shape[-1])
-                d_logits = logits.sub_(normaliser.unsqueeze(-1)).exp_().mul_(-outer)
-                d_logits.masked_fill_(~scored.unsqueeze(-1), 0.0)
-                here, index = _position(labels, start, logits)
-                d_logits.scatter_add_(-1, index, torch.where(here.unsqueeze(-1), outer, 0.0))
-                if d_features is not None and weight is None:
-                    d_features[..., part] = d_logits
-                elif d_features is not None and weight is not None:
-                    d_features += d_logits.to(weight.dtype) @ weight[part]
+        _refuse_second_derivative()
+        logits, labels, normaliser = ctx.saved_tensors
+        outer = grads[0] * ctx.scale
+        d_logits = torch.empty_like(logits)
+        for start, part in _TokenLogProb.slices(ctx, logits):
+            d_logits[..., start : start + ctx.size] = _d_logits(part, labels, start, normaliser, outer)
+        return d_logits, None, None, None
+
+    @staticmethod
+    def slices(ctx: Any, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, logits.shape[-1], ctx.size):
+            yield start, at_least_float32(logits[..., start : start + ctx.size]) * ctx.scale
+
+
+class _LinearTokenLogProb(torch.autograd.Function):
+    """The same of the logits that the output layer makes of hidden states, which are never there as a whole; and their
+    entropy, without a gradient.
+
+    One pass over the slices (online softmax, Milakov & Gimelshein 2018, arXiv:1805.02867) keeps, of all actions but the
+    label, the sums over ``e = exp(logit - maximum)`` of 1, of ``log e`` for the entropy, and of the rows of ``weight``:
+    the gradient of the hidden states is a multiple of what these make, and needs no second pass. That of the weight
+    does. The label joins at the end, so that where it is all but certain nothing cancels out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        size: int,
+        with_entropy: bool,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.scale, ctx.size = scale, size
+        dtype = at_least_float32(hidden[:0]).dtype
+        lowest = torch.finfo(dtype).min
+        maximum = torch.full((*labels.shape, 1), lowest, dtype=dtype, device=labels.device)
+        picked = torch.full_like(maximum, -torch.inf)
+        count, logs = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        rows = torch.zeros_like(hidden, dtype=dtype)
+        for start, logits in _LinearTokenLogProb.slices(ctx, hidden, weight, bias):
+            here, index = _position(labels, start, logits)
+            of_label = logits.gather(-1, index)
+            picked = torch.where(here.unsqueeze(-1), of_label, picked)
+            highest = torch.maximum(maximum, logits.amax(-1, keepdim=True))
+            drop, maximum = maximum - highest, highest
+            shrink = drop.exp()
+            log_e = logits.scatter_(-1, index, torch.where(here.unsqueeze(-1), -torch.inf, of_label)).sub_(maximum)
+            e = log_e.exp() if with_entropy else log_e.exp_()
+            if with_entropy:
+                sums = torch.linalg.vecdot(e, log_e.clamp_(min=lowest)).unsqueeze(-1)
+                logs = shrink * (logs + drop * count) + sums
+            count = shrink * count + e.sum(-1, keepdim=True)
+            if with_gradient:
+                rows = shrink * rows + e.to(weight.dtype) @ weight[start : start + size]
+        e = (picked - maximum).exp()
+        total = count + e
+        if with_gradient:
+            known = ((labels >= 0) & (labels < len(weight))).unsqueeze(-1)
+            row = torch.where(known, weight[labels.clamp(0, len(weight) - 1)], 0.0)
+            ctx.save_for_backward(hidden, weight, bias, labels, maximum + total.log(), (count * row - rows) / total)
+        scored = (labels != IGNORED).unsqueeze(-1)
+        logp = torch.where(scored, picked - maximum - total.log(), 0.0).squeeze(-1)
+        entropy = torch.where(scored, total.log() - (logs + torch.xlogy(e, e)) / total, 0.0).squeeze(-1)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _refuse_second_derivative()
+        hidden, weight, bias, labels, normaliser, direction = ctx.saved_tensors
+        scored, outer = (labels != IGNORED).unsqueeze(-1), grads[0] * ctx.scale
+        of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+        d_hidden = torch.where(scored, outer.unsqueeze(-1) * direction, 0.0).to(hidden.dtype) if of_hidden else None
+        d_weight = torch.empty_like(weight) if of_weight else None
+        d_bias = torch.empty_like(bias) if of_bias else None
+        if d_weight is None and d_bias is None:
+            return d_hidden, *[None] * 7
+        clean = torch.where(scored, hidden, 0.0).flatten(0, -2)
+        with torch.autocast(hidden.device.type, enabled=False):  # as in the forward pass
+            for start, logits in _LinearTokenLogProb.slices(ctx, hidden, weight, bias):
+                part = slice(start, start + ctx.size)
+                d_logits = _d_logits(logits, labels, start, normaliser.squeeze(-1), outer).flatten(0, -2)
                 if d_weight is not None:
-                    d_weight[part] = d_logits.flatten(0, -2).to(weight.dtype).mT @ clean
-        return None if d_features is None else d_features.to(features.dtype), d_weight, None, None, None
+                    d_weight[part] = d_logits.to(weight.dtype).mT @ clean
+                if d_bias is not None:
+                    d_bias[part] = d_logits.sum(0)
+        return d_hidden, d_weight, d_bias, *[None] * 5
+
+    @staticmethod
+    def slices(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, len(weight), ctx.size):
+            part = slice(start, start + ctx.size)
+            logits = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part])
+            yield start, at_least_float32(logits).mul_(ctx.scale)
 
 
-def _slices(ctx: Any, features: Tensor, weight: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, features.shape[-1] if weight is None else weight.shape[0], ctx.size):
-        part = slice(start, start + ctx.size)
-        logits = features[..., part] if weight is None else features @ weight[part].mT
-        yield start, at_least_float32(logits) * ctx.scale
+def _d_logits(logits: Tensor, labels: Tensor, start: int, normaliser: Tensor, outer: Tensor) -> Tensor:
+    """Gradient of the scaled logits, which it overwrites: ``outer (1[label] - p)``; 0 where nothing is scored."""
+    scored = labels != IGNORED
+    outer = torch.where(scored, outer, 0.0).unsqueeze(-1)
+    d_logits = logits.sub_(normaliser.unsqueeze(-1)).exp_().mul_(-outer)
+    d_logits.masked_fill_(~scored.unsqueeze(-1), 0.0)
+    here, index = _position(labels, start, logits)
+    return d_logits.scatter_add_(-1, index, torch.where(here.unsqueeze(-1), outer, 0.0))
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("token log-probs have no second derivative: do not set create_graph.")
 
 
 def _position(labels: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,35 +192,76 @@ def token_log_probs(
     if logits.ndim != 3 or logits.shape[:2] != labels.shape or logits.shape[2] == 0:
         raise ValueError(f"expected logits (B, T, V) and labels (B, T), got {_shapes(logits, labels)}.")
     labels = _checked(labels, logits.shape[2], temperature, chunk_size)
-    return _TokenLogProb.apply(logits, None, labels, 1.0 / temperature, chunk_size or logits.shape[2])
+    return _TokenLogProb.apply(logits, labels, 1.0 / temperature, chunk_size or logits.shape[2])
 
 
 def linear_token_log_probs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, chunk_size: int | None = 1024
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = 1024,
 ) -> Tensor:
-    """``token_log_probs(hidden @ weight.T, labels)`` without the logits ever being there as a whole.
+    """``token_log_probs(hidden @ weight.T + bias, labels)`` without the logits ever being there as a whole.
 
-    Costs the output layer's forward pass once more, in the backward pass; saves the (B, T, V) logits, their log-softmax
-    and both gradients.
+    Saves the (B, T, V) logits, their log-softmax and both gradients. A gradient of the weight costs the output layer's
+    forward pass once more, in the backward pass; one of the hidden states alone does not.
 
     Args:
         hidden: (B, T, D), what the output layer is given; a gradient flows.
-        weight: (V, D) of the output layer, which has no bias; a gradient flows.
+        weight: (V, D) of the output layer; a gradient flows.
         labels, temperature: as in ``token_log_probs``.
+        bias: (V,) of the output layer, if it has one; a gradient flows.
         chunk_size: how many entries of the vocabulary there are at a time; None means all of them.
 
     Returns (B, T), float32 or wider. Raises ValueError as ``token_log_probs``.
     """
+    return _linear(hidden, weight, labels, bias, temperature, chunk_size, with_entropy=False)[0]
+
+
+def linear_log_probs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = 1024,
+) -> tuple[Tensor, Tensor]:
+    """``linear_token_log_probs``, and ``categorical_entropy`` of the same logits, in one pass over their slices.
+
+    The entropy (B, T) is exact, in nats, 0 where the label is -100, and has no gradient. Everything else is as in
+    ``linear_token_log_probs``.
+    """
+    return _linear(hidden, weight, labels, bias, temperature, chunk_size, with_entropy=True)
+
+
+def _linear(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    chunk_size: int | None,
+    *,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
     fits = hidden.ndim == 3 and weight.ndim == 2 and hidden.shape[2:] == weight.shape[1:] and weight.numel() > 0
-    if not fits or hidden.shape[:2] != labels.shape:
-        shapes = _shapes(hidden, weight, labels)
-        raise ValueError(f"expected hidden (B, T, D), weight (V, D) and labels (B, T), got {shapes}.")
+    if not fits or hidden.shape[:2] != labels.shape or (bias is not None and bias.shape != weight.shape[:1]):
+        given = [hidden, weight, labels, *([] if bias is None else [bias])]
+        expected = "hidden (B, T, D), weight (V, D), labels (B, T)" + ("" if bias is None else ", bias (V,)")
+        raise ValueError(f"expected {expected}, got {_shapes(*given)}.")
     labels = _checked(labels, weight.shape[0], temperature, chunk_size)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    needed = any(x.requires_grad for x in (hidden, weight, bias) if x is not None) and torch.is_grad_enabled()
+    size = chunk_size or weight.shape[0]
     with torch.autocast(device, enabled=False):
-        return _TokenLogProb.apply(hidden, weight, labels, 1.0 / temperature, chunk_size or weight.shape[0])
+        return _LinearTokenLogProb.apply(hidden, weight, bias, labels, 1.0 / temperature, size, with_entropy, needed)
 
 
 def _shapes(*tensors: Tensor) -> str:

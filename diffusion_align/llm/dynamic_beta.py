@@ -75,7 +75,7 @@ def prompt_features(policy: LanguagePolicy, sequences: Sequences) -> tuple[Tenso
     """
     length = int(sequences.starts.max()) + 1
     first = Sequences(sequences.ids[:, :length], sequences.starts, sequences.mask[:, :1])
-    scored = policy.score(first, with_hidden=True)
+    scored = policy.score(first, with_hidden=True, with_logits=True)
     assert scored.hidden is not None
     rows, last = torch.arange(len(first), device=first.ids.device), scored.places[:, 0]
     entropy = categorical_entropy(scored.logits[rows, last], temperature=policy.temperature)

@@ -112,7 +112,8 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         sequences = batch.sequences[samples]
         mask = sequences.mask
         logp_old, advantages = (x[samples, : mask.shape[1]] for x in (batch.logp_old, batch.advantages))
-        scored = policy.score(sequences)
+        every_token = config.kl_coef > 0 and config.kl == "full_vocabulary"
+        scored = policy.score(sequences, with_entropy=True, with_logits=every_token)
         logp = policy.log_probs(scored)
         losses, statistics = self.surrogate(
             scored, logp, logp_old, advantages, level="sequence" if config.ratio_level == "sequence" else "action"
@@ -165,7 +166,7 @@ class GRPOTrainer(PolicyGradientTrainer[GRPOBatch]):
         config, mask = self.config, sequences.mask
         if config.kl == "full_vocabulary":
             with torch.no_grad(), self.policy.reference():
-                reference = self.policy.score(sequences)
+                reference = self.policy.score(sequences, with_logits=True)
             exact = categorical_kl(scored.logits, reference.logits, temperature=self.policy.temperature)
             return scored.of_tokens(exact)
         assert batch.logp_ref is not None

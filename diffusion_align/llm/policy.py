@@ -20,9 +20,14 @@ from torch import Tensor, nn
 
 from diffusion_align.data.text_encoding import context_length, eos_token_ids
 from diffusion_align.errors import UserError
-from diffusion_align.estimators import token_log_probs
+from diffusion_align.estimators import (
+    categorical_entropy,
+    linear_log_probs_and_entropy,
+    linear_token_log_probs,
+    token_log_probs,
+)
 from diffusion_align.estimators.masked import at_least_float32
-from diffusion_align.llm.settings import LoRAConfig
+from diffusion_align.llm.settings import SLICED_FROM, Logits, LoRAConfig
 from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.lora import (
     adapter_layers,
@@ -41,6 +46,7 @@ IGNORED = -100
 _WITHOUT_CACHE = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "openai-gpt"}
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _CHUNK = 8192  # entries of the vocabulary that are float32 at a time
+_SLICE = 2048  # entries of the vocabulary that have logits at a time, where these are sliced
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,14 @@ class Scored:
     """What one forward pass says about the completions of ``Sequences``.
 
     Attributes:
-        logits: (B, K, V) at temperature 1, of the K positions before which the first completion has begun.
+        logits: (B, K, V) at temperature 1, of the K positions before which the first completion has begun; where they
+            are sliced, (B, K, 0).
         labels: (B, K), the token that followed, -100 where none counts.
         places: (B, T), the position of every completion token among the K.
         mask: (B, T) bool, which of them count.
         hidden: (B, K, D), the last hidden states, if requested.
+        label_logp: (B, K), log-probs of the labels, where the logits are sliced.
+        entropy: (B, K), where they are, if requested.
     """
 
     logits: Tensor
@@ -150,6 +159,8 @@ class Scored:
     places: Tensor
     mask: Tensor
     hidden: Tensor | None = None
+    label_logp: Tensor | None = None
+    entropy: Tensor | None = None
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """(B, T) of values (B, K), 0 where the mask is False."""
@@ -168,9 +179,13 @@ class LanguagePolicy:
         reference: another model with the same tokens to be the reference, instead of ``model`` as it is now.
         autocast: context in which the network runs; log-probs stay float32.
         gradient_checkpointing: see ``checkpoint_activations``.
+        logits: "whole": of all scored positions at once. "sliced": log-probs and entropies from slices of the
+            vocabulary; the logits are never there as a whole. "auto": sliced where the vocabulary has ``SLICED_FROM``
+            tokens or more and the model has a ``plain_head``.
 
     Raises:
-        UserError: a tokenizer without an end of sequence, adapters that are there already, or other vocabularies.
+        UserError: a tokenizer without an end of sequence, adapters that are there already, other vocabularies, or
+            ``logits="sliced"`` of a model without a plain head.
     """
 
     def __init__(
@@ -185,6 +200,7 @@ class LanguagePolicy:
         device: torch.device | str = "cpu",
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         gradient_checkpointing: bool = False,
+        logits: Logits = "auto",
     ) -> None:
         self.pad = padding_token(model, tokenizer)
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -220,11 +236,22 @@ class LanguagePolicy:
             self._frozen = copy.deepcopy(model).requires_grad_(False)
         if gradient_checkpointing:
             checkpoint_activations(model)
+        self._heads: dict[int, nn.Linear] = {}  # of models whose logits are sliced, by id
+        if logits == "sliced" or (logits == "auto" and _vocabulary(model) >= SLICED_FROM):
+            for one in filter(None, (self.model, self._frozen)):
+                if (head := plain_head(one)) is not None:
+                    self._heads[id(one)] = head
+                elif logits == "sliced":
+                    raise UserError(
+                        f"{type(one).__name__} makes more of its logits than a linear layer gives, so they cannot be "
+                        "sliced: use logits=auto or logits=whole"
+                    )
 
     @classmethod
     def for_sampling(cls, model: Any, tokenizer: Any, *, temperature: float) -> LanguagePolicy:
         """A policy of ``model`` where it is, without a reference; only to be sampled from."""
-        policy = cls(model, tokenizer, lora=None, temperature=temperature, needs_reference=False, device=model.device)
+        settings: dict[str, Any] = {"lora": None, "needs_reference": False, "logits": "whole"}
+        policy = cls(model, tokenizer, temperature=temperature, device=model.device, **settings)
         model.requires_grad_(False)
         return policy
 
@@ -253,12 +280,26 @@ class LanguagePolicy:
         """The most tokens of prompt and completion together, where the model's configuration says."""
         return context_length(self.model.config)
 
-    def score(self, sequences: Sequences, *, with_hidden: bool = False) -> Scored:
-        """One forward pass over prompts and completions; the head sees no position before the first completion."""
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        with_hidden: bool = False,
+        with_entropy: bool = False,
+        with_logits: bool = False,
+    ) -> Scored:
+        """One forward pass over prompts and completions; the head sees no position before the first completion.
+
+        Args:
+            with_hidden: keep the last hidden states.
+            with_entropy: ``entropy`` will be called; whole logits always have one.
+            with_logits: the logits themselves are needed, so they are not sliced.
+        """
         first, labels, places = self._positions(sequences)
         positions = torch.arange(first, sequences.ids.shape[1] - 1, device=self.device)
         kept = {"logits_to_keep": positions} if "logits_to_keep" in inputs_of(self.model) else {}
-        with self.autocast():
+        head = None if with_logits else self._heads.get(id(self.model))
+        with self.autocast(), _left_out(head) as given:
             output = self.model(
                 input_ids=sequences.ids,
                 attention_mask=sequences.attention_mask,
@@ -266,9 +307,19 @@ class LanguagePolicy:
                 output_hidden_states=with_hidden,
                 **kept,
             )
-        logits = output.logits if kept else output.logits[:, first:-1]
         hidden = output.hidden_states[-1][:, positions] if with_hidden else None
-        return Scored(logits, labels, places, sequences.mask, hidden)
+        found = output.logits if head is None else given[0]
+        found = found if kept else found[:, first:-1]
+        if head is None:
+            return Scored(found, labels, places, sequences.mask, hidden)
+        settings: dict[str, Any] = {"bias": head.bias, "temperature": self.temperature, "chunk_size": _SLICE}
+        entropy = None
+        with self.autocast():
+            if with_entropy:
+                logp, entropy = linear_log_probs_and_entropy(found, head.weight, labels, **settings)
+            else:
+                logp = linear_token_log_probs(found, head.weight, labels, **settings)
+        return Scored(found[..., :0], labels, places, sequences.mask, hidden, logp, entropy)
 
     def _positions(self, sequences: Sequences) -> tuple[int, Tensor, Tensor]:
         """The first position to look at, and ``labels`` and ``places`` of ``Scored``."""
@@ -283,7 +334,22 @@ class LanguagePolicy:
 
     def log_probs(self, scored: Scored) -> Tensor:
         """Log-probs (B, T) in nats at the policy's temperature, float32, 0 where the mask is False."""
-        return scored.of_tokens(self.label_log_probs(scored.logits, scored.labels))
+        logp = scored.label_logp
+        return scored.of_tokens(self.label_log_probs(scored.logits, scored.labels) if logp is None else logp)
+
+    @torch.no_grad()
+    def entropy(self, scored: Scored) -> Tensor:
+        """Entropies (B, T) in nats of what each token was chosen from, 0 where the mask is False; without a gradient.
+
+        Raises:
+            ValueError: the logits are sliced, and ``score`` was called without ``with_entropy``.
+        """
+        if scored.label_logp is None:  # one sample at a time: there are four numbers for each entry of the vocabulary
+            every = [categorical_entropy(logits, temperature=self.temperature) for logits in scored.logits]
+            return scored.of_tokens(torch.stack(every))
+        if scored.entropy is None:
+            raise ValueError("these logits were sliced: the entropy needs score(..., with_entropy=True)")
+        return scored.of_tokens(scored.entropy)
 
     def label_log_probs(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Log-probs (B, T) of tokens ``labels`` under ``logits`` (B, T, V), by sampling and by replay alike."""
@@ -369,6 +435,47 @@ def _settings_that_are_written(model: Any, folder: Path) -> Iterator[None]:
         model.generation_config = settings
     if model.can_generate():
         settings.to_json_file(str(folder / "generation_config.json"))
+
+
+@torch.no_grad()
+def plain_head(model: Any) -> nn.Linear | None:
+    """The output layer, if a model's logits are what this linear layer makes of its input, and nothing more.
+
+    None with an adapter or a hook on it, or where the model scales, caps or cuts its logits. That is found by a pass of
+    two tokens in which the layer is left out: what stands in for its output must come back untouched.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks:
+        return None
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+    try:
+        with _left_out(head) as given:
+            output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    except Exception:  # it looks at its logits
+        return None
+    stand_in = given[-1] if given else None
+    return head if stand_in is not None and output.logits is stand_in and stand_in._version == 0 else None
+
+
+@contextlib.contextmanager
+def _left_out(head: nn.Linear | None) -> Iterator[list[Tensor]]:
+    """Inside, ``head`` gives a number per position; the list holds its last input, and what it gave."""
+    given: list[Tensor] = []
+    if head is None:
+        yield given
+        return
+
+    def forward(features: Tensor) -> Tensor:
+        given[:] = features, features.new_zeros((*features.shape[:-1], 1), dtype=torch.float32)
+        return given[1]
+
+    vars(head)["forward"] = forward
+    try:
+        yield given
+    finally:
+        del vars(head)["forward"]
 
 
 def merged(model: Any) -> Any:

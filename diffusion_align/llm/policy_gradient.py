@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.errors import TrainingError
-from diffusion_align.estimators import categorical_entropy, clipped_ratio_loss, importance_ratio
+from diffusion_align.estimators import clipped_ratio_loss, importance_ratio
 from diffusion_align.estimators.policy import Level
 from diffusion_align.llm.collection import Collected
 from diffusion_align.llm.policy import Scored
@@ -68,15 +68,16 @@ class PolicyGradientTrainer(TextTrainer[Batch]):
         *,
         level: Level = "action",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy."""
+        """Loss (B, T) of each token, and statistics of those that count: ratios, clipping, entropy.
+
+        ``scored`` is made ``with_entropy``.
+        """
         clip, mask = self.config.clip_range, scored.mask
         clip_high = clip if self.config.clip_range_high is None else self.config.clip_range_high
         ratio = importance_ratio(logp, logp_old, mask=mask, level=level)
         losses = clipped_ratio_loss(ratio, advantages, clip=clip, clip_high=clip_high, mask=mask)
         statistics = {"loss/policy": losses.detach()[mask]}
-        with torch.no_grad():  # one sample at a time: there are four numbers for each entry of the vocabulary
-            entropy = [categorical_entropy(logits, temperature=self.policy.temperature) for logits in scored.logits]
-        statistics["entropy"] = scored.of_tokens(torch.stack(entropy))[mask]
+        statistics["entropy"] = self.policy.entropy(scored)[mask]
         return losses, statistics | ratio_statistics(
             ratio, logp, logp_old, advantages, clip=clip, clip_high=clip_high, mask=mask
         )

@@ -117,7 +117,7 @@ class PPOTrainer(PolicyGradientTrainer[PPOBatch]):
         logp_old, advantages, values_old, returns = (
             x[samples, : mask.shape[1]] for x in (batch.logp_old, batch.advantages, batch.values_old, batch.returns)
         )
-        scored = policy.score(sequences, with_hidden=True)
+        scored = policy.score(sequences, with_hidden=True, with_entropy=True)
         logp, values = policy.log_probs(scored), self._values(scored)
         policy_losses, statistics = self.surrogate(scored, logp, logp_old, advantages)
         value_losses = value_loss(values, values_old, returns, clip=config.value_clip, mask=mask)

@@ -25,6 +25,10 @@ from diffusion_align.training.settings import (
     no_std,
 )
 
+SLICED_FROM = 4096
+"""Tokens of a vocabulary from which ``logits=auto`` is sliced; those of the embedded model are fewer."""
+Logits = Literal["auto", "whole", "sliced"]
+
 
 class LoRAConfig(LoRASettings):
     """Low-rank adapters on the language model."""
@@ -76,6 +80,11 @@ class TextConfig(PolicyConfig):
     )
     max_completion_length: int = Field(
         256, ge=1, le=MOST, description="largest number of tokens; longer completions are cut off"
+    )
+    logits: Logits = Field(
+        "auto",
+        description="whole: of all scored tokens at once; sliced: log-probs from slices of the vocabulary, faster and "
+        f"with less memory, other rounding; auto: sliced from {SLICED_FROM} tokens on, where the model allows it",
     )
     show_prompts: list[Any] | None = Field(
         None, description="prompts of the previews; the first of the data if not given"
