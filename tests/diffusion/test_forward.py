@@ -17,6 +17,7 @@ from diffusion_align.diffusion.transitions import (
     network_target,
     predicted_x_0_and_eps,
 )
+from diffusion_align.errors import Interrupted
 from diffusion_align.models.families.flow_matching import set_linear_timesteps
 from tests.helpers.linear_policy import BETAS, KINDS, LinearPolicy, in_float64
 
@@ -463,6 +464,14 @@ def test_a_velocity_that_is_not_that_of_its_samples_is_warned_of(fault, make_tra
     printed = " ".join(capsys.readouterr().err.split())
     assert "of the gradient of an image is what a constant reward would make too" in printed
     assert "Use more sampler.steps and guidance_scale=1" in printed
+
+
+def test_it_can_be_broken_off(make_trainer):
+    trainer = make_trainer(consistency_images=4)
+    trainer.processes.flag.raised = True
+    with pytest.raises(Interrupted):
+        trainer.self_consistency()
+    assert trainer.policy.seen == []
 
 
 def test_it_can_be_left_out(make_trainer):
