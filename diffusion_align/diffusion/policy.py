@@ -27,6 +27,7 @@ from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.families import Conditioning, ModelFamily, check_settings, family_of
 from diffusion_align.models.image_pipelines import quiet
 from diffusion_align.models.lora import adapter_layers, add_lora, carries_adapters, rescale_lora, switched_off
+from diffusion_align.models.lora_passes import CastWeights, cast_norms_once
 from diffusion_align.models.memory import (
     check_no_hooks,
     checkpoint_activations,
@@ -155,6 +156,9 @@ class DenoisingPolicy:
         for name, config in adapters.items() if adapted else ():
             # Files hold a scale of 1; the settings say at which scale it is trained.
             rescale_lora(getattr(pipeline, name), config.lora_alpha)
+        self._cast = CastWeights(self.network)
+        if lora is not None and self.device.type == "cuda":
+            cast_norms_once(self.network)
         if channels_last:  # adapters, and what the reference rounds like
             for part in filter(None, (self.network, self._frozen, self.pipeline.vae)):
                 part.to(memory_format=torch.channels_last)
@@ -187,7 +191,7 @@ class DenoisingPolicy:
         """Inside, without gradients, the policy is the snapshot ``name``."""
         before, self._kept = self._kept, None
         try:
-            with self.snapshots.active(name):
+            with self._cast.replaced(), self.snapshots.active(name):
                 yield
         finally:
             self._kept = before
@@ -281,12 +285,18 @@ class DenoisingPolicy:
 
     @contextlib.contextmanager
     def weights_kept(self) -> Iterator[None]:
-        """Inside, without gradients and while no trained weight changes, each prompt is encoded only once."""
+        """Inside, without gradients and while no trained weight changes, each prompt is encoded only once, and weights
+        are cast once."""
         before, self._kept = self._kept, {} if self._kept is None else self._kept
         try:
-            yield
+            with self._cast.kept():
+                yield
         finally:
             self._kept = before
+
+    def weights_cast_once(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, with gradients or without, no trained weight changes, and autocast's casts of them are made once."""
+        return self._cast.kept()
 
     def return_text_encoders(self) -> None:
         """Keep offloaded text encoders on the device from now on, where diffusers' own call needs them."""
@@ -349,7 +359,7 @@ class DenoisingPolicy:
 
     def _run(self, x_t: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         network = self.network
-        with self.autocast():
+        with self.autocast(), contextlib.nullcontext() if self._is_reference else self._cast.in_pass():
             output = self.family.predict(network, x_t.to(_input_dtype(network)), timestep, conditioning)
         return at_least_float32(output)
 

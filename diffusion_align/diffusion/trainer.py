@@ -35,6 +35,7 @@ from diffusion_align.training.launch import measured
 from diffusion_align.training.method import Dropout
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
+from diffusion_align.training.statistics import UpdateStatistics
 from diffusion_align.writing import new_folder
 
 Batch = TypeVar("Batch")
@@ -217,6 +218,12 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
     @property
     def dropout(self) -> Dropout | None:
         return self.policy.dropout
+
+    def accumulate(
+        self, batch: Batch, indices: Tensor, normalizer: float, on_actions: Callable[[int], object] = lambda count: None
+    ) -> UpdateStatistics:
+        with self.policy.weights_cast_once():
+            return super().accumulate(batch, indices, normalizer, on_actions)
 
     def sample(
         self,

@@ -33,8 +33,9 @@ def with_precision(config: Config, machine: Machine, own: Mapping[str, Any] | No
     """``config`` with values for ``mixed_precision`` and ``dtype`` where they are null; "auto" is left on a CPU alone.
 
     On a GPU with bfloat16 the network runs in it, and under LoRA the frozen weights are kept in it: in float32 those of
-    linear layers and convolutions would be cast again in every pass. (CUDA's autocast casts those of normalizations,
-    few numbers, to float32.) Elsewhere both are float32; in float16, which overflows, a run trains only if told to.
+    linear layers and convolutions would be cast again in every pass. (CUDA's autocast wants those of normalizations in
+    float32: see ``cast_norms_once``.) Elsewhere both are float32; in float16, which overflows, a run trains only if
+    told to.
 
     Args:
         own: the settings of the run that is resumed, which keeps its own.

@@ -56,6 +56,9 @@ class LinearFlow:
     def prepare(self, conditioning):
         return conditioning
 
+    def weights_cast_once(self):
+        return contextlib.nullcontext()
+
     def weights_kept(self):
         return contextlib.nullcontext()
 
