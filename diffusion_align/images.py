@@ -12,6 +12,7 @@ import io
 import os
 import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 178_956_970  # where PIL itself takes an image for a decompression bomb
 # Of 0x10000: if the brightest value of 16 bits is lower, it is more likely the white of 10, 12 or 14 bits.
 _AMBIGUOUS_DEPTH = 0x4000
+_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
 
 
 class UnreadableImage(ValueError):
@@ -57,6 +59,56 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
     except Exception:  # PIL's decoders raise whatever they meet in a damaged file
         known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise UnreadableImage(f"is not a readable {known} image") from None
+
+
+def size_of_whole(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an image that ``open_image`` can be expected to read, told without decoding it.
+
+    A PNG of up to 8 bits whose chunks all have their checksums, a JPEG or a WebP that does not end too early. None of
+    anything else: only decoding can tell.
+    """
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as file,
+        ):
+            width, height = file.size
+            turned = Image.Image.getexif(file).get(0x0112, 1) >= 5  # PngImageFile's own would decode
+            whole = {"PNG": _whole_png, "JPEG": _whole_jpeg, "WEBP": _whole_webp}[str(file.format)](data)
+            if not whole or width * height > MAX_PIXELS or file.mode not in _PLAIN_MODES:
+                return None
+    except Exception:  # whatever is wrong, ``open_image`` has the words for it
+        return None
+    return (width, height) if turned else (height, width)
+
+
+def _whole_png(data: bytes) -> bool:
+    """Whether a PNG of up to 8 bits per channel ends, every chunk has its checksum, and none after the pixels may say
+    how the image is turned."""
+    place, pixels = 8, False
+    while place + 12 <= len(data):  # length, kind, content, checksum
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 8 + length
+        if (
+            end + 4 > len(data)
+            or zlib.crc32(memoryview(data)[place + 4 : end]) != struct.unpack_from(">I", data, end)[0]
+        ):
+            return False
+        if kind == b"IEND":
+            return pixels and data[24] <= 8
+        if pixels and kind not in (b"IDAT", b"tIME", b"fdAT", b"fcTL"):
+            return False
+        pixels = pixels or kind == b"IDAT"
+        place = end + 4
+    return False
+
+
+def _whole_jpeg(data: bytes) -> bool:
+    return b"\xff\xd9" in data[-32:]
+
+
+def _whole_webp(data: bytes) -> bool:
+    return struct.unpack_from("<I", data, 4)[0] + 8 <= len(data)
 
 
 def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Image:

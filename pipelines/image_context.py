@@ -165,16 +165,11 @@ def _evaluation(
 
 
 def _usable_pairs(settings: PairsConfig) -> PairSet:
-    """The pairs, every image looked at before any model is loaded, and a line about what was left out."""
+    """The pairs, every image's file read before any model is loaded, and a line about what was left out."""
     pairs = open_pairs(settings)
     with progress_bars(transient=True, disable=not processes().is_main_process) as progress:
         bar = progress.add_task("reading images", total=len(pairs))
         pairs = pairs.check_images(lambda: progress.advance(bar))
         if pairs.ties or pairs.skipped:
-            rows = ", ".join(map(str, list(pairs.skipped)[:10])) + (" ..." if len(pairs.skipped) > 10 else "")
-            progress.console.print(
-                f"{len(pairs)} pairs; left out: {pairs.ties} ties, {len(pairs.skipped)} bad rows"
-                + (f" ({rows})" if rows else ""),
-                highlight=False,
-            )
+            progress.console.print(pairs.left_out, highlight=False)
     return pairs

@@ -504,6 +504,10 @@ class DiffusionDPOSettings(ImageSettings, total=False):
     """a source of pairs, or a mapping with its options"""
     bucket_step: int | None
     """train on pairs at about their own aspect ratio, in buckets of at most the run's area whose sides are multiples of this many pixels (usually 64); null crops all to one size"""
+    latent_cache_dtype: Literal["float32", "bfloat16"]
+    """of the pairs' latents in the run folder: bfloat16 takes half the disk and rounds them"""
+    prompts_on_disk: bool
+    """keep embeddings of more captions than memory holds (2048) in the run folder, if they take at most half of the free disk; false encodes them again in every epoch"""
     prompts: PromptsSettings | PromptsConfig | Rows | None
     """for judging online: list of texts, file, folder, Hub dataset or shipped list"""
     reward: Reward | None

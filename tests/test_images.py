@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, TiffImagePlugin
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin, TiffImagePlugin
 
-from diffusion_align.images import MAX_PIXELS, UnreadableImage, open_image, to_rgb
+from diffusion_align.images import MAX_PIXELS, UnreadableImage, open_image, size_of_whole, to_rgb
 
 ROOT = Path(__file__).parent.parent
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -180,6 +180,47 @@ def test_images_are_upright(kind, orientation):
     for image in (open_image(data), to_rgb(Image.open(io.BytesIO(data)))):
         assert image.size == (32, 16)
         assert np.abs(np.asarray(image).astype(int) - upright).max() < 8
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_size_of_a_whole_image_is_known_without_decoding_it(kind, orientation, monkeypatch):
+    data = encoded(NOISE.resize((48, 32)), kind, exif=turned(orientation))
+    wide, tall = open_image(data).size
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+        patch.setattr(PngImagePlugin.PngImageFile, "getexif", lambda self: pytest.fail("it was decoded"))
+        assert size_of_whole(data) == (tall, wide)
+    assert [size_of_whole(data[:cut]) for cut in (0, 20, len(data) // 2, len(data) - 1)] == [None] * 4
+
+
+PLAIN = png(np.zeros((4, 6, 3), np.uint8), depth=8, colours=2)
+EXIF = chunk(b"eXIf", turned(6).tobytes())
+UNSURE = {
+    "16 bits": png(deep(65535)),
+    "a wrong checksum": PLAIN[:-20] + b"\0\1\2\3" + PLAIN[-16:],
+    "turned after the pixels": PLAIN[:-12] + EXIF + PLAIN[-12:],
+    "no pixels": PLAIN[:33] + PLAIN[-12:],
+    "no end": PLAIN[:-12],
+    "many bytes after a JPEG": encoded(Image.new("RGB", (8, 8)), "JPEG") + bytes(40),
+    **{kind: encoded(Image.new("RGB", (8, 8)), kind) for kind in ("GIF", "BMP", "TIFF")},
+}
+
+
+@pytest.mark.parametrize("data", UNSURE.values(), ids=UNSURE)
+def test_of_others_only_decoding_can_tell(data):
+    assert size_of_whole(data) is None
+
+
+@pytest.mark.parametrize("data", [PLAIN, PLAIN + b"more", png(np.zeros((4, 6), np.uint8), depth=8, extra=EXIF)])
+def test_the_size_of_a_png(data):
+    assert size_of_whole(data) == open_image(data).size[::-1]
 
 
 def test_a_broken_exif_block_says_nothing():

@@ -1,7 +1,8 @@
 """Preference pairs of images: the embedded drawings, a file, a folder or a Hugging Face dataset.
 
 Rows are ``prompt, chosen, rejected`` or, as in Pick-a-Pic, ``caption, jpg_0, jpg_1, label_0`` where the label says
-whether image 0 wins. Images are decoded on access and never kept.
+whether image 0 wins. Images are decoded on access and never kept: once in a run, when they are encoded, unless only
+decoding can tell whether a file is whole.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from diffusion_align.data.drawings import PreferencePair, load_preferences
 from diffusion_align.data.schemas import BadRow, ColumnSchemas, RowsConfig, Source, checked_prompt, limit_of
 from diffusion_align.data.sources import FILES, Cells, GivenRows, ListTable, Table, short
 from diffusion_align.errors import ConfigError
-from diffusion_align.images import UnreadableImage, open_image, to_rgb
+from diffusion_align.images import UnreadableImage, open_image, size_of_whole, to_rgb
 from diffusion_align.lazy import is_tensor
-from diffusion_align.training.digests import content_digest, file_digest
+from diffusion_align.training.digests import WHOLE, content_digest, file_digest
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 EMBEDDED = "emoji_style"
+_SAME = "chosen and rejected are the same image"
 COLUMN_SCHEMAS = (
     {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
     {"prompt": "caption", "first": "jpg_0", "second": "jpg_1", "first_wins": "label_0"},
@@ -87,15 +90,26 @@ class PairSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def images(self, i: int, size: Size) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected of pair ``i``, (3, H, W) float32 in [0, 1], scaled to cover ``size`` and centre-cropped.
+    def images(self, i: int, size: Size, out: Tensor | None = None) -> Tensor:
+        """Chosen and rejected of pair ``i``, (2, 3, H, W) float32 in [0, 1], scaled to cover ``size``, centre-cropped.
+
+        Args:
+            out: where to put them, if not in a new tensor.
 
         Raises:
-            ConfigError: an image that cannot be read.
+            ConfigError: an image that cannot be read, or both are the same.
         """
+        import torch
+
+        found = torch.empty(2, 3, *size) if out is None else out
         with self._naming(i):
-            chosen, rejected = (_fitted(value, side, self._table.folder, size) for side, value in self._cells(i))
-        return chosen, rejected
+            images = [_image(value, side, self._table.folder, size) for side, value in self._cells(i)]
+            fitted = [image if is_tensor(image) else _fitted(image, size) for image in images]
+            if _are_same(images, fitted):
+                raise BadRow(_SAME)
+        for pixels, place in zip(fitted, found):
+            _put(pixels, place)
+        return found
 
     def size(self, i: int) -> Size:
         """(height, width) of the images of pair ``i``, which ``check_images`` has found to be of one size.
@@ -107,7 +121,7 @@ class PairSet:
         if known is None:
             with self._naming(i):
                 (side, value), _ = self._cells(i)
-                known = _size(_decoded(value, side, self._table.folder))
+                known, _ = _outline(value, side, self._table.folder)
         return known
 
     def identity(self, i: int) -> list[Any]:
@@ -116,7 +130,10 @@ class PairSet:
         return [row, self.prompts[i], *(self._contents.get(row) or self._digests(i))]
 
     def check_images(self, advance: Callable[[], None] = lambda: None) -> PairSet:
-        """The pairs whose images can all be used; decodes each once and calls ``advance`` after each pair.
+        """The pairs whose images can all be used, as far as their files tell; calls ``advance`` after each pair.
+
+        Every file is read once. An image is only decoded here if nothing else tells whether its file is whole; what
+        decoding alone can find of the others, ``images`` says.
 
         Raises:
             ConfigError: bad rows without ``skip_bad_rows``, or no pair is left.
@@ -124,7 +141,7 @@ class PairSet:
         bad: dict[int, str] = {}
         contents: dict[int, list[str]] = {}
         sizes: dict[int, Size] = {}
-        executor = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        executor = ThreadPoolExecutor(decoders())
         try:
             for start in range(0, len(self), 1024):
                 block = range(start, min(start + 1024, len(self)))
@@ -136,17 +153,42 @@ class PairSet:
                     advance()
         finally:
             executor.shutdown(cancel_futures=True)
+        return replace(self, _contents=contents, _sizes=sizes).without(bad)
+
+    def without(self, bad: Mapping[int, str]) -> PairSet:
+        """Without the rows that are ``bad``, row -> what is wrong.
+
+        Raises:
+            ConfigError: there are some without ``skip_bad_rows``, or no pair is left.
+        """
         good = [row not in bad for row in self.rows]
-        checked = replace(
+        left = replace(
             self,
             prompts=list(compress(self.prompts, good)),
             rows=list(compress(self.rows, good)),
-            skipped=dict(sorted((self.skipped | bad).items())),
+            skipped=dict(sorted({**self.skipped, **bad}.items())),
             _first_wins=list(compress(self._first_wins, good)),
-            _contents=contents,
-            _sizes=sizes,
         )
-        return _usable(checked, bad)
+        return _usable(left, bad)
+
+    @property
+    def left_out(self) -> str:
+        """What was left out, as a line to print."""
+        rows = ", ".join(map(str, list(self.skipped)[:10])) + (" ..." if len(self.skipped) > 10 else "")
+        counts = f"{len(self)} pairs; left out: {self.ties} ties, {len(self.skipped)} bad rows"
+        return f"{counts} ({rows})" if rows else counts
+
+    @property
+    def skips_bad_rows(self) -> bool:
+        return self._config.skip_bad_rows
+
+    def is_unchanged(self, i: int) -> bool:
+        """Whether the files of pair ``i`` are those that ``check_images`` has read.
+
+        Raises:
+            ConfigError: one has vanished.
+        """
+        return self._digests(i) == self._contents.get(self.rows[i])
 
     def _cells(self, i: int) -> list[tuple[str, Any]]:
         first, second = self._table.cells(self.rows[i], self._columns)
@@ -163,15 +205,17 @@ class PairSet:
     def _looked_at(self, i: int) -> tuple[str | Size, list[str]]:
         """The problem with the images of pair ``i``, or their size and the digests of their contents."""
         try:
-            chosen, rejected = (_decoded(value, side, self._table.folder) for side, value in self._cells(i))
-            if chosen.size != rejected.size:
-                sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen.size, *rejected.size)
+            looks = [_outline(value, side, self._table.folder) for side, value in self._cells(i)]
+            (chosen, _), (rejected, _) = looks
+            digests = [digest for _, digest in looks]
+            if chosen != rejected:
+                sizes = "chosen is {}x{} and rejected {}x{}".format(*chosen[::-1], *rejected[::-1])
                 raise BadRow(f"{sizes}: both must have one size")
-            if chosen.tobytes() == rejected.tobytes():
-                raise BadRow("chosen and rejected are the same image")
+            if digests[0] == digests[1]:
+                raise BadRow(_SAME)
         except BadRow as bad:
             return f"pairs: row {self.rows[i]}: {bad}", []
-        return _size(chosen), self._digests(i)
+        return chosen, digests
 
     def _digests(self, i: int) -> list[str]:
         """Digests of the contents of pair ``i``'s chosen and rejected images."""
@@ -180,6 +224,13 @@ class PairSet:
             return [_digest(source) for source in sources]
         except (BadRow, OSError) as error:  # it has vanished
             raise ConfigError([f"pairs: row {self.rows[i]}: {error}"]) from None
+
+
+def decoders() -> int:
+    """How many threads decode images: this process's part of the processors. PIL decodes and scales, and hashlib
+    reads, without holding Python's lock."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def open_pairs(config: PairsConfig) -> PairSet:
@@ -238,7 +289,7 @@ def _label(value: Any) -> float | None:
 def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
     chosen, rejected = (_image_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
     if isinstance(chosen, Path) and chosen == rejected:
-        raise BadRow("chosen and rejected are the same image")
+        raise BadRow(_SAME)
 
 
 def _as_file(cell: Any) -> Any:
@@ -294,18 +345,54 @@ def _size(image: Image.Image) -> Size:
     return image.height, image.width
 
 
-def _fitted(value: Any, side: str, folder: Path | None, size: Size) -> Tensor:
-    import numpy as np
-    import torch
+def _outline(value: Any, side: str, folder: Path | None) -> tuple[Size, str]:
+    """Size and digest of an image; it is decoded only if its file does not tell that it is whole."""
+    source = _image_source(value, side, folder)
+    if is_tensor(source):
+        return (source.shape[1], source.shape[2]), _digest(source)
+    try:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+    except OSError:
+        data = b""
+    size = size_of_whole(data) or _size(_decoded(value, side, folder))
+    return size, hashlib.sha256(data).hexdigest() if 0 < len(data) <= WHOLE else _digest(source)
 
-    if is_tensor(value) and value.shape[1:] == size:
-        return value.clone()
-    image, (height, width) = _decoded(value, side, folder), size
+
+def _image(value: Any, side: str, folder: Path | None, size: Size) -> Image.Image | Tensor:
+    """The decoded image; a tensor that has ``size`` as it is."""
+    return value if is_tensor(value) and value.shape[1:] == size else _decoded(value, side, folder)
+
+
+def _fitted(image: Image.Image, size: Size) -> np.ndarray:
+    """(3, H, W) of 8 bits: scaled to cover ``size`` and centre-cropped."""
+    import numpy as np
+
+    height, width = size
     (tall, wide), (top, left) = fit(_size(image), size)
     x, y = image.width / wide, image.height / tall
     box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
     pixels = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous().float() / 255
+    return np.asarray(pixels).transpose(2, 0, 1)
+
+
+def _put(pixels: np.ndarray | Tensor, place: Tensor) -> None:
+    """``pixels`` (3, H, W), of 8 bits or already in [0, 1], in ``place``, in float32."""
+    import numpy as np
+
+    if is_tensor(pixels):
+        place.copy_(pixels)
+    else:  # numpy: torch has threads of its own in every thread of ours
+        np.divide(pixels, np.float32(255), out=place.numpy())
+
+
+def _are_same(images: Sequence[Image.Image | Tensor], fitted: Sequence[np.ndarray | Tensor]) -> bool:
+    """Whether two images are the same; what is left of them at the size they are fitted to is compared first."""
+    import numpy as np
+
+    chosen, rejected = images
+    if is_tensor(chosen) or is_tensor(rejected) or not np.array_equal(fitted[0], fitted[1]):
+        return False
+    return chosen.tobytes() == rejected.tobytes()
 
 
 class _DrawnPairs(ListTable):

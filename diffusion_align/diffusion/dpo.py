@@ -188,7 +188,7 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
             "How much the pairs still have to teach: near 0 the policy tells all of them apart already.",
         ),
     }
-    keeps = ("latents",)
+    keeps = ("latents", "prompts")
 
     def __init__(
         self,
@@ -219,7 +219,10 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
         self.latents = None
         if pairs is not None:
             sizes = self._bucketed(pairs, config.bucket_step) if config.bucket_step else None
-            self.latents = LatentCache(self.folder / "latents", pairs, policy, sizes)
+            dtype = getattr(torch, config.latent_cache_dtype)
+            again = config.epochs * config.samples_per_epoch > len(pairs)
+            captions = self.folder / "prompts" if config.prompts_on_disk and again else None
+            self.latents = LatentCache(self.folder / "latents", pairs, policy, sizes, dtype=dtype, prompts=captions)
 
     def _terms(self, shape: tuple[int, ...]) -> SizeTerms:
         """Those of latents of ``shape`` (C, H, W)."""
@@ -397,8 +400,9 @@ class DiffusionDPOTrainer(DenoisingTrainer[PairBatch]):
 
     def _given(self, latents: LatentCache) -> tuple[PairBatch, dict[str, float]]:
         """This process's part of the epoch's pairs, in a new random order each time all have been seen; metrics."""
-        config, pairs = self.config, latents.pairs
+        config = self.config
         latents.fill(self.identity, batch_size=config.sample_batch_size, processes=self.processes, bars=self.bars)
+        pairs = latents.pairs
         epoch = items_of_epoch(range(len(pairs)), config.seed, self.epoch, config.samples_per_epoch)
         own = [epoch[i] for i in self.local_samples]
         rows = torch.arange(2 * len(own), device=self.processes.device)

@@ -62,6 +62,14 @@ class DiffusionDPOConfig(DenoisingConfig):
         description="train on pairs at about their own aspect ratio, in buckets of at most the run's area whose sides "
         "are multiples of this many pixels (usually 64); null crops all to one size",
     )
+    latent_cache_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the pairs' latents in the run folder: bfloat16 takes half the disk and rounds them"
+    )
+    prompts_on_disk: bool = Field(
+        True,
+        description="keep embeddings of more captions than memory holds (2048) in the run folder, if they take at most "
+        "half of the free disk; false encodes them again in every epoch",
+    )
     prompts: PromptsConfig | None = Field(
         None, description="for judging online: list of texts, file, folder, Hub dataset or shipped list"
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_align.data.buckets import Size
+from diffusion_align.diffusion.prompt_files import PromptFiles
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.diffusion.snapshots import Snapshots
 from diffusion_align.errors import TrainingError, UserError, foreign_code, short
@@ -126,6 +127,7 @@ class DenoisingPolicy:
         self.autocast = autocast
         self.lora = lora
         self._prompt_cache: dict[_Prompt, Conditioning] = {}  # by encoders that do not change: without their adapters
+        self.prompt_files: PromptFiles | None = None  # by the same encoders: prompts that need not be encoded again
         self._prompts: list[_Prompt] = []  # all that were conditioned on, each at its number
         self._numbers: dict[_Prompt, int] = {}
         self._kept: dict[_Prompt, Conditioning] | None = None  # by the adapted encoders, see ``weights_kept``
@@ -234,6 +236,10 @@ class DenoisingPolicy:
     def _encode(self, keys: Sequence[_Prompt]) -> Conditioning:
         """By encoders that do not change, of which all prompts used last are kept."""
         cached = {key: self._prompt_cache.pop(key) for key in dict.fromkeys(keys) if key in self._prompt_cache}
+        if self.prompt_files is not None:
+            others = [(prompt, size) for prompt, size, negative in dict.fromkeys(keys) if not negative]
+            others = [prompt for prompt in others if (*prompt, False) not in cached]
+            cached |= {(*prompt, False): one for prompt, one in self.prompt_files.read(others, self.device).items()}
         missing: dict[tuple[Size, bool], list[str]] = {}
         for prompt, size, negative in (key for key in dict.fromkeys(keys) if key not in cached):
             missing.setdefault((size, negative), []).append(prompt)

@@ -23,8 +23,8 @@ from diffusion_align.training.section import FIELDS_ALONE
 _KEEPING = {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "interrupt_grace"}
 WATCHING = {"output_dir", "resume", "accept_changed", "trackers", "callbacks", "num_threads", "grid_every"} | _KEEPING
 """Settings of where a run is and how it is watched, which change no weight."""
-_SAVING_MEMORY = {"gradient_checkpointing", "ema_offload", "offload_text_encoders"}
-"""Settings that fit a run into a machine's memory, and change no bit."""
+_SAVING_MEMORY = {"gradient_checkpointing", "ema_offload", "offload_text_encoders", "prompts_on_disk"}
+"""Settings that fit a run into a machine's memory or disk, and change no bit."""
 MUTABLE_ON_RESUME = WATCHING | _SAVING_MEMORY | {"epochs", "stop_when"}
 """Settings that may change on resume: where and for how long, never what."""
 # Settings whose content is compared instead of their name, where it is known.

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_align.data import image_pairs
 from diffusion_align.data.drawings import load_preferences
 from diffusion_align.data.image_pairs import PairsConfig, PairSet, open_pairs
 from diffusion_align.errors import ConfigError, problems_of
+from diffusion_align.images import open_image
 from tests.helpers.problems import assert_problem
 from tests.helpers.rows_on_disk import write_rows
 
@@ -317,11 +319,46 @@ def test_pairs_whose_images_do_not_compare(folder, golden):
     (folder / "copy.png").write_bytes(encoded(Image.new("RGBA", (8, 8), (*colour(20), 255))))
     rows = [GOOD, GOOD | {"rejected": "narrow.png"}, GOOD | {"rejected": "copy.png"}, GOOD | {"prompt": ""}]
     source = write_rows(folder / "a.jsonl", rows)
-    found = bad_rows(write_rows(folder / "b.jsonl", rows[:3]), decode=True)
-    golden("images that do not compare", found)
+    found = bad_rows(write_rows(folder / "b.jsonl", rows[:2]), decode=True)
     left = open_(source, skip_bad_rows=True).check_images()
-    assert left.rows == [0]
-    assert list(left.skipped.items()) == [*enumerate(found, 1), (3, "pairs: row 3: the prompt is empty")]
+    assert left.rows == [0, 2]  # a copy in other bytes is seen when it is decoded
+    found += problems_of(left.images, 1, (8, 8))
+    golden("images that do not compare", found)
+    assert list(left.skipped.items()) == [(1, found[0]), (3, "pairs: row 3: the prompt is empty")]
+    left = left.without({2: found[1]})
+    assert (left.rows, left.prompts, list(left.skipped)) == ([0], ["fine"], [1, 2, 3])
+    assert left.left_out == "1 pairs; left out: 0 ties, 3 bad rows (1, 2, 3)"
+
+
+def test_a_file_that_stands_for_both_sides_twice(folder):
+    (folder / "twin.png").write_bytes((folder / "20.png").read_bytes())
+    source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {"rejected": "twin.png"}])
+    [problem] = bad_rows(source, decode=True)
+    assert problem == "pairs: row 1: chosen and rejected are the same image"
+
+
+def test_an_image_whose_file_is_whole_is_not_decoded_ahead(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(image_pairs, "open_image", lambda source: decoded.append(source.name) or open_image(source))
+    kinds = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+    for i, kind in enumerate(kinds):
+        for side in "wl":
+            noise((16, 24), i, *((0, 100) if side == "w" else (100, 256))).save(folder / f"{side}{i}", kind)
+    rows = [{"prompt": "p", "chosen": f"w{i}", "rejected": f"l{i}"} for i in range(len(kinds))]
+    pairs = open_(write_rows(folder / "a.jsonl", rows)).check_images()
+    assert sorted(decoded) == ["l3", "l4", "l5", "w3", "w4", "w5"]
+    assert [pairs.size(i) for i in range(6)] == [(24, 16)] * 6
+
+
+def test_images_are_the_bits_of_their_bytes(folder):
+    images = [noise((97, 64), seed) for seed in (0, 1)]
+    for name, image in zip(("x.png", "y.png"), images):
+        image.save(folder / name)
+    pairs = open_(write_rows(folder / "a.jsonl", [{"prompt": "p", "chosen": "x.png", "rejected": "y.png"}]))
+    wanted = [torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255 for image in images]
+    place = torch.empty(2, 2, 3, 64, 97)
+    assert torch.equal(pairs.images(0, (64, 97), place[:, 1]), torch.stack(wanted))
+    assert torch.equal(place[:, 1], torch.stack(wanted))
 
 
 def test_no_pair_is_left_after_decoding(folder, golden):

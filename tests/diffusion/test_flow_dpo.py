@@ -49,7 +49,7 @@ def make_trainer(tmp_path, monkeypatch):
             prompts = [(text, {}) for text in config.prompts.source]
             return dpo.DiffusionDPOTrainer(config, policy, reward=reward, prompts=prompts)
         pairs = GivenLatents([shapes[i % len(shapes)] for i in range(6)])
-        monkeypatch.setattr(dpo, "LatentCache", lambda *_: pairs)
+        monkeypatch.setattr(dpo, "LatentCache", lambda *_, **__: pairs)
         return dpo.DiffusionDPOTrainer(config, policy, pairs=pairs)
 
     return make
@@ -390,7 +390,7 @@ def test_losses_of_real_networks(model, make_policy, tmp_path, monkeypatch):
     policy = make_policy(model, noise=0.3)
     channels = policy.latent_shape[0]
     pairs = GivenLatents([(channels, *sides) for sides in ((8, 8), (4, 12), (8, 4), (8, 8))])
-    monkeypatch.setattr(dpo, "LatentCache", lambda *_: pairs)
+    monkeypatch.setattr(dpo, "LatentCache", lambda *_, **__: pairs)
     monkeypatch.setattr(pairs, "conditioning", lambda indices, texts: policy.encode(texts))
     config = DiffusionDPOConfig(
         model="emoji-flow",

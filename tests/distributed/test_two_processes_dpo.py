@@ -37,12 +37,12 @@ import time
 import diffusion_align.diffusion.latent_cache as cache
 cache._SHARD = 2
 write = cache.LatentCache._write
-def noted(self, number, tensors):
+def noted(self, number, *latents):
     with open(f"{SCRATCH}/written", "a") as file:
         file.write(f"{os.environ.get('WORLD_SIZE', 1)} {os.environ.get('RANK', 0)} {number}\\n")
     if number == 4:  # the last one, which the other process needs and does not write
         time.sleep(2)
-    write(self, number, tensors)
+    write(self, number, *latents)
 cache.LatentCache._write = noted
 """
 # mixed_precision=auto means what is faster, and a busy machine would choose by chance.
@@ -231,8 +231,8 @@ import os, signal
 import diffusion_align.diffusion.latent_cache as cache
 cache._SHARD = 2
 write, calls = cache.LatentCache._write, [0]
-def stopped(self, number, tensors):
-    write(self, number, tensors)
+def stopped(self, number, *latents):
+    write(self, number, *latents)
     calls[0] += 1
     if calls[0] == 2 and os.environ.get("RANK", "0") == "0":
         os.kill(os.getpid(), signal.SIGINT)

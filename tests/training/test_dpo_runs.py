@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusion_align.diffusion import policy as policies
 from diffusion_align.diffusion.dpo import DiffusionDPOTrainer
 from diffusion_align.diffusion.policy import DenoisingPolicy
 from diffusion_align.errors import TrainingError
@@ -342,6 +343,27 @@ def test_prediction_types_agree_where_the_latents_are_the_same(train, tmp_path):
             pixels = torch.stack([trainer.pairs.images(pair, (16, 16))[i] for pair in range(6)])
             torch.testing.assert_close(stored[side], trainer.policy.encode_images(pixels), atol=1e-6, rtol=0)
         assert not torch.equal(stored["chosen"], stored["rejected"])
+
+
+def test_captions_on_disk_and_encoded_again_give_the_same_run(train, tmp_path, monkeypatch):
+    """With fewer embeddings in memory than there are captions; narrow latents are another run."""
+    monkeypatch.setattr(policies, "CACHED_PROMPTS", 3)
+    weights = {}
+    for name, changes in {
+        "disk": {"prompts_on_disk": True},
+        "memory": {"prompts_on_disk": False},
+        "narrow": {"latent_cache_dtype": "bfloat16"},
+    }.items():
+        train(name=name, **changes)
+        weights[name] = (tmp_path / name / "final" / "pytorch_lora_weights.safetensors").read_bytes()
+        assert (tmp_path / name / "prompts").is_dir() == (name != "memory")
+    assert weights["disk"] == weights["memory"] != weights["narrow"]
+
+
+def test_captions_that_are_seen_once_are_not_kept(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "CACHED_PROMPTS", 3)
+    train(epochs=1)
+    assert not (tmp_path / "run" / "prompts").exists()
 
 
 @pytest.mark.parametrize("reward", [None, brightness])
