@@ -7,6 +7,7 @@ channel are scaled by 65535, or by what the file says that it uses of them; wher
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -122,10 +123,9 @@ def to_rgb(image: Image.Image, bits: tuple[int, int] | None = None) -> Image.Ima
     """
     import numpy as np
 
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the image
-        image = image.copy()
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the image
+        if image.getexif().get(0x0112, 1) != 1:  # it would copy the image all the same
+            image = ImageOps.exif_transpose(image)
     if image.mode == "F" or (image.mode == "I" and bits is None):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise UnreadableImage(f"holds {kind}, so it is unknown which value is white: save it with 8 bits per channel")

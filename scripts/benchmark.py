@@ -10,8 +10,9 @@ Not tests: run them on a quiet machine.
     python scripts/benchmark.py token-log-probs     # in chunks of the vocabulary, and with log_softmax and gather
     python scripts/benchmark.py commands            # what is answered without a model, beside ``import torch``
     python scripts/benchmark.py report              # what report.html costs a run, and of 2000 epochs
+    python scripts/benchmark.py pairs               # the start of pair training, by kind of file and number of pairs
 
-All but the last three: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
+All but the last four: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
 exactly the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both
 see the same machine; the median of the ratios is what counts. Tokens per second are those of the backward passes,
 padding and prompts too, over the whole epoch.
@@ -19,6 +20,9 @@ padding and prompts too, over the whole epoch.
 ``token-log-probs`` (Linux, on the CPU; the defaults need 5 GB): every form and pass has its own process. Its memory is
 the peak of the resident memory over what is resident once the inputs are there, so the result and the gradients
 count: where logits are given, their gradient alone is as large as they are. "forward" is without a graph.
+
+``pairs``: CPU-seconds and seconds per 1000 pairs before the first update, without the passes of the VAE; then the same
+where all latents are there; then what opening a list of many rows takes. The images are synthetic.
 
 ``commands``: CPU-seconds, of Python's start too; ``import torch`` is measured in the same run, since machines differ.
 """
@@ -167,6 +171,45 @@ def report(
         return
     each = f"{len(spent)} times in {epochs} epochs, {found['seconds']:.3f} s each (median)"
     print(f"{each}, {found['share']:.2%} of the epochs' time; {long:.2f} s for {many} epochs")
+
+
+@app.command()
+def pairs(
+    counts: Annotated[list[int] | None, typer.Argument(help="numbers of pairs; 200 and 800 if not given")] = None,
+    size: Annotated[int, typer.Option(help="side of the images, and of the run")] = 768,
+    rows: Annotated[int, typer.Option(help="of the lists that are only opened; 0 for none")] = 1_000_000,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """What the start of pair training costs."""
+    import pair_start
+
+    stages = ("rows", "files", "identity", "images")
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in ("png", "jpg"):
+            for count in counts or [200, 800]:
+                folder = pair_start.write_pairs(Path(scratch) / f"{kind}{count}", count, size, kind)
+                for again in (False, True):
+                    took = pair_start.start(folder, Path(scratch) / f"latents {kind}{count}", size)
+                    each = {stage: [1000 / count * seconds for seconds in took[stage]] for stage in stages}
+                    found.append({"kind": kind, "pairs": count, "again": again, "decoded": took["decoded"], **each})
+        for suffix in (".jsonl", ".csv", ".parquet") if rows else ():
+            path = pair_start.write_rows(Path(scratch) / f"{kind}{count}" / f"many{suffix}", rows, kind)
+            found.append({"list": suffix, **pair_start.open_rows(path)})
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(
+        "CPU-seconds (seconds) per 1000 pairs\nfiles   pairs    latents  decoded" + "".join(f"{s:>16}" for s in stages)
+    )
+    for row in found:
+        if "list" in row:
+            took = f"{row['cpu']:.1f} CPU-seconds, {row['seconds']:.1f} s, {row['mib']:.0f} MiB"
+            print(f"{row['list']} of {row['rows']} rows: {took}")
+            continue
+        each = "".join(f"{row[s][0]:8.2f} ({row[s][1]:5.2f})" for s in stages)
+        there = "there" if row["again"] else "missing"
+        print(f"{row['kind']}  {row['pairs']:8d}  {there:>9}  {row['decoded']:7d}{each}")
 
 
 def _print_text(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -154,26 +154,30 @@ class LatentCache:
 
     def _decoded(self, numbers: Sequence[int], batch_size: int) -> Generator[tuple[Tensor, dict[int, str]], None, None]:
         """Of each batch of pairs in the files ``numbers``: images (2, B, 3, H, W), and row -> what is wrong with bad
-        pairs, which are not among them. Threads decode the next batches while one is encoded."""
+        pairs, which are not among them. Threads decode the next batches while one is encoded; the images of a batch are
+        overwritten once the next one is asked for."""
         batches = [
             self._files[n][start : start + batch_size]
             for n in numbers
             for start in range(0, len(self._files[n]), batch_size)
         ]
         threads = decoders()
+        done: dict[torch.Size, list[Tensor]] = {}  # new memory would have to be cleared, which takes as long again
         ahead: deque[tuple[Sequence[int], Tensor, list[Future[str | None]]]] = deque()
         with ThreadPoolExecutor(threads) as executor:
             try:
                 waiting = iter(batches)
                 for _ in batches:
                     while len(ahead) <= -(-threads // batch_size) and (coming := next(waiting, None)) is not None:
-                        images = torch.empty(2, len(coming), 3, *self.sizes[coming[0]])
+                        shape = torch.Size((2, len(coming), 3, *self.sizes[coming[0]]))
+                        images = done[shape].pop() if done.get(shape) else torch.empty(shape)
                         jobs = [executor.submit(self._decode, i, images[:, k]) for k, i in enumerate(coming)]
                         ahead.append((coming, images, jobs))
                     batch, images, jobs = ahead.popleft()
                     problems = [job.result() for job in jobs]
                     bad = {self.pairs.rows[i]: one for i, one in zip(batch, problems, strict=True) if one is not None}
                     yield images[:, [one is None for one in problems]] if bad else images, bad
+                    done = {images.shape: [*done.get(images.shape, ()), images]}
             finally:
                 executor.shutdown(wait=False, cancel_futures=True)
 
