@@ -96,7 +96,9 @@ def _options(
     pass  # main() reads --debug wherever it stands
 
 
-@app.command(epilog=_epilog("train quickstart epochs=12", _SETTINGS, "Docs: docs/ddpo.md, diffusion_dpo.md, text.md"))
+@app.command(
+    epilog=_epilog("train quickstart seed=1", _SETTINGS, "Docs: docs/forward.md, ddpo.md, diffusion_dpo.md, text.md")
+)
 def train(config: Config, overrides: Overrides = None) -> None:
     """Train a model as a recipe says.
 
