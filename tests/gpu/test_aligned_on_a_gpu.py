@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run with -m gpu."""
+"""Every method, and both kinds of model, aligned on a GPU in every precision. Run with -m gpu."""
 
 import pytest
 import torch
