@@ -150,7 +150,7 @@ def draw(courses: Sequence[Course]) -> Figure:
     """
     courses = [course for course in courses if course.target is not None]
     figure, panels = new_figure(2 * len(courses), columns=2)
-    colours = dict(zip(ENTRANTS, [*PALETTE, "#888888", "#8c564b"], strict=True))
+    colours = dict(zip(ENTRANTS, [*PALETTE, "#888888"], strict=True))
     known: dict[str, Any] = {}
     for i, course in enumerate(courses):
         for axes, key, name in zip(panels[2 * i :], ("reward", "held_out"), ("reward", "CLIP score, held out")):

@@ -198,6 +198,15 @@ def test_the_page_has_the_tables_of_its_rows():
     assert race_page.put_between_marks(PAGE, race_page.tables(courses)) == PAGE
 
 
+def test_the_figure_has_a_colour_for_every_entrant():
+    courses = [race.course(RESULTS, *name.split("/")) for name in race.read_targets(RESULTS)]
+    figure = race_page.draw(courses)
+    ran = [method for method in race.ENTRANTS if any(course.of(method, "final") for course in courses)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ran
+    assert len({line.get_color() for line in legend.get_lines()}) == len(ran)
+
+
 def test_the_numbers_of_the_answer_are_in_the_tables():
     answer, table = PAGE.split(race_page.BEGIN)
     found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", answer)
