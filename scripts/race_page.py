@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from race_course import ENTRANTS, PLAIN, SEEDS, Course, Row
 
 from diffusion_align.report.plots import INK, PALETTE, draw_band, draw_line, label_axes, new_figure
@@ -33,11 +34,13 @@ class Finish:
     Attributes:
         method: its name.
         rows: of the seeds.
-        at: the evaluation at the target of each that reached it; KL of a run that went on to its end is that there.
+        reached: those of them that reached the target.
+        at: the evaluation there of each of these; KL of a run that went on to its end is that there.
     """
 
     method: str
     rows: Sequence[Row]
+    reached: Sequence[Row]
     at: Sequence[Row]
 
     @property
@@ -53,19 +56,23 @@ class Finish:
 def finish(course: Course, method: str) -> Finish:
     """The final runs of ``method``."""
     rows = course.of(method, "final")
-    reached = [(row, course.reached(row)) for row in rows]
-    return Finish(method, rows, [{"kl": row["evaluations"][-1]["kl"]} | e for row, e in reached if e is not None])
+    found = [(row, e) for row in rows if (e := course.reached(row)) is not None]
+    at = [{"kl": row["evaluations"][-1]["kl"]} | e for row, e in found]
+    return Finish(method, rows, [row for row, _ in found], at)
 
 
 def fewer(plain: Finish, other: Finish) -> tuple[float, float, float] | None:
-    """How many times fewer passes ``other`` takes, and its 95 % interval; None where a seed of either did not reach the
-    target.
+    """How many times fewer passes ``other`` takes, and its 95 % interval; None where a seed of ``other`` did not reach
+    the target, or one of ``plain`` has not run.
 
-    The ratio of the geometric means; the interval is Student's for the difference of the means of the log-passes.
+    The ratio of the geometric means; the interval is Student's for the difference of the means of the log-passes. A run
+    of ``plain`` that did not reach the target counts with what it spent, so the ratio is then a lower bound.
     """
-    if not (plain.complete and other.complete):
+    if not (len(plain.rows) == len(SEEDS) and plain.at and other.complete):
         return None
-    logs = [[math.log(e["passes"]) for e in one.at] for one in (plain, other)]
+    spent = [row["passes"] for row in plain.rows if row not in plain.reached]
+    logs = [[math.log(passes) for passes in [*spent, *(e["passes"] for e in plain.at)]]]
+    logs += [[math.log(e["passes"]) for e in other.at]]
     difference = statistics.mean(logs[0]) - statistics.mean(logs[1])
     error = _standard_error(*logs)
     low, high = difference - T_OF_FOUR * error, difference + T_OF_FOUR * error
@@ -73,8 +80,9 @@ def fewer(plain: Finish, other: Finish) -> tuple[float, float, float] | None:
 
 
 def falls_below(plain: Finish, other: Finish) -> bool:
-    """Whether the held-out reward at the target is more than two standard errors below that of ``plain``."""
-    if other.method == plain.method or not (plain.complete and other.complete):
+    """Whether the held-out reward at the target is more than two standard errors below that of ``plain``, by the seeds
+    that reached it."""
+    if other.method == plain.method or min(len(plain.at), len(other.at)) < 2:
         return False
     values = [[e["held_out"] for e in one.at] for one in (plain, other)]
     return statistics.mean(values[1]) < statistics.mean(values[0]) - 2 * _standard_error(*values)
@@ -129,6 +137,8 @@ def _cells(plain: Finish, one: Finish) -> list[str]:
     some = "" if len(one.at) == len(SEEDS) else f" ({len(one.at)} of {len(one.rows)} seeds)"
     ratio = fewer(plain, one)
     times = "" if ratio is None else "1" if one.method == PLAIN else "{:.1f} × ({:.1f} to {:.1f})".format(*ratio)
+    if ratio is not None and not plain.complete:
+        times = f"over {times}"
     mark = f" {MARK}" if falls_below(plain, one) else ""
     return [
         one.method,
@@ -165,6 +175,9 @@ def draw(courses: Sequence[Course]) -> Figure:
             if key == "reward":
                 axes.axhline(course.target, color=INK, linewidth=0.8, linestyle="--", zorder=1)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             label_axes(axes, f"{course.model}, {TITLES[course.reward]}: {name}", "passes through the network", name)
     figure.legend(
         known.values(), known, frameon=False, fontsize=8.5, labelcolor=INK, ncols=4, loc="outside lower center"

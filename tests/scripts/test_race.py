@@ -119,6 +119,16 @@ def test_passes_are_compared_by_their_logarithms_and_held_out_rewards_by_standar
     assert not race_page.falls_below(plain, race_page.finish(Course("", "", worse, 1.0), "DDPO, windows"))
 
 
+def test_a_plain_run_that_never_reached_the_target_counts_with_what_it_spent():
+    rows = final(PLAIN, (800, 1600), (0.70, 0.71)) + final(PLAIN, (0, 0, 3200), (0, 0, 0.9), reached=False)[2:]
+    rows += final("DDPO, windows", (100, 200, 400), (0.67, 0.68, 0.69))
+    course = Course("emoji-sd", "aesthetic", rows, 1.0)
+    plain, windows = (race_page.finish(course, method) for method in (PLAIN, "DDPO, windows"))
+    assert race_page.fewer(plain, windows)[0] == pytest.approx(8)
+    assert race_page.falls_below(plain, windows)  # .68 and .705: the run without an end has no say
+    assert "| over 8.0 × (" in race_page.tables([course])
+
+
 def test_losers_are_in_the_table_too_and_the_first_comes_first():
     rows = final(PLAIN, (800, 1600, 3200), (0.7, 0.71, 0.72)) + final("DDPO, windows", (100, 200, 400), (0.6, 0.6, 0.6))
     rows += final("online Diffusion-DPO", (900, 900, 900), (0.7, 0.7, 0.7), reached=False)
