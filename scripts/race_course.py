@@ -138,7 +138,7 @@ class Course:
         """What a method still has to run: the first of them, then, with its row, the next."""
         entrant = ENTRANTS[method]
         recipe, overrides = entrant.settings(self.reward, self.model)
-        base: float = read_config(recipe, [*overrides, "output_dir=unused"]).learning_rate
+        base: float = read_config(recipe, [f"model={self.model}", *overrides, "output_dir=unused"]).learning_rate
         if self.reward in entrant.without:
             return
         if not entrant.searched:

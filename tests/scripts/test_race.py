@@ -167,6 +167,13 @@ def test_every_entrant_trains_the_same_adapters_on_the_same_prompts_without_guid
     assert mine.evaluation is None
 
 
+@pytest.mark.parametrize("model", race_run.TRAINED_RANGE)
+@pytest.mark.parametrize("method", [name for name, entrant in race.ENTRANTS.items() if entrant.searched])
+def test_every_entrant_searches_three_rates_on_every_model(method, model):
+    rows = [row(SHIPPED, 0.003, seed, "final", [0, 1]) for seed in (0, 1, 2)]
+    assert len(list(Course(model, "aesthetic", rows, 1.0).jobs(method))) == 3
+
+
 @pytest.mark.parametrize(
     ("role", "passes", "own", "reward", "why"),
     [
