@@ -132,6 +132,7 @@ def _policy(config: Any, model: Any, tokenizer: Any) -> tuple[Any, Accelerator, 
         needs_reference=config.needs_reference,
         reference=reference,
         logits=config.logits,
+        sampling=config.sampling,
         **common,
     )
     return config, accelerator, policy

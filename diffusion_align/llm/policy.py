@@ -27,7 +27,7 @@ from diffusion_align.estimators import (
     token_log_probs,
 )
 from diffusion_align.estimators.masked import at_least_float32
-from diffusion_align.llm.settings import SLICED_FROM, Logits, LoRAConfig
+from diffusion_align.llm.settings import SLICED_FROM, Logits, LoRAConfig, Sampling
 from diffusion_align.models.dropout import set_dropout
 from diffusion_align.models.lora import (
     adapter_layers,
@@ -182,6 +182,7 @@ class LanguagePolicy:
         logits: "whole": of all scored positions at once. "sliced": log-probs and entropies from slices of the
             vocabulary; the logits are never there as a whole. "auto": sliced where the vocabulary has ``SLICED_FROM``
             tokens or more and the model has a ``plain_head``.
+        sampling: "fast" lets ``rollout`` round differently, see there.
 
     Raises:
         UserError: a tokenizer without an end of sequence, adapters that are there already, other vocabularies, or
@@ -201,6 +202,7 @@ class LanguagePolicy:
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         gradient_checkpointing: bool = False,
         logits: Logits = "auto",
+        sampling: Sampling = "plain",
     ) -> None:
         self.pad = padding_token(model, tokenizer)
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -215,6 +217,7 @@ class LanguagePolicy:
             )
         self.model, self.tokenizer, self.lora = model.to(device), tokenizer, lora
         self.device, self.temperature, self.autocast = torch.device(device), temperature, autocast
+        self.sampling = sampling
         self.eos = int(tokenizer.eos_token_id)
         ends = eos_token_ids(tokenizer, getattr(model, "generation_config", None))
         self.ends = torch.tensor(ends, device=self.device)

@@ -28,6 +28,7 @@ from diffusion_align.training.settings import (
 SLICED_FROM = 4096
 """Tokens of a vocabulary from which ``logits=auto`` is sliced; those of the embedded model are fewer."""
 Logits = Literal["auto", "whole", "sliced"]
+Sampling = Literal["plain", "fast"]
 
 
 class LoRAConfig(LoRASettings):
@@ -85,6 +86,11 @@ class TextConfig(PolicyConfig):
         "auto",
         description="whole: of all scored tokens at once; sliced: log-probs from slices of the vocabulary, faster and "
         f"with less memory, other rounding; auto: sliced from {SLICED_FROM} tokens on, where the model allows it",
+    )
+    sampling: Sampling = Field(
+        "plain",
+        description="fast: a prompt is read once for all its completions, finished ones leave the batch, tokens are "
+        "chosen in float32; the same streams of random numbers, other rounding",
     )
     show_prompts: list[Any] | None = Field(
         None, description="prompts of the previews; the first of the data if not given"

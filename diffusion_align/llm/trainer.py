@@ -205,8 +205,15 @@ class TextTrainer(PolicyTrainer[Batch]):
             some = [rows[i] for i in batch]
             streams = [generator(config.seed, "tokens", self.epoch, i) for i in batch]
             prompts = [row.ids for row in some]
-            sampled = rollout(self.policy, prompts, streams, max_new_tokens=length, on_token=lambda: advance(1))
-            advance(length - sampled.logp_old.shape[1])
+            left = length
+
+            def on_token() -> None:
+                nonlocal left
+                left -= 1
+                advance(1)
+
+            sampled = rollout(self.policy, prompts, streams, max_new_tokens=length, on_token=on_token)
+            advance(left)
             texts = self.policy.decode(sampled.sequences)
             return sampled, rewards.calls(some, texts, sampled.sequences.tokens, state)
 

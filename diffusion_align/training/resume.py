@@ -31,7 +31,7 @@ MUTABLE_ON_RESUME = WATCHING | _SAVING_MEMORY | {"epochs", "stop_when"}
 _KNOWN_BY_CONTENT = {"model", "reference_model", "prompts", "dataset", "eval_dataset", "pairs"}
 # Others that do: they may change, and the last bits of what is computed with them.
 _FREE_BUT_FOR_BITS = {"micro_batch_size", "sample_batch_size", "mixed_precision", "tf32", "attention", "channels_last"}
-_FREE_BUT_FOR_BITS |= {"vae_slicing", "logits"}
+_FREE_BUT_FOR_BITS |= {"vae_slicing", "logits", "sampling"}
 # Where a reward is computed and how long it is waited for: a server may come back under another address.
 _DEPLOYMENT_OF_REWARDS = {"device", "offload", "background", "url", "timeout", "patience", "token_file"}
 _DEPLOYMENT_OF_REWARDS |= {"concurrency", "cache"}

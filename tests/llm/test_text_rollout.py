@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_align.errors import TrainingError
 from diffusion_align.estimators import importance_ratio
-from diffusion_align.llm.policy import LoRAConfig
-from diffusion_align.llm.rollout import _draw, rollout
+from diffusion_align.llm import rollout as rollout_file
+from diffusion_align.llm.policy import LanguagePolicy, LoRAConfig
+from diffusion_align.llm.rollout import _draw, _draw_fast, rollout
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20]]
 
@@ -142,3 +144,96 @@ def test_logits_that_are_not_finite_are_an_error_and_not_tokens(make_language_po
         next(iter(policy.trainable.values())).fill_(torch.nan)
     with pytest.raises(TrainingError, match="the language model gives log-probs that are not finite: use bfloat16"):
         rollout(policy, [[4, 5], [6]], streams, max_new_tokens=3)
+
+
+GROUPS = [[5, 6, 7]] * 4 + [[8, 9, 10, 11]] * 4 + [[20]] * 4
+
+
+def shapes_of(model, seen):
+    """A hook that notes the shape of what each pass is given."""
+    return model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_fast_sampling_gives_the_same_completions_and_reads_a_prompt_once(
+    make_language_policy, family, cached, monkeypatch
+):
+    """Of random numbers of their own; in float64, where rounding chooses no other token."""
+    if not cached:
+        monkeypatch.setattr(LanguagePolicy, "keeps_cache", False)
+    found, passes = {}, {"plain": [], "fast": []}
+    for sampling in ("plain", "fast"):
+        policy = make_language_policy(family, noise=0.1, dtype=torch.float64, temperature=1.5, sampling=sampling)
+        policy.ends = torch.arange(3, 6)  # any of three tokens of 40
+        shapes_of(policy.model, passes[sampling])
+        found[sampling] = rollout(policy, GROUPS, streams(12), max_new_tokens=20)
+    plain, fast = found["plain"], found["fast"]
+    assert torch.equal(plain.sequences.ids, fast.sequences.ids)
+    assert torch.equal(plain.sequences.mask, fast.sequences.mask)
+    assert torch.equal(plain.finished, fast.finished)
+    assert 0 < plain.finished.sum() < 12
+    torch.testing.assert_close(fast.logp_old, plain.logp_old, rtol=0, atol=1e-10)
+    assert len(passes["plain"]) == len(passes["fast"]) == plain.logp_old.shape[1]
+    assert passes["fast"][0][0] == (3 if cached else 12)
+    rows = [shape[0] for shape in passes["fast"][1:]]
+    assert rows == sorted(rows, reverse=True)
+    assert {shape[0] for shape in passes["plain"]} == {12}
+    assert rows[-1] < 9
+
+
+@pytest.mark.parametrize("sampling", ["plain", "fast"])
+def test_looking_seldom_at_which_rows_are_finished_changes_nothing(make_language_policy, sampling, monkeypatch):
+    policy = make_language_policy(noise=0.1, dtype=torch.float64, temperature=3.0, sampling=sampling)
+    policy.ends = torch.arange(3, 12)
+    found = []
+    for every in (1, 5):
+        monkeypatch.setattr(rollout_file, "_checked_every", lambda device, every=every: every)
+        found.append(rollout(policy, [[5, 6]] * 3, streams(3), max_new_tokens=60))
+    a, b = found
+    assert a.finished.all()
+    assert a.logp_old.shape[1] % 5  # so that the second goes on for a while
+    assert torch.equal(a.sequences.ids, b.sequences.ids)
+    assert torch.equal(a.sequences.mask, b.sequences.mask)
+    torch.testing.assert_close(a.logp_old, b.logp_old, rtol=0, atol=1e-10)
+
+
+def test_no_token_waits_for_the_device(make_language_policy, monkeypatch):
+    """A number is read every 16 tokens, beside what a rollout reads once."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **kwargs or {})
+
+    logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = -torch.inf  # no end
+    monkeypatch.setattr(rollout_file, "_checked_every", lambda device: 16)
+    monkeypatch.setattr(rollout_file._Cached, "next_logits", lambda self, token: logits)
+    policy, counts = make_language_policy(sampling="fast"), []
+    for tokens in (16, 32, 47):
+        with Reads() as reads:
+            rollout(policy, [[5]] * 4, streams(4), max_new_tokens=tokens)
+        counts.append(reads.count)
+    assert counts == [counts[0], counts[0] + 1, counts[0] + 1]
+
+
+def test_fast_draws_are_those_of_the_distribution_function(make_language_policy):
+    policy = make_language_policy(sampling="fast", temperature=0.7)
+    logits = 3 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, 290:] = -torch.inf
+    logits[:25, :130] = -torch.inf
+    logp = (logits / 0.7).log_softmax(-1)
+    for chance in (0.0, 0.1, 0.5, 0.9, 1 - 2**-53):
+        chances = torch.full((50,), chance, dtype=torch.float64)
+        token, chosen = _draw_fast(policy, logits, chances)
+        assert torch.equal(token, _draw(logp, chances))
+        torch.testing.assert_close(chosen, logp.gather(1, token[:, None]).squeeze(1))
+        assert chosen.isfinite().all()
+    with torch.no_grad():
+        found, _ = _draw_fast(policy, torch.full((2, 300), torch.nan), torch.full((2,), 0.5, dtype=torch.float64))
+    assert found.max() < 300
