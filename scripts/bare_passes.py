@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -135,6 +136,32 @@ class LanguagePasses:
                 )
             if gradient:
                 output.logits.sum().backward()
+
+
+@contextlib.contextmanager
+def called_before_collecting(call: Callable[[Any], None]) -> Iterator[None]:
+    """Inside, every trainer first tells ``call`` that an epoch begins."""
+    from diffusion_align.training.trainer import Trainer
+
+    classes: list[Any] = [Trainer]
+    for parent in classes:  # grows while it is gone through
+        classes += parent.__subclasses__()
+    collects = {kind: kind.__dict__["collect"] for kind in classes[1:] if "collect" in kind.__dict__}
+
+    def wrapped(collect: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def collect_after_call(trainer: Any) -> Any:
+            call(trainer)
+            return collect(trainer)
+
+        return collect_after_call
+
+    try:
+        for kind, collect in collects.items():
+            kind.collect = wrapped(collect)
+        yield
+    finally:
+        for kind, collect in collects.items():
+            kind.collect = collect
 
 
 class _Stopwatch:

@@ -11,8 +11,9 @@ Not tests: run them on a quiet machine.
     python scripts/benchmark.py commands            # what is answered without a model, beside ``import torch``
     python scripts/benchmark.py report              # what report.html costs a run, and of 2000 epochs
     python scripts/benchmark.py pairs               # the start of pair training, by kind of file and number of pairs
+    python scripts/benchmark.py peers               # our epochs beside TRL's; docs/performance.md
 
-All but the last four: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
+All but the last five: how much an epoch costs on top of the bare network passes it needs. Every epoch is followed by
 exactly the passes it made (same batch sizes and lengths, same adapter, with or without a backward pass), so that both
 see the same machine; the median of the ratios is what counts. Tokens per second are those of the backward passes,
 padding and prompts too, over the whole epoch.
@@ -29,7 +30,6 @@ where all latents are there; then what opening a list of many rows takes. The im
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -38,12 +38,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from peers import peers
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -70,6 +71,9 @@ ANSWERS = [
 @app.callback()
 def benchmarks() -> None:
     """Benchmarks, one command each."""
+
+
+app.command()(peers)
 
 
 @app.command()
@@ -239,7 +243,7 @@ def _print_epochs(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
     """Run ``epochs`` epochs after one to warm up; seconds, ratios, peak memory and, of text, tokens per second."""
-    from bare_passes import LanguagePasses, UNetPasses
+    from bare_passes import LanguagePasses, UNetPasses, called_before_collecting
 
     from diffusion_align.methods import method_of
     from diffusion_align.pipelines.configuration import read_config
@@ -266,7 +270,7 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
 
         of_images = method_of(config.method).model_kind == "image"
         counting: Any = UNetPasses() if of_images else LanguagePasses()
-        with counting as passes, _called_before_collecting(before_collecting):
+        with counting as passes, called_before_collecting(before_collecting):
             run(config)
     measured = results[1:]  # the first epoch warms up
     ratios = [epoch / bare for epoch, bare, _ in measured]
@@ -284,32 +288,6 @@ def measure(recipe: str, overrides: list[str], epochs: int) -> dict[str, Any]:
     else:
         row["tokens_per_second"] = statistics.median(tokens / epoch for epoch, _, tokens in measured)
     return row
-
-
-@contextlib.contextmanager
-def _called_before_collecting(call: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, every trainer first tells ``call`` that an epoch begins."""
-    from diffusion_align.training.trainer import Trainer
-
-    classes: list[Any] = [Trainer]
-    for parent in classes:  # grows while it is gone through
-        classes += parent.__subclasses__()
-    collects = {kind: kind.__dict__["collect"] for kind in classes[1:] if "collect" in kind.__dict__}
-
-    def wrapped(collect: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def collect_after_call(trainer: Any) -> Any:
-            call(trainer)
-            return collect(trainer)
-
-        return collect_after_call
-
-    try:
-        for kind, collect in collects.items():
-            kind.collect = wrapped(collect)
-        yield
-    finally:
-        for kind, collect in collects.items():
-            kind.collect = collect
 
 
 def _peak_mib() -> float:

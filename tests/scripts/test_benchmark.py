@@ -55,7 +55,7 @@ def test_text_epochs_are_printed_as_a_table(capsys):
 
 
 def test_the_passes_of_a_language_policy_are_all_counted(tmp_path):
-    from bare_passes import LanguagePasses
+    from bare_passes import LanguagePasses, called_before_collecting
 
     from diffusion_align.pipelines.configuration import read_config
     from diffusion_align.pipelines.run import run
@@ -64,7 +64,7 @@ def test_the_passes_of_a_language_policy_are_all_counted(tmp_path):
     settings = ["epochs=2", f"output_dir={tmp_path / 'run'}", "grid_every=0", "micro_batch_size=4", "beta=0.1", *SHORT]
     with (
         LanguagePasses() as passes,
-        benchmark._called_before_collecting(
+        called_before_collecting(
             lambda trainer: (seen.append((list(passes._sampled), list(passes._scored))), passes.clear())
         ),
     ):
