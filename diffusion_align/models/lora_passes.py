@@ -68,11 +68,11 @@ class CastWeights:
 
         A pass of checkpointed layers that the backward pass repeats is outside: its graph is not the one that is kept.
         """
-        device = self._weights[0].device.type if self._weights else "cpu"
-        if not (self._are_kept and self._weights and torch.is_autocast_enabled(device)):
+        dtype = _autocast_dtype(self._weights[0]) if self._are_kept and self._weights else None
+        if dtype is None:
             yield
             return
-        flat = self._cast_to(torch.get_autocast_dtype(device))
+        flat = self._cast_to(dtype)
         if torch.is_grad_enabled():
             flat = _Cast.apply(flat, *self._weights)
         parts = flat.split(self._sizes)
@@ -120,7 +120,7 @@ def _lean(kind: type) -> Any:
 
         def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
             down = self.lora_A[ADAPTER]
-            narrow = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+            narrow = _autocast_dtype(x)
             if (
                 (given or named or self.disable_adapters or self.merged or self.lora_variant)
                 or self.active_adapters != [ADAPTER]
@@ -141,6 +141,12 @@ def _lean(kind: type) -> Any:
             return result + (change if scale == 1 else change * scale)
 
     return Lean
+
+
+def _autocast_dtype(like: Tensor) -> torch.dtype | None:
+    """What autocast runs matrix products in on the device of ``like``; None where it is off."""
+    kind = like.device.type  # the meta device has no autocast
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def _apply(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
