@@ -25,7 +25,8 @@ class Trajectory:
     """K recorded steps of each of B samples.
 
     Attributes:
-        x_t, x_s: (B, K, C, H, W) float32, the latents before and after each step, as they were scored.
+        x_t, x_s: (B, K, C, H, W) float32, the latents before and after each step, as they were scored. Where the steps
+            follow each other they are views of one tensor, so nothing may be written to them.
         steps: (B, K) int64, the index of each one in the schedule.
         logp_old: (B, K), log-prob of each step under the policy that sampled it.
         latents: (B, C, H, W), the finished x_0.
@@ -49,11 +50,28 @@ class Trajectory:
 
 def concatenate(paths: Sequence[Trajectory]) -> Trajectory:
     """One trajectory of the samples of all of ``paths``."""
-    columns = [field.name for field in fields(Trajectory) if isinstance(getattr(paths[0], field.name), Tensor)]
+    columns = {field.name for field in fields(Trajectory) if isinstance(getattr(paths[0], field.name), Tensor)}
     conditioning = {name: torch.cat([path.conditioning[name] for path in paths]) for name in paths[0].conditioning}
-    return Trajectory(
-        **{name: torch.cat([getattr(path, name) for path in paths]) for name in columns}, conditioning=conditioning
-    )
+    states = [part for path in paths if (part := _states_of(path)) is not None]
+    if len(states) == len(paths):
+        columns -= {"x_t", "x_s"}
+        latents = _views(torch.cat(states))
+    else:
+        latents = {}
+    joined = {name: torch.cat([getattr(path, name) for path in paths]) for name in columns}
+    return Trajectory(**joined, **latents, conditioning=conditioning)
+
+
+def _views(states: Tensor) -> dict[str, Tensor]:
+    """``x_t`` and ``x_s`` of K steps that follow each other, of ``states`` (B, K + 1, C, H, W)."""
+    return {"x_t": states[:, :-1], "x_s": states[:, 1:]}
+
+
+def _states_of(path: Trajectory) -> Tensor | None:
+    """That of which ``x_t`` and ``x_s`` are the ``_views``, if they are."""
+    states: Tensor | None = path.x_t._base
+    alike = states is not None and states is path.x_s._base and states.shape[1] == path.x_t.shape[1] + 1
+    return states if alike else None
 
 
 def transition(
@@ -130,31 +148,42 @@ def rollout(
     device = policy.device
     has_density = set(schedule.stochastic_steps.tolist())
     noise = noise_in_turn(generators, 1 + len(has_density), policy.latent_shape, device)
-    states = [next(noise)]
-    logp, means = [], []
+    scored = record.unique().tolist()
+    kept = sorted({state for step in scored for state in (step, step + 1)})
+    x_t = next(noise)
+    states, logp, means = [x_t] if 0 in kept else [], [], []
     with policy.weights_kept():
         given = policy.prepare(conditioning)
         for i in range(len(schedule)):
             steps = torch.full((batch,), i, dtype=torch.int64, device=device)
-            step = transition(policy, schedule, states[-1], steps, given)
-            states.append(step.sample(next(noise)) if i in has_density else step.mean)
-            if i in has_density:
-                logp.append(step.log_prob(states[-1], reduction=reduction))
-            else:
-                logp.append(torch.zeros(batch, device=device))
-            if record_means:
-                means.append(step.mean)
+            step = transition(policy, schedule, x_t, steps, given)
+            x_t = step.sample(next(noise)) if i in has_density else step.mean
+            if i + 1 in kept:
+                states.append(x_t)
+            if i in scored:
+                logp.append(step.log_prob(x_t, reduction=reduction))
+                if record_means:
+                    means.append(step.mean)
             on_step()
-    rows, record = torch.arange(batch, device=device)[:, None], record.to(device)
-    path = torch.stack(states, dim=1)
+
+    def of_each(values: Sequence[Tensor], known: Sequence[int], wanted: Tensor, empty: Tensor) -> Tensor:
+        """(B, K, ...) those at ``wanted`` (B, K) of ``values``, (B, ...) at each of the places ``known``."""
+        columns = torch.searchsorted(torch.tensor(known, dtype=torch.int64), wanted.contiguous()).to(device)
+        rows = torch.arange(batch, device=device)[:, None]
+        return torch.stack(list(values), dim=1)[rows, columns] if values else empty[:, None][:, :0]
+
+    in_a_row = 0 < record.shape[1] == len(kept) - 1 and bool((record.diff(dim=1) == 1).all())
     return Trajectory(
-        x_t=path[rows, record],
-        x_s=path[rows, record + 1],
-        steps=record,
-        logp_old=torch.stack(logp, dim=1)[rows, record],
-        latents=states[-1],
+        **(
+            _views(torch.stack(states, dim=1))
+            if in_a_row
+            else {"x_t": of_each(states, kept, record, x_t), "x_s": of_each(states, kept, record + 1, x_t)}
+        ),
+        steps=record.to(device),
+        logp_old=of_each(logp, scored, record, x_t.flatten(1)[:, 0]),
+        latents=x_t,
         conditioning=conditioning,
-        mean_old=torch.stack(means, dim=1)[rows, record] if record_means else None,
+        mean_old=of_each(means, scored, record, x_t) if record_means else None,
     )
 
 

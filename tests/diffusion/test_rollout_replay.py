@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusion_align.diffusion.evaluation import sample_images
-from diffusion_align.diffusion.rollout import replay, rollout, transition
+from diffusion_align.diffusion.rollout import concatenate, replay, rollout, transition
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.settings import LoRAConfig
 
@@ -224,6 +224,36 @@ def test_recorded_subsets_agree_with_the_full_recording(policy, streams):
     none = rollout(policy, schedule, conditioning, streams(4), record=torch.empty(4, 0, dtype=torch.int64))
     assert none.x_t.shape == (4, 0, 4, 8, 8)
     assert torch.equal(none.latents, full.latents)
+
+
+def test_a_latent_between_two_recorded_steps_is_stored_once(policy, streams):
+    schedule = make_schedule(GRID[0], steps=6)
+    conditioning = policy.encode(PROMPTS[:2])
+
+    def sampled(record):
+        return rollout(policy, schedule, conditioning, streams(2), record=record, record_means=True)
+
+    whole = sampled(None)
+    for first, count in ((0, len(schedule.stochastic_steps)), (1, 3), (2, 1)):
+        steps = torch.arange(first, first + count).expand(2, -1)
+        path = concatenate([sampled(steps), sampled(steps)])
+        storage = path.x_t.untyped_storage()
+        assert storage.data_ptr() == path.x_s.untyped_storage().data_ptr()
+        assert storage.nbytes() == 4 * 4 * (count + 1) * path.latents[0].numel()
+        for name in ("x_t", "x_s", "logp_old", "mean_old"):
+            expected = getattr(whole, name)[:, first : first + count]
+            assert torch.equal(getattr(path, name), torch.cat([expected, expected])), name
+    apart = sampled(torch.tensor([[0, 2], [1, 4]]))
+    for row, steps in enumerate(([0, 2], [1, 4])):
+        for name in ("x_t", "x_s", "logp_old", "mean_old"):
+            assert torch.equal(getattr(apart, name)[row], getattr(whole, name)[row, steps]), name
+    mixed = concatenate([whole, whole, sampled(whole.steps.flip(1))])
+    assert torch.equal(mixed.x_t[4:], whole.x_t.flip(1))
+    assert torch.equal(mixed.x_s[4:], whole.x_s.flip(1))
+    nothing = sampled(torch.empty(2, 0, dtype=torch.int64))
+    assert nothing.x_t.shape == nothing.mean_old.shape == (2, 0, *policy.latent_shape)
+    assert nothing.logp_old.shape == (2, 0)
+    assert torch.equal(nothing.latents, whole.latents)
 
 
 def test_a_deterministic_last_step_moves_the_latent_and_is_not_recorded(policy, streams):
