@@ -287,8 +287,11 @@ def _label(value: Any) -> float | None:
 
 
 def _check_sources(pair: tuple[Any, Any], folder: Path | None) -> None:
-    chosen, rejected = (_image_source(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
-    if isinstance(chosen, Path) and chosen == rejected:
+    chosen, rejected = (_place(value, side, folder) for side, value in zip(("chosen", "rejected"), pair))
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return
+    roundabout = "./" in (both := chosen + rejected) or "//" in both
+    if chosen == rejected or (roundabout and Path(chosen) == Path(rejected)):
         raise BadRow(_SAME)
 
 
@@ -311,13 +314,20 @@ def _as_file(cell: Any) -> Any:
 
 def _image_source(value: Any, side: str, folder: Path | None) -> Tensor | bytes | Path:
     """The tensor, the encoded bytes or the existing file that a row names; ``BadRow`` if it names none."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if is_tensor(value) or (isinstance(value, bytes) and value):
-        return value
+    found = _place(value, side, folder)
+    return Path(found) if isinstance(found, str) else found
+
+
+def _place(value: Any, side: str, folder: Path | None) -> Tensor | bytes | str:
+    """``_image_source`` of a row, of which there may be millions: making a Path takes longer than all else here."""
+    if not isinstance(value, str):
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if is_tensor(value) or (isinstance(value, bytes) and value):
+            return value
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"{side} is {short(value)}, not the path or the bytes of an image")
-    path = (folder or Path()) / value
+    path = value if folder is None else os.path.join(folder, value)
     if not os.path.isfile(path):
         raise BadRow(f"the image {short(value)[1:-1]} is missing")
     return path

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from pydantic_core import from_json, to_jsonable_python
 from rich.console import Console
 
 from diffusion_align.errors import ConfigError, first_line, short
@@ -399,23 +399,33 @@ def _loading(source: TableSource) -> Iterator[None]:
 
 
 def _read(source: TableSource, path: Path) -> Sequence[dict[str, Any]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            text = file.read().decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError([f"{source} cannot be read: {error}"]) from None
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _jsonl_rows(source, path)
+    with _reading(source):
+        text = path.read_bytes().decode("utf-8-sig")
     if path.suffix == ".txt":
         return [{source.lines or "": line} for line in _LINE_END.split(text) if line.strip()]
-    if path.suffix == ".csv":
-        return _csv_rows(source, text)
-    if path.suffix == ".json":
-        return _json_rows(source, text)
+    return (_csv_rows if path.suffix == ".csv" else _json_rows)(source, text)
+
+
+@contextmanager
+def _reading(source: TableSource) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ConfigError([f"{source} cannot be read: {error}"]) from None
+
+
+def _jsonl_rows(source: TableSource, path: Path) -> Sequence[dict[str, Any]]:
+    """A line at a time: of a list of a million rows, only the rows are in memory."""
     rows, problems = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_json(line))
-            if not isinstance(rows[-1], dict):
-                problems.append(f"{source}: line {number} is not a JSON object: fix or remove it")
+    with _reading(source), gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                rows.append(_json_line(text))
+                if not isinstance(rows[-1], dict):
+                    problems.append(f"{source}: line {number} is not a JSON object: fix or remove it")
     if problems:
         raise ConfigError(listed(problems, source.name, "line"))
     return rows
@@ -443,6 +453,14 @@ def _json_rows(source: TableSource, text: str) -> Sequence[dict[str, Any]]:
         remedy = "give a list of rows, [{...}, ...], or call a file of one object per line .jsonl"
         raise ConfigError([f"{source} is not a JSON list: {remedy}"])
     return _mappings(source, rows, str(source), "a JSON object")
+
+
+def _json_line(text: str) -> Any:
+    """``_json``, by a reader that makes each name of a column once; it refuses some of what Python's own allows."""
+    try:
+        return from_json(text, cache_strings="keys")
+    except ValueError:
+        return _json(text)
 
 
 def _json(text: str) -> Any:

@@ -155,7 +155,7 @@ class LatentCache:
     def _decoded(self, numbers: Sequence[int], batch_size: int) -> Generator[tuple[Tensor, dict[int, str]], None, None]:
         """Of each batch of pairs in the files ``numbers``: images (2, B, 3, H, W), and row -> what is wrong with bad
         pairs, which are not among them. Threads decode the next batches while one is encoded; the images of a batch are
-        overwritten once the next one is asked for."""
+        overwritten once the next one is wanted."""
         batches = [
             self._files[n][start : start + batch_size]
             for n in numbers

@@ -330,6 +330,16 @@ def test_pairs_whose_images_do_not_compare(folder, golden):
     assert left.left_out == "1 pairs; left out: 0 ties, 3 bad rows (1, 2, 3)"
 
 
+@pytest.mark.parametrize("other", ["20.png", "./20.png", "sub/..//../{}/20.png", ".//20.png", "{}"])
+def test_one_file_by_two_names(folder, other):
+    """As far as names tell: what ``..`` stands for, links decide."""
+    other = other.format(folder / "20.png" if other == "{}" else folder.name)
+    (folder / "sub").mkdir()
+    source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {"rejected": other}])
+    [problem] = bad_rows(source, decode=".." in other)
+    assert problem == "pairs: row 1: chosen and rejected are the same image"
+
+
 def test_a_file_that_stands_for_both_sides_twice(folder):
     (folder / "twin.png").write_bytes((folder / "20.png").read_bytes())
     source = write_rows(folder / "a.jsonl", [GOOD, GOOD | {"rejected": "twin.png"}])

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import sys
 
 import numpy as np
@@ -47,6 +48,28 @@ def test_rows_are_the_same_whatever_holds_them(tmp_path, kind):
     assert isinstance(table, ArrowTable if kind == ".parquet" else ListTable)
     assert table.cells(4, ["n", "prompt"]) == [4, "p4"]
     assert list(table.scan(["n", "prompt"])) == [(i, f"p{i}") if kind == ".parquet" else [i, f"p{i}"] for i in range(7)]
+
+
+ODD_LINES = [
+    '{"a": 1, "a": 2}',
+    '{"a": NaN, "b": -Infinity, "c": 1e400}',
+    '{"a": "\\ud800"}',
+    '{"a": 123456789012345678901234567890, "b": 0.1234567890123456789, "c": -0.0, "d": 5e-324}',
+    '{"a": ' + "[" * 300 + "]" * 300 + "}",
+    '{"\\u0041": "\\ud83d\\ude00", "b": "x\u2028y\\u0000"}\r',
+    ' \t{"a": true, "b": null, "c": [1, {"d": 1.0}]} ',
+]
+
+
+def test_lines_are_read_as_python_reads_them(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(("\ufeff" + "\n\n".join(ODD_LINES)).encode())
+    rows = open_table(TableSource("data", str(tmp_path / "a.jsonl"))).rows
+    assert [repr(row) for row in rows] == [repr(json.loads(line)) for line in ODD_LINES]
+
+
+def test_rows_of_a_long_list_share_the_names_of_their_columns(tmp_path):
+    rows = open_table(TableSource("data", write_rows(tmp_path / "a.jsonl", ROWS * 30))).rows
+    assert len({id(name) for row in rows for name in row}) == 3
 
 
 def test_cells_of_a_csv_file_are_texts(tmp_path):
