@@ -63,8 +63,14 @@ class Tried(NamedTuple):
     full: bool = False
 
 
+def own_seconds() -> Callable[[], float]:
+    """A clock of seconds from now: on the wall or of this process, whichever are fewer; others only move the wall's."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: min(time.perf_counter() - wall, time.process_time() - cpu)
+
+
 def search(
-    sizes: Sequence[int], seconds_of: Callable[[int], float], *, clock: Callable[[], float] = time.perf_counter
+    sizes: Sequence[int], seconds_of: Callable[[int], float], *, clock: Callable[[], float] | None = None
 ) -> Tried:
     """Measure the smallest size, the one next to ``USUAL``, and larger ones until memory, gain or time end.
 
@@ -74,8 +80,9 @@ def search(
     Args:
         sizes: ascending.
         seconds_of: what a batch of a size takes; raises ``torch.OutOfMemoryError`` where it does not fit.
-        clock: in seconds.
+        clock: in seconds; ``own_seconds`` if not given.
     """
+    clock = own_seconds() if clock is None else clock
     found: dict[int, float] = {}
 
     def fits(size: int) -> bool:
@@ -109,8 +116,6 @@ class Stopwatch:
         device: that the passes run on.
     """
 
-    clock = staticmethod(time.perf_counter)
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._each = 0.0  # bytes per sample, at most
@@ -128,11 +133,11 @@ class Stopwatch:
         seconds: list[float] = []
         resident = psutil.Process().memory_info().rss
         while len(seconds) < 3 and (sum(seconds) < _SETTLED or len(seconds) < 1 + on_gpu):
-            begun = self.clock()
+            begun, elapsed = time.perf_counter(), own_seconds()
             run()
             if on_gpu:
                 torch.cuda.synchronize(self.device)
-            seconds.append(self.clock() - begun)
+            seconds.append(time.perf_counter() - begun if on_gpu else elapsed())
         self._each = max(0, _peak_resident() - resident) / size
         return min(seconds)
 
@@ -196,7 +201,7 @@ def decide(
     micro: int | str,
     *,
     compared: bool = False,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> Sizes:
     """The sizes that ``work`` is done with; those that are given stay.
 
@@ -234,7 +239,9 @@ def _found(sizes: Sequence[int], tried: Tried, *, halved: bool) -> _Found:
     """``halved``: where memory ended the search, half of it is left to what was not measured."""
     seconds, full = tried
     size = choose(list(seconds), list(seconds.values())) if seconds else sizes[0]
-    if halved and full:
+    if not full:  # where time ended the search before, nothing is known of a gain
+        size = max(size, max((n for n in sizes if max(seconds, default=USUAL) < n <= USUAL), default=size))
+    elif halved:
         size = max((n for n in sizes if n <= size and 2 * n <= max(seconds, default=0)), default=sizes[0])
     ended = ", more does not fit" if full else ""
     before = next((n for n in (USUAL, *seconds) if n in seconds and n < size), None)

@@ -112,6 +112,22 @@ def test_a_search_ends_after_some_seconds():
     assert list(search(UP_TO_64, clock.of, clock=clock).seconds) == [1, 8, 16]
 
 
+def test_where_one_sample_takes_too_long_it_is_the_usual_size():
+    slow = {1: 3.0}
+    clock = Clock(slow)
+    found = decide(Work(clock.of, clock.of, samples=24, actions=20), "auto", "auto", clock=clock)
+    assert (found.sample, found.micro) == (8, 8)
+    assert found.seconds == 6.0
+    assert clock.asked == [1, 1]
+
+
+def test_others_on_the_machine_do_not_move_its_clock(monkeypatch):
+    wall, cpu = iter([0.0, 9.0]), iter([0.0, 2.0])
+    monkeypatch.setattr(batch_sizes.time, "perf_counter", lambda: next(wall))
+    monkeypatch.setattr(batch_sizes.time, "process_time", lambda: next(cpu))
+    assert batch_sizes.own_seconds()() == 2.0
+
+
 @pytest.mark.parametrize(
     ("fit", "asked", "measured"),
     [
