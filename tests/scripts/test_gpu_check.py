@@ -53,7 +53,7 @@ def report(tmp_path, monkeypatch):
     """Its sections by name, the text to read and what was printed, of fake sections that end in every way."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(gpu_check, "SECTIONS", tmp_path / "fake.py")
-    monkeypatch.setattr(gpu_check, "MOST", gpu_check.MOST | {"sdxl": 3})
+    monkeypatch.setattr(gpu_check, "MOST", gpu_check.MOST | {"sdxl": 1})
     monkeypatch.setattr(gpu_check, "NEEDS", gpu_check.NEEDS | {"tests": 10_000})
     done = check("--output", tmp_path / "out")
     assert done.exit_code == 1
@@ -68,7 +68,7 @@ def test_a_section_that_fails_is_reported_and_the_others_run(report):
         **dict.fromkeys(("sdxl", "sd35", "ratio", "resume"), "failed"),
         **dict.fromkeys(("flux", "tests"), "skipped"),
     }
-    assert found["sdxl"]["why"] == "it did not end within 3 s"
+    assert found["sdxl"]["why"] == "it did not end within 4 s"
     assert found["sd35"]["why"] == "its process ended with status -9"
     assert found["sd35"]["traceback"] == "what it printed\n"
     assert found["ratio"]["why"] == "not so: the ratio is exactly 1"
