@@ -168,7 +168,7 @@ def machine(find: Findings, where: Where) -> None:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()[0].strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20).stdout.splitlines()[0].strip()
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return None
 
@@ -650,7 +650,7 @@ def tests(find: Findings, where: Where) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
     )
     try:
         printed, _ = process.communicate(timeout=max(1.0, where.left - 2))

@@ -38,7 +38,7 @@ def python_of(name: str, folder: Path) -> Path:
     print(f"making {place}: pip install {' '.join(REQUIREMENTS[name])}", file=sys.stderr, flush=True)
     venv.create(place, clear=True, with_pip=True)
     own = subprocess.check_output(
-        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], text=True
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], encoding="utf-8"
     )
     seen = dict.fromkeys(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib"))
     (Path(own.strip()) / "seen.pth").write_text("\n".join(seen) + "\n", encoding="utf-8")

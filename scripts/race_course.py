@@ -90,7 +90,7 @@ ENTRANTS: dict[str, Entrant] = {
     "DRaFT": Entrant(
         "draft_emoji_aesthetic",
         ["evaluation=null", "stop_when.gold_falling=null"],
-        on_flow=["kl_coef=0"],  # near the image a flow model's nats are a hundred times as many: at 3e-4 it does not move
+        on_flow=["kl_coef=0"],  # a late step of a flow model holds so many nats that it does not move at 3e-4
         without={"jpeg_compressibility": "the reward has no gradient"},
     ),
 }

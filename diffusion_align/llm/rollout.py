@@ -193,7 +193,7 @@ class _Cached:
         return logits[copies]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order, some of them more than once."""
+        """Continue with these rows, in this order, some of them more than once."""
         if not hasattr(self.cache, "reorder_cache"):
             kind = type(self.policy.model).__name__
             raise UserError(f"the cache of {kind} has no rows to take out: use sampling=plain")
@@ -222,7 +222,7 @@ class _Whole:
         return logits[rows, self.ends - 1]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows."""
+        """Continue with these rows."""
         self.ids, self.ends = self.ids[rows], self.ends[rows]
 
 
