@@ -18,6 +18,7 @@ def watch_classes(side: Side) -> None:
     """Name what is called by functions and classes of ours, whoever has made the objects."""
     import diffusion_align.diffusion.ddpo as ddpo
     import diffusion_align.diffusion.rollout as rollout
+    import diffusion_align.llm.policy as language
     from diffusion_align.diffusion.transitions import GaussianTransition
     from diffusion_align.training.collection import BatchScores
     from diffusion_align.training.statistics import UpdateStatistics
@@ -28,6 +29,8 @@ def watch_classes(side: Side) -> None:
         side.time_part(rollout, function, "noise")
     for method in ("submit", "gather"):
         side.time_part(BatchScores, method, "reward")
+    for function in ("linear_token_log_probs", "token_log_probs"):
+        side.time_part(language, function, "log-probs of tokens")
     side.time_part(ddpo, "ratio_statistics", "metrics and report")
     side.time_part(UpdateStatistics, "add", "metrics and report")
 

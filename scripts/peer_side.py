@@ -97,14 +97,15 @@ class Side:
         _replace(owner, method, timed)
 
     def time_sampling(self, owner: Any, method: str) -> None:
-        """Its seconds, and those of all it calls, are the epoch's sampling."""
+        """Its seconds, and those of all it calls, are the epoch's sampling; not what it waited for its turn before."""
 
         def timed(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             start = time.perf_counter()
             try:
                 return call(*arguments, **options)
             finally:
-                self.sampling += time.perf_counter() - start
+                began = start if self._began is None else max(start, self._began[0])
+                self.sampling += time.perf_counter() - began
 
         _replace(owner, method, timed)
 
