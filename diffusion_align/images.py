@@ -12,8 +12,10 @@ import functools
 import io
 import os
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +34,32 @@ class UnreadableImage(ValueError):
     """What is wrong with an image, to stand behind its name: "has more pixels than …"."""
 
 
+_silence = contextlib.ExitStack()
+_silencing = threading.Lock()
+_silent = 0  # how many are inside ``without_warnings``
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Inside, nobody warns: PIL would, of a damaged EXIF block or of many pixels.
+
+    Filters of warnings are those of all threads, so the first one in puts them aside and the last one out puts them
+    back. Whoever has threads that read images is inside as long as these are.
+    """
+    global _silent
+    with _silencing:
+        if not _silent:
+            _silence.enter_context(warnings.catch_warnings(action="ignore"))
+        _silent += 1
+    try:
+        yield
+    finally:
+        with _silencing:
+            _silent -= 1
+            if not _silent:
+                _silence.close()
+
+
 def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file, or in the bytes of one, in RGB.
 
@@ -43,7 +71,7 @@ def open_image(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS) -> I
         raise UnreadableImage("is not an image file")
     try:
         with (
-            warnings.catch_warnings(action="ignore"),  # of a damaged EXIF block, of many pixels
+            without_warnings(),
             Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file,
         ):
             if file.width * file.height > max_pixels:
@@ -70,11 +98,11 @@ def size_of_whole(data: bytes) -> tuple[int, int] | None:
     """
     try:
         with (
-            warnings.catch_warnings(action="ignore"),
+            without_warnings(),
             Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as file,
         ):
             width, height = file.size
-            turned = Image.Image.getexif(file).get(0x0112, 1) >= 5  # PngImageFile's own would decode
+            turned = 5 <= Image.Image.getexif(file).get(0x0112, 1) <= 8  # PngImageFile's own would decode
             whole = {"PNG": _whole_png, "JPEG": _whole_jpeg, "WEBP": _whole_webp}[str(file.format)](data)
             if not whole or width * height > MAX_PIXELS or file.mode not in _PLAIN_MODES:
                 return None

@@ -7,8 +7,11 @@ import io
 import json
 import os
 import struct
+import threading
+import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +191,7 @@ def turned(orientation):
     return exif
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", range(1, 10))  # 9 is none
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_the_size_of_a_whole_image_is_known_without_decoding_it(kind, orientation, monkeypatch):
     data = encoded(NOISE.resize((48, 32)), kind, exif=turned(orientation))
@@ -221,6 +224,34 @@ def test_of_others_only_decoding_can_tell(data):
 @pytest.mark.parametrize("data", [PLAIN, PLAIN + b"more", png(np.zeros((4, 6), np.uint8), depth=8, extra=EXIF)])
 def test_the_size_of_a_png(data):
     assert size_of_whole(data) == open_image(data).size[::-1]
+
+
+@pytest.mark.parametrize("read", [open_image, size_of_whole])
+def test_threads_that_read_images_leave_the_filters_of_warnings_as_they_were(read, monkeypatch):
+    """The first that begins ends first, while the second still reads."""
+    began, ended, real = threading.Event(), threading.Event(), Image.open
+    first = PLAIN + b"first"
+
+    def slow(file, **options):
+        if file.getvalue() == first:
+            assert began.wait(10)
+        else:
+            began.set()
+            assert ended.wait(10)
+        return real(file, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+    before, filters = warnings.filters, list(warnings.filters)
+    with ThreadPoolExecutor(2) as executor:
+        jobs = [executor.submit(read, first)]
+        while warnings.filters is before and not jobs[0].done():
+            time.sleep(0.001)
+        jobs.append(executor.submit(read, PLAIN))
+        jobs[0].result()
+        ended.set()
+        jobs[1].result()
+    after, warnings.filters = warnings.filters, before
+    assert after == filters
 
 
 def test_a_broken_exif_block_says_nothing():

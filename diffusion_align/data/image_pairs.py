@@ -26,7 +26,7 @@ from diffusion_align.data.drawings import PreferencePair, load_preferences
 from diffusion_align.data.schemas import BadRow, ColumnSchemas, RowsConfig, Source, checked_prompt, limit_of
 from diffusion_align.data.sources import FILES, Cells, GivenRows, ListTable, Table, short
 from diffusion_align.errors import ConfigError
-from diffusion_align.images import UnreadableImage, open_image, size_of_whole, to_rgb
+from diffusion_align.images import UnreadableImage, open_image, size_of_whole, to_rgb, without_warnings
 from diffusion_align.lazy import is_tensor
 from diffusion_align.training.digests import WHOLE, content_digest, file_digest
 
@@ -129,6 +129,7 @@ class PairSet:
         row = self.rows[i]
         return [row, self.prompts[i], *(self._contents.get(row) or self._digests(i))]
 
+    @without_warnings()
     def check_images(self, advance: Callable[[], None] = lambda: None) -> PairSet:
         """The pairs whose images can all be used, as far as their files tell; calls ``advance`` after each pair.
 

@@ -25,6 +25,7 @@ from diffusion_align.diffusion.policy import (
 )
 from diffusion_align.diffusion.prompt_files import PromptFiles
 from diffusion_align.errors import CheckpointError, ConfigError, UserError
+from diffusion_align.images import without_warnings
 from diffusion_align.training.checkpoint import open_tensors
 from diffusion_align.training.digests import Identity, content_digest
 from diffusion_align.training.processes import Processes
@@ -164,7 +165,7 @@ class LatentCache:
         threads = decoders()
         done: dict[torch.Size, list[Tensor]] = {}  # new memory would have to be cleared, which takes as long again
         ahead: deque[tuple[Sequence[int], Tensor, list[Future[str | None]]]] = deque()
-        with ThreadPoolExecutor(threads) as executor:
+        with without_warnings(), ThreadPoolExecutor(threads) as executor:
             try:
                 waiting = iter(batches)
                 for _ in batches:

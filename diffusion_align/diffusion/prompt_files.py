@@ -44,9 +44,13 @@ class PromptFiles:
         self._places = {one: (n, row) for n, some in enumerate(self._files) for row, one in enumerate(some)}
 
     def fits(self, like: Conditioning) -> bool:
-        """Whether there is room on the disk for all of them, of which ``like`` (B, ...) are B."""
+        """Whether there is room on the disk for all of them, of which ``like`` (B, ...) are B.
+
+        Where files are there already counts as free, so that a run which is resumed goes on with them.
+        """
         each = sum(part.nbytes for part in like.values()) / len(next(iter(like.values())))
-        return each * len(self._places) < MOST_OF_DISK * shutil.disk_usage(self.folder.parent).free
+        there = sum(path.stat().st_size for path in map(self._path, range(len(self._files))) if path.is_file())
+        return each * len(self._places) < MOST_OF_DISK * (shutil.disk_usage(self.folder.parent).free + there)
 
     def fill(self, policy: DenoisingPolicy, processes: Processes, bars: Bars) -> None:
         """Encode what is missing, every process its part, with a progress bar; between files the run can be stopped."""

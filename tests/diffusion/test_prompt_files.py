@@ -88,6 +88,10 @@ def test_they_take_half_of_the_free_disk_at_most(tmp_path, monkeypatch):
     for free, fits in ((1801, True), (1800, False)):
         monkeypatch.setattr(prompt_files.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         assert files.fits(like) == fits
+    files.folder.mkdir()  # a run that is resumed: what it has written is not free
+    files._path(0).write_bytes(bytes(900))
+    monkeypatch.setattr(prompt_files.shutil, "disk_usage", lambda _: SimpleNamespace(free=901))
+    assert files.fits(like)
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
