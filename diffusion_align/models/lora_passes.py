@@ -36,7 +36,7 @@ class CastWeights:
         self._flat: Tensor | None = None
         for layer in lora_layers(network).values():
             given: Any = type(layer)
-            if kind := _lean(given):
+            if kind := given if "_cast" in vars(layer) else _lean(given):  # of an earlier policy
                 layer.__class__ = kind
                 vars(layer).update(_cast=self, _place=len(self._weights))
                 self._weights += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
@@ -86,9 +86,10 @@ class CastWeights:
     def _cast_to(self, dtype: torch.dtype) -> Tensor:
         """All weights one after the other."""
         if self._flat is None or self._flat.dtype != dtype:
-            self._flat = torch.empty(sum(self._sizes), dtype=dtype, device=self._weights[0].device)
-            parts = zip(self._flat.split(self._sizes), self._weights, strict=True)
+            flat = torch.empty(sum(self._sizes), dtype=dtype, device=self._weights[0].device)
+            parts = zip(flat.split(self._sizes), self._weights, strict=True)
             torch._foreach_copy_([part.view(weight.shape) for part, weight in parts], self._weights)
+            self._flat = flat
         return self._flat
 
 
@@ -119,26 +120,31 @@ def _lean(kind: type) -> Any:
         _place: int
 
         def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
-            down = self.lora_A[ADAPTER]
             narrow = _autocast_dtype(x)
             if (
                 (given or named or self.disable_adapters or self.merged or self.lora_variant)
                 or self.active_adapters != [ADAPTER]
+                or ADAPTER not in self.lora_A
                 or self.lora_bias[ADAPTER]
                 or type(self.lora_dropout[ADAPTER]) is not nn.Identity
-                or x.dtype not in ((down.weight.dtype,) if narrow is None else (narrow, torch.float32))
+                or x.dtype not in ((self.lora_A[ADAPTER].weight.dtype,) if narrow is None else (narrow, torch.float32))
             ):
                 return super().forward(x, *given, **named)  # type: ignore[no-any-return]
             if narrow is not None and not (x.requires_grad and torch.is_grad_enabled()):
                 x = x.to(narrow)  # for both; the gradients of two casts are added in float32
             result: Tensor = self.base_layer(x)
-            pairs, up = self._cast.pairs, self.lora_B[ADAPTER]
-            if pairs is None:
+            pairs, down, up = self._cast.pairs, self.lora_A[ADAPTER], self.lora_B[ADAPTER]
+            if pairs is None or narrow is None:  # a model may switch autocast off for some of its layers
                 change = up(down(x))
             else:
                 change = _apply(up, _apply(down, x, pairs[self._place]), pairs[self._place + 1])
             scale = self.scaling[ADAPTER]
             return result + (change if scale == 1 else change * scale)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Copied and pickled it is peft's own again."""
+            state = {name: value for name, value in vars(self).items() if name not in ("_cast", "_place")}
+            return object.__new__, (kind,), state
 
     return Lean
 

@@ -1,6 +1,8 @@
 """LoRA layers launch what they compute and no more, and compute peft's bits."""
 
 import contextlib
+import copy
+import pickle
 from collections import Counter
 
 import diffusers
@@ -11,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_align.diffusion.policy import peft_config
+from diffusion_align.diffusion.policy import DenoisingPolicy, peft_config
 from diffusion_align.diffusion.rollout import rollout
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.settings import LoRAConfig
 from diffusion_align.doctor.known_models import SD15, SDXL
 from diffusion_align.models.families import SHIPPED
-from diffusion_align.models.lora import add_lora, lora_layers
+from diffusion_align.models.lora import ADAPTER, add_lora, lora_layers
 from diffusion_align.models.lora_passes import CastWeights, cast_norms_once
 
 EVERYWHERE = {"layers": "attention+feed_forward+convolutions"}
@@ -138,6 +140,48 @@ def test_other_weights_are_never_taken_for_those_that_are_kept(make_policy):
         assert torch.equal(predicted(), new)
     with policy.as_snapshot("old"):
         assert torch.equal(predicted(), old)
+
+
+def test_layers_can_be_copied_pickled_and_given_to_another_policy(make_policy):
+    policy = make_policy("tiny_sd", noise=0.1, autocast=bf16)
+    x_t, told = torch.randn(2, *policy.latent_shape), policy.encode(PROMPTS)
+    expected = policy.predict(x_t, torch.tensor([1, 500]), told)
+    second = DenoisingPolicy(policy.pipeline, lora=policy.lora, autocast=bf16)
+    with Casts() as seen, second.weights_cast_once():
+        assert torch.equal(second.predict(x_t, torch.tensor([1, 500]), told), expected)
+    assert (seen.of(second), seen.together) == (0, 1)
+    for alone in (copy.deepcopy(policy.network), pickle.loads(pickle.dumps(policy.network))):
+        assert {type(layer).__module__ for layer in lora_layers(alone).values()} == {"peft.tuners.lora.layer"}
+        policy.pipeline.unet = alone
+        assert torch.equal(policy.predict(x_t, torch.tensor([1, 500]), told), expected)
+
+
+def test_layers_that_lose_the_trained_adapter_compute_what_pefts_do(make_policy):
+    policy = make_policy("tiny_sd", noise=0.1)
+    x_t, told = torch.randn(2, *policy.latent_shape), policy.encode(PROMPTS)
+    with policy.reference():
+        expected = policy.predict(x_t, torch.tensor([1, 500]), told)
+    policy.network.add_adapter(peft_config(policy.lora, policy.family), "other")  # which changes nothing at first
+    policy.network.delete_adapters(ADAPTER)
+    policy.network.set_adapter("other")
+    assert torch.equal(policy.predict(x_t, torch.tensor([1, 500]), told), expected)
+
+
+def test_layers_that_a_model_keeps_out_of_autocast_take_their_own_weights(make_policy):
+    found = []
+    for theirs in (False, True):
+        policy = make_policy("tiny_sd", noise=0.1, autocast=bf16)
+        attention = policy.network.mid_block.attentions[0]
+        forward = attention.forward
+
+        def wide(x, *given, forward=forward, **named):
+            with torch.autocast("cpu", enabled=False):
+                named["encoder_hidden_states"] = named["encoder_hidden_states"].float()
+                return forward(x.float(), *given, **named)
+
+        attention.forward = wide
+        found.append(results(by_peft(policy) if theirs else policy, kept=not theirs))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # -- operations ------------------------------------------------------------------------------------------------------
