@@ -70,8 +70,16 @@ def _views(states: Tensor) -> dict[str, Tensor]:
 def _states_of(path: Trajectory) -> Tensor | None:
     """That of which ``x_t`` and ``x_s`` are the ``_views``, if they are."""
     states: Tensor | None = path.x_t._base
-    alike = states is not None and states is path.x_s._base and states.shape[1] == path.x_t.shape[1] + 1
+    if states is None or states is not path.x_s._base or states.ndim != path.x_t.ndim:
+        return None
+    views = _views(states)
+    alike = all(_place(getattr(path, name)) == _place(view) for name, view in views.items())
     return states if alike else None
+
+
+def _place(part: Tensor) -> tuple[Any, ...]:
+    """What of another tensor a view is."""
+    return part.shape, part.stride(), part.storage_offset()
 
 
 def transition(

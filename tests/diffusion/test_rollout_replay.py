@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusion_align.diffusion.evaluation import sample_images
-from diffusion_align.diffusion.rollout import concatenate, replay, rollout, transition
+from diffusion_align.diffusion.rollout import Trajectory, concatenate, replay, rollout, transition
 from diffusion_align.diffusion.schedule import build_schedule
 from diffusion_align.diffusion.settings import LoRAConfig
 
@@ -250,6 +251,9 @@ def test_a_latent_between_two_recorded_steps_is_stored_once(policy, streams):
     mixed = concatenate([whole, whole, sampled(whole.steps.flip(1))])
     assert torch.equal(mixed.x_t[4:], whole.x_t.flip(1))
     assert torch.equal(mixed.x_s[4:], whole.x_s.flip(1))
+    last = {field.name: getattr(whole, field.name)[1:] for field in fields(Trajectory) if field.name != "conditioning"}
+    last = Trajectory(**last, conditioning={name: value[1:] for name, value in conditioning.items()})
+    assert torch.equal(concatenate([last, last]).x_t, whole.x_t[[1, 1]])
     nothing = sampled(torch.empty(2, 0, dtype=torch.int64))
     assert nothing.x_t.shape == nothing.mean_old.shape == (2, 0, *policy.latent_shape)
     assert nothing.logp_old.shape == (2, 0)
