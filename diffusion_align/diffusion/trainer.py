@@ -31,7 +31,7 @@ from diffusion_align.training.collection import Calls, reward_metrics, sample_an
 from diffusion_align.training.config import TrainingConfig
 from diffusion_align.training.context import EpochCost, Lines, Metric, RunContext
 from diffusion_align.training.evaluation import Evaluation
-from diffusion_align.training.launch import measured
+from diffusion_align.training.launch import kept_sizes, measured
 from diffusion_align.training.method import Dropout
 from diffusion_align.training.policy_trainer import PolicyTrainer
 from diffusion_align.training.randomness import generator
@@ -105,6 +105,7 @@ class DenoisingTrainer(PolicyTrainer[Batch]):
         evaluation: ImageEvaluation | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        config = kept_sizes(config)
         super().__init__(config, evaluation=evaluation, accelerator=accelerator, callbacks=callbacks)
         self.policy, self.reward, self.prompts = policy, reward, list(prompts)
         if is_measured(self.config):  # of a policy made in Python

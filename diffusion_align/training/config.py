@@ -71,7 +71,7 @@ PLUG_INS = "diffusion_align.methods"
 def multiple_checks(config: TrainingConfig, divisor: str, processes: int = 1) -> Iterator[str]:
     """A sentence if ``samples_per_epoch`` is not a multiple of the setting ``divisor``, in each of ``processes``."""
     count, size = config.samples_per_epoch, getattr(config, divisor)
-    if size != AUTO and count % (size * processes):
+    if count % ((1 if size == AUTO else size) * processes):
         each = f"{divisor}={size}" if processes == 1 else f"{processes} processes x {divisor}={size}"
         yield f"samples_per_epoch={count} is not a multiple of {each}: change one of them"
 

@@ -15,6 +15,7 @@ from diffusion_align.methods import method_of
 from diffusion_align.pipelines.configuration import check_config
 from diffusion_align.training import batch_sizes
 from diffusion_align.training.batch_sizes import Stopwatch, Work, choose, decide, doubling, search
+from diffusion_align.training.config import multiple_checks
 from diffusion_align.training.launch import kept_sizes
 from diffusion_align.training.reading import load_yaml
 from tests.helpers.tiny_runs import TINY
@@ -365,3 +366,17 @@ def test_a_trainer_made_in_python_measures_too(make_policy, pretend, tmp_path, c
     assert (trainer.config.sample_batch_size, trainer.config.micro_batch_size) == (8, 16)
     assert trainer.previews.batch_size == 8
     assert "sample_batch_size 8 (8x of 1), micro_batch_size 16 (2x of 8)" in capsys.readouterr().err
+
+
+def test_a_trainer_made_in_python_keeps_the_sizes_of_the_run_it_resumes(make_policy, pretend, tmp_path):
+    measured = pretend()
+    (tmp_path / "config.yaml").write_text("sample_batch_size: 4\nmicro_batch_size: 16\n")
+    config = config_of().model_copy(update={"output_dir": tmp_path, "resume": True})
+    trainer = DDPOTrainer(config, make_policy("tiny_sd"), lambda images, *_: images.mean((1, 2, 3)), [("a cat", {})])
+    assert (trainer.config.sample_batch_size, trainer.config.micro_batch_size) == (4, 16)
+    assert not measured
+
+
+def test_samples_that_processes_cannot_share_are_refused_before_anything_is_measured():
+    problem = "samples_per_epoch=8 is not a multiple of 3 processes x sample_batch_size=auto: change one of them"
+    assert list(multiple_checks(config_of(), "sample_batch_size", 3)) == [problem]
