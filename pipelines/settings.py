@@ -432,6 +432,8 @@ class TextSettings(SharedSettings, total=False):
     """largest number of tokens; longer completions are cut off"""
     logits: Literal["auto", "whole", "sliced"]
     """whole: of all scored tokens at once; sliced: log-probs from slices of the vocabulary, faster and with less memory, other rounding; auto: sliced from 4096 tokens on, where the model allows it"""
+    sampling: Literal["plain", "fast"]
+    """fast: a prompt is read once for all its completions, finished ones leave the batch, tokens are chosen in float32; the same streams of random numbers, other rounding"""
     evaluation: TextEvaluationSettings | TextEvaluationConfig | None
     """a held-out reward on fixed prompts"""
     stop_when: StopSettings | StopConfig

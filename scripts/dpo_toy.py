@@ -83,6 +83,9 @@ class ToyPolicy:
     def timesteps_setter(self, latent_size=None):
         return None
 
+    def weights_cast_once(self):
+        return contextlib.nullcontext()
+
     def return_text_encoders(self):
         pass
 

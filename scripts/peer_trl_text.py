@@ -31,8 +31,8 @@ def main(given: dict[str, Any]) -> None:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             side.next_epoch()
 
-    model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(given["model"]).float()
+    reference = AutoModelForCausalLM.from_pretrained(given["model"]).float()
     tokenizer = AutoTokenizer.from_pretrained(given["model"])
     batch, samples = given["micro_batch_size"], given["samples"]
     with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,7 @@ class DiffusionDPOConfig(DenoisingConfig):
     )
     prompts_on_disk: bool = Field(
         True,
+        strict=True,
         description="keep embeddings of more captions than memory holds (2048) in the run folder, if they take at most "
         "half of the free disk; false encodes them again in every epoch",
     )

@@ -196,7 +196,7 @@ def test_a_run_says_how_many_pairs_are_in_which_bucket(make_trainer):
 
 
 def exactly(pairs, pair, size, side):
-    return pairs.images(pair, size)[side == "rejected"][None]
+    return pairs.images(pair, size)[int(side == "rejected")][None]
 
 
 def test_sdxl_is_told_the_size_before_and_where_it_was_cut(make_trainer, pairs):
