@@ -46,7 +46,7 @@ class PromptFiles:
     def fits(self, like: Conditioning) -> bool:
         """Whether there is room on the disk for all of them, of which ``like`` (B, ...) are B.
 
-        Where files are there already counts as free, so that a run which is resumed goes on with them.
+        Where files are there already counts as free, so that a run which is resumed continues with them.
         """
         each = sum(part.nbytes for part in like.values()) / len(next(iter(like.values())))
         there = sum(path.stat().st_size for path in map(self._path, range(len(self._files))) if path.is_file())
