@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy
+from diffusion_align.diffusion.policy import Conditioning, DenoisingPolicy, PreparedConditioning
 from diffusion_align.diffusion.rollout import noise_in_turn, normal_noise
 from diffusion_align.diffusion.schedule import DiffusionSchedule
 from diffusion_align.diffusion.transitions import add_noise, clean_and_noise, denoise
@@ -73,15 +73,17 @@ def sample_head(
 ) -> Tensor:
     """x_t (B, C, H, W) before step ``end``, without a graph; arguments as of ``sample_tail``."""
     x_t = normal_noise(generators, policy.latent_shape, policy.device)
+    if not end:
+        return x_t
     with policy.weights_kept():
-        return take_steps(policy, schedule, x_t, conditioning, generators, range(end)).latents
+        return take_steps(policy, schedule, x_t, policy.prepare(conditioning), generators, range(end)).latents
 
 
 def take_steps(
     policy: DenoisingPolicy,
     schedule: DiffusionSchedule,
     x_t: Tensor,
-    conditioning: Conditioning,
+    conditioning: Conditioning | PreparedConditioning,
     generators: Sequence[torch.Generator],
     which: range,
 ) -> Tail:

@@ -1,6 +1,7 @@
 """A batch is sampled without waiting for the device: noise comes in one piece, and nothing is read back in a step."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from diffusion_align.diffusion.policy import PROMPT, LoRAConfig
 from diffusion_align.diffusion.rollout import noise_in_turn, normal_noise, rollout
 from diffusion_align.diffusion.schedule import build_schedule
-from diffusion_align.diffusion.tail import sample_tail
+from diffusion_align.diffusion.tail import sample_head, sample_tail
 from tests.helpers.flow_models import noisy_policy, schedule_of
 
 PROMPTS = ["red apple", "a cat"]
@@ -94,11 +95,12 @@ def test_no_step_of_a_tail_with_a_graph_reads_from_the_device(elsewhere, streams
     assert tail.latents.requires_grad
 
 
-def test_what_is_told_in_every_step_is_made_once(make_policy, streams, monkeypatch):
+@pytest.mark.parametrize("sample", [rollout, partial(sample_head, end=4)], ids=["rollout", "head"])
+def test_what_is_told_in_every_step_is_made_once(sample, make_policy, streams, monkeypatch):
     policy = make_policy("tiny_sd", guidance_scale=3.0)
     schedule = build_schedule(policy.pipeline.scheduler, 4).to("cpu")
     told, run = [], policy._run
     monkeypatch.setattr(policy, "_run", lambda x_t, t, inputs: told.append(inputs) or run(x_t, t, inputs))
-    rollout(policy, schedule, policy.encode(PROMPTS), streams(2))
+    sample(policy, schedule, policy.encode(PROMPTS), streams(2))
     assert len(told) == 4
     assert all(one is told[0] for one in told)
